@@ -1,0 +1,1 @@
+"""Mail as bytes in, bytes out: header fields, x-mq-* extraction."""

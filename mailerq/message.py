@@ -1,0 +1,275 @@
+"""The JSON document that is a message, and the results that delivery appends to it.
+
+A message is one JSON object per recipient. Its body, the whole MIME text, is held apart
+as bytes, because most of what handles a message never looks into the body, and because a
+JSON string cannot hold every byte that mail may carry. `Message.from_json` and
+`Message.to_json` are the document as applications see it: there the body is the property
+``mime``, or ``mime-base64`` when it is not valid UTF-8.
+
+Properties that mailerq does not know travel untouched.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import calendar
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+import msgspec
+
+from mailerq.errors import MessageError
+
+__all__ = [
+    "Message",
+    "Result",
+    "decode_properties",
+    "encode_properties",
+    "format_time",
+    "parse_time",
+]
+
+TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
+
+encode_properties: Final = msgspec.json.Encoder().encode
+"""Turn a dict of properties into UTF-8 JSON; the counterpart of `decode_properties`."""
+
+_decode: Final = msgspec.json.Decoder().decode
+
+_last_second: tuple[int, str] = (-1, "")
+
+
+def format_time(now: float) -> str:
+    """Write seconds since 1970 as ``YYYY-MM-DD HH:MM:SS`` in UTC, the form of every timestamp."""
+    global _last_second
+    second = int(now)
+    known, text = _last_second
+    if second != known:
+        text = time.strftime(TIME_FORMAT, time.gmtime(second))
+        _last_second = (second, text)
+    return text
+
+
+def parse_time(text: str) -> float:
+    """Read a timestamp of exactly the form that `format_time` writes, as seconds since 1970.
+
+    Raises `MessageError` for any other form.
+    """
+    try:
+        if len(text) != 19:
+            raise ValueError
+        return float(calendar.timegm(time.strptime(text, TIME_FORMAT)))
+    except (ValueError, TypeError):
+        raise MessageError(f"{text!r} is not a time of the form YYYY-MM-DD HH:MM:SS") from None
+
+
+def decode_properties(data: bytes | str) -> dict[str, Any]:
+    """Decode a JSON object; `MessageError` says where it is broken, or that it is no object."""
+    try:
+        value = _decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise MessageError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise MessageError(f"a message is a JSON object, not {type(value).__name__}")
+    return value
+
+
+@dataclass(slots=True, eq=False)
+class Message:
+    """One mail to one recipient.
+
+    `properties` is the JSON object without the body, `body` the MIME text as it goes on
+    the wire (CRLF lines, no dot-stuffing), or None where there is none: then ``key`` or an
+    object in ``mime`` may stand for it, or a plugin supplies it.
+
+    >>> message = Message.from_json('{"envelope":"a@b.test","recipient":"c@d.test","mime":"x"}')
+    >>> message.recipient, message.body
+    ('c@d.test', b'x')
+    """
+
+    properties: dict[str, Any] = field(default_factory=dict)
+    body: bytes | None = None
+    local: bool = False
+    """For the local queue (`MQ_SetLocal`). A route while it comes in, no part of the JSON."""
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Self:
+        """Read the document as applications write it. Raises `MessageError`."""
+        return cls.from_dict(decode_properties(data))
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Self:
+        """Take the document as a dict; the dict itself is left as it was.
+
+        Raises `MessageError` when the body cannot be read; properties of a wrong type are
+        found later, by `problem`.
+        """
+        properties = dict(document)
+        body: bytes | None = None
+        mime = properties.get("mime")
+        if isinstance(mime, str):
+            del properties["mime"]
+            try:
+                body = mime.encode()
+            except UnicodeEncodeError:
+                raise MessageError("property mime: holds half a surrogate pair") from None
+        elif "mime-base64" in properties and mime is None:
+            text = properties.pop("mime-base64")
+            try:
+                body = base64.b64decode(text, validate=True)
+            except (TypeError, ValueError, binascii.Error) as error:
+                raise MessageError(f"property mime-base64: {error}") from None
+        return cls(properties, body)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document as applications read it, as a new dict."""
+        document = dict(self.properties)
+        if self.body is not None:
+            try:
+                document["mime"] = self.body.decode()
+            except UnicodeDecodeError:
+                document["mime-base64"] = base64.b64encode(self.body).decode()
+        return document
+
+    def to_json(self) -> bytes:
+        """The document as applications read it, as UTF-8 JSON on one line."""
+        return encode_properties(self.to_dict())
+
+    @property
+    def envelope(self) -> str:
+        """The address for MAIL FROM without angle brackets; empty for the null sender."""
+        return self.properties.get("envelope") or ""
+
+    @property
+    def recipient(self) -> str:
+        """The address for RCPT TO without angle brackets."""
+        return self.properties.get("recipient") or ""
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """What the attempts so far came to, oldest first (a new list where there is none)."""
+        return self.properties.get("results") or []
+
+    def problem(self) -> str | None:
+        """Say which known property has a wrong type or form, or None.
+
+        Such a message cannot be sent: it goes to the failure queue with this text.
+        """
+        for name, check, expected in _KNOWN:
+            value = self.properties.get(name)
+            if value is not None and not check(value):
+                return f"property {name}: expected {expected}, found {_kind(value)}"
+        if not self.properties.get("recipient"):
+            return "property recipient: is missing"
+        for name in ("delayed", "maxdelivertime"):
+            if (value := self.properties.get(name)) is not None:
+                try:
+                    parse_time(value)
+                except MessageError as error:
+                    return f"property {name}: {error}"
+        return None
+
+
+def _kind(value: object) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value), "an object" if isinstance(value, dict) else "an array")
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool) or value in (0, 1)
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_ints(value: object) -> bool:
+    return isinstance(value, list) and all(_is_int(item) and item >= 0 for item in value)
+
+
+def _is_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _is_queues(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        name is None or isinstance(name, str) for name in value.values()
+    )
+
+
+_KNOWN: Final = (
+    ("envelope", _is_str, "a string"),
+    ("recipient", _is_str, "a string"),
+    ("key", _is_str, "a string"),
+    ("keepmime", _is_flag, "true or false"),
+    ("mime", _is_dict, "a string or an object"),
+    ("ips", _is_strings, "an array of strings"),
+    ("pool", _is_str, "a string"),
+    ("delayed", _is_str, "a time"),
+    ("maxdelivertime", _is_str, "a time"),
+    ("maxattempts", _is_int, "a whole number"),
+    ("retries", _is_ints, "an array of seconds"),
+    ("data", _is_dict, "an object"),
+    ("queues", _is_queues, "an object of queue names"),
+    ("smarthost", _is_dict, "an object"),
+    ("tags", _is_strings, "an array of strings"),
+    ("headers", _is_dict, "an object"),
+    ("dsn", _is_dict, "an object"),
+    ("results", _is_objects, "an array of objects"),
+)
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Result:
+    """What one attempt to deliver came to: one element of the property ``results``.
+
+    `type` and `state` are the 2.1 vocabulary (``success``, ``error``, ``lost`` … and
+    ``mail from``, ``rcpt to``, ``data`` …), `result` is the newer one (``accepted``,
+    ``error``, ``lost``, ``timeout``, ``invalid``). `code`, `status` and `description` are
+    the peer's reply. Fields that belong to a TCP connection are None when there was none.
+    """
+
+    attempt: int
+    type: str
+    state: str
+    result: str
+    time: str
+    local_ip: str | None = None
+    remote_ip: str | None = None
+    mta: str | None = None
+    code: int | None = None
+    status: str | None = None
+    description: str | None = None
+    messages: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The element as it stands in the JSON, without what is unknown."""
+        fields = {
+            "attempt": self.attempt,
+            "type": self.type,
+            "state": self.state,
+            "result": self.result,
+            "time": self.time,
+            "mta": self.mta,
+            "from": self.local_ip,
+            "to": self.remote_ip,
+            "messages": self.messages,
+            "code": self.code,
+            "status": self.status,
+            "description": self.description,
+        }
+        return {name: value for name, value in fields.items() if value is not None}

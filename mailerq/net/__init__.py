@@ -1,0 +1,1 @@
+"""Sockets, TLS, DNS, tasks and deadlines: where the protocol machines meet trio."""

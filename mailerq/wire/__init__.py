@@ -1,0 +1,1 @@
+"""Bytes on the wire against events: SMTP as pure state, with no I/O and no clock."""

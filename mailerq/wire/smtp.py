@@ -1,0 +1,143 @@
+"""What client and server share of SMTP: replies, their one table, and the size of things.
+
+A reply is a code and lines of text (RFC 5321, section 4.2). Where the server speaks
+enhanced status codes (RFC 2034, RFC 3463) they stand at the start of the text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Final
+
+__all__ = [
+    "LocalProtocolError",
+    "Reply",
+    "with_status",
+]
+
+COMMAND_LIMIT: Final = 4096
+"""Bytes of a command line with CRLF. RFC 5321 asks for 512, its extensions add some 2,000."""
+
+AUTH_LIMIT: Final = 12288 + 2
+"""Bytes of a line of an AUTH exchange (RFC 4954, section 4)."""
+
+REPLY_LINE_LIMIT: Final = 998
+"""Bytes of a line that we send; RFC 5321, section 4.5.3.1.5 asks for 512, peers take more."""
+
+_STATUS: Final = re.compile(r"([245])\.\d{1,3}\.\d{1,3}(?= |$)")
+_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class LocalProtocolError(RuntimeError):
+    """The caller used a protocol machine out of turn: a defect here, not at the peer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply, as it goes on the wire or came from it.
+
+    Lines of `text` are separated by a line feed. Whatever else in it could end a line or
+    steer a terminal is replaced by a question mark, so that text from a plugin or from a
+    peer can always be sent and logged.
+    """
+
+    code: int
+    text: str
+    wire: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        text = self.text
+        if "\n" not in text and text.isprintable() and len(text) < REPLY_LINE_LIMIT:
+            wire = b"%d %b\r\n" % (self.code, text.encode())
+        else:
+            lines = [_CONTROLS.sub("?", line) for line in text.replace("\r\n", "\n").split("\n")]
+            object.__setattr__(self, "text", "\n".join(lines))
+            chunks = [line.encode(errors="replace")[: REPLY_LINE_LIMIT - 6] for line in lines]
+            head = b"".join(b"%d-%b\r\n" % (self.code, chunk) for chunk in chunks[:-1])
+            wire = b"%b%d %b\r\n" % (head, self.code, chunks[-1])
+        object.__setattr__(self, "wire", wire)
+
+    @property
+    def status(self) -> str | None:
+        """The enhanced status code at the start of the text, or None."""
+        match = _STATUS.match(self.text)
+        return match[0] if match else None
+
+    @property
+    def description(self) -> str:
+        """The text without its status code, on one line."""
+        status = self.status
+        lines = self.text.split("\n")
+        if status is not None:
+            lines = [line.removeprefix(status).lstrip() for line in lines]
+        return " ".join(lines)
+
+
+def with_status(code: int, text: str, status: str) -> str:
+    """Put `status` before every line of `text`, unless it starts with one that fits `code`."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    match = _STATUS.match(lines[0])
+    if match and match[1] == str(code)[0]:
+        return "\n".join(lines)
+    return "\n".join(f"{status} {line}" for line in lines)
+
+
+# The replies of the server, in the order in which a session meets them. Texts that hold a
+# value are functions of it.
+
+CLOSING = Reply(421, "4.3.2 Service shutting down, try again later")
+BUSY = Reply(421, "4.7.0 Too many connections, try again later")
+TIMED_OUT = Reply(421, "4.4.2 Timeout, closing connection")
+TOO_MANY_ERRORS = Reply(421, "4.7.0 Too many errors, closing connection")
+TOO_MANY_COMMANDS = Reply(421, "4.7.0 Too many commands without mail, closing connection")
+NOT_SMTP = Reply(421, "4.7.0 This is an SMTP server, closing connection")
+LINE_TOO_LONG = Reply(500, "5.5.2 Line too long")
+BARE_NEWLINE = Reply(500, "5.5.2 Lines end in CR LF")
+NOT_ASCII = Reply(500, "5.5.2 Command holds bytes that are not ASCII")
+UNKNOWN_COMMAND = Reply(500, "5.5.2 Command not recognized")
+NOT_IMPLEMENTED = Reply(502, "5.5.1 Command not implemented")
+NO_ARGUMENT_EXPECTED = Reply(501, "5.5.4 This command takes no argument")
+HELLO_SYNTAX = Reply(501, "5.5.4 Syntax: EHLO hostname")
+HELLO_FIRST = Reply(503, "5.5.1 Send EHLO or HELO first")
+SYNCHRONIZATION = Reply(554, "5.5.0 Sent before its turn, closing connection")
+OK = Reply(250, "2.0.0 Ok")
+BYE = Reply(221, "2.0.0 Bye")
+HELP = Reply(214, "2.0.0 EHLO HELO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT, see RFC 5321")
+CANNOT_VERIFY = Reply(252, "2.5.1 Cannot verify, send mail and it will be tried")
+TLS_READY = Reply(220, "2.0.0 Ready to start TLS")
+TLS_ALREADY = Reply(503, "5.5.1 TLS is already in use")
+TLS_UNAVAILABLE = Reply(454, "4.7.0 TLS is not available now")
+AUTH_SYNTAX = Reply(501, "5.5.4 Syntax: AUTH mechanism [initial-response]")
+AUTH_UNKNOWN = Reply(504, "5.5.4 Mechanism not offered")
+AUTH_NEEDS_TLS = Reply(538, "5.7.11 Encryption required, send STARTTLS first")
+AUTH_OUT_OF_TURN = Reply(503, "5.5.1 Already authenticated, or within a mail")
+AUTH_BAD_RESPONSE = Reply(501, "5.5.2 Cannot decode the response")
+AUTH_CANCELLED = Reply(501, "5.7.0 Authentication cancelled")
+AUTH_OK = Reply(235, "2.7.0 Authentication succeeded")
+AUTH_FAILED = Reply(535, "5.7.8 Authentication credentials invalid")
+MAIL_SYNTAX = Reply(501, "5.5.4 Syntax: MAIL FROM:<address> [parameters]")
+MAIL_NESTED = Reply(503, "5.5.1 Sender already given, send RSET to start anew")
+MAIL_OK = Reply(250, "2.1.0 Ok")
+MAIL_FIRST = Reply(503, "5.5.1 Send MAIL first")
+BAD_SENDER = Reply(553, "5.1.7 Sender address is malformed")
+RCPT_SYNTAX = Reply(501, "5.5.4 Syntax: RCPT TO:<address> [parameters]")
+RCPT_OK = Reply(250, "2.1.5 Ok")
+BAD_RECIPIENT = Reply(553, "5.1.3 Recipient address is malformed")
+TOO_MANY_RECIPIENTS = Reply(452, "4.5.3 Too many recipients, send the rest separately")
+NO_RELAY = Reply(550, "5.7.1 Relaying denied")
+BAD_PARAMETER_VALUE = Reply(501, "5.5.4 Parameter value not understood")
+UNKNOWN_PARAMETER = Reply(555, "5.5.4 Parameter not recognized")
+UTF8_NOT_OFFERED = Reply(553, "5.6.7 Address holds characters that are not ASCII")
+TOO_BIG = Reply(552, "5.3.4 Message too big")
+RCPT_FIRST = Reply(503, "5.5.1 Send RCPT first, no recipient was accepted")
+NO_VALID_RECIPIENTS = Reply(554, "5.5.1 No valid recipients")
+START_DATA = Reply(354, "End data with <CR><LF>.<CR><LF>")
+BARE_NEWLINE_IN_DATA = Reply(550, "5.6.0 Message holds a bare CR or LF, lines end in CR LF")
+TOO_MANY_HOPS = Reply(554, "5.4.6 Too many Received lines, mail is looping")
+LOCAL_ERROR = Reply(451, "4.3.0 Local error, try again later")
+QUEUE_UNAVAILABLE = Reply(451, "4.3.0 Queue not available, try again later")
+
+
+def greeting(hostname: str) -> Reply:
+    return Reply(220, f"{hostname} ESMTP mailerq")
