@@ -1,0 +1,615 @@
+"""The settings of mailerq: one table, its reader, and the frozen `Config` that it fills.
+
+*Theory of operation.* The table is the dataclass `Config` itself: each field is one setting
+and carries, through `setting`, what its annotation and default do not say (how its text is
+read, its bounds, its unit, a sentence for people). `SETTINGS` is the table as a tuple; the
+reader, ``--help``, ``mailerq config``, the documentation and the tests read it.
+
+Values come from layers, a later one over an earlier one: the defaults, the file
+``/etc/mailerq/config.txt`` where there is one, the file that ``--config-file`` names, the
+environment (``MAILERQ_SMTP_PORT``), the command line (``--smtp-port=2525``). Every value
+remembers its place, see `Config.origin`.
+
+A file holds one ``key: value`` on a line. ``#`` starts a comment at the start of a line or
+after white space. There is no quoting; a value goes to the end of its line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Self
+
+from mailerq.errors import ConfigError
+from mailerq.settings import (
+    DOMAINS,
+    ENVIRON_PREFIX,
+    FLAG,
+    HOST,
+    HOSTNAME,
+    IPS,
+    NETWORKS,
+    NUMBER,
+    NUMBERS,
+    PATH,
+    PORT,
+    PORTS,
+    QUEUE,
+    SECONDS,
+    SINK,
+    SIZE,
+    TEXT,
+    Network,
+    Setting,
+    setting,
+    table,
+)
+
+__all__ = [
+    "DEFAULT_FILES",
+    "NOT_YET",
+    "SETTINGS",
+    "Config",
+    "Network",
+    "Setting",
+    "split_arguments",
+]
+
+DEFAULT_FILES: Final = ("/etc/mailerq/config.txt",)
+
+FILE_SIZE_LIMIT: Final = 1 << 20
+"""In bytes. A configuration is a few hundred lines; what is larger is some other file."""
+
+
+HERE: Final = "Host"
+SERVER: Final = "SMTP server"
+ACCESS: Final = "Who may send what"
+TLS: Final = "TLS and login"
+QUEUES: Final = "Queues"
+DELIVERY: Final = "Delivery"
+DNS: Final = "DNS"
+PLUGINS: Final = "Plugins"
+LOGS: Final = "Logs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Every setting of one engine, checked and immutable; `smtp-port` is `config.smtp_port`.
+
+    Raises `ConfigError` for a value of a wrong type or out of its bounds, and for values that
+    contradict each other.
+
+    >>> config = Config(smtp_port=(2525,), smtp_local_domains=("Example.TEST",))
+    >>> config.smtp_local_domains, config.origin("smtp-port"), config.origin("smtp-maxsize")
+    (('example.test',), 'program', 'default')
+    """
+
+    hostname: str = setting(
+        "",
+        HOSTNAME,
+        HERE,
+        "The name that the server gives in its greeting, in EHLO and in message ids.",
+        unset="the full name of this host",
+    )
+    server_id: int | None = setting(
+        None,
+        NUMBER,
+        HERE,
+        "Number of this instance, mixed into message ids; different for each instance.",
+        unset="derived from the host",
+        minimum=0,
+    )
+    user: str = setting(
+        "", TEXT, HERE, "Account to change to once the ports are open.", unset="stay as started"
+    )
+    lock: str = setting(
+        "",
+        PATH,
+        HERE,
+        "File with the process id that keeps a second instance from starting.",
+        unset="mailerq.pid in the temporary directory",
+    )
+    shutdown_timeout: float = setting(
+        30.0, SECONDS, HERE, "How long a stop waits for running transactions.", unit="s", minimum=0
+    )
+
+    smtp_ip: tuple[str, ...] = setting(
+        (), IPS, SERVER, "Addresses to listen on.", unset="all addresses"
+    )
+    smtp_port: tuple[int, ...] = setting(
+        (25,), PORTS, SERVER, "Ports to listen on, as a list with ranges: 25,2525,1024-1026."
+    )
+    smtp_secure_port: tuple[int, ...] = setting(
+        (), PORTS, SERVER, "Ports to listen on that speak TLS from the first byte.", unset="none"
+    )
+    smtp_threads: int = setting(
+        1,
+        NUMBER,
+        SERVER,
+        "Worker threads, each with its own plugin context, for mail in and out.",
+        minimum=1,
+        maximum=1024,
+        aliases=("max-threads",),
+    )
+    smtp_connections: int = setting(
+        1000,
+        NUMBER,
+        SERVER,
+        "Connections at a time, in and out together.",
+        minimum=1,
+        aliases=("max-connections",),
+    )
+    smtp_connections_in: int | None = setting(
+        None,
+        NUMBER,
+        SERVER,
+        "Incoming connections at a time.",
+        unset="as smtp-connections",
+        minimum=1,
+    )
+    smtp_connections_out: int | None = setting(
+        None,
+        NUMBER,
+        SERVER,
+        "Outgoing connections at a time.",
+        unset="as smtp-connections",
+        minimum=1,
+    )
+    smtp_timeout: float = setting(
+        300.0, SECONDS, SERVER, "How long a client may be idle.", unit="s", minimum=0.001
+    )
+    smtp_maxsize: int = setting(
+        100 << 20, SIZE, SERVER, "Largest message that is taken; announced with SIZE.", minimum=1
+    )
+    smtp_maxrecipients: int = setting(
+        1000, NUMBER, SERVER, "Recipients of one transaction.", minimum=1
+    )
+    smtp_extract: bool = setting(
+        True, FLAG, SERVER, "Turn x-mq-* headers of clients that may relay into properties."
+    )
+
+    smtp_range: tuple[Network, ...] = setting(
+        (),
+        NETWORKS,
+        ACCESS,
+        "Networks whose clients may connect.",
+        unset="everybody",
+        aliases=("smtp-ranges",),
+    )
+    smtp_relay_range: tuple[Network, ...] = setting(
+        (ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128")),
+        NETWORKS,
+        ACCESS,
+        "Networks whose clients may send to any recipient without a login.",
+    )
+    smtp_local_domains: tuple[str, ...] = setting(
+        (), DOMAINS, ACCESS, "Domains that anybody may send to.", unset="none"
+    )
+
+    smtp_certificate: str = setting(
+        "", PATH, TLS, "PEM file with the certificate chain; offers STARTTLS.", unset="no TLS"
+    )
+    smtp_key: str = setting(
+        "",
+        PATH,
+        TLS,
+        "PEM file with the private key.",
+        unset="in smtp-certificate",
+        aliases=("smtp-privatekey",),
+    )
+    smtp_ciphers: str = setting(
+        "", TEXT, TLS, "Ciphers, with colons between them.", unset="the library's choice"
+    )
+    smtp_username: str = setting("", TEXT, TLS, "The one login for incoming mail.", unset="none")
+    smtp_password: str = setting("", TEXT, TLS, "Its password.", unset="none", secret=True)
+
+    queue_directory: str = setting(
+        "/var/spool/mailerq",
+        PATH,
+        QUEUES,
+        "Where the embedded queue keeps its files; used while rabbitmq-address is not set.",
+        needed=True,
+    )
+    rabbitmq_address: str = setting(
+        "", TEXT, QUEUES, "Address of a RabbitMQ; not supported yet.", unset="the embedded queue"
+    )
+    rabbitmq_outbox: str = setting(
+        "outbox", QUEUE, QUEUES, "The queue of mail to deliver, the only one consumed.", needed=True
+    )
+    rabbitmq_inbox: str | None = setting(
+        None,
+        QUEUE,
+        QUEUES,
+        "The queue that received mail goes to; empty drops it.",
+        unset="as rabbitmq-outbox",
+    )
+    rabbitmq_results: str = setting("", QUEUE, QUEUES, "Gets every final result.", unset="off")
+    rabbitmq_success: str = setting("", QUEUE, QUEUES, "Gets every delivered mail.", unset="off")
+    rabbitmq_failure: str = setting("", QUEUE, QUEUES, "Gets every failed mail.", unset="off")
+    rabbitmq_retry: str = setting(
+        "", QUEUE, QUEUES, "Gets a copy of each mail that is tried again later.", unset="off"
+    )
+    rabbitmq_local: str = setting(
+        "", QUEUE, QUEUES, "Gets received mail for local recipients.", unset="off"
+    )
+    rabbitmq_qos: int = setting(
+        1000,
+        NUMBER,
+        QUEUES,
+        "Messages held in memory at a time.",
+        minimum=1,
+        aliases=("max-messages",),
+    )
+
+    max_attempts: int = setting(
+        0, NUMBER, DELIVERY, "Attempts before a message has failed; 0: no limit.", unlimited=True
+    )
+    max_delivertime: float = setting(
+        86400.0,
+        SECONDS,
+        DELIVERY,
+        "Time from the first sight of a message until it has failed.",
+        unit="s",
+        minimum=0,
+        aliases=("max-deliver-time",),
+    )
+    retry_interval: tuple[int, ...] = setting(
+        (600, 600, 1800, 1800, 3600, 3600, 7200),
+        NUMBERS,
+        DELIVERY,
+        "Delays before attempt 2, 3 and so on; the last one repeats.",
+        unit="s",
+        minimum=0,
+        needed=True,
+    )
+    smarthost: str = setting("", HOST, DELIVERY, "Host that takes all mail.", unset="none")
+    smarthost_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
+    smtp_sink_address: str = setting(
+        "",
+        SINK,
+        DELIVERY,
+        "For trying out: connect here instead of to the real hosts.",
+        unset="off",
+        aliases=("smtp-sink-ip",),
+    )
+    smtp_sink_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
+    domain_maxconnections: int = setting(
+        20,
+        NUMBER,
+        DELIVERY,
+        "Connections to one domain at a time; 0: no limit.",
+        unlimited=True,
+    )
+    connection_maxmessages: int = setting(
+        0, NUMBER, DELIVERY, "Messages on one connection; 0: no limit.", unlimited=True
+    )
+    connection_maxidle: float = setting(
+        5000.0, SECONDS, DELIVERY, "How long an idle connection is kept.", unit="ms", minimum=0
+    )
+    connect_timeout: float = setting(
+        30.0, SECONDS, DELIVERY, "How long to wait for a connection.", unit="s", minimum=0.001
+    )
+    smtp_out_timeout: float = setting(
+        60.0,
+        SECONDS,
+        DELIVERY,
+        "How long to wait for a reply; five times as long after the message.",
+        unit="s",
+        minimum=0.001,
+    )
+
+    dns_timeout: float = setting(
+        5.0,
+        SECONDS,
+        DNS,
+        "How long to wait for one answer.",
+        unit="s (older configurations: ms)",
+        minimum=0.001,
+        maximum=300,
+    )
+    dns_attempts: int = setting(
+        4, NUMBER, DNS, "Questions before a lookup has failed.", minimum=1, maximum=100
+    )
+
+    plugin_directory: str = setting(
+        "/usr/share/mailerq/plugins",
+        PATH,
+        PLUGINS,
+        "Every *.so in it is loaded, in the order of names; it may be missing.",
+        unset="none",
+    )
+    plugin_timeout: float = setting(
+        300.0,
+        SECONDS,
+        PLUGINS,
+        "How long a plugin may hold an event before the event is given up with 451.",
+        unit="s",
+        minimum=0.001,
+    )
+
+    application_log: str = setting(
+        "stderr",
+        TEXT,
+        LOGS,
+        "Where messages about the program go: stdout, stderr, syslog or files, as a list.",
+        unset="nowhere",
+        aliases=("error-log",),
+    )
+    send_log_file: str = setting("", PATH, LOGS, "A line for each attempt.", unset="off")
+    received_log_file: str = setting("", PATH, LOGS, "A line for each mail taken.", unset="off")
+
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Attribute to place of each value that was set; filled by `load`, read by `origin`."""
+
+    def __post_init__(self) -> None:
+        for known in SETTINGS:
+            value = getattr(self, known.attribute)
+            if value is known.default:
+                continue
+            try:
+                value = known.check(value)
+            except ValueError as error:
+                raise ConfigError(self._where(known.attribute), str(error)) from None
+            object.__setattr__(self, known.attribute, value)
+        if not self.hostname:
+            object.__setattr__(self, "hostname", _this_host())
+        for attribute, problem in _contradictions(self):
+            raise ConfigError(self._where(attribute), problem)
+
+    def _where(self, attribute: str) -> str:
+        return self.origins.get(attribute) or attribute.replace("_", "-")
+
+    @classmethod
+    def load(
+        cls,
+        arguments: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        files: Iterable[str | os.PathLike[str]] = DEFAULT_FILES,
+    ) -> Self:
+        """Read all layers: `files` that exist, ``--config-file``, `environ`, `arguments`.
+
+        `arguments` holds nothing but settings (see `split_arguments`); `environ` is
+        `os.environ` where it is None. Raises `ConfigError` for the first thing that is wrong.
+        """
+        switches = _read_arguments(arguments)
+        variables = _read_environ(os.environ if environ is None else environ)
+        overlay = switches.pop(CONFIG_FILE, variables.pop(CONFIG_FILE, None))
+        variables.pop(CONFIG_FILE, None)
+        layers = [_read_file(os.fspath(file), missing_is_fine=True) for file in files]
+        if overlay is not None:
+            layers.append(_read_file(overlay.text))
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for layer in (*layers, variables, switches):
+            for key, given in layer.items():
+                known = _BY_KEY[key]
+                try:
+                    values[known.attribute] = known.read(given.text)
+                except ValueError as error:
+                    raise ConfigError(given.where, f"{key}: {error}") from None
+                origins[known.attribute] = given.where
+        return cls(**values, origins=origins)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with some changed, checked again.
+
+        >>> Config().replace(smtp_threads=4).smtp_threads
+        4
+        """
+        origins = {name: where for name, where in self.origins.items() if name not in changes}
+        return dataclasses.replace(self, **changes, origins=origins)
+
+    def origin(self, name: str) -> str:
+        """Where the value of a setting (key or attribute) was set.
+
+        ``file:line``, ``--key``, ``MAILERQ_KEY``, ``program`` or ``default``.
+        """
+        known = _BY_KEY[name.replace("_", "-")]
+        if known.attribute in self.origins:
+            return self.origins[known.attribute]
+        if known.attribute == "hostname":
+            return "default" if self.hostname == _this_host() else "program"
+        return "default" if getattr(self, known.attribute) == known.default else "program"
+
+    def text(self, name: str) -> str:
+        """The value of a setting (key or attribute) as a file would hold it; empty: unset.
+
+        A secret comes back as it is: ask `Setting.secret` before showing it.
+        """
+        known = _BY_KEY[name.replace("_", "-")]
+        return known.write(getattr(self, known.attribute))
+
+
+SETTINGS: Final = table(Config)
+"""The table, in the order in which people read it; settings of a group stand together."""
+
+_BY_KEY: Final = {name: known for known in SETTINGS for name in (known.key, *known.aliases)}
+
+CONFIG_FILE: Final = "config-file"
+
+NOT_YET: Final = frozenset(
+    """
+    cluster-address cluster-exchange cluster-host cluster-password cluster-timeout cluster-user
+    cluster-verify cluster-vhost connection-secure database database-address database-threads
+    database-ttl database-validate dns-buffersize dns-capacity dns-expire dns-force
+    dns-getaddrinfo dns-helofile dns-interval dns-min-ttl dns-rotate dns-sockets dns-spread
+    dns-threads domain-maxconnects domain-maxmessages domain-maxqueue download-blacklist
+    download-cache download-log-directory download-log-file download-proxy download-ttl
+    download-user-agent download-whitelist dsn-advertise dsn-envelope dsn-mta dsn-notify dsn-ret
+    ip-maxconnections ip-maxconnects ip-maxmessages max-memory max-queues normalize-mime
+    proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-dsn rabbitmq-durable
+    rabbitmq-encoding rabbitmq-exchange rabbitmq-flush-qos rabbitmq-host rabbitmq-lazy
+    rabbitmq-maxpriority rabbitmq-minqos rabbitmq-password rabbitmq-persistent
+    rabbitmq-publishers rabbitmq-refused rabbitmq-reports rabbitmq-throttle rabbitmq-user
+    rabbitmq-verify rabbitmq-vhost received-log-directory received-log-format
+    received-log-history received-log-maxage received-log-maxsize received-log-prefix
+    render-useragent send-bin-log-file send-log-compression send-log-directory send-log-format
+    send-log-history send-log-maxage send-log-maxsize send-log-prefix smarthost-password
+    smarthost-username smtp-auth smtp-auth-results smtp-check smtp-default-ips smtp-defaultip
+    smtp-defaultips smtp-mappable-ips smtp-protection smtp-proxy smtp-sink-password
+    smtp-sink-username smtp-unmappable-ips smtp-validate-address spamassassin-host
+    spamassassin-port spool-delay spool-directory spool-extract spool-fail-directory
+    spool-open-files spool-remove spool-threads storage storage-address storage-policy
+    storage-reschedule storage-threads storage-timeout storage-ttl validate-envelope
+    validate-recipient www-auth www-cache-control www-certificate www-ciphers www-connections
+    www-dir www-host www-ip www-log-file www-password www-port www-private-key www-privatekey
+    www-secure-port www-url
+    """.split()
+)
+"""Settings of the reference that are not implemented: an error of their own, no typo."""
+
+
+def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """Pairs of the attribute to change and what is wrong with it."""
+    if config.rabbitmq_address:
+        yield "rabbitmq_address", "rabbitmq-address is not supported yet; leave it away"
+    for key in ("smtp_key", "smtp_ciphers", "smtp_secure_port"):
+        if getattr(config, key) and not config.smtp_certificate:
+            yield key, f"{key.replace('_', '-')} needs smtp-certificate, which is not set"
+    if config.smtp_username and not config.smtp_password:
+        yield "smtp_username", "smtp-username needs smtp-password, which is not set"
+    if config.smtp_password and not config.smtp_username:
+        yield "smtp_password", "smtp-password needs smtp-username, which is not set"
+    for port in set(config.smtp_port) & set(config.smtp_secure_port) - {0}:
+        yield "smtp_secure_port", f"port {port} is in smtp-port as well"
+    for key in ("smtp_connections_in", "smtp_connections_out"):
+        if (getattr(config, key) or 0) > config.smtp_connections:
+            limit = f"smtp-connections ({config.smtp_connections})"
+            yield key, f"{key.replace('_', '-')} is more than {limit}, which counts both"
+    for key in ("rabbitmq_results", "rabbitmq_success", "rabbitmq_failure", "rabbitmq_retry"):
+        if getattr(config, key) == config.rabbitmq_outbox:
+            name = key.replace("_", "-")
+            yield key, f"{name} is the outbox: what it gets would be delivered over and over"
+
+
+@functools.cache
+def _this_host() -> str:
+    name = socket.gethostname()
+    return name if "." in name else socket.getfqdn()
+
+
+# -- the layers ---------------------------------------------------------------------------
+
+
+class _Given(NamedTuple):
+    """The text of a value and where it stands."""
+
+    text: str
+    where: str
+
+
+_Layer = dict[str, _Given]
+
+
+def _add(layer: _Layer, name: str, text: str, where: str) -> None:
+    """Put a value under its key, whatever its spelling. Raises `ConfigError`."""
+    if name == CONFIG_FILE:
+        key = name
+    elif known := _BY_KEY.get(name):
+        key = known.key
+    elif name in NOT_YET:
+        raise ConfigError(where, f"{name} is not supported yet")
+    else:
+        raise ConfigError(where, f"unknown setting {name!r}{_suggestion(name)}")
+    if key in layer:
+        raise ConfigError(where, f"second value for {key}; the first is at {layer[key].where}")
+    layer[key] = _Given(text, where)
+
+
+def _suggestion(name: str) -> str:
+    import difflib  # only for a text about an error
+
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), _BY_KEY, n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _read_file(path: str, *, missing_is_fine: bool = False) -> _Layer:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(FILE_SIZE_LIMIT + 1)
+    except FileNotFoundError:
+        if missing_is_fine:
+            return {}
+        raise ConfigError(path, "there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(path, getattr(error, "strerror", None) or str(error)) from None
+    if len(data) > FILE_SIZE_LIMIT:
+        raise ConfigError(path, f"is larger than {FILE_SIZE_LIMIT} bytes: no configuration")
+    layer: _Layer = {}
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError:
+            raise ConfigError(where, "is not UTF-8") from None
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if not line:
+            continue
+        key, colon, text = line.partition(":")
+        if not colon:
+            raise ConfigError(where, f"{line!r} is not of the form 'key: value'")
+        if key.strip() == CONFIG_FILE:
+            raise ConfigError(where, f"{CONFIG_FILE} cannot stand in a file")
+        _add(layer, key.strip(), text.strip(), where)
+    return layer
+
+
+# Kubernetes and Docker set such variables by themselves next to a service named mailerq.
+_NOT_OURS: Final = re.compile(r"MAILERQ_(SERVICE_(HOST|PORT.*)|PORT(_[0-9]+_.*)?)", re.DOTALL)
+
+
+def _read_environ(environ: Mapping[str, str]) -> _Layer:
+    layer: _Layer = {}
+    for variable, text in environ.items():
+        if variable.startswith(ENVIRON_PREFIX) and not _NOT_OURS.fullmatch(variable):
+            name = variable.removeprefix(ENVIRON_PREFIX).lower().replace("_", "-")
+            _add(layer, name, text.strip(), variable)
+    return layer
+
+
+def _read_arguments(arguments: Sequence[str]) -> _Layer:
+    layer: _Layer = {}
+    remaining = iter(arguments)
+    for argument in remaining:
+        if not argument.startswith("--"):
+            raise ConfigError(argument, "is not a setting of the form --key=value")
+        switch, equals, text = argument.partition("=")
+        if not equals:
+            text = next(remaining, "--")
+            if text.startswith("--"):
+                raise ConfigError(switch, "needs a value")
+        _add(layer, switch.removeprefix("--"), text.strip(), switch)
+    return layer
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the settings for `Config.load` and all the rest, in order.
+
+    A setting is a switch whose name is in the table (or known and not supported yet), with
+    the value that follows it where it has no ``=``. After ``--`` everything is rest.
+
+    >>> split_arguments(["queue", "--smtp-port", "25", "list", "--json"])
+    (['--smtp-port', '25'], ['queue', 'list', '--json'])
+    """
+    settings: list[str] = []
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--":
+            rest += [argument, *remaining]
+            break
+        switch, equals, _ = argument.partition("=")
+        name = switch.removeprefix("--")
+        if switch == name or not (name in _BY_KEY or name in NOT_YET or name == CONFIG_FILE):
+            rest.append(argument)
+            continue
+        settings.append(argument)
+        if not equals:
+            settings += [text for text in (next(remaining, None),) if text is not None]
+    return settings, rest

@@ -1,0 +1,336 @@
+"""What one setting is: its name, and how its value is read from text, checked and written.
+
+`mailerq.config` declares the settings with `setting`; a `Kind` is what settings have in
+common, a `Setting` is one row of the table that the declarations make.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, TypeVar
+
+from mailerq.address import parse_domain, parse_host
+from mailerq.errors import AddressError
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Value = TypeVar("Value")
+
+ENVIRON_PREFIX: Final = "MAILERQ_"
+
+QUEUE_NAME_LIMIT: Final = 255
+"""In bytes, as AMQP 0-9-1 has it (a short string)."""
+
+
+# -- kinds: how the text of a value is read, checked and written ---------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How the values of a setting are read from text, checked and written as text.
+
+    `read` and `check` raise ValueError with a text that completes "smtp-port: …". `check`
+    takes what a program passed and returns the value in its one exact type.
+    """
+
+    name: str
+    read: Callable[[str], Any]
+    check: Callable[[Any], Any]
+    write: Callable[[Any], str] = str
+    may_be_empty: bool = False
+
+
+def _check_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    if any(char < " " or char == "\x7f" for char in value):
+        raise ValueError("holds a control character")
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError("is not UTF-8")
+    return value
+
+
+_FLAGS: Final = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+
+
+def _read_flag(text: str) -> bool:
+    try:
+        return _FLAGS[text.lower()]
+    except KeyError:
+        raise ValueError(f"{text!r} is neither true nor false") from None
+
+
+def _check_flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither True nor False")
+    return value
+
+
+def _read_number(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text, re.ASCII):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _check_number(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _read_seconds(text: str) -> float:
+    if not re.fullmatch(r"[+-]?([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)", text, re.ASCII):
+        raise ValueError(f"{text!r} is not a number")
+    return float(text)
+
+
+def _check_seconds(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
+
+
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _read_size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15}) ?([KMGT]?)(?:I?B)?", text.upper(), re.ASCII)
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 512KB, 100MB or 16GB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _write_size(value: int) -> str:
+    for unit in "TGMK":
+        if value and value % _UNITS[unit] == 0:
+            return f"{value // _UNITS[unit]}{unit}B"
+    return str(value)
+
+
+def _syntax(parse: Callable[[str], Any], value: Any) -> str:
+    """Check a text that may be empty against a grammar of `mailerq.address`."""
+    text = _check_text(value)
+    try:
+        if text:
+            parse(text)
+    except AddressError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+def _check_host(value: Any) -> str:
+    return _syntax(parse_host, value)
+
+
+def _check_hostname(value: Any) -> str:
+    return _syntax(parse_domain, value)
+
+
+def _check_queue(value: Any) -> str:
+    text = _check_text(value)
+    if len(text.encode()) > QUEUE_NAME_LIMIT:
+        raise ValueError(f"is longer than {QUEUE_NAME_LIMIT} bytes")
+    return text
+
+
+def _check_sink(value: Any) -> str:
+    # The documented default, 0.0.0.0, is the reference's way to write "no sink".
+    return "" if value == "0.0.0.0" else _check_host(value)
+
+
+def _each(text: str) -> list[str]:
+    return [part for item in re.split("[;,]", text) if (part := item.strip())]
+
+
+def _list_kind(
+    name: str,
+    read: Callable[[str], Iterable[Any]],
+    check: Callable[[Any], Any],
+    *,
+    separator: str = ",",
+    repeats: bool = False,
+) -> Kind:
+    """A list: `read` turns the text of one item into values, `check` checks one value."""
+
+    def read_all(text: str) -> tuple[Any, ...]:
+        return tuple(value for item in _each(text) for value in read(item))
+
+    def check_all(values: Any) -> tuple[Any, ...]:
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise ValueError(f"{values!r} is not a list")
+        checked = tuple(check(value) for value in values)
+        seen: set[Any] = set()
+        for value in checked:
+            # Port 0 stands for "any free one", and two of them are two ports.
+            if value in seen and value != 0 and not repeats:
+                raise ValueError(f"{value} stands twice")
+            seen.add(value)
+        return checked
+
+    def write_all(values: tuple[Any, ...]) -> str:
+        return separator.join(map(str, values))
+
+    return Kind(name, read_all, check_all, write_all, may_be_empty=True)
+
+
+def _read_ports(item: str) -> Iterator[int]:
+    first, dash, last = (part.strip() for part in item.partition("-"))
+    if not dash:
+        yield _check_port(_read_number(first))
+        return
+    low, high = _check_port(_read_number(first)), _check_port(_read_number(last))
+    if low > high:
+        raise ValueError(f"the range {item} ends before it starts")
+    yield from range(low, high + 1)
+
+
+def _check_port(value: Any) -> int:
+    port = _check_number(value)
+    if not 0 <= port <= 65535:
+        raise ValueError(f"{port} is not a port (0 to 65535)")
+    return port
+
+
+def _read_network(item: str) -> Network:
+    try:
+        return ipaddress.ip_network(item)
+    except ValueError as error:
+        raise ValueError(f"{item!r} is not a network such as 192.0.2.0/24: {error}") from None
+
+
+def _check_network(value: Any) -> Network:
+    if isinstance(value, Network):
+        return value
+    return _read_network(_check_text(value))
+
+
+def _check_ip(value: Any) -> str:
+    text = _check_text(value)
+    try:
+        return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        raise ValueError(f"{text!r} is not an IP address") from None
+
+
+def _check_domain(value: Any) -> str:
+    return parse_domain(_syntax(parse_domain, value))
+
+
+def _text_kind(name: str, check: Callable[[Any], str]) -> Kind:
+    return Kind(name, str, check, may_be_empty=True)
+
+
+TEXT: Final = _text_kind("text", _check_text)
+PATH: Final = _text_kind("path", _check_text)
+QUEUE: Final = _text_kind("queue", _check_queue)
+HOST: Final = _text_kind("host", _check_host)
+HOSTNAME: Final = _text_kind("domain", _check_hostname)
+SINK: Final = _text_kind("host", _check_sink)
+FLAG: Final = Kind("true|false", _read_flag, _check_flag, lambda value: str(value).lower())
+NUMBER: Final = Kind("number", _read_number, _check_number)
+SECONDS: Final = Kind("number", _read_seconds, _check_seconds, "{:g}".format)
+SIZE: Final = Kind("size", _read_size, _check_number, _write_size)
+PORT: Final = Kind("port", _read_number, _check_port)
+PORTS: Final = _list_kind("ports", _read_ports, _check_port)
+NUMBERS: Final = _list_kind(
+    "numbers", lambda item: (_read_number(item),), _check_number, repeats=True
+)
+IPS: Final = _list_kind("addresses", lambda item: (item,), _check_ip, separator=";")
+NETWORKS: Final = _list_kind(
+    "networks", lambda item: (_read_network(item),), _check_network, separator=";"
+)
+DOMAINS: Final = _list_kind("domains", lambda item: (item,), _check_domain, separator=";")
+
+
+# -- the table ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table: a setting of `mailerq.config.Config`."""
+
+    default: Any
+    kind: Kind
+    group: str
+    text: str
+    """One sentence that says what it is for."""
+    attribute: str = ""
+    """The name in `Config`."""
+    unit: str = ""
+    """Empty where the kind says it all."""
+    minimum: float | None = None
+    maximum: float | None = None
+    needed: bool = False
+    """An empty value is an error."""
+    unset: str = ""
+    """What an empty or absent value stands for."""
+    unlimited: bool = False
+    """0 is no limit, and so is -1, as older configurations write it."""
+    secret: bool = False
+    """The value is not for logs and screens."""
+    aliases: tuple[str, ...] = ()
+    """Other spellings of `key`."""
+
+    @property
+    def key(self) -> str:
+        """The name in files and switches."""
+        return self.attribute.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """The name in the environment."""
+        return ENVIRON_PREFIX + self.attribute.upper()
+
+    @property
+    def default_text(self) -> str:
+        """The default as a file would hold it, or what it stands for when that is empty."""
+        return self.write(self.default) or self.unset
+
+    def write(self, value: Any) -> str:
+        """The value as a file would hold it; empty where it is unset."""
+        return "" if value is None else self.kind.write(value)
+
+    def read(self, text: str) -> Any:
+        """The checked value that a text stands for. Raises ValueError."""
+        if not text and not self.kind.may_be_empty:
+            raise ValueError("needs a value")
+        return self.check(self.kind.read(_check_text(text)))
+
+    def check(self, value: Any) -> Any:
+        """A value that a program passed, in its one exact type. Raises ValueError."""
+        if value is None and self.default is None:
+            return None
+        value = self.kind.check(value)
+        if self.needed and not value:
+            raise ValueError("needs a value")
+        if self.unlimited and value == -1:
+            return 0
+        minimum = 0 if self.unlimited else self.minimum
+        for number in value if isinstance(value, tuple) else (value,):
+            if minimum is not None and number < minimum:
+                raise ValueError(f"{number:g} is less than {minimum:g}")
+            if self.maximum is not None and number > self.maximum:
+                raise ValueError(f"{number:g} is more than {self.maximum:g} {self.unit}".rstrip())
+        return value
+
+
+def setting(default: Value, kind: Kind, group: str, text: str, **more: Any) -> Value:
+    """Declare a field of `Config` as a setting; `more` are further fields of `Setting`."""
+    row = Setting(default, kind, group, text, **more)
+    declared: Value = field(default=default, repr=not row.secret, metadata={"setting": row})
+    return declared
+
+
+def table(config: type[Any]) -> tuple[Setting, ...]:
+    """The settings that a dataclass declares, in their order."""
+    return tuple(
+        replace(declared.metadata["setting"], attribute=declared.name)
+        for declared in fields(config)
+        if "setting" in declared.metadata
+    )
