@@ -1,0 +1,96 @@
+"""Turn a mail that came in into messages: one JSON document for each recipient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mailerq.mail import headers
+from mailerq.mail.extract import extract
+from mailerq.message import Message, format_time
+
+__all__ = ["HOP_LIMIT", "Envelope", "Reception", "messages"]
+
+HOP_LIMIT: Final = 100
+"""Received fields from which on a mail is taken to be looping (RFC 5321, section 6.3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Where a mail came from and where it shall go, apart from its content.
+
+    `properties` is what stands in every message beside that: the object ``connection`` of
+    mail by SMTP, ``cli`` of mail from the command line. `protocol`, `helo`, `client_ip` and
+    `user` are for the Received field, see `mailerq.mail.headers.received`. `trusted` says
+    that x-mq-* fields count.
+    """
+
+    sender: str
+    recipients: Sequence[str]
+    properties: dict[str, Any]
+    protocol: str = ""
+    helo: str | None = None
+    client_ip: str | None = None
+    user: str | None = None
+    trusted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reception:
+    """What `messages` made. `ignored` says which x-mq-* fields were unusable, for the log."""
+
+    messages: list[Message]
+    ignored: Sequence[str] = ()
+
+
+def messages(
+    mime: bytes,
+    envelope: Envelope,
+    *,
+    hostname: str,
+    now: float,
+    next_id: Callable[[], str],
+) -> Reception | None:
+    """Build the messages, in the order of the recipients, or None for a mail that is looping.
+
+    x-mq-* fields are taken out, a Received field is put on top, and a Message-ID where there
+    is none. All messages share one body; each has its own id and its own properties.
+    """
+    extraction = extract(mime, trusted=envelope.trusted)
+    header = headers.Header(extraction.mime)
+    if header.count(b"received", limit=HOP_LIMIT) >= HOP_LIMIT:
+        return None
+    ids = [next_id() for _ in envelope.recipients]
+    fields = [
+        headers.received(
+            hostname=hostname,
+            id=ids[0],
+            now=now,
+            protocol=envelope.protocol,
+            helo=envelope.helo,
+            client_ip=envelope.client_ip,
+            recipient=envelope.recipients[0] if len(ids) == 1 else None,
+            user=envelope.user,
+        )
+    ]
+    if not header.has(b"message-id"):
+        fields.append(headers.message_id_field(ids[0], hostname))
+    body = headers.prepend(extraction.mime, *fields)
+    received = format_time(now)
+    made = [
+        Message(
+            {
+                "message-id": id,
+                "received": received,
+                "hostname": hostname,
+                "envelope": envelope.sender,
+                "recipient": recipient,
+                **envelope.properties,
+                **extraction.properties,
+            },
+            body,
+        )
+        for id, recipient in zip(ids, envelope.recipients, strict=True)
+    ]
+    return Reception(made, extraction.ignored)
