@@ -30,15 +30,15 @@ class Extraction(NamedTuple):
 
 
 def extract(mime: bytes, *, trusted: bool) -> Extraction:
-    """Take every x-mq-* field, and x-normalize, out of `mime`.
+    r"""Take every x-mq-* field, and x-normalize, out of `mime`.
 
     When `trusted`, they become properties. A field that cannot be used, because its value
     has a wrong form, or its name is reserved or was there before, does not stop the mail:
     it is ignored and listed. All other bytes stay as they are; a message without such
     fields comes back as the same object.
 
-    >>> extract(b"x-mq-tag: spring\\r\\nTo: a@b.test\\r\\n\\r\\nhi", trusted=True)
-    Extraction(properties={'tags': ['spring']}, mime=b'To: a@b.test\\r\\n\\r\\nhi', ignored=[])
+    >>> extract(b"x-mq-tag: spring\r\nTo: a@b.test\r\n\r\nhi", trusted=True)
+    Extraction(properties={'tags': ['spring']}, mime=b'To: a@b.test\r\n\r\nhi', ignored=[])
     """
     end = mime.find(b"\r\n\r\n")  # nothing of the header stands behind this
     text = mime[:end].lower() if end >= 0 else mime.lower()

@@ -64,9 +64,9 @@ class Field(NamedTuple):
 
 
 class Header:
-    """The header of a message: where it ends and what stands in it.
+    r"""The header of a message: where it ends and what stands in it.
 
-    >>> header = Header(b"To: a@b.test\\r\\nSubject: x\\r\\n\\r\\nbody")
+    >>> header = Header(b"To: a@b.test\r\nSubject: x\r\n\r\nbody")
     >>> header.has(b"subject"), header.has(b"from")
     (True, False)
     """
@@ -245,15 +245,15 @@ def received(
     recipient: str | None = None,
     user: str | None = None,
 ) -> bytes:
-    """A complete Received field (RFC 5321, section 4.4), folded below `LINE_LIMIT`.
+    r"""A complete Received field (RFC 5321, section 4.4), folded below `LINE_LIMIT`.
 
     `helo` is what the client called itself and `client_ip` its address; both are None for
     mail that did not come through a socket, and `user` says whose it was then. `recipient`
     is for the only recipient of a transaction; who the others are is nobody's business.
     One with a quoted or an international local part is left out.
 
-    >>> received(hostname="mx.test", id="7f", now=0, user="www-data")
-    b'Received: by mx.test (from user www-data) id 7f; Thu, 1 Jan 1970 00:00:00 +0000\r\n'
+    >>> received(hostname="mx.test", id="7f", now=0, user="ann")
+    b'Received: by mx.test (from user ann) id 7f; Thu, 1 Jan 1970 00:00:00 +0000\r\n'
     """
     words = []
     if helo is not None:

@@ -13,7 +13,9 @@ from mailerq.mail import headers
 from mailerq.mail.headers import Header, prepend, received, remove
 
 # Text that is made of what matters to a header, so that drawn messages are full of edges.
-PIECES = st.sampled_from([b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"To", b"x-mq-a", b"b", b"\xff"])
+PIECES = st.sampled_from([
+    b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"To", b"x-mq-a", b"b", b"\xff",
+])  # fmt: skip
 MESSAGES = st.lists(PIECES, max_size=40).map(b"".join)
 
 
