@@ -1,0 +1,397 @@
+"""Measure how fast mail goes through a server: in, safely kept, and out again.
+
+`smtp-source` sends N messages over a number of sessions to the server under test, which
+relays all of them to one `smtp-sink`. *Accept* is N over the time until the last 250, *end
+to end* is N over the time until the last message is in the sink and the queue of the server
+is empty. The whole is done twice: with a new connection for each message, and with
+connections that are kept.
+
+    python benches/relay.py                     the project, and Postfix beside it
+    python benches/relay.py --target HOST:PORT  a server that runs already
+
+The systems take turns within one run, because only figures from one run on one machine can
+be compared. benches/README.md says what each figure means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from peers import (
+    Failed,
+    Mailerq,
+    Postfix,
+    Running,
+    Sink,
+    System,
+    Unavailable,
+    file_system,
+    find_program,
+)
+
+POLL_SECONDS: Final = 0.002
+"""How often we look: fine enough for a run of a second, and 1 % of a core."""
+
+WARM_UP_MESSAGES: Final = 200
+BASE: Final = "postfix"
+"""The system that the others are compared with, where it takes part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of one system. Rates in messages/s; CPU in milliseconds for one message."""
+
+    system: str
+    kept: bool
+    accept: float
+    end_to_end: float | None
+    cpu: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is sent. `size` is the body in bytes, `timeout` the seconds that a run may take."""
+
+    messages: int
+    sessions: int
+    size: int
+    timeout: float
+
+
+def relay(system: System, sink: Sink | None, load: Load, *, kept: bool) -> Run:
+    """Send the load through a system once. Raises `Failed`."""
+    before = sink.count() if sink else 0
+    cpu_before = system.cpu()
+    accepted = finished = None
+    start = time.monotonic()
+    with _source(system, load, kept=kept) as source:
+        while accepted is None or finished is None:
+            now = time.monotonic()
+            if accepted is None and source.poll() is not None:
+                if source.returncode != 0:
+                    reason = source.stderr.read().decode(errors="replace") if source.stderr else ""
+                    raise Failed(f"smtp-source to {system.name}: {reason.strip()}\n{system.tail()}")
+                accepted = now - start
+            if finished is None and sink is None:
+                finished = accepted
+            elif (
+                finished is None
+                and sink is not None
+                and sink.count() - before >= load.messages
+                and system.waiting() == 0
+            ):
+                finished = now - start
+            if now - start > load.timeout:
+                raise Failed(_describe_timeout(system, sink, load, before, accepted))
+            time.sleep(POLL_SECONDS)
+    cpu_after = system.cpu()
+    used = None if cpu_after is None or cpu_before is None else cpu_after - cpu_before
+    return Run(
+        system=system.name,
+        kept=kept,
+        accept=load.messages / accepted,
+        end_to_end=None if sink is None else load.messages / finished,
+        cpu=None if used is None else 1000 * used / load.messages,
+    )
+
+
+def _describe_timeout(
+    system: System, sink: Sink | None, load: Load, before: int, accepted: float | None
+) -> str:
+    system.check()
+    arrived = "" if sink is None else f", {sink.count() - before} of them in the sink"
+    return (
+        f"{system.name}: not done after {load.timeout:.0f} s with {load.messages} messages: "
+        f"{'some' if accepted is None else 'all'} accepted{arrived}, "
+        f"{system.waiting()} waiting\n{system.tail()}"
+    )
+
+
+@contextlib.contextmanager
+def _source(system: System, load: Load, *, kept: bool) -> Iterator[subprocess.Popen[bytes]]:
+    command = [find_program("smtp-source", "postfix")]
+    command += ["-d"] if kept else []
+    command += ["-s", str(load.sessions), "-m", str(load.messages), "-l", str(load.size)]
+    command += ["-f", "c@d.test", "-t", "a@b.test", f"{system.host}:{system.port}"]
+    source = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        yield source
+    finally:
+        source.kill()
+        source.wait()
+        if source.stderr:
+            source.stderr.close()
+
+
+def measure(
+    systems: Sequence[tuple[System, Sink | None]],
+    load: Load,
+    *,
+    rounds: int,
+    ways: Sequence[bool],
+    progress: Callable[[str], None],
+) -> list[Run]:
+    """Run every system `rounds` times in each way of connecting, taking turns."""
+    runs = []
+    warm_up = Load(min(WARM_UP_MESSAGES, load.messages), load.sessions, load.size, load.timeout)
+    for system, sink in systems:
+        relay(system, sink, warm_up, kept=True)
+    for kept in ways:
+        for number in range(rounds):
+            for system, sink in systems:
+                run = relay(system, sink, load, kept=kept)
+                runs.append(run)
+                way = "kept" if kept else "new"
+                progress(
+                    f"{system.name}, {way} connections, {number + 1} of {rounds}: "
+                    f"accept {_rate(run.accept)}, end to end {_rate(run.end_to_end)}"
+                )
+    return runs
+
+
+def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Medians, with the lowest and the highest, for each system and way of connecting."""
+    groups: dict[tuple[str, bool], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.system, run.kept), []).append(run)
+    rows: list[dict[str, Any]] = []
+    for (system, kept), members in groups.items():
+        row: dict[str, Any] = {"system": system, "kept": kept}
+        for figure in ("accept", "end_to_end", "cpu"):
+            values = [value for run in members if (value := getattr(run, figure)) is not None]
+            row[figure] = statistics.median(values) if values else None
+            row[figure + "_range"] = [min(values), max(values)] if values else None
+        rows.append(row)
+    return rows
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The medians of each system over those of `BASE`, way by way."""
+    bases = {row["kept"]: row for row in rows if row["system"] == BASE}
+    ratios = []
+    for row in rows:
+        base = bases.get(row["kept"])
+        if base is None or row is base:
+            continue
+        ratio: dict[str, Any] = {"system": row["system"], "base": BASE, "kept": row["kept"]}
+        for figure in ("accept", "end_to_end", "cpu"):
+            both = row[figure] is not None and base[figure]
+            ratio[figure] = row[figure] / base[figure] if both else None
+        ratios.append(ratio)
+    return ratios
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}/s"
+
+
+def _cell(row: dict[str, Any], figure: str, form: str) -> str:
+    if row[figure] is None:
+        return "-"
+    low, high = row[figure + "_range"]
+    return f"{row[figure]:{form}} ({low:{form}}-{high:{form}})"
+
+
+def table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> str:
+    """Both lists as one table for people."""
+    lines: list[tuple[str, ...]] = [
+        ("system", "connections", "accept/s", "end to end/s", "CPU ms/message")
+    ]
+    for row in rows:
+        lines.append(
+            (
+                row["system"],
+                "kept" if row["kept"] else "new",
+                _cell(row, "accept", ".0f"),
+                _cell(row, "end_to_end", ".0f"),
+                _cell(row, "cpu", ".2f"),
+            )
+        )
+    for ratio in ratios:
+        cells = [
+            "-" if ratio[figure] is None else f"{ratio[figure]:.2f} x"
+            for figure in ("accept", "end_to_end", "cpu")
+        ]
+        way = "kept" if ratio["kept"] else "new"
+        lines.append((f"{ratio['system']} / {ratio['base']}", way, *cells))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What a reader must know of the machine to make sense of the figures."""
+    model = ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": model,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="The relay benchmark: mail in, durably kept, and out again.",
+        epilog="Needs smtp-source and smtp-sink (Debian package postfix).",
+    )
+    add = parser.add_argument
+    add("-n", "--messages", type=int, default=3000, help="messages in a run (%(default)s)")
+    add("--sessions", type=int, default=20, help="sessions at a time (%(default)s)")
+    add("--size", type=int, default=2048, help="bytes of a body (%(default)s)")
+    add("--rounds", type=int, default=3, help="runs of each system and way (%(default)s)")
+    add("--ways", choices=("both", "new", "kept"), default="both",
+        help="a new connection for each message, kept ones, or both (%(default)s)")  # fmt: skip
+    add("--systems", default="mailerq,postfix",
+        help="which to start and measure, in turn (%(default)s); empty: none")  # fmt: skip
+    add("--target", metavar="HOST:PORT", help="measure this running server (alone, unless "
+        "--systems is given too)")  # fmt: skip
+    add("--target-pid", type=int, metavar="PID", help="its process, to tell its CPU time")
+    add("--sink-port", type=int, metavar="PORT", help="start the sink that --target relays to "
+        "here; without it only accept is measured")  # fmt: skip
+    add("--mailerq", default="", metavar="COMMAND", help="how to start the project")
+    add("--mailerq-option", action="append", default=[], metavar="--KEY=VALUE",
+        help="one more setting for the project; may be repeated")  # fmt: skip
+    add("--plugins", type=Path, metavar="DIRECTORY", help="plugins that the project loads")
+    add("--directory", type=Path, help="where the queues go (a temporary directory)")
+    add("--timeout", type=float, default=120.0, help="seconds for one run (%(default)s)")
+    add("--keep", action="store_true", help="leave queues and logs in place")
+    add("--json", action="store_true", help="print JSON, every single run included")
+    options = parser.parse_args(arguments)
+    for name in ("messages", "sessions", "size", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if options.target and not any(
+        argument.split("=")[0] == "--systems" for argument in (arguments or sys.argv[1:])
+    ):
+        options.systems = ""
+    unknown = [name for name in _names(options) if name not in ("mailerq", "postfix")]
+    if unknown:
+        parser.error(f"--systems: there is no {unknown[0]!r}, only mailerq and postfix")
+    if not options.target and not _names(options):
+        parser.error("nothing to measure: name --systems or a --target")
+    return options
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    return [name for name in options.systems.split(",") if name]
+
+
+@contextlib.contextmanager
+def _systems(
+    options: argparse.Namespace, directory: Path, progress: Callable[[str], None]
+) -> Iterator[list[tuple[System, Sink | None]]]:
+    """Start what is to be measured; a system that this machine lacks is left out, and said."""
+    with contextlib.ExitStack() as stack:
+        found: list[tuple[System, Sink | None]] = []
+        if options.target:
+            host, _, port = options.target.rpartition(":")
+            target = Running(host.strip("[]") or "127.0.0.1", int(port), options.target_pid)
+            sink = None
+            if options.sink_port:
+                sink = stack.enter_context(Sink(directory / "target-sink", options.sink_port))
+            found.append((stack.enter_context(target), sink))
+        for name in _names(options):
+            try:
+                sink = stack.enter_context(Sink(directory / f"{name}-sink"))
+                found.append((stack.enter_context(_make(name, options, directory, sink)), sink))
+            except Unavailable as reason:
+                progress(f"{name} is left out: {reason}")
+        yield found
+
+
+def _make(name: str, options: argparse.Namespace, directory: Path, sink: Sink) -> System:
+    if name == "postfix":
+        return Postfix(directory / name, sink)
+    return Mailerq(
+        directory / name,
+        sink,
+        command=shlex.split(options.mailerq),
+        plugins=options.plugins and options.plugins.resolve(),
+        options=options.mailerq_option,
+    )
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit code is 0 when every system did its work."""
+    options = _parse(arguments)
+    signal.signal(signal.SIGTERM, _stop)
+    load = Load(options.messages, options.sessions, options.size, options.timeout)
+    ways = {"both": (False, True), "new": (False,), "kept": (True,)}[options.ways]
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    directory = Path(tempfile.mkdtemp(prefix="relay-", dir=options.directory))
+    # smtp-sink and the daemons of Postfix work as other users.
+    directory.chmod(0o755)
+    kind = file_system(directory)
+    if kind in ("tmpfs", "ramfs"):
+        progress(f"{directory} is on {kind}, where fsync costs nothing: use --directory")
+    try:
+        with _systems(options, directory, progress) as systems:
+            if not systems:
+                return 1
+            runs = measure(systems, load, rounds=options.rounds, ways=ways, progress=progress)
+    except Unavailable as reason:
+        progress(str(reason))
+        return 1
+    except Failed as reason:
+        progress(str(reason))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if options.keep:
+            progress(f"queues and logs are in {directory}")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    rows = summarise(runs)
+    ratios = compare(rows)
+    if options.json:
+        document = {
+            "machine": machine() | {"file_system": kind},
+            "load": asdict(load) | {"rounds": options.rounds},
+            "medians": rows,
+            "ratios": ratios,
+            "runs": [asdict(run) for run in runs],
+        }
+        print(json.dumps(document, indent=1))
+    else:
+        print(
+            f"{load.messages} messages of {load.size} bytes, {load.sessions} sessions, "
+            f"median of {options.rounds} (lowest-highest)\n"
+        )
+        print(table(rows, ratios))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
