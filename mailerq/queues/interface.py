@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from mailerq.message import Message
 
@@ -124,11 +125,17 @@ class Queues(ABC):
         """How full each queue is, in the order of their names; empty ones may be missing."""
 
     @abstractmethod
-    async def browse(
-        self, queue: str, *, limit: int = 100, after: int = 0
-    ) -> list[Entry]:
+    async def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
         """Read without taking: up to `limit` entries in the order of `id`, above `after`."""
 
     @abstractmethod
     async def purge(self, queue: str) -> int:
         """Delete what is in a queue and not leased; how many that were."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Look now for messages that another process has published."""
+
+    @abstractmethod
+    def statistics(self) -> dict[str, Any]:
+        """What the backend has done since the start, as a tree of numbers."""

@@ -13,6 +13,8 @@ __all__ = ["MECHANISMS", "BadResponse", "Credentials", "Mechanism"]
 
 
 class Credentials(NamedTuple):
+    """What an exchange comes to."""
+
     login: str
     password: str
 

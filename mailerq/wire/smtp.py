@@ -87,7 +87,9 @@ def with_status(code: int, text: str, status: str) -> str:
 # value are functions of it.
 
 CLOSING = Reply(421, "4.3.2 Service shutting down, try again later")
+LOCAL_FAILURE = Reply(421, "4.3.0 Local error, closing connection")
 BUSY = Reply(421, "4.7.0 Too many connections, try again later")
+NOT_ADMITTED = Reply(554, "5.7.1 No SMTP service for your address")
 TIMED_OUT = Reply(421, "4.4.2 Timeout, closing connection")
 TOO_MANY_ERRORS = Reply(421, "4.7.0 Too many errors, closing connection")
 TOO_MANY_COMMANDS = Reply(421, "4.7.0 Too many commands without mail, closing connection")
@@ -135,7 +137,6 @@ NO_VALID_RECIPIENTS = Reply(554, "5.5.1 No valid recipients")
 START_DATA = Reply(354, "End data with <CR><LF>.<CR><LF>")
 BARE_NEWLINE_IN_DATA = Reply(550, "5.6.0 Message holds a bare CR or LF, lines end in CR LF")
 TOO_MANY_HOPS = Reply(554, "5.4.6 Too many Received lines, mail is looping")
-LOCAL_ERROR = Reply(451, "4.3.0 Local error, try again later")
 QUEUE_UNAVAILABLE = Reply(451, "4.3.0 Queue not available, try again later")
 
 

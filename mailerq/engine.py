@@ -1,0 +1,260 @@
+"""The embeddable engine: a whole mail transfer agent inside a trio program.
+
+The daemon is a thin shell around it; `Engine` has the example.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pwd
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Final, Self
+
+import trio
+
+from mailerq.config import Config
+from mailerq.errors import ConfigError
+from mailerq.message import Message, format_time
+from mailerq.net import control
+from mailerq.net.delivery import Dispatcher
+from mailerq.net.listener import Listener, bind, tls_context
+from mailerq.net.logs import LogFile
+from mailerq.net.resolver import Resolver
+from mailerq.net.session import Server
+from mailerq.net.slots import Slots
+from mailerq.net.worker import Worker, open_workers
+from mailerq.plugins import Plugins
+from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
+from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.rules.access import Access
+from mailerq.wire import server
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("mailerq")
+
+PREFETCH: Final = 100
+"""Messages that `Engine.consume` holds at a time, unless it is told otherwise."""
+
+
+class Engine:
+    """A mail transfer agent that runs while its context is open.
+
+    What it needs is opened in order (plugins, ports, queues, workers, deliveries) and
+    closed in the opposite one; leaving the context takes at most `shutdown-timeout` for
+    the transactions that are under way. Entering raises `ConfigError`, `PluginError` or
+    `QueueError`, each of which says what to do.
+
+    >>> import tempfile, trio, mailerq
+    >>> async def main(directory):
+    ...     config = mailerq.Config(
+    ...         queue_directory=directory, plugin_directory="", smtp_ip=("127.0.0.1",),
+    ...         smtp_port=(0,), rabbitmq_inbox="inbox")
+    ...     async with mailerq.Engine(config) as engine:
+    ...         await engine.publish(
+    ...             {"envelope": "a@b.test", "recipient": "c@d.test", "mime": "Subject: hi"},
+    ...             queue="inbox")
+    ...         async with engine.consume("inbox") as leases:
+    ...             lease = await leases.receive()
+    ...             await engine.ack(lease)
+    ...             return lease.message.recipient
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     trio.run(main, directory)
+    'c@d.test'
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config if config is not None else Config.load()
+        self.plugins: Plugins
+        self.queues: Queues
+        self._workers: list[Worker] = []
+        self._server: Server
+        self._listener: Listener
+        self._dispatcher: Dispatcher
+        self._nursery: trio.Nursery
+        self._started = 0.0
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, traceback)
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        config = self.config
+        plugins = self.plugins = Plugins.load(
+            config.plugin_directory,
+            timeout=config.plugin_timeout,
+            hostname=config.hostname,
+            server_id=config.server_id,
+        )
+        tls = tls_context(config)
+        sockets = bind(config)
+        for sock, _ in sockets:
+            stack.callback(sock.close)
+        if config.user:
+            _become(config)
+        self.queues = await stack.enter_async_context(EmbeddedQueues.open(config.queue_directory))
+        plugins.initialize()
+        stack.callback(plugins.cleanup)
+        self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
+        connections = Slots(config.smtp_connections)
+        self._server = Server(
+            config=config,
+            settings=server.Settings(
+                hostname=config.hostname,
+                max_size=config.smtp_maxsize,
+                max_recipients=config.smtp_maxrecipients,
+                starttls=tls is not None,
+                auth=bool(config.smtp_username) or plugins.listens("authenticate"),
+            ),
+            access=Access(config.smtp_range, config.smtp_relay_range, config.smtp_local_domains),
+            plugins=plugins,
+            queues=self.queues,
+            tls=tls,
+            received_log=_log_file(config, "received-log-file", stack),
+        )
+        self._dispatcher = Dispatcher(
+            config,
+            self.queues,
+            self._workers,
+            plugins=plugins,
+            resolver=Resolver(config),
+            send_log=_log_file(config, "send-log-file", stack),
+            slots=Slots(_limit(config.smtp_connections_out), within=connections),
+        )
+        incoming = Slots(_limit(config.smtp_connections_in), within=connections)
+        self._listener = Listener(self._server, self._workers, sockets, incoming)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.push_async_exit(self._stop)
+        await nursery.start(control.serve, config.queue_directory, self._commands())
+        await nursery.start(self._dispatcher.run)
+        await nursery.start(self._listener.run)
+        self._nursery = nursery
+        self._started = time.time()
+
+    async def _stop(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End what is under way: in its own time, or at once after an error."""
+        timeout = self.config.shutdown_timeout if error is None else 0.0
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._listener.stop, timeout)
+                nursery.start_soon(self._dispatcher.stop, timeout)
+        self._nursery.cancel_scope.cancel()
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """The addresses and ports that SMTP clients can connect to."""
+        return self._listener.addresses
+
+    async def publish(
+        self,
+        message: Message | dict[str, Any] | bytes | str,
+        *,
+        queue: str | None = None,
+        due: float | None = None,
+    ) -> None:
+        """Put a message into a queue, by default the outbox; it is safe when this returns.
+
+        A message is a `Message`, the JSON document, or that document as a dict. `due` is
+        seconds since 1970. Raises `MessageError` for a document that cannot be read, and
+        `QueueError` when it cannot be kept now. The engine owns a `Message` from here on.
+        """
+        if isinstance(message, dict):
+            message = Message.from_dict(message)
+        elif isinstance(message, bytes | str):
+            message = Message.from_json(message)
+        name = self.config.rabbitmq_outbox if queue is None else queue
+        await self.queues.publish([Publication(name, message, due)])
+
+    def consume(
+        self, queue: str, *, prefetch: int = PREFETCH
+    ) -> AbstractAsyncContextManager[Consumer]:
+        """Consume a queue: ``async for lease in leases`` within the context.
+
+        What is not given to `ack` by the end of the context goes back into the queue.
+        """
+        return self.queues.consume(queue, prefetch=prefetch)
+
+    async def ack(self, lease: Lease) -> None:
+        """Take a consumed message away for good. Raises `QueueError`."""
+        await self.queues.ack([Settlement(lease)])
+
+    def statistics(self) -> dict[str, Any]:
+        """What has happened since the start, as a tree of numbers that can become JSON."""
+        return {
+            "started": format_time(self._started),
+            "uptime": time.time() - self._started,
+            "pid": os.getpid(),
+            "hostname": self.config.hostname,
+            "listening": [f"{ip}:{port}" for ip, port in self.addresses],
+            "workers": len(self._workers),
+            "incoming": {"open": self._listener.open_sessions, **asdict(self._server.counters)},
+            "outgoing": self._dispatcher.statistics(),
+            "queue": self.queues.statistics(),
+            "plugins": self.plugins.statistics(),
+        }
+
+    def on(self, event: str, handler: Callable[..., Any]) -> None:
+        """Call `handler` for an event, after the C plugins; see `Plugins.on`."""
+        self.plugins.on(event, handler)
+
+    def _commands(self) -> control.Commands:
+        return {"status": self.statistics, "wake": self._wake}
+
+    def _wake(self) -> dict[str, bool]:
+        self.queues.wake()
+        return {"ok": True}
+
+
+def _limit(value: int | None) -> float:
+    return math.inf if value is None else value
+
+
+def _log_file(config: Config, name: str, stack: AsyncExitStack) -> LogFile | None:
+    path = config.text(name)
+    if not path:
+        return None
+    try:
+        log_file = LogFile(path)
+    except OSError as error:
+        raise ConfigError(
+            config.origin(name), f"{name}: cannot write {path}: {error.strerror}"
+        ) from None
+    stack.callback(log_file.close)
+    return log_file
+
+
+def _become(config: Config) -> None:
+    """Change to the account that `user` names, for good."""
+    try:
+        account = pwd.getpwnam(config.user)
+        os.initgroups(config.user, account.pw_gid)
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
+    except KeyError:
+        raise ConfigError(config.origin("user"), f"user: {config.user}: no such account") from None
+    except OSError as error:
+        raise ConfigError(
+            config.origin("user"), f"user: cannot become {config.user}: {error.strerror}"
+        ) from None

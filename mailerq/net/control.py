@@ -1,0 +1,121 @@
+"""The socket by which the command line asks a running engine how it is.
+
+One JSON object on a line is a request, one on a line is its reply. The socket lies in the
+queue directory, so who may read the queue may ask.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+import trio
+
+from mailerq.errors import MailerqError
+from mailerq.message import decode_properties, encode_properties
+
+__all__ = ["SOCKET_NAME", "ask", "serve"]
+
+log = logging.getLogger("mailerq.control")
+
+SOCKET_NAME: Final = "control"
+
+LINE_LIMIT: Final = 1 << 16
+"""Bytes of a request."""
+
+ASK_SECONDS: Final = 10.0
+
+Commands = Mapping[str, Callable[[], object]]
+
+
+@contextmanager
+def _address(directory: str) -> Iterator[str]:
+    """The socket's address by a descriptor of its directory.
+
+    A path may be longer than the 108 bytes that a socket address holds.
+    """
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{SOCKET_NAME}"
+    finally:
+        os.close(descriptor)
+
+
+async def serve(
+    directory: str,
+    commands: Commands,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer requests until cancelled. A command returns what becomes JSON."""
+    path = os.path.join(directory, SOCKET_NAME)
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove(path)  # A process that was killed left it: the queue's lock is ours.
+        with _address(directory) as address:
+            await sock.bind(address)
+        os.chmod(path, 0o660)
+        sock.listen(16)
+
+        async def answer(stream: trio.SocketStream) -> None:
+            async with stream:
+                with trio.move_on_after(ASK_SECONDS):
+                    await _answer(stream, commands)
+
+        listener = trio.SocketListener(sock)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, answer, [listener])
+            task_status.started()
+    finally:
+        sock.close()
+        _remove(path)
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+async def _answer(stream: trio.SocketStream, commands: Commands) -> None:
+    request = b""
+    reply: object
+    try:
+        while not request.endswith(b"\n"):
+            data = await stream.receive_some()
+            if not data or len(request) > LINE_LIMIT:
+                return
+            request += data
+        command = decode_properties(request).get("command")
+        action = commands.get(command) if isinstance(command, str) else None
+        if action is None:
+            reply = {"error": f"unknown command; known are {', '.join(sorted(commands))}"}
+        else:
+            reply = action()
+    except MailerqError as error:
+        reply = {"error": str(error)}
+    except trio.BrokenResourceError:
+        return
+    except Exception as error:
+        log.exception("a command failed")
+        reply = {"error": f"{type(error).__name__}: {error}"}
+    try:
+        await stream.send_all(encode_properties(reply) + b"\n")
+    except trio.BrokenResourceError:
+        log.debug("the asker of %r did not wait", request)
+
+
+def ask(directory: str, command: str) -> dict[str, Any]:
+    """Ask the engine that runs on that queue directory. Raises OSError when there is none."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(ASK_SECONDS)
+        with _address(directory) as address:
+            sock.connect(address)
+        sock.sendall(encode_properties({"command": command}) + b"\n")
+        chunks = []
+        while data := sock.recv(1 << 16):
+            chunks.append(data)
+    return decode_properties(b"".join(chunks))

@@ -1,0 +1,41 @@
+"""Bounds on what is open at a time, one within another."""
+
+from __future__ import annotations
+
+import threading
+from typing import Self
+
+__all__ = ["Slots"]
+
+
+class Slots:
+    """At most `limit` of something, and no more than `within` has left. Any thread may ask.
+
+    >>> both = Slots(2)
+    >>> incoming, outgoing = Slots(2, within=both), Slots(1, within=both)
+    >>> incoming.take(), incoming.take(), outgoing.take()
+    (True, True, False)
+    """
+
+    def __init__(self, limit: float, *, within: Self | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+        self._within = within
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Take one, or say that there is none."""
+        with self._lock:
+            if self.used >= self.limit or (self._within and not self._within.take()):
+                return False
+            self.used += 1
+            return True
+
+    def release(self) -> None:
+        with self._lock:
+            self.used -= 1
+            if self._within:
+                self._within.release()
+
+    def __str__(self) -> str:
+        return f"{self.used} of {self.limit}"

@@ -1,0 +1,123 @@
+"""A worker: one thread, one trio loop, one plugin context, and the sessions that live there.
+
+Worker 0 is the loop that the engine itself runs in, called *home* here; with
+``smtp-threads`` above one the others have threads of their own. With a single worker every
+call below is a plain function call.
+
+Guarantees
+----------
+- `Worker.call` and `Worker.spawn` may be used from every thread. What is called from one
+  thread for one worker runs in the order of the calls.
+- Sessions stay on their worker from beginning to end, so a plugin's data of a context or of
+  a connection is only ever touched by one thread.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVarTuple
+
+import trio
+
+from mailerq.plugins import Context, Plugins
+
+__all__ = ["Worker", "open_workers"]
+
+Ts = TypeVarTuple("Ts")
+
+
+class Worker:
+    """Where sessions run. `context` and `nursery` belong to its thread."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.load = 0
+        """Sessions that were given to it and have not ended; kept by whoever gives them."""
+        self.context: Context
+        self.nursery: trio.Nursery
+        self._token: trio.lowlevel.TrioToken
+        self._thread = 0
+        self._stop: trio.Event
+
+    def call(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Run a plain function on this worker's thread: now when called there, else soon."""
+        if threading.get_ident() == self._thread:
+            function(*args)
+        else:
+            self._token.run_sync_soon(function, *args)
+
+    def spawn(self, function: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
+        """Start a task on this worker.
+
+        It must handle its own errors: what escapes from it ends the engine.
+        """
+        self.call(self.nursery.start_soon, function, *args)
+
+    async def run(
+        self,
+        plugins: Plugins,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until `stop`, then wait for the tasks that are still there."""
+        self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.get_ident()
+        self._stop = trio.Event()
+        self.context = await plugins.open_context(self.index)
+        try:
+            async with trio.open_nursery() as self.nursery:
+                task_status.started()
+                await self._stop.wait()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.context.close()
+
+    async def run_in_thread(
+        self,
+        plugins: Plugins,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """`run` in a thread and a trio loop of its own."""
+        home = trio.lowlevel.current_trio_token()
+
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.run, plugins)
+                home.run_sync_soon(task_status.started)
+
+        limiter = trio.CapacityLimiter(math.inf)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(trio.run, main, limiter=limiter)
+
+    def stop(self, *, cancel: bool = False) -> None:
+        """Let `run` end once its tasks have; `cancel` ends them now."""
+        self.call(self._cancel if cancel else self._finish)
+
+    def _finish(self) -> None:
+        self._stop.set()
+
+    def _cancel(self) -> None:
+        self.nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_workers(count: int, plugins: Plugins) -> AsyncIterator[list[Worker]]:
+    """Start `count` workers, the first one in this very loop; stop them in reverse order."""
+    workers = [Worker(index) for index in range(count)]
+    async with trio.open_nursery() as nursery:
+        started: list[Worker] = []
+        cancel = True
+        try:
+            for worker in workers:
+                run = worker.run_in_thread if worker.index else worker.run
+                await nursery.start(run, plugins)
+                started.append(worker)
+            yield workers
+            cancel = False
+        finally:
+            for worker in reversed(started):
+                worker.stop(cancel=cancel)

@@ -1,0 +1,673 @@
+"""The server's half of SMTP (RFC 5321) as a state machine: bytes in, events and bytes out.
+
+Theory of operation
+-------------------
+Feed `ServerProtocol.receive_data` with what the socket gives, call `next_event` until it
+says NEED_DATA, and send what `data_to_send` has gathered: all replies to one read leave
+in one write.
+
+Events come in two kinds. Commands that need no decision (NOOP, RSET, HELP, a syntax error, a
+command out of turn) are answered within `next_event` and never seen outside. Everything
+else is an event that **pauses** the machine until it is answered with `accept` or
+`reject`, each of which knows the normal reply to what is being asked. So a session may
+wait as long as it likes for a plugin or a disk, with commands pipelined behind it
+(RFC 2920) waiting unread in the buffer.
+
+What may follow a command in the same segment is what keeps two parties agreed on where a
+mail ends, so the rules are strict: only CR LF "." CR LF ends data; nothing may come behind
+DATA before its 354, and nothing before the greeting; what came in clear behind STARTTLS is
+thrown away (RFC 3207, section 4.2).
+
+The state is one of the names in `State`; what a command needs and leads to stands beside
+its method.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Final
+
+from mailerq.address import parse_path
+from mailerq.errors import AddressError
+from mailerq.wire import sasl, smtp
+from mailerq.wire.smtp import LocalProtocolError, Reply
+
+__all__ = [
+    "CLOSED",
+    "NEED_DATA",
+    "Auth",
+    "Closing",
+    "Content",
+    "Data",
+    "Event",
+    "Hello",
+    "Mail",
+    "NoEvent",
+    "Rcpt",
+    "ServerProtocol",
+    "Settings",
+    "StartTls",
+]
+
+ERROR_LIMIT: Final = 20
+"""Errors in a row before the session is closed; Postfix closes after as many."""
+
+IDLE_COMMAND_LIMIT: Final = 100
+"""Commands in a row that bring no mail forward (NOOP, RSET, VRFY, a second EHLO …)."""
+
+DISCARD_LIMIT: Final = 1 << 20
+"""Bytes of an endless line that are read on for the sake of a reply to it."""
+
+
+class State(Enum):
+    """Where a session stands; that of a mail within it is `sender` and `recipients`."""
+
+    GREETING = auto()  # connected, the banner not sent
+    COMMAND = auto()
+    AUTH = auto()  # within an exchange of AUTH
+    CONTENT = auto()  # after 354
+    TLS = auto()  # 220 sent to STARTTLS, the handshake not done
+    CLOSED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """EHLO (`extended`) or HELO."""
+
+    name: str
+    extended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StartTls:
+    """STARTTLS. After `accept` send what is due, shake hands, then call `tls_started`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """Credentials of an AUTH exchange, complete. `reject` without a reply is 535."""
+
+    mechanism: str
+    login: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """MAIL FROM. `sender` has no angle brackets and is empty for the null sender."""
+
+    sender: str
+    size: int
+    parameters: Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rcpt:
+    """RCPT TO. `recipient` has no angle brackets and no source route."""
+
+    recipient: str
+    parameters: Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """DATA, with a sender and at least one recipient accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The whole mail, its dots unstuffed. `sender` and `recipients` of the machine are its own.
+
+    Whatever the answer is, the transaction is over with it.
+    """
+
+    body: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """The last bytes are due: send them, then close. `reason` is for the log."""
+
+    reason: str
+
+
+class NoEvent(Enum):
+    """There is nothing to decide now."""
+
+    NEED_DATA = auto()
+    CLOSED = auto()
+
+
+NEED_DATA: Final = NoEvent.NEED_DATA
+"""Everything received has been dealt with: send what is due, then read."""
+
+CLOSED: Final = NoEvent.CLOSED
+"""The peer has closed, in the middle of whatever it was."""
+
+Event = Hello | StartTls | Auth | Mail | Rcpt | Data | Content | Closing | NoEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a server offers; shared by all of its sessions.
+
+    `max_size` is in bytes and announced as SIZE (RFC 1870). `starttls` offers STARTTLS on
+    a connection that is not secure. `auth` offers the mechanisms of `sasl.MECHANISMS`,
+    on a connection that is not secure only with `auth_in_clear`.
+    """
+
+    hostname: str
+    max_size: int = 100_000_000
+    max_recipients: int = 1000
+    starttls: bool = False
+    auth: bool = False
+    auth_in_clear: bool = False
+
+
+class ServerProtocol:
+    """One session. `secure` says that TLS is in use already when it begins."""
+
+    def __init__(self, settings: Settings, *, secure: bool = False) -> None:
+        self.settings = settings
+        self.secure = secure
+        self.hello: Hello | None = None
+        self.sender: str | None = None
+        self.recipients: list[str] = []
+        self.authenticated = False
+        self.state = State.GREETING
+        self.errors = 0
+        self._idle_commands = 0
+        self._refused_recipients = 0
+        self._event: Event | None = None
+        self._buffer = b""
+        self._position = 0
+        self._eof = False
+        self._discarding = 0
+        self._chunks: list[bytes] = []
+        self._tail = b""
+        self._size = 0
+        self._exchange: sasl.Mechanism | None = None
+        self._mechanism = ""
+        self._closing: str | None = None
+        self._out: list[bytes] = []
+
+    # What the adapter does.
+
+    def receive_data(self, data: bytes) -> None:
+        """Take what the socket gave; empty means that the peer has closed."""
+        if not data:
+            self._eof = True
+            return
+        waiting = self._buffer[self._position :]
+        self._buffer = waiting + data if waiting else data
+        self._position = 0
+
+    def data_to_send(self) -> bytes:
+        """All that is due to the peer; it counts as sent with this call."""
+        out = b"".join(self._out)
+        self._out.clear()
+        return out
+
+    def write(self, data: bytes) -> None:
+        """Put raw bytes behind what is due (`MQ_SmtpSend`)."""
+        self._out.append(data)
+
+    def send(self, reply: Reply) -> None:
+        """Put a reply behind what is due, without answering an event."""
+        self._out.append(reply.wire)
+
+    def greet(self, reply: Reply | None = None) -> None:
+        """Send the banner, or the refusal that takes its place: then `Closing` follows."""
+        if self.state is not State.GREETING:
+            raise LocalProtocolError("the banner has been sent")
+        self.state = State.COMMAND
+        if reply is not None:
+            self._close(reply, "refused on connecting")
+        elif self._buffer:
+            self._close(smtp.SYNCHRONIZATION, "spoke before the banner")
+        else:
+            self.send(smtp.greeting(self.settings.hostname))
+
+    def close(self, reply: Reply, reason: str) -> None:
+        """End the session with a last reply, whatever it was doing; `Closing` is next."""
+        self._event = None
+        self._close(reply, reason)
+
+    def tls_started(self) -> None:
+        """The handshake is done: the session is as new (RFC 3207, section 4.2)."""
+        if self.state is not State.TLS:
+            raise LocalProtocolError("no STARTTLS was accepted")
+        self.state = State.COMMAND
+        self.secure = True
+        self.authenticated = False
+        self.hello = None
+        self._buffer = b""
+        self._position = 0
+        self._reset()
+
+    def next_event(self) -> Event:
+        """The next thing that needs a decision, or NEED_DATA, CLOSED or Closing."""
+        if self._event is not None:
+            raise LocalProtocolError(f"{self._event} has not been answered")
+        while self._closing is None:
+            if self.state is State.CONTENT:
+                event = self._next_content()
+            else:
+                event = self._next_command()
+            if event is not None:
+                if not isinstance(event, NoEvent):
+                    self._event = event
+                return event
+        self.state = State.CLOSED
+        return Closing(self._closing)
+
+    def accept(self, reply: Reply | None = None) -> None:
+        """Answer the event with yes; `reply` takes the place of the normal text."""
+        event, self._event = self._event, None
+        match event:
+            case Rcpt(recipient):
+                self.recipients.append(recipient)
+                self.send(reply or smtp.RCPT_OK)
+            case Mail(sender):
+                self.sender = sender
+                self.send(reply or smtp.MAIL_OK)
+            case Content():
+                self._reset()
+                self.errors = self._idle_commands = 0
+                self.send(reply or smtp.OK)
+            case Data():
+                self.state = State.CONTENT
+                self._chunks = []
+                self._tail = b"\r\n"
+                self._size = 0
+                self.send(reply or smtp.START_DATA)
+            case Hello():
+                self.hello = event
+                self._reset()
+                self.send(reply or self._hello_reply(event))
+            case Auth():
+                self.authenticated = True
+                self.send(reply or smtp.AUTH_OK)
+            case StartTls():
+                self.state = State.TLS
+                self.send(reply or smtp.TLS_READY)
+            case _:
+                raise LocalProtocolError("there is nothing to accept")
+
+    def reject(self, reply: Reply) -> None:
+        """Answer the event with no. A 421 closes the session (RFC 5321, section 3.8)."""
+        event, self._event = self._event, None
+        if event is None:
+            raise LocalProtocolError("there is nothing to reject")
+        if isinstance(event, Content | Data):
+            self._reset()
+        elif isinstance(event, Rcpt):
+            self._refused_recipients += 1
+        if reply.code == 421:
+            self._close(reply, "closed by a reply 421")
+        else:
+            self._fail(reply)
+
+    # Commands.
+
+    def _next_command(self) -> Event | None:
+        """Deal with one line; None means that it was answered here."""
+        if self.state is State.TLS:
+            raise LocalProtocolError("call tls_started after the handshake")
+        limit = smtp.AUTH_LIMIT if self.state is State.AUTH else smtp.COMMAND_LIMIT
+        end = self._buffer.find(b"\n", self._position)
+        if end < 0:
+            return self._incomplete(limit)
+        line = self._buffer[self._position : end + 1]
+        self._position = end + 1
+        if self._discarding or len(line) > limit:
+            self._discarding = 0
+            self._exchange = None
+            self.state = State.COMMAND
+            return self._fail(smtp.LINE_TOO_LONG)
+        if not line.endswith(b"\r\n") or b"\r" in line[:-2]:
+            return self._fail(smtp.BARE_NEWLINE)
+        if self.state is State.AUTH:
+            return self._auth_response(line[:-2])
+        verb, _, argument = line[:-2].partition(b" ")
+        command = _COMMANDS.get(verb.upper())
+        if command is None:
+            return self._unknown_command(verb.upper())
+        if not argument.isascii() or b"\0" in argument:
+            return self._fail(smtp.UTF8_NOT_OFFERED if b"\0" not in argument else smtp.NOT_ASCII)
+        return command(self, argument.strip().decode("ascii"))
+
+    def _incomplete(self, limit: int) -> Event | None:
+        waiting = len(self._buffer) - self._position
+        if self._eof:
+            self.state = State.CLOSED
+            return CLOSED
+        if waiting > limit or self._discarding:
+            self._discarding += waiting
+            self._buffer, self._position = b"", 0
+            if self._discarding > DISCARD_LIMIT:
+                return self._close(smtp.LINE_TOO_LONG, "sent a line without end")
+        return NEED_DATA
+
+    def _ehlo(self, argument: str) -> Event | None:
+        return self._helo(argument, extended=True)
+
+    def _helo(self, argument: str, *, extended: bool = False) -> Event | None:
+        name, _, rest = argument.partition(" ")
+        if not name or rest or not name.isprintable():
+            return self._fail(smtp.HELLO_SYNTAX)
+        if self.hello is not None and self._idled_out():
+            return None
+        return Hello(name, extended)
+
+    def _starttls(self, argument: str) -> Event | None:
+        if self.secure:
+            return self._fail(smtp.TLS_ALREADY)
+        if not self.settings.starttls:
+            return self._fail(smtp.NOT_IMPLEMENTED)
+        if argument:
+            return self._fail(smtp.NO_ARGUMENT_EXPECTED)
+        self._buffer, self._position = b"", 0
+        return StartTls()
+
+    def _auth(self, argument: str) -> Event | None:
+        if not self.settings.auth:
+            return self._fail(smtp.NOT_IMPLEMENTED)
+        if self.authenticated or self.sender is not None:
+            return self._fail(smtp.AUTH_OUT_OF_TURN)
+        if self.hello is None:
+            return self._fail(smtp.HELLO_FIRST)
+        if not self._may_authenticate():
+            return self._fail(smtp.AUTH_NEEDS_TLS)
+        name, _, initial = argument.partition(" ")
+        if not name:
+            return self._fail(smtp.AUTH_SYNTAX)
+        mechanism = sasl.MECHANISMS.get(name.upper())
+        if mechanism is None:
+            return self._fail(smtp.AUTH_UNKNOWN)
+        self._mechanism = name.upper()
+        self._exchange = mechanism()
+        self.state = State.AUTH
+        challenge = next(self._exchange)
+        if initial:
+            return self._auth_response(b"" if initial == "=" else initial.encode())
+        self._challenge(challenge)
+        return None
+
+    def _auth_response(self, line: bytes) -> Event | None:
+        exchange = self._exchange
+        assert exchange is not None, "within an exchange"
+        if line == b"*":
+            return self._auth_failed(smtp.AUTH_CANCELLED)
+        try:
+            challenge = exchange.send(binascii.a2b_base64(line, strict_mode=True))
+        except StopIteration as done:
+            self._exchange = None
+            self.state = State.COMMAND
+            return Auth(self._mechanism, done.value.login, done.value.password)
+        except (binascii.Error, sasl.BadResponse):
+            return self._auth_failed(smtp.AUTH_BAD_RESPONSE)
+        self._challenge(challenge)
+        return None
+
+    def _challenge(self, challenge: bytes) -> None:
+        self.send(Reply(334, binascii.b2a_base64(challenge, newline=False).decode()))
+
+    def _auth_failed(self, reply: Reply) -> Event | None:
+        self._exchange = None
+        self.state = State.COMMAND
+        return self._fail(reply)
+
+    def _mail(self, argument: str) -> Event | None:
+        if self.hello is None:
+            return self._fail(smtp.HELLO_FIRST)
+        if self.sender is not None:
+            return self._fail(smtp.MAIL_NESTED)
+        split = _split_path(argument, "FROM:")
+        if split is None:
+            return self._fail(smtp.MAIL_SYNTAX)
+        try:
+            sender = parse_path(split[0], null=True)
+        except AddressError:
+            return self._fail(smtp.BAD_SENDER)
+        size = 0
+        parameters = _parameters(split[1])
+        for name, value in parameters.items():
+            if name == "SIZE":
+                if value is None or not value.isdigit() or len(value) > 20:
+                    return self._fail(smtp.BAD_PARAMETER_VALUE)
+                size = int(value)
+                if size > self.settings.max_size > 0:
+                    return self._fail(smtp.TOO_BIG)
+            elif name == "BODY":
+                if value is None or value.upper() not in ("7BIT", "8BITMIME"):
+                    return self._fail(smtp.BAD_PARAMETER_VALUE)
+            elif name == "AUTH" and self.settings.auth:
+                if value is None:
+                    return self._fail(smtp.BAD_PARAMETER_VALUE)
+            else:
+                return self._fail(smtp.UNKNOWN_PARAMETER)
+        return Mail(sender, size, parameters)
+
+    def _rcpt(self, argument: str) -> Event | None:
+        if self.sender is None:
+            return self._fail(smtp.MAIL_FIRST)
+        split = _split_path(argument, "TO:")
+        if split is None:
+            return self._fail(smtp.RCPT_SYNTAX)
+        if len(self.recipients) >= self.settings.max_recipients:
+            # No error of the client's: it finds the limit out by meeting it.
+            self.send(smtp.TOO_MANY_RECIPIENTS)
+            return None
+        try:
+            recipient = parse_path(split[0], postmaster=True)
+        except AddressError:
+            self._refused_recipients += 1
+            return self._fail(smtp.BAD_RECIPIENT)
+        parameters = _parameters(split[1])
+        if parameters:
+            self._refused_recipients += 1
+            return self._fail(smtp.UNKNOWN_PARAMETER)
+        return Rcpt(recipient, parameters)
+
+    def _data(self, argument: str) -> Event | None:
+        if argument:
+            return self._fail(smtp.NO_ARGUMENT_EXPECTED)
+        if self.sender is None:
+            return self._fail(smtp.MAIL_FIRST)
+        if not self.recipients:
+            refused = self._refused_recipients
+            return self._fail(smtp.NO_VALID_RECIPIENTS if refused else smtp.RCPT_FIRST)
+        if self._position < len(self._buffer):
+            return self._close(smtp.SYNCHRONIZATION, "sent data before the reply to DATA")
+        return Data()
+
+    def _rset(self, argument: str) -> Event | None:
+        if argument:
+            return self._fail(smtp.NO_ARGUMENT_EXPECTED)
+        if not self._idled_out():
+            self._reset()
+            self.send(smtp.OK)
+        return None
+
+    def _noop(self, argument: str) -> Event | None:
+        if not self._idled_out():
+            self.send(smtp.OK)
+        return None
+
+    def _help(self, argument: str) -> Event | None:
+        if not self._idled_out():
+            self.send(smtp.HELP)
+        return None
+
+    def _vrfy(self, argument: str) -> Event | None:
+        if not argument:
+            return self._fail(smtp.BAD_PARAMETER_VALUE)
+        if not self._idled_out():
+            self.send(smtp.CANNOT_VERIFY)
+        return None
+
+    def _quit(self, argument: str) -> Event | None:
+        if argument:
+            return self._fail(smtp.NO_ARGUMENT_EXPECTED)
+        return self._close(smtp.BYE, "QUIT")
+
+    def _unknown_command(self, verb: bytes) -> Event | None:
+        if verb in _OTHER_PROTOCOLS:
+            return self._close(smtp.NOT_SMTP, "speaks another protocol")
+        known = verb in _KNOWN_ELSEWHERE
+        return self._fail(smtp.NOT_IMPLEMENTED if known else smtp.UNKNOWN_COMMAND)
+
+    # Content.
+
+    def _next_content(self) -> Event | None:
+        """Take what there is of the mail, and look for its end across what came before.
+
+        `_tail` is the last four bytes already taken (at first the CR LF that ended DATA), so
+        that an end that is split over reads is found, and nothing is searched twice.
+        """
+        data = self._buffer[self._position :] if self._position else self._buffer
+        self._buffer, self._position = b"", 0
+        if not data:
+            if self._eof:
+                self.state = State.CLOSED
+                return CLOSED
+            return NEED_DATA
+        window = self._tail + data
+        end = window.find(b"\r\n.\r\n")
+        if end < 0:
+            self._tail = window[-4:]
+            self._take_content(data)
+            return NEED_DATA
+        # The CR LF before the dot belongs to the mail, and may lie in what was taken before.
+        # Of an empty mail it is the one that ended DATA.
+        length = end + 2 - len(self._tail)
+        self._take_content(data[: max(length, 0)])
+        self._buffer = data[length + 3 :]
+        self.state = State.COMMAND
+        if self._size > self.settings.max_size > 0:
+            return self._content_failed(smtp.TOO_BIG)
+        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks = []
+        if length < 0:
+            body = body[:length]
+        if b"\r\n." in body or body.startswith(b"."):
+            body = _unstuff(body)
+        newlines = body.count(b"\r\n")
+        if body.count(b"\n") != newlines or body.count(b"\r") != newlines:
+            return self._content_failed(smtp.BARE_NEWLINE_IN_DATA)
+        return Content(body)
+
+    def _take_content(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size <= self.settings.max_size or not self.settings.max_size:
+            self._chunks.append(data)
+        else:
+            self._chunks.clear()
+
+    def _content_failed(self, reply: Reply) -> Event | None:
+        self._chunks = []
+        self._reset()
+        return self._fail(reply)
+
+    # What commands share.
+
+    def _hello_reply(self, event: Hello) -> Reply:
+        hostname = self.settings.hostname
+        if not event.extended:
+            return Reply(250, hostname)
+        return Reply(250, "\n".join([hostname, *self._extensions()]))
+
+    def _extensions(self) -> list[str]:
+        lines = ["PIPELINING"]
+        lines.append(f"SIZE {self.settings.max_size}")
+        if self.settings.starttls and not self.secure:
+            lines.append("STARTTLS")
+        if self.settings.auth and self._may_authenticate():
+            lines.append("AUTH " + " ".join(sasl.MECHANISMS))
+        lines.append("8BITMIME")
+        lines.append("ENHANCEDSTATUSCODES")
+        return lines
+
+    def _may_authenticate(self) -> bool:
+        return self.secure or self.settings.auth_in_clear
+
+    def _idled_out(self) -> bool:
+        """Count a command that brings no mail forward; true when there were too many."""
+        self._idle_commands += 1
+        if self._idle_commands <= IDLE_COMMAND_LIMIT:
+            return False
+        self._close(smtp.TOO_MANY_COMMANDS, "too many commands without mail")
+        return True
+
+    def _reset(self) -> None:
+        self.sender = None
+        self.recipients = []
+        self._refused_recipients = 0
+
+    def _fail(self, reply: Reply) -> Event | None:
+        """Answer with an error. There is no event to it, so a command can end with this."""
+        self.errors += 1
+        if self.errors > ERROR_LIMIT:
+            return self._close(smtp.TOO_MANY_ERRORS, "too many errors")
+        self.send(reply)
+        return None
+
+    def _close(self, reply: Reply, reason: str) -> Event | None:
+        """Answer with the last reply; `next_event` then says Closing."""
+        self.send(reply)
+        self._closing = reason
+        return None
+
+
+_OTHER_PROTOCOLS: Final = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"CONNECT", b"OPTIONS"))
+
+_KNOWN_ELSEWHERE: Final = frozenset((b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN", b"BDAT"))
+
+_COMMANDS: Final[dict[bytes, Callable[[ServerProtocol, str], Event | None]]] = {
+    b"EHLO": ServerProtocol._ehlo,
+    b"HELO": ServerProtocol._helo,
+    b"STARTTLS": ServerProtocol._starttls,
+    b"AUTH": ServerProtocol._auth,
+    b"MAIL": ServerProtocol._mail,
+    b"RCPT": ServerProtocol._rcpt,
+    b"DATA": ServerProtocol._data,
+    b"RSET": ServerProtocol._rset,
+    b"NOOP": ServerProtocol._noop,
+    b"HELP": ServerProtocol._help,
+    b"VRFY": ServerProtocol._vrfy,
+    b"QUIT": ServerProtocol._quit,
+}
+
+_PATH: Final = re.compile(
+    r"""\ ?(<(?:"(?:[^"\\]|\\.)*"|[^">])*>)  # a quoted local part may hold ">"
+        (?:\ +(.*))?""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _split_path(argument: str, keyword: str) -> tuple[str, str] | None:
+    """Split ``FROM:<path> parameters``; a space before the path is forgiven, as is common."""
+    if argument[: len(keyword)].upper() != keyword:
+        return None
+    match = _PATH.fullmatch(argument, len(keyword))
+    return (match[1], match[2] or "") if match else None
+
+
+def _parameters(text: str) -> dict[str, str | None]:
+    """ESMTP parameters (RFC 5321, section 4.1.2), their keywords in upper case."""
+    parameters: dict[str, str | None] = {}
+    for word in text.split():
+        name, separator, value = word.partition("=")
+        parameters[name.upper()] = value if separator else None
+    return parameters
+
+
+def _unstuff(body: bytes) -> bytes:
+    """Take away the first dot of each line that starts with one (RFC 5321, section 4.5.2)."""
+    body = body.replace(b"\r\n.", b"\r\n")
+    return body[1:] if body.startswith(b".") else body
