@@ -96,14 +96,19 @@ def _check_seconds(value: Any) -> float:
     return float(value)
 
 
+def _plain(number: float) -> str:
+    """A number without an exponent, to the microsecond where it is a time."""
+    return f"{number:.6f}".rstrip("0").rstrip(".")
+
+
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def _read_size(text: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,15}) ?([KMGT]?)(?:I?B)?", text.upper(), re.ASCII)
+    match = re.fullmatch(r"([0-9]{1,18}) ?(?:([KMGT])I?B?|B)?", text.upper(), re.ASCII)
     if not match:
         raise ValueError(f"{text!r} is not a size such as 512KB, 100MB or 16GB")
-    return int(match[1]) * _UNITS[match[2]]
+    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 def _write_size(value: int) -> str:
@@ -234,7 +239,7 @@ HOSTNAME: Final = _text_kind("domain", _check_hostname)
 SINK: Final = _text_kind("host", _check_sink)
 FLAG: Final = Kind("true|false", _read_flag, _check_flag, lambda value: str(value).lower())
 NUMBER: Final = Kind("number", _read_number, _check_number)
-SECONDS: Final = Kind("number", _read_seconds, _check_seconds, "{:g}".format)
+SECONDS: Final = Kind("number", _read_seconds, _check_seconds, _plain)
 SIZE: Final = Kind("size", _read_size, _check_number, _write_size)
 PORT: Final = Kind("port", _read_number, _check_port)
 PORTS: Final = _list_kind("ports", _read_ports, _check_port)
@@ -314,9 +319,10 @@ class Setting:
         minimum = 0 if self.unlimited else self.minimum
         for number in value if isinstance(value, tuple) else (value,):
             if minimum is not None and number < minimum:
-                raise ValueError(f"{number:g} is less than {minimum:g}")
+                raise ValueError(f"{_plain(number)} is less than {_plain(minimum)}")
             if self.maximum is not None and number > self.maximum:
-                raise ValueError(f"{number:g} is more than {self.maximum:g} {self.unit}".rstrip())
+                limit = f"{_plain(self.maximum)} {self.unit}".rstrip()
+                raise ValueError(f"{_plain(number)} is more than {limit}")
         return value
 
 

@@ -1,0 +1,532 @@
+"""The table of settings, the layers that fill it, and every way to get one wrong."""
+
+import dataclasses
+import ipaddress
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mailerq.config import NOT_YET, SETTINGS, Config, Setting, split_arguments
+from mailerq.errors import ConfigError
+from mailerq.settings import SECONDS, SIZE
+
+ROWS = pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.key)
+
+
+def load(*arguments: str, environ: dict[str, str] | None = None, **files: Any) -> Config:
+    return Config.load(arguments, environ or {}, files.get("files", ()))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(text: str | bytes, name: str = "config.txt") -> str:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+# -- the table ----------------------------------------------------------------------------
+
+
+@ROWS
+def test_a_row_says_all_that_a_reader_needs(row: Setting) -> None:
+    assert re.fullmatch(r"[a-z]+(-[a-z]+)*", row.key)
+    assert row.text.endswith((".", "?")), "the text is a sentence"
+    assert row.default_text, "an empty default says what it stands for"
+    assert row.kind.name
+    assert row.variable == "MAILERQ_" + row.key.upper().replace("-", "_")
+
+
+@ROWS
+def test_a_default_passes_the_check_of_its_own_row(row: Setting) -> None:
+    if row.default not in (None, ""):
+        assert row.check(row.default) == row.default
+        assert type(row.check(row.default)) is type(row.default)
+
+
+@ROWS
+def test_a_default_survives_being_written_and_read(row: Setting) -> None:
+    text = row.write(row.default)
+    if text or row.default == () or row.default == "":
+        assert row.read(text) == row.default
+
+
+def test_names_are_used_once() -> None:
+    names = [name for row in SETTINGS for name in (row.key, *row.aliases)] + [*NOT_YET]
+    assert len(names) == len(set(names))
+
+
+def test_settings_of_a_group_stand_together() -> None:
+    groups = [row.group for row in SETTINGS]
+    changes = [now for before, now in zip(["", *groups], groups, strict=False) if before != now]
+    assert len(changes) == len(set(changes))
+
+
+def test_every_field_but_the_origins_is_a_setting() -> None:
+    names = {declared.name for declared in dataclasses.fields(Config)}
+    assert names - {row.attribute for row in SETTINGS} == {"origins"}
+
+
+@ROWS
+def test_the_annotation_of_a_field_fits_its_default(row: Setting) -> None:
+    hint = get_type_hints(Config)[row.attribute]
+    kinds = getattr(hint, "__args__", ()) if type(row.default) is not tuple else ()
+    assert type(row.default) in (hint, getattr(hint, "__origin__", None), *kinds)
+
+
+# -- the object ---------------------------------------------------------------------------
+
+
+def test_without_anything_every_value_is_the_default() -> None:
+    config = Config()
+    assert load() == config
+    assert config.smtp_port == (25,)
+    assert config.smtp_maxsize == 100 * 1024 * 1024
+    assert {config.origin(row.key) for row in SETTINGS} == {"default"}
+
+
+def test_the_hostname_is_that_of_this_host() -> None:
+    assert Config().hostname
+    assert load("--hostname=mx.example.test").hostname == "mx.example.test"
+
+
+def test_a_config_can_be_hashed_compared_and_not_changed() -> None:
+    config = Config(smtp_port=(0,))
+    assert {config, Config(smtp_port=(0,)), Config()} == {config, Config()}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.smtp_port = (1,)  # type: ignore[misc]
+
+
+def test_values_of_a_program_come_in_their_exact_type() -> None:
+    config = Config(
+        smtp_port=[0, 0],  # type: ignore[arg-type]
+        smtp_timeout=5,
+        smtp_range=["192.0.2.0/24"],  # type: ignore[arg-type]
+        smtp_local_domains=["Bücher.Example"],  # type: ignore[arg-type]
+    )
+    assert config.smtp_port == (0, 0)
+    assert type(config.smtp_timeout) is float
+    assert config.smtp_range == (ipaddress.ip_network("192.0.2.0/24"),)
+    assert config.smtp_local_domains == ("xn--bcher-kva.example",)
+    assert hash(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("smtp_port", 25),
+        ("smtp_port", "25"),
+        ("smtp_port", (True,)),
+        ("smtp_port", (65536,)),
+        ("smtp_threads", 0),
+        ("smtp_threads", 1.0),
+        ("smtp_threads", True),
+        ("smtp_threads", None),
+        ("smtp_extract", 1),
+        ("smtp_timeout", "5"),
+        ("smtp_timeout", float("nan")),
+        ("smtp_timeout", float("inf")),
+        ("smtp_maxsize", "1MB"),
+        ("hostname", "mx example"),
+        ("hostname", None),
+        ("queue_directory", ""),
+        ("queue_directory", Path("/")),
+        ("application_log", "a\nb"),
+        ("application_log", "\udc80"),
+    ],
+)
+def test_a_wrong_value_of_a_program_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(**{name: value})
+    assert caught.value.where == name.replace("_", "-")
+
+
+def test_replace_changes_some_values_and_checks_them() -> None:
+    config = load("--smtp-port=2525", "--smtp-threads=2")
+    changed = config.replace(smtp_port=(0,))
+    assert (changed.smtp_port, changed.smtp_threads) == ((0,), 2)
+    assert changed.origin("smtp_port") == "program"
+    assert changed.origin("smtp-threads") == "--smtp-threads"
+    with pytest.raises(ConfigError):
+        config.replace(smtp_threads=0)
+
+
+def test_a_password_does_not_show() -> None:
+    assert "hunter2" not in repr(Config(smtp_username="ann", smtp_password="hunter2"))
+
+
+def test_text_is_what_a_file_would_hold() -> None:
+    config = load("--smtp-port=25,1024-1026", "--smtp-maxsize=1536KB", "--dns-timeout=2.5")
+    assert config.text("smtp-port") == "25,1024,1025,1026"
+    assert config.text("smtp_maxsize") == "1536KB"
+    assert config.text("dns-timeout") == "2.5"
+    assert config.text("server-id") == ""
+    assert config.text("smtp-relay-range") == "127.0.0.0/8;::1/128"
+
+
+# -- the text of values -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("smtp-port", "25", (25,)),
+        ("smtp-port", "25,2525;1024-1026", (25, 2525, 1024, 1025, 1026)),
+        ("smtp-port", " 25 , 26 - 27 ,", (25, 26, 27)),
+        ("smtp-port", "0,0", (0, 0)),
+        ("smtp-port", "", ()),
+        ("smtp-maxsize", "100MB", 100 << 20),
+        ("smtp-maxsize", "16GB", 16 << 30),
+        ("smtp-maxsize", "512 kb", 512 << 10),
+        ("smtp-maxsize", "1MiB", 1 << 20),
+        ("smtp-maxsize", "12345", 12345),
+        ("smtp-timeout", "2.5", 2.5),
+        ("smtp-timeout", "300", 300.0),
+        ("smtp-ip", "127.0.0.1;::1", ("127.0.0.1", "::1")),
+        ("smtp-ip", "[::1],192.0.2.1", ("::1", "192.0.2.1")),
+        ("smtp-range", "192.0.2.0/24", (ipaddress.ip_network("192.0.2.0/24"),)),
+        ("smtp-range", "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
+        ("smtp-relay-range", "", ()),
+        ("smtp-local-domains", "Example.Test, b.test", ("example.test", "b.test")),
+        ("retry-interval", "60,60,300", (60, 60, 300)),
+        ("rabbitmq-inbox", "", ""),
+        ("rabbitmq-inbox", "a b;../c", "a b;../c"),
+        ("smtp-sink-address", "0.0.0.0", ""),
+        ("smtp-sink-address", "localhost", "localhost"),
+        ("smarthost", "[192.0.2.1]", "[192.0.2.1]"),
+        ("domain-maxconnections", "-1", 0),
+        ("connection-maxmessages", "0", 0),
+        ("max-attempts", "+6", 6),
+        ("application-log", "stderr, /var/log/a b.log", "stderr, /var/log/a b.log"),
+    ],
+)
+def test_a_text_is_read_as_its_kind(key: str, text: str, value: Any) -> None:
+    attribute = key.replace("-", "_")
+    assert getattr(load(f"--{key}={text}"), attribute) == value
+    assert getattr(load(environ={f"MAILERQ_{attribute.upper()}": text}), attribute) == value
+
+
+@pytest.mark.parametrize("text", ["true", "yes", "on", "1", "True", "YES"])
+def test_a_flag_is_on(text: str) -> None:
+    assert load("--smtp-extract", text).smtp_extract is True
+
+
+@pytest.mark.parametrize("text", ["false", "no", "off", "0", "False", "NO"])
+def test_a_flag_is_off(text: str) -> None:
+    assert load("--smtp-extract", text).smtp_extract is False
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "problem"),
+    [
+        ("smtp-port", "smtp", "not a whole number"),
+        ("smtp-port", "65536", "not a port"),
+        ("smtp-port", "-1", "not a whole number"),
+        ("smtp-port", "30-25", "ends before it starts"),
+        ("smtp-port", "25,24-26", "stands twice"),
+        ("smtp-port", "25-", "not a whole number"),
+        ("smtp-port", "²", "not a whole number"),
+        ("smtp-threads", "", "needs a value"),
+        ("smtp-threads", "0", "less than 1"),
+        ("smtp-threads", "2.0", "not a whole number"),
+        ("smtp-threads", "9" * 30, "not a whole number"),
+        ("smtp-threads", "5000", "more than 1024"),
+        ("max-attempts", "-2", "less than 0"),
+        ("smtp-extract", "maybe", "neither true nor false"),
+        ("smtp-extract", "", "needs a value"),
+        ("smtp-maxsize", "100XB", "not a size"),
+        ("smtp-maxsize", "-1", "not a size"),
+        ("smtp-maxsize", "0", "less than 1"),
+        ("smtp-timeout", "5m", "not a number"),
+        ("smtp-timeout", "nan", "not a number"),
+        ("smtp-timeout", "1e999", "not a number"),
+        ("smtp-timeout", "0", "less than"),
+        ("dns-timeout", "5000", "more than 300 s"),
+        ("smtp-ip", "localhost", "not an IP address"),
+        ("smtp-ip", "::1;::1", "stands twice"),
+        ("smtp-range", "192.0.2.1/24", "host bits set"),
+        ("smtp-range", "10.0.0.0/33", "not a network"),
+        ("smtp-local-domains", "a_b", "not a domain"),
+        ("retry-interval", "", "needs a value"),
+        ("retry-interval", ";;", "needs a value"),
+        ("retry-interval", "60,-1", "less than 0"),
+        ("hostname", "a b", "not a domain"),
+        ("smarthost", "mail host", "not a domain"),
+        ("smarthost-port", "0", "less than 1"),
+        ("rabbitmq-outbox", "", "needs a value"),
+        ("rabbitmq-success", "ü" * 128, "longer than 255 bytes"),
+        ("queue-directory", "a\0b", "control character"),
+        ("queue-directory", "a\r\nb", "control character"),
+        ("queue-directory", "\udcff", "not UTF-8"),
+    ],
+)
+def test_a_text_of_the_wrong_kind_is_refused(key: str, text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)) as caught:
+        load(f"--{key}={text}")
+    assert caught.value.where == f"--{key}"
+    assert caught.value.problem.startswith(f"{key}: ")
+
+
+@given(st.integers(1, 1 << 50))
+def test_a_size_survives_being_written_and_read(size: int) -> None:
+    assert SIZE.read(SIZE.write(size)) == size
+
+
+@given(st.integers(0, 10**12).map(lambda milliseconds: milliseconds / 1000))
+def test_a_time_survives_being_written_and_read(seconds: float) -> None:
+    assert SECONDS.read(SECONDS.write(seconds)) == seconds
+
+
+@given(st.sampled_from(SETTINGS), st.text())
+def test_any_text_for_any_setting_is_a_value_or_an_error(row: Setting, text: str) -> None:
+    try:
+        value = row.read(text)
+    except ValueError:
+        return
+    assert row.check(value) == value
+
+
+# -- files --------------------------------------------------------------------------------
+
+
+def test_a_file_holds_a_setting_on_a_line(write: Any) -> None:
+    path = write(
+        b"\xef\xbb\xbf# a comment\r\n"
+        b"\r\n"
+        b"smtp-port: 2525\r\n"
+        b"  smtp-threads :2   # and why\n"
+        b"queue-directory:/var/a#b: c\n"
+        b"rabbitmq-inbox:\n"
+        b"#smtp-port: 26"
+    )
+    config = load(files=[path])
+    assert config.smtp_port == (2525,)
+    assert config.smtp_threads == 2
+    assert config.queue_directory == "/var/a#b: c"
+    assert config.rabbitmq_inbox == ""
+    assert config.origin("smtp-port") == f"{path}:3"
+    assert config.origin("smtp_threads") == f"{path}:4"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("smtp-port", "not of the form 'key: value'"),
+        ("smtp-port = 25", "not of the form"),
+        ("smtp-prot: 25", "unknown setting 'smtp-prot'; did you mean smtp-port?"),
+        ("SMTP_PORT: 25", "did you mean smtp-port?"),
+        (": 25", "unknown setting ''"),
+        ("xyzzy: 25", "unknown setting 'xyzzy'"),
+        ("smtp-threads: many", "smtp-threads: 'many' is not a whole number"),
+        ("smtp-threads:", "smtp-threads: needs a value"),
+        ("lock: /a\nlock: /b", "second value for lock; the first is at"),
+        ("smtp-sink-address: a\nsmtp-sink-ip: a", "second value for smtp-sink-address"),
+        ("www-port: 8485", "www-port is not supported yet"),
+        ("rabbitmq-address: amqp://localhost/", "rabbitmq-address is not supported yet"),
+        ("config-file: /other", "config-file cannot stand in a file"),
+        ("lock: /a\x1b[2J", "control character"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_told_with_its_line(write: Any, line: str, problem: str) -> None:
+    path = write(f"# first\n\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(files=[path])
+    assert problem in caught.value.problem
+    assert caught.value.where == f"{path}:{3 + line.count(chr(10))}"
+    assert str(caught.value).isprintable()
+
+
+def test_a_line_that_is_not_utf_8_is_told(write: Any) -> None:
+    path = write(b"lock: /a\nhostname: m\xfcller.test\n")
+    with pytest.raises(ConfigError, match=r"config\.txt:2: is not UTF-8"):
+        load(files=[path])
+
+
+def test_a_file_of_another_kind_is_refused(write: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration"):
+        load(files=[write(b"#" * (2 << 20))])
+    with pytest.raises(ConfigError, match="directory"):
+        load(files=[str(tmp_path)])
+    with pytest.raises(ConfigError, match="null"):
+        load("--config-file=a\0b")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_an_error(write: Any) -> None:
+    path = write("lock: /a")
+    os.chmod(path, 0)
+    with pytest.raises(ConfigError, match="denied"):
+        load(files=[path])
+
+
+def test_the_default_file_may_be_missing_and_a_named_one_may_not(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.txt")
+    assert load(files=[missing]) == Config()
+    with pytest.raises(ConfigError, match="there is no such file") as caught:
+        load("--config-file", missing)
+    assert caught.value.where == missing
+
+
+# -- layers -------------------------------------------------------------------------------
+
+
+def test_a_later_layer_wins_and_the_others_stay(write: Any) -> None:
+    base = write("smtp-port: 1\nsmtp-threads: 1\nrabbitmq-qos: 1\nmax-attempts: 1\n", "base.txt")
+    overlay = write("smtp-port: 2\nsmtp-threads: 2\nrabbitmq-qos: 2\n", "overlay.txt")
+    config = load(
+        *("--config-file", overlay, "--smtp-port", "4"),
+        environ={"MAILERQ_SMTP_PORT": "3", "MAILERQ_SMTP_THREADS": "3", "HOME": "/"},
+        files=[base],
+    )
+    assert config.smtp_port == (4,)
+    assert config.smtp_threads == 3
+    assert config.rabbitmq_qos == 2
+    assert config.max_attempts == 1
+    assert [config.origin(key) for key in ("smtp-port", "smtp-threads")] == [
+        "--smtp-port",
+        "MAILERQ_SMTP_THREADS",
+    ]
+    assert config.origin("rabbitmq-qos") == f"{overlay}:3"
+    assert config.origin("max-attempts") == f"{base}:4"
+    assert config.origin("dns-attempts") == "default"
+
+
+def test_another_spelling_in_a_later_layer_is_no_second_value(write: Any) -> None:
+    config = load("--smtp-sink-ip=192.0.2.1", files=[write("smtp-sink-address: localhost")])
+    assert config.smtp_sink_address == "192.0.2.1"
+
+
+@pytest.mark.parametrize(
+    ("alias", "text", "attribute"),
+    [
+        ("smtp-ranges", "192.0.2.0/24", "smtp_range"),
+        ("max-deliver-time", "60", "max_delivertime"),
+        ("max-connections", "60", "smtp_connections"),
+        ("max-threads", "2", "smtp_threads"),
+        ("max-messages", "60", "rabbitmq_qos"),
+        ("error-log", "stdout", "application_log"),
+    ],
+)
+def test_both_spellings_of_a_setting_count(alias: str, text: str, attribute: str) -> None:
+    config = load(f"--{alias}={text}")
+    assert config == load(f"--{attribute.replace('_', '-')}={text}")
+    assert config.origin(attribute) == f"--{alias}"
+
+
+def test_the_environment_may_name_the_file_and_a_switch_wins(write: Any) -> None:
+    one, two = write("smtp-threads: 1", "1.txt"), write("smtp-threads: 2", "2.txt")
+    environ = {"MAILERQ_CONFIG_FILE": one}
+    assert load(environ=environ).origin("smtp-threads") == f"{one}:1"
+    assert load(f"--config-file={two}", environ=environ).smtp_threads == 2
+
+
+def test_the_real_environment_is_read_where_none_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAILERQ_SMTP_THREADS", "3")
+    assert Config.load(files=()).smtp_threads == 3
+
+
+def test_an_unknown_variable_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="did you mean smtp-port") as caught:
+        load(environ={"MAILERQ_SMTP_PROT": "25"})
+    assert caught.value.where == "MAILERQ_SMTP_PROT"
+
+
+def test_variables_that_container_platforms_set_are_left_alone() -> None:
+    names = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_SMTP", "PORT", "PORT_25_TCP_ADDR")
+    assert load(environ={f"MAILERQ_{name}": "tcp://192.0.2.1:25" for name in names}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "problem"),
+    [
+        (["--smtp-port"], "--smtp-port", "needs a value"),
+        (["--smtp-port", "--smtp-threads=1"], "--smtp-port", "needs a value"),
+        (["--smtp-prot=1"], "--smtp-prot", "did you mean smtp-port?"),
+        (["--www-port=1"], "--www-port", "not supported yet"),
+        (["--lock=a", "--lock", "b"], "--lock", "second value for lock"),
+        (["--smtp-key=a", "--smtp-privatekey=a"], "--smtp-privatekey", "second value for smtp-key"),
+        (["smtp-port=1"], "smtp-port=1", "not a setting"),
+        (["--config-file=a", "--config-file=b"], "--config-file", "second value"),
+    ],
+)
+def test_a_wrong_switch_is_told(arguments: list[str], where: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(*arguments)
+    assert caught.value.where == where
+    assert problem in caught.value.problem
+
+
+def test_a_secret_is_in_no_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("--smtp-username=ann", "--smtp-password=hunter2\x01")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_arguments_are_split_into_settings_and_the_rest() -> None:
+    settings, rest = split_arguments(
+        [
+            *("queue", "--smtp-port=25", "--json", "--smtp-ranges", "a", "x@y.test"),
+            *("--config-file", "f", "--www-port=1", "--", "--smtp-port=26"),
+        ]
+    )
+    assert settings == [
+        *("--smtp-port=25", "--smtp-ranges", "a", "--config-file", "f", "--www-port=1")
+    ]
+    assert rest == ["queue", "--json", "x@y.test", "--", "--smtp-port=26"]
+    assert split_arguments(["--smtp-port"]) == (["--smtp-port"], [])
+
+
+# -- contradictions -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "problem"),
+    [
+        (["--smtp-key=a.pem"], "--smtp-key", "needs smtp-certificate"),
+        (["--smtp-ciphers=A:B"], "--smtp-ciphers", "needs smtp-certificate"),
+        (["--smtp-secure-port=465"], "--smtp-secure-port", "needs smtp-certificate"),
+        (["--smtp-username=ann"], "--smtp-username", "needs smtp-password"),
+        (["--smtp-password=x"], "--smtp-password", "needs smtp-username"),
+        (
+            ["--smtp-port=25,465", "--smtp-secure-port=465", "--smtp-certificate=a.pem"],
+            "--smtp-secure-port",
+            "port 465 is in smtp-port as well",
+        ),
+        (["--smtp-connections-in=1001"], "--smtp-connections-in", "more than smtp-connections"),
+        (["--smtp-connections=5", "--smtp-connections-out=6"], "--smtp-connections-out", "counts"),
+        (["--rabbitmq-success=outbox"], "--rabbitmq-success", "is the outbox"),
+        (["--rabbitmq-outbox=a", "--rabbitmq-retry=a"], "--rabbitmq-retry", "is the outbox"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    arguments: list[str], where: str, problem: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(*arguments)
+    assert caught.value.where == where
+    assert problem in caught.value.problem
+
+
+def test_port_0_may_stand_for_both_kinds_of_port() -> None:
+    assert Config(smtp_port=(0,), smtp_secure_port=(0,), smtp_certificate="a.pem")
+
+
+# -- cost ---------------------------------------------------------------------------------
+
+
+def test_reading_the_configuration_imports_no_event_loop() -> None:
+    code = (
+        "import sys, mailerq; mailerq.Config.load([], {}, []);"
+        "print(*{'trio', 'dns', 'apsw', 'idna', 'ssl', 'argparse', 'asyncio'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
