@@ -1,0 +1,558 @@
+"""The server machine: each command in each state, framing at every split, and random bytes."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mailerq.wire import server, smtp
+from mailerq.wire.server import ServerProtocol, Settings
+from mailerq.wire.smtp import LocalProtocolError, Reply, with_status
+
+SETTINGS = Settings(hostname="mx.test", max_size=1000, max_recipients=3)
+
+
+@dataclass
+class Transcript:
+    """What a session came to: the replies' codes, the mails, and how it ended."""
+
+    out: bytes = b""
+    mails: list[tuple[str | None, list[str], bytes]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    closing: str | None = None
+
+    @property
+    def codes(self) -> list[int]:
+        """The code of each reply, multi-line ones once."""
+        lines = self.out.split(b"\r\n")[:-1]
+        return [int(line[:3]) for line in lines if line[3:4] == b" "]
+
+
+def feed(machine: ServerProtocol, transcript: Transcript, *chunks: bytes) -> Transcript:
+    """Receive chunks and say yes to everything."""
+    for chunk in chunks:
+        if transcript.closing is not None:
+            break
+        machine.receive_data(chunk)
+        while not isinstance(event := machine.next_event(), server.NoEvent):
+            transcript.events.append(type(event).__name__)
+            if isinstance(event, server.Closing):
+                transcript.closing = event.reason
+                break
+            if isinstance(event, server.Content):
+                transcript.mails.append((machine.sender, machine.recipients, event.body))
+            machine.accept()
+            if isinstance(event, server.StartTls):
+                machine.tls_started()
+        transcript.out += machine.data_to_send()
+    return transcript
+
+
+def session(*chunks: bytes, settings: Settings = SETTINGS, secure: bool = False) -> Transcript:
+    machine = ServerProtocol(settings, secure=secure)
+    machine.greet()
+    machine.data_to_send()
+    return feed(machine, Transcript(), *chunks)
+
+
+HELLO = b"EHLO c.test\r\n"
+MAIL = HELLO + b"MAIL FROM:<a@b.test>\r\n"
+RCPT = MAIL + b"RCPT TO:<c@d.test>\r\n"
+
+STATES = {"fresh": b"", "hello": HELLO, "mail": MAIL, "rcpt": RCPT}
+
+# The reply to each command in each state: before EHLO, after it, after MAIL, after RCPT.
+TABLE = """
+EHLO c.test                          250 250 250 250
+HELO c.test                          250 250 250 250
+ehlo c.test                          250 250 250 250
+EHLO                                 501 501 501 501
+EHLO two words                       501 501 501 501
+MAIL FROM:<a@b.test>                 503 250 503 503
+MAIL FROM:<>                         503 250 503 503
+mail from: <a@b.test>                503 250 503 503
+MAIL FROM:<a@b.test> SIZE=1000       503 250 503 503
+MAIL FROM:<a@b.test> SIZE=1001       503 552 503 503
+MAIL FROM:<a@b.test> SIZE=x          503 501 503 503
+MAIL FROM:<a@b.test> SIZE            503 501 503 503
+MAIL FROM:<a@b.test> BODY=8BITMIME   503 250 503 503
+MAIL FROM:<a@b.test> BODY=9BIT       503 501 503 503
+MAIL FROM:<a@b.test> COLOUR=blue     503 555 503 503
+MAIL FROM:a@b.test                   503 501 503 503
+MAIL TO:<a@b.test>                   503 501 503 503
+MAIL FROM:<a@b@c>                    503 553 503 503
+MAIL FROM:<a..b@c.test>              503 553 503 503
+MAIL FROM:<"a>b"@c.test>             503 250 503 503
+MAIL                                 503 501 503 503
+RCPT TO:<c@d.test>                   503 503 250 250
+RCPT TO:<@r.test:c@d.test>           503 503 250 250
+RCPT TO:<postmaster>                 503 503 250 250
+RCPT TO:<c@[192.0.2.1]>              503 503 250 250
+RCPT TO:<>                           503 503 553 553
+RCPT TO:c@d.test                     503 503 501 501
+RCPT TO:<c@d.test> NOTIFY=NEVER      503 503 555 555
+RCPT                                 503 503 501 501
+DATA                                 503 503 503 354
+DATA now                             501 501 501 501
+RSET                                 250 250 250 250
+RSET now                             501 501 501 501
+NOOP                                 250 250 250 250
+NOOP anything at all                 250 250 250 250
+VRFY c@d.test                        252 252 252 252
+VRFY                                 501 501 501 501
+HELP                                 214 214 214 214
+HELP MAIL                            214 214 214 214
+EXPN list                            502 502 502 502
+BDAT 5 LAST                          502 502 502 502
+STARTTLS                             502 502 502 502
+AUTH PLAIN                           502 502 502 502
+QUIT                                 221 221 221 221
+QUIT now                             501 501 501 501
+WHAT                                 500 500 500 500
+GET / HTTP/1.1                       421 421 421 421
+"""
+
+CASES = [
+    (name, line.rsplit(maxsplit=4)[0].strip(), int(code))
+    for line in TABLE.strip().splitlines()
+    for name, code in zip(STATES, line.rsplit(maxsplit=4)[1:], strict=True)
+]
+
+
+@pytest.mark.parametrize(("state", "command", "code"), CASES)
+def test_each_command_in_each_state(state: str, command: str, code: int) -> None:
+    before = session(STATES[state]).codes
+    after = session(STATES[state] + command.encode() + b"\r\n").codes
+    assert after == [*before, code]
+
+
+def test_every_reply_has_an_enhanced_code_that_agrees_with_its_code() -> None:
+    replies = {name: value for name, value in vars(smtp).items() if isinstance(value, Reply)}
+    assert len(replies) > 40
+    for name, reply in replies.items():
+        if reply is smtp.START_DATA:
+            continue  # RFC 2034, section 3: none in an intermediate reply
+        assert reply.status is not None, name
+        assert reply.status[0] == str(reply.code)[0], name
+
+
+def test_the_example_of_rfc_5321_appendix_d1() -> None:
+    transcript = session(
+        b"EHLO bar.com\r\n"
+        b"MAIL FROM:<Smith@bar.com>\r\n"
+        b"RCPT TO:<Jones@foo.com>\r\n"
+        b"RCPT TO:<Green@foo.com>\r\n"
+        b"RCPT TO:<Brown@foo.com>\r\n"
+        b"DATA\r\n",
+        b"Blah blah blah...\r\n...etc. etc. etc.\r\n.\r\nQUIT\r\n",
+    )
+    assert transcript.codes == [250, 250, 250, 250, 250, 354, 250, 221]
+    recipients = ["Jones@foo.com", "Green@foo.com", "Brown@foo.com"]
+    assert transcript.mails == [
+        ("Smith@bar.com", recipients, b"Blah blah blah...\r\n..etc. etc. etc.\r\n")
+    ]
+    assert transcript.closing == "QUIT"
+
+
+def test_ehlo_lists_what_is_offered() -> None:
+    assert session(HELLO).out == (
+        b"250-mx.test\r\n250-PIPELINING\r\n250-SIZE 1000\r\n250-8BITMIME\r\n"
+        b"250 ENHANCEDSTATUSCODES\r\n"
+    )
+    assert session(b"HELO c.test\r\n").out == b"250 mx.test\r\n"
+
+
+def test_replies_to_one_read_leave_in_one_write() -> None:
+    machine = ServerProtocol(SETTINGS)
+    machine.greet()
+    feed(machine, Transcript(), RCPT)
+    machine.receive_data(b"NOOP\r\nNOOP\r\nRSET\r\n")
+    assert machine.next_event() is server.NEED_DATA
+    assert machine.data_to_send() == 3 * b"250 2.0.0 Ok\r\n"
+    assert machine.data_to_send() == b""
+
+
+def test_a_refused_banner_closes() -> None:
+    machine = ServerProtocol(SETTINGS)
+    machine.greet(Reply(554, "5.7.1 go away"))
+    assert isinstance(machine.next_event(), server.Closing)
+    assert machine.data_to_send() == b"554 5.7.1 go away\r\n"
+
+
+def test_an_early_talker_is_sent_away() -> None:
+    machine = ServerProtocol(SETTINGS)
+    machine.receive_data(HELLO)
+    machine.greet()
+    assert isinstance(machine.next_event(), server.Closing)
+    assert machine.data_to_send() == smtp.SYNCHRONIZATION.wire
+
+
+def test_data_before_354_is_refused() -> None:
+    transcript = session(RCPT + b"DATA\r\nSubject: x\r\n\r\nhi\r\n.\r\n")
+    assert transcript.codes == [250, 250, 250, 554]
+    assert transcript.closing and not transcript.mails
+
+
+def test_a_mail_resets_the_transaction_and_a_second_one_follows() -> None:
+    mail = b"MAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\n"
+    transcript = session(HELLO + mail, b"1\r\n.\r\n" + mail, b"2\r\n.\r\nDATA\r\n")
+    assert [body for _, _, body in transcript.mails] == [b"1\r\n", b"2\r\n"]
+    assert transcript.codes[-1] == 503
+
+
+def test_rejections_keep_the_session_sane() -> None:
+    machine = ServerProtocol(SETTINGS)
+    machine.greet()
+    machine.receive_data(MAIL + 2 * b"RCPT TO:<c@d.test>\r\n" + b"DATA\r\n")
+    assert isinstance(machine.next_event(), server.Hello)
+    machine.accept()
+    assert isinstance(machine.next_event(), server.Mail)
+    machine.accept()
+    for _ in range(2):
+        assert isinstance(machine.next_event(), server.Rcpt)
+        machine.reject(Reply(450, "4.7.1 later"))
+    assert machine.next_event() is server.NEED_DATA
+    assert machine.data_to_send().endswith(
+        2 * b"450 4.7.1 later\r\n" + smtp.NO_VALID_RECIPIENTS.wire
+    )
+
+
+def test_a_421_closes() -> None:
+    machine = ServerProtocol(SETTINGS)
+    machine.greet()
+    machine.receive_data(MAIL)
+    machine.next_event()
+    machine.reject(Reply(421, "4.3.2 no"))
+    assert isinstance(machine.next_event(), server.Closing)
+
+
+def test_an_unanswered_event_and_an_answer_to_nothing_are_our_defects() -> None:
+    machine = ServerProtocol(SETTINGS)
+    machine.greet()
+    machine.receive_data(HELLO)
+    machine.next_event()
+    with pytest.raises(LocalProtocolError):
+        machine.next_event()
+    machine.accept()
+    with pytest.raises(LocalProtocolError):
+        machine.accept()
+    with pytest.raises(LocalProtocolError):
+        machine.reject(smtp.OK)
+
+
+def test_too_many_recipients_are_told_to_come_again() -> None:
+    transcript = session(MAIL + 4 * b"RCPT TO:<c@d.test>\r\n" + b"DATA\r\n", b".\r\n")
+    assert transcript.codes == [250, 250, 250, 250, 250, 452, 354, 250]
+    assert len(transcript.mails[0][1]) == 3
+
+
+def test_errors_without_end_close_the_session() -> None:
+    transcript = session(10**4 * b"WHAT\r\n")
+    assert transcript.codes == [500] * server.ERROR_LIMIT + [421]
+    assert transcript.closing == "too many errors"
+
+
+def test_commands_without_mail_close_the_session() -> None:
+    transcript = session(HELLO + 10**4 * b"NOOP\r\n")
+    assert transcript.codes == [250] * (1 + server.IDLE_COMMAND_LIMIT) + [421]
+
+
+def test_a_line_that_is_too_long_is_refused_and_the_next_one_works() -> None:
+    transcript = session(b"NOOP " + 5000 * b"x", 5000 * b"x", b"x\r\nNOOP\r\n")
+    assert transcript.codes == [500, 250]
+
+
+def test_a_line_without_end_costs_no_memory_and_is_cut_off() -> None:
+    machine = ServerProtocol(SETTINGS)
+    machine.greet()
+    machine.data_to_send()
+    transcript = Transcript()
+    for _ in range(100):
+        feed(machine, transcript, 65536 * b"x")
+        assert len(machine._buffer) == 0
+        if transcript.closing:
+            break
+    assert transcript.closing == "sent a line without end"
+    assert transcript.codes == [500]
+
+
+@pytest.mark.parametrize("line", [b"NOOP\n", b"NOOP\rNOOP\r\n", b"\n", b"MAIL FROM:<a@b.test>\n"])
+def test_a_bare_newline_in_a_command_is_refused(line: bytes) -> None:
+    assert session(HELLO + line).codes == [250, 500]
+
+
+def test_eight_bit_and_nul_in_a_command_are_refused() -> None:
+    assert session(HELLO + "MAIL FROM:<ä@b.test>\r\n".encode()).codes == [250, 553]
+    assert session(HELLO + b"MAIL FROM:<a\0@b.test>\r\n").codes == [250, 500]
+
+
+# Content.
+
+
+@pytest.mark.parametrize(
+    ("sent", "body"),
+    [
+        (b".\r\n", b""),
+        (b"\r\n.\r\n", b"\r\n"),
+        (b"..\r\n.\r\n", b".\r\n"),
+        (b"...\r\n.\r\n", b"..\r\n"),
+        (b".x\r\n.\r\n", b"x\r\n"),
+        (b"..x\r\n.y\r\n\r\n..z\r\n.\r\n", b".x\r\ny\r\n\r\n.z\r\n"),
+        (b"a.\r\n.\r\n", b"a.\r\n"),
+        (b"a\r\n.b\r\n..\r\n.\r\n", b"a\r\nb\r\n.\r\n"),
+        (b"8-bit \xff\xfe\x00\r\n.\r\n", b"8-bit \xff\xfe\x00\r\n"),
+    ],
+)
+def test_content_is_unstuffed_exactly_at_every_split(sent: bytes, body: bytes) -> None:
+    for cut in range(len(sent) + 1):
+        transcript = (
+            session(RCPT + b"DATA\r\n", sent[:cut] or b"", sent[cut:] or b"")
+            if 0 < cut < len(sent)
+            else session(RCPT + b"DATA\r\n", sent)
+        )
+        assert [mail[2] for mail in transcript.mails] == [body], cut
+        assert transcript.codes[-1] == 250
+    whole = session(RCPT + b"DATA\r\n", *(sent[i : i + 1] for i in range(len(sent))))
+    assert [mail[2] for mail in whole.mails] == [body]
+
+
+ENDS_THAT_ARE_NONE = [
+    b"\n.\n",
+    b"\n.\r\n",
+    b"\r\n.\n",
+    b"\r.\r",
+    b"\r.\r\n",
+    b"\r\n.\r",
+    b"\n.\r",
+    b"\r\n\x00.\r\n",
+    b"\r\n.\x00\r\n",
+    b"\r\n. \r\n",
+    b"\r\r\n.\r\r\n",
+    b"\x85.\x85",
+]
+
+
+@pytest.mark.parametrize("end", ENDS_THAT_ARE_NONE)
+def test_what_looks_like_the_end_of_data_smuggles_nothing(end: bytes) -> None:
+    second = b"MAIL FROM:<evil@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\n"
+    sent = b"first" + end + second + b"second\r\n.\r\n"
+    for cut in range(len(sent) + 1):
+        chunks = [chunk for chunk in (sent[:cut], sent[cut:]) if chunk]
+        transcript = session(RCPT + b"DATA\r\n", *chunks)
+        assert transcript.events.count("Mail") == 1
+        assert len(transcript.mails) <= 1
+        assert transcript.codes[4:] in ([250], [550])
+
+
+def test_a_bare_newline_in_content_is_refused_as_one_mail() -> None:
+    for body in (b"a\nb\r\n.\r\n", b"a\rb\r\n.\r\n", b"a\r\r\n.\r\n", b"a\n\r\n.\r\n"):
+        transcript = session(RCPT + b"DATA\r\n", body + b"NOOP\r\n")
+        assert transcript.codes[4:] == [550, 250]
+        assert not transcript.mails
+
+
+def test_content_over_the_limit_is_refused_and_not_kept() -> None:
+    machine = ServerProtocol(SETTINGS)
+    machine.greet()
+    transcript = feed(machine, Transcript(), RCPT + b"DATA\r\n")
+    for _ in range(100):
+        feed(machine, transcript, 1000 * b"x")
+        assert sum(map(len, machine._chunks)) <= 1000
+    feed(machine, transcript, b"\r\n.\r\nNOOP\r\n")
+    assert transcript.codes[-2:] == [552, 250]
+
+
+def test_content_just_at_the_limit_is_taken() -> None:
+    body = 998 * b"x" + b"\r\n"
+    assert session(RCPT + b"DATA\r\n", body + b".\r\n").codes[-1] == 250
+    assert session(RCPT + b"DATA\r\n", b"x" + body + b".\r\n").codes[-1] == 552
+
+
+def test_the_peer_may_hang_up_anywhere() -> None:
+    stream = RCPT + b"DATA\r\n"
+    for cut in range(len(stream) + 1):
+        machine = ServerProtocol(SETTINGS)
+        machine.greet()
+        if cut:
+            feed(machine, Transcript(), stream[:cut])
+        machine.receive_data(b"")
+        assert machine.next_event() is server.CLOSED
+
+
+# TLS and AUTH.
+
+TLS = Settings(hostname="mx.test", starttls=True, auth=True)
+CLEAR = Settings(hostname="mx.test", auth=True, auth_in_clear=True)
+
+
+def b64(text: str) -> bytes:
+    return base64.b64encode(text.encode())
+
+
+def test_after_starttls_the_session_is_as_new() -> None:
+    transcript = session(
+        RCPT + b"STARTTLS\r\nMAIL FROM:<evil@b.test>\r\n", b"NOOP\r\n", settings=TLS
+    )
+    assert transcript.codes == [250, 250, 250, 220, 250]
+    assert transcript.events.count("Mail") == 1
+    transcript = session(HELLO + b"STARTTLS\r\n", b"MAIL FROM:<a@b.test>\r\n", HELLO, settings=TLS)
+    assert transcript.codes == [250, 220, 503, 250]
+    assert b"STARTTLS" not in transcript.out.partition(b"220 ")[2]
+    assert b"AUTH PLAIN LOGIN" in transcript.out.partition(b"220 ")[2]
+
+
+def test_starttls_is_refused_when_tls_is_in_use() -> None:
+    assert session(b"STARTTLS\r\n", settings=TLS, secure=True).codes == [503]
+
+
+def test_auth_in_clear_is_neither_offered_nor_taken() -> None:
+    transcript = session(HELLO + b"AUTH PLAIN " + b64("\0u\0p") + b"\r\n", settings=TLS)
+    assert transcript.codes == [250, 538]
+    assert b"AUTH" not in transcript.out.partition(b"538")[0]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"AUTH PLAIN " + b64("\0user\0pass")],
+        [b"AUTH PLAIN", b64("\0user\0pass")],
+        [b"auth plain", b64("user\0user\0pass")],
+        [b"AUTH LOGIN", b64("user"), b64("pass")],
+        [b"AUTH LOGIN " + b64("user"), b64("pass")],
+    ],
+)
+def test_credentials_come_complete(lines: list[bytes]) -> None:
+    machine = ServerProtocol(CLEAR)
+    machine.greet()
+    feed(machine, Transcript(), HELLO)
+    for line in lines[:-1]:
+        machine.receive_data(line + b"\r\n")
+        assert machine.next_event() is server.NEED_DATA
+        assert machine.data_to_send().startswith(b"334 ")
+    machine.receive_data(lines[-1] + b"\r\n")
+    event = machine.next_event()
+    assert isinstance(event, server.Auth)
+    assert (event.login, event.password) == ("user", "pass")
+    assert "pass" not in repr(event)
+    machine.reject(smtp.AUTH_FAILED)
+    assert machine.next_event() is server.NEED_DATA
+    assert machine.data_to_send() == smtp.AUTH_FAILED.wire
+    assert not machine.authenticated
+
+
+@pytest.mark.parametrize(
+    ("lines", "codes"),
+    [
+        ([b"AUTH"], [501]),
+        ([b"AUTH GSSAPI"], [504]),
+        ([b"AUTH PLAIN", b"*"], [334, 501]),
+        ([b"AUTH PLAIN", b"="], [334, 501]),
+        ([b"AUTH PLAIN ="], [501]),
+        ([b"AUTH PLAIN", b"?"], [334, 501]),
+        ([b"AUTH PLAIN " + b64("user pass")], [501]),
+        ([b"AUTH PLAIN " + b64("\0\0pass")], [501]),
+        ([b"AUTH PLAIN " + b64("other\0user\0pass")], [501]),
+        ([b"AUTH PLAIN", 10000 * b"A"], [334, 501]),
+        ([b"AUTH PLAIN", 13000 * b"A"], [334, 500]),
+        ([b"AUTH LOGIN", b64(""), b64("x")], [334, 334, 501]),
+        ([b"AUTH LOGIN", b"*"], [334, 501]),
+        ([b"AUTH LOGIN", b"/w=="], [334, 501]),
+    ],
+)
+def test_a_broken_exchange_is_refused_and_the_session_goes_on(
+    lines: list[bytes], codes: list[int]
+) -> None:
+    chunks = [line + b"\r\n" for line in lines]
+    transcript = session(HELLO, *chunks, b"NOOP\r\n", settings=CLEAR)
+    assert transcript.codes == [250, *codes, 250]
+    assert "Auth" not in transcript.events
+
+
+def test_auth_twice_or_within_a_mail_is_out_of_turn() -> None:
+    auth = b"AUTH PLAIN " + b64("\0u\0p") + b"\r\n"
+    assert session(HELLO + auth + auth, settings=CLEAR).codes == [250, 235, 503]
+    assert session(MAIL + auth, settings=CLEAR).codes == [250, 250, 503]
+    assert session(auth, settings=CLEAR).codes == [503]
+
+
+# Replies.
+
+
+def test_a_reply_cannot_carry_a_line_break_or_a_control_character() -> None:
+    reply = Reply(550, "one\r\n250 two\nthree\x1b[0m\x00\r")
+    assert reply.wire == b"550-one\r\n550-250 two\r\n550 three?[0m??\r\n"
+
+
+def test_a_long_reply_line_is_cut() -> None:
+    wire = Reply(550, 5000 * "x").wire
+    assert len(wire) <= smtp.REPLY_LINE_LIMIT
+    assert wire.endswith(b"x\r\n")
+
+
+@given(st.text(), st.integers(200, 599))
+def test_any_text_makes_one_well_formed_reply(text: str, code: int) -> None:
+    lines = Reply(code, text).wire.split(b"\r\n")
+    assert lines.pop() == b""
+    assert all(line.startswith(b"%d-" % code) for line in lines[:-1])
+    assert lines[-1].startswith(b"%d " % code)
+    assert not any(byte < 32 or byte == 127 for line in lines for byte in line)
+
+
+def test_a_status_code_is_added_only_where_none_fits() -> None:
+    assert with_status(550, "no", "5.7.1") == "5.7.1 no"
+    assert with_status(550, "5.1.1 no", "5.7.1") == "5.1.1 no"
+    assert with_status(450, "5.1.1 no", "4.7.1") == "4.7.1 5.1.1 no"
+    assert with_status(550, "a\nb", "5.7.1") == "5.7.1 a\n5.7.1 b"
+
+
+# Anything.
+
+WORDS = st.sampled_from(
+    [
+        HELLO, b"HELO x\r\n", b"MAIL FROM:<a@b.test>\r\n", b"MAIL FROM:<>\r\n",
+        b"RCPT TO:<c@d.test>\r\n", b"DATA\r\n", b"RSET\r\n", b"NOOP\r\n", b".\r\n", b"text\r\n",
+        b"..\r\n", b"\r\n", b"\n", b"\r", b"AUTH LOGIN\r\n", b"AUTH PLAIN\r\n", b"dXNlcg==\r\n",
+        b"STARTTLS\r\n", b"VRFY x\r\n", b"QUIT\r\n", b"\0", b"\xff", b"<", b">", b'"',
+    ]
+)  # fmt: skip
+
+
+@given(st.lists(WORDS | st.binary(max_size=20), max_size=30))
+def test_any_bytes_end_in_replies_or_a_close(chunks: list[bytes]) -> None:
+    for settings in (TLS, CLEAR):
+        transcript = session(*filter(None, chunks), settings=settings)
+        for line in transcript.out.split(b"\r\n")[:-1]:
+            assert line[:3].isdigit()
+            assert line[3:4] in b" -"
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(["c@d.test", "e@f.test"]), min_size=1, max_size=3),
+            st.lists(st.sampled_from([b"", b".", b"..", b".x", b"text", b"\xe4"]), max_size=5),
+        ),
+        max_size=4,
+    )
+)
+def test_a_valid_session_is_the_same_whole_and_byte_by_byte(
+    mails: list[tuple[list[str], list[bytes]]],
+) -> None:
+    chunks = [HELLO]
+    for recipients, lines in mails:
+        chunks.append(b"MAIL FROM:<a@b.test>\r\n")
+        chunks.extend(b"RCPT TO:<%b>\r\n" % name.encode() for name in recipients)
+        chunks.append(b"DATA\r\n")
+        stuffed = [b"." + line if line.startswith(b".") else line for line in lines]
+        chunks.append(b"".join(line + b"\r\n" for line in stuffed) + b".\r\n")
+    whole = session(*chunks)
+    single = session(*(bytes([byte]) for chunk in chunks for byte in chunk))
+    assert single == whole
+    assert whole.mails == [
+        ("a@b.test", recipients, b"".join(line + b"\r\n" for line in lines))
+        for recipients, lines in mails
+    ]
