@@ -1,0 +1,344 @@
+"""Find the hosts that take mail for a domain.
+
+Theory of operation
+-------------------
+A domain's hosts are those of its MX records in the order of their preference, or the domain
+itself where it has none (RFC 5321, section 5.1). The answer is cached as the records have
+it, for as long as the shortest of their TTLs says, within bounds; hosts of equal preference
+are put in a new random order at each call. Several tasks that ask for the same domain at a
+time share one lookup.
+
+Records belong to strangers, so all of it is bounded, and this host is never a host to send
+to: where one of the records leads here, it and all of no better preference are left out.
+
+A resolver belongs to one trio loop. dnspython is imported with the first lookup, since a
+process that only injects a mail never gets that far.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from mailerq.address import parse_host, parse_literal
+from mailerq.config import Config
+from mailerq.errors import AddressError
+from mailerq.wire.smtp import Reply
+
+if TYPE_CHECKING:
+    import dns.asyncresolver
+
+__all__ = ["Host", "NoHosts", "Resolver", "is_this_host"]
+
+MIN_TTL: Final = 60.0
+"""Seconds that an answer is kept at least, also one that says no; tiny TTLs hurt."""
+
+MAX_TTL: Final = 3600.0
+"""Seconds that an answer is kept at most, so that a mistake of theirs does not stay for long."""
+
+MAX_ENTRIES: Final = 10_000
+"""Domains in the cache."""
+
+MAX_EXCHANGES: Final = 16
+"""MX records that are looked at, best preference first. RFC 5321 asks for two."""
+
+MAX_ADDRESSES: Final = 32
+"""Addresses of a domain that are tried."""
+
+MAX_ALIASES: Final = 8
+"""CNAME records that are followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One address of a host that takes mail. `preference` is lower where it is better."""
+
+    name: str
+    address: str
+    preference: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NoHosts:
+    """There is no host now, or, with a `reply`, none ever: it stands for a refusal."""
+
+    description: str
+    reply: Reply | None = None
+
+
+Found = tuple[Host, ...] | NoHosts
+
+
+class _NoRecords(Exception):
+    """The name has no such records; `nonexistent`: nor any other."""
+
+    def __init__(self, text: str, *, nonexistent: bool = False) -> None:
+        super().__init__(text)
+        self.nonexistent = nonexistent
+
+
+class _NoAnswer(Exception):
+    """Nobody could say: a timeout, a refusal or a broken answer."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A lookup under way; `found` stays None when the task that does it is cancelled."""
+
+    landed: trio.Event = field(default_factory=trio.Event)
+    found: Found | None = None
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """One host of a domain, and what its lookups brought so far."""
+
+    name: str
+    preference: int
+    addresses: list[str] = field(default_factory=list)
+    ttl: float = MAX_TTL
+    problem: str = ""
+    unanswered: bool = False
+
+
+class Resolver:
+    """Looks up where mail goes, with the patience of `dns-timeout` and `dns-attempts`.
+
+    `nameservers` are addresses to ask on `port` in place of the system's; `leads_here` says
+    which addresses are this host's.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        nameservers: Sequence[str] = (),
+        port: int = 53,
+        leads_here: Callable[[str], bool] | None = None,
+    ) -> None:
+        self._hostname = _canonical(config.hostname)
+        self._timeout = config.dns_timeout
+        self._lifetime = config.dns_timeout * config.dns_attempts
+        self._nameservers = list(nameservers)
+        self._port = port
+        self._is_here = leads_here or is_this_host
+        self._dns: dns.asyncresolver.Resolver | None = None
+        self._cache: dict[tuple[str, bool], tuple[float, Found]] = {}
+        self._flights: dict[tuple[str, bool], _Flight] = {}
+
+    async def mail_hosts(self, domain: str) -> Found:
+        """The hosts for mail to `domain`, which may be an address literal; best first."""
+        if domain.startswith("["):
+            return self._literal(domain)
+        found = await self._cached((domain, True), self._look_up_domain)
+        return _in_order(found) if isinstance(found, tuple) else found
+
+    async def host(self, name: str) -> Found:
+        """The addresses of a host that was configured; it may be this host.
+
+        A name is looked up as the system does it, so ``/etc/hosts`` counts.
+        """
+        try:
+            host = parse_host(name)
+        except AddressError:
+            host = name  # The system may know a name that is no domain, with an underscore.
+        if not isinstance(host, str):
+            return (Host(name, str(host)),)
+        return await self._cached((name, False), self._look_up_host)
+
+    async def _cached(
+        self, key: tuple[str, bool], look_up: Callable[[str], Awaitable[tuple[Found, float | None]]]
+    ) -> Found:
+        while True:
+            cached = self._cache.get(key)
+            if cached is not None and trio.current_time() < cached[0]:
+                return cached[1]
+            flight = self._flights.get(key)
+            if flight is None:
+                break
+            await flight.landed.wait()
+            if flight.found is not None:
+                return flight.found
+        flight = self._flights[key] = _Flight()
+        try:
+            found: Found = NoHosts(f"{key[0]}: no answer in time")
+            ttl: float | None = None
+            with trio.move_on_after(3 * self._lifetime):
+                found, ttl = await look_up(key[0])
+            flight.found = found
+        finally:
+            del self._flights[key]
+            flight.landed.set()
+        self._cache.pop(key, None)
+        if ttl is not None:
+            if len(self._cache) >= MAX_ENTRIES:
+                del self._cache[next(iter(self._cache))]
+            self._cache[key] = (trio.current_time() + min(max(ttl, MIN_TTL), MAX_TTL), found)
+        return found
+
+    def _literal(self, domain: str) -> Found:
+        try:
+            address = str(parse_literal(domain))
+        except AddressError as error:
+            return NoHosts("", Reply(550, f"5.1.2 {error}"))
+        if self._is_here(address):
+            return _loop(domain)
+        return (Host(domain, address),)
+
+    # A lookup returns the answer and for how many seconds it holds, None when it is not kept.
+
+    async def _look_up_host(self, name: str) -> tuple[Found, float | None]:
+        try:
+            with trio.fail_after(self._lifetime):
+                found = await trio.socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            return NoHosts(f"{name}: {error}"), None
+        except trio.TooSlowError:
+            return NoHosts(f"{name}: no answer in time"), None
+        addresses = [str(sockaddr[0]) for *_, sockaddr in found]
+        return tuple(Host(name, address) for address in addresses[:MAX_ADDRESSES]), MIN_TTL
+
+    async def _look_up_domain(self, domain: str) -> tuple[Found, float | None]:
+        name = _canonical(domain)
+        if len(name) > 253 or not all(0 < len(label) < 64 for label in name.split(".")):
+            return NoHosts("", Reply(550, f"5.1.2 {domain} is not a domain")), MIN_TTL
+        try:
+            exchanges, ttl = await self._exchanges(name)
+        except _NoRecords as error:
+            return NoHosts(str(error)), MIN_TTL
+        except _NoAnswer as error:
+            return NoHosts(str(error)), None
+        if not exchanges:
+            return NoHosts("", Reply(556, f"5.1.10 {domain} accepts no mail (null MX)")), ttl
+        async with trio.open_nursery() as nursery:
+            for exchange in exchanges:
+                if exchange.name != self._hostname:
+                    nursery.start_soon(self._look_up_addresses, exchange)
+        cut = min((e.preference for e in exchanges if self._leads_here(e)), default=1 << 16)
+        exchanges = [exchange for exchange in exchanges if exchange.preference < cut]
+        if not exchanges:
+            return _loop(domain), MIN_TTL
+        hosts = tuple(Host(e.name, a, e.preference) for e in exchanges for a in e.addresses)
+        if hosts:
+            return hosts[:MAX_ADDRESSES], min(ttl, *(e.ttl for e in exchanges), MAX_TTL)
+        problem = "; ".join(exchange.problem for exchange in exchanges[:3])
+        return NoHosts(problem), None if any(e.unanswered for e in exchanges) else MIN_TTL
+
+    def _leads_here(self, exchange: _Exchange) -> bool:
+        return exchange.name == self._hostname or any(
+            map(self._is_here, exchange.addresses[:MAX_ADDRESSES])
+        )
+
+    async def _exchanges(self, name: str) -> tuple[list[_Exchange], float]:
+        """The hosts of a domain, best first and still without addresses; none is a null MX."""
+        try:
+            records, ttl = await self._query(name, "MX")
+        except _NoRecords as error:
+            if error.nonexistent:
+                raise
+            return [_Exchange(name, 0)], MAX_TTL
+        exchanges = [_Exchange(_canonical(str(r.exchange)), int(r.preference)) for r in records]
+        exchanges = [exchange for exchange in exchanges if exchange.name]
+        random.shuffle(exchanges)
+        exchanges.sort(key=lambda exchange: exchange.preference)
+        return exchanges[:MAX_EXCHANGES], ttl
+
+    async def _look_up_addresses(self, exchange: _Exchange) -> None:
+        """IPv4 first: more hosts can use it, and receivers judge it more mildly."""
+        for kind in ("A", "AAAA"):
+            try:
+                records, ttl = await self._query(exchange.name, kind)
+            except (_NoRecords, _NoAnswer) as error:
+                exchange.problem = str(error)
+                if isinstance(error, _NoAnswer):
+                    exchange.unanswered = True
+            else:
+                exchange.addresses += [str(record.address) for record in records]
+                exchange.ttl = min(exchange.ttl, ttl)
+
+    async def _query(self, name: str, kind: str) -> tuple[list[Any], float]:
+        """The records of one kind and their TTL, through CNAMEs."""
+        import dns.asyncresolver
+        import dns.exception
+
+        ttl = MAX_TTL
+        try:
+            if self._dns is None:
+                self._dns = self._open_dns()
+            target = name
+            for _ in range(MAX_ALIASES):
+                answer = await self._dns.resolve(
+                    target, kind, search=False, raise_on_no_answer=False
+                )
+                ttl = min(ttl, answer.chaining_result.minimum_ttl)
+                if answer.rrset is not None:
+                    return list(answer.rrset), ttl
+                if answer.canonical_name == answer.qname:
+                    raise _NoRecords(f"{name} has no {kind} record")
+                target = answer.canonical_name.to_text()
+        except dns.resolver.NXDOMAIN:
+            raise _NoRecords(f"{name} does not exist", nonexistent=True) from None
+        except (dns.exception.DNSException, OSError, ValueError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise _NoAnswer(f"{name}: {text or type(error).__name__}") from None
+        raise _NoAnswer(f"{name}: more than {MAX_ALIASES} aliases")
+
+    def _open_dns(self) -> dns.asyncresolver.Resolver:
+        import dns.asyncresolver
+
+        resolver = dns.asyncresolver.Resolver(configure=not self._nameservers)
+        if self._nameservers:
+            resolver.nameservers = list(self._nameservers)
+            resolver.port = self._port
+        resolver.timeout = self._timeout
+        resolver.lifetime = self._lifetime
+        return resolver
+
+
+def is_this_host(address: str) -> bool:
+    """True when what is sent to the IP address arrives at this host.
+
+    The system is asked which source address it would use: for an address of its own it is
+    that address. Nothing is sent.
+    """
+    ip: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if ip.is_loopback or ip.is_unspecified:
+        return True
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((str(ip), 25))
+            return ipaddress.ip_address(probe.getsockname()[0]) == ip
+        except OSError:
+            return False  # There is no way there.
+
+
+def _canonical(name: str) -> str:
+    """A domain in lower case, as A-labels, without the dot of the root; or what was given."""
+    name = name.rstrip(".").lower()
+    if not name.isascii():
+        import idna
+
+        try:
+            return idna.encode(name, uts46=True).decode()
+        except idna.IDNAError:
+            return name
+    return name
+
+
+def _in_order(hosts: Sequence[Host]) -> tuple[Host, ...]:
+    """By preference, and those of equal preference in a random order."""
+    lots = {host.name: random.random() for host in hosts}
+    return tuple(sorted(hosts, key=lambda host: (host.preference, lots[host.name])))
+
+
+def _loop(domain: str) -> NoHosts:
+    return NoHosts("", Reply(554, f"5.4.6 Mail for {domain} loops back to this host"))
