@@ -80,7 +80,7 @@ async def test_a_peer_that_always_has_more_lets_others_run() -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(other)
-        for _ in range(FAIRNESS + 1):
+        for _ in range(2 * (FAIRNESS + 1)):  # trio shuffles who of two is first
             await left.send_all(b"x")
             await right.receive()
         assert others > 0
@@ -93,8 +93,7 @@ async def test_a_broken_connection_is_lost() -> None:
     left, right = pair()
     right.close()
     with pytest.raises(StreamLost):
-        for _ in range(3):
-            await left.send_all(b"x")
+        await left.send_all(b"x")
     left.close()
 
 
@@ -143,8 +142,9 @@ async def test_a_certificate_that_is_not_trusted_is_lost_on_both_sides(
     server, client = pair()
 
     async def serve() -> None:
+        # In TLS 1.3 the server is done before the client has looked at its certificate.
+        await server.start_tls(contexts[0], server_side=True)
         with pytest.raises(StreamLost):
-            await server.start_tls(contexts[0], server_side=True)
             await server.receive()
 
     async with trio.open_nursery() as nursery:

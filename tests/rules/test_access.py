@@ -1,0 +1,58 @@
+"""Who may connect, and who may send to whom."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+
+from mailerq.rules.access import Access, domain_of
+
+LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+
+
+def test_an_empty_range_of_clients_admits_everybody() -> None:
+    assert Access((), LOOPBACK, ()).may_connect("198.51.100.7")
+
+
+def test_only_clients_in_range_may_connect() -> None:
+    access = Access((ipaddress.ip_network("192.0.2.0/24"),), (), ())
+    assert access.may_connect("192.0.2.200")
+    assert not access.may_connect("192.0.3.1")
+    assert not access.may_connect("2001:db8::1")
+
+
+def test_only_clients_in_the_relay_range_may_relay() -> None:
+    access = Access((), LOOPBACK, ())
+    assert access.may_relay("127.0.0.53")
+    assert access.may_relay("::1")
+    assert not access.may_relay("fe80::1%eth0")
+    assert not access.may_relay("198.51.100.7")
+    assert not Access((), (), ()).may_relay("127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "recipient",
+    ["a@here.test", "a@HERE.Test", "x%y.test@here.test", "x!y@here.test", "postmaster"],
+)
+def test_recipients_of_local_domains_are_local(recipient: str) -> None:
+    assert Access((), (), ["Here.test"]).is_local(recipient)
+
+
+@pytest.mark.parametrize(
+    "recipient",
+    [
+        "a@elsewhere.test",
+        "a@sub.here.test",
+        "a@xhere.test",
+        '"a@here.test"@elsewhere.test',
+        "a@[127.0.0.1]",
+        "here.test!a@elsewhere.test",
+    ],
+)
+def test_nothing_else_is_local(recipient: str) -> None:
+    assert not Access((), (), ["here.test"]).is_local(recipient)
+
+
+def test_the_domain_stands_behind_the_last_at() -> None:
+    assert domain_of('"a@b"@C.test.') == "c.test"
