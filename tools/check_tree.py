@@ -1,0 +1,173 @@
+"""Check what no linter knows: which module may import which, and how long a file may be.
+
+The rules are those of CONTRIBUTING.md. ``python tools/check_tree.py`` prints what breaks
+them, one ``file:line: text`` on a line, and fails if there is anything; the test suite runs
+the same checks.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+PACKAGE: Final = "mailerq"
+
+LAYERS: Final = (
+    "errors",
+    "address",
+    "settings",
+    "config",
+    "message",
+    "wire",
+    "mail",
+    "rules",
+    "_core",
+    "plugins",
+    "queues",
+    "net",
+    "engine",
+    "sink",
+    "terminal",
+    "cli",
+    "__main__",
+)
+"""A module may import from its own layer and from the ones before it."""
+
+WITH_TRIO: Final = frozenset({"plugins", "queues", "net", "engine", "sink", "cli"})
+
+PURE: Final = frozenset({"wire", "mail", "rules"})
+"""Layers without I/O and clock: what they need to know, they are told."""
+
+IO_MODULES: Final = frozenset(
+    "apsw asyncio dns multiprocessing select selectors signal socket ssl subprocess "
+    "threading".split()
+)
+CLOCKS: Final = frozenset(
+    "time.time time.time_ns time.monotonic time.monotonic_ns time.perf_counter datetime.now "
+    "datetime.utcnow datetime.today date.today".split()
+)
+DOOR_TO_C: Final = "plugins"
+"""The only layer that imports `_core`; nothing imports ctypes or cffi."""
+
+LINES_LIMIT: Final = 800
+CYTHON: Final = (".pyx", ".pxd", ".pxi")
+MODULES: Final = (".py", ".pyi", *CYTHON)
+SOURCES: Final = (*MODULES, ".c", ".cpp", ".h", ".sh", ".toml", ".md")
+SKIPPED: Final = frozenset({"__pycache__", "build", "dist", "var"})
+GENERATED: Final = re.compile(r"_core\w*\.[ch]")
+
+
+class Import(NamedTuple):
+    """One imported module, absolute, and the line on which it is named."""
+
+    module: str
+    line: int
+
+
+def layer_of(path: Path, root: Path = ROOT) -> str:
+    """The layer of a file: its first name below the package."""
+    return path.relative_to(root / PACKAGE).parts[0].partition(".")[0]
+
+
+def files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """The files below a folder that end so, without what is hidden or generated."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in SKIPPED and name[0] != ".")
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(suffixes))
+
+
+def imports_of(path: Path, root: Path = ROOT) -> Iterator[Import]:
+    """Every import of a file, those within functions too, but not those for type checkers."""
+    text = path.read_text()
+    if path.suffix in CYTHON:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if match := re.match(r"\s*(?:from|c?import)\s+([\w.]+)(?:\s+c?import\s+(\w+))?", line):
+                yield Import(".".join(filter(None, match.groups())), number)
+        return
+    package = ".".join(path.relative_to(root).parts[:-1])
+    unchecked: list[ast.AST] = [ast.parse(text, str(path))]
+    while unchecked:
+        node = unchecked.pop()
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                unchecked += node.orelse
+            case ast.Import():
+                yield from (Import(name.name, node.lineno) for name in node.names)
+            case ast.ImportFrom():
+                base = ".".join(package.split(".")[: 1 - node.level or None]) if node.level else ""
+                module = ".".join(filter(None, (base, node.module)))
+                yield from (Import(f"{module}.{name.name}", node.lineno) for name in node.names)
+            case _:
+                unchecked += ast.iter_child_nodes(node)
+
+
+def broken_layers(root: Path = ROOT) -> Iterator[str]:
+    """Imports that point upwards, trio and I/O where they do not belong, ways round a door."""
+    for path in files(root / PACKAGE, MODULES):
+        where = path.relative_to(root)
+        layer = layer_of(path, root)
+        if layer == "__init__":
+            for module, line in imports_of(path, root):
+                if module.split(".")[0] in (PACKAGE, "trio"):
+                    yield f"{where}:{line}: the package imports {module} before it is used"
+            continue
+        if layer not in LAYERS:
+            yield f"{where}:1: {layer} is not in the list of layers"
+            continue
+        for module, line in imports_of(path, root):
+            top, _, rest = module.partition(".")
+            if top == PACKAGE:
+                other = rest.split(".")[0]
+                if other in LAYERS and LAYERS.index(other) > LAYERS.index(layer):
+                    yield f"{where}:{line}: {layer} may not import {other}, which is above it"
+                if other == "_core" and layer not in (DOOR_TO_C, "_core"):
+                    yield f"{where}:{line}: _core is imported by {DOOR_TO_C} only"
+            if top == "trio" and layer not in WITH_TRIO:
+                yield f"{where}:{line}: {layer} may not import trio"
+            if top in IO_MODULES and layer in PURE:
+                yield f"{where}:{line}: {layer} does no I/O and may not import {top}"
+            if top in ("ctypes", "cffi"):
+                yield f"{where}:{line}: C is called in _core only"
+        if layer in PURE:
+            yield from _clocks(path, where)
+
+
+def _clocks(path: Path, where: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        match node:
+            case ast.Attribute(value=ast.Name(id=owner), attr=name):
+                names = [f"{owner}.{name}"]
+            case ast.ImportFrom(module="time"):
+                names = [f"time.{alias.name}" for alias in node.names]
+            case _:
+                continue
+        for name in CLOCKS.intersection(names):
+            yield f"{where}:{node.lineno}: {name}: the time is a parameter called now"
+
+
+def long_files(root: Path = ROOT) -> Iterator[str]:
+    """Files of people's own writing that are longer than `LINES_LIMIT`."""
+    for path in files(root, SOURCES):
+        if not GENERATED.fullmatch(path.name):
+            lines = len(path.read_bytes().splitlines())
+            if lines > LINES_LIMIT:
+                where = path.relative_to(root)
+                yield f"{where}:{lines}: has {lines} lines, {LINES_LIMIT} is the limit"
+
+
+def main() -> int:
+    """Run all checks; the exit status."""
+    problems = [*broken_layers(), *long_files()]
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
