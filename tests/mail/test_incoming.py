@@ -1,0 +1,95 @@
+"""From one mail to one JSON document for each recipient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+
+from mailerq.mail.incoming import HOP_LIMIT, Envelope, Reception, messages
+
+ENVELOPE = Envelope(
+    "a@b.test",
+    ["c@d.test"],
+    {"connection": {"remote-ip": "192.0.2.7"}},
+    protocol="ESMTP",
+    helo="client.test",
+    client_ip="192.0.2.7",
+)
+
+MIME = b"Message-ID: <1@b.test>\r\nSubject: x\r\n\r\nhi\r\n"
+
+
+def build(mime: bytes = MIME, envelope: Envelope = ENVELOPE) -> Reception:
+    numbers = count(1)
+    made = messages(mime, envelope, hostname="mx.test", now=0, next_id=lambda: f"id{next(numbers)}")
+    assert made is not None
+    return made
+
+
+def test_a_document_says_where_the_mail_came_from() -> None:
+    (message,) = build().messages
+    assert message.properties == {
+        "message-id": "id1",
+        "received": "1970-01-01 00:00:00",
+        "hostname": "mx.test",
+        "envelope": "a@b.test",
+        "recipient": "c@d.test",
+        "connection": {"remote-ip": "192.0.2.7"},
+    }
+
+
+def test_a_received_field_is_put_on_top_and_the_rest_stays_as_it_is() -> None:
+    (message,) = build().messages
+    assert message.body is not None
+    assert message.body.startswith(b"Received: from client.test ([192.0.2.7])\r\n\tby mx.test")
+    assert b"for <c@d.test>" in message.body
+    assert message.body.endswith(b"+0000\r\n" + MIME)
+
+
+def test_recipients_share_one_body_and_do_not_learn_of_each_other() -> None:
+    made = build(envelope=replace(ENVELOPE, recipients=["c@d.test", "e@f.test"])).messages
+    assert [message.recipient for message in made] == ["c@d.test", "e@f.test"]
+    assert [message.properties["message-id"] for message in made] == ["id1", "id2"]
+    assert made[0].body is made[1].body
+    assert made[0].body is not None
+    assert b"d.test" not in made[0].body
+
+
+def test_a_message_id_is_added_where_there_is_none() -> None:
+    (message,) = build(b"Subject: x\r\n\r\nhi\r\n").messages
+    assert message.body is not None
+    assert b"\r\nMessage-ID: <id1@mx.test>\r\nSubject: x\r\n\r\nhi\r\n" in message.body
+
+
+def test_an_empty_mail_gets_a_header() -> None:
+    (message,) = build(b"").messages
+    assert message.body is not None
+    assert message.body.endswith(b"Message-ID: <id1@mx.test>\r\n")
+
+
+def test_mail_without_a_header_keeps_its_text_below_an_empty_line() -> None:
+    (message,) = build(b"just text\r\n").messages
+    assert message.body is not None
+    assert message.body.endswith(b"\r\n\r\njust text\r\n")
+
+
+def test_fields_of_a_trusted_client_become_properties() -> None:
+    mime = b"X-MQ-Tag: spring\r\nx-mq-envelope: bounce@b.test\r\n" + MIME
+    (message,) = build(mime, replace(ENVELOPE, trusted=True)).messages
+    assert message.properties["tags"] == ["spring"]
+    assert message.envelope == "bounce@b.test"
+    assert message.body is not None
+    assert b"x-mq" not in message.body.lower()
+
+
+def test_fields_of_a_stranger_are_taken_out_and_ignored() -> None:
+    (message,) = build(b"x-mq-smarthost-hostname: evil.test\r\n" + MIME).messages
+    assert "smarthost" not in message.properties
+    assert message.body is not None
+    assert b"x-mq" not in message.body
+
+
+def test_mail_that_is_looping_is_not_taken() -> None:
+    hops = HOP_LIMIT * b"Received: from x by y; z\r\n"
+    assert messages(hops + MIME, ENVELOPE, hostname="h", now=0, next_id=lambda: "i") is None
+    assert build(hops[: -len(b"Received: from x by y; z\r\n")] + MIME)
