@@ -1,0 +1,242 @@
+/*
+ *  greylist - refuses the first try of a client that nobody knows yet.
+ *
+ *      cc -shared -fPIC -O2 -fvisibility=hidden -pthread -I../include -o greylist.so greylist.c
+ *
+ *  A mail server that is told 451 tries again some minutes later; most programs that send
+ *  spam never do. So each triplet (network of the client, envelope, recipient) is refused
+ *  when it is seen for the first time, and let through when it comes back.
+ *
+ *      GREYLIST_DELAY=0            seconds before a second try counts (300 is usual on the
+ *                                  open internet: it stops those who try twice at once)
+ *      GREYLIST_WINDOW=172800      seconds within which it has to come (2 days)
+ *      GREYLIST_KEEP=3024000       seconds that a known triplet stays known (35 days)
+ *      GREYLIST_SLOTS=65536        triplets that are remembered, 24 bytes each
+ *      GREYLIST_LOOPBACK=1         0: clients on this machine are never refused
+ *
+ *  Who has logged in is never refused.
+ *
+ *  The pattern: MQ_Reject, and memory that all workers share. The table has a fixed size: a
+ *  flood of new triplets pushes out the oldest ones and takes no memory. It is kept in
+ *  memory only; after a restart everybody is unknown again, and is let through at the second
+ *  try. The lock is held for a few dozen instructions; a plugin must never wait for anything
+ *  else in a callback, because everything on its worker waits with it.
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <mailerq.h>
+
+#include <ctype.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+
+#define WAYS 8                  /* slots that a triplet may be in */
+
+/** A triplet that was seen, by its hash. `id` is 0 when the slot is free. */
+struct slot
+{
+    uint64_t id;
+    uint64_t seen;              /* seconds: the first time, or the last when known */
+    bool known;
+};
+
+/** What we keep with a connection: the hash of the client, and of client and envelope. */
+struct session
+{
+    bool exempt;
+    uint64_t client;
+    uint64_t sender;
+};
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct slot *table;      /* guarded by the mutex, as all that it points to */
+static size_t groups;           /* of WAYS slots each; a power of two */
+static uint64_t secret;         /* so that nobody can compute what pushes out what */
+
+static uint64_t delay_seconds, window_seconds, keep_seconds;
+static bool loopback_too;
+
+/** Seconds of a clock that nobody can set. */
+static uint64_t now_seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec;
+}
+
+static uint64_t number_setting(const char *name, uint64_t otherwise, uint64_t limit)
+{
+    const char *text = getenv(name);
+    if (!text || !*text) return otherwise;
+    char *end;
+    errno = 0;
+    unsigned long long value = strtoull(text, &end, 10);
+    if (!errno && !*end && isdigit((unsigned char)*text) && value <= limit) return value;
+    char line[128];
+    snprintf(line, sizeof line, "%s is no number up to %llu, taking %llu", name,
+             (unsigned long long)limit, (unsigned long long)otherwise);
+    MQ_Log(MQ_WARN, line);
+    return otherwise;
+}
+
+/** Add bytes to a hash (FNV-1a); those of an address with letters in lower case. */
+static uint64_t hash(uint64_t state, const void *bytes, size_t size, bool address)
+{
+    const unsigned char *byte = bytes;
+    for (size_t i = 0; i < size; i++)
+    {
+        uint64_t value = address ? (uint64_t)tolower(byte[i]) : byte[i];
+        state = (state ^ value) * UINT64_C(0x100000001b3);
+    }
+    /* One step with a byte that no address holds, so that "a" "bc" differs from "ab" "c". */
+    state = (state ^ 0xff) * UINT64_C(0x100000001b3);
+    /* The low bits choose the group: let the high ones take part. */
+    return state ^ (state >> 32);
+}
+
+MQ_EXPORT int mq_version(void)
+{
+    return MQ_API_VERSION;
+}
+
+MQ_EXPORT void mq_initialize(void)
+{
+    delay_seconds = number_setting("GREYLIST_DELAY", 0, UINT32_MAX);
+    window_seconds = number_setting("GREYLIST_WINDOW", 2 * 86400, UINT32_MAX);
+    keep_seconds = number_setting("GREYLIST_KEEP", 35 * 86400, UINT32_MAX);
+    loopback_too = number_setting("GREYLIST_LOOPBACK", 1, 1) != 0;
+    size_t slots = (size_t)number_setting("GREYLIST_SLOTS", 65536, 1u << 28);
+    for (groups = 1; groups * WAYS < slots; groups *= 2) {}
+
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    secret = hash(UINT64_C(0xcbf29ce484222325), &now, sizeof now, false);
+    FILE *source = fopen("/dev/urandom", "rb");
+    if (source)
+    {
+        uint64_t drawn;
+        if (fread(&drawn, sizeof drawn, 1, source) == 1) secret ^= drawn;
+        fclose(source);
+    }
+
+    table = calloc(groups * WAYS, sizeof *table);
+    if (!table) MQ_Log(MQ_CRIT, "no memory for the table, nobody is refused");
+}
+
+MQ_EXPORT void mq_cleanup(void)
+{
+    free(table);
+    table = NULL;
+}
+
+/**
+ *  Look at the other end of a connection. Servers of one operator share a network, and a
+ *  second try may come from the neighbour: a client is its /24 (IPv4) or /64 (IPv6).
+ */
+static void identify(struct session *session, int fd)
+{
+    struct sockaddr_storage address;
+    socklen_t size = sizeof address;
+    const unsigned char *bytes = NULL;
+    size_t network = 0;
+    bool loopback = false;
+    memset(&address, 0, sizeof address);
+    if (getpeername(fd, (struct sockaddr *)&address, &size) == 0)
+    {
+        if (address.ss_family == AF_INET)
+        {
+            bytes = (const unsigned char *)&((struct sockaddr_in *)&address)->sin_addr;
+            network = 3;
+            loopback = bytes[0] == 127;
+        }
+        else if (address.ss_family == AF_INET6)
+        {
+            const struct in6_addr *ip = &((struct sockaddr_in6 *)&address)->sin6_addr;
+            bool mapped = IN6_IS_ADDR_V4MAPPED(ip);
+            bytes = ip->s6_addr + (mapped ? 12 : 0);
+            network = mapped ? 3 : 8;
+            loopback = mapped ? bytes[0] == 127 : IN6_IS_ADDR_LOOPBACK(ip);
+        }
+    }
+    session->exempt = loopback && !loopback_too;
+    session->client = hash(secret, bytes, network, false);
+}
+
+/**
+ *  Note a triplet, and say whether it may pass now.
+ */
+static bool pass(uint64_t id)
+{
+    uint64_t now = now_seconds();
+    bool result = false;
+    pthread_mutex_lock(&mutex);
+    struct slot *group = table + (id & (groups - 1)) * WAYS;
+    struct slot *slot = NULL, *victim = group;
+    for (struct slot *next = group; next < group + WAYS; next++)
+    {
+        if (next->id == id) slot = next;
+        /* The oldest goes first, and a stranger before somebody we know. */
+        bool older = next->known == victim->known ? next->seen < victim->seen : !next->known;
+        if (next->id == 0 || (victim->id != 0 && older)) victim = next;
+    }
+    uint64_t age = slot ? now - slot->seen : 0;
+    if (!slot || age > (slot->known ? keep_seconds : window_seconds))
+    {
+        if (!slot) slot = victim;
+        *slot = (struct slot){.id = id, .seen = now, .known = false};
+    }
+    else if (slot->known || age >= delay_seconds)
+    {
+        slot->known = true;
+        slot->seen = now;
+        result = true;
+    }
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
+MQ_EXPORT bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connection)
+{
+    (void)context;
+    struct session *session = calloc(1, sizeof *session);
+    if (session) identify(session, MQ_SmtpFileDescriptor(connection));
+    MQ_SetSmtpData(connection, session);
+    return false;
+}
+
+MQ_EXPORT bool mq_smtp_in_mailfrom(MQ_Context *context, MQ_SmtpConnection *connection,
+                                   const char *mailfrom, size_t size)
+{
+    (void)context;
+    struct session *session = MQ_SmtpData(connection);
+    if (session) session->sender = hash(session->client, mailfrom, size, true);
+    return false;
+}
+
+MQ_EXPORT bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connection,
+                                 const char *rcptto, size_t size)
+{
+    (void)context;
+    const struct session *session = MQ_SmtpData(connection);
+    if (!table || !session || session->exempt) return false;
+    if (MQ_SmtpAuthenticated(connection)) return false;
+    uint64_t id = hash(session->sender, rcptto, size, true);
+    if (pass(id ? id : 1)) return false;
+    /* This is the reply to RCPT; the other recipients of the mail are not affected. */
+    MQ_Reject(connection, 451, "4.7.1 Greylisted, please try again later");
+    return false;
+}
+
+MQ_EXPORT bool mq_smtp_in_close(MQ_Context *context, MQ_SmtpConnection *connection)
+{
+    (void)context;
+    free(MQ_SmtpData(connection));
+    MQ_SetSmtpData(connection, NULL);
+    return false;
+}
