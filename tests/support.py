@@ -1,0 +1,196 @@
+"""What tests of the whole engine share: a receiving server, clients, and plugins to compile."""
+
+from __future__ import annotations
+
+import os
+import smtplib
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from mailerq import Config
+from mailerq.net.stream import Stream, StreamLost
+from mailerq.wire import server
+from mailerq.wire.smtp import Reply
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).parent.parent
+
+CC_FLAGS = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'include'}"]
+
+
+@dataclass
+class Mail:
+    """A mail as the sink took it."""
+
+    sender: str
+    recipients: list[str]
+    body: bytes
+
+
+Decide = Callable[[server.Event], Reply | None]
+
+
+@dataclass
+class Sink:
+    """A receiving server inside the test. `decide` may answer an event with a refusal."""
+
+    port: int
+    mails: list[Mail] = field(default_factory=list)
+    connections: int = 0
+    decide: Decide = lambda event: None
+    arrived: trio.Event = field(default_factory=trio.Event)
+
+    async def wait_for(self, count: int) -> list[Mail]:
+        with trio.fail_after(20):
+            while len(self.mails) < count:
+                self.arrived = trio.Event()
+                await self.arrived.wait()
+        return self.mails
+
+    async def serve(self, sock: socket.socket) -> None:
+        self.connections += 1
+        stream = Stream(sock)
+        machine = server.ServerProtocol(server.Settings(hostname="sink.test"))
+        machine.greet()
+        try:
+            while True:
+                match event := machine.next_event():
+                    case server.NEED_DATA:
+                        await stream.send_all(machine.data_to_send())
+                        machine.receive_data(await stream.receive())
+                    case server.CLOSED:
+                        return
+                    case server.Closing():
+                        await stream.send_all(machine.data_to_send())
+                        return
+                    case _:
+                        self.answer(machine, event)
+        except StreamLost:
+            return
+        finally:
+            stream.close()
+
+    def answer(self, machine: server.ServerProtocol, event: server.Event) -> None:
+        refusal = self.decide(event)
+        if refusal is not None:
+            machine.reject(refusal)
+            return
+        if isinstance(event, server.Content):
+            assert machine.sender is not None
+            self.mails.append(Mail(machine.sender, machine.recipients, event.body))
+            self.arrived.set()
+        machine.accept()
+
+
+@asynccontextmanager
+async def open_sink() -> AsyncIterator[Sink]:
+    """A sink on a port of its own, for as long as the context lasts."""
+    with socket.socket() as listening:
+        listening.setblocking(False)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+        sink = Sink(listening.getsockname()[1])
+
+        async def accept() -> None:
+            while True:
+                await trio.lowlevel.wait_readable(listening)
+                nursery.start_soon(sink.serve, listening.accept()[0])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept)
+            yield sink
+            nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """A port that refuses connections for as long as the context lasts."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+def configure(directory: Path, **settings: Any) -> Config:
+    """A configuration for a test: one port of the kernel's choice, and no plugins."""
+    defaults: dict[str, Any] = {
+        "hostname": "mx.test",
+        "queue_directory": str(directory / "queue"),
+        "plugin_directory": "",
+        "smtp_ip": ("127.0.0.1",),
+        "smtp_port": (0,),
+        "shutdown_timeout": 5.0,
+    }
+    return Config(**{**defaults, **settings})
+
+
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Run what blocks (a client of the standard library) beside the engine."""
+    return await trio.to_thread.run_sync(function, *args)
+
+
+async def send(
+    address: tuple[str, int],
+    mime: bytes = b"Subject: test\r\n\r\nhello\r\n",
+    *,
+    sender: str = "a@b.test",
+    recipients: tuple[str, ...] = ("c@d.test",),
+) -> tuple[int, str]:
+    """Send one mail by smtplib: the reply to its final dot. Raises what smtplib raises."""
+
+    def work() -> tuple[int, str]:
+        with smtplib.SMTP(*address, timeout=20) as client:
+            client.ehlo("client.test")
+            code, text = client.mail(sender)
+            if code != 250:
+                raise smtplib.SMTPSenderRefused(code, text, sender)
+            for recipient in recipients:
+                code, text = client.rcpt(recipient)
+                if code != 250:
+                    raise smtplib.SMTPRecipientsRefused({recipient: (code, text)})
+            code, text = client.data(mime)
+            return code, text.decode()
+
+    return await in_thread(work)
+
+
+def without_received(body: bytes) -> bytes:
+    """A mail without the Received field on top of it."""
+    assert body.startswith(b"Received: ")
+    lines = body.split(b"\r\n")
+    end = 1
+    while lines[end][:1] in (b" ", b"\t"):
+        end += 1
+    return b"\r\n".join(lines[end:])
+
+
+def compile_plugin(directory: Path, name: str, source: str) -> Path:
+    """Compile a plugin with one cc line; the name's ending (.c, .cpp) says which language."""
+    directory.mkdir(exist_ok=True)
+    file = directory.parent / name
+    file.write_text(source)
+    target = directory / (file.stem + ".so")
+    compiler = ["cc", "-std=c99"] if file.suffix == ".c" else ["c++", "-std=c++17"]
+    subprocess.run([*compiler, *CC_FLAGS, "-o", target, file], check=True)
+    return target
+
+
+def mailerq(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run the command line to its end, with nothing of this process's environment but PATH."""
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "mailerq", *arguments],
+        capture_output=True,
+        env={**environ, **options.pop("env", {})},
+        timeout=60,
+        check=False,
+        **options,
+    )
