@@ -1,0 +1,73 @@
+"""The command line: the daemon, the injector that stands in for sendmail, and the tools.
+
+``mailerq`` alone is the daemon. A first word that names a command is that command; an
+argument with an @ in it, or a switch of sendmail's, makes it the injector.
+
+An injector runs once for each mail, so nothing here imports more than all commands need:
+the module of a command is imported when it is its turn.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from mailerq.cli.common import complain
+from mailerq.errors import ConfigError, PluginError
+
+__all__ = ["EX_CONFIGURATION", "main"]
+
+EX_CONFIGURATION: Final = 2
+"""Exit status for settings or plugins that cannot be used; the others are sysexits.h's."""
+
+_COMMANDS: Final = {
+    "check-config": "mailerq.cli.checking",
+    "config": "mailerq.cli.settings",
+    "queue": "mailerq.cli.queue",
+    "sink": "mailerq.cli.sink",
+    "status": "mailerq.cli.status",
+}
+
+_INJECTING: Final = frozenset({"--envelope", "--extract-recipients", "--ignore-dot"})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name) and return the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except (ConfigError, PluginError) as error:
+        complain(str(error))
+        return EX_CONFIGURATION
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read has gone; Python must not try to flush what is left for it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return os.EX_OK
+
+
+def _run(words: list[str]) -> int:
+    from mailerq.config import split_arguments
+
+    settings, rest = split_arguments(words)
+    name = next((word for word in rest if not word.startswith("-")), "")
+    sendmail = os.path.basename(sys.argv[0]) == "sendmail"
+    if name in _COMMANDS and not sendmail:
+        rest.remove(name)
+        module = importlib.import_module(_COMMANDS[name])
+    elif sendmail or any(map(_is_injection, rest)):
+        module = importlib.import_module("mailerq.cli.inject")
+    else:
+        module = importlib.import_module("mailerq.cli.daemon")
+    status: int = module.main(settings, rest)
+    return status
+
+
+def _is_injection(word: str) -> bool:
+    if word.startswith("--"):
+        return word.partition("=")[0] in _INJECTING
+    return "@" in word or (word.startswith("-") and word != "-h")

@@ -1,0 +1,95 @@
+"""What the commands share: how they take arguments, complain, and show tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TextIO
+
+__all__ = ["Parser", "complain", "escape", "print_json", "print_table"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors exit with EX_USAGE, as sysexits.h has it."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(os.EX_USAGE, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+
+
+def command_parser(name: str, description: str, **options: Any) -> Parser:
+    """The parser of a command of ``mailerq``; its ``--help`` mentions the settings."""
+    return Parser(
+        prog=f"mailerq {name}",
+        description=description,
+        epilog="Settings may be given as well, as --key=value; see 'mailerq --help'.",
+        **options,
+    )
+
+
+def complain(text: str) -> None:
+    """Tell the user what is wrong."""
+    sys.stderr.write(f"mailerq: {escape(text)}\n")
+
+
+def escape(text: str) -> str:
+    """Text from outside as it may stand in a line, see `mailerq.net.logs.escape`."""
+    if text.isprintable():
+        return text
+    from mailerq.net import logs
+
+    return logs.escape(text)
+
+
+def print_json(document: object, *, default: Callable[[Any], object] = str) -> None:
+    """Print a document for programs, on one line."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False, default=default) + "\n")
+
+
+def print_table(
+    headings: Sequence[str], rows: Sequence[Sequence[object]], *, file: TextIO | None = None
+) -> None:
+    """Print rows in columns, numbers to the right.
+
+    On a terminal where rich is installed it draws the table; elsewhere columns are set with
+    blanks, one line for each row, so that grep and awk can work on it.
+    """
+    file = sys.stdout if file is None else file
+    cells = [["" if value is None else escape(str(value)) for value in row] for row in rows]
+    to_right = [
+        bool(rows) and all(isinstance(value, int | float) for value in column)
+        for column in zip(*rows, strict=True)
+    ] or [False] * len(headings)
+    if file.isatty() and _print_rich(headings, cells, to_right, file):
+        return
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    for line in (headings, *cells):
+        aligned = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, to_right, strict=True)
+        ]
+        file.write("  ".join(aligned).rstrip() + "\n")
+
+
+def _print_rich(
+    headings: Sequence[str], cells: Sequence[Sequence[str]], to_right: Sequence[bool], file: TextIO
+) -> bool:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        return False
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, right in zip(headings, to_right, strict=True):
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    Console(file=file).print(table)
+    return True

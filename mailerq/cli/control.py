@@ -1,0 +1,35 @@
+"""Ask a running engine something, without an event loop (see `mailerq.net.control`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import Any, Final
+
+__all__ = ["ask"]
+
+SOCKET_NAME: Final = "control"
+
+ASK_SECONDS: Final = 10.0
+
+
+def ask(directory: str, command: str, *, timeout: float = ASK_SECONDS) -> dict[str, Any]:
+    """Ask the engine on that queue directory. Raises OSError when none answers."""
+    # By a descriptor of the directory: its path may be longer than a socket's address can be.
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(timeout)
+            sock.connect(f"/proc/self/fd/{descriptor}/{SOCKET_NAME}")
+            sock.sendall(json.dumps({"command": command}).encode() + b"\n")
+            chunks = []
+            while data := sock.recv(1 << 16):
+                chunks.append(data)
+    finally:
+        os.close(descriptor)
+    try:
+        reply = json.loads(b"".join(chunks))
+    except ValueError:
+        raise OSError("it closed without a reply") from None
+    return reply if isinstance(reply, dict) else {"reply": reply}
