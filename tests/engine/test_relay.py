@@ -131,21 +131,17 @@ async def test_too_many_connections_are_told_to_come_again(tmp_path: Path) -> No
 
 
 async def test_a_client_that_is_silent_is_told_and_cut_off(tmp_path: Path) -> None:
-    async with Engine(configure(tmp_path, smtp_timeout=0.2)) as engine:
-        async with await trio.open_tcp_stream(*engine.addresses[0]) as client:
-            with trio.fail_after(10):
-                received = b"".join([chunk async for chunk in client])
+    async with (
+        Engine(configure(tmp_path, smtp_timeout=0.2)) as engine,
+        await trio.open_tcp_stream(*engine.addresses[0]) as client,
+    ):
+        with trio.fail_after(10):
+            received = b"".join([chunk async for chunk in client])
     assert received.endswith(b"421 4.4.2 Timeout, closing connection\r\n")
 
 
 async def test_a_soft_failure_is_tried_again_and_a_hard_one_is_final(tmp_path: Path) -> None:
-    config = dict(
-        retry_interval=(0,),
-        rabbitmq_success="success",
-        rabbitmq_failure="failure",
-        rabbitmq_retry="retry",
-        rabbitmq_results="results",
-    )
+    queues = {f"rabbitmq_{name}": name for name in ("success", "failure", "retry", "results")}
     refusals = [Reply(451, "4.7.1 greylisted"), Reply(550, "5.1.1 nobody here")]
 
     def decide(event: server.Event) -> Reply | None:
@@ -153,9 +149,14 @@ async def test_a_soft_failure_is_tried_again_and_a_hard_one_is_final(tmp_path: P
 
     async with open_sink() as sink:
         sink.decide = decide
-        async with Engine(
-            configure(tmp_path, smtp_sink_address="127.0.0.1", smtp_sink_port=sink.port, **config)
-        ) as engine:
+        config = configure(
+            tmp_path,
+            smtp_sink_address="127.0.0.1",
+            smtp_sink_port=sink.port,
+            retry_interval=(0,),
+            **queues,
+        )
+        async with Engine(config) as engine:
             await engine.publish(
                 {"envelope": "a@b.test", "recipient": "c@d.test", "mime": "x", "my-id": 77}
             )
