@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from mailerq.errors import AddressError
 from mailerq.mail.headers import Header, unfold
 
-__all__ = ["Participants", "addresses", "participants"]
+__all__ = ["addresses", "recipients", "sender"]
 
 # One token: blanks, a word (a run of characters, a quoted text, a domain literal), or a
 # special character. A dot is part of a word, so that "a..b" stays in one piece.
@@ -28,30 +28,12 @@ _TOKEN: Final = re.compile(
 _IN_COMMENT: Final = re.compile(r"\\.|[()]", re.DOTALL).search
 
 
-class Participants(NamedTuple):
-    """Who stands in a header.
+def recipients(header: Header) -> list[str]:
+    """Whom To, Cc and Bcc name, each address once. Raises `AddressError`, which names the field.
 
-    `sender` is None where nothing names one, and empty for the null sender. `recipients` has
-    each address once, in the order of To, Cc, Bcc.
+    Of a mail that was sent on with Resent-* fields their topmost block counts instead (3.6.6).
     """
-
-    sender: str | None
-    recipients: list[str]
-
-
-def participants(header: Header) -> Participants:
-    """Sender and recipients of a mail. Raises `AddressError`, which names the field.
-
-    The sender is the first address in X-Mq-Envelope, Return-Path, Sender and From, in this
-    order; a field that holds none is passed over. Of a mail that was sent on with Resent-*
-    fields their topmost block counts in place of Sender, From, To, Cc and Bcc (3.6.6).
-    """
-    fields: dict[bytes, list[bytes]] = {}
-    for field in header.fields():
-        fields.setdefault(field.name, []).append(unfold(field.value))
-    block = _resent(header)
-    if not block.keys().isdisjoint({b"to", b"cc", b"bcc"}):
-        fields.update({name: block.get(name, []) for name in _REPLACED})
+    fields = _fields(header)
     found: dict[str, None] = {}
     for name in (b"to", b"cc", b"bcc"):
         for value in fields.get(name, ()):
@@ -59,7 +41,37 @@ def participants(header: Header) -> Participants:
                 found.update(dict.fromkeys(addresses(_text(value))))
             except AddressError as error:
                 raise AddressError(f"{name.decode().title()}: {error}") from None
-    return Participants(_sender(fields), list(found))
+    return list(found)
+
+
+def sender(header: Header) -> str | None:
+    """Who a mail is from: empty for the null sender, None where nobody is named.
+
+    It is the first address in X-Mq-Envelope, Return-Path, Sender and From (or Resent-Sender
+    and Resent-From), in this order; a field that holds none is passed over.
+    """
+    fields = _fields(header)
+    for name in (b"x-mq-envelope", b"return-path", b"sender", b"from"):
+        for value in fields.get(name, ()):
+            if value == b"<>" and name in (b"x-mq-envelope", b"return-path"):
+                return ""
+            try:
+                if address := next(addresses(_text(value)), None):
+                    return address
+            except AddressError:
+                continue
+    return None
+
+
+def _fields(header: Header) -> dict[bytes, list[bytes]]:
+    """The unfolded values of all fields, where a Resent-* block stands in for the first ones."""
+    fields: dict[bytes, list[bytes]] = {}
+    for field in header.fields():
+        fields.setdefault(field.name, []).append(unfold(field.value))
+    block = _resent(header)
+    if not block.keys().isdisjoint({b"to", b"cc", b"bcc"}):
+        fields.update({name: block.get(name, []) for name in _REPLACED})
+    return fields
 
 
 _REPLACED: Final = (b"sender", b"from", b"to", b"cc", b"bcc")
@@ -75,19 +87,6 @@ def _resent(header: Header) -> dict[bytes, list[bytes]]:
         elif block:
             break
     return block
-
-
-def _sender(fields: dict[bytes, list[bytes]]) -> str | None:
-    for name in (b"x-mq-envelope", b"return-path", b"sender", b"from"):
-        for value in fields.get(name, ()):
-            if value == b"<>" and name in (b"x-mq-envelope", b"return-path"):
-                return ""
-            try:
-                if address := next(addresses(_text(value)), None):
-                    return address
-            except AddressError:
-                continue
-    return None
 
 
 def _text(value: bytes) -> str:

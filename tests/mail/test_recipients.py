@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mailerq.errors import AddressError
 from mailerq.mail.headers import Header
-from mailerq.mail.recipients import addresses, participants
+from mailerq.mail.recipients import addresses, recipients, sender
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_recipients_are_those_of_to_cc_and_bcc_once_each() -> None:
         b"bcc: dora@d.test\r\nTo: ann@a.test,\r\n bob@b.test\r\nCc: ann@a.test\r\n"
         b"CC : Carl <carl@c.test>\r\nReply-To: x@x.test\r\n\r\nTo: body@b.test\r\n"
     )
-    assert participants(header).recipients == [
+    assert recipients(header) == [
         "ann@a.test",
         "bob@b.test",
         "carl@c.test",
@@ -129,7 +129,7 @@ def test_recipients_are_those_of_to_cc_and_bcc_once_each() -> None:
 
 def test_an_unreadable_recipient_is_named_with_its_field() -> None:
     with pytest.raises(AddressError, match=r"^Cc: 'Ann Lee' is no address$"):
-        participants(Header(b"To: ann@a.test\r\nCc: Ann Lee\r\n\r\n"))
+        recipients(Header(b"To: ann@a.test\r\nCc: Ann Lee\r\n\r\n"))
 
 
 def test_the_sender_is_the_first_that_is_named() -> None:
@@ -140,15 +140,15 @@ def test_the_sender_is_the_first_that_is_named() -> None:
         (b"From: f@f.test, g@g.test\r\n", "f@f.test"),
         (b"To: t@t.test\r\n", None),
     ]
-    for start, (_, sender) in enumerate(fields):
+    for start, (_, expected) in enumerate(fields):
         mime = b"".join(field for field, _ in reversed(fields[start:]))
-        assert participants(Header(mime)).sender == sender
+        assert sender(Header(mime)) == expected
 
 
 def test_the_null_sender_and_an_unreadable_one() -> None:
-    assert participants(Header(b"Return-Path: <>\r\nFrom: f@f.test\r\n\r\n")).sender == ""
-    assert participants(Header(b"Sender: no one\r\nFrom: f@f.test\r\n\r\n")).sender == "f@f.test"
-    assert participants(Header(b"From: <>\r\n\r\n")).sender is None
+    assert sender(Header(b"Return-Path: <>\r\nFrom: f@f.test\r\n\r\n")) == ""
+    assert sender(Header(b"Sender: no one\r\nFrom: f@f.test\r\n\r\n")) == "f@f.test"
+    assert sender(Header(b"From: <>\r\n\r\n")) is None
 
 
 def test_a_resent_mail_goes_to_whom_it_was_resent_last() -> None:
@@ -158,4 +158,5 @@ def test_a_resent_mail_goes_to_whom_it_was_resent_last() -> None:
         b"Received: x\r\nResent-Cc: oldest@o.test\r\n"
         b"From: f@f.test\r\nSender: s@s.test\r\nTo: t@t.test\r\n\r\n"
     )
-    assert participants(header) == ("me@m.test", ["new@n.test"])
+    assert sender(header) == "me@m.test"
+    assert recipients(header) == ["new@n.test"]
