@@ -1,0 +1,109 @@
+# What CI types, you can type. PYTHON=python3.12 make … takes another Python.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+PYTEST := $(BIN)/python -m pytest
+
+CORE_SOURCES := setup.py include/mailerq.h $(wildcard mailerq/_core*.p* mailerq/_core*.cpp)
+PLUGINS := $(patsubst plugins/%.c,build/plugins/%.so,$(wildcard plugins/*.c)) \
+           $(patsubst plugins/%.cpp,build/plugins/%.so,$(wildcard plugins/*.cpp))
+PLUGIN_FLAGS := -O2 -g -fPIC -shared -Wall -Wextra -Iinclude
+
+export PYTHON PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: run test build debug bench soak lint asan clean help
+.DELETE_ON_ERROR:
+
+run: build $(PLUGINS) ## set up all there is to set up and start a server to try, on port 2525
+	@exec $(BIN)/python tools/run
+
+test: $(VENV)/.test build $(PLUGINS) ## run the whole test suite; PYTESTARGS="-k config" runs a part
+	$(PYTEST) $(PYTESTARGS)
+
+build: $(VENV)/.core $(VENV)/.installed ## leave a working .venv/bin/mailerq
+
+debug: $(VENV)/.test ## build the extension with its assertions and run the suite on it
+	@rm -f $(VENV)/.core
+	MQ_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
+	$(PYTEST) $(PYTESTARGS)
+
+bench: $(VENV)/.test build ## measure against the peers that are installed; see benches/README.md
+	$(BIN)/python benches/relay.py $(BENCHARGS)
+
+soak: $(VENV)/.test build ## run the tests that take their time
+	$(PYTEST) -m soak --timeout=3600 $(PYTESTARGS)
+
+lint: $(VENV)/.lint ## ruff, mypy --strict, cython-lint, layering, size of files
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --quiet --check
+	$(BIN)/mypy
+	$(BIN)/cython-lint mailerq
+	$(BIN)/python tools/check_tree.py
+
+asan: $(VENV)/.test ## run the tests of the extension under AddressSanitizer and UBSan
+	@rm -f $(VENV)/.core
+	MQ_DEBUG=1 MQ_SANITIZE=address,undefined \
+	    $(BIN)/python setup.py --quiet build_ext --inplace --force
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	    $(PYTEST) tests/plugins $(PYTESTARGS)
+
+clean: ## remove what was built; .venv and what was received in var stay
+	rm -rf build dist *.egg-info mailerq/_core.c mailerq/_core*.so $(VENV)/.core
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find mailerq tests tools benches -name __pycache__ -prune -exec rm -rf {} +
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 15
+
+# Set-up. A file in .venv says that a step is done; it is done anew when what it was made
+# from is newer.
+
+needs = $(BIN)/python tools/requirements.py $(1) >$(VENV)/needs.txt && \
+        $(PIP) install --requirement $(VENV)/needs.txt
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "mailerq needs Python 3.11 or newer: apt-get install python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "mailerq needs Python 3.11 or newer; set PYTHON, here is `$(PYTHON) -V`"; exit 1; }
+	@tools/packages build
+	@echo "Making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.base: pyproject.toml tools/packages tools/requirements.py | $(VENV)/bin/python
+	@tools/packages build
+	@echo "Installing what mailerq needs into $(VENV)"
+	@$(call needs,build-system dependencies terminal)
+	@touch $@
+
+$(VENV)/.core: $(CORE_SOURCES) | $(VENV)/.base
+	@echo "Building the extension"
+	@$(BIN)/python setup.py --quiet build_ext --inplace --force
+	@touch $@
+
+# The extension first: installing then finds it built.
+$(VENV)/.installed: pyproject.toml | $(VENV)/.core
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@tools/packages test
+	@echo "Installing what the tests need"
+	@$(call needs,test bench)
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.base
+	@$(call needs,lint)
+	@touch $@
+
+build/plugins/%.so: plugins/%.c include/mailerq.h
+	@mkdir -p $(@D)
+	$(CC) $(PLUGIN_FLAGS) -std=c99 $< -o $@
+
+build/plugins/%.so: plugins/%.cpp include/mailerq.h
+	@mkdir -p $(@D)
+	$(CXX) $(PLUGIN_FLAGS) -std=c++17 $< -o $@
