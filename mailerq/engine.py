@@ -121,7 +121,7 @@ class Engine:
                 max_size=config.smtp_maxsize,
                 max_recipients=config.smtp_maxrecipients,
                 starttls=tls is not None,
-                auth=bool(config.smtp_username) or plugins.listens("authenticate"),
+                mechanisms=_mechanisms(config, plugins),
             ),
             access=Access(config.smtp_range, config.smtp_relay_range, config.smtp_local_domains),
             plugins=plugins,
@@ -225,6 +225,13 @@ class Engine:
     def _wake(self) -> dict[str, bool]:
         self.queues.wake()
         return {"ok": True}
+
+
+def _mechanisms(config: Config, plugins: Plugins) -> tuple[str, ...]:
+    """The ways to log in: CRAM-MD5 proves a password only to who knows it, so not to plugins."""
+    if plugins.listens("authenticate"):
+        return ("PLAIN", "LOGIN")
+    return ("PLAIN", "LOGIN", "CRAM-MD5") if config.smtp_username else ()
 
 
 def _limit(value: int | None) -> float:

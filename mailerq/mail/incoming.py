@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Final
 
 from mailerq.mail import headers
@@ -21,7 +22,8 @@ class Envelope:
     """Where a mail came from and where it shall go, apart from its content.
 
     `properties` is what stands in every message beside that: the object ``connection`` of
-    mail by SMTP, ``cli`` of mail from the command line. `protocol`, `helo`, `client_ip` and
+    mail by SMTP, ``cli`` of mail from the command line; `recipient_properties`, where it is
+    given, has what belongs to each recipient alone. `protocol`, `helo`, `client_ip` and
     `user` are for the Received field, see `mailerq.mail.headers.received`. `trusted` says
     that x-mq-* fields count.
     """
@@ -29,6 +31,7 @@ class Envelope:
     sender: str
     recipients: Sequence[str]
     properties: dict[str, Any]
+    recipient_properties: Sequence[dict[str, Any]] = ()
     protocol: str = ""
     helo: str | None = None
     client_ip: str | None = None
@@ -87,10 +90,13 @@ def messages(
                 "envelope": envelope.sender,
                 "recipient": recipient,
                 **envelope.properties,
+                **own,
                 **extraction.properties,
             },
             body,
         )
-        for id, recipient in zip(ids, envelope.recipients, strict=True)
+        for id, recipient, own in zip(
+            ids, envelope.recipients, envelope.recipient_properties or repeat({}), strict=False
+        )
     ]
     return Reception(made, extraction.ignored)

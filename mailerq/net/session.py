@@ -14,7 +14,7 @@ of any kind is a 451, and the peer keeps the mail.
 
 from __future__ import annotations
 
-import hmac
+import ipaddress
 import logging
 import ssl
 import time
@@ -35,6 +35,8 @@ from mailerq.plugins import Plugins, Reject
 from mailerq.queues import Publication, Queues
 from mailerq.rules.access import Access
 from mailerq.wire import server, smtp
+from mailerq.wire.parameters import MailParameters, RcptParameters
+from mailerq.wire.sasl import Credentials
 from mailerq.wire.smtp import Reply, with_status
 
 __all__ = ["Counters", "Server", "Session"]
@@ -92,7 +94,7 @@ class Session:
         self._implicit_tls = implicit_tls
         self._local = stream.local
         self._remote = stream.remote
-        self._machine = server.ServerProtocol(shared.settings)
+        self._machine = server.ServerProtocol(shared.settings, auth_in_clear=self._is_loopback())
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
         self._scope = trio.CancelScope()
         self._moved = 0.0
@@ -216,6 +218,9 @@ class Session:
             self._shared.counters.refused_recipients += 1
             self._machine.reject(_reply(refusal))
 
+    def _is_loopback(self) -> bool:
+        return ipaddress.ip_address(self._remote[0].partition("%")[0]).is_loopback
+
     def _may_relay(self) -> bool:
         return self._plugin.authenticated or self._shared.access.may_relay(self._remote[0])
 
@@ -224,14 +229,17 @@ class Session:
 
     async def _auth(self, event: server.Auth) -> None:
         counters = self._shared.counters
-        decision = await self._plugin.authenticate(event.login, event.password)
+        login, password, *_ = event.credentials
+        decision = None
+        if password is not None:
+            decision = await self._plugin.authenticate(login, password)
         self._take_output()
         if decision is None:
-            decision = self._is_configured_login(event.login, event.password)
+            decision = self._is_configured_login(event.credentials)
         if decision is True:
             counters.logins += 1
             self._plugin.authenticated = True
-            self._user = event.login
+            self._user = login
             self._machine.accept()
             return
         counters.failed_logins += 1
@@ -241,14 +249,13 @@ class Session:
         else:
             self._machine.reject(_reply(decision, permanent="5.7.8"))
 
-    def _is_configured_login(self, login: str, password: str) -> bool:
+    def _is_configured_login(self, credentials: Credentials) -> bool:
         config = self._shared.config
         if not config.smtp_username:
             return False
         # Both are compared, so that the time taken does not tell which one was wrong.
-        same_login = hmac.compare_digest(login.encode(), config.smtp_username.encode())
-        same_password = hmac.compare_digest(password.encode(), config.smtp_password.encode())
-        return same_login and same_password
+        proven = credentials.proves(config.smtp_password)
+        return credentials.login == config.smtp_username and proven
 
     async def _starttls(self) -> None:
         self._machine.accept()
@@ -332,7 +339,7 @@ class Session:
         authenticated = self._plugin.authenticated
         hello = machine.hello
         assert hello is not None, "the machine asks for EHLO"
-        assert machine.sender is not None, "the machine asks for MAIL"
+        assert machine.mail is not None, "the machine asks for MAIL"
         local, remote = self._local, self._remote
         connection: dict[str, object] = {
             "local-ip": local[0],
@@ -343,10 +350,19 @@ class Session:
         }
         if self._user:
             connection["user"] = self._user
+        properties: dict[str, object] = {"connection": connection}
+        parameters = machine.mail.parameters
+        if parameters.utf8:
+            properties["smtputf8"] = True
+        if parameters.require_tls:
+            properties["requiretls"] = True
+        if parameters.body == "BINARYMIME":
+            properties["binarymime"] = True
         return incoming.Envelope(
-            machine.sender,
+            machine.mail.sender,
             machine.recipients,
-            {"connection": connection},
+            properties,
+            [_dsn(parameters, rcpt.parameters) for rcpt in machine.rcpts],
             protocol=headers.protocol_name(
                 extended=hello.extended, secure=secure, authenticated=authenticated
             ),
@@ -378,6 +394,20 @@ def _reply(refusal: Reject, *, permanent: str = "5.7.1") -> Reply:
     """A plugin's refusal as a reply, with a status code where its text has none."""
     status = "4.7.1" if refusal.code < 500 else permanent
     return Reply(refusal.code, with_status(refusal.code, refusal.text, status))
+
+
+def _dsn(mail: MailParameters, rcpt: RcptParameters) -> dict[str, object]:
+    """The property ``dsn`` from the parameters of RFC 3461, where there are any."""
+    dsn: dict[str, object] = {}
+    if mail.ret:
+        dsn["ret"] = mail.ret
+    if mail.envid:
+        dsn["envid"] = mail.envid
+    if rcpt.notify:
+        dsn["notify"] = ",".join(rcpt.notify)
+    if rcpt.orcpt:
+        dsn["orcpt"] = rcpt.orcpt
+    return {"dsn": dsn} if dsn else {}
 
 
 def _received_line(message: Message) -> str:

@@ -1,4 +1,4 @@
-"""The server's side of SASL: challenges out, a login and a password in.
+"""The server's side of SASL: challenges out, a login and its proof in.
 
 A mechanism is a generator: it yields each challenge, is sent each response, both without
 their base64, and returns the credentials. `BadResponse` ends the exchange with 501.
@@ -6,6 +6,8 @@ their base64, and returns the credentials. `BadResponse` ends the exchange with 
 
 from __future__ import annotations
 
+import hmac
+import secrets
 from collections.abc import Callable, Generator
 from typing import Final, NamedTuple
 
@@ -16,7 +18,17 @@ class Credentials(NamedTuple):
     """What an exchange comes to."""
 
     login: str
-    password: str
+    password: str | None
+    """None for a mechanism that proves the password without telling it: see `proves`."""
+    challenge: bytes = b""
+    response: bytes = b""
+
+    def proves(self, password: str) -> bool:
+        """Whether the client knows that password. Takes the same time for each answer."""
+        if self.password is not None:
+            return hmac.compare_digest(self.password.encode(), password.encode())
+        expected = hmac.new(password.encode(), self.challenge, "md5").hexdigest().encode()
+        return hmac.compare_digest(expected, self.response)
 
 
 class BadResponse(Exception):
@@ -26,7 +38,7 @@ class BadResponse(Exception):
 Mechanism = Generator[bytes, bytes, Credentials]
 
 
-def plain() -> Mechanism:
+def plain(hostname: str) -> Mechanism:
     """RFC 4616: authorization identity, login and password in one response."""
     response = yield b""
     parts = response.split(b"\0")
@@ -38,13 +50,23 @@ def plain() -> Mechanism:
     return Credentials(login, password)
 
 
-def login() -> Mechanism:
+def login(hostname: str) -> Mechanism:
     """The obsolete LOGIN, still what many clients speak first: two prompts."""
     name = _text((yield b"Username:"))
     password = _text((yield b"Password:"))
     if not name:
         raise BadResponse
     return Credentials(name, password)
+
+
+def cram_md5(hostname: str) -> Mechanism:
+    """RFC 2195: a keyed digest of a challenge that is never the same."""
+    challenge = f"<{secrets.token_hex(16)}@{hostname}>".encode()
+    response = yield challenge
+    name, separator, digest = response.rpartition(b" ")
+    if not separator or not name:
+        raise BadResponse
+    return Credentials(_text(name), None, challenge, digest.lower())
 
 
 def _text(value: bytes) -> str:
@@ -57,4 +79,9 @@ def _text(value: bytes) -> str:
     return text
 
 
-MECHANISMS: Final[dict[str, Callable[[], Mechanism]]] = {"PLAIN": plain, "LOGIN": login}
+MECHANISMS: Final[dict[str, Callable[[str], Mechanism]]] = {
+    "PLAIN": plain,
+    "LOGIN": login,
+    "CRAM-MD5": cram_md5,
+}
+"""Each is started with the server's name, which a challenge may hold."""

@@ -16,7 +16,9 @@ wait as long as it likes for a plugin or a disk, with commands pipelined behind 
 What may follow a command in the same segment is what keeps two parties agreed on where a
 mail ends, so the rules are strict: only CR LF "." CR LF ends data; nothing may come behind
 DATA before its 354, and nothing before the greeting; what came in clear behind STARTTLS is
-thrown away (RFC 3207, section 4.2).
+thrown away (RFC 3207, section 4.2); a BDAT whose size cannot be read or will not be read ends
+the session, because nobody knows where its chunk ends. A chunk that is refused is still read
+to its end, and its reply follows it.
 
 The state is one of the names in `State`; what a command needs and leads to stands beside
 its method.
@@ -26,14 +28,35 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
 from mailerq.address import parse_path
 from mailerq.errors import AddressError
 from mailerq.wire import sasl, smtp
+from mailerq.wire.events import (
+    CLOSED,
+    NEED_DATA,
+    Auth,
+    Closing,
+    Content,
+    Data,
+    Event,
+    Hello,
+    Mail,
+    NoEvent,
+    Rcpt,
+    StartTls,
+    XClient,
+)
+from mailerq.wire.parameters import (
+    MailParameters,
+    ParameterError,
+    RcptParameters,
+    decode_xtext,
+)
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
 __all__ = [
@@ -51,6 +74,7 @@ __all__ = [
     "ServerProtocol",
     "Settings",
     "StartTls",
+    "XClient",
 ]
 
 ERROR_LIMIT: Final = 20
@@ -70,85 +94,9 @@ class State(Enum):
     COMMAND = auto()
     AUTH = auto()  # within an exchange of AUTH
     CONTENT = auto()  # after 354
+    CHUNK = auto()  # within the bytes of a BDAT
     TLS = auto()  # 220 sent to STARTTLS, the handshake not done
     CLOSED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """EHLO (`extended`) or HELO."""
-
-    name: str
-    extended: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StartTls:
-    """STARTTLS. After `accept` send what is due, shake hands, then call `tls_started`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Auth:
-    """Credentials of an AUTH exchange, complete. `reject` without a reply is 535."""
-
-    mechanism: str
-    login: str
-    password: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Mail:
-    """MAIL FROM. `sender` has no angle brackets and is empty for the null sender."""
-
-    sender: str
-    size: int
-    parameters: Mapping[str, str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Rcpt:
-    """RCPT TO. `recipient` has no angle brackets and no source route."""
-
-    recipient: str
-    parameters: Mapping[str, str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """DATA, with a sender and at least one recipient accepted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """The whole mail, its dots unstuffed. `sender` and `recipients` of the machine are its own.
-
-    Whatever the answer is, the transaction is over with it.
-    """
-
-    body: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Closing:
-    """The last bytes are due: send them, then close. `reason` is for the log."""
-
-    reason: str
-
-
-class NoEvent(Enum):
-    """There is nothing to decide now."""
-
-    NEED_DATA = auto()
-    CLOSED = auto()
-
-
-NEED_DATA: Final = NoEvent.NEED_DATA
-"""Everything received has been dealt with: send what is due, then read."""
-
-CLOSED: Final = NoEvent.CLOSED
-"""The peer has closed, in the middle of whatever it was."""
-
-Event = Hello | StartTls | Auth | Mail | Rcpt | Data | Content | Closing | NoEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,27 +104,42 @@ class Settings:
     """What a server offers; shared by all of its sessions.
 
     `max_size` is in bytes and announced as SIZE (RFC 1870). `starttls` offers STARTTLS on
-    a connection that is not secure. `auth` offers the mechanisms of `sasl.MECHANISMS`,
-    on a connection that is not secure only with `auth_in_clear`.
+    a connection that is not secure. `mechanisms` are those of `sasl.MECHANISMS` that AUTH
+    offers, on a connection that is not secure only to a peer that `auth_in_clear` is given
+    for. `lmtp` speaks LMTP (RFC 2033). `extended` offers what our own delivery can carry on.
     """
 
     hostname: str
     max_size: int = 100_000_000
     max_recipients: int = 1000
     starttls: bool = False
-    auth: bool = False
-    auth_in_clear: bool = False
+    mechanisms: tuple[str, ...] = ()
+    lmtp: bool = False
+    extended: bool = True
 
 
 class ServerProtocol:
-    """One session. `secure` says that TLS is in use already when it begins."""
+    """One session.
 
-    def __init__(self, settings: Settings, *, secure: bool = False) -> None:
+    `secure` says that TLS is in use already when it begins, `auth_in_clear` that AUTH is
+    offered without TLS too, `xclient` that the peer may say who its client is.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        secure: bool = False,
+        auth_in_clear: bool = False,
+        xclient: bool = False,
+    ) -> None:
         self.settings = settings
         self.secure = secure
+        self.auth_in_clear = auth_in_clear
+        self.xclient = xclient
         self.hello: Hello | None = None
-        self.sender: str | None = None
-        self.recipients: list[str] = []
+        self.mail: Mail | None = None
+        self.rcpts: list[Rcpt] = []
         self.authenticated = False
         self.state = State.GREETING
         self.errors = 0
@@ -190,10 +153,24 @@ class ServerProtocol:
         self._chunks: list[bytes] = []
         self._tail = b""
         self._size = 0
+        self._chunking = False
+        self._chunk_left = 0
+        self._chunk_is_last = False
+        self._chunk_refusal: Reply | None = None
         self._exchange: sasl.Mechanism | None = None
         self._mechanism = ""
         self._closing: str | None = None
         self._out: list[bytes] = []
+
+    @property
+    def sender(self) -> str | None:
+        """The sender of the transaction, None where there is none under way."""
+        return self.mail.sender if self.mail is not None else None
+
+    @property
+    def recipients(self) -> list[str]:
+        """The recipients that were accepted so far, in their order."""
+        return [rcpt.recipient for rcpt in self.rcpts]
 
     # What the adapter does.
 
@@ -256,6 +233,8 @@ class ServerProtocol:
         while self._closing is None:
             if self.state is State.CONTENT:
                 event = self._next_content()
+            elif self.state is State.CHUNK:
+                event = self._next_chunk()
             else:
                 event = self._next_command()
             if event is not None:
@@ -265,25 +244,31 @@ class ServerProtocol:
         self.state = State.CLOSED
         return Closing(self._closing)
 
-    def accept(self, reply: Reply | None = None) -> None:
-        """Answer the event with yes; `reply` takes the place of the normal text."""
+    def accept(self, reply: Reply | None = None, *, each: Sequence[Reply] = ()) -> None:
+        """Answer the event with yes; `reply` takes the place of the normal text.
+
+        `Content` in LMTP is answered with `each`, a reply for each recipient in their order,
+        good or bad.
+        """
         event, self._event = self._event, None
         match event:
-            case Rcpt(recipient):
-                self.recipients.append(recipient)
+            case Rcpt():
+                self.rcpts.append(event)
                 self.send(reply or smtp.RCPT_OK)
-            case Mail(sender):
-                self.sender = sender
+            case Mail():
+                self.mail = event
                 self.send(reply or smtp.MAIL_OK)
             case Content():
+                count = len(self.rcpts) if self.settings.lmtp else 1
+                for answer in each or count * (reply or smtp.OK,):
+                    self.send(answer)
                 self._reset()
                 self.errors = self._idle_commands = 0
-                self.send(reply or smtp.OK)
+            case Data() if self._chunking:
+                self.state = State.CHUNK
             case Data():
                 self.state = State.CONTENT
-                self._chunks = []
                 self._tail = b"\r\n"
-                self._size = 0
                 self.send(reply or smtp.START_DATA)
             case Hello():
                 self.hello = event
@@ -295,6 +280,11 @@ class ServerProtocol:
             case StartTls():
                 self.state = State.TLS
                 self.send(reply or smtp.TLS_READY)
+            case XClient():
+                self.hello = None
+                self.authenticated = False
+                self._reset()
+                self.send(reply or smtp.greeting(self.settings.hostname))
             case _:
                 raise LocalProtocolError("there is nothing to accept")
 
@@ -303,14 +293,21 @@ class ServerProtocol:
         event, self._event = self._event, None
         if event is None:
             raise LocalProtocolError("there is nothing to reject")
-        if isinstance(event, Content | Data):
-            self._reset()
-        elif isinstance(event, Rcpt):
-            self._refused_recipients += 1
         if reply.code == 421:
             self._close(reply, "closed by a reply 421")
-        else:
-            self._fail(reply)
+            return
+        match event:
+            case Content():
+                self._content_failed(reply)
+            case Data() if self._chunking:
+                self._refuse_chunk(reply)
+            case Data():
+                self._reset()
+                self._fail(reply)
+            case Rcpt():
+                self._recipient_failed(reply)
+            case _:
+                self._fail(reply)
 
     # Commands.
 
@@ -337,9 +334,13 @@ class ServerProtocol:
         command = _COMMANDS.get(verb.upper())
         if command is None:
             return self._unknown_command(verb.upper())
-        if not argument.isascii() or b"\0" in argument:
-            return self._fail(smtp.UTF8_NOT_OFFERED if b"\0" not in argument else smtp.NOT_ASCII)
-        return command(self, argument.strip().decode("ascii"))
+        try:
+            text = argument.strip().decode()
+        except UnicodeDecodeError:
+            return self._fail(smtp.NOT_UTF8)
+        if "\0" in text:
+            return self._fail(smtp.NOT_UTF8)
+        return command(self, text)
 
     def _incomplete(self, limit: int) -> Event | None:
         waiting = len(self._buffer) - self._position
@@ -354,15 +355,45 @@ class ServerProtocol:
         return NEED_DATA
 
     def _ehlo(self, argument: str) -> Event | None:
-        return self._helo(argument, extended=True)
+        if self.settings.lmtp:
+            return self._fail(smtp.LHLO_EXPECTED)
+        return self._introduce(argument, extended=True)
 
-    def _helo(self, argument: str, *, extended: bool = False) -> Event | None:
+    def _helo(self, argument: str) -> Event | None:
+        if self.settings.lmtp:
+            return self._fail(smtp.LHLO_EXPECTED)
+        return self._introduce(argument, extended=False)
+
+    def _lhlo(self, argument: str) -> Event | None:
+        if not self.settings.lmtp:
+            return self._fail(smtp.UNKNOWN_COMMAND)
+        return self._introduce(argument, extended=True)
+
+    def _introduce(self, argument: str, *, extended: bool) -> Event | None:
         name, _, rest = argument.partition(" ")
-        if not name or rest or not name.isprintable():
+        if not name or rest or not name.isprintable() or not name.isascii():
             return self._fail(smtp.HELLO_SYNTAX)
         if self.hello is not None and self._idled_out():
             return None
         return Hello(name, extended)
+
+    def _xclient(self, argument: str) -> Event | None:
+        if not self.xclient:
+            return self._fail(smtp.NOT_IMPLEMENTED)
+        if self.mail is not None:
+            return self._fail(smtp.MAIL_NESTED)
+        attributes: dict[str, str | None] = {}
+        for word in argument.split():
+            name, separator, value = word.partition("=")
+            if name.upper() not in XCLIENT_ATTRIBUTES or not separator:
+                return self._fail(smtp.BAD_PARAMETER_VALUE)
+            try:
+                text = decode_xtext(value)
+            except ParameterError as error:
+                return self._fail(error.reply)
+            unknown = text.upper() in ("[UNAVAILABLE]", "[TEMPUNAVAIL]")
+            attributes[name.upper()] = None if unknown else text
+        return XClient(attributes) if attributes else self._fail(smtp.BAD_PARAMETER_VALUE)
 
     def _starttls(self, argument: str) -> Event | None:
         if self.secure:
@@ -375,9 +406,9 @@ class ServerProtocol:
         return StartTls()
 
     def _auth(self, argument: str) -> Event | None:
-        if not self.settings.auth:
+        if not self.settings.mechanisms:
             return self._fail(smtp.NOT_IMPLEMENTED)
-        if self.authenticated or self.sender is not None:
+        if self.authenticated or self.mail is not None:
             return self._fail(smtp.AUTH_OUT_OF_TURN)
         if self.hello is None:
             return self._fail(smtp.HELLO_FIRST)
@@ -386,11 +417,10 @@ class ServerProtocol:
         name, _, initial = argument.partition(" ")
         if not name:
             return self._fail(smtp.AUTH_SYNTAX)
-        mechanism = sasl.MECHANISMS.get(name.upper())
-        if mechanism is None:
-            return self._fail(smtp.AUTH_UNKNOWN)
         self._mechanism = name.upper()
-        self._exchange = mechanism()
+        if self._mechanism not in self.settings.mechanisms:
+            return self._fail(smtp.AUTH_UNKNOWN)
+        self._exchange = sasl.MECHANISMS[self._mechanism](self.settings.hostname)
         self.state = State.AUTH
         challenge = next(self._exchange)
         if initial:
@@ -408,7 +438,7 @@ class ServerProtocol:
         except StopIteration as done:
             self._exchange = None
             self.state = State.COMMAND
-            return Auth(self._mechanism, done.value.login, done.value.password)
+            return Auth(self._mechanism, done.value)
         except (binascii.Error, sasl.BadResponse):
             return self._auth_failed(smtp.AUTH_BAD_RESPONSE)
         self._challenge(challenge)
@@ -425,66 +455,95 @@ class ServerProtocol:
     def _mail(self, argument: str) -> Event | None:
         if self.hello is None:
             return self._fail(smtp.HELLO_FIRST)
-        if self.sender is not None:
+        if self.mail is not None:
             return self._fail(smtp.MAIL_NESTED)
         split = _split_path(argument, "FROM:")
         if split is None:
             return self._fail(smtp.MAIL_SYNTAX)
         try:
             sender = parse_path(split[0], null=True)
+            parameters = MailParameters.parse(split[1], self._mail_keywords())
         except AddressError:
             return self._fail(smtp.BAD_SENDER)
-        size = 0
-        parameters = _parameters(split[1])
-        for name, value in parameters.items():
-            if name == "SIZE":
-                if value is None or not value.isdigit() or len(value) > 20:
-                    return self._fail(smtp.BAD_PARAMETER_VALUE)
-                size = int(value)
-                if size > self.settings.max_size > 0:
-                    return self._fail(smtp.TOO_BIG)
-            elif name == "BODY":
-                if value is None or value.upper() not in ("7BIT", "8BITMIME"):
-                    return self._fail(smtp.BAD_PARAMETER_VALUE)
-            elif name == "AUTH" and self.settings.auth:
-                if value is None:
-                    return self._fail(smtp.BAD_PARAMETER_VALUE)
-            else:
-                return self._fail(smtp.UNKNOWN_PARAMETER)
-        return Mail(sender, size, parameters)
+        except ParameterError as error:
+            return self._fail(error.reply)
+        if parameters.size > self.settings.max_size > 0:
+            return self._fail(smtp.TOO_BIG)
+        if not parameters.utf8 and not sender.isascii():
+            return self._fail(smtp.UTF8_NOT_ASKED_FOR)
+        return Mail(sender, parameters)
 
     def _rcpt(self, argument: str) -> Event | None:
-        if self.sender is None:
+        if self.mail is None or self._chunking:
             return self._fail(smtp.MAIL_FIRST)
         split = _split_path(argument, "TO:")
         if split is None:
             return self._fail(smtp.RCPT_SYNTAX)
-        if len(self.recipients) >= self.settings.max_recipients:
+        if len(self.rcpts) >= self.settings.max_recipients:
             # No error of the client's: it finds the limit out by meeting it.
             self.send(smtp.TOO_MANY_RECIPIENTS)
             return None
         try:
             recipient = parse_path(split[0], postmaster=True)
+            parameters = RcptParameters.parse(split[1], self._rcpt_keywords())
         except AddressError:
-            self._refused_recipients += 1
-            return self._fail(smtp.BAD_RECIPIENT)
-        parameters = _parameters(split[1])
-        if parameters:
-            self._refused_recipients += 1
-            return self._fail(smtp.UNKNOWN_PARAMETER)
+            return self._recipient_failed(smtp.BAD_RECIPIENT)
+        except ParameterError as error:
+            return self._recipient_failed(error.reply)
+        if not self.mail.parameters.utf8 and not recipient.isascii():
+            return self._recipient_failed(smtp.UTF8_NOT_ASKED_FOR)
         return Rcpt(recipient, parameters)
+
+    def _recipient_failed(self, reply: Reply) -> Event | None:
+        self._refused_recipients += 1
+        return self._fail(reply)
+
+    def _why_not_data(self) -> Reply | None:
+        """What keeps a mail from being sent now."""
+        if self.mail is None:
+            return smtp.MAIL_FIRST
+        if not self.rcpts:
+            return smtp.NO_VALID_RECIPIENTS if self._refused_recipients else smtp.RCPT_FIRST
+        return None
 
     def _data(self, argument: str) -> Event | None:
         if argument:
             return self._fail(smtp.NO_ARGUMENT_EXPECTED)
-        if self.sender is None:
-            return self._fail(smtp.MAIL_FIRST)
-        if not self.recipients:
-            refused = self._refused_recipients
-            return self._fail(smtp.NO_VALID_RECIPIENTS if refused else smtp.RCPT_FIRST)
+        if self._chunking:
+            return self._fail(smtp.BDAT_BEGUN)
+        refusal = self._why_not_data()
+        if refusal is not None:
+            return self._fail(refusal)
+        if self.mail is not None and self.mail.parameters.body == "BINARYMIME":
+            return self._fail(smtp.BDAT_NEEDED)
         if self._position < len(self._buffer):
             return self._close(smtp.SYNCHRONIZATION, "sent data before the reply to DATA")
         return Data()
+
+    def _bdat(self, argument: str) -> Event | None:
+        """BDAT (RFC 3030, section 2). The chunk lies behind the line, whatever the reply is."""
+        match = _CHUNK(argument) if self.settings.extended else None
+        if match is None:
+            return self._close(smtp.BDAT_SYNTAX, "sent a BDAT whose size cannot be read")
+        size = int(match[1])
+        if size > self.settings.max_size > 0:
+            return self._close(smtp.TOO_BIG, "sent a chunk over the limit")
+        self._chunk_left = size
+        self._chunk_is_last = match[2] is not None
+        refusal = self._why_not_data()
+        if refusal is not None:
+            return self._refuse_chunk(refusal)
+        if self._chunking:
+            self.state = State.CHUNK
+            return None
+        self._chunking = True
+        return Data()
+
+    def _refuse_chunk(self, reply: Reply) -> Event | None:
+        """Read on to the end of the chunk, then give the reply."""
+        self._chunk_refusal = reply
+        self.state = State.CHUNK
+        return None
 
     def _rset(self, argument: str) -> Event | None:
         if argument:
@@ -549,18 +608,38 @@ class ServerProtocol:
         self._take_content(data[: max(length, 0)])
         self._buffer = data[length + 3 :]
         self.state = State.COMMAND
-        if self._size > self.settings.max_size > 0:
-            return self._content_failed(smtp.TOO_BIG)
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks = []
         if length < 0:
             body = body[:length]
         if b"\r\n." in body or body.startswith(b"."):
             body = _unstuff(body)
-        newlines = body.count(b"\r\n")
-        if body.count(b"\n") != newlines or body.count(b"\r") != newlines:
-            return self._content_failed(smtp.BARE_NEWLINE_IN_DATA)
-        return Content(body)
+        return self._finish_content(body)
+
+    def _next_chunk(self) -> Event | None:
+        """Take what there is of a chunk; at its end reply, or hand out the mail."""
+        if self._chunk_left:
+            data = self._buffer[self._position : self._position + self._chunk_left]
+            if not data:
+                if self._eof:
+                    self.state = State.CLOSED
+                    return CLOSED
+                return NEED_DATA
+            self._position += len(data)
+            self._chunk_left -= len(data)
+            if self._chunk_refusal is None:
+                self._take_content(data)
+            return None
+        self.state = State.COMMAND
+        refusal, self._chunk_refusal = self._chunk_refusal, None
+        if refusal is not None:
+            self._reset()
+            return self._fail(refusal)
+        if self._chunk_is_last:
+            return self._finish_content(b"".join(self._chunks))
+        if self._size > self.settings.max_size > 0:
+            return self._content_failed(smtp.TOO_BIG)
+        self.send(Reply(250, f"2.0.0 {self._size} octets received"))
+        return None
 
     def _take_content(self, data: bytes) -> None:
         self._size += len(data)
@@ -569,9 +648,23 @@ class ServerProtocol:
         else:
             self._chunks.clear()
 
-    def _content_failed(self, reply: Reply) -> Event | None:
+    def _finish_content(self, body: bytes) -> Event | None:
         self._chunks = []
+        if self._size > self.settings.max_size > 0:
+            return self._content_failed(smtp.TOO_BIG)
+        assert self.mail is not None, "content comes within a transaction"
+        if self.mail.parameters.body != "BINARYMIME":
+            newlines = body.count(b"\r\n")
+            if body.count(b"\n") != newlines or body.count(b"\r") != newlines:
+                return self._content_failed(smtp.BARE_NEWLINE_IN_DATA)
+        return Content(body)
+
+    def _content_failed(self, reply: Reply) -> Event | None:
+        """Refuse the mail: in LMTP once for each recipient (RFC 2033, section 4.2)."""
+        again = len(self.rcpts) - 1 if self.settings.lmtp else 0
         self._reset()
+        for _ in range(again):
+            self.send(reply)
         return self._fail(reply)
 
     # What commands share.
@@ -583,18 +676,32 @@ class ServerProtocol:
         return Reply(250, "\n".join([hostname, *self._extensions()]))
 
     def _extensions(self) -> list[str]:
-        lines = ["PIPELINING"]
-        lines.append(f"SIZE {self.settings.max_size}")
-        if self.settings.starttls and not self.secure:
+        settings = self.settings
+        lines = ["PIPELINING", f"SIZE {settings.max_size}"]
+        if settings.starttls and not self.secure:
             lines.append("STARTTLS")
-        if self.settings.auth and self._may_authenticate():
-            lines.append("AUTH " + " ".join(sasl.MECHANISMS))
-        lines.append("8BITMIME")
-        lines.append("ENHANCEDSTATUSCODES")
+        if settings.mechanisms and self._may_authenticate():
+            lines.append("AUTH " + " ".join(settings.mechanisms))
+        lines += ["8BITMIME", "ENHANCEDSTATUSCODES"]
+        if settings.extended:
+            lines += ["SMTPUTF8", "CHUNKING", "BINARYMIME", "DSN"]
+            if self.secure:
+                lines.append("REQUIRETLS")
+            lines.append(f"LIMITS RCPTMAX={settings.max_recipients}")
+        if self.xclient:
+            lines.append("XCLIENT " + " ".join(XCLIENT_ATTRIBUTES))
         return lines
 
+    def _mail_keywords(self) -> frozenset[str]:
+        if not self.settings.extended:
+            return _BASIC_MAIL_KEYWORDS
+        return _SECURE_MAIL_KEYWORDS if self.secure else _MAIL_KEYWORDS
+
+    def _rcpt_keywords(self) -> frozenset[str]:
+        return _RCPT_KEYWORDS if self.settings.extended else frozenset()
+
     def _may_authenticate(self) -> bool:
-        return self.secure or self.settings.auth_in_clear
+        return self.secure or self.auth_in_clear
 
     def _idled_out(self) -> bool:
         """Count a command that brings no mail forward; true when there were too many."""
@@ -605,9 +712,12 @@ class ServerProtocol:
         return True
 
     def _reset(self) -> None:
-        self.sender = None
-        self.recipients = []
+        self.mail = None
+        self.rcpts = []
         self._refused_recipients = 0
+        self._chunking = False
+        self._chunks = []
+        self._size = 0
 
     def _fail(self, reply: Reply) -> Event | None:
         """Answer with an error. There is no event to it, so a command can end with this."""
@@ -626,22 +736,37 @@ class ServerProtocol:
 
 _OTHER_PROTOCOLS: Final = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"CONNECT", b"OPTIONS"))
 
-_KNOWN_ELSEWHERE: Final = frozenset((b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN", b"BDAT"))
+_KNOWN_ELSEWHERE: Final = frozenset((b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN"))
+
+_BASIC_MAIL_KEYWORDS: Final = frozenset(("SIZE", "BODY"))
+_MAIL_KEYWORDS: Final = _BASIC_MAIL_KEYWORDS | {"BINARYMIME", "SMTPUTF8", "RET", "ENVID", "AUTH"}
+_SECURE_MAIL_KEYWORDS: Final = _MAIL_KEYWORDS | {"REQUIRETLS"}
+_RCPT_KEYWORDS: Final = frozenset(("NOTIFY", "ORCPT"))
+
+XCLIENT_ATTRIBUTES: Final = (
+    "NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT",
+)  # fmt: skip
+"""What a proxy may say of its client, as Postfix defines it."""
 
 _COMMANDS: Final[dict[bytes, Callable[[ServerProtocol, str], Event | None]]] = {
     b"EHLO": ServerProtocol._ehlo,
     b"HELO": ServerProtocol._helo,
+    b"LHLO": ServerProtocol._lhlo,
+    b"XCLIENT": ServerProtocol._xclient,
     b"STARTTLS": ServerProtocol._starttls,
     b"AUTH": ServerProtocol._auth,
     b"MAIL": ServerProtocol._mail,
     b"RCPT": ServerProtocol._rcpt,
     b"DATA": ServerProtocol._data,
+    b"BDAT": ServerProtocol._bdat,
     b"RSET": ServerProtocol._rset,
     b"NOOP": ServerProtocol._noop,
     b"HELP": ServerProtocol._help,
     b"VRFY": ServerProtocol._vrfy,
     b"QUIT": ServerProtocol._quit,
 }
+
+_CHUNK: Final = re.compile(r"(\d{1,19})(?: +(LAST))?", re.IGNORECASE | re.ASCII).fullmatch
 
 _PATH: Final = re.compile(
     r"""\ ?(<(?:"(?:[^"\\]|\\.)*"|[^">])*>)  # a quoted local part may hold ">"
@@ -656,15 +781,6 @@ def _split_path(argument: str, keyword: str) -> tuple[str, str] | None:
         return None
     match = _PATH.fullmatch(argument, len(keyword))
     return (match[1], match[2] or "") if match else None
-
-
-def _parameters(text: str) -> dict[str, str | None]:
-    """ESMTP parameters (RFC 5321, section 4.1.2), their keywords in upper case."""
-    parameters: dict[str, str | None] = {}
-    for word in text.split():
-        name, separator, value = word.partition("=")
-        parameters[name.upper()] = value if separator else None
-    return parameters
 
 
 def _unstuff(body: bytes) -> bytes:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+import hmac
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mailerq.wire import server, smtp
+from mailerq.wire.parameters import MailParameters, RcptParameters
 from mailerq.wire.server import ServerProtocol, Settings
 from mailerq.wire.smtp import LocalProtocolError, Reply, with_status
 
@@ -52,8 +54,8 @@ def feed(machine: ServerProtocol, transcript: Transcript, *chunks: bytes) -> Tra
     return transcript
 
 
-def session(*chunks: bytes, settings: Settings = SETTINGS, secure: bool = False) -> Transcript:
-    machine = ServerProtocol(settings, secure=secure)
+def session(*chunks: bytes, settings: Settings = SETTINGS, **options: bool) -> Transcript:
+    machine = ServerProtocol(settings, **options)
     machine.greet()
     machine.data_to_send()
     return feed(machine, Transcript(), *chunks)
@@ -82,6 +84,16 @@ MAIL FROM:<a@b.test> SIZE            503 501 503 503
 MAIL FROM:<a@b.test> BODY=8BITMIME   503 250 503 503
 MAIL FROM:<a@b.test> BODY=9BIT       503 501 503 503
 MAIL FROM:<a@b.test> COLOUR=blue     503 555 503 503
+MAIL FROM:<a@b.test> SIZE=1 SIZE=1   503 501 503 503
+MAIL FROM:<a@b.test> SMTPUTF8        503 250 503 503
+MAIL FROM:<a@b.test> SMTPUTF8=yes    503 501 503 503
+MAIL FROM:<a@b.test> RET=HDRS ENVID=x+2By 503 250 503 503
+MAIL FROM:<a@b.test> RET=SOME        503 501 503 503
+MAIL FROM:<a@b.test> ENVID=          503 501 503 503
+MAIL FROM:<a@b.test> ENVID=x+0Ay     503 501 503 503
+MAIL FROM:<a@b.test> REQUIRETLS      503 555 503 503
+MAIL FROM:<ä@b.test>                 503 553 503 503
+MAIL FROM:<ä@b.test> SMTPUTF8        503 250 503 503
 MAIL FROM:a@b.test                   503 501 503 503
 MAIL TO:<a@b.test>                   503 501 503 503
 MAIL FROM:<a@b@c>                    503 553 503 503
@@ -94,7 +106,13 @@ RCPT TO:<postmaster>                 503 503 250 250
 RCPT TO:<c@[192.0.2.1]>              503 503 250 250
 RCPT TO:<>                           503 503 553 553
 RCPT TO:c@d.test                     503 503 501 501
-RCPT TO:<c@d.test> NOTIFY=NEVER      503 503 555 555
+RCPT TO:<c@d.test> COLOUR=blue       503 503 555 555
+RCPT TO:<c@d.test> NOTIFY=NEVER      503 503 250 250
+RCPT TO:<c@d.test> NOTIFY=NEVER,DELAY 503 503 501 501
+RCPT TO:<c@d.test> NOTIFY=           503 503 501 501
+RCPT TO:<c@d.test> ORCPT=rfc822;c+40d.test 503 503 250 250
+RCPT TO:<c@d.test> ORCPT=c@d.test    503 503 501 501
+RCPT TO:<c@d.test> ORCPT=rfc822;c+0D+0A 503 503 501 501
 RCPT                                 503 503 501 501
 DATA                                 503 503 503 354
 DATA now                             501 501 501 501
@@ -107,7 +125,13 @@ VRFY                                 501 501 501 501
 HELP                                 214 214 214 214
 HELP MAIL                            214 214 214 214
 EXPN list                            502 502 502 502
-BDAT 5 LAST                          502 502 502 502
+BDAT 0                               503 503 503 250
+BDAT 0 LAST                          503 503 503 250
+BDAT x LAST                          501 501 501 501
+BDAT 9223372036854775808             552 552 552 552
+BDAT 1 FIRST                         501 501 501 501
+LHLO c.test                          500 500 500 500
+XCLIENT ADDR=192.0.2.1               502 502 502 502
 STARTTLS                             502 502 502 502
 AUTH PLAIN                           502 502 502 502
 QUIT                                 221 221 221 221
@@ -159,10 +183,20 @@ def test_the_example_of_rfc_5321_appendix_d1() -> None:
 
 
 def test_ehlo_lists_what_is_offered() -> None:
-    assert session(HELLO).out == (
-        b"250-mx.test\r\n250-PIPELINING\r\n250-SIZE 1000\r\n250-8BITMIME\r\n"
-        b"250 ENHANCEDSTATUSCODES\r\n"
-    )
+    assert session(HELLO).out.decode().split("\r\n") == [
+        "250-mx.test",
+        "250-PIPELINING",
+        "250-SIZE 1000",
+        "250-8BITMIME",
+        "250-ENHANCEDSTATUSCODES",
+        "250-SMTPUTF8",
+        "250-CHUNKING",
+        "250-BINARYMIME",
+        "250-DSN",
+        "250 LIMITS RCPTMAX=3",
+        "",
+    ]
+    assert b"REQUIRETLS" in session(HELLO, secure=True).out
     assert session(b"HELO c.test\r\n").out == b"250 mx.test\r\n"
 
 
@@ -286,7 +320,7 @@ def test_a_bare_newline_in_a_command_is_refused(line: bytes) -> None:
 
 
 def test_eight_bit_and_nul_in_a_command_are_refused() -> None:
-    assert session(HELLO + "MAIL FROM:<ä@b.test>\r\n".encode()).codes == [250, 553]
+    assert session(HELLO + b"MAIL FROM:<\xe4@b.test>\r\n").codes == [250, 500]
     assert session(HELLO + b"MAIL FROM:<a\0@b.test>\r\n").codes == [250, 500]
 
 
@@ -385,8 +419,8 @@ def test_the_peer_may_hang_up_anywhere() -> None:
 
 # TLS and AUTH.
 
-TLS = Settings(hostname="mx.test", starttls=True, auth=True)
-CLEAR = Settings(hostname="mx.test", auth=True, auth_in_clear=True)
+TLS = Settings(hostname="mx.test", starttls=True, mechanisms=("PLAIN", "LOGIN"))
+CLEAR = replace(TLS, mechanisms=("PLAIN", "LOGIN", "CRAM-MD5"))
 
 
 def b64(text: str) -> bytes:
@@ -426,7 +460,7 @@ def test_auth_in_clear_is_neither_offered_nor_taken() -> None:
     ],
 )
 def test_credentials_come_complete(lines: list[bytes]) -> None:
-    machine = ServerProtocol(CLEAR)
+    machine = ServerProtocol(CLEAR, auth_in_clear=True)
     machine.greet()
     feed(machine, Transcript(), HELLO)
     for line in lines[:-1]:
@@ -436,7 +470,7 @@ def test_credentials_come_complete(lines: list[bytes]) -> None:
     machine.receive_data(lines[-1] + b"\r\n")
     event = machine.next_event()
     assert isinstance(event, server.Auth)
-    assert (event.login, event.password) == ("user", "pass")
+    assert event.credentials[:2] == ("user", "pass")
     assert "pass" not in repr(event)
     machine.reject(smtp.AUTH_FAILED)
     assert machine.next_event() is server.NEED_DATA
@@ -467,16 +501,164 @@ def test_a_broken_exchange_is_refused_and_the_session_goes_on(
     lines: list[bytes], codes: list[int]
 ) -> None:
     chunks = [line + b"\r\n" for line in lines]
-    transcript = session(HELLO, *chunks, b"NOOP\r\n", settings=CLEAR)
+    transcript = session(HELLO, *chunks, b"NOOP\r\n", settings=CLEAR, auth_in_clear=True)
     assert transcript.codes == [250, *codes, 250]
     assert "Auth" not in transcript.events
 
 
 def test_auth_twice_or_within_a_mail_is_out_of_turn() -> None:
     auth = b"AUTH PLAIN " + b64("\0u\0p") + b"\r\n"
-    assert session(HELLO + auth + auth, settings=CLEAR).codes == [250, 235, 503]
-    assert session(MAIL + auth, settings=CLEAR).codes == [250, 250, 503]
-    assert session(auth, settings=CLEAR).codes == [503]
+    assert session(HELLO + auth + auth, settings=CLEAR, auth_in_clear=True).codes == [250, 235, 503]
+    assert session(MAIL + auth, settings=CLEAR, auth_in_clear=True).codes == [250, 250, 503]
+    assert session(auth, settings=CLEAR, auth_in_clear=True).codes == [503]
+
+
+def test_cram_md5_proves_a_password_without_telling_it() -> None:
+    machine = ServerProtocol(CLEAR, auth_in_clear=True)
+    machine.greet()
+    feed(machine, Transcript(), HELLO)
+    machine.receive_data(b"AUTH CRAM-MD5\r\n")
+    assert machine.next_event() is server.NEED_DATA
+    challenge = base64.b64decode(machine.data_to_send()[4:])
+    digest = hmac.new(b"secret", challenge, "md5").hexdigest()
+    machine.receive_data(b64(f"us er {digest}") + b"\r\n")
+    event = machine.next_event()
+    assert isinstance(event, server.Auth)
+    assert event.credentials.login == "us er"
+    assert event.credentials.password is None
+    assert event.credentials.proves("secret")
+    assert not event.credentials.proves("other")
+
+
+# BDAT, RFC 3030.
+
+
+def bdat(*chunks: bytes) -> bytes:
+    heads = [b"BDAT %d\r\n" % len(chunk) for chunk in chunks]
+    heads[-1] = heads[-1][:-2] + b" LAST\r\n"
+    return b"".join(head + chunk for head, chunk in zip(heads, chunks, strict=True))
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [b""],
+        [b"hello\r\n"],
+        [b"no newline at the end"],
+        [b".\r\n", b"\r\n.\r\nMAIL FROM:<evil@b.test>\r\n", b""],
+        [b"BDAT 5 LAST\r\n", b"QUIT\r\n"],
+    ],
+)
+def test_chunks_are_framed_by_their_size_alone(chunks: list[bytes]) -> None:
+    sent = RCPT + bdat(*chunks) + b"NOOP\r\n"
+    for cut in range(1, len(sent)):
+        transcript = session(sent[:cut], sent[cut:])
+        assert [mail[2] for mail in transcript.mails] == [b"".join(chunks)]
+        assert transcript.codes == [250] * (3 + len(chunks) + 1)
+    assert session(*(sent[i : i + 1] for i in range(len(sent)))) == transcript
+
+
+def test_a_refused_chunk_is_read_to_its_end() -> None:
+    chunk = b"BDAT 25\r\nMAIL FROM:<evil@b.test>\r\n"
+    for before, codes in ((b"", []), (HELLO, [250]), (MAIL, [250, 250])):
+        transcript = session(before + chunk + b"NOOP\r\n")
+        assert transcript.codes == [*codes, 503, 250]
+        assert transcript.events.count("Mail") == (1 if before == MAIL else 0)
+
+
+def test_a_rejected_mail_in_chunks_takes_its_chunk_along() -> None:
+    machine = ServerProtocol(SETTINGS)
+    machine.greet()
+    feed(machine, Transcript(), RCPT)
+    machine.receive_data(b"BDAT 6\r\nNOOP\r\nBDAT 6 LAST\r\nNOOP\r\nVRFY x\r\n")
+    assert isinstance(machine.next_event(), server.Data)
+    machine.reject(Reply(452, "4.3.1 no"))
+    assert machine.next_event() is server.NEED_DATA
+    codes = [int(line[:3]) for line in machine.data_to_send().splitlines()]
+    assert codes == [452, 503, 252]
+
+
+def test_chunks_over_the_limit_are_refused() -> None:
+    assert session(RCPT + bdat(600 * b"x", 600 * b"x") + b"NOOP\r\n").codes[3:] == [250, 552, 250]
+    transcript = session(RCPT + b"BDAT 1001\r\nNOOP\r\n")
+    assert transcript.codes[3:] == [552]
+    assert transcript.closing
+
+
+def test_chunks_and_data_do_not_mix() -> None:
+    begun = RCPT + b"BDAT 2\r\nhi"
+    assert session(begun + b"DATA\r\n").codes[4:] == [503]
+    assert session(begun + b"RCPT TO:<e@f.test>\r\n").codes[4:] == [503]
+    assert session(begun + b"RSET\r\nBDAT 0 LAST\r\n").codes[4:] == [250, 503]
+    binary = HELLO + b"MAIL FROM:<a@b.test> BODY=BINARYMIME\r\nRCPT TO:<c@d.test>\r\n"
+    assert session(binary + b"DATA\r\n").codes[3:] == [503]
+
+
+def test_only_binarymime_may_hold_bare_newlines() -> None:
+    binary = HELLO + b"MAIL FROM:<a@b.test> BODY=BINARYMIME\r\nRCPT TO:<c@d.test>\r\n"
+    body = b"a\nb\rc\0\r\n"
+    assert session(binary + bdat(body)).mails[0][2] == body
+    assert session(RCPT + bdat(body)).codes[3:] == [550]
+
+
+# Parameters, LMTP, XCLIENT.
+
+
+def test_parameters_come_decoded() -> None:
+    machine = ServerProtocol(SETTINGS, secure=True)
+    machine.greet()
+    machine.receive_data(
+        HELLO
+        + b"MAIL FROM:<a@b.test> SIZE=5 BODY=8bitmime ret=full ENVID=a+2Bb SMTPUTF8 REQUIRETLS\r\n"
+        + b"RCPT TO:<c@d.test> NOTIFY=success,FAILURE ORCPT=rfc822;c+2Bx@d.test\r\n"
+    )
+    machine.next_event()
+    machine.accept()
+    mail = machine.next_event()
+    machine.accept()
+    rcpt = machine.next_event()
+    assert isinstance(mail, server.Mail)
+    assert mail.parameters == MailParameters(
+        size=5, body="8BITMIME", ret="FULL", envid="a+b", utf8=True, require_tls=True
+    )
+    assert isinstance(rcpt, server.Rcpt)
+    assert rcpt.parameters == RcptParameters(
+        notify=("SUCCESS", "FAILURE"), orcpt="rfc822;c+x@d.test"
+    )
+
+
+LMTP = replace(SETTINGS, lmtp=True)
+
+
+def test_lmtp_replies_for_each_recipient() -> None:
+    begin = b"LHLO c.test\r\nMAIL FROM:<a@b.test>\r\n" + 3 * b"RCPT TO:<c@d.test>\r\n"
+    assert session(begin + b"DATA\r\n", b"hi\r\n.\r\n", settings=LMTP).codes[6:] == [250] * 3
+    assert session(begin + b"DATA\r\n", b"a\nb\r\n.\r\n", settings=LMTP).codes[6:] == [550] * 3
+    assert session(begin + bdat(b"hi\r\n"), settings=LMTP).codes[5:] == [250] * 3
+    assert session(b"EHLO x\r\nHELO x\r\n", settings=LMTP).codes == [500, 500]
+    machine = ServerProtocol(LMTP)
+    machine.greet()
+    feed(machine, Transcript(), begin + b"DATA\r\n")
+    machine.receive_data(b".\r\n")
+    assert isinstance(machine.next_event(), server.Content)
+    machine.accept(each=[smtp.OK, Reply(450, "4.2.2 full"), smtp.OK])
+    assert [line[:3] for line in machine.data_to_send().splitlines()] == [b"250", b"450", b"250"]
+
+
+def test_xclient_starts_the_session_anew() -> None:
+    lines = b"XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.7 HELO=x+2By\r\nMAIL FROM:<a@b.test>\r\n"
+    assert session(HELLO + lines, xclient=True).codes == [250, 220, 503]
+    machine = ServerProtocol(SETTINGS, xclient=True)
+    machine.greet()
+    machine.receive_data(lines)
+    event = machine.next_event()
+    assert isinstance(event, server.XClient)
+    assert event.attributes == {"NAME": None, "ADDR": "192.0.2.7", "HELO": "x+y"}
+
+
+@pytest.mark.parametrize("words", [b"", b"ADDR", b"COLOUR=blue", b"NAME=a+0Ab", b"ADDR=\xff"])
+def test_a_broken_xclient_is_refused(words: bytes) -> None:
+    assert session(b"XCLIENT " + words + b"\r\n", xclient=True).codes in ([501], [500])
 
 
 # Replies.
@@ -516,15 +698,18 @@ WORDS = st.sampled_from(
         HELLO, b"HELO x\r\n", b"MAIL FROM:<a@b.test>\r\n", b"MAIL FROM:<>\r\n",
         b"RCPT TO:<c@d.test>\r\n", b"DATA\r\n", b"RSET\r\n", b"NOOP\r\n", b".\r\n", b"text\r\n",
         b"..\r\n", b"\r\n", b"\n", b"\r", b"AUTH LOGIN\r\n", b"AUTH PLAIN\r\n", b"dXNlcg==\r\n",
-        b"STARTTLS\r\n", b"VRFY x\r\n", b"QUIT\r\n", b"\0", b"\xff", b"<", b">", b'"',
+        b"STARTTLS\r\n",
+        b"BDAT 3\r\n", b"BDAT 0 LAST\r\n", b"XCLIENT ADDR=x\r\n", b"VRFY x\r\n", b"QUIT\r\n", b"\0", b"\xff", b"<", b">", b'"',
     ]
 )  # fmt: skip
 
 
 @given(st.lists(WORDS | st.binary(max_size=20), max_size=30))
 def test_any_bytes_end_in_replies_or_a_close(chunks: list[bytes]) -> None:
-    for settings in (TLS, CLEAR):
-        transcript = session(*filter(None, chunks), settings=settings)
+    for in_clear in (False, True):
+        transcript = session(
+            *filter(None, chunks), settings=TLS, auth_in_clear=in_clear, xclient=in_clear
+        )
         for line in transcript.out.split(b"\r\n")[:-1]:
             assert line[:3].isdigit()
             assert line[3:4] in b" -"

@@ -1,0 +1,142 @@
+"""The parameters of MAIL and RCPT, from the text of a command to what they mean.
+
+Each extension brings its own: SIZE (RFC 1870), BODY (RFC 6152 and 3030), SMTPUTF8 (RFC 6531), AUTH
+(RFC 4954), RET, ENVID, NOTIFY and ORCPT (RFC 3461), REQUIRETLS (RFC 8689).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final
+
+from mailerq.wire import smtp
+from mailerq.wire.smtp import Reply
+
+__all__ = ["MailParameters", "ParameterError", "RcptParameters", "decode_xtext"]
+
+ENVID_LIMIT: Final = 100
+"""Characters of an envelope id, decoded (RFC 3461, section 4.4)."""
+
+ORCPT_LIMIT: Final = 500
+"""Characters of ORCPT with its type (RFC 3461, section 4.2)."""
+
+SIZE_DIGITS: Final = 20
+"""Digits of a SIZE (RFC 1870, section 4)."""
+
+
+class ParameterError(Exception):
+    """A parameter cannot be used; `reply` is the answer."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.text)
+        self.reply = reply
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MailParameters:
+    """What stood behind the path of MAIL. `body` is 7BIT, 8BITMIME or BINARYMIME."""
+
+    size: int = 0
+    body: str = "7BIT"
+    utf8: bool = False
+    require_tls: bool = False
+    ret: str | None = None
+    envid: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, offered: Collection[str]) -> MailParameters:
+        """Read them; a keyword that is not `offered` is 555. Raises `ParameterError`."""
+        if not text:
+            return NO_MAIL_PARAMETERS
+        values = _split(text, offered)
+        body = (values.get("BODY") or "7BIT").upper()
+        if body not in ("7BIT", "8BITMIME", "BINARYMIME"):
+            raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+        if body == "BINARYMIME" and "BINARYMIME" not in offered:
+            raise ParameterError(smtp.UNKNOWN_PARAMETER)
+        ret = values.get("RET")
+        if ret is not None and ret.upper() not in ("FULL", "HDRS"):
+            raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+        envid = values.get("ENVID")
+        if envid is not None:
+            envid = decode_xtext(envid)
+            if not 0 < len(envid) <= ENVID_LIMIT:
+                raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+        return cls(
+            size=_size(values.get("SIZE", "0")),
+            body=body,
+            utf8="SMTPUTF8" in values,
+            require_tls="REQUIRETLS" in values,
+            ret=ret and ret.upper(),
+            envid=envid,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RcptParameters:
+    """What stood behind the path of RCPT. `orcpt` is ``type;address``, decoded."""
+
+    notify: tuple[str, ...] = ()
+    orcpt: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, offered: Collection[str]) -> RcptParameters:
+        """Read them; a keyword that is not `offered` is 555. Raises `ParameterError`."""
+        if not text:
+            return NO_RCPT_PARAMETERS
+        values = _split(text, offered)
+        notify: tuple[str, ...] = ()
+        if given := values.get("NOTIFY"):
+            notify = tuple(given.upper().split(","))
+            never_with_others = "NEVER" in notify and len(notify) > 1
+            if never_with_others or len(set(notify)) < len(notify) or set(notify) - _NOTIFY:
+                raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+        orcpt = values.get("ORCPT")
+        if orcpt is not None:
+            kind, separator, address = orcpt.partition(";")
+            address = decode_xtext(address)
+            if not separator or not _ATOM(kind) or not address or len(orcpt) > ORCPT_LIMIT:
+                raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+            orcpt = f"{kind};{address}"
+        return cls(notify=notify, orcpt=orcpt)
+
+
+NO_MAIL_PARAMETERS: Final = MailParameters()
+NO_RCPT_PARAMETERS: Final = RcptParameters()
+
+_NOTIFY: Final = frozenset(("NEVER", "SUCCESS", "FAILURE", "DELAY"))
+_FLAGS: Final = frozenset(("SMTPUTF8", "REQUIRETLS"))
+_ATOM: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+").fullmatch
+_XTEXT: Final = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*").fullmatch
+_HEX: Final = re.compile(r"\+([0-9A-F]{2})")
+
+
+def _split(text: str, offered: Collection[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for word in text.split():
+        keyword, _, value = word.partition("=")
+        keyword = keyword.upper()
+        if keyword not in offered:
+            raise ParameterError(smtp.UNKNOWN_PARAMETER)
+        if keyword in values or bool(value) == (keyword in _FLAGS):
+            raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+        values[keyword] = value
+    return values
+
+
+def _size(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > SIZE_DIGITS:
+        raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+    return int(text)
+
+
+def decode_xtext(text: str) -> str:
+    """Decode xtext (RFC 3461, section 4). What it hides must still be printable ASCII."""
+    if not _XTEXT(text):
+        raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+    decoded = _HEX.sub(lambda match: chr(int(match[1], 16)), text)
+    if not decoded.isascii() or not decoded.isprintable():
+        raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+    return decoded
