@@ -40,7 +40,7 @@ lint: $(VENV)/.lint ## ruff, mypy --strict, cython-lint, layering, size of files
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --quiet --check
 	$(BIN)/mypy
-	$(BIN)/cython-lint mailerq
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint mailerq
 	$(BIN)/python tools/check_tree.py
 
 asan: $(VENV)/.test ## run the tests of the extension under AddressSanitizer and UBSan

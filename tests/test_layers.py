@@ -35,6 +35,7 @@ def test_no_file_is_too_long() -> None:
         ("net/a.py", "import ctypes", "C is called in _core only"),
         ("_core.pyx", "from mailerq.plugins import Reject", "_core may not import plugins"),
         ("_core.pyx", "    import trio", "_core may not import trio"),
+        ("_core_ids.pxi", "from mailerq import engine", "_core may not import engine"),
         ("__init__.py", "from mailerq import config", "before it is used"),
         ("unheard.py", "", "not in the list of layers"),
     ],

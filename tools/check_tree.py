@@ -32,14 +32,12 @@ LAYERS: Final = (
     "queues",
     "net",
     "engine",
-    "sink",
-    "terminal",
     "cli",
     "__main__",
 )
 """A module may import from its own layer and from the ones before it."""
 
-WITH_TRIO: Final = frozenset({"plugins", "queues", "net", "engine", "sink", "cli"})
+WITH_TRIO: Final = frozenset({"plugins", "queues", "net", "engine", "cli"})
 
 PURE: Final = frozenset({"wire", "mail", "rules"})
 """Layers without I/O and clock: what they need to know, they are told."""
@@ -71,8 +69,9 @@ class Import(NamedTuple):
 
 
 def layer_of(path: Path, root: Path = ROOT) -> str:
-    """The layer of a file: its first name below the package."""
-    return path.relative_to(root / PACKAGE).parts[0].partition(".")[0]
+    """The layer of a file: its first name below the package, and one for all of `_core`."""
+    name = path.relative_to(root / PACKAGE).parts[0].partition(".")[0]
+    return "_core" if name.startswith("_core_") else name
 
 
 def files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
