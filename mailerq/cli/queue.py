@@ -1,0 +1,173 @@
+"""``mailerq queue``: look into the queues, and take messages out of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from mailerq.cli.common import Parser, command_parser, complain, print_json, print_table
+from mailerq.config import Config
+from mailerq.errors import QueueError
+from mailerq.message import format_time
+from mailerq.queues.interface import Depth, Entry
+from mailerq.queues.store import FILE_NAME, Store
+
+__all__ = ["main"]
+
+PAGE: Final = 100
+"""Messages read at a time; each comes with its body."""
+
+
+def main(settings: list[str], rest: list[str]) -> int:
+    """Run one of the commands on the queue directory of the configuration."""
+    options, parser = _parse(rest)
+    config = Config.load(settings)
+    path = os.path.join(config.queue_directory, FILE_NAME)
+    try:
+        if not os.path.exists(path):  # Looking must not make one.
+            os.stat(config.queue_directory)
+            raise FileNotFoundError
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError
+        with Store.open(config.queue_directory) as store:
+            status: int = options.run(store, config, options, parser)
+            return status
+    except PermissionError:
+        complain(f"you may not use the queue in {config.queue_directory}; its user and root may")
+        return os.EX_NOPERM
+    except FileNotFoundError:
+        complain(f"there is no queue in {config.queue_directory}; set queue-directory?")
+        return os.EX_UNAVAILABLE
+    except QueueError as error:
+        complain(str(error))
+        return os.EX_TEMPFAIL
+
+
+def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
+    parser = command_parser("queue", "Look into the queues, and take messages out of them.")
+    commands = parser.add_subparsers(
+        required=True, metavar="COMMAND", parser_class=Parser, prog=parser.prog
+    )
+
+    def command(name: str, text: str, run: Any, *, queue: bool = True) -> Parser:
+        added: Parser = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="for programs: JSON lines")
+        if queue:
+            added.add_argument("queue", metavar="QUEUE")
+        return added
+
+    command("list", "how full each queue is", _list, queue=False)
+    show = command("show", "the messages of a queue, a line for each", _show)
+    read = command("read", "whole messages, as the JSON documents that they are", _read)
+    read.add_argument("id", nargs="*", type=int, metavar="ID", help="only these, by their ids")
+    read.add_argument(
+        "--remove", action="store_true", help="then delete them; a daemon may have them in hand"
+    )
+    for added in (show, read):
+        added.add_argument("--limit", type=int, metavar="N", help="no more than N messages")
+        added.add_argument("--after", type=int, default=0, metavar="ID", help="from behind this id")
+    purge = command("purge", "delete all messages of a queue", _purge)
+    purge.add_argument("--yes", action="store_true", help="do not ask")
+    return parser.parse_args(rest), parser
+
+
+def _list(store: Store, config: Config, options: Namespace, parser: Parser) -> int:
+    depths = {depth.queue: depth for depth in store.depths()}
+    names = sorted({*depths, *_configured(config)})
+    rows = []
+    for name in names:
+        depth = depths.get(name) or Depth(name, 0, 0)
+        rows.append((name, depth.due, depth.delayed, depth.total))
+    if options.json:
+        keys = ("queue", "due", "delayed", "total")
+        print_json([dict(zip(keys, row, strict=True)) for row in rows])
+    else:
+        print_table(("QUEUE", "DUE", "DELAYED", "TOTAL"), rows)
+    return os.EX_OK
+
+
+def _configured(config: Config) -> Iterator[str]:
+    for name in ("outbox", "inbox", "results", "success", "failure", "retry", "local"):
+        if queue := getattr(config, f"rabbitmq_{name}"):
+            yield queue
+
+
+def _show(store: Store, config: Config, options: Namespace, parser: Parser) -> int:
+    rows = []
+    for entry in _entries(store, options):
+        message = entry.message
+        size = len(message.body) if message.body is not None else None
+        results = message.properties.get("results")
+        attempts = len(results) if isinstance(results, list) else 0
+        row = (
+            entry.id, format_time(entry.due), message.envelope, message.recipient, size, attempts
+        )  # fmt: skip
+        if options.json:
+            keys = ("id", "due", "envelope", "recipient", "size", "attempts")
+            print_json(dict(zip(keys, row, strict=True)))
+        rows.append(row)
+    if not options.json:
+        print_table(("ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS"), rows)
+    return os.EX_OK
+
+
+def _entries(store: Store, options: Namespace) -> Iterator[Entry]:
+    """The messages that were asked for, in the order of their ids."""
+    left = sys.maxsize if options.limit is None else options.limit
+    after = options.after
+    while left > 0:
+        page = store.browse(options.queue, limit=min(left, PAGE), after=after)
+        if not page:
+            return
+        yield from page
+        left -= len(page)
+        after = page[-1].id
+
+
+def _read(store: Store, config: Config, options: Namespace, parser: Parser) -> int:
+    if options.id:
+        entries = [
+            entry
+            for number in sorted(set(options.id))
+            for entry in store.browse(options.queue, limit=1, after=number - 1)
+            if entry.id == number
+        ]
+        missing = set(options.id) - {entry.id for entry in entries}
+    else:
+        missing = set()
+    for entry in entries if options.id else _entries(store, options):
+        document = entry.message.to_dict()
+        if options.json or not sys.stdout.isatty():
+            print_json(document)
+        else:
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        if options.remove:
+            # Who reads has it, as far as we can know, before it is gone here.
+            sys.stdout.flush()
+            store.remove([entry.id])
+    for number in sorted(missing):
+        complain(f"there is no message {number} in {options.queue}")
+    return os.EX_DATAERR if missing else os.EX_OK
+
+
+def _purge(store: Store, config: Config, options: Namespace, parser: Parser) -> int:
+    if not options.yes:
+        if not sys.stdin.isatty():
+            parser.error("purge deletes for good: say --yes, or answer on a terminal")
+        total = next((d.total for d in store.depths() if d.queue == options.queue), 0)
+        sys.stderr.write(f"Delete all {total} messages of {options.queue} for good? [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            complain("nothing was deleted")
+            return 1
+    deleted = store.purge(options.queue)
+    if options.json:
+        print_json({"queue": options.queue, "deleted": deleted})
+    else:
+        sys.stdout.write(f"{deleted} messages deleted from {options.queue}\n")
+    return os.EX_OK

@@ -1,0 +1,225 @@
+"""``mailerq queue``, ``config``, ``check-config`` and ``status`` as users run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mailerq.message import Message
+from mailerq.queues import Publication
+from mailerq.queues.store import Store
+from tests.support import mailerq
+
+MIME = b"Subject: hi\r\n\r\nhello\r\n"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A queue directory with three messages that wait, one of them for tomorrow."""
+    messages = [
+        Message({"envelope": "a@b.test", "recipient": f"{name}@d.test", "my-id": 7}, MIME)
+        for name in ("ann", "bob", "carl")
+    ]
+    messages[2].properties["results"] = [{"attempt": 1}]
+    with Store.open(str(tmp_path)) as store:
+        store.publish(
+            [
+                Publication("outbox", messages[0]),
+                Publication("outbox", messages[1]),
+                Publication("outbox", messages[2], time.time() + 86400),
+            ]
+        )
+    return tmp_path
+
+
+def run(directory: Path, *arguments: str, status: int = 0) -> str:
+    done = mailerq(*arguments, f"--queue-directory={directory}", "--hostname=mx.test")
+    assert done.returncode == status, done.stderr.decode()
+    return (done.stdout if status == 0 else done.stderr).decode()
+
+
+def test_list_shows_how_full_each_queue_is(directory: Path) -> None:
+    assert run(directory, "queue", "list", "--rabbitmq-success=good").splitlines() == [
+        "QUEUE   DUE  DELAYED  TOTAL",
+        "good      0        0      0",
+        "outbox    2        1      3",
+    ]
+    assert json.loads(run(directory, "queue", "list", "--json")) == [
+        {"queue": "outbox", "due": 2, "delayed": 1, "total": 3}
+    ]
+
+
+def test_show_has_a_line_for_each_message(directory: Path) -> None:
+    lines = run(directory, "queue", "show", "outbox").splitlines()
+    assert lines[0].split() == ["ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS"]
+    assert [line.split()[4] for line in lines[1:]] == ["ann@d.test", "bob@d.test", "carl@d.test"]
+    assert lines[3].split()[5:] == ["22", "1"]
+    found = [
+        json.loads(line)
+        for line in run(directory, "queue", "show", "outbox", "--json", "--limit=2").splitlines()
+    ]
+    assert [entry["recipient"] for entry in found] == ["ann@d.test", "bob@d.test"]
+    after = run(directory, "queue", "show", "outbox", f"--after={found[1]['id']}")
+    assert "carl" in after
+    assert "bob" not in after
+
+
+def test_read_prints_the_documents_and_leaves_them(directory: Path) -> None:
+    lines = run(directory, "queue", "read", "outbox").splitlines()
+    assert json.loads(lines[0]) == {
+        "envelope": "a@b.test",
+        "recipient": "ann@d.test",
+        "my-id": 7,
+        "mime": MIME.decode(),
+    }
+    assert len(lines) == 3
+    assert len(run(directory, "queue", "read", "outbox").splitlines()) == 3
+
+
+def test_read_takes_what_it_printed_when_told_to(directory: Path) -> None:
+    shown = run(directory, "queue", "show", "outbox", "--json").splitlines()
+    number = str(json.loads(shown[1])["id"])
+    (line,) = run(directory, "queue", "read", "outbox", number, "--remove").splitlines()
+    assert json.loads(line)["recipient"] == "bob@d.test"
+    assert run(directory, "queue", "read", "outbox", number, status=os.EX_DATAERR) == (
+        f"mailerq: there is no message {number} in outbox\n"
+    )
+    assert len(run(directory, "queue", "read", "outbox", "--remove").splitlines()) == 2
+    assert run(directory, "queue", "read", "outbox") == ""
+
+
+def test_purge_wants_a_yes(directory: Path) -> None:
+    assert "say --yes" in run(directory, "queue", "purge", "outbox", status=os.EX_USAGE)
+    assert run(directory, "queue", "purge", "outbox", "--yes") == "3 messages deleted from outbox\n"
+    assert json.loads(run(directory, "queue", "purge", "outbox", "--yes", "--json")) == {
+        "queue": "outbox",
+        "deleted": 0,
+    }
+
+
+def test_a_queue_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    text = run(tmp_path / "no", "queue", "list", status=os.EX_UNAVAILABLE)
+    assert text == f"mailerq: there is no queue in {tmp_path}/no; set queue-directory?\n"
+    run(tmp_path, "queue", "list", status=os.EX_UNAVAILABLE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["queue"], "mailerq queue: the following arguments are required: COMMAND\n"),
+        (["queue", "burn"], "mailerq queue: argument COMMAND: invalid choice: 'burn'"),
+        (["queue", "list", "-x"], "mailerq queue: unrecognized arguments: -x\n"),
+        (["queue", "read"], "mailerq queue read: the following arguments are required: QUEUE, ID"),
+        (["status", "now"], "mailerq status: unrecognized arguments: now\n"),
+        (["config", "smpt"], "mailerq config: there is no setting smpt\n"),
+        (["--smtp-prt=1"], "mailerq: there is no switch --smtp-prt; did you mean --smtp-port?\n"),
+        (["burn"], "mailerq: there is no command 'burn'; an address needs an @\n"),
+    ],
+)
+def test_wrong_usage_exits_64(tmp_path: Path, arguments: list[str], text: str) -> None:
+    assert run(tmp_path, *arguments, status=os.EX_USAGE).startswith(text)
+
+
+def test_config_says_where_each_value_came_from(tmp_path: Path) -> None:
+    file = tmp_path / "mailerq.txt"
+    file.write_text("# a comment\nsmtp-port: 2525, 2526\nsmtp-password: hush\nsmtp-username: u\n")
+    done = mailerq(
+        "config", "--config-file", str(file), "--smtp-threads=3", env={"MAILERQ_MAX_ATTEMPTS": "9"}
+    )
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.decode().splitlines()}
+    assert lines["smtp-port"] == ["2525,2526", f"{file}:2"]
+    assert lines["smtp-threads"] == ["3", "--smtp-threads"]
+    assert lines["max-attempts"] == ["9", "MAILERQ_MAX_ATTEMPTS"]
+    assert lines["smtp-maxsize"] == ["100MB", "default"]
+    assert b"hush" not in done.stdout
+
+
+def test_config_for_programs_has_the_types(tmp_path: Path) -> None:
+    document = json.loads(run(tmp_path, "config", "--json", "smtp-port", "smtp-extract", "user"))
+    assert document == {
+        "smtp-port": {"value": [25], "origin": "default"},
+        "smtp-extract": {"value": True, "origin": "default"},
+        "user": {"value": "", "origin": "default"},
+    }
+
+
+@pytest.mark.parametrize("command", [["check-config"], []])
+def test_a_wrong_configuration_exits_2_and_names_the_line(
+    tmp_path: Path, command: list[str]
+) -> None:
+    file = tmp_path / "mailerq.txt"
+    file.write_text("smtp-port: 2525\nsmpt-ip: 127.0.0.1\n")
+    done = mailerq(*command, f"--config-file={file}")
+    assert done.returncode == 2
+    assert done.stderr.decode() == (
+        f"mailerq: {file}:2: unknown setting 'smpt-ip'; did you mean smtp-ip?\n"
+    )
+
+
+def test_check_config_says_what_may_surprise(tmp_path: Path) -> None:
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "a.so").touch()
+    missing = run(tmp_path / "queue", "check-config", f"--plugin-directory={tmp_path}/no")
+    assert f"plugin-directory {tmp_path}/no is missing: no plugins are loaded\n" in missing
+    assert missing.endswith("the configuration is good\n")
+    found = run(tmp_path, "check-config", f"--plugin-directory={tmp_path}/plugins", "--json")
+    assert json.loads(found) == {
+        "ok": True,
+        "notes": [f"plugin-directory {tmp_path}/plugins has a.so"],
+    }
+
+
+def test_status_without_a_daemon_exits_69(tmp_path: Path) -> None:
+    text = run(tmp_path, "status", status=os.EX_UNAVAILABLE)
+    assert text == f"mailerq: no daemon answers on {tmp_path}: No such file or directory\n"
+
+
+def test_status_shows_what_the_daemon_says(tmp_path: Path) -> None:
+    requests = []
+
+    def answer() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            requests.append(connection.recv(1000))
+            connection.sendall(b'{"pid":7,"incoming":{"open":2},"listening":["a:1","b:2"]}\n')
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "control"))
+        listening.listen()
+        for _ in range(2):
+            thread = threading.Thread(target=answer)
+            thread.start()
+            if len(requests) == 0:
+                text = run(tmp_path, "status")
+            else:
+                document = json.loads(run(tmp_path, "status", "--json"))
+            thread.join()
+    assert requests == [b'{"command": "status"}\n'] * 2
+    assert [line.split() for line in text.splitlines()] == [
+        ["WHAT", "VALUE"],
+        ["pid", "7"],
+        ["incoming.open", "2"],
+        ["listening", "a:1,", "b:2"],
+    ]
+    assert document == {"pid": 7, "incoming": {"open": 2}, "listening": ["a:1", "b:2"]}
+
+
+def test_help_lists_every_setting_in_its_group() -> None:
+    done = mailerq("--help")
+    text = done.stdout.decode()
+    assert done.returncode == 0
+    assert "\nSMTP server:\n" in text
+    assert "--smtp-port ports" in text
+    assert "mailerq queue" in text
+
+
+def test_version() -> None:
+    done = mailerq("--version")
+    assert done.stdout.decode().startswith("mailerq 0.")
