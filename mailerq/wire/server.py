@@ -51,6 +51,7 @@ from mailerq.wire.events import (
     StartTls,
     XClient,
 )
+from mailerq.wire.framing import Body, has_bare_newline
 from mailerq.wire.parameters import (
     MailParameters,
     ParameterError,
@@ -150,9 +151,7 @@ class ServerProtocol:
         self._position = 0
         self._eof = False
         self._discarding = 0
-        self._chunks: list[bytes] = []
-        self._tail = b""
-        self._size = 0
+        self._body = Body(settings.max_size)
         self._chunking = False
         self._chunk_left = 0
         self._chunk_is_last = False
@@ -264,12 +263,11 @@ class ServerProtocol:
                     self.send(answer)
                 self._reset()
                 self.errors = self._idle_commands = 0
-            case Data() if self._chunking:
-                self.state = State.CHUNK
             case Data():
-                self.state = State.CONTENT
-                self._tail = b"\r\n"
-                self.send(reply or smtp.START_DATA)
+                self._body = Body(self.settings.max_size)
+                self.state = State.CHUNK if self._chunking else State.CONTENT
+                if not self._chunking:
+                    self.send(reply or smtp.START_DATA)
             case Hello():
                 self.hello = event
                 self._reset()
@@ -345,8 +343,7 @@ class ServerProtocol:
     def _incomplete(self, limit: int) -> Event | None:
         waiting = len(self._buffer) - self._position
         if self._eof:
-            self.state = State.CLOSED
-            return CLOSED
+            return self._need_data()
         if waiting > limit or self._discarding:
             self._discarding += waiting
             self._buffer, self._position = b"", 0
@@ -584,80 +581,58 @@ class ServerProtocol:
     # Content.
 
     def _next_content(self) -> Event | None:
-        """Take what there is of the mail, and look for its end across what came before.
-
-        `_tail` is the last four bytes already taken (at first the CR LF that ended DATA), so
-        that an end that is split over reads is found, and nothing is searched twice.
-        """
-        data = self._buffer[self._position :] if self._position else self._buffer
-        self._buffer, self._position = b"", 0
+        """Take what there is of a mail by DATA; hand it out when its end is there."""
+        data = self._take_buffer()
         if not data:
-            if self._eof:
-                self.state = State.CLOSED
-                return CLOSED
-            return NEED_DATA
-        window = self._tail + data
-        end = window.find(b"\r\n.\r\n")
-        if end < 0:
-            self._tail = window[-4:]
-            self._take_content(data)
-            return NEED_DATA
-        # The CR LF before the dot belongs to the mail, and may lie in what was taken before.
-        # Of an empty mail it is the one that ended DATA.
-        length = end + 2 - len(self._tail)
-        self._take_content(data[: max(length, 0)])
-        self._buffer = data[length + 3 :]
-        self.state = State.COMMAND
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        if length < 0:
-            body = body[:length]
-        if b"\r\n." in body or body.startswith(b"."):
-            body = _unstuff(body)
-        return self._finish_content(body)
+            return self._need_data()
+        rest = self._body.receive_stuffed(data)
+        if rest is None:
+            return self._need_data()
+        self._buffer = rest
+        return self._finish_content(self._body.take_unstuffed())
 
     def _next_chunk(self) -> Event | None:
         """Take what there is of a chunk; at its end reply, or hand out the mail."""
         if self._chunk_left:
-            data = self._buffer[self._position : self._position + self._chunk_left]
+            data = self._take_buffer()
             if not data:
-                if self._eof:
-                    self.state = State.CLOSED
-                    return CLOSED
-                return NEED_DATA
-            self._position += len(data)
+                return self._need_data()
+            self._buffer = data[self._chunk_left :]
+            data = data[: self._chunk_left]
             self._chunk_left -= len(data)
             if self._chunk_refusal is None:
-                self._take_content(data)
+                self._body.add(data)
             return None
-        self.state = State.COMMAND
         refusal, self._chunk_refusal = self._chunk_refusal, None
         if refusal is not None:
+            self.state = State.COMMAND
             self._reset()
             return self._fail(refusal)
-        if self._chunk_is_last:
-            return self._finish_content(b"".join(self._chunks))
-        if self._size > self.settings.max_size > 0:
-            return self._content_failed(smtp.TOO_BIG)
-        self.send(Reply(250, f"2.0.0 {self._size} octets received"))
+        if self._chunk_is_last or self._body.is_too_big:
+            return self._finish_content(self._body.take())
+        self.state = State.COMMAND
+        self.send(Reply(250, f"2.0.0 {self._body.size} octets received"))
         return None
 
-    def _take_content(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size <= self.settings.max_size or not self.settings.max_size:
-            self._chunks.append(data)
-        else:
-            self._chunks.clear()
-
     def _finish_content(self, body: bytes) -> Event | None:
-        self._chunks = []
-        if self._size > self.settings.max_size > 0:
+        self.state = State.COMMAND
+        if self._body.is_too_big:
             return self._content_failed(smtp.TOO_BIG)
         assert self.mail is not None, "content comes within a transaction"
-        if self.mail.parameters.body != "BINARYMIME":
-            newlines = body.count(b"\r\n")
-            if body.count(b"\n") != newlines or body.count(b"\r") != newlines:
-                return self._content_failed(smtp.BARE_NEWLINE_IN_DATA)
+        if self.mail.parameters.body != "BINARYMIME" and has_bare_newline(body):
+            return self._content_failed(smtp.BARE_NEWLINE_IN_DATA)
         return Content(body)
+
+    def _take_buffer(self) -> bytes:
+        data = self._buffer[self._position :] if self._position else self._buffer
+        self._buffer, self._position = b"", 0
+        return data
+
+    def _need_data(self) -> Event:
+        if not self._eof:
+            return NEED_DATA
+        self.state = State.CLOSED
+        return CLOSED
 
     def _content_failed(self, reply: Reply) -> Event | None:
         """Refuse the mail: in LMTP once for each recipient (RFC 2033, section 4.2)."""
@@ -716,8 +691,6 @@ class ServerProtocol:
         self.rcpts = []
         self._refused_recipients = 0
         self._chunking = False
-        self._chunks = []
-        self._size = 0
 
     def _fail(self, reply: Reply) -> Event | None:
         """Answer with an error. There is no event to it, so a command can end with this."""
@@ -781,9 +754,3 @@ def _split_path(argument: str, keyword: str) -> tuple[str, str] | None:
         return None
     match = _PATH.fullmatch(argument, len(keyword))
     return (match[1], match[2] or "") if match else None
-
-
-def _unstuff(body: bytes) -> bytes:
-    """Take away the first dot of each line that starts with one (RFC 5321, section 4.5.2)."""
-    body = body.replace(b"\r\n.", b"\r\n")
-    return body[1:] if body.startswith(b".") else body

@@ -395,7 +395,7 @@ def test_content_over_the_limit_is_refused_and_not_kept() -> None:
     transcript = feed(machine, Transcript(), RCPT + b"DATA\r\n")
     for _ in range(100):
         feed(machine, transcript, 1000 * b"x")
-        assert sum(map(len, machine._chunks)) <= 1000
+        assert sum(map(len, machine._body._chunks)) <= 1000
     feed(machine, transcript, b"\r\n.\r\nNOOP\r\n")
     assert transcript.codes[-2:] == [552, 250]
 
@@ -699,7 +699,8 @@ WORDS = st.sampled_from(
         b"RCPT TO:<c@d.test>\r\n", b"DATA\r\n", b"RSET\r\n", b"NOOP\r\n", b".\r\n", b"text\r\n",
         b"..\r\n", b"\r\n", b"\n", b"\r", b"AUTH LOGIN\r\n", b"AUTH PLAIN\r\n", b"dXNlcg==\r\n",
         b"STARTTLS\r\n",
-        b"BDAT 3\r\n", b"BDAT 0 LAST\r\n", b"XCLIENT ADDR=x\r\n", b"VRFY x\r\n", b"QUIT\r\n", b"\0", b"\xff", b"<", b">", b'"',
+        b"BDAT 3\r\n", b"BDAT 0 LAST\r\n", b"XCLIENT ADDR=x\r\n",
+        b"VRFY x\r\n", b"QUIT\r\n", b"\0", b"\xff", b"<", b">", b'"',
     ]
 )  # fmt: skip
 
