@@ -1,0 +1,370 @@
+"""Take messages from the outbox, have them delivered, and say what became of them.
+
+Theory of operation
+-------------------
+One task consumes the outbox, at most `rabbitmq-qos` messages at a time. Each message is
+judged at once: what cannot be sent is finished, what is early goes back until it is due,
+the rest becomes a `Job` for the `Pool`, which finds it a connection. Every message comes
+back through `Dispatcher.done`, exactly once, with what came of the attempt. That turns into
+a settlement: the message leaves the outbox, or goes back to it with a later due time, in
+one step with the copies for the result queues.
+
+Settlements are committed in groups, one group at a time, by one task. The connection that
+a result came from is told when its group is safe, and sends no further body before that.
+While the queue cannot be written the group is tried again and again; deliveries come to a
+halt by themselves, and nothing is forgotten.
+
+Everything here runs on the home worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from mailerq.address import parse_mailbox
+from mailerq.config import Config
+from mailerq.errors import AddressError, QueueError
+from mailerq.message import Message, Result, format_time
+from mailerq.net.logs import LogFile
+from mailerq.net.outgoing import Connection, Job, Report
+from mailerq.net.pool import Pool
+from mailerq.net.resolver import Resolver
+from mailerq.net.slots import Slots
+from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
+from mailerq.rules import responses
+from mailerq.rules.responses import Fate, Outcome
+from mailerq.rules.retry import expires_at, next_attempt, not_before
+from mailerq.rules.routes import choose_local_ip, count_hops, result_queues, route_of
+
+if TYPE_CHECKING:
+    from mailerq.net.worker import Worker
+    from mailerq.plugins import Plugins
+
+__all__ = ["Counters", "Dispatcher"]
+
+log = logging.getLogger("mailerq.delivery")
+
+MAX_HOPS: Final = 100
+"""Received lines of a message that is still believed not to run in circles (RFC 5321, 6.3)."""
+
+MIN_BACKOFF_SECONDS: Final = 0.1
+MAX_BACKOFF_SECONDS: Final = 10.0
+"""How long the queue is left alone after an error; twice as long each time."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What deliveries have come to since the start."""
+
+    consumed: int = 0
+    held: int = 0
+    attempts: int = 0
+    delivered: int = 0
+    failed: int = 0
+    retried: int = 0
+    queue_errors: int = 0
+
+
+class Dispatcher:
+    """Delivers what is in the outbox. `run` is its task; `stop` ends it in order."""
+
+    def __init__(
+        self,
+        config: Config,
+        queues: Queues,
+        workers: Sequence[Worker],
+        *,
+        plugins: Plugins,
+        resolver: Resolver,
+        slots: Slots,
+        send_log: LogFile | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.counters = Counters()
+        self._config = config
+        self._outbox = config.rabbitmq_outbox
+        self._result_queues = {
+            "results": config.rabbitmq_results,
+            "success": config.rabbitmq_success,
+            "failure": config.rabbitmq_failure,
+            "retry": config.rabbitmq_retry,
+        }
+        self._queues = queues
+        self._send_log = send_log
+        self._clock = clock
+        self._may_supply_body = plugins.listens("out_data")
+        listens = self._may_supply_body or plugins.listens("out_sent")
+        self._pool = Pool(config, workers, resolver, slots, self, listens=listens)
+        self._unsettled: list[tuple[Settlement, Connection | None]] = []
+        self._settling = 0
+        self._work = trio.Event()
+        self._settled = trio.Event()
+        self._consuming = trio.CancelScope()
+        self._stopped = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Deliver until `stop` has done its work."""
+        prefetch = self._config.rabbitmq_qos
+        async with (
+            self._queues.consume(self._outbox, prefetch=prefetch) as consumer,
+            trio.open_nursery() as nursery,
+        ):
+            await nursery.start(self._pool.run)
+            nursery.start_soon(self._settle)
+            task_status.started()
+            with self._consuming:
+                await self._consume(consumer)
+            await self._stopped.wait()
+            nursery.cancel_scope.cancel()
+
+    async def stop(self, timeout: float) -> None:
+        """Take no more messages; what is under way may end, at most in `timeout` seconds."""
+        deadline = trio.current_time() + timeout
+        self._consuming.cancel()
+        await self._pool.stop(timeout)
+        with trio.move_on_at(max(deadline, trio.current_time() + MIN_BACKOFF_SECONDS)):
+            while self._unsettled or self._settling:
+                await self._settled.wait()
+        if left := len(self._unsettled) + self._settling:
+            log.warning("%d results could not be written; those messages go out again", left)
+        self._stopped.set()
+
+    def statistics(self) -> dict[str, Any]:
+        """What has happened since the start, and what is under way now."""
+        counters = {name: getattr(self.counters, name) for name in self.counters.__slots__}
+        return {
+            **counters,
+            "unsettled": len(self._unsettled) + self._settling,
+            **self._pool.statistics(),
+        }
+
+    # Messages in
+
+    async def _consume(self, consumer: Consumer) -> None:
+        backoff = MIN_BACKOFF_SECONDS
+        while True:
+            try:
+                lease = await consumer.receive()
+            except QueueError as error:
+                self.counters.queue_errors += 1
+                log.error("cannot read %s: %s", self._outbox, error)
+                await trio.sleep(backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+                continue
+            backoff = MIN_BACKOFF_SECONDS
+            self.counters.consumed += 1
+            try:
+                self._admit(lease)
+            except Exception:
+                # A defect of ours must not stop the mail behind it.
+                log.exception("message %d cannot be handled", lease.id)
+                self._finish(lease, lease.message, Report(responses.OWN_FAULT), math.inf, None)
+
+    def _admit(self, lease: Lease) -> None:
+        """Send a message on its way, or finish it, or put it back until it is due."""
+        message = lease.message
+        now = self._clock()
+        if (problem := message.problem()) is not None:
+            return self._refuse(lease, responses.unsendable(problem))
+        properties = message.properties
+        due = not_before(properties)
+        if due is not None and now < due:
+            self.counters.held += 1
+            self._add(Settlement(lease, (Publication(self._outbox, message, due),)), None)
+            return None
+        try:
+            mailbox = parse_mailbox(message.recipient)
+        except AddressError as error:
+            problem = f"property recipient: {error}"
+            return self._refuse(lease, responses.unsendable(problem, 553, "5.1.3"))
+        envelope, recipient = message.envelope, message.recipient
+        try:
+            # In A-labels a domain passes through servers that know no SMTPUTF8.
+            if not recipient.isascii():
+                recipient = str(mailbox)
+            if envelope:
+                sender = parse_mailbox(envelope)
+                envelope = envelope if envelope.isascii() else str(sender)
+        except AddressError as error:
+            problem = f"property envelope: {error}"
+            return self._refuse(lease, responses.unsendable(problem, 553, "5.1.7"))
+        properties["domain"] = mailbox.domain
+        properties.setdefault("seen", format_time(now))
+        expires = expires_at(properties, now=now, max_delivertime=self._config.max_delivertime)
+        if now > expires:
+            return self._refuse(lease, responses.EXPIRED)
+        if (outcome := self._body_problem(message)) is not None:
+            return self._refuse(lease, outcome)
+        try:
+            route = route_of(properties, mailbox.domain, self._config)
+            local_ip = choose_local_ip(properties)
+        except AddressError as error:
+            return self._refuse(lease, responses.unsendable(str(error)))
+        attempt = len(message.results) + 1
+        self._pool.put(Job(lease, message, route, local_ip, envelope, recipient, attempt, expires))
+        return None
+
+    def _body_problem(self, message: Message) -> Outcome | None:
+        body = message.body
+        if body is not None:
+            return responses.TOO_MANY_HOPS if count_hops(body) > MAX_HOPS else None
+        if self._may_supply_body:
+            return None
+        if message.properties.get("mime"):
+            return responses.not_generated()
+        return responses.NO_DATA
+
+    # Messages out: what the pool calls
+
+    def done(self, job: Job, report: Report, connection: Connection | None) -> None:
+        """An attempt is over; `connection` is told when its result is safe."""
+        self._finish(job.lease, job.message, report, job.expires, connection)
+
+    def give_back(self, job: Job) -> None:
+        """The engine stops before this message had its turn."""
+        self._queues.release(job.lease)
+
+    def expired(self, job: Job) -> bool:
+        """Finish a message that has waited in memory for too long."""
+        if self._clock() <= job.expires:
+            return False
+        self._refuse(job.lease, responses.EXPIRED)
+        return True
+
+    def _refuse(self, lease: Lease, outcome: Outcome) -> None:
+        """Finish a message that is not tried."""
+        self._finish(lease, lease.message, Report(outcome), 0.0, None)
+
+    def _finish(
+        self,
+        lease: Lease,
+        message: Message,
+        report: Report,
+        expires: float,
+        connection: Connection | None,
+    ) -> None:
+        """Append the result, decide what follows, and have it written."""
+        now = self._clock()
+        outcome = report.outcome
+        results = message.properties.get("results")
+        results = results if isinstance(results, list) else []
+        result = _result(report, len(results) + 1, now)
+        properties = {**message.properties, "results": [*results, result.to_dict()]}
+        due = None
+        if outcome.fate is Fate.RETRY:
+            due = next_attempt(
+                properties,
+                attempt=result.attempt,
+                now=now,
+                expires=expires,
+                intervals=self._config.retry_interval,
+                max_attempts=self._config.max_attempts,
+            )
+        publications = []
+        if due is not None:
+            properties["delayed"] = format_time(due)
+            publications.append(Publication(self._outbox, Message(properties, message.body), due))
+            kinds: tuple[str, ...] = ("retry",)
+            self.counters.retried += 1
+        elif outcome.fate is Fate.DELIVERED:
+            kinds = ("results", "success")
+            self.counters.delivered += 1
+        else:
+            kinds = ("results", "failure")
+            self.counters.failed += 1
+        self.counters.attempts += 1
+        for queue in result_queues(properties, self._result_queues, *kinds):
+            publications.append(Publication(queue, _without_body(properties, message.body)))
+        self._add(Settlement(lease, publications), connection)
+        if self._send_log is not None:
+            self._send_log.write(_log_line(message, result))
+
+    # Settlements
+
+    def _add(self, settlement: Settlement, connection: Connection | None) -> None:
+        self._unsettled.append((settlement, connection))
+        self._work.set()
+
+    async def _settle(self) -> None:
+        """Commit what has gathered, group after group, and tell the connections."""
+        while True:
+            if not self._unsettled:
+                self._settled.set()
+                self._settled = trio.Event()
+                self._work = trio.Event()
+                await self._work.wait()
+            group, self._unsettled = self._unsettled, []
+            self._settling = len(group)
+            await self._commit([settlement for settlement, _ in group])
+            self._settling = 0
+            for _, connection in group:
+                if connection is not None:
+                    connection.worker.call(connection.settled)
+
+    async def _commit(self, settlements: list[Settlement]) -> None:
+        """Write a group; while the queue cannot, try again."""
+        backoff = MIN_BACKOFF_SECONDS
+        while True:
+            try:
+                return await self._queues.ack(settlements)
+            except QueueError as error:
+                self.counters.queue_errors += 1
+                log.error("cannot write %d results, trying again: %s", len(settlements), error)
+                await trio.sleep(backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+            except Exception:
+                if len(settlements) == 1:
+                    # It keeps its lease, so it is not sent again before a restart.
+                    log.exception("result of message %d is lost", settlements[0].lease.id)
+                    return None
+                log.exception("one of %d results cannot be written", len(settlements))
+                for settlement in settlements:
+                    await self._commit([settlement])
+                return None
+
+
+def _result(report: Report, attempt: int, now: float) -> Result:
+    outcome = report.outcome
+    return Result(
+        attempt=attempt,
+        type=outcome.type,
+        state=outcome.state,
+        result=outcome.result,
+        time=format_time(now),
+        local_ip=report.local_ip,
+        remote_ip=report.remote_ip,
+        mta=report.mta,
+        code=outcome.code,
+        status=outcome.status,
+        description=outcome.description,
+        messages=report.messages,
+    )
+
+
+def _without_body(properties: dict[str, Any], body: bytes | None) -> Message:
+    """The message as the result queues get it: with a body only where ``keepmime`` says so."""
+    if properties.get("keepmime"):
+        return Message(dict(properties), body)
+    return Message({name: value for name, value in properties.items() if name != "mime"})
+
+
+def _log_line(message: Message, result: Result) -> str:
+    """One line of the send log, without its date."""
+    tags = message.properties.get("tags")
+    return " ".join(
+        (
+            f"{result.state}:{result.result}",
+            str(result.attempt),
+            f"<{message.envelope}> <{message.recipient}>",
+            f"[{result.local_ip or ''}] [{result.remote_ip or ''}]",
+            ",".join(map(str, tags)) if isinstance(tags, list) else "",
+            f"{result.code or ''} {result.status or ''} {result.description or ''}",
+        )
+    )

@@ -1,0 +1,424 @@
+"""One connection to a host that takes mail: from connecting to QUIT, message after message.
+
+Theory of operation
+-------------------
+A connection is one task on one worker. It belongs to a `Pool`, which lives on the home
+worker: the pool hands it jobs with `give`, and it tells the pool what came of them. Each of
+the two calls the other through `Worker.call`, so with a single worker both are plain calls
+and a connection finds its next job in its hand when it has reported the last one.
+
+A connection first goes through the hosts that it was made for until one lets it in; only
+then does it take a job. One message is under way at a time.
+
+Results are committed in groups by somebody else. A connection sends the next envelope
+meanwhile, but not the next body before it has heard that its last result is safe
+(`settled`). So if the process dies, at most one message for each connection is sent twice.
+
+Deadlines are one cancel scope around the session, moved forward for each complete reply and
+each piece of a body: a peer that drips bytes gains nothing by it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import select
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from mailerq.message import Message
+from mailerq.net.resolver import Host
+from mailerq.net.stream import Stream, StreamLost
+from mailerq.queues import Lease
+from mailerq.rules import responses
+from mailerq.rules.responses import Outcome
+from mailerq.rules.routes import Route
+from mailerq.wire.client import (
+    NEED_DATA,
+    Accepted,
+    ClientProtocol,
+    Event,
+    Failed,
+    Problem,
+    Ready,
+    Refused,
+    SendBody,
+    Step,
+)
+from mailerq.wire.smtp import Reply
+
+if TYPE_CHECKING:
+    from mailerq.net.pool import Pool
+    from mailerq.net.worker import Worker
+    from mailerq.plugins import Connection as PluginConnection
+
+__all__ = ["Connection", "Job", "Report"]
+
+log = logging.getLogger("mailerq.delivery")
+
+MAX_HOSTS: Final = 8
+"""Hosts that one connection tries before it gives up; RFC 5321 asks for two."""
+
+MAX_MOVES: Final = 3
+"""How often a message goes to another connection because a peer was gone when its turn came."""
+
+SLICE_BYTES: Final = 1 << 18
+"""Bytes of a body that are sent under one deadline."""
+
+FINAL_REPLY: Final = 5
+"""The reply to the final dot may take so many times `smtp-out-timeout`: the peer does its work
+then, and a mail that is given up too early arrives twice (RFC 5321, section 4.5.3.2.6)."""
+
+MIN_IDLE_SECONDS: Final = 0.05
+"""How long a connection is kept idle at least: a job may be on its way from another thread."""
+
+QUIT_SECONDS: Final = 2.0
+"""How long the reply to QUIT is waited for; it decides nothing."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A message that is to be sent now. `envelope` and `recipient` are as the wire needs them.
+
+    `attempt` counts from 1; `expires` is seconds since 1970; `local_ip` is the address to send
+    from, None for any.
+    """
+
+    lease: Lease
+    message: Message
+    route: Route
+    local_ip: str | None
+    envelope: str
+    recipient: str
+    attempt: int
+    expires: float
+    moves: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of an attempt, and over which connection if there was one."""
+
+    outcome: Outcome
+    local_ip: str | None = None
+    remote_ip: str | None = None
+    mta: str | None = None
+    messages: int | None = None
+
+
+class Connection:
+    """A connection of a pool; `run` is its task.
+
+    `give`, `leave`, `cut` and `settled` are for its worker's thread.
+    """
+
+    def __init__(self, pool: Pool, worker: Worker, route: Route, local_ip: str | None) -> None:
+        self.worker = worker
+        self.route = route
+        self.local_ip = local_ip
+        self.remote = ""
+        self._pool = pool
+        self._timeout = pool.config.smtp_out_timeout
+        self._slack = min(1.0, self._timeout / 10)
+        self._life = trio.CancelScope()
+        self._scope = trio.CancelScope()
+        self._wake: trio.CancelScope | None = None
+        self._job: Job | None = None
+        self._leaving = False
+        self._over = False
+        self._unsettled = 0
+        self._calm: trio.Event | None = None
+        self._protocol: ClientProtocol
+        self._stream: Stream
+        self._plugin: PluginConnection | None = None
+        self._poll = select.poll()
+        self._local = ""
+        self._messages = 0
+
+    # Told by the pool
+
+    def give(self, job: Job) -> None:
+        """Take a job; the connection may just have ended, then the job goes back."""
+        if self._over:
+            self._pool.worker.call(self._pool.returned, job)
+            return
+        self._job = job
+        self._rouse()
+
+    def leave(self) -> None:
+        """End after the message under way."""
+        self._leaving = True
+        self._rouse()
+
+    def cut(self) -> None:
+        """End now."""
+        self._life.cancel()
+
+    def settled(self) -> None:
+        """One of the results that were reported is committed."""
+        self._unsettled -= 1
+        if self._unsettled == 0 and self._calm is not None:
+            self._calm.set()
+
+    def _rouse(self) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+
+    # The task
+
+    async def run(self, hosts: Sequence[Host]) -> None:
+        """Connect to the first of `hosts` that lets us in and send what the pool gives."""
+        report = None
+        try:
+            with self._life:
+                report = await self._try_hosts(hosts)
+                await self._wait_settled()
+        except Exception:
+            # A defect of ours costs a message one attempt, and not the engine its life.
+            log.exception("the connection to %s failed", self.route.name)
+            if self._job is not None:
+                self._finish(self._job, responses.OWN_FAULT, reusable=False)
+            report = Report(responses.OWN_FAULT)
+        finally:
+            self._over = True
+            job, self._job = self._job, None
+            self._pool.worker.call(self._pool.closed, self, job, report)
+
+    async def _try_hosts(self, hosts: Sequence[Host]) -> Report | None:
+        """Serve on the first host that lets us in; a report says that none did."""
+        report = None
+        for host in hosts[:MAX_HOSTS]:
+            report = await self._session(host)
+            if report is None:
+                return None
+            self._pool.worker.call(self._pool.host_failed, host)
+        return report
+
+    async def _session(self, host: Host) -> Report | None:
+        where = host.address if host.name == host.address else f"{host.name} [{host.address}]"
+        stream = None
+        try:
+            with trio.move_on_after(self._pool.config.connect_timeout):
+                stream = await Stream.connect(host.address, self.route.port, local_ip=self.local_ip)
+        except OSError as error:
+            return Report(responses.connect_failed(error, where))
+        if stream is None:
+            return Report(responses.connect_timed_out(where))
+        self._stream = stream
+        self._poll = select.poll()
+        self._poll.register(stream.fileno(), select.POLLIN)
+        self._protocol = ClientProtocol(self._pool.config.hostname)
+        self._messages = 0
+        try:
+            self._local, self.remote = stream.local[0], host.address
+            return await self._talk()
+        finally:
+            stream.close()
+
+    async def _talk(self) -> Report | None:
+        """The whole session; a report says that it was not let in."""
+        ready = False
+        event: Event | None = None
+        with trio.CancelScope() as self._scope:
+            event = await self._exchange()
+            if isinstance(event, Ready):
+                ready = True
+                self._pool.worker.call(self._pool.opened, self)
+                await self._serve()
+        if self._scope.cancelled_caught:
+            event = self._protocol.abort(Problem.TIMEOUT, "no reply in time")
+            if self._job is not None:
+                self._finish(self._job, _outcome(event), reusable=False)
+        return None if ready else self._report(_outcome(event))
+
+    async def _serve(self) -> None:
+        """Send jobs until there are no more, or the session is of no more use."""
+        if self._pool.listens:
+            self._plugin = self.worker.context.connection(self._stream.fileno())
+        try:
+            while job := self._job or await self._wait_for_job():
+                outcome = await self._deliver(job)
+                if outcome is None:
+                    self._job = None
+                    self._pool.worker.call(self._pool.returned, job)
+                    break
+                self._messages += 1
+                self._finish(job, outcome, reusable=self._may_go_on())
+                if self._over:
+                    break
+            self._over = True
+            if self._protocol.reusable:
+                self._protocol.quit()
+                with trio.move_on_after(QUIT_SECONDS):
+                    await self._exchange()
+        finally:
+            if self._plugin is not None:
+                with trio.CancelScope(shield=True):
+                    await self._plugin.close()
+                self._plugin = None
+
+    def _may_go_on(self) -> bool:
+        limit = self._pool.config.connection_maxmessages
+        if self._leaving or 0 < limit <= self._messages:
+            return False
+        return self._protocol.reusable
+
+    def _finish(self, job: Job, outcome: Outcome, *, reusable: bool) -> None:
+        """Report what came of the job in hand. The pool may put the next one there at once."""
+        self._job = None
+        self._over = not reusable
+        self._unsettled += 1
+        self._pool.worker.call(self._pool.finished, self, job, self._report(outcome), reusable)
+
+    def _report(self, outcome: Outcome) -> Report:
+        messages = self._messages or None
+        return Report(outcome, self._local, self.remote, self._protocol.mta, messages)
+
+    async def _wait_for_job(self) -> Job | None:
+        """Be idle. None: the time is up, the pool says so, or the peer has something to say."""
+        if not self._leaving:
+            self._scope.deadline = math.inf
+            seconds = max(self._pool.config.connection_maxidle / 1000, MIN_IDLE_SECONDS)
+            with trio.move_on_after(seconds) as self._wake:
+                try:
+                    self._protocol.receive_data(await self._stream.receive())
+                except StreamLost as error:
+                    self._protocol.abort(Problem.LOST, str(error))
+            self._wake = None
+        if self._job is None:
+            self._over = True
+            self._protocol.next_event()
+            self._pool.worker.call(self._pool.leaving, self)
+        return self._job
+
+    async def _wait_settled(self) -> None:
+        if self._unsettled:
+            self._calm = trio.Event()
+            self._scope.deadline = math.inf
+            await self._calm.wait()
+            self._calm = None
+
+    # One message
+
+    async def _deliver(self, job: Job) -> Outcome | None:
+        """Send one message; None: not here, the peer had left when its turn came."""
+        protocol = self._protocol
+        body = job.message.body
+        replies = protocol.replies
+        event = protocol.next_event()
+        if event is NEED_DATA:
+            protocol.mail(
+                job.envelope,
+                job.recipient,
+                size=None if body is None else len(body),
+                eight_bit=body is not None and not body.isascii(),
+            )
+            event = await self._exchange()
+        if isinstance(event, SendBody):
+            await self._wait_settled()
+            return await self._send_message(job.message)
+        left = protocol.replies == replies or (
+            isinstance(event, Refused) and event.reply.code == 421
+        )
+        if left and not protocol.reusable and self._messages and job.moves < MAX_MOVES:
+            job.moves += 1
+            return None
+        return _outcome(event)
+
+    async def _send_message(self, message: Message) -> Outcome:
+        """Answer 354 with the body, or, when there is none to send, not at all."""
+        protocol = self._protocol
+        plugin = self._plugin
+        try:
+            if plugin is not None:
+                message = Message(dict(message.properties), message.body)
+                self._scope.deadline = math.inf
+                refusal = await plugin.out_data(message)
+                await self._send_output(plugin)
+                if refusal is not None:
+                    protocol.abort(Problem.LOST, "a plugin stopped the message")
+                    return responses.rejected_by_plugin(Reply(refusal.code, refusal.text))
+            if message.body is None:
+                protocol.abort(Problem.LOST, "there is no body")
+                return responses.NO_DATA
+            if self._poll.poll(0):
+                # What comes before the dot is no answer to it.
+                self._expect(self._timeout)
+                protocol.receive_data(await self._stream.receive())
+            protocol.send_body(message.body)
+            if plugin is not None and protocol.step is Step.MESSAGE:
+                await self._send_due()
+                self._scope.deadline = math.inf
+                await plugin.out_sent(message)
+                await self._send_output(plugin)
+        except StreamLost as error:
+            return _outcome(await self._last_words(error))
+        return _outcome(await self._exchange(FINAL_REPLY * self._timeout))
+
+    # Bytes
+
+    async def _exchange(self, timeout: float | None = None) -> Event:
+        """Send what is due, and read until something has happened.
+
+        Each reply may take `timeout` seconds, by default `smtp-out-timeout`.
+        """
+        protocol = self._protocol
+        seconds = timeout or self._timeout
+        replies = -1
+        try:
+            while (event := protocol.next_event()) is NEED_DATA:
+                await self._send_due()
+                if replies != protocol.replies:
+                    replies = protocol.replies
+                    self._expect(seconds)
+                protocol.receive_data(await self._stream.receive())
+        except StreamLost as error:
+            return await self._last_words(error)
+        return event
+
+    async def _send_due(self) -> None:
+        while data := self._protocol.data_to_send():
+            for at in range(0, len(data), SLICE_BYTES):
+                self._expect(self._timeout)
+                piece = data if len(data) <= SLICE_BYTES else data[at : at + SLICE_BYTES]
+                await self._stream.send_all(piece)
+
+    async def _send_output(self, plugin: PluginConnection) -> None:
+        if output := plugin.take_output():
+            self._expect(self._timeout)
+            await self._stream.send_all(output)
+
+    async def _last_words(self, error: StreamLost) -> Event:
+        """The connection broke; a peer that refuses and closes may have said why before."""
+        protocol = self._protocol
+        step = protocol.step
+        try:
+            protocol.receive_data(await self._stream.receive())
+            event = protocol.next_event()
+        except StreamLost:
+            event = protocol.abort(Problem.LOST, str(error))
+        if not isinstance(event, Refused | Failed):
+            # Even a 250: it cannot be the answer to what did not get through.
+            protocol.abort(Problem.LOST, str(error))
+            event = Failed(step, Problem.LOST, str(error))
+        return event
+
+    def _expect(self, seconds: float) -> None:
+        """Something has to happen within `seconds`."""
+        deadline = trio.current_time() + seconds
+        if not 0 <= deadline - self._scope.deadline < self._slack:
+            self._scope.deadline = deadline
+
+
+def _outcome(event: Event | None) -> Outcome:
+    match event:
+        case Accepted():
+            return responses.accepted(event)
+        case Refused():
+            return responses.refused(event)
+        case Failed():
+            return responses.failed(event)
+    raise AssertionError(f"{event} ends nothing")

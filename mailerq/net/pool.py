@@ -1,0 +1,342 @@
+"""The messages that wait for a connection, and the connections: who gets which.
+
+Theory of operation
+-------------------
+Messages that go the same way from the same address form a `Destination`. It has as many
+connections as its queue can use, up to `domain-maxconnections`, and all destinations
+together no more than the slots allow. A connection that has reported gets the next message
+of its destination; without one it is idle, and the one that was used last is used first, so
+that the others can time out.
+
+Who finds no slot is starved: an idle connection of another destination is closed for it,
+and whatever slot becomes free goes to the destinations that have starved longest.
+
+When the last connection that could open has failed, what it met is the result of all
+messages that wait: there is no telling them apart, and a dead domain must not fill the
+memory.
+
+Everything here runs on the home worker; `Connection` says how the two talk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import trio
+
+from mailerq.config import Config
+from mailerq.net.outgoing import Connection, Job, Report
+from mailerq.net.resolver import Host, NoHosts, Resolver
+from mailerq.net.slots import Slots
+from mailerq.rules import responses
+from mailerq.rules.routes import Route
+
+if TYPE_CHECKING:
+    from mailerq.net.worker import Worker
+
+__all__ = ["Destination", "Office", "Pool"]
+
+log = logging.getLogger("mailerq.delivery")
+
+HOLD_SECONDS: Final = 5.0
+"""After a failure to open one more connection, while others work, none is opened for so long:
+the peer may want no more."""
+
+TICK_SECONDS: Final = 1.0
+"""How often it is looked whether slots became free elsewhere, or a hold has ended."""
+
+DOUBT_SECONDS: Final = 300.0
+"""How long a host that did not let us in is tried after the others."""
+
+MAX_DOUBTS: Final = 10_000
+"""Hosts that are remembered so."""
+
+CUT_SECONDS: Final = 5.0
+"""How long connections that are cut may take to end: a plugin may still hold a message."""
+
+MAX_NAMED: Final = 20
+"""Domains whose queues `Pool.statistics` names."""
+
+
+class Office(Protocol):
+    """Where results go: what `Pool` expects of the dispatcher."""
+
+    def done(self, job: Job, report: Report, connection: Connection | None) -> None:
+        """An attempt is over; `connection` is to be told when that is safe."""
+
+    def give_back(self, job: Job) -> None:
+        """The job was not tried and will not be."""
+
+    def expired(self, job: Job) -> bool:
+        """True when the job is past its time; it is finished then."""
+
+
+@dataclass(slots=True, eq=False)
+class Destination:
+    """The messages of one route from one local address, and their connections."""
+
+    route: Route
+    local_ip: str | None
+    jobs: deque[Job] = field(default_factory=deque)
+    connections: set[Connection] = field(default_factory=set)
+    opening: set[Connection] = field(default_factory=set)
+    idle: list[Connection] = field(default_factory=list)
+    held_until: float = 0.0
+
+
+class Pool:
+    """The connections of an engine to other hosts. `listens`: plugins want to see messages."""
+
+    def __init__(
+        self,
+        config: Config,
+        workers: Sequence[Worker],
+        resolver: Resolver,
+        slots: Slots,
+        office: Office,
+        *,
+        listens: bool = False,
+    ) -> None:
+        self.config = config
+        self.listens = listens
+        self.worker = workers[0]
+        self._workers = workers
+        self._resolver = resolver
+        self._slots = slots
+        self._office = office
+        self._destinations: dict[tuple[Route, str | None], Destination] = {}
+        self._idle: dict[Connection, Destination] = {}
+        self._starved: dict[Destination, None] = {}
+        self._doubts: dict[str, float] = {}
+        self._connections: dict[Connection, Destination] = {}
+        self._stopping = False
+        self._empty = trio.Event()
+        self._lookups: dict[Connection, trio.CancelScope] = {}
+        self._nursery: trio.Nursery
+        self.opened_connections = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            while True:
+                await trio.sleep(TICK_SECONDS)
+                self._feed_starved()
+
+    def put(self, job: Job) -> None:
+        """Send a message as soon as may be."""
+        key = (job.route, job.local_ip)
+        destination = self._destinations.get(key)
+        if destination is None:
+            destination = self._destinations[key] = Destination(*key)
+        destination.jobs.append(job)
+        self._pump(destination)
+
+    # Told by connections
+
+    def opened(self, connection: Connection) -> None:
+        """It was let in and takes a job."""
+        self.opened_connections += 1
+        destination = self._connections[connection]
+        destination.opening.discard(connection)
+        self._doubts.pop(connection.remote, None)
+        self._employ(connection, destination)
+
+    def finished(self, connection: Connection, job: Job, report: Report, reusable: bool) -> None:
+        """It has tried a job, and takes another one if it is `reusable`."""
+        self._office.done(job, report, connection)
+        if reusable:
+            self._employ(connection, self._connections[connection])
+
+    def returned(self, job: Job) -> None:
+        """It has not tried a job that it was given; somebody else must."""
+        if self._stopping:
+            self._office.give_back(job)
+            return
+        key = (job.route, job.local_ip)
+        destination = self._destinations.get(key)
+        if destination is None:
+            destination = self._destinations[key] = Destination(*key)
+        destination.jobs.appendleft(job)
+        self._pump(destination)
+
+    def host_failed(self, host: Host) -> None:
+        """A host did not let it in; it goes on with the next one."""
+        now = trio.current_time()
+        if len(self._doubts) >= MAX_DOUBTS:
+            self._doubts = {a: until for a, until in self._doubts.items() if until > now}
+        if len(self._doubts) < MAX_DOUBTS:
+            self._doubts[host.address] = now + DOUBT_SECONDS
+
+    def leaving(self, connection: Connection) -> None:
+        """It takes no more jobs."""
+        destination = self._connections[connection]
+        if self._idle.pop(connection, None) is not None:
+            destination.idle.remove(connection)
+
+    def closed(self, connection: Connection, job: Job | None, report: Report | None) -> None:
+        """Its task has ended, with a job in hand or with what kept it from opening."""
+        self.leaving(connection)
+        destination = self._connections.pop(connection)
+        destination.connections.discard(connection)
+        was_opening = connection in destination.opening
+        destination.opening.discard(connection)
+        connection.worker.load -= 1
+        self._slots.release()
+        if job is not None:
+            self.returned(job)
+        if was_opening and report is not None:
+            self._not_opened(destination, report)
+        self._feed_starved()
+        self._pump(destination)
+        self._forget(destination)
+        if self._stopping and not self._connections:
+            self._empty.set()
+
+    # Who gets what
+
+    def _pump(self, destination: Destination) -> None:
+        """Give waiting messages to idle connections, and open more while they are of use."""
+        while destination.jobs and not self._stopping:
+            if destination.idle:
+                connection = destination.idle.pop()
+                del self._idle[connection]
+                self._employ(connection, destination)
+            elif not self._may_open(destination) or not self._open(destination):
+                return
+
+    def _employ(self, connection: Connection, destination: Destination) -> None:
+        """Give a connection something to do, or let it be idle, or go."""
+        while destination.jobs:
+            job = destination.jobs.popleft()
+            if not self._office.expired(job):
+                connection.worker.call(connection.give, job)
+                return
+        if self._stopping:
+            connection.worker.call(connection.leave)
+        else:
+            destination.idle.append(connection)
+            self._idle[connection] = destination
+
+    def _may_open(self, destination: Destination) -> bool:
+        limit = self.config.domain_maxconnections
+        if 0 < limit <= len(destination.connections):
+            return False
+        if len(destination.opening) >= len(destination.jobs) or destination in self._starved:
+            return False
+        if trio.current_time() < destination.held_until:
+            self._starved[destination] = None
+            return False
+        return True
+
+    def _open(self, destination: Destination) -> bool:
+        """Open one more connection, or queue for a slot."""
+        if not self._slots.take():
+            self._starved[destination] = None
+            if self._idle:
+                longest = next(iter(self._idle))
+                self.leaving(longest)
+                longest.worker.call(longest.leave)
+            return False
+        worker = min(self._workers, key=_load)
+        worker.load += 1
+        connection = Connection(self, worker, destination.route, destination.local_ip)
+        self._connections[connection] = destination
+        destination.connections.add(connection)
+        destination.opening.add(connection)
+        self._nursery.start_soon(self._start, connection, destination)
+        return True
+
+    async def _start(self, connection: Connection, destination: Destination) -> None:
+        """Find the hosts of a connection's destination and let it loose on them."""
+        route = destination.route
+        look_up = self._resolver.mail_hosts if route.mx else self._resolver.host
+        found: tuple[Host, ...] | NoHosts | None = None
+        try:
+            with trio.CancelScope() as self._lookups[connection]:
+                found = await look_up(route.host)
+        finally:
+            del self._lookups[connection]
+            if found is None:
+                self.closed(connection, None, None)
+        if isinstance(found, NoHosts):
+            outcome = responses.no_hosts(found.description, found.reply)
+            self.closed(connection, None, Report(outcome))
+        elif found is not None:
+            hosts = self._in_order(found, destination.local_ip)
+            connection.worker.spawn(connection.run, hosts)
+
+    def _in_order(self, hosts: Sequence[Host], local_ip: str | None) -> list[Host]:
+        """The hosts that can be reached from the local address, doubtful ones last."""
+        now = trio.current_time()
+        doubts = self._doubts
+        if local_ip is not None:
+            version_6 = ":" in local_ip
+            fitting = [host for host in hosts if (":" in host.address) == version_6]
+            hosts = fitting or hosts
+        return sorted(hosts, key=lambda host: doubts.get(host.address, 0.0) > now)
+
+    def _not_opened(self, destination: Destination, report: Report) -> None:
+        if destination.connections:
+            destination.held_until = trio.current_time() + HOLD_SECONDS
+            return
+        destination.held_until = 0.0
+        jobs, destination.jobs = destination.jobs, deque()
+        for job in jobs:
+            self._office.done(job, report, None)
+
+    def _feed_starved(self) -> None:
+        starved, self._starved = self._starved, {}
+        for destination in starved:
+            self._pump(destination)
+
+    def _forget(self, destination: Destination) -> None:
+        if not destination.jobs and not destination.connections:
+            self._destinations.pop((destination.route, destination.local_ip), None)
+            self._starved.pop(destination, None)
+
+    # The end, and figures
+
+    async def stop(self, timeout: float) -> None:
+        """Let messages under way end, at most in `timeout` seconds; all others go back."""
+        self._stopping = True
+        for destination in list(self._destinations.values()):
+            while destination.jobs:
+                self._office.give_back(destination.jobs.popleft())
+            self._forget(destination)
+        for scope in list(self._lookups.values()):
+            scope.cancel()
+        for connection, destination in list(self._connections.items()):
+            opening = connection in destination.opening
+            connection.worker.call(connection.cut if opening else connection.leave)
+        for patience in (timeout, CUT_SECONDS):
+            with trio.move_on_after(patience):
+                if self._connections:
+                    await self._empty.wait()
+            for connection in list(self._connections):
+                connection.worker.call(connection.cut)
+
+    def statistics(self) -> dict[str, Any]:
+        """What is open and what waits; the longest queues by name."""
+        queues: dict[str, int] = {}
+        for destination in self._destinations.values():
+            name = destination.route.name
+            queues[name] = queues.get(name, 0) + len(destination.jobs)
+        longest = sorted(queues.items(), key=lambda item: -item[1])[:MAX_NAMED]
+        return {
+            "connections": len(self._connections),
+            "opening": sum(len(d.opening) for d in self._destinations.values()),
+            "idle": len(self._idle),
+            "opened": self.opened_connections,
+            "destinations": len(self._destinations),
+            "waiting": sum(queues.values()),
+            "domains": dict(longest),
+        }
+
+
+def _load(worker: Worker) -> int:
+    return worker.load

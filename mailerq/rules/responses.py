@@ -1,0 +1,173 @@
+"""What became of an attempt, and what follows from it.
+
+Everything that can end an attempt, from a name that does not exist to the reply to the
+final dot, is turned into an `Outcome` here. Its words are those of the results that
+applications read: `type` and `state` as version 2.1 has them, `result` as the newer ones.
+States that 2.1 has no word for (``process``, ``dns``, ``bind``, ``storage``) are the newer
+ones.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from mailerq.wire.client import Accepted, Failed, Problem, Refused, Step
+from mailerq.wire.smtp import Reply
+
+__all__ = [
+    "EXPIRED",
+    "NO_DATA",
+    "OWN_FAULT",
+    "TOO_MANY_HOPS",
+    "Fate",
+    "Outcome",
+    "accepted",
+    "connect_failed",
+    "connect_timed_out",
+    "failed",
+    "no_hosts",
+    "not_generated",
+    "refused",
+    "rejected_by_plugin",
+    "unsendable",
+]
+
+MAX_DESCRIPTION: Final = 1000
+"""Characters of a description; it is kept with every result of a message."""
+
+_STATES: Final = {
+    Step.INTRO: "init",
+    Step.EHLO: "ehlo",
+    Step.HELO: "helo",
+    Step.RESET: "reset",
+    Step.MAILFROM: "mail from",
+    Step.RCPTTO: "rcpt to",
+    Step.DATA: "data",
+    Step.MESSAGE: "received",
+    Step.QUIT: "close",
+    Step.IDLE: "idle",
+}
+
+_HELLO: Final = frozenset((Step.INTRO, Step.EHLO, Step.HELO))
+
+
+class Fate(Enum):
+    """What follows from an outcome."""
+
+    DELIVERED = auto()
+    RETRY = auto()
+    FAILED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended, without when and where."""
+
+    type: str
+    state: str
+    result: str
+    fate: Fate
+    code: int | None = None
+    status: str | None = None
+    description: str | None = None
+
+
+EXPIRED: Final = Outcome(
+    "expired", "process", "timeout", Fate.FAILED, description="past its time before an attempt"
+)
+NO_DATA: Final = Outcome(
+    "nodata", "storage", "error", Fate.FAILED, description="there is no body to send"
+)
+TOO_MANY_HOPS: Final = Outcome(
+    "error", "process", "error", Fate.FAILED, 554, "5.4.6", "too many Received lines: a mail loop"
+)
+OWN_FAULT: Final = Outcome(
+    "error", "process", "error", Fate.RETRY, 451, "4.3.0", "internal error, see the application log"
+)
+
+
+def accepted(event: Accepted) -> Outcome:
+    """The peer has the message."""
+    return _answered("success", "accept", "accepted", Fate.DELIVERED, event.reply)
+
+
+def refused(event: Refused) -> Outcome:
+    """The peer said no: to the message, for now (4xx) or for ever, or to the session."""
+    state = _STATES[event.step]
+    if event.step in _HELLO:
+        return _answered("noaccess", state, "error", Fate.RETRY, event.reply)
+    return _answered("error", state, "error", _fate(event.reply), event.reply)
+
+
+def failed(event: Failed) -> Outcome:
+    """The session broke."""
+    problem = event.problem
+    result = "invalid" if problem is Problem.OVERFLOW else str(problem)
+    match problem, event.step:
+        case Problem.OVERFLOW, _:
+            kind = "overflow"
+        case _, Step.INTRO | Step.EHLO | Step.HELO:
+            kind = "noaccess"
+        case _, Step.IDLE:
+            kind = "idle"
+        case Problem.TIMEOUT, _:
+            kind = "timeout"
+        case _:
+            kind = "lost"
+    description = event.description[:MAX_DESCRIPTION]
+    return Outcome(kind, _STATES[event.step], result, Fate.RETRY, description=description)
+
+
+def connect_failed(error: OSError, host: str) -> Outcome:
+    """There is no connection to `host`; `error` says why."""
+    text = os.strerror(error.errno) if error.errno else str(error)
+    description = f"{host}: {text}"
+    if error.errno == errno.ECONNREFUSED:
+        return Outcome("refused", "connect", "error", Fate.RETRY, description=description)
+    if error.errno == errno.EADDRNOTAVAIL:
+        return Outcome("bind", "bind", "error", Fate.FAILED, description=description)
+    result = "timeout" if error.errno == errno.ETIMEDOUT else "error"
+    return Outcome("connect", "connect", result, Fate.RETRY, description=description)
+
+
+def connect_timed_out(host: str) -> Outcome:
+    """Nobody answered at `host`."""
+    return Outcome(
+        "connect", "connect", "timeout", Fate.RETRY, description=f"{host}: no answer in time"
+    )
+
+
+def no_hosts(description: str, reply: Reply | None) -> Outcome:
+    """The domain has no host; with a `reply` that will not change."""
+    if reply is not None:
+        return _answered("error", "dns", "error", _fate(reply), reply)
+    return Outcome("nohosts", "dns", "error", Fate.RETRY, description=description[:MAX_DESCRIPTION])
+
+
+def unsendable(problem: str, code: int | None = None, status: str | None = None) -> Outcome:
+    """Something is wrong with the message itself: it is never tried."""
+    return Outcome("error", "process", "invalid", Fate.FAILED, code, status, problem)
+
+
+def not_generated() -> Outcome:
+    """``mime`` describes a mail that would have to be generated."""
+    text = "the property mime is an object, and generating mail is not supported"
+    return Outcome("responsive", "responsive", "error", Fate.FAILED, description=text)
+
+
+def rejected_by_plugin(reply: Reply) -> Outcome:
+    """A plugin stopped the message when its body was about to be sent."""
+    return _answered("error", "data", "error", _fate(reply), reply)
+
+
+def _fate(reply: Reply) -> Fate:
+    return Fate.FAILED if reply.code >= 500 else Fate.RETRY
+
+
+def _answered(kind: str, state: str, result: str, fate: Fate, reply: Reply) -> Outcome:
+    description = reply.description[:MAX_DESCRIPTION]
+    return Outcome(kind, state, result, fate, reply.code, reply.status, description)

@@ -1,0 +1,73 @@
+"""When a message is tried again, and when it is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from mailerq.errors import MessageError
+from mailerq.message import parse_time
+
+__all__ = ["expires_at", "next_attempt", "not_before"]
+
+MIN_DELAY: Final = 1
+"""Seconds between two attempts at least, whatever ``retries`` says: a delay of 0 would be a
+loop at full speed."""
+
+
+def not_before(properties: Mapping[str, Any]) -> float | None:
+    """The time in ``delayed``, before which a message is not to be sent."""
+    return _time_in(properties, "delayed")
+
+
+def expires_at(properties: Mapping[str, Any], *, now: float, max_delivertime: float) -> float:
+    """When a message is given up: ``maxdelivertime``, or so long after it was first ``seen``.
+
+    `now` stands for that where the message has never been seen.
+    """
+    expires = _time_in(properties, "maxdelivertime")
+    if expires is not None:
+        return expires
+    seen = _time_in(properties, "seen")
+    return (now if seen is None else seen) + max_delivertime
+
+
+def next_attempt(
+    properties: Mapping[str, Any],
+    *,
+    attempt: int,
+    now: float,
+    expires: float,
+    intervals: Sequence[int],
+    max_attempts: int,
+) -> float | None:
+    """When a message goes again after attempt number `attempt`; None: it has failed.
+
+    The message's own ``retries`` and ``maxattempts`` come before `intervals` and
+    `max_attempts`; the last delay repeats, and zero attempts is no limit. What would go
+    after it has expired has failed now.
+
+    >>> next_attempt({}, attempt=1, now=0, expires=999, intervals=(10, 20), max_attempts=0)
+    10
+    >>> next_attempt({}, attempt=7, now=0, expires=999, intervals=(10, 20), max_attempts=0)
+    20
+    >>> next_attempt({}, attempt=7, now=0, expires=15, intervals=(10, 20), max_attempts=0)
+    """
+    limit = properties.get("maxattempts")
+    if limit is None:
+        limit = max_attempts
+    if 0 < limit <= attempt:
+        return None
+    delays = properties.get("retries") or intervals
+    due = now + max(delays[min(attempt, len(delays)) - 1], MIN_DELAY)
+    return due if due <= expires else None
+
+
+def _time_in(properties: Mapping[str, Any], name: str) -> float | None:
+    value = properties.get(name)
+    if value is None:
+        return None
+    try:
+        return parse_time(value)
+    except MessageError:
+        return None

@@ -1,0 +1,107 @@
+"""Where a message goes: to which host, and what is said of it to which queues."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mailerq.address import parse_host
+from mailerq.config import Config
+from mailerq.errors import AddressError
+
+__all__ = ["SMTP_PORT", "Route", "choose_local_ip", "count_hops", "result_queues", "route_of"]
+
+SMTP_PORT: Final = 25
+
+MAX_HEADER: Final = 1 << 18
+"""Bytes in which the end of a header is looked for; what has no end is not read as one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A way out. Messages with the same one share a queue and its connections.
+
+    `name` is the domain or the smarthost, for people and for statistics; `host` is what is
+    connected to: with `mx` the hosts that take mail for it.
+    """
+
+    name: str
+    host: str
+    port: int
+    mx: bool
+
+
+def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Route:
+    """The way for a message to `domain`. Raises `AddressError` for a bad smarthost.
+
+    The message's own smarthost comes before the configured one. A sink takes the
+    connections of either, and those of each domain, which keep their queues.
+    """
+    name, host, port, mx = domain, domain, SMTP_PORT, True
+    smarthost = properties.get("smarthost")
+    if smarthost:
+        host, port = _smarthost(smarthost)
+        name, mx = f"{host}:{port}", False
+    elif config.smarthost:
+        host, port, mx = config.smarthost, config.smarthost_port, False
+        name = f"{host}:{port}"
+    if config.smtp_sink_address:
+        host, port, mx = config.smtp_sink_address, config.smtp_sink_port, False
+    return Route(name, host, port, mx)
+
+
+def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
+    host = smarthost.get("hostname") or smarthost.get("name")
+    if not isinstance(host, str):
+        raise AddressError("property smarthost: has no hostname")
+    try:
+        port = int(smarthost.get("port") or SMTP_PORT)
+    except (TypeError, ValueError):
+        port = 0
+    if not 0 < port < 65536:
+        raise AddressError("property smarthost: port is no port number")
+    return str(parse_host(host)), port
+
+
+def choose_local_ip(properties: Mapping[str, Any]) -> str | None:
+    """One of the addresses in ``ips``, which the message may leave from; None: any.
+
+    Raises `AddressError` for what is no IP address.
+    """
+    ips = properties.get("ips")
+    if not ips:
+        return None
+    address = random.choice(ips)
+    if isinstance(parse_host(address), str):
+        raise AddressError(f"property ips: {address[:80]!r} is no IP address")
+    return str(address)
+
+
+def result_queues(
+    properties: Mapping[str, Any], configured: Mapping[str, str], *kinds: str
+) -> list[str]:
+    """The queues that a result of these kinds goes to.
+
+    A kind that the message's ``queues`` does not mention goes to the configured queue; one
+    that it says null or nothing for goes nowhere.
+
+    >>> result_queues({"queues": {"success": None}}, {"results": "r", "success": "s"},
+    ...     "results", "success")
+    ['r']
+    """
+    names: Mapping[str, Any] = configured
+    own = properties.get("queues")
+    if isinstance(own, dict):  # else it is the reason why the message has failed
+        names = {**configured, **own}
+    return [name for kind in kinds if isinstance(name := names.get(kind), str) and name]
+
+
+def count_hops(body: bytes) -> int:
+    """How many Received lines are in the header of a message."""
+    end = body.find(b"\r\n\r\n", 0, MAX_HEADER)
+    if end < 0:
+        end = body.find(b"\n\n", 0, MAX_HEADER)
+    header = body[: end if end >= 0 else MAX_HEADER].lower()
+    return header.count(b"\nreceived:") + header.startswith(b"received:")
