@@ -19,7 +19,6 @@ import pwd
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -379,13 +378,13 @@ class Mailerq(_Program):
         return [*self.command, f"--config-file={path}", *self.options]
 
     def waiting(self) -> int:
-        total = 0
-        for path in (self.directory / "queue").rglob("*.sqlite*"):
-            if path.name.endswith(("-wal", "-shm", "-journal")):
-                continue
-            with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
-                total += int(db.execute("SELECT count(*) FROM messages").fetchone()[0])
-        return total
+        # The SQLite of the project, not the older one of Python: both would share a WAL.
+        import apsw
+
+        path = self.directory / "queue" / "queue.db"
+        with contextlib.closing(apsw.Connection(str(path), apsw.SQLITE_OPEN_READONLY)) as queue:
+            queue.set_busy_timeout(1000)
+            return int(queue.execute("SELECT count(*) FROM message").get)
 
 
 class Postfix(_Program):
