@@ -1,0 +1,125 @@
+# What a plugin can do with a connection.
+
+
+cdef ConnectionCell *connection_here(MQ_SmtpConnection *connection, const char *function) noexcept nogil:
+    # The connection, for a function that only its worker's thread may call; else NULL, logged.
+    cdef uint64_t handle = <uint64_t> connection
+    cdef Block *block = block_of(handle, CONNECTION)
+    cdef const char *problem = NULL
+    if block == NULL or block.owner == NULL:
+        problem = ": not a connection"
+    elif not at_home(block.owner):
+        problem = " was called on another thread than the worker's"
+    elif identity_of(cell_in(block, handle).word) != identity_of(handle):
+        problem = ": the connection is gone"
+    if problem == NULL:
+        return <ConnectionCell *> cell_in(block, handle)
+    report(MQ_WARN, block.owner if block != NULL else NULL, plugin_of(handle),
+           "%s%s; ignored", function, problem)
+    return NULL
+
+
+cdef public int MQ_SmtpFileDescriptor(MQ_SmtpConnection *connection) noexcept nogil:
+    cdef ConnectionCell *cell = connection_here(connection, "MQ_SmtpFileDescriptor")
+    return cell.fd if cell != NULL and not cell.closed else -1
+
+
+cdef public c_bool MQ_SmtpAuthenticated(MQ_SmtpConnection *connection) noexcept nogil:
+    cdef ConnectionCell *cell = connection_here(connection, "MQ_SmtpAuthenticated")
+    return cell != NULL and cell.authenticated
+
+
+cdef public void MQ_SetSmtpAuthenticated(MQ_SmtpConnection *connection,
+                                         c_bool authenticated) noexcept nogil:
+    cdef ConnectionCell *cell = connection_here(connection, "MQ_SetSmtpAuthenticated")
+    if cell != NULL:
+        cell.authenticated = authenticated
+        cell.decided = True
+
+
+cdef public c_bool MQ_SmtpSecure(MQ_SmtpConnection *connection) noexcept nogil:
+    cdef ConnectionCell *cell = connection_here(connection, "MQ_SmtpSecure")
+    return cell != NULL and cell.secure
+
+
+cdef public void *MQ_SmtpData(MQ_SmtpConnection *connection) noexcept nogil:
+    cdef ConnectionCell *cell = connection_here(connection, "MQ_SmtpData")
+    return cell.data[plugin_of(<uint64_t> connection)] if cell != NULL else NULL
+
+
+cdef public void MQ_SetSmtpData(MQ_SmtpConnection *connection, void *data) noexcept nogil:
+    cdef ConnectionCell *cell = connection_here(connection, "MQ_SetSmtpData")
+    if cell != NULL:
+        cell.data[plugin_of(<uint64_t> connection)] = data
+
+
+cdef public void MQ_Reject(MQ_SmtpConnection *connection, int code, const char *text) noexcept nogil:
+    cdef ConnectionCell *cell = connection_here(connection, "MQ_Reject")
+    cdef uint64_t handle = <uint64_t> connection
+    cdef int plugin = plugin_of(handle)
+    cdef EventCell *event
+    cdef uint64_t word
+    if cell == NULL:
+        return
+    event = cell.event
+    word = load(&event.cell.word) if event != NULL else 0
+    if plugin_of(word) != plugin or not RUNNING <= word & STATE_MASK < GIVEN_UP:
+        report(MQ_WARN, cell.worker, plugin, "%s: %s; ignored", "MQ_Reject",
+               "no event of this connection is in the plugin's hands")
+        return
+    if event.number == CLOSE or event.number == OUT_SENT:
+        report(MQ_WARN, cell.worker, plugin, "%s in %s is too late; ignored", "MQ_Reject",
+               FUNCTIONS[event.number])
+        return
+    if not 400 <= code <= 599:
+        report(MQ_WARN, cell.worker, plugin, "%s in %s: the code is not 400 to 599; taken as 451",
+               "MQ_Reject", FUNCTIONS[event.number])
+        code = 451
+    event.code = code
+    free(event.text)
+    event.text = strndup(text, TEXT_LIMIT) if text != NULL else NULL
+
+
+cdef public size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *data,
+                               size_t size) noexcept nogil:
+    cdef uint64_t handle = <uint64_t> connection
+    cdef Block *block = block_of(handle, CONNECTION)
+    cdef Worker *worker = block.owner if block != NULL else NULL
+    cdef ConnectionCell *cell
+    cdef size_t sent = 0
+    cdef bint news = False
+    if worker == NULL:
+        return 0
+    # The worker outlives this call whatever happens, and under its mutex so does the connection.
+    pthread_mutex_lock(&worker.mutex)
+    cell = <ConnectionCell *> cell_of(handle, CONNECTION)
+    if cell != NULL and not cell.closed and append_output(cell, <const char *> data, size):
+        sent = size
+        # The engine looks for output after each event; in between it must be told.
+        if not cell.queued and not (worker.current != NULL and worker.current.connection == cell
+                                    and worker.running_plugin >= 0 and at_home(worker)):
+            cell.queued = True
+            cell.next_output = worker.outputs
+            worker.outputs = cell
+            news = True
+    pthread_mutex_unlock(&worker.mutex)
+    if news:
+        wake(worker)
+    return sent
+
+
+cdef bint append_output(ConnectionCell *cell, const char *data, size_t size) noexcept nogil:
+    cdef size_t room = cell.output_room
+    cdef char *larger
+    if size > room - cell.output_size:
+        if size > OUTPUT_LIMIT - cell.output_size:
+            return False
+        room = max(2 * room, cell.output_size + size, <size_t> 256)
+        larger = <char *> realloc(cell.output, room)
+        if larger == NULL:
+            return False
+        cell.output = larger
+        cell.output_room = room
+    memcpy(cell.output + cell.output_size, data, size)
+    cell.output_size += size
+    return True

@@ -1,0 +1,144 @@
+# Message ids.
+#
+# An id of the built-in generator is 32 digits of base 32 (0-9, a-v), most significant first, so
+# that ids sort as bytes by the time they were made:
+#
+#     milliseconds since 1970   9 digits  (until the year 3084)
+#     counter of this thread    8
+#     thread of this process    3
+#     process                   5
+#     machine                   7
+#
+# The counter never goes back, not even when the clock does, and it starts at a random number, so
+# that a process which is given the number and the clock of an earlier one does not repeat its ids.
+
+cdef enum:
+    ID_SIZE = 32
+    ID_TAIL = 15
+    ID_LIMIT = 998              # RFC 5322, section 2.1.1: no line is longer
+
+cdef extern from * nogil:
+    """
+    typedef struct {
+        uint64_t epoch;         /* of the process, see below; 0: not set up */
+        uint64_t counter;
+        int64_t millisecond;
+        char time[9];
+        char tail[15];          /* thread, process, machine */
+    } mq_generator;
+    static __thread mq_generator mq_own_generator;
+    """
+    ctypedef struct Generator "mq_generator":
+        uint64_t epoch
+        uint64_t counter
+        int64_t millisecond
+        char *time
+        char *tail
+    Generator own_generator "mq_own_generator"
+
+cdef uint64_t epoch = 1         # goes up in the child of a fork: process and counters are new there
+cdef uint64_t threads = 0
+cdef uint64_t machine = 0
+cdef char[2048] PAIRS           # the two digits of each number below 1024
+
+
+cdef void prepare_pairs() noexcept nogil:
+    cdef const char *digits = "0123456789abcdefghijklmnopqrstuv"
+    cdef int number
+    for number in range(1024):
+        PAIRS[2 * number] = digits[number >> 5]
+        PAIRS[2 * number + 1] = digits[number & 31]
+
+
+cdef void forked() noexcept nogil:
+    global epoch
+    epoch += 1
+
+
+cdef inline void write_digits(char *target, uint64_t number, int digits) noexcept nogil:
+    cdef int place = digits
+    while place >= 2:
+        place -= 2
+        memcpy(target + place, PAIRS + 2 * (number & 1023), 2)
+        number >>= 10
+    if place:
+        target[0] = PAIRS[2 * (number & 31) + 1]
+
+
+cdef void set_up(Generator *generator) noexcept nogil:
+    cdef uint64_t random = 0
+    if getrandom(&random, sizeof(random), 0) != sizeof(random):
+        random = <uint64_t> monotonic() * 2654435761u
+    generator.epoch = epoch
+    generator.counter = random
+    generator.millisecond = -1
+    write_digits(generator.tail, add(&threads, 1), 3)
+    write_digits(generator.tail + 3, getpid(), 5)
+    write_digits(generator.tail + 8, machine, 7)
+
+
+cdef inline void generate_id(char *target) noexcept nogil:
+    cdef Generator *generator = &own_generator
+    cdef timespec now
+    cdef int64_t millisecond
+    if generator.epoch != epoch:
+        set_up(generator)
+    clock_gettime(CLOCK_REALTIME, &now)
+    millisecond = <int64_t> now.tv_sec * 1000 + now.tv_nsec // 1000000
+    if millisecond != generator.millisecond:
+        generator.millisecond = millisecond
+        write_digits(generator.time, millisecond, 9)
+    generator.counter += 1
+    memcpy(target, generator.time, 9)
+    write_digits(target + 9, generator.counter, 8)
+    memcpy(target + 17, generator.tail, ID_TAIL)
+
+
+cdef struct IdCall:
+    Table *table
+    char *buffer
+    size_t size
+
+
+cdef void call_id_function(void *argument) noexcept nogil:
+    cdef IdCall *request = <IdCall *> argument
+    request.size = request.table.id_function(request.buffer, request.table.id_size)
+
+
+cdef size_t plugin_id(Table *table, char *buffer) noexcept nogil:
+    # The id that the plugin makes, or 0, logged, when it cannot be used.
+    cdef IdCall request
+    cdef char[300] text
+    cdef const char *problem = NULL
+    cdef size_t index
+    request.table = table
+    request.buffer = buffer
+    request.size = 0
+    text[0] = 0
+    if mq_guard(call_id_function, &request, text, sizeof(text)):
+        problem = "threw a C++ exception: "
+    elif request.size == 0:
+        problem = "returned 0"
+    elif request.size > table.id_size:
+        problem = "returned more than the size of the buffer"
+    else:
+        for index in range(request.size):
+            if not 0x21 <= buffer[index] <= 0x7e:
+                problem = "wrote bytes that are not printable ASCII"
+                break
+    if problem == NULL:
+        return request.size
+    snprintf(buffer, ID_LIMIT, "mq_message_id %s%s; the message gets a default id",
+             problem, <char *> text)
+    append_line(MQ_WARN, table.plugin[table.id_owner].name, buffer)
+    return 0
+
+
+def generate_ids(uint64_t count):
+    """Make so many ids in C and throw them away, for benches/dispatch.py; returns the last."""
+    cdef char[ID_SIZE] text
+    cdef uint64_t index
+    with nogil:
+        for index in range(count):
+            generate_id(text)
+    return text[:ID_SIZE].decode()

@@ -1,0 +1,232 @@
+# Opening plugins.
+
+cdef enum:
+    OPENED_LIMIT = 4096         # in the life of the process, not at once
+
+cdef (Plugin *)[OPENED_LIMIT] opened  # never closed and never freed: see safety rule 4
+cdef int plugins_opened = 0
+cdef const char *starting_plugin = NULL  # whose mq_initialize, say, the main thread is in
+cdef bint promoted = False
+
+ctypedef int (*version_function)() noexcept nogil
+ctypedef void (*void_function)() noexcept nogil
+ctypedef size_t (*size_function)() noexcept nogil
+
+
+cdef struct PlainCall:
+    void *function
+    int result
+    size_t size
+
+
+cdef void call_version(void *argument) noexcept nogil:
+    cdef PlainCall *request = <PlainCall *> argument
+    request.result = (<version_function> request.function)()
+
+
+cdef void call_void(void *argument) noexcept nogil:
+    (<void_function> (<PlainCall *> argument).function)()
+
+
+cdef void call_size(void *argument) noexcept nogil:
+    cdef PlainCall *request = <PlainCall *> argument
+    request.size = (<size_function> request.function)()
+
+
+cdef int call_guarded(PlainCall *request, void (*caller)(void *) noexcept nogil,
+                      const char *plugin, str path, str name) except -1:
+    # One of the functions without arguments, on the main thread. PluginError when it throws.
+    global starting_plugin
+    cdef char[300] text
+    cdef int thrown
+    starting_plugin = plugin
+    with nogil:
+        thrown = mq_guard(caller, request, text, sizeof(text))
+    starting_plugin = NULL
+    flush_log()
+    if thrown:
+        what = (<char *> text).decode("utf-8", "replace")
+        raise PluginError(f"{path}: a C++ exception came out of {name}: {what}")
+    return 0
+
+
+cdef promote():
+    # Python loads an extension with local scope; a plugin's undefined MQ_ symbols resolve only
+    # against what is global.
+    global promoted
+    cdef Dl_info info
+    if promoted:
+        return
+    if not dladdr(<void *> MQ_Continue, &info) or dlopen(
+            info.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL) == NULL:
+        raise PluginError(f"the MQ_ functions cannot be offered to plugins: {dl_problem()}")
+    promoted = True
+
+
+cdef str dl_problem():
+    cdef const char *text = dlerror()
+    return text.decode("utf-8", "replace") if text != NULL else "for an unknown reason"
+
+
+cdef class Library:
+    """The plugins of one engine: opened, checked, and their callbacks in one table.
+
+    `paths` are the files in load order. Raises `PluginError`, whose text names the file.
+    """
+
+    cdef Table *table
+    cdef readonly tuple names
+    cdef readonly tuple paths
+    cdef readonly object id_owner
+    cdef object totals          # figures of workers that have ended
+
+    def __cinit__(self, paths):
+        self.paths = tuple(paths)
+        self.names = tuple(path.rpartition("/")[2] for path in self.paths)
+        self.totals = {}
+        if len(self.paths) > PLUGIN_LIMIT:
+            raise PluginError(f"{len(self.paths)} plugins; at most {PLUGIN_LIMIT} can be loaded")
+        # Never freed: a foreign thread may look up a name in it at any time.
+        self.table = <Table *> calloc(1, sizeof(Table))
+        if self.table == NULL:
+            raise MemoryError
+        self.table.id_owner = -1
+        self.table.plugin = <Plugin **> calloc(len(self.paths) + 1, sizeof(Plugin *))
+        for number in range(CHAINS):
+            self.table.hooks[number] = <Hook *> calloc(len(self.paths) + 1, sizeof(Hook))
+            if self.table.hooks[number] == NULL:
+                raise MemoryError
+        if self.table.plugin == NULL:
+            raise MemoryError
+        if self.paths:
+            promote()
+        for path, name in zip(self.paths, self.names):
+            self.open(path, name)
+
+    cdef open(self, str path, str name):
+        global plugins_opened
+        cdef Table *table = self.table
+        cdef Plugin *plugin
+        cdef Dl_info info
+        cdef PlainCall version
+        cdef void *function
+        cdef Hook *hook
+        cdef int number
+        encoded = os_fsencode(path)
+        if plugins_opened == OPENED_LIMIT:
+            raise PluginError(f"{path}: too many plugins have been opened in this process")
+        plugin = <Plugin *> calloc(1, sizeof(Plugin))
+        if plugin == NULL:
+            raise MemoryError
+        strncpy(plugin.name, os_fsencode(name), sizeof(plugin.name) - 1)
+        plugin.library = dlopen(encoded, RTLD_NOW | RTLD_LOCAL)
+        if plugin.library == NULL:
+            raise PluginError(f"{path}: the plugin cannot be opened: {dl_problem()}")
+        version.function = dlsym(plugin.library, "mq_version")
+        if version.function == NULL:
+            raise PluginError(f"{path}: not a plugin: it does not export mq_version()")
+        if dladdr(version.function, &info):
+            plugin.base = info.dli_fbase
+        opened[plugins_opened] = plugin
+        plugins_opened += 1
+        call_guarded(&version, call_version, plugin.name, path, "mq_version()")
+        if not 1 <= version.result <= MQ_API_VERSION:
+            raise PluginError(
+                f"{path}: the plugin was built for version {version.result} of the plugin "
+                f"interface; this mailerq accepts versions 1 to {MQ_API_VERSION}")
+        plugin.index = table.plugins
+        table.plugin[table.plugins] = plugin
+        table.plugins += 1
+        for number in range(CHAINS):
+            function = dlsym(plugin.library, FUNCTIONS[number])
+            if function != NULL:
+                hook = &table.hooks[number][table.length[number]]
+                hook.function = function
+                hook.plugin = plugin.index
+                table.length[number] += 1
+                table.c_events |= <uint64_t> 1 << number
+        self.find_id_functions(plugin, path)
+
+    cdef find_id_functions(self, Plugin *plugin, str path):
+        # The last plugin that exports mq_message_id owns the ids.
+        cdef PlainCall request
+        cdef void *function = dlsym(plugin.library, "mq_message_id")
+        request.function = dlsym(plugin.library, "mq_message_id_size")
+        if request.function == NULL and function == NULL:
+            return
+        if request.function == NULL or function == NULL:
+            present = "mq_message_id" if function != NULL else "mq_message_id_size"
+            absent = "mq_message_id_size" if function != NULL else "mq_message_id"
+            logger.warning("[%s] exports %s without %s; it is ignored",
+                           path.rpartition("/")[2], present, absent)
+            return
+        call_guarded(&request, call_size, plugin.name, path, "mq_message_id_size()")
+        if not 1 <= request.size <= ID_LIMIT:
+            raise PluginError(f"{path}: mq_message_id_size() returned {request.size}; "
+                              f"message ids have 1 to {ID_LIMIT} bytes")
+        self.table.id_owner = plugin.index
+        self.table.id_size = request.size
+        self.table.id_function = <id_function_type> function
+        self.id_owner = path.rpartition("/")[2]
+
+    def call_plain(self, str name):
+        """Call mq_initialize or mq_cleanup of every plugin that exports it, in load order."""
+        cdef PlainCall request
+        cdef int index
+        for index in range(self.table.plugins):
+            request.function = dlsym(self.table.plugin[index].library, name.encode())
+            if request.function != NULL:
+                call_guarded(&request, call_void, self.table.plugin[index].name,
+                             self.paths[index], f"{name}()")
+
+    def message_id(self):
+        """A new message id: the plugin's, or one of the built-in generator. Any thread."""
+        cdef char[ID_LIMIT + 2] buffer
+        cdef size_t size = 0
+        if self.table.id_owner >= 0:
+            with nogil:
+                size = plugin_id(self.table, buffer)
+            if lines != NULL:
+                flush_log()
+        if size == 0:
+            size = ID_SIZE
+            generate_id(buffer)
+        return PyUnicode_DecodeASCII(buffer, size, NULL)
+
+    def listens(self, str event):
+        """Whether a plugin, or a handler of Python's, wants this event."""
+        return bool((self.table.c_events | self.table.python_events) >> EVENTS.index(event) & 1)
+
+    def set_handled(self, str event):
+        """Note that Python has a handler for this event."""
+        self.table.python_events |= <uint64_t> 1 << EVENTS.index(event)
+
+    def figures(self):
+        """For each plugin and event that was called: a dict of what `Plugins.statistics` names."""
+        cdef Worker *worker = workers
+        totals = {key: list(value) for key, value in self.totals.items()}
+        while worker != NULL:
+            if worker.open and worker.table == self.table:
+                self.add_figures(worker, totals)
+            worker = worker.next
+        result = {name: {} for name in self.names}
+        for number in range(FIGURES):
+            for plugin, name in enumerate(self.names):
+                if (row := totals.get((number, plugin))) is not None:
+                    result[name][EVENTS[number]] = {
+                        "calls": row[0], "suspensions": row[1], "rejects": row[2],
+                        "timeouts": row[3],
+                        "seconds": row[5] * row[0] / row[4] / 1e9 if row[4] else 0.0}
+        return result
+
+    cdef add_figures(self, Worker *worker, totals):
+        cdef Figures *figures
+        for number in range(FIGURES):
+            for plugin in range(self.table.plugins):
+                figures = &worker.figures[number * self.table.plugins + plugin]
+                if figures.calls:
+                    row = totals.setdefault((number, plugin), [0] * 6)
+                    for place, value in enumerate((
+                            figures.calls, figures.suspensions, figures.rejects,
+                            figures.timeouts, figures.samples, figures.nanoseconds)):
+                        row[place] += value

@@ -1,0 +1,318 @@
+# The libev loop of a worker, its timers and its watchers.
+#
+# The loop is run by a helper thread, which never touches Python: it waits in the kernel, and when
+# something is due it wakes the worker and sleeps on a condition until the worker has invoked what
+# is pending. A mutex that the helper gives up while it waits is held by the worker through every
+# call into a plugin, so plugins may start and stop watchers as if the loop were their thread's.
+# (libev's manual describes this way of sharing a loop in its section on threads.)
+
+
+cdef void loop_release(ev_loop *ev) noexcept nogil:
+    pthread_mutex_unlock(&(<Worker *> ev_userdata(ev)).loop.lock)
+
+
+cdef void loop_acquire(ev_loop *ev) noexcept nogil:
+    pthread_mutex_lock(&(<Worker *> ev_userdata(ev)).loop.lock)
+
+
+cdef void loop_poked(ev_loop *ev, ev_async *poke, int events) noexcept nogil:
+    pass
+
+
+cdef void loop_pending(ev_loop *ev) noexcept nogil:
+    # In the helper, in place of invoking what is pending; the lock is held.
+    cdef Worker *worker = <Worker *> ev_userdata(ev)
+    cdef Loop *loop = worker.loop
+    if ev_pending_count(ev) == 1 and ev_is_pending(&loop.poke):
+        ev_invoke_pending(ev)
+    while ev_pending_count(ev) > 0 and not loop.stopping:
+        wake(worker)
+        pthread_cond_wait(&loop.invoked, &loop.lock)
+    if loop.stopping:
+        ev_break(ev, EVBREAK_ALL)
+
+
+cdef void *loop_main(void *argument) noexcept nogil:
+    cdef Loop *loop = (<Worker *> argument).loop
+    pthread_mutex_lock(&loop.lock)
+    ev_run(loop.ev, 0)
+    pthread_mutex_unlock(&loop.lock)
+    return NULL
+
+
+cdef Loop *open_loop(Worker *worker) noexcept nogil:
+    # Make the loop and its helper. The worker then holds the lock, as in any other crossing.
+    cdef Loop *loop = <Loop *> calloc(1, sizeof(Loop))
+    cdef sigset_t every, before
+    cdef int failed
+    if loop == NULL:
+        return NULL
+    loop.ev = ev_loop_new(EVFLAG_NOENV)
+    if loop.ev == NULL:
+        free(loop)
+        return NULL
+    pthread_mutex_init(&loop.lock, NULL)
+    pthread_cond_init(&loop.invoked, NULL)
+    ev_set_userdata(loop.ev, worker)
+    ev_set_loop_release_cb(loop.ev, loop_release, loop_acquire)
+    ev_set_invoke_pending_cb(loop.ev, loop_pending)
+    ev_async_init(&loop.poke, loop_poked)
+    ev_async_start(loop.ev, &loop.poke)
+    pthread_mutex_lock(&loop.lock)
+    worker.loop = loop
+    worker.locked = True
+    # Signals are for Python's threads.
+    sigfillset(&every)
+    pthread_sigmask(SIG_SETMASK, &every, &before)
+    failed = pthread_create(&loop.helper, NULL, loop_main, worker)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    if failed:
+        pthread_mutex_unlock(&loop.lock)
+        worker.loop = NULL
+        worker.locked = False
+        ev_loop_destroy(loop.ev)
+        free(loop)
+        return NULL
+    return loop
+
+
+cdef void close_loop(Worker *worker) noexcept nogil:
+    cdef Loop *loop = worker.loop
+    if loop == NULL:
+        return
+    pthread_mutex_lock(&loop.lock)
+    loop.stopping = True
+    ev_async_send(loop.ev, &loop.poke)
+    pthread_cond_signal(&loop.invoked)
+    pthread_mutex_unlock(&loop.lock)
+    pthread_join(loop.helper, NULL)
+    while worker.timers != NULL:
+        drop_timer(worker.timers)
+    while worker.watchers != NULL:
+        drop_watcher(worker.watchers)
+    worker.loop = NULL
+    ev_loop_destroy(loop.ev)
+    free(loop)
+
+
+cdef inline void enter(Worker *worker) noexcept nogil:
+    # Before a call into plugins. Those with watchers of their own expect the loop's time to be now.
+    check(at_home(worker) and not worker.inside)
+    worker.inside = True
+    if worker.loop != NULL:
+        pthread_mutex_lock(&worker.loop.lock)
+        worker.locked = True
+        if worker.any_raw:
+            ev_now_update(worker.loop.ev)
+            worker.touched = True
+
+
+cdef inline void leave(Worker *worker) noexcept nogil:
+    # After it. The helper sleeps until the time that was right before, so it may need a poke.
+    worker.inside = False
+    if worker.locked:
+        if worker.touched:
+            worker.touched = False
+            ev_async_send(worker.loop.ev, &worker.loop.poke)
+        worker.locked = False
+        pthread_mutex_unlock(&worker.loop.lock)
+
+
+cdef void invoke(void *argument) noexcept nogil:
+    ev_invoke_pending(<ev_loop *> argument)
+
+
+cdef void invoke_pending(Worker *worker) noexcept nogil:
+    # What the helper found due, and what that makes due at once.
+    cdef char[300] text
+    while ev_pending_count(worker.loop.ev) > 0:
+        if mq_guard(invoke, worker.loop.ev, text, sizeof(text)):
+            report(MQ_WARN, worker, worker.running_plugin,
+                   "%s: a C++ exception came out of it: %s", "a timer or watcher", text)
+        worker.running_plugin = -1
+    pthread_cond_signal(&worker.loop.invoked)
+
+
+cdef Loop *loop_of(Worker *worker) noexcept nogil:
+    # NULL when there can be none. Without a crossing (in mq_message_id, say) the lock is not held.
+    if not worker.inside:
+        return NULL
+    return worker.loop if worker.loop != NULL else open_loop(worker)
+
+
+cdef Cell *loop_cell(uint64_t handle, int kind, const char *function) noexcept nogil:
+    # A timer or a watcher, or NULL. One that is gone is no mistake of the plugin's.
+    cdef Block *block = block_of(handle, kind)
+    if block == NULL or block.owner == NULL:
+        return NULL
+    if not at_home(block.owner) or not block.owner.inside:
+        report(MQ_WARN, block.owner, plugin_of(handle), "%s%s; ignored", function,
+               " was called on another thread than the worker's")
+        return NULL
+    return cell_of(handle, kind)
+
+
+cdef public ev_loop *MQ_ev(MQ_Context *context) noexcept nogil:
+    cdef Worker *worker = context_here(context, "MQ_ev")
+    cdef Loop *loop = loop_of(worker) if worker != NULL else NULL
+    if loop == NULL:
+        return NULL
+    worker.touched = True
+    if not worker.any_raw:
+        worker.any_raw = True
+        ev_now_update(loop.ev)
+    return loop.ev
+
+
+cdef Figures *figures_of(Worker *worker, int event, int plugin) noexcept nogil:
+    return &worker.figures[event * worker.table.plugins + plugin]
+
+
+cdef void timer_due(ev_loop *ev, ev_timer *watcher, int events) noexcept nogil:
+    cdef TimerCell *timer = <TimerCell *> watcher.data
+    cdef Worker *worker = timer.worker
+    cdef Figures *figures = figures_of(worker, TIMER_CALL, timer.plugin)
+    cdef timer_function callback = timer.callback
+    cdef void *data = timer.data
+    cdef c_bool timed = figures.calls % SAMPLE == 0
+    cdef int64_t start = monotonic() if timed else 0
+    figures.calls += 1
+    worker.running_plugin = timer.plugin
+    worker.running_event = TIMER_CALL
+    drop_timer(timer)
+    callback(data)
+    worker.running_plugin = -1
+    if timed:
+        figures.nanoseconds += monotonic() - start
+        figures.samples += 1
+
+
+cdef void drop_timer(TimerCell *timer) noexcept nogil:
+    cdef Worker *worker = timer.worker
+    ev_timer_stop(worker.loop.ev, &timer.timer)
+    if timer.earlier != NULL:
+        timer.earlier.later = timer.later
+    else:
+        worker.timers = timer.later
+    if timer.later != NULL:
+        timer.later.earlier = timer.earlier
+    give(worker, TIMER, &timer.cell)
+
+
+cdef void start_timer(TimerCell *timer, float timeout) noexcept nogil:
+    cdef ev_loop *ev = timer.worker.loop.ev
+    ev_timer_stop(ev, &timer.timer)
+    ev_now_update(ev)
+    ev_timer_set(&timer.timer, timeout if timeout > 0 else 0, 0)
+    ev_timer_start(ev, &timer.timer)
+    timer.worker.touched = True
+
+
+cdef public MQ_Timer *MQ_TimerStart(MQ_Context *context, float timeout,
+                                    void (*callback)(void *data) noexcept nogil,
+                                    void *data) noexcept nogil:
+    cdef Worker *worker = context_here(context, "MQ_TimerStart")
+    cdef TimerCell *timer
+    cdef int plugin = plugin_of(<uint64_t> context)
+    if worker == NULL or callback == NULL or loop_of(worker) == NULL:
+        return NULL
+    timer = <TimerCell *> take(worker, TIMER)
+    if timer == NULL:
+        return NULL
+    timer.worker = worker
+    timer.plugin = plugin
+    timer.callback = callback
+    timer.data = data
+    timer.earlier = NULL
+    timer.later = worker.timers
+    if worker.timers != NULL:
+        worker.timers.earlier = timer
+    worker.timers = timer
+    ev_timer_init(&timer.timer, timer_due, 0, 0)
+    timer.timer.data = timer
+    start_timer(timer, timeout)
+    return <MQ_Timer *> handle_for(identity_of(timer.cell.word), plugin)
+
+
+cdef public void MQ_TimerStop(MQ_Timer *timer) noexcept nogil:
+    cdef TimerCell *cell = <TimerCell *> loop_cell(<uint64_t> timer, TIMER, "MQ_TimerStop")
+    if cell != NULL:
+        drop_timer(cell)
+
+
+cdef public void MQ_TimerReset(MQ_Timer *timer, float timeout) noexcept nogil:
+    cdef TimerCell *cell = <TimerCell *> loop_cell(<uint64_t> timer, TIMER, "MQ_TimerReset")
+    if cell != NULL:
+        start_timer(cell, timeout)
+
+
+cdef void watcher_due(ev_loop *ev, ev_io *io, int events) noexcept nogil:
+    cdef WatcherCell *watcher = <WatcherCell *> io.data
+    cdef Worker *worker = watcher.worker
+    cdef Figures *figures = figures_of(worker, WATCHER_CALL, watcher.plugin)
+    cdef c_bool timed = figures.calls % SAMPLE == 0
+    cdef int64_t start = monotonic() if timed else 0
+    figures.calls += 1
+    worker.running_plugin = watcher.plugin
+    worker.running_event = WATCHER_CALL
+    watcher.callback(
+        <MQ_IOWatcher *> handle_for(identity_of(watcher.cell.word), watcher.plugin),
+        watcher.fd, events & (MQ_READ | MQ_WRITE), watcher.data)
+    worker.running_plugin = -1
+    if timed:
+        figures.nanoseconds += monotonic() - start
+        figures.samples += 1
+
+
+cdef void drop_watcher(WatcherCell *watcher) noexcept nogil:
+    cdef Worker *worker = watcher.worker
+    ev_io_stop(worker.loop.ev, &watcher.io)
+    worker.touched = True
+    if watcher.earlier != NULL:
+        watcher.earlier.later = watcher.later
+    else:
+        worker.watchers = watcher.later
+    if watcher.later != NULL:
+        watcher.later.earlier = watcher.earlier
+    give(worker, WATCHER, &watcher.cell)
+
+
+cdef public MQ_IOWatcher *MQ_IOWatch(
+        MQ_Context *context, int fd, int events,
+        void (*callback)(MQ_IOWatcher *watcher, int fd, int events, void *data) noexcept nogil,
+        void *data) noexcept nogil:
+    cdef Worker *worker = context_here(context, "MQ_IOWatch")
+    cdef WatcherCell *watcher
+    cdef int plugin = plugin_of(<uint64_t> context)
+    if worker == NULL or callback == NULL:
+        return NULL
+    if not events & (MQ_READ | MQ_WRITE) or fcntl(fd, F_GETFD) < 0:
+        report(MQ_WARN, worker, plugin, "%s: %s", "MQ_IOWatch",
+               "not an open file descriptor, or neither MQ_READ nor MQ_WRITE")
+        return NULL
+    if loop_of(worker) == NULL:
+        return NULL
+    watcher = <WatcherCell *> take(worker, WATCHER)
+    if watcher == NULL:
+        return NULL
+    watcher.worker = worker
+    watcher.plugin = plugin
+    watcher.fd = fd
+    watcher.callback = callback
+    watcher.data = data
+    watcher.earlier = NULL
+    watcher.later = worker.watchers
+    if worker.watchers != NULL:
+        worker.watchers.earlier = watcher
+    worker.watchers = watcher
+    ev_io_init(&watcher.io, watcher_due, fd, events & (MQ_READ | MQ_WRITE))
+    watcher.io.data = watcher
+    ev_io_start(worker.loop.ev, &watcher.io)
+    worker.touched = True
+    return <MQ_IOWatcher *> handle_for(identity_of(watcher.cell.word), plugin)
+
+
+cdef public void MQ_IOUnwatch(MQ_IOWatcher *watcher) noexcept nogil:
+    cdef WatcherCell *cell = <WatcherCell *> loop_cell(<uint64_t> watcher, WATCHER, "MQ_IOUnwatch")
+    if cell != NULL:
+        drop_watcher(cell)

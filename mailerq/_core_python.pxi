@@ -1,0 +1,547 @@
+# What plugins.py works with: contexts, connections, and calls that have to be waited for.
+
+
+cdef class Nothing:
+    """The awaitable of an event that has been dealt with and needs no answer. There is one."""
+
+    def __await__(self):
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise StopIteration
+
+
+cdef Nothing nothing = Nothing()
+
+
+cdef class Context:
+    """A worker thread as plugins see it. To be made, used and ended on that thread.
+
+    plugins.py derives from it: `settle` is a coroutine function that finishes a `Call`.
+    """
+
+    cdef Worker *worker
+    cdef Table *table
+    cdef readonly Library library
+
+    def __cinit__(self, Library library, *args, **kwargs):
+        self.library = library
+        self.table = library.table
+        self.worker = open_worker(library.table)
+        if self.worker == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        if self.worker != NULL and self.worker.open:
+            shut(self)
+
+    def fileno(self):
+        """A descriptor that is readable when `turn` has something to do."""
+        return self.worker.wakeup
+
+    def start(self):
+        """mq_context_initialize of every plugin; to be awaited."""
+        cdef EventCell *event = begin(self, None, CONTEXT_INITIALIZE)
+        self.worker.context = event
+        self.worker.context_identity = identity_of(event.cell.word)
+        return run(self, event, None, None, None)
+
+    def stop(self):
+        """mq_context_cleanup of every plugin; to be awaited."""
+        return run(self, begin(self, None, CONTEXT_CLEANUP), None, None, None)
+
+    def end(self):
+        """Free what belongs to the worker. All handles of it become invalid."""
+        if self.worker.open:
+            shut(self)
+
+    def turn(self):
+        """Call what is due: timers, watchers, events that were handed back, `on_output`.
+
+        Returns the calls that are finished or are now with another plugin.
+        """
+        cdef Worker *worker = self.worker
+        cdef uint64_t count
+        cdef EventCell *event
+        cdef EventCell *following
+        cdef ConnectionCell *cell
+        moved = []
+        with nogil:
+            read(worker.wakeup, &count, sizeof(count))
+            enter(worker)
+            if worker.loop != NULL:
+                invoke_pending(worker)
+            event = resume(worker)
+            leave(worker)
+            if worker.handed != NULL:
+                wake(worker)
+        while event != NULL:
+            following = event.handed
+            call = <Call> event.call
+            if call.abandoned:
+                call.close()
+            else:
+                moved.append(call)
+            event = following
+        for connection in self.take_outputs():
+            connection.on_output()
+        if lines != NULL:
+            flush_log()
+        return moved
+
+    cdef list take_outputs(self):
+        cdef Worker *worker = self.worker
+        cdef ConnectionCell *cell
+        connections = []
+        pthread_mutex_lock(&worker.mutex)
+        cell = worker.outputs
+        worker.outputs = NULL
+        while cell != NULL:
+            cell.queued = False
+            if cell.python != NULL and (<Connection> cell.python).on_output is not None:
+                connections.append(<Connection> cell.python)
+            cell = cell.next_output
+        pthread_mutex_unlock(&worker.mutex)
+        return connections
+
+    @property
+    def running(self):
+        """The plugin and the function that the thread is in just now, or None. Any thread."""
+        cdef int plugin = self.worker.running_plugin
+        if plugin < 0 or not self.worker.open:
+            return None
+        return self.library.names[plugin], FUNCTIONS[self.worker.running_event].decode()
+
+    @property
+    def live(self):
+        """How many objects of each kind there are: for tests, which want to see zeros."""
+        return {"events": self.worker.live[EVENT], "connections": self.worker.live[CONNECTION],
+                "messages": self.worker.live[MESSAGE], "timers": self.worker.live[TIMER],
+                "watchers": self.worker.live[WATCHER]}
+
+
+cdef shut(Context context):
+    # Events that were given up and never handed back end here, with what they kept alive.
+    cdef Worker *worker = context.worker
+    cdef EventCell *event
+    with nogil:
+        close_loop(worker)
+    while worker.waiting != NULL:
+        event = worker.waiting
+        unlist(event)
+        call = <Call> event.call
+        call.event = NULL
+        free(event.text)
+        if event.message != NULL:
+            close_message(event.message)
+        Py_DECREF(call)
+    context.library.add_figures(worker, context.library.totals)
+    close_worker(worker)
+    flush_log()
+
+
+cdef EventCell *begin(Context context, Connection connection, int number) except NULL:
+    cdef EventCell *event
+    if not context.worker.open:
+        raise RuntimeError("the context has ended")
+    if connection is not None and connection.cell.event != NULL:
+        raise RuntimeError("another event of this connection is still going on")
+    event = <EventCell *> take(context.worker, EVENT)
+    if event == NULL:
+        raise MemoryError
+    event.worker = context.worker
+    event.table = context.table
+    event.number = number
+    event.position = 0
+    event.restarts = 0
+    event.outcome = UNDECIDED
+    event.cancelled = False
+    event.finished = False
+    event.code = 0
+    event.text = NULL
+    event.message = NULL
+    event.call = NULL
+    event.connection = NULL
+    if connection is not None:
+        event.connection = connection.cell
+        connection.cell.event = event
+        connection.cell.decided = False
+    return event
+
+
+cdef void release(EventCell *event) noexcept:
+    # The event is over, and so are all handles of it. The worker keeps that of its own start.
+    free(event.text)
+    event.text = NULL
+    if event.connection != NULL:
+        event.connection.event = NULL
+        event.connection = NULL
+    if event.message != NULL:
+        close_message(event.message)
+        event.message = NULL
+    if event != event.worker.context:
+        give(event.worker, EVENT, &event.cell)
+
+
+cdef run(Context context, EventCell *event, Connection connection, object first, object second):
+    # The whole chain in one crossing. What is returned is to be awaited; when no plugin had
+    # anything to say that is `nothing`, and no object was made.
+    cdef Worker *worker = context.worker
+    cdef Call call
+    with nogil:
+        enter(worker)
+        worker.current = event
+        cross(event)
+        worker.current = NULL
+        leave(worker)
+    if lines != NULL:
+        flush_log()
+    if worker.handed != NULL:
+        wake(worker)
+    if (event.finished and event.outcome <= DECIDED
+            and not (event.connection != NULL and event.connection.decided)
+            and not (context.table.python_events >> event.number & 1)):
+        release(event)
+        return nothing
+    call = Call.__new__(Call)
+    call.context = context
+    call.connection = connection
+    call.first = first
+    call.second = second
+    call.event = event
+    if not event.finished:
+        # Until it is handed back the plugin may read what the arguments hold.
+        event.call = <void *> call
+        Py_INCREF(call)
+    return context.settle(call)
+
+
+cdef class Call:
+    """An event that was suspended, or that ended in something to tell.
+
+    `task` and `scope` are for the code that waits for it.
+    """
+
+    cdef EventCell *event       # NULL when it is closed
+    cdef readonly Context context
+    cdef readonly Connection connection
+    cdef readonly object first
+    cdef readonly object second
+    cdef readonly bint abandoned
+    cdef public object task
+    cdef public object scope
+
+    @property
+    def number(self):
+        return self.event.number
+
+    @property
+    def name(self):
+        """The event's name: "rcptto"."""
+        return EVENTS[self.event.number]
+
+    @property
+    def function(self):
+        """The callback's name: "mq_smtp_in_rcptto"."""
+        return FUNCTIONS[self.event.number].decode()
+
+    @property
+    def finished(self):
+        """Whether no plugin has it any more, or it was given up."""
+        return self.event.finished
+
+    @property
+    def outcome(self):
+        return OUTCOMES[self.event.outcome]
+
+    @property
+    def plugin(self):
+        """The plugin that has it or that the outcome is about; None when that is no plugin."""
+        cdef int plugin = self.event.culprit
+        if not self.event.finished:
+            plugin = plugin_of(self.event.cell.word)
+        return self.context.library.names[plugin] if plugin >= 0 else None
+
+    @property
+    def code(self):
+        """The code of MQ_Reject."""
+        return self.event.code
+
+    @property
+    def text(self):
+        """The text of MQ_Reject, as bytes."""
+        return self.event.text if self.event.text != NULL else b""
+
+    def give_up(self):
+        """Stop waiting for the plugin. False when it has handed back a moment ago."""
+        if not give_up(self.event):
+            return False
+        self.detach()
+        return True
+
+    def cancel(self):
+        """Call no other plugin when the one that has it hands it back."""
+        self.event.cancelled = True
+
+    cdef detach(self):
+        # The plugin keeps the event, but the connection goes on without it.
+        self.abandoned = True
+        if self.event.connection != NULL:
+            self.event.connection.event = NULL
+            self.event.connection = NULL
+
+    def close(self):
+        """Free the event. One that was given up lives on until it is handed back."""
+        cdef EventCell *event = self.event
+        if event == NULL or event.cell.word & STATE_MASK == GIVEN_UP:
+            return
+        self.event = NULL
+        if event.call != NULL:
+            event.call = NULL
+            Py_DECREF(self)
+        release(event)
+
+
+cdef class Connection:
+    """One SMTP connection, incoming or outgoing, as plugins see it.
+
+    Each event method is to be awaited at once; it returns None when the session goes on, or the
+    `Reject` that takes the place of the normal reply. When nobody listens it costs one test. Only
+    one event of a connection can go on at a time; all on the worker's thread.
+    """
+
+    cdef ConnectionCell *cell
+    cdef readonly Context context
+    cdef public object on_output
+    cdef object __weakref__
+
+    def __cinit__(self, Context context not None, int fd, bint secure=False, on_output=None):
+        cdef ConnectionCell *cell
+        cdef Worker *worker = context.worker
+        cdef int plugins = context.table.plugins
+        if not worker.open:
+            raise RuntimeError("the context has ended")
+        if worker.orphans != NULL:
+            adopt(worker)
+        cell = <ConnectionCell *> take(worker, CONNECTION)
+        if cell == NULL:
+            raise MemoryError
+        if cell.data == NULL:
+            cell.data = <void **> calloc(plugins + 1, sizeof(void *))
+            if cell.data == NULL:
+                give(worker, CONNECTION, &cell.cell)
+                raise MemoryError
+        else:
+            memset(cell.data, 0, plugins * sizeof(void *))
+        cell.worker = worker
+        cell.event = NULL
+        cell.python = <void *> self
+        cell.fd = fd
+        cell.secure = secure
+        cell.authenticated = False
+        cell.decided = False
+        cell.closed = False
+        cell.queued = False
+        cell.output = NULL
+        cell.output_size = 0
+        cell.output_room = 0
+        self.cell = cell
+        self.context = context
+        self.on_output = on_output
+
+    def __dealloc__(self):
+        # The last reference may go on any thread.
+        cdef ConnectionCell *cell = self.cell
+        cdef Worker *worker
+        cdef ConnectionCell **link
+        if cell == NULL or not cell.worker.open or cell.python != <void *> self:
+            return
+        worker = cell.worker
+        pthread_mutex_lock(&worker.mutex)
+        cell.python = NULL
+        cell.closed = True
+        free(cell.output)
+        cell.output = NULL
+        if cell.queued:
+            link = &worker.outputs
+            while link[0] != cell:
+                link = &link[0].next_output
+            link[0] = cell.next_output
+        if at_home(worker):
+            give(worker, CONNECTION, &cell.cell)
+        else:
+            cell.cell.next = worker.orphans
+            worker.orphans = &cell.cell
+        pthread_mutex_unlock(&worker.mutex)
+
+    @property
+    def fd(self):
+        return self.cell.fd
+
+    @property
+    def secure(self):
+        """Whether the connection is encrypted."""
+        return self.cell.secure
+
+    @secure.setter
+    def secure(self, bint value):
+        self.cell.secure = value
+
+    @property
+    def authenticated(self):
+        """Whether the client has logged in; plugins set it too."""
+        return self.cell.authenticated
+
+    @authenticated.setter
+    def authenticated(self, bint value):
+        self.cell.authenticated = value
+
+    @property
+    def decided(self):
+        """Whether a plugin set `authenticated` in the latest event."""
+        return self.cell.decided
+
+    def closed_by_peer(self):
+        """From now on MQ_SmtpSend returns 0."""
+        self.cell.closed = True
+
+    def take_output(self):
+        """What plugins queued with MQ_SmtpSend since the last call."""
+        cdef ConnectionCell *cell = self.cell
+        cdef char *output
+        cdef size_t size
+        if cell.output_size == 0:
+            return b""
+        pthread_mutex_lock(&cell.worker.mutex)
+        output = cell.output
+        size = cell.output_size
+        cell.output = NULL
+        cell.output_size = 0
+        cell.output_room = 0
+        pthread_mutex_unlock(&cell.worker.mutex)
+        try:
+            return output[:size]
+        finally:
+            free(output)
+
+    def send(self, bytes data not None):
+        """Queue raw bytes for the peer, as MQ_SmtpSend does; for Python's handlers."""
+        cdef MQ_SmtpConnection *handle = <MQ_SmtpConnection *> identity_of(self.cell.cell.word)
+        return MQ_SmtpSend(handle, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+    cdef inline bint listens(self, int number):
+        return ((self.context.table.c_events | self.context.table.python_events) >> number) & 1
+
+    cdef plain(self, int number):
+        if not self.listens(number):
+            return nothing
+        return run(self.context, begin(self.context, self, number), self, None, None)
+
+    cdef address(self, int number, str text):
+        cdef EventCell *event
+        cdef Py_ssize_t size
+        if not self.listens(number):
+            return nothing
+        event = begin(self.context, self, number)
+        try:
+            event.first = PyUnicode_AsUTF8AndSize(text, &size)
+        except BaseException:
+            release(event)
+            raise
+        event.first_size = size
+        return run(self.context, event, self, text, None)
+
+    cdef mail(self, int number, message, document):
+        cdef EventCell *event
+        if not self.listens(number):
+            return nothing
+        event = begin(self.context, self, number)
+        try:
+            event.message = open_message(event, message, message if document is None else document)
+        except BaseException:
+            release(event)
+            raise
+        return run(self.context, event, self, message, document)
+
+    def connect(self):
+        """mq_smtp_in_connect: accepted, before the banner. A `Reject` replaces the banner."""
+        return self.plain(CONNECT)
+
+    def secured(self):
+        """mq_smtp_in_secure: the TLS handshake is done. Sets `secure`."""
+        self.cell.secure = True
+        return self.plain(SECURE)
+
+    def authenticate(self, str login not None, str password not None):
+        """mq_smtp_in_authenticate: True or False when a plugin decided, else None, or a `Reject`."""
+        cdef EventCell *event
+        cdef Py_ssize_t size
+        if not self.listens(AUTHENTICATE):
+            return nothing
+        event = begin(self.context, self, AUTHENTICATE)
+        try:
+            event.first = PyUnicode_AsUTF8AndSize(login, &size)
+            event.first_size = size
+            event.second = PyUnicode_AsUTF8AndSize(password, &size)
+            event.second_size = size
+        except BaseException:
+            release(event)
+            raise
+        return run(self.context, event, self, login, password)
+
+    def mailfrom(self, str address not None):
+        """mq_smtp_in_mailfrom: the address without angle brackets, "" for the null sender."""
+        return self.address(MAILFROM, address)
+
+    def rcptto(self, str address not None):
+        """mq_smtp_in_rcptto: the address without angle brackets."""
+        return self.address(RCPTTO, address)
+
+    def data(self, bytes mime not None):
+        """mq_smtp_in_data: the whole text of the mail, once for a transaction."""
+        cdef EventCell *event
+        if not self.listens(DATA):
+            return nothing
+        event = begin(self.context, self, DATA)
+        event.first = PyBytes_AS_STRING(mime)
+        event.first_size = PyBytes_GET_SIZE(mime)
+        return run(self.context, event, self, mime, None)
+
+    def message(self, message not None):
+        """mq_smtp_in_message, once for each recipient; edits the `Message` in place."""
+        return self.mail(ON_MESSAGE, message, None)
+
+    def out_data(self, message not None, document=None):
+        """mq_smtp_out_data: 354 has come. `message` is what this attempt sends, and is edited.
+
+        `document` is the stored message, which MQ_Json shows and edits; by default `message`.
+        """
+        return self.mail(OUT_DATA, message, message if document is None else document)
+
+    def out_sent(self, message not None, document=None):
+        """mq_smtp_out_sent: the final dot is written. Arguments as for `out_data`."""
+        return self.mail(OUT_SENT, message, message if document is None else document)
+
+    def close(self):
+        """mq_smtp_in_close, after a suspended event of this connection was handed back."""
+        self.cell.closed = True
+        if self.cell.event != NULL:
+            return self.context.close_later(self, <Call> self.cell.event.call)
+        return self.plain(CLOSE)
+
+
+cdef void adopt(Worker *worker) noexcept nogil:
+    # Take back the cells of connections whose last reference went on another thread.
+    cdef Cell *cell
+    cdef Cell *following
+    pthread_mutex_lock(&worker.mutex)
+    cell = worker.orphans
+    worker.orphans = NULL
+    while cell != NULL:
+        following = cell.next
+        give(worker, CONNECTION, cell)
+        cell = following
+    pthread_mutex_unlock(&worker.mutex)

@@ -1,0 +1,378 @@
+"""Plugins: loading them, a context for each worker thread, and waiting for those that suspend.
+
+Theory of operation
+-------------------
+The work is done in `mailerq._core`, which calls a whole chain of C plugins in one crossing and
+without Python's lock. `Connection` lives there too: ``await connection.rcptto(address)`` is one
+test when nobody listens, and one crossing and no task switch when the plugins decide at once.
+
+What is left for this module is the exception: an event that a plugin has suspended, rejected or
+spoilt, and handlers in Python. Then the core makes a `Call` and awaits `Context.settle`. A
+suspended call puts its task to sleep; a plugin that hands back, on any thread, makes the context's
+eventfd readable, and the listener of the context takes a turn in the core and wakes the tasks
+whose calls have come to an end. The same turn runs timers and watchers and asks the engine to send
+what plugins have queued.
+
+Guarantees
+----------
+- A `Context` and its connections are used on one thread only, the worker's; `Plugins` on any.
+- An event ends: handed back, or given up after the timeout. A cancelled one stays with its plugin,
+  and `Connection.close` waits for that.
+- An error in a handler is a 451 for its event and a logged traceback, never more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final, NamedTuple, Self
+
+import trio
+
+from mailerq import _core
+from mailerq._core import Call, Connection
+from mailerq.errors import PluginError
+
+__all__ = ["Connection", "Context", "Handler", "Plugins", "Reject", "Statistics"]
+
+logger: Final = logging.getLogger("mailerq.plugins")
+
+Statistics = dict[str, dict[str, dict[str, float]]]
+"""Plugin, event, then calls, suspensions, rejects, timeouts and seconds (an estimate)."""
+
+
+class Reject(NamedTuple):
+    """The reply that takes the place of the normal one; `text` begins with an enhanced code."""
+
+    code: int
+    text: str
+
+
+Handler = Callable[..., "Reject | bool | Awaitable[Reject | bool | None] | None"]
+"""A function, plain or async, that gets the `Connection` and what the event is about."""
+
+GIVEN_UP: Final = Reject(451, "4.3.0 Local problem, please try again later")
+
+_HANDLED: Final = _core.EVENTS[_core.EVENTS.index("connect") :][:10]
+
+_STATUS: Final = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?= |$)")
+
+_STATUS_OF: Final = {
+    421: "4.3.2",  # RFC 3463, section 3.4: system not accepting messages
+    450: "4.2.0",
+    452: "4.3.1",  # section 3.4: mail system full
+    454: "4.7.0",  # RFC 4954, section 6: temporary authentication failure
+    535: "5.7.8",  # RFC 4954, section 6: credentials invalid
+    550: "5.7.1",  # section 3.8: delivery not authorised
+    552: "5.2.2",  # section 3.3: mailbox full
+}
+"""An enhanced status code for a reply without one; else x.7.1, refused by policy."""
+
+
+def clean_reject(code: int, text: str) -> Reject:
+    r"""Make a plugin's reject fit for the wire: lines of printable text, a status code that fits.
+
+    >>> clean_reject(550, "No\r\nmailbox")
+    Reject(code=550, text='5.7.1 No\nmailbox')
+    >>> clean_reject(450, "5.7.1 Later\x1b")
+    Reject(code=450, text='4.7.1 Later')
+    """
+    lines = [
+        "".join(character for character in line if character.isprintable()).strip()
+        for line in text.splitlines()
+    ]
+    text = "\n".join(line for line in lines if line)
+    family = str(code)[0]
+    status = _STATUS.match(text)
+    if status is None:
+        default = _STATUS_OF.get(code, f"{family}.7.1")
+        return Reject(code, f"{default} {text or 'Refused'}")
+    rest = text[status.end() :].lstrip()
+    return Reject(code, f"{family}{status[2]} {rest or 'Refused'}")
+
+
+def machine_number(server_id: int | None, hostname: str) -> int:
+    """The 35 bits that stand for this machine in message ids; the top one says "derived"."""
+    if server_id is not None:
+        return server_id & (1 << 34) - 1
+    try:
+        identity = Path("/etc/machine-id").read_bytes()
+    except OSError:
+        identity = b""
+    digest = hashlib.blake2b(identity + hostname.encode() + socket.gethostname().encode())
+    return 1 << 34 | int.from_bytes(digest.digest()[:8]) & (1 << 34) - 1
+
+
+def describe(handler: Handler) -> str:
+    """The name of a handler in logs and statistics."""
+    return f"{handler.__module__}.{getattr(handler, '__qualname__', type(handler).__name__)}"
+
+
+class Plugins:
+    """The plugins of one engine."""
+
+    def __init__(self, library: _core.Library, timeout: float) -> None:
+        self.timeout = timeout
+        """Seconds until a suspended event is given up; 0 is never. May be lowered at any time."""
+        self.handlers: dict[str, list[Handler]] = {}
+        self._library = library
+        self._figures: Statistics = {}
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | None,
+        *,
+        timeout: float = 300,
+        hostname: str = "",
+        server_id: int | None = None,
+    ) -> Self:
+        """Open every ``*.so`` of a directory, in byte order of the names; a missing one is empty.
+
+        Raises `PluginError` when one of them cannot be used.
+        """
+        names: list[bytes] = []
+        if directory:
+            try:
+                names = os.listdir(os.fsencode(directory))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise PluginError(f"{directory}: the plugins cannot be listed: {error}") from None
+        _core.set_machine(machine_number(server_id, hostname))
+        paths = [
+            os.path.join(os.path.abspath(directory or ""), os.fsdecode(name))
+            for name in sorted(names)
+            if name.endswith(b".so")
+        ]
+        return cls(_core.Library(paths), timeout)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The file names, in load order."""
+        return self._library.names
+
+    def listens(self, event: str) -> bool:
+        """Whether anybody wants this event: "rcptto", "message", "out_data" and so on."""
+        return self._library.listens(event)
+
+    def initialize(self) -> None:
+        """Call mq_initialize of each plugin; after it contexts may be opened."""
+        self._library.call_plain("mq_initialize")
+
+    def cleanup(self) -> None:
+        """Call mq_cleanup of each plugin, after the last context was closed."""
+        self._library.call_plain("mq_cleanup")
+
+    async def open_context(self, worker: int = 0) -> Context:
+        """Make the calling thread a worker, and wait until every plugin has taken note.
+
+        To be called within the thread's trio loop. Raises `PluginError` when a plugin does not
+        hand back in time.
+        """
+        context = Context(self, worker)
+        try:
+            await context.open()
+        except BaseException:
+            context.abort()
+            raise
+        return context
+
+    def message_id(self) -> str:
+        """A new message id, of the plugin that owns them or of the built-in generator."""
+        return self._library.message_id()
+
+    def statistics(self) -> Statistics:
+        """What each plugin, and each handler of Python's, did and cost so far."""
+        figures: Statistics = dict(self._library.figures())
+        return figures | {name: dict(rows) for name, rows in self._figures.items()}
+
+    def figures_of(self, handler: Handler, event: str) -> dict[str, float]:
+        """The row of a handler in `statistics`, to count in."""
+        row: dict[str, float] = dict.fromkeys(
+            ("calls", "suspensions", "rejects", "timeouts", "seconds"), 0
+        )
+        return self._figures.setdefault(describe(handler), {}).setdefault(event, row)
+
+    def on(self, event: str, handler: Handler) -> None:
+        """Call a handler for an event, after the C plugins and the handlers before it.
+
+        `event` is a name such as "rcptto", the `handler` a plain or async function. It gets the
+        `Connection` and then what the event is about: the address; login and password; the text
+        of the mail; the `Message`, which it may edit; for "out_data" and "out_sent" the `Message`
+        that is sent now and the one that is stored. It returns None to go on, or a `Reject`;
+        for "authenticate" also True or False. An exception in it is a 451 and logged.
+        """
+        if event not in _HANDLED:
+            raise ValueError(f"no event {event!r}: there are {', '.join(_HANDLED)}")
+        self.handlers.setdefault(event, []).append(handler)
+        self._library.set_handled(event)
+
+
+class Context(_core.Context):
+    """A worker thread, as plugins know it. Made by `Plugins.open_context`."""
+
+    def __new__(cls, plugins: Plugins, worker: int) -> Self:
+        return super().__new__(cls, plugins._library)
+
+    def __init__(self, plugins: Plugins, worker: int) -> None:
+        self.plugins = plugins
+        self.worker = worker
+        self._listener: trio.CancelScope | None = None
+
+    async def open(self) -> None:
+        """Start listening to the plugins and call mq_context_initialize."""
+        if self.plugins.names:
+            self._listener = trio.CancelScope()
+            trio.lowlevel.spawn_system_task(self._listen, self._listener)
+        await self.start()
+
+    async def close(self) -> None:
+        """Call mq_context_cleanup, wait for the hand-backs, and end the worker.
+
+        All connections of the context must have been closed.
+        """
+        try:
+            await self.stop()
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """End the worker without a word to the plugins."""
+        if self._listener is not None:
+            self._listener.cancel()
+            self._listener = None
+        self.end()
+
+    def connection(
+        self, fd: int, *, secure: bool = False, on_output: Callable[[], None] | None = None
+    ) -> Connection:
+        """The plugins' side of a new SMTP connection.
+
+        `on_output` is called, on the worker's thread, when a plugin has queued bytes at another
+        time than in an event of the connection; after each event the engine looks for itself.
+        """
+        return Connection(self, fd, secure, on_output)
+
+    async def _listen(self, scope: trio.CancelScope) -> None:
+        with scope:
+            while True:
+                await trio.lowlevel.wait_readable(self.fileno())
+                try:
+                    self._turn()
+                except Exception:
+                    logger.exception("a turn of the plugins failed")
+
+    def _turn(self) -> None:
+        for call in self.turn():
+            if call.finished:
+                if call.task is not None:
+                    task, call.task = call.task, None
+                    trio.lowlevel.reschedule(task)
+                elif call.connection is not None:
+                    call.close()  # it was cancelled, and nobody has waited for it since
+            elif call.scope is not None:
+                call.scope.deadline = self._deadline()
+
+    def _deadline(self) -> float:
+        return trio.current_time() + self.plugins.timeout if self.plugins.timeout else math.inf
+
+    async def settle(self, call: Call) -> Reject | bool | None:
+        """Wait until a call is over, ask the handlers in Python, and say what came of it."""
+        await self._wait(call)
+        outcome, plugin, code, text = call.outcome, call.plugin, call.code, call.text
+        function, name = call.function, call.name
+        call.close()
+        match outcome:
+            case "rejected":
+                return clean_reject(code, text.decode("utf-8", "replace"))
+            case "undecided" | "decided":
+                pass
+            case _:
+                if outcome == "looped":
+                    logger.warning("[%s] %s was retried 100 times; given up", plugin, function)
+                if call.connection is None:
+                    raise PluginError(f"{plugin}: {function} {outcome}")
+                return GIVEN_UP
+        if outcome == "undecided" and name in self.plugins.handlers:
+            if (answer := await self._ask_handlers(call, name)) is not None:
+                return answer
+        if name == "authenticate" and call.connection.decided:
+            return call.connection.authenticated
+        return None
+
+    async def close_later(self, connection: Connection, call: Call) -> None:
+        """Close a connection of which an event was cancelled, when that is handed back."""
+        await self._wait(call)
+        call.close()
+        await connection.close()
+
+    async def _wait(self, call: Call) -> None:
+        # Sleep until the call is finished; the deadline moves when another plugin has its turn.
+        def abort(raise_cancel: object) -> trio.lowlevel.Abort:
+            call.task = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        while not call.finished:
+            with trio.CancelScope(deadline=self._deadline()) as call.scope:
+                call.task = trio.lowlevel.current_task()
+                try:
+                    await trio.lowlevel.wait_task_rescheduled(abort)
+                except trio.Cancelled:
+                    if not call.scope.cancel_called:
+                        call.cancel()
+                    raise
+            if call.scope.cancelled_caught and not call.finished:
+                plugin = call.plugin
+                if call.give_up():
+                    logger.warning(
+                        "[%s] %s was not handed back within %g seconds; given up",
+                        plugin,
+                        call.function,
+                        self.plugins.timeout,
+                    )
+        call.scope = None
+
+    async def _ask_handlers(self, call: Call, event: str) -> Reject | bool | None:
+        arguments = [argument for argument in (call.first, call.second) if argument is not None]
+        decided: bool | None = None
+        for handler in self.plugins.handlers[event]:
+            name, figures = describe(handler), self.plugins.figures_of(handler, event)
+            figures["calls"] += 1
+            start = time.perf_counter()
+            try:
+                with trio.CancelScope(deadline=self._deadline()) as scope:
+                    answer = handler(call.connection, *arguments)
+                    if inspect.isawaitable(answer):
+                        figures["suspensions"] += 1
+                        answer = await answer
+            except Exception:
+                logger.exception("[%s] failed in %s; given up", name, event)
+                return GIVEN_UP
+            finally:
+                figures["seconds"] += time.perf_counter() - start
+            if scope.cancelled_caught:
+                figures["timeouts"] += 1
+                seconds = self.plugins.timeout
+                logger.warning("[%s] %s did not end in %g seconds; given up", name, event, seconds)
+                return GIVEN_UP
+            match answer:
+                case None:
+                    pass
+                case Reject(code, text):
+                    figures["rejects"] += 1
+                    return clean_reject(code, text)
+                case bool() if event == "authenticate":
+                    call.connection.authenticated = decided = answer
+                case _:
+                    logger.error("[%s] returned %r for %s; given up", name, answer, event)
+                    return GIVEN_UP
+        return decided

@@ -1,0 +1,97 @@
+"""Build the extension `mailerq._core`; everything else is in pyproject.toml.
+
+The environment variable ``MQ_DEBUG=1`` builds it with assertions and without optimisation;
+``MQ_SANITIZE=address,undefined`` builds it for these sanitizers of the compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+LIBRARIES = (
+    # pkg-config's name, header, linker option, Debian's package
+    ("libev", "ev.h", "-lev", "libev-dev"),
+    ("json-c", "json-c/json.h", "-ljson-c", "libjson-c-dev"),
+)
+
+
+def pkg_config(name: str, option: str) -> list[str] | None:
+    """What pkg-config says about a library, or None when it does not know it."""
+    program = shutil.which(os.environ.get("PKG_CONFIG", "pkg-config"))
+    if program is None:
+        return None
+    found = subprocess.run([program, option, name], capture_output=True, text=True, check=False)
+    return shlex.split(found.stdout) if found.returncode == 0 else None
+
+
+def compiles(header: str, link: str) -> bool:
+    """Whether a program with this header and library can be built; libev ships no .pc file."""
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    flags = shlex.split(os.environ.get("CFLAGS", ""))
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "probe.c")
+        source.write_text(f"#include <{header}>\nint main(void) {{ return 0; }}\n")
+        command = [*compiler, *flags, str(source), "-o", str(source.with_suffix("")), link]
+        try:
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except OSError:
+            sys.exit(f"mailerq needs a C compiler, and {compiler[0]!r} is none: install gcc")
+
+
+def library_flags() -> tuple[list[str], list[str]]:
+    """Compiler and linker flags of libev and json-c; says what to install when one is missing."""
+    compile_flags: list[str] = []
+    link_flags: list[str] = []
+    missing: list[str] = []
+    for name, header, link, package in LIBRARIES:
+        cflags, libs = pkg_config(name, "--cflags"), pkg_config(name, "--libs")
+        if cflags is not None and libs is not None:
+            compile_flags += cflags
+            link_flags += libs
+        elif compiles(header, link):
+            link_flags.append(link)
+        else:
+            missing.append(package)
+    if missing:
+        sys.exit(f"mailerq needs libraries that are not here: apt-get install {' '.join(missing)}")
+    if shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is None:
+        sys.exit("mailerq needs a C++ compiler for one small file: apt-get install g++")
+    return compile_flags, link_flags
+
+
+def extension() -> Extension:
+    compile_flags, link_flags = library_flags()
+    macros: list[tuple[str, str | None]] = []
+    compile_flags += ["-fvisibility=hidden", "-fexceptions", "-Wno-unused-function"]
+    if os.environ.get("MQ_DEBUG", "") not in ("", "0"):
+        macros.append(("MQ_DEBUG", "1"))
+        compile_flags += ["-O1", "-g3", "-fno-omit-frame-pointer"]
+    else:
+        compile_flags += ["-O2", "-g1"]
+    if sanitizers := os.environ.get("MQ_SANITIZE"):
+        compile_flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined"]
+        link_flags.append(f"-fsanitize={sanitizers}")
+    return Extension(
+        "mailerq._core",
+        sources=["mailerq/_core.pyx", "mailerq/_core_guard.cpp"],
+        depends=["include/mailerq.h", *map(str, sorted(Path("mailerq").glob("_core*.p[x]*")))],
+        include_dirs=["include"],
+        define_macros=macros,
+        extra_compile_args=compile_flags,
+        extra_link_args=[*link_flags, "-lstdc++", "-ldl", "-lpthread"],
+    )
+
+
+setup(
+    data_files=[("include", ["include/mailerq.h"])],
+    ext_modules=cythonize([extension()], language_level=3),
+)
