@@ -46,6 +46,8 @@ class Sink:
     port: int
     mails: list[Mail] = field(default_factory=list)
     connections: int = 0
+    last_mails: dict[int, str] = field(default_factory=dict)
+    """The recipient of the last mail on each connection, by the connection's number."""
     decide: Decide = lambda event: None
     arrived: trio.Event = field(default_factory=trio.Event)
 
@@ -58,6 +60,7 @@ class Sink:
 
     async def serve(self, sock: socket.socket) -> None:
         self.connections += 1
+        connection = self.connections
         stream = Stream(sock)
         machine = server.ServerProtocol(server.Settings(hostname="sink.test"))
         machine.greet()
@@ -73,13 +76,13 @@ class Sink:
                         await stream.send_all(machine.data_to_send())
                         return
                     case _:
-                        self.answer(machine, event)
+                        self.answer(machine, event, connection)
         except StreamLost:
             return
         finally:
             stream.close()
 
-    def answer(self, machine: server.ServerProtocol, event: server.Event) -> None:
+    def answer(self, machine: server.ServerProtocol, event: server.Event, connection: int) -> None:
         refusal = self.decide(event)
         if refusal is not None:
             machine.reject(refusal)
@@ -87,6 +90,7 @@ class Sink:
         if isinstance(event, server.Content):
             assert machine.sender is not None
             self.mails.append(Mail(machine.sender, machine.recipients, event.body))
+            self.last_mails[connection] = machine.recipients[0]
             self.arrived.set()
         machine.accept()
 
@@ -117,6 +121,12 @@ def closed_port() -> Iterator[int]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         yield sock.getsockname()[1]
+
+
+def free_port() -> int:
+    """A port that was free a moment ago, for a program that must be told one."""
+    with closed_port() as port:
+        return port
 
 
 def configure(directory: Path, **settings: Any) -> Config:

@@ -1,0 +1,286 @@
+"""Plugins in the whole engine: every callback at its moment, and what each may change."""
+
+from __future__ import annotations
+
+import logging
+import smtplib
+from pathlib import Path
+
+import pytest
+import trio
+
+from mailerq import Engine
+from mailerq.errors import PluginError
+from mailerq.wire import server
+from mailerq.wire.smtp import Reply
+from tests.support import (
+    ROOT,
+    closed_port,
+    compile_plugin,
+    configure,
+    in_thread,
+    open_sink,
+    send,
+    without_received,
+)
+
+POLICY = r"""
+#include <mailerq.h>
+#include <string.h>
+
+static bool starts(const char *text, const char *with)
+{
+    return strncmp(text, with, strlen(with)) == 0;
+}
+
+MQ_EXPORT int mq_version(void) { return MQ_API_VERSION; }
+
+MQ_EXPORT bool mq_smtp_in_mailfrom(MQ_Context *context, MQ_SmtpConnection *connection,
+                                   const char *mailfrom, size_t size)
+{
+    (void)context; (void)size;
+    if (starts(mailfrom, "refused@")) MQ_Reject(connection, 550, "not you");
+    if (starts(mailfrom, "later@")) MQ_Reject(connection, 451, "4.7.5 come\r\nagain");
+    if (starts(mailfrom, "friend@")) MQ_SetSmtpAuthenticated(connection, true);
+    if (starts(mailfrom, "raw@")) MQ_SmtpSend(connection, "250-raw\r\n", 9);
+    if (starts(mailfrom, "bye@")) MQ_Reject(connection, 421, "bye");
+    return false;
+}
+
+MQ_EXPORT bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connection,
+                                 const char *rcptto, size_t size)
+{
+    (void)size;
+    if (starts(rcptto, "nobody@")) {
+        MQ_Reject(connection, 550, "5.1.1 nobody");
+        MQ_Continue(context);
+        return true;
+    }
+    MQ_Complete(context);
+    return true;
+}
+
+MQ_EXPORT bool mq_smtp_in_data(MQ_Context *context, MQ_SmtpConnection *connection,
+                               const char *mime, size_t size)
+{
+    (void)context;
+    if (size > 4 && memcmp(mime, "EVIL", 4) == 0) MQ_Reject(connection, 554, "evil");
+    return false;
+}
+
+MQ_EXPORT bool mq_smtp_in_message(MQ_Context *context, MQ_SmtpConnection *connection,
+                                  MQ_Message *message)
+{
+    (void)context;
+    if (starts(MQ_Recipient(message), "full@")) MQ_Reject(connection, 452, "full");
+    if (starts(MQ_Recipient(message), "old@")) {
+        MQ_SetRecipient(message, "new@d.test", 10);
+        MQ_SetEnvelope(message, "", 0);
+        MQ_SetMime(message, "changed\r\n", 9);
+    }
+    if (starts(MQ_Recipient(message), "local@")) MQ_SetLocal(message, true);
+    return false;
+}
+
+MQ_EXPORT bool mq_smtp_out_data(MQ_Context *context, MQ_SmtpConnection *connection,
+                                MQ_Message *message)
+{
+    (void)context;
+    if (starts(MQ_Recipient(message), "stop@")) MQ_Reject(connection, 554, "5.7.9 stop");
+    if (starts(MQ_Recipient(message), "rewrite@")) MQ_SetMime(message, "out\n.\n", 6);
+    return false;
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("policy") / "plugins"
+    compile_plugin(directory, "policy.c", POLICY)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("trace") / "plugins"
+    compile_plugin(directory, "trace.c", (ROOT / "plugins" / "trace.c").read_text())
+    return str(directory)
+
+
+async def test_every_callback_is_called_at_its_moment(
+    tmp_path: Path, trace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mailerq.plugins")
+    async with open_sink() as sink:
+        config = configure(
+            tmp_path,
+            plugin_directory=trace,
+            smtp_sink_address="127.0.0.1",
+            smtp_sink_port=sink.port,
+        )
+        async with Engine(config) as engine:
+            await send(engine.addresses[0], recipients=("c@d.test", "e@f.test"))
+            await sink.wait_for(2)
+    words = [record.getMessage() for record in caplog.records if "mq_" in record.getMessage()]
+    names = [word for text in words for word in text.split() if word.startswith("mq_")]
+    names = [name.rstrip(":(),") for name in names]
+    incoming = [name for name in names if name.startswith("mq_smtp_in")]
+    assert incoming == [
+        "mq_smtp_in_connect",
+        "mq_smtp_in_mailfrom",
+        "mq_smtp_in_rcptto",
+        "mq_smtp_in_rcptto",
+        "mq_smtp_in_data",
+        "mq_smtp_in_message",
+        "mq_smtp_in_message",
+        "mq_smtp_in_close",
+    ]
+    assert [name for name in names if name.startswith("mq_smtp_out")].count("mq_smtp_out_data") == 2
+    assert names.count("mq_smtp_out_sent") == 2
+    for name in ("mq_initialize", "mq_context_initialize", "mq_context_cleanup", "mq_cleanup"):
+        assert names.count(name) == 1, names
+    assert names.index("mq_context_initialize") < names.index("mq_smtp_in_connect")
+    assert names[-2:] == ["mq_context_cleanup", "mq_cleanup"]
+
+
+async def test_a_plugin_may_refuse_in_each_event(tmp_path: Path, policy: str) -> None:
+    config = configure(tmp_path, plugin_directory=policy, rabbitmq_inbox="inbox")
+    async with Engine(config) as engine:
+        address = engine.addresses[0]
+        with pytest.raises(smtplib.SMTPSenderRefused) as sender:
+            await send(address, sender="refused@b.test")
+        assert (sender.value.smtp_code, sender.value.smtp_error) == (550, b"5.7.1 not you")
+        with pytest.raises(smtplib.SMTPSenderRefused) as sender:
+            await send(address, sender="later@b.test")
+        assert sender.value.smtp_code == 451
+        assert b"come\nagain" in sender.value.smtp_error.replace(b"\n4.7.5 ", b"\n")
+        with pytest.raises(smtplib.SMTPRecipientsRefused) as recipient:
+            await send(address, recipients=("nobody@d.test",))
+        assert recipient.value.recipients["nobody@d.test"] == (550, b"5.1.1 nobody")
+        assert (await send(address, b"EVIL: x\r\n\r\nhi\r\n"))[0] == 554
+        assert await send(address, recipients=("full@d.test",)) == (452, "4.3.1 full")
+        code, text = await send(address, recipients=("full@d.test", "c@d.test"))
+        assert code == 250
+        assert "some recipients" in text
+        assert "452 full@d.test" in text
+        (depth,) = await engine.queues.depths()
+        assert depth.due == 1
+
+
+async def test_a_421_of_a_plugin_ends_the_session(tmp_path: Path, policy: str) -> None:
+    async with Engine(configure(tmp_path, plugin_directory=policy)) as engine:
+        with pytest.raises((smtplib.SMTPServerDisconnected, smtplib.SMTPSenderRefused)):
+            await send(engine.addresses[0], sender="bye@b.test")
+
+
+async def test_a_plugin_may_let_a_stranger_relay_and_send_bytes(
+    tmp_path: Path, policy: str
+) -> None:
+    config = configure(
+        tmp_path, plugin_directory=policy, smtp_relay_range=(), rabbitmq_inbox="inbox"
+    )
+    async with Engine(config) as engine:
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            await send(engine.addresses[0])
+        assert (await send(engine.addresses[0], sender="friend@b.test"))[0] == 250
+
+        def raw() -> bytes:
+            with smtplib.SMTP(*engine.addresses[0]) as client:
+                client.ehlo()
+                return client.mail("raw@b.test")[1]
+
+        assert await in_thread(raw) == b"raw\n2.1.0 Ok"
+
+
+async def test_what_a_plugin_leaves_in_a_message_is_published(tmp_path: Path, policy: str) -> None:
+    config = configure(
+        tmp_path, plugin_directory=policy, rabbitmq_inbox="inbox", rabbitmq_local="local"
+    )
+    async with Engine(config) as engine:
+        await send(engine.addresses[0], recipients=("old@d.test", "local@d.test"))
+        async with engine.consume("inbox") as leases:
+            message = (await leases.receive()).message
+        async with engine.consume("local") as leases:
+            local = (await leases.receive()).message
+    assert (message.envelope, message.recipient, message.body) == ("", "new@d.test", b"changed\r\n")
+    assert local.recipient == "local@d.test"
+    assert local.body is not None
+    assert local.body.endswith(b"hello\r\n")
+
+
+async def test_a_plugin_changes_one_attempt_and_a_retry_keeps_the_original(
+    tmp_path: Path, policy: str
+) -> None:
+    refusals = [Reply(451, "4.2.0 again")]
+
+    def decide(event: server.Event) -> Reply | None:
+        return refusals.pop() if isinstance(event, server.Content) and refusals else None
+
+    async with open_sink() as sink:
+        sink.decide = decide
+        config = configure(
+            tmp_path,
+            plugin_directory=policy,
+            smtp_sink_address="127.0.0.1",
+            smtp_sink_port=sink.port,
+            retry_interval=(0,),
+            rabbitmq_success="success",
+        )
+        async with Engine(config) as engine:
+            await engine.publish(
+                {
+                    "envelope": "a@b.test",
+                    "recipient": "rewrite@d.test",
+                    "mime": "original\r\n",
+                    "keepmime": True,
+                }
+            )
+            (mail,) = await sink.wait_for(1)
+            async with engine.consume("success") as leases:
+                with trio.fail_after(10):
+                    message = (await leases.receive()).message
+    assert mail.body == b"out\r\n.\r\n"
+    assert message.body == b"original\r\n"
+    assert [result["type"] for result in message.results] == ["error", "success"]
+
+
+async def test_a_plugin_stops_an_outgoing_message(tmp_path: Path, policy: str) -> None:
+    async with open_sink() as sink:
+        config = configure(
+            tmp_path,
+            plugin_directory=policy,
+            smtp_sink_address="127.0.0.1",
+            smtp_sink_port=sink.port,
+            rabbitmq_failure="failure",
+        )
+        async with Engine(config) as engine:
+            await engine.publish(
+                {"envelope": "a@b.test", "recipient": "stop@d.test", "mime": "x\r\n"}
+            )
+            async with engine.consume("failure") as leases:
+                with trio.fail_after(10):
+                    message = (await leases.receive()).message
+        assert sink.mails == []
+    (result,) = message.results
+    assert (result["code"], result["status"], result["state"]) == (554, "5.7.9", "data")
+
+
+async def test_plugin_statistics_are_in_the_engines(tmp_path: Path, policy: str) -> None:
+    config = configure(tmp_path, plugin_directory=policy, rabbitmq_inbox="inbox")
+    async with Engine(config) as engine:
+        await send(engine.addresses[0])
+        figures = engine.statistics()["plugins"]["policy.so"]
+    rows = {name.removeprefix("mq_smtp_in_"): row for name, row in figures.items()}
+    assert rows["mailfrom"]["calls"] == 1
+    assert rows["rcptto"]["calls"] == 1
+
+
+async def test_a_bad_plugin_stops_the_start_before_a_port_is_open(tmp_path: Path) -> None:
+    plugins = tmp_path / "plugins"
+    compile_plugin(plugins, "bad.c", "int mq_version(void) { return 99; }")
+    with closed_port() as port:
+        config = configure(tmp_path, plugin_directory=str(plugins), smtp_port=(port,))
+        # The port is taken, so had it come to listening, that would be the error.
+        with pytest.raises(PluginError, match=r"bad\.so.*99"):
+            async with Engine(config):
+                pass
