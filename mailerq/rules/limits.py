@@ -1,0 +1,71 @@
+"""What one client may do in a minute, and how many connections it may hold at a time."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Final
+
+__all__ = ["ClientLimits"]
+
+MAX_CLIENTS: Final = 100_000
+"""Addresses that are remembered; the one that was quiet for longest is forgotten first."""
+
+SECONDS: Final = 60.0
+"""The length of the interval that all rates are given for."""
+
+
+class ClientLimits:
+    """Rates for each client address, as token buckets that fill evenly over a minute.
+
+    `per_minute` maps the name of what is counted to its bound; 0 or a missing name is no bound.
+    A client that was quiet may use a whole minute's worth at once, and then as much as
+    flows in. `now` is in seconds on a clock that does not jump; IPv6 clients are counted by
+    their /64, since one host has that many addresses.
+
+    >>> limits = ClientLimits({"messages": 2})
+    >>> [limits.take("192.0.2.1", "messages", now=0.0) for _ in range(3)]
+    [True, True, False]
+    >>> limits.take("192.0.2.1", "messages", now=30.0)
+    True
+    """
+
+    def __init__(self, per_minute: Mapping[str, int]) -> None:
+        self._bounds = {name: bound for name, bound in per_minute.items() if bound > 0}
+        self._levels: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
+
+    def take(self, client: str, what: str, now: float, count: int = 1) -> bool:
+        """Count `count` of something; False when that is more than the client may do."""
+        bound = self._bounds.get(what)
+        if bound is None:
+            return True
+        key = (network_of(client), what)
+        used, since = self._levels.get(key, (0.0, now))
+        used = max(0.0, used - max(0.0, now - since) * bound / SECONDS)
+        allowed = used + count <= bound
+        if allowed:
+            used += count
+        self._levels[key] = (used, now)
+        self._levels.move_to_end(key)
+        if len(self._levels) > MAX_CLIENTS:
+            self._levels.popitem(last=False)
+        return allowed
+
+    def is_exhausted(self, client: str, what: str, now: float) -> bool:
+        """Whether `take` would say no; counts nothing."""
+        bound = self._bounds.get(what)
+        if bound is None:
+            return False
+        used, since = self._levels.get((network_of(client), what), (0.0, now))
+        return used - max(0.0, now - since) * bound / SECONDS + 1 > bound
+
+
+@lru_cache(maxsize=4096)
+def network_of(client: str) -> str:
+    """What stands for a client in counting: an IPv4 address, or the /64 of an IPv6 address."""
+    address = ipaddress.ip_address(client.partition("%")[0])
+    if address.version == 4:
+        return str(address)
+    return str(ipaddress.ip_network((address, 64), strict=False))
