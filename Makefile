@@ -31,6 +31,7 @@ debug: $(VENV)/.test ## build the extension with its assertions and run the suit
 	$(PYTEST) $(PYTESTARGS)
 
 bench: $(VENV)/.test build ## measure against the peers that are installed; see benches/README.md
+	$(BIN)/python benches/dispatch.py
 	$(BIN)/python benches/relay.py $(BENCHARGS)
 
 soak: $(VENV)/.test build ## run the tests that take their time
@@ -49,7 +50,7 @@ asan: $(VENV)/.test ## run the tests of the extension under AddressSanitizer and
 	    $(BIN)/python setup.py --quiet build_ext --inplace --force
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	    $(PYTEST) tests/plugins $(PYTESTARGS)
+	    $(PYTEST) tests/plugins tests/engine/test_plugin_events.py $(PYTESTARGS)
 
 clean: ## remove what was built; .venv and what was received in var stay
 	rm -rf build dist *.egg-info mailerq/_core.c mailerq/_core*.so $(VENV)/.core
