@@ -264,7 +264,7 @@ class Connection:
         limit = self._pool.config.connection_maxmessages
         if self._leaving or 0 < limit <= self._messages:
             return False
-        return self._protocol.reusable
+        return self._protocol.reusable and self._protocol.next_event() is NEED_DATA
 
     def _finish(self, job: Job, outcome: Outcome, *, reusable: bool) -> None:
         """Report what came of the job in hand. The pool may put the next one there at once."""
@@ -328,15 +328,19 @@ class Connection:
             return None
         return _outcome(event)
 
-    async def _send_message(self, message: Message) -> Outcome:
-        """Answer 354 with the body, or, when there is none to send, not at all."""
+    async def _send_message(self, stored: Message) -> Outcome:
+        """Answer 354 with the body, or, when there is none to send, not at all.
+
+        What plugins do to the body holds for this attempt; what they do to the JSON stays.
+        """
         protocol = self._protocol
+        message = stored
         plugin = self._plugin
         try:
             if plugin is not None:
-                message = Message(dict(message.properties), message.body)
+                message = Message(dict(stored.properties), stored.body)
                 self._scope.deadline = math.inf
-                refusal = await plugin.out_data(message)
+                refusal = await plugin.out_data(message, stored)
                 await self._send_output(plugin)
                 if refusal is not None:
                     protocol.abort(Problem.LOST, "a plugin stopped the message")
@@ -352,7 +356,7 @@ class Connection:
             if plugin is not None and protocol.step is Step.MESSAGE:
                 await self._send_due()
                 self._scope.deadline = math.inf
-                await plugin.out_sent(message)
+                await plugin.out_sent(message, stored)
                 await self._send_output(plugin)
         except StreamLost as error:
             return _outcome(await self._last_words(error))

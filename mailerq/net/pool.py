@@ -8,8 +8,9 @@ together no more than the slots allow. A connection that has reported gets the n
 of its destination; without one it is idle, and the one that was used last is used first, so
 that the others can time out.
 
-Who finds no slot is starved: an idle connection of another destination is closed for it,
-and whatever slot becomes free goes to the destinations that have starved longest.
+A destination that finds no slot is starved: an idle connection of another one is closed
+for it, connections do not become idle and do not send on for ever meanwhile, and whatever
+slot becomes free goes to those that have starved longest.
 
 When the last connection that could open has failed, what it met is the result of all
 messages that wait: there is no telling them apart, and a dead domain must not fill the
@@ -45,6 +46,9 @@ log = logging.getLogger("mailerq.delivery")
 HOLD_SECONDS: Final = 5.0
 """After a failure to open one more connection, while others work, none is opened for so long:
 the peer may want no more."""
+
+FAIR_MESSAGES: Final = 100
+"""Messages after which a connection makes room when another destination finds no slot."""
 
 TICK_SECONDS: Final = 1.0
 """How often it is looked whether slots became free elsewhere, or a hold has ended."""
@@ -111,6 +115,7 @@ class Pool:
         self._destinations: dict[tuple[Route, str | None], Destination] = {}
         self._idle: dict[Connection, Destination] = {}
         self._starved: dict[Destination, None] = {}
+        self._held: dict[Destination, None] = {}
         self._doubts: dict[str, float] = {}
         self._connections: dict[Connection, Destination] = {}
         self._stopping = False
@@ -125,15 +130,27 @@ class Pool:
             task_status.started()
             while True:
                 await trio.sleep(TICK_SECONDS)
+                held, self._held = self._held, {}
+                for destination in held:
+                    self._pump(destination)
                 self._feed_starved()
 
     def put(self, job: Job) -> None:
         """Send a message as soon as may be."""
+        self._queue(job, first=False)
+
+    def _queue(self, job: Job, *, first: bool) -> None:
+        if self._stopping:
+            self._office.give_back(job)
+            return
         key = (job.route, job.local_ip)
         destination = self._destinations.get(key)
         if destination is None:
             destination = self._destinations[key] = Destination(*key)
-        destination.jobs.append(job)
+        if first:
+            destination.jobs.appendleft(job)
+        else:
+            destination.jobs.append(job)
         self._pump(destination)
 
     # Told by connections
@@ -150,19 +167,15 @@ class Pool:
         """It has tried a job, and takes another one if it is `reusable`."""
         self._office.done(job, report, connection)
         if reusable:
-            self._employ(connection, self._connections[connection])
+            destination = self._connections[connection]
+            if self._starved and (report.messages or 0) >= FAIR_MESSAGES:
+                connection.worker.call(connection.leave)
+            else:
+                self._employ(connection, destination)
 
     def returned(self, job: Job) -> None:
         """It has not tried a job that it was given; somebody else must."""
-        if self._stopping:
-            self._office.give_back(job)
-            return
-        key = (job.route, job.local_ip)
-        destination = self._destinations.get(key)
-        if destination is None:
-            destination = self._destinations[key] = Destination(*key)
-        destination.jobs.appendleft(job)
-        self._pump(destination)
+        self._queue(job, first=True)
 
     def host_failed(self, host: Host) -> None:
         """A host did not let it in; it goes on with the next one."""
@@ -216,7 +229,7 @@ class Pool:
             if not self._office.expired(job):
                 connection.worker.call(connection.give, job)
                 return
-        if self._stopping:
+        if self._stopping or self._starved:
             connection.worker.call(connection.leave)
         else:
             destination.idle.append(connection)
@@ -229,7 +242,7 @@ class Pool:
         if len(destination.opening) >= len(destination.jobs) or destination in self._starved:
             return False
         if trio.current_time() < destination.held_until:
-            self._starved[destination] = None
+            self._held[destination] = None
             return False
         return True
 
@@ -298,6 +311,7 @@ class Pool:
         if not destination.jobs and not destination.connections:
             self._destinations.pop((destination.route, destination.local_ip), None)
             self._starved.pop(destination, None)
+            self._held.pop(destination, None)
 
     # The end, and figures
 

@@ -93,9 +93,10 @@ def result_queues(
     """
     names: Mapping[str, Any] = configured
     own = properties.get("queues")
-    if isinstance(own, dict):  # else it is the reason why the message has failed
-        names = {**configured, **own}
-    return [name for kind in kinds if isinstance(name := names.get(kind), str) and name]
+    if isinstance(own, dict):
+        # What has a wrong type makes a message fail, and then must not hide its result.
+        names = {**configured, **{k: v for k, v in own.items() if v is None or type(v) is str}}
+    return [name for kind in kinds if (name := names.get(kind))]
 
 
 def count_hops(body: bytes) -> int:

@@ -448,9 +448,9 @@ class ClientProtocol:
 
     def _begin_body(self) -> Event | None:
         if self._refusal is None:
+            self._body_due = True
             if len(self._input) > self._at:
                 raise _Violation(Problem.INVALID, "answered before the end of the message")
-            self._body_due = True
             return _SEND_BODY
         if self._recipient_stands:
             return self._finish(self._refusal)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
@@ -40,6 +41,10 @@ class MemoryQueues(Queues):
 
     def __getitem__(self, queue: str) -> list[Message]:
         return [message for _, message in self.queues[queue]]
+
+    @property
+    def due(self) -> int:
+        return sum(due <= self.now for due, _ in self.queues["outbox"])
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -92,6 +97,7 @@ class MemoryQueues(Queues):
                 self.queues[queue].remove(entry)
                 self._ids += 1
                 self.leased[self._ids] = Lease(self._ids, queue, entry[1])
+                self.touch()
                 return self.leased[self._ids]
         return None
 
@@ -138,10 +144,10 @@ class StubPlugins:
         self.open += 1
         return self
 
-    async def out_data(self, message: Message) -> Any:
+    async def out_data(self, message: Message, document: Message) -> Any:
         return await self._call("out_data", message)
 
-    async def out_sent(self, message: Message) -> None:
+    async def out_sent(self, message: Message, document: Message) -> None:
         await self._call("out_sent", message)
 
     async def _call(self, event: str, message: Message) -> Any:
@@ -209,6 +215,7 @@ class PeerConnection:
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\r\n")
         self.peer.commands.append(line.decode())
+        self.peer.queues.touch()
         return line.decode()
 
     async def body(self) -> bytes:
@@ -349,11 +356,8 @@ async def open_bench(
     peer = Peer(queues, list(scripts))
     plugins = plugins or StubPlugins()
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(
-            lambda task_status: trio.serve_tcp(
-                peer.handle, 0, host=address, task_status=task_status
-            )
-        )
+        serve = partial(trio.serve_tcp, peer.handle, 0, host=address)
+        listeners = await nursery.start(serve)
         port = listeners[0].socket.getsockname()[1]
         if resolver is None:
             settings |= {"smtp_sink_address": address, "smtp_sink_port": port}

@@ -1,0 +1,99 @@
+"""What each end of an attempt is called, and what follows from it."""
+
+import errno
+import socket
+
+import pytest
+
+from mailerq.rules import responses
+from mailerq.rules.responses import Fate, Outcome
+from mailerq.wire.client import Accepted, Failed, Problem, Refused, Step
+from mailerq.wire.smtp import Reply
+
+
+def words(outcome: Outcome) -> tuple[str, str, str, Fate]:
+    return outcome.type, outcome.state, outcome.result, outcome.fate
+
+
+def test_success() -> None:
+    outcome = responses.accepted(Accepted(Reply(250, "2.0.0 Ok\n2.0.0 queued as 7")))
+    assert words(outcome) == ("success", "accept", "accepted", Fate.DELIVERED)
+    assert (outcome.code, outcome.status) == (250, "2.0.0")
+    assert outcome.description == "Ok queued as 7"
+
+
+@pytest.mark.parametrize(
+    ("step", "state"),
+    [
+        (Step.MAILFROM, "mail from"),
+        (Step.RCPTTO, "rcpt to"),
+        (Step.DATA, "data"),
+        (Step.MESSAGE, "received"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("code", "fate"), [(421, Fate.RETRY), (499, Fate.RETRY), (500, Fate.FAILED)]
+)
+def test_a_refused_message(step: Step, state: str, code: int, fate: Fate) -> None:
+    outcome = responses.refused(Refused(step, Reply(code, "no")))
+    assert words(outcome) == ("error", state, "error", fate)
+    assert (outcome.code, outcome.status, outcome.description) == (code, None, "no")
+
+
+@pytest.mark.parametrize(
+    ("step", "state"), [(Step.INTRO, "init"), (Step.EHLO, "ehlo"), (Step.HELO, "helo")]
+)
+@pytest.mark.parametrize("code", [421, 554])
+def test_a_refused_session_says_nothing_of_the_message(step: Step, state: str, code: int) -> None:
+    outcome = responses.refused(Refused(step, Reply(code, "no")))
+    assert words(outcome) == ("noaccess", state, "error", Fate.RETRY)
+
+
+@pytest.mark.parametrize(
+    ("step", "problem", "expected"),
+    [
+        (Step.INTRO, Problem.LOST, ("noaccess", "init", "lost")),
+        (Step.EHLO, Problem.TIMEOUT, ("noaccess", "ehlo", "timeout")),
+        (Step.EHLO, Problem.OVERFLOW, ("overflow", "ehlo", "invalid")),
+        (Step.MAILFROM, Problem.LOST, ("lost", "mail from", "lost")),
+        (Step.DATA, Problem.TIMEOUT, ("timeout", "data", "timeout")),
+        (Step.MESSAGE, Problem.INVALID, ("lost", "received", "invalid")),
+        (Step.IDLE, Problem.LOST, ("idle", "idle", "lost")),
+    ],
+)
+def test_a_broken_session_is_tried_again(
+    step: Step, problem: Problem, expected: tuple[str, str, str]
+) -> None:
+    outcome = responses.failed(Failed(step, problem, "why"))
+    assert words(outcome) == (*expected, Fate.RETRY)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ECONNREFUSED, ""), ("refused", "connect", "error", Fate.RETRY)),
+        (OSError(errno.ETIMEDOUT, ""), ("connect", "connect", "timeout", Fate.RETRY)),
+        (OSError(errno.EHOSTUNREACH, ""), ("connect", "connect", "error", Fate.RETRY)),
+        (OSError(errno.EMFILE, ""), ("connect", "connect", "error", Fate.RETRY)),
+        (OSError(errno.EADDRNOTAVAIL, ""), ("bind", "bind", "error", Fate.FAILED)),
+        (socket.gaierror(-2, "unknown"), ("connect", "connect", "error", Fate.RETRY)),
+    ],
+)
+def test_no_connection(error: OSError, expected: tuple[str, str, str, Fate]) -> None:
+    outcome = responses.connect_failed(error, "mx.test [192.0.2.1]")
+    assert words(outcome) == expected
+    assert outcome.description is not None
+    assert outcome.description.startswith("mx.test [192.0.2.1]: ")
+
+
+def test_no_hosts() -> None:
+    assert words(responses.no_hosts("gone", None)) == ("nohosts", "dns", "error", Fate.RETRY)
+    final = responses.no_hosts("", Reply(556, "5.1.10 null MX"))
+    assert words(final) == ("error", "dns", "error", Fate.FAILED)
+    assert (final.code, final.status) == (556, "5.1.10")
+
+
+def test_descriptions_are_bounded() -> None:
+    lines = "\n".join(["x" * 2000] * 100)
+    outcome = responses.refused(Refused(Step.RCPTTO, Reply(550, lines)))
+    assert len(outcome.description or "") == 1000

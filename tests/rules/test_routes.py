@@ -1,0 +1,105 @@
+"""Where messages and their results go."""
+
+from typing import Any
+
+import pytest
+
+from mailerq.config import Config
+from mailerq.errors import AddressError
+from mailerq.rules.routes import Route, choose_local_ip, count_hops, result_queues, route_of
+
+SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
+
+
+@pytest.mark.parametrize(
+    ("properties", "settings", "expected"),
+    [
+        ({}, {}, Route("d.test", "d.test", 25, True)),
+        ({"smarthost": SMARTHOST}, {}, Route("smart.test:2525", "smart.test", 2525, False)),
+        ({"smarthost": {"name": "s.test"}}, {}, Route("s.test:25", "s.test", 25, False)),
+        ({"smarthost": {}}, {}, Route("d.test", "d.test", 25, True)),
+        ({"smarthost": None}, {}, Route("d.test", "d.test", 25, True)),
+        ({}, {"smarthost": "all.test"}, Route("all.test:25", "all.test", 25, False)),
+        (
+            {"smarthost": SMARTHOST},
+            {"smarthost": "all.test"},
+            Route("smart.test:2525", "smart.test", 2525, False),
+        ),
+        (
+            {},
+            {"smtp_sink_address": "127.0.0.1", "smtp_sink_port": 99},
+            Route("d.test", "127.0.0.1", 99, False),
+        ),
+        (
+            {},
+            {"smarthost": "all.test", "smtp_sink_address": "127.0.0.1"},
+            Route("all.test:25", "127.0.0.1", 25, False),
+        ),
+    ],
+)
+def test_the_way_of_a_message(
+    properties: dict[str, Any], settings: dict[str, Any], expected: Route
+) -> None:
+    assert route_of(properties, "d.test", Config(**settings)) == expected
+
+
+@pytest.mark.parametrize(
+    "smarthost",
+    [
+        {"port": 25},
+        {"hostname": 7},
+        {"hostname": "a b"},
+        {"hostname": "x.test\r\n"},
+        {"hostname": "x.test", "port": 0},
+        {"hostname": "x.test", "port": 65536},
+        {"hostname": "x.test", "port": "smtp"},
+        {"hostname": "x.test", "port": []},
+    ],
+)
+def test_a_smarthost_that_cannot_be(smarthost: dict[str, Any]) -> None:
+    with pytest.raises(AddressError):
+        route_of({"smarthost": smarthost}, "d.test", Config())
+
+
+def test_the_local_address_is_one_of_ips() -> None:
+    assert choose_local_ip({}) is choose_local_ip({"ips": []}) is None
+    ips = ["192.0.2.1", "2001:db8::1"]
+    assert {choose_local_ip({"ips": ips}) for _ in range(99)} == set(ips)
+    with pytest.raises(AddressError):
+        choose_local_ip({"ips": ["localhost"]})
+
+
+CONFIGURED = {"results": "r", "success": "s", "failure": "", "retry": "t"}
+
+
+@pytest.mark.parametrize(
+    ("queues", "expected"),
+    [
+        (None, ["r", "s", "t"]),
+        ({}, ["r", "s", "t"]),
+        ({"success": "mine"}, ["r", "mine", "t"]),
+        ({"success": None, "results": ""}, ["t"]),
+        ({"failure": "f"}, ["r", "s", "f", "t"]),
+        ({"success": 5}, ["r", "s", "t"]),
+        ("nonsense", ["r", "s", "t"]),
+    ],
+)
+def test_queues_for_results(queues: Any, expected: list[str]) -> None:
+    kinds = ("results", "success", "failure", "retry")
+    assert result_queues({"queues": queues}, CONFIGURED, *kinds) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "hops"),
+    [
+        (b"", 0),
+        (b"Received: a\r\nX: b\r\nRECEIVED: c\r\n\r\nReceived: d\r\n", 2),
+        (b"Received: a\nreceived: c\n\nReceived: d\n", 2),
+        (b"X-Received: a\r\n\r\n", 0),
+        (b"Received: a\r\n" * 100_000, 1 << 18),
+    ],
+)
+def test_hops_are_counted_in_the_header_only(body: bytes, hops: int) -> None:
+    assert count_hops(body) <= hops
+    if hops < 100:
+        assert count_hops(body) == hops
