@@ -55,8 +55,9 @@ DOOR_TO_C: Final = "plugins"
 
 LINES_LIMIT: Final = 800
 CYTHON: Final = (".pyx", ".pxd", ".pxi")
-MODULES: Final = (".py", ".pyi", *CYTHON)
-SOURCES: Final = (*MODULES, ".c", ".cpp", ".h", ".sh", ".toml", ".md")
+# Stubs are for type checkers only: nothing is imported by them.
+MODULES: Final = (".py", *CYTHON)
+SOURCES: Final = (*MODULES, ".pyi", ".c", ".cpp", ".h", ".sh", ".toml", ".md")
 SKIPPED: Final = frozenset({"__pycache__", "build", "dist", "var"})
 GENERATED: Final = re.compile(r"_core\w*\.[ch]")
 
