@@ -191,6 +191,7 @@ cdef struct TimerCell
 cdef struct WatcherCell
 
 cdef struct Plugin:
+    Plugin *next                # of all that were ever opened
     int index
     void *library
     void *base          # where the file is mapped, to know it by an address in it
@@ -270,6 +271,7 @@ cdef struct MessageCell:
     void *message               # the Message that the setters change, owned
     void *document              # the Message that the JSON is made of, owned
     void *hidden                # a dict: properties that json-c cannot hold, owned, or NULL
+    void *body                  # the body that the JSON last agreed with, owned, or NULL
 
 cdef struct EventCell:
     Cell cell
@@ -286,10 +288,8 @@ cdef struct EventCell:
     char *text
     ConnectionCell *connection
     MessageCell *message
-    const char *first
-    size_t first_size
-    const char *second
-    size_t second_size
+    Text first                  # what the event is about: an address, a login, a whole mail
+    Text second
     void *call                  # the Call, owned, from the moment that it is suspended
     EventCell *handed           # next in Worker.handed or in a list made of it
     EventCell *later            # neighbours in Worker.waiting

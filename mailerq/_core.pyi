@@ -43,6 +43,7 @@ class Call:
     first: Any
     second: Any
     abandoned: bool
+    cancelled: bool
     task: Any
     scope: Any
     @property

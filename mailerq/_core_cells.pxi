@@ -195,6 +195,7 @@ cdef Worker *open_worker(Table *table) noexcept nogil:
         worker.data = data
         worker.figures = figures
         worker.any_raw = False
+        worker.touched = False
         worker.running_plugin = -1
         worker.thread = pthread_self()
         worker.open = True
@@ -229,6 +230,7 @@ cdef void close_worker(Worker *worker) noexcept nogil:
             if block.kind == CONNECTION:
                 free((<ConnectionCell *> cell).data)
                 (<ConnectionCell *> cell).data = NULL
+                (<ConnectionCell *> cell).python = NULL
         block.owner = NULL
     worker.open = False
     free(worker.data)

@@ -33,14 +33,15 @@ cdef inline c_bool call(EventCell *event, Hook *hook, uint64_t handle) noexcept 
     cdef MQ_SmtpConnection *connection = <MQ_SmtpConnection *> handle_for(
         identity_of(event.connection.cell.word), hook.plugin)
     if MAILFROM <= number <= DATA:
-        return (<text_hook> hook.function)(context, connection, event.first, event.first_size)
+        return (<text_hook> hook.function)(context, connection, event.first.data, event.first.size)
     if event.message != NULL:
         return (<message_hook> hook.function)(
             context, connection,
             <MQ_Message *> handle_for(identity_of(event.message.cell.word), hook.plugin))
     if number == AUTHENTICATE:
-        return (<login_hook> hook.function)(context, connection, event.first, event.first_size,
-                                            event.second, event.second_size)
+        return (<login_hook> hook.function)(context, connection, event.first.data,
+                                            event.first.size, event.second.data,
+                                            event.second.size)
     return (<connection_hook> hook.function)(context, connection)
 
 
@@ -183,18 +184,19 @@ cdef bint try_hand_back(Block *block, uint64_t handle, int decision) noexcept no
         event.handed = head
         if replace_event(&worker.handed, head, event):
             break
-    # On its own thread the worker looks at the list itself before it goes on.
-    if head == NULL and not at_home(worker):
+    # In a crossing the worker looks at the list itself before it goes on.
+    if head == NULL and not (at_home(worker) and worker.inside):
         wake(worker)
     return True
 
 
-cdef void hand_back(MQ_Context *context, int decision, const char *function) noexcept nogil:
+cdef void hand_back(MQ_Context *context, int decision, const char *function,
+                    void *address) noexcept nogil:
     cdef uint64_t handle = <uint64_t> context
     cdef Block *block = block_of(handle, EVENT)
     cdef Worker *worker
     if block == NULL:
-        append_line(MQ_WARN, plugin_at(NULL), "a hand-back with something that is no context")
+        append_line(MQ_WARN, plugin_at(address), "a hand-back with something that is no context")
         return
     if try_hand_back(block, handle, decision):
         return
@@ -236,15 +238,15 @@ cdef void hand_back_only(Worker *worker, int plugin, int decision, const char *f
 
 
 cdef public void MQ_Continue(MQ_Context *context) noexcept nogil:
-    hand_back(context, CONTINUED, "MQ_Continue")
+    hand_back(context, CONTINUED, "MQ_Continue", caller())
 
 
 cdef public void MQ_Complete(MQ_Context *context) noexcept nogil:
-    hand_back(context, COMPLETED, "MQ_Complete")
+    hand_back(context, COMPLETED, "MQ_Complete", caller())
 
 
 cdef public void MQ_Retry(MQ_Context *context) noexcept nogil:
-    hand_back(context, RETRIED, "MQ_Retry")
+    hand_back(context, RETRIED, "MQ_Retry", caller())
 
 
 cdef EventCell *resume(Worker *worker) noexcept nogil:

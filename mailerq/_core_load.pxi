@@ -1,10 +1,6 @@
 # Opening plugins.
 
-cdef enum:
-    OPENED_LIMIT = 4096         # in the life of the process, not at once
-
-cdef (Plugin *)[OPENED_LIMIT] opened  # never closed and never freed: see safety rule 4
-cdef int plugins_opened = 0
+cdef Plugin *opened = NULL      # latest first; never closed and never freed: see safety rule 4
 cdef const char *starting_plugin = NULL  # whose mq_initialize, say, the main thread is in
 cdef bint promoted = False
 
@@ -104,7 +100,7 @@ cdef class Library:
             self.open(path, name)
 
     cdef open(self, str path, str name):
-        global plugins_opened
+        global opened
         cdef Table *table = self.table
         cdef Plugin *plugin
         cdef Dl_info info
@@ -113,8 +109,6 @@ cdef class Library:
         cdef Hook *hook
         cdef int number
         encoded = os_fsencode(path)
-        if plugins_opened == OPENED_LIMIT:
-            raise PluginError(f"{path}: too many plugins have been opened in this process")
         plugin = <Plugin *> calloc(1, sizeof(Plugin))
         if plugin == NULL:
             raise MemoryError
@@ -127,8 +121,8 @@ cdef class Library:
             raise PluginError(f"{path}: not a plugin: it does not export mq_version()")
         if dladdr(version.function, &info):
             plugin.base = info.dli_fbase
-        opened[plugins_opened] = plugin
-        plugins_opened += 1
+        plugin.next = opened
+        opened = plugin
         call_guarded(&version, call_version, plugin.name, path, "mq_version()")
         if not 1 <= version.result <= MQ_API_VERSION:
             raise PluginError(

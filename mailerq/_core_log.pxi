@@ -66,15 +66,17 @@ cdef const char *plugin_at(void *address) noexcept nogil:
     # address is in. (The address alone could mislead: the call may have been a jump.)
     cdef Worker *worker = workers
     cdef Dl_info info
-    cdef int index
+    cdef Plugin *plugin
     while worker != NULL:
         if worker.running_plugin >= 0 and at_home(worker):
             return name_of(worker, worker.running_plugin)
         worker = worker.next
     if dladdr(address, &info):
-        for index in range(plugins_opened):
-            if opened[index].base == info.dli_fbase:
-                return opened[index].name
+        plugin = opened
+        while plugin != NULL:
+            if plugin.base == info.dli_fbase:
+                return plugin.name
+            plugin = plugin.next
     if starting_plugin != NULL:
         return starting_plugin
     return "plugin"

@@ -44,6 +44,7 @@ cdef MessageCell *open_message(EventCell *event, object message, object document
     cell.event = event
     cell.json = NULL
     cell.hidden = NULL
+    cell.body = NULL
     cell.touched = False
     cell.local = event.number == ON_MESSAGE and message.local
     borrow(&cell.envelope, properties.get("envelope"))
@@ -65,6 +66,7 @@ cdef void close_message(MessageCell *cell) noexcept:
     Py_DECREF(<object> cell.message)
     Py_DECREF(<object> cell.document)
     Py_XDECREF(<PyObject *> cell.hidden)
+    Py_XDECREF(<PyObject *> cell.body)
     give(cell.worker, MESSAGE, &cell.cell)
 
 
@@ -209,7 +211,6 @@ cdef json_object *make_json(MessageCell *cell) noexcept with gil:
     # The document as plugins see it. Properties that json-c cannot hold are hidden from them, and
     # put back when it is read.
     cdef json_object *root = json_object_new_object()
-    cdef Text *mime = &cell.mime
     cdef Text stored
     if root == NULL:
         return NULL
@@ -223,23 +224,30 @@ cdef json_object *make_json(MessageCell *cell) noexcept with gil:
                 put(root, name, value, 0)
             except (Unrepresentable, UnicodeEncodeError, TypeError, OverflowError):
                 hidden[name] = value
+        borrow(&stored, document.body)
         if cell.event.number == ON_MESSAGE:
             # From here on the JSON holds what the setters left.
             put_text(root, "envelope", &cell.envelope)
             put_text(root, "recipient", &cell.recipient)
+            put_text(root, "mime", &cell.mime)
         else:
-            borrow(&stored, document.body)
-            mime = &stored
-        put_text(root, "mime", mime)
+            put_text(root, "mime", &stored)
         if hidden:
-            Py_INCREF(hidden)
-            cell.hidden = <void *> hidden
+            keep(&cell.hidden, hidden)
+        keep(&cell.body, document.body)
     except Exception:
         logger.exception("the JSON of a message could not be made")
         json_object_put(root)
         root = NULL
     drop(&stored)
     return root
+
+
+cdef void keep(void **place, object value) noexcept:
+    cdef PyObject *former = <PyObject *> place[0]
+    Py_INCREF(value)
+    place[0] = <void *> value
+    Py_XDECREF(former)
 
 
 cdef int put_text(json_object *root, const char *name, Text *text) except -1:
@@ -403,8 +411,12 @@ cdef object take_json(MessageCell *cell):
         if is_unsafe(properties.get(name)):
             return f"property {name}: holds a control character"
     document.properties = properties
-    if body != document.body:
+    if body != <object> cell.body:
+        keep(&cell.body, body)
         document.body = body
+        if cell.event.number == OUT_DATA and cell.mime.data == NULL:
+            borrow(&cell.mime, body)
+            cell.mime.changed = True
     return None
 
 
@@ -431,7 +443,7 @@ cdef object take_texts(MessageCell *cell):
     if cell.mime.changed:
         cell.mime.changed = False
         message.body = None if cell.mime.data == NULL else cell.mime.data[:cell.mime.size]
-    if not message.properties.get("recipient"):
+    if cell.event.number == ON_MESSAGE and not message.properties.get("recipient"):
         return "property recipient: is missing"
     return None
 

@@ -87,7 +87,10 @@ cdef class Context:
                 moved.append(call)
             event = following
         for connection in self.take_outputs():
-            connection.on_output()
+            try:
+                connection.on_output()
+            except Exception:
+                logger.exception("the output of plugins could not be sent")
         if lines != NULL:
             flush_log()
         return moved
@@ -118,7 +121,8 @@ cdef class Context:
     @property
     def live(self):
         """How many objects of each kind there are: for tests, which want to see zeros."""
-        return {"events": self.worker.live[EVENT], "connections": self.worker.live[CONNECTION],
+        cdef int own = self.worker.context != NULL
+        return {"events": self.worker.live[EVENT] - own, "connections": self.worker.live[CONNECTION],
                 "messages": self.worker.live[MESSAGE], "timers": self.worker.live[TIMER],
                 "watchers": self.worker.live[WATCHER]}
 
@@ -134,9 +138,7 @@ cdef shut(Context context):
         unlist(event)
         call = <Call> event.call
         call.event = NULL
-        free(event.text)
-        if event.message != NULL:
-            close_message(event.message)
+        strip(event)
         Py_DECREF(call)
     context.library.add_figures(worker, context.library.totals)
     close_worker(worker)
@@ -163,6 +165,10 @@ cdef EventCell *begin(Context context, Connection connection, int number) except
     event.code = 0
     event.text = NULL
     event.message = NULL
+    event.first.object = NULL
+    event.first.copy = NULL
+    event.second.object = NULL
+    event.second.copy = NULL
     event.call = NULL
     event.connection = NULL
     if connection is not None:
@@ -172,16 +178,24 @@ cdef EventCell *begin(Context context, Connection connection, int number) except
     return event
 
 
-cdef void release(EventCell *event) noexcept:
-    # The event is over, and so are all handles of it. The worker keeps that of its own start.
+cdef void strip(EventCell *event) noexcept:
     free(event.text)
     event.text = NULL
-    if event.connection != NULL:
-        event.connection.event = NULL
-        event.connection = NULL
+    drop(&event.first)
+    event.first.object = NULL
+    drop(&event.second)
+    event.second.object = NULL
     if event.message != NULL:
         close_message(event.message)
         event.message = NULL
+
+
+cdef void release(EventCell *event) noexcept:
+    # The event is over, and so are all handles of it. The worker keeps that of its own start.
+    strip(event)
+    if event.connection != NULL:
+        event.connection.event = NULL
+        event.connection = NULL
     if event != event.worker.context:
         give(event.worker, EVENT, &event.cell)
 
@@ -191,18 +205,21 @@ cdef run(Context context, EventCell *event, Connection connection, object first,
     # anything to say that is `nothing`, and no object was made.
     cdef Worker *worker = context.worker
     cdef Call call
-    with nogil:
-        enter(worker)
-        worker.current = event
-        cross(event)
-        worker.current = NULL
-        leave(worker)
+    if context.table.length[event.number] == 0:
+        finish(event, UNDECIDED, -1)
+    else:
+        with nogil:
+            enter(worker)
+            worker.current = event
+            cross(event)
+            worker.current = NULL
+            leave(worker)
     if lines != NULL:
         flush_log()
     if worker.handed != NULL:
         wake(worker)
     if (event.finished and event.outcome <= DECIDED
-            and not (event.connection != NULL and event.connection.decided)
+            and not (event.number == AUTHENTICATE and event.connection.decided)
             and not (context.table.python_events >> event.number & 1)):
         release(event)
         return nothing
@@ -213,7 +230,6 @@ cdef run(Context context, EventCell *event, Connection connection, object first,
     call.second = second
     call.event = event
     if not event.finished:
-        # Until it is handed back the plugin may read what the arguments hold.
         event.call = <void *> call
         Py_INCREF(call)
     return context.settle(call)
@@ -230,61 +246,64 @@ cdef class Call:
     cdef readonly Connection connection
     cdef readonly object first
     cdef readonly object second
-    cdef readonly bint abandoned
+    cdef readonly bint abandoned    # it was given up
+    cdef readonly bint cancelled    # nobody waits for what comes of it
     cdef public object task
     cdef public object scope
 
-    @property
-    def number(self):
-        return self.event.number
+    cdef EventCell *open(self) except NULL:
+        if self.event == NULL:
+            raise RuntimeError("the call is closed")
+        return self.event
 
     @property
     def name(self):
         """The event's name: "rcptto"."""
-        return EVENTS[self.event.number]
+        return EVENTS[self.open().number]
 
     @property
     def function(self):
         """The callback's name: "mq_smtp_in_rcptto"."""
-        return FUNCTIONS[self.event.number].decode()
+        return FUNCTIONS[self.open().number].decode()
 
     @property
     def finished(self):
         """Whether no plugin has it any more, or it was given up."""
-        return self.event.finished
+        return self.open().finished
 
     @property
     def outcome(self):
-        return OUTCOMES[self.event.outcome]
+        return OUTCOMES[self.open().outcome]
 
     @property
     def plugin(self):
         """The plugin that has it or that the outcome is about; None when that is no plugin."""
-        cdef int plugin = self.event.culprit
-        if not self.event.finished:
-            plugin = plugin_of(self.event.cell.word)
+        cdef EventCell *event = self.open()
+        cdef int plugin = event.culprit if event.finished else plugin_of(event.cell.word)
         return self.context.library.names[plugin] if plugin >= 0 else None
 
     @property
     def code(self):
         """The code of MQ_Reject."""
-        return self.event.code
+        return self.open().code
 
     @property
     def text(self):
         """The text of MQ_Reject, as bytes."""
-        return self.event.text if self.event.text != NULL else b""
+        cdef EventCell *event = self.open()
+        return event.text if event.text != NULL else b""
 
     def give_up(self):
         """Stop waiting for the plugin. False when it has handed back a moment ago."""
-        if not give_up(self.event):
+        if not give_up(self.open()):
             return False
         self.detach()
         return True
 
     def cancel(self):
         """Call no other plugin when the one that has it hands it back."""
-        self.event.cancelled = True
+        self.open().cancelled = True
+        self.cancelled = True
 
     cdef detach(self):
         # The plugin keeps the event, but the connection goes on without it.
@@ -440,19 +459,14 @@ cdef class Connection:
             return nothing
         return run(self.context, begin(self.context, self, number), self, None, None)
 
-    cdef address(self, int number, str text):
+    cdef text(self, int number, object text, object more):
         cdef EventCell *event
-        cdef Py_ssize_t size
         if not self.listens(number):
             return nothing
         event = begin(self.context, self, number)
-        try:
-            event.first = PyUnicode_AsUTF8AndSize(text, &size)
-        except BaseException:
-            release(event)
-            raise
-        event.first_size = size
-        return run(self.context, event, self, text, None)
+        borrow(&event.first, text)
+        borrow(&event.second, more)
+        return run(self.context, event, self, text, more)
 
     cdef mail(self, int number, message, document):
         cdef EventCell *event
@@ -477,38 +491,19 @@ cdef class Connection:
 
     def authenticate(self, str login not None, str password not None):
         """mq_smtp_in_authenticate: True or False when a plugin decided, else None, or a `Reject`."""
-        cdef EventCell *event
-        cdef Py_ssize_t size
-        if not self.listens(AUTHENTICATE):
-            return nothing
-        event = begin(self.context, self, AUTHENTICATE)
-        try:
-            event.first = PyUnicode_AsUTF8AndSize(login, &size)
-            event.first_size = size
-            event.second = PyUnicode_AsUTF8AndSize(password, &size)
-            event.second_size = size
-        except BaseException:
-            release(event)
-            raise
-        return run(self.context, event, self, login, password)
+        return self.text(AUTHENTICATE, login, password)
 
     def mailfrom(self, str address not None):
         """mq_smtp_in_mailfrom: the address without angle brackets, "" for the null sender."""
-        return self.address(MAILFROM, address)
+        return self.text(MAILFROM, address, None)
 
     def rcptto(self, str address not None):
         """mq_smtp_in_rcptto: the address without angle brackets."""
-        return self.address(RCPTTO, address)
+        return self.text(RCPTTO, address, None)
 
     def data(self, bytes mime not None):
         """mq_smtp_in_data: the whole text of the mail, once for a transaction."""
-        cdef EventCell *event
-        if not self.listens(DATA):
-            return nothing
-        event = begin(self.context, self, DATA)
-        event.first = PyBytes_AS_STRING(mime)
-        event.first_size = PyBytes_GET_SIZE(mime)
-        return run(self.context, event, self, mime, None)
+        return self.text(DATA, mime, None)
 
     def message(self, message not None):
         """mq_smtp_in_message, once for each recipient; edits the `Message` in place."""

@@ -182,7 +182,7 @@ class Plugins:
         try:
             await context.open()
         except BaseException:
-            context.abort()
+            await context.abort()
             raise
         return context
 
@@ -226,13 +226,14 @@ class Context(_core.Context):
     def __init__(self, plugins: Plugins, worker: int) -> None:
         self.plugins = plugins
         self.worker = worker
-        self._listener: trio.CancelScope | None = None
+        self._scope = trio.CancelScope()
+        self._ended: trio.Event | None = None
 
     async def open(self) -> None:
         """Start listening to the plugins and call mq_context_initialize."""
         if self.plugins.names:
-            self._listener = trio.CancelScope()
-            trio.lowlevel.spawn_system_task(self._listen, self._listener)
+            self._ended = trio.Event()
+            trio.lowlevel.spawn_system_task(self._listen)
         await self.start()
 
     async def close(self) -> None:
@@ -243,14 +244,16 @@ class Context(_core.Context):
         try:
             await self.stop()
         finally:
-            self.abort()
+            await self.abort()
 
-    def abort(self) -> None:
-        """End the worker without a word to the plugins."""
-        if self._listener is not None:
-            self._listener.cancel()
-            self._listener = None
-        self.end()
+    async def abort(self) -> None:
+        """End the worker without a word to the plugins; cannot be cancelled."""
+        if self._ended is None:
+            self.end()
+            return
+        self._scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self._ended.wait()
 
     def connection(
         self, fd: int, *, secure: bool = False, on_output: Callable[[], None] | None = None
@@ -262,14 +265,21 @@ class Context(_core.Context):
         """
         return Connection(self, fd, secure, on_output)
 
-    async def _listen(self, scope: trio.CancelScope) -> None:
-        with scope:
-            while True:
-                await trio.lowlevel.wait_readable(self.fileno())
-                try:
-                    self._turn()
-                except Exception:
-                    logger.exception("a turn of the plugins failed")
+    async def _listen(self) -> None:
+        # It alone waits for the eventfd, so it also ends the worker: who opens one later may be
+        # given the same eventfd.
+        assert self._ended is not None
+        try:
+            with self._scope:
+                while True:
+                    await trio.lowlevel.wait_readable(self.fileno())
+                    try:
+                        self._turn()
+                    except Exception:
+                        logger.exception("a turn of the plugins failed")
+        finally:
+            self.end()
+            self._ended.set()
 
     def _turn(self) -> None:
         for call in self.turn():
@@ -277,8 +287,8 @@ class Context(_core.Context):
                 if call.task is not None:
                     task, call.task = call.task, None
                     trio.lowlevel.reschedule(task)
-                elif call.connection is not None:
-                    call.close()  # it was cancelled, and nobody has waited for it since
+                elif call.cancelled:
+                    call.close()
             elif call.scope is not None:
                 call.scope.deadline = self._deadline()
 
@@ -299,8 +309,8 @@ class Context(_core.Context):
             case _:
                 if outcome == "looped":
                     logger.warning("[%s] %s was retried 100 times; given up", plugin, function)
-                if call.connection is None:
-                    raise PluginError(f"{plugin}: {function} {outcome}")
+                if name == "context_initialize":
+                    raise PluginError(f"{plugin}: {function} failed: {outcome}")
                 return GIVEN_UP
         if outcome == "undecided" and name in self.plugins.handlers:
             if (answer := await self._ask_handlers(call, name)) is not None:
@@ -328,7 +338,7 @@ class Context(_core.Context):
                     await trio.lowlevel.wait_task_rescheduled(abort)
                 except trio.Cancelled:
                     if not call.scope.cancel_called:
-                        call.cancel()
+                        call.close() if call.finished else call.cancel()
                     raise
             if call.scope.cancelled_caught and not call.finished:
                 plugin = call.plugin

@@ -1,0 +1,124 @@
+"""What the plugin interface costs: an event, a plugin in its chain, a suspension, a timer, an id.
+
+    python benches/dispatch.py [--rounds N]
+
+Compiles plugins that do nothing, loads 0, 1, 3 and 10 of them, and calls them as the engine does.
+Each figure is the median of some rounds; "a plugin" is the slope from 1 to 10 plugins, which is
+C to C. Prints a table and whether the targets are met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import trio
+
+from mailerq import _core
+from mailerq.plugins import Connection, Plugins
+
+INCLUDE = Path(__file__).parent.parent / "include"
+
+SOURCE = """
+#include <mailerq.h>
+int mq_version() { return MQ_API_VERSION; }
+bool mq_smtp_in_mailfrom(MQ_Context *context, MQ_SmtpConnection *connection,
+                         const char *address, size_t size) { return false; }
+bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connection,
+                       const char *address, size_t size)
+{ MQ_Continue(context); return true; }
+static void due(void *context) { MQ_Continue(context); }
+bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connection)
+{ MQ_TimerStart(context, 0, due, context); return true; }
+"""
+
+
+def compile_plugins(directory: Path, count: int) -> None:
+    """Put so many copies of the plugin in a directory; copies, or the linker would share them."""
+    source = directory / "plugin.c"
+    source.write_text(SOURCE)
+    for number in range(count):
+        command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O2", f"-I{INCLUDE}"]
+        subprocess.run([*command, "-o", directory / f"{number}.so", source], check=True)
+
+
+async def median(rounds: int, count: int, event: Callable[[], Awaitable[object]]) -> float:
+    """Nanoseconds for one await of `event`, without those of the loop around it."""
+    figures = []
+    for _ in range(rounds):
+        start = time.perf_counter_ns()
+        for _ in range(count):
+            pass
+        empty = time.perf_counter_ns() - start
+        start = time.perf_counter_ns()
+        for _ in range(count):
+            await event()
+        figures.append((time.perf_counter_ns() - start - empty) / count)
+    return statistics.median(figures)
+
+
+async def measure(count: int, rounds: int) -> dict[str, float]:
+    """The costs of events with so many plugins."""
+    with tempfile.TemporaryDirectory() as directory:
+        compile_plugins(Path(directory), count)
+        plugins = Plugins.load(directory)
+        plugins.initialize()
+        context = await plugins.open_context()
+        connection: Connection = context.connection(0)
+        figures = {
+            "decided": await median(rounds, 50_000, lambda: connection.mailfrom("a@b.test")),
+            "handed back at once": await median(rounds, 50_000, lambda: connection.rcptto("a@b.test")),
+            "suspended": await median(rounds, 500, connection.connect),
+        }
+        start = time.perf_counter_ns()
+        for _ in range(100_000):
+            context.connection(0)
+        figures["connection"] = (time.perf_counter_ns() - start) / 100_000
+        await connection.close()
+        del connection
+        await context.close()
+        plugins.cleanup()
+        return figures
+
+
+def measure_ids() -> tuple[float, float]:
+    """Nanoseconds for an id in C, and from Python."""
+    plugins = Plugins.load(None)
+    start = time.perf_counter_ns()
+    _core.generate_ids(2_000_000)
+    inside = (time.perf_counter_ns() - start) / 2_000_000
+    start = time.perf_counter_ns()
+    for _ in range(500_000):
+        plugins.message_id()
+    return inside, (time.perf_counter_ns() - start) / 500_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the plugin interface costs.")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of which to take the median")
+    rounds = parser.parse_args().rounds
+    counts = (0, 1, 3, 10)
+    table = {count: trio.run(measure, count, rounds) for count in counts}
+    print(f"{'nanoseconds':24}" + "".join(f"{count:>7} plugins" for count in counts))
+    for name in table[0]:
+        print(f"{name:24}" + "".join(f"{table[count][name]:15.0f}" for count in counts))
+    inside, outside = measure_ids()
+    print(f"\nmessage id: {1e3 / inside:.1f} M/s in C, {1e3 / outside:.1f} M/s from Python")
+    slope = (table[10]["decided"] - table[1]["decided"]) / 9
+    for name, figure, must, goal, unit in (
+        ("one more plugin", slope, 15, 5, "ns"),
+        ("an event with a plugin", table[1]["decided"], 200, 100, "ns"),
+        ("time for an id", inside, 200, 50, "ns"),
+    ):
+        verdict = "goal met" if figure <= goal else "met" if figure <= must else "MISSED"
+        print(f"{name:24}{figure:7.1f} {unit}, must {must}, goal {goal}: {verdict}")
+
+
+if __name__ == "__main__":
+    main()
