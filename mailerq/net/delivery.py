@@ -195,9 +195,9 @@ class Dispatcher:
         except AddressError as error:
             problem = f"property envelope: {error}"
             return self._refuse(lease, responses.unsendable(problem, 553, "5.1.7"))
+        expires = expires_at(properties, now=now, max_delivertime=self._config.max_delivertime)
         properties["domain"] = mailbox.domain
         properties.setdefault("seen", format_time(now))
-        expires = expires_at(properties, now=now, max_delivertime=self._config.max_delivertime)
         if now > expires:
             return self._refuse(lease, responses.EXPIRED)
         if (outcome := self._body_problem(message)) is not None:

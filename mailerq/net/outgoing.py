@@ -14,8 +14,9 @@ Results are committed in groups by somebody else. A connection sends the next en
 meanwhile, but not the next body before it has heard that its last result is safe
 (`settled`). So if the process dies, at most one message for each connection is sent twice.
 
-Deadlines are one cancel scope around the session, moved forward for each complete reply and
-each piece of a body: a peer that drips bytes gains nothing by it.
+The deadline is a plain number, moved forward for each complete reply and each piece of a
+body, so that a peer that drips bytes gains nothing by it. The pool's watch has it checked
+every now and then (`check`): a deadline of trio's own would cost more than it tells.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Report:
 class Connection:
     """A connection of a pool; `run` is its task.
 
-    `give`, `leave`, `cut` and `settled` are for its worker's thread.
+    `give`, `leave`, `cut`, `check` and `settled` are for its worker's thread.
     """
 
     def __init__(self, pool: Pool, worker: Worker, route: Route, local_ip: str | None) -> None:
@@ -122,7 +123,7 @@ class Connection:
         self.remote = ""
         self._pool = pool
         self._timeout = pool.config.smtp_out_timeout
-        self._slack = min(1.0, self._timeout / 10)
+        self._deadline = math.inf
         self._life = trio.CancelScope()
         self._scope = trio.CancelScope()
         self._wake: trio.CancelScope | None = None
@@ -156,6 +157,15 @@ class Connection:
     def cut(self) -> None:
         """End now."""
         self._life.cancel()
+
+    def check(self) -> None:
+        """End what has taken too long: the wait for a reply, or for a job."""
+        if trio.current_time() < self._deadline:
+            return
+        if self._wake is not None:
+            self.leave()
+        else:
+            self._scope.cancel()
 
     def settled(self) -> None:
         """One of the results that were reported is committed."""
@@ -280,9 +290,8 @@ class Connection:
     async def _wait_for_job(self) -> Job | None:
         """Be idle. None: the time is up, the pool says so, or the peer has something to say."""
         if not self._leaving:
-            self._scope.deadline = math.inf
-            seconds = max(self._pool.config.connection_maxidle / 1000, MIN_IDLE_SECONDS)
-            with trio.move_on_after(seconds) as self._wake:
+            self._expect(max(self._pool.config.connection_maxidle / 1000, MIN_IDLE_SECONDS))
+            with trio.CancelScope() as self._wake:
                 try:
                     self._protocol.receive_data(await self._stream.receive())
                 except StreamLost as error:
@@ -297,7 +306,7 @@ class Connection:
     async def _wait_settled(self) -> None:
         if self._unsettled:
             self._calm = trio.Event()
-            self._scope.deadline = math.inf
+            self._deadline = math.inf
             await self._calm.wait()
             self._calm = None
 
@@ -339,7 +348,7 @@ class Connection:
         try:
             if plugin is not None:
                 message = Message(dict(stored.properties), stored.body)
-                self._scope.deadline = math.inf
+                self._deadline = math.inf
                 refusal = await plugin.out_data(message, stored)
                 await self._send_output(plugin)
                 if refusal is not None:
@@ -355,7 +364,7 @@ class Connection:
             protocol.send_body(message.body)
             if plugin is not None and protocol.step is Step.MESSAGE:
                 await self._send_due()
-                self._scope.deadline = math.inf
+                self._deadline = math.inf
                 await plugin.out_sent(message, stored)
                 await self._send_output(plugin)
         except StreamLost as error:
@@ -376,6 +385,9 @@ class Connection:
             while (event := protocol.next_event()) is NEED_DATA:
                 await self._send_due()
                 if replies != protocol.replies:
+                    if replies >= 0:
+                        # More replies are on their way, and often here after the next turn.
+                        await trio.lowlevel.checkpoint()
                     replies = protocol.replies
                     self._expect(seconds)
                 protocol.receive_data(await self._stream.receive())
@@ -412,9 +424,7 @@ class Connection:
 
     def _expect(self, seconds: float) -> None:
         """Something has to happen within `seconds`."""
-        deadline = trio.current_time() + seconds
-        if not 0 <= deadline - self._scope.deadline < self._slack:
-            self._scope.deadline = deadline
+        self._deadline = trio.current_time() + seconds
 
 
 def _outcome(event: Event | None) -> Outcome:

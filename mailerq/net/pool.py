@@ -51,7 +51,8 @@ FAIR_MESSAGES: Final = 100
 """Messages after which a connection makes room when another destination finds no slot."""
 
 TICK_SECONDS: Final = 1.0
-"""How often it is looked whether slots became free elsewhere, or a hold has ended."""
+"""How often it is looked whether a connection is late, a slot became free elsewhere or a hold
+has ended; more often where timeouts are that short."""
 
 DOUBT_SECONDS: Final = 300.0
 """How long a host that did not let us in is tried after the others."""
@@ -121,6 +122,8 @@ class Pool:
         self._stopping = False
         self._empty = trio.Event()
         self._lookups: dict[Connection, trio.CancelScope] = {}
+        shortest = min(config.smtp_out_timeout, config.connection_maxidle / 1000)
+        self._tick = min(TICK_SECONDS, max(shortest / 4, 0.02))
         self._nursery: trio.Nursery
         self.opened_connections = 0
 
@@ -129,7 +132,9 @@ class Pool:
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             while True:
-                await trio.sleep(TICK_SECONDS)
+                await trio.sleep(self._tick)
+                for connection in list(self._connections):
+                    connection.worker.call(connection.check)
                 held, self._held = self._held, {}
                 for destination in held:
                     self._pump(destination)

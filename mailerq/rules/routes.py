@@ -56,8 +56,9 @@ def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
     host = smarthost.get("hostname") or smarthost.get("name")
     if not isinstance(host, str):
         raise AddressError("property smarthost: has no hostname")
+    port = smarthost.get("port")
     try:
-        port = int(smarthost.get("port") or SMTP_PORT)
+        port = SMTP_PORT if port is None else int(port)
     except (TypeError, ValueError):
         port = 0
     if not 0 < port < 65536:
