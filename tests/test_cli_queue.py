@@ -193,6 +193,7 @@ def test_status_shows_what_the_daemon_says(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "control"))
         listening.listen()
+        listening.settimeout(30)
         for _ in range(2):
             thread = threading.Thread(target=answer)
             thread.start()

@@ -1,0 +1,367 @@
+"""``mailerq rcpt@…``: take one mail from stdin, as sendmail does.
+
+It goes straight into the queue when this user may write there, and through the SMTP port of
+the configuration otherwise. Either way it is safe when the exit status is 0, and nothing was
+taken when it is another one. Of sendmail's switches the common ones are understood.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+import time
+import zlib
+from argparse import SUPPRESS, Namespace
+from collections.abc import Sequence
+from typing import Any, BinaryIO, Final
+
+from mailerq.address import parse_mailbox
+from mailerq.cli import control
+from mailerq.cli.common import Parser, complain, print_json
+from mailerq.config import Config
+from mailerq.errors import AddressError, ConfigError, MessageError, QueueError
+from mailerq.mail import headers, incoming
+from mailerq.mail.headers import Header
+from mailerq.mail.recipients import addresses, recipients, sender
+from mailerq.queues import Publication
+from mailerq.rules.access import Access
+
+__all__ = ["main"]
+
+READ_BYTES: Final = 1 << 16
+
+WAKE_SECONDS: Final = 1.0
+"""How long to wait for the daemon to say that it knows. The mail is safe by then."""
+
+SMTP_SECONDS: Final = 300.0
+"""How long to wait for one reply."""
+
+DESCRIPTION: Final = """\
+Take one mail from stdin and put it into the queue. Its lines may end with LF or CRLF; it
+ends with a line that holds a single dot, or with --ignore-dot at the end of the input.
+The switches of sendmail that programs use work too.
+"""
+
+EXITS: Final = """\
+exit status: 0 it is safe, 64 wrong usage, 65 the mail cannot be used, 67 a recipient was
+refused, 69 it was refused, 75 try again later, 77 not allowed, 78 wrong configuration
+"""
+
+
+class Refused(Exception):
+    """The mail was not taken. The text says why, `status` is the exit status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def main(settings: list[str], rest: list[str]) -> int:
+    """Take one mail."""
+    options = _parse(rest)
+    try:
+        config = Config.load(settings)
+    except ConfigError as error:
+        complain(str(error))
+        return os.EX_CONFIG
+    try:
+        _inject(config, options, rest)
+    except Refused as refused:
+        complain(str(refused))
+        return refused.status
+    return os.EX_OK
+
+
+def _parse(rest: list[str]) -> Namespace:
+    parser = Parser(
+        prog="mailerq",
+        usage="mailerq [--envelope A] [--extract-recipients] [--ignore-dot] [recipient …] <mail",
+        description=DESCRIPTION,
+        epilog=EXITS,
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("recipients", nargs="*", metavar="recipient", help="whom it is for")
+    add("--envelope", "-f", "-r", metavar="A", help="address for MAIL FROM; <> for none")
+    add("--extract-recipients", "-t", action="store_true",
+        help="send it to whom its To, Cc and Bcc name, too")
+    add("--ignore-dot", "-i", action="store_true", help="a line with a single dot is no end")
+    add("--json", action="store_true", help="say in JSON what became of it")
+    # What programs give sendmail and what changes nothing here.
+    add("-o", action="append", default=[], help=SUPPRESS)
+    add("-F", dest="full_name", help=SUPPRESS)
+    add("-b", dest="mode", default="m", help=SUPPRESS)
+    for letter in "BNRVhpqL":
+        add(f"-{letter}" if letter != "h" else "-hops", dest="ignored", help=SUPPRESS)
+    for letter in "nmvGU":
+        add(f"-{letter}", dest="ignored", action="store_true", help=SUPPRESS)
+    # fmt: on
+    options = parser.parse_args(rest)
+    if options.mode != "m":
+        parser.error(f"-b{options.mode} is not supported, mail comes from stdin or by SMTP")
+    if "i" in options.o:
+        options.ignore_dot = True
+    if not options.recipients and not options.extract_recipients:
+        parser.error("name a recipient, or use --extract-recipients")
+    return options
+
+
+def _inject(config: Config, options: Namespace, rest: Sequence[str]) -> None:
+    user = _user()
+    text = _read(sys.stdin.buffer, config.smtp_maxsize, ignore_dot=options.ignore_dot)
+    mime = _lines(text, ignore_dot=options.ignore_dot)
+    header = Header(mime)
+    recipients = _recipients(header, options, config)
+    sender = _sender(header, options, config, user)
+    mime = _complete(mime, header, sender, options)
+    if os.access(config.queue_directory, os.W_OK | os.X_OK):
+        cli = {"command": sys.argv[0], "arguments": list(rest), "user": user}
+        envelope = incoming.Envelope(sender, recipients, {"cli": cli}, user=user, trusted=True)
+        result = _into_queue(config, mime, envelope)
+    else:
+        result = _by_smtp(config, mime, sender, recipients)
+    if options.json:
+        print_json(result)
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+# What is sent, and to whom.
+
+
+def _read(file: BinaryIO, limit: int, *, ignore_dot: bool) -> bytes:
+    """The mail as it comes in, without the dot that ends it."""
+    text = bytearray(b"\n")  # as if there were a line before the first one
+    while data := os.read(file.fileno(), READ_BYTES):
+        seen = max(0, len(text) - 3)
+        text += data
+        if not ignore_dot:
+            ends = [text.find(mark, seen) for mark in (b"\n.\n", b"\n.\r\n")]
+            if max(ends) >= 0:
+                del text[min(end for end in ends if end >= 0) + 1 :]
+                break
+        if len(text) > limit + 1:
+            break
+    else:
+        if not ignore_dot and text.endswith(b"\n."):
+            del text[-1]
+    if len(text) > limit + 1:
+        raise Refused(os.EX_DATAERR, f"the mail is larger than smtp-maxsize ({limit} bytes)")
+    return bytes(memoryview(text)[1:])
+
+
+def _lines(text: bytes, *, ignore_dot: bool) -> bytes:
+    """The mail as it goes on the wire: every line ends with CRLF, and dots are unstuffed.
+
+    A first line "From …", which mailboxes have and mails have not, is left out.
+    """
+    text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if text.startswith((b"From ", b">From ")):
+        text = text.partition(b"\n")[2]
+    if not ignore_dot:
+        text = text.removeprefix(b".") if text.startswith(b"..") else text
+        text = text.replace(b"\n..", b"\n.")
+    if text and not text.endswith(b"\n"):
+        text += b"\n"
+    return text.replace(b"\n", b"\r\n")
+
+
+def _recipients(header: Header, options: Namespace, config: Config) -> list[str]:
+    found: list[str] = []
+    try:
+        for argument in options.recipients:
+            found += addresses(argument)
+        found = [_qualified(address, config) for address in found]
+    except AddressError as error:
+        raise Refused(os.EX_USAGE, str(error)) from None
+    if options.extract_recipients:
+        try:
+            found += [_qualified(address, config) for address in recipients(header)]
+        except AddressError as error:
+            raise Refused(os.EX_DATAERR, str(error)) from None
+    if not found:
+        raise Refused(os.EX_DATAERR, "no recipient is named, neither here nor in To, Cc or Bcc")
+    found = list(dict.fromkeys(found))
+    if len(found) > config.smtp_maxrecipients:
+        limit = f"smtp-maxrecipients ({config.smtp_maxrecipients})"
+        raise Refused(os.EX_DATAERR, f"{len(found)} recipients are more than {limit}")
+    return found
+
+
+def _sender(header: Header, options: Namespace, config: Config, user: str) -> str:
+    """The address for MAIL FROM: the one that was asked for, or the header's, or the user's."""
+    if options.envelope is not None:
+        address = options.envelope.strip().removeprefix("<").removesuffix(">")
+        status = os.EX_USAGE
+    else:
+        found = sender(header)
+        address = user if found is None else found
+        status = os.EX_DATAERR
+    try:
+        return _qualified(address, config) if address else ""
+    except AddressError as error:
+        raise Refused(status, str(error)) from None
+
+
+def _qualified(address: str, config: Config) -> str:
+    """The address, with this host as its domain where it has none. Raises `AddressError`."""
+    if "@" not in address:
+        address = f"{address}@{config.hostname}"
+    parse_mailbox(address)
+    return address
+
+
+def _complete(mime: bytes, header: Header, sender: str, options: Namespace) -> bytes:
+    """Put on top what a mail must have (RFC 5322, section 3.6), take out what is not for all."""
+    private = {b"bcc", b"resent-bcc", b"return-path"}
+    if options.envelope is not None:
+        private.add(b"x-mq-envelope")  # The one that was asked for counts.
+    fields = []
+    if not header.has(b"from") and sender:
+        fields.append(_from_field(sender, options.full_name or ""))
+    if not header.has(b"date"):
+        fields.append(headers.date_field(time.time()))
+    left_out = [field for field in header.fields() if field.name in private]
+    if left_out:
+        mime = headers.remove(mime, left_out)
+    return headers.prepend(mime, *fields) if fields else mime
+
+
+def _from_field(sender: str, full_name: str) -> bytes:
+    name = "".join(char for char in full_name if char.isprintable())
+    quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+    text = f'"{quoted}" <{sender}>' if name else sender
+    return f"From: {text}\r\n".encode(errors="replace")
+
+
+# The two ways in.
+
+
+def _new_id(config: Config) -> str:
+    """A message id as `mailerq._core` makes them, without loading it and what it needs.
+
+    Digits of base 32: milliseconds, a random number where the core has its counter, no
+    thread, the process, the machine.
+    """
+    machine = config.server_id
+    if machine is None:
+        machine = zlib.crc32(config.hostname.encode()) | 1 << 34
+    parts = (
+        (int(time.time() * 1000), 9),
+        (int.from_bytes(os.urandom(5)), 8),
+        (0, 3),
+        (os.getpid(), 5),
+        (machine, 7),
+    )
+    return "".join(
+        _DIGITS[number >> 5 * place & 31]
+        for number, size in parts
+        for place in reversed(range(size))
+    )
+
+
+_DIGITS: Final = "0123456789abcdefghijklmnopqrstuv"
+
+
+def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dict[str, Any]:
+    """Keep the mail, one message for each recipient, and tell the daemon."""
+    from mailerq.queues.store import Store
+
+    reception = incoming.messages(
+        mime,
+        envelope,
+        hostname=config.hostname,
+        now=time.time(),
+        next_id=lambda: _new_id(config),
+    )
+    if reception is None:
+        raise Refused(os.EX_DATAERR, "the mail has too many Received fields: it is looping")
+    for reason in reception.ignored:
+        complain(f"ignored {reason}")
+    access = Access(config.smtp_range, config.smtp_relay_range, config.smtp_local_domains)
+    publications = [
+        Publication(queue, message)
+        for message in reception.messages
+        if (queue := _queue(config, access.is_local(message.recipient)))
+    ]
+    if publications:
+        try:
+            with Store.open(config.queue_directory) as store:
+                store.publish(publications)
+        except QueueError as error:
+            raise Refused(os.EX_TEMPFAIL, str(error)) from None
+        except MessageError as error:
+            raise Refused(os.EX_DATAERR, str(error)) from None
+        try:
+            control.ask(config.queue_directory, "wake", timeout=WAKE_SECONDS)
+        except OSError:
+            pass  # No daemon runs. The next one that does will find the mail.
+    return {
+        "via": "queue",
+        "messages": [
+            {"message-id": message.properties["message-id"], "recipient": message.recipient}
+            for message in reception.messages
+        ],
+    }
+
+
+def _queue(config: Config, local: bool) -> str:
+    """The queue for received mail; empty where the configuration drops it."""
+    if local and config.rabbitmq_local:
+        return config.rabbitmq_local
+    inbox = config.rabbitmq_inbox
+    return config.rabbitmq_outbox if inbox is None else inbox
+
+
+def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]) -> dict[str, Any]:
+    """Hand the mail to the port of the configuration. It goes to all recipients or to none."""
+    import smtplib
+
+    host = next((ip for ip in config.smtp_ip if ip not in ("0.0.0.0", "::")), "127.0.0.1")
+    port = config.smtp_port[0] if config.smtp_port else 0
+    where = f"{host} port {port}"
+    try:
+        paths = [
+            str(parse_mailbox(address)) if address else "" for address in (sender, *recipients)
+        ]
+        if not all(path.isascii() for path in paths):
+            raise Refused(os.EX_UNAVAILABLE, f"{where} takes no address that is not ASCII")
+        with smtplib.SMTP(timeout=SMTP_SECONDS, local_hostname=config.hostname) as client:
+            _expect(220, client.connect(host, port), where, os.EX_UNAVAILABLE)
+            client.ehlo_or_helo_if_needed()
+            options = [] if mime.isascii() else ["BODY=8BITMIME"]
+            _expect(250, client.mail(paths[0], options), where, os.EX_UNAVAILABLE)
+            for path in paths[1:]:
+                _expect(250, client.rcpt(path), f"{where}: <{path}>", os.EX_NOUSER)
+            code, text = client.data(mime)
+            _expect(250, (code, text), where, os.EX_UNAVAILABLE)
+    except smtplib.SMTPResponseException as error:
+        reply = (error.smtp_code, error.smtp_error)
+        _expect(250, reply, where, os.EX_UNAVAILABLE)
+    except (OSError, smtplib.SMTPException) as error:
+        raise Refused(
+            os.EX_TEMPFAIL,
+            f"the mail cannot be kept now: {config.queue_directory} is not writable for this "
+            f"user, and {where} does not answer ({getattr(error, 'strerror', None) or error})",
+        ) from None
+    return {"via": "smtp", "recipients": list(recipients), "reply": text.decode(errors="replace")}
+
+
+def _path(address: str) -> str:
+    """The address in ASCII as far as that can say it."""
+    return str(parse_mailbox(address)) if address else ""
+
+
+def _expect(wanted: int, reply: tuple[int, bytes | str], where: str, status: int) -> None:
+    code, text = reply
+    if code == wanted:
+        return
+    words = text.decode(errors="replace") if isinstance(text, bytes) else text
+    temporary = not 500 <= code < 600
+    raise Refused(os.EX_TEMPFAIL if temporary else status, f"{where} says {code} {words}")
