@@ -36,6 +36,7 @@ __all__ = [
     "Sink",
     "System",
     "Unavailable",
+    "busy_seconds",
     "cpu_seconds",
     "file_system",
     "find_program",
@@ -109,6 +110,13 @@ def cpu_seconds(root: int) -> float:
     """CPU time of a process and all its descendants, the dead ones included, in seconds."""
     table = _processes()
     return sum(table[process][1] for process in _tree(root, table)) / TICKS_PER_SECOND
+
+
+def busy_seconds() -> float:
+    """CPU time that this machine has spent on anything since it started, in seconds."""
+    # proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal.
+    fields = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / TICKS_PER_SECOND
 
 
 def _adopt_orphans() -> None:

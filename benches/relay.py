@@ -42,6 +42,8 @@ from peers import (
     Sink,
     System,
     Unavailable,
+    busy_seconds,
+    cpu_seconds,
     file_system,
     find_program,
 )
@@ -50,19 +52,26 @@ POLL_SECONDS: Final = 0.002
 """How often we look: fine enough for a run of a second, and 1 % of a core."""
 
 WARM_UP_MESSAGES: Final = 200
+QUIET: Final = 0.1
+"""The share of the machine that others may take; above it the rates mean little."""
+
 BASE: Final = "postfix"
 """The system that the others are compared with, where it takes part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of one system. Rates in messages/s; CPU in milliseconds for one message."""
+    """One run of one system. Rates in messages/s; CPU in milliseconds for one message.
+
+    `others` is the share of the machine, from 0 to 1, that went to what is none of ours.
+    """
 
     system: str
     kept: bool
     accept: float
     end_to_end: float | None
     cpu: float | None
+    others: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,7 @@ def relay(system: System, sink: Sink | None, load: Load, *, kept: bool) -> Run:
     """Send the load through a system once. Raises `Failed`."""
     before = sink.count() if sink else 0
     cpu_before = system.cpu()
+    others_before = _others_seconds()
     accepted = finished = None
     start = time.monotonic()
     with _source(system, load, kept=kept) as source:
@@ -101,6 +111,7 @@ def relay(system: System, sink: Sink | None, load: Load, *, kept: bool) -> Run:
             if now - start > load.timeout:
                 raise Failed(_describe_timeout(system, sink, load, before, accepted))
             time.sleep(POLL_SECONDS)
+    others = (_others_seconds() - others_before) / ((time.monotonic() - start) * _cores())
     cpu_after = system.cpu()
     used = None if cpu_after is None or cpu_before is None else cpu_after - cpu_before
     return Run(
@@ -109,7 +120,17 @@ def relay(system: System, sink: Sink | None, load: Load, *, kept: bool) -> Run:
         accept=load.messages / accepted,
         end_to_end=None if sink is None else load.messages / finished,
         cpu=None if used is None else 1000 * used / load.messages,
+        others=max(0.0, others),
     )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _others_seconds() -> float:
+    """CPU time of everything but us and what we have started."""
+    return busy_seconds() - cpu_seconds(os.getpid())
 
 
 def _describe_timeout(
@@ -246,7 +267,7 @@ def machine() -> dict[str, Any]:
             model = line.partition(":")[2].strip()
             break
     return {
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": _cores(),
         "processor": model,
         "kernel": platform.release(),
         "python": platform.python_version(),
@@ -390,6 +411,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"median of {options.rounds} (lowest-highest)\n"
         )
         print(table(rows, ratios))
+        others = statistics.median(run.others for run in runs)
+        if others > QUIET:
+            print(
+                f"\nOther programs took {others:.0%} of the machine meanwhile. A system with many "
+                "processes\nthen gets a larger share of the rest than one with few: only the CPU "
+                "time can be compared."
+            )
     return 0
 
 
