@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name) and return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(words)
+        status = _run(words)
+        sys.stdout.flush()
+        return status
     except (ConfigError, PluginError) as error:
         complain(str(error))
         return EX_CONFIGURATION

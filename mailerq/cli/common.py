@@ -49,7 +49,7 @@ def escape(text: str) -> str:
 
 def print_json(document: object, *, default: Callable[[Any], object] = str) -> None:
     """Print a document for programs, on one line."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, default=default) + "\n")
+    sys.stdout.write(json.dumps(document, default=default) + "\n")
 
 
 def print_table(

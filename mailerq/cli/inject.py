@@ -116,7 +116,8 @@ def _inject(config: Config, options: Namespace, rest: Sequence[str]) -> None:
     sender = _sender(header, options, config, user)
     mime = _complete(mime, header, sender, options)
     if os.access(config.queue_directory, os.W_OK | os.X_OK):
-        cli = {"command": sys.argv[0], "arguments": list(rest), "user": user}
+        words = [_printable(word) for word in (sys.argv[0], *rest)]
+        cli = {"command": words[0], "arguments": words[1:], "user": user}
         envelope = incoming.Envelope(sender, recipients, {"cli": cli}, user=user, trusted=True)
         result = _into_queue(config, mime, envelope)
     else:
@@ -130,6 +131,11 @@ def _user() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return str(os.getuid())
+
+
+def _printable(word: str) -> str:
+    """An argument as JSON can hold it: bytes that are no UTF-8 come as lone surrogates."""
+    return word.encode(errors="surrogateescape").decode(errors="replace")
 
 
 # What is sent, and to whom.

@@ -24,13 +24,14 @@ _LEVELS: Final = {
 
 
 class _Formatter(logging.Formatter):
-    """``[Level] [YYYY-MM-DD HH:MM:SS] [plugin] text``, the text escaped to one line."""
+    """``[Level] [YYYY-MM-DD HH:MM:SS] text``, the text escaped to one line.
+
+    What plugins have to say starts with their name in brackets.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         level = _LEVELS.get(record.levelno, "Info")
-        plugin = getattr(record, "plugin", None)
-        source = f" [{escape(str(plugin))}]" if plugin else ""
-        text = f"[{level}] [{format_time(record.created)}]{source} {escape(record.getMessage())}"
+        text = f"[{level}] [{format_time(record.created)}] {escape(record.getMessage())}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text

@@ -10,6 +10,7 @@ import ipaddress
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+from mailerq.address import parse_mailbox
 from mailerq.errors import MessageError
 from mailerq.mail.headers import Field, Header, remove, unfold
 from mailerq.message import parse_time
@@ -159,8 +160,8 @@ def _queue(text: str) -> str | None:
 def _envelope(text: str) -> str:
     if text.startswith("<") and text.endswith(">"):
         text = text[1:-1]
-    if any(character in text for character in "<> ") and '"' not in text:
-        raise ValueError("expected an address")
+    if text:
+        parse_mailbox(text)
     return text
 
 

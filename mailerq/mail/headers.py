@@ -118,12 +118,6 @@ class Header:
             name, colon, value = match.groups()
             yield Field(name.rstrip(b" \t").lower() if colon else b"", value, start, end)
 
-    def values(self, name: bytes) -> list[bytes]:
-        """The unfolded values of all fields of that name (in lower case), from the top."""
-        if name not in self._lines:
-            return []
-        return [unfold(field.value) for field in self.fields() if field.name == name]
-
 
 def _boundaries(mime: bytes) -> tuple[int, int]:
     """Where the header ends and where the body starts."""

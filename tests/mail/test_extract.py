@@ -81,7 +81,7 @@ def test_from_strangers_they_are_taken_out_and_ignored() -> None:
         (b"x-mq-retries: 1,,2", "expected seconds, separated by commas"),
         (b"x-mq-delayed: tomorrow", "'tomorrow' is not a time of the form YYYY-MM-DD HH:MM:SS"),
         (b"x-mq-inlinecss: maybe", "expected 1 or 0"),
-        (b"x-mq-envelope: a b@c.test", "expected an address"),
+        (b"x-mq-envelope: a b@c.test", "'a b@c.test': 'a b' cannot stand before the @"),
         (b"x-mq-tag: a\0b", "holds control characters"),
         (b"x-mq-tag: a\x1b[2Jb", "holds control characters"),
         (b"x-mq-tag: \xff", "holds bytes that are not UTF-8"),
