@@ -75,6 +75,7 @@ class Connection:
         fd: int,
         secure: bool = False,
         on_output: Callable[[], None] | None = None,
+        incoming: bool = True,
     ) -> Connection: ...
     def __init__(
         self,
@@ -82,6 +83,7 @@ class Connection:
         fd: int,
         secure: bool = False,
         on_output: Callable[[], None] | None = None,
+        incoming: bool = True,
     ) -> None: ...
     @property
     def fd(self) -> int: ...

@@ -25,6 +25,7 @@ cdef class Context:
 
     cdef Worker *worker
     cdef Table *table
+    cdef bint ended             # asked instead of worker.open: another context may have it now
     cdef readonly Library library
 
     def __cinit__(self, Library library, *args, **kwargs):
@@ -35,8 +36,8 @@ cdef class Context:
             raise MemoryError
 
     def __dealloc__(self):
-        if self.worker != NULL and self.worker.open:
-            shut(self)
+        if self.worker != NULL:
+            self.end()
 
     def fileno(self):
         """A descriptor that is readable when `turn` has something to do."""
@@ -55,7 +56,8 @@ cdef class Context:
 
     def end(self):
         """Free what belongs to the worker. All handles of it become invalid."""
-        if self.worker.open:
+        if not self.ended:
+            self.ended = True
             shut(self)
 
     def turn(self):
@@ -147,7 +149,7 @@ cdef shut(Context context):
 
 cdef EventCell *begin(Context context, Connection connection, int number) except NULL:
     cdef EventCell *event
-    if not context.worker.open:
+    if context.ended:
         raise RuntimeError("the context has ended")
     if connection is not None and connection.cell.event != NULL:
         raise RuntimeError("another event of this connection is still going on")
@@ -335,13 +337,17 @@ cdef class Connection:
     cdef ConnectionCell *cell
     cdef readonly Context context
     cdef public object on_output
+    cdef bint incoming
     cdef object __weakref__
 
-    def __cinit__(self, Context context not None, int fd, bint secure=False, on_output=None):
+    def __cinit__(
+        self, Context context not None, int fd, bint secure=False, on_output=None,
+        bint incoming=True
+    ):
         cdef ConnectionCell *cell
         cdef Worker *worker = context.worker
         cdef int plugins = context.table.plugins
-        if not worker.open:
+        if context.ended:
             raise RuntimeError("the context has ended")
         if worker.orphans != NULL:
             adopt(worker)
@@ -370,6 +376,7 @@ cdef class Connection:
         self.cell = cell
         self.context = context
         self.on_output = on_output
+        self.incoming = incoming
 
     def __dealloc__(self):
         # The last reference may go on any thread.
@@ -521,11 +528,14 @@ cdef class Connection:
         return self.mail(OUT_SENT, message, message if document is None else document)
 
     def close(self):
-        """mq_smtp_in_close, after a suspended event of this connection was handed back."""
+        """mq_smtp_in_close, after a suspended event of this connection was handed back.
+
+        The end of an outgoing connection is no event: it only waits.
+        """
         self.cell.closed = True
         if self.cell.event != NULL:
             return self.context.close_later(self, <Call> self.cell.event.call)
-        return self.plain(CLOSE)
+        return self.plain(CLOSE) if self.incoming else nothing
 
 
 cdef void adopt(Worker *worker) noexcept nogil:

@@ -256,14 +256,21 @@ class Context(_core.Context):
             await self._ended.wait()
 
     def connection(
-        self, fd: int, *, secure: bool = False, on_output: Callable[[], None] | None = None
+        self,
+        fd: int,
+        *,
+        secure: bool = False,
+        on_output: Callable[[], None] | None = None,
+        incoming: bool = True,
     ) -> Connection:
         """The plugins' side of a new SMTP connection.
+
+        `incoming` says who opened it: only the end of an incoming one is an event.
 
         `on_output` is called, on the worker's thread, when a plugin has queued bytes at another
         time than in an event of the connection; after each event the engine looks for itself.
         """
-        return Connection(self, fd, secure, on_output)
+        return Connection(self, fd, secure, on_output, incoming)
 
     async def _listen(self) -> None:
         # It alone waits for the eventfd, so it also ends the worker: who opens one later may be
