@@ -229,7 +229,8 @@ class Dispatcher:
 
     def give_back(self, job: Job) -> None:
         """The engine stops before this message had its turn."""
-        self._queues.release(job.lease)
+        if not self._stopped.is_set():  # else all leases have gone back with the consumer
+            self._queues.release(job.lease)
 
     def expired(self, job: Job) -> bool:
         """Finish a message that has waited in memory for too long."""

@@ -247,7 +247,7 @@ class Connection:
     async def _serve(self) -> None:
         """Send jobs until there are no more, or the session is of no more use."""
         if self._pool.listens:
-            self._plugin = self.worker.context.connection(self._stream.fileno())
+            self._plugin = self.worker.context.connection(self._stream.fileno(), incoming=False)
         try:
             while job := self._job or await self._wait_for_job():
                 outcome = await self._deliver(job)
