@@ -39,6 +39,9 @@ __all__ = ["Engine"]
 
 log = logging.getLogger("mailerq")
 
+MIN_PLUGIN_SECONDS: Final = 1.0
+"""How long plugins may hold an event when the engine ends in a hurry."""
+
 PREFETCH: Final = 100
 """Messages that `Engine.consume` holds at a time, unless it is told otherwise."""
 
@@ -79,6 +82,7 @@ class Engine:
         self._dispatcher: Dispatcher
         self._nursery: trio.Nursery
         self._started = 0.0
+        self._failed = False
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -93,7 +97,10 @@ class Engine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        return await self._stack.__aexit__(kind, error, traceback)
+        # The error goes around the nurseries, not through them: it leaves as it came.
+        self._failed = error is not None
+        await self._stack.aclose()
+        return None
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config = self.config
@@ -141,21 +148,18 @@ class Engine:
         incoming = Slots(_limit(config.smtp_connections_in), within=connections)
         self._listener = Listener(self._server, self._workers, sockets, incoming)
         nursery = await stack.enter_async_context(trio.open_nursery())
-        stack.push_async_exit(self._stop)
+        stack.push_async_callback(self._stop)
         await nursery.start(control.serve, config.queue_directory, self._commands())
         await nursery.start(self._dispatcher.run)
         await nursery.start(self._listener.run)
         self._nursery = nursery
         self._started = time.time()
 
-    async def _stop(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def _stop(self) -> None:
         """End what is under way: in its own time, or at once after an error."""
-        timeout = self.config.shutdown_timeout if error is None else 0.0
+        timeout = 0.0 if self._failed else self.config.shutdown_timeout
+        if timeout < self.plugins.timeout or not self.plugins.timeout:
+            self.plugins.timeout = max(timeout, MIN_PLUGIN_SECONDS)
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listener.stop, timeout)

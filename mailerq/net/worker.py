@@ -110,7 +110,7 @@ async def open_workers(count: int, plugins: Plugins) -> AsyncIterator[list[Worke
     workers = [Worker(index) for index in range(count)]
     async with trio.open_nursery() as nursery:
         started: list[Worker] = []
-        cancel = True
+        cancel = True  # until nothing went wrong
         try:
             for worker in workers:
                 run = worker.run_in_thread if worker.index else worker.run

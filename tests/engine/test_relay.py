@@ -216,6 +216,9 @@ async def test_queued_mail_survives_the_engine(tmp_path: Path) -> None:
             config = configure(tmp_path, smtp_sink_address="127.0.0.1", smtp_sink_port=port)
             async with Engine(config) as engine:
                 await send(engine.addresses[0])
+                with trio.fail_after(5):
+                    while not engine.statistics()["outgoing"]["retried"]:
+                        await trio.lowlevel.checkpoint()
         config = config.replace(smtp_sink_port=sink.port)
         async with Engine(config) as engine:
             document = Message({"envelope": "", "recipient": "c@d.test"}, b"second")

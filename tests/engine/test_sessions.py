@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import smtplib
 import ssl
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -136,10 +137,12 @@ async def test_shutting_down_ends_idle_sessions_and_lets_a_mail_finish(tmp_path:
             task_status.started(engine)
             await stop.wait()
 
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
         engine = await nursery.start(run)
-        idle = await trio.open_tcp_stream(*engine.addresses[0])
-        busy = await trio.open_tcp_stream(*engine.addresses[0])
+        idle, busy = [
+            await stack.enter_async_context(await trio.open_tcp_stream(*engine.addresses[0]))
+            for _ in range(2)
+        ]
         await idle.receive_some()
         await busy.receive_some()
         await busy.send_all(
@@ -167,8 +170,9 @@ async def test_shutting_down_waits_no_longer_than_its_timeout(tmp_path: Path) ->
         await client.send_all(b"EHLO c.test\r\nMAIL FROM:<a@b.test>\r\n")
         while b"2.1.0" not in await client.receive_some():
             pass
-    with trio.fail_after(5):
-        received = b"".join([chunk async for chunk in client])
+    async with client:
+        with trio.fail_after(5):
+            received = b"".join([chunk async for chunk in client])
     assert received.startswith(b"421 4.3.2")
 
 
@@ -189,8 +193,10 @@ async def test_connections_are_spread_over_the_workers(tmp_path: Path) -> None:
 
 async def test_leaving_by_an_error_leaves_nothing_running(tmp_path: Path) -> None:
     async def fail(threads: int) -> None:
-        async with Engine(configure(tmp_path, smtp_threads=threads)) as engine:
-            client = await trio.open_tcp_stream(*engine.addresses[0])
+        async with (
+            Engine(configure(tmp_path, smtp_threads=threads)) as engine,
+            await trio.open_tcp_stream(*engine.addresses[0]) as client,
+        ):
             await client.receive_some()
             raise ZeroDivisionError
 
