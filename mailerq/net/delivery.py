@@ -61,10 +61,14 @@ MAX_BACKOFF_SECONDS: Final = 10.0
 
 @dataclass(slots=True)
 class Counters:
-    """What deliveries have come to since the start."""
+    """What deliveries have come to since the start.
+
+    `held` messages were delayed by whoever sent them, `parked` ones wait for a slow domain.
+    """
 
     consumed: int = 0
     held: int = 0
+    parked: int = 0
     attempts: int = 0
     delivered: int = 0
     failed: int = 0
@@ -231,6 +235,12 @@ class Dispatcher:
         """The engine stops before this message had its turn."""
         if not self._stopped.is_set():  # else all leases have gone back with the consumer
             self._queues.release(job.lease)
+
+    def park(self, job: Job, seconds: float) -> None:
+        """Its destination is too slow to keep this message in memory."""
+        self.counters.parked += 1
+        due = self._clock() + seconds
+        self._add(Settlement(job.lease, (Publication(self._outbox, job.message, due),)), None)
 
     def expired(self, job: Job) -> bool:
         """Finish a message that has waited in memory for too long."""

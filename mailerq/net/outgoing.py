@@ -85,7 +85,7 @@ class Job:
     """A message that is to be sent now. `envelope` and `recipient` are as the wire needs them.
 
     `attempt` counts from 1; `expires` is seconds since 1970; `local_ip` is the address to send
-    from, None for any.
+    from, None for any. `since` is when it was put into the pool, on trio's clock.
     """
 
     lease: Lease
@@ -97,6 +97,7 @@ class Job:
     attempt: int
     expires: float
     moves: int = 0
+    since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,12 @@ A destination that finds no slot is starved: an idle connection of another one i
 for it, connections do not become idle and do not send on for ever meanwhile, and whatever
 slot becomes free goes to those that have starved longest.
 
+A destination that is slow or dead must not fill the memory, or the mail of all others would
+wait behind it. If its messages wait for long, most of them go back to the outbox for a part
+of that time.
+
 When the last connection that could open has failed, what it met is the result of all
-messages that wait: there is no telling them apart, and a dead domain must not fill the
-memory.
+messages that wait: there is no telling them apart.
 
 Everything here runs on the home worker; `Connection` says how the two talk.
 """
@@ -63,6 +66,15 @@ MAX_DOUBTS: Final = 10_000
 CUT_SECONDS: Final = 5.0
 """How long connections that are cut may take to end: a plugin may still hold a message."""
 
+PARK_AFTER_SECONDS: Final = 10.0
+"""How long the first message of a destination waits before others behind it are put back."""
+
+PARK_SHARE: Final = 10
+"""A tenth of the messages in memory is what such a destination keeps there."""
+
+MAX_PARK_SECONDS: Final = 60.0
+"""For how long they are put back at most."""
+
 MAX_NAMED: Final = 20
 """Domains whose queues `Pool.statistics` names."""
 
@@ -75,6 +87,9 @@ class Office(Protocol):
 
     def give_back(self, job: Job) -> None:
         """The job was not tried and will not be."""
+
+    def park(self, job: Job, seconds: float) -> None:
+        """The job is not tried now; it comes again after some time."""
 
     def expired(self, job: Job) -> bool:
         """True when the job is past its time; it is finished then."""
@@ -139,6 +154,8 @@ class Pool:
                 for destination in held:
                     self._pump(destination)
                 self._feed_starved()
+                for destination in self._destinations.values():
+                    self._park_excess(destination)
 
     def put(self, job: Job) -> None:
         """Send a message as soon as may be."""
@@ -155,6 +172,7 @@ class Pool:
         if first:
             destination.jobs.appendleft(job)
         else:
+            job.since = trio.current_time()
             destination.jobs.append(job)
         self._pump(destination)
 
@@ -297,6 +315,15 @@ class Pool:
             fitting = [host for host in hosts if (":" in host.address) == version_6]
             hosts = fitting or hosts
         return sorted(hosts, key=lambda host: doubts.get(host.address, 0.0) > now)
+
+    def _park_excess(self, destination: Destination) -> None:
+        jobs = destination.jobs
+        share = max(self.config.rabbitmq_qos // PARK_SHARE, 1)
+        if len(jobs) > share:
+            age = trio.current_time() - jobs[0].since
+            if age > PARK_AFTER_SECONDS:
+                while len(jobs) > share:
+                    self._office.park(jobs.pop(), min(age / 4, MAX_PARK_SECONDS))
 
     def _not_opened(self, destination: Destination, report: Report) -> None:
         if destination.connections:

@@ -231,9 +231,7 @@ class ClientProtocol:
         self._refusal = self._objection(envelope, recipient, size)
         if self._refusal is not None:
             return
-        parameters = ""
-        if size is not None and "SIZE" in self.extensions:
-            parameters = f" SIZE={size}"
+        parameters = f" SIZE={size}" if size is not None and "SIZE" in self.extensions else ""
         if eight_bit and "8BITMIME" in self.extensions:
             parameters += " BODY=8BITMIME"
         if not (envelope.isascii() and recipient.isascii()):
@@ -270,11 +268,8 @@ class ClientProtocol:
         output = self._output
         if not output:
             return b""
-        size = count = 0
-        for piece in output:
-            size += len(piece)
-            if count and size > JOIN_BYTES:
-                break
+        size, count = len(output[0]), 1
+        while count < len(output) and (size := size + len(output[count])) <= JOIN_BYTES:
             count += 1
         data = output[0] if count == 1 else b"".join(output[:count])
         del output[:count]

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from mailerq.message import Message
+from mailerq.net import pool
 from mailerq.net.slots import Slots
 from mailerq.rules import routes
 from tests.net.delivery_kit import (
@@ -117,6 +118,29 @@ async def test_no_more_than_the_prefetch_is_taken_from_the_queue() -> None:
         assert len(bench.queues["outbox"]) == 7
         bench.queues.may_ack.set()
         await bench.results(count=10)
+
+
+async def test_a_stalled_domain_does_not_hold_up_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "PARK_AFTER_SECONDS", 0.1)
+
+    async def tarpit(peer: PeerConnection) -> None:
+        await peer.hello()
+        await trio.sleep_forever()
+
+    settings: Any = {"rabbitmq_qos": 50, "domain_maxconnections": 2, "smtp_out_timeout": 60}
+    async with open_bench(tarpit, tarpit, connection_maxidle=100, **settings) as bench:
+        for _ in range(200):
+            bench.send(recipient="c@slow.test")
+        bench.send(recipient="c@quick.test")
+        await bench.results("success", 1)
+        assert bench.peer.mails[0].recipient == "c@quick.test"
+        figures = bench.dispatcher.statistics()
+        assert figures["parked"] >= 150
+        assert figures["attempts"] == 1
+        parked = [due for due, message in bench.queues.queues["outbox"] if due > bench.queues.now]
+        assert len(parked) >= 150
 
 
 # Peers that leave
