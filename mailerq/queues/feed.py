@@ -14,27 +14,36 @@ becomes due, as far as is known; a read finds it anew.
 A read sees the file as it was when the read began. What was settled meanwhile is kept in
 `settled` until the read ends, so that it is not handed out a second time.
 
+`Feeds` is what the writer, the reader and the tasks share: all feeds and the lock on them.
+
 Guarantees
 ----------
-All of this is guarded by the one lock of the embedded queue: every method is called with the
-lock held. A message is leased (`held`) before its commit, so no read can find it unleased.
+- Every method of a feed is called with `Feeds.lock` held, and the lock is never held while
+  the file is read or written.
+- A message is leased (`held`) before its commit, so no read can find it unleased.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from queue import SimpleQueue
+from typing import Final
 
+import outcome
 import trio
 
+from mailerq.errors import QueueDamaged
 from mailerq.queues.interface import Consumer, Lease
+from mailerq.queues.store import mark
 
-if TYPE_CHECKING:
-    from mailerq.errors import QueueError
+__all__ = ["START", "EmbeddedConsumer", "Feed", "Feeds", "HeldLease", "Position"]
 
-__all__ = ["EmbeddedConsumer", "Feed", "HeldLease"]
+logger = logging.getLogger("mailerq.queues")
 
 Position = tuple[int, int]
 
@@ -177,7 +186,7 @@ class EmbeddedConsumer(Consumer):
         self.waiting: dict[trio.lowlevel.Task, None] = {}
         self.starving = False
         """Somebody found nothing ready: who makes something ready has to notify."""
-        self.error: QueueError | None = None
+        self.error: QueueDamaged | None = None
         self.token = trio.lowlevel.current_trio_token()
         self._take = take
 
@@ -205,3 +214,142 @@ class EmbeddedConsumer(Consumer):
         self.waiting[task] = None
         found: Lease = await trio.lowlevel.wait_task_rescheduled(abort)
         return found
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Read:
+    """A job for the reader: what is due in a queue, above `after`, at most `limit`."""
+
+    feed: Feed
+    after: Position
+    limit: int
+
+
+class Feeds:
+    """All feeds of one embedded queue, and the lock on them."""
+
+    def __init__(self, path: str, clock: Callable[[], float]) -> None:
+        self.path = path
+        self.clock = clock
+        self.lock = threading.Lock()
+        self.feeds: dict[str, Feed] = {}
+        self.reads: SimpleQueue[Read | None] = SimpleQueue()
+        self.reader_ends = False
+        self.damaged: QueueDamaged | None = None
+
+    def now(self) -> int:
+        """The wall clock in milliseconds."""
+        return int(self.clock() * 1000)
+
+    # With the lock held
+
+    def get(self, queue: str) -> Feed | None:
+        return self.feeds.get(queue)
+
+    def open(self, queue: str, prefetch: int) -> EmbeddedConsumer:
+        """Add a consumer to a queue, and wake the reader, which sleeps while there is none."""
+        feed = self.feeds.setdefault(queue, Feed(queue))
+        consumer = EmbeddedConsumer(feed, prefetch, self.take)
+        consumer.error = self.damaged
+        feed.consumers.append(consumer)
+        self.pump(feed)
+        self.reads.put(None)
+        return consumer
+
+    def close(self, consumer: EmbeddedConsumer) -> None:
+        """Take a consumer away; what it holds goes back, but what is being settled."""
+        feed = consumer.feed
+        feed.consumers.remove(consumer)
+        consumer.ready.clear()
+        for lease in list(feed.held.values()):
+            if lease.consumer is consumer and not lease.settling:
+                self.give_back(feed, lease)
+        self.pump(feed)
+        self.tidy(feed)
+
+    def give_back(self, feed: Feed, lease: HeldLease) -> None:
+        """End a lease of a message that stays in the file."""
+        feed.drop(lease)
+        feed.note(lease.due, lease.id, self.now())
+
+    def look_again(self, feed: Feed) -> None:
+        """Read a queue anew from its start."""
+        feed.backlog = True
+        feed.rewind(START)
+        self.pump(feed)
+
+    def pump(self, feed: Feed) -> None:
+        """Have the reader read for a feed if that is worth it."""
+        if not self.reader_ends and feed.hungry(self.now()):
+            self.reads.put(Read(feed, *feed.begin_read()))
+
+    def set_alarm(self, feed: Feed, now: int) -> None:
+        """Wake the reader, in case it sleeps beyond the next due time."""
+        if feed.next_due is not None and feed.next_due < now + 1000:
+            self.reads.put(None)
+
+    def tidy(self, feed: Feed) -> None:
+        """Forget a feed that nobody consumes any more."""
+        if not feed.consumers and not feed.held and not feed.reading:
+            self.feeds.pop(feed.queue, None)
+
+    def make_ready(self, lease: HeldLease, notify: set[EmbeddedConsumer]) -> None:
+        """Let a consumer have its message; who is to be notified is added to `notify`."""
+        consumer = lease.consumer
+        assert consumer is not None
+        consumer.ready.append(lease)
+        if consumer.starving:
+            consumer.starving = False
+            notify.add(consumer)
+
+    # Without the lock
+
+    def take(self, consumer: EmbeddedConsumer) -> Lease | None:
+        """The next message that is ready; without one, the next to come is to be notified."""
+        with self.lock:
+            if consumer.error is not None:
+                raise QueueDamaged(str(consumer.error))
+            lease = consumer.ready.popleft() if consumer.ready else None
+            consumer.starving = lease is None
+            if not consumer.ready:
+                self.pump(consumer.feed)
+            return lease
+
+    def notify(self, consumers: Iterable[EmbeddedConsumer]) -> None:
+        """Wake what waits for these consumers, each on its own loop."""
+        for consumer in consumers:
+            # A loop that has ended took its consumer's context with it.
+            with suppress(trio.RunFinishedError):
+                consumer.token.run_sync_soon(self._notify, consumer)
+
+    def _notify(self, consumer: EmbeddedConsumer) -> None:
+        with self.lock:
+            waiting = consumer.waiting
+            while waiting and (consumer.ready or consumer.error is not None):
+                task = next(iter(waiting))
+                del waiting[task]
+                if consumer.ready:
+                    trio.lowlevel.reschedule(task, outcome.Value(consumer.ready.popleft()))
+                else:
+                    error = QueueDamaged(str(consumer.error))
+                    trio.lowlevel.reschedule(task, outcome.Error(error))
+            consumer.starving = bool(waiting)
+            if not consumer.ready:
+                self.pump(consumer.feed)
+
+    def damage(self, problem: QueueDamaged) -> None:
+        """The file is broken: nothing goes in or out until a restart has salvaged it."""
+        with self.lock:
+            if self.damaged is not None:
+                return
+            self.damaged = problem
+            consumers = {consumer for feed in self.feeds.values() for consumer in feed.consumers}
+            for consumer in consumers:
+                consumer.error = problem
+                consumer.starving = False
+        logger.critical("%s; stop mailerq and start it again", problem)
+        try:
+            mark(self.path, str(problem))
+        except OSError as error:
+            logger.critical("%s", error)
+        self.notify(consumers)

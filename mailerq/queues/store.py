@@ -38,7 +38,7 @@ import functools
 import os
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -62,6 +62,7 @@ __all__ = [
     "check",
     "mark",
     "prepare",
+    "proven",
     "translate",
 ]
 
@@ -86,7 +87,7 @@ NUMBERS: Final = 10_000
 """Numbers taken at a time by a process that stays; a short one takes what it needs."""
 
 ROWS_PER_STATEMENT: Final = 32
-PURGE_ROWS: Final = 2_000
+WORK_ROWS: Final = 2_000
 """Rows that one commit of a purge deletes: others are let in between."""
 
 SHARED_SIZE: Final = 1024
@@ -97,29 +98,29 @@ MAX_SIZE: Final = 999_000_000
 """Bytes of one body or of one message's properties: SQLite's own limit, less a row's rest."""
 
 SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS number (next INTEGER);
-CREATE TABLE IF NOT EXISTS message (
+CREATE TABLE number (next INTEGER);
+CREATE TABLE message (
     id INTEGER PRIMARY KEY, queue TEXT, due INTEGER,
     body INTEGER, body_crc INTEGER, crc INTEGER, properties BLOB);
-CREATE INDEX IF NOT EXISTS message_due ON message (queue, due, id);
-CREATE TABLE IF NOT EXISTS body (id INTEGER PRIMARY KEY, data BLOB);
-CREATE TABLE IF NOT EXISTS shared (id INTEGER PRIMARY KEY, users INTEGER, data BLOB);
-CREATE VIEW IF NOT EXISTS incoming (id, queue, due, body, body_crc, crc, properties, data)
+CREATE INDEX message_due ON message (queue, due);
+CREATE TABLE body (id INTEGER PRIMARY KEY, data BLOB);
+CREATE TABLE shared (id INTEGER PRIMARY KEY, users INTEGER, data BLOB);
+CREATE VIEW incoming (id, queue, due, body, body_crc, crc, properties, data)
     AS SELECT 0, 0, 0, 0, 0, 0, 0, 0;
-CREATE TRIGGER IF NOT EXISTS incoming_body INSTEAD OF INSERT ON incoming WHEN new.body = 0
+CREATE TRIGGER incoming_body INSTEAD OF INSERT ON incoming WHEN new.body = 0
 BEGIN
     INSERT INTO body VALUES (new.id, new.data);
 END;
-CREATE TRIGGER IF NOT EXISTS incoming_message INSTEAD OF INSERT ON incoming
+CREATE TRIGGER incoming_message INSTEAD OF INSERT ON incoming
 BEGIN
     INSERT INTO message VALUES
         (new.id, new.queue, new.due, new.body, new.body_crc, new.crc, new.properties);
 END;
-CREATE TRIGGER IF NOT EXISTS message_gone AFTER DELETE ON message WHEN old.body = 0
+CREATE TRIGGER message_gone AFTER DELETE ON message WHEN old.body = 0
 BEGIN
     DELETE FROM body WHERE id = old.id;
 END;
-CREATE TRIGGER IF NOT EXISTS message_share_gone AFTER DELETE ON message WHEN old.body > 0
+CREATE TRIGGER message_share_gone AFTER DELETE ON message WHEN old.body > 0
 BEGIN
     UPDATE shared SET users = users - 1 WHERE id = old.body;
     DELETE FROM shared WHERE id = old.body AND users <= 0;
@@ -214,26 +215,29 @@ def checksum(
     return crc32(properties, crc32(head.encode()))
 
 
+def proven(row: Row) -> bool:
+    """Whether all of a row but its body is as it was written."""
+    number, queue, due, body, body_crc, crc, properties, _ = row
+    return (
+        isinstance(queue, str)
+        and isinstance(due, int)
+        and isinstance(properties, bytes)
+        and checksum(number, queue, body, body_crc, properties) == crc
+    )
+
+
 def check(row: Row) -> Message | str:
     """Decode a row that is as it was written; otherwise say what is wrong with it."""
-    _, queue, due, body, body_crc, crc, properties, data = row
-    if not isinstance(properties, bytes) or not isinstance(queue, str):
-        return "the row is not of the form that was written"
-    try:
-        proven = checksum(row.id, queue, body, body_crc, properties) == crc
-    except UnicodeEncodeError:
-        proven = False
-    if not proven:
+    if not proven(row):
         return "the checksum of the properties does not fit"
-    if not isinstance(due, int):
-        return "the due time is lost"
-    if body is not None:
+    data = row.data
+    if row.body is not None:
         if not isinstance(data, bytes):
             return "the body is missing"
-        if crc32(data) != body_crc:
+        if crc32(data) != row.body_crc:
             return "the checksum of the body does not fit"
     try:
-        return Message(decode_properties(properties), data if body is not None else None)
+        return Message(decode_properties(row.properties), data)
     except MessageError as error:
         return str(error)
 
@@ -421,12 +425,18 @@ class Reader:
                 row[0]: Row(*row)
                 for row in self.connection.execute(
                     ROW + "WHERE m.id IN (SELECT value FROM carray(?)) AND m.queue = ?",
-                    (apsw.carray(array("q", numbers)), queue),
+                    (_carray(numbers), queue),
                 )
             }
         except apsw.Error as error:
             raise self.failed(error) from error
         return [rows[number] for number in numbers if number in rows]
+
+
+def _carray(numbers: Iterable[int]) -> Any:
+    """Numbers as one parameter of a statement, ``SELECT value FROM carray(?)``."""
+    # An empty one is refused; no message has number 0.
+    return apsw.carray(array("q", numbers) or array("q", (0,)))
 
 
 @functools.cache
@@ -464,39 +474,50 @@ class Store(Reader):
             if exclusive:
                 locks.append(_lock_daemon(os.path.join(directory, LOCK_NAME)))
             locks.append(os.open(directory, os.O_RDONLY | os.O_CLOEXEC))
-            fcntl.flock(locks[-1], fcntl.LOCK_SH)
+            if exclusive:
+                from mailerq.queues.salvage import recover
+
+                _lock_directory(locks[-1], fcntl.LOCK_EX, path)
+                recover(path)
+            _lock_directory(locks[-1], fcntl.LOCK_SH, path)
             store = cls(path, locks, NUMBERS if exclusive else 1)
-            store._connection = connect(path, create=True)
-            store._create()
+            store.create()
         except (OSError, apsw.Error, QueueError) as error:
             for lock in locks:
                 os.close(lock)
             raise translate(error, path) from error
         return store
 
-    def _create(self) -> None:
-        connection = self.connection
-        version = int(connection.pragma("user_version"))
-        if version == SCHEMA_VERSION:
+    def create(self) -> None:
+        """Make the file if there is none. Raises `QueueError`, and what SQLite raises."""
+        connection = self._connection = connect(self.path, create=True)
+        if self._known(connection):
             return
+        connection.pragma("page_size", PAGE_SIZE)
+        connection.pragma("journal_mode", "wal")
+        connection.execute("BEGIN IMMEDIATE")
+        if not self._known(connection):  # else another process was faster
+            connection.execute(SCHEMA)
+            connection.execute("INSERT INTO number VALUES (1)")
+            connection.pragma("application_id", APPLICATION_ID)
+            connection.pragma("user_version", SCHEMA_VERSION)
+        connection.execute("COMMIT")
+
+    def _known(self, connection: apsw.Connection) -> bool:
+        """Whether the file is one of ours; an empty one is not yet. Raises `QueueError`."""
+        found: list[Any] = connection.execute(
+            "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema) "
+            "FROM pragma_user_version, pragma_application_id"
+        ).fetchall()
+        version, application, tables = found[0]
+        if tables and application != APPLICATION_ID:
+            raise QueueError(f"{self.path}: is a database of another program")
         if version > SCHEMA_VERSION:
             raise QueueError(
                 f"{self.path}: written by a newer mailerq (layout {version}, this one reads "
                 f"up to {SCHEMA_VERSION}); install that one, or start with another directory"
             )
-        application = int(connection.pragma("application_id"))
-        if application not in (0, APPLICATION_ID) or (
-            application == 0 and connection.execute("SELECT 1 FROM sqlite_schema").get
-        ):
-            raise QueueError(f"{self.path}: is a database of another program")
-        connection.pragma("page_size", PAGE_SIZE)
-        connection.pragma("journal_mode", "wal")
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute(SCHEMA)
-        connection.execute("INSERT INTO number SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM number)")
-        connection.pragma("application_id", APPLICATION_ID)
-        connection.pragma("user_version", SCHEMA_VERSION)
-        connection.execute("COMMIT")
+        return bool(version == SCHEMA_VERSION)
 
     def close(self) -> None:
         super().close()
@@ -516,34 +537,55 @@ class Store(Reader):
         """Delete messages by their numbers, those that a daemon holds included."""
         self.write(Batch(removals=list(numbers)))
 
-    def purge(self, queue: str, *, keep: Iterable[int] = ()) -> int:
-        """Delete a queue but what is in `keep`; how many that were."""
-        return sum(self.purge_steps(queue, keep=lambda: keep))
+    def purge(self, queue: str) -> int:
+        """Delete a queue, what a daemon holds included; how many that were."""
+        return sum(self.purge_steps(queue, list))
 
-    def purge_steps(self, queue: str, *, keep: Any) -> Iterator[int]:
-        """Delete a queue, some rows a commit; `keep()` says before each what must stay."""
+    def purge_steps(self, queue: str, held: Callable[[], Iterable[int]]) -> Iterator[int]:
+        """Delete a queue, some rows a commit; `held` says before each what must stay."""
         last = 0
         while True:
-            connection = self._writable()
-            try:
-                found = [
-                    row[0]
-                    for row in connection.execute(
-                        "SELECT id FROM message WHERE queue = ? AND id > ? ORDER BY id LIMIT ?",
-                        (queue, last, PURGE_ROWS),
-                    )
-                ]
-                if not found:
-                    return
-                last = found[-1]
-                numbers = sorted(set(found).difference(keep()))
-                connection.execute(
-                    "DELETE FROM message WHERE id IN (SELECT value FROM carray(?)) AND queue = ?",
-                    (apsw.carray(array("q", numbers)), queue),
+            numbers = self._numbers("queue = ? AND id > ? ORDER BY id", (queue, last))
+            if not numbers:
+                return
+            last = numbers[-1]
+            yield self._change(
+                "DELETE FROM message WHERE id IN (SELECT value FROM carray(?)) AND queue = ?",
+                (_carray(set(numbers).difference(held())), queue),
+            )
+
+    def set_back(self, now: int, before: int) -> Iterator[int]:
+        """The clock went from `before` back to `now` (ms): what was due then is due now.
+
+        Some rows a commit.
+        """
+        for depth in self.depths():
+            while True:
+                numbers = self._numbers(
+                    "queue = ? AND due > ? AND due <= ?", (depth.queue, now, before)
                 )
-                yield connection.changes()
-            except apsw.Error as error:
-                raise self.failed(error) from error
+                if not numbers:
+                    break
+                yield self._change(
+                    "UPDATE message SET due = ? WHERE id IN (SELECT value FROM carray(?))",
+                    (now, _carray(numbers)),
+                )
+
+    def _numbers(self, where: str, values: tuple[Any, ...]) -> list[int]:
+        try:
+            rows: list[Any] = self.connection.execute(
+                f"SELECT id FROM message WHERE {where} LIMIT ?", (*values, WORK_ROWS)
+            ).fetchall()
+        except apsw.Error as error:
+            raise self.failed(error) from error
+        return [row[0] for row in rows]
+
+    def _change(self, statement: str, values: tuple[Any, ...]) -> int:
+        try:
+            self.connection.execute(statement, values)
+            return self.connection.changes()
+        except apsw.Error as error:
+            raise self.failed(error) from error
 
     def number(self, inserts: Sequence[Insert]) -> None:
         """Give publications their numbers; `QueueError` when the file cannot hold the block."""
@@ -597,7 +639,7 @@ class Store(Reader):
             if batch.removals:
                 connection.execute(
                     "DELETE FROM message WHERE id IN (SELECT value FROM carray(?))",
-                    (apsw.carray(array("q", batch.removals)),),
+                    (_carray(batch.removals),),
                 )
             connection.execute("COMMIT")
         except apsw.Error as error:
@@ -654,6 +696,20 @@ def _share(inserts: Sequence[Insert]) -> list[tuple[int, int, bytes]]:
             insert.reference = reference
             insert.body_crc = crc
     return shared
+
+
+def _lock_directory(lock: int, kind: int, path: str) -> None:
+    """Share the directory with others that use it, or have it alone while it is salvaged."""
+    until = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise QueueError(f"{path}: another process is busy with it") from None
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _lock_daemon(path: str) -> int:

@@ -1,0 +1,498 @@
+"""Check a queue file at the start, and save what is readable of a damaged one.
+
+Theory of operation
+-------------------
+`examine` says whether a file is damaged, in bounded time: SQLite checks the whole of a small
+file, and of one that was marked when damage was met; a large one is probed at its ends and
+at random. Records prove themselves by their checksums whenever they are read, so what slips
+through is found later and loses nothing.
+
+`salvage` reads the pages themselves (`mailerq.queues.pages`), not through SQLite. It walks
+the trees of the tables from their roots; where a tree is broken it looks at every other page
+of the file that is not free. Every message found with a sound checksum, and a body that fits,
+is written into a new file under its old number. What is there but not sound goes into the
+queue ``damaged``, with a reason. A free page may hold what was deleted: it is not looked at,
+and when the list of free pages is broken as well, the index of due times tells what lives.
+
+The new file takes the place of the old only when it is complete and synced; the old one is
+moved aside, and never deleted.
+
+Guarantees
+----------
+- A crash at any moment leaves either the old file in its place or a complete new one, which
+  `recover` puts there at the next start.
+- The damaged file is never written to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+from zlib import crc32
+
+import apsw
+
+from mailerq.errors import QueueDamaged, QueueError
+from mailerq.message import Message
+from mailerq.queues.pages import (
+    INDEX_INTERIOR,
+    INDEX_LEAF,
+    TABLE_INTERIOR,
+    TABLE_LEAF,
+    Cell,
+    Pages,
+    record,
+    shape,
+)
+from mailerq.queues.store import (
+    MARK_SUFFIX,
+    PAGE_SIZE,
+    ROW,
+    Batch,
+    Insert,
+    Row,
+    Store,
+    aside,
+    check,
+    connect,
+    prepare,
+    proven,
+    translate,
+)
+
+__all__ = ["Salvaged", "examine", "recover", "salvage"]
+
+logger = logging.getLogger("mailerq.queues")
+
+FULL_CHECK_BYTES: Final = 64 << 20
+"""SQLite checks so much in less than a second; a larger file is probed."""
+
+PROBE_SECONDS: Final = 0.3
+UNFINISHED: Final = ".salvaging"
+FINISHED: Final = ".salvaged"
+NUMBER_GAP: Final = 1_000_000
+"""How far the numbers jump when it is lost which were given."""
+
+BATCH: Final = 500
+BATCH_BYTES: Final = 32 << 20
+
+ROOTS: Final = {"number": 2, "message": 3, "message_due": 4, "body": 5, "shared": 6}
+"""Where the trees begin, as the order in our schema has it; for when the file does not tell."""
+
+
+@dataclass(slots=True, frozen=True)
+class Salvaged:
+    """What came of a damaged file: `lost` messages are known to have been in it."""
+
+    messages: int
+    damaged: int
+    lost: int
+
+
+def recover(path: str) -> None:
+    """Make sure that a sound file or none is at `path`. Raises `QueueError`.
+
+    Nobody else may have the file open.
+    """
+    _remove(path + UNFINISHED)
+    try:
+        if os.path.exists(path + FINISHED):
+            _replace(path)
+        reason = examine(path)
+        if reason is None:
+            _remove_file(path + MARK_SUFFIX)
+            return
+        logger.critical("%s is damaged, salvaging what is readable: %s", path, reason)
+        found = salvage(path, path + UNFINISHED)
+        os.rename(path + UNFINISHED, path + FINISHED)
+        kept = _replace(path)
+    except OSError as error:
+        raise translate(error, path) from error
+    logger.critical(
+        "salvaged %d messages; %d damaged ones are in the queue 'damaged'; %d could not be "
+        "read; the damaged file was kept as %s",
+        found.messages,
+        found.damaged,
+        found.lost,
+        kept,
+    )
+
+
+def _replace(path: str) -> str:
+    """Move the old file and its companions aside, and the new one into its place."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    kept = f"{path}.damaged-{stamp}"
+    count = 1
+    while any(os.path.exists(kept + suffix) for suffix in ("", "-wal", "-shm")):
+        count += 1
+        kept = f"{path}.damaged-{stamp}-{count}"
+    for suffix in ("-shm", "-wal", ""):
+        if os.path.exists(path + suffix):
+            os.rename(path + suffix, kept + suffix)
+    os.rename(path + FINISHED, path)
+    _remove_file(path + MARK_SUFFIX)
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return kept
+
+
+def _remove(path: str) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        _remove_file(path + suffix)
+
+
+def _remove_file(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def examine(path: str) -> str | None:
+    """Say what is wrong with a file, or None. Raises `QueueError` when that cannot be told."""
+    try:
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        log = os.path.getsize(path + "-wal") if os.path.exists(path + "-wal") else 0
+        if size == 0 and log == 0:
+            return None
+        if size == 0:
+            return "the file is gone or empty, its write-ahead log is there"
+        committed = _committed(path + "-wal") if log else 0
+        if committed is None:
+            return "the write-ahead log is broken at its head"
+        whole = size <= FULL_CHECK_BYTES or os.path.exists(path + MARK_SUFFIX)
+        connection = connect(path)
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        return str(error)
+    except (OSError, apsw.Error) as error:
+        raise translate(error, path) from error
+    try:
+        return _look(connection, committed, whole)
+    except (apsw.NotADBError, apsw.CorruptError, apsw.IOError) as error:
+        return str(error)
+    except apsw.Error as error:
+        raise translate(error, path) from error
+    finally:
+        connection.close(True)
+
+
+def _look(connection: apsw.Connection, committed: int, whole: bool) -> str | None:
+    if not int(connection.pragma("user_version")):
+        return None  # not ours, or not finished: `Store` decides
+    frames, _ = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+    if frames < committed:
+        return f"the write-ahead log is broken after frame {frames} of {committed}"
+    if whole:
+        answer = str(connection.execute("PRAGMA integrity_check(1)").get)
+        return None if answer == "ok" else answer
+    return _probe(connection)
+
+
+def _committed(path: str) -> int | None:
+    """The last frame of a log that says to end a commit; None when its head is broken."""
+    with open(path, "rb", buffering=0) as file:
+        head = file.read(32)
+        if len(head) < 32:
+            return 0
+        magic, version, page_size, _, *salts = struct.unpack(">6I", head[:24])
+        if magic | 1 != 0x377F0683 or version != 3007000 or not 512 <= page_size <= 65536:
+            return None
+        last = number = 0
+        place = 32
+        while len(frame := os.pread(file.fileno(), 24, place)) == 24:
+            number += 1
+            place += 24 + page_size
+            _, commit, *stamp = struct.unpack(">4I", frame[:16])
+            if stamp == salts and commit:
+                last = number
+        return last
+
+
+def _probe(connection: apsw.Connection) -> str | None:
+    """Look at the ends of every tree and at some rows in between."""
+    for table in ("message", "body", "shared"):
+        connection.execute(f"SELECT min(id), max(id) FROM {table}").fetchall()
+    connection.execute("SELECT queue, due FROM message ORDER BY queue, due LIMIT 1").fetchall()
+    connection.execute(
+        "SELECT queue, due FROM message ORDER BY queue DESC, due DESC LIMIT 1"
+    ).fetchall()
+    ends: list[Any] = connection.execute("SELECT min(id), max(id) FROM message").fetchall()
+    lowest, highest = ends[0]
+    if lowest is None:
+        return None
+    until = time.monotonic() + PROBE_SECONDS
+    while time.monotonic() < until:
+        number = random.randint(lowest, highest)
+        found: list[Any] = connection.execute(ROW + "WHERE m.id >= ? LIMIT 1", (number,)).fetchall()
+        for values in found:
+            row = Row(*values)
+            message = check(row)
+            if isinstance(message, str):
+                return f"message {row.id}: {message}"
+            indexed = connection.execute(
+                "SELECT 1 FROM message WHERE queue = ? AND due = ? AND id = ?",
+                (row.queue, row.due, row.id),
+            ).get
+            if indexed is None:
+                return f"message {row.id} is missing in the index"
+    return None
+
+
+def salvage(path: str, new: str) -> Salvaged:
+    """Write every readable record of a damaged file into a new one; raises `QueueError`."""
+    pages = Pages(path, PAGE_SIZE)
+    try:
+        with Store(new, (), 1) as store:
+            try:
+                store.create()
+                store.connection.execute("PRAGMA synchronous = OFF")
+                found = _Salvage(pages, store).run()
+                store.connection.execute("PRAGMA synchronous = FULL")
+                store.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            except apsw.Error as error:
+                raise store.failed(error) from error
+        file = os.open(new, os.O_RDWR)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+        return found
+    except QueueDamaged as error:
+        raise QueueError(f"cannot salvage {path}: {error}") from error
+    finally:
+        pages.close()
+
+
+class _Salvage:
+    """One walk through one damaged file."""
+
+    def __init__(self, pages: Pages, store: Store) -> None:
+        self.pages = pages
+        self.store = store
+        self.batch: list[Insert] = []
+        self.saved: set[int] = set()
+        self.set_aside: set[int] = set()
+        self.doubtful: list[Cell] = []
+        self.bodies: dict[int, list[Cell]] = {}
+        self.shared: dict[int, list[Cell]] = {}
+        self.sharing: dict[int, bytes] = {}
+        self.size = 0
+        self.damaged = 0
+        self.highest = 0
+
+    def run(self) -> Salvaged:
+        roots = self.roots()
+        seen: set[int] = {1}
+        messages, whole = self.walk(roots["message"], seen)
+        bodies, bodies_whole = self.walk(roots["body"], seen)
+        shares, shares_whole = self.walk(roots["shared"], seen)
+        index, index_whole = self.walk(roots["message_due"], seen)
+        numbers, _ = self.walk(roots["number"], seen)
+        for page in bodies:
+            self.note_bodies(page, self.bodies)
+        for page in shares:
+            self.note_bodies(page, self.shared)
+        loose: list[int] = []
+        if not (whole and bodies_whole and shares_whole):
+            loose = self.loose(seen)
+        for page in loose:
+            self.note_bodies(page, None)
+        for page in messages:
+            self.take(page)
+        if loose:
+            living = {number for _, _, number in self.entries(index)} if index_whole else None
+            for page in loose:
+                self.take(page, loose=True, living=living)
+        missing = {
+            number: (queue, due)
+            for queue, due, number in self.entries(index)
+            if number not in self.saved
+        }
+        for cell in self.doubtful:
+            self.put_aside(cell)
+        for number in list(self.bodies):
+            if number not in self.saved and number not in self.set_aside:
+                if number in missing or not index_whole:
+                    self.put_body_aside(number, missing.get(number))
+        self.flush()
+        self.number_on(numbers)
+        lost = sum(number not in self.set_aside for number in missing)
+        return Salvaged(len(self.saved), self.damaged, lost)
+
+    def roots(self) -> dict[str, int]:
+        """Where the trees begin."""
+        roots = dict(ROOTS)
+        cells, _ = self.pages.cells(1)
+        for cell in cells:
+            match record(self.pages.payload(cell)):
+                case [_, str(name), _, int(root), _] if 1 < root <= self.pages.count:
+                    if name in roots:
+                        roots[name] = root
+        return roots
+
+    def walk(self, root: int, seen: set[int]) -> tuple[list[int], bool]:
+        """The pages below a root that hold entries, and whether the tree is whole.
+
+        In the tree of an index, these are all of its pages.
+        """
+        pages: list[int] = []
+        whole = True
+        stack = [root]
+        index = self.pages.kind(root) in (INDEX_INTERIOR, INDEX_LEAF)
+        expected = (INDEX_INTERIOR, INDEX_LEAF) if index else (TABLE_INTERIOR, TABLE_LEAF)
+        while stack:
+            number = stack.pop()
+            kind = self.pages.kind(number)
+            if number in seen or kind not in expected:
+                whole = False
+                continue
+            seen.add(number)
+            if kind != TABLE_INTERIOR:
+                pages.append(number)
+            if kind in (TABLE_INTERIOR, INDEX_INTERIOR):
+                cells, complete = self.pages.cells(number)
+                whole = whole and complete
+                stack += [cell.child for cell in reversed(cells)]
+        return pages, whole
+
+    def loose(self, seen: set[int]) -> list[int]:
+        """Pages of rows that no tree leads to, and that are not free."""
+        free, _ = self.pages.free()
+        return [
+            number
+            for number in range(2, self.pages.count + 1)
+            if number not in seen and number not in free and self.pages.kind(number) == TABLE_LEAF
+        ]
+
+    def entries(self, index: list[int]) -> Iterator[tuple[str, int, int]]:
+        """What the index of due times knows: queue, due and number of messages."""
+        for page in index:
+            for cell in self.pages.cells(page)[0]:
+                match record(self.pages.payload(cell)):
+                    case [str(queue), int(due), int(number)]:
+                        yield queue, due, number
+
+    def note_bodies(self, page: int, where: dict[int, list[Cell]] | None) -> None:
+        """Remember where bodies lie; the number of columns tells bodies from shared ones."""
+        for cell in self.pages.cells(page)[0]:
+            known = where
+            if known is None:
+                columns = len(shape(self.pages.local(cell)))
+                known = {2: self.bodies, 3: self.shared}.get(columns)
+            if known is not None:
+                known.setdefault(cell.rowid, []).append(cell)
+
+    def take(self, page: int, *, loose: bool = False, living: set[int] | None = None) -> None:
+        """Save the proven messages of a page; the others of it are looked at in the end."""
+        for cell in self.pages.cells(page)[0]:
+            number = cell.rowid
+            if number in self.saved or (living is not None and number not in living):
+                continue
+            if loose and len(shape(self.pages.local(cell))) != 7:
+                continue
+            row = self.row(cell)
+            if row is None or isinstance(check(row), str):
+                if not loose or (row is not None and proven(row)):
+                    self.doubtful.append(cell)
+                continue
+            self.saved.add(number)
+            self.highest = max(self.highest, number)
+            self.save(Insert(Message(), row.queue, row.due, row.properties, row.data, id=number))
+
+    def row(self, cell: Cell) -> Row | None:
+        """The row in a cell, with the body that fits it best."""
+        values = record(self.pages.payload(cell))
+        if values is None or len(values) != 7:
+            return None
+        row = Row._make((cell.rowid, *values[1:], None))
+        return row._replace(data=self.body(row))
+
+    def body(self, row: Row) -> Any:
+        reference = row.body
+        if reference == 0:
+            return self.fitting(self.bodies.get(row.id, ()), row.body_crc)
+        if not isinstance(reference, int):
+            return None
+        if reference not in self.sharing:
+            # The same object for all that share it, as far as they stand together.
+            self.sharing.clear()
+            body = self.fitting(self.shared.get(reference, ()), row.body_crc)
+            self.sharing[reference] = body
+        return self.sharing[reference]
+
+    def fitting(self, cells: Iterable[Cell], body_crc: Any) -> Any:
+        best = None
+        for cell in cells:
+            values = record(self.pages.payload(cell))
+            data = values[-1] if values else None
+            if isinstance(data, bytes):
+                if crc32(data) == body_crc:
+                    return data
+                best = best or data
+        return best
+
+    def put_aside(self, cell: Cell) -> None:
+        """Keep what is left of a message whose number may not even be right."""
+        row = self.row(cell)
+        if cell.rowid in self.saved:
+            return
+        if row is None:
+            reason = "the row is not of the form that was written"
+            left = self.pages.payload(cell) or self.pages.local(cell)
+            row = Row(cell.rowid, None, None, None, None, None, left, None)
+        else:
+            reason = str(check(row))
+        self.set_aside.add(cell.rowid)
+        self.save_aside(row, reason)
+
+    def put_body_aside(self, number: int, known: tuple[str, int] | None) -> None:
+        """Keep a body whose message is lost: its headers may tell where it was to go."""
+        data = self.fitting(self.bodies[number], None)
+        if data is None:
+            return
+        queue, due = known if known is not None else (None, None)
+        self.set_aside.add(number)
+        self.save_aside(
+            Row(number, queue, due, 0, None, None, b"", data), "all but the body is lost"
+        )
+
+    def save_aside(self, row: Row, reason: str) -> None:
+        insert = prepare(aside(row, reason), time.time())
+        self.highest += 1
+        insert.id = self.highest
+        self.damaged += 1
+        self.save(insert)
+
+    def save(self, insert: Insert) -> None:
+        self.batch.append(insert)
+        self.size += insert.size
+        if len(self.batch) >= BATCH or self.size >= BATCH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        self.store.write(Batch(self.batch))
+        self.batch = []
+        self.size = 0
+
+    def number_on(self, pages: list[int]) -> None:
+        """Let the next number be one that was never given."""
+        following = 0
+        for page in pages:
+            for cell in self.pages.cells(page)[0]:
+                match record(self.pages.payload(cell)):
+                    case [int(value)] if 0 < value < 1 << 62:
+                        following = value
+        if not following:
+            following = self.highest + NUMBER_GAP
+        self.store.connection.execute(
+            "UPDATE number SET next = ?", (max(following, self.highest + 1),)
+        )

@@ -1,0 +1,274 @@
+"""The thread that commits what tasks publish and settle, in groups.
+
+Theory of operation
+-------------------
+The writer takes everything that has gathered since its last commit, up to a bound, commits
+it, and wakes all the tasks together, with one call into each trio loop. While it syncs, the
+next group gathers: the more load, the larger the group, and no timer adds to the wait of one.
+
+Before the commit it leases those messages that can go to a consumer at once (see
+`mailerq.queues.feed`), and hands them over after it.
+
+A purge is cut into many commits, and groups of other requests go between them.
+
+Guarantees
+----------
+- A task that has handed over a request is woken exactly once, whatever happens.
+- After an error nothing of the group is in the file, and the leases are as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Final
+
+import outcome
+import trio
+
+from mailerq.errors import QueueDamaged, QueueError
+from mailerq.message import Message, decode_properties
+from mailerq.queues.feed import EmbeddedConsumer, Feed, Feeds, HeldLease
+from mailerq.queues.store import Batch, Insert, Retry, Store, translate
+
+__all__ = ["Request", "Writer"]
+
+logger = logging.getLogger("mailerq.queues")
+
+BATCH_MESSAGES: Final = 1_000
+BATCH_BYTES: Final = 64 << 20
+"""Bounds of one commit: what comes later waits for the next."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What one task hands to the writer; without a task nobody waits for it."""
+
+    inserts: Sequence[Insert] = ()
+    retries: Sequence[tuple[HeldLease, Retry]] = ()
+    removals: Sequence[HeldLease] = ()
+    work: Iterator[int] | None = None
+    """Work of many commits instead: one for each step, which counts its rows."""
+    rows: int = 0
+    task: trio.lowlevel.Task | None = None
+    token: trio.lowlevel.TrioToken | None = None
+    result: outcome.Outcome[int] = field(default_factory=lambda: outcome.Value(0))
+
+    @property
+    def count(self) -> int:
+        return len(self.inserts) + len(self.retries) + len(self.removals)
+
+    @property
+    def size(self) -> int:
+        inserts = sum(insert.size for insert in self.inserts)
+        return inserts + sum(retry.insert.size for _, retry in self.retries)
+
+    @property
+    def leases(self) -> list[HeldLease]:
+        return [*self.removals, *(lease for lease, _ in self.retries)]
+
+
+class Writer:
+    """Commits to a store, which is its own from now on."""
+
+    def __init__(self, store: Store, feeds: Feeds) -> None:
+        self._store = store
+        self._feeds = feeds
+        self._requests: SimpleQueue[Request | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="queue writer")
+        self._commits = self._messages = self._largest = 0
+        self._seconds = 0.0
+        self._thread.start()
+
+    def put(self, request: Request | None) -> None:
+        """Hand over a request; None is the last one."""
+        self._requests.put(request)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def statistics(self) -> dict[str, Any]:
+        """Commits, messages in them (published, retried, settled), and the time they took."""
+        return {
+            "commits": self._commits,
+            "messages": self._messages,
+            "messages_per_commit": self._messages / max(self._commits, 1),
+            "largest_commit": self._largest,
+            "commit_seconds": self._seconds,
+        }
+
+    def _run(self) -> None:
+        works: deque[Request] = deque()
+        last = False
+        while not last or works:
+            group: list[Request] = []
+            count = size = 0
+            while not last and count < BATCH_MESSAGES and size < BATCH_BYTES:
+                try:
+                    request = self._requests.get(block=not group and not works)
+                except Empty:
+                    break
+                if request is None:
+                    last = True
+                elif request.work is not None:
+                    works.append(request)
+                else:
+                    group.append(request)
+                    count += request.count
+                    size += request.size
+            if group:
+                self._commit(group)
+            if works:
+                self._work(works)
+
+    def _commit(self, group: Sequence[Request]) -> None:
+        started = time.perf_counter()
+        inserts = [insert for request in group for insert in request.inserts]
+        batch = Batch(
+            inserts,
+            [retry for request in group for _, retry in request.retries],
+            [lease.id for request in group for lease in request.removals],
+        )
+        reserved: dict[int, HeldLease] = {}
+        notify: set[EmbeddedConsumer] = set()
+        try:
+            self._store.number(inserts)
+            self._reserve(inserts, reserved)
+            self._store.write(batch)
+        except Exception as error:
+            if not isinstance(error, QueueError):
+                logger.exception("an error in the writer of the queue")
+            self._undo(group, reserved, translate(error, self._store.path))
+        else:
+            self._hand_out(group, reserved, notify)
+            count = sum(request.count for request in group)
+            self._commits += 1
+            self._messages += count
+            self._largest = max(self._largest, count)
+            self._seconds += time.perf_counter() - started
+        self._wake(group)
+        self._feeds.notify(notify)
+
+    def _reserve(self, inserts: Sequence[Insert], reserved: dict[int, HeldLease]) -> None:
+        """Lease what can go to a consumer as soon as it is committed."""
+        given: set[int] = set()
+        with self._feeds.lock:
+            if not self._feeds.feeds:
+                return
+            now = self._feeds.now()
+            for insert in inserts:
+                feed = self._feeds.get(insert.queue)
+                if feed is None or insert.due > now or not feed.direct(now):
+                    continue
+                consumer = feed.choose()
+                if consumer is None:
+                    continue
+                properties = insert.message.properties
+                if id(properties) in given:  # one message for two queues: a dict for each
+                    properties = decode_properties(insert.properties)
+                given.add(id(properties))
+                message = Message(properties, insert.body)
+                lease = HeldLease(
+                    insert.id, insert.queue, message, insert.due, insert.size, None, None, None
+                )
+                feed.hold(lease, consumer)
+                reserved[insert.id] = lease
+
+    def _hand_out(
+        self,
+        group: Sequence[Request],
+        reserved: dict[int, HeldLease],
+        notify: set[EmbeddedConsumer],
+    ) -> None:
+        """A group is durable: end its leases, and let the consumers have what is theirs."""
+        feeds = self._feeds
+        now = feeds.now()
+        touched: dict[str, Feed] = {}
+        with feeds.lock:
+            for request in group:
+                for lease in request.leases:
+                    feed = touched[lease.queue] = feeds.feeds[lease.queue]
+                    feed.drop(lease)
+                for lease, retry in request.retries:
+                    touched[lease.queue].note(retry.insert.due, lease.id, now)
+                for insert in request.inserts:
+                    found = feeds.get(insert.queue)
+                    if found is None:
+                        continue
+                    touched[insert.queue] = found
+                    held = reserved.get(insert.id)
+                    if held is not None and found.held.get(insert.id) is held:
+                        held.reference = insert.reference
+                        held.body_crc = insert.body_crc
+                        held.stored_body = insert.body
+                        feeds.make_ready(held, notify)
+                    else:
+                        found.note(insert.due, insert.id, now)
+            for feed in touched.values():
+                feeds.pump(feed)
+                feeds.tidy(feed)
+                feeds.set_alarm(feed, now)
+
+    def _undo(
+        self, group: Sequence[Request], reserved: dict[int, HeldLease], problem: QueueError
+    ) -> None:
+        """A group failed: nothing was published, and what was leased still is."""
+        feeds = self._feeds
+        with feeds.lock:
+            for lease in reserved.values():
+                if (feed := feeds.get(lease.queue)) is not None:
+                    feed.drop(lease)
+                    feeds.tidy(feed)
+            for request in group:
+                request.result = outcome.Error(type(problem)(str(problem)))
+                for lease in request.leases:
+                    if lease.consumer is None:
+                        continue  # a damaged record stays out of the way until a restart
+                    lease.settling = False
+                    feed = feeds.feeds[lease.queue]
+                    if lease.consumer not in feed.consumers:
+                        feeds.give_back(feed, lease)
+                        feeds.tidy(feed)
+        if isinstance(problem, QueueDamaged):
+            feeds.damage(problem)
+
+    def _work(self, works: deque[Request]) -> None:
+        """Do one step of work that takes many."""
+        request = works[0]
+        assert request.work is not None
+        try:
+            request.rows += next(request.work)
+            return
+        except StopIteration:
+            request.result = outcome.Value(request.rows)
+        except Exception as error:
+            if not isinstance(error, QueueError):
+                logger.exception("an error in the writer of the queue")
+            problem = translate(error, self._store.path)
+            request.result = outcome.Error(problem)
+            if isinstance(problem, QueueDamaged):
+                self._feeds.damage(problem)
+        works.popleft()
+        self._wake([request])
+
+    def _wake(self, group: Sequence[Request]) -> None:
+        loops: dict[trio.lowlevel.TrioToken, list[Request]] = {}
+        for request in group:
+            if request.token is not None:
+                loops.setdefault(request.token, []).append(request)
+        for token, requests in loops.items():
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(_reschedule, requests)
+
+
+def _reschedule(requests: Sequence[Request]) -> None:
+    """Wake the tasks of one loop, on that loop."""
+    for request in requests:
+        assert request.task is not None
+        trio.lowlevel.reschedule(request.task, request.result)
