@@ -73,7 +73,9 @@ async def measure(count: int, rounds: int) -> dict[str, float]:
         connection: Connection = context.connection(0)
         figures = {
             "decided": await median(rounds, 50_000, lambda: connection.mailfrom("a@b.test")),
-            "handed back at once": await median(rounds, 50_000, lambda: connection.rcptto("a@b.test")),
+            "handed back at once": await median(
+                rounds, 50_000, lambda: connection.rcptto("a@b.test")
+            ),
             "suspended": await median(rounds, 500, connection.connect),
         }
         start = time.perf_counter_ns()

@@ -206,6 +206,17 @@ cdef Worker *open_worker(Table *table) noexcept nogil:
     return worker
 
 
+cdef void free_connection(ConnectionCell *cell) noexcept nogil:
+    free(cell.data)
+    free(cell.output)
+    cell.data = NULL
+    cell.output = NULL
+    cell.output_size = 0
+    cell.output_room = 0
+    cell.python = NULL
+    cell.closed = True
+
+
 cdef void close_worker(Worker *worker) noexcept nogil:
     # All handles become invalid, also those that still have a generation to go: the floor of each
     # block rises above every generation that it has given out.
@@ -228,9 +239,7 @@ cdef void close_worker(Worker *worker) noexcept nogil:
             cell = <Cell *> (block.cells + place * block.size)
             store(&cell.word, (cell.word & (ONE_GENERATION - 1)) | block.floor << GENERATION_SHIFT)
             if block.kind == CONNECTION:
-                free((<ConnectionCell *> cell).data)
-                (<ConnectionCell *> cell).data = NULL
-                (<ConnectionCell *> cell).python = NULL
+                free_connection(<ConnectionCell *> cell)
         block.owner = NULL
     worker.open = False
     free(worker.data)
@@ -239,6 +248,7 @@ cdef void close_worker(Worker *worker) noexcept nogil:
     worker.figures = NULL
     memset(worker.pool, 0, sizeof(worker.pool))
     memset(worker.live, 0, sizeof(worker.live))
+    worker.outputs = NULL
     worker.orphans = NULL
     worker.context = NULL
     worker.context_identity = 0

@@ -15,6 +15,7 @@ from tempfile import mkdtemp
 
 import trio
 
+from mailerq import _core
 from mailerq.plugins import Connection, Context, Plugins
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +32,9 @@ def scratch() -> Path:
 @cache
 def build(source: Path, *options: str) -> Path:
     """Compile a C or C++ file into a plugin."""
-    compiler = os.environ.get("CXX", "c++") if source.suffix == ".cpp" else os.environ.get("CC", "cc")
+    compiler = (
+        os.environ.get("CXX", "c++") if source.suffix == ".cpp" else os.environ.get("CC", "cc")
+    )
     target = scratch() / f"{source.name}-{len(list(scratch().iterdir()))}"
     command = [compiler, *FLAGS, "-o", str(target), str(source), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -55,9 +58,7 @@ def install(directory: Path, **files: Path) -> Path:
 
 
 @asynccontextmanager
-async def opened(
-    directory: Path, *, timeout: float = 30
-) -> AsyncIterator[tuple[Plugins, Context]]:
+async def opened(directory: Path, *, timeout: float = 30) -> AsyncIterator[tuple[Plugins, Context]]:
     """Load a directory and open one context; at the end nothing that is counted may be left."""
     plugins = Plugins.load(str(directory), timeout=timeout, hostname="mx.test", server_id=1)
     plugins.initialize()
@@ -132,10 +133,13 @@ class Calls(logging.Handler):
 
     def take(self) -> list[str]:
         """The lines since the last time."""
+        _core.flush_log()
         lines, self.lines = self.lines, []
         return lines
 
     def take_warnings(self) -> list[str]:
+        """The warnings since the last time."""
+        _core.flush_log()
         warnings, self.warnings = self.warnings, []
         return warnings
 

@@ -69,9 +69,7 @@ async def run_context(
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-async def test_every_callback_with_every_decision(
-    tmp_path: Path, calls: Calls, depth: int
-) -> None:
+async def test_every_callback_with_every_decision(tmp_path: Path, calls: Calls, depth: int) -> None:
     scripted = Scripted(tmp_path, depth)
     async with connected(tmp_path) as (plugins, _, connection):
         calls.take()
@@ -91,9 +89,7 @@ async def test_every_callback_with_every_decision(
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-async def test_every_decision_of_the_first_plugin(
-    tmp_path: Path, calls: Calls, depth: int
-) -> None:
+async def test_every_decision_of_the_first_plugin(tmp_path: Path, calls: Calls, depth: int) -> None:
     scripted = Scripted(tmp_path, depth)
     async with connected(tmp_path) as (_, _, connection):
         calls.take()
