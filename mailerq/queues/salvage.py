@@ -171,6 +171,8 @@ def examine(path: str) -> str | None:
             return "the write-ahead log is broken at its head"
         whole = size <= FULL_CHECK_BYTES or os.path.exists(path + MARK_SUFFIX)
         connection = connect(path)
+        # The last one to close would write the log into the file, and delete it.
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
     except (apsw.NotADBError, apsw.CorruptError) as error:
         return str(error)
     except (OSError, apsw.Error) as error:
@@ -206,12 +208,11 @@ def _committed(path: str) -> int | None:
         magic, version, page_size, _, *salts = struct.unpack(">6I", head[:24])
         if magic | 1 != 0x377F0683 or version != 3007000 or not 512 <= page_size <= 65536:
             return None
-        last = number = 0
-        place = 32
-        while len(frame := os.pread(file.fileno(), 24, place)) == 24:
-            number += 1
-            place += 24 + page_size
-            _, commit, *stamp = struct.unpack(">4I", frame[:16])
+        step = 24 + page_size
+        last = 0
+        for number in range(1, (os.path.getsize(path) - 32) // step + 1):
+            frame = os.pread(file.fileno(), 16, 32 + (number - 1) * step)
+            _, commit, *stamp = struct.unpack(">4I", frame)
             if stamp == salts and commit:
                 last = number
         return last

@@ -1,0 +1,462 @@
+"""Damaged queue files: the start goes on with what is readable and deletes nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+
+from mailerq.errors import QueueDamaged, QueueError
+from mailerq.message import Message
+from mailerq.queues import Publication, Settlement
+from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.pages import Pages
+from mailerq.queues.salvage import ROOTS
+from mailerq.queues.store import DAMAGED_QUEUE, PAGE_SIZE, Store
+
+COUNT = 400
+
+Body = bytes | None
+Damage = Callable[[Path], None]
+
+
+def body_of(number: int) -> Body:
+    """Bodies of many sizes: none, in a page, over several pages."""
+    if number % 7 == 0:
+        return None
+    return random.Random(number).randbytes((number * 397) % 30_000)
+
+
+def publications(count: int = COUNT) -> list[Publication]:
+    return [
+        Publication(
+            ("outbox", "results")[number % 2],
+            Message({"tag": number, "recipient": f"r{number}@example.test"}, body_of(number)),
+            1e9 + number,
+        )
+        for number in range(1, count + 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound queue, closed; deletions have left free pages, and some share a body."""
+    directory = tmp_path_factory.mktemp("filled")
+    with Store.open(str(directory), exclusive=True) as store:
+        gone = store.publish(
+            Publication("outbox", Message({"tag": -1}, bytes(9000 + step))) for step in range(150)
+        )
+        for publication in publications():
+            store.publish([publication])
+        shared = random.Random(0).randbytes(20_000)
+        store.publish(
+            Publication("outbox", Message({"tag": tag}, shared), 1e9) for tag in (1001, 1002)
+        )
+        store.remove(gone)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but as kill -9 leaves it: nearly all of it is in the write-ahead log."""
+    directory = tmp_path_factory.mktemp("killed")
+    copy = tmp_path_factory.mktemp("copy")
+    with Store.open(str(directory), exclusive=True) as store:
+        store.connection.wal_autocheckpoint(0)
+        for publication in publications():
+            store.publish([publication])
+        for name in ("queue.db", "queue.db-wal"):
+            shutil.copy(directory / name, copy / name)
+    return copy
+
+
+@pytest.fixture
+def directory(tmp_path: Path, filled: Path) -> Path:
+    return Path(shutil.copytree(filled, tmp_path / "queue"))
+
+
+@pytest.fixture
+def killed_directory(tmp_path: Path, killed: Path) -> Path:
+    return Path(shutil.copytree(killed, tmp_path / "queue"))
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def pages_of(directory: Path, table: str) -> list[int]:
+    with Store.open(str(directory)) as store:
+        found = store.connection.execute(
+            "SELECT pageno FROM dbstat WHERE name = ? AND pagetype = 'leaf' ORDER BY pageno",
+            (table,),
+        ).fetchall()
+    return [int(str(row[0])) for row in found]
+
+
+def content(directory: Path) -> dict[int, tuple[str, float, Body]]:
+    """What is in the queues now, without the damaged: queue, due and body by tag."""
+    with Store.open(str(directory)) as store:
+        found = {}
+        for queue in ("outbox", "results"):
+            for entry in store.browse(queue, limit=10_000):
+                tag = entry.message.properties["tag"]
+                assert tag not in found
+                found[tag] = (queue, entry.due, entry.message.body)
+        return found
+
+
+def expected() -> dict[int, tuple[str, float, Body]]:
+    return {
+        publication.message.properties["tag"]: (
+            publication.queue,
+            publication.due or 0,
+            publication.message.body,
+        )
+        for publication in publications()
+    }
+
+
+def start(directory: Path) -> None:
+    Store.open(str(directory), exclusive=True).close()
+
+
+def kept(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("queue.db.damaged-*"))
+
+
+def check_salvaged(directory: Path, at_least: int) -> dict[int, tuple[str, float, Body]]:
+    """Start, and see that what is there is right, and not less than `at_least`."""
+    before = (directory / "queue.db").read_bytes() if (directory / "queue.db").exists() else None
+    start(directory)
+    names = kept(directory)
+    if before is not None:
+        assert (directory / names[0]).read_bytes() == before
+    found = content(directory)
+    right = expected()
+    for tag, value in found.items():
+        if tag < 1000:
+            assert value == right[tag]
+    assert sum(tag < 1000 for tag in found) >= at_least
+    start(directory)  # the new file is sound
+    assert kept(directory) == names
+    return found
+
+
+def test_a_sound_file_stays(directory: Path) -> None:
+    start(directory)
+    assert kept(directory) == []
+    found = content(directory)
+    assert len(found) == COUNT + 2
+
+
+def test_the_log_of_a_killed_process_is_taken_over(killed_directory: Path) -> None:
+    start(killed_directory)
+    assert kept(killed_directory) == []
+    assert content(killed_directory) == expected()
+
+
+def test_the_trees_begin_where_salvage_expects_them(directory: Path) -> None:
+    with Store.open(str(directory)) as store:
+        found = store.connection.execute(
+            "SELECT name, rootpage FROM sqlite_schema WHERE rootpage > 0"
+        ).fetchall()
+    assert dict(found) == ROOTS
+
+
+def test_overwritten_header_loses_nothing(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overwrite(directory / "queue.db", 0, b"garbage" * 100)
+    with caplog.at_level(logging.CRITICAL):
+        found = check_salvaged(directory, COUNT)
+    assert found[1001][2] == found[1002][2]
+    assert f"salvaged {COUNT + 2} messages; 0 damaged" in caplog.text
+    assert "kept as" in caplog.text
+
+
+def test_whole_first_page_lost(directory: Path) -> None:
+    overwrite(directory / "queue.db", 0, bytes(PAGE_SIZE))
+    check_salvaged(directory, COUNT)
+
+
+def test_a_file_of_garbage_starts_empty(directory: Path) -> None:
+    (directory / "queue.db").write_bytes(random.Random(1).randbytes(100_000))
+    assert check_salvaged(directory, 0) == {}
+    with Store.open(str(directory)) as store:
+        assert store.publish([Publication("outbox", Message({"tag": 1}))])[0] >= 1_000_000
+
+
+def test_truncated_file_keeps_what_is_left(directory: Path) -> None:
+    size = (directory / "queue.db").stat().st_size
+    os.truncate(directory / "queue.db", size // 2 + 100)
+    check_salvaged(directory, COUNT // 4)
+
+
+def test_truncated_to_nothing_is_a_new_queue(directory: Path) -> None:
+    os.truncate(directory / "queue.db", 0)
+    start(directory)
+    assert content(directory) == {}
+
+
+def test_a_lost_root_of_messages_loses_no_message(directory: Path) -> None:
+    overwrite(directory / "queue.db", (ROOTS["message"] - 1) * PAGE_SIZE, bytes(PAGE_SIZE))
+    check_salvaged(directory, COUNT)
+
+
+def test_a_lost_root_of_bodies_loses_no_message(directory: Path) -> None:
+    overwrite(directory / "queue.db", (ROOTS["body"] - 1) * PAGE_SIZE, b"\xff" * PAGE_SIZE)
+    check_salvaged(directory, COUNT)
+
+
+def test_a_lost_index_loses_no_message(directory: Path) -> None:
+    overwrite(directory / "queue.db", (ROOTS["message_due"] - 1) * PAGE_SIZE, b"\5" * PAGE_SIZE)
+    check_salvaged(directory, COUNT)
+
+
+def test_an_index_that_lacks_entries_is_rebuilt(directory: Path) -> None:
+    leaf = pages_of(directory, "message_due")[-1]
+    # One entry less in a page, as a lost write of it would leave it.
+    place = (leaf - 1) * PAGE_SIZE + 3
+    data = (directory / "queue.db").read_bytes()
+    count = int.from_bytes(data[place : place + 2], "big")
+    overwrite(directory / "queue.db", place, (count - 1).to_bytes(2, "big"))
+    check_salvaged(directory, COUNT)
+
+
+def test_a_lost_page_of_messages_leaves_their_bodies(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaf = pages_of(directory, "message")[1]
+    overwrite(directory / "queue.db", (leaf - 1) * PAGE_SIZE, bytes(PAGE_SIZE))
+    with caplog.at_level(logging.CRITICAL):
+        found = check_salvaged(directory, COUNT // 2)
+    lost = [tag for tag in expected() if tag not in found]
+    assert lost
+    with Store.open(str(directory)) as store:
+        damaged = store.browse(DAMAGED_QUEUE, limit=1000)
+    assert {entry.message.body for entry in damaged} == {
+        body_of(tag) for tag in lost if body_of(tag) is not None
+    }
+    assert {entry.message.properties["damaged"]["queue"] for entry in damaged} == {
+        "outbox",
+        "results",
+    }
+    without_body = sum(body_of(tag) is None for tag in lost)
+    assert f"{len(damaged)} damaged ones" in caplog.text
+    assert f"; {without_body} could not be read" in caplog.text
+
+
+def test_a_lost_page_of_bodies_sets_their_messages_aside(directory: Path) -> None:
+    leaf = pages_of(directory, "body")[3]
+    overwrite(directory / "queue.db", (leaf - 1) * PAGE_SIZE, bytes(PAGE_SIZE))
+    found = check_salvaged(directory, COUNT - 40)
+    lost = [tag for tag in expected() if tag not in found]
+    assert lost
+    with Store.open(str(directory)) as store:
+        damaged = store.browse(DAMAGED_QUEUE, limit=1000)
+    assert len(damaged) == len(lost)
+    assert all("body" in entry.message.properties["damaged"]["reason"] for entry in damaged)
+
+
+def test_deleted_messages_do_not_come_back(directory: Path) -> None:
+    """The free pages still hold what was deleted, and the list of them is lost as well."""
+    pages = Pages(str(directory / "queue.db"), PAGE_SIZE)
+    free, whole = pages.free()
+    pages.close()
+    assert free and whole
+    overwrite(directory / "queue.db", 32, b"\0\0\0\0")
+    overwrite(directory / "queue.db", (ROOTS["message"] - 1) * PAGE_SIZE, bytes(PAGE_SIZE))
+    found = check_salvaged(directory, COUNT)
+    assert -1 not in found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_pages_overwritten(directory: Path, seed: int) -> None:
+    dice = random.Random(seed)
+    count = (directory / "queue.db").stat().st_size // PAGE_SIZE
+    for _ in range(5):
+        page = dice.randrange(1, count)
+        overwrite(directory / "queue.db", page * PAGE_SIZE, dice.randbytes(PAGE_SIZE))
+    check_salvaged(directory, COUNT // 2)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_bytes_overwritten_is_never_wrong_mail(directory: Path, seed: int) -> None:
+    """Not all of it is found at the start; what comes out is right, or is set aside."""
+    dice = random.Random(seed)
+    size = (directory / "queue.db").stat().st_size
+    for _ in range(60):
+        overwrite(directory / "queue.db", dice.randrange(100, size), dice.randbytes(3))
+    start(directory)
+    right = expected()
+    with Store.open(str(directory)) as store:
+        entries = [
+            entry for queue in ("outbox", "results") for entry in store.browse(queue, limit=10_000)
+        ]
+        aside = len(store.browse(DAMAGED_QUEUE, limit=10_000))
+    sound = [entry for entry in entries if "damaged" not in entry.message.properties]
+    for entry in sound:
+        tag = entry.message.properties["tag"]
+        if tag < 1000:
+            assert (entry.queue, entry.message.body) == (right[tag][0], right[tag][2])
+    assert len(sound) + aside >= COUNT * 3 // 4
+
+
+def test_zeroed_log_keeps_what_is_in_the_file(killed_directory: Path) -> None:
+    log = killed_directory / "queue.db-wal"
+    log.write_bytes(bytes(log.stat().st_size))
+    check_salvaged(killed_directory, 0)
+
+
+def test_log_without_a_header_is_read(killed_directory: Path) -> None:
+    overwrite(killed_directory / "queue.db-wal", 0, bytes(32))
+    check_salvaged(killed_directory, COUNT)
+
+
+def test_log_with_a_broken_frame_is_read_beyond_it(killed_directory: Path) -> None:
+    log = killed_directory / "queue.db-wal"
+    overwrite(log, 32 + 200 * (PAGE_SIZE + 24) + 3000, b"broken")
+    assert log.stat().st_size > 1000 * (PAGE_SIZE + 24)
+    check_salvaged(killed_directory, COUNT - 5)
+
+
+def test_log_without_its_file_is_read(killed_directory: Path) -> None:
+    os.unlink(killed_directory / "queue.db")
+    check_salvaged(killed_directory, COUNT)
+
+
+def test_log_cut_in_its_last_commit_is_what_a_crash_leaves(killed_directory: Path) -> None:
+    log = killed_directory / "queue.db-wal"
+    os.truncate(log, log.stat().st_size - 100)
+    start(killed_directory)
+    assert kept(killed_directory) == []
+    assert len(content(killed_directory)) >= COUNT - 1
+
+
+def test_a_crash_while_salvaging_starts_over(directory: Path) -> None:
+    overwrite(directory / "queue.db", 0, bytes(100))
+    (directory / "queue.db.salvaging").write_bytes(b"half a file")
+    (directory / "queue.db.salvaging-wal").write_bytes(b"half a log")
+    check_salvaged(directory, COUNT)
+    assert not list(directory.glob("*.salvaging*"))
+
+
+@pytest.mark.parametrize("moved", ["", "-wal"])
+def test_a_crash_after_salvaging_goes_on(directory: Path, moved: str) -> None:
+    """The new file is complete; the old one is there still, or only its log is."""
+    (directory / "queue.db").rename(directory / "queue.db.salvaged")
+    (directory / f"queue.db{moved}").write_bytes(b"the damaged file")
+    start(directory)
+    assert len(content(directory)) == COUNT + 2
+    assert [path.read_bytes() for path in directory.glob("*.damaged-*")] == [b"the damaged file"]
+
+
+def test_mark_has_the_next_start_check_all(directory: Path) -> None:
+    (directory / "queue.db.check").write_text("seen at run time\n")
+    start(directory)
+    assert not (directory / "queue.db.check").exists()
+
+
+def test_names_of_kept_files_do_not_clash(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2026, 1, 2, 3, 4, 5, 4, 2, 0)))
+    for _ in range(3):
+        overwrite(directory / "queue.db", 0, bytes(100))
+        start(directory)
+    assert kept(directory) == [
+        "queue.db.damaged-20260102-030405",
+        "queue.db.damaged-20260102-030405-2",
+        "queue.db.damaged-20260102-030405-3",
+    ]
+
+
+def test_a_newer_file_is_refused(directory: Path) -> None:
+    connection = apsw.Connection(str(directory / "queue.db"))
+    connection.pragma("user_version", 2)
+    connection.close()
+    for exclusive in (True, False):
+        with pytest.raises(QueueError, match="newer mailerq"):
+            Store.open(str(directory), exclusive=exclusive)
+
+
+def test_a_database_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    connection = apsw.Connection(str(tmp_path / "queue.db"))
+    connection.execute("CREATE TABLE theirs (a); INSERT INTO theirs VALUES (1)")
+    connection.close()
+    before = (tmp_path / "queue.db").read_bytes()
+    for exclusive in (True, False):
+        with pytest.raises(QueueError, match="another program"):
+            Store.open(str(tmp_path), exclusive=exclusive)
+    assert (tmp_path / "queue.db").read_bytes() == before
+
+
+def test_without_exclusive_a_damaged_file_is_left_alone(directory: Path) -> None:
+    overwrite(directory / "queue.db", 0, bytes(100))
+    with pytest.raises(QueueDamaged, match="restart salvages"):
+        Store.open(str(directory))
+    assert kept(directory) == []
+
+
+async def test_damaged_record_is_set_aside_and_the_consumer_goes_on(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(directory)
+    with Store.open(str(directory)) as store:
+        store.connection.execute(
+            "UPDATE message SET properties = CAST('{\"tag\":' AS BLOB) WHERE id = 200"
+        )
+        store.connection.execute("UPDATE message SET crc = 'x' WHERE id = 202")
+        store.connection.execute("UPDATE body SET data = x'00' WHERE id = 204")
+        store.connection.execute("DELETE FROM body WHERE id = 210")
+        store.connection.execute("UPDATE message SET properties = NULL WHERE id = 208")
+    with trio.fail_after(20):
+        async with (
+            EmbeddedQueues.open(str(directory)) as queues,
+            queues.consume("outbox", prefetch=1000) as consumer,
+            queues.consume(DAMAGED_QUEUE, prefetch=10) as damaged,
+        ):
+            tags = [
+                (await consumer.receive()).message.properties["tag"]
+                for _ in range(COUNT // 2 + 2 - 5)
+            ]
+            leases = [await damaged.receive() for _ in range(5)]
+            accounts = {
+                lease.message.properties["damaged"]["id"]: lease.message.properties["damaged"]
+                for lease in leases
+            }
+            await queues.ack([Settlement(lease) for lease in leases])
+    assert sorted(accounts) == [200, 202, 204, 208, 210]
+    assert accounts[204]["reason"] == "the checksum of the body does not fit"
+    assert accounts[210]["reason"] == "the body is missing"
+    assert accounts[200]["queue"] == "outbox"
+    assert len(set(tags)) == len(tags)
+    assert "message 204 goes to queue damaged" in caplog.text
+
+
+async def test_damage_at_run_time_stops_the_queue_until_a_restart(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with trio.fail_after(20):
+        async with EmbeddedQueues.open(str(directory)) as queues:
+            leaves = pages_of(directory, "message_due")
+            for leaf in [ROOTS["message_due"], *leaves]:
+                overwrite(directory / "queue.db", (leaf - 1) * PAGE_SIZE, bytes(PAGE_SIZE))
+            async with queues.consume("outbox", prefetch=10) as consumer:
+                with pytest.raises(QueueDamaged, match="a restart salvages it"):
+                    await consumer.receive()
+                with pytest.raises(QueueDamaged):
+                    await consumer.receive()
+            with pytest.raises(QueueDamaged):
+                await queues.publish([Publication("outbox", Message({"tag": 1}))])
+    assert "stop mailerq and start it again" in caplog.text
+    assert (directory / "queue.db.check").exists()
+    check_salvaged(directory, COUNT)
