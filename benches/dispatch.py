@@ -83,7 +83,6 @@ async def measure(count: int, rounds: int) -> dict[str, float]:
             context.connection(0)
         figures["connection"] = (time.perf_counter_ns() - start) / 100_000
         await connection.close()
-        del connection
         await context.close()
         plugins.cleanup()
         return figures
