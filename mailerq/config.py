@@ -5,13 +5,10 @@ and carries, through `setting`, what its annotation and default do not say (how 
 read, its bounds, its unit, a sentence for people). `SETTINGS` is the table as a tuple; the
 reader, ``--help``, ``mailerq config``, the documentation and the tests read it.
 
-Values come from layers, a later one over an earlier one: the defaults, the file
-``/etc/mailerq/config.txt`` where there is one, the file that ``--config-file`` names, the
+Values come from layers (`mailerq.sources`), a later one over an earlier one: the defaults, the
+file ``/etc/mailerq/config.txt`` where there is one, the file that ``--config-file`` names, the
 environment (``MAILERQ_SMTP_PORT``), the command line (``--smtp-port=2525``). Every value
 remembers its place, see `Config.origin`.
-
-A file holds one ``key: value`` on a line. ``#`` starts a comment at the start of a line or
-after white space. There is no quoting; a value goes to the end of its line.
 """
 
 from __future__ import annotations
@@ -20,16 +17,14 @@ import dataclasses
 import functools
 import ipaddress
 import os
-import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 from mailerq.errors import ConfigError
 from mailerq.settings import (
     DOMAINS,
-    ENVIRON_PREFIX,
     FLAG,
     HOST,
     HOSTNAME,
@@ -50,6 +45,7 @@ from mailerq.settings import (
     setting,
     table,
 )
+from mailerq.sources import CONFIG_FILE, NOT_YET, Sources
 
 __all__ = [
     "DEFAULT_FILES",
@@ -62,10 +58,6 @@ __all__ = [
 ]
 
 DEFAULT_FILES: Final = ("/etc/mailerq/config.txt",)
-
-FILE_SIZE_LIMIT: Final = 1 << 20
-"""In bytes. A configuration is a few hundred lines; what is larger is some other file."""
-
 
 HERE: Final = "Host"
 SERVER: Final = "SMTP server"
@@ -377,13 +369,14 @@ class Config:
         `arguments` holds nothing but settings (see `split_arguments`); `environ` is
         `os.environ` where it is None. Raises `ConfigError` for the first thing that is wrong.
         """
-        switches = _read_arguments(arguments)
-        variables = _read_environ(os.environ if environ is None else environ)
+        sources = Sources(_BY_KEY)
+        switches = sources.arguments(arguments)
+        variables = sources.environ(os.environ if environ is None else environ)
         overlay = switches.pop(CONFIG_FILE, variables.pop(CONFIG_FILE, None))
         variables.pop(CONFIG_FILE, None)
-        layers = [_read_file(os.fspath(file), missing_is_fine=True) for file in files]
+        layers = [sources.file(os.fspath(file), missing_is_fine=True) for file in files]
         if overlay is not None:
-            layers.append(_read_file(overlay.text))
+            layers.append(sources.file(overlay.text))
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for layer in (*layers, variables, switches):
@@ -431,39 +424,6 @@ SETTINGS: Final = table(Config)
 
 _BY_KEY: Final = {name: known for known in SETTINGS for name in (known.key, *known.aliases)}
 
-CONFIG_FILE: Final = "config-file"
-
-NOT_YET: Final = frozenset(
-    """
-    cluster-address cluster-exchange cluster-host cluster-password cluster-timeout cluster-user
-    cluster-verify cluster-vhost connection-secure database database-address database-threads
-    database-ttl database-validate dns-buffersize dns-capacity dns-expire dns-force
-    dns-getaddrinfo dns-helofile dns-interval dns-min-ttl dns-rotate dns-sockets dns-spread
-    dns-threads domain-maxconnects domain-maxmessages domain-maxqueue download-blacklist
-    download-cache download-log-directory download-log-file download-proxy download-ttl
-    download-user-agent download-whitelist dsn-advertise dsn-envelope dsn-mta dsn-notify dsn-ret
-    ip-maxconnections ip-maxconnects ip-maxmessages max-memory max-queues normalize-mime
-    proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-dsn rabbitmq-durable
-    rabbitmq-encoding rabbitmq-exchange rabbitmq-flush-qos rabbitmq-host rabbitmq-lazy
-    rabbitmq-maxpriority rabbitmq-minqos rabbitmq-password rabbitmq-persistent
-    rabbitmq-publishers rabbitmq-refused rabbitmq-reports rabbitmq-throttle rabbitmq-user
-    rabbitmq-verify rabbitmq-vhost received-log-directory received-log-format
-    received-log-history received-log-maxage received-log-maxsize received-log-prefix
-    render-useragent send-bin-log-file send-log-compression send-log-directory send-log-format
-    send-log-history send-log-maxage send-log-maxsize send-log-prefix smarthost-password
-    smarthost-username smtp-auth smtp-auth-results smtp-check smtp-default-ips smtp-defaultip
-    smtp-defaultips smtp-mappable-ips smtp-protection smtp-proxy smtp-sink-password
-    smtp-sink-username smtp-unmappable-ips smtp-validate-address spamassassin-host
-    spamassassin-port spool-delay spool-directory spool-extract spool-fail-directory
-    spool-open-files spool-remove spool-threads storage storage-address storage-policy
-    storage-reschedule storage-threads storage-timeout storage-ttl validate-envelope
-    validate-recipient www-auth www-cache-control www-certificate www-ciphers www-connections
-    www-dir www-host www-ip www-log-file www-password www-port www-private-key www-privatekey
-    www-secure-port www-url
-    """.split()
-)
-"""Settings of the reference that are not implemented: an error of their own, no typo."""
-
 
 def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """Pairs of the attribute to change and what is wrong with it."""
@@ -492,100 +452,6 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
 def _this_host() -> str:
     name = socket.gethostname()
     return name if "." in name else socket.getfqdn()
-
-
-# -- the layers ---------------------------------------------------------------------------
-
-
-class _Given(NamedTuple):
-    """The text of a value and where it stands."""
-
-    text: str
-    where: str
-
-
-_Layer = dict[str, _Given]
-
-
-def _add(layer: _Layer, name: str, text: str, where: str) -> None:
-    """Put a value under its key, whatever its spelling. Raises `ConfigError`."""
-    if name == CONFIG_FILE:
-        key = name
-    elif known := _BY_KEY.get(name):
-        key = known.key
-    elif name in NOT_YET:
-        raise ConfigError(where, f"{name} is not supported yet")
-    else:
-        raise ConfigError(where, f"unknown setting {name!r}{_suggestion(name)}")
-    if key in layer:
-        raise ConfigError(where, f"second value for {key}; the first is at {layer[key].where}")
-    layer[key] = _Given(text, where)
-
-
-def _suggestion(name: str) -> str:
-    import difflib  # only for a text about an error
-
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), _BY_KEY, n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _read_file(path: str, *, missing_is_fine: bool = False) -> _Layer:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(FILE_SIZE_LIMIT + 1)
-    except FileNotFoundError:
-        if missing_is_fine:
-            return {}
-        raise ConfigError(path, "there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(path, getattr(error, "strerror", None) or str(error)) from None
-    if len(data) > FILE_SIZE_LIMIT:
-        raise ConfigError(path, f"is larger than {FILE_SIZE_LIMIT} bytes: no configuration")
-    layer: _Layer = {}
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        try:
-            line = raw.decode()
-        except UnicodeDecodeError:
-            raise ConfigError(where, "is not UTF-8") from None
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
-        key, colon, text = line.partition(":")
-        if not colon:
-            raise ConfigError(where, f"{line!r} is not of the form 'key: value'")
-        if key.strip() == CONFIG_FILE:
-            raise ConfigError(where, f"{CONFIG_FILE} cannot stand in a file")
-        _add(layer, key.strip(), text.strip(), where)
-    return layer
-
-
-# Kubernetes and Docker set such variables by themselves next to a service named mailerq.
-_NOT_OURS: Final = re.compile(r"MAILERQ_(SERVICE_(HOST|PORT.*)|PORT(_[0-9]+_.*)?)", re.DOTALL)
-
-
-def _read_environ(environ: Mapping[str, str]) -> _Layer:
-    layer: _Layer = {}
-    for variable, text in environ.items():
-        if variable.startswith(ENVIRON_PREFIX) and not _NOT_OURS.fullmatch(variable):
-            name = variable.removeprefix(ENVIRON_PREFIX).lower().replace("_", "-")
-            _add(layer, name, text.strip(), variable)
-    return layer
-
-
-def _read_arguments(arguments: Sequence[str]) -> _Layer:
-    layer: _Layer = {}
-    remaining = iter(arguments)
-    for argument in remaining:
-        if not argument.startswith("--"):
-            raise ConfigError(argument, "is not a setting of the form --key=value")
-        switch, equals, text = argument.partition("=")
-        if not equals:
-            text = next(remaining, "--")
-            if text.startswith("--"):
-                raise ConfigError(switch, "needs a value")
-        _add(layer, switch.removeprefix("--"), text.strip(), switch)
-    return layer
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -22,6 +22,7 @@ LAYERS: Final = (
     "errors",
     "address",
     "settings",
+    "sources",
     "config",
     "message",
     "wire",

@@ -1,0 +1,149 @@
+"""Where the text of settings comes from: files, the environment, the command line.
+
+A file holds one ``key: value`` on a line. ``#`` starts a comment at the start of a line or
+after white space. There is no quoting; a value goes to the end of its line. What is read is a
+layer: the text of each key that is given there, and the place where it stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from mailerq.errors import ConfigError
+from mailerq.settings import ENVIRON_PREFIX, Setting
+
+__all__ = ["CONFIG_FILE", "NOT_YET", "Given", "Layer", "Sources"]
+
+FILE_SIZE_LIMIT: Final = 1 << 20
+"""In bytes. A configuration is a few hundred lines; what is larger is some other file."""
+
+CONFIG_FILE: Final = "config-file"
+
+NOT_YET: Final = frozenset(
+    """
+    cluster-address cluster-exchange cluster-host cluster-password cluster-timeout cluster-user
+    cluster-verify cluster-vhost connection-secure database database-address database-threads
+    database-ttl database-validate dns-buffersize dns-capacity dns-expire dns-force
+    dns-getaddrinfo dns-helofile dns-interval dns-min-ttl dns-rotate dns-sockets dns-spread
+    dns-threads domain-maxconnects domain-maxmessages domain-maxqueue download-blacklist
+    download-cache download-log-directory download-log-file download-proxy download-ttl
+    download-user-agent download-whitelist dsn-advertise dsn-envelope dsn-mta dsn-notify dsn-ret
+    ip-maxconnections ip-maxconnects ip-maxmessages max-memory max-queues normalize-mime
+    proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-dsn rabbitmq-durable
+    rabbitmq-encoding rabbitmq-exchange rabbitmq-flush-qos rabbitmq-host rabbitmq-lazy
+    rabbitmq-maxpriority rabbitmq-minqos rabbitmq-password rabbitmq-persistent
+    rabbitmq-publishers rabbitmq-refused rabbitmq-reports rabbitmq-throttle rabbitmq-user
+    rabbitmq-verify rabbitmq-vhost received-log-directory received-log-format
+    received-log-history received-log-maxage received-log-maxsize received-log-prefix
+    render-useragent send-bin-log-file send-log-compression send-log-directory send-log-format
+    send-log-history send-log-maxage send-log-maxsize send-log-prefix smarthost-password
+    smarthost-username smtp-auth smtp-auth-results smtp-check smtp-default-ips smtp-defaultip
+    smtp-defaultips smtp-mappable-ips smtp-protection smtp-proxy smtp-sink-password
+    smtp-sink-username smtp-unmappable-ips smtp-validate-address spamassassin-host
+    spamassassin-port spool-delay spool-directory spool-extract spool-fail-directory
+    spool-open-files spool-remove spool-threads storage storage-address storage-policy
+    storage-reschedule storage-threads storage-timeout storage-ttl validate-envelope
+    validate-recipient www-auth www-cache-control www-certificate www-ciphers www-connections
+    www-dir www-host www-ip www-log-file www-password www-port www-private-key www-privatekey
+    www-secure-port www-url
+    """.split()
+)
+"""Settings of the reference that are not implemented: an error of their own, no typo."""
+
+
+class Given(NamedTuple):
+    """The text of a value and where it stands."""
+
+    text: str
+    where: str
+
+
+Layer = dict[str, Given]
+
+# Kubernetes and Docker set such variables by themselves next to a service named mailerq.
+_NOT_OURS: Final = re.compile(r"MAILERQ_(SERVICE_(HOST|PORT.*)|PORT(_[0-9]+_.*)?)", re.DOTALL)
+
+
+class Sources:
+    """Reads layers of the settings that `known` has, by every name that they go by.
+
+    All methods raise `ConfigError`.
+    """
+
+    def __init__(self, known: Mapping[str, Setting]) -> None:
+        self._known = known
+
+    def file(self, path: str, *, missing_is_fine: bool = False) -> Layer:
+        try:
+            with open(path, "rb") as file:
+                data = file.read(FILE_SIZE_LIMIT + 1)
+        except FileNotFoundError:
+            if missing_is_fine:
+                return {}
+            raise ConfigError(path, "there is no such file") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(path, getattr(error, "strerror", None) or str(error)) from None
+        if len(data) > FILE_SIZE_LIMIT:
+            raise ConfigError(path, f"is larger than {FILE_SIZE_LIMIT} bytes: no configuration")
+        layer: Layer = {}
+        for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode()
+            except UnicodeDecodeError:
+                raise ConfigError(where, "is not UTF-8") from None
+            line = re.sub(r"(^|\s)#.*", "", line).strip()
+            if not line:
+                continue
+            key, colon, text = line.partition(":")
+            if not colon:
+                raise ConfigError(where, f"{line!r} is not of the form 'key: value'")
+            if key.strip() == CONFIG_FILE:
+                raise ConfigError(where, f"{CONFIG_FILE} cannot stand in a file")
+            self._add(layer, key.strip(), text.strip(), where)
+        return layer
+
+    def environ(self, environ: Mapping[str, str]) -> Layer:
+        layer: Layer = {}
+        for variable, text in environ.items():
+            if variable.startswith(ENVIRON_PREFIX) and not _NOT_OURS.fullmatch(variable):
+                name = variable.removeprefix(ENVIRON_PREFIX).lower().replace("_", "-")
+                self._add(layer, name, text.strip(), variable)
+        return layer
+
+    def arguments(self, arguments: Sequence[str]) -> Layer:
+        layer: Layer = {}
+        remaining = iter(arguments)
+        for argument in remaining:
+            if not argument.startswith("--"):
+                raise ConfigError(argument, "is not a setting of the form --key=value")
+            switch, equals, text = argument.partition("=")
+            if not equals:
+                text = next(remaining, "--")
+                if text.startswith("--"):
+                    raise ConfigError(switch, "needs a value")
+            self._add(layer, switch.removeprefix("--"), text.strip(), switch)
+        return layer
+
+    def _add(self, layer: Layer, name: str, text: str, where: str) -> None:
+        """Put a value under its key, whatever its spelling."""
+        if name == CONFIG_FILE:
+            key = name
+        elif known := self._known.get(name):
+            key = known.key
+        elif name in NOT_YET:
+            raise ConfigError(where, f"{name} is not supported yet")
+        else:
+            raise ConfigError(where, f"unknown setting {name!r}{self._suggestion(name)}")
+        if key in layer:
+            raise ConfigError(where, f"second value for {key}; the first is at {layer[key].where}")
+        layer[key] = Given(text, where)
+
+    def _suggestion(self, name: str) -> str:
+        import difflib  # only for a text about an error
+
+        name = name.lower().replace("_", "-")
+        close = difflib.get_close_matches(name, self._known, n=1, cutoff=0.75)
+        return f"; did you mean {close[0]}?" if close else ""
