@@ -34,6 +34,7 @@ INDEX_INTERIOR, TABLE_INTERIOR, INDEX_LEAF, TABLE_LEAF = 2, 5, 10, 13
 LOG_MAGIC: Final = 0x377F0682
 LOG_HEADER: Final = 32
 FRAME_HEADER: Final = 24
+LATER: Final = 1 << 32
 
 
 class Cell(NamedTuple):
@@ -60,6 +61,7 @@ class Pages:
         self._last = (0, b"")
         self._log = _open(path + "-wal")
         self._frames: dict[int, int] = {}
+        self._later: dict[int, int] = {}
         self.log_problem: str | None = None
         self.count = -(-_size(self._file) // self.page_size)
         self._read_log()
@@ -74,6 +76,8 @@ class Pages:
         if number == self._last[0]:
             return self._last[1]
         place = self._frames.get(number)
+        if number >= LATER:
+            place = self._later[number - LATER]
         file = self._file if place is None else self._log
         if place is None:
             place = (number - 1) * self.page_size
@@ -85,7 +89,8 @@ class Pages:
         """Find the newest committed frame of every page.
 
         A frame proves itself by a checksum over it that continues the one of the frame
-        before, which that one carries: so what follows a broken frame can be proven again.
+        before, which that one carries: so what follows a broken frame can be proven again,
+        for `later`.
         """
         size = _size(self._log)
         if size == 0:
@@ -93,16 +98,18 @@ class Pages:
         head = _read(self._log, LOG_HEADER, 0)
         fields = struct.unpack(">8I", head.ljust(LOG_HEADER, b"\0"))
         step = FRAME_HEADER + self.page_size
-        order, salts, sums = "little", fields[4:6], fields[6:8]
+        order, salts, sums, sums_known = "little", fields[4:6], fields[6:8], True
         if fields[0] | 1 == LOG_MAGIC | 1 and fields[2] == self.page_size:
             order = "big" if fields[0] & 1 else "little"
             if _checksum(head[:24], (0, 0), order) != sums:
                 self.log_problem = "the checksum of its header does not fit"
         else:
             self.log_problem = "its header is broken"
+            sums_known = False
             first = _read(self._log, FRAME_HEADER, LOG_HEADER).ljust(FRAME_HEADER, b"\0")
             salts = struct.unpack(">2I", first[8:16])
         pending: dict[int, int] = {}
+        frames = self._frames
         for offset in range(LOG_HEADER, size - step + 1, step):
             frame = _read(self._log, step, offset)
             if len(frame) < step:
@@ -113,14 +120,24 @@ class Pages:
             before, sums = sums, (rest[2], rest[3])
             sound = _checksum(frame[:8], before, order)
             sound = _checksum(frame[FRAME_HEADER:], sound, order)
-            if sound != sums:
+            if sound != sums and (sums_known or offset > LOG_HEADER):
                 self.log_problem = self.log_problem or f"the frame at {offset} is broken"
+                frames = self._later
+                pending.clear()
                 continue
             pending[number] = offset + FRAME_HEADER
             if commit:
-                self._frames.update(pending)
+                frames.update(pending)
                 self.count = max(self.count, commit)
                 pending.clear()
+
+    def later(self) -> list[int]:
+        """Pages that stand in the log behind a broken frame, under numbers of their own.
+
+        They may be newer than what `page` gives for the same place, or of a commit that
+        failed: nobody can tell.
+        """
+        return [LATER + number for number in self._later]
 
     def free(self) -> tuple[set[int], bool]:
         """The pages on the free list, and whether the whole list could be read."""
@@ -203,13 +220,18 @@ class Pages:
         place = cell.place + local
         following = int.from_bytes(page[place : place + 4], "big")
         while left > 0:
-            overflow = self.page(following) if 0 < following <= self.count else b""
+            if cell.page >= LATER and following in self._later:
+                following += LATER
+            overflow = self.page(following) if self._is_page(following) else b""
             if len(overflow) < usable:
                 return None
             parts.append(overflow[4 : 4 + min(left, usable - 4)])
             left -= usable - 4
             following = int.from_bytes(overflow[:4], "big")
         return b"".join(parts)
+
+    def _is_page(self, number: int) -> bool:
+        return 0 < number <= self.count or number >= LATER
 
     def _split(self, page: bytes, cell: Cell) -> tuple[bool, int]:
         """Whether a payload lies wholly in its page, and how many bytes of it do."""

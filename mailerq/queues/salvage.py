@@ -9,10 +9,11 @@ through is found later and loses nothing.
 
 `salvage` reads the pages themselves (`mailerq.queues.pages`), not through SQLite. It walks
 the trees of the tables from their roots; where a tree is broken it looks at every other page
-of the file that is not free. Every message found with a sound checksum, and a body that fits,
-is written into a new file under its old number. What is there but not sound goes into the
-queue ``damaged``, with a reason. A free page may hold what was deleted: it is not looked at,
-and when the list of free pages is broken as well, the index of due times tells what lives.
+of the file that is not free, and where the log is broken at what stands behind that. Every
+message found with a sound checksum, and a body that fits, is written into a new file under
+its old number. What is there but not sound goes into the queue ``damaged``, with a reason. A
+free page may hold what was deleted: it is not looked at, and when the list of free pages is
+broken as well, the index of due times tells what lives.
 
 The new file takes the place of the old only when it is complete and synced; the old one is
 moved aside, and never deleted.
@@ -305,7 +306,8 @@ class _Salvage:
         loose: list[int] = []
         if not (whole and bodies_whole and shares_whole):
             loose = self.loose(seen)
-        for page in loose:
+        later = self.pages.later()
+        for page in loose + later:
             self.note_bodies(page, None)
         for page in messages:
             self.take(page)
@@ -313,6 +315,8 @@ class _Salvage:
             living = {number for _, _, number in self.entries(index)} if index_whole else None
             for page in loose:
                 self.take(page, loose=True, living=living)
+        for page in later:
+            self.take(page, loose=True)
         missing = {
             number: (queue, due)
             for queue, due, number in self.entries(index)
