@@ -291,7 +291,8 @@ cdef struct EventCell:
     Text first                  # what the event is about: an address, a login, a whole mail
     Text second
     void *call                  # the Call, owned, from the moment that it is suspended
-    EventCell *handed           # next in Worker.handed or in a list made of it
+    EventCell *handed           # next in Worker.handed; whoever hands back writes it
+    EventCell *moved            # next in the list that a turn makes of that
     EventCell *later            # neighbours in Worker.waiting
     EventCell *earlier
 

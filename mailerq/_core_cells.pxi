@@ -48,6 +48,8 @@ cdef extern from * nogil:
     uint64_t load "mq_load"(uint64_t *place)
     void store "mq_store"(uint64_t *place, uint64_t value)
     bint replace "mq_replace"(uint64_t *place, uint64_t old, uint64_t fresh)
+    size_t load_size "mq_load"(size_t *place)
+    void store_size "mq_store"(size_t *place, size_t value)
     EventCell *load_event "mq_load"(EventCell **place)
     EventCell *swap_event "mq_swap"(EventCell **place, EventCell *value)
     bint replace_event "mq_replace"(EventCell **place, EventCell *old, EventCell *fresh)

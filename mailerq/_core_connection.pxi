@@ -1,7 +1,8 @@
 # What a plugin can do with a connection.
 
 
-cdef ConnectionCell *connection_here(MQ_SmtpConnection *connection, const char *function) noexcept nogil:
+cdef ConnectionCell *connection_here(MQ_SmtpConnection *connection,
+                                     const char *function) noexcept nogil:
     # The connection, for a function that only its worker's thread may call; else NULL, logged.
     cdef uint64_t handle = <uint64_t> connection
     cdef Block *block = block_of(handle, CONNECTION)
@@ -53,7 +54,8 @@ cdef public void MQ_SetSmtpData(MQ_SmtpConnection *connection, void *data) noexc
         cell.data[plugin_of(<uint64_t> connection)] = data
 
 
-cdef public void MQ_Reject(MQ_SmtpConnection *connection, int code, const char *text) noexcept nogil:
+cdef public void MQ_Reject(MQ_SmtpConnection *connection, int code,
+                           const char *text) noexcept nogil:
     cdef ConnectionCell *cell = connection_here(connection, "MQ_Reject")
     cdef uint64_t handle = <uint64_t> connection
     cdef int plugin = plugin_of(handle)
@@ -95,17 +97,23 @@ cdef public size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *data,
     cell = <ConnectionCell *> cell_of(handle, CONNECTION)
     if cell != NULL and not cell.closed and append_output(cell, <const char *> data, size):
         sent = size
-        # The engine looks for output after each event; in between it must be told.
-        if not cell.queued and not (worker.current != NULL and worker.current.connection == cell
-                                    and worker.running_plugin >= 0 and at_home(worker)):
-            cell.queued = True
-            cell.next_output = worker.outputs
-            worker.outputs = cell
-            news = True
+        # After an event of the connection the engine looks by itself.
+        if not (at_home(worker) and worker.current != NULL and worker.current.connection == cell):
+            news = announce(cell)
     pthread_mutex_unlock(&worker.mutex)
     if news:
         wake(worker)
     return sent
+
+
+cdef bint announce(ConnectionCell *cell) noexcept nogil:
+    # Have the engine told that there is output. Under the mutex. False when that is under way.
+    if cell.queued or cell.output_size == 0:
+        return False
+    cell.queued = True
+    cell.next_output = cell.worker.outputs
+    cell.worker.outputs = cell
+    return True
 
 
 cdef bint append_output(ConnectionCell *cell, const char *data, size_t size) noexcept nogil:
@@ -121,5 +129,5 @@ cdef bint append_output(ConnectionCell *cell, const char *data, size_t size) noe
         cell.output = larger
         cell.output_room = room
     memcpy(cell.output + cell.output_size, data, size)
-    cell.output_size += size
+    store_size(&cell.output_size, cell.output_size + size)
     return True

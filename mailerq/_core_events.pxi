@@ -129,11 +129,20 @@ cdef void cross(EventCell *event) noexcept nogil:
     # Advance with the guard around it: a C++ exception finishes the event.
     cdef char[300] text
     cdef Worker *worker = event.worker
+    worker.current = event
     if mq_guard(advance, event, text, sizeof(text)):
         report(MQ_WARN, worker, worker.running_plugin, "%s: a C++ exception came out of it: %s",
                FUNCTIONS[event.number], text)
         finish(event, THREW, worker.running_plugin)
         worker.running_plugin = -1
+    if (not event.finished and event.connection != NULL
+            and load_size(&event.connection.output_size) > 0):
+        # The session waits now, so it will not look for what was sent.
+        pthread_mutex_lock(&worker.mutex)
+        if announce(event.connection):
+            wake(worker)
+        pthread_mutex_unlock(&worker.mutex)
+    worker.current = NULL
 
 
 cdef bint suspend(EventCell *event, uint64_t handle) noexcept nogil:
@@ -208,7 +217,8 @@ cdef void hand_back(MQ_Context *context, int decision, const char *function,
                ": this event is not, or no longer, in the plugin's hands; ignored")
 
 
-cdef void hand_back_only(Worker *worker, int plugin, int decision, const char *function) noexcept nogil:
+cdef void hand_back_only(Worker *worker, int plugin, int decision,
+                         const char *function) noexcept nogil:
     # The context of mq_context_initialize hands back the only event that the plugin has.
     cdef EventCell *event
     cdef uint64_t word, only = 0
@@ -250,26 +260,23 @@ cdef public void MQ_Retry(MQ_Context *context) noexcept nogil:
 
 
 cdef EventCell *resume(Worker *worker) noexcept nogil:
-    # Go on with the events that were handed back, oldest first. Returns them as a list.
+    # Go on with the events that were handed back, oldest first. Returns them as a list of its own:
+    # one that is suspended again may be handed back, and be on the worker's list, at any moment.
     cdef EventCell *event = swap_event(&worker.handed, NULL)
     cdef EventCell *oldest = NULL
-    cdef EventCell *following
     cdef uint64_t word
     while event != NULL:
-        following = event.handed
-        event.handed = oldest
+        event.moved = oldest
         oldest = event
-        event = following
+        event = event.handed
     event = oldest
     while event != NULL:
         unlist(event)
         if not event.finished:
             word = load(&event.cell.word)
-            worker.current = event
             if decide(event, plugin_of(word), <int> (word & STATE_MASK)):
                 cross(event)
-            worker.current = NULL
-        event = event.handed
+        event = event.moved
     return oldest
 
 

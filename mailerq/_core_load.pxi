@@ -180,7 +180,7 @@ cdef class Library:
         if self.table.id_owner >= 0:
             with nogil:
                 size = plugin_id(self.table, buffer)
-            if lines != NULL:
+            if load_line(&lines) != NULL:
                 flush_log()
         if size == 0:
             size = ID_SIZE

@@ -68,7 +68,7 @@ cdef const char *plugin_at(void *address) noexcept nogil:
     cdef Dl_info info
     cdef Plugin *plugin
     while worker != NULL:
-        if worker.running_plugin >= 0 and at_home(worker):
+        if at_home(worker) and worker.running_plugin >= 0:
             return name_of(worker, worker.running_plugin)
         worker = worker.next
     if dladdr(address, &info):

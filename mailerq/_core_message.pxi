@@ -134,7 +134,7 @@ cdef void set_text(MessageCell *cell, Text *text, const char *name, const char *
 
 
 cdef MessageCell *settable(MQ_Message *message, const char *function, int last) noexcept nogil:
-    # The message, when it is not too late: incoming, or going out and no later than in event `last`.
+    # The message, when it is not too late for this: later than in event `last`.
     cdef MessageCell *cell = message_here(message, function)
     if cell == NULL or cell.event.number <= last:
         return cell

@@ -78,10 +78,10 @@ cdef class Context:
                 invoke_pending(worker)
             event = resume(worker)
             leave(worker)
-            if worker.handed != NULL:
+            if load_event(&worker.handed) != NULL:
                 wake(worker)
         while event != NULL:
-            following = event.handed
+            following = event.moved
             call = <Call> event.call
             if call.abandoned:
                 call.close()
@@ -93,7 +93,7 @@ cdef class Context:
                 connection.on_output()
             except Exception:
                 logger.exception("the output of plugins could not be sent")
-        if lines != NULL:
+        if load_line(&lines) != NULL:
             flush_log()
         return moved
 
@@ -124,9 +124,9 @@ cdef class Context:
     def live(self):
         """How many objects of each kind there are: for tests, which want to see zeros."""
         cdef int own = self.worker.context != NULL
-        return {"events": self.worker.live[EVENT] - own, "connections": self.worker.live[CONNECTION],
-                "messages": self.worker.live[MESSAGE], "timers": self.worker.live[TIMER],
-                "watchers": self.worker.live[WATCHER]}
+        cdef long *live = self.worker.live
+        return {"events": live[EVENT] - own, "connections": live[CONNECTION],
+                "messages": live[MESSAGE], "timers": live[TIMER], "watchers": live[WATCHER]}
 
 
 cdef shut(Context context):
@@ -212,13 +212,11 @@ cdef run(Context context, EventCell *event, Connection connection, object first,
     else:
         with nogil:
             enter(worker)
-            worker.current = event
             cross(event)
-            worker.current = NULL
             leave(worker)
-    if lines != NULL:
+    if load_line(&lines) != NULL:
         flush_log()
-    if worker.handed != NULL:
+    if load_event(&worker.handed) != NULL:
         wake(worker)
     if (event.finished and event.outcome <= DECIDED
             and not (event.number == AUTHENTICATE and event.connection.decided)
@@ -439,7 +437,7 @@ cdef class Connection:
         cdef ConnectionCell *cell = self.cell
         cdef char *output
         cdef size_t size
-        if cell.output_size == 0:
+        if load_size(&cell.output_size) == 0:
             return b""
         pthread_mutex_lock(&cell.worker.mutex)
         output = cell.output
@@ -497,7 +495,7 @@ cdef class Connection:
         return self.plain(SECURE)
 
     def authenticate(self, str login not None, str password not None):
-        """mq_smtp_in_authenticate: True or False when a plugin decided, else None, or a `Reject`."""
+        """mq_smtp_in_authenticate: True or False if a plugin decided, else None, or a `Reject`."""
         return self.text(AUTHENTICATE, login, password)
 
     def mailfrom(self, str address not None):

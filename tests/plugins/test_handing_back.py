@@ -154,6 +154,27 @@ async def test_hundreds_of_events_are_suspended_at_once(tmp_path: Path, calls: C
         assert order.count("b rcptto") == 500
 
 
+async def test_threads_hand_back_hundreds_of_events_from_all_plugins(
+    tmp_path: Path, calls: Calls
+) -> None:
+    scripted = Scripted(tmp_path, 3)
+    async with connected(tmp_path) as (_, context, _):
+        answers: list[object] = []
+
+        async def session() -> None:
+            connection = context.connection(-1)
+            answers.append(await connection.rcptto("a@b.test"))
+
+        calls.take()
+        scripted.script(*["pc " * 300] * 3)
+        async with trio.open_nursery() as nursery:
+            for _ in range(300):
+                nursery.start_soon(session)
+        assert answers == [None] * 300
+        order = names(calls.take())
+        assert sorted(order) == sorted("abc" * 300)
+
+
 async def test_only_its_own_session_waits(tmp_path: Path, calls: Calls) -> None:
     scripted = Scripted(tmp_path, 1)
     async with connected(tmp_path) as (_, context, connection):

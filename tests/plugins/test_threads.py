@@ -105,6 +105,16 @@ async def test_output_in_an_event_is_left_to_the_engine(directory: Path) -> None
         await connection.close()
 
 
+async def test_output_of_a_suspended_event_does_not_wait_for_it(directory: Path) -> None:
+    async with connected(directory) as (_, context, _):
+        told: list[bytes] = []
+        connection = context.connection(-1)
+        connection.on_output = lambda: told.append(connection.take_output())
+        await connection.rcptto("send and wait")
+        assert told == [b"220-hello\r\n"]
+        await connection.close()
+
+
 async def test_log_lines_have_priority_name_and_no_control_characters(directory: Path) -> None:
     records: list[logging.LogRecord] = []
 

@@ -46,6 +46,8 @@ MQ_EXPORT void join(void)
     for (index = 0; index < 4; ++index) pthread_join(threads[index], NULL);
 }
 
+static void resume(void *context) { MQ_Continue(context); }
+
 MQ_EXPORT bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connection)
 {
     MQ_SetSmtpData(connection, MQ_ContextData(context));
@@ -71,7 +73,11 @@ MQ_EXPORT bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connect
     if (!strcmp(rcptto, "chatter"))
         for (index = 0; index < 4; ++index)
             pthread_create(&threads[index], NULL, chatter, connection);
-    if (!strcmp(rcptto, "send")) MQ_SmtpSend(connection, "220-hello\r\n", 11);
+    if (!strncmp(rcptto, "send", 4)) MQ_SmtpSend(connection, "220-hello\r\n", 11);
+    if (!strcmp(rcptto, "send and wait")) {
+        MQ_TimerStart(context, 0.05f, resume, context);
+        return true;
+    }
     if (!strcmp(rcptto, "same data") && MQ_SmtpData(connection) != MQ_ContextData(context)) abort();
     if (!strcmp(rcptto, "priorities")) {
         MQ_Log(MQ_CRIT, "critical");
