@@ -71,9 +71,10 @@ __all__ = ["Salvaged", "examine", "recover", "salvage"]
 
 logger = logging.getLogger("mailerq.queues")
 
-FULL_CHECK_BYTES: Final = 64 << 20
-"""SQLite checks so much in less than a second; a larger file is probed."""
+FULL_CHECK_BYTES: Final = 128 << 20
+"""SQLite checks so much in a second, even from a slow disk; a larger file is probed."""
 
+PROBES: Final = 300
 PROBE_SECONDS: Final = 0.3
 UNFINISHED: Final = ".salvaging"
 FINISHED: Final = ".salvaged"
@@ -232,7 +233,9 @@ def _probe(connection: apsw.Connection) -> str | None:
     if lowest is None:
         return None
     until = time.monotonic() + PROBE_SECONDS
-    while time.monotonic() < until:
+    for _ in range(PROBES):
+        if time.monotonic() > until:
+            break
         number = random.randint(lowest, highest)
         found: list[Any] = connection.execute(ROW + "WHERE m.id >= ? LIMIT 1", (number,)).fetchall()
         for values in found:
@@ -241,7 +244,8 @@ def _probe(connection: apsw.Connection) -> str | None:
             if isinstance(message, str):
                 return f"message {row.id}: {message}"
             indexed = connection.execute(
-                "SELECT 1 FROM message WHERE queue = ? AND due = ? AND id = ?",
+                "SELECT 1 FROM message INDEXED BY message_due "
+                "WHERE queue = ? AND due = ? AND id = ?",
                 (row.queue, row.due, row.id),
             ).get
             if indexed is None:

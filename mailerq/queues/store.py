@@ -131,8 +131,26 @@ ROW: Final = """
 SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties,
     CASE WHEN m.body = 0 THEN (SELECT data FROM body WHERE id = m.id)
          WHEN m.body > 0 THEN (SELECT data FROM shared WHERE id = m.body) END
-FROM message m
+FROM message m NOT INDEXED
 """
+"""Rows by their numbers: left alone, SQLite may rather look at all of a queue."""
+
+SCAN: Final = """
+SELECT due, id,
+    coalesce((SELECT length(properties) FROM message WHERE message.id = found.id), 0)
+    + coalesce((SELECT length(data) FROM body WHERE body.id = found.id), 0)
+    + coalesce((SELECT length(data) FROM shared WHERE shared.id = found.body), 0)
+FROM (
+    SELECT * FROM (
+        SELECT due, id, body FROM message INDEXED BY message_due
+        WHERE queue = ?1 AND due = ?3 AND id > ?4 AND due <= ?2 ORDER BY id LIMIT ?5)
+    UNION ALL
+    SELECT * FROM (
+        SELECT due, id, body FROM message INDEXED BY message_due
+        WHERE queue = ?1 AND due > ?3 AND due <= ?2 ORDER BY due, id LIMIT ?5)
+) AS found LIMIT ?5
+"""
+"""What is due above a place. In two parts: a row value would start at the first of equal due."""
 
 
 class Row(NamedTuple):
@@ -373,7 +391,8 @@ class Reader:
             rows = [
                 Row(*row)
                 for row in self.connection.execute(
-                    ROW + "WHERE m.queue = ? AND m.id > ? ORDER BY m.id LIMIT ?",
+                    ROW + "WHERE m.id IN (SELECT id FROM message INDEXED BY message_due "
+                    "WHERE queue = ? AND id > ? ORDER BY id LIMIT ?) ORDER BY m.id",
                     (queue, after, limit),
                 )
             ]
@@ -395,25 +414,14 @@ class Reader:
         The second value is when the next message after `now` (ms) becomes due, or None.
         """
         try:
-            found: list[Any] = self.connection.execute(
-                """
-                SELECT m.due, m.id, coalesce(length(m.properties), 0) + coalesce(CASE
-                    WHEN m.body = 0 THEN (SELECT length(data) FROM body WHERE id = m.id)
-                    WHEN m.body > 0 THEN (SELECT length(data) FROM shared WHERE id = m.body)
-                    END, 0)
-                FROM message m
-                WHERE m.queue = ?1 AND m.due <= ?2 AND (m.due, m.id) > (?3, ?4)
-                ORDER BY m.due, m.id LIMIT ?5
-                """,
-                (queue, now, *after, limit),
-            ).fetchall()
+            found: list[Any] = self.connection.execute(SCAN, (queue, now, *after, limit)).fetchall()
             later = self.connection.execute(
                 "SELECT due FROM message WHERE queue = ? AND due > ? ORDER BY due LIMIT 1",
                 (queue, now),
             ).get
         except apsw.Error as error:
             raise self.failed(error) from error
-        return found, later
+        return sorted(found), later
 
     def fetch(self, queue: str, numbers: Sequence[int]) -> list[Row]:
         """Read the messages with these numbers, in the order of `numbers`.
@@ -543,15 +551,14 @@ class Store(Reader):
 
     def purge_steps(self, queue: str, held: Callable[[], Iterable[int]]) -> Iterator[int]:
         """Delete a queue, some rows a commit; `held` says before each what must stay."""
-        last = 0
-        while True:
-            numbers = self._numbers("queue = ? AND id > ? ORDER BY id", (queue, last))
-            if not numbers:
-                return
-            last = numbers[-1]
+        last = (-1, -1)
+        while found := self._find("queue = ? AND (due, id) > (?, ?)", (queue, *last)):
+            last = found[-1]
+            numbers = {number for _, number in found}
             yield self._change(
-                "DELETE FROM message WHERE id IN (SELECT value FROM carray(?)) AND queue = ?",
-                (_carray(set(numbers).difference(held())), queue),
+                "DELETE FROM message NOT INDEXED "
+                "WHERE id IN (SELECT value FROM carray(?)) AND queue = ?",
+                (_carray(numbers.difference(held())), queue),
             )
 
     def set_back(self, now: int, before: int) -> Iterator[int]:
@@ -560,25 +567,25 @@ class Store(Reader):
         Some rows a commit.
         """
         for depth in self.depths():
-            while True:
-                numbers = self._numbers(
-                    "queue = ? AND due > ? AND due <= ?", (depth.queue, now, before)
-                )
-                if not numbers:
-                    break
+            while found := self._find(
+                "queue = ? AND due > ? AND due <= ?", (depth.queue, now, before)
+            ):
                 yield self._change(
                     "UPDATE message SET due = ? WHERE id IN (SELECT value FROM carray(?))",
-                    (now, _carray(numbers)),
+                    (now, _carray(number for _, number in found)),
                 )
 
-    def _numbers(self, where: str, values: tuple[Any, ...]) -> list[int]:
+    def _find(self, where: str, values: tuple[Any, ...]) -> list[tuple[int, int]]:
+        """Due time and number of some messages, oldest due first."""
         try:
-            rows: list[Any] = self.connection.execute(
-                f"SELECT id FROM message WHERE {where} LIMIT ?", (*values, WORK_ROWS)
+            found: list[Any] = self.connection.execute(
+                f"SELECT due, id FROM message INDEXED BY message_due WHERE {where} "
+                "ORDER BY due, id LIMIT ?",
+                (*values, WORK_ROWS),
             ).fetchall()
         except apsw.Error as error:
             raise self.failed(error) from error
-        return [row[0] for row in rows]
+        return found
 
     def _change(self, statement: str, values: tuple[Any, ...]) -> int:
         try:
