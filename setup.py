@@ -21,6 +21,7 @@ LIBRARIES = (
     # pkg-config's name, header, linker option, Debian's package
     ("libev", "ev.h", "-lev", "libev-dev"),
     ("json-c", "json-c/json.h", "-ljson-c", "libjson-c-dev"),
+    ("libcrypt", "crypt.h", "-lcrypt", "libcrypt-dev"),
 )
 
 
@@ -48,7 +49,7 @@ def compiles(header: str, link: str) -> bool:
 
 
 def library_flags() -> tuple[list[str], list[str]]:
-    """Compiler and linker flags of libev and json-c; says what to install when one is missing."""
+    """Compiler and linker flags of the libraries; says what to install when one is missing."""
     compile_flags: list[str] = []
     link_flags: list[str] = []
     missing: list[str] = []

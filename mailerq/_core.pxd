@@ -127,6 +127,11 @@ cdef extern from "<json-c/json.h>" nogil:
     int json_object_get_string_len(const json_object *)
     const char *json_object_to_json_string(json_object *)
 
+cdef extern from "<crypt.h>" nogil:
+    struct crypt_data:
+        pass
+    char *crypt_r(const char *, const char *, crypt_data *)
+
 
 # What a plugin can be given. Also the kinds of blocks; an unused block is of kind 0.
 cdef enum:

@@ -53,6 +53,7 @@ cdef extern from * nogil:
     Py_ssize_t getrandom(void *, size_t, unsigned int)
     size_t strnlen(const char *, size_t)
     char *strndup(const char *, size_t)
+    void explicit_bzero(void *, size_t)
     int SIG_SETMASK
     int pthread_sigmask(int, const sigset_t *, sigset_t *)
 
@@ -88,3 +89,25 @@ def set_machine(uint64_t number):
     global machine, epoch
     machine = number
     epoch += 1
+
+
+def crypt(bytes password not None, bytes setting not None):
+    """crypt(3): the hash of a password with the method and salt of `setting`, a hash or its start.
+
+    None when the method is unknown here or the setting is none. It takes as long as the method is
+    meant to take, without Python's lock.
+    """
+    cdef const char *key = password
+    cdef const char *method = setting
+    cdef const char *result
+    cdef crypt_data *space = <crypt_data *> calloc(1, sizeof(crypt_data))
+    if space == NULL:
+        raise MemoryError
+    try:
+        with nogil:
+            result = crypt_r(key, method, space)
+        # A hash that starts with an asterisk stands for a failure, and no password has it.
+        return result if result != NULL and result[0] != b"*" else None
+    finally:
+        explicit_bzero(space, sizeof(crypt_data))
+        free(space)
