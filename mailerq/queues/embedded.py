@@ -5,7 +5,7 @@ Theory of operation
 Tasks hand what they publish and settle to a thread that commits in groups
 (`mailerq.queues.writer`). A message that is due goes to a consumer straight from memory, once
 it is committed, as long as the consumer has credit and nothing older waits; otherwise it
-stays in the file until a second thread (`mailerq.queues.reader`) fetches it. Who gets what is
+stays in the file until a second thread (`mailerq.queues.fetcher`) fetches it. Who gets what is
 kept in `mailerq.queues.feed`.
 
 A published message belongs to the queue: the publisher must not change its properties any
@@ -29,7 +29,9 @@ from typing import Any, Self
 import trio
 
 from mailerq.errors import QueueDamaged, QueueError
+from mailerq.queues.database import Reader
 from mailerq.queues.feed import Feeds, HeldLease
+from mailerq.queues.fetcher import Fetcher
 from mailerq.queues.interface import (
     Consumer,
     Depth,
@@ -39,8 +41,8 @@ from mailerq.queues.interface import (
     Queues,
     Settlement,
 )
-from mailerq.queues.reader import ReaderThread
-from mailerq.queues.store import Insert, Reader, Retry, Store, prepare
+from mailerq.queues.records import Insert, Retry, prepare
+from mailerq.queues.store import Store
 from mailerq.queues.writer import Request, Writer
 
 __all__ = ["EmbeddedQueues"]
@@ -68,7 +70,7 @@ class EmbeddedQueues(Queues):
         self._feeds = Feeds(store.path, clock)
         self._closed = False
         self._writer = Writer(store, self._feeds)
-        self._reader = ReaderThread(store.path, self._feeds, self._writer.put, store.set_back)
+        self._fetcher = Fetcher(store.path, self._feeds, self._writer.put, store.set_back)
 
     @classmethod
     @asynccontextmanager
@@ -95,11 +97,11 @@ class EmbeddedQueues(Queues):
     def _close(self) -> None:
         with self._feeds.lock:
             self._closed = True
-            self._feeds.reader_ends = True
+            self._feeds.fetcher_ends = True
             self._feeds.reads.put(None)
             self._writer.put(None)
         self._writer.join()
-        self._reader.join()
+        self._fetcher.join()
         self._store.close()
 
     async def publish(self, publications: Sequence[Publication]) -> None:

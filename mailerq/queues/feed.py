@@ -38,8 +38,8 @@ import outcome
 import trio
 
 from mailerq.errors import QueueDamaged
+from mailerq.queues.database import mark
 from mailerq.queues.interface import Consumer, Lease
-from mailerq.queues.store import mark
 
 __all__ = ["START", "EmbeddedConsumer", "Feed", "Feeds", "HeldLease", "Position"]
 
@@ -234,7 +234,7 @@ class Feeds:
         self.lock = threading.Lock()
         self.feeds: dict[str, Feed] = {}
         self.reads: SimpleQueue[Read | None] = SimpleQueue()
-        self.reader_ends = False
+        self.fetcher_ends = False
         self.damaged: QueueDamaged | None = None
 
     def now(self) -> int:
@@ -280,7 +280,7 @@ class Feeds:
 
     def pump(self, feed: Feed) -> None:
         """Have the reader read for a feed if that is worth it."""
-        if not self.reader_ends and feed.hungry(self.now()):
+        if not self.fetcher_ends and feed.hungry(self.now()):
             self.reads.put(Read(feed, *feed.begin_read()))
 
     def set_alarm(self, feed: Feed, now: int) -> None:

@@ -41,6 +41,7 @@ import apsw
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
+from mailerq.queues.database import MARK_SUFFIX, PAGE_SIZE, ROW, connect, translate
 from mailerq.queues.pages import (
     INDEX_INTERIOR,
     INDEX_LEAF,
@@ -51,21 +52,8 @@ from mailerq.queues.pages import (
     record,
     shape,
 )
-from mailerq.queues.store import (
-    MARK_SUFFIX,
-    PAGE_SIZE,
-    ROW,
-    Batch,
-    Insert,
-    Row,
-    Store,
-    aside,
-    check,
-    connect,
-    prepare,
-    proven,
-    translate,
-)
+from mailerq.queues.records import Batch, Insert, Row, aside, check, prepare, proven
+from mailerq.queues.store import Store
 
 __all__ = ["Salvaged", "examine", "recover", "salvage"]
 

@@ -34,8 +34,10 @@ import trio
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message, decode_properties
+from mailerq.queues.database import translate
 from mailerq.queues.feed import EmbeddedConsumer, Feed, Feeds, HeldLease
-from mailerq.queues.store import Batch, Insert, Retry, Store, translate
+from mailerq.queues.records import Batch, Insert, Retry
+from mailerq.queues.store import Store
 
 __all__ = ["Request", "Writer"]
 
@@ -146,7 +148,10 @@ class Writer:
                 logger.exception("an error in the writer of the queue")
             self._undo(group, reserved, translate(error, self._store.path))
         else:
-            self._hand_out(group, reserved, notify)
+            try:
+                self._hand_out(group, reserved, notify)
+            except Exception:  # the group is durable all the same
+                logger.exception("an error in the writer of the queue")
             count = sum(request.count for request in group)
             self._commits += 1
             self._messages += count

@@ -17,10 +17,12 @@ import trio
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
+from mailerq.queues.database import PAGE_SIZE
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.pages import Pages
+from mailerq.queues.records import DAMAGED_QUEUE
 from mailerq.queues.salvage import ROOTS
-from mailerq.queues.store import DAMAGED_QUEUE, PAGE_SIZE, Store
+from mailerq.queues.store import Store
 
 COUNT = 400
 

@@ -14,7 +14,7 @@ import trio
 
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message
-from mailerq.queues import Consumer, Lease, Publication, Settlement, feed, reader
+from mailerq.queues import Consumer, Lease, Publication, Settlement, feed, fetcher
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.store import Store
 
@@ -160,7 +160,7 @@ async def test_bytes_bound_what_is_leased(
     queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "HELD_BYTES", 25_000)
-    monkeypatch.setattr(reader, "READ_BYTES", 25_000)
+    monkeypatch.setattr(fetcher, "READ_BYTES", 25_000)
     await queues.publish([publication(tag, bytes(10_000 + tag)) for tag in range(5)])
     await queues.publish([publication(5, bytes(90_000))])
     async with queues.consume("outbox", prefetch=100) as consumer:
@@ -312,7 +312,7 @@ async def test_clock_set_back_does_not_delay_what_was_due(
         await queues.publish([publication(3, due=clock.now + 600)])
         leases = await receive(consumer, 1)
         with trio.fail_after(10):
-            while not queues._reader._latest:
+            while not queues._fetcher._latest:
                 await trio.lowlevel.checkpoint()
         clock.now -= 3600
         for _ in range(2):
@@ -550,7 +550,7 @@ async def test_reader_goes_on_after_an_error(
     queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     await queues.publish([publication(1)])
-    original = queues._reader._reader.fetch
+    original = queues._fetcher._reader.fetch
     failures = iter(range(3))
 
     def fail(queue: str, numbers: Any) -> Any:
@@ -558,7 +558,7 @@ async def test_reader_goes_on_after_an_error(
             raise QueueError("the disk is tired")
         return original(queue, numbers)
 
-    monkeypatch.setattr(queues._reader._reader, "fetch", fail)
+    monkeypatch.setattr(queues._fetcher._reader, "fetch", fail)
     async with queues.consume("outbox", prefetch=1) as consumer:
         assert tag_of((await receive(consumer, 1))[0]) == 1
     assert [record.levelno for record in caplog.records] == [logging.ERROR]

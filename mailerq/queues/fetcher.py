@@ -26,11 +26,12 @@ from typing import Final
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
+from mailerq.queues.database import Reader, translate
 from mailerq.queues.feed import EmbeddedConsumer, Feed, Feeds, HeldLease, Position, Read
-from mailerq.queues.store import DAMAGED_QUEUE, Reader, Row, aside, check, prepare, translate
+from mailerq.queues.records import DAMAGED_QUEUE, Row, aside, check, prepare
 from mailerq.queues.writer import Request
 
-__all__ = ["ReaderThread"]
+__all__ = ["Fetcher"]
 
 logger = logging.getLogger("mailerq.queues")
 
@@ -44,7 +45,7 @@ BACKWARD_MS: Final = 1_000
 """What the clock may lose without anybody caring."""
 
 
-class ReaderThread:
+class Fetcher:
     """Reads from a connection of its own."""
 
     def __init__(
@@ -78,7 +79,7 @@ class ReaderThread:
                 read = feeds.reads.get(timeout=patience)
             except Empty:
                 read = None
-            if feeds.reader_ends:
+            if feeds.fetcher_ends:
                 return
             if read is not None:
                 self._read(read)
