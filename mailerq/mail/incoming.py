@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Final
@@ -58,7 +59,8 @@ def messages(
     """Build the messages, in the order of the recipients, or None for a mail that is looping.
 
     x-mq-* fields are taken out, a Received field is put on top, and a Message-ID where there
-    is none. All messages share one body; each has its own id and its own properties.
+    is none. All messages share one body; each has its own id and properties of its own,
+    down to the last object in them.
     """
     extraction = extract(mime, trusted=envelope.trusted)
     header = headers.Header(extraction.mime)
@@ -89,14 +91,24 @@ def messages(
                 "hostname": hostname,
                 "envelope": envelope.sender,
                 "recipient": recipient,
-                **envelope.properties,
+                **shared,
                 **own,
-                **extraction.properties,
             },
             body,
         )
-        for id, recipient, own in zip(
-            ids, envelope.recipients, envelope.recipient_properties or repeat({}), strict=False
+        for id, recipient, own, shared in zip(
+            ids,
+            envelope.recipients,
+            envelope.recipient_properties or repeat({}),
+            _copies({**envelope.properties, **extraction.properties}),
+            strict=False,
         )
     ]
     return Reception(made, extraction.ignored)
+
+
+def _copies(properties: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The properties themselves, for the one recipient that most mails have, then copies."""
+    yield properties
+    while True:
+        yield deepcopy(properties)

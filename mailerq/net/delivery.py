@@ -103,6 +103,7 @@ class Dispatcher:
         self._queues = queues
         self._send_log = send_log
         self._clock = clock
+        self._next_id = plugins.message_id
         self._may_supply_body = plugins.listens("out_data")
         listens = self._may_supply_body or plugins.listens("out_sent")
         self._pool = Pool(config, workers, resolver, slots, self, listens=listens)
@@ -202,6 +203,8 @@ class Dispatcher:
         expires = expires_at(properties, now=now, max_delivertime=self._config.max_delivertime)
         properties["domain"] = mailbox.domain
         properties.setdefault("seen", format_time(now))
+        if not properties.get("message-id"):
+            properties["message-id"] = self._next_id()
         if now > expires:
             return self._refuse(lease, responses.EXPIRED)
         if (outcome := self._body_problem(message)) is not None:

@@ -178,6 +178,7 @@ async def test_a_soft_failure_is_tried_again_and_a_hard_one_is_final(tmp_path: P
     assert document["results"][1]["status"] == "5.1.1"
     assert document["results"][1]["description"] == "nobody here"
     assert [result["code"] for result in copy["results"]] == [451]
+    assert len(success["message-id"]) == 32  # given to what came without one
     assert success["results"][0]["type"] == "success"
     assert success["results"][0]["to"] == "127.0.0.1"
     assert depths.get("results") == 2

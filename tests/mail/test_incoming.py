@@ -93,3 +93,13 @@ def test_mail_that_is_looping_is_not_taken() -> None:
     hops = HOP_LIMIT * b"Received: from x by y; z\r\n"
     assert messages(hops + MIME, ENVELOPE, hostname="h", now=0, next_id=lambda: "i") is None
     assert build(hops[: -len(b"Received: from x by y; z\r\n")] + MIME)
+
+
+def test_messages_share_no_object_that_could_be_edited() -> None:
+    mime = b"x-mq-tag: spring\r\n" + MIME
+    envelope = replace(ENVELOPE, recipients=["c@d.test", "e@f.test"], trusted=True)
+    one, two = build(mime, envelope).messages
+    one.properties["tags"].append("edited")
+    one.properties["connection"]["remote-ip"] = "edited"
+    assert two.properties["tags"] == ["spring"]
+    assert two.properties["connection"] == {"remote-ip": "192.0.2.7"}

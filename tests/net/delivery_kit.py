@@ -136,6 +136,9 @@ class StubPlugins:
         self.open = 0
         self.output = b""
 
+    def message_id(self) -> str:
+        return "stub-id"
+
     def listens(self, event: str) -> bool:
         return event in self.handlers
 
