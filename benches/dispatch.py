@@ -27,6 +27,7 @@ INCLUDE = Path(__file__).parent.parent / "include"
 
 SOURCE = """
 #include <mailerq.h>
+#include <pthread.h>
 int mq_version() { return MQ_API_VERSION; }
 bool mq_smtp_in_mailfrom(MQ_Context *context, MQ_SmtpConnection *connection,
                          const char *address, size_t size) { return false; }
@@ -36,6 +37,21 @@ bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connection,
 static void due(void *context) { MQ_Continue(context); }
 bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connection)
 { MQ_TimerStart(context, 0, due, context); return true; }
+static void nothing(void *data) { }
+bool mq_smtp_in_secure(MQ_Context *context, MQ_SmtpConnection *connection)
+{
+    for (int count = 1; count < 10000; ++count) MQ_TimerStart(context, 0, nothing, 0);
+    MQ_TimerStart(context, 0, due, context);
+    return true;
+}
+static void *thread(void *context) { MQ_Continue(context); return 0; }
+bool mq_smtp_in_close(MQ_Context *context, MQ_SmtpConnection *connection)
+{
+    pthread_t id;
+    pthread_create(&id, 0, thread, context);
+    pthread_detach(id);
+    return true;
+}
 """
 
 
@@ -48,17 +64,25 @@ def compile_plugins(directory: Path, count: int) -> None:
         subprocess.run([*command, "-o", directory / f"{number}.so", source], check=True)
 
 
-async def median(rounds: int, count: int, event: Callable[[], Awaitable[object]]) -> float:
-    """Nanoseconds for one await of `event`, without those of the loop around it."""
+async def median(
+    rounds: int, count: int, event: Callable[..., Awaitable[object]], *address: str
+) -> float:
+    """Nanoseconds for one await of an event, without those of the loop around it."""
     figures = []
     for _ in range(rounds):
         start = time.perf_counter_ns()
         for _ in range(count):
             pass
         empty = time.perf_counter_ns() - start
-        start = time.perf_counter_ns()
-        for _ in range(count):
-            await event()
+        if address:
+            (argument,) = address
+            start = time.perf_counter_ns()
+            for _ in range(count):
+                await event(argument)
+        else:
+            start = time.perf_counter_ns()
+            for _ in range(count):
+                await event()
         figures.append((time.perf_counter_ns() - start - empty) / count)
     return statistics.median(figures)
 
@@ -72,16 +96,16 @@ async def measure(count: int, rounds: int) -> dict[str, float]:
         context = await plugins.open_context()
         connection: Connection = context.connection(0)
         figures = {
-            "decided": await median(rounds, 50_000, lambda: connection.mailfrom("a@b.test")),
-            "handed back at once": await median(
-                rounds, 50_000, lambda: connection.rcptto("a@b.test")
-            ),
-            "suspended": await median(rounds, 500, connection.connect),
+            "decided": await median(rounds, 50_000, connection.mailfrom, "a@b.test"),
+            "handed back at once": await median(rounds, 50_000, connection.rcptto, "a@b.test"),
+            "suspended, new thread": await median(rounds, 300, connection.close),
+            "suspended, timer": await median(rounds, 300, connection.connect),
+            "a timer of 10000": await median(rounds, 1, connection.secured) / 10_000,
         }
         start = time.perf_counter_ns()
         for _ in range(100_000):
             context.connection(0)
-        figures["connection"] = (time.perf_counter_ns() - start) / 100_000
+        figures["new connection"] = (time.perf_counter_ns() - start) / 100_000
         await connection.close()
         await context.close()
         plugins.cleanup()

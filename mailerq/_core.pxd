@@ -287,8 +287,9 @@ cdef struct EventCell:
     int restarts
     int outcome
     int culprit                 # the plugin that the outcome is about, or -1
-    c_bool cancelled            # nobody wants the other plugins
     c_bool finished
+    c_bool noted                # one of: code is set, message.touched, cancelled
+    c_bool cancelled            # nobody wants the other plugins
     int code                    # of MQ_Reject; 0: none
     char *text
     ConnectionCell *connection

@@ -1,6 +1,59 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # cython: initializedcheck=False, nonecheck=False
-"""The C core: opens plugins, calls them, and is what they call."""
+"""The C core: opens plugins, calls them, and is what they call.
+
+Theory of operation
+-------------------
+A *worker* is a thread that runs a trio loop. An *event* (a client connected, a recipient was named,
+a body is about to be sent) goes through the *chain* of the plugins that export its callback. The
+chains are dense arrays of (function, plugin), filled when the plugins are opened and constant from
+then on. A session calls a method of its `Connection`; when nobody listens to that event the method
+tests one bit and returns an awaitable that is ready. Otherwise there is one *crossing*: Python's
+lock is dropped, the whole chain is called, the lock is taken back.
+
+An event that a plugin suspends stops where it is, and the session awaits a `Call`. The plugin's
+hand-back, on whatever thread, puts the event on a list of its worker and wakes the worker through
+an eventfd. The worker's trio loop then takes a *turn*: it goes on with those chains, again in one
+crossing, and tells plugins.py which calls are over. Turns also run timers, watchers and whatever
+plugins do with libev, and hand over what they logged and sent from other threads.
+
+What a plugin holds is never an address. A context, connection, message, timer or watcher is a
+*handle*, a number that names a *cell* and the generation of what is in it. All plugins share the
+cell of an event; their handles differ in the number of the plugin. A handle that is used too late,
+twice, or by somebody else is recognised by a comparison and does nothing. See "Cells" below.
+
+The parts, in the order in which they are included:
+
+    cells        handles, and the cells, blocks and workers behind them
+    log          lines from any thread to `logging`
+    events       calling, suspending, handing back
+    connection   MQ_Smtp*, MQ_Reject
+    loop         libev, timers, watchers
+    message      MQ_Message and its JSON
+    ids          message ids
+    load         opening plugins
+    python       the classes that plugins.py builds on
+
+Safety rules
+------------
+1. What a callback can reach is ``noexcept nogil``. Python's lock is taken again in two places only:
+   to make the JSON of a message and to read back what a plugin changed in one.
+2. A cell is taken and given back on its worker's thread. Other threads may change three things: the
+   word of an event's cell, by one compare-and-swap from a state in which its plugin has it; the
+   list of events that were handed back, by pushing; and the output of a connection, under the
+   worker's mutex and after comparing generations there.
+3. After a successful hand-back from WAITING, and until it has pushed the event, the thread that
+   hands back is the only one that touches it.
+4. What a foreign thread can reach at any time is never freed: blocks, workers with their eventfds,
+   tables and plugins. They are used again, or stay. Everything else may only be reached through a
+   comparison of generations.
+5. No plugin code is called while a mutex of ours is held, but for the loop's, which is there for
+   that. Nothing waits for Python's lock while it holds a mutex that a thread with Python's lock
+   may want; the loop's is wanted only by the worker itself and its helper, which has no Python.
+6. An event owns references to the Python objects that its pointers point into, and keeps them until
+   it has been handed back, even when nobody waits for it any more.
+7. Every crossing is inside `mq_guard`, so that no C++ exception reaches a frame of C or Python.
+"""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.object cimport PyObject

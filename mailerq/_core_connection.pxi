@@ -78,6 +78,7 @@ cdef public void MQ_Reject(MQ_SmtpConnection *connection, int code,
                "MQ_Reject", FUNCTIONS[event.number])
         code = 451
     event.code = code
+    event.noted = True
     free(event.text)
     event.text = strndup(text, TEXT_LIMIT) if text != NULL else NULL
 

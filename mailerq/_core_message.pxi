@@ -30,9 +30,11 @@ cdef int borrow(Text *text, object value) except -1:
     return 0
 
 
-cdef void drop(Text *text) noexcept:
-    free(text.copy)
+cdef inline void drop(Text *text) noexcept:
+    if text.copy != NULL:
+        free(text.copy)
     Py_XDECREF(<PyObject *> text.object)
+    text.object = NULL
 
 
 cdef MessageCell *open_message(EventCell *event, object message, object document) except NULL:
@@ -95,6 +97,12 @@ cdef inline bint is_alias(MessageCell *cell) noexcept nogil:
     return cell.json != NULL and cell.event.number == ON_MESSAGE
 
 
+cdef inline void touch(MessageCell *cell) noexcept nogil:
+    # The message has to be read back after this plugin's turn.
+    cell.touched = True
+    cell.event.noted = True
+
+
 cdef const char *get_text(MessageCell *cell, Text *text, const char *name) noexcept nogil:
     cdef json_object *value = NULL
     if not is_alias(cell):
@@ -111,7 +119,7 @@ cdef void set_text(MessageCell *cell, Text *text, const char *name, const char *
     cdef json_object *value
     if size > INT_MAX:
         return
-    cell.touched = True
+    touch(cell)
     if is_alias(cell):
         if data == NULL:
             json_object_object_del(cell.json, name)
@@ -187,7 +195,7 @@ cdef public void MQ_SetLocal(MQ_Message *message, c_bool local) noexcept nogil:
     cdef MessageCell *cell = message_here(message, "MQ_SetLocal")
     if cell != NULL and cell.event.number == ON_MESSAGE:
         cell.local = local
-        cell.touched = True
+        touch(cell)
 
 
 cdef public json_object *MQ_Json(MQ_Message *message) noexcept nogil:
@@ -196,7 +204,7 @@ cdef public json_object *MQ_Json(MQ_Message *message) noexcept nogil:
         return NULL
     if cell.json == NULL:
         cell.json = make_json(cell)
-    cell.touched = True
+    touch(cell)
     return cell.json
 
 

@@ -162,8 +162,9 @@ cdef EventCell *begin(Context context, Connection connection, int number) except
     event.position = 0
     event.restarts = 0
     event.outcome = UNDECIDED
-    event.cancelled = False
     event.finished = False
+    event.noted = False
+    event.cancelled = False
     event.code = 0
     event.text = NULL
     event.message = NULL
@@ -180,19 +181,18 @@ cdef EventCell *begin(Context context, Connection connection, int number) except
     return event
 
 
-cdef void strip(EventCell *event) noexcept:
-    free(event.text)
-    event.text = NULL
+cdef inline void strip(EventCell *event) noexcept:
+    if event.text != NULL:
+        free(event.text)
+        event.text = NULL
     drop(&event.first)
-    event.first.object = NULL
     drop(&event.second)
-    event.second.object = NULL
     if event.message != NULL:
         close_message(event.message)
         event.message = NULL
 
 
-cdef void release(EventCell *event) noexcept:
+cdef inline void release(EventCell *event) noexcept:
     # The event is over, and so are all handles of it. The worker keeps that of its own start.
     strip(event)
     if event.connection != NULL:
@@ -301,9 +301,11 @@ cdef class Call:
         return True
 
     def cancel(self):
-        """Call no other plugin when the one that has it hands it back."""
-        self.open().cancelled = True
-        self.cancelled = True
+        """Nobody waits any more: when it is handed back, call no other plugin and close it."""
+        if self.event.finished:
+            self.close()
+        else:
+            self.cancelled = self.event.cancelled = self.event.noted = True
 
     cdef detach(self):
         # The plugin keeps the event, but the connection goes on without it.
@@ -470,7 +472,8 @@ cdef class Connection:
             return nothing
         event = begin(self.context, self, number)
         borrow(&event.first, text)
-        borrow(&event.second, more)
+        if more is not None:
+            borrow(&event.second, more)
         return run(self.context, event, self, text, more)
 
     cdef mail(self, int number, message, document):

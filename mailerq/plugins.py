@@ -333,30 +333,29 @@ class Context(_core.Context):
         await connection.close()
 
     async def _wait(self, call: Call) -> None:
-        # Sleep until the call is finished; the deadline moves when another plugin has its turn.
+        # Sleep until the call is over. When the task is cancelled, the call lives on without it.
+        try:
+            while not call.finished:
+                if await self._sleep(call):
+                    continue
+                plugin, function, seconds = call.plugin, call.function, self.plugins.timeout
+                if call.give_up():
+                    form = "[%s] %s was not handed back within %g seconds; given up"
+                    logger.warning(form, plugin, function, seconds)
+        except trio.Cancelled:
+            call.cancel()
+            raise
+
+    async def _sleep(self, call: Call) -> bool:
+        # False when the deadline passed. It moves when another plugin has its turn.
         def abort(raise_cancel: object) -> trio.lowlevel.Abort:
             call.task = None
             return trio.lowlevel.Abort.SUCCEEDED
 
-        while not call.finished:
-            with trio.CancelScope(deadline=self._deadline()) as call.scope:
-                call.task = trio.lowlevel.current_task()
-                try:
-                    await trio.lowlevel.wait_task_rescheduled(abort)
-                except trio.Cancelled:
-                    if not call.scope.cancel_called:
-                        call.close() if call.finished else call.cancel()
-                    raise
-            if call.scope.cancelled_caught and not call.finished:
-                plugin = call.plugin
-                if call.give_up():
-                    logger.warning(
-                        "[%s] %s was not handed back within %g seconds; given up",
-                        plugin,
-                        call.function,
-                        self.plugins.timeout,
-                    )
-        call.scope = None
+        with trio.CancelScope(deadline=self._deadline()) as call.scope:
+            call.task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        return not call.scope.cancelled_caught
 
     async def _ask_handlers(self, call: Call, event: str) -> Reject | bool | None:
         arguments = [argument for argument in (call.first, call.second) if argument is not None]
