@@ -38,10 +38,10 @@ from typing import Final, NamedTuple, Self
 import trio
 
 from mailerq import _core
-from mailerq._core import Call, Connection
+from mailerq._core import Call, Connection, crypt
 from mailerq.errors import PluginError
 
-__all__ = ["Connection", "Context", "Handler", "Plugins", "Reject", "Statistics"]
+__all__ = ["Connection", "Context", "Handler", "Plugins", "Reject", "Statistics", "crypt"]
 
 logger: Final = logging.getLogger("mailerq.plugins")
 

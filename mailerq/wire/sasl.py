@@ -23,6 +23,9 @@ class Credentials(NamedTuple):
     challenge: bytes = b""
     response: bytes = b""
 
+    def __repr__(self) -> str:
+        return f"Credentials({self.login!r})"
+
     def proves(self, password: str) -> bool:
         """Whether the client knows that password. Takes the same time for each answer."""
         if self.password is not None:

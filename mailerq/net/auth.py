@@ -1,0 +1,290 @@
+"""The back ends of ``smtp-auth``: whether a login and its password belong together.
+
+Each URI of the setting is a back end; they are asked in order, and the first one that knows
+the login decides. Plugins are asked before all of them.
+
+``hardcoded://ann:secret,bob:other``
+    Logins in the configuration itself.
+``file:///path``
+    Lines ``login:hash``, read again when the file changes. A hash is one of crypt(3), in any
+    form that the system's library knows, or of argon2.
+``exec:///path``
+    A program that gets login and password on two lines of its standard input, never as
+    arguments, which other users could see. Exit status 0 admits, 1 refuses, anything else
+    is a fault.
+``http://host/path`` and ``https://…``
+    Login and password as Basic authentication (RFC 7617); 2xx admits, 401, 403 and 404
+    refuse, anything else is a fault.
+
+A back end that cannot tell raises `AuthUnavailable`, and the client is told to come again. No
+text of an error or of a log line holds a password or a URI, which may hold one.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import http.client
+import logging
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+from urllib.parse import urlsplit
+
+import trio
+
+from mailerq.net.files import WatchedFile
+from mailerq.plugins import crypt
+from mailerq.wire.sasl import Credentials
+
+__all__ = ["AuthUnavailable", "Authenticator", "parse_backend", "verify_hash"]
+
+log = logging.getLogger("mailerq.auth")
+
+HASHERS: Final = 4
+"""Hashes and foreign services that are asked at a time; hashing is meant to be slow."""
+
+ASK_SECONDS: Final = 10.0
+"""How long a program or a server may take."""
+
+
+class AuthUnavailable(Exception):
+    """A back end cannot tell now; its text is for the log."""
+
+
+class Backend(Protocol):
+    """One source of logins. `reveals` says that it has passwords in clear, for CRAM-MD5."""
+
+    reveals: bool
+
+    async def check(self, credentials: Credentials) -> bool | None:
+        """Whether they are right; None for a login that it does not know.
+
+        Raises `AuthUnavailable`.
+        """
+
+
+class Authenticator:
+    """All back ends of a server: `logins`, which are those of the settings, and then `uris`.
+
+    Raises ValueError with what is wrong.
+    """
+
+    def __init__(self, uris: Sequence[str] = (), logins: Mapping[str, str] | None = None) -> None:
+        self._backends: list[Backend] = [Hardcoded(logins)] if logins else []
+        self._backends += [parse_backend(uri) for uri in uris]
+
+    def __bool__(self) -> bool:
+        return bool(self._backends)
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """What AUTH may offer. CRAM-MD5 needs the password in clear here."""
+        if not self._backends:
+            return ()
+        all_reveal = all(backend.reveals for backend in self._backends)
+        return ("PLAIN", "LOGIN", "CRAM-MD5") if all_reveal else ("PLAIN", "LOGIN")
+
+    async def check(self, credentials: Credentials) -> bool:
+        """Whether the credentials are right. Raises `AuthUnavailable`."""
+        for backend in self._backends:
+            decision = await backend.check(credentials)
+            if decision is not None:
+                return decision
+        return False
+
+
+def parse_backend(uri: str) -> Backend:
+    """Make the back end of a URI. Raises ValueError with what is wrong."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        raise ValueError("a back end is a URI such as file:///etc/mailerq/logins")
+    match scheme.lower():
+        case "hardcoded":
+            return Hardcoded(_pairs(rest))
+        case "file":
+            return PasswordFile(_path(rest))
+        case "exec":
+            return Program(_path(rest))
+        case "http" | "https":
+            return WebServer(uri)
+        case _:
+            raise ValueError(
+                f"{scheme}:// is not supported; there are hardcoded, file, exec, http and https"
+            )
+
+
+def _path(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError("the path must be absolute, as in file:///etc/mailerq/logins")
+    return text
+
+
+def _pairs(text: str) -> dict[str, str]:
+    passwords: dict[str, str] = {}
+    for pair in filter(None, text.split(",")):
+        login, separator, password = pair.partition(":")
+        if not separator or not login:
+            raise ValueError("hardcoded:// takes login:password, with commas between them")
+        passwords[login] = password
+    return passwords
+
+
+class Hardcoded:
+    """Logins in the configuration."""
+
+    reveals = True
+
+    def __init__(self, passwords: Mapping[str, str]) -> None:
+        self._passwords = dict(passwords)
+
+    async def check(self, credentials: Credentials) -> bool | None:
+        password = self._passwords.get(credentials.login)
+        # A login that is unknown takes as long as one that is known.
+        proven = credentials.proves(password if password is not None else "")
+        return None if password is None else proven
+
+
+class PasswordFile:
+    """Lines ``login:hash``; empty lines and such that start with ``#`` are skipped."""
+
+    reveals = False
+
+    def __init__(self, path: str) -> None:
+        self._file = WatchedFile(path, self._parse)
+        self._limiter = trio.CapacityLimiter(HASHERS)
+        try:
+            self._file.read()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {_reason(error)}") from None
+
+    async def check(self, credentials: Credentials) -> bool | None:
+        try:
+            hashes = self._file.read()
+        except (OSError, ValueError) as error:
+            raise AuthUnavailable(f"{self._file.path}: {_reason(error)}") from error
+        password = credentials.password
+        if password is None or not hashes:
+            return None
+        # A login that is unknown takes as long as one that is known.
+        stored = hashes.get(credentials.login)
+        model = stored if stored is not None else next(iter(hashes.values()))
+        proven = await trio.to_thread.run_sync(
+            verify_hash, password, model, limiter=self._limiter, abandon_on_cancel=True
+        )
+        return None if stored is None else proven
+
+    def _parse(self, text: str) -> dict[str, str]:
+        hashes: dict[str, str] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            login, separator, stored = line.partition(":")
+            if separator and login:
+                hashes[login] = stored.split(":")[0].strip()
+            else:
+                log.warning("%s:%d: no login:hash, skipped", self._file.path, number)
+        return hashes
+
+
+def verify_hash(password: str, stored: str) -> bool:
+    """Whether a hash is that of a password. Slow, and meant to be. Raises `AuthUnavailable`."""
+    if stored.startswith("$argon2"):
+        try:
+            import argon2  # only where such hashes are in use
+        except ImportError as error:
+            raise AuthUnavailable("a hash of argon2 needs the package argon2-cffi") from error
+        try:
+            return argon2.PasswordHasher().verify(stored, password)
+        except (argon2.exceptions.VerificationError, argon2.exceptions.InvalidHashError):
+            return False
+    # An empty hash would ask for a way to hash, and be no hash of anything.
+    if not stored or "\0" in password or "\0" in stored:
+        return False
+    computed = crypt(password.encode(), stored.encode())
+    return computed is not None and hmac.compare_digest(computed, stored.encode())
+
+
+class Program:
+    """A program that is run for each login."""
+
+    reveals = False
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._limiter = trio.CapacityLimiter(HASHERS)
+        if not os.access(path, os.X_OK):
+            raise ValueError(f"{path}: cannot be executed")
+
+    async def check(self, credentials: Credentials) -> bool | None:
+        login, password = credentials.login, credentials.password
+        if password is None or "\n" in login + password:
+            return None
+        status = None
+        async with self._limiter:
+            with trio.move_on_after(ASK_SECONDS):
+                try:
+                    finished = await trio.run_process(
+                        [self._path],
+                        stdin=f"{login}\n{password}\n".encode(),
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                        check=False,
+                    )
+                except OSError as error:
+                    raise AuthUnavailable(f"{self._path}: {_reason(error)}") from error
+                status = finished.returncode
+        if status is None:
+            raise AuthUnavailable(f"{self._path}: no answer in {ASK_SECONDS:g} seconds")
+        if status not in (0, 1):
+            raise AuthUnavailable(f"{self._path}: exit status {status}")
+        return status == 0
+
+
+class WebServer:
+    """A server that is asked with Basic authentication."""
+
+    reveals = False
+
+    def __init__(self, uri: str) -> None:
+        try:
+            parts = urlsplit(uri)
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError:
+            raise ValueError("a URI of a web server that cannot be read") from None
+        if not self._host or parts.username is not None:
+            raise ValueError("http:// takes host and path, as in http://127.0.0.1:8080/login")
+        self._secure = parts.scheme.lower() == "https"
+        self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._limiter = trio.CapacityLimiter(HASHERS)
+
+    async def check(self, credentials: Credentials) -> bool | None:
+        if credentials.password is None or ":" in credentials.login:
+            return None
+        pair = f"{credentials.login}:{credentials.password}"
+        try:
+            status = await trio.to_thread.run_sync(
+                self._ask, pair, limiter=self._limiter, abandon_on_cancel=True
+            )
+        except (OSError, http.client.HTTPException) as error:
+            raise AuthUnavailable(f"{self._host}: {_reason(error)}") from error
+        if status in (401, 403, 404):
+            return False
+        if not 200 <= status < 300:
+            raise AuthUnavailable(f"{self._host}: status {status}")
+        return True
+
+    def _ask(self, pair: str) -> int:
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=ASK_SECONDS)
+        try:
+            token = base64.b64encode(pair.encode()).decode()
+            connection.request("GET", self._target, headers={"Authorization": f"Basic {token}"})
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
