@@ -42,7 +42,7 @@ __all__ = [
     "SCHEMA",
     "SCHEMA_VERSION",
     "Reader",
-    "carray",
+    "bind",
     "connect",
     "mark",
     "translate",
@@ -281,7 +281,7 @@ class Reader:
                 row[0]: Row(*row)
                 for row in self.connection.execute(
                     ROW + "WHERE m.id IN (SELECT value FROM carray(?)) AND m.queue = ?",
-                    (carray(numbers), queue),
+                    (bind(numbers), queue),
                 )
             }
         except apsw.Error as error:
@@ -289,7 +289,7 @@ class Reader:
         return [rows[number] for number in numbers if number in rows]
 
 
-def carray(numbers: Iterable[int]) -> Any:
-    """Bind numbers as one parameter of a statement: ``SELECT value FROM carray(?)``."""
+def bind(numbers: Iterable[int]) -> Any:
+    """Bind numbers as one parameter of a statement: as the table that ``carray`` makes of it."""
     # An empty one is refused; no message has number 0.
     return apsw.carray(array("q", numbers) or array("q", (0,)))

@@ -37,7 +37,7 @@ from mailerq.queues.database import (
     SCHEMA,
     SCHEMA_VERSION,
     Reader,
-    carray,
+    bind,
     connect,
     translate,
 )
@@ -168,7 +168,7 @@ class Store(Reader):
             yield self._change(
                 "DELETE FROM message NOT INDEXED "
                 "WHERE id IN (SELECT value FROM carray(?)) AND queue = ?",
-                (carray(numbers.difference(held())), queue),
+                (bind(numbers.difference(held())), queue),
             )
 
     def set_back(self, now: int, before: int) -> Iterator[int]:
@@ -182,7 +182,7 @@ class Store(Reader):
             ):
                 yield self._change(
                     "UPDATE message SET due = ? WHERE id IN (SELECT value FROM carray(?))",
-                    (now, carray(number for _, number in found)),
+                    (now, bind(number for _, number in found)),
                 )
 
     def _find(self, where: str, values: tuple[Any, ...]) -> list[tuple[int, int]]:
@@ -256,7 +256,7 @@ class Store(Reader):
             if batch.removals:
                 connection.execute(
                     "DELETE FROM message WHERE id IN (SELECT value FROM carray(?))",
-                    (carray(batch.removals),),
+                    (bind(batch.removals),),
                 )
             connection.execute("COMMIT")
         except apsw.Error as error:
