@@ -187,6 +187,7 @@ class EmbeddedConsumer(Consumer):
         self.starving = False
         """Somebody found nothing ready: who makes something ready has to notify."""
         self.error: QueueDamaged | None = None
+        self.closed = False
         self.token = trio.lowlevel.current_trio_token()
         self._take = take
 
@@ -200,8 +201,13 @@ class EmbeddedConsumer(Consumer):
         return credit > 0 and (not self.ready or credit * 4 >= self.prefetch)
 
     async def receive(self) -> Lease:
-        """Wait for the next message that is due; `QueueDamaged` when the file is broken."""
+        """Wait for the next message that is due; `QueueDamaged` when the file is broken.
+
+        It is no checkpoint when a message is ready.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
+        if trio.lowlevel.current_trio_token() is not self.token:
+            raise RuntimeError("a consumer belongs to the trio loop that opened it")
         lease = self._take(self)
         if lease is not None:
             return lease
@@ -257,8 +263,16 @@ class Feeds:
         return consumer
 
     def close(self, consumer: EmbeddedConsumer) -> None:
-        """Take a consumer away; what it holds goes back, but what is being settled."""
+        """Take a consumer away; what it holds goes back, but what is being settled.
+
+        On the consumer's own loop.
+        """
         feed = consumer.feed
+        consumer.closed = True
+        for task in consumer.waiting:
+            error = trio.ClosedResourceError("the consumer is closed")
+            trio.lowlevel.reschedule(task, outcome.Error(error))
+        consumer.waiting.clear()
         feed.consumers.remove(consumer)
         consumer.ready.clear()
         for lease in list(feed.held.values()):
@@ -307,6 +321,8 @@ class Feeds:
     def take(self, consumer: EmbeddedConsumer) -> Lease | None:
         """The next message that is ready; without one, the next to come is to be notified."""
         with self.lock:
+            if consumer.closed:
+                raise trio.ClosedResourceError("the consumer is closed")
             if consumer.error is not None:
                 raise QueueDamaged(str(consumer.error))
             lease = consumer.ready.popleft() if consumer.ready else None

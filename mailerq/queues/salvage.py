@@ -245,7 +245,7 @@ def salvage(path: str, new: str) -> Salvaged:
     """Write every readable record of a damaged file into a new one; raises `QueueError`."""
     pages = Pages(path, PAGE_SIZE)
     try:
-        with Store(new, (), 1) as store:
+        with Store(new, [], 1) as store:
             try:
                 store.create()
                 store.connection.execute("PRAGMA synchronous = OFF")

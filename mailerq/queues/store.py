@@ -72,9 +72,10 @@ class Store(Reader):
     ['a@b.test']
     """
 
-    def __init__(self, path: str, locks: Sequence[int], numbers: int) -> None:
+    def __init__(self, path: str, locks: list[int], numbers: int) -> None:
         super().__init__(path)
-        self._locks = list(locks)
+        self._locks = locks
+        self._inode = 0
         self._block = numbers
         self._next = self._end = 0
 
@@ -87,6 +88,7 @@ class Store(Reader):
         """
         path = os.path.join(directory, FILE_NAME)
         locks: list[int] = []
+        store = cls(path, locks, NUMBERS if exclusive else 1)
         try:
             os.makedirs(directory, mode=0o750, exist_ok=True)
             if exclusive:
@@ -98,17 +100,16 @@ class Store(Reader):
                 _lock_directory(locks[-1], fcntl.LOCK_EX, path)
                 recover(path)
             _lock_directory(locks[-1], fcntl.LOCK_SH, path)
-            store = cls(path, locks, NUMBERS if exclusive else 1)
             store.create()
         except (OSError, apsw.Error, QueueError) as error:
-            for lock in locks:
-                os.close(lock)
+            store.close()
             raise translate(error, path) from error
         return store
 
     def create(self) -> None:
         """Make the file if there is none. Raises `QueueError`, and what SQLite raises."""
         connection = self._connection = connect(self.path, create=True)
+        self._inode = os.stat(self.path).st_ino
         if self._known(connection):
             return
         connection.pragma("page_size", PAGE_SIZE)
@@ -261,6 +262,9 @@ class Store(Reader):
             connection.execute("COMMIT")
         except apsw.Error as error:
             raise self.failed(error) from error
+        except Exception as error:
+            self.failed(error)
+            raise
 
     def _retry(self, connection: apsw.Connection, retry: Retry) -> None:
         insert = retry.insert
@@ -283,10 +287,13 @@ class Store(Reader):
         retry.reference, retry.body_crc = reference, body_crc
 
     def _writable(self) -> apsw.Connection:
+        """The connection, if what it writes will be found again."""
         try:
-            return self.connection
-        except apsw.Error as error:
+            if os.stat(self.path).st_ino == self._inode:
+                return self.connection
+        except (OSError, apsw.Error) as error:
             raise self.failed(error) from error
+        raise QueueError(f"{self.path}: was replaced while mailerq runs; start it again")
 
 
 def _lock_directory(lock: int, kind: int, path: str) -> None:

@@ -405,6 +405,23 @@ async def test_cancelled_receive_loses_nothing(queues: EmbeddedQueues) -> None:
         assert [tag_of(lease) for lease in await receive(consumer, 5)] == list(range(5))
 
 
+async def test_closed_consumer_gives_nothing_more(queues: EmbeddedQueues) -> None:
+    async with trio.open_nursery() as nursery:
+        refused = []
+
+        async def wait() -> None:
+            try:
+                await consumer.receive()
+            except trio.ClosedResourceError:
+                refused.append(1)
+
+        async with queues.consume("outbox", prefetch=5) as consumer:
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+        await wait()
+    assert refused == [1, 1]
+
+
 async def test_settling_twice_is_refused_and_changes_nothing(queues: EmbeddedQueues) -> None:
     await queues.publish([publication(1)])
     async with queues.consume("outbox", prefetch=5) as consumer:
@@ -414,6 +431,19 @@ async def test_settling_twice_is_refused_and_changes_nothing(queues: EmbeddedQue
         with pytest.raises(ValueError, match="not leased by this queue"):
             await queues.ack([Settlement(Lease(lease.id, "outbox", lease.message))])
         await queues.ack([Settlement(lease)])
+
+
+async def test_file_that_was_replaced_takes_nothing(queues: EmbeddedQueues, tmp_path: Path) -> None:
+    path = tmp_path / "queue.db"
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(QueueError, match="No such file"):
+        await queues.publish([publication(1)])
+    path.write_text("another")
+    with pytest.raises(QueueError, match="replaced while mailerq runs"):
+        await queues.publish([publication(1)])
+    (tmp_path / "elsewhere").rename(path)
+    await queues.publish([publication(2)])
+    assert [entry.message.properties["tag"] for entry in await queues.browse("outbox")] == [2]
 
 
 async def test_full_disk_refuses_and_recovers(queues: EmbeddedQueues) -> None:
