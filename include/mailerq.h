@@ -246,6 +246,10 @@ MQ_EXPORT bool mq_smtp_out_data(MQ_Context *context, MQ_SmtpConnection *connecti
 
 /*
  *  The body and the final dot have been written, the reply is not in yet. Too late for MQ_Reject.
+ *
+ *  The outgoing callbacks of one message come with the same MQ_SmtpConnection, and so do those of the
+ *  next message that is sent over the same connection. There is no callback for the end of an outgoing
+ *  connection: keep nothing in its data that must be freed.
  */
 MQ_EXPORT bool mq_smtp_out_sent(MQ_Context *context, MQ_SmtpConnection *connection,
                                 MQ_Message *message);
@@ -291,7 +295,8 @@ MQ_EXPORT void MQ_SetContextData(MQ_Context *context, void *value);
  *  it from any callback on the worker's thread, its own callbacks included, are called back on that
  *  thread, under the same rules as every other callback. Do not run, break or destroy the loop
  *  itself, and do not touch it from other threads, not even with ev_async_send: a thread hands back
- *  with MQ_Retry instead. NULL when the system has no room for a loop.
+ *  with MQ_Retry instead. It is not libev's default loop, so it has no child watchers. NULL when the
+ *  system has no room for a loop.
  */
 MQ_EXPORT struct ev_loop *MQ_ev(MQ_Context *context);
 

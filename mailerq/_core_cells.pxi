@@ -39,6 +39,7 @@ cdef extern from * nogil:
     #else
     #define mq_check(condition) ((void)0)
     #endif
+    _Static_assert(sizeof(void *) == 8, "a handle is a pointer and has 64 bits");
     #define mq_load(place) __atomic_load_n(place, __ATOMIC_ACQUIRE)
     #define mq_store(place, value) __atomic_store_n(place, value, __ATOMIC_RELEASE)
     #define mq_swap(place, value) __atomic_exchange_n(place, value, __ATOMIC_ACQ_REL)

@@ -91,7 +91,7 @@ cdef public size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *data,
     cdef ConnectionCell *cell
     cdef size_t sent = 0
     cdef bint news = False
-    if worker == NULL:
+    if worker == NULL or size == 0:
         return 0
     # The worker outlives this call whatever happens, and under its mutex so does the connection.
     pthread_mutex_lock(&worker.mutex)

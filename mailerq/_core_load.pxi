@@ -163,15 +163,24 @@ cdef class Library:
         self.table.id_function = <id_function_type> function
         self.id_owner = path.rpartition("/")[2]
 
-    def call_plain(self, str name):
-        """Call mq_initialize or mq_cleanup of every plugin that exports it, in load order."""
+    def initialize(self):
+        """Call mq_initialize of every plugin that exports it, in load order."""
+        for index, path in enumerate(self.paths):
+            self.call_plain(index, path, "mq_initialize")
+
+    def cleanup(self):
+        """Call mq_cleanup of every plugin that exports it, in load order, whatever happens."""
+        for index, path in enumerate(self.paths):
+            try:
+                self.call_plain(index, path, "mq_cleanup")
+            except PluginError as error:
+                logger.error("%s", error)
+
+    cdef call_plain(self, int index, str path, str name):
         cdef PlainCall request
-        cdef int index
-        for index in range(self.table.plugins):
-            request.function = dlsym(self.table.plugin[index].library, name.encode())
-            if request.function != NULL:
-                call_guarded(&request, call_void, self.table.plugin[index].name,
-                             self.paths[index], f"{name}()")
+        request.function = dlsym(self.table.plugin[index].library, name.encode())
+        if request.function != NULL:
+            call_guarded(&request, call_void, self.table.plugin[index].name, path, f"{name}()")
 
     def message_id(self):
         """A new message id: the plugin's, or one of the built-in generator. Any thread."""

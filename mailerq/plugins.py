@@ -30,6 +30,7 @@ import math
 import os
 import re
 import socket
+import textwrap
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -61,6 +62,12 @@ Handler = Callable[..., "Reject | bool | Awaitable[Reject | bool | None] | None"
 
 GIVEN_UP: Final = Reject(451, "4.3.0 Local problem, please try again later")
 
+TEXT_LIMIT: Final = 2000
+"""Characters of a reject's text; the core cuts that of MQ_Reject at the same length."""
+
+LINE_LIMIT: Final = 480
+"""Characters of one line of a reply: 512 with the code and CRLF (RFC 5321, section 4.5.3.1.5)."""
+
 _HANDLED: Final = _core.EVENTS[_core.EVENTS.index("connect") :][:10]
 
 _STATUS: Final = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?= |$)")
@@ -78,18 +85,19 @@ _STATUS_OF: Final = {
 
 
 def clean_reject(code: int, text: str) -> Reject:
-    r"""Make a plugin's reject fit for the wire: lines of printable text, a status code that fits.
+    r"""Make a plugin's reject fit for the wire: lines of printable ASCII, a status code that fits.
 
     >>> clean_reject(550, "No\r\nmailbox")
     Reject(code=550, text='5.7.1 No\nmailbox')
-    >>> clean_reject(450, "5.7.1 Later\x1b")
-    Reject(code=450, text='4.7.1 Later')
+    >>> clean_reject(450, "5.7.1 Sp\xe4ter\x1b")
+    Reject(code=450, text='4.7.1 Sp?ter')
     """
-    lines = [
-        "".join(character for character in line if character.isprintable()).strip()
-        for line in text.splitlines()
-    ]
-    text = "\n".join(line for line in lines if line)
+    lines: list[str] = []
+    for line in text[:TEXT_LIMIT].splitlines():
+        words = "".join(character if character.isprintable() else " " for character in line)
+        words = words.strip().encode("ascii", "replace").decode()
+        lines += textwrap.wrap(words, LINE_LIMIT)
+    text = "\n".join(lines)
     family = str(code)[0]
     status = _STATUS.match(text)
     if status is None:
@@ -121,7 +129,7 @@ class Plugins:
 
     def __init__(self, library: _core.Library, timeout: float) -> None:
         self.timeout = timeout
-        """Seconds until a suspended event is given up; 0 is never. May be lowered at any time."""
+        """Seconds until an event that is suspended from now on is given up; 0 is never."""
         self.handlers: dict[str, list[Handler]] = {}
         self._library = library
         self._figures: Statistics = {}
@@ -166,11 +174,11 @@ class Plugins:
 
     def initialize(self) -> None:
         """Call mq_initialize of each plugin; after it contexts may be opened."""
-        self._library.call_plain("mq_initialize")
+        self._library.initialize()
 
     def cleanup(self) -> None:
         """Call mq_cleanup of each plugin, after the last context was closed."""
-        self._library.call_plain("mq_cleanup")
+        self._library.cleanup()
 
     async def open_context(self, worker: int = 0) -> Context:
         """Make the calling thread a worker, and wait until every plugin has taken note.

@@ -319,3 +319,18 @@ async def test_context_that_was_closed_refuses_events(tmp_path: Path) -> None:
         connection.connect()
     with pytest.raises(RuntimeError, match="the context has ended"):
         context.connection(-1)
+
+
+async def test_exception_in_one_cleanup_does_not_spare_the_others(
+    tmp_path: Path, calls: Calls
+) -> None:
+    text = """
+        #include <mailerq.h>
+        MQ_EXPORT int mq_version() { return MQ_API_VERSION; }
+        MQ_EXPORT void mq_cleanup() { MQ_Log(MQ_INFO, "cleanup"); throw 1; }
+    """
+    plugin = build_text(text, name="bad.cpp")
+    plugins = Plugins.load(str(install(tmp_path, a=plugin, b=plugin)))
+    plugins.cleanup()
+    assert calls.take() == ["a cleanup", "b cleanup"]
+    assert len(calls.take_warnings()) == 2

@@ -53,8 +53,15 @@ LOST = re.compile(r"^==\d+== [\d,]+ .*bytes in .* are (?:definitely|indirectly) 
 def test_trace_under_valgrind_loses_nothing(tmp_path: Path) -> None:
     install(tmp_path, trace=build(ROOT / "plugins" / "trace.c"))
     done = subprocess.run(
-        ["valgrind", "--leak-check=full", "--num-callers=30", sys.executable, "-c", PROGRAM]
-        + [str(tmp_path)],
+        [
+            "valgrind",
+            "--leak-check=full",
+            "--num-callers=30",
+            sys.executable,
+            "-c",
+            PROGRAM,
+            tmp_path,
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": str(ROOT)},
