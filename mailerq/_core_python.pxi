@@ -534,6 +534,7 @@ cdef class Connection:
         The end of an outgoing connection is no event: it only waits.
         """
         self.cell.closed = True
+        self.on_output = None  # it is most likely a method of what owns this connection
         if self.cell.event != NULL:
             return self.context.close_later(self, <Call> self.cell.event.call)
         return self.plain(CLOSE) if self.incoming else nothing
