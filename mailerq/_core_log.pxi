@@ -21,7 +21,6 @@ cdef void append_line(int priority, const char *plugin, const char *text) noexce
     cdef size_t size = strnlen(text, LINE_LIMIT)
     cdef Line *line = NULL
     cdef Line *head
-    cdef Worker *worker
     if add(&backlog, 1) <= BACKLOG_LIMIT:
         line = <Line *> malloc(sizeof(Line) + size)
     if line == NULL:
@@ -38,13 +37,22 @@ cdef void append_line(int priority, const char *plugin, const char *text) noexce
         if replace_line(&lines, head, line):
             break
     if head == NULL:
-        # Workers are never freed, so this needs no lock; a worker that has just ended is woken in
-        # vain, and whoever ended it writes the log out.
-        worker = workers
-        while worker != NULL and not worker.open:
-            worker = worker.next
-        if worker != NULL:
-            wake(worker)
+        wake_for_log()
+
+
+cdef void wake_for_log() noexcept nogil:
+    # A thread in a crossing writes the log out when it ends. Workers are never freed, so this needs
+    # no lock: one that has just ended is woken in vain, and whoever ended it writes the log out.
+    cdef Worker *worker = workers
+    cdef Worker *chosen = NULL
+    while worker != NULL:
+        if worker.open:
+            if at_home(worker) and worker.inside:
+                return
+            chosen = worker
+        worker = worker.next
+    if chosen != NULL:
+        wake(chosen)
 
 
 cdef void report(int priority, Worker *worker, int plugin, const char *form,
