@@ -170,7 +170,7 @@ class _Sink:
                     return
             reply = await self._misbehave(_EVENTS[type(event)], machine, stream)
             if isinstance(event, server.Content):
-                reply = self._take(event.body, machine, stream, reply)
+                reply = self._take(bytes(event.body), machine, stream, reply)
             if reply is not None and reply.code >= 400:
                 machine.reject(reply)
             else:

@@ -87,7 +87,8 @@ class Content:
     Whatever the answer is, the transaction is over with it.
     """
 
-    body: bytes = field(repr=False)
+    body: bytes | memoryview = field(repr=False)
+    """A view only where `ServerProtocol.accept` was given a sink that makes one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,95 @@
-"""Where a mail ends, and what its bytes are, when it comes in pieces of any size."""
+"""Where a mail ends, and what its bytes are, when it comes in pieces of any size.
+
+Theory of operation
+-------------------
+What a DATA brings is looked at once. The last bytes that could begin CR LF "." CR LF are held
+back until more is there, so an end that is split over reads is found, and what has been taken
+never ends within something that must be seen whole. Taken bytes gather raw; a mail of ordinary
+size is made ready in one piece at its end. A large one is made ready block by block, and each
+block goes to a `Sink`, which may keep it elsewhere than in memory. Dots are unstuffed and
+newlines looked at in the same way for both, so the result does not depend on the pieces.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Body", "has_bare_newline"]
+import re
+from typing import Final, Protocol
+
+__all__ = ["BLOCK_BYTES", "Body", "MemorySink", "Sink", "has_bare_newline"]
+
+BLOCK_BYTES: Final = 1 << 18
+"""Bytes from which on what has come in is made ready before the end is there."""
+
+PIECES: Final = 512
+"""Pieces that gather before they are joined: one byte alone costs forty."""
+
+END: Final = b"\r\n.\r\n"
+
+_NEWLINE: Final = re.compile(rb"\r\n|\r|\n")
+
+
+class Sink(Protocol):
+    """Takes a large mail block by block. The last call is `finish` or `discard`."""
+
+    def write(self, block: bytes) -> None:
+        """Take a block, which is ready."""
+
+    def finish(self) -> bytes | memoryview:
+        """All that was written."""
+
+    def discard(self) -> None:
+        """Forget it: the mail is refused. May be called more than once."""
+
+
+class MemorySink:
+    """Keeps a mail in memory."""
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+
+    def write(self, block: bytes) -> None:
+        self._blocks.append(block)
+
+    def finish(self) -> bytes:
+        return b"".join(self._blocks)
+
+    def discard(self) -> None:
+        self._blocks.clear()
 
 
 class Body:
     """The bytes of one mail as they come in, up to `limit`; beyond it they are only counted.
 
     It is fed either by `receive_stuffed` (DATA: lines that end with a dot alone) or by
-    `add` (BDAT: bytes whose number was told before).
+    `add` (BDAT: bytes whose number was told before). A bare CR or LF is made a pair where
+    `normalize` says so, otherwise it makes the mail `is_bare`, and no more of it is kept;
+    `binary` allows them.
     """
 
-    __slots__ = ("_chunks", "_limit", "_surplus", "_tail", "size")
+    __slots__ = (
+        "_binary", "_held", "_limit", "_normalize", "_pieces", "_settled", "_sink", "_stuffed",
+        "_waiting", "is_bare", "size",
+    )  # fmt: skip
 
-    def __init__(self, limit: int) -> None:
+    def __init__(
+        self,
+        limit: int = 0,
+        sink: Sink | None = None,
+        *,
+        normalize: bool = False,
+        binary: bool = False,
+    ) -> None:
         self.size = 0
+        self.is_bare = False
         self._limit = limit
-        self._chunks: list[bytes] = []
-        self._surplus = 0
-        self._tail = b"\r\n"
+        self._sink = sink
+        self._normalize = normalize
+        self._binary = binary
+        self._pieces: list[bytes] = []
+        self._waiting = 0  # bytes in `_pieces`
+        self._settled = False
+        self._stuffed = False
+        self._held = b"\r\n"  # the CR LF that ended DATA: an end may begin with it
 
     @property
     def is_too_big(self) -> bool:
@@ -28,46 +98,84 @@ class Body:
     def add(self, data: bytes) -> None:
         """Take bytes as they are."""
         self.size += len(data)
-        if self.is_too_big:
-            self._chunks.clear()
-        else:
-            self._chunks.append(data)
+        if self.is_too_big or self.is_bare:
+            self.discard()
+            return
+        self._pieces.append(data)
+        self._waiting += len(data)
+        if self._waiting >= BLOCK_BYTES:
+            self._settle()
+        elif len(self._pieces) >= PIECES:
+            self._pieces = [b"".join(self._pieces)]
 
     def receive_stuffed(self, data: bytes) -> bytes | None:
-        """Take bytes up to CR LF "." CR LF: what lies behind it, or None while it is not there.
+        """Take bytes up to CR LF "." CR LF: what lies behind it, or None while it is not there."""
+        window = self._held + data
+        end = window.find(END)
+        if end >= 0:
+            taken, rest = end + 2, window[end + 5 :]  # the CR LF before the dot is the mail's
+        else:
+            taken, rest = len(window) - _overlap(window), None
+        start = 0
+        if not self._stuffed and taken:
+            # All but the CR LF that ended DATA, and a first line may be stuffed as well.
+            self._stuffed = True
+            start = 3 if taken > 2 and window[2] == 46 else 2
+        self._held = window[taken:] if rest is None else b""
+        if taken > start:
+            self.add(window[start:taken])
+        return rest
 
-        `_tail` is the last four bytes taken already (at first the CR LF that ended DATA),
-        so that an end that is split over reads is found, and nothing is searched twice.
-        """
-        window = self._tail + data
-        end = window.find(b"\r\n.\r\n")
-        if end < 0:
-            self._tail = window[-4:]
-            self.add(data)
-            return None
-        # The CR LF before the dot belongs to the mail, and may lie in what was taken before.
-        # Of an empty mail it is the one that ended DATA.
-        length = end + 2 - len(self._tail)
-        self.add(data[: max(length, 0)])
-        self._surplus = max(-length, 0)
-        return data[length + 3 :]
+    def finish(self) -> bytes | memoryview:
+        """All bytes of the mail, without the dots that stuffing put in; once."""
+        if self._settled and self._sink is not None and not (self.is_too_big or self.is_bare):
+            self._settle(last=True)
+            return self._sink.finish()
+        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        return self._ready(body)
 
-    def take(self) -> bytes:
-        """All bytes of a mail by BDAT."""
-        chunks, self._chunks = self._chunks, []
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    def discard(self) -> None:
+        """Forget what was taken."""
+        self._pieces.clear()
+        self._waiting = 0
+        if self._settled and self._sink is not None:
+            self._sink.discard()
 
-    def take_unstuffed(self) -> bytes:
-        """All bytes of a mail by DATA, without the dots that stuffing put in.
+    def _settle(self, *, last: bool = False) -> None:
+        block = b"".join(self._pieces)
+        self._pieces.clear()
+        self._waiting = 0
+        if block.endswith(b"\r") and not last:
+            self._pieces.append(b"\r")  # perhaps half of a pair
+            self._waiting = 1
+            block = block[:-1]
+        block = self._ready(block)
+        if self.is_bare:
+            self.discard()
+            return
+        if self._sink is None:
+            self._sink = MemorySink()
+        self._settled = True
+        self._sink.write(block)
 
-        The first dot of each line that starts with one goes (RFC 5321, section 4.5.2).
-        """
-        body = self.take()
-        if self._surplus:
-            body = body[: -self._surplus]
-        if b"\r\n." in body:
-            body = body.replace(b"\r\n.", b"\r\n")
-        return body[1:] if body.startswith(b".") else body
+    def _ready(self, block: bytes) -> bytes:
+        # The first dot of each line that starts with one goes (RFC 5321, section 4.5.2).
+        if self._stuffed and b"\r\n." in block:
+            block = block.replace(b"\r\n.", b"\r\n")
+        if not self._binary and has_bare_newline(block):
+            if self._normalize:
+                return _NEWLINE.sub(b"\r\n", block)
+            self.is_bare = True
+        return block
+
+
+def _overlap(data: bytes) -> int:
+    """How many of the last bytes could begin the end of a mail."""
+    for size in (4, 3, 2, 1):
+        if data.endswith(END[:size]):
+            return size
+    return 0
 
 
 def has_bare_newline(body: bytes) -> bool:

@@ -14,7 +14,17 @@ from typing import Final
 from mailerq.wire import smtp
 from mailerq.wire.smtp import Reply
 
-__all__ = ["MailParameters", "ParameterError", "RcptParameters", "decode_xtext"]
+__all__ = [
+    "RCPT_KEYWORDS",
+    "XCLIENT_ATTRIBUTES",
+    "MailParameters",
+    "ParameterError",
+    "RcptParameters",
+    "decode_xtext",
+    "mail_keywords",
+    "parse_xclient",
+    "split_path",
+]
 
 ENVID_LIMIT: Final = 100
 """Characters of an envelope id, decoded (RFC 3461, section 4.4)."""
@@ -24,6 +34,13 @@ ORCPT_LIMIT: Final = 500
 
 SIZE_DIGITS: Final = 20
 """Digits of a SIZE (RFC 1870, section 4)."""
+
+RCPT_KEYWORDS: Final = frozenset(("NOTIFY", "ORCPT"))
+
+XCLIENT_ATTRIBUTES: Final = (
+    "NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT",
+)  # fmt: skip
+"""What a proxy may say of its client, as Postfix defines it."""
 
 
 class ParameterError(Exception):
@@ -140,3 +157,43 @@ def decode_xtext(text: str) -> str:
     if not decoded.isascii() or not decoded.isprintable():
         raise ParameterError(smtp.BAD_PARAMETER_VALUE)
     return decoded
+
+
+_BASIC_MAIL_KEYWORDS: Final = frozenset(("SIZE", "BODY"))
+_MAIL_KEYWORDS: Final = _BASIC_MAIL_KEYWORDS | {"BINARYMIME", "SMTPUTF8", "RET", "ENVID", "AUTH"}
+_SECURE_MAIL_KEYWORDS: Final = _MAIL_KEYWORDS | {"REQUIRETLS"}
+
+
+def mail_keywords(*, extended: bool, secure: bool) -> frozenset[str]:
+    """What may stand behind the path of MAIL."""
+    if not extended:
+        return _BASIC_MAIL_KEYWORDS
+    return _SECURE_MAIL_KEYWORDS if secure else _MAIL_KEYWORDS
+
+
+# The steps of a path are possessive, so that none is tried twice. A quoted local part may
+# hold ">".
+_PATH: Final = re.compile(r'\ ?(<(?:"(?:[^"\\]|\\.)*+"|[^">])*+>)(?:\ ++(.*))?', re.DOTALL)
+
+
+def split_path(argument: str, keyword: str) -> tuple[str, str] | None:
+    """Split ``FROM:<path> parameters``; a space before the path is forgiven, as is common."""
+    if argument[: len(keyword)].upper() != keyword:
+        return None
+    match = _PATH.fullmatch(argument, len(keyword))
+    return (match[1], match[2] or "") if match else None
+
+
+def parse_xclient(text: str) -> dict[str, str | None]:
+    """Read the attributes of XCLIENT; None for one that is unknown. Raises `ParameterError`."""
+    attributes: dict[str, str | None] = {}
+    for word in text.split():
+        name, separator, value = word.partition("=")
+        if name.upper() not in XCLIENT_ATTRIBUTES or not separator:
+            raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+        value = decode_xtext(value)
+        unknown = value.upper() in ("[UNAVAILABLE]", "[TEMPUNAVAIL]")
+        attributes[name.upper()] = None if unknown else value
+    if not attributes:
+        raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+    return attributes

@@ -29,7 +29,6 @@ from __future__ import annotations
 import binascii
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
@@ -51,12 +50,16 @@ from mailerq.wire.events import (
     StartTls,
     XClient,
 )
-from mailerq.wire.framing import Body, has_bare_newline
+from mailerq.wire.framing import Body, Sink
+from mailerq.wire.offers import Settings, extensions
 from mailerq.wire.parameters import (
+    RCPT_KEYWORDS,
     MailParameters,
     ParameterError,
     RcptParameters,
-    decode_xtext,
+    mail_keywords,
+    parse_xclient,
+    split_path,
 )
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
@@ -84,6 +87,12 @@ ERROR_LIMIT: Final = 20
 IDLE_COMMAND_LIMIT: Final = 100
 """Commands in a row that bring no mail forward (NOOP, RSET, VRFY, a second EHLO …)."""
 
+SOFT_SHARE: Final = 2
+"""From this part of either limit on a session is a `nuisance`."""
+
+Refusals = list[tuple[str, Reply]]
+"""What was refused, as a log may show it, and the reply."""
+
 DISCARD_LIMIT: Final = 1 << 20
 """Bytes of an endless line that are read on for the sake of a reply to it."""
 
@@ -98,25 +107,6 @@ class State(Enum):
     CHUNK = auto()  # within the bytes of a BDAT
     TLS = auto()  # 220 sent to STARTTLS, the handshake not done
     CLOSED = auto()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a server offers; shared by all of its sessions.
-
-    `max_size` is in bytes and announced as SIZE (RFC 1870). `starttls` offers STARTTLS on
-    a connection that is not secure. `mechanisms` are those of `sasl.MECHANISMS` that AUTH
-    offers, on a connection that is not secure only to a peer that `auth_in_clear` is given
-    for. `lmtp` speaks LMTP (RFC 2033). `extended` offers what our own delivery can carry on.
-    """
-
-    hostname: str
-    max_size: int = 100_000_000
-    max_recipients: int = 1000
-    starttls: bool = False
-    mechanisms: tuple[str, ...] = ()
-    lmtp: bool = False
-    extended: bool = True
 
 
 class ServerProtocol:
@@ -144,6 +134,14 @@ class ServerProtocol:
         self.authenticated = False
         self.state = State.GREETING
         self.errors = 0
+        """Errors in a row."""
+        self.failures = 0
+        """All errors so far."""
+        self.steps = 0
+        """Lines, chunks and mails that came in whole so far."""
+        self.refusals: Refusals | None = None
+        """Set to a list to gather what is refused."""
+        self._line = b""
         self._idle_commands = 0
         self._refused_recipients = 0
         self._event: Event | None = None
@@ -170,6 +168,29 @@ class ServerProtocol:
     def recipients(self) -> list[str]:
         """The recipients that were accepted so far, in their order."""
         return [rcpt.recipient for rcpt in self.rcpts]
+
+    @property
+    def in_content(self) -> bool:
+        """Whether the bytes of a mail are coming in."""
+        return self.state is State.CONTENT or self.state is State.CHUNK
+
+    @property
+    def content_size(self) -> int:
+        """Bytes of the mail that have come in."""
+        return self._body.size
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the peer is in the middle of a line or of a mail."""
+        return self._position < len(self._buffer) or self._discarding > 0 or self.in_content
+
+    @property
+    def nuisance(self) -> bool:
+        """Whether the peer is well on its way to a limit: it may as well be answered slowly."""
+        return (
+            self.errors * SOFT_SHARE > ERROR_LIMIT
+            or self._idle_commands * SOFT_SHARE > IDLE_COMMAND_LIMIT
+        )
 
     # What the adapter does.
 
@@ -206,7 +227,7 @@ class ServerProtocol:
         elif self._buffer:
             self._close(smtp.SYNCHRONIZATION, "spoke before the banner")
         else:
-            self.send(smtp.greeting(self.settings.hostname))
+            self.send(smtp.greeting(self.settings.hostname, lmtp=self.settings.lmtp))
 
     def close(self, reply: Reply, reason: str) -> None:
         """End the session with a last reply, whatever it was doing; `Closing` is next."""
@@ -243,11 +264,17 @@ class ServerProtocol:
         self.state = State.CLOSED
         return Closing(self._closing)
 
-    def accept(self, reply: Reply | None = None, *, each: Sequence[Reply] = ()) -> None:
+    def accept(
+        self,
+        reply: Reply | None = None,
+        *,
+        each: Sequence[Reply] = (),
+        sink: Sink | None = None,
+    ) -> None:
         """Answer the event with yes; `reply` takes the place of the normal text.
 
         `Content` in LMTP is answered with `each`, a reply for each recipient in their order,
-        good or bad.
+        good or bad. With `Data` may come where the mail goes when it is large.
         """
         event, self._event = self._event, None
         match event:
@@ -264,7 +291,13 @@ class ServerProtocol:
                 self._reset()
                 self.errors = self._idle_commands = 0
             case Data():
-                self._body = Body(self.settings.max_size)
+                assert self.mail is not None, "content comes within a transaction"
+                self._body = Body(
+                    self.settings.max_size,
+                    sink,
+                    normalize=self.settings.normalize,
+                    binary=self.mail.parameters.body == "BINARYMIME",
+                )
                 self.state = State.CHUNK if self._chunking else State.CONTENT
                 if not self._chunking:
                     self.send(reply or smtp.START_DATA)
@@ -282,7 +315,7 @@ class ServerProtocol:
                 self.hello = None
                 self.authenticated = False
                 self._reset()
-                self.send(reply or smtp.greeting(self.settings.hostname))
+                self.send(reply or smtp.greeting(self.settings.hostname, lmtp=self.settings.lmtp))
             case _:
                 raise LocalProtocolError("there is nothing to accept")
 
@@ -318,7 +351,9 @@ class ServerProtocol:
         if end < 0:
             return self._incomplete(limit)
         line = self._buffer[self._position : end + 1]
+        self._line = b"AUTH" if self.state is State.AUTH else line
         self._position = end + 1
+        self.steps += 1
         if self._discarding or len(line) > limit:
             self._discarding = 0
             self._exchange = None
@@ -379,18 +414,10 @@ class ServerProtocol:
             return self._fail(smtp.NOT_IMPLEMENTED)
         if self.mail is not None:
             return self._fail(smtp.MAIL_NESTED)
-        attributes: dict[str, str | None] = {}
-        for word in argument.split():
-            name, separator, value = word.partition("=")
-            if name.upper() not in XCLIENT_ATTRIBUTES or not separator:
-                return self._fail(smtp.BAD_PARAMETER_VALUE)
-            try:
-                text = decode_xtext(value)
-            except ParameterError as error:
-                return self._fail(error.reply)
-            unknown = text.upper() in ("[UNAVAILABLE]", "[TEMPUNAVAIL]")
-            attributes[name.upper()] = None if unknown else text
-        return XClient(attributes) if attributes else self._fail(smtp.BAD_PARAMETER_VALUE)
+        try:
+            return XClient(parse_xclient(argument))
+        except ParameterError as error:
+            return self._fail(error.reply)
 
     def _starttls(self, argument: str) -> Event | None:
         if self.secure:
@@ -454,12 +481,14 @@ class ServerProtocol:
             return self._fail(smtp.HELLO_FIRST)
         if self.mail is not None:
             return self._fail(smtp.MAIL_NESTED)
-        split = _split_path(argument, "FROM:")
+        split = split_path(argument, "FROM:")
         if split is None:
             return self._fail(smtp.MAIL_SYNTAX)
         try:
             sender = parse_path(split[0], null=True)
-            parameters = MailParameters.parse(split[1], self._mail_keywords())
+            parameters = MailParameters.parse(
+                split[1], mail_keywords(extended=self.settings.extended, secure=self.secure)
+            )
         except AddressError:
             return self._fail(smtp.BAD_SENDER)
         except ParameterError as error:
@@ -473,7 +502,7 @@ class ServerProtocol:
     def _rcpt(self, argument: str) -> Event | None:
         if self.mail is None or self._chunking:
             return self._fail(smtp.MAIL_FIRST)
-        split = _split_path(argument, "TO:")
+        split = split_path(argument, "TO:")
         if split is None:
             return self._fail(smtp.RCPT_SYNTAX)
         if len(self.rcpts) >= self.settings.max_recipients:
@@ -482,7 +511,9 @@ class ServerProtocol:
             return None
         try:
             recipient = parse_path(split[0], postmaster=True)
-            parameters = RcptParameters.parse(split[1], self._rcpt_keywords())
+            parameters = RcptParameters.parse(
+                split[1], RCPT_KEYWORDS if self.settings.extended else ()
+            )
         except AddressError:
             return self._recipient_failed(smtp.BAD_RECIPIENT)
         except ParameterError as error:
@@ -589,7 +620,7 @@ class ServerProtocol:
         if rest is None:
             return self._need_data()
         self._buffer = rest
-        return self._finish_content(self._body.take_unstuffed())
+        return self._finish_content()
 
     def _next_chunk(self) -> Event | None:
         """Take what there is of a chunk; at its end reply, or hand out the mail."""
@@ -603,23 +634,26 @@ class ServerProtocol:
             if self._chunk_refusal is None:
                 self._body.add(data)
             return None
+        self.steps += 1
         refusal, self._chunk_refusal = self._chunk_refusal, None
         if refusal is not None:
             self.state = State.COMMAND
             self._reset()
             return self._fail(refusal)
         if self._chunk_is_last or self._body.is_too_big:
-            return self._finish_content(self._body.take())
+            return self._finish_content()
         self.state = State.COMMAND
         self.send(Reply(250, f"2.0.0 {self._body.size} octets received"))
         return None
 
-    def _finish_content(self, body: bytes) -> Event | None:
+    def _finish_content(self) -> Event | None:
         self.state = State.COMMAND
+        self.steps += 1
+        self._line = b""
+        body = self._body.finish()
         if self._body.is_too_big:
             return self._content_failed(smtp.TOO_BIG)
-        assert self.mail is not None, "content comes within a transaction"
-        if self.mail.parameters.body != "BINARYMIME" and has_bare_newline(body):
+        if self._body.is_bare:
             return self._content_failed(smtp.BARE_NEWLINE_IN_DATA)
         return Content(body)
 
@@ -648,32 +682,13 @@ class ServerProtocol:
         hostname = self.settings.hostname
         if not event.extended:
             return Reply(250, hostname)
-        return Reply(250, "\n".join([hostname, *self._extensions()]))
-
-    def _extensions(self) -> list[str]:
-        settings = self.settings
-        lines = ["PIPELINING", f"SIZE {settings.max_size}"]
-        if settings.starttls and not self.secure:
-            lines.append("STARTTLS")
-        if settings.mechanisms and self._may_authenticate():
-            lines.append("AUTH " + " ".join(settings.mechanisms))
-        lines += ["8BITMIME", "ENHANCEDSTATUSCODES"]
-        if settings.extended:
-            lines += ["SMTPUTF8", "CHUNKING", "BINARYMIME", "DSN"]
-            if self.secure:
-                lines.append("REQUIRETLS")
-            lines.append(f"LIMITS RCPTMAX={settings.max_recipients}")
-        if self.xclient:
-            lines.append("XCLIENT " + " ".join(XCLIENT_ATTRIBUTES))
-        return lines
-
-    def _mail_keywords(self) -> frozenset[str]:
-        if not self.settings.extended:
-            return _BASIC_MAIL_KEYWORDS
-        return _SECURE_MAIL_KEYWORDS if self.secure else _MAIL_KEYWORDS
-
-    def _rcpt_keywords(self) -> frozenset[str]:
-        return _RCPT_KEYWORDS if self.settings.extended else frozenset()
+        lines = extensions(
+            self.settings,
+            secure=self.secure,
+            auth=self._may_authenticate(),
+            xclient=self.xclient,
+        )
+        return Reply(250, "\n".join([hostname, *lines]))
 
     def _may_authenticate(self) -> bool:
         return self.secure or self.auth_in_clear
@@ -695,31 +710,45 @@ class ServerProtocol:
     def _fail(self, reply: Reply) -> Event | None:
         """Answer with an error. There is no event to it, so a command can end with this."""
         self.errors += 1
+        self.failures += 1
+        if self.refusals is not None:
+            self.refusals.append((self._shown_line(), reply))
         if self.errors > ERROR_LIMIT:
-            return self._close(smtp.TOO_MANY_ERRORS, "too many errors")
-        self.send(reply)
+            self.send(smtp.TOO_MANY_ERRORS)
+            self._closing = "too many errors"
+        else:
+            self.send(reply)
         return None
 
     def _close(self, reply: Reply, reason: str) -> Event | None:
         """Answer with the last reply; `next_event` then says Closing."""
+        if self.refusals is not None and reply.code >= 400:
+            self.refusals.append((self._shown_line(), reply))
         self.send(reply)
         self._closing = reason
         return None
+
+    def _shown_line(self) -> str:
+        """The command that was just dealt with, as a log may show it.
+
+        Secrets may stand behind AUTH, in each line of its exchange, and in what only looks like
+        a command because the peer did not notice that AUTH was refused.
+        """
+        if self.state is State.GREETING or not self._line:
+            return "(mail)" if self.mail is not None else "(connection)"
+        verb, _, argument = self._line.strip().partition(b" ")
+        verb = verb.upper()
+        if verb == b"AUTH":
+            name = argument.partition(b" ")[0].decode(errors="replace").upper()
+            return f"AUTH {name}" if name in sasl.MECHANISMS else "AUTH"
+        if verb in _COMMANDS or verb in _KNOWN_ELSEWHERE:
+            return self._line.decode(errors="backslashreplace").removesuffix("\r\n")
+        return f"({len(self._line)} bytes that are no command)"
 
 
 _OTHER_PROTOCOLS: Final = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"CONNECT", b"OPTIONS"))
 
 _KNOWN_ELSEWHERE: Final = frozenset((b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN"))
-
-_BASIC_MAIL_KEYWORDS: Final = frozenset(("SIZE", "BODY"))
-_MAIL_KEYWORDS: Final = _BASIC_MAIL_KEYWORDS | {"BINARYMIME", "SMTPUTF8", "RET", "ENVID", "AUTH"}
-_SECURE_MAIL_KEYWORDS: Final = _MAIL_KEYWORDS | {"REQUIRETLS"}
-_RCPT_KEYWORDS: Final = frozenset(("NOTIFY", "ORCPT"))
-
-XCLIENT_ATTRIBUTES: Final = (
-    "NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT",
-)  # fmt: skip
-"""What a proxy may say of its client, as Postfix defines it."""
 
 _COMMANDS: Final[dict[bytes, Callable[[ServerProtocol, str], Event | None]]] = {
     b"EHLO": ServerProtocol._ehlo,
@@ -740,17 +769,3 @@ _COMMANDS: Final[dict[bytes, Callable[[ServerProtocol, str], Event | None]]] = {
 }
 
 _CHUNK: Final = re.compile(r"(\d{1,19})(?: +(LAST))?", re.IGNORECASE | re.ASCII).fullmatch
-
-_PATH: Final = re.compile(
-    r"""\ ?(<(?:"(?:[^"\\]|\\.)*"|[^">])*>)  # a quoted local part may hold ">"
-        (?:\ +(.*))?""",
-    re.VERBOSE | re.DOTALL,
-)
-
-
-def _split_path(argument: str, keyword: str) -> tuple[str, str] | None:
-    """Split ``FROM:<path> parameters``; a space before the path is forgiven, as is common."""
-    if argument[: len(keyword)].upper() != keyword:
-        return None
-    match = _PATH.fullmatch(argument, len(keyword))
-    return (match[1], match[2] or "") if match else None

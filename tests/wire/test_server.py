@@ -395,7 +395,7 @@ def test_content_over_the_limit_is_refused_and_not_kept() -> None:
     transcript = feed(machine, Transcript(), RCPT + b"DATA\r\n")
     for _ in range(100):
         feed(machine, transcript, 1000 * b"x")
-        assert sum(map(len, machine._body._chunks)) <= 1000
+        assert sum(map(len, machine._body._pieces)) <= 1000
     feed(machine, transcript, b"\r\n.\r\nNOOP\r\n")
     assert transcript.codes[-2:] == [552, 250]
 
