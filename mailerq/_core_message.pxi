@@ -8,7 +8,8 @@
 
 
 cdef int borrow(Text *text, object value) except -1:
-    # Borrow a str or bytes, or unset the text when it is neither.
+    # Borrow a str, bytes or memoryview, or unset the text when it is none of them. Behind the last
+    # byte of a memoryview there is a NUL, which its maker promises.
     cdef Py_ssize_t size
     text.data = NULL
     text.size = 0
@@ -23,6 +24,9 @@ cdef int borrow(Text *text, object value) except -1:
     if isinstance(value, bytes):
         text.data = PyBytes_AS_STRING(value)
         size = PyBytes_GET_SIZE(value)
+    elif isinstance(value, memoryview):
+        text.data = <const char *> PyMemoryView_GET_BUFFER(value).buf
+        size = PyMemoryView_GET_BUFFER(value).len
     if text.data != NULL:
         text.size = size
         text.object = <void *> value

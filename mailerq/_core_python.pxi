@@ -509,8 +509,11 @@ cdef class Connection:
         """mq_smtp_in_rcptto: the address without angle brackets."""
         return self.text(RCPTTO, address, None)
 
-    def data(self, bytes mime not None):
-        """mq_smtp_in_data: the whole text of the mail, once for a transaction."""
+    def data(self, mime not None):
+        """mq_smtp_in_data: the whole text of the mail, once for a transaction.
+
+        It is bytes, or a memoryview of a large mail in a file, which must have a NUL behind it.
+        """
         return self.text(DATA, mime, None)
 
     def message(self, message not None):
