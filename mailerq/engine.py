@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import ConfigError
+from mailerq.errors import ConfigError, MailerqError
 from mailerq.message import Message, format_time
 from mailerq.net import control
 from mailerq.net.delivery import Dispatcher
@@ -41,6 +41,9 @@ log = logging.getLogger("mailerq")
 
 MIN_PLUGIN_SECONDS: Final = 1.0
 """How long plugins may hold an event when the engine ends in a hurry."""
+
+MAX_IDS: Final = 10_000
+"""Message ids that another program may ask for at once."""
 
 PREFETCH: Final = 100
 """Messages that `Engine.consume` holds at a time, unless it is told otherwise."""
@@ -224,11 +227,22 @@ class Engine:
         self.plugins.on(event, handler)
 
     def _commands(self) -> control.Commands:
-        return {"status": self.statistics, "wake": self._wake}
+        return {
+            "status": lambda request: self.statistics(),
+            "wake": self._wake,
+            "message-ids": self._message_ids,
+        }
 
-    def _wake(self) -> dict[str, bool]:
+    def _wake(self, request: control.Request) -> dict[str, bool]:
         self.queues.wake()
         return {"ok": True}
+
+    def _message_ids(self, request: control.Request) -> dict[str, list[str]]:
+        """Ids for what a program without plugins is about to publish."""
+        count = request.get("count", 1)
+        if not isinstance(count, int) or not 0 < count <= MAX_IDS:
+            raise MailerqError(f"count: expected a number from 1 to {MAX_IDS}")
+        return {"ids": [self.plugins.message_id() for _ in range(count)]}
 
 
 def _mechanisms(config: Config, plugins: Plugins) -> tuple[str, ...]:

@@ -23,22 +23,19 @@ Guarantees
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 import math
 import os
 import re
-import socket
 import textwrap
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 import trio
 
-from mailerq import _core
+from mailerq import _core, ids
 from mailerq._core import Call, Connection, crypt
 from mailerq.errors import PluginError
 
@@ -107,18 +104,6 @@ def clean_reject(code: int, text: str) -> Reject:
     return Reject(code, f"{family}{status[2]} {rest or 'Refused'}")
 
 
-def machine_number(server_id: int | None, hostname: str) -> int:
-    """The 35 bits that stand for this machine in message ids; the top one says "derived"."""
-    if server_id is not None:
-        return server_id & (1 << 34) - 1
-    try:
-        identity = Path("/etc/machine-id").read_bytes()
-    except OSError:
-        identity = b""
-    digest = hashlib.blake2b(identity + hostname.encode() + socket.gethostname().encode())
-    return 1 << 34 | int.from_bytes(digest.digest()[:8]) & (1 << 34) - 1
-
-
 def describe(handler: Handler) -> str:
     """The name of a handler in logs and statistics."""
     return f"{handler.__module__}.{getattr(handler, '__qualname__', type(handler).__name__)}"
@@ -155,7 +140,7 @@ class Plugins:
                 pass
             except OSError as error:
                 raise PluginError(f"{directory}: the plugins cannot be listed: {error}") from None
-        _core.set_machine(machine_number(server_id, hostname))
+        ids.set_machine(server_id, hostname)
         paths = [
             os.path.join(os.path.abspath(directory or ""), os.fsdecode(name))
             for name in sorted(names)

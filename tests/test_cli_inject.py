@@ -261,14 +261,15 @@ def test_what_is_refused_says_why(
     assert list(queue.iterdir()) == []
 
 
-def test_the_daemon_is_told(inject: Inject, queue: Path) -> None:
+def test_the_daemon_gives_the_id_and_is_told(inject: Inject, queue: Path) -> None:
     requests = []
 
     def answer() -> None:
-        connection, _ = listening.accept()
-        with connection:
-            requests.append(connection.recv(1000))
-            connection.sendall(b'{"ok":true}\n')
+        for reply in (b'{"ids":["from-a-plugin"]}\n', b'{"ok":true}\n'):
+            connection, _ = listening.accept()
+            with connection:
+                requests.append(json.loads(connection.recv(1000)))
+                connection.sendall(reply)
 
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(queue / "control"))
@@ -278,7 +279,8 @@ def test_the_daemon_is_told(inject: Inject, queue: Path) -> None:
         thread.start()
         inject(queue, "c@d.test")
         thread.join()
-    assert requests == [b'{"command": "wake"}\n']
+    assert requests == [{"command": "message-ids", "count": 1}, {"command": "wake"}]
+    assert kept(queue)[0].properties["message-id"] == "from-a-plugin"
 
 
 class Server:

@@ -14,7 +14,9 @@ SOCKET_NAME: Final = "control"
 ASK_SECONDS: Final = 10.0
 
 
-def ask(directory: str, command: str, *, timeout: float = ASK_SECONDS) -> dict[str, Any]:
+def ask(
+    directory: str, command: str, *, timeout: float = ASK_SECONDS, **arguments: object
+) -> dict[str, Any]:
     """Ask the engine on that queue directory. Raises OSError when none answers."""
     # By a descriptor of the directory: its path may be longer than a socket's address can be.
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
@@ -22,7 +24,7 @@ def ask(directory: str, command: str, *, timeout: float = ASK_SECONDS) -> dict[s
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(timeout)
             sock.connect(f"/proc/self/fd/{descriptor}/{SOCKET_NAME}")
-            sock.sendall(json.dumps({"command": command}).encode() + b"\n")
+            sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             chunks = []
             while data := sock.recv(1 << 16):
                 chunks.append(data)

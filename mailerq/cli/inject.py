@@ -11,11 +11,11 @@ import os
 import pwd
 import sys
 import time
-import zlib
 from argparse import SUPPRESS, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Final
 
+from mailerq import ids
 from mailerq.address import parse_mailbox
 from mailerq.cli import control
 from mailerq.cli.common import Parser, complain, print_json
@@ -31,8 +31,8 @@ __all__ = ["main"]
 
 READ_BYTES: Final = 1 << 16
 
-WAKE_SECONDS: Final = 1.0
-"""How long to wait for the daemon to say that it knows. The mail is safe by then."""
+ASK_SECONDS: Final = 1.0
+"""How long to wait for the daemon, for ids and to let it know. The mail does not need it."""
 
 SMTP_SECONDS: Final = 300.0
 """How long to wait for one reply."""
@@ -249,30 +249,14 @@ def _from_field(sender: str, full_name: str) -> bytes:
 # The two ways in.
 
 
-def _new_id(config: Config) -> str:
-    """A message id as `mailerq._core` makes them, without loading it and what it needs.
-
-    Digits of base 32: milliseconds, a random number where the core has its counter, no
-    thread, the process, the machine.
-    """
-    machine = config.server_id
-    if machine is None:
-        machine = zlib.crc32(config.hostname.encode()) | 1 << 34
-    parts = (
-        (int(time.time() * 1000), 9),
-        (int.from_bytes(os.urandom(5)), 8),
-        (0, 3),
-        (os.getpid(), 5),
-        (machine, 7),
-    )
-    return "".join(
-        _DIGITS[number >> 5 * place & 31]
-        for number, size in parts
-        for place in reversed(range(size))
-    )
-
-
-_DIGITS: Final = "0123456789abcdefghijklmnopqrstuv"
+def _ids(config: Config, count: int) -> Iterator[str]:
+    """Message ids: of the daemon, whose plugins may own them, or else of the core itself."""
+    try:
+        reply = control.ask(config.queue_directory, "message-ids", timeout=ASK_SECONDS, count=count)
+        return iter(reply["ids"])
+    except (OSError, KeyError):  # no daemon runs, or one that does not know the question
+        ids.set_machine(config.server_id, config.hostname)
+        return iter(ids.new_id, None)
 
 
 def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dict[str, Any]:
@@ -284,7 +268,7 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
         envelope,
         hostname=config.hostname,
         now=time.time(),
-        next_id=lambda: _new_id(config),
+        next_id=_ids(config, len(envelope.recipients)).__next__,
     )
     if reception is None:
         raise Refused(os.EX_DATAERR, "the mail has too many Received fields: it is looping")
@@ -305,7 +289,7 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
         except MessageError as error:
             raise Refused(os.EX_DATAERR, str(error)) from None
         try:
-            control.ask(config.queue_directory, "wake", timeout=WAKE_SECONDS)
+            control.ask(config.queue_directory, "wake", timeout=ASK_SECONDS)
         except OSError:
             pass  # No daemon runs. The next one that does will find the mail.
     return {

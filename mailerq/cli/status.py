@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from mailerq.cli import control
 from mailerq.cli.common import command_parser, complain, print_json, print_table
 from mailerq.config import Config
 
 __all__ = ["main"]
+
+FIGURES: Final = ("calls", "suspensions", "rejects", "timeouts", "seconds")
+"""What is counted for each event of a plugin, see `mailerq.plugins.Plugins.statistics`."""
 
 
 def main(settings: list[str], rest: list[str]) -> int:
@@ -33,8 +37,20 @@ def main(settings: list[str], rest: list[str]) -> int:
     if options.json:
         print_json(reply)
     else:
+        plugins = reply.pop("plugins", {})
         print_table(("WHAT", "VALUE"), list(_flatten(reply)))
+        if plugins:
+            sys.stdout.write("\n")
+            print_table(("PLUGIN", "EVENT", *map(str.upper, FIGURES)), list(_rows(plugins)))
     return os.EX_OK
+
+
+def _rows(plugins: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """What each plugin did in each event."""
+    for plugin, events in plugins.items():
+        for event, row in events.items():
+            figures = [row.get(name, 0) for name in FIGURES]
+            yield plugin, event, *figures[:-1], f"{figures[-1]:.6f}"
 
 
 def _flatten(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

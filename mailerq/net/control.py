@@ -18,7 +18,7 @@ import trio
 from mailerq.errors import MailerqError
 from mailerq.message import decode_properties, encode_properties
 
-__all__ = ["SOCKET_NAME", "ask", "serve"]
+__all__ = ["serve"]
 
 log = logging.getLogger("mailerq.control")
 
@@ -29,7 +29,9 @@ LINE_LIMIT: Final = 1 << 16
 
 ASK_SECONDS: Final = 10.0
 
-Commands = Mapping[str, Callable[[], object]]
+Request = dict[str, Any]
+Commands = Mapping[str, Callable[[Request], object]]
+"""Each command gets its whole request, and returns what becomes the reply."""
 
 
 @contextmanager
@@ -51,7 +53,7 @@ async def serve(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer requests until cancelled. A command returns what becomes JSON."""
+    """Answer requests until cancelled."""
     path = os.path.join(directory, SOCKET_NAME)
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -89,12 +91,13 @@ async def _answer(stream: trio.SocketStream, commands: Commands) -> None:
             if not data or len(request) > LINE_LIMIT:
                 return
             request += data
-        command = decode_properties(request).get("command")
+        document = decode_properties(request)
+        command = document.get("command")
         action = commands.get(command) if isinstance(command, str) else None
         if action is None:
             reply = {"error": f"unknown command; known are {', '.join(sorted(commands))}"}
         else:
-            reply = action()
+            reply = action(document)
     except MailerqError as error:
         reply = {"error": str(error)}
     except trio.BrokenResourceError:
@@ -106,16 +109,3 @@ async def _answer(stream: trio.SocketStream, commands: Commands) -> None:
         await stream.send_all(encode_properties(reply) + b"\n")
     except trio.BrokenResourceError:
         log.debug("the asker of %r did not wait", request)
-
-
-def ask(directory: str, command: str) -> dict[str, Any]:
-    """Ask the engine that runs on that queue directory. Raises OSError when there is none."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(ASK_SECONDS)
-        with _address(directory) as address:
-            sock.connect(address)
-        sock.sendall(encode_properties({"command": command}) + b"\n")
-        chunks = []
-        while data := sock.recv(1 << 16):
-            chunks.append(data)
-    return decode_properties(b"".join(chunks))

@@ -13,7 +13,8 @@ import pytest
 
 from mailerq import _core
 from mailerq.errors import PluginError
-from mailerq.plugins import Plugins, machine_number
+from mailerq.ids import machine_number
+from mailerq.plugins import Plugins
 from tests.plugins.kit import Calls, build_text, install
 
 DIGITS = string.digits + string.ascii_lowercase[:22]
