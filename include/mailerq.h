@@ -380,12 +380,17 @@ MQ_EXPORT struct json_object *MQ_Json(MQ_Message *message);
 
 /*
  *  The envelope sender, the recipient, and the body; NULL when unset. Borrowed until the property is
- *  set again or the event is over. A body may hold NUL bytes: MQ_Json has its size.
+ *  set again or the event is over. A body may hold NUL bytes: MQ_MimeSize tells where it ends.
  *  Of an outgoing message they are what is used on the wire.
  */
 MQ_EXPORT const char *MQ_Envelope(MQ_Message *message);
 MQ_EXPORT const char *MQ_Recipient(MQ_Message *message);
 MQ_EXPORT const char *MQ_Mime(MQ_Message *message);
+
+/*
+ *  Extension. The number of bytes of what MQ_Mime gives; 0 when that is NULL.
+ */
+MQ_EXPORT size_t MQ_MimeSize(MQ_Message *message);
 
 /*
  *  Set them; the bytes are copied, and NULL unsets. Of an outgoing message this changes the present

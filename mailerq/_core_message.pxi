@@ -170,6 +170,19 @@ cdef public const char *MQ_Mime(MQ_Message *message) noexcept nogil:
     return get_text(cell, &cell.mime, "mime") if cell != NULL else NULL
 
 
+cdef public size_t MQ_MimeSize(MQ_Message *message) noexcept nogil:
+    cdef MessageCell *cell = message_here(message, "MQ_MimeSize")
+    cdef json_object *value = NULL
+    if cell == NULL:
+        return 0
+    if not is_alias(cell):
+        return cell.mime.size if cell.mime.data != NULL else 0
+    if (json_object_object_get_ex(cell.json, "mime", &value)
+            and json_object_get_type(value) == json_type_string):
+        return <size_t> json_object_get_string_len(value)
+    return 0
+
+
 cdef public void MQ_SetEnvelope(MQ_Message *message, const char *envelope,
                                 size_t size) noexcept nogil:
     cdef MessageCell *cell = settable(message, "MQ_SetEnvelope", ON_MESSAGE)

@@ -204,8 +204,7 @@ MQ_EXPORT bool mq_smtp_out_data(MQ_Context *context, MQ_SmtpConnection *connecti
     (void)connection;
     const char *mime = MQ_Mime(message);
     if (!footer || !mime) return false;
-    /* Mail in 7bit or 8bit must not hold NUL (RFC 2045, 2.7 and 2.8): strlen finds its end. */
-    size_t size = strlen(mime);
+    size_t size = MQ_MimeSize(message);
     const char *end = mime + size;
     const char *body = find_body(mime, end);
     if (!body || !may_add(mime, body, end)) return false;

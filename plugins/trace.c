@@ -237,10 +237,9 @@ MQ_EXPORT bool mq_smtp_in_close(MQ_Context *context, MQ_SmtpConnection *connecti
 MQ_EXPORT bool mq_smtp_out_data(MQ_Context *context, MQ_SmtpConnection *connection,
                                 MQ_Message *message)
 {
-    const char *mime = MQ_Mime(message);
     say_on(context, connection, "out_data from <%.256s> to <%.256s>, %lu bytes",
            text_or(MQ_Envelope(message), ""), text_or(MQ_Recipient(message), ""),
-           mime ? (unsigned long)strlen(mime) : 0UL);
+           (unsigned long)MQ_MimeSize(message));
     return false;
 }
 

@@ -163,6 +163,8 @@ async def test_footer_is_added_to_plain_text_and_only_once(
         assert await send_out(context, once) == once
         assert await send_out(context, b"A: b\r\n\r\n") == b"A: b\r\n\r\none\r\ntwo\r\n"
         assert await send_out(context, b"\r\nhi") == b"\r\nhi\r\none\r\ntwo\r\n"
+        nul = b"A: b\r\n\r\nbefore\0after\r\n"
+        assert await send_out(context, nul) == nul + b"one\r\ntwo\r\n"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ static int call_everything(void *handle)
     wrong += MQ_Envelope(handle) != NULL;
     wrong += MQ_Recipient(handle) != NULL;
     wrong += MQ_Mime(handle) != NULL;
+    wrong += MQ_MimeSize(handle) != 0;
     MQ_SetEnvelope(handle, text, 1);
     MQ_SetRecipient(handle, text, 1);
     MQ_SetMime(handle, text, 1);
