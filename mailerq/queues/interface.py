@@ -99,19 +99,28 @@ class Queues(ABC):
 
     @abstractmethod
     async def publish(self, publications: Sequence[Publication]) -> None:
-        """Make all of them durable, or raise `QueueError` and none of them is."""
+        """Make all of them durable, or raise `QueueError` and none of them is.
+
+        The messages belong to the queue from now on: who published them must not change
+        their properties, because a consumer may get the very same dict. `MessageError`
+        names what of a message cannot be stored, or that the queue cannot have that name.
+        """
 
     @abstractmethod
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         """Take consumed messages away and publish what became of them, all in one step.
 
         A publication to the lease's own queue is the message going round again (a retry).
-        Raises `QueueError`; the messages then still are in their queue and still leased.
+        Raises `QueueError`, or `MessageError` as `publish` does; the messages then still are
+        in their queue and still leased. `ValueError`: one of the leases is over already.
         """
 
     @abstractmethod
     def release(self, lease: Lease) -> None:
-        """Give a consumed message back as it was: it may be consumed again at once."""
+        """Give a consumed message back as it was: it may be consumed again at once.
+
+        `ValueError`: the lease is over already.
+        """
 
     @abstractmethod
     def consume(self, queue: str, *, prefetch: int) -> AbstractAsyncContextManager[Consumer]:

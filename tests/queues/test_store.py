@@ -1,0 +1,99 @@
+"""The queue file from a program without an event loop, and what its statements cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+from mailerq.message import Message
+from mailerq.queues import Publication
+from mailerq.queues.records import Batch, Insert, Retry
+from mailerq.queues.store import Store
+
+
+def publication(tag: int, queue: str = "outbox", due: float | None = 1e9) -> Publication:
+    return Publication(queue, Message({"tag": tag}, b"x" * tag), due)
+
+
+def test_publish_look_take_and_purge(tmp_path: Path) -> None:
+    with Store.open(str(tmp_path / "new" / "directory")) as store:
+        numbers = store.publish([publication(1), publication(2), publication(3, "other", 2e9)])
+        assert [(depth.queue, depth.due, depth.delayed) for depth in store.depths(1.5e9)] == [
+            ("other", 0, 1),
+            ("outbox", 2, 0),
+        ]
+        entries = store.browse("outbox", limit=1)
+        assert [(entry.id, entry.due, entry.message.body) for entry in entries] == [
+            (numbers[0], 1e9, b"x")
+        ]
+        store.remove(entry.id for entry in entries)
+        assert store.purge("outbox") == 1
+        assert store.purge("nothing") == 0
+        assert [depth.queue for depth in store.depths()] == ["other"]
+
+
+def test_the_file_is_not_for_everybody(tmp_path: Path) -> None:
+    with Store.open(str(tmp_path / "queue")) as store:
+        store.publish([publication(1)])
+        for path in (tmp_path / "queue").iterdir():
+            assert path.stat().st_mode & 0o007 == 0
+
+
+def test_it_starts_without_an_event_loop() -> None:
+    """An injector starts once for each mail."""
+    program = "import sys, mailerq.queues.store; print(*sys.modules)"
+    output = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent.parent.parent,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout.split()
+    assert not {b"trio", b"ssl", b"asyncio", b"mailerq.queues.salvage"} & set(output)
+
+
+def steps(store: Store, work: Callable[[], Any]) -> int:
+    """How many steps of SQLite's machine something takes."""
+    total = 0
+
+    def count(event: dict[str, Any]) -> None:
+        nonlocal total
+        total += event["stmt_status"]["SQLITE_STMTSTATUS_VM_STEP"]
+
+    store.connection.trace_v2(apsw.SQLITE_TRACE_PROFILE, count)
+    work()
+    store.connection.trace_v2(0)
+    return total
+
+
+def retry(store: Store, number: int) -> None:
+    insert = Insert(Message(), "outbox", 10**12, b"{}", None)
+    store.write(Batch(retries=[Retry(number, None, None, insert)]))
+
+
+WORK: dict[str, Callable[[Store], Any]] = {
+    "scan from the start": lambda store: store.scan("outbox", (-1, -1), 10**13, 10),
+    "scan among equal due": lambda store: store.scan("outbox", (10**12, 150), 10**13, 10),
+    "fetch": lambda store: store.fetch("outbox", [151, 152, 199]),
+    "publish": lambda store: store.publish([publication(1)]),
+    "remove": lambda store: store.remove([151]),
+    "retry": lambda store: retry(store, 152),
+    "a step of a purge": lambda store: next(store.purge_steps("other", list)),
+    "browse a small queue": lambda store: store.browse("other"),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_a_full_queue_costs_no_more_than_an_empty_one(tmp_path: Path, work: str) -> None:
+    costs = []
+    for count in (300, 6000):
+        with Store.open(str(tmp_path / str(count))) as store:
+            store.publish(publication(1, "other") for _ in range(100))
+            store.publish(publication(1) for _ in range(count))
+            costs.append(steps(store, lambda store=store: WORK[work](store)))  # type: ignore[misc]
+    assert 0 < costs[1] < 1.5 * costs[0]
