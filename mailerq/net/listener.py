@@ -16,7 +16,7 @@ from mailerq.config import Config
 from mailerq.errors import ConfigError
 from mailerq.net.session import Server, Session
 from mailerq.net.slots import Slots
-from mailerq.net.stream import Stream
+from mailerq.net.stream import Stream, address_of
 from mailerq.net.worker import Worker
 from mailerq.wire import smtp
 
@@ -146,11 +146,13 @@ class Listener:
         return max(0.0, (self._stop_at or 0.0) - time.monotonic())
 
     async def _accept(self, listening: socket.socket, secure: bool) -> None:
+        name = address_of(listening.getsockname())
+        local = None if name[0] in ("0.0.0.0", "::") else name
         while True:
             await trio.lowlevel.wait_readable(listening)
             for _ in range(ACCEPTS_IN_A_ROW):
                 try:
-                    sock, _address = listening.accept()
+                    sock, remote = listening.accept()
                 except BlockingIOError:
                     break
                 except OSError as error:
@@ -158,18 +160,12 @@ class Listener:
                         log.warning("cannot accept connections: %s", error.strerror)
                         await trio.sleep(EXHAUSTED_SECONDS)
                     break  # Otherwise the peer hung up before it was its turn.
-                self._admit(sock, secure)
+                self._admit(Stream(sock, local=local, remote=address_of(remote)), secure)
             await trio.lowlevel.checkpoint()
 
-    def _admit(self, sock: socket.socket, secure: bool) -> None:
+    def _admit(self, stream: Stream, secure: bool) -> None:
         """Give the connection to the worker that has the fewest, or send it away."""
-        stream = Stream(sock)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            client = stream.remote[0]
-        except OSError:  # It has hung up again.
-            stream.close()
-            return
+        client = stream.remote[0]
         if not self._shared.access.may_connect(client):
             log.info("connection from %s refused: not in smtp-range", client)
             refusal = smtp.NOT_ADMITTED
@@ -229,6 +225,7 @@ def _listen(ip: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((ip, port))

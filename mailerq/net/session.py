@@ -14,7 +14,6 @@ of any kind is a 451, and the peer keeps the mail.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import ssl
 import time
@@ -33,7 +32,7 @@ from mailerq.net.stream import Stream, StreamLost
 from mailerq.net.worker import Worker
 from mailerq.plugins import Plugins, Reject
 from mailerq.queues import Publication, Queues
-from mailerq.rules.access import Access
+from mailerq.rules.access import Access, is_loopback
 from mailerq.wire import server, smtp
 from mailerq.wire.parameters import MailParameters, RcptParameters
 from mailerq.wire.sasl import Credentials
@@ -94,7 +93,9 @@ class Session:
         self._implicit_tls = implicit_tls
         self._local = stream.local
         self._remote = stream.remote
-        self._machine = server.ServerProtocol(shared.settings, auth_in_clear=self._is_loopback())
+        self._machine = server.ServerProtocol(
+            shared.settings, auth_in_clear=is_loopback(self._remote[0])
+        )
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
         self._scope = trio.CancelScope()
         self._moved = 0.0
@@ -217,9 +218,6 @@ class Session:
         else:
             self._shared.counters.refused_recipients += 1
             self._machine.reject(_reply(refusal))
-
-    def _is_loopback(self) -> bool:
-        return ipaddress.ip_address(self._remote[0].partition("%")[0]).is_loopback
 
     def _may_relay(self) -> bool:
         return self._plugin.authenticated or self._shared.access.may_relay(self._remote[0])

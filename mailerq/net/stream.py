@@ -21,7 +21,7 @@ from typing import Final, Self
 
 import trio
 
-__all__ = ["RECEIVE_BYTES", "Stream", "StreamLost"]
+__all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
 
 RECEIVE_BYTES: Final = 65536
 """Bytes that one read takes at most."""
@@ -35,12 +35,23 @@ class StreamLost(Exception):
 
 
 class Stream:
-    """One connected TCP socket; the stream owns it. One task reads and writes at a time."""
+    """One connected TCP socket; the stream owns it. One task uses it at a time, and closes it.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `local` and `remote` save a question to the kernel where the addresses are known already.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        local: tuple[str, int] | None = None,
+        remote: tuple[str, int] | None = None,
+    ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._fd = sock.fileno()
+        self._local = local
+        self._remote = remote
         self._served = 0
         self._unsent = b""
         self._tls: ssl.SSLObject | None = None
@@ -74,12 +85,16 @@ class Stream:
     @property
     def local(self) -> tuple[str, int]:
         """This end's address and port."""
-        return _address(self._sock.getsockname())
+        if self._local is None:
+            self._local = address_of(self._sock.getsockname())
+        return self._local
 
     @property
     def remote(self) -> tuple[str, int]:
         """The peer's address and port. Raises OSError when it is gone already."""
-        return _address(self._sock.getpeername())
+        if self._remote is None:
+            self._remote = address_of(self._sock.getpeername())
+        return self._remote
 
     @property
     def cipher(self) -> tuple[str, str, int] | None:
@@ -167,7 +182,6 @@ class Stream:
                 self._tls.unwrap()
             with suppress(OSError):
                 self._sock.send(self._outgoing.read())
-        trio.lowlevel.notify_closing(self._sock)
         self._fd = -1
         self._sock.close()
 
@@ -177,10 +191,7 @@ class Stream:
                 data = self._sock.recv(RECEIVE_BYTES)
             except BlockingIOError:
                 self._served = 0
-                try:
-                    await trio.lowlevel.wait_readable(self._fd)
-                except trio.ClosedResourceError as error:
-                    raise StreamLost("closed here") from error
+                await trio.lowlevel.wait_readable(self._fd)
             except OSError as error:
                 raise StreamLost(str(error)) from error
             else:
@@ -208,7 +219,7 @@ class Stream:
                 sent += self._sock.send(view[sent:])
             except BlockingIOError:
                 continue
-            except (OSError, trio.ClosedResourceError) as error:
+            except OSError as error:
                 raise StreamLost(str(error)) from error
 
     async def _flush_tls(self) -> None:
@@ -216,6 +227,7 @@ class Stream:
             await self._send_raw(self._outgoing.read())
 
 
-def _address(name: tuple[str, int] | tuple[str, int, int, int]) -> tuple[str, int]:
+def address_of(name: tuple[str, int] | tuple[str, int, int, int]) -> tuple[str, int]:
+    """The address and port in a socket's name; one of IPv4 that came in by IPv6 as it is."""
     host, port = name[:2]
     return host.removeprefix("::ffff:"), port

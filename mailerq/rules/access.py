@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 
-__all__ = ["Access", "domain_of"]
+__all__ = ["Access", "domain_of", "is_loopback"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -53,3 +53,9 @@ class Access:
 def _within(client: str, networks: tuple[Network, ...]) -> bool:
     address = ipaddress.ip_address(client.partition("%")[0])
     return any(address.version == network.version and address in network for network in networks)
+
+
+@lru_cache(maxsize=4096)
+def is_loopback(client: str) -> bool:
+    """Whether that address is this host's own."""
+    return ipaddress.ip_address(client.partition("%")[0]).is_loopback

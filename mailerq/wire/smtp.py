@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 __all__ = [
@@ -152,5 +153,6 @@ TOO_MANY_HOPS = Reply(554, "5.4.6 Too many Received lines, mail is looping")
 QUEUE_UNAVAILABLE = Reply(451, "4.3.0 Queue not available, try again later")
 
 
+@lru_cache(maxsize=16)
 def greeting(hostname: str, *, lmtp: bool = False) -> Reply:
     return Reply(220, f"{hostname} {'LMTP' if lmtp else 'ESMTP'} mailerq")
