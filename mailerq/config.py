@@ -40,8 +40,10 @@ from mailerq.settings import (
     SINK,
     SIZE,
     TEXT,
+    URIS,
     Network,
     Setting,
+    choice,
     setting,
     table,
 )
@@ -120,6 +122,9 @@ class Config:
     smtp_secure_port: tuple[int, ...] = setting(
         (), PORTS, SERVER, "Ports to listen on that speak TLS from the first byte.", unset="none"
     )
+    lmtp_port: tuple[int, ...] = setting(
+        (), PORTS, SERVER, "Ports to listen on that speak LMTP (RFC 2033).", unset="none"
+    )
     smtp_threads: int = setting(
         1,
         NUMBER,
@@ -156,11 +161,55 @@ class Config:
     smtp_timeout: float = setting(
         300.0, SECONDS, SERVER, "How long a client may be idle.", unit="s", minimum=0.001
     )
+    smtp_command_timeout: float = setting(
+        60.0,
+        SECONDS,
+        SERVER,
+        "How long a client may take for one command, from its first byte to its last.",
+        unit="s",
+        minimum=0.001,
+    )
+    smtp_data_minrate: int = setting(
+        500,
+        NUMBER,
+        SERVER,
+        "How fast a client must send a mail once smtp-timeout has passed; 0: no limit.",
+        unit="bytes/s",
+        unlimited=True,
+    )
+    smtp_session_timeout: float = setting(
+        3600.0,
+        SECONDS,
+        SERVER,
+        "How long a session may last, whatever it does; 0: no limit.",
+        unit="s",
+        unlimited=True,
+    )
     smtp_maxsize: int = setting(
         100 << 20, SIZE, SERVER, "Largest message that is taken; announced with SIZE.", minimum=1
     )
     smtp_maxrecipients: int = setting(
         1000, NUMBER, SERVER, "Recipients of one transaction.", minimum=1
+    )
+    smtp_bare_newline: str = setting(
+        "reject",
+        choice("reject", "normalize"),
+        SERVER,
+        "What to do with a mail that has a bare CR or LF in it.",
+    )
+    smtp_spill_size: int = setting(
+        1 << 20,
+        SIZE,
+        SERVER,
+        "A mail that is larger waits in a file while it comes in; 0: never.",
+        unlimited=True,
+    )
+    max_memory: int = setting(
+        1 << 30,
+        SIZE,
+        SERVER,
+        "Memory that mail on its way in may take before new mail gets 452; 0: no limit.",
+        unlimited=True,
     )
     smtp_extract: bool = setting(
         True, FLAG, SERVER, "Turn x-mq-* headers of clients that may relay into properties."
@@ -183,6 +232,59 @@ class Config:
     smtp_local_domains: tuple[str, ...] = setting(
         (), DOMAINS, ACCESS, "Domains that anybody may send to.", unset="none"
     )
+    smtp_local_addresses: str = setting(
+        "",
+        PATH,
+        ACCESS,
+        "File of addresses that anybody may send to: exact, with * and ?, or /expressions/.",
+        unset="none",
+    )
+    smtp_proxy: tuple[Network, ...] = setting(
+        (),
+        NETWORKS,
+        ACCESS,
+        "Networks of proxies, which must say with a PROXY header who their client is.",
+        unset="none",
+    )
+    smtp_xclient_range: tuple[Network, ...] = setting(
+        (),
+        NETWORKS,
+        ACCESS,
+        "Networks whose clients may say with XCLIENT who their client is.",
+        unset="none",
+    )
+    smtp_greet_delay: float = setting(
+        0.0,
+        SECONDS,
+        ACCESS,
+        "How long the banner waits for those who speak before it; not for clients that may relay.",
+        unit="s",
+        minimum=0,
+        maximum=60,
+    )
+    smtp_client_maxconnections: int = setting(
+        100,
+        NUMBER,
+        ACCESS,
+        "Connections of one client at a time; like all limits of a client, none for those that"
+        " may relay by their address. 0: no limit.",
+        unlimited=True,
+    )
+    smtp_client_connects: int = setting(
+        600, NUMBER, ACCESS, "Connections of one client in a minute; 0: no limit.", unlimited=True
+    )
+    smtp_client_messages: int = setting(
+        0, NUMBER, ACCESS, "Messages of one client in a minute; 0: no limit.", unlimited=True
+    )
+    smtp_client_recipients: int = setting(
+        0, NUMBER, ACCESS, "Recipients of one client in a minute; 0: no limit.", unlimited=True
+    )
+    smtp_client_errors: int = setting(
+        100, NUMBER, ACCESS, "Errors of one client in a minute; 0: no limit.", unlimited=True
+    )
+    smtp_client_logins: int = setting(
+        10, NUMBER, ACCESS, "Failed logins of one client in a minute; 0: no limit.", unlimited=True
+    )
 
     smtp_certificate: str = setting(
         "", PATH, TLS, "PEM file with the certificate chain; offers STARTTLS.", unset="no TLS"
@@ -197,6 +299,29 @@ class Config:
     )
     smtp_ciphers: str = setting(
         "", TEXT, TLS, "Ciphers, with colons between them.", unset="the library's choice"
+    )
+    smtp_handshakes: int = setting(
+        100,
+        NUMBER,
+        TLS,
+        "TLS handshakes at a time; 0: no limit.",
+        unlimited=True,
+    )
+    smtp_handshake_timeout: float = setting(
+        30.0,
+        SECONDS,
+        TLS,
+        "How long a TLS handshake or a PROXY header may take.",
+        unit="s",
+        minimum=0.001,
+    )
+    smtp_auth: tuple[str, ...] = setting(
+        (),
+        URIS,
+        TLS,
+        "Who knows the logins for incoming mail: hardcoded://, file://, exec:// and http:// URIs.",
+        unset="none",
+        secret=True,
     )
     smtp_username: str = setting("", TEXT, TLS, "The one login for incoming mail.", unset="none")
     smtp_password: str = setting("", TEXT, TLS, "Its password.", unset="none", secret=True)
@@ -335,6 +460,9 @@ class Config:
     )
     send_log_file: str = setting("", PATH, LOGS, "A line for each attempt.", unset="off")
     received_log_file: str = setting("", PATH, LOGS, "A line for each mail taken.", unset="off")
+    refused_log_file: str = setting(
+        "", PATH, LOGS, "A line for each command that is refused.", unset="off"
+    )
 
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Attribute to place of each value that was set; filled by `load`, read by `origin`."""
@@ -436,8 +564,13 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "smtp_username", "smtp-username needs smtp-password, which is not set"
     if config.smtp_password and not config.smtp_username:
         yield "smtp_password", "smtp-password needs smtp-username, which is not set"
-    for port in set(config.smtp_port) & set(config.smtp_secure_port) - {0}:
-        yield "smtp_secure_port", f"port {port} is in smtp-port as well"
+    for key, other in (
+        ("smtp_secure_port", "smtp_port"),
+        ("lmtp_port", "smtp_port"),
+        ("lmtp_port", "smtp_secure_port"),
+    ):
+        for port in set(getattr(config, key)) & set(getattr(config, other)) - {0}:
+            yield key, f"port {port} is in {other.replace('_', '-')} as well"
     for key in ("smtp_connections_in", "smtp_connections_out"):
         if (getattr(config, key) or 0) > config.smtp_connections:
             limit = f"smtp-connections ({config.smtp_connections})"

@@ -9,10 +9,11 @@ import logging
 import math
 import os
 import pwd
+import resource
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -22,12 +23,17 @@ from mailerq.config import Config
 from mailerq.errors import ConfigError, MailerqError
 from mailerq.message import Message, format_time
 from mailerq.net import control
+from mailerq.net.addresses import LocalAddresses
+from mailerq.net.auth import Authenticator
+from mailerq.net.clients import Clients
 from mailerq.net.delivery import Dispatcher
-from mailerq.net.listener import Listener, bind, tls_context
+from mailerq.net.listener import Listener, bind
 from mailerq.net.logs import LogFile
+from mailerq.net.memory import Memory
 from mailerq.net.resolver import Resolver
-from mailerq.net.session import Server
+from mailerq.net.shared import Server
 from mailerq.net.slots import Slots
+from mailerq.net.tls import Handshakes, tls_context
 from mailerq.net.worker import Worker, open_workers
 from mailerq.plugins import Plugins
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
@@ -44,6 +50,9 @@ MIN_PLUGIN_SECONDS: Final = 1.0
 
 MAX_IDS: Final = 10_000
 """Message ids that another program may ask for at once."""
+
+SPARE_DESCRIPTORS: Final = 64
+"""Descriptors that are for other things than connections: queue, logs, plugins."""
 
 PREFETCH: Final = 100
 """Messages that `Engine.consume` holds at a time, unless it is told otherwise."""
@@ -114,30 +123,50 @@ class Engine:
             server_id=config.server_id,
         )
         tls = tls_context(config)
-        sockets = bind(config)
-        for sock, _ in sockets:
-            stack.callback(sock.close)
+        authenticator = _authenticator(config)
+        local_addresses = _local_addresses(config)
+        ports = bind(config)
+        for port in ports:
+            stack.callback(port.sock.close)
         if config.user:
             _become(config)
         self.queues = await stack.enter_async_context(EmbeddedQueues.open(config.queue_directory))
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
-        connections = Slots(config.smtp_connections)
+        connections = Slots(_connections(config))
+        incoming = Slots(_limit(config.smtp_connections_in), within=connections)
+        settings = server.Settings(
+            hostname=config.hostname,
+            max_size=config.smtp_maxsize,
+            max_recipients=config.smtp_maxrecipients,
+            starttls=tls is not None,
+            mechanisms=_mechanisms(authenticator, plugins),
+            normalize=config.smtp_bare_newline == "normalize",
+        )
+        access = Access(
+            config.smtp_range,
+            config.smtp_relay_range,
+            config.smtp_local_domains,
+            proxies=config.smtp_proxy,
+            xclients=config.smtp_xclient_range,
+        )
         self._server = Server(
             config=config,
-            settings=server.Settings(
-                hostname=config.hostname,
-                max_size=config.smtp_maxsize,
-                max_recipients=config.smtp_maxrecipients,
-                starttls=tls is not None,
-                mechanisms=_mechanisms(config, plugins),
-            ),
-            access=Access(config.smtp_range, config.smtp_relay_range, config.smtp_local_domains),
+            settings=settings,
+            lmtp=replace(settings, lmtp=True),
+            access=access,
+            local_addresses=local_addresses,
+            clients=Clients(config, access),
+            authenticator=authenticator,
             plugins=plugins,
             queues=self.queues,
+            slots=incoming,
+            memory=Memory(config.max_memory),
+            handshakes=Handshakes(config.smtp_handshakes),
             tls=tls,
             received_log=_log_file(config, "received-log-file", stack),
+            refused_log=_log_file(config, "refused-log-file", stack),
         )
         self._dispatcher = Dispatcher(
             config,
@@ -148,8 +177,7 @@ class Engine:
             send_log=_log_file(config, "send-log-file", stack),
             slots=Slots(_limit(config.smtp_connections_out), within=connections),
         )
-        incoming = Slots(_limit(config.smtp_connections_in), within=connections)
-        self._listener = Listener(self._server, self._workers, sockets, incoming)
+        self._listener = Listener(self._server, self._workers, ports, incoming)
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
         await nursery.start(control.serve, config.queue_directory, self._commands())
@@ -207,6 +235,14 @@ class Engine:
         """Take a consumed message away for good. Raises `QueueError`."""
         await self.queues.ack([Settlement(lease)])
 
+    def reload(self) -> None:
+        """Read the certificate anew, for the handshakes to come; no session ends by it.
+
+        Raises `ConfigError`, and the one that was there before stays. Files of logins and of local
+        addresses need no such call: they are looked at when they are used.
+        """
+        self._server.tls = tls_context(self.config)
+
     def statistics(self) -> dict[str, Any]:
         """What has happened since the start, as a tree of numbers that can become JSON."""
         return {
@@ -216,7 +252,11 @@ class Engine:
             "hostname": self.config.hostname,
             "listening": [f"{ip}:{port}" for ip, port in self.addresses],
             "workers": len(self._workers),
-            "incoming": {"open": self._listener.open_sessions, **asdict(self._server.counters)},
+            "incoming": {
+                "open": self._listener.open_sessions,
+                "memory": self._server.memory.used,
+                **asdict(self._server.counters),
+            },
             "outgoing": self._dispatcher.statistics(),
             "queue": self.queues.statistics(),
             "plugins": self.plugins.statistics(),
@@ -245,11 +285,41 @@ class Engine:
         return {"ids": [self.plugins.message_id() for _ in range(count)]}
 
 
-def _mechanisms(config: Config, plugins: Plugins) -> tuple[str, ...]:
+def _mechanisms(authenticator: Authenticator, plugins: Plugins) -> tuple[str, ...]:
     """The ways to log in: CRAM-MD5 proves a password only to who knows it, so not to plugins."""
-    if plugins.listens("authenticate"):
-        return ("PLAIN", "LOGIN")
-    return ("PLAIN", "LOGIN", "CRAM-MD5") if config.smtp_username else ()
+    return ("PLAIN", "LOGIN") if plugins.listens("authenticate") else authenticator.mechanisms
+
+
+def _authenticator(config: Config) -> Authenticator:
+    logins = {config.smtp_username: config.smtp_password} if config.smtp_username else None
+    try:
+        return Authenticator(config.smtp_auth, logins)
+    except ValueError as error:
+        raise ConfigError(config.origin("smtp-auth"), f"smtp-auth: {error}") from None
+
+
+def _local_addresses(config: Config) -> LocalAddresses:
+    try:
+        return LocalAddresses(config.smtp_local_addresses)
+    except ValueError as error:
+        where = config.origin("smtp-local-addresses")
+        raise ConfigError(where, f"smtp-local-addresses: {error}") from None
+
+
+def _connections(config: Config) -> int:
+    """The connections that there may be, as far as this process has descriptors for them."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:
+        return config.smtp_connections
+    possible = max(descriptors - SPARE_DESCRIPTORS, 1)
+    if possible < config.smtp_connections:
+        log.warning(
+            "smtp-connections: there will be %d, not %d, for this process may have %d descriptors",
+            possible,
+            config.smtp_connections,
+            descriptors,
+        )
+    return min(possible, config.smtp_connections)
 
 
 def _limit(value: int | None) -> float:

@@ -227,6 +227,35 @@ def _check_domain(value: Any) -> str:
     return parse_domain(_syntax(parse_domain, value))
 
 
+def choice(*words: str) -> Kind:
+    """One of some words."""
+
+    def check(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"{value!r} is none of {', '.join(words)}")
+        return str(value)
+
+    return Kind("|".join(words), str.lower, check)
+
+
+def _check_uri(value: Any) -> str:
+    # What is wrong with it is said without it: it may hold a password.
+    text = _check_text(value)
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise ValueError("is not a list of URIs such as file:///etc/mailerq/logins")
+    return text
+
+
+def _read_uris(text: str) -> tuple[str, ...]:
+    return tuple(part for item in text.split(";") if (part := item.strip()))
+
+
+def _check_uris(values: Any) -> tuple[str, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError("is not a list")
+    return tuple(_check_uri(value) for value in values)
+
+
 def _text_kind(name: str, check: Callable[[Any], str]) -> Kind:
     return Kind(name, str, check, may_be_empty=True)
 
@@ -250,6 +279,7 @@ IPS: Final = _list_kind("addresses", lambda item: (item,), _check_ip, separator=
 NETWORKS: Final = _list_kind(
     "networks", lambda item: (_read_network(item),), _check_network, separator=";"
 )
+URIS: Final = Kind("URIs", _read_uris, _check_uris, ";".join, may_be_empty=True)
 DOMAINS: Final = _list_kind("domains", lambda item: (item,), _check_domain, separator=";")
 
 

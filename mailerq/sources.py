@@ -30,7 +30,7 @@ NOT_YET: Final = frozenset(
     dns-threads domain-maxconnects domain-maxmessages domain-maxqueue download-blacklist
     download-cache download-log-directory download-log-file download-proxy download-ttl
     download-user-agent download-whitelist dsn-advertise dsn-envelope dsn-mta dsn-notify dsn-ret
-    ip-maxconnections ip-maxconnects ip-maxmessages max-memory max-queues normalize-mime
+    ip-maxconnections ip-maxconnects ip-maxmessages max-queues normalize-mime
     proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-dsn rabbitmq-durable
     rabbitmq-encoding rabbitmq-exchange rabbitmq-flush-qos rabbitmq-host rabbitmq-lazy
     rabbitmq-maxpriority rabbitmq-minqos rabbitmq-password rabbitmq-persistent
@@ -39,8 +39,8 @@ NOT_YET: Final = frozenset(
     received-log-history received-log-maxage received-log-maxsize received-log-prefix
     render-useragent send-bin-log-file send-log-compression send-log-directory send-log-format
     send-log-history send-log-maxage send-log-maxsize send-log-prefix smarthost-password
-    smarthost-username smtp-auth smtp-auth-results smtp-check smtp-default-ips smtp-defaultip
-    smtp-defaultips smtp-mappable-ips smtp-protection smtp-proxy smtp-sink-password
+    smarthost-username smtp-auth-results smtp-check smtp-default-ips smtp-defaultip
+    smtp-defaultips smtp-mappable-ips smtp-protection smtp-sink-password
     smtp-sink-username smtp-unmappable-ips smtp-validate-address spamassassin-host
     spamassassin-port spool-delay spool-directory spool-extract spool-fail-directory
     spool-open-files spool-remove spool-threads storage storage-address storage-policy

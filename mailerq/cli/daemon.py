@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import resource
 import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from mailerq import __version__
@@ -21,9 +22,14 @@ from mailerq.errors import ConfigError, PluginError, QueueError
 if TYPE_CHECKING:
     import trio
 
+    from mailerq.engine import Engine
+
 __all__ = ["main"]
 
 log = logging.getLogger("mailerq")
+
+OTHER_DESCRIPTORS: Final = 256
+"""What the process may have open beside connections: queue, logs, plugins, mail in files."""
 
 DESCRIPTION: Final = """\
 A mail transfer agent. Without a command it is the daemon and stays in the foreground.
@@ -148,6 +154,7 @@ def _locked(path: str, where: str) -> int:
 def _run(config: Config) -> int:
     import trio
 
+    _allow_descriptors(config.smtp_connections + OTHER_DESCRIPTORS)
     try:
         return trio.run(_serve, config)
     except (ConfigError, PluginError, QueueError):
@@ -155,6 +162,15 @@ def _run(config: Config) -> int:
     except Exception:
         log.critical("the engine failed", exc_info=True)
         return os.EX_SOFTWARE
+
+
+def _allow_descriptors(wanted: int) -> None:
+    """Raise the soft limit as far as it is needed and may go."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard):
+        limits = (max(soft, min(wanted, hard)), hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 async def _serve(config: Config) -> int:
@@ -166,9 +182,11 @@ async def _serve(config: Config) -> int:
     failure: Exception | None = None
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_watch, signals, stop)
+            running: list[Engine] = []
+            nursery.start_soon(_watch, signals, stop, running)
             try:
                 async with Engine(config) as engine:
+                    running.append(engine)
                     where = ", ".join(_join(*address) for address in engine.addresses)
                     log.info("mailerq %s listens on %s", __version__, where)
                     await stop.wait()
@@ -181,15 +199,15 @@ async def _serve(config: Config) -> int:
     return os.EX_OK
 
 
-async def _watch(signals: AsyncIterator[int], stop: trio.Event) -> None:
+async def _watch(signals: AsyncIterator[int], stop: trio.Event, running: list[Engine]) -> None:
     """The first signal stops the engine in its time, the second one ends the process.
 
-    That is safe at any moment: what was accepted is on disk.
+    That is safe at any moment: what was accepted is on disk. SIGHUP reloads certificates.
     """
     async for number in signals:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
-            log.info("%s: log files are opened anew when they are moved, nothing else to do", name)
+            _reload(name, running)
         elif not stop.is_set():
             log.info("%s: stopping", name)
             stop.set()
@@ -199,6 +217,16 @@ async def _watch(signals: AsyncIterator[int], stop: trio.Event) -> None:
             sys.stderr.flush()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def _reload(name: str, running: list[Engine]) -> None:
+    try:
+        for engine in running:
+            engine.reload()
+    except ConfigError as error:
+        log.error("%s: the certificate stays as it was: %s", name, error)
+    else:
+        log.info("%s: the certificate is read; moved log files are opened anew by themselves", name)
 
 
 def _join(ip: str, port: int) -> str:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
-import ssl
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 import trio
 
 from mailerq.config import Config
 from mailerq.errors import ConfigError
-from mailerq.net.session import Server, Session
+from mailerq.net.session import Session
+from mailerq.net.shared import Server
 from mailerq.net.slots import Slots
 from mailerq.net.stream import Stream, address_of
+from mailerq.net.watch import Watch
 from mailerq.net.worker import Worker
 from mailerq.wire import smtp
+from mailerq.wire.smtp import Reply
 
-__all__ = ["Listener", "bind", "tls_context"]
+__all__ = ["Listener", "Port", "bind"]
 
 log = logging.getLogger("mailerq.server")
 
@@ -33,20 +38,43 @@ ACCEPTS_IN_A_ROW: Final = 64
 EXHAUSTED_SECONDS: Final = 0.1
 """How long no connection is accepted after the process ran out of descriptors or memory."""
 
+REMIND_SECONDS: Final = 60.0
+"""How often the same trouble is logged."""
+
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def bind(config: Config) -> list[tuple[socket.socket, bool]]:
-    """Open all listening sockets; each comes with whether TLS starts with the first byte.
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A listening socket. `secure`: TLS starts with the first byte; `lmtp`: it speaks LMTP."""
+
+    sock: socket.socket
+    secure: bool = False
+    lmtp: bool = False
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens; a port that was asked for as 0 has its real number."""
+        return address_of(self.sock.getsockname())
+
+
+def bind(config: Config) -> list[Port]:
+    """Open all listening sockets: those of SMTP, then the secure ones, then those of LMTP.
 
     Raises `ConfigError` that names the setting and the address which cannot be had.
     """
-    sockets: list[tuple[socket.socket, bool]] = []
+    ports: list[Port] = []
     try:
-        for port, secure, option in _ports(config):
+        for port, option in _ports(config):
             for ip in config.smtp_ip or _all_addresses():
                 try:
-                    sockets.append((_listen(ip, port), secure))
+                    ports.append(
+                        Port(
+                            _listen(ip, port),
+                            secure=option == "smtp-secure-port",
+                            lmtp=option == "lmtp-port",
+                        )
+                    )
                 except OSError as error:
                     reason = error.strerror or str(error)
                     hint = " (ports below 1024 need root)" if error.errno == errno.EACCES else ""
@@ -55,36 +83,10 @@ def bind(config: Config) -> list[tuple[socket.socket, bool]]:
                         f"{option}: cannot listen on {_join(ip, port)}: {reason}{hint}",
                     ) from None
     except BaseException:
-        for sock, _ in sockets:
-            sock.close()
+        for opened in ports:
+            opened.sock.close()
         raise
-    return sockets
-
-
-def tls_context(config: Config) -> ssl.SSLContext | None:
-    """The server's side of TLS (1.2 and up), or None where no certificate is configured.
-
-    Raises `ConfigError`.
-    """
-    if not config.smtp_certificate:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(config.smtp_certificate, config.smtp_key or None)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            config.origin("smtp-certificate"),
-            f"smtp-certificate: cannot use {config.smtp_certificate}: {error}",
-        ) from None
-    if config.smtp_ciphers:
-        try:
-            context.set_ciphers(config.smtp_ciphers)
-        except ssl.SSLError as error:
-            raise ConfigError(
-                config.origin("smtp-ciphers"), f"smtp-ciphers: {config.smtp_ciphers}: {error}"
-            ) from None
-    return context
+    return ports
 
 
 class Listener:
@@ -94,24 +96,26 @@ class Listener:
         self,
         shared: Server,
         workers: list[Worker],
-        sockets: list[tuple[socket.socket, bool]],
+        ports: list[Port],
         slots: Slots,
     ) -> None:
         self._shared = shared
         self._workers = workers
         self._home = workers[0]
-        self._sockets = sockets
+        self._ports = ports
         self._slots = slots
+        self._reserve = _Reserve()
+        self._reminded = -REMIND_SECONDS
         self._open = 0
         self._idle = trio.Event()
-        self._sessions: dict[Session, None] = {}  # each worker adds and takes its own
+        self._watches = {worker: Watch(shared) for worker in workers}
         self._stop_at: float | None = None  # by time.monotonic: each loop has its own clock
         self._scope = trio.CancelScope()
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """Where it listens, ports that were asked for as 0 with their real numbers."""
-        return [sock.getsockname()[:2] for sock, _ in self._sockets]
+        """Where it listens, in the order of the ports."""
+        return [port.address for port in self._ports]
 
     @property
     def open_sessions(self) -> int:
@@ -119,35 +123,39 @@ class Listener:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accept until `stop`."""
+        for worker, watch in self._watches.items():
+            worker.spawn(watch.run)
         with self._scope:
             async with trio.open_nursery() as nursery:
-                for sock, secure in self._sockets:
-                    nursery.start_soon(self._accept, sock, secure)
+                for port in self._ports:
+                    nursery.start_soon(self._accept, port)
                 task_status.started()
 
     async def stop(self, seconds: float) -> None:
         """Close the ports and end the sessions: the idle ones now, the others within `seconds`."""
         self._scope.cancel()
-        for sock, _ in self._sockets:
-            sock.close()
+        for port in self._ports:
+            port.sock.close()
         self._stop_at = time.monotonic() + seconds
         for worker in self._workers:
             worker.call(self._shut_down, worker)
         while self._open:
             self._idle = trio.Event()
             await self._idle.wait()
+        for worker, watch in self._watches.items():
+            worker.call(watch.stop)
+        self._reserve.close()
 
     def _shut_down(self, worker: Worker) -> None:
-        for session in list(self._sessions):
-            if session.worker is worker:
-                session.shut_down(self._seconds_left())
+        for session in list(self._watches[worker].sessions):
+            session.shut_down(self._seconds_left())
 
     def _seconds_left(self) -> float:
         return max(0.0, (self._stop_at or 0.0) - time.monotonic())
 
-    async def _accept(self, listening: socket.socket, secure: bool) -> None:
-        name = address_of(listening.getsockname())
-        local = None if name[0] in ("0.0.0.0", "::") else name
+    async def _accept(self, port: Port) -> None:
+        listening = port.sock
+        local = None if port.address[0] in ("0.0.0.0", "::") else port.address
         while True:
             await trio.lowlevel.wait_readable(listening)
             for _ in range(ACCEPTS_IN_A_ROW):
@@ -157,43 +165,74 @@ class Listener:
                     break
                 except OSError as error:
                     if error.errno in _EXHAUSTED:
-                        log.warning("cannot accept connections: %s", error.strerror)
+                        self._turn_away(port, error)
                         await trio.sleep(EXHAUSTED_SECONDS)
                     break  # Otherwise the peer hung up before it was its turn.
-                self._admit(Stream(sock, local=local, remote=address_of(remote)), secure)
+                self._admit(Stream(sock, local=local, remote=address_of(remote)), port)
             await trio.lowlevel.checkpoint()
 
-    def _admit(self, stream: Stream, secure: bool) -> None:
+    def _turn_away(self, port: Port, error: OSError) -> None:
+        """There is no descriptor left: tell those who wait, with the one that was kept for it."""
+        if time.monotonic() - self._reminded > REMIND_SECONDS:
+            self._reminded = time.monotonic()
+            log.warning("cannot accept connections: %s", error.strerror)
+        with self._reserve:
+            for _ in range(ACCEPTS_IN_A_ROW):
+                try:
+                    sock, _address = port.sock.accept()
+                except OSError:
+                    return
+                self._refuse(Stream(sock), port, smtp.BUSY)
+
+    def _admit(self, stream: Stream, port: Port) -> None:
         """Give the connection to the worker that has the fewest, or send it away."""
-        client = stream.remote[0]
-        if not self._shared.access.may_connect(client):
-            log.info("connection from %s refused: not in smtp-range", client)
-            refusal = smtp.NOT_ADMITTED
-        elif not self._slots.take():
-            log.warning("connection from %s refused: %s are open", client, self._slots)
+        peer = stream.remote[0]
+        shared = self._shared
+        proxied = shared.access.is_proxy(peer)
+        # A proxy is asked for its client first; then the session decides.
+        refusal = None if proxied else shared.admit(peer)
+        if refusal is None and not self._slots.take():
             refusal = smtp.BUSY
-        else:
-            worker = min(self._workers, key=_load)
-            worker.load += 1
-            self._open += 1
-            worker.spawn(self._session, worker, stream, secure)
+            if not proxied:
+                shared.clients.left(peer)
+        if refusal is not None:
+            log.info("connection from %s refused: %s", peer, refusal.text)
+            if shared.refused_log is not None:
+                shared.refused_log.write(f"[{peer}] (connection) -> {refusal.code} {refusal.text}")
+            self._refuse(stream, port, refusal)
             return
+        worker = min(self._workers, key=_load)
+        worker.load += 1
+        self._open += 1
+        worker.spawn(self._session, worker, stream, port, proxied)
+
+    def _refuse(self, stream: Stream, port: Port, refusal: Reply) -> None:
         self._shared.counters.refused_connections += 1
-        if not secure:
+        if not port.secure:
             stream.send_nowait(refusal.wire)
         stream.close()
 
-    async def _session(self, worker: Worker, stream: Stream, secure: bool) -> None:
+    async def _session(self, worker: Worker, stream: Stream, port: Port, proxied: bool) -> None:
+        sessions = self._watches[worker].sessions
         try:
-            session = Session(self._shared, worker, stream, implicit_tls=secure)
+            session = Session(
+                self._shared,
+                worker,
+                stream,
+                secure=port.secure,
+                lmtp=port.lmtp,
+                proxied=proxied,
+            )
         except OSError:  # The peer has hung up again.
+            if not proxied:
+                self._shared.clients.left(stream.remote[0])
             stream.close()
         else:
-            self._sessions[session] = None
+            sessions[session] = None
             if self._stop_at is not None:
                 session.shut_down(self._seconds_left())
             await session.run()
-            del self._sessions[session]
+            del sessions[session]
         finally:
             self._slots.release()
             self._home.call(self._ended, worker)
@@ -209,11 +248,33 @@ def _load(worker: Worker) -> int:
     return worker.load
 
 
-def _ports(config: Config) -> Iterator[tuple[int, bool, str]]:
-    for port in config.smtp_port:
-        yield port, False, "smtp-port"
-    for port in config.smtp_secure_port:
-        yield port, True, "smtp-secure-port"
+class _Reserve:
+    """A descriptor that is kept to be able to say that there is none left."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+        self._take()
+
+    def _take(self) -> None:
+        with suppress(OSError):
+            self._descriptor = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> None:
+        self.close()
+
+    def __exit__(self, *error: object) -> None:
+        self._take()
+
+
+def _ports(config: Config) -> Iterator[tuple[int, str]]:
+    for option in ("smtp-port", "smtp-secure-port", "lmtp-port"):
+        for port in getattr(config, option.replace("-", "_")):
+            yield port, option
 
 
 def _all_addresses() -> tuple[str, ...]:

@@ -5,8 +5,8 @@ Theory of operation
 One task runs one session from the first byte to the last: it reads, lets the machine find
 the next event, asks the plugins, answers, and sends what has gathered when the machine
 wants more. It waits in three places only: for the peer, for a plugin that has taken
-control, and for the queue. Deadlines are one cancel scope around it all, moved forward
-when the peer moves.
+control, and for the queue. While it waits for the peer, the `Watch` of its worker looks how
+long.
 
 The final reply to a mail is given only after `Queues.publish` has returned. A local fault
 of any kind is a 451, and the peer keeps the mail.
@@ -14,94 +14,87 @@ of any kind is a 451, and the peer keeps the mail.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
-import ssl
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 import trio
 
-from mailerq.config import Config
-from mailerq.errors import QueueError
-from mailerq.mail import headers, incoming
-from mailerq.message import Message
-from mailerq.net.logs import LogFile
+from mailerq.net import reception
+from mailerq.net.auth import AuthUnavailable
+from mailerq.net.memory import Spool
+from mailerq.net.reception import Client, refusal_reply
+from mailerq.net.shared import Server
 from mailerq.net.stream import Stream, StreamLost
+from mailerq.net.watch import Bounds
 from mailerq.net.worker import Worker
-from mailerq.plugins import Plugins, Reject
-from mailerq.queues import Publication, Queues
-from mailerq.rules.access import Access, is_loopback
-from mailerq.wire import server, smtp
-from mailerq.wire.parameters import MailParameters, RcptParameters
-from mailerq.wire.sasl import Credentials
-from mailerq.wire.smtp import Reply, with_status
+from mailerq.plugins import Reject
+from mailerq.rules.access import is_loopback
+from mailerq.wire import proxy, server, smtp
+from mailerq.wire.smtp import Reply
 
-__all__ = ["Counters", "Server", "Session"]
+__all__ = ["Session"]
 
 log = logging.getLogger("mailerq.server")
 
-TIMEOUT_SLACK: Final = 1.0
-"""Seconds by which a deadline may lag behind: it is not moved for less, which is most times."""
+TARPIT_SECONDS: Final = 1.0
+"""How long a reply to a nuisance is held back."""
 
+LOGIN_DELAY_SECONDS: Final = 0.5
+"""How long the reply to a failed login is held back; doubled for each one, up to the maximum."""
 
-@dataclass(slots=True)
-class Counters:
-    """What sessions have seen since the start."""
+LOGIN_DELAY_MAXIMUM: Final = 8.0
 
-    connections: int = 0
-    refused_connections: int = 0
-    lost_connections: int = 0
-    timeouts: int = 0
-    transactions: int = 0
-    messages: int = 0
-    bytes: int = 0
-    refused_senders: int = 0
-    refused_recipients: int = 0
-    refused_messages: int = 0
-    queue_errors: int = 0
-    tls: int = 0
-    logins: int = 0
-    failed_logins: int = 0
-
-
-@dataclass(slots=True, kw_only=True)
-class Server:
-    """What all sessions of an engine share."""
-
-    config: Config
-    settings: server.Settings
-    access: Access
-    plugins: Plugins
-    queues: Queues
-    tls: ssl.SSLContext | None = None
-    received_log: LogFile | None = None
-    clock: Callable[[], float] = time.time
-    counters: Counters = field(default_factory=Counters)
+UNKNOWN: Final = "0.0.0.0"
+"""The address of a client that a proxy does not know: one that is in nobody's network."""
 
 
 class Session:
-    """One client. `run` is its task; `shut_down` may be called from its worker's thread."""
+    """One client. `run` is its task; the other methods are for its worker's thread.
+
+    `secure` says that TLS starts with the first byte, `lmtp` that the port speaks LMTP, `proxied`
+    that the peer is a proxy, whose client has yet to be admitted.
+    """
 
     def __init__(
-        self, shared: Server, worker: Worker, stream: Stream, *, implicit_tls: bool = False
+        self,
+        shared: Server,
+        worker: Worker,
+        stream: Stream,
+        *,
+        secure: bool = False,
+        lmtp: bool = False,
+        proxied: bool = False,
     ) -> None:
         self.worker = worker
         self._shared = shared
         self._stream = stream
-        self._implicit_tls = implicit_tls
-        self._local = stream.local
-        self._remote = stream.remote
-        self._machine = server.ServerProtocol(
-            shared.settings, auth_in_clear=is_loopback(self._remote[0])
-        )
+        self._implicit_tls = secure
+        self._proxied = proxied
+        self._client = Client(stream.remote, stream.local)
+        self._admitted = None if proxied else self._client.remote[0]
+        self._machine = server.ServerProtocol(shared.lmtp if lmtp else shared.settings)
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
         self._scope = trio.CancelScope()
-        self._moved = 0.0
-        self._reading = False
         self._stopping = False
-        self._user = ""
+        self._expired = False
+        self._mute = proxied or secure  # no SMTP is spoken now
+        self._interruptible = False
+        # For the watch: since when the peer has been at something, and how much came of it.
+        self._started = trio.current_time()
+        self._waiting = False
+        self._handshaking = False
+        self._since = self._started
+        self._heard = self._started
+        self._steps = -1
+        self._bytes = 0
+        self._failures = 0
+        self._spool: Spool | None = None
+        self._failed_logins = 0
+        if shared.refused_log is not None:
+            self._machine.refusals = []
 
     async def run(self) -> None:
         """Serve until either side closes."""
@@ -109,73 +102,160 @@ class Session:
         shared.counters.connections += 1
         try:
             with self._scope:
-                self._touch()
-                await self._serve()
+                if await self._introduce():
+                    await self._serve()
             if self._scope.cancelled_caught:
                 self._say_goodbye()
         except StreamLost as error:
             shared.counters.lost_connections += 1
-            log.debug("connection from %s lost: %s", self._remote[0], error)
+            log.debug("connection from %s lost: %s", self._client.remote[0], error)
         except Exception:
             # A defect of ours must not end the engine, nor cost the peer its mail.
-            log.exception("the session with %s failed", self._remote[0])
-            self._stream.send_nowait(smtp.LOCAL_FAILURE.wire)
+            log.exception("the session with %s failed", self._client.remote[0])
+            if not self._mute:
+                self._stream.send_nowait(smtp.LOCAL_FAILURE.wire)
         finally:
+            self._drop_spool()
             self._plugin.closed_by_peer()
             with trio.CancelScope(shield=True):
                 await self._plugin.close()
             self._stream.close()
+            if self._admitted is not None:
+                shared.clients.left(self._admitted)
 
     def shut_down(self, seconds: float) -> None:
         """End with 421: now when no mail is under way, else after it, at most in `seconds`."""
         self._stopping = True
-        if self._reading and self._machine.sender is None:
+        idle = self._waiting or self._interruptible
+        if idle and self._machine.sender is None:
             self._scope.cancel()
         else:
             deadline = trio.current_time() + seconds
             self._scope.deadline = min(self._scope.deadline, deadline)
 
+    def is_overdue(self, now: float, bounds: Bounds) -> bool:
+        """Whether the peer takes longer than it may."""
+        if not self._waiting:
+            return False
+        if now - self._started > bounds.session:
+            return True
+        waited = now - self._since
+        if self._handshaking:
+            return waited > bounds.handshake
+        if self._machine.in_content:
+            fair = bounds.idle + self._bytes / bounds.rate if bounds.rate else waited
+            return now - self._heard > bounds.idle or waited > fair
+        return waited > (bounds.command if self._machine.unfinished else bounds.idle)
+
+    def expire(self) -> None:
+        """The time is up."""
+        self._expired = True
+        self._scope.cancel()
+
+    def hurry(self) -> None:
+        """Others wait for a place to shake hands. From any thread."""
+        self.worker.call(self._cut_handshake)
+
+    def _cut_handshake(self) -> None:
+        if self._handshaking:
+            self.expire()
+
     def _say_goodbye(self) -> None:
         """Last words after the scope was cancelled: the time was up, or the engine stops."""
-        if self._stopping:
-            reply = smtp.CLOSING
-        else:
+        if self._expired:
             self._shared.counters.timeouts += 1
-            reply = smtp.TIMED_OUT
-        if not (self._implicit_tls and not self._machine.secure):
+        reply = smtp.TIMED_OUT if self._expired else smtp.CLOSING
+        if not self._mute:
             self._stream.send_nowait(self._machine.data_to_send() + reply.wire)
 
-    def _touch(self) -> None:
-        now = trio.current_time()
-        if not self._stopping and now - self._moved > TIMEOUT_SLACK:
-            self._moved = now
-            self._scope.deadline = now + self._shared.config.smtp_timeout
+    # Before the first command.
+
+    async def _introduce(self) -> bool:
+        """Do what comes before the banner, and send it; false when the session is over."""
+        shared, machine = self._shared, self._machine
+        reply: Reply | None = None
+        if self._proxied:
+            if not await self._read_proxy_header():
+                return False
+            reply = self._admit()
+        host = self._client.remote[0]
+        machine.xclient = shared.access.may_xclient(host)
+        machine.auth_in_clear = is_loopback(host)
+        if reply is None:
+            refusal = await self._plugin.connect()
+            reply = refusal_reply(refusal) if refusal is not None else None
+        if self._implicit_tls:
+            if reply is not None or not self._may_shake_hands():
+                return False
+            await self._start_tls()
+            machine.secure = True
+            refusal = await self._plugin.secured()
+            reply = refusal_reply(refusal) if refusal is not None else None
+        self._mute = False
+        self._take_output()
+        if reply is None and shared.config.smtp_greet_delay and not self._implicit_tls:
+            await self._delay_greeting()
+        machine.greet(reply)
+        return True
+
+    async def _read_proxy_header(self) -> bool:
+        """Learn from the proxy who its client is."""
+        received = b""
+        try:
+            with self._handshake():
+                while (header := proxy.parse(received)) is None:
+                    data = await self._stream.receive()
+                    if not data:
+                        raise proxy.ProxyError("closed within the PROXY header")
+                    received += data
+        except proxy.ProxyError as error:
+            self._shared.counters.refused_connections += 1
+            log.warning("proxy %s: %s", self._client.remote[0], error)
+            return False
+        self._stream.unread(received[header.length :])
+        if header.source is not None and header.destination is not None:
+            self._client = Client(header.source, header.destination)
+        return True
+
+    def _admit(self) -> Reply | None:
+        """Let the client in that a proxy has named, or say why not."""
+        host = self._client.remote[0]
+        reply = self._shared.admit(host)
+        if reply is None:
+            self._admitted = host
+        else:
+            self._shared.counters.refused_connections += 1
+            log.info("connection from %s refused: %s", host, reply.text)
+        return reply
+
+    async def _delay_greeting(self) -> None:
+        """Hold the banner back; who speaks before it is no mail server."""
+        shared = self._shared
+        if self._machine.settings.lmtp or shared.access.may_relay(self._client.remote[0]):
+            return
+        with trio.move_on_after(shared.config.smtp_greet_delay), self._pause():
+            self._machine.receive_data(await self._stream.receive())
+
+    # The loop.
 
     async def _serve(self) -> None:
         machine = self._machine
         stream = self._stream
-        refusal = await self._plugin.connect()
-        if self._implicit_tls and refusal is None:
-            await self._start_tls()
-            machine.secure = True
-            refusal = await self._plugin.secured()
-        self._take_output()
-        machine.greet(_reply(refusal) if refusal else None)
         while True:
             event = machine.next_event()
             match event:
                 case server.NEED_DATA:
+                    if machine.failures != self._failures and not self._failed():
+                        machine.close(smtp.ERRORS_TOO_OFTEN, "too many errors in a minute")
+                        continue
                     if self._stopping and machine.sender is None:
                         machine.close(smtp.CLOSING, "stopping")
                         continue
-                    if data := machine.data_to_send():
-                        await stream.send_all(data)
-                    self._reading = True
-                    data = await stream.receive()
-                    self._reading = False
-                    self._touch()
-                    machine.receive_data(data)
-                    continue
+                    if machine.nuisance:
+                        await self._sleep(TARPIT_SECONDS)
+                    if self._spool is not None:
+                        await self._content_came()
+                    await self._exchange()
                 case server.Rcpt():
                     await self._rcpt(event)
                 case server.Mail():
@@ -183,199 +263,289 @@ class Session:
                 case server.Content():
                     await self._content(event)
                 case server.Data():
-                    machine.accept()
+                    self._data()
                 case server.Hello():
                     machine.accept()
                 case server.Auth():
                     await self._auth(event)
                 case server.StartTls():
                     await self._starttls()
+                case server.XClient():
+                    self._xclient(event)
                 case server.Closing():
+                    self._failed()
+                    self._wait()
                     await stream.send_all(machine.data_to_send())
+                    self._waiting = False
                     return
                 case server.CLOSED:
                     return
 
+    async def _exchange(self) -> None:
+        """Send what is due, and wait for more."""
+        machine = self._machine
+        due = machine.data_to_send()
+        self._wait()
+        if due:
+            await self._stream.send_all(due)
+        data = await self._stream.receive()
+        self._waiting = False
+        self._bytes += len(data)
+        machine.receive_data(data)
+
+    def _wait(self) -> None:
+        """From now on it is the peer's turn; what it had begun goes on from when it began."""
+        machine = self._machine
+        if machine.steps != self._steps or not machine.unfinished:
+            self._steps = machine.steps
+            self._since = self._heard = trio.current_time()
+            self._bytes = 0
+        elif machine.in_content:
+            self._heard = trio.current_time()
+        self._waiting = True
+
+    @contextmanager
+    def _handshake(self) -> Iterator[None]:
+        """The peer's turn, in what is no SMTP."""
+        self._since = trio.current_time()
+        self._waiting = self._handshaking = self._mute = True
+        yield
+        self._waiting = self._handshaking = False
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    async def _sleep(self, seconds: float) -> None:
+        """Let the peer wait; an engine that stops does not."""
+        with self._pause():
+            if not self._stopping:
+                await trio.sleep(seconds)
+
+    def _failed(self) -> bool:
+        """Account for errors of the client; false when they were too many for a minute."""
+        count = self._machine.failures - self._failures
+        self._failures = self._machine.failures
+        self._log_refusals()
+        return self._shared.clients.may(self._client.remote[0], "errors", count)
+
+    def _log_refusals(self) -> None:
+        refusals, refused_log = self._machine.refusals, self._shared.refused_log
+        if refusals and refused_log is not None:
+            for command, reply in refusals:
+                text = reply.text.replace("\n", " ")
+                refused_log.write(f"[{self._client.remote[0]}] {command} -> {reply.code} {text}")
+            refusals.clear()
+
+    # Events.
+
     async def _mail(self, event: server.Mail) -> None:
+        shared = self._shared
+        if not shared.clients.may(self._client.remote[0], "messages"):
+            self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
+            return
         refusal = await self._plugin.mailfrom(event.sender)
         self._take_output()
         if refusal is None:
             self._machine.accept()
         else:
-            self._shared.counters.refused_senders += 1
-            self._machine.reject(_reply(refusal))
+            self._refuse_sender(refusal_reply(refusal))
+
+    def _refuse_sender(self, reply: Reply) -> None:
+        self._shared.counters.refused_senders += 1
+        self._machine.reject(reply)
 
     async def _rcpt(self, event: server.Rcpt) -> None:
-        recipient = event.recipient
-        if not self._may_send_to(recipient):
-            self._shared.counters.refused_recipients += 1
-            self._machine.reject(smtp.NO_RELAY)
+        shared, recipient = self._shared, event.recipient
+        if not (self._may_relay() or shared.is_local(recipient)):
+            self._refuse_recipient(smtp.NO_RELAY)
+            return
+        if not shared.clients.may(self._client.remote[0], "recipients"):
+            self._refuse_recipient(smtp.RECIPIENTS_TOO_OFTEN)
             return
         refusal = await self._plugin.rcptto(recipient)
         self._take_output()
         if refusal is None:
             self._machine.accept()
         else:
-            self._shared.counters.refused_recipients += 1
-            self._machine.reject(_reply(refusal))
+            self._refuse_recipient(refusal_reply(refusal))
+
+    def _refuse_recipient(self, reply: Reply) -> None:
+        self._shared.counters.refused_recipients += 1
+        self._machine.reject(reply)
 
     def _may_relay(self) -> bool:
-        return self._plugin.authenticated or self._shared.access.may_relay(self._remote[0])
-
-    def _may_send_to(self, recipient: str) -> bool:
-        return self._may_relay() or self._shared.access.is_local(recipient)
+        return self._plugin.authenticated or self._shared.access.may_relay(self._client.remote[0])
 
     async def _auth(self, event: server.Auth) -> None:
-        counters = self._shared.counters
+        shared, host = self._shared, self._client.remote[0]
         login, password, *_ = event.credentials
-        decision = None
+        # Counted before it is tried: a hundred at the same time are a hundred.
+        if not shared.clients.may(host, "logins"):
+            log.warning("too many failed logins from %s", host)
+            self._machine.reject(smtp.LOGINS_TOO_OFTEN)
+            return
+        decision: bool | Reject | None = None
         if password is not None:
             decision = await self._plugin.authenticate(login, password)
         self._take_output()
-        if decision is None:
-            decision = self._is_configured_login(event.credentials)
+        try:
+            if decision is None:
+                decision = await shared.authenticator.check(event.credentials)
+        except AuthUnavailable as error:
+            log.error("logins cannot be checked: %s", error)
+            shared.clients.did_not(host, "logins")
+            self._machine.reject(smtp.AUTH_UNAVAILABLE)
+            return
         if decision is True:
-            counters.logins += 1
+            shared.counters.logins += 1
+            shared.clients.did_not(host, "logins")
             self._plugin.authenticated = True
-            self._user = login
+            self._client.user = login
             self._machine.accept()
             return
-        counters.failed_logins += 1
+        shared.counters.failed_logins += 1
+        log.info("login of %s from %s failed", ascii(login[:80]), host)
         self._plugin.authenticated = False
+        await self._sleep(min(LOGIN_DELAY_SECONDS * 2**self._failed_logins, LOGIN_DELAY_MAXIMUM))
+        self._failed_logins += 1
         if decision is False:
             self._machine.reject(smtp.AUTH_FAILED)
         else:
-            self._machine.reject(_reply(decision, permanent="5.7.8"))
-
-    def _is_configured_login(self, credentials: Credentials) -> bool:
-        config = self._shared.config
-        if not config.smtp_username:
-            return False
-        # Both are compared, so that the time taken does not tell which one was wrong.
-        proven = credentials.proves(config.smtp_password)
-        return credentials.login == config.smtp_username and proven
+            self._machine.reject(refusal_reply(decision, permanent="5.7.8"))
 
     async def _starttls(self) -> None:
-        self._machine.accept()
-        await self._stream.send_all(self._machine.data_to_send())
-        await self._start_tls()
-        self._machine.tls_started()
+        machine = self._machine
+        if not self._may_shake_hands():
+            machine.reject(smtp.TLS_UNAVAILABLE)
+            return
+        machine.accept()
+        await self._start_tls(machine.data_to_send())
+        self._mute = False
+        machine.tls_started()
+        self._client.user = ""
+        self._plugin.authenticated = False
         refusal = await self._plugin.secured()
         self._take_output()
         if refusal is not None:
-            self._machine.close(_reply(refusal), "refused after STARTTLS")
+            machine.close(refusal_reply(refusal), "refused after STARTTLS")
 
-    async def _start_tls(self) -> None:
-        context = self._shared.tls
-        assert context is not None, "STARTTLS is offered only with a certificate"
-        await self._stream.start_tls(context, server_side=True)
+    def _may_shake_hands(self) -> bool:
+        """Take a place among the handshakes, which `_start_tls` gives back."""
+        if self._shared.handshakes.begin(self):
+            return True
+        log.info("no place for a TLS handshake with %s", self._client.remote[0])
+        return False
+
+    async def _start_tls(self, before: bytes = b"") -> None:
+        """Send the last bytes in clear, and shake hands."""
+        shared = self._shared
+        context = shared.tls
+        assert context is not None, "TLS is offered only with a certificate"
+        try:
+            with self._handshake():
+                if before:
+                    await self._stream.send_all(before)
+                await self._stream.start_tls(context, server_side=True)
+        finally:
+            shared.handshakes.end(self)
         self._plugin.secure = True
-        self._shared.counters.tls += 1
+        shared.counters.tls += 1
+
+    def _xclient(self, event: server.XClient) -> None:
+        """Believe a trusted peer who its client is; what was known of the last one is void."""
+        attributes, client = event.attributes, self._client
+        try:
+            remote = _endpoint(attributes, "ADDR", "PORT", client.remote)
+            local = _endpoint(attributes, "DESTADDR", "DESTPORT", client.local)
+        except ValueError:
+            self._machine.reject(smtp.BAD_PARAMETER_VALUE)
+            return
+        self._client = Client(remote, local, attributes.get("LOGIN") or "")
+        self._plugin.authenticated = bool(self._client.user)
+        if remote[0] != client.remote[0]:
+            if self._admitted is not None:
+                self._shared.clients.left(self._admitted)
+                self._admitted = None
+            if (refusal := self._admit()) is not None:
+                self._machine.close(refusal, "the client of a proxy is refused")
+                return
+        self._machine.auth_in_clear = is_loopback(remote[0])
+        self._machine.accept()
+
+    # Content.
+
+    def _data(self) -> None:
+        shared = self._shared
+        if shared.memory.is_full:
+            self._machine.reject(smtp.NO_MEMORY)
+            return
+        config = shared.config
+        self._drop_spool()
+        self._spool = Spool(shared.memory, config.queue_directory, config.smtp_spill_size)
+        self._machine.accept(sink=self._spool)
+
+    async def _content_came(self) -> None:
+        """Account for what has come of a mail, and write it out when it is large."""
+        spool, machine = self._spool, self._machine
+        assert spool is not None, "within a mail"
+        if machine.mail is None:
+            self._drop_spool()
+            return
+        spool.came(machine.content_size)
+        if spool.is_due:
+            await spool.flush()
+            spool.came(machine.content_size)
 
     async def _content(self, event: server.Content) -> None:
         """Turn the mail into messages, let the plugins see them, publish, and only then say 250."""
-        shared, machine = self._shared, self._machine
-        reply = await self._take_mail(event.body)
+        shared, machine, spool = self._shared, self._machine, self._spool
+        assert spool is not None, "within a mail"
+        body = event.body
+        if spool.failed is not None:
+            log.error("a mail from %s was not taken: %s", self._client.remote[0], spool.failed)
+            replies = [smtp.NO_MEMORY] * (len(machine.rcpts) if machine.settings.lmtp else 1)
+        elif isinstance(body, bytes):
+            self._drop_spool()
+            replies = await self._take(body)
+        else:
+            shared.counters.spilled += 1
+            async with shared.loader(self.worker):
+                replies = await self._take(body)
+        self._drop_spool()
         self._take_output()
-        if reply.code >= 400:
+        if all(reply.code >= 400 for reply in replies):
             shared.counters.refused_messages += 1
-            machine.reject(reply)
         else:
             shared.counters.transactions += 1
-            machine.accept(reply)
+            shared.counters.bytes += len(body)
+        if machine.settings.lmtp:
+            machine.accept(each=replies)
+        elif replies[0].code >= 400:
+            machine.reject(replies[0])
+        else:
+            machine.accept(replies[0])
 
-    async def _take_mail(self, mime: bytes) -> Reply:
-        shared = self._shared
-        refusal = await self._plugin.data(mime)
-        if refusal is not None:
-            return _reply(refusal)
-        reception = incoming.messages(
-            mime,
-            self._envelope(),
-            hostname=shared.settings.hostname,
-            now=shared.clock(),
-            next_id=shared.plugins.message_id,
-        )
-        if reception is None:
-            return smtp.TOO_MANY_HOPS
-        for reason in reception.ignored:
-            log.warning("mail from %s: ignored %s", self._remote[0], reason)
-        refused: list[Reply] = []
-        lines: list[str] = []
-        publications: list[Publication] = []
-        for message in reception.messages:
-            recipient = message.recipient
-            message.local = shared.access.is_local(recipient)
-            refusal = await self._plugin.message(message)
-            if refusal is not None:
-                refused.append(_reply(refusal))
-                lines.append(f"{refusal.code} {recipient}: {refusal.text}")
-                continue
-            lines.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
-            if queue := self._route(message):
-                publications.append(Publication(queue, message))
-        if len(refused) == len(reception.messages):
-            return refused[0]
+    async def _take(self, body: bytes | memoryview) -> list[Reply]:
+        memory = self._shared.memory
+        memory.add(len(body))
         try:
-            if publications:
-                await shared.queues.publish(publications)
-        except QueueError as error:
-            shared.counters.queue_errors += 1
-            log.error("a mail from %s was not taken: %s", self._remote[0], error)
-            return smtp.QUEUE_UNAVAILABLE
-        shared.counters.messages += len(lines) - len(refused)
-        shared.counters.bytes += len(mime)
-        if shared.received_log is not None:
-            for publication in publications:
-                shared.received_log.write(_received_line(publication.message))
-        lines.insert(0, "2.0.0 Message accepted" + (" for some recipients" if refused else ""))
-        return Reply(250, "\n".join(lines))
+            return await reception.take(
+                self._shared, self._client, self._plugin, self._machine, body
+            )
+        finally:
+            memory.add(-len(body))
 
-    def _envelope(self) -> incoming.Envelope:
-        machine, config = self._machine, self._shared.config
-        secure = machine.secure
-        authenticated = self._plugin.authenticated
-        hello = machine.hello
-        assert hello is not None, "the machine asks for EHLO"
-        assert machine.mail is not None, "the machine asks for MAIL"
-        local, remote = self._local, self._remote
-        connection: dict[str, object] = {
-            "local-ip": local[0],
-            "local-port": local[1],
-            "remote-ip": remote[0],
-            "remote-port": remote[1],
-            "secure": secure,
-        }
-        if self._user:
-            connection["user"] = self._user
-        properties: dict[str, object] = {"connection": connection}
-        parameters = machine.mail.parameters
-        if parameters.utf8:
-            properties["smtputf8"] = True
-        if parameters.require_tls:
-            properties["requiretls"] = True
-        if parameters.body == "BINARYMIME":
-            properties["binarymime"] = True
-        return incoming.Envelope(
-            machine.mail.sender,
-            machine.recipients,
-            properties,
-            [_dsn(parameters, rcpt.parameters) for rcpt in machine.rcpts],
-            protocol=headers.protocol_name(
-                extended=hello.extended, secure=secure, authenticated=authenticated
-            ),
-            helo=hello.name,
-            client_ip=remote[0],
-            trusted=config.smtp_extract and self._may_relay(),
-        )
+    def _drop_spool(self) -> None:
+        spool, self._spool = self._spool, None
+        if spool is not None:
+            spool.close()
 
-    def _route(self, message: Message) -> str:
-        """The queue that the message is for; empty where the configuration drops it."""
-        config = self._shared.config
-        if message.local and config.rabbitmq_local:
-            return config.rabbitmq_local
-        inbox = config.rabbitmq_inbox
-        return config.rabbitmq_outbox if inbox is None else inbox
+    # What plugins send raw.
 
     def _take_output(self) -> None:
         """Put what plugins sent raw behind what the server has said."""
@@ -384,33 +554,21 @@ class Session:
 
     def _send_output(self) -> None:
         """A plugin sent something while the session waits for the peer."""
-        if self._reading:
+        if self._waiting and not self._mute:
             self._stream.send_nowait(self._plugin.take_output())
 
 
-def _reply(refusal: Reject, *, permanent: str = "5.7.1") -> Reply:
-    """A plugin's refusal as a reply, with a status code where its text has none."""
-    status = "4.7.1" if refusal.code < 500 else permanent
-    return Reply(refusal.code, with_status(refusal.code, refusal.text, status))
-
-
-def _dsn(mail: MailParameters, rcpt: RcptParameters) -> dict[str, object]:
-    """The property ``dsn`` from the parameters of RFC 3461, where there are any."""
-    dsn: dict[str, object] = {}
-    if mail.ret:
-        dsn["ret"] = mail.ret
-    if mail.envid:
-        dsn["envid"] = mail.envid
-    if rcpt.notify:
-        dsn["notify"] = ",".join(rcpt.notify)
-    if rcpt.orcpt:
-        dsn["orcpt"] = rcpt.orcpt
-    return {"dsn": dsn} if dsn else {}
-
-
-def _received_line(message: Message) -> str:
-    connection = message.properties.get("connection", {})
-    return (
-        f"{message.properties.get('message-id', '')} <{message.envelope}> <{message.recipient}>"
-        f" [{connection.get('remote-ip', '')}] [{connection.get('local-ip', '')}]"
-    )
+def _endpoint(
+    attributes: Mapping[str, str | None], name: str, port_name: str, known: tuple[str, int]
+) -> tuple[str, int]:
+    """An address and a port as XCLIENT gives them. Raises ValueError."""
+    host, port = known
+    if name in attributes:
+        given = attributes[name] or UNKNOWN
+        host = str(ipaddress.ip_address(given[5:] if given[:5].upper() == "IPV6:" else given))
+        port = 0
+    if text := attributes.get(port_name):
+        port = int(text) if text.isascii() else -1
+        if not 0 <= port <= 65535:
+            raise ValueError("no port")
+    return host, port

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import Self
+from typing import Final, Self
 
 __all__ = ["Slots"]
+
+SHORT: Final = 0.8
+"""The share that is in use when they begin to be short."""
 
 
 class Slots:
@@ -36,6 +39,13 @@ class Slots:
             self.used -= 1
             if self._within:
                 self._within.release()
+
+    @property
+    def are_short(self) -> bool:
+        """Whether most of them are in use."""
+        return self.used >= self.limit * SHORT or (
+            self._within is not None and self._within.are_short
+        )
 
     def __str__(self) -> str:
         return f"{self.used} of {self.limit}"

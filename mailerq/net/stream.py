@@ -54,6 +54,7 @@ class Stream:
         self._remote = remote
         self._served = 0
         self._unsent = b""
+        self._unread = b""
         self._tls: ssl.SSLObject | None = None
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -122,6 +123,10 @@ class Stream:
             except ssl.SSLError as error:
                 raise StreamLost(str(error)) from error
 
+    def unread(self, data: bytes) -> None:
+        """Put back what was received and is somebody else's: the next read, or TLS, gets it."""
+        self._unread = data
+
     async def send_all(self, data: bytes) -> None:
         """Send all of it. Raises `StreamLost`; how much has arrived is then unknown."""
         if self._tls is None:
@@ -186,6 +191,9 @@ class Stream:
         self._sock.close()
 
     async def _receive_raw(self) -> bytes:
+        if self._unread:
+            data, self._unread = self._unread, b""
+            return data
         while True:
             try:
                 data = self._sock.recv(RECEIVE_BYTES)

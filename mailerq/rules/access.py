@@ -5,10 +5,17 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import Final
+
+from mailerq.address import parse_domain
+from mailerq.errors import AddressError
 
 __all__ = ["Access", "domain_of", "is_loopback"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+_ROUTES: Final = frozenset("%!@")
 
 
 def domain_of(address: str) -> str:
@@ -16,8 +23,17 @@ def domain_of(address: str) -> str:
     return address.rpartition("@")[2].lower().rstrip(".")
 
 
+def _ascii(domain: str) -> str:
+    if domain.isascii():
+        return domain
+    try:
+        return parse_domain(domain)
+    except AddressError:
+        return domain
+
+
 class Access:
-    """The access rules of one server: `smtp-range`, `smtp-relay-range`, `smtp-local-domains`.
+    """The access rules of one server, from the settings of networks and domains.
 
     An empty `clients` admits everybody, an empty `relays` lets nobody relay without a login.
     """
@@ -26,10 +42,15 @@ class Access:
         self,
         clients: Sequence[Network],
         relays: Sequence[Network],
-        local_domains: Collection[str],
+        local_domains: Collection[str] = (),
+        *,
+        proxies: Sequence[Network] = (),
+        xclients: Sequence[Network] = (),
     ) -> None:
         self._clients = tuple(clients)
         self._relays = tuple(relays)
+        self._proxies = tuple(proxies)
+        self._xclients = tuple(xclients)
         self._local_domains = frozenset(domain_of("@" + name) for name in local_domains)
 
     def may_connect(self, client: str) -> bool:
@@ -39,14 +60,26 @@ class Access:
         """Whether that client may send to anybody without a login."""
         return _within(client, self._relays)
 
+    def is_proxy(self, peer: str) -> bool:
+        """Whether that peer must send a PROXY header."""
+        return bool(self._proxies) and _within(peer, self._proxies)
+
+    def may_xclient(self, client: str) -> bool:
+        """Whether that client may say with XCLIENT whom it speaks for."""
+        return bool(self._xclients) and _within(client, self._xclients)
+
     def is_local(self, recipient: str) -> bool:
         """Whether anybody may send to that recipient.
 
-        Only the domain counts, so a route that hides in the local part gets nobody further:
-        ``victim%elsewhere.test@local.test`` is a mailbox of local.test and nothing else.
-        The bare ``postmaster`` is always at home (RFC 5321, section 4.5.1).
+        The domain counts. A route that hides in the local part is refused: to us
+        ``victim%elsewhere.test@local.test`` is a mailbox of local.test, but a host behind us may
+        see more in it. The bare ``postmaster`` is always at home (RFC 5321, section 4.5.1).
         """
-        return "@" not in recipient or domain_of(recipient) in self._local_domains
+        if "@" not in recipient:
+            return True
+        if _ascii(domain_of(recipient)) not in self._local_domains:
+            return False
+        return _ROUTES.isdisjoint(recipient.rpartition("@")[0])
 
 
 @lru_cache(maxsize=4096)

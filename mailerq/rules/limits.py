@@ -53,6 +53,13 @@ class ClientLimits:
             self._levels.popitem(last=False)
         return allowed
 
+    def give_back(self, client: str, what: str) -> None:
+        """Undo a `take` of one."""
+        key = (network_of(client), what)
+        if key in self._levels:
+            used, since = self._levels[key]
+            self._levels[key] = (max(0.0, used - 1), since)
+
     def is_exhausted(self, client: str, what: str, now: float) -> bool:
         """Whether `take` would say no; counts nothing."""
         bound = self._bounds.get(what)

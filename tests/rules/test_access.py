@@ -33,10 +33,10 @@ def test_only_clients_in_the_relay_range_may_relay() -> None:
 
 @pytest.mark.parametrize(
     "recipient",
-    ["a@here.test", "a@HERE.Test", "x%y.test@here.test", "x!y@here.test", "postmaster"],
+    ["a@here.test", "a@HERE.Test", '"a b"@here.test', "postmaster", "a@b\u00fccher.test"],
 )
 def test_recipients_of_local_domains_are_local(recipient: str) -> None:
-    assert Access((), (), ["Here.test"]).is_local(recipient)
+    assert Access((), (), ["Here.test", "xn--bcher-kva.test"]).is_local(recipient)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,9 @@ def test_recipients_of_local_domains_are_local(recipient: str) -> None:
         '"a@here.test"@elsewhere.test',
         "a@[127.0.0.1]",
         "here.test!a@elsewhere.test",
+        "x%y.test@here.test",
+        "y.test!x@here.test",
+        '"x@y.test"@here.test',
     ],
 )
 def test_nothing_else_is_local(recipient: str) -> None:

@@ -1,0 +1,43 @@
+"""The file of `smtp-local-addresses`."""
+
+from __future__ import annotations
+
+import logging
+
+from mailerq.net.files import WatchedFile
+from mailerq.rules.addresses import AddressList
+
+__all__ = ["LocalAddresses"]
+
+log = logging.getLogger("mailerq.server")
+
+
+class LocalAddresses:
+    """An `AddressList` in a file, read again when it changes; without a path it is empty.
+
+    A file that cannot be read counts as it was before. Raises ValueError when it cannot be read
+    at first.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        self._file = WatchedFile(path, AddressList.parse) if path else None
+        self._list = AddressList()
+        self._broken = False
+        if self._file is not None:
+            try:
+                self._list = self._file.read()
+            except (OSError, ValueError) as error:
+                raise ValueError(f"cannot use {path}: {error}") from None
+
+    def has(self, address: str) -> bool:
+        """Whether an address is in the list as it stands now."""
+        if self._file is None:
+            return False
+        try:
+            self._list = self._file.read()
+            self._broken = False
+        except (OSError, ValueError) as error:
+            if not self._broken:
+                log.warning("%s: %s; what stood there before still holds", self._file.path, error)
+            self._broken = True
+        return self._list.has(address)

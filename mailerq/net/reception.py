@@ -1,0 +1,219 @@
+"""From the content of one mail to messages in a queue, and what to reply to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from mailerq.errors import QueueError
+from mailerq.mail import headers, incoming
+from mailerq.message import Message
+from mailerq.plugins import Connection, Reject
+from mailerq.queues import Publication
+from mailerq.wire import smtp
+from mailerq.wire.parameters import MailParameters, RcptParameters
+from mailerq.wire.server import ServerProtocol
+from mailerq.wire.smtp import Reply, with_status
+
+if TYPE_CHECKING:
+    from mailerq.net.shared import Server
+
+__all__ = ["Client", "refusal_reply", "take"]
+
+log = logging.getLogger("mailerq.server")
+
+HEADER_BYTES: Final = 1 << 20
+"""A header up to this size is edited apart from its body, where the body is in a file."""
+
+
+@dataclass(slots=True)
+class Client:
+    """Who a session is with: the peer, or whom a proxy says that it speaks for."""
+
+    remote: tuple[str, int]
+    local: tuple[str, int]
+    user: str = ""
+
+
+async def take(
+    shared: Server,
+    client: Client,
+    plugin: Connection,
+    machine: ServerProtocol,
+    body: bytes | memoryview,
+) -> list[Reply]:
+    """Let the plugins see a mail, and publish it: the reply, in LMTP one for each recipient.
+
+    A good reply means that it is safe.
+    """
+    refusal = await plugin.data(body)
+    if refusal is not None:
+        return _all(refusal_reply(refusal), machine)
+    envelope = _envelope(shared, client, plugin, machine)
+    head, rest = _split(body)
+    reception = incoming.messages(
+        head,
+        envelope,
+        hostname=machine.settings.hostname,
+        now=shared.clock(),
+        next_id=shared.plugins.message_id,
+    )
+    if reception is None:
+        return _all(smtp.TOO_MANY_HOPS, machine)
+    for reason in reception.ignored:
+        log.warning("mail from %s: ignored %s", client.remote[0], reason)
+    if rest is not None:
+        first = reception.messages[0].body or b""
+        whole = b"".join((first, rest))
+        for message in reception.messages:
+            message.body = whole
+    return await _publish(shared, client, plugin, machine, reception.messages)
+
+
+async def _publish(
+    shared: Server,
+    client: Client,
+    plugin: Connection,
+    machine: ServerProtocol,
+    messages: Sequence[Message],
+) -> list[Reply]:
+    replies: list[Reply] = []
+    publications: list[Publication] = []
+    for message in messages:
+        recipient = message.recipient
+        message.local = shared.is_local(recipient)
+        refusal = await plugin.message(message)
+        if refusal is not None:
+            replies.append(refusal_reply(refusal))
+            continue
+        id = message.properties.get("message-id", "")
+        replies.append(Reply(250, f"2.0.0 {id} for {recipient}"))
+        if queue := _route(shared, message):
+            publications.append(Publication(queue, message))
+    try:
+        if publications:
+            await shared.queues.publish(publications)
+    except QueueError as error:
+        shared.counters.queue_errors += 1
+        log.error("a mail from %s was not taken: %s", client.remote[0], error)
+        replies = [smtp.QUEUE_UNAVAILABLE if reply.code < 400 else reply for reply in replies]
+        publications.clear()
+    shared.counters.messages += sum(reply.code < 400 for reply in replies)
+    if shared.received_log is not None:
+        for publication in publications:
+            shared.received_log.write(_received_line(publication.message))
+    return replies if machine.settings.lmtp else [_sum_up(messages, replies)]
+
+
+def _sum_up(messages: Sequence[Message], replies: Sequence[Reply]) -> Reply:
+    """One reply for all recipients: good when the mail was taken for one of them."""
+    taken = sum(reply.code < 400 for reply in replies)
+    if not taken:
+        return replies[0]
+    lines = ["2.0.0 Message accepted" + (" for some recipients" if taken < len(replies) else "")]
+    for message, reply in zip(messages, replies, strict=True):
+        good = reply.code < 400
+        lines.append(reply.text if good else f"{reply.code} {message.recipient}: {reply.text}")
+    return Reply(250, "\n".join(lines))
+
+
+def refusal_reply(refusal: Reject, *, permanent: str = "5.7.1") -> Reply:
+    """A plugin's refusal as a reply, with a status code where its text has none."""
+    status = "4.7.1" if refusal.code < 500 else permanent
+    return Reply(refusal.code, with_status(refusal.code, refusal.text, status))
+
+
+def _all(reply: Reply, machine: ServerProtocol) -> list[Reply]:
+    return [reply] * (len(machine.rcpts) if machine.settings.lmtp else 1)
+
+
+def _split(body: bytes | memoryview) -> tuple[bytes, memoryview | None]:
+    """The part that is edited, and the rest where it is worth while not to copy it twice."""
+    if isinstance(body, bytes):
+        return body, None
+    start = bytes(body[:HEADER_BYTES])
+    end = start.find(b"\r\n\r\n")
+    if end < 0:
+        return bytes(body), None
+    return start[: end + 4], body[end + 4 :]
+
+
+def _envelope(
+    shared: Server, client: Client, plugin: Connection, machine: ServerProtocol
+) -> incoming.Envelope:
+    hello, mail = machine.hello, machine.mail
+    assert hello is not None, "the machine asks for EHLO"
+    assert mail is not None, "the machine asks for MAIL"
+    connection: dict[str, object] = {
+        "local-ip": client.local[0],
+        "local-port": client.local[1],
+        "remote-ip": client.remote[0],
+        "remote-port": client.remote[1],
+        "secure": machine.secure,
+    }
+    if client.user:
+        connection["user"] = client.user
+    properties: dict[str, object] = {"connection": connection}
+    parameters = mail.parameters
+    if parameters.utf8:
+        properties["smtputf8"] = True
+    if parameters.require_tls:
+        properties["requiretls"] = True
+    if parameters.body == "BINARYMIME":
+        properties["binarymime"] = True
+    protocol = headers.protocol_name(
+        extended=hello.extended, secure=machine.secure, authenticated=plugin.authenticated
+    )
+    trusted = plugin.authenticated or shared.access.may_relay(client.remote[0])
+    return incoming.Envelope(
+        mail.sender,
+        machine.recipients,
+        properties,
+        [_dsn(parameters, rcpt.parameters) for rcpt in machine.rcpts],
+        # RFC 3848 has the same names for LMTP, with an L.
+        protocol=protocol.replace("ESMTP", "LMTP") if machine.settings.lmtp else protocol,
+        helo=hello.name,
+        client_ip=client.remote[0],
+        trusted=shared.config.smtp_extract and trusted,
+    )
+
+
+def _dsn(mail: MailParameters, rcpt: RcptParameters) -> dict[str, object]:
+    """The property ``dsn`` from the parameters of RFC 3461, where there are any."""
+    dsn: dict[str, object] = {}
+    if mail.ret:
+        dsn["ret"] = mail.ret
+    if mail.envid:
+        dsn["envid"] = mail.envid
+    if rcpt.notify:
+        dsn["notify"] = ",".join(rcpt.notify)
+    if rcpt.orcpt:
+        dsn["orcpt"] = rcpt.orcpt
+    return {"dsn": dsn} if dsn else {}
+
+
+def _route(shared: Server, message: Message) -> str:
+    """The queue that the message is for; empty where the configuration drops it."""
+    config = shared.config
+    if message.local and config.rabbitmq_local:
+        return config.rabbitmq_local
+    inbox = config.rabbitmq_inbox
+    return config.rabbitmq_outbox if inbox is None else inbox
+
+
+def _received_line(message: Message) -> str:
+    connection = message.properties.get("connection", {})
+    return (
+        f"{message.properties.get('message-id', '')}"
+        f" <{_field(message.envelope)}> <{_field(message.recipient)}>"
+        f" [{connection.get('remote-ip', '')}] [{connection.get('local-ip', '')}]"
+    )
+
+
+def _field(address: str) -> str:
+    """An address in which nothing ends the brackets around it: a quoted local part may."""
+    if '"' not in address:
+        return address
+    return "".join(f"\\x{ord(char):02x}" if char in " <>[]" else char for char in address)

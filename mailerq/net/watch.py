@@ -1,0 +1,92 @@
+"""Deadlines of sessions: how long a peer may take for what it is doing.
+
+Theory of operation
+-------------------
+A session notes, with plain numbers, since when it waits for its peer and how much has come. One
+task for each worker looks at all of its sessions every second at most. That costs less than a
+deadline of trio's that is moved at each read, and since the bounds are looked up anew each
+time, they tighten by themselves, for sessions that are open already too, when most connection
+slots are in use.
+
+What is bounded is always a whole: a command from its first byte to its last, a mail from its
+first byte to its dot, a handshake, a session. So a peer that sends a byte now and then gains
+nothing by it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from mailerq.config import Config
+
+if TYPE_CHECKING:
+    from mailerq.net.session import Session
+    from mailerq.net.shared import Server
+
+__all__ = ["Bounds", "Watch"]
+
+STRAINED_SECONDS: Final = 10.0
+"""How long a peer may take for anything when connection slots are short."""
+
+LOOKS: Final = 4
+"""The shortest bound is looked at so many times before it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """In seconds; `rate` is bytes/s of a mail, beyond the time that `idle` gives."""
+
+    idle: float
+    command: float
+    handshake: float
+    session: float
+    rate: float
+
+    @classmethod
+    def of(cls, config: Config) -> Bounds:
+        return cls(
+            config.smtp_timeout,
+            config.smtp_command_timeout,
+            config.smtp_handshake_timeout,
+            config.smtp_session_timeout or math.inf,
+            config.smtp_data_minrate,
+        )
+
+    def tightened(self) -> Bounds:
+        return Bounds(
+            min(self.idle, STRAINED_SECONDS),
+            min(self.command, STRAINED_SECONDS),
+            min(self.handshake, STRAINED_SECONDS),
+            self.session,
+            self.rate,
+        )
+
+
+class Watch:
+    """Looks at the sessions of one worker; `sessions` is for its thread."""
+
+    def __init__(self, shared: Server) -> None:
+        self.sessions: dict[Session, None] = {}
+        self._shared = shared
+        self._usual = Bounds.of(shared.config)
+        self._tight = self._usual.tightened()
+        shortest = min(self._usual.idle, self._usual.command, self._usual.handshake)
+        self._pause = min(1.0, min(shortest, self._usual.session) / LOOKS)
+        self._scope = trio.CancelScope()
+
+    async def run(self) -> None:
+        """Look until `stop`."""
+        with self._scope:
+            while True:
+                await trio.sleep(self._pause)
+                now = trio.current_time()
+                bounds = self._tight if self._shared.slots.are_short else self._usual
+                for session in [one for one in self.sessions if one.is_overdue(now, bounds)]:
+                    session.expire()
+
+    def stop(self) -> None:
+        self._scope.cancel()
