@@ -103,8 +103,11 @@ $(VENV)/.lint: $(VENV)/.base
 
 build/plugins/%.so: plugins/%.c include/mailerq.h
 	@mkdir -p $(@D)
-	$(CC) $(PLUGIN_FLAGS) -std=c99 $< -o $@
+	$(CC) $(PLUGIN_FLAGS) -std=c99 $< -o $@ $(LDLIBS)
 
 build/plugins/%.so: plugins/%.cpp include/mailerq.h
 	@mkdir -p $(@D)
-	$(CXX) $(PLUGIN_FLAGS) -std=c++17 $< -o $@
+	$(CXX) $(PLUGIN_FLAGS) -std=c++17 $< -o $@ $(LDLIBS)
+
+build/plugins/tag.so build/plugins/mimegen.so: LDLIBS := -ljson-c
+build/plugins/auth.so: LDLIBS := -pthread -lcrypt

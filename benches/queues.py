@@ -1,4 +1,4 @@
-"""What the embedded queue costs: publish, publish to ack, with a million waiting, beside busy Python.
+"""What the embedded queue costs: publish, ack, with a million waiting, beside busy Python.
 
     python benches/queues.py [--messages N] [--tasks N] [--size BYTES] [--directory DIR]
     python benches/queues.py --waiting 1000000          how much a full queue costs
