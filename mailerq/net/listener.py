@@ -173,9 +173,7 @@ class Listener:
 
     def _turn_away(self, port: Port, error: OSError) -> None:
         """There is no descriptor left: tell those who wait, with the one that was kept for it."""
-        if time.monotonic() - self._reminded > REMIND_SECONDS:
-            self._reminded = time.monotonic()
-            log.warning("cannot accept connections: %s", error.strerror)
+        self._warn(f"cannot accept connections: {error.strerror}")
         with self._reserve:
             for _ in range(ACCEPTS_IN_A_ROW):
                 try:
@@ -183,6 +181,12 @@ class Listener:
                 except OSError:
                     return
                 self._refuse(Stream(sock), port, smtp.BUSY)
+
+    def _warn(self, text: str) -> None:
+        """Log what may be so for each of thousands of connections, now and then."""
+        if time.monotonic() - self._reminded > REMIND_SECONDS:
+            self._reminded = time.monotonic()
+            log.warning("%s", text)
 
     def _admit(self, stream: Stream, port: Port) -> None:
         """Give the connection to the worker that has the fewest, or send it away."""
@@ -193,10 +197,11 @@ class Listener:
         refusal = None if proxied else shared.admit(peer)
         if refusal is None and not self._slots.take():
             refusal = smtp.BUSY
+            self._warn(f"connections are refused: {self._slots} are open")
             if not proxied:
                 shared.clients.left(peer)
         if refusal is not None:
-            log.info("connection from %s refused: %s", peer, refusal.text)
+            log.debug("connection from %s refused: %s", peer, refusal.text)
             if shared.refused_log is not None:
                 shared.refused_log.write(f"[{peer}] (connection) -> {refusal.code} {refusal.text}")
             self._refuse(stream, port, refusal)

@@ -225,7 +225,7 @@ class Session:
             self._admitted = host
         else:
             self._shared.counters.refused_connections += 1
-            log.info("connection from %s refused: %s", host, reply.text)
+            log.debug("connection from %s refused: %s", host, reply.text)
         return reply
 
     async def _delay_greeting(self) -> None:

@@ -1,0 +1,438 @@
+"""The content of mail in the whole engine: where it ends, where it waits, and who sees it."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from mailerq.mail.incoming import HOP_LIMIT
+from mailerq.net import memory
+from mailerq.plugins import Reject
+from mailerq.queues import Publication
+from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until
+from tests.support import compile_plugin, without_received
+
+LINE = 76 * b"x" + b"\r\n"
+HEADER = b"Subject: large\r\nMessage-ID: <1@b.test>\r\n\r\n"
+
+# Framing.
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b"\n.\n",
+        b"\n.\r\n",
+        b"\r\n.\n",
+        b"\r.\r",
+        b"\r.\r\n",
+        b"\r\n.\r",
+        b"\r\r\n.\r\r\n",
+        b"\n.\r",
+    ],
+)
+@pytest.mark.parametrize("policy", ["reject", "normalize"])
+async def test_what_looks_like_an_end_smuggles_nothing(
+    tmp_path: Path, end: bytes, policy: str
+) -> None:
+    """CVE-2023-51764, -51765, -51766, at every split of the stream."""
+    evil = b"MAIL FROM:<evil@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\nsecond\r\n.\r\n"
+    sent = b"first" + end + evil
+    taken = 0
+    async with serve(tmp_path, smtp_bare_newline=policy) as engine:
+        for cut in range(len(sent)):
+            async with open_dialog(engine.addresses[0]) as dialog:
+                assert await dialog.codes("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA") == [
+                    250,
+                    250,
+                    354,
+                ]
+                await dialog.send(sent[:cut])
+                await trio.lowlevel.checkpoint()
+                await dialog.send(sent[cut:] + b"QUIT\r\n")
+                codes = []
+                while reply := await dialog.reply():
+                    codes.append(reply[:3])
+                assert codes == (["550", "221"] if policy == "reject" else ["250", "221"])
+                taken += policy == "normalize"
+        messages = await inbox(engine, taken)
+        assert [depth.total for depth in await engine.queues.depths()] in ([], [0])
+    for message in messages:
+        assert message.envelope == "a@b.test"
+        assert message.body is not None
+        assert message.body.count(b"\n") == message.body.count(b"\r\n")
+        assert message.body.count(b"\r") == message.body.count(b"\r\n")
+        assert b"MAIL FROM:<evil@b.test>" in message.body
+
+
+async def test_bare_newlines_are_refused_or_made_pairs(tmp_path: Path) -> None:
+    bare = b"Subject: x\r\n\r\none\ntwo\rthree\r\n"
+    async with converse(tmp_path) as dialog:
+        assert (await dialog.mail("c@d.test", body=bare)).startswith("550 5.6.0")
+    async with serve(tmp_path, smtp_bare_newline="normalize") as engine:
+        async with open_dialog(engine.addresses[0]) as dialog:
+            assert (await dialog.mail("c@d.test", body=bare)).startswith("250")
+        (message,) = await inbox(engine)
+    assert message.body is not None
+    assert message.body.endswith(b"\r\n\r\none\r\ntwo\r\nthree\r\n")
+
+
+@pytest.mark.parametrize("body", [b"", b"..x\r\n", b".\r\n", b"\r\n"])
+async def test_dots_and_empty_bodies_arrive_exactly(tmp_path: Path, body: bytes) -> None:
+    stuffed = b"".join(
+        b"." + line if line.startswith(b".") else line for line in body.splitlines(keepends=True)
+    )
+    async with serve(tmp_path) as engine:
+        async with open_dialog(engine.addresses[0]) as dialog:
+            assert (await dialog.mail("c@d.test", body=stuffed)).startswith("250")
+            await dialog.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>")
+            await dialog.send(b"BDAT %d LAST\r\n" % len(body) + body)
+            assert (await dialog.reply()).startswith("250")
+        first, second = await inbox(engine, 2)
+    for message in (first, second):
+        assert message.body is not None
+        assert message.body.endswith(b"\r\n" + body)
+        assert message.body.count(b".x") == body.count(b".x")
+
+
+# Bounds.
+
+
+async def test_a_line_without_end_is_not_kept(tmp_path: Path) -> None:
+    async def flood(dialog: Dialog) -> None:
+        for _ in range(1024):  # a gigabyte, if it were let in
+            await dialog.send((1 << 20) * b"x")
+
+    async with serve(tmp_path) as engine, open_dialog(engine.addresses[0]) as dialog:
+        before = resident()
+        with pytest.raises(trio.BrokenResourceError):
+            await flood(dialog)
+        assert resident() - before < 20 << 20
+        async with open_dialog(engine.addresses[0]) as other:
+            assert (await other.mail("c@d.test")).startswith("250")
+
+
+async def test_a_mail_that_is_longer_than_it_said_or_may_be(tmp_path: Path) -> None:
+    async with converse(tmp_path, smtp_maxsize=1000) as dialog:
+        assert await dialog.codes("MAIL FROM:<a@b.test> SIZE=1001") == [552]
+        await dialog.say("MAIL FROM:<a@b.test> SIZE=5", "RCPT TO:<c@d.test>", "DATA")
+        await dialog.send(20 * LINE + b".\r\n")
+        assert (await dialog.reply()).startswith("552 5.3.4")
+        assert (await dialog.mail("c@d.test")).startswith("250")
+
+
+async def test_a_mail_that_loops_is_refused(tmp_path: Path) -> None:
+    async with converse(tmp_path) as dialog:
+        for count, code in ((HOP_LIMIT - 1, "250"), (HOP_LIMIT, "554 5.4.6")):
+            body = count * b"Received: by x.test; now\r\n" + b"\r\nhi\r\n"
+            assert (await dialog.mail("c@d.test", body=body)).startswith(code)
+
+
+async def test_a_million_headers_are_a_mail_like_others(tmp_path: Path) -> None:
+    async with serve(tmp_path) as engine:
+        async with open_dialog(engine.addresses[0]) as dialog:
+            with trio.fail_after(15):
+                reply = await dialog.mail("c@d.test", body=1_000_000 * b"A: b\r\n" + b"\r\nhi\r\n")
+            assert reply.startswith("250")
+        (message,) = await inbox(engine)
+    assert message.body is not None
+    assert without_received(message.body).count(b"A: b\r\n") == 1_000_000
+
+
+async def test_recipients_without_end_get_452(tmp_path: Path) -> None:
+    async with serve(tmp_path, smtp_maxrecipients=10) as engine:
+        async with open_dialog(engine.addresses[0]) as dialog:
+            await dialog.say("MAIL FROM:<a@b.test>")
+            for _ in range(100):  # 100,000 in segments of a thousand
+                await dialog.send(1000 * b"RCPT TO:<c@d.test>\r\n")
+                codes = [(await dialog.reply())[:3] for _ in range(1000)]
+                assert set(codes) <= {"250", "452"}
+            assert (await dialog.say("DATA")).startswith("354")
+            await dialog.send(b"hi\r\n.\r\n")
+            assert (await dialog.reply()).startswith("250")
+        assert len(await inbox(engine, 10)) == 10
+
+
+# Large mail.
+
+
+async def send_large(dialog: Dialog, lines: int) -> bytes:
+    """A mail of so many lines, up to the reply to it."""
+    assert await dialog.codes("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA") == [
+        250,
+        250,
+        354,
+    ]
+    await dialog.send(HEADER)
+    for _ in range(lines // 1000):
+        await dialog.send(1000 * LINE)
+    await dialog.send(b"..dot\r\n.\r\n")
+    assert (await dialog.reply()).startswith("250"), dialog.received
+    return HEADER + lines // 1000 * 1000 * LINE + b".dot\r\n"
+
+
+async def test_a_large_mail_waits_in_a_file_and_arrives_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    async with serve(tmp_path, smtp_spill_size=300_000) as engine:
+        engine.on("data", lambda connection, mime: seen.append(type(mime)))
+        async with open_dialog(engine.addresses[0]) as dialog:
+            content = await send_large(dialog, 50_000)
+            small = await dialog.mail("c@d.test")
+            assert small.startswith("250")
+        first, _ = await inbox(engine, 2)
+        incoming = engine.statistics()["incoming"]
+    assert first.body is not None
+    assert without_received(first.body) == content
+    assert seen == [memoryview, bytes]
+    assert (incoming["spilled"], incoming["memory"]) == (1, 0)
+    assert sorted(name for name in os.listdir(tmp_path / "queue") if "tmp" in name) == []
+
+
+DIGEST = r"""
+#include <mailerq.h>
+#include <stdio.h>
+
+MQ_EXPORT int mq_version(void) { return MQ_API_VERSION; }
+
+MQ_EXPORT bool mq_smtp_in_data(MQ_Context *context, MQ_SmtpConnection *connection,
+                               const char *mime, size_t size)
+{
+    (void)context;
+    unsigned long sum = 0;
+    for (size_t i = 0; i < size; ++i) sum = (sum * 31 + (unsigned char)mime[i]) % 1000000007UL;
+    char text[80];
+    snprintf(text, sizeof text, "%zu %lu %d", size, sum, mime[size]);
+    MQ_Reject(connection, 550, text);
+    return false;
+}
+"""
+
+
+async def test_a_plugin_sees_a_large_mail_like_any_other(tmp_path: Path) -> None:
+    compile_plugin(tmp_path / "plugins", "digest.c", DIGEST)
+    content = HEADER + 6000 * LINE + b".dot\r\n"
+    total = 0
+    for byte in content:
+        total = (total * 31 + byte) % 1_000_000_007
+    expected = f"550 5.7.1 {len(content)} {total} 0"
+    replies = []
+    for spill in (0, 1000):
+        settings = {"smtp_spill_size": spill, "plugin_directory": str(tmp_path / "plugins")}
+        async with converse(tmp_path, **settings) as dialog:
+            await dialog.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
+            await dialog.send(HEADER + 6000 * LINE + b"..dot\r\n.\r\n")
+            replies.append(await dialog.reply())
+    assert replies == [expected, expected]
+
+
+async def test_a_large_mail_that_is_refused_or_broken_off_leaves_nothing(tmp_path: Path) -> None:
+    settings = {"smtp_spill_size": 1000, "smtp_maxsize": 2_000_000}
+    async with serve(tmp_path, **settings) as engine:
+        address = engine.addresses[0]
+        gc.collect()
+        before = set(os.listdir("/proc/self/fd"))
+        async with open_dialog(address) as dialog:
+            for end in (b"\n\r\n.\r\n", 2_000_000 * b"x" + b"\r\n.\r\n"):  # bare, and too big
+                await dialog.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
+                await dialog.send(20_000 * LINE + end)
+                assert (await dialog.reply())[:3] in ("550", "552")
+            await dialog.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>")
+            await dialog.send(b"BDAT 1000000\r\n" + 1_000_000 * b"x")
+            assert (await dialog.reply()).startswith("250")
+            assert await dialog.codes("RSET") == [250]
+            await dialog.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
+            await dialog.send(20_000 * LINE)
+        await until(lambda: not engine.statistics()["incoming"]["open"])
+        assert engine.statistics()["incoming"]["memory"] == 0
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+async def test_a_full_disk_is_452_and_the_next_mail_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **more: object) -> object:
+        file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
+        return file
+
+    async with converse(tmp_path, smtp_spill_size=1000) as dialog:
+        with monkeypatch.context() as patch:
+            patch.setattr(memory.tempfile, "TemporaryFile", fail)
+            await dialog.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
+            await dialog.send(10_000 * LINE + b".\r\n")
+            assert (await dialog.reply()).startswith("452 4.3.1")
+        await send_large(dialog, 10_000)
+
+
+async def test_above_max_memory_new_mail_waits(tmp_path: Path) -> None:
+    settings = {"max_memory": 100_000, "smtp_spill_size": 0}
+    async with serve(tmp_path, **settings) as engine:
+        address = engine.addresses[0]
+        async with open_dialog(address) as first, open_dialog(address) as second:
+            await first.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
+            await first.send(HEADER + 2000 * LINE)
+            await until(lambda: engine.statistics()["incoming"]["memory"] >= 100_000)
+            await second.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>")
+            assert (await second.say("DATA")).startswith("452 4.3.1")
+            await second.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>")
+            await second.send(b"BDAT 4 LAST\r\nhi\r\n")
+            assert (await second.reply()).startswith("452 4.3.1")
+            await first.send(b".\r\n")
+            assert (await first.reply()).startswith("250")
+            assert engine.statistics()["incoming"]["memory"] == 0
+            assert (await second.mail("c@d.test")).startswith("250")
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(("spill", "bound"), [(0, 1.5), (300_000, 0.7)])
+async def test_resident_memory_stays_near_what_has_come(
+    tmp_path: Path, spill: int, bound: float
+) -> None:
+    """Here 40 connections with 2 MB each, half of them in small segments."""
+    block = 2000 * LINE
+    async with serve(tmp_path, smtp_spill_size=spill) as engine:
+        clients = []
+        for _ in range(40):
+            client = socket.create_connection(engine.addresses[0])
+            client.setblocking(False)
+            clients.append(Dialog(trio.SocketStream(trio.socket.from_stdlib_socket(client))))
+        for dialog in clients:
+            await dialog.reply()
+            await dialog.say("EHLO c.test", "MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
+        gc.collect()
+        before = resident()
+
+        async def send(number: int, dialog: Dialog) -> None:
+            for _ in range(13):
+                size = len(block) if number % 2 else 700
+                for start in range(0, len(block), size):
+                    await dialog.send(block[start : start + size])
+
+        async with trio.open_nursery() as nursery:
+            for number, dialog in enumerate(clients):
+                nursery.start_soon(send, number, dialog)
+        received = 40 * 13 * len(block)
+        if not spill:
+            whole = received - 40 * 4  # what may begin an end does not count yet
+            await until(lambda: engine.statistics()["incoming"]["memory"] >= whole)
+        assert resident() - before < bound * received
+        for dialog in clients:
+            await trio.aclose_forcefully(dialog.stream)
+
+
+@pytest.mark.soak
+async def test_a_thousand_connections_with_ten_megabytes_each(tmp_path: Path) -> None:
+    """Resident memory stays below 1.5 times what has come."""
+    block = 1300 * LINE
+    async with serve(tmp_path, smtp_connections=1100) as engine:
+        clients = [await Dialog.open(engine.addresses[0]) for _ in range(1000)]
+        for dialog in clients:
+            await dialog.reply()
+            await dialog.say("EHLO c.test", "MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
+        before = resident()
+
+        async def send(dialog: Dialog) -> None:
+            for _ in range(100):
+                await dialog.send(block)
+
+        async with trio.open_nursery() as nursery:
+            for dialog in clients:
+                nursery.start_soon(send, dialog)
+        used, received = resident() - before, 1000 * 100 * len(block)
+        print(f"{received >> 20} MB received, {used >> 20} MB resident")
+        assert used < 1.5 * received
+        for dialog in clients:
+            await dialog.send(b".\r\n")
+        for dialog in clients:
+            assert (await dialog.reply()).startswith("250")
+            await trio.aclose_forcefully(dialog.stream)
+
+
+# LMTP.
+
+
+async def test_lmtp_answers_for_each_recipient(tmp_path: Path) -> None:
+    settings = {"smtp_port": (), "lmtp_port": (0,)}
+    async with serve(tmp_path, **settings) as engine:
+
+        def judge(connection: object, message: Any) -> Reject | None:
+            return Reject(450, "4.2.2 full") if message.recipient == "full@d.test" else None
+
+        engine.on("message", judge)
+        async with open_dialog(engine.addresses[0], greeted=False) as dialog:
+            assert (await dialog.reply()).startswith("220 mx.test LMTP")
+            assert await dialog.codes("EHLO c.test", "HELO c.test", "LHLO c.test") == [
+                500,
+                500,
+                250,
+            ]
+            first = await dialog.mail("c@d.test", "full@d.test", "e@d.test")
+            replies = [first, await dialog.reply(), await dialog.reply()]
+            assert [reply[:9] for reply in replies] == ["250 2.0.0", "450 4.2.2", "250 2.0.0"]
+            assert replies[0].endswith(" for c@d.test")
+            assert await dialog.codes("NOOP") == [250]
+        messages = await inbox(engine, 2)
+    assert [message.recipient for message in messages] == ["c@d.test", "e@d.test"]
+    assert messages[0].body is not None
+    assert b" with LMTP id " in messages[0].body
+
+
+async def test_lmtp_says_for_each_recipient_that_the_queue_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mailerq.errors import QueueError
+
+    async def fail(publications: list[Publication]) -> None:
+        raise QueueError("no")
+
+    settings = {"smtp_port": (), "lmtp_port": (0,)}
+    async with serve(tmp_path, **settings) as engine:
+        monkeypatch.setattr(engine.queues, "publish", fail)
+        async with open_dialog(engine.addresses[0], hello="LHLO c.test") as dialog:
+            first = await dialog.mail("c@d.test", "e@d.test")
+            assert [first[:3], (await dialog.reply())[:3]] == ["451", "451"]
+
+
+# Parameters.
+
+
+async def test_what_was_asked_for_in_parameters_stands_in_the_message(tmp_path: Path) -> None:
+    async with serve(tmp_path) as engine:
+        async with open_dialog(engine.addresses[0]) as dialog:
+            assert await dialog.codes(
+                "MAIL FROM:<ä@b.test> SMTPUTF8 BODY=BINARYMIME RET=HDRS ENVID=a+2Bb",
+                "RCPT TO:<ö@d.test> NOTIFY=SUCCESS,DELAY ORCPT=rfc822;x@y.test",
+                "RCPT TO:<c@d.test>",
+            ) == [250, 250, 250]
+            await dialog.send(b"BDAT 4\r\n\0\n\r\xff")
+            assert (await dialog.reply()).startswith("250")
+            await dialog.send(b"BDAT 0 LAST\r\n")
+            assert (await dialog.reply()).startswith("250")
+        first, second = await inbox(engine, 2)
+    assert first.properties["dsn"] == {
+        "ret": "HDRS",
+        "envid": "a+b",
+        "notify": "SUCCESS,DELAY",
+        "orcpt": "rfc822;x@y.test",
+    }
+    assert second.properties["dsn"] == {"ret": "HDRS", "envid": "a+b"}
+    for message in (first, second):
+        assert (message.properties["smtputf8"], message.properties["binarymime"]) == (True, True)
+        assert message.body is not None
+        assert message.body.endswith(b"\0\n\r\xff")
+    assert first.recipient == "ö@d.test"
+    assert hashlib.md5(first.body or b"").digest() == hashlib.md5(second.body or b"").digest()
