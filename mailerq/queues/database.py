@@ -6,10 +6,11 @@ body: in ``body`` under the number of the message, or, when one commit brings th
 object for several recipients, once in ``shared``, which counts its users. Column
 ``message.body`` tells which: NULL for no body, 0 for ``body``, else a number in ``shared``.
 Triggers keep these tables together: every deletion is one statement on ``message``, and every
-insertion one on the view ``incoming``.
+insertion one on the view ``incoming``. A row of that view without a queue is a deletion too.
 
 Statements are few and long, because the interpreter lock is dropped around every step of a
-statement, and a thread beside a busy one may wait a scheduling interval to get it back.
+statement, and a thread beside a busy one may wait a scheduling interval to get it back. So most
+commits are one statement, and no BEGIN and COMMIT around it.
 
 SQLite's own checkpoints, in the commit that fills the log, are left as they are: 5 ms for each
 8 MB on an SSD, and next to nothing while what comes in goes out again soon. A thread of its
@@ -81,10 +82,14 @@ CREATE TRIGGER incoming_body INSTEAD OF INSERT ON incoming WHEN new.body = 0
 BEGIN
     INSERT INTO body VALUES (new.id, new.data);
 END;
-CREATE TRIGGER incoming_message INSTEAD OF INSERT ON incoming
+CREATE TRIGGER incoming_message INSTEAD OF INSERT ON incoming WHEN new.queue IS NOT NULL
 BEGIN
     INSERT INTO message VALUES
         (new.id, new.queue, new.due, new.body, new.body_crc, new.crc, new.properties);
+END;
+CREATE TRIGGER incoming_removal INSTEAD OF INSERT ON incoming WHEN new.queue IS NULL
+BEGIN
+    DELETE FROM message WHERE id = new.id;
 END;
 CREATE TRIGGER message_gone AFTER DELETE ON message WHEN old.body = 0
 BEGIN

@@ -52,6 +52,9 @@ LOCK_NAME: Final = "queue.lock"
 NUMBERS: Final = 10_000
 """Numbers taken at a time by a process that stays; a short one takes what it needs."""
 
+NO_ROW: Final = (None,) * 7
+"""What stands behind a number in the view ``incoming`` to delete that message."""
+
 WORK_ROWS: Final = 2_000
 """Rows that one commit of a purge deletes: others are let in between."""
 
@@ -226,7 +229,7 @@ class Store(Reader):
         """Commit a batch whose inserts have their numbers. Raises `QueueError`."""
         connection = self._writable()
         shared = share(batch.inserts)
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (
                 insert.id,
                 insert.queue,
@@ -245,26 +248,28 @@ class Store(Reader):
             )
             for insert in batch.inserts
         ]
+        rows += [(number, *NO_ROW) for number in batch.removals]
         try:
+            if len(rows) <= ROWS_PER_STATEMENT and not shared and not batch.retries:
+                self._write_rows(connection, rows)  # a commit of its own
+                return
             connection.execute("BEGIN IMMEDIATE")
             if shared:
                 connection.executemany("INSERT INTO shared VALUES (?, ?, ?)", shared)
             for start in range(0, len(rows), ROWS_PER_STATEMENT):
-                part = rows[start : start + ROWS_PER_STATEMENT]
-                connection.execute(_insert(len(part)), [value for row in part for value in row])
+                self._write_rows(connection, rows[start : start + ROWS_PER_STATEMENT])
             for retry in batch.retries:
                 self._retry(connection, retry)
-            if batch.removals:
-                connection.execute(
-                    "DELETE FROM message WHERE id IN (SELECT value FROM carray(?))",
-                    (bind(batch.removals),),
-                )
             connection.execute("COMMIT")
         except apsw.Error as error:
             raise self.failed(error) from error
         except Exception as error:
             self.failed(error)
             raise
+
+    def _write_rows(self, connection: apsw.Connection, rows: Sequence[tuple[Any, ...]]) -> None:
+        if rows:
+            connection.execute(_insert(len(rows)), [value for row in rows for value in row])
 
     def _retry(self, connection: apsw.Connection, retry: Retry) -> None:
         insert = retry.insert
