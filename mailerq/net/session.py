@@ -141,11 +141,14 @@ class Session:
             return True
         waited = now - self._since
         if self._handshaking:
-            return waited > bounds.handshake
-        if self._machine.in_content:
+            late = waited > bounds.handshake
+        elif self._machine.in_content:
             fair = bounds.idle + self._bytes / bounds.rate if bounds.rate else waited
-            return now - self._heard > bounds.idle or waited > fair
-        return waited > (bounds.command if self._machine.unfinished else bounds.idle)
+            late = now - self._heard > bounds.idle or waited > fair
+        else:
+            late = waited > (bounds.command if self._machine.unfinished else bounds.idle)
+        # What it has sent and we had no time to read is no fault of its.
+        return late and not self._stream.has_input
 
     def expire(self) -> None:
         """The time is up."""

@@ -123,6 +123,14 @@ class Stream:
             except ssl.SSLError as error:
                 raise StreamLost(str(error)) from error
 
+    @property
+    def has_input(self) -> bool:
+        """Whether bytes of the peer wait to be read."""
+        try:
+            return bool(self._sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
     def unread(self, data: bytes) -> None:
         """Put back what was received and is somebody else's: the next read, or TLS, gets it."""
         self._unread = data

@@ -338,7 +338,7 @@ async def test_resident_memory_stays_near_what_has_come(
 async def test_a_thousand_connections_with_ten_megabytes_each(tmp_path: Path) -> None:
     """Resident memory stays below 1.5 times what has come."""
     block = 1300 * LINE
-    async with serve(tmp_path, smtp_connections=1100) as engine:
+    async with serve(tmp_path, smtp_connections=3000) as engine:  # no strain: ours are slow
         clients = [await Dialog.open(engine.addresses[0]) for _ in range(1000)]
         for dialog in clients:
             await dialog.reply()
