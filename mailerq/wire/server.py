@@ -90,6 +90,9 @@ IDLE_COMMAND_LIMIT: Final = 100
 SOFT_SHARE: Final = 2
 """From this part of either limit on a session is a `nuisance`."""
 
+CONTENT_LINE: Final = b"(mail)"
+"""Stands for what is refused of a mail; no line is like it, for each has its end."""
+
 Refusals = list[tuple[str, Reply]]
 """What was refused, as a log may show it, and the reply."""
 
@@ -625,11 +628,10 @@ class ServerProtocol:
     def _next_chunk(self) -> Event | None:
         """Take what there is of a chunk; at its end reply, or hand out the mail."""
         if self._chunk_left:
-            data = self._take_buffer()
+            data = self._buffer[self._position : self._position + self._chunk_left]
             if not data:
                 return self._need_data()
-            self._buffer = data[self._chunk_left :]
-            data = data[: self._chunk_left]
+            self._position += len(data)
             self._chunk_left -= len(data)
             if self._chunk_refusal is None:
                 self._body.add(data)
@@ -649,7 +651,7 @@ class ServerProtocol:
     def _finish_content(self) -> Event | None:
         self.state = State.COMMAND
         self.steps += 1
-        self._line = b""
+        self._line = CONTENT_LINE
         body = self._body.finish()
         if self._body.is_too_big:
             return self._content_failed(smtp.TOO_BIG)
@@ -734,8 +736,8 @@ class ServerProtocol:
         Secrets may stand behind AUTH, in each line of its exchange, and in what only looks like
         a command because the peer did not notice that AUTH was refused.
         """
-        if self.state is State.GREETING or not self._line:
-            return "(mail)" if self.mail is not None else "(connection)"
+        if self._line in (b"", CONTENT_LINE):
+            return self._line.decode() or "(connection)"
         verb, _, argument = self._line.strip().partition(b" ")
         verb = verb.upper()
         if verb == b"AUTH":
