@@ -9,12 +9,13 @@ PYTEST := $(BIN)/python -m pytest
 CORE_SOURCES := setup.py include/mailerq.h $(wildcard mailerq/_core*.p* mailerq/_core*.cpp)
 PLUGINS := $(patsubst plugins/%.c,build/plugins/%.so,$(wildcard plugins/*.c)) \
            $(patsubst plugins/%.cpp,build/plugins/%.so,$(wildcard plugins/*.cpp))
+FUZZSECONDS := 60
 PLUGIN_FLAGS := -O2 -g -fPIC -shared -Wall -Wextra -Iinclude
 
 export PYTHON PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: run test build debug bench soak lint asan clean help
+.PHONY: run test build debug bench soak fuzz lint asan clean help
 .DELETE_ON_ERROR:
 
 run: build $(PLUGINS) ## set up all there is to set up and start a server to try, on port 2525
@@ -36,6 +37,10 @@ bench: $(VENV)/.test build ## measure against the peers that are installed; see 
 
 soak: $(VENV)/.test build ## run the tests that take their time
 	$(PYTEST) -m soak --timeout=3600 $(PYTESTARGS)
+
+fuzz: $(VENV)/.test build ## look for input that breaks the server machine, for FUZZSECONDS=60
+	-@$(call needs,fuzz) || echo "atheris cannot be installed here"
+	$(BIN)/python tests/fuzz/server.py --seconds $(FUZZSECONDS)
 
 lint: $(VENV)/.lint ## ruff, mypy --strict, cython-lint, layering, size of files
 	$(BIN)/ruff check --quiet
