@@ -17,7 +17,6 @@ Guarantees
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import functools
 import os
@@ -44,10 +43,9 @@ from mailerq.queues.database import (
 from mailerq.queues.interface import Publication
 from mailerq.queues.records import Batch, Insert, Retry, checksum, prepare, share
 
-__all__ = ["FILE_NAME", "Store"]
+__all__ = ["FILE_NAME", "Store", "lock_directory"]
 
 FILE_NAME: Final = "queue.db"
-LOCK_NAME: Final = "queue.lock"
 
 NUMBERS: Final = 10_000
 """Numbers taken at a time by a process that stays; a short one takes what it needs."""
@@ -83,26 +81,18 @@ class Store(Reader):
         self._next = self._end = 0
 
     @classmethod
-    def open(cls, directory: str, *, exclusive: bool = False) -> Self:
+    def open(cls, directory: str, *, daemon_lock: int | None = None) -> Self:
         """Open the queue of a directory; the directory and the file are made if missing.
 
-        `exclusive` is for the daemon: it refuses a directory that another one has, checks
-        the file, and salvages a damaged one. Without it a damaged file is `QueueDamaged`.
+        Raises `QueueError`; a damaged file is left alone and is `QueueDamaged`. A daemon comes
+        by `mailerq.queues.exclusive`, which hands over its lock.
         """
         path = os.path.join(directory, FILE_NAME)
-        locks: list[int] = []
-        store = cls(path, locks, NUMBERS if exclusive else 1)
+        locks = [] if daemon_lock is None else [daemon_lock]
+        store = cls(path, locks, 1 if daemon_lock is None else NUMBERS)
         try:
             os.makedirs(directory, mode=0o750, exist_ok=True)
-            if exclusive:
-                locks.append(_lock_daemon(os.path.join(directory, LOCK_NAME)))
-            locks.append(os.open(directory, os.O_RDONLY | os.O_CLOEXEC))
-            if exclusive:
-                from mailerq.queues.salvage import recover
-
-                _lock_directory(locks[-1], fcntl.LOCK_EX, path)
-                recover(path)
-            _lock_directory(locks[-1], fcntl.LOCK_SH, path)
+            locks.append(lock_directory(directory, fcntl.LOCK_SH))
             store.create()
         except (OSError, apsw.Error, QueueError) as error:
             store.close()
@@ -301,34 +291,23 @@ class Store(Reader):
         raise QueueError(f"{self.path}: was replaced while mailerq runs; start it again")
 
 
-def _lock_directory(lock: int, kind: int, path: str) -> None:
-    """Share the directory with others that use it, or have it alone while it is salvaged."""
+def lock_directory(directory: str, kind: int) -> int:
+    """Share a directory with others that use it, or have it alone while it is salvaged.
+
+    Returns the descriptor that holds the lock. Raises `QueueError` and `OSError`.
+    """
+    lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     until = time.monotonic() + BUSY_TIMEOUT_MS / 1000
     while True:
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= until:
-                raise QueueError(f"{path}: another process is busy with it") from None
+                os.close(lock)
+                raise QueueError(f"{directory}: another process is busy with it") from None
             time.sleep(0.05)
+        except BaseException:
+            os.close(lock)
+            raise
         else:
-            return
-
-
-def _lock_daemon(path: str) -> int:
-    """Take the lock of a running daemon and write our process id into it."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
-    except OSError as error:
-        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise QueueError(
-                f"{path}: held by another mailerq, process {holder}; stop it or use another "
-                "queue-directory"
-            ) from None
-        raise
-    return lock
+            return lock

@@ -18,6 +18,7 @@ from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.exclusive import open_exclusive
 from mailerq.queues.store import Store
 
 ROOT = Path(__file__).parent.parent.parent
@@ -83,7 +84,7 @@ def test_kill_at_any_moment_loses_nothing_and_doubles_nothing(tmp_path: Path) ->
             if line.endswith(b"\n"):
                 word, tag = line.split()
                 (published if word == b"published" else delivered).add(int(tag))
-        with Store.open(str(directory), exclusive=True) as store:
+        with open_exclusive(str(directory)) as store:
             waiting, results = tags(store, "outbox"), tags(store, "results")
         assert not list(directory.glob("*.damaged-*"))
         assert published <= {*waiting, *results}
@@ -126,7 +127,7 @@ def test_no_room_for_the_log_refuses_and_recovers_without_a_restart(tmp_path: Pa
     process = start(FULL, str(tmp_path))
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, b"")
-    with Store.open(str(tmp_path), exclusive=True) as store:
+    with open_exclusive(str(tmp_path)) as store:
         assert tags(store, "outbox") == [int(tag) for tag in output.split()]
     assert not list(tmp_path.glob("*.damaged-*"))
 
@@ -200,7 +201,7 @@ async def test_failing_disk_refuses_and_recovers_without_a_restart(
             await queues.publish([publication(6)])
             await queues.ack([Settlement(first)])
             assert (await consumer.receive()).message.properties["tag"] == 6
-    with Store.open(str(tmp_path), exclusive=True) as store:
+    with open_exclusive(str(tmp_path)) as store:
         assert tags(store, "outbox") == [2, 6]
     assert not list(tmp_path.glob("*.damaged-*"))
 
@@ -228,6 +229,6 @@ async def test_unreadable_disk_delays_and_loses_nothing(
                     lease = await consumer.receive()
                     received.append(lease.message.properties["tag"])
             faulty_disk.read = False
-    with Store.open(str(tmp_path), exclusive=True) as store:
+    with open_exclusive(str(tmp_path)) as store:
         assert tags(store, "outbox") == list(range(6, 20))
     assert received == list(range(len(received)))

@@ -19,6 +19,7 @@ from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
 from mailerq.queues.database import PAGE_SIZE
 from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.exclusive import open_exclusive
 from mailerq.queues.pages import Pages
 from mailerq.queues.records import DAMAGED_QUEUE
 from mailerq.queues.salvage import ROOTS
@@ -52,7 +53,7 @@ def publications(count: int = COUNT) -> list[Publication]:
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound queue, closed; deletions have left free pages, and some share a body."""
     directory = tmp_path_factory.mktemp("filled")
-    with Store.open(str(directory), exclusive=True) as store:
+    with open_exclusive(str(directory)) as store:
         gone = store.publish(
             Publication("outbox", Message({"tag": -1}, bytes(9000 + step))) for step in range(150)
         )
@@ -71,7 +72,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, but as kill -9 leaves it: nearly all of it is in the write-ahead log."""
     directory = tmp_path_factory.mktemp("killed")
     copy = tmp_path_factory.mktemp("copy")
-    with Store.open(str(directory), exclusive=True) as store:
+    with open_exclusive(str(directory)) as store:
         store.connection.wal_autocheckpoint(0)
         for publication in publications():
             store.publish([publication])
@@ -129,7 +130,7 @@ def expected() -> dict[int, tuple[str, float, Body]]:
 
 
 def start(directory: Path) -> None:
-    Store.open(str(directory), exclusive=True).close()
+    open_exclusive(str(directory)).close()
 
 
 def kept(directory: Path) -> list[str]:
@@ -385,9 +386,9 @@ def test_a_newer_file_is_refused(directory: Path) -> None:
     connection = apsw.Connection(str(directory / "queue.db"))
     connection.pragma("user_version", 2)
     connection.close()
-    for exclusive in (True, False):
+    for opener in (open_exclusive, Store.open):
         with pytest.raises(QueueError, match="newer mailerq"):
-            Store.open(str(directory), exclusive=exclusive)
+            opener(str(directory))
 
 
 def test_a_database_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -395,9 +396,9 @@ def test_a_database_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -
     connection.execute("CREATE TABLE theirs (a); INSERT INTO theirs VALUES (1)")
     connection.close()
     before = (tmp_path / "queue.db").read_bytes()
-    for exclusive in (True, False):
+    for opener in (open_exclusive, Store.open):
         with pytest.raises(QueueError, match="another program"):
-            Store.open(str(tmp_path), exclusive=exclusive)
+            opener(str(tmp_path))
     assert (tmp_path / "queue.db").read_bytes() == before
 
 
