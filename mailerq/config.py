@@ -113,6 +113,15 @@ class Config:
         30.0, SECONDS, HERE, "How long a stop waits for running transactions.", unit="s", minimum=0
     )
 
+    watchdog_seconds: float = setting(
+        5.0,
+        SECONDS,
+        HERE,
+        "How long a worker may stand still before the log says in what; 0: nobody looks.",
+        unit="s",
+        minimum=0,
+    )
+
     smtp_ip: tuple[str, ...] = setting(
         (), IPS, SERVER, "Addresses to listen on.", unset="all addresses"
     )

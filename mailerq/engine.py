@@ -34,6 +34,7 @@ from mailerq.net.resolver import Resolver
 from mailerq.net.shared import Server
 from mailerq.net.slots import Slots
 from mailerq.net.tls import Handshakes, tls_context
+from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
 from mailerq.plugins import Plugins
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
@@ -92,6 +93,7 @@ class Engine:
         self._server: Server
         self._listener: Listener
         self._dispatcher: Dispatcher
+        self._watchdog: Watchdog
         self._nursery: trio.Nursery
         self._started = 0.0
         self._failed = False
@@ -134,6 +136,7 @@ class Engine:
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
+        self._watchdog = stack.enter_context(Watchdog(config.watchdog_seconds, self._workers))
         connections = Slots(_connections(config))
         incoming = Slots(_limit(config.smtp_connections_in), within=connections)
         settings = server.Settings(
@@ -260,6 +263,7 @@ class Engine:
             "outgoing": self._dispatcher.statistics(),
             "queue": self.queues.statistics(),
             "plugins": self.plugins.statistics(),
+            "watchdog": self._watchdog.statistics(),
         }
 
     def on(self, event: str, handler: Callable[..., Any]) -> None:

@@ -39,12 +39,13 @@ class Worker:
         self.context: Context
         self.nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
-        self._thread = 0
+        self.thread = 0
+        """The identity of its thread, once it runs."""
         self._stop: trio.Event
 
     def call(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
         """Run a plain function on this worker's thread: now when called there, else soon."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self.thread:
             function(*args)
         else:
             self._token.run_sync_soon(function, *args)
@@ -64,7 +65,7 @@ class Worker:
     ) -> None:
         """Serve until `stop`, then wait for the tasks that are still there."""
         self._token = trio.lowlevel.current_trio_token()
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._stop = trio.Event()
         self.context = await plugins.open_context(self.index)
         try:
