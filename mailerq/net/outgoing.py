@@ -26,7 +26,7 @@ import math
 import select
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -52,7 +52,7 @@ from mailerq.wire.client import (
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
-    from mailerq.net.pool import Pool
+    from mailerq.config import Config
     from mailerq.net.worker import Worker
     from mailerq.plugins import Connection as PluginConnection
 
@@ -111,13 +111,42 @@ class Report:
     messages: int | None = None
 
 
+class Employer(Protocol):
+    """Who gives a connection its jobs: what it expects of `mailerq.net.pool.Pool`.
+
+    All methods are called on the thread of `worker`.
+    """
+
+    config: Config
+    worker: Worker
+    listens: bool
+
+    def host_failed(self, host: Host) -> None:
+        """That host did not let us in."""
+
+    def opened(self, connection: Connection) -> None:
+        """The connection can take its first job."""
+
+    def finished(self, connection: Connection, job: Job, report: Report, reusable: bool) -> None:
+        """A job is over; the connection takes another one only when it is `reusable`."""
+
+    def returned(self, job: Job) -> None:
+        """A job was not tried, because the peer had gone."""
+
+    def leaving(self, connection: Connection) -> None:
+        """The connection takes no more jobs."""
+
+    def closed(self, connection: Connection, job: Job | None, report: Report | None) -> None:
+        """The connection has ended; a `report` says why no host let it in."""
+
+
 class Connection:
     """A connection of a pool; `run` is its task.
 
     `give`, `leave`, `cut`, `check` and `settled` are for its worker's thread.
     """
 
-    def __init__(self, pool: Pool, worker: Worker, route: Route, local_ip: str | None) -> None:
+    def __init__(self, pool: Employer, worker: Worker, route: Route, local_ip: str | None) -> None:
         self.worker = worker
         self.route = route
         self.local_ip = local_ip
