@@ -147,8 +147,7 @@ class Listener:
         self._reserve.close()
 
     def _shut_down(self, worker: Worker) -> None:
-        for session in list(self._watches[worker].sessions):
-            session.shut_down(self._seconds_left())
+        self._watches[worker].shut_down(self._seconds_left())
 
     def _seconds_left(self) -> float:
         return max(0.0, (self._stop_at or 0.0) - time.monotonic())

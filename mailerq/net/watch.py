@@ -17,17 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 import trio
 
 from mailerq.config import Config
+from mailerq.net.shared import Server
 
-if TYPE_CHECKING:
-    from mailerq.net.session import Session
-    from mailerq.net.shared import Server
-
-__all__ = ["Bounds", "Watch"]
+__all__ = ["Bounds", "Watch", "Watched"]
 
 STRAINED_SECONDS: Final = 10.0
 """How long a peer may take for anything when connection slots are short."""
@@ -66,11 +63,24 @@ class Bounds:
         )
 
 
+class Watched(Protocol):
+    """What a session is to its watch."""
+
+    def is_overdue(self, now: float, bounds: Bounds) -> bool:
+        """Whether the peer takes longer than it may."""
+
+    def expire(self) -> None:
+        """The time is up."""
+
+    def shut_down(self, seconds: float) -> None:
+        """The engine stops, and waits so long."""
+
+
 class Watch:
     """Looks at the sessions of one worker; `sessions` is for its thread."""
 
     def __init__(self, shared: Server) -> None:
-        self.sessions: dict[Session, None] = {}
+        self.sessions: dict[Watched, None] = {}
         self._shared = shared
         self._usual = Bounds.of(shared.config)
         self._tight = self._usual.tightened()
@@ -87,6 +97,11 @@ class Watch:
                 bounds = self._tight if self._shared.slots.are_short else self._usual
                 for session in [one for one in self.sessions if one.is_overdue(now, bounds)]:
                     session.expire()
+
+    def shut_down(self, seconds: float) -> None:
+        """End all sessions, in their own time but at most in `seconds`."""
+        for session in list(self.sessions):
+            session.shut_down(seconds)
 
     def stop(self) -> None:
         self._scope.cancel()
