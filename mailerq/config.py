@@ -454,9 +454,9 @@ class Config:
         300.0,
         SECONDS,
         PLUGINS,
-        "How long a plugin may hold an event before the event is given up with 451.",
+        "How long a plugin may hold an event before it is given up with 451; 0: for ever.",
         unit="s",
-        minimum=0.001,
+        minimum=0,
     )
 
     application_log: str = setting(
