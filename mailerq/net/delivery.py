@@ -103,10 +103,8 @@ class Dispatcher:
         self._queues = queues
         self._send_log = send_log
         self._clock = clock
-        self._next_id = plugins.message_id
-        self._may_supply_body = plugins.listens("out_data")
-        listens = self._may_supply_body or plugins.listens("out_sent")
-        self._pool = Pool(config, workers, resolver, slots, self, listens=listens)
+        self._plugins = plugins
+        self._pool = Pool(config, workers, resolver, slots, self)
         self._unsettled: list[tuple[Settlement, Connection | None]] = []
         self._settling = 0
         self._work = trio.Event()
@@ -204,7 +202,7 @@ class Dispatcher:
         properties["domain"] = mailbox.domain
         properties.setdefault("seen", format_time(now))
         if not properties.get("message-id"):
-            properties["message-id"] = self._next_id()
+            properties["message-id"] = self._plugins.message_id()
         if now > expires:
             return self._refuse(lease, responses.EXPIRED)
         if (outcome := self._body_problem(message)) is not None:
@@ -222,8 +220,8 @@ class Dispatcher:
         body = message.body
         if body is not None:
             return responses.TOO_MANY_HOPS if count_hops(body) > MAX_HOPS else None
-        if self._may_supply_body:
-            return None
+        if self._plugins.listens("out_data"):
+            return None  # a plugin may supply one
         if message.properties.get("mime"):
             return responses.not_generated()
         return responses.NO_DATA

@@ -119,7 +119,6 @@ class Employer(Protocol):
 
     config: Config
     worker: Worker
-    listens: bool
 
     def host_failed(self, host: Host) -> None:
         """That host did not let us in."""
@@ -164,7 +163,7 @@ class Connection:
         self._calm: trio.Event | None = None
         self._protocol: ClientProtocol
         self._stream: Stream
-        self._plugin: PluginConnection | None = None
+        self._plugin: PluginConnection
         self._poll = select.poll()
         self._local = ""
         self._messages = 0
@@ -276,8 +275,7 @@ class Connection:
 
     async def _serve(self) -> None:
         """Send jobs until there are no more, or the session is of no more use."""
-        if self._pool.listens:
-            self._plugin = self.worker.context.connection(self._stream.fileno(), incoming=False)
+        self._plugin = self.worker.context.connection(self._stream.fileno(), incoming=False)
         try:
             while job := self._job or await self._wait_for_job():
                 outcome = await self._deliver(job)
@@ -295,10 +293,8 @@ class Connection:
                 with trio.move_on_after(QUIT_SECONDS):
                     await self._exchange()
         finally:
-            if self._plugin is not None:
-                with trio.CancelScope(shield=True):
-                    await self._plugin.close()
-                self._plugin = None
+            with trio.CancelScope(shield=True):
+                await self._plugin.close()
 
     def _may_go_on(self) -> bool:
         limit = self._pool.config.connection_maxmessages
@@ -372,18 +368,15 @@ class Connection:
 
         What plugins do to the body holds for this attempt; what they do to the JSON stays.
         """
-        protocol = self._protocol
-        message = stored
-        plugin = self._plugin
+        protocol, plugin = self._protocol, self._plugin
+        message = Message(dict(stored.properties), stored.body)
         try:
-            if plugin is not None:
-                message = Message(dict(stored.properties), stored.body)
-                self._deadline = math.inf
-                refusal = await plugin.out_data(message, stored)
-                await self._send_output(plugin)
-                if refusal is not None:
-                    protocol.abort(Problem.LOST, "a plugin stopped the message")
-                    return responses.rejected_by_plugin(Reply(refusal.code, refusal.text))
+            self._deadline = math.inf
+            refusal = await plugin.out_data(message, stored)
+            await self._send_output()
+            if refusal is not None:
+                protocol.abort(Problem.LOST, "a plugin stopped the message")
+                return responses.rejected_by_plugin(Reply(refusal.code, refusal.text))
             if message.body is None:
                 protocol.abort(Problem.LOST, "there is no body")
                 return responses.NO_DATA
@@ -392,11 +385,11 @@ class Connection:
                 self._expect(self._timeout)
                 protocol.receive_data(await self._stream.receive())
             protocol.send_body(message.body)
-            if plugin is not None and protocol.step is Step.MESSAGE:
+            if protocol.step is Step.MESSAGE:
                 await self._send_due()
                 self._deadline = math.inf
                 await plugin.out_sent(message, stored)
-                await self._send_output(plugin)
+                await self._send_output()
         except StreamLost as error:
             return _outcome(await self._last_words(error))
         return _outcome(await self._exchange(FINAL_REPLY * self._timeout))
@@ -432,8 +425,8 @@ class Connection:
                 piece = data if len(data) <= SLICE_BYTES else data[at : at + SLICE_BYTES]
                 await self._stream.send_all(piece)
 
-    async def _send_output(self, plugin: PluginConnection) -> None:
-        if output := plugin.take_output():
+    async def _send_output(self) -> None:
+        if output := self._plugin.take_output():
             self._expect(self._timeout)
             await self._stream.send_all(output)
 

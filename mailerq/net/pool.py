@@ -109,7 +109,7 @@ class Destination:
 
 
 class Pool:
-    """The connections of an engine to other hosts. `listens`: plugins want to see messages."""
+    """The connections of an engine to other hosts."""
 
     def __init__(
         self,
@@ -118,11 +118,8 @@ class Pool:
         resolver: Resolver,
         slots: Slots,
         office: Office,
-        *,
-        listens: bool = False,
     ) -> None:
         self.config = config
-        self.listens = listens
         self.worker = workers[0]
         self._workers = workers
         self._resolver = resolver

@@ -1,0 +1,62 @@
+"""Handlers in Python, given to an engine that runs: they see the same events as plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from mailerq import Engine, Message
+from tests.support import configure, open_sink, send
+
+SESSION = ("connect", "mailfrom", "rcptto", "data", "message", "close")
+
+
+async def test_handlers_see_mail_come_and_go(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def note(event: str) -> Callable[..., None]:
+        return lambda *arguments: seen.append(event)
+
+    def write(connection: object, message: Message, stored: Message) -> None:
+        seen.append("out_data")
+        message.body = b"Subject: of this attempt\r\n"
+        stored.properties["seen-by"] = "handler"
+
+    async with open_sink() as sink:
+        config = configure(
+            tmp_path,
+            smtp_sink_address="127.0.0.1",
+            smtp_sink_port=sink.port,
+            rabbitmq_success="success",
+        )
+        async with Engine(config) as engine:
+            await send(engine.addresses[0], sender="before@b.test")
+            await sink.wait_for(1)  # the connection to the sink is there before the handlers
+            for event in (*SESSION, "out_sent"):
+                engine.on(event, note(event))
+            engine.on("out_data", write)
+            await send(engine.addresses[0], sender="after@b.test")
+            await sink.wait_for(2)
+            async with engine.consume("success") as leases:
+                with trio.fail_after(10):
+                    stored = [(await leases.receive()).message for _ in range(2)]
+    assert [event for event in seen if event in SESSION] == list(SESSION)
+    assert [event for event in seen if event not in SESSION] == ["out_data", "out_sent"]
+    assert sink.mails[1].body == b"Subject: of this attempt\r\n"
+    assert sink.connections == 1
+    assert [message.properties.get("seen-by") for message in stored] == [None, "handler"]
+
+
+async def test_a_handler_supplies_a_body_that_a_message_lacks(tmp_path: Path) -> None:
+    def write(connection: object, message: Message, stored: Message) -> None:
+        message.body = b"Subject: made\r\n"
+
+    async with open_sink() as sink:
+        config = configure(tmp_path, smtp_sink_address="127.0.0.1", smtp_sink_port=sink.port)
+        async with Engine(config) as engine:
+            engine.on("out_data", write)
+            await engine.publish({"envelope": "a@b.test", "recipient": "c@d.test"})
+            (mail,) = await sink.wait_for(1)
+    assert mail.body == b"Subject: made\r\n"
