@@ -31,9 +31,8 @@ debug: $(VENV)/.test ## build the extension with its assertions and run the suit
 	MQ_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
 	$(PYTEST) $(PYTESTARGS)
 
-bench: $(VENV)/.test build ## measure against the peers that are installed; see benches/README.md
-	$(BIN)/python benches/dispatch.py
-	$(BIN)/python benches/relay.py $(BENCHARGS)
+bench: $(VENV)/.test build ## measure beside the peers that are installed; BENCHARGS=--full takes longer
+	$(BIN)/python benches/targets.py --json build/bench.json --plot benches/relay.svg $(BENCHARGS)
 
 soak: $(VENV)/.test build ## run the tests that take their time
 	$(PYTEST) -m soak --timeout=3600 $(PYTESTARGS)

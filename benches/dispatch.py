@@ -4,26 +4,25 @@
 
 Compiles plugins that do nothing, loads 0, 1, 3 and 10 of them, and calls them as the engine does.
 Each figure is the median of some rounds; "a plugin" is the slope from 1 to 10 plugins, which is
-C to C. Prints a table and whether the targets are met.
+C to C.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import trio
+from figures import Figure, print_document, table
+from peers import compile_plugin, machine
 
 from mailerq import _core
 from mailerq.plugins import Connection, Plugins
-
-INCLUDE = Path(__file__).parent.parent / "include"
 
 SOURCE = """
 #include <mailerq.h>
@@ -59,9 +58,9 @@ def compile_plugins(directory: Path, count: int) -> None:
     """Put so many copies of the plugin in a directory; copies, or the linker would share them."""
     source = directory / "plugin.c"
     source.write_text(SOURCE)
-    for number in range(count):
-        command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O2", f"-I{INCLUDE}"]
-        subprocess.run([*command, "-o", directory / f"{number}.so", source], check=True)
+    compile_plugin(source, directory / "0.so")
+    for number in range(1, count):
+        shutil.copy(directory / "0.so", directory / f"{number}.so")
 
 
 async def median(
@@ -90,7 +89,8 @@ async def median(
 async def measure(count: int, rounds: int) -> dict[str, float]:
     """The costs of events with so many plugins."""
     with tempfile.TemporaryDirectory() as directory:
-        compile_plugins(Path(directory), count)
+        if count:
+            compile_plugins(Path(directory), count)
         plugins = Plugins.load(directory)
         plugins.initialize()
         context = await plugins.open_context()
@@ -127,22 +127,24 @@ def measure_ids() -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the plugin interface costs.")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of which to take the median")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
     counts = (0, 1, 3, 10)
-    table = {count: trio.run(measure, count, rounds) for count in counts}
-    print(f"{'nanoseconds':24}" + "".join(f"{count:>7} plugins" for count in counts))
-    for name in table[0]:
-        print(f"{name:24}" + "".join(f"{table[count][name]:15.0f}" for count in counts))
+    costs = {count: trio.run(measure, count, options.rounds) for count in counts}
+    if not options.json:
+        lines = [("nanoseconds", *(f"{count} plugins" for count in counts))]
+        for name in costs[0]:
+            lines.append((name, *(f"{costs[count][name]:.0f}" for count in counts)))
+        print(table(lines), end="\n\n")
     inside, outside = measure_ids()
-    print(f"\nmessage id: {1e3 / inside:.1f} M/s in C, {1e3 / outside:.1f} M/s from Python")
-    slope = (table[10]["decided"] - table[1]["decided"]) / 9
-    for name, figure, must, goal, unit in (
-        ("one more plugin", slope, 15, 5, "ns"),
-        ("an event with a plugin", table[1]["decided"], 200, 100, "ns"),
-        ("time for an id", inside, 200, 50, "ns"),
-    ):
-        verdict = "goal met" if figure <= goal else "met" if figure <= must else "MISSED"
-        print(f"{name:24}{figure:7.1f} {unit}, must {must}, goal {goal}: {verdict}")
+    decided = {count: costs[count]["decided"] for count in counts}
+    figures = [
+        Figure("one more plugin", (decided[10] - decided[1]) / 9, "ns"),
+        Figure("an event with a plugin", decided[1], "ns", f"without {decided[0]:.0f} ns"),
+        Figure("message ids, in C", 1000 / inside, "M/s"),
+        Figure("message ids, from Python", 1000 / outside, "M/s"),
+    ]
+    print_document(figures, as_json=options.json, machine=machine(), nanoseconds=costs)
 
 
 if __name__ == "__main__":

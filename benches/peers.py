@@ -1,8 +1,8 @@
 """Start the systems that a benchmark compares, on ports and in directories of their own.
 
 Each system here is a context manager that runs one program with its children: `Sink` takes
-mail and counts it, `Mailerq` is the project, `Postfix` the peer that it is measured against,
-and `Running` stands for a server that somebody else started. Nothing that belongs to the
+mail and counts it, `Mailerq` is the project, `Postfix` a peer that it is measured against, and
+`Running` stands for a server that somebody else started. Nothing that belongs to the
 machine is touched: not its Postfix configuration, not its spool, not its service.
 
 A system that is stopped is gone with all its children, and dies with the benchmark when
@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import grp
 import os
+import platform
 import pwd
 import shutil
 import signal
@@ -26,21 +27,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Protocol, Self
 
 __all__ = [
+    "Destination",
     "Failed",
     "Mailerq",
     "Postfix",
+    "Program",
     "Running",
     "Sink",
     "System",
     "Unavailable",
     "busy_seconds",
+    "compile_plugin",
     "cpu_seconds",
     "file_system",
     "find_program",
     "free_port",
+    "machine",
 ]
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
@@ -49,6 +54,7 @@ START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 15.0
 LOG_TAIL_LINES: Final = 15
 TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
+DAY_MS: Final = 86_400_000
 PR_SET_CHILD_SUBREAPER: Final = 36
 
 
@@ -67,6 +73,32 @@ def find_program(name: str, package: str) -> str:
     if found is None:
         raise Unavailable(f"{name} is not installed (Debian package {package})")
     return found
+
+
+def compile_plugin(source: Path, target: Path) -> None:
+    """Make a plugin of a C file. Raises `Unavailable` where there is no compiler."""
+    command = [os.environ.get("CC", "cc"), "-std=c99", "-O2", "-fPIC", "-shared"]
+    command += [f"-I{PROJECT / 'include'}", "-o", str(target), str(source)]
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"{source.name} cannot be compiled: {error}") from None
+
+
+def machine() -> dict[str, Any]:
+    """What a reader must know of the machine to make sense of the figures."""
+    model = ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": model,
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
 
 
 def free_port() -> int:
@@ -172,7 +204,7 @@ class System(ABC):
         return ""
 
 
-class _Program(System):
+class Program(System):
     """A system that is a child process of ours; what it prints goes to a log file."""
 
     def __init__(self, directory: Path) -> None:
@@ -234,6 +266,23 @@ class _Program(System):
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(member, 0)
 
+    def kill(self) -> None:
+        """End it as a power cut would; it may be entered again."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self.__exit__(None, None, None)
+
+    def memory(self, kind: str = "Pss") -> int:
+        """Bytes in memory of all its processes; with "Pss" what they share counts once."""
+        assert self.process is not None
+        total = 0
+        for process in _tree(self.process.pid, _processes()):
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+                if line.startswith(f"{kind}:"):
+                    total += 1024 * int(line.split()[1])
+        return total
+
     def _wait_for_banner(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
@@ -266,7 +315,7 @@ class _Program(System):
         return ""
 
 
-class Sink(_Program):
+class Sink(Program):
     """Postfix's `smtp-sink`: takes every mail, throws it away, and counts.
 
     It writes its counters to a file at every message. We read the end of the file when we
@@ -296,6 +345,13 @@ class Sink(_Program):
 
     def waiting(self) -> int:
         return 0
+
+
+class Destination(Protocol):
+    """Where a system sends what it has accepted."""
+
+    host: str
+    port: int
 
 
 class Running(System):
@@ -332,24 +388,24 @@ class Running(System):
         return None if self.pid is None else cpu_seconds(self.pid)
 
 
-class Mailerq(_Program):
+class Mailerq(Program):
     """The project, with its embedded queue, sending all that it takes to a sink.
 
     Both logs are on, because the peers log each message as well.
     """
 
-    name = "mailerq"
-
     def __init__(
         self,
         directory: Path,
-        sink: Sink,
+        sink: Destination,
         *,
+        name: str = "mailerq",
         command: Sequence[str] = (),
         plugins: Path | None = None,
         options: Sequence[str] = (),
     ) -> None:
         super().__init__(directory)
+        self.name = name
         self.port = free_port()
         self.sink = sink
         self.command = list(command) or self._find()
@@ -386,16 +442,22 @@ class Mailerq(_Program):
         return [*self.command, f"--config-file={path}", *self.options]
 
     def waiting(self) -> int:
+        """Those of the next day: what waiting.py puts into the queue is due later."""
         # The SQLite of the project, not the older one of Python: both would share a WAL.
         import apsw
 
         path = self.directory / "queue" / "queue.db"
         with contextlib.closing(apsw.Connection(str(path), apsw.SQLITE_OPEN_READONLY)) as queue:
             queue.set_busy_timeout(1000)
-            return int(queue.execute("SELECT count(*) FROM message").get)
+            due = int(1000 * time.time()) + DAY_MS
+            return int(
+                queue.execute(
+                    "SELECT count(*) FROM message WHERE queue = 'outbox' AND due < ?", (due,)
+                ).get
+            )
 
 
-class Postfix(_Program):
+class Postfix(Program):
     """Postfix with a configuration, a queue and processes of its own.
 
     It gives the guarantee that is its default: the queue file is fsynced before 250. Limits
@@ -405,7 +467,7 @@ class Postfix(_Program):
 
     name = "postfix"
 
-    def __init__(self, directory: Path, sink: Sink) -> None:
+    def __init__(self, directory: Path, sink: Destination) -> None:
         super().__init__(directory)
         self.port = free_port()
         self.sink = sink

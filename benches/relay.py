@@ -7,19 +7,19 @@ is empty. The whole is done twice: with a new connection for each message, and w
 connections that are kept.
 
     python benches/relay.py                     the project, and Postfix beside it
+    python benches/relay.py --systems mailerq+plugins,mailerq --base mailerq
     python benches/relay.py --target HOST:PORT  a server that runs already
 
-The systems take turns within one run, because only figures from one run on one machine can
-be compared. benches/README.md says what each figure means.
+"mailerq+plugins" is the project with one C plugin that handles each of the six events of an
+incoming mail. The systems take turns within one run, because only figures from one run on one
+machine can be compared. benches/README.md says what each figure means.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -28,12 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from figures import Figure, print_document, progress, table
+from haraka import Haraka
 from peers import (
     Failed,
     Mailerq,
@@ -43,9 +45,11 @@ from peers import (
     System,
     Unavailable,
     busy_seconds,
+    compile_plugin,
     cpu_seconds,
     file_system,
     find_program,
+    machine,
 )
 
 POLL_SECONDS: Final = 0.002
@@ -55,8 +59,14 @@ WARM_UP_MESSAGES: Final = 200
 QUIET: Final = 0.1
 """The share of the machine that others may take; above it the rates mean little."""
 
-BASE: Final = "postfix"
-"""The system that the others are compared with, where it takes part."""
+WHATS: Final = {
+    "accept": ("accept", ".0f"),
+    "end_to_end": ("end to end", ".0f"),
+    "cpu": ("CPU", ".2f"),
+}
+"""What is compared: attribute of a run -> its name and format for people."""
+
+SYSTEMS: Final = ("mailerq", "mailerq+plugins", "postfix", "haraka")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +177,6 @@ def measure(
     *,
     rounds: int,
     ways: Sequence[bool],
-    progress: Callable[[str], None],
 ) -> list[Run]:
     """Run every system `rounds` times in each way of connecting, taking turns."""
     runs = []
@@ -182,7 +191,7 @@ def measure(
                 way = "kept" if kept else "new"
                 progress(
                     f"{system.name}, {way} connections, {number + 1} of {rounds}: "
-                    f"accept {_rate(run.accept)}, end to end {_rate(run.end_to_end)}"
+                    f"accept {run.accept:.0f}/s, end to end {run.end_to_end or 0:.0f}/s"
                 )
     return runs
 
@@ -195,7 +204,7 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for (system, kept), members in groups.items():
         row: dict[str, Any] = {"system": system, "kept": kept}
-        for figure in ("accept", "end_to_end", "cpu"):
+        for figure in WHATS:
             values = [value for run in members if (value := getattr(run, figure)) is not None]
             row[figure] = statistics.median(values) if values else None
             row[figure + "_range"] = [min(values), max(values)] if values else None
@@ -203,24 +212,19 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The medians of each system over those of `BASE`, way by way."""
-    bases = {row["kept"]: row for row in rows if row["system"] == BASE}
-    ratios = []
+def compare(rows: Sequence[dict[str, Any]], base: str) -> list[Figure]:
+    """The medians of each system over those of the base, way by way."""
+    bases = {row["kept"]: row for row in rows if row["system"] == base}
+    figures = []
     for row in rows:
-        base = bases.get(row["kept"])
-        if base is None or row is base:
-            continue
-        ratio: dict[str, Any] = {"system": row["system"], "base": BASE, "kept": row["kept"]}
-        for figure in ("accept", "end_to_end", "cpu"):
-            both = row[figure] is not None and base[figure]
-            ratio[figure] = row[figure] / base[figure] if both else None
-        ratios.append(ratio)
-    return ratios
-
-
-def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}/s"
+        other = bases.get(row["kept"], row)
+        for figure, (what, form) in WHATS.items():
+            if other is not row and row[figure] is not None and other[figure]:
+                way = "kept" if row["kept"] else "new"
+                name = f"{row['system']} / {base}, {what}, {way}"
+                detail = f"{row[figure]:{form}} and {other[figure]:{form}}"
+                figures.append(Figure(name, row[figure] / other[figure], "x", detail))
+    return figures
 
 
 def _cell(row: dict[str, Any], figure: str, form: str) -> str:
@@ -230,48 +234,14 @@ def _cell(row: dict[str, Any], figure: str, form: str) -> str:
     return f"{row[figure]:{form}} ({low:{form}}-{high:{form}})"
 
 
-def table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> str:
-    """Both lists as one table for people."""
-    lines: list[tuple[str, ...]] = [
-        ("system", "connections", "accept/s", "end to end/s", "CPU ms/message")
-    ]
+def describe(rows: Sequence[dict[str, Any]], ratios: Sequence[Figure]) -> str:
+    """Medians and ratios for people."""
+    lines = [("system", "connections", "accept/s", "end to end/s", "CPU ms/message")]
     for row in rows:
-        lines.append(
-            (
-                row["system"],
-                "kept" if row["kept"] else "new",
-                _cell(row, "accept", ".0f"),
-                _cell(row, "end_to_end", ".0f"),
-                _cell(row, "cpu", ".2f"),
-            )
-        )
-    for ratio in ratios:
-        cells = [
-            "-" if ratio[figure] is None else f"{ratio[figure]:.2f} x"
-            for figure in ("accept", "end_to_end", "cpu")
-        ]
-        way = "kept" if ratio["kept"] else "new"
-        lines.append((f"{ratio['system']} / {ratio['base']}", way, *cells))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def machine() -> dict[str, Any]:
-    """What a reader must know of the machine to make sense of the figures."""
-    model = ""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return {
-        "cores": _cores(),
-        "processor": model,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
+        cells = (_cell(row, figure, form) for figure, (_, form) in WHATS.items())
+        lines.append((row["system"], "kept" if row["kept"] else "new", *cells))
+    ratio_lines = [(ratio.name, ratio.text, ratio.detail) for ratio in ratios]
+    return "\n\n".join(table(part) for part in (lines, ratio_lines) if part)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -287,7 +257,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ways", choices=("both", "new", "kept"), default="both",
         help="a new connection for each message, kept ones, or both (%(default)s)")  # fmt: skip
     add("--systems", default="mailerq,postfix",
-        help="which to start and measure, in turn (%(default)s); empty: none")  # fmt: skip
+        help=f"what to start, of {', '.join(SYSTEMS)} (%(default)s); empty: none")  # fmt: skip
+    add("--base", default="postfix", help="which the others are compared with (%(default)s)")
     add("--target", metavar="HOST:PORT", help="measure this running server (alone, unless "
         "--systems is given too)")  # fmt: skip
     add("--target-pid", type=int, metavar="PID", help="its process, to tell its CPU time")
@@ -309,9 +280,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         argument.split("=")[0] == "--systems" for argument in (arguments or sys.argv[1:])
     ):
         options.systems = ""
-    unknown = [name for name in _names(options) if name not in ("mailerq", "postfix")]
+    unknown = [name for name in _names(options) if name not in SYSTEMS]
     if unknown:
-        parser.error(f"--systems: there is no {unknown[0]!r}, only mailerq and postfix")
+        parser.error(f"--systems: there is no {unknown[0]!r}, only {', '.join(SYSTEMS)}")
     if not options.target and not _names(options):
         parser.error("nothing to measure: name --systems or a --target")
     return options
@@ -323,7 +294,7 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 @contextlib.contextmanager
 def _systems(
-    options: argparse.Namespace, directory: Path, progress: Callable[[str], None]
+    options: argparse.Namespace, directory: Path
 ) -> Iterator[list[tuple[System, Sink | None]]]:
     """Start what is to be measured; a system that this machine lacks is left out, and said."""
     with contextlib.ExitStack() as stack:
@@ -347,11 +318,19 @@ def _systems(
 def _make(name: str, options: argparse.Namespace, directory: Path, sink: Sink) -> System:
     if name == "postfix":
         return Postfix(directory / name, sink)
+    if name == "haraka":
+        return Haraka(directory / name, sink)
+    plugins = options.plugins
+    if name == "mailerq+plugins":
+        plugins = directory / "plugins"
+        plugins.mkdir()
+        compile_plugin(Path(__file__).with_name("events.c"), plugins / "events.so")
     return Mailerq(
         directory / name,
         sink,
+        name=name,
         command=shlex.split(options.mailerq),
-        plugins=options.plugins and options.plugins.resolve(),
+        plugins=plugins and plugins.resolve(),
         options=options.mailerq_option,
     )
 
@@ -367,9 +346,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load = Load(options.messages, options.sessions, options.size, options.timeout)
     ways = {"both": (False, True), "new": (False,), "kept": (True,)}[options.ways]
 
-    def progress(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     directory = Path(tempfile.mkdtemp(prefix="relay-", dir=options.directory))
     # smtp-sink and the daemons of Postfix work as other users.
     directory.chmod(0o755)
@@ -377,10 +353,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if kind in ("tmpfs", "ramfs"):
         progress(f"{directory} is on {kind}, where fsync costs nothing: use --directory")
     try:
-        with _systems(options, directory, progress) as systems:
+        with _systems(options, directory) as systems:
             if not systems:
                 return 1
-            runs = measure(systems, load, rounds=options.rounds, ways=ways, progress=progress)
+            runs = measure(systems, load, rounds=options.rounds, ways=ways)
     except Unavailable as reason:
         progress(str(reason))
         return 1
@@ -395,22 +371,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             shutil.rmtree(directory, ignore_errors=True)
     rows = summarise(runs)
-    ratios = compare(rows)
+    ratios = compare(rows, options.base)
     if options.json:
-        document = {
-            "machine": machine() | {"file_system": kind},
-            "load": asdict(load) | {"rounds": options.rounds},
-            "medians": rows,
-            "ratios": ratios,
-            "runs": [asdict(run) for run in runs],
-        }
-        print(json.dumps(document, indent=1))
+        print_document(
+            ratios,
+            as_json=True,
+            machine=machine() | {"file_system": kind},
+            load=asdict(load) | {"rounds": options.rounds},
+            medians=rows,
+            runs=[asdict(run) for run in runs],
+        )
     else:
         print(
             f"{load.messages} messages of {load.size} bytes, {load.sessions} sessions, "
             f"median of {options.rounds} (lowest-highest)\n"
         )
-        print(table(rows, ratios))
+        print(describe(rows, ratios))
         others = statistics.median(run.others for run in runs)
         if others > QUIET:
             print(

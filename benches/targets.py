@@ -1,0 +1,161 @@
+"""Measure all that the project wants to be good at, beside its peers, and say how good it is.
+
+    python benches/targets.py [--full] [--only PROGRAM,…] [--json FILE] [--plot FILE]
+
+Runs the other programs here one after the other; each starts the peers that are installed
+and takes turns with them. Prints a table of what they found against what it must be and
+what we go for, and draws the rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from figures import Figure, progress, table
+from peers import busy_seconds, cpu_seconds, machine
+from plot import draw
+
+HERE: Final = Path(__file__).resolve().parent
+
+PROGRAMS: Final = {
+    "relay": ["relay.py", "--systems=mailerq,postfix,haraka"],
+    "single": ["relay.py", "--sessions=1", "--ways=kept", "--messages=1000"],
+    "large": ["relay.py", "--size=102400", "--ways=kept", "--messages=1000"],
+    "plugins": [
+        "relay.py", "--systems=mailerq+plugins,mailerq", "--base=mailerq", "--rounds=5",
+    ],
+    "dispatch": ["dispatch.py"],
+    "lone": ["lone.py"],
+    "idle": ["idle.py"],
+    "waiting": ["waiting.py"],
+}  # fmt: skip
+"""What is run, by the name that it has here."""
+
+MORE_IS_BETTER: Final = ("x", "M/s")
+"""Units of rates and their ratios; of all others less is better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a figure of a program must be, and what we go for."""
+
+    text: str
+    program: str
+    figure: str
+    must: float
+    goal: float
+
+    def verdict(self, value: float, unit: str) -> str:
+        sign = 1 if unit in MORE_IS_BETTER else -1
+        if sign * value >= sign * self.goal:
+            return "goal"
+        return "met" if sign * value >= sign * self.must else "MISSED"
+
+
+TARGETS: Final = (
+    Target("end to end / Postfix, new", "relay", "mailerq / postfix, end to end, new", 4, 8),
+    Target("end to end / Postfix, kept", "relay", "mailerq / postfix, end to end, kept", 4, 8),
+    Target("accept / Postfix, new", "relay", "mailerq / postfix, accept, new", 5, 10),
+    Target("accept / Postfix, kept", "relay", "mailerq / postfix, accept, kept", 5, 10),
+    Target("one client / Postfix", "single", "mailerq / postfix, accept, kept", 1.3, 2),
+    Target("100 KiB, end to end / Postfix", "large", "mailerq / postfix, end to end, kept", 1.5, 3),
+    Target("accept with plugins / without, new", "plugins",
+           "mailerq+plugins / mailerq, accept, new", 0.9, 0.97),
+    Target("accept with plugins / without, kept", "plugins",
+           "mailerq+plugins / mailerq, accept, kept", 0.9, 0.97),
+    Target("an event through one more plugin", "dispatch", "one more plugin", 15, 5),
+    Target("an event with a plugin, from Python", "dispatch", "an event with a plugin", 200, 100),
+    Target("message ids of one thread", "dispatch", "message ids, in C", 5, 20),
+    Target("a lone message, client to sink", "lone", "mailerq, a lone message in the sink", 10, 10),
+    Target("memory of an idle connection", "idle", "mailerq, an idle connection", 30, 12),
+    Target("accept, full queue / empty, new", "waiting", "full / empty, accept, new", 0.8, 0.95),
+    Target("accept, full queue / empty, kept", "waiting", "full / empty, accept, kept", 0.8, 0.95),
+    Target("memory with a full queue", "waiting", "memory", 400, 200),
+    Target("start with a full queue", "waiting", "start to banner", 2, 2),
+    Target("start after a kill, full queue", "waiting", "start to banner after a kill", 2, 2),
+)  # fmt: skip
+
+
+def run(command: Sequence[str]) -> dict[str, Any] | None:
+    """What a program has found, and the share of the machine that others took; None: nothing."""
+    start, busy, ours = time.monotonic(), busy_seconds(), cpu_seconds(os.getpid())
+    program = subprocess.run(
+        [sys.executable, HERE / command[0], *command[1:], "--json"],
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if program.returncode != 0:
+        return None
+    taken = busy_seconds() - busy - (cpu_seconds(os.getpid()) - ours)
+    cores = len(os.sched_getaffinity(0))
+    others = max(0.0, taken / (cores * (time.monotonic() - start)))
+    return {"command": " ".join(command), "others": others, **json.loads(program.stdout)}
+
+
+def judge(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The targets whose program has run."""
+    rows = []
+    for target in TARGETS:
+        for figure in found.get(target.program, {}).get("figures", ()):
+            if figure["name"] == target.figure:
+                rows.append({
+                    **figure,
+                    "name": target.text,
+                    "must": target.must,
+                    "goal": target.goal,
+                    "verdict": target.verdict(figure["value"], figure["unit"]),
+                })  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="everything, beside the peers")
+    parser.add_argument("--full", action="store_true", help="a million messages waiting")
+    parser.add_argument("--only", default=",".join(PROGRAMS), help="which programs (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rates as SVG")
+    options = parser.parse_args()
+    found = {}
+    for name in options.only.split(","):
+        command = PROGRAMS.get(name)
+        if command is None:
+            parser.error(f"--only: there is no {name!r}, only {', '.join(PROGRAMS)}")
+        command = command + ["--full"] * (options.full and name == "waiting")
+        progress(f"\n{name}: python benches/{' '.join(command)}")
+        document = run(command)
+        if document is not None:
+            found[name] = document
+    rows = judge(found)
+    lines = [("", "found", "must", "goal", "", "")]
+    for row in rows:
+        figure = Figure(row["name"], row["value"], row["unit"], row["detail"])
+        cells = (figure.text, f"{row['must']:g}", f"{row['goal']:g}", row["verdict"])
+        lines.append((figure.name, *cells, figure.detail))
+    print("\n" + table(lines))
+    shares = ", ".join(f"{name} {document['others']:.0%}" for name, document in found.items())
+    print(f"\nOthers took of the machine meanwhile: {shares}.")
+    document = {
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "targets": rows,
+        "programs": found,
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.plot and "relay" in found:
+        options.plot.write_text(draw(document))
+    return 0 if len(found) == len(options.only.split(",")) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
