@@ -1,0 +1,128 @@
+"""Other mail transfer agents relay to an engine: Postfix and Exim."""
+
+from __future__ import annotations
+
+import smtplib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from mailerq import Engine
+from tests.engine.kit import Certificate, inbox, open_dialog, serve
+from tests.interop.kit import LOGIN, Exim, authority_file, postfix
+from tests.support import in_thread
+
+MAIL = "Subject: relayed\r\nMessage-ID: <1@b.test>\r\n\r\n.dot\r\n" + 3000 * "hello\r\n"
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A folder that accounts which are not root can look into; that of pytest is closed to them."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Certificate:
+    return Certificate.make(tmp_path)
+
+
+async def through_postfix(engine: Engine, directory: Path, number: int, **settings: str) -> None:
+    """Give a Postfix three mails, of which one has two recipients, for the engine's port."""
+    relay = postfix(directory, engine.addresses[number][1], **settings)
+    await in_thread(relay.__enter__)
+
+    def work() -> None:
+        with smtplib.SMTP("127.0.0.1", relay.port, timeout=20) as client:  # type: ignore[attr-defined]
+            client.sendmail("a@b.test", ["c@d.test", "e@d.test"], MAIL)
+            client.sendmail("", ["f@d.test"], MAIL)
+            client.sendmail("a@b.test", ["g@d.test"], "Subject: short\r\n\r\nhi\r\n")
+
+    try:
+        await in_thread(work)
+        messages = await inbox(engine, 4)
+    finally:
+        with trio.CancelScope(shield=True):
+            await in_thread(relay.__exit__, None, None, None)
+    assert sorted(message.recipient for message in messages) == [
+        "c@d.test",
+        "e@d.test",
+        "f@d.test",
+        "g@d.test",
+    ]
+    for message in messages:
+        assert message.body is not None
+        if message.recipient != "g@d.test":
+            assert message.body.endswith(b"\r\n\r\n.dot\r\n" + 3000 * b"hello\r\n")
+        assert message.envelope == ("" if message.recipient == "f@d.test" else "a@b.test")
+
+
+async def test_postfix_relays(tmp_path: Path, open_path: Path) -> None:
+    async with serve(tmp_path) as engine:
+        await through_postfix(engine, open_path / "postfix", 0)
+
+
+async def test_postfix_relays_through_tls_that_it_verifies(
+    tmp_path: Path, open_path: Path, certificate: Certificate
+) -> None:
+    async with serve(tmp_path, **certificate.settings) as engine:
+        tls = {
+            "smtp_tls_security_level": "verify",
+            "smtp_tls_verify_cert_match": "mx.test",
+            "smtp_tls_CAfile": str(authority_file(certificate, open_path)),
+        }
+        await through_postfix(engine, open_path / "postfix", 0, **tls)
+        assert engine.statistics()["incoming"]["tls"] >= 1
+
+
+async def test_postfix_speaks_lmtp(tmp_path: Path, open_path: Path) -> None:
+    async with serve(tmp_path, lmtp_port=(0,)) as engine:
+        port = engine.addresses[1][1]
+        options = {
+            "default_transport": f"lmtp:inet:127.0.0.1:{port}",
+            "relayhost": "",
+            "lmtp_destination_recipient_limit": "10",
+        }
+        await through_postfix(engine, open_path / "postfix", 1, **options)
+
+
+async def test_postfix_names_its_client_with_xclient(tmp_path: Path, open_path: Path) -> None:
+    settings = {"smtp_xclient_range": ("127.0.0.0/8",), "smtp_local_domains": ("d.test",)}
+    async with serve(tmp_path, **settings) as engine:
+        async with open_dialog(engine.addresses[0]) as dialog:
+            assert "XCLIENT" in await dialog.say("EHLO c.test")
+        options = {"smtp_send_xforward_command": "no"}
+        await through_postfix(engine, open_path / "postfix", 0, **options)
+
+
+async def test_exim_relays(tmp_path: Path, open_path: Path) -> None:
+    async with serve(tmp_path) as engine:
+        exim = Exim.prepare(open_path / "exim", engine.addresses[0][1])
+        await exim.send(MAIL.replace("\r\n", "\n").encode(), "c@d.test", "e@d.test")
+        assert exim.log().count(" => ") == 1, exim.log()
+        messages = await inbox(engine, 2)
+    for message in messages:
+        assert message.body is not None
+        assert message.body.endswith(b"\r\n\r\n.dot\r\n" + 3000 * b"hello\r\n")
+
+
+async def test_exim_relays_through_tls_with_a_login(
+    tmp_path: Path, open_path: Path, certificate: Certificate
+) -> None:
+    settings = {"strangers": True, **certificate.settings, **LOGIN}
+    async with serve(tmp_path, **settings) as engine:
+        exim = Exim.prepare(
+            open_path / "exim",
+            engine.addresses[0][1],
+            "hosts_require_tls = *\n  hosts_require_auth = *",
+            "plain:\n  driver = plaintext\n  public_name = PLAIN\n  client_send = ^ann^s3cret",
+        )
+        await exim.send(b"Subject: x\n\nhi\n", "c@elsewhere.test")
+        assert " => c@elsewhere.test " in exim.log(), exim.log()
+        (message,) = await inbox(engine)
+    assert message.properties["connection"]["user"] == "ann"
+    assert message.properties["connection"]["secure"] is True
