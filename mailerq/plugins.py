@@ -30,7 +30,8 @@ import os
 import re
 import textwrap
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple, Self
 
 import trio
@@ -113,9 +114,10 @@ class Plugins:
     """The plugins of one engine."""
 
     def __init__(self, library: _core.Library, timeout: float) -> None:
-        self.timeout = timeout
-        """Seconds until an event that is suspended from now on is given up; 0 is never."""
         self.handlers: dict[str, list[Handler]] = {}
+        self.contexts: set[Context] = set()
+        """Those that are open."""
+        self._timeout = timeout
         self._library = library
         self._figures: Statistics = {}
 
@@ -139,7 +141,8 @@ class Plugins:
             except FileNotFoundError:
                 pass
             except OSError as error:
-                raise PluginError(f"{directory}: the plugins cannot be listed: {error}") from None
+                problem = f"the plugins cannot be listed: {error.strerror}"
+                raise PluginError(f"plugin-directory {directory}: {problem}") from None
         ids.set_machine(server_id, hostname)
         paths = [
             os.path.join(os.path.abspath(directory or ""), os.fsdecode(name))
@@ -147,6 +150,21 @@ class Plugins:
             if name.endswith(b".so")
         ]
         return cls(_core.Library(paths), timeout)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds until an event that is suspended is given up; 0 is never.
+
+        Setting it, on any thread, gives no event that is suspended now more time than that from
+        now on.
+        """
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._timeout = seconds
+        for context in tuple(self.contexts):
+            context.hurry()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -221,9 +239,12 @@ class Context(_core.Context):
         self.worker = worker
         self._scope = trio.CancelScope()
         self._ended: trio.Event | None = None
+        self._patient: set[trio.CancelScope] = set()
+        self._token = trio.lowlevel.current_trio_token()
 
     async def open(self) -> None:
         """Start listening to the plugins and call mq_context_initialize."""
+        self.plugins.contexts.add(self)
         if self.plugins.names:
             self._ended = trio.Event()
             trio.lowlevel.spawn_system_task(self._listen)
@@ -241,6 +262,7 @@ class Context(_core.Context):
 
     async def abort(self) -> None:
         """End the worker without a word to the plugins; cannot be cancelled."""
+        self.plugins.contexts.discard(self)
         if self._ended is None:
             self.end()
             return
@@ -295,6 +317,26 @@ class Context(_core.Context):
     def _deadline(self) -> float:
         return trio.current_time() + self.plugins.timeout if self.plugins.timeout else math.inf
 
+    @contextmanager
+    def _patience(self, deadline: float) -> Iterator[trio.CancelScope]:
+        """A scope that ends at the deadline, or earlier when there is a hurry."""
+        with trio.CancelScope(deadline=deadline) as scope:
+            self._patient.add(scope)
+            try:
+                yield scope
+            finally:
+                self._patient.discard(scope)
+
+    def hurry(self) -> None:
+        """Let no event that is suspended now take longer than `Plugins.timeout`. Any thread."""
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._hurry)
+
+    def _hurry(self) -> None:
+        deadline = self._deadline()
+        for scope in self._patient:
+            scope.deadline = min(scope.deadline, deadline)
+
     async def settle(self, call: Call) -> Reject | bool | None:
         """Wait until a call is over, ask the handlers in Python, and say what came of it."""
         await self._wait(call)
@@ -326,11 +368,14 @@ class Context(_core.Context):
         await connection.close()
 
     async def _wait(self, call: Call) -> None:
-        # Sleep until the call is over. When the task is cancelled, the call lives on without it.
+        # Sleep until the call is over. When the task is cancelled, the call lives on without it,
+        # and who waits for it then waits no longer than this one would have.
+        deadline = self._deadline() if call.scope is None else call.scope.deadline
         try:
             while not call.finished:
-                if await self._sleep(call):
+                if await self._sleep(call, deadline):
                     continue
+                deadline = self._deadline()
                 plugin, function, seconds = call.plugin, call.function, self.plugins.timeout
                 if call.give_up():
                     form = "[%s] %s was not handed back within %g seconds; given up"
@@ -339,13 +384,13 @@ class Context(_core.Context):
             call.cancel()
             raise
 
-    async def _sleep(self, call: Call) -> bool:
+    async def _sleep(self, call: Call, deadline: float) -> bool:
         # False when the deadline passed. It moves when another plugin has its turn.
         def abort(raise_cancel: object) -> trio.lowlevel.Abort:
             call.task = None
             return trio.lowlevel.Abort.SUCCEEDED
 
-        with trio.CancelScope(deadline=self._deadline()) as call.scope:
+        with self._patience(deadline) as call.scope:
             call.task = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(abort)
         return not call.scope.cancelled_caught
@@ -358,7 +403,7 @@ class Context(_core.Context):
             figures["calls"] += 1
             start = time.perf_counter()
             try:
-                with trio.CancelScope(deadline=self._deadline()) as scope:
+                with self._patience(self._deadline()) as scope:
                     answer = handler(call.connection, *arguments)
                     if inspect.isawaitable(answer):
                         figures["suspensions"] += 1

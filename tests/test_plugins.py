@@ -159,6 +159,21 @@ async def test_handler_that_takes_too_long_is_given_up(
     assert figures["rcptto"]["timeouts"] == 1
 
 
+async def test_a_shorter_timeout_holds_for_a_handler_that_is_at_work(
+    plugins: Plugins, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def sleep(connection: Connection, address: str) -> None:
+        await trio.sleep_forever()
+
+    plugins.on("rcptto", sleep)
+    connection = await open_connection(plugins)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.rcptto, NOBODY)
+        await trio.sleep(10)
+        plugins.timeout = 2
+    assert trio.current_time() == pytest.approx(12)
+
+
 async def test_timeout_of_the_handler_itself_is_an_error_of_its_own(
     plugins: Plugins, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:

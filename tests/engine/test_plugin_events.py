@@ -14,6 +14,7 @@ from mailerq import Engine
 from mailerq.errors import PluginError
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
+from tests.engine.kit import until
 from tests.support import (
     ROOT,
     closed_port,
@@ -282,3 +283,24 @@ async def test_a_bad_plugin_stops_the_start_before_a_port_is_open(tmp_path: Path
         with pytest.raises(PluginError, match=r"bad\.so.*99"):
             async with Engine(config):
                 pass
+
+
+async def test_a_stop_does_not_wait_for_a_plugin_that_keeps_its_events(tmp_path: Path) -> None:
+    source = """
+        #include <mailerq.h>
+        MQ_EXPORT int mq_version(void) { return MQ_API_VERSION; }
+        MQ_EXPORT bool mq_smtp_in_close(MQ_Context *context, MQ_SmtpConnection *connection)
+        { return context && connection; }
+    """
+    compile_plugin(tmp_path / "plugins", "keep.c", source)
+    config = configure(
+        tmp_path,
+        plugin_directory=str(tmp_path / "plugins"),
+        shutdown_timeout=0.2,
+        rabbitmq_inbox="inbox",
+    )
+    async with Engine(config) as engine:
+        await send(engine.addresses[0])
+        await until(lambda: bool(engine.statistics()["plugins"]["keep.so"]))
+        start = trio.current_time()
+    assert trio.current_time() - start < 10

@@ -201,6 +201,37 @@ async def test_each_plugin_has_the_whole_timeout(
         assert answers == [None]
 
 
+@pytest.mark.parametrize("before", [300, 0])
+async def test_a_shorter_timeout_holds_for_what_is_suspended_already(
+    tmp_path: Path, calls: Calls, autojump_clock: trio.testing.MockClock, before: float
+) -> None:
+    scripted = Scripted(tmp_path, 1)
+    async with connected(tmp_path, timeout=before) as (plugins, _, connection):
+        scripted.script("kc")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.rcptto, "a@b.test")
+            await trio.sleep(10)
+            plugins.timeout = 2
+        assert trio.current_time() == pytest.approx(12)
+        scripted.release("a", "c")
+        await trio.testing.wait_all_tasks_blocked()
+    assert calls.take_warnings()[0].startswith("a mq_smtp_in_rcptto was not handed back within 2")
+
+
+async def test_closing_does_not_start_the_time_of_a_cancelled_event_anew(
+    tmp_path: Path, calls: Calls, autojump_clock: trio.testing.MockClock
+) -> None:
+    scripted = Scripted(tmp_path, 1)
+    async with connected(tmp_path, timeout=300) as (_, _, connection):
+        scripted.script("kc")
+        with trio.move_on_after(100):
+            await connection.rcptto("a@b.test")
+        await connection.close()
+        assert trio.current_time() == pytest.approx(300)
+        scripted.release("a", "c")
+        await trio.testing.wait_all_tasks_blocked()
+
+
 async def test_timeout_of_zero_is_never(
     tmp_path: Path, calls: Calls, autojump_clock: trio.testing.MockClock
 ) -> None:
