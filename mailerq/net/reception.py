@@ -108,10 +108,13 @@ async def _publish(
 
 
 def _sum_up(messages: Sequence[Message], replies: Sequence[Reply]) -> Reply:
-    """One reply for all recipients: good when the mail was taken for one of them."""
+    """One reply for all recipients: good when the mail was taken for one of them.
+
+    When it was taken for none, one that may be tried again speaks for all of them.
+    """
     taken = sum(reply.code < 400 for reply in replies)
     if not taken:
-        return replies[0]
+        return next((reply for reply in replies if reply.code < 500), replies[0])
     lines = ["2.0.0 Message accepted" + (" for some recipients" if taken < len(replies) else "")]
     for message, reply in zip(messages, replies, strict=True):
         good = reply.code < 400

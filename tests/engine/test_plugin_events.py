@@ -74,6 +74,7 @@ MQ_EXPORT bool mq_smtp_in_message(MQ_Context *context, MQ_SmtpConnection *connec
 {
     (void)context;
     if (starts(MQ_Recipient(message), "full@")) MQ_Reject(connection, 452, "full");
+    if (starts(MQ_Recipient(message), "gone@")) MQ_Reject(connection, 550, "gone");
     if (starts(MQ_Recipient(message), "old@")) {
         MQ_SetRecipient(message, "new@d.test", 10);
         MQ_SetEnvelope(message, "", 0);
@@ -164,6 +165,9 @@ async def test_a_plugin_may_refuse_in_each_event(tmp_path: Path, policy: str) ->
         assert "452 full@d.test" in text
         (depth,) = await engine.queues.depths()
         assert depth.due == 1
+        # One that may be tried again speaks for all, in whichever order they come.
+        for recipients in (("full@d.test", "gone@d.test"), ("gone@d.test", "full@d.test")):
+            assert (await send(address, recipients=recipients))[0] == 452
 
 
 async def test_a_421_of_a_plugin_ends_the_session(tmp_path: Path, policy: str) -> None:
