@@ -44,19 +44,23 @@ class Memory:
 
 
 class Spool:
-    """A `mailerq.wire.framing.Sink` for one mail.
+    """A `mailerq.wire.framing.Sink` for one mail at a time.
 
     The task that feeds the machine tells it by `came` how much has come in, and awaits `flush`
     when it `is_due`, so that no more than `WRITE_BYTES` and what the machine itself has
-    wait in memory. `close` ends it in any case.
+    wait in memory. `close` ends a mail in any case, and makes it ready for the next.
     """
 
+    __slots__ = (
+        "_blocks", "_counted", "_directory", "_file", "_limit", "_memory", "_threshold",
+        "_waiting", "_written", "failed",
+    )  # fmt: skip
+
     def __init__(self, memory: Memory, directory: str, threshold: int) -> None:
-        self.failed: OSError | None = None
-        """Why the mail could not be kept, which then is lost."""
+        self.failed: OSError | None = None  # why the mail could not be kept, which then is lost
         self._memory = memory
         self._directory = directory
-        self._threshold = threshold or float("inf")
+        self._limit = self._threshold = threshold or float("inf")
         self._file: FileIO | None = None
         self._blocks: list[bytes] = []
         self._waiting = 0  # bytes in `_blocks`
@@ -119,11 +123,13 @@ class Spool:
 
     def close(self) -> None:
         """Let go of everything but what `finish` gave."""
-        if self._blocks or self._file is not None:
-            self.discard()
         if self._counted:
             self._memory.add(-self._counted)
             self._counted = 0
+        if self._blocks or self._file is not None or self._threshold != self._limit:
+            self.discard()
+            self._threshold = self._limit
+            self.failed = None
 
     def _write_out(self) -> None:
         assert self._file is not None

@@ -79,17 +79,16 @@ async def _publish(
     machine: ServerProtocol,
     messages: Sequence[Message],
 ) -> list[Reply]:
-    replies: list[Reply] = []
+    outcomes: list[Reply | str] = []  # a refusal, or what to say of the recipient
     publications: list[Publication] = []
     for message in messages:
         recipient = message.recipient
         message.local = shared.is_local(recipient)
         refusal = await plugin.message(message)
         if refusal is not None:
-            replies.append(refusal_reply(refusal))
+            outcomes.append(refusal_reply(refusal))
             continue
-        id = message.properties.get("message-id", "")
-        replies.append(Reply(250, f"2.0.0 {id} for {recipient}"))
+        outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
         if queue := _route(shared, message):
             publications.append(Publication(queue, message))
     try:
@@ -98,27 +97,34 @@ async def _publish(
     except QueueError as error:
         shared.counters.queue_errors += 1
         log.error("a mail from %s was not taken: %s", client.remote[0], error)
-        replies = [smtp.QUEUE_UNAVAILABLE if reply.code < 400 else reply for reply in replies]
+        outcomes = [smtp.QUEUE_UNAVAILABLE if isinstance(one, str) else one for one in outcomes]
         publications.clear()
-    shared.counters.messages += sum(reply.code < 400 for reply in replies)
+    shared.counters.messages += sum(isinstance(outcome, str) for outcome in outcomes)
     if shared.received_log is not None:
         for publication in publications:
             shared.received_log.write(_received_line(publication.message))
-    return replies if machine.settings.lmtp else [_sum_up(messages, replies)]
+    if machine.settings.lmtp:
+        return [Reply(250, one) if isinstance(one, str) else one for one in outcomes]
+    return [_sum_up(messages, outcomes)]
 
 
-def _sum_up(messages: Sequence[Message], replies: Sequence[Reply]) -> Reply:
+def _sum_up(messages: Sequence[Message], outcomes: Sequence[Reply | str]) -> Reply:
     """One reply for all recipients: good when the mail was taken for one of them.
 
     When it was taken for none, one that may be tried again speaks for all of them.
     """
-    taken = sum(reply.code < 400 for reply in replies)
-    if not taken:
-        return next((reply for reply in replies if reply.code < 500), replies[0])
-    lines = ["2.0.0 Message accepted" + (" for some recipients" if taken < len(replies) else "")]
-    for message, reply in zip(messages, replies, strict=True):
-        good = reply.code < 400
-        lines.append(reply.text if good else f"{reply.code} {message.recipient}: {reply.text}")
+    lines = ["2.0.0 Message accepted"]
+    refused: list[Reply] = []
+    for message, outcome in zip(messages, outcomes, strict=True):
+        if isinstance(outcome, str):
+            lines.append(outcome)
+        else:
+            refused.append(outcome)
+            lines.append(f"{outcome.code} {message.recipient}: {outcome.text}")
+    if len(refused) == len(outcomes):
+        return next((reply for reply in refused if reply.code < 500), refused[0])
+    if refused:
+        lines[0] += " for some recipients"
     return Reply(250, "\n".join(lines))
 
 

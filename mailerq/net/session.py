@@ -78,6 +78,7 @@ class Session:
         self._machine = server.ServerProtocol(shared.lmtp if lmtp else shared.settings)
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
         self._scope = trio.CancelScope()
+        self._relays = False  # by its address; a login is another matter
         self._stopping = False
         self._expired = False
         self._mute = proxied or secure  # no SMTP is spoken now
@@ -91,7 +92,8 @@ class Session:
         self._steps = -1
         self._bytes = 0
         self._failures = 0
-        self._spool: Spool | None = None
+        self._spool: Spool | None = None  # made for the first mail
+        self._in_mail = False
         self._failed_logins = 0
         if shared.refused_log is not None:
             self._machine.refusals = []
@@ -115,7 +117,8 @@ class Session:
             if not self._mute:
                 self._stream.send_nowait(smtp.LOCAL_FAILURE.wire)
         finally:
-            self._drop_spool()
+            if self._spool is not None:
+                self._spool.close()
             self._plugin.closed_by_peer()
             with trio.CancelScope(shield=True):
                 await self._plugin.close()
@@ -181,9 +184,8 @@ class Session:
             if not await self._read_proxy_header():
                 return False
             reply = self._admit()
-        host = self._client.remote[0]
-        machine.xclient = shared.access.may_xclient(host)
-        machine.auth_in_clear = is_loopback(host)
+        machine.xclient = shared.access.may_xclient(self._client.remote[0])
+        self._know_client()
         if reply is None:
             refusal = await self._plugin.connect()
             reply = refusal_reply(refusal) if refusal is not None else None
@@ -231,12 +233,17 @@ class Session:
             log.debug("connection from %s refused: %s", host, reply.text)
         return reply
 
+    def _know_client(self) -> None:
+        """Look up once what the client's address allows."""
+        host = self._client.remote[0]
+        self._relays = self._shared.access.may_relay(host)
+        self._machine.auth_in_clear = is_loopback(host)
+
     async def _delay_greeting(self) -> None:
         """Hold the banner back; who speaks before it is no mail server."""
-        shared = self._shared
-        if self._machine.settings.lmtp or shared.access.may_relay(self._client.remote[0]):
+        if self._machine.settings.lmtp or self._relays:
             return
-        with trio.move_on_after(shared.config.smtp_greet_delay), self._pause():
+        with trio.move_on_after(self._shared.config.smtp_greet_delay), self._pause():
             self._machine.receive_data(await self._stream.receive())
 
     # The loop.
@@ -256,9 +263,16 @@ class Session:
                         continue
                     if machine.nuisance:
                         await self._sleep(TARPIT_SECONDS)
-                    if self._spool is not None:
-                        await self._content_came()
-                    await self._exchange()
+                    if self._in_mail and (spool := self._content_came()) is not None:
+                        await spool.flush()
+                        spool.came(machine.content_size)
+                    self._wait()
+                    if due := machine.data_to_send():
+                        await stream.send_all(due)
+                    data = await stream.receive()
+                    self._waiting = False
+                    self._bytes += len(data)
+                    machine.receive_data(data)
                 case server.Rcpt():
                     await self._rcpt(event)
                 case server.Mail():
@@ -283,18 +297,6 @@ class Session:
                     return
                 case server.CLOSED:
                     return
-
-    async def _exchange(self) -> None:
-        """Send what is due, and wait for more."""
-        machine = self._machine
-        due = machine.data_to_send()
-        self._wait()
-        if due:
-            await self._stream.send_all(due)
-        data = await self._stream.receive()
-        self._waiting = False
-        self._bytes += len(data)
-        machine.receive_data(data)
 
     def _wait(self) -> None:
         """From now on it is the peer's turn; what it had begun goes on from when it began."""
@@ -348,7 +350,7 @@ class Session:
 
     async def _mail(self, event: server.Mail) -> None:
         shared = self._shared
-        if not shared.clients.may(self._client.remote[0], "messages"):
+        if not (self._relays or shared.clients.may(self._client.remote[0], "messages")):
             self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
             return
         refusal = await self._plugin.mailfrom(event.sender)
@@ -364,10 +366,11 @@ class Session:
 
     async def _rcpt(self, event: server.Rcpt) -> None:
         shared, recipient = self._shared, event.recipient
-        if not (self._may_relay() or shared.is_local(recipient)):
+        relays = self._relays or self._plugin.authenticated
+        if not (relays or shared.is_local(recipient)):
             self._refuse_recipient(smtp.NO_RELAY)
             return
-        if not shared.clients.may(self._client.remote[0], "recipients"):
+        if not (self._relays or shared.clients.may(self._client.remote[0], "recipients")):
             self._refuse_recipient(smtp.RECIPIENTS_TOO_OFTEN)
             return
         refusal = await self._plugin.rcptto(recipient)
@@ -380,9 +383,6 @@ class Session:
     def _refuse_recipient(self, reply: Reply) -> None:
         self._shared.counters.refused_recipients += 1
         self._machine.reject(reply)
-
-    def _may_relay(self) -> bool:
-        return self._plugin.authenticated or self._shared.access.may_relay(self._client.remote[0])
 
     async def _auth(self, event: server.Auth) -> None:
         shared, host = self._shared, self._client.remote[0]
@@ -477,7 +477,7 @@ class Session:
             if (refusal := self._admit()) is not None:
                 self._machine.close(refusal, "the client of a proxy is refused")
                 return
-        self._machine.auth_in_clear = is_loopback(remote[0])
+        self._know_client()
         self._machine.accept()
 
     # Content.
@@ -487,22 +487,26 @@ class Session:
         if shared.memory.is_full:
             self._machine.reject(smtp.NO_MEMORY)
             return
-        config = shared.config
-        self._drop_spool()
-        self._spool = Spool(shared.memory, config.queue_directory, config.smtp_spill_size)
-        self._machine.accept(sink=self._spool)
+        spool = self._spool
+        if spool is None:
+            config = shared.config
+            spool = Spool(shared.memory, config.queue_directory, config.smtp_spill_size)
+            self._spool = spool
+        elif self._in_mail:
+            spool.close()  # that of a mail which was refused or given up
+        self._in_mail = True
+        self._machine.accept(sink=spool)
 
-    async def _content_came(self) -> None:
-        """Account for what has come of a mail, and write it out when it is large."""
+    def _content_came(self) -> Spool | None:
+        """Account for what has come of a mail; its spool when that is to be written out."""
         spool, machine = self._spool, self._machine
         assert spool is not None, "within a mail"
         if machine.mail is None:
-            self._drop_spool()
-            return
+            self._in_mail = False
+            spool.close()
+            return None
         spool.came(machine.content_size)
-        if spool.is_due:
-            await spool.flush()
-            spool.came(machine.content_size)
+        return spool if spool.is_due else None
 
     async def _content(self, event: server.Content) -> None:
         """Turn the mail into messages, let the plugins see them, publish, and only then say 250."""
@@ -513,13 +517,14 @@ class Session:
             log.error("a mail from %s was not taken: %s", self._client.remote[0], spool.failed)
             replies = [smtp.NO_MEMORY] * (len(machine.rcpts) if machine.settings.lmtp else 1)
         elif isinstance(body, bytes):
-            self._drop_spool()
+            spool.close()
             replies = await self._take(body)
         else:
             shared.counters.spilled += 1
             async with shared.loader(self.worker):
                 replies = await self._take(body)
-        self._drop_spool()
+        self._in_mail = False
+        spool.close()
         self._take_output()
         if all(reply.code >= 400 for reply in replies):
             shared.counters.refused_messages += 1
@@ -534,19 +539,12 @@ class Session:
             machine.accept(replies[0])
 
     async def _take(self, body: bytes | memoryview) -> list[Reply]:
-        memory = self._shared.memory
-        memory.add(len(body))
+        shared = self._shared
+        shared.memory.add(len(body))
         try:
-            return await reception.take(
-                self._shared, self._client, self._plugin, self._machine, body
-            )
+            return await reception.take(shared, self._client, self._plugin, self._machine, body)
         finally:
-            memory.add(-len(body))
-
-    def _drop_spool(self) -> None:
-        spool, self._spool = self._spool, None
-        if spool is not None:
-            spool.close()
+            shared.memory.add(-len(body))
 
     # What plugins send raw.
 

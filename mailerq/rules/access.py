@@ -49,6 +49,8 @@ class Access:
     ) -> None:
         self._clients = tuple(clients)
         self._relays = tuple(relays)
+        # Asked several times for each mail; a key that holds networks is slow to hash.
+        self._may_relay = lru_cache(maxsize=4096)(self._look_up_relay)
         self._proxies = tuple(proxies)
         self._xclients = tuple(xclients)
         self._local_domains = frozenset(domain_of("@" + name) for name in local_domains)
@@ -58,6 +60,9 @@ class Access:
 
     def may_relay(self, client: str) -> bool:
         """Whether that client may send to anybody without a login."""
+        return self._may_relay(client)
+
+    def _look_up_relay(self, client: str) -> bool:
         return _within(client, self._relays)
 
     def is_proxy(self, peer: str) -> bool:

@@ -95,6 +95,11 @@ class Body:
     def is_too_big(self) -> bool:
         return self.size > self._limit > 0
 
+    @property
+    def kept(self) -> int:
+        """Bytes that are not forgotten."""
+        return 0 if self.is_too_big or self.is_bare else self.size
+
     def add(self, data: bytes) -> None:
         """Take bytes as they are."""
         self.size += len(data)

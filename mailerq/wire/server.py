@@ -87,8 +87,9 @@ ERROR_LIMIT: Final = 20
 IDLE_COMMAND_LIMIT: Final = 100
 """Commands in a row that bring no mail forward (NOOP, RSET, VRFY, a second EHLO …)."""
 
-SOFT_SHARE: Final = 2
-"""From this part of either limit on a session is a `nuisance`."""
+SOFT_ERROR_LIMIT: Final = ERROR_LIMIT // 2
+SOFT_IDLE_COMMAND_LIMIT: Final = IDLE_COMMAND_LIMIT // 2
+"""Beyond either of these a session is a `nuisance`."""
 
 CONTENT_LINE: Final = b"(mail)"
 """Stands for what is refused of a mail; no line is like it, for each has its end."""
@@ -179,8 +180,8 @@ class ServerProtocol:
 
     @property
     def content_size(self) -> int:
-        """Bytes of the mail that have come in."""
-        return self._body.size
+        """Bytes of the mail that have come in and are kept: none of one that is refused."""
+        return self._body.kept
 
     @property
     def unfinished(self) -> bool:
@@ -190,10 +191,7 @@ class ServerProtocol:
     @property
     def nuisance(self) -> bool:
         """Whether the peer is well on its way to a limit: it may as well be answered slowly."""
-        return (
-            self.errors * SOFT_SHARE > ERROR_LIMIT
-            or self._idle_commands * SOFT_SHARE > IDLE_COMMAND_LIMIT
-        )
+        return self.errors > SOFT_ERROR_LIMIT or self._idle_commands > SOFT_IDLE_COMMAND_LIMIT
 
     # What the adapter does.
 
@@ -353,8 +351,7 @@ class ServerProtocol:
         end = self._buffer.find(b"\n", self._position)
         if end < 0:
             return self._incomplete(limit)
-        line = self._buffer[self._position : end + 1]
-        self._line = b"AUTH" if self.state is State.AUTH else line
+        line = self._line = self._buffer[self._position : end + 1]
         self._position = end + 1
         self.steps += 1
         if self._discarding or len(line) > limit:
@@ -365,6 +362,7 @@ class ServerProtocol:
         if not line.endswith(b"\r\n") or b"\r" in line[:-2]:
             return self._fail(smtp.BARE_NEWLINE)
         if self.state is State.AUTH:
+            self._line = b"AUTH"
             return self._auth_response(line[:-2])
         verb, _, argument = line[:-2].partition(b" ")
         command = _COMMANDS.get(verb.upper())
