@@ -125,8 +125,8 @@ class Engine:
             server_id=config.server_id,
         )
         tls = tls_context(config)
-        authenticator = _authenticator(config)
-        local_addresses = _local_addresses(config)
+        authenticator = Authenticator.of(config)
+        local_addresses = LocalAddresses.of(config)
         ports = bind(config)
         for port in ports:
             stack.callback(port.sock.close)
@@ -292,22 +292,6 @@ class Engine:
 def _mechanisms(authenticator: Authenticator, plugins: Plugins) -> tuple[str, ...]:
     """The ways to log in: CRAM-MD5 proves a password only to who knows it, so not to plugins."""
     return ("PLAIN", "LOGIN") if plugins.listens("authenticate") else authenticator.mechanisms
-
-
-def _authenticator(config: Config) -> Authenticator:
-    logins = {config.smtp_username: config.smtp_password} if config.smtp_username else None
-    try:
-        return Authenticator(config.smtp_auth, logins)
-    except ValueError as error:
-        raise ConfigError(config.origin("smtp-auth"), f"smtp-auth: {error}") from None
-
-
-def _local_addresses(config: Config) -> LocalAddresses:
-    try:
-        return LocalAddresses(config.smtp_local_addresses)
-    except ValueError as error:
-        where = config.origin("smtp-local-addresses")
-        raise ConfigError(where, f"smtp-local-addresses: {error}") from None
 
 
 def _connections(config: Config) -> int:

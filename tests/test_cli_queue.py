@@ -163,6 +163,22 @@ def test_a_wrong_configuration_exits_2_and_names_the_line(
     )
 
 
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("smtp-auth=carrier-pigeon://coo", "smtp-auth"),
+        ("smtp-local-addresses=/nowhere/at/all", "cannot use /nowhere/at/all"),
+        ("smtp-certificate=/nowhere/chain.pem", "cannot use /nowhere/chain.pem"),
+    ],
+)
+def test_check_config_reads_what_the_server_reads(
+    tmp_path: Path, setting: str, problem: str
+) -> None:
+    done = mailerq("check-config", f"--queue-directory={tmp_path}", f"--{setting}")
+    assert done.returncode == 2
+    assert problem in done.stderr.decode()
+
+
 def test_check_config_says_what_may_surprise(tmp_path: Path) -> None:
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "a.so").touch()

@@ -21,6 +21,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     options = parser.parse_args(rest)
     config = Config.load(settings)
     notes = list(_notes(config))
+    _check_files(config)
     if options.json:
         print_json({"ok": True, "notes": notes})
         return os.EX_OK
@@ -28,6 +29,19 @@ def main(settings: list[str], rest: list[str]) -> int:
         sys.stdout.write(f"note: {note}\n")
     sys.stdout.write("the configuration is good\n")
     return os.EX_OK
+
+
+def _check_files(config: Config) -> None:
+    """Read what the server reads when it starts. Raises `ConfigError`."""
+    from mailerq.net.addresses import LocalAddresses
+    from mailerq.net.auth import Authenticator
+    from mailerq.net.tls import tls_context
+
+    Authenticator.of(config)
+    LocalAddresses.of(config)
+    paths = [config.smtp_certificate, config.smtp_key]
+    if all(not path or not os.path.exists(path) or os.access(path, os.R_OK) for path in paths):
+        tls_context(config)  # else it is for the daemon's user to read
 
 
 def _notes(config: Config) -> Iterator[str]:

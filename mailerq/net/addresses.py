@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from typing import Self
 
+from mailerq.config import Config
+from mailerq.errors import ConfigError
 from mailerq.net.files import WatchedFile
 from mailerq.rules.addresses import AddressList
 
@@ -28,6 +31,15 @@ class LocalAddresses:
                 self._list = self._file.read()
             except (OSError, ValueError) as error:
                 raise ValueError(f"cannot use {path}: {error}") from None
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """The list that the settings name. Raises `ConfigError`."""
+        try:
+            return cls(config.smtp_local_addresses)
+        except ValueError as error:
+            where = config.origin("smtp-local-addresses")
+            raise ConfigError(where, f"smtp-local-addresses: {error}") from None
 
     def has(self, address: str) -> bool:
         """Whether an address is in the list as it stands now."""

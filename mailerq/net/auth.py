@@ -29,11 +29,13 @@ import logging
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 from urllib.parse import urlsplit
 
 import trio
 
+from mailerq.config import Config
+from mailerq.errors import ConfigError
 from mailerq.net.files import WatchedFile
 from mailerq.plugins import crypt
 from mailerq.wire.sasl import Credentials
@@ -74,6 +76,15 @@ class Authenticator:
     def __init__(self, uris: Sequence[str] = (), logins: Mapping[str, str] | None = None) -> None:
         self._backends: list[Backend] = [Hardcoded(logins)] if logins else []
         self._backends += [parse_backend(uri) for uri in uris]
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """The back ends that the settings name. Raises `ConfigError`."""
+        logins = {config.smtp_username: config.smtp_password} if config.smtp_username else None
+        try:
+            return cls(config.smtp_auth, logins)
+        except ValueError as error:
+            raise ConfigError(config.origin("smtp-auth"), f"smtp-auth: {error}") from None
 
     def __bool__(self) -> bool:
         return bool(self._backends)
@@ -189,12 +200,10 @@ class PasswordFile:
 
 
 def verify_hash(password: str, stored: str) -> bool:
-    """Whether a hash is that of a password. Slow, and meant to be. Raises `AuthUnavailable`."""
+    """Whether a hash is that of a password. Slow, and meant to be."""
     if stored.startswith("$argon2"):
-        try:
-            import argon2  # only where such hashes are in use
-        except ImportError as error:
-            raise AuthUnavailable("a hash of argon2 needs the package argon2-cffi") from error
+        import argon2  # late: few have such hashes
+
         try:
             return argon2.PasswordHasher().verify(stored, password)
         except (argon2.exceptions.VerificationError, argon2.exceptions.InvalidHashError):
