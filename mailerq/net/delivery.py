@@ -41,7 +41,13 @@ from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.rules import responses
 from mailerq.rules.responses import Fate, Outcome
 from mailerq.rules.retry import expires_at, next_attempt, not_before
-from mailerq.rules.routes import choose_local_ip, count_hops, result_queues, route_of
+from mailerq.rules.routes import (
+    choose_local_ip,
+    count_hops,
+    result_queues,
+    route_of,
+    unmet_promise,
+)
 
 if TYPE_CHECKING:
     from mailerq.net.worker import Worker
@@ -207,6 +213,9 @@ class Dispatcher:
             return self._refuse(lease, responses.EXPIRED)
         if (outcome := self._body_problem(message)) is not None:
             return self._refuse(lease, outcome)
+        if (reason := unmet_promise(properties, message.body)) is not None:
+            status, _, text = reason.partition(" ")
+            return self._refuse(lease, responses.unsendable(text, 550, status))
         try:
             route = route_of(properties, mailbox.domain, self._config)
             local_ip = choose_local_ip(properties)

@@ -36,7 +36,7 @@ from mailerq.net.stream import Stream, StreamLost
 from mailerq.queues import Lease
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
-from mailerq.rules.routes import Route
+from mailerq.rules.routes import Route, has_ascii_header
 from mailerq.wire.client import (
     NEED_DATA,
     Accepted,
@@ -341,7 +341,7 @@ class Connection:
     async def _deliver(self, job: Job) -> Outcome | None:
         """Send one message; None: not here, the peer had left when its turn came."""
         protocol = self._protocol
-        body = job.message.body
+        body, properties = job.message.body, job.message.properties
         replies = protocol.replies
         event = protocol.next_event()
         if event is NEED_DATA:
@@ -350,6 +350,8 @@ class Connection:
                 job.recipient,
                 size=None if body is None else len(body),
                 eight_bit=body is not None and not body.isascii(),
+                utf8=properties.get("smtputf8") is True and not has_ascii_header(body or b""),
+                dsn=properties.get("dsn"),
             )
             event = await self._exchange()
         if isinstance(event, SendBody):

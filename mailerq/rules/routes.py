@@ -11,7 +11,16 @@ from mailerq.address import parse_host
 from mailerq.config import Config
 from mailerq.errors import AddressError
 
-__all__ = ["SMTP_PORT", "Route", "choose_local_ip", "count_hops", "result_queues", "route_of"]
+__all__ = [
+    "SMTP_PORT",
+    "Route",
+    "choose_local_ip",
+    "count_hops",
+    "has_ascii_header",
+    "result_queues",
+    "route_of",
+    "unmet_promise",
+]
 
 SMTP_PORT: Final = 25
 
@@ -98,6 +107,32 @@ def result_queues(
         # What has a wrong type makes a message fail, and then must not hide its result.
         names = {**configured, **{k: v for k, v in own.items() if v is None or type(v) is str}}
     return [name for kind in kinds if (name := names.get(kind))]
+
+
+def unmet_promise(properties: Mapping[str, Any], body: bytes | None) -> str | None:
+    """What was promised when the mail was taken, and deliveries cannot keep: a reason, or None.
+
+    To send it all the same would break RFC 8689 and RFC 3030, or what the message asks for.
+    """
+    if properties.get("requiretls") is True:
+        return "5.7.30 the sender requires TLS all the way, and deliveries do not use TLS yet"
+    if (security := properties.get("security")) in ("required", "verified"):
+        return f"5.7.10 property security: {security}, and deliveries do not use TLS yet"
+    if properties.get("binarymime") is True and body is not None and _is_binary(body):
+        return "5.6.3 the mail is binary, and deliveries do not use BDAT yet"
+    return None
+
+
+def _is_binary(body: bytes) -> bool:
+    """Whether lines that end in CR LF cannot carry it as it is."""
+    pairs = body.count(b"\r\n")
+    return b"\0" in body or body.count(b"\n") != pairs or body.count(b"\r") != pairs
+
+
+def has_ascii_header(body: bytes) -> bool:
+    """Whether the header of a message is ASCII, whatever its text is."""
+    end = body.find(b"\r\n\r\n", 0, MAX_HEADER)
+    return body[: end if end >= 0 else MAX_HEADER].isascii()
 
 
 def count_hops(body: bytes) -> int:

@@ -31,10 +31,12 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from typing import Final
 
+from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
 __all__ = [
@@ -219,28 +221,43 @@ class ClientProtocol:
     # Output
 
     def mail(
-        self, envelope: str, recipient: str, *, size: int | None = None, eight_bit: bool = False
+        self,
+        envelope: str,
+        recipient: str,
+        *,
+        size: int | None = None,
+        eight_bit: bool = False,
+        utf8: bool = False,
+        dsn: Mapping[str, object] | None = None,
     ) -> None:
         """Begin to send a mail of `size` bytes; one recipient.
 
-        What the peer cannot take, or what would not be one command on the wire, ends in
-        `Refused` without a byte sent.
+        `eight_bit` is about all of it, `utf8` about its header. `dsn` is the property of that
+        name, which goes on to a peer that knows what to do with it. What the peer cannot
+        take, or what would not be one command on the wire, ends in `Refused` without a byte
+        sent.
         """
         if not self.reusable:
             raise LocalProtocolError("a mail is under way, or the session is not open")
-        self._refusal = self._objection(envelope, recipient, size)
+        utf8 = utf8 or not (envelope.isascii() and recipient.isascii())
+        self._refusal = self._objection(envelope, recipient, size, utf8=utf8)
         if self._refusal is not None:
             return
         parameters = f" SIZE={size}" if size is not None and "SIZE" in self.extensions else ""
         if eight_bit and "8BITMIME" in self.extensions:
             parameters += " BODY=8BITMIME"
-        if not (envelope.isascii() and recipient.isascii()):
+        if utf8:
             parameters += " SMTPUTF8"
+        recipient_parameters = ""
+        if dsn and "DSN" in self.extensions:
+            sender_parameters, recipient_parameters = dsn_parameters(dsn)
+            parameters += sender_parameters
         if self._transaction_open:
             self._transaction_open = False
             self._later.append((Step.RESET, b"RSET\r\n"))
         self._later.append((Step.MAILFROM, f"MAIL FROM:<{envelope}>{parameters}\r\n".encode()))
-        self._later.append((Step.RCPTTO, f"RCPT TO:<{recipient}>\r\n".encode()))
+        rcpt = f"RCPT TO:<{recipient}>{recipient_parameters}\r\n"
+        self._later.append((Step.RCPTTO, rcpt.encode()))
         self._later.append((Step.DATA, b"DATA\r\n"))
         self._recipient_stands = False
         self._send_commands()
@@ -275,18 +292,22 @@ class ClientProtocol:
         del output[:count]
         return data
 
-    def _objection(self, envelope: str, recipient: str, size: int | None) -> Refused | None:
+    def _objection(
+        self, envelope: str, recipient: str, size: int | None, *, utf8: bool
+    ) -> Refused | None:
         """What speaks against sending this mail, found before anything is on the wire."""
         if not _is_safe(envelope):
             return Refused(Step.MAILFROM, Reply(553, "5.1.7 Sender address is malformed"))
         if not recipient or not _is_safe(recipient):
             return Refused(Step.RCPTTO, Reply(553, "5.1.3 Recipient address is malformed"))
-        if "SMTPUTF8" not in self.extensions:
+        if utf8 and "SMTPUTF8" not in self.extensions:
             text = "5.6.7 Address is not ASCII and the peer does not offer SMTPUTF8"
             if not envelope.isascii():
                 return Refused(Step.MAILFROM, Reply(553, text))
             if not recipient.isascii():
                 return Refused(Step.RCPTTO, Reply(553, text))
+            text = "5.6.7 Header is not ASCII and the peer does not offer SMTPUTF8"
+            return Refused(Step.MAILFROM, Reply(553, text))
         limit = self.extensions.get("SIZE", "")
         if size is not None and limit.isdecimal() and len(limit) <= 20 and 0 < int(limit) < size:
             text = f"5.3.4 Message has {size} bytes, the peer takes {int(limit)}"

@@ -7,7 +7,7 @@ Each extension brings its own: SIZE (RFC 1870), BODY (RFC 6152 and 3030), SMTPUT
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +21,8 @@ __all__ = [
     "ParameterError",
     "RcptParameters",
     "decode_xtext",
+    "dsn_parameters",
+    "encode_xtext",
     "mail_keywords",
     "parse_xclient",
     "split_path",
@@ -74,7 +76,7 @@ class MailParameters:
         if body == "BINARYMIME" and "BINARYMIME" not in offered:
             raise ParameterError(smtp.UNKNOWN_PARAMETER)
         ret = values.get("RET")
-        if ret is not None and ret.upper() not in ("FULL", "HDRS"):
+        if ret is not None and ret.upper() not in _RET:
             raise ParameterError(smtp.BAD_PARAMETER_VALUE)
         envid = values.get("ENVID")
         if envid is not None:
@@ -128,6 +130,8 @@ _FLAGS: Final = frozenset(("SMTPUTF8", "REQUIRETLS"))
 _ATOM: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+").fullmatch
 _XTEXT: Final = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*").fullmatch
 _HEX: Final = re.compile(r"\+([0-9A-F]{2})")
+_NOT_XTEXT: Final = re.compile(r"[^!-*,-<>-~]")
+_RET: Final = ("FULL", "HDRS")
 
 
 def _split(text: str, offered: Collection[str]) -> dict[str, str]:
@@ -157,6 +161,34 @@ def decode_xtext(text: str) -> str:
     if not decoded.isascii() or not decoded.isprintable():
         raise ParameterError(smtp.BAD_PARAMETER_VALUE)
     return decoded
+
+
+def encode_xtext(text: str) -> str:
+    """Encode what `decode_xtext` reads; ASCII only."""
+    return _NOT_XTEXT.sub(lambda match: f"+{ord(match[0]):02X}", text)
+
+
+def dsn_parameters(dsn: Mapping[str, object]) -> tuple[str, str]:
+    """What MAIL and RCPT say of the property ``dsn``, each with a space before it.
+
+    The property may come from anywhere: what has no place in a parameter is left out.
+    """
+    mail = rcpt = ""
+    ret, envid = dsn.get("ret"), dsn.get("envid")
+    if isinstance(ret, str) and ret.upper() in _RET:
+        mail += f" RET={ret.upper()}"
+    if isinstance(envid, str) and envid.isascii() and 0 < len(envid) <= ENVID_LIMIT:
+        mail += f" ENVID={encode_xtext(envid)}"
+    notify, orcpt = dsn.get("notify"), dsn.get("orcpt")
+    if isinstance(notify, str):
+        events = notify.upper().replace(" ", "").split(",")
+        if not set(events) - _NOTIFY and ("NEVER" not in events or len(events) == 1):
+            rcpt += f" NOTIFY={','.join(events)}"
+    if isinstance(orcpt, str) and orcpt.isascii() and len(orcpt) <= ORCPT_LIMIT:
+        kind, _, address = orcpt.partition(";")
+        if _ATOM(kind) and address:
+            rcpt += f" ORCPT={kind};{encode_xtext(address)}"
+    return mail, rcpt
 
 
 _BASIC_MAIL_KEYWORDS: Final = frozenset(("SIZE", "BODY"))

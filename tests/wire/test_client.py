@@ -532,3 +532,54 @@ def test_client_and_server_agree_on_mail_after_mail(step: int) -> None:
         assert isinstance(both.send("nobody@d.test", body), Refused)
     assert [body for _, _, body in both.taken] == [*bodies[:3], b"a\r\n.\r\nb\r\n"]
     assert all(to == ["c@d.test"] for _, to, _ in both.taken)
+
+
+@pytest.mark.parametrize(
+    ("dsn", "mail", "rcpt"),
+    [
+        ({}, b"", b""),
+        ({"ret": "hdrs", "envid": "a+b=c d"}, b" RET=HDRS ENVID=a+2Bb+3Dc+20d", b""),
+        (
+            {"notify": "success, failure", "orcpt": "rfc822;x+y@z.test"},
+            b"",
+            b" NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;x+2By@z.test",
+        ),
+        ({"notify": "never"}, b"", b" NOTIFY=NEVER"),
+        ({"notify": "never,delay"}, b"", b""),
+        ({"notify": "x\r\nRSET"}, b"", b""),
+        ({"ret": "x\r\nRSET", "envid": "x\r\nRSET"}, b" ENVID=x+0D+0ARSET", b""),
+        ({"orcpt": "rfc822;x\r\nRSET"}, b"", b" ORCPT=rfc822;x+0D+0ARSET"),
+        ({"orcpt": "r f c;x"}, b"", b""),
+        ({"ret": 1, "envid": None, "notify": ["x"], "orcpt": {}}, b"", b""),
+        ({"envid": "ä", "orcpt": "rfc822;ä"}, b"", b""),
+    ],
+)
+def test_dsn_goes_on_to_a_peer_that_knows_it(
+    dsn: dict[str, object], mail: bytes, rcpt: bytes
+) -> None:
+    for offer, known in ((b"250-DSN\r\n", True), (b"", False)):
+        protocol = ClientProtocol("client.test")
+        protocol.receive_data(b"220 hi\r\n")
+        protocol.next_event()
+        protocol.data_to_send()
+        protocol.receive_data(b"250-mx\r\n" + offer + b"250 PIPELINING\r\n")
+        protocol.next_event()
+        protocol.mail("a@b.test", "c@d.test", dsn=dsn)
+        assert protocol.data_to_send() == (
+            b"MAIL FROM:<a@b.test>%b\r\nRCPT TO:<c@d.test>%b\r\nDATA\r\n"
+            % ((mail, rcpt) if known else (b"", b""))
+        )
+
+
+def test_a_header_that_is_not_ascii_needs_smtputf8() -> None:
+    protocol = ClientProtocol("client.test")
+    protocol.receive_data(b"220 hi\r\n")
+    protocol.next_event()
+    protocol.data_to_send()
+    protocol.receive_data(b"250 mx\r\n")
+    protocol.next_event()
+    protocol.mail("a@b.test", "c@d.test", utf8=True)
+    event = protocol.next_event()
+    assert isinstance(event, Refused)
+    assert event.reply.status == "5.6.7"
+    assert protocol.data_to_send() == b""
