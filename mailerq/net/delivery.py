@@ -9,10 +9,12 @@ back through `Dispatcher.done`, exactly once, with what came of the attempt. Tha
 a settlement: the message leaves the outbox, or goes back to it with a later due time, in
 one step with the copies for the result queues.
 
-Settlements are committed in groups, one group at a time, by one task. The connection that
-a result came from is told when its group is safe, and sends no further body before that.
-While the queue cannot be written the group is tried again and again; deliveries come to a
-halt by themselves, and nothing is forgotten.
+Settlements are committed in groups by two tasks: while one waits for the queue, the other can
+hand over what has come since, so that it is part of the very next commit. The connection that
+a result came from is told when its group is safe, and sends no further body before that: with
+one task that wait limited deliveries before the processor did. While the queue cannot be
+written a group is tried again and again; deliveries come to a halt by themselves, and nothing
+is forgotten.
 
 Everything here runs on the home worker.
 """
@@ -59,6 +61,9 @@ log = logging.getLogger("mailerq.delivery")
 
 MAX_HOPS: Final = 100
 """Received lines of a message that is still believed not to run in circles (RFC 5321, 6.3)."""
+
+SETTLERS: Final = 2
+"""Groups of settlements that are handed to the queue at a time; more were no faster."""
 
 MIN_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 10.0
@@ -113,7 +118,7 @@ class Dispatcher:
         self._pool = Pool(config, workers, resolver, slots, self)
         self._unsettled: list[tuple[Settlement, Connection | None]] = []
         self._settling = 0
-        self._work = trio.Event()
+        self._settlers = trio.lowlevel.ParkingLot()
         self._settled = trio.Event()
         self._consuming = trio.CancelScope()
         self._stopped = trio.Event()
@@ -126,7 +131,8 @@ class Dispatcher:
             trio.open_nursery() as nursery,
         ):
             await nursery.start(self._pool.run)
-            nursery.start_soon(self._settle)
+            for _ in range(SETTLERS):
+                nursery.start_soon(self._settle)
             task_status.started()
             with self._consuming:
                 await self._consume(consumer)
@@ -311,20 +317,21 @@ class Dispatcher:
 
     def _add(self, settlement: Settlement, connection: Connection | None) -> None:
         self._unsettled.append((settlement, connection))
-        self._work.set()
+        if len(self._unsettled) == 1:
+            self._settlers.unpark()
 
     async def _settle(self) -> None:
         """Commit what has gathered, group after group, and tell the connections."""
         while True:
-            if not self._unsettled:
-                self._settled.set()
-                self._settled = trio.Event()
-                self._work = trio.Event()
-                await self._work.wait()
+            while not self._unsettled:
+                if not self._settling:
+                    self._settled.set()
+                    self._settled = trio.Event()
+                await self._settlers.park()
             group, self._unsettled = self._unsettled, []
-            self._settling = len(group)
+            self._settling += len(group)
             await self._commit([settlement for settlement, _ in group])
-            self._settling = 0
+            self._settling -= len(group)
             for _, connection in group:
                 if connection is not None:
                     connection.worker.call(connection.settled)
