@@ -1,5 +1,6 @@
 """The C core, as Python sees it."""
 
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Self
 
@@ -7,6 +8,7 @@ from mailerq.message import Message
 from mailerq.plugins import Reject
 
 EVENTS: tuple[str, ...]
+UNPRINTABLE: re.Pattern[str]
 
 def flush_log() -> None: ...
 def set_machine(number: int) -> None: ...

@@ -39,6 +39,7 @@ import trio
 from mailerq import _core, ids
 from mailerq._core import Call, Connection, crypt
 from mailerq.errors import PluginError
+from mailerq.message import Message, decode_properties, encode_properties
 
 __all__ = ["Connection", "Context", "Handler", "Plugins", "Reject", "Statistics", "crypt"]
 
@@ -103,6 +104,40 @@ def clean_reject(code: int, text: str) -> Reject:
         return Reject(code, f"{default} {text or 'Refused'}")
     rest = text[status.end() :].lstrip()
     return Reject(code, f"{family}{status[2]} {rest or 'Refused'}")
+
+
+class _Guarded:
+    """A message while a handler has it: what cannot be used afterwards is put back as it was."""
+
+    def __init__(self, message: Message) -> None:
+        self._message = message
+        self._properties = encode_properties(message.properties)
+        self._body = message.body
+
+    def problem(self) -> str | None:
+        """What is wrong with what the handler left, or None."""
+        message = self._message
+        try:
+            problem = _problem(message)
+        except Exception as error:
+            problem = f"the properties cannot be used: {error}"
+        if problem is not None:
+            message.properties = decode_properties(self._properties)
+            message.body = self._body
+        return problem
+
+
+def _problem(message: Message) -> str | None:
+    # A queue must be able to hold it, and no address may end the SMTP command that carries it.
+    encode_properties(message.properties)
+    body: object = message.body
+    if body is not None and not isinstance(body, bytes):
+        return f"the body is no bytes but {type(body).__name__}"
+    for name in ("envelope", "recipient"):
+        value = message.properties.get(name)
+        if isinstance(value, str) and _core.UNPRINTABLE.search(value):
+            return f"property {name}: holds a control character"
+    return message.problem()
 
 
 def describe(handler: Handler) -> str:
@@ -220,7 +255,8 @@ class Plugins:
         `Connection` and then what the event is about: the address; login and password; the text
         of the mail; the `Message`, which it may edit; for "out_data" and "out_sent" the `Message`
         that is sent now and the one that is stored. It returns None to go on, or a `Reject`;
-        for "authenticate" also True or False. An exception in it is a 451 and logged.
+        for "authenticate" also True or False. An exception in it is a 451 and logged, and so is a
+        `Message` that it leaves in a state which no queue could hold.
         """
         if event not in _HANDLED:
             raise ValueError(f"no event {event!r}: there are {', '.join(_HANDLED)}")
@@ -400,6 +436,8 @@ class Context(_core.Context):
         decided: bool | None = None
         for handler in self.plugins.handlers[event]:
             name, figures = describe(handler), self.plugins.figures_of(handler, event)
+            guards = [_Guarded(argument) for argument in arguments if isinstance(argument, Message)]
+            problems: list[str] = []
             figures["calls"] += 1
             start = time.perf_counter()
             try:
@@ -413,6 +451,10 @@ class Context(_core.Context):
                 return GIVEN_UP
             finally:
                 figures["seconds"] += time.perf_counter() - start
+                problems += filter(None, [guard.problem() for guard in guards])
+            if problems:
+                logger.error("[%s] in %s: %s; given up", name, event, problems[0])
+                return GIVEN_UP
             if scope.cancelled_caught:
                 figures["timeouts"] += 1
                 seconds = self.plugins.timeout
@@ -421,7 +463,7 @@ class Context(_core.Context):
             match answer:
                 case None:
                     pass
-                case Reject(code, text):
+                case Reject(int(code), str(text)) if 400 <= code <= 599:
                     figures["rejects"] += 1
                     return clean_reject(code, text)
                 case bool() if event == "authenticate":

@@ -118,7 +118,48 @@ async def test_handler_may_set_authenticated_in_any_event(plugins: Plugins) -> N
     assert connection.authenticated
 
 
-@pytest.mark.parametrize("answer", [True, "550 no", 550, (550, "no")])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"x": object()}, "cannot be used: Encoding objects of type object"),
+        ({"x": "\ud800"}, "cannot be used: 'utf-8' codec"),
+        ({"recipient": None}, "property recipient: is missing"),
+        ({"recipient": 5}, "property recipient: expected a string, found a number"),
+        ({"envelope": "a\r\nb@c.test"}, "property envelope: holds a control character"),
+        (["recipient"], "cannot be used: 'list' object"),
+        ("y", "the body is no bytes but str"),
+    ],
+)
+@pytest.mark.parametrize("ends", ["well", "badly"])
+async def test_a_handler_that_spoils_a_message_is_given_up_and_the_message_is_as_before(
+    plugins: Plugins, caplog: pytest.LogCaptureFixture, change: object, problem: str, ends: str
+) -> None:
+    def spoil(connection: Connection, message: Message, stored: Message) -> None:
+        stored.properties["tags"].append("spoilt")
+        if isinstance(change, dict):
+            stored.properties.update(change)
+        elif isinstance(change, list):
+            stored.properties = change  # type: ignore[assignment]
+        else:
+            stored.body = change  # type: ignore[assignment]
+        if ends == "badly":
+            raise ZeroDivisionError
+
+    plugins.on("out_data", spoil)
+    plugins.on("out_data", lambda connection, message, stored: pytest.fail("not to be called"))
+    connection = await open_connection(plugins)
+    properties = {"envelope": "a@b.test", "recipient": "c@d.test", "tags": ["x"]}
+    stored = Message({**properties, "tags": ["x"]}, b"x")
+    assert await connection.out_data(Message(dict(properties), b"x"), stored) == GIVEN_UP
+    assert (stored.properties, stored.body) == (properties, b"x")
+    if ends == "well":
+        assert problem in caplog.text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [True, "550 no", 550, (550, "no"), Reject(250, "ok"), Reject(550, 5)],  # type: ignore[arg-type]
+)
 async def test_answer_that_means_nothing_is_an_error(
     plugins: Plugins, answer: object, caplog: pytest.LogCaptureFixture
 ) -> None:

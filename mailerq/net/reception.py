@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mailerq.errors import QueueError
+from mailerq.errors import MessageError, QueueError
 from mailerq.mail import headers, incoming
 from mailerq.message import Message
 from mailerq.plugins import Connection, Reject
@@ -94,7 +94,7 @@ async def _publish(
     try:
         if publications:
             await shared.queues.publish(publications)
-    except QueueError as error:
+    except (MessageError, QueueError) as error:
         shared.counters.queue_errors += 1
         log.error("a mail from %s was not taken: %s", client.remote[0], error)
         outcomes = [smtp.QUEUE_UNAVAILABLE if isinstance(one, str) else one for one in outcomes]
@@ -213,7 +213,9 @@ def _route(shared: Server, message: Message) -> str:
 
 
 def _received_line(message: Message) -> str:
-    connection = message.properties.get("connection", {})
+    connection = message.properties.get("connection")
+    if not isinstance(connection, dict):  # A plugin may have made something else of it.
+        connection = {}
     return (
         f"{message.properties.get('message-id', '')}"
         f" <{_field(message.envelope)}> <{_field(message.recipient)}>"

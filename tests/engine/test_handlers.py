@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import smtplib
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import trio
 
 from mailerq import Engine, Message
-from tests.support import configure, open_sink, send
+from tests.support import configure, in_thread, open_sink, send
 
 SESSION = ("connect", "mailfrom", "rcptto", "data", "message", "close")
 
@@ -60,3 +62,26 @@ async def test_a_handler_supplies_a_body_that_a_message_lacks(tmp_path: Path) ->
             await engine.publish({"envelope": "a@b.test", "recipient": "c@d.test"})
             (mail,) = await sink.wait_for(1)
     assert mail.body == b"Subject: made\r\n"
+
+
+async def test_a_handler_that_spoils_a_message_does_not_end_the_session(tmp_path: Path) -> None:
+    def spoil(connection: object, message: Message) -> None:
+        if message.recipient.startswith("odd@"):
+            message.properties["connection"] = 7
+        else:
+            message.properties["x"] = object()
+
+    def converse(address: tuple[str, int]) -> None:
+        with smtplib.SMTP(*address) as client:
+            with pytest.raises(smtplib.SMTPDataError) as refused:
+                client.sendmail("a@b.test", ["c@d.test"], "Subject: x")
+            assert refused.value.smtp_code == 451
+            client.sendmail("a@b.test", ["odd@d.test"], "Subject: x")
+
+    log = tmp_path / "received.log"
+    config = configure(tmp_path, rabbitmq_inbox="inbox", received_log_file=str(log))
+    async with Engine(config) as engine:
+        engine.on("message", spoil)
+        await in_thread(converse, engine.addresses[0])
+        assert [depth.total for depth in await engine.queues.depths()] == [1]
+    assert log.read_text().endswith("<a@b.test> <odd@d.test> [] []\n")
