@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import smtplib
 import socket
@@ -12,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support import ROOT, mailerq
+import pytest
+
+from tests.support import ROOT, compile_plugin, mailerq
 
 MAIL = b"From: a@b.test\r\n\r\nhello\r\n"
 
@@ -164,6 +167,60 @@ def test_a_plugin_that_is_none_exits_2_and_is_named(tmp_path: Path) -> None:
     done = mailerq(*settings, f"--plugin-directory={tmp_path}")
     assert done.returncode == 2
     assert f"{tmp_path}/bad.so" in done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+
+
+HOLD = """
+#include <mailerq.h>
+#include <stdlib.h>
+static int workers;
+MQ_EXPORT int mq_version(void) { return MQ_API_VERSION; }
+MQ_EXPORT bool mq_context_initialize(MQ_Context *context)
+{
+    if (!context || ++workers < atoi(getenv("WORKERS"))) return false;
+    MQ_Log(MQ_INFO, "holding");
+    return true;
+}
+"""
+
+
+@pytest.fixture
+def holding(tmp_path: Path, workers: int) -> list[str]:
+    """Settings with a plugin that never hands back the last mq_context_initialize."""
+    compile_plugin(tmp_path / "plugins", "hold.c", HOLD)
+    settings = [text for text in settings_in(tmp_path) if not text.startswith("--plugin")]
+    return [*settings, f"--plugin-directory={tmp_path / 'plugins'}", f"--smtp-threads={workers}"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_plugin_that_holds_up_the_start_exits_2_and_is_named(
+    holding: list[str], workers: int
+) -> None:
+    done = mailerq(*holding, "--plugin-timeout=0.1", env={"WORKERS": str(workers)})
+    assert done.returncode == 2
+    assert b"mailerq: hold.so: mq_context_initialize failed: timed out" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_signal_ends_a_start_that_a_plugin_holds_up(holding: list[str], workers: int) -> None:
+    command = [sys.executable, "-m", "mailerq", *holding]
+    environ = {**os.environ, "WORKERS": str(workers)}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environ
+    ) as process:
+        assert process.stderr is not None
+        assert any("holding" in line for line in process.stderr)
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert "hold.so" in process.communicate(timeout=30)[1]
+
+
+@pytest.mark.parametrize("log", ["send", "received"])
+def test_a_log_that_cannot_be_written_exits_2_and_is_named(tmp_path: Path, log: str) -> None:
+    done = mailerq(*settings_in(tmp_path, f"--{log}-log-file={tmp_path}/no/log"))
+    assert done.returncode == 2
+    assert f"{log}-log-file: cannot write {tmp_path}/no/log: " in done.stderr.decode()
     assert b"Traceback" not in done.stderr
 
 

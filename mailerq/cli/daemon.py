@@ -31,6 +31,9 @@ log = logging.getLogger("mailerq")
 OTHER_DESCRIPTORS: Final = 256
 """What the process may have open beside connections: queue, logs, plugins, mail in files."""
 
+HURRY_SECONDS: Final = 1.0
+"""How long plugins may hold up a start that is to end."""
+
 DESCRIPTION: Final = """\
 A mail transfer agent. Without a command it is the daemon and stays in the foreground.
 
@@ -180,13 +183,14 @@ async def _serve(config: Config) -> int:
 
     stop = trio.Event()
     failure: Exception | None = None
+    engine = Engine(config)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
-            running: list[Engine] = []
-            nursery.start_soon(_watch, signals, stop, running)
+            started = trio.Event()
+            nursery.start_soon(_watch, signals, engine, started, stop)
             try:
-                async with Engine(config) as engine:
-                    running.append(engine)
+                async with engine:
+                    started.set()
                     where = ", ".join(_join(*address) for address in engine.addresses)
                     log.info("mailerq %s listens on %s", __version__, where)
                     await stop.wait()
@@ -199,7 +203,9 @@ async def _serve(config: Config) -> int:
     return os.EX_OK
 
 
-async def _watch(signals: AsyncIterator[int], stop: trio.Event, running: list[Engine]) -> None:
+async def _watch(
+    signals: AsyncIterator[int], engine: Engine, started: trio.Event, stop: trio.Event
+) -> None:
     """The first signal stops the engine in its time, the second one ends the process.
 
     That is safe at any moment: what was accepted is on disk. SIGHUP reloads certificates.
@@ -207,10 +213,13 @@ async def _watch(signals: AsyncIterator[int], stop: trio.Event, running: list[En
     async for number in signals:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
-            _reload(name, running)
+            if started.is_set():
+                _reload(name, engine)
         elif not stop.is_set():
             log.info("%s: stopping", name)
             stop.set()
+            if not started.is_set():
+                engine.plugins.timeout = HURRY_SECONDS
         else:
             log.warning("%s again: stopping at once", name)
             logging.shutdown()
@@ -219,10 +228,9 @@ async def _watch(signals: AsyncIterator[int], stop: trio.Event, running: list[En
             os.kill(os.getpid(), number)
 
 
-def _reload(name: str, running: list[Engine]) -> None:
+def _reload(name: str, engine: Engine) -> None:
     try:
-        for engine in running:
-            engine.reload()
+        engine.reload()
     except ConfigError as error:
         log.error("%s: the certificate stays as it was: %s", name, error)
     else:

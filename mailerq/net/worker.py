@@ -18,6 +18,7 @@ import math
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeVarTuple
 
 import trio
@@ -64,13 +65,16 @@ class Worker:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until `stop`, then wait for the tasks that are still there."""
+        await self._serve(plugins, task_status.started)
+
+    async def _serve(self, plugins: Plugins, started: Callable[[], object]) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self.thread = threading.get_ident()
         self._stop = trio.Event()
         self.context = await plugins.open_context(self.index)
         try:
             async with trio.open_nursery() as self.nursery:
-                task_status.started()
+                started()
                 await self._stop.wait()
         finally:
             with trio.CancelScope(shield=True):
@@ -84,15 +88,10 @@ class Worker:
     ) -> None:
         """`run` in a thread and a trio loop of its own."""
         home = trio.lowlevel.current_trio_token()
-
-        async def main() -> None:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self.run, plugins)
-                home.run_sync_soon(task_status.started)
-
-        limiter = trio.CapacityLimiter(math.inf)
+        started = partial(home.run_sync_soon, task_status.started)
+        run = partial(trio.run, self._serve, plugins, started)
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(trio.run, main, limiter=limiter)
+            await trio.to_thread.run_sync(run, limiter=trio.CapacityLimiter(math.inf))
 
     def stop(self, *, cancel: bool = False) -> None:
         """Let `run` end once its tasks have; `cancel` ends them now."""
@@ -109,6 +108,7 @@ class Worker:
 async def open_workers(count: int, plugins: Plugins) -> AsyncIterator[list[Worker]]:
     """Start `count` workers, the first one in this very loop; stop them in reverse order."""
     workers = [Worker(index) for index in range(count)]
+    failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         started: list[Worker] = []
         cancel = True  # until nothing went wrong
@@ -119,6 +119,10 @@ async def open_workers(count: int, plugins: Plugins) -> AsyncIterator[list[Worke
                 started.append(worker)
             yield workers
             cancel = False
+        except Exception as error:
+            failure = error  # Around the nursery, which would make a group of it.
         finally:
             for worker in reversed(started):
                 worker.stop(cancel=cancel)
+    if failure is not None:
+        raise failure
