@@ -131,11 +131,16 @@ def test_run_leaves_no_orphan_when_it_is_killed(running: subprocess.Popen[str]) 
     eventually(lambda: not any(map(alive, children)))
 
 
-def test_run_says_which_port_is_taken(tree: Path) -> None:
+@pytest.mark.parametrize("setting", ["smtp-port", "smtp-sink-port"])
+def test_run_says_which_port_is_taken(tree: Path, setting: str) -> None:
+    other = {"smtp-port": "smtp-sink-port", "smtp-sink-port": "smtp-port"}[setting]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, tree / "tools/run", f"--smtp-port={port}"],
+            [
+                *(sys.executable, tree / "tools/run"),
+                *(f"--{setting}={port}", f"--{other}={free_ports(1)[0]}"),
+            ],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
