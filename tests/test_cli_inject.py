@@ -214,12 +214,19 @@ def test_x_mq_fields_become_properties_and_bad_ones_are_named(queue: Path) -> No
 
 
 def test_mail_goes_to_the_inbox_or_the_local_queue_where_there_are_such(
-    inject: Inject, queue: Path
+    inject: Inject, queue: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--rabbitmq-inbox=in", "--rabbitmq-local=home", "--smtp-local-domains=a.test"]
-    inject(queue, *arguments, "ann@a.test", "bob@b.test")
+    listed = tmp_path / "addresses"
+    arguments = [
+        *("--rabbitmq-inbox=in", "--rabbitmq-local=home", "--smtp-local-domains=a.test"),
+        f"--smtp-local-addresses={listed}",
+    ]
+    said = inject(queue, *arguments, "ann@a.test", status=os.EX_CONFIG)
+    assert f"smtp-local-addresses: cannot use {listed}" in said
+    listed.write_text("cyd@*.test\n")
+    inject(queue, *arguments, "ann@a.test", "bob@b.test", "cyd@c.test")
     assert [message.recipient for message in kept(queue, "in")] == ["bob@b.test"]
-    assert [message.recipient for message in kept(queue, "home")] == ["ann@a.test"]
+    assert [message.recipient for message in kept(queue, "home")] == ["ann@a.test", "cyd@c.test"]
 
 
 def test_programs_that_know_sendmail_can_use_it(queue: Path, tmp_path: Path) -> None:
@@ -243,7 +250,8 @@ def test_programs_that_know_sendmail_can_use_it(queue: Path, tmp_path: Path) -> 
         (["-t"], b"To: Ann Lee\n\nx\n", os.EX_DATAERR, "To: 'Ann Lee' is no address"),
         (["-t"], b"To: a@-b-.test\n\nx\n", os.EX_DATAERR, "'-b-.test' is not a domain"),
         (["ann@"], MAIL, os.EX_USAGE, "'ann @' is no address"),
-        (["ann@a.test\r\nDATA"], MAIL, os.EX_USAGE, "is no address"),
+        (["ann@a.test\r\nDATA"], MAIL, os.EX_USAGE, "is more than one line"),
+        (["ann@a.test\nRCPT TO:<x@y.test>"], MAIL, os.EX_USAGE, "is more than one line"),
         (["-f", "x\n@y", "c@d.test"], MAIL, os.EX_USAGE, "cannot stand before the @"),
         (["--ignore-dot"], MAIL, os.EX_USAGE, "name a recipient"),
         (["c@d.test", "--frob"], MAIL, os.EX_USAGE, "unrecognized arguments: --frob"),

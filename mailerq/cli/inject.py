@@ -12,7 +12,7 @@ import pwd
 import sys
 import time
 from argparse import SUPPRESS, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Final
 
 from mailerq import ids
@@ -26,6 +26,7 @@ from mailerq.mail.headers import Header
 from mailerq.mail.recipients import addresses, recipients, sender
 from mailerq.queues import Publication
 from mailerq.rules.access import Access
+from mailerq.rules.routes import reception_queue
 
 __all__ = ["main"]
 
@@ -182,6 +183,8 @@ def _recipients(header: Header, options: Namespace, config: Config) -> list[str]
     found: list[str] = []
     try:
         for argument in options.recipients:
+            if "\n" in argument or "\r" in argument:
+                raise AddressError(f"{argument[:80]!a} is more than one line")
             found += addresses(argument)
         found = [_qualified(address, config) for address in found]
     except AddressError as error:
@@ -274,11 +277,11 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
         raise Refused(os.EX_DATAERR, "the mail has too many Received fields: it is looping")
     for reason in reception.ignored:
         complain(f"ignored {reason}")
-    access = Access(config.smtp_range, config.smtp_relay_range, config.smtp_local_domains)
+    is_local = _locals(config)
     publications = [
         Publication(queue, message)
         for message in reception.messages
-        if (queue := _queue(config, access.is_local(message.recipient)))
+        if (queue := reception_queue(config, local=is_local(message.recipient)))
     ]
     if publications:
         try:
@@ -301,12 +304,18 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
     }
 
 
-def _queue(config: Config, local: bool) -> str:
-    """The queue for received mail; empty where the configuration drops it."""
-    if local and config.rabbitmq_local:
-        return config.rabbitmq_local
-    inbox = config.rabbitmq_inbox
-    return config.rabbitmq_outbox if inbox is None else inbox
+def _locals(config: Config) -> Callable[[str], bool]:
+    """What tells local recipients from others, where there is a queue for their mail."""
+    if not config.rabbitmq_local:
+        return lambda recipient: False
+    from mailerq.net.addresses import LocalAddresses
+
+    access = Access(config.smtp_range, config.smtp_relay_range, config.smtp_local_domains)
+    try:
+        listed = LocalAddresses.of(config)
+    except ConfigError as error:
+        raise Refused(os.EX_CONFIG, str(error)) from None
+    return lambda recipient: access.is_local(recipient) or listed.has(recipient)
 
 
 def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]) -> dict[str, Any]:
@@ -317,9 +326,7 @@ def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]
     port = config.smtp_port[0] if config.smtp_port else 0
     where = f"{host} port {port}"
     try:
-        paths = [
-            str(parse_mailbox(address)) if address else "" for address in (sender, *recipients)
-        ]
+        paths = [_path(address) for address in (sender, *recipients)]
         if not all(path.isascii() for path in paths):
             raise Refused(os.EX_UNAVAILABLE, f"{where} takes no address that is not ASCII")
         with smtplib.SMTP(timeout=SMTP_SECONDS, local_hostname=config.hostname) as client:

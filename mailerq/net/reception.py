@@ -12,6 +12,7 @@ from mailerq.mail import headers, incoming
 from mailerq.message import Message
 from mailerq.plugins import Connection, Reject
 from mailerq.queues import Publication
+from mailerq.rules.routes import reception_queue
 from mailerq.wire import smtp
 from mailerq.wire.parameters import MailParameters, RcptParameters
 from mailerq.wire.server import ServerProtocol
@@ -89,7 +90,7 @@ async def _publish(
             outcomes.append(refusal_reply(refusal))
             continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
-        if queue := _route(shared, message):
+        if queue := reception_queue(shared.config, local=message.local):
             publications.append(Publication(queue, message))
     try:
         if publications:
@@ -201,15 +202,6 @@ def _dsn(mail: MailParameters, rcpt: RcptParameters) -> dict[str, object]:
     if rcpt.orcpt:
         dsn["orcpt"] = rcpt.orcpt
     return {"dsn": dsn} if dsn else {}
-
-
-def _route(shared: Server, message: Message) -> str:
-    """The queue that the message is for; empty where the configuration drops it."""
-    config = shared.config
-    if message.local and config.rabbitmq_local:
-        return config.rabbitmq_local
-    inbox = config.rabbitmq_inbox
-    return config.rabbitmq_outbox if inbox is None else inbox
 
 
 def _received_line(message: Message) -> str:

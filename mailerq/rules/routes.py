@@ -17,6 +17,7 @@ __all__ = [
     "choose_local_ip",
     "count_hops",
     "has_ascii_header",
+    "reception_queue",
     "result_queues",
     "route_of",
     "unmet_promise",
@@ -107,6 +108,14 @@ def result_queues(
         # What has a wrong type makes a message fail, and then must not hide its result.
         names = {**configured, **{k: v for k, v in own.items() if v is None or type(v) is str}}
     return [name for kind in kinds if (name := names.get(kind))]
+
+
+def reception_queue(config: Config, *, local: bool) -> str:
+    """The queue for received mail; empty where the configuration drops it."""
+    if local and config.rabbitmq_local:
+        return config.rabbitmq_local
+    inbox = config.rabbitmq_inbox
+    return config.rabbitmq_outbox if inbox is None else inbox
 
 
 def unmet_promise(properties: Mapping[str, Any], body: bytes | None) -> str | None:
