@@ -7,8 +7,8 @@ it, and wakes all the tasks together, with one call into each trio loop. While i
 next group gathers: the more load, the larger the group. When groups are of several requests,
 it waits up to three milliseconds for a group of the usual size: each commit costs 0.2 ms of
 processor time and a dozen switches between threads, and a loaded relay with a third of the
-commits takes a tenth less of the processor for a message. The request of a single client
-never waits.
+commits takes a tenth less of the processor for a message. The mail of a single client never
+waits; what became of its last one does, for the next.
 
 Before the commit it leases those messages that can go to a consumer at once (see
 `mailerq.queues.feed`), and hands them over after it.
@@ -56,6 +56,12 @@ GATHER_SECONDS: Final = 0.001
 GATHERINGS: Final = 3
 """When the last groups were of so many requests, wait so long, so often, for as many again."""
 
+PUBLISHED_SECONDS: Final = 0.01
+SETTLE_SECONDS: Final = 0.002
+"""When mail was published a moment ago, what is settled alone waits so long for the next mail:
+only the next message of its connection waits for it, and a client that sends one mail after
+another waits for every commit."""
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -81,6 +87,11 @@ class Request:
         return inserts + sum(retry.insert.size for _, retry in self.retries)
 
     @property
+    def settles(self) -> bool:
+        """Whether it is about consumed messages; otherwise it publishes new ones."""
+        return bool(self.removals or self.retries)
+
+    @property
     def leases(self) -> list[HeldLease]:
         return [*self.removals, *(lease for lease, _ in self.retries)]
 
@@ -95,6 +106,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="queue writer")
         self._commits = self._messages = self._largest = 0
         self._seconds = 0.0
+        self._published = 0.0
         self._ended = False
         self._thread.start()
 
@@ -121,23 +133,30 @@ class Writer:
         while not self._ended or works:
             group = self._gather([], works)
             if group:
-                waits = GATHERINGS if usual >= GATHER_FROM else 0
-                while waits and len(group) < usual and not self._ended:
-                    waits -= 1
-                    time.sleep(GATHER_SECONDS)
-                    self._gather(group, works)
+                if usual >= GATHER_FROM:
+                    waits = GATHERINGS
+                    while waits and len(group) < usual and not self._ended:
+                        waits -= 1
+                        time.sleep(GATHER_SECONDS)
+                        self._gather(group, works)
+                elif all(request.settles for request in group):
+                    if time.monotonic() - self._published < PUBLISHED_SECONDS:
+                        self._gather(group, works, SETTLE_SECONDS)
                 usual = max(len(group), 0.75 * usual)
                 self._commit(group)
             if works:
                 self._work(works)
 
-    def _gather(self, group: list[Request], works: deque[Request]) -> list[Request]:
-        """Add what has come; with nothing to do, wait for the first."""
+    def _gather(
+        self, group: list[Request], works: deque[Request], patience: float | None = None
+    ) -> list[Request]:
+        """Add what has come; wait for the first, some seconds or, with nothing to do, for ever."""
         count = sum(request.count for request in group)
         size = sum(request.size for request in group)
         while not self._ended and count < BATCH_MESSAGES and size < BATCH_BYTES:
+            waits = patience is not None or not (group or works)
             try:
-                request = self._requests.get(block=not group and not works)
+                request = self._requests.get(block=waits, timeout=patience)
             except Empty:
                 break
             if request is None:
@@ -146,6 +165,7 @@ class Writer:
                 works.append(request)
             else:
                 group.append(request)
+                patience = None
                 count += request.count
                 size += request.size
         return group
@@ -173,6 +193,8 @@ class Writer:
                 self._hand_out(group, reserved, notify)
             except Exception:  # the group is durable all the same
                 logger.exception("an error in the writer of the queue")
+            if not all(request.settles for request in group):
+                self._published = time.monotonic()
             count = sum(request.count for request in group)
             self._commits += 1
             self._messages += count
