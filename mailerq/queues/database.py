@@ -19,7 +19,6 @@ own for them was tried, and did no better.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from array import array
@@ -32,7 +31,6 @@ import apsw
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.queues.interface import Depth, Entry
-from mailerq.queues.medium import unreadable
 from mailerq.queues.records import Row, aside, check
 
 __all__ = [
@@ -67,9 +65,6 @@ is room in which a message can be acked on a full disk."""
 
 BUSY_TIMEOUT_MS: Final = 5_000
 """How long to wait for another process that writes."""
-
-SUSPICION_SECONDS: Final = 60.0
-"""Damage that is met twice within this time is believed."""
 
 ROWS_PER_STATEMENT: Final = 32
 
@@ -184,7 +179,6 @@ class Reader:
     def __init__(self, path: str) -> None:
         self.path = path
         self._connection: apsw.Connection | None = None
-        self._suspected = -math.inf
 
     @property
     def connection(self) -> apsw.Connection:
@@ -222,18 +216,7 @@ class Reader:
             else:
                 if not isinstance(error, apsw.BusyError | apsw.FullError):
                     self.close()
-        problem = translate(error, self.path)
-        return self._doubt(problem) if isinstance(problem, QueueDamaged) else problem
-
-    def _doubt(self, problem: QueueDamaged) -> QueueError:
-        """Believe in damage when it is met again, and the disk gives all of the file."""
-        bad, size = unreadable(self.path)
-        if bad:
-            return QueueError(f"{self.path}: {bad} of {size} bytes cannot be read from the disk")
-        before, self._suspected = self._suspected, time.monotonic()
-        if self._suspected - before < SUSPICION_SECONDS:
-            return problem
-        return QueueError(f"{self.path}: it seems damaged, or could not be read for a moment")
+        return translate(error, self.path)
 
     def version(self) -> int:
         """A number that is another one after any other connection has changed the file."""
