@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mailerq.cli import main
 from mailerq.message import Message
 from mailerq.queues import Publication
 from mailerq.queues.store import Store
@@ -108,6 +110,27 @@ def test_a_queue_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     assert text == f"mailerq: there is no queue in {tmp_path}/no; set queue-directory?\n"
     run(tmp_path, "queue", "list", status=os.EX_UNAVAILABLE)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    run(tmp_path / "file", "queue", "list", status=os.EX_UNAVAILABLE)
+
+
+def test_a_queue_of_somebody_else_is_not_called_missing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stat(path: str) -> None:  # as for all but root, where the directory may not be entered
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        status = main(["queue", "list", f"--queue-directory={directory}"])
+    assert status == os.EX_NOPERM
+    assert f"you may not use the queue in {directory}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", ["0", "-5", "many"])
+def test_a_limit_is_a_positive_number(directory: Path, limit: str) -> None:
+    text = run(directory, "queue", "show", "outbox", f"--limit={limit}", status=os.EX_USAGE)
+    assert f"argument --limit: '{limit}' is not a positive number" in text
 
 
 @pytest.mark.parametrize(

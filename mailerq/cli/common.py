@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
-__all__ = ["Parser", "complain", "escape", "print_json", "print_table"]
+__all__ = ["Parser", "complain", "escape", "positive", "print_json", "print_table"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +31,13 @@ def command_parser(name: str, description: str, **options: Any) -> Parser:
         epilog="Settings may be given as well, as --key=value; see 'mailerq --help'.",
         **options,
     )
+
+
+def positive(text: str) -> int:
+    """The type of an argument that is a number above zero."""
+    if text.isdecimal() and (number := int(text)) > 0:
+        return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 def complain(text: str) -> None:

@@ -9,7 +9,14 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from mailerq.cli.common import Parser, command_parser, complain, print_json, print_table
+from mailerq.cli.common import (
+    Parser,
+    command_parser,
+    complain,
+    positive,
+    print_json,
+    print_table,
+)
 from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.message import format_time
@@ -28,9 +35,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     config = Config.load(settings)
     path = os.path.join(config.queue_directory, FILE_NAME)
     try:
-        if not os.path.exists(path):  # Looking must not make one.
-            os.stat(config.queue_directory)
-            raise FileNotFoundError
+        os.stat(path)  # Looking must not make one.
         if not os.access(path, os.R_OK | os.W_OK):
             raise PermissionError
         with Store.open(config.queue_directory) as store:
@@ -39,7 +44,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     except PermissionError:
         complain(f"you may not use the queue in {config.queue_directory}; its user and root may")
         return os.EX_NOPERM
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         complain(f"there is no queue in {config.queue_directory}; set queue-directory?")
         return os.EX_UNAVAILABLE
     except QueueError as error:
@@ -53,25 +58,26 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
         required=True, metavar="COMMAND", parser_class=Parser, prog=parser.prog
     )
 
-    def command(name: str, text: str, run: Any, *, queue: bool = True) -> Parser:
+    def command(name: str, text: str, run: Any, json: str, *, queue: bool = True) -> Parser:
         added: Parser = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
-        added.add_argument("--json", action="store_true", help="for programs: JSON lines")
+        added.add_argument("--json", action="store_true", help=f"for programs: {json}")
         if queue:
             added.add_argument("queue", metavar="QUEUE")
         return added
 
-    command("list", "how full each queue is", _list, queue=False)
-    show = command("show", "the messages of a queue, a line for each", _show)
-    read = command("read", "whole messages, as the JSON documents that they are", _read)
+    documents = "one JSON document a line"
+    command("list", "how full each queue is", _list, "one JSON array", queue=False)
+    show = command("show", "the messages of a queue, a line for each", _show, documents)
+    read = command("read", "whole messages, as the JSON documents that they are", _read, documents)
     read.add_argument("id", nargs="*", type=int, metavar="ID", help="only these, by their ids")
     read.add_argument(
         "--remove", action="store_true", help="then delete them; a daemon may have them in hand"
     )
     for added in (show, read):
-        added.add_argument("--limit", type=int, metavar="N", help="no more than N messages")
+        added.add_argument("--limit", type=positive, metavar="N", help="no more than N messages")
         added.add_argument("--after", type=int, default=0, metavar="ID", help="from behind this id")
-    purge = command("purge", "delete all messages of a queue", _purge)
+    purge = command("purge", "delete all messages of a queue", _purge, "one JSON object")
     purge.add_argument("--yes", action="store_true", help="do not ask")
     return parser.parse_args(rest), parser
 

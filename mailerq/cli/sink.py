@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from mailerq.cli.common import Parser, complain
+from mailerq.cli.common import Parser, complain, positive
 from mailerq.message import format_time
 from mailerq.net.logs import escape
 from mailerq.net.stream import Stream, StreamLost
@@ -274,8 +274,8 @@ def main(settings: Sequence[str], rest: Sequence[str]) -> int:
         help="where to listen; port 0 is any free one [127.0.0.1:2526]")
     add("--directory", metavar="DIR",
         help="write each mail to DIR as NAME.eml, its envelope to NAME.json")
-    add("--count", type=_positive, metavar="N", help="end after N mails")
-    add("--max-size", type=_positive, default=DEFAULT_MAX_SIZE, metavar="BYTES",
+    add("--count", type=positive, metavar="N", help="end after N mails")
+    add("--max-size", type=positive, default=DEFAULT_MAX_SIZE, metavar="BYTES",
         help="largest mail that is taken [1 GiB]")
     add("--reply", type=_event(_reply), action="append", default=[], metavar="EVENT=CODE TEXT",
         help="answer an event so; may be given once for each event")
@@ -321,12 +321,6 @@ def _address(text: str) -> tuple[str, int]:
     if not port.isdecimal() or int(port) > 65535:
         raise ArgumentTypeError(f"{text!r} is not of the form HOST:PORT")
     return host.removeprefix("[").removesuffix("]") if colon else DEFAULT_ADDRESS[0], int(port)
-
-
-def _positive(text: str) -> int:
-    if text.isdecimal() and (number := int(text)) > 0:
-        return number
-    raise ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 def _share(text: str) -> float:
