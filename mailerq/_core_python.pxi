@@ -36,8 +36,10 @@ cdef class Context:
             raise MemoryError
 
     def __dealloc__(self):
-        if self.worker != NULL:
-            self.end()
+        # Not by the method: when the interpreter ends, the class may have lost it.
+        if self.worker != NULL and not self.ended:
+            self.ended = True
+            shut(self)
 
     def fileno(self):
         """A descriptor that is readable when `turn` has something to do."""
@@ -142,7 +144,8 @@ cdef shut(Context context):
         call.event = NULL
         strip(event)
         Py_DECREF(call)
-    context.library.add_figures(worker, context.library.totals)
+    if context.library is not None:  # the garbage collector may have taken it
+        context.library.add_figures(worker, context.library.totals)
     close_worker(worker)
     flush_log()
 

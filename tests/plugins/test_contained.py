@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from mailerq.errors import PluginError
 from mailerq.message import Message
 from mailerq.plugins import GIVEN_UP, Connection, Context, Plugins, Reject
 from tests.plugins.kit import (
+    ROOT,
     SOURCES,
     Calls,
     Scripted,
@@ -350,6 +353,30 @@ async def test_context_that_was_closed_refuses_events(tmp_path: Path) -> None:
         connection.connect()
     with pytest.raises(RuntimeError, match="the context has ended"):
         context.connection(-1)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_context_that_is_there_at_the_end_of_the_process_goes_quietly(
+    tmp_path: Path, ended: bool
+) -> None:
+    Scripted(tmp_path, 1)
+    program = f"""
+import sys, trio
+from mailerq.plugins import Plugins
+
+async def main():
+    plugins = Plugins.load({str(tmp_path)!r})
+    context = await plugins.open_context()
+    if {ended}:
+        await context.close()
+    return context
+
+sys.modules["keep"] = trio.run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 async def test_exception_in_one_cleanup_does_not_spare_the_others(
