@@ -157,7 +157,7 @@ MQ_EXPORT void mq_cleanup(void);
 
 /*
  *  Start and end of a worker thread, called on that thread. Either may be suspended by returning
- *  true: mailerq opens its ports only after every plugin has handed back mq_context_initialize on
+ *  true: mailerq accepts no connection before every plugin has handed back mq_context_initialize on
  *  every worker, and a worker ends only after every plugin has handed back mq_context_cleanup. An
  *  mq_context_initialize that is given up keeps mailerq from starting.
  *
@@ -174,7 +174,8 @@ MQ_EXPORT bool mq_context_cleanup(MQ_Context *context);
 /*
  *  A client has connected. Called before the banner is sent, after the PROXY header was read if
  *  there is one. This is the place to set connection data.
- *  With MQ_Reject the reply replaces the banner and the connection is closed.
+ *  With MQ_Reject the reply replaces the banner and the connection is closed; on a port for implicit
+ *  TLS, where nothing can be said yet, it is just closed.
  */
 MQ_EXPORT bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connection);
 
@@ -206,9 +207,10 @@ MQ_EXPORT bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connect
                                  const char *rcptto, size_t size);
 
 /*
- *  The whole message has come in; dot-stuffing has been removed, line endings are CRLF. Called once
- *  for a transaction, however many recipients it has, before its messages are made. The text can be
- *  looked at here and changed in mq_smtp_in_message.
+ *  The whole message has come in; dot-stuffing has been removed, line endings are CRLF (but for what
+ *  a client declares as BINARYMIME, which may hold any bytes). Called once for a transaction,
+ *  however many recipients it has, before its messages are made. The text can be looked at here and
+ *  changed in mq_smtp_in_message.
  *  With MQ_Reject that is the reply to the final dot, for all recipients.
  */
 MQ_EXPORT bool mq_smtp_in_data(MQ_Context *context, MQ_SmtpConnection *connection,
