@@ -289,13 +289,18 @@ class Pool:
         route = destination.route
         look_up = self._resolver.mail_hosts if route.mx else self._resolver.host
         found: tuple[Host, ...] | NoHosts | None = None
+        report: Report | None = None
         try:
             with trio.CancelScope() as self._lookups[connection]:
                 found = await look_up(route.host)
+        except Exception:
+            # What strangers have in their zones must not end the engine.
+            log.exception("looking for the hosts of %s failed", route.name)
+            report = Report(responses.OWN_FAULT)
         finally:
             del self._lookups[connection]
             if found is None:
-                self.closed(connection, None, None)
+                self.closed(connection, None, report)
         if isinstance(found, NoHosts):
             outcome = responses.no_hosts(found.description, found.reply)
             self.closed(connection, None, Report(outcome))

@@ -11,7 +11,9 @@ import pytest
 import trio
 import trio.testing
 
-from tests.net.delivery_kit import PeerConnection, Script, open_bench
+from mailerq.net.resolver import Host, NoHosts
+from mailerq.rules import responses
+from tests.net.delivery_kit import PeerConnection, Script, StubResolver, open_bench
 
 PATIENCE = {"smtp_out_timeout": 0.2}
 """Seconds that are long for a machine and short for a test."""
@@ -195,6 +197,21 @@ async def test_nobody_listens() -> None:
     async with open_bench(address="127.0.0.7") as bench:
         bench.send(ips=["127.0.0.1"])
         await bench.results()
+
+
+async def test_a_lookup_that_fails_by_a_defect_costs_an_attempt_and_not_the_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(StubResolver):
+        async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
+            raise ZeroDivisionError(domain)
+
+    async with open_bench(resolver=Broken()) as bench:
+        bench.send()
+        bench.send()
+        results = await bench.results("retry", 2)
+    assert [result["description"] for result in results] == [responses.OWN_FAULT.description] * 2
+    assert "ZeroDivisionError: d.test" in caplog.text
 
 
 async def test_a_peer_that_talks_when_it_is_idle_loses_the_connection_and_no_mail() -> None:
