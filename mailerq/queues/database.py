@@ -19,6 +19,7 @@ own for them was tried, and did no better.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from array import array
@@ -31,6 +32,7 @@ import apsw
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.queues.interface import Depth, Entry
+from mailerq.queues.medium import room, unreadable
 from mailerq.queues.records import Row, aside, check
 
 __all__ = [
@@ -63,8 +65,14 @@ LOG_BYTES: Final = 64 << 20
 """To what the write-ahead log is cut when it has grown beyond. As long as it is there, it also
 is room in which a message can be acked on a full disk."""
 
+CHECKPOINT_BYTES: Final = 8_192_000
+"""How much the write-ahead log gathers before it is written into the file, as SQLite has it."""
+
 BUSY_TIMEOUT_MS: Final = 5_000
 """How long to wait for another process that writes."""
+
+SUSPICION_SECONDS: Final = 60.0
+"""Damage that is met twice within this time is believed."""
 
 ROWS_PER_STATEMENT: Final = 32
 
@@ -167,6 +175,10 @@ def connect(path: str, *, create: bool = False) -> apsw.Connection:
         connection.set_busy_timeout(BUSY_TIMEOUT_MS)
         connection.execute("PRAGMA synchronous = FULL")
         connection.pragma("journal_size_limit", LOG_BYTES)
+        # On a small disk the log must not take what is kept for it.
+        connection.wal_autocheckpoint(
+            max(min(CHECKPOINT_BYTES, room(path).reserve // 4) // PAGE_SIZE, 1)
+        )
     except BaseException:
         connection.close(True)
         raise
@@ -179,6 +191,7 @@ class Reader:
     def __init__(self, path: str) -> None:
         self.path = path
         self._connection: apsw.Connection | None = None
+        self._suspected = -math.inf
 
     @property
     def connection(self) -> apsw.Connection:
@@ -216,7 +229,18 @@ class Reader:
             else:
                 if not isinstance(error, apsw.BusyError | apsw.FullError):
                     self.close()
-        return translate(error, self.path)
+        problem = translate(error, self.path)
+        return self._doubt(problem) if isinstance(problem, QueueDamaged) else problem
+
+    def _doubt(self, problem: QueueDamaged) -> QueueError:
+        """Believe in damage when it is met again, and the disk gives all of the file."""
+        bad, size = unreadable(self.path)
+        if bad:
+            return QueueError(f"{self.path}: {bad} of {size} bytes cannot be read from the disk")
+        before, self._suspected = self._suspected, time.monotonic()
+        if self._suspected - before < SUSPICION_SECONDS:
+            return problem
+        return QueueError(f"{self.path}: it seems damaged, or could not be read for a moment")
 
     def version(self) -> int:
         """A number that is another one after any other connection has changed the file."""

@@ -87,11 +87,12 @@ class Retry:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """What goes into one commit."""
+    """What goes into one commit. `tight`: retries get their due time only, which takes no room."""
 
     inserts: list[Insert] = field(default_factory=list)
     retries: list[Retry] = field(default_factory=list)
     removals: list[int] = field(default_factory=list)
+    tight: bool = False
 
 
 def prepare(publication: Publication, now: float) -> Insert:

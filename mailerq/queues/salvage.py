@@ -42,6 +42,7 @@ import apsw
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues.database import MARK_SUFFIX, PAGE_SIZE, ROW, connect, translate
+from mailerq.queues.medium import unreadable
 from mailerq.queues.pages import (
     INDEX_INTERIOR,
     INDEX_LEAF,
@@ -61,6 +62,10 @@ logger = logging.getLogger("mailerq.queues")
 
 FULL_CHECK_BYTES: Final = 128 << 20
 """SQLite checks so much in a second, even from a slow disk; a larger file is probed."""
+
+MAX_UNREADABLE: Final = 0.1
+"""A share of the file. Some blocks that the disk has lost are damage; with more of them it is the
+disk, which may be well again after a while."""
 
 PROBES: Final = 300
 PROBE_SECONDS: Final = 0.3
@@ -98,6 +103,11 @@ def recover(path: str) -> None:
         if reason is None:
             _remove_file(path + MARK_SUFFIX)
             return
+        bad, size = unreadable(path)
+        if bad > size * MAX_UNREADABLE:
+            raise QueueError(
+                f"{path}: {bad} of {size} bytes cannot be read from the disk; nothing was changed"
+            )
         logger.critical("%s is damaged, salvaging what is readable: %s", path, reason)
         found = salvage(path, path + UNFINISHED)
         os.rename(path + UNFINISHED, path + FINISHED)

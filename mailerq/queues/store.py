@@ -22,6 +22,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final, Self
 from zlib import crc32
 
@@ -41,6 +42,7 @@ from mailerq.queues.database import (
     translate,
 )
 from mailerq.queues.interface import Publication
+from mailerq.queues.medium import Room, room
 from mailerq.queues.records import Batch, Insert, Retry, checksum, prepare, share
 
 __all__ = ["FILE_NAME", "Store", "lock_directory"]
@@ -141,9 +143,31 @@ class Store(Reader):
         """Make all of them durable and return their numbers, or raise and none of them is."""
         now = time.time()
         batch = Batch([prepare(publication, now) for publication in publications])
+        size = sum(insert.size for insert in batch.inserts)
+        if not (found := self.room(size)).holds(size):
+            raise self.no_room(found)
         self.number(batch.inserts)
         self.write(batch)
         return [insert.id for insert in batch.inserts]
+
+    def room(self, size: int) -> Room:
+        """Look what room there is, as far as it matters for so many bytes."""
+        found = room(self.path)
+        if found.holds(size):
+            return found
+        # A file does not become smaller when mail has left it.
+        try:
+            pages = int(self.connection.pragma("freelist_count"))
+        except apsw.Error as error:
+            raise self.failed(error) from error
+        return replace(found, free=found.free + pages * PAGE_SIZE)
+
+    def no_room(self, found: Room) -> QueueError:
+        """The error to raise when the disk has no room for new mail."""
+        return QueueError(
+            f"{self.path}: no space left for the queue: {found.free} bytes are free, and "
+            f"{found.reserve} of them are kept for the mail in it"
+        )
 
     def remove(self, numbers: Iterable[int]) -> None:
         """Delete messages by their numbers, those that a daemon holds included."""
@@ -249,7 +273,7 @@ class Store(Reader):
             for start in range(0, len(rows), ROWS_PER_STATEMENT):
                 self._write_rows(connection, rows[start : start + ROWS_PER_STATEMENT])
             for retry in batch.retries:
-                self._retry(connection, retry)
+                self._retry(connection, retry, batch.tight)
             connection.execute("COMMIT")
         except apsw.Error as error:
             raise self.failed(error) from error
@@ -261,8 +285,15 @@ class Store(Reader):
         if rows:
             connection.execute(_insert(len(rows)), [value for row in rows for value in row])
 
-    def _retry(self, connection: apsw.Connection, retry: Retry) -> None:
+    def _retry(self, connection: apsw.Connection, retry: Retry, tight: bool) -> None:
         insert = retry.insert
+        if tight:
+            connection.execute(
+                "UPDATE message SET due = ? WHERE id = ? AND queue = ?",
+                (insert.due, retry.id, insert.queue),
+            )
+            if connection.changes():
+                return
         crc = checksum(retry.id, insert.queue, retry.reference, retry.body_crc, insert.properties)
         connection.execute(
             "UPDATE message SET due = ?, crc = ?, properties = ? WHERE id = ? AND queue = ?",

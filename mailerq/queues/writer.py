@@ -173,11 +173,15 @@ class Writer:
 
     def _commit(self, group: Sequence[Request]) -> None:
         started = time.perf_counter()
+        group, tight = self._with_room(group)
+        if not group:
+            return
         inserts = [insert for request in group for insert in request.inserts]
         batch = Batch(
             inserts,
             [retry for request in group for _, retry in request.retries],
             [lease.id for request in group for lease in request.removals],
+            tight,
         )
         reserved: dict[int, HeldLease] = {}
         notify: set[EmbeddedConsumer] = set()
@@ -203,6 +207,24 @@ class Writer:
             self._seconds += time.perf_counter() - started
         self._wake(group)
         self._feeds.notify(notify)
+
+    def _with_room(self, group: Sequence[Request]) -> tuple[Sequence[Request], bool]:
+        """Send new mail away that the disk has no room for.
+
+        Returns the rest of the group, and whether what is kept for that is running out.
+        """
+        new = [request for request in group if not request.settles]
+        size = sum(request.size for request in new)
+        try:
+            found = self._store.room(size)
+        except QueueError:
+            return group, False  # the commit will tell
+        if not new or found.holds(size):
+            return group, found.tight
+        for request in new:
+            request.result = outcome.Error(self._store.no_room(found))
+        self._wake(new)
+        return [request for request in group if request.settles], found.tight
 
     def _reserve(self, inserts: Sequence[Insert], reserved: dict[int, HeldLease]) -> None:
         """Lease what can go to a consumer as soon as it is committed."""

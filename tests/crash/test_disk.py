@@ -1,0 +1,217 @@
+"""A disk that fails or is full, below a daemon under load.
+
+While it does, mail gets 4xx and never 250; when the cause is gone the daemon goes on without a
+restart; and all that ever got a 250 arrives, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from mailerq.cli import control
+from mailerq.message import Message
+from mailerq.queues import Publication
+from mailerq.queues.store import Store
+from mailerq.wire.smtp import Reply
+from tests.crash.kit import (
+    Call,
+    Daemon,
+    Fate,
+    Faults,
+    Ledger,
+    Load,
+    all_arrive,
+    arrivals,
+    daemon,
+    open_faults,
+    until,
+)
+from tests.support import Sink, open_sink
+
+SESSIONS = 10
+
+DOWN = Reply(451, "4.3.2 Not now")
+
+FAILURES = 5
+"""Calls that fail before the disk is sound again."""
+
+BIG = b"Subject: x\r\n\r\n" + 300 * (70 * b"x" + b"\r\n")
+
+
+@asynccontextmanager
+async def under_load(running: Daemon, ledger: Ledger, body: bytes = BIG) -> AsyncIterator[Load]:
+    """Sessions that send, on new connections when theirs end, and some mail taken already."""
+    load = Load(ledger, "id", body)
+    async with trio.open_nursery() as nursery:
+        for _ in range(SESSIONS):
+            nursery.start_soon(partial(load.session, running.port, again=True))
+        await until(lambda: len(ledger.accepted) >= 5 * SESSIONS)
+        yield load
+        load.ending = True
+
+
+async def account(running: Daemon, sink: Sink, ledger: Ledger) -> None:
+    """All is as it was: what was accepted comes, once, and the daemon is the same process."""
+    await all_arrive(sink, ledger.accepted)
+    await running.until_empty()
+    assert running.is_alive
+    assert running.depth("damaged") == 0
+    assert await running.stop() == 0
+    ledger.check(arrivals(sink))
+    assert not list(running.queue.glob("*.damaged-*"))
+    assert "Traceback" not in running.log
+
+
+async def recovers(ledger: Ledger) -> None:
+    """Mail is taken again."""
+    since = time.monotonic()
+    await until(lambda: ledger.count(Fate.ACCEPTED, since) >= 5 * SESSIONS)
+
+
+@pytest.mark.parametrize(
+    ("calls", "error", "partial"),
+    [
+        ([Call.SYNC], errno.EIO, False),
+        ([Call.WRITE], errno.EIO, False),
+        ([Call.WRITE], errno.ENOSPC, True),
+        ([Call.SYNC, Call.OPEN], errno.ENFILE, False),
+        ([Call.WRITE, Call.READ], errno.EIO, False),
+    ],
+    ids=["sync", "write", "full", "files", "read"],
+)
+async def test_what_fails_is_refused_until_it_does_not(
+    tmp_path: Path, calls: list[Call], error: int, partial: bool
+) -> None:
+    ledger = Ledger()
+    with open_faults(tmp_path) as faults:
+        async with (
+            open_sink() as sink,
+            daemon(tmp_path, sink.port, env=faults.env) as running,
+        ):
+            async with under_load(running, ledger):
+                faults.set(*calls, error=error, partial=partial)
+                began = time.monotonic()
+                await until(lambda: faults.failed >= FAILURES)
+                await until(lambda: ledger.count(Fate.REFUSED, began) >= SESSIONS)
+                ended = time.monotonic()
+                faults.clear()
+                await recovers(ledger)
+            await account(running, sink, ledger)
+    during = [one for one in ledger.entries.values() if began < one.sent and one.replied < ended]
+    refused = [one for one in during if one.fate is Fate.REFUSED]
+    assert len(refused) >= SESSIONS
+    assert {one.code // 100 for one in ledger.entries.values()} <= {0, 2, 4}
+    assert [one for one in during if one.fate is Fate.ACCEPTED] == []
+
+
+async def flicker(faults: Faults, seconds: float) -> None:
+    """One call in some fails, of every kind."""
+    faults.set(*Call, one_in=7)
+    await trio.sleep(seconds)
+    faults.clear()
+
+
+async def test_a_disk_that_fails_now_and_then(tmp_path: Path) -> None:
+    ledger = Ledger()
+    with open_faults(tmp_path) as faults:
+        async with (
+            open_sink() as sink,
+            daemon(tmp_path, sink.port, env=faults.env) as running,
+        ):
+            async with under_load(running, ledger):
+                await flicker(faults, 1.0)
+                assert faults.failed
+                await recovers(ledger)
+            await account(running, sink, ledger)
+
+
+async def test_a_queue_that_cannot_be_read_at_the_start_is_left_alone(tmp_path: Path) -> None:
+    with Store.open(str(tmp_path / "queue")) as store:
+        store.publish(
+            Publication("outbox", Message({"envelope": "a@b.test", "recipient": "c@d.test"}, BIG))
+            for _ in range(100)
+        )
+    before = (tmp_path / "queue" / "queue.db").read_bytes()
+    with open_faults(tmp_path) as faults:
+        faults.set(Call.READ)
+        async with open_sink() as sink:
+            async with daemon(tmp_path, sink.port, env=faults.env, listens=False) as running:
+                assert await running.process.wait() == os.EX_TEMPFAIL
+            assert (tmp_path / "queue" / "queue.db").read_bytes() == before
+            faults.clear()
+            async with daemon(tmp_path, sink.port, env=faults.env):
+                await sink.wait_for(100)
+
+
+@contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    """A file system of its own."""
+    path.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    try:
+        done = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    if done.returncode:
+        pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def is_full(running: Daemon) -> bool:
+    return "no space left for the queue" in running.log
+
+
+async def test_a_queue_that_has_filled_its_disk_empties_itself(tmp_path: Path) -> None:
+    """The peer is down, mail piles up, and nobody makes room but the mail that goes out."""
+    ledger = Ledger()
+    with small_disk(tmp_path / "queue", "16m"):
+        async with open_sink() as sink:
+            sink.decide = lambda event: DOWN
+            async with daemon(tmp_path, sink.port) as running:
+                async with under_load(running, ledger):
+                    began = time.monotonic()
+                    await until(lambda: ledger.count(Fate.REFUSED, began) >= 3 * SESSIONS)
+                    assert is_full(running)
+                    # As if each message had been tried for days.
+                    await until(lambda: attempts(running) > 5 * len(ledger.accepted))
+                    sink.decide = lambda event: None
+                    await recovers(ledger)
+                await account(running, sink, ledger)
+    assert len(ledger.accepted) > 100
+
+
+def attempts(running: Daemon) -> int:
+    outgoing: dict[str, int] = control.ask(str(running.queue), "status")["outgoing"]
+    return outgoing["attempts"]
+
+
+async def test_a_disk_that_somebody_else_fills(tmp_path: Path) -> None:
+    """Down to the last byte, and then makes room again."""
+    ledger = Ledger()
+    with small_disk(tmp_path / "queue", "32m"):
+        ballast = tmp_path / "queue" / "ballast"
+        async with open_sink() as sink, daemon(tmp_path, sink.port) as running:
+            async with under_load(running, ledger):
+                with contextlib.suppress(OSError), ballast.open("wb") as file:
+                    while True:
+                        file.write(bytes(4096))
+                began = time.monotonic()
+                await until(lambda: ledger.count(Fate.REFUSED, began) >= 3 * SESSIONS)
+                assert is_full(running)
+                ballast.unlink()
+                await recovers(ledger)
+            await account(running, sink, ledger)

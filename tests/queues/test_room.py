@@ -1,0 +1,84 @@
+"""A disk that fills up: new mail is refused in time, and what is in the queue can still leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from mailerq.errors import QueueError
+from mailerq.message import Message
+from mailerq.queues import Publication, Settlement, store
+from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.medium import Room, room
+from mailerq.queues.store import Store
+
+
+def publication(tag: int, due: float | None = None) -> Publication:
+    return Publication("outbox", Message({"tag": tag}, bytes(20_000)), due)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(store, "room", lambda path: Room(free, 1_000_000))
+
+
+def test_the_reserve_is_a_part_of_the_disk(tmp_path: Path) -> None:
+    found = room(str(tmp_path))
+    assert 0 < found.reserve <= 64 << 20
+    assert room(str(tmp_path / "no such file")).holds(1 << 40)
+
+
+def test_mail_from_the_command_line_leaves_the_reserve_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open(str(tmp_path)) as queue:
+        pretend(monkeypatch, 1_050_000)
+        with pytest.raises(QueueError, match="no space left for the queue: 1050000 bytes are free"):
+            queue.publish([publication(1)])
+        pretend(monkeypatch, 1_100_000)
+        queue.publish([publication(2)])
+        assert [entry.message.properties["tag"] for entry in queue.browse("outbox")] == [2]
+
+
+async def test_what_is_in_the_queue_leaves_it_and_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trio.fail_after(20):
+        async with (
+            EmbeddedQueues.open(str(tmp_path)) as queues,
+            queues.consume("outbox", prefetch=20) as consumer,
+        ):
+            for tag in range(20):
+                await queues.publish([publication(tag)])
+            leases = [await consumer.receive() for _ in range(20)]
+            pretend(monkeypatch, 900_000)
+            with pytest.raises(QueueError, match="no space left"):
+                await queues.publish([publication(21)])
+            results = [Publication("results", Message({"tag": 0}))]
+            await queues.ack([Settlement(leases[0], results)])
+            assert len(await queues.browse("results")) == 1
+            await queues.ack([Settlement(lease) for lease in leases[1:]])
+            await queues.publish([publication(22)])  # into the pages that are free in the file
+            assert (await consumer.receive()).message.properties["tag"] == 22
+
+
+@pytest.mark.parametrize(
+    ("free", "kept"), [(600_000, {"tag": 1, "results": [1]}), (400_000, {"tag": 1})]
+)
+async def test_without_room_a_retry_is_a_new_due_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, kept: dict[str, object]
+) -> None:
+    with trio.fail_after(20):
+        async with (
+            EmbeddedQueues.open(str(tmp_path)) as queues,
+            queues.consume("outbox", prefetch=2) as consumer,
+        ):
+            await queues.publish([publication(1)])
+            lease = await consumer.receive()
+            pretend(monkeypatch, free)
+            again = Message({"tag": 1, "results": [1]}, lease.message.body)
+            await queues.ack([Settlement(lease, [Publication("outbox", again, 4e9)])])
+            (entry,) = await queues.browse("outbox")
+            assert (entry.due, entry.message.properties) == (4e9, kept)
+            assert entry.message.body == bytes(20_000)
