@@ -189,7 +189,7 @@ class Dispatcher:
         if (problem := message.problem()) is not None:
             return self._refuse(lease, responses.unsendable(problem))
         properties = message.properties
-        due = not_before(properties)
+        due = not_before(properties, now=now)
         if due is not None and now < due:
             self.counters.held += 1
             self._add(Settlement(lease, (Publication(self._outbox, message, due),)), None)

@@ -8,8 +8,8 @@ more memory than what is leased.
 
 While a consumer is open the thread looks at the clock at least once a second: whether
 something became due by the wall clock, whether another process has changed the file, and
-whether the clock was set back. Then messages that were due before still are: their due time
-is brought forward to now, or mail that nobody delayed would wait for an hour.
+whether the clock was set back. Then due times are set back with it, or mail that nobody
+delayed would wait for an hour.
 
 A record that does not prove itself is moved to the queue ``damaged``, with the reason, by the
 writer, and reading goes on.

@@ -190,17 +190,23 @@ class Store(Reader):
             )
 
     def set_back(self, now: int, before: int) -> Iterator[int]:
-        """The clock went from `before` back to `now` (ms): what was due then is due now.
+        """The clock went from `before` back to `now` (ms): due times go back with it.
 
-        Some rows a commit.
+        What was due is due now, and what was to wait for less than the clock lost waits for as
+        long as it would have. Some rows a commit.
         """
+        lost = before - now
         for depth in self.depths():
+            last = (now, 0)
             while found := self._find(
-                "queue = ? AND due > ? AND due <= ?", (depth.queue, now, before)
+                "queue = ? AND (due, id) > (?, ?) AND due <= ?",
+                (depth.queue, *last, before + lost),
             ):
+                last = found[-1]
                 yield self._change(
-                    "UPDATE message SET due = ? WHERE id IN (SELECT value FROM carray(?))",
-                    (now, bind(number for _, number in found)),
+                    "UPDATE message SET due = max(due - ?, ?) "
+                    "WHERE id IN (SELECT value FROM carray(?))",
+                    (lost, now, bind(number for _, number in found)),
                 )
 
     def _find(self, where: str, values: tuple[Any, ...]) -> list[tuple[int, int]]:

@@ -15,8 +15,16 @@ MIN_DELAY: Final = 1
 loop at full speed."""
 
 
-def not_before(properties: Mapping[str, Any]) -> float | None:
-    """The time in ``delayed``, before which a message is not to be sent."""
+def not_before(properties: Mapping[str, Any], *, now: float) -> float | None:
+    """The time in ``delayed``, before which a message is not to be sent.
+
+    It is void when it counts from an attempt that is yet to come: the clock was wrong then.
+    """
+    match properties.get("results"):
+        case [*_, {"time": _} as last]:
+            tried = _time_in(last, "time")
+            if tried is not None and tried > now:
+                return None
     return _time_in(properties, "delayed")
 
 

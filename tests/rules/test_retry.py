@@ -74,5 +74,13 @@ def test_expiry_counts_from_the_first_sight() -> None:
 
 
 def test_delayed_says_not_before() -> None:
-    assert not_before({"delayed": "2026-01-01 12:00:00"}) == NOON
-    assert not_before({}) is None
+    assert not_before({"delayed": "2026-01-01 12:00:00"}, now=0) == NOON
+    assert not_before({}, now=0) is None
+
+
+def test_a_delay_from_an_attempt_in_the_future_is_void() -> None:
+    tried = {"results": [{"time": "2026-01-01 12:00:00"}], "delayed": "2026-01-01 12:10:00"}
+    assert not_before(tried, now=NOON) == NOON + 600
+    assert not_before(tried, now=NOON - 3600) is None
+    for results in ([], ["x"], [{"time": 1}], "x"):
+        assert not_before({**tried, "results": results}, now=0) == NOON + 600
