@@ -3,8 +3,8 @@
     python benches/targets.py [--full] [--only PROGRAM,…] [--json FILE] [--plot FILE]
 
 Runs the other programs here one after the other; each starts the peers that are installed
-and takes turns with them. Prints a table of what they found against what it must be and
-what we go for, and draws the rates.
+and takes turns with them. Prints the rates and the processor time of all systems, then a table of
+what was found against what it must be and what we go for, and draws the rates.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Final
 from figures import Figure, progress, table
 from peers import busy_seconds, cpu_seconds, machine
 from plot import draw
+from relay import describe
 
 HERE: Final = Path(__file__).resolve().parent
 
@@ -134,6 +135,9 @@ def main() -> int:
         document = run(command)
         if document is not None:
             found[name] = document
+    for name, document in found.items():
+        if "medians" in document and name != "plugins":
+            print(f"\n{document['command']}\n\n{describe(document['medians'], [])}")
     rows = judge(found)
     lines = [("", "found", "must", "goal", "", "")]
     for row in rows:

@@ -88,7 +88,10 @@ def run(options: argparse.Namespace, directory: Path) -> list[Figure]:
             again = start_seconds(system)
         finally:
             system.__exit__(None, None, None)
-    detail = f"{before / 1e6:.0f} MB before the load; with the empty queue {fresh / 1e6:.0f} MB"
+    detail = (
+        f"{options.waiting:,} waiting; {before / 1e6:.0f} MB before the load; with the empty queue "
+        f"{fresh / 1e6:.0f} MB"
+    )
     return [
         Figure("start to banner", first, "s"),
         Figure("start to banner after a kill", again, "s"),
