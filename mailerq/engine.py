@@ -11,7 +11,6 @@ import os
 import pwd
 import resource
 import time
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict, replace
 from types import TracebackType
@@ -36,7 +35,7 @@ from mailerq.net.slots import Slots
 from mailerq.net.tls import Handshakes, tls_context
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
-from mailerq.plugins import Plugins
+from mailerq.plugins import Handler, Plugins, check_event
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.rules.access import Access
@@ -95,6 +94,8 @@ class Engine:
         self._dispatcher: Dispatcher
         self._watchdog: Watchdog
         self._nursery: trio.Nursery
+        self._handlers: list[tuple[str, Handler]] = []
+        self._opened = False
         self._started = 0.0
         self._failed = False
         self._stack = AsyncExitStack()
@@ -124,6 +125,9 @@ class Engine:
             hostname=config.hostname,
             server_id=config.server_id,
         )
+        self._opened = True
+        for event, handler in self._handlers:
+            plugins.on(event, handler)
         tls = tls_context(config)
         authenticator = Authenticator.of(config)
         local_addresses = LocalAddresses.of(config)
@@ -181,12 +185,11 @@ class Engine:
             slots=Slots(_limit(config.smtp_connections_out), within=connections),
         )
         self._listener = Listener(self._server, self._workers, ports, incoming)
-        nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
         await nursery.start(control.serve, config.queue_directory, self._commands())
         await nursery.start(self._dispatcher.run)
         await nursery.start(self._listener.run)
-        self._nursery = nursery
         self._started = time.time()
 
     async def _stop(self) -> None:
@@ -266,9 +269,22 @@ class Engine:
             "watchdog": self._watchdog.statistics(),
         }
 
-    def on(self, event: str, handler: Callable[..., Any]) -> None:
-        """Call `handler` for an event, after the C plugins; see `Plugins.on`."""
+    def on(self, event: str, handler: Handler) -> None:
+        """Call `handler` for an event, after the C plugins; see `Plugins.on`.
+
+        Given before the context is entered it misses none. Logins are offered to the connections
+        that come when somebody listens to "authenticate".
+        """
+        check_event(event)
+        if not self._opened:
+            self._handlers.append((event, handler))
+            return
         self.plugins.on(event, handler)
+        if event == "authenticate":
+            server = self._server
+            mechanisms = _mechanisms(server.authenticator, self.plugins)
+            server.settings = replace(server.settings, mechanisms=mechanisms)
+            server.lmtp = replace(server.lmtp, mechanisms=mechanisms)
 
     def _commands(self) -> control.Commands:
         return {

@@ -41,7 +41,16 @@ from mailerq._core import Call, Connection, crypt
 from mailerq.errors import PluginError
 from mailerq.message import Message, decode_properties, encode_properties
 
-__all__ = ["Connection", "Context", "Handler", "Plugins", "Reject", "Statistics", "crypt"]
+__all__ = [
+    "Connection",
+    "Context",
+    "Handler",
+    "Plugins",
+    "Reject",
+    "Statistics",
+    "check_event",
+    "crypt",
+]
 
 logger: Final = logging.getLogger("mailerq.plugins")
 
@@ -138,6 +147,12 @@ def _problem(message: Message) -> str | None:
         if isinstance(value, str) and _core.UNPRINTABLE.search(value):
             return f"property {name}: holds a control character"
     return message.problem()
+
+
+def check_event(event: str) -> None:
+    """Raise ValueError when handlers cannot be given for an event of that name."""
+    if event not in _HANDLED:
+        raise ValueError(f"no event {event!r}: there are {', '.join(_HANDLED)}")
 
 
 def describe(handler: Handler) -> str:
@@ -258,8 +273,7 @@ class Plugins:
         for "authenticate" also True or False. An exception in it is a 451 and logged, and so is a
         `Message` that it leaves in a state which no queue could hold.
         """
-        if event not in _HANDLED:
-            raise ValueError(f"no event {event!r}: there are {', '.join(_HANDLED)}")
+        check_event(event)
         self.handlers.setdefault(event, []).append(handler)
         self._library.set_handled(event)
 

@@ -123,6 +123,7 @@ class Listener:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accept until `stop`."""
+        await trio.lowlevel.checkpoint_if_cancelled()  # then the workers take no more tasks
         for worker, watch in self._watches.items():
             worker.spawn(watch.run)
         with self._scope:

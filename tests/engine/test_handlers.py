@@ -85,3 +85,32 @@ async def test_a_handler_that_spoils_a_message_does_not_end_the_session(tmp_path
         await in_thread(converse, engine.addresses[0])
         assert [depth.total for depth in await engine.queues.depths()] == [1]
     assert log.read_text().endswith("<a@b.test> <odd@d.test> [] []\n")
+
+
+async def test_a_handler_alone_can_know_the_logins(tmp_path: Path) -> None:
+    async def check(connection: object, login: str, password: str) -> bool:
+        return password == "right"
+
+    def log_in(address: tuple[str, int], password: str) -> int:
+        with smtplib.SMTP(*address) as client:
+            client.ehlo()
+            return client.login("ann", password)[0]
+
+    async with Engine(configure(tmp_path)) as engine:
+        with pytest.raises(smtplib.SMTPNotSupportedError):
+            await in_thread(log_in, engine.addresses[0], "right")
+        engine.on("authenticate", check)
+        assert await in_thread(log_in, engine.addresses[0], "right") == 235
+        with pytest.raises(smtplib.SMTPAuthenticationError):
+            await in_thread(log_in, engine.addresses[0], "wrong")
+
+
+async def test_a_handler_may_be_given_before_the_start(tmp_path: Path) -> None:
+    seen: list[object] = []
+    engine = Engine(configure(tmp_path))
+    engine.on("connect", seen.append)
+    with pytest.raises(ValueError, match="no event"):
+        engine.on("timer", seen.append)
+    async with engine:
+        await send(engine.addresses[0])
+    assert len(seen) == 1

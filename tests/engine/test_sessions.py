@@ -6,6 +6,7 @@ import smtplib
 import ssl
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -13,6 +14,9 @@ import trustme
 
 from mailerq import Engine
 from mailerq.errors import ConfigError
+from mailerq.net import control
+from mailerq.net.delivery import Dispatcher
+from mailerq.net.listener import Listener
 from mailerq.wire import smtp
 from tests.support import configure, in_thread, send
 
@@ -206,3 +210,21 @@ async def test_leaving_by_an_error_leaves_nothing_running(tmp_path: Path) -> Non
     async with Engine(configure(tmp_path)) as engine:
         code, _ = await send(engine.addresses[0])
         assert code == 250
+
+
+@pytest.mark.parametrize("part", [control, Dispatcher, Listener])
+async def test_a_start_may_be_cancelled_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Any
+) -> None:
+    name = "serve" if part is control else "run"
+    start = getattr(part, name)
+
+    async def cancelled(*args: Any, **options: Any) -> None:
+        scope.cancel()
+        await start(*args, **options)
+
+    monkeypatch.setattr(part, name, cancelled)
+    with trio.CancelScope() as scope:
+        async with Engine(configure(tmp_path, smtp_threads=2)):
+            pytest.fail("it has started")
+    assert scope.cancelled_caught
