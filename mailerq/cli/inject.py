@@ -264,7 +264,7 @@ def _ids(config: Config, count: int) -> Iterator[str]:
 
 def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dict[str, Any]:
     """Keep the mail, one message for each recipient, and tell the daemon."""
-    from mailerq.queues.store import Store
+    from mailerq.queues.exclusive import open_shared
 
     reception = incoming.messages(
         mime,
@@ -285,7 +285,7 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
     ]
     if publications:
         try:
-            with Store.open(config.queue_directory) as store:
+            with open_shared(config.queue_directory) as store:
                 store.publish(publications)
         except QueueError as error:
             raise Refused(os.EX_TEMPFAIL, str(error)) from None

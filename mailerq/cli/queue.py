@@ -20,6 +20,7 @@ from mailerq.cli.common import (
 from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.message import format_time
+from mailerq.queues.exclusive import open_shared
 from mailerq.queues.interface import Depth, Entry
 from mailerq.queues.store import FILE_NAME, Store
 
@@ -38,7 +39,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         os.stat(path)  # Looking must not make one.
         if not os.access(path, os.R_OK | os.W_OK):
             raise PermissionError
-        with Store.open(config.queue_directory) as store:
+        with open_shared(config.queue_directory) as store:
             status: int = options.run(store, config, options, parser)
             return status
     except PermissionError:

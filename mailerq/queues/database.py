@@ -38,6 +38,7 @@ from mailerq.queues.records import Row, aside, check
 __all__ = [
     "APPLICATION_ID",
     "BUSY_TIMEOUT_MS",
+    "INCOMING",
     "MARK_SUFFIX",
     "PAGE_SIZE",
     "ROW",
@@ -57,7 +58,7 @@ MARK_SUFFIX: Final = ".check"
 APPLICATION_ID: Final = 0x4D51_5151
 """``MQQQ`` in the header of the file: what `file` and SQLite's own tools see."""
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 PAGE_SIZE: Final = 8192
 """Three mails of 2 KiB fit in a page; with 4096 it is one, and half of the file is air."""
 
@@ -84,6 +85,18 @@ CREATE TABLE message (
 CREATE INDEX message_due ON message (queue, due);
 CREATE TABLE body (id INTEGER PRIMARY KEY, data BLOB);
 CREATE TABLE shared (id INTEGER PRIMARY KEY, users INTEGER, data BLOB);
+CREATE TRIGGER message_gone AFTER DELETE ON message WHEN old.body = 0
+BEGIN
+    DELETE FROM body WHERE id = old.id;
+END;
+CREATE TRIGGER message_share_gone AFTER DELETE ON message WHEN old.body > 0
+BEGIN
+    UPDATE shared SET users = users - 1 WHERE id = old.body;
+    DELETE FROM shared WHERE id = old.body AND users <= 0;
+END;
+"""
+
+INCOMING: Final = """
 CREATE VIEW incoming (id, queue, due, body, body_crc, crc, properties, data)
     AS SELECT 0, 0, 0, 0, 0, 0, 0, 0;
 CREATE TRIGGER incoming_body INSTEAD OF INSERT ON incoming WHEN new.body = 0
@@ -99,16 +112,8 @@ CREATE TRIGGER incoming_removal INSTEAD OF INSERT ON incoming WHEN new.queue IS 
 BEGIN
     DELETE FROM message WHERE id = new.id;
 END;
-CREATE TRIGGER message_gone AFTER DELETE ON message WHEN old.body = 0
-BEGIN
-    DELETE FROM body WHERE id = old.id;
-END;
-CREATE TRIGGER message_share_gone AFTER DELETE ON message WHEN old.body > 0
-BEGIN
-    UPDATE shared SET users = users - 1 WHERE id = old.body;
-    DELETE FROM shared WHERE id = old.body AND users <= 0;
-END;
 """
+"""The way in. A file of an older layout gets it anew: it holds no data."""
 
 ROW: Final = """
 SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties,

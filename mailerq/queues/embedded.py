@@ -30,7 +30,7 @@ import trio
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.queues.database import Reader
-from mailerq.queues.exclusive import open_exclusive
+from mailerq.queues.exclusive import open_exclusive, open_shared
 from mailerq.queues.feed import Feeds, HeldLease
 from mailerq.queues.fetcher import Fetcher
 from mailerq.queues.interface import (
@@ -87,7 +87,7 @@ class EmbeddedQueues(Queues):
         `exclusive` refuses a directory that another process has opened so, checks the file,
         and salvages a damaged one. `clock` is the wall clock, in seconds since 1970.
         """
-        opener = open_exclusive if exclusive else Store.open
+        opener = open_exclusive if exclusive else open_shared
         store = await trio.to_thread.run_sync(opener, directory)
         queues = cls(store, clock)
         try:

@@ -1,4 +1,9 @@
-"""Opens a queue directory as a daemon does: no second one, and never on a damaged file."""
+"""Opens a queue directory, for the one daemon that may have it or beside it.
+
+SQLite takes a write-ahead log up to its first broken frame, and throws the rest away. What
+stands behind a broken frame was committed, and a daemon that starts salvages it. So nobody
+may open the file after a crash without having looked at its log.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,12 @@ import fcntl
 import os
 from typing import Final
 
-from mailerq.errors import QueueError
+from mailerq.errors import QueueDamaged, QueueError
 from mailerq.queues.database import translate
-from mailerq.queues.salvage import recover
+from mailerq.queues.salvage import broken_log, recover
 from mailerq.queues.store import FILE_NAME, Store, lock_directory
 
-__all__ = ["open_exclusive"]
+__all__ = ["open_exclusive", "open_shared"]
 
 LOCK_NAME: Final = "queue.lock"
 
@@ -39,6 +44,41 @@ def open_exclusive(directory: str) -> Store:
     except (OSError, QueueError) as error:
         raise translate(error, path) from error
     return Store.open(directory, daemon_lock=lock)
+
+
+def open_shared(directory: str) -> Store:
+    """Open the queue of a directory beside the others that have it open.
+
+    Raises `QueueError`, and `QueueDamaged` for what only a daemon's start can salvage; the
+    file then is as it was.
+    """
+    path = os.path.join(directory, FILE_NAME)
+    try:
+        os.makedirs(directory, mode=0o750, exist_ok=True)
+        alone = _have_alone(directory)
+        if alone is not None:
+            try:
+                if (reason := broken_log(path)) is not None:
+                    raise QueueDamaged(f"{path}: {reason}; start mailerq, which salvages it")
+            finally:
+                os.close(alone)
+    except (OSError, QueueError) as error:
+        raise translate(error, path) from error
+    return Store.open(directory)
+
+
+def _have_alone(directory: str) -> int | None:
+    """A lock that keeps all others out, or None: whoever has it open has looked."""
+    lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _lock_daemon(path: str) -> int:

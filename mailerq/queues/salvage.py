@@ -56,7 +56,7 @@ from mailerq.queues.pages import (
 from mailerq.queues.records import Batch, Insert, Row, aside, check, prepare, proven
 from mailerq.queues.store import Store
 
-__all__ = ["Salvaged", "examine", "recover", "salvage"]
+__all__ = ["Salvaged", "broken_log", "examine", "recover", "salvage"]
 
 logger = logging.getLogger("mailerq.queues")
 
@@ -187,12 +187,40 @@ def examine(path: str) -> str | None:
         connection.close(True)
 
 
-def _look(connection: apsw.Connection, committed: int, whole: bool) -> str | None:
-    if not int(connection.pragma("user_version")):
-        return None  # not ours, or not finished: `Store` decides
+def broken_log(path: str) -> str | None:
+    """Say what is wrong with the log of a file, or None. Nobody else may have the file open."""
+    if not os.path.exists(path + "-wal") or not os.path.getsize(path + "-wal"):
+        return None
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return "the file is gone or empty, its write-ahead log is there"
+    committed = _committed(path + "-wal")
+    if committed is None:
+        return "the write-ahead log is broken at its head"
+    try:
+        connection = connect(path)
+        try:
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            return _cut(connection, committed)
+        finally:
+            connection.close(True)
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        return str(error)
+    except apsw.Error as error:
+        raise translate(error, path) from error
+
+
+def _cut(connection: apsw.Connection, committed: int) -> str | None:
     frames, _ = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
     if frames < committed:
         return f"the write-ahead log is broken after frame {frames} of {committed}"
+    return None
+
+
+def _look(connection: apsw.Connection, committed: int, whole: bool) -> str | None:
+    if not int(connection.pragma("user_version")):
+        return None  # not ours, or not finished: `Store` decides
+    if (reason := _cut(connection, committed)) is not None:
+        return reason
     if whole:
         answer = str(connection.execute("PRAGMA integrity_check(1)").get)
         return None if answer == "ok" else answer

@@ -32,6 +32,7 @@ from mailerq.errors import QueueError
 from mailerq.queues.database import (
     APPLICATION_ID,
     BUSY_TIMEOUT_MS,
+    INCOMING,
     PAGE_SIZE,
     ROWS_PER_STATEMENT,
     SCHEMA,
@@ -86,8 +87,9 @@ class Store(Reader):
     def open(cls, directory: str, *, daemon_lock: int | None = None) -> Self:
         """Open the queue of a directory; the directory and the file are made if missing.
 
-        Raises `QueueError`; a damaged file is left alone and is `QueueDamaged`. A daemon comes
-        by `mailerq.queues.exclusive`, which hands over its lock.
+        Raises `QueueError`; a damaged file is left alone and is `QueueDamaged`. Come by
+        `mailerq.queues.exclusive`, which looks at the log first: to open the file is to
+        believe its log, and the last one to close it throws away what was not believed.
         """
         path = os.path.join(directory, FILE_NAME)
         locks = [] if daemon_lock is None else [daemon_lock]
@@ -105,20 +107,25 @@ class Store(Reader):
         """Make the file if there is none. Raises `QueueError`, and what SQLite raises."""
         connection = self._connection = connect(self.path, create=True)
         self._inode = os.stat(self.path).st_ino
-        if self._known(connection):
+        if self._layout(connection) == SCHEMA_VERSION:
             return
         connection.pragma("page_size", PAGE_SIZE)
         connection.pragma("journal_mode", "wal")
         connection.execute("BEGIN IMMEDIATE")
-        if not self._known(connection):  # else another process was faster
-            connection.execute(SCHEMA)
-            connection.execute("INSERT INTO number VALUES (1)")
-            connection.pragma("application_id", APPLICATION_ID)
+        layout = self._layout(connection)
+        if layout != SCHEMA_VERSION:  # else another process was faster
+            if layout:
+                connection.execute("DROP VIEW incoming")
+            else:
+                connection.execute(SCHEMA)
+                connection.execute("INSERT INTO number VALUES (1)")
+                connection.pragma("application_id", APPLICATION_ID)
+            connection.execute(INCOMING)
             connection.pragma("user_version", SCHEMA_VERSION)
         connection.execute("COMMIT")
 
-    def _known(self, connection: apsw.Connection) -> bool:
-        """Whether the file is one of ours; an empty one is not yet. Raises `QueueError`."""
+    def _layout(self, connection: apsw.Connection) -> int:
+        """The layout of the file, 0 of an empty one. Raises `QueueError` for what is not ours."""
         found: list[Any] = connection.execute(
             "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema) "
             "FROM pragma_user_version, pragma_application_id"
@@ -131,7 +138,7 @@ class Store(Reader):
                 f"{self.path}: written by a newer mailerq (layout {version}, this one reads "
                 f"up to {SCHEMA_VERSION}); install that one, or start with another directory"
             )
-        return bool(version == SCHEMA_VERSION)
+        return int(version)
 
     def close(self) -> None:
         super().close()

@@ -17,9 +17,9 @@ import trio
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
-from mailerq.queues.database import PAGE_SIZE
+from mailerq.queues.database import PAGE_SIZE, SCHEMA_VERSION
 from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.exclusive import open_exclusive
+from mailerq.queues.exclusive import open_exclusive, open_shared
 from mailerq.queues.pages import Pages
 from mailerq.queues.records import DAMAGED_QUEUE
 from mailerq.queues.salvage import ROOTS
@@ -338,6 +338,64 @@ def test_log_without_its_file_is_read(killed_directory: Path) -> None:
     check_salvaged(killed_directory, COUNT)
 
 
+def test_who_opens_a_broken_log_beside_others_leaves_it_to_the_daemon(
+    killed_directory: Path,
+) -> None:
+    log = killed_directory / "queue.db-wal"
+    overwrite(log, 32 + 200 * (PAGE_SIZE + 24) + 3000, b"broken")
+    before = log.read_bytes()
+    for _ in range(2):
+        with pytest.raises(QueueDamaged, match=r"broken after frame 198 of .* start mailerq"):
+            open_shared(str(killed_directory))
+    assert log.read_bytes() == before
+    check_salvaged(killed_directory, COUNT - 5)
+
+
+@pytest.mark.parametrize("size", [32, 100_000])
+def test_a_log_with_a_broken_head_or_no_file_is_left_to_the_daemon_too(
+    killed_directory: Path, size: int
+) -> None:
+    if size == 32:
+        overwrite(killed_directory / "queue.db-wal", 0, bytes(size))
+    else:
+        os.unlink(killed_directory / "queue.db")
+    with pytest.raises(QueueDamaged):
+        open_shared(str(killed_directory))
+    check_salvaged(killed_directory, COUNT)
+
+
+def test_a_sound_log_is_taken_over_by_whoever_comes(killed_directory: Path) -> None:
+    with open_shared(str(killed_directory)) as store, open_shared(str(killed_directory)) as other:
+        assert other.publish([publications(1)[0]])
+        assert sum(depth.total for depth in store.depths()) == COUNT + 1
+
+
+OLD_INCOMING = """
+DROP VIEW incoming;
+CREATE VIEW incoming (id, queue, due, body, body_crc, crc, properties, data)
+    AS SELECT 0, 0, 0, 0, 0, 0, 0, 0;
+CREATE TRIGGER incoming_message INSTEAD OF INSERT ON incoming
+BEGIN
+    INSERT INTO message VALUES
+        (new.id, new.queue, new.due, new.body, new.body_crc, new.crc, new.properties);
+END;
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_file_of_the_first_layout_is_brought_up_to_date(directory: Path) -> None:
+    with Store.open(str(directory)) as store:
+        store.connection.execute(OLD_INCOMING)
+    start(directory)
+    assert kept(directory) == []
+    with Store.open(str(directory)) as store:
+        numbers = [entry.id for entry in store.browse("outbox", limit=10)]
+        store.remove(numbers)
+        store.publish(publications(1))
+        assert not {entry.id for entry in store.browse("outbox", limit=1000)} & set(numbers)
+        assert store.connection.execute("SELECT count(*) FROM body").get > 0
+
+
 def test_log_cut_in_its_last_commit_is_what_a_crash_leaves(killed_directory: Path) -> None:
     log = killed_directory / "queue.db-wal"
     os.truncate(log, log.stat().st_size - 100)
@@ -384,7 +442,7 @@ def test_names_of_kept_files_do_not_clash(directory: Path, monkeypatch: pytest.M
 
 def test_a_newer_file_is_refused(directory: Path) -> None:
     connection = apsw.Connection(str(directory / "queue.db"))
-    connection.pragma("user_version", 2)
+    connection.pragma("user_version", SCHEMA_VERSION + 1)
     connection.close()
     for opener in (open_exclusive, Store.open):
         with pytest.raises(QueueError, match="newer mailerq"):
