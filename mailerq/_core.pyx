@@ -32,6 +32,7 @@ The parts, in the order in which they are included:
     message      MQ_Message and its JSON
     ids          message ids
     load         opening plugins
+    sockets      calls on sockets that do not block
     python       the classes that plugins.py builds on
 
 Safety rules
@@ -56,6 +57,7 @@ Safety rules
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_SetFromErrno
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
@@ -131,6 +133,7 @@ include "_core_loop.pxi"
 include "_core_message.pxi"
 include "_core_ids.pxi"
 include "_core_load.pxi"
+include "_core_sockets.pxi"
 include "_core_python.pxi"
 
 pthread_mutex_init(&registry, NULL)

@@ -160,15 +160,15 @@ class Listener:
             await trio.lowlevel.wait_readable(listening)
             for _ in range(ACCEPTS_IN_A_ROW):
                 try:
-                    sock, remote = listening.accept()
-                except BlockingIOError:
-                    break
+                    stream = Stream.accept(listening.fileno(), local=local)
                 except OSError as error:
                     if error.errno in _EXHAUSTED:
                         self._turn_away(port, error)
                         await trio.sleep(EXHAUSTED_SECONDS)
                     break  # Otherwise the peer hung up before it was its turn.
-                self._admit(Stream(sock, local=local, remote=address_of(remote)), port)
+                if stream is None:
+                    break
+                self._admit(stream, port)
             await trio.lowlevel.checkpoint()
 
     def _turn_away(self, port: Port, error: OSError) -> None:
@@ -177,10 +177,12 @@ class Listener:
         with self._reserve:
             for _ in range(ACCEPTS_IN_A_ROW):
                 try:
-                    sock, _address = port.sock.accept()
+                    stream = Stream.accept(port.sock.fileno())
                 except OSError:
                     return
-                self._refuse(Stream(sock), port, smtp.BUSY)
+                if stream is None:
+                    return
+                self._refuse(stream, port, smtp.BUSY)
 
     def _warn(self, text: str) -> None:
         """Log what may be so for each of thousands of connections, now and then."""

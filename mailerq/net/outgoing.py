@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import logging
 import math
-import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
@@ -155,7 +154,7 @@ class Connection:
         self._deadline = math.inf
         self._life = trio.CancelScope()
         self._scope = trio.CancelScope()
-        self._wake: trio.CancelScope | None = None
+        self._idle = False
         self._job: Job | None = None
         self._leaving = False
         self._over = False
@@ -164,7 +163,6 @@ class Connection:
         self._protocol: ClientProtocol
         self._stream: Stream
         self._plugin: PluginConnection
-        self._poll = select.poll()
         self._local = ""
         self._messages = 0
 
@@ -191,7 +189,7 @@ class Connection:
         """End what has taken too long: the wait for a reply, or for a job."""
         if trio.current_time() < self._deadline:
             return
-        if self._wake is not None:
+        if self._idle:
             self.leave()
         else:
             self._scope.cancel()
@@ -203,8 +201,8 @@ class Connection:
             self._calm.set()
 
     def _rouse(self) -> None:
-        if self._wake is not None:
-            self._wake.cancel()
+        if self._idle:
+            self._stream.rouse()
 
     # The task
 
@@ -247,8 +245,6 @@ class Connection:
         if stream is None:
             return Report(responses.connect_timed_out(where))
         self._stream = stream
-        self._poll = select.poll()
-        self._poll.register(stream.fileno(), select.POLLIN)
         self._protocol = ClientProtocol(self._pool.config.hostname)
         self._messages = 0
         try:
@@ -317,12 +313,16 @@ class Connection:
         """Be idle. None: the time is up, the pool says so, or the peer has something to say."""
         if not self._leaving:
             self._expect(max(self._pool.config.connection_maxidle / 1000, MIN_IDLE_SECONDS))
-            with trio.CancelScope() as self._wake:
-                try:
-                    self._protocol.receive_data(await self._stream.receive())
-                except StreamLost as error:
-                    self._protocol.abort(Problem.LOST, str(error))
-            self._wake = None
+            self._idle = True
+            try:
+                while await self._stream.wait_for_input():
+                    if (data := self._stream.receive_nowait()) is not None:
+                        self._protocol.receive_data(data)
+                        break
+            except StreamLost as error:
+                self._protocol.abort(Problem.LOST, str(error))
+            finally:
+                self._idle = False
         if self._job is None:
             self._over = True
             self._protocol.next_event()
@@ -382,10 +382,9 @@ class Connection:
             if message.body is None:
                 protocol.abort(Problem.LOST, "there is no body")
                 return responses.NO_DATA
-            if self._poll.poll(0):
+            if (early := self._stream.receive_nowait()) is not None:
                 # What comes before the dot is no answer to it.
-                self._expect(self._timeout)
-                protocol.receive_data(await self._stream.receive())
+                protocol.receive_data(early)
             protocol.send_body(message.body)
             if protocol.step is Step.MESSAGE:
                 await self._send_due()

@@ -2,10 +2,11 @@
 
 Theory of operation
 -------------------
-The socket is non-blocking. Every operation is tried first, and only one that would block
-waits in trio's event loop: on a busy server most reads and writes then are one system call
-and no task switch. So that a peer that always has more to say cannot keep the loop for
-itself, a stream that was served `FAIRNESS` times in a row lets the others run.
+The socket is non-blocking. A write is tried at once and waits only for what does not fit; a
+read is tried when `mailerq.net.readiness` has heard that there is something. So on a busy
+server most of them are one system call each, none to arm a wait, and they keep Python's lock
+(see `_core_sockets.pxi`). So that a peer that always has more to say cannot keep the loop
+for itself, a stream that was served `FAIRNESS` times in a row lets the others run.
 
 TLS works on two memory buffers between `ssl` and the same socket, so that it shares all of
 this.
@@ -21,10 +22,10 @@ from typing import Final, Self
 
 import trio
 
-__all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
+from mailerq.net.readiness import Socket
+from mailerq.plugins import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
 
-RECEIVE_BYTES: Final = 65536
-"""Bytes that one read takes at most."""
+__all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
 
 FAIRNESS: Final = 32
 """Reads in a row that were served at once before others get a turn."""
@@ -35,36 +36,45 @@ class StreamLost(Exception):
 
 
 class Stream:
-    """One connected TCP socket; the stream owns it. One task uses it at a time, and closes it.
+    """One connected TCP socket, or its descriptor, which the stream owns from now on.
 
-    `local` and `remote` save a question to the kernel where the addresses are known already.
+    It lives in one trio loop; one task uses it at a time, and closes it. `local` and `remote` save
+    a question to the kernel where the addresses are known already.
     """
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | int,
         *,
         local: tuple[str, int] | None = None,
         remote: tuple[str, int] | None = None,
     ) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._fd = sock.fileno()
+        self._fd = sock if isinstance(sock, int) else _descriptor(sock)
+        self._socket = Socket(self._fd)
         self._local = local
         self._remote = remote
         self._served = 0
         self._unsent = b""
         self._unread = b""
         self._tls: ssl.SSLObject | None = None
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
+        self._incoming: ssl.MemoryBIO  # those two from the handshake on
+        self._outgoing: ssl.MemoryBIO
+
+    @classmethod
+    def accept(cls, listening: int, *, local: tuple[str, int] | None = None) -> Self | None:
+        """The next connection of a listening socket, None when there is none. Raises OSError."""
+        accepted = accept(listening)
+        if accepted is None:
+            return None
+        fd, remote = accepted
+        return cls(fd, local=local, remote=address_of(remote))
 
     @classmethod
     async def connect(cls, host: str, port: int, *, local_ip: str | None = None) -> Self:
         """Connect to an IP address, from `local_ip` where it is given. Raises OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
+        with sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if local_ip is not None:
                 sock.bind((local_ip, 0))
@@ -75,10 +85,7 @@ class Stream:
                 error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error:
                     raise OSError(error, os.strerror(error)) from None
-        except BaseException:
-            sock.close()
-            raise
-        return cls(sock)
+            return cls(sock)
 
     def fileno(self) -> int:
         return self._fd
@@ -87,14 +94,14 @@ class Stream:
     def local(self) -> tuple[str, int]:
         """This end's address and port."""
         if self._local is None:
-            self._local = address_of(self._sock.getsockname())
+            self._local = address_of(socket_name(self._fd, remote=False))
         return self._local
 
     @property
     def remote(self) -> tuple[str, int]:
         """The peer's address and port. Raises OSError when it is gone already."""
         if self._remote is None:
-            self._remote = address_of(self._sock.getpeername())
+            self._remote = address_of(socket_name(self._fd, remote=True))
         return self._remote
 
     @property
@@ -123,13 +130,31 @@ class Stream:
             except ssl.SSLError as error:
                 raise StreamLost(str(error)) from error
 
+    def receive_nowait(self) -> bytes | None:
+        """What a plain stream has now: None is nothing, b"" the end. Raises `StreamLost`."""
+        if self._unread:
+            data, self._unread = self._unread, b""
+            return data
+        try:
+            came = receive(self._fd)
+        except OSError as error:
+            raise StreamLost(str(error)) from error
+        if came is None or (0 < len(came) < RECEIVE_BYTES and self._socket.empties):
+            self._socket.readable = False
+        return came
+
+    async def wait_for_input(self) -> bool:
+        """Wait until a plain stream has something to receive, or `rouse` is called: then False."""
+        return bool(self._unread) or await self._socket.wait_readable(rousable=True)
+
+    def rouse(self) -> None:
+        """End `wait_for_input`. On the thread of who waits."""
+        self._socket.rouse()
+
     @property
     def has_input(self) -> bool:
         """Whether bytes of the peer wait to be read."""
-        try:
-            return bool(self._sock.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
+        return has_input(self._fd)
 
     def unread(self, data: bytes) -> None:
         """Put back what was received and is somebody else's: the next read, or TLS, gets it."""
@@ -156,9 +181,7 @@ class Stream:
                 self._tls.write(data)
                 data = self._outgoing.read()
             data = self._unsent + data
-            self._unsent = data[self._sock.send(data) :]
-        except BlockingIOError:
-            self._unsent = data
+            self._unsent = data[send(self._fd, data) :]
         except (OSError, ssl.SSLError):
             self._unsent = b""
 
@@ -166,6 +189,7 @@ class Stream:
         self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
     ) -> None:
         """Shake hands; everything after that is encrypted. Raises `StreamLost`."""
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
         )
@@ -194,23 +218,18 @@ class Stream:
             with suppress(ssl.SSLError, OSError):  # The peer's own goodbye is not waited for.
                 self._tls.unwrap()
             with suppress(OSError):
-                self._sock.send(self._outgoing.read())
-        self._fd = -1
-        self._sock.close()
+                send(self._fd, self._outgoing.read())
+        self._socket.forget()
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     async def _receive_raw(self) -> bytes:
-        if self._unread:
-            data, self._unread = self._unread, b""
-            return data
         while True:
-            try:
-                data = self._sock.recv(RECEIVE_BYTES)
-            except BlockingIOError:
+            if not (self._socket.readable or self._unread):
                 self._served = 0
-                await trio.lowlevel.wait_readable(self._fd)
-            except OSError as error:
-                raise StreamLost(str(error)) from error
-            else:
+                await self._socket.wait_readable()
+            data = self.receive_nowait()
+            if data is not None:
                 self._served += 1
                 if self._served > FAIRNESS:
                     self._served = 0
@@ -221,26 +240,22 @@ class Stream:
         if self._unsent:
             data, self._unsent = self._unsent + data, b""
         try:
-            sent = self._sock.send(data)
-        except BlockingIOError:
-            sent = 0
+            sent = send(self._fd, data)
+            while sent < len(data):
+                await self._socket.wait_writable()
+                sent += send(self._fd, data, sent)
         except OSError as error:
             raise StreamLost(str(error)) from error
-        if sent == len(data):
-            return
-        view = memoryview(data)
-        while sent < len(data):
-            try:
-                await trio.lowlevel.wait_writable(self._fd)
-                sent += self._sock.send(view[sent:])
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise StreamLost(str(error)) from error
 
     async def _flush_tls(self) -> None:
         if self._outgoing.pending:
             await self._send_raw(self._outgoing.read())
+
+
+def _descriptor(sock: socket.socket) -> int:
+    """Take the descriptor of a socket over."""
+    sock.setblocking(False)
+    return sock.detach()
 
 
 def address_of(name: tuple[str, int] | tuple[str, int, int, int]) -> tuple[str, int]:

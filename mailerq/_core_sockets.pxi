@@ -1,0 +1,144 @@
+# What `Stream` does with its socket: calls that never block, and so may keep Python's lock.
+#
+# Where a call drops the lock, another thread that waits for it (the writer of the queue) takes it
+# at once, and the loop sleeps until it gets it back: on a busy relay that happened at every other
+# call and cost more than most of the calls themselves.
+
+cdef extern from *:
+    """
+    #include <arpa/inet.h>
+    #include <errno.h>
+    #include <netinet/in.h>
+    #include <sys/socket.h>
+
+    typedef union {
+        struct sockaddr any;
+        struct sockaddr_in v4;
+        struct sockaddr_in6 v6;
+    } mq_address;
+
+    /* An address as text and a port; of another family than IP: "" and 0. */
+    static void mq_write_address(const mq_address *address, char *host, int *port)
+    {
+        host[0] = '\\0';
+        *port = 0;
+        if (address->any.sa_family == AF_INET) {
+            inet_ntop(AF_INET, &address->v4.sin_addr, host, INET6_ADDRSTRLEN);
+            *port = ntohs(address->v4.sin_port);
+        } else if (address->any.sa_family == AF_INET6) {
+            inet_ntop(AF_INET6, &address->v6.sin6_addr, host, INET6_ADDRSTRLEN);
+            *port = ntohs(address->v6.sin6_port);
+        }
+    }
+
+    static int mq_accept(int listening, char *host, int *port)
+    {
+        mq_address from = {.any = {.sa_family = AF_UNSPEC}};
+        socklen_t size = sizeof(from);
+        int fd;
+        do
+            fd = accept4(listening, &from.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        while (fd < 0 && errno == EINTR);
+        mq_write_address(&from, host, port);
+        return fd;
+    }
+
+    static int mq_name(int fd, int remote, char *host, int *port)
+    {
+        mq_address name = {.any = {.sa_family = AF_UNSPEC}};
+        socklen_t size = sizeof(name);
+        int result = remote ? getpeername(fd, &name.any, &size) : getsockname(fd, &name.any, &size);
+        mq_write_address(&name, host, port);
+        return result;
+    }
+    """
+    int mq_accept(int, char *, int *)
+    int mq_name(int, int, char *, int *)
+    enum:
+        INET6_ADDRSTRLEN
+
+cdef extern from * nogil:
+    int errno
+    int EAGAIN, EINTR, EWOULDBLOCK
+    int MSG_NOSIGNAL, MSG_PEEK
+    Py_ssize_t recv(int, void *, size_t, int)
+    Py_ssize_t c_send "send" (int, const void *, size_t, int)
+
+cdef enum:
+    RECEIVE_LIMIT = 1 << 16     # bytes that one read takes
+    LONG_SEND = 1 << 14         # bytes from which on copying them takes longer than the lock
+
+# Python's lock guards it.
+cdef char received[RECEIVE_LIMIT]
+
+
+def socket_name(int fd, bint remote):
+    """The host and port of this end of a socket, or of the `remote` one. Raises OSError."""
+    cdef char host[INET6_ADDRSTRLEN]
+    cdef int port
+    if mq_name(fd, remote, host, &port) < 0:
+        PyErr_SetFromErrno(OSError)
+    return host.decode("ascii"), port
+
+
+def accept(int listening):
+    """The next connection of a listening socket: its descriptor, and the peer's host and port.
+
+    None when there is none. The descriptor does not block, and is the caller's. Raises OSError.
+    """
+    cdef char host[INET6_ADDRSTRLEN]
+    cdef int port
+    cdef int fd = mq_accept(listening, host, &port)
+    if fd >= 0:
+        return fd, (host.decode("ascii"), port)
+    if errno == EAGAIN or errno == EWOULDBLOCK:
+        return None
+    PyErr_SetFromErrno(OSError)
+
+
+def receive(int fd):
+    """What has come in on a socket: b"" when the peer has closed, None when there is nothing.
+
+    At most `RECEIVE_BYTES`. Raises OSError.
+    """
+    cdef Py_ssize_t size
+    while True:
+        size = recv(fd, received, RECEIVE_LIMIT, 0)
+        if size >= 0:
+            return received[:size]
+        if errno == EAGAIN or errno == EWOULDBLOCK:
+            return None
+        if errno != EINTR:
+            PyErr_SetFromErrno(OSError)
+
+
+def has_input(int fd):
+    """Whether there are bytes to receive."""
+    return recv(fd, received, 1, MSG_PEEK) > 0
+
+
+def send(int fd, bytes data not None, Py_ssize_t start=0):
+    """Send what the socket takes of `data[start:]`: the count of bytes, 0 when it takes none.
+
+    Raises OSError.
+    """
+    cdef const char *rest = PyBytes_AS_STRING(data) + start
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(data) - start
+    cdef Py_ssize_t sent
+    if not 0 <= start <= PyBytes_GET_SIZE(data):
+        raise ValueError("start: outside of the data")
+    while True:
+        if size < LONG_SEND:
+            sent = c_send(fd, rest, size, MSG_NOSIGNAL)
+        else:
+            with nogil:
+                sent = c_send(fd, rest, size, MSG_NOSIGNAL)
+        if sent >= 0:
+            return sent
+        if errno == EAGAIN or errno == EWOULDBLOCK:
+            return 0
+        if errno != EINTR:
+            PyErr_SetFromErrno(OSError)
+
+
+RECEIVE_BYTES = RECEIVE_LIMIT

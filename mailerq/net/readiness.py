@@ -1,0 +1,168 @@
+"""Waiting for sockets: each is made known to the kernel once, and not again for each wait.
+
+Theory of operation
+-------------------
+Every trio loop that uses streams has one `Poller`, an epoll descriptor of its own with a system
+task that waits for it the usual way. A socket is added when it is waited for the first time, edge
+triggered: the kernel tells each time that something new has come. `Socket` notes that, wakes who
+waits for it, and otherwise the next wait finds the note and is none. trio's own way is one shot:
+each wait costs a system call to arm it and some bookkeeping, eight times for each message of a
+busy relay.
+
+An edge must not be lost: a socket counts as readable until a read has emptied it. A read that
+found nothing proves that, and so does one that got less than it asked for (epoll(7)), unless the
+peer has closed or sent urgent data, at which a read stops short: from then on only the former.
+
+Guarantees
+----------
+- A `Socket` is used in one loop, by one reader and one writer at a time.
+- A wait that is cancelled leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import select
+from typing import Final
+
+import outcome
+import trio
+
+__all__ = ["Socket"]
+
+EVENTS: Final = 256
+"""Sockets that are looked at in one go; those that are left come in the next."""
+
+_INPUT: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
+_OUTPUT: Final = select.EPOLLOUT
+_USUAL: Final = ~(select.EPOLLIN | select.EPOLLOUT)
+_END: Final = select.EPOLLHUP | select.EPOLLERR
+
+
+class Socket:
+    """What is known of a descriptor. `readable` and `empties` are for who reads from it."""
+
+    __slots__ = ("_poller", "_reader", "_rousable", "_writer", "empties", "fd", "readable")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.readable = False
+        """Whether a read may find something; who finds nothing sets it to False."""
+        self.empties = True
+        """Whether a read that got less than it asked for has left nothing."""
+        self._poller: Poller | None = None
+        self._reader: trio.lowlevel.Task | None = None
+        self._writer: trio.lowlevel.Task | None = None
+        self._rousable = False
+
+    async def wait_readable(self, *, rousable: bool = False) -> bool:
+        """Wait until a read may find something; False when `rouse` ended the wait.
+
+        Only a wait that is `rousable` can be ended so.
+        """
+        if self.readable:
+            return True
+        if self._poller is None:
+            self._poller = Poller.add(self, _INPUT)
+        if self._reader is not None:
+            raise trio.BusyResourceError("another task reads from this socket")
+        self._reader = trio.lowlevel.current_task()
+        self._rousable = rousable
+        came: bool = await trio.lowlevel.wait_task_rescheduled(self._abort_reader)
+        return came
+
+    async def wait_writable(self) -> None:
+        """Wait until the socket takes more, after it took less than it was given."""
+        if self._writer is not None:
+            raise trio.BusyResourceError("another task writes to this socket")
+        # Only few sockets are ever full. To ask anew also tells when it is not any more.
+        if self._poller is None:
+            self._poller = Poller.add(self, _INPUT | _OUTPUT)
+        else:
+            self._poller.modify(self, _INPUT | _OUTPUT)
+        self._writer = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._abort_writer)
+
+    def rouse(self) -> None:
+        """End a `rousable` wait for input."""
+        if self._rousable:
+            self._wake_reader(came=False)
+
+    def forget(self) -> None:
+        """The descriptor is about to be closed."""
+        if self._poller is not None:
+            self._poller.remove(self)
+
+    def notify(self, events: int) -> None:
+        """The kernel has seen these."""
+        if events & ~_OUTPUT:
+            self.readable = True
+            if events & _USUAL:
+                self.empties = False
+            if self._reader is not None:
+                self._wake_reader(came=True)
+        if self._writer is not None and events & (_OUTPUT | _END):
+            task, self._writer = self._writer, None
+            trio.lowlevel.reschedule(task)
+
+    def _wake_reader(self, *, came: bool) -> None:
+        task, self._reader = self._reader, None
+        self._rousable = False
+        assert task is not None
+        trio.lowlevel.reschedule(task, outcome.Value(came))
+
+    def _abort_reader(self, _: object) -> trio.lowlevel.Abort:
+        self._reader = None
+        self._rousable = False
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _abort_writer(self, _: object) -> trio.lowlevel.Abort:
+        self._writer = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+class Poller:
+    """The sockets of one trio loop."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._sockets: dict[int, Socket] = {}
+
+    @classmethod
+    def add(cls, socket: Socket, events: int) -> Poller:
+        """Have this loop's poller tell `socket` what comes, and what is there already."""
+        poller = _pollers.get(None)
+        if poller is None:
+            poller = cls()
+            _pollers.set(poller)
+            trio.lowlevel.spawn_system_task(poller._run)
+        poller._epoll.register(socket.fd, events)
+        poller._sockets[socket.fd] = socket
+        return poller
+
+    def modify(self, socket: Socket, events: int) -> None:
+        """Tell it these from now on, and what of them is there already."""
+        self._epoll.modify(socket.fd, events)
+
+    def remove(self, socket: Socket) -> None:
+        """Tell it no more; closing the descriptor does the rest.
+
+        A plugin may keep a copy of it. Then its events are told to whoever has the same number
+        next, who finds that there is nothing.
+        """
+        del self._sockets[socket.fd]
+
+    async def _run(self) -> None:
+        # Ends with the loop.
+        epoll, sockets = self._epoll, self._sockets
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(epoll)
+                for fd, events in epoll.poll(0, EVENTS):
+                    if (socket := sockets.get(fd)) is not None:
+                        socket.notify(events)
+        finally:
+            _pollers.set(None)
+            epoll.close()
+
+
+_pollers: Final = trio.lowlevel.RunVar[Poller | None]("pollers", None)

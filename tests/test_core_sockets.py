@@ -1,0 +1,77 @@
+"""The calls on sockets of `net/stream.py`, which never block."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+import pytest
+
+from mailerq import _core
+
+
+def test_receive_tells_nothing_yet_from_the_end() -> None:
+    left, right = socket.socketpair()
+    with left:
+        left.setblocking(False)
+        with right:
+            assert _core.receive(left.fileno()) is None
+            assert not _core.has_input(left.fileno())
+            right.send(b"x\0y")
+            assert _core.has_input(left.fileno())
+            assert _core.receive(left.fileno()) == b"x\0y"
+        assert _core.receive(left.fileno()) == b""
+        assert not _core.has_input(left.fileno())
+
+
+def test_send_says_how_much_was_taken() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        left.setblocking(False)
+        assert _core.send(left.fileno(), b"hello", 2) == 3
+        assert right.recv(10) == b"llo"
+        data, sent = bytes(1 << 24), 0
+        while taken := _core.send(left.fileno(), data, sent):
+            sent += taken
+        assert 0 < sent < len(data)
+        with pytest.raises(ValueError, match="outside"):
+            _core.send(left.fileno(), b"hello", 6)
+        with pytest.raises(ValueError, match="outside"):
+            _core.send(left.fileno(), b"hello", -1)
+
+
+def test_a_broken_connection_is_an_error_and_no_signal() -> None:
+    left, right = socket.socketpair()
+    with left:
+        right.close()
+        with pytest.raises(BrokenPipeError):
+            _core.send(left.fileno(), b"x")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_accept_and_name_know_both_ends(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, 0), family=family)
+    except OSError as error:
+        pytest.skip(f"no {host} here: {error.strerror}")
+    with listening:
+        listening.setblocking(False)
+        assert _core.accept(listening.fileno()) is None
+        with socket.create_connection(listening.getsockname()[:2]) as peer:
+            accepted = _core.accept(listening.fileno())
+            assert accepted is not None
+            fd, remote = accepted
+            with socket.socket(fileno=fd):
+                assert not os.get_blocking(fd)
+                assert not os.get_inheritable(fd)
+                assert remote == peer.getsockname()[:2] == _core.socket_name(fd, True)
+                assert _core.socket_name(fd, False) == peer.getpeername()[:2]
+
+
+def test_what_is_no_socket_is_an_error() -> None:
+    for call in (_core.receive, _core.accept, lambda fd: _core.socket_name(fd, False)):
+        with pytest.raises(OSError) as caught:
+            call(-1)
+        assert caught.value.errno == errno.EBADF
