@@ -311,9 +311,8 @@ class Context(_core.Context):
     async def open(self) -> None:
         """Start listening to the plugins and call mq_context_initialize."""
         self.plugins.contexts.add(self)
-        if self.plugins.names:
-            self._ended = trio.Event()
-            trio.lowlevel.spawn_system_task(self._listen)
+        self._ended = trio.Event()
+        trio.lowlevel.spawn_system_task(self._listen)
         await self.start()
 
     async def close(self) -> None:

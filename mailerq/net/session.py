@@ -184,6 +184,7 @@ class Session:
             if not await self._read_proxy_header():
                 return False
             reply = self._admit()
+        self._mute = self._implicit_tls
         machine.xclient = shared.access.may_xclient(self._client.remote[0])
         self._know_client()
         if reply is None:
@@ -196,7 +197,6 @@ class Session:
             machine.secure = True
             refusal = await self._plugin.secured()
             reply = refusal_reply(refusal) if refusal is not None else None
-        self._mute = False
         self._take_output()
         if reply is None and shared.config.smtp_greet_delay and not self._implicit_tls:
             await self._delay_greeting()
@@ -428,7 +428,6 @@ class Session:
             return
         machine.accept()
         await self._start_tls(machine.data_to_send())
-        self._mute = False
         machine.tls_started()
         self._client.user = ""
         self._plugin.authenticated = False
@@ -456,6 +455,7 @@ class Session:
                 await self._stream.start_tls(context, server_side=True)
         finally:
             shared.handshakes.end(self)
+        self._mute = False
         self._plugin.secure = True
         shared.counters.tls += 1
 
@@ -554,9 +554,9 @@ class Session:
             self._machine.write(output)
 
     def _send_output(self) -> None:
-        """A plugin sent something while the session waits for the peer."""
-        if self._waiting and not self._mute:
-            self._stream.send_nowait(self._plugin.take_output())
+        """A plugin sent something at another time: it goes out now, behind what is due."""
+        if not self._mute and (output := self._plugin.take_output()):
+            self._stream.send_nowait(self._machine.data_to_send() + output)
 
 
 def _endpoint(

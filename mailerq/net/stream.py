@@ -54,6 +54,7 @@ class Stream:
         self._local = local
         self._remote = remote
         self._served = 0
+        self._sending = False
         self._unsent = b""
         self._unread = b""
         self._tls: ssl.SSLObject | None = None
@@ -174,14 +175,15 @@ class Stream:
     def send_nowait(self, data: bytes) -> None:
         """Send what the socket takes at once; the rest waits for the next `send_all`.
 
-        A connection that is broken is not told here, but by the next operation.
+        Where a `send_all` is under way, in another task, it comes behind that. A connection that
+        is broken is not told here, but by the next operation.
         """
         try:
             if self._tls is not None:
                 self._tls.write(data)
                 data = self._outgoing.read()
             data = self._unsent + data
-            self._unsent = data[send(self._fd, data) :]
+            self._unsent = data if self._sending else data[send(self._fd, data) :]
         except (OSError, ssl.SSLError):
             self._unsent = b""
 
@@ -241,11 +243,22 @@ class Stream:
             data, self._unsent = self._unsent + data, b""
         try:
             sent = send(self._fd, data)
+            if sent < len(data):
+                await self._send_rest(data, sent)
+        except OSError as error:
+            raise StreamLost(str(error)) from error
+
+    async def _send_rest(self, data: bytes, sent: int) -> None:
+        """Send what did not fit, and then what `send_nowait` was given meanwhile."""
+        self._sending = True
+        while True:
             while sent < len(data):
                 await self._socket.wait_writable()
                 sent += send(self._fd, data, sent)
-        except OSError as error:
-            raise StreamLost(str(error)) from error
+            if not self._unsent:
+                break
+            data, self._unsent, sent = self._unsent, b"", 0
+        self._sending = False
 
     async def _flush_tls(self) -> None:
         if self._outgoing.pending:

@@ -54,6 +54,14 @@ class Dialog:
                     return "\n".join(lines)
                 self.received += data
 
+    async def receive_until(self, end: bytes) -> None:
+        """Receive, and keep for `reply`, until it ends so."""
+        with trio.fail_after(TIMEOUT):
+            while not self.received.endswith(end):
+                data = await self.stream.receive_some()
+                assert data, "the connection ended"
+                self.received += data
+
     async def say(self, *lines: str) -> str:
         """Send lines one by one; the reply to the last of them."""
         reply = ""

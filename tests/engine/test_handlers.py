@@ -10,6 +10,8 @@ import pytest
 import trio
 
 from mailerq import Engine, Message
+from mailerq.plugins import Connection
+from tests.engine.kit import Certificate, open_dialog, serve
 from tests.support import configure, in_thread, open_sink, send
 
 SESSION = ("connect", "mailfrom", "rcptto", "data", "message", "close")
@@ -114,3 +116,40 @@ async def test_a_handler_may_be_given_before_the_start(tmp_path: Path) -> None:
     async with engine:
         await send(engine.addresses[0])
     assert len(seen) == 1
+
+
+async def test_what_a_handler_sends_is_not_held_back_until_it_ends(tmp_path: Path) -> None:
+    release = trio.Event()
+
+    async def delay(connection: Connection, address: str) -> None:
+        connection.send(b"250-please wait\r\n")
+        await release.wait()
+
+    async with serve(tmp_path) as engine:
+        engine.on("rcptto", delay)
+        async with open_dialog(engine.addresses[0]) as dialog:
+            await dialog.send(b"MAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\n")
+            assert (await dialog.reply()).startswith("250 2.1.0")  # in its place, before it
+            await dialog.receive_until(b"250-please wait\r\n")
+            release.set()
+            assert await dialog.reply() == "250-please wait\n250 2.1.5 Ok"
+
+
+async def test_what_a_handler_sends_after_a_handshake_is_not_held_back_either(
+    tmp_path: Path,
+) -> None:
+    certificate = Certificate.make(tmp_path)
+    release = trio.Event()
+
+    async def delay(connection: Connection) -> None:
+        connection.send(b"220-please wait\r\n")
+        await release.wait()
+
+    settings = {"smtp_secure_port": (0,), "smtp_port": (), **certificate.settings}
+    async with serve(tmp_path, **settings) as engine:
+        engine.on("secure", delay)
+        async with open_dialog(engine.addresses[0], greeted=False) as dialog:
+            await dialog.start_tls(certificate.trust)
+            await dialog.receive_until(b"220-please wait\r\n")
+            release.set()
+            assert (await dialog.reply()).startswith("220-please wait\n220 ")

@@ -7,6 +7,7 @@ import ssl
 
 import pytest
 import trio
+import trio.testing
 import trustme
 
 from mailerq.net.stream import FAIRNESS, Stream, StreamLost
@@ -168,3 +169,16 @@ async def test_garbage_instead_of_a_handshake_is_lost(
         await server.start_tls(contexts[0], server_side=True)
     server.close()
     client.close()
+
+
+async def test_what_send_nowait_is_given_during_a_send_comes_behind_it() -> None:
+    left, right = pair()
+    data = bytes(range(256)) * 40000
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(left.send_all, data)
+        await trio.testing.wait_all_tasks_blocked()
+        left.send_nowait(b"behind ")
+        left.send_nowait(b"it")
+        assert await read(right, len(data) + 9) == data + b"behind it"
+    left.close()
+    right.close()
