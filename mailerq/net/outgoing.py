@@ -155,6 +155,8 @@ class Connection:
         self._life = trio.CancelScope()
         self._scope = trio.CancelScope()
         self._idle = False
+        self._sending = False
+        self._output_waits = False
         self._job: Job | None = None
         self._leaving = False
         self._over = False
@@ -271,7 +273,9 @@ class Connection:
 
     async def _serve(self) -> None:
         """Send jobs until there are no more, or the session is of no more use."""
-        self._plugin = self.worker.context.connection(self._stream.fileno(), incoming=False)
+        self._plugin = self.worker.context.connection(
+            self._stream.fileno(), on_output=self._output_came, incoming=False
+        )
         try:
             while job := self._job or await self._wait_for_job():
                 outcome = await self._deliver(job)
@@ -420,11 +424,23 @@ class Connection:
         return event
 
     async def _send_due(self) -> None:
+        self._sending = True
         while data := self._protocol.data_to_send():
             for at in range(0, len(data), SLICE_BYTES):
                 self._expect(self._timeout)
                 piece = data if len(data) <= SLICE_BYTES else data[at : at + SLICE_BYTES]
                 await self._stream.send_all(piece)
+        self._sending = False
+        if self._output_waits:
+            self._output_waits = False
+            await self._send_output()
+
+    def _output_came(self) -> None:
+        """A plugin sent something outside of an event: it goes out now, or behind a whole mail."""
+        if self._sending:
+            self._output_waits = True
+        else:
+            self._stream.send_nowait(self._plugin.take_output())
 
     async def _send_output(self) -> None:
         if output := self._plugin.take_output():

@@ -135,6 +135,12 @@ class StubPlugins:
         self.handlers = handlers
         self.open = 0
         self.output = b""
+        self.on_output: Callable[[], None] = lambda: None
+
+    def send(self, output: bytes) -> None:
+        """What the core does when a plugin sends outside of an event."""
+        self.output += output
+        self.on_output()
 
     def message_id(self) -> str:
         return "stub-id"
@@ -144,6 +150,7 @@ class StubPlugins:
 
     def connection(self, fd: int, **options: Any) -> StubPlugins:
         assert fd > 0
+        self.on_output = options["on_output"]
         self.open += 1
         return self
 

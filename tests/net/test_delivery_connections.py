@@ -372,6 +372,43 @@ async def test_what_a_plugin_sends_goes_out_before_the_body() -> None:
         assert bench.peer.mails[0].body == b"X-Raw: 1\r\nhi\r\n"
 
 
+async def test_what_a_plugin_sends_outside_of_an_event_goes_out_at_once() -> None:
+    plugins = StubPlugins()
+    async with open_bench(plugins=plugins) as bench:
+        bench.send()
+        await bench.results()
+        plugins.send(b"NOOP idle\r\n")
+        await bench.queues.until(lambda _: bench.peer.commands[-1] == "NOOP idle")
+
+
+async def test_what_a_plugin_sends_while_a_body_is_sent_comes_behind_it() -> None:
+    plugins = StubPlugins()
+    may_read = trio.Event()
+
+    async def slow(peer: PeerConnection) -> None:
+        await peer.hello()
+        for _ in range(3):
+            await peer.line()
+        await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+        await may_read.wait()
+        bodies.append(await peer.body())
+        assert await peer.line() == "NOOP behind"
+        await peer.send("250 taken\r\n")
+        await peer.line()
+
+    bodies: list[bytes] = []
+    text = 500_000 * "0123456789\r\n"
+    async with open_bench(slow, plugins=plugins) as bench:
+        bench.peer.extensions = ("PIPELINING",)
+        bench.send(body=text)
+        await bench.queues.until(lambda _: "DATA" in bench.peer.commands)
+        await trio.testing.wait_all_tasks_blocked()
+        plugins.send(b"NOOP behind\r\n")
+        may_read.set()
+        await bench.results("success")
+        assert bodies == [text.encode()]
+
+
 async def test_a_defect_in_a_session_costs_one_attempt(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "mailerq.delivery")
     faults = [ZeroDivisionError]
