@@ -151,6 +151,13 @@ MQ_EXPORT int mq_version(void);
  *  after every plugin has been opened and before there is any context. mq_cleanup is the last call,
  *  once, on the main thread, after the last context has ended. The file itself stays mapped until
  *  the process ends.
+ *
+ *  With smtp-processes: N there are N processes that know nothing of each other: each loads the
+ *  plugins for itself, calls mq_initialize, and has contexts and connections of its own. A process
+ *  that has ended is replaced by one that begins with mq_version again. What a plugin keeps in
+ *  memory is of its process only; what must hold for all (a count, a cache that is dear, a file that
+ *  one writes) belongs into a file, shared memory or a server, and a lock there must not stay taken
+ *  when a process is killed.
  */
 MQ_EXPORT void mq_initialize(void);
 MQ_EXPORT void mq_cleanup(void);

@@ -134,6 +134,14 @@ class Config:
     lmtp_port: tuple[int, ...] = setting(
         (), PORTS, SERVER, "Ports to listen on that speak LMTP (RFC 2033).", unset="none"
     )
+    smtp_processes: int = setting(
+        1,
+        NUMBER,
+        SERVER,
+        "Processes, each with its own smtp-threads, plugins, and share of the embedded queue.",
+        minimum=1,
+        maximum=256,
+    )
     smtp_threads: int = setting(
         1,
         NUMBER,

@@ -12,7 +12,7 @@ import pwd
 import resource
 import time
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -32,12 +32,14 @@ from mailerq.net.memory import Memory
 from mailerq.net.resolver import Resolver
 from mailerq.net.shared import Server
 from mailerq.net.slots import Slots
+from mailerq.net.statistics import total
 from mailerq.net.tls import Handshakes, tls_context
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
 from mailerq.plugins import Handler, Plugins, check_event
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.shares import share_directory, shares_in
 from mailerq.rules.access import Access
 from mailerq.wire import server
 
@@ -47,6 +49,9 @@ log = logging.getLogger("mailerq")
 
 MIN_PLUGIN_SECONDS: Final = 1.0
 """How long plugins may hold an event when the engine ends in a hurry."""
+
+GIVE_BACK_SECONDS: Final = 5.0
+"""How long deliveries from a share may take that is to be given back."""
 
 MAX_IDS: Final = 10_000
 """Message ids that another program may ask for at once."""
@@ -84,14 +89,23 @@ class Engine:
     'c@d.test'
     """
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(self, config: Config | None = None, *, share: int | None = None) -> None:
+        """By default it has the queue directory as a whole.
+
+        With a `share` it is one of several processes that work in a directory: it has only that
+        one (see `mailerq.queues.shares`), and lets the others listen on its ports as well.
+        """
         self.config = config if config is not None else Config.load()
+        self._share = share
         self.plugins: Plugins
         self.queues: Queues
         self._workers: list[Worker] = []
         self._server: Server
         self._listener: Listener
-        self._dispatcher: Dispatcher
+        self._send_log: LogFile | None
+        self._resolver: Resolver
+        self._slots: Slots
+        self._deliveries: dict[int, _Delivery] = {}
         self._watchdog: Watchdog
         self._nursery: trio.Nursery
         self._handlers: list[tuple[str, Handler]] = []
@@ -131,12 +145,14 @@ class Engine:
         tls = tls_context(config)
         authenticator = Authenticator.of(config)
         local_addresses = LocalAddresses.of(config)
-        ports = bind(config)
+        ports = bind(config, shared=self._share is not None)
         for port in ports:
             stack.callback(port.sock.close)
         if config.user:
             _become(config)
-        self.queues = await stack.enter_async_context(EmbeddedQueues.open(config.queue_directory))
+        share = self._share or 0
+        directory = share_directory(config.queue_directory, share)
+        self.queues = await stack.enter_async_context(EmbeddedQueues.open(directory))
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
@@ -175,22 +191,73 @@ class Engine:
             received_log=_log_file(config, "received-log-file", stack),
             refused_log=_log_file(config, "refused-log-file", stack),
         )
-        self._dispatcher = Dispatcher(
-            config,
-            self.queues,
-            self._workers,
-            plugins=plugins,
-            resolver=Resolver(config),
-            send_log=_log_file(config, "send-log-file", stack),
-            slots=Slots(_limit(config.smtp_connections_out), within=connections),
-        )
+        self._send_log = _log_file(config, "send-log-file", stack)
+        self._resolver = Resolver(config)
+        self._slots = Slots(_limit(config.smtp_connections_out), within=connections)
         self._listener = Listener(self._server, self._workers, ports, incoming)
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
-        await nursery.start(control.serve, config.queue_directory, self._commands())
-        await nursery.start(self._dispatcher.run)
+        if self._share is None:
+            await nursery.start(control.serve, config.queue_directory, self.commands())
+        await nursery.start(self._deliver, share, self.queues)
+        if self._share is None:
+            # Mail from when there were more processes.
+            for left in shares_in(config.queue_directory)[1:]:
+                await self.take_over(left)
         await nursery.start(self._listener.run)
         self._started = time.time()
+
+    async def _deliver(
+        self,
+        share: int,
+        queues: Queues,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Deliver what is in the outbox of a share, until its dispatcher is stopped."""
+        dispatcher = Dispatcher(
+            self.config,
+            queues,
+            self._workers,
+            plugins=self.plugins,
+            resolver=self._resolver,
+            send_log=self._send_log,
+            slots=self._slots,
+        )
+        self._deliveries[share] = _Delivery(queues, dispatcher)
+        await dispatcher.run(task_status=task_status)
+
+    async def take_over(self, share: int) -> None:
+        """Deliver what is in another share of the queue directory as well, beside the own one.
+
+        Until `give_back`, or to the end. Raises `QueueError`, also when another process has it.
+        """
+        if share in self._deliveries:
+            return
+        await self._nursery.start(self._take_over, share)
+        log.info("share %d of the queue is delivered from here as well", share)
+
+    async def _take_over(
+        self, share: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        directory = share_directory(self.config.queue_directory, share)
+        try:
+            async with EmbeddedQueues.open(directory) as queues:
+                await self._deliver(share, queues, task_status=task_status)
+        finally:
+            if (delivery := self._deliveries.pop(share, None)) is not None:
+                delivery.over.set()
+
+    async def give_back(self, share: int) -> None:
+        """Undo `take_over`: when this returns, another process can open that share.
+
+        What is under way there has `GIVE_BACK_SECONDS`; what is not done goes back.
+        """
+        delivery = self._deliveries.get(share)
+        if delivery is None or share == (self._share or 0):
+            return
+        await delivery.dispatcher.stop(GIVE_BACK_SECONDS)
+        await delivery.over.wait()
 
     async def _stop(self) -> None:
         """End what is under way: in its own time, or at once after an error."""
@@ -200,7 +267,8 @@ class Engine:
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listener.stop, timeout)
-                nursery.start_soon(self._dispatcher.stop, timeout)
+                for delivery in self._deliveries.values():
+                    nursery.start_soon(delivery.dispatcher.stop, timeout)
         self._nursery.cancel_scope.cancel()
 
     @property
@@ -251,6 +319,7 @@ class Engine:
 
     def statistics(self) -> dict[str, Any]:
         """What has happened since the start, as a tree of numbers that can become JSON."""
+        deliveries = self._deliveries.values()
         return {
             "started": format_time(self._started),
             "uptime": time.time() - self._started,
@@ -263,8 +332,8 @@ class Engine:
                 "memory": self._server.memory.used,
                 **asdict(self._server.counters),
             },
-            "outgoing": self._dispatcher.statistics(),
-            "queue": self.queues.statistics(),
+            "outgoing": total([each.dispatcher.statistics() for each in deliveries]),
+            "queue": total([each.queues.statistics() for each in deliveries]),
             "plugins": self.plugins.statistics(),
             "watchdog": self._watchdog.statistics(),
         }
@@ -286,7 +355,8 @@ class Engine:
             server.settings = replace(server.settings, mechanisms=mechanisms)
             server.lmtp = replace(server.lmtp, mechanisms=mechanisms)
 
-    def _commands(self) -> control.Commands:
+    def commands(self) -> control.Commands:
+        """What other programs of this host may ask for, see `mailerq.net.control`."""
         return {
             "status": lambda request: self.statistics(),
             "wake": self._wake,
@@ -294,7 +364,8 @@ class Engine:
         }
 
     def _wake(self, request: control.Request) -> dict[str, bool]:
-        self.queues.wake()
+        for delivery in self._deliveries.values():
+            delivery.queues.wake()
         return {"ok": True}
 
     def _message_ids(self, request: control.Request) -> dict[str, list[str]]:
@@ -303,6 +374,15 @@ class Engine:
         if not isinstance(count, int) or not 0 < count <= MAX_IDS:
             raise MailerqError(f"count: expected a number from 1 to {MAX_IDS}")
         return {"ids": [self.plugins.message_id() for _ in range(count)]}
+
+
+@dataclass(slots=True, eq=False)
+class _Delivery:
+    """A share of the queue directory that is open, and what empties its outbox."""
+
+    queues: Queues
+    dispatcher: Dispatcher
+    over: trio.Event = field(default_factory=trio.Event)
 
 
 def _mechanisms(authenticator: Authenticator, plugins: Plugins) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mailerq.engine import Engine
 
-__all__ = ["main"]
+__all__ = ["allow_descriptors", "end_at_once", "join", "main"]
 
 log = logging.getLogger("mailerq")
 
@@ -157,7 +157,11 @@ def _locked(path: str, where: str) -> int:
 def _run(config: Config) -> int:
     import trio
 
-    _allow_descriptors(config.smtp_connections + OTHER_DESCRIPTORS)
+    if config.smtp_processes > 1:
+        from mailerq.cli import parent
+
+        return trio.run(parent.serve, config)
+    allow_descriptors(config)
     try:
         return trio.run(_serve, config)
     except (ConfigError, PluginError, QueueError):
@@ -167,8 +171,9 @@ def _run(config: Config) -> int:
         return os.EX_SOFTWARE
 
 
-def _allow_descriptors(wanted: int) -> None:
-    """Raise the soft limit as far as it is needed and may go."""
+def allow_descriptors(config: Config) -> None:
+    """Raise the soft limit as far as the connections need it and as it may go."""
+    wanted = config.smtp_connections + OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY not in (soft, hard):
         limits = (max(soft, min(wanted, hard)), hard)
@@ -191,8 +196,7 @@ async def _serve(config: Config) -> int:
             try:
                 async with engine:
                     started.set()
-                    where = ", ".join(_join(*address) for address in engine.addresses)
-                    log.info("mailerq %s listens on %s", __version__, where)
+                    log.info("mailerq %s listens on %s", __version__, join(engine.addresses))
                     await stop.wait()
                 log.info("stopped")
             except (ConfigError, PluginError, QueueError) as error:
@@ -221,11 +225,16 @@ async def _watch(
             if not started.is_set():
                 engine.plugins.timeout = HURRY_SECONDS
         else:
-            log.warning("%s again: stopping at once", name)
-            logging.shutdown()
-            sys.stderr.flush()
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            end_at_once(number)
+
+
+def end_at_once(number: int) -> None:
+    """End the process by a signal."""
+    log.warning("%s again: stopping at once", signal.Signals(number).name)
+    logging.shutdown()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _reload(name: str, engine: Engine) -> None:
@@ -237,5 +246,6 @@ def _reload(name: str, engine: Engine) -> None:
         log.info("%s: the certificate is read; moved log files are opened anew by themselves", name)
 
 
-def _join(ip: str, port: int) -> str:
-    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+def join(addresses: Iterable[tuple[str, int]]) -> str:
+    """Addresses and ports for people."""
+    return ", ".join(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip, port in addresses)

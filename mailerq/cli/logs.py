@@ -26,23 +26,32 @@ _LEVELS: Final = {
 class _Formatter(logging.Formatter):
     """``[Level] [YYYY-MM-DD HH:MM:SS] text``, the text escaped to one line.
 
-    What plugins have to say starts with their name in brackets.
+    What plugins have to say starts with their name in brackets. Before the text stands who says it
+    where there are several.
     """
+
+    def __init__(self, who: str) -> None:
+        super().__init__()
+        self._who = who
 
     def format(self, record: logging.LogRecord) -> str:
         level = _LEVELS.get(record.levelno, "Info")
-        text = f"[{level}] [{format_time(record.created)}] {escape(record.getMessage())}"
+        text = escape(self._who + record.getMessage())
+        text = f"[{level}] [{format_time(record.created)}] {text}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text
 
 
-def configure(config: Config) -> None:
-    """Send what the program logs to where `application-log` says. Raises `ConfigError`."""
+def configure(config: Config, who: str = "") -> None:
+    """Send what the program logs to where `application-log` says. Raises `ConfigError`.
+
+    `who` stands before each text.
+    """
     handlers: list[logging.Handler] = [logging.NullHandler()]
     handlers += [_handler(name, config) for name in _names(config.application_log)]
     for handler in handlers:
-        handler.setFormatter(_Formatter())
+        handler.setFormatter(_Formatter(who))
     logging.basicConfig(
         level=logging.INFO, handlers=handlers or [logging.NullHandler()], force=True
     )

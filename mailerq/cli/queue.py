@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, Final
 
 from mailerq.cli.common import (
@@ -21,26 +22,39 @@ from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.message import format_time
 from mailerq.queues.exclusive import open_shared
-from mailerq.queues.interface import Depth, Entry
+from mailerq.queues.interface import Entry
+from mailerq.queues.shares import share_directory, shares_in
 from mailerq.queues.store import FILE_NAME, Store
 
 __all__ = ["main"]
+
+Stores = Sequence[Store]
+"""The shares of the queue directory, in their order."""
 
 PAGE: Final = 100
 """Messages read at a time; each comes with its body."""
 
 
 def main(settings: list[str], rest: list[str]) -> int:
-    """Run one of the commands on the queue directory of the configuration."""
+    """Run one of the commands on the queue directory of the configuration, all shares of it."""
     options, parser = _parse(rest)
     config = Config.load(settings)
-    path = os.path.join(config.queue_directory, FILE_NAME)
     try:
-        os.stat(path)  # Looking must not make one.
-        if not os.access(path, os.R_OK | os.W_OK):
-            raise PermissionError
-        with open_shared(config.queue_directory) as store:
-            status: int = options.run(store, config, options, parser)
+        with ExitStack() as stack:
+            stores = []
+            for share in shares_in(config.queue_directory):
+                directory = share_directory(config.queue_directory, share)
+                path = os.path.join(directory, FILE_NAME)
+                try:
+                    os.stat(path)  # Looking must not make one.
+                except FileNotFoundError:
+                    continue
+                if not os.access(path, os.R_OK | os.W_OK):
+                    raise PermissionError
+                stores.append(stack.enter_context(open_shared(directory)))
+            if not stores:
+                raise FileNotFoundError
+            status: int = options.run(stores, config, options, parser)
             return status
     except PermissionError:
         complain(f"you may not use the queue in {config.queue_directory}; its user and root may")
@@ -83,13 +97,13 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
     return parser.parse_args(rest), parser
 
 
-def _list(store: Store, config: Config, options: Namespace, parser: Parser) -> int:
-    depths = {depth.queue: depth for depth in store.depths()}
-    names = sorted({*depths, *_configured(config)})
-    rows = []
-    for name in names:
-        depth = depths.get(name) or Depth(name, 0, 0)
-        rows.append((name, depth.due, depth.delayed, depth.total))
+def _list(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
+    totals = {name: [0, 0] for name in _configured(config)}
+    for depth in (depth for store in stores for depth in store.depths()):
+        total = totals.setdefault(depth.queue, [0, 0])
+        total[0] += depth.due
+        total[1] += depth.delayed
+    rows = [(name, due, delayed, due + delayed) for name, (due, delayed) in sorted(totals.items())]
     if options.json:
         keys = ("queue", "due", "delayed", "total")
         print_json([dict(zip(keys, row, strict=True)) for row in rows])
@@ -104,9 +118,9 @@ def _configured(config: Config) -> Iterator[str]:
             yield queue
 
 
-def _show(store: Store, config: Config, options: Namespace, parser: Parser) -> int:
+def _show(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
     rows = []
-    for entry in _entries(store, options):
+    for _, entry in _entries(stores, options):
         message = entry.message
         size = len(message.body) if message.body is not None else None
         results = message.properties.get("results")
@@ -123,31 +137,32 @@ def _show(store: Store, config: Config, options: Namespace, parser: Parser) -> i
     return os.EX_OK
 
 
-def _entries(store: Store, options: Namespace) -> Iterator[Entry]:
-    """The messages that were asked for, in the order of their ids."""
+def _entries(stores: Stores, options: Namespace) -> Iterator[tuple[Store, Entry]]:
+    """The messages that were asked for, in the order of their ids, and where each lies."""
     left = sys.maxsize if options.limit is None else options.limit
-    after = options.after
-    while left > 0:
-        page = store.browse(options.queue, limit=min(left, PAGE), after=after)
-        if not page:
-            return
-        yield from page
-        left -= len(page)
-        after = page[-1].id
+    for store in stores:
+        after = options.after
+        while left > 0:
+            page = store.browse(options.queue, limit=min(left, PAGE), after=after)
+            if not page:
+                break
+            yield from ((store, entry) for entry in page)
+            left -= len(page)
+            after = page[-1].id
 
 
-def _read(store: Store, config: Config, options: Namespace, parser: Parser) -> int:
-    if options.id:
-        entries = [
-            entry
-            for number in sorted(set(options.id))
-            for entry in store.browse(options.queue, limit=1, after=number - 1)
-            if entry.id == number
-        ]
-        missing = set(options.id) - {entry.id for entry in entries}
-    else:
-        missing = set()
-    for entry in entries if options.id else _entries(store, options):
+def _named(stores: Stores, options: Namespace) -> Iterator[tuple[Store, Entry]]:
+    """The messages whose ids were given."""
+    for number in sorted(set(options.id)):
+        for store in stores:
+            found = store.browse(options.queue, limit=1, after=number - 1)
+            yield from ((store, entry) for entry in found if entry.id == number)
+
+
+def _read(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
+    missing = set(options.id)
+    for store, entry in _named(stores, options) if options.id else _entries(stores, options):
+        missing.discard(entry.id)
         document = entry.message.to_dict()
         if options.json or not sys.stdout.isatty():
             print_json(document)
@@ -162,17 +177,18 @@ def _read(store: Store, config: Config, options: Namespace, parser: Parser) -> i
     return os.EX_DATAERR if missing else os.EX_OK
 
 
-def _purge(store: Store, config: Config, options: Namespace, parser: Parser) -> int:
+def _purge(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
     if not options.yes:
         if not sys.stdin.isatty():
             parser.error("purge deletes for good: say --yes, or answer on a terminal")
-        total = next((d.total for d in store.depths() if d.queue == options.queue), 0)
+        depths = [depth for store in stores for depth in store.depths()]
+        total = sum(depth.total for depth in depths if depth.queue == options.queue)
         sys.stderr.write(f"Delete all {total} messages of {options.queue} for good? [y/N] ")
         sys.stderr.flush()
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             complain("nothing was deleted")
             return 1
-    deleted = store.purge(options.queue)
+    deleted = sum(store.purge(options.queue) for store in stores)
     if options.json:
         print_json({"queue": options.queue, "deleted": deleted})
     else:

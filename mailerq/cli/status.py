@@ -17,6 +17,10 @@ FIGURES: Final = ("calls", "suspensions", "rejects", "timeouts", "seconds")
 """What is counted for each event of a plugin, see `mailerq.plugins.Plugins.statistics`."""
 
 
+PROCESS: Final = ("process", "pid", "state", "starts", "uptime", "connections", "shares")
+"""What is said of each process where there are several, see `mailerq.cli.parent`."""
+
+
 def main(settings: list[str], rest: list[str]) -> int:
     """Ask the daemon on this queue directory and show what it says."""
     parser = command_parser("status", "Show how the daemon that runs on this host is.")
@@ -38,11 +42,21 @@ def main(settings: list[str], rest: list[str]) -> int:
         print_json(reply)
     else:
         plugins = reply.pop("plugins", {})
+        processes = reply.pop("processes", [])
         print_table(("WHAT", "VALUE"), list(_flatten(reply)))
+        if processes:
+            sys.stdout.write("\n")
+            print_table([name.upper() for name in PROCESS], [_process(row) for row in processes])
         if plugins:
             sys.stdout.write("\n")
             print_table(("PLUGIN", "EVENT", *map(str.upper, FIGURES)), list(_rows(plugins)))
     return os.EX_OK
+
+
+def _process(row: dict[str, Any]) -> list[Any]:
+    uptime, shares = row["uptime"], ", ".join(map(str, row["shares"]))
+    shown = {**row, "uptime": None if uptime is None else round(uptime, 1), "shares": shares}
+    return [shown[name] for name in PROCESS]
 
 
 def _rows(plugins: dict[str, Any]) -> Iterator[tuple[Any, ...]]:

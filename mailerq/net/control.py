@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ import trio
 from mailerq.errors import MailerqError
 from mailerq.message import decode_properties, encode_properties
 
-__all__ = ["serve"]
+__all__ = ["Commands", "Request", "reply_to", "serve"]
 
 log = logging.getLogger("mailerq.control")
 
@@ -30,8 +30,8 @@ LINE_LIMIT: Final = 1 << 16
 ASK_SECONDS: Final = 10.0
 
 Request = dict[str, Any]
-Commands = Mapping[str, Callable[[Request], object]]
-"""Each command gets its whole request, and returns what becomes the reply."""
+Commands = Mapping[str, Callable[[Request], Awaitable[object] | object]]
+"""Each command gets its whole request, and returns what becomes the reply, or will."""
 
 
 @contextmanager
@@ -61,6 +61,9 @@ async def serve(
         with _address(directory) as address:
             await sock.bind(address)
         os.chmod(path, 0o660)
+        if os.geteuid() == 0:  # who may use the queue may ask, also when root serves
+            owner = os.stat(directory)
+            os.chown(path, owner.st_uid, owner.st_gid)
         sock.listen(16)
 
         async def answer(stream: trio.SocketStream) -> None:
@@ -84,13 +87,21 @@ def _remove(path: str) -> None:
 
 async def _answer(stream: trio.SocketStream, commands: Commands) -> None:
     request = b""
-    reply: object
     try:
         while not request.endswith(b"\n"):
             data = await stream.receive_some()
             if not data or len(request) > LINE_LIMIT:
                 return
             request += data
+        await stream.send_all(await reply_to(request, commands))
+    except trio.BrokenResourceError:
+        log.debug("the asker of %r did not wait", request)
+
+
+async def reply_to(request: bytes, commands: Commands) -> bytes:
+    """The line that answers a request. What goes wrong is in it, as ``error``."""
+    reply: object
+    try:
         document = decode_properties(request)
         command = document.get("command")
         action = commands.get(command) if isinstance(command, str) else None
@@ -98,14 +109,11 @@ async def _answer(stream: trio.SocketStream, commands: Commands) -> None:
             reply = {"error": f"unknown command; known are {', '.join(sorted(commands))}"}
         else:
             reply = action(document)
+            if isinstance(reply, Awaitable):
+                reply = await reply
     except MailerqError as error:
         reply = {"error": str(error)}
-    except trio.BrokenResourceError:
-        return
     except Exception as error:
         log.exception("a command failed")
         reply = {"error": f"{type(error).__name__}: {error}"}
-    try:
-        await stream.send_all(encode_properties(reply) + b"\n")
-    except trio.BrokenResourceError:
-        log.debug("the asker of %r did not wait", request)
+    return encode_properties(reply) + b"\n"

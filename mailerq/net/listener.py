@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +25,7 @@ from mailerq.net.worker import Worker
 from mailerq.wire import smtp
 from mailerq.wire.smtp import Reply
 
-__all__ = ["Listener", "Port", "bind"]
+__all__ = ["Listener", "Port", "bind", "reserve"]
 
 log = logging.getLogger("mailerq.server")
 
@@ -58,35 +58,67 @@ class Port:
         return address_of(self.sock.getsockname())
 
 
-def bind(config: Config) -> list[Port]:
+def bind(config: Config, *, shared: bool = False) -> list[Port]:
     """Open all listening sockets: those of SMTP, then the secure ones, then those of LMTP.
 
-    Raises `ConfigError` that names the setting and the address which cannot be had.
+    `shared` lets other processes of the same user listen on them as well; the kernel gives each
+    its part of the connections. Raises `ConfigError` that names the setting and the address which
+    cannot be had.
     """
     ports: list[Port] = []
     try:
-        for port, option in _ports(config):
-            for ip in config.smtp_ip or _all_addresses():
-                try:
-                    ports.append(
-                        Port(
-                            _listen(ip, port),
-                            secure=option == "smtp-secure-port",
-                            lmtp=option == "lmtp-port",
-                        )
-                    )
-                except OSError as error:
-                    reason = error.strerror or str(error)
-                    hint = " (ports below 1024 need root)" if error.errno == errno.EACCES else ""
-                    raise ConfigError(
-                        config.origin(option),
-                        f"{option}: cannot listen on {_join(ip, port)}: {reason}{hint}",
-                    ) from None
+        for sock, option in _open(config, shared=shared, listening=True):
+            ports.append(
+                Port(sock, secure=option == "smtp_secure_port", lmtp=option == "lmtp_port")
+            )
     except BaseException:
         for opened in ports:
             opened.sock.close()
         raise
     return ports
+
+
+@contextmanager
+def reserve(config: Config) -> Iterator[Config]:
+    """Keep the addresses for processes that will share them; nothing listens on them yet.
+
+    A port 0 has become a real number in what it gives. Raises `ConfigError`, also when another
+    program listens on one of them.
+    """
+    changes = {}
+    for option in _PORT_OPTIONS:
+        asked = getattr(config, option)
+        if 0 in asked:
+            changes[option] = tuple(port or _free_port(config) for port in asked)
+    config = config.replace(**changes) if changes else config
+    for port in bind(config):  # as if alone: where somebody listens, that cannot be
+        port.sock.close()
+    with ExitStack() as stack:
+        for sock, _ in _open(config, shared=True, listening=False):
+            stack.enter_context(sock)
+        yield config
+
+
+def _open(config: Config, *, shared: bool, listening: bool) -> Iterator[tuple[socket.socket, str]]:
+    """A socket for each port and address, with the setting that has the port."""
+    for option in _PORT_OPTIONS:
+        for port in getattr(config, option):
+            for ip in config.smtp_ip or _all_addresses():
+                try:
+                    yield _socket(ip, port, shared=shared, listening=listening), option
+                except OSError as error:
+                    raise _no_port(config, option, ip, port, error) from None
+
+
+def _no_port(config: Config, option: str, ip: str, port: int, error: OSError) -> ConfigError:
+    key = option.replace("_", "-")
+    if error.errno == errno.EADDRNOTAVAIL:
+        key = "smtp-ip"  # no port of an address that is not ours can be had
+    reason = error.strerror or str(error)
+    hint = " (ports below 1024 need root)" if error.errno == errno.EACCES else ""
+    return ConfigError(
+        config.origin(key), f"{key}: cannot listen on {_join(ip, port)}: {reason}{hint}"
+    )
 
 
 class Listener:
@@ -278,30 +310,37 @@ class _Reserve:
         self._take()
 
 
-def _ports(config: Config) -> Iterator[tuple[int, str]]:
-    for option in ("smtp-port", "smtp-secure-port", "lmtp-port"):
-        for port in getattr(config, option.replace("-", "_")):
-            yield port, option
+_PORT_OPTIONS: Final = ("smtp_port", "smtp_secure_port", "lmtp_port")
 
 
 def _all_addresses() -> tuple[str, ...]:
     return ("0.0.0.0", "::") if socket.has_dualstack_ipv6() else ("0.0.0.0",)
 
 
-def _listen(ip: str, port: int) -> socket.socket:
+def _socket(ip: str, port: int, *, shared: bool, listening: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((ip, port))
-        sock.listen(BACKLOG)
+        if listening:
+            sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _free_port(config: Config) -> int:
+    """A port that nobody has, at least on the first address."""
+    ip = (config.smtp_ip or _all_addresses())[0]
+    with _socket(ip, 0, shared=True, listening=False) as sock:
+        return address_of(sock.getsockname())[1]
 
 
 def _join(ip: str, port: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from contextlib import suppress
 from typing import Final
 
 from mailerq.errors import QueueDamaged, QueueError
@@ -30,7 +31,7 @@ def open_exclusive(directory: str) -> Store:
     """
     path = os.path.join(directory, FILE_NAME)
     try:
-        os.makedirs(directory, mode=0o750, exist_ok=True)
+        _make(directory)
         lock = _lock_daemon(os.path.join(directory, LOCK_NAME))
         try:
             alone = lock_directory(directory, fcntl.LOCK_EX)
@@ -54,7 +55,7 @@ def open_shared(directory: str) -> Store:
     """
     path = os.path.join(directory, FILE_NAME)
     try:
-        os.makedirs(directory, mode=0o750, exist_ok=True)
+        _make(directory)
         alone = _have_alone(directory)
         if alone is not None:
             try:
@@ -65,6 +66,17 @@ def open_shared(directory: str) -> Store:
     except (OSError, QueueError) as error:
         raise translate(error, path) from error
     return Store.open(directory)
+
+
+def _make(directory: str) -> None:
+    """Make the directory if it is missing, so that it is there after a power cut as well."""
+    with suppress(FileExistsError):
+        os.makedirs(directory, mode=0o750)
+        above = os.open(os.path.dirname(os.path.abspath(directory)), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(above)
+        finally:
+            os.close(above)
 
 
 def _have_alone(directory: str) -> int | None:

@@ -45,6 +45,7 @@ from mailerq.queues.database import (
 from mailerq.queues.interface import Publication
 from mailerq.queues.medium import Room, room
 from mailerq.queues.records import Batch, Insert, Retry, checksum, prepare, share
+from mailerq.queues.shares import first_number
 
 __all__ = ["FILE_NAME", "Store", "lock_directory"]
 
@@ -118,7 +119,8 @@ class Store(Reader):
                 connection.execute("DROP VIEW incoming")
             else:
                 connection.execute(SCHEMA)
-                connection.execute("INSERT INTO number VALUES (1)")
+                first = first_number(os.path.dirname(self.path))
+                connection.execute("INSERT INTO number VALUES (?)", (first,))
                 connection.pragma("application_id", APPLICATION_ID)
             connection.execute(INCOMING)
             connection.pragma("user_version", SCHEMA_VERSION)

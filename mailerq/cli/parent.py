@@ -1,0 +1,481 @@
+"""The parent of several processes: it starts them, looks after them, and answers for them.
+
+Theory of operation
+-------------------
+Each process (`mailerq.cli.child`) is a whole engine with a share of the queue directory. They
+listen on the same addresses, and the kernel gives each its part of the connections. The parent
+takes no mail. It keeps the addresses reserved, answers on the control socket with what all say
+together, and starts a process anew when it has ended.
+
+A process that ends soon after its start again and again is started later each time; meanwhile
+another one delivers what is in its share. When that one ends as well, soon after it has taken the
+share over, there may be something in it that kills whoever touches it: then the share waits for
+its own process.
+
+Guarantees
+----------
+- A share is open in at most one process: its lock sees to that, whatever happens here.
+- When the parent is gone its processes stop in their time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import trio
+
+from mailerq import __version__
+from mailerq.cli import EX_CONFIGURATION
+from mailerq.cli.child import HEAD
+from mailerq.cli.common import complain
+from mailerq.cli.daemon import end_at_once, join
+from mailerq.config import Config
+from mailerq.errors import MailerqError
+from mailerq.message import encode_properties, format_time
+from mailerq.net import control
+from mailerq.net.listener import reserve
+from mailerq.net.statistics import total
+from mailerq.queues.shares import shares_in
+
+__all__ = ["serve"]
+
+log = logging.getLogger("mailerq")
+
+DIVIDED: Final = (
+    "smtp_connections",
+    "smtp_connections_in",
+    "smtp_connections_out",
+    "smtp_handshakes",
+    "max_memory",
+    "domain_maxconnections",
+)
+"""Limits of the whole, of which each process gets its part."""
+
+STEADY_SECONDS: Final = 10.0
+"""A process that ran for so long has not ended because of how it was started."""
+
+MAX_PAUSE_SECONDS: Final = 60.0
+"""How long at most a process stays away that ends soon after each start."""
+
+MAX_QUESTIONS: Final = 100
+"""Requests that a process may leave without an answer."""
+
+READ_BYTES: Final = 1 << 16
+
+ASK_SECONDS: Final = 5.0
+MOVE_SECONDS: Final = 30.0
+"""How long a process may take to say how it is, and to open or close a share."""
+
+KILL_SECONDS: Final = 30.0
+"""How long after `shutdown-timeout` a process is killed that has not stopped."""
+
+
+async def serve(config: Config) -> int:
+    """Run `smtp-processes` engines until SIGTERM or SIGINT; the exit status."""
+    with reserve(config) as reserved:
+        return await _Parent(reserved).run()
+
+
+class _Ended(Exception):
+    """A process went away, or does not answer."""
+
+
+class _NoStart(Exception):
+    """A process says why it cannot start. `status` is the exit status for that."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(slots=True, eq=False)
+class _Question:
+    """What a process was asked; its reply is None when it has ended."""
+
+    answered: trio.Event = field(default_factory=trio.Event)
+    reply: dict[str, Any] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    """A process. `shares` are those that it has; `took`: when it took others' over."""
+
+    index: int
+    process: trio.Process
+    sock: trio.socket.SocketType
+    shares: set[int] = field(default_factory=set)
+    took: dict[int, float] = field(default_factory=dict)
+    questions: deque[_Question] = field(default_factory=deque)
+    over: bool = False
+
+    async def ask(self, command: str, seconds: float, **arguments: object) -> dict[str, Any]:
+        """The reply to a request. Raises `_Ended`, and `MailerqError` for what it says is wrong."""
+        if self.over or len(self.questions) >= MAX_QUESTIONS:
+            raise _Ended(f"{self} does not answer")
+        question = _Question()
+        self.questions.append(question)
+        # So few and short requests always fit into the buffer of a socket.
+        request = encode_properties({"command": command, **arguments}) + b"\n"
+        with suppress(OSError, trio.ClosedResourceError):  # its end is about to be noticed
+            await self.sock.send(request)
+        with trio.move_on_after(seconds):
+            await question.answered.wait()
+        if question.reply is None:
+            raise _Ended(f"{self} does not answer")
+        if "error" in question.reply:
+            raise MailerqError(f"{self}: {question.reply['error']}")
+        return question.reply
+
+    async def listen(self) -> None:
+        """Give each reply to the question that was first, until the process ends."""
+        unread = b""
+        with suppress(OSError, trio.ClosedResourceError):
+            while data := await self.sock.recv(READ_BYTES):
+                *lines, unread = (unread + data).split(b"\n")
+                for line in lines:
+                    question = self.questions.popleft()
+                    question.reply = json.loads(line)
+                    question.answered.set()
+        self.over = True
+        for question in self.questions:
+            question.answered.set()
+
+    async def until_ready(self) -> dict[str, Any]:
+        """What it says once it serves. Raises `_NoStart`."""
+        question = _Question()
+        self.questions.appendleft(question)
+        await question.answered.wait()
+        reply = question.reply
+        if reply is None:
+            how = _describe(await self.process.wait())
+            raise _NoStart(f"{self} {how} at its start", os.EX_SOFTWARE)
+        if "failed" in reply:
+            status = os.EX_TEMPFAIL if reply["temporary"] else EX_CONFIGURATION
+            raise _NoStart(reply["failed"], status)
+        return reply
+
+    def leave(self) -> None:
+        """Have it stop in its time."""
+        with suppress(OSError):  # it has ended already
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def __str__(self) -> str:
+        return f"process {self.index} (pid {self.process.pid})"
+
+
+class _Parent:
+    def __init__(self, config: Config) -> None:
+        self._config = _divide(config)
+        self._count = config.smtp_processes
+        self._started = time.time()
+        self._starts = dict.fromkeys(range(self._count), 0)
+        self._children: dict[int, _Child] = {}
+        """Those that serve."""
+        self._begun: dict[int, _Child] = {}
+        """Those, and the ones that are about to."""
+        self._loose: set[int] = set()
+        """Shares that nobody has and that have no process of their own."""
+        self._deadly: set[int] = set()
+        """Shares that nobody takes over: who did has ended."""
+        self._moving = trio.Lock()
+        self._stop = trio.Event()
+        self._nursery: trio.Nursery
+
+    async def run(self) -> int:
+        """Serve until a signal; the exit status."""
+        status = os.EX_OK
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        with trio.open_signal_receiver(*signals) as received:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._watch, received)
+                async with trio.open_nursery() as keepers:
+                    try:
+                        await self._start(keepers)
+                    except _NoStart as error:
+                        complain(str(error))
+                        status = error.status
+                    else:
+                        await self._stop.wait()
+                    self._end()
+                self._nursery.cancel_scope.cancel()
+        if not status:
+            log.info("stopped")
+        return status
+
+    async def _start(self, keepers: trio.Nursery) -> None:
+        """Start all processes, the first one first: what it says is wrong is said once."""
+        addresses = await keepers.start(self._keep, 0)
+        failures: list[_NoStart] = []
+
+        async def start(index: int) -> None:
+            try:
+                await keepers.start(self._keep, index)
+            except _NoStart as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for index in range(1, self._count):
+                nursery.start_soon(start, index)
+        if failures:
+            raise failures[0]
+        if self._stop.is_set():
+            return
+        directory = self._config.queue_directory
+        await self._nursery.start(control.serve, directory, self._commands())
+        self._loose.update(share for share in shares_in(directory) if share >= self._count)
+        await self._hand_out()
+        log.info(
+            "mailerq %s listens on %s, with %d processes", __version__, join(addresses), self._count
+        )
+
+    async def _watch(self, signals: AsyncIterator[int]) -> None:
+        """The first signal stops all processes in their time, the second one ends them."""
+        async for number in signals:
+            if number == signal.SIGHUP:
+                self._nursery.start_soon(self._reload)
+            elif not self._stop.is_set():
+                log.info("%s: stopping", signal.Signals(number).name)
+                self._end()
+            else:
+                self._kill()
+                end_at_once(number)
+
+    def _end(self) -> None:
+        """Have all processes stop; their keepers wait for them."""
+        self._stop.set()
+        for child in self._begun.values():
+            child.leave()
+        self._nursery.start_soon(self._kill_late)
+
+    async def _kill_late(self) -> None:
+        await trio.sleep(self._config.shutdown_timeout + KILL_SECONDS)
+        self._kill()
+
+    def _kill(self) -> None:
+        for child in self._begun.values():
+            log.error("%s has not stopped, it is killed", child)
+            child.process.kill()
+
+    # Processes
+
+    async def _keep(
+        self,
+        index: int,
+        *,
+        task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Have a process for a share, one after another. Raises `_NoStart` for the first."""
+        failures = 0
+        first = True
+
+        def ready(addresses: list[tuple[str, int]]) -> None:
+            nonlocal first
+            if first:
+                task_status.started(addresses)
+            first = False
+
+        while True:
+            seconds = 0.0
+            try:
+                seconds = await self._live(index, ready)
+            except _NoStart as error:
+                if first and self._stop.is_set():
+                    return ready([])
+                if first:
+                    raise
+                log.critical("%s", error)
+            if self._stop.is_set():
+                return None
+            failures = 0 if seconds >= STEADY_SECONDS else failures + 1
+            if failures:
+                self._loose.add(index)
+                await self._hand_out()
+                with trio.move_on_after(min(2.0 ** (failures - 1), MAX_PAUSE_SECONDS)):
+                    await self._stop.wait()
+                if self._stop.is_set():
+                    return None
+                await self._call_back(index)
+
+    async def _live(self, index: int, ready: Callable[[list[tuple[str, int]]], object]) -> float:
+        """One process from its start to its end; the seconds that it served. `_NoStart`."""
+        child = await self._spawn(index)
+        self._begun[index] = child
+        self._starts[index] += 1
+        self._nursery.start_soon(child.listen)
+        if self._stop.is_set():
+            child.leave()
+        try:
+            reply = await child.until_ready()
+            served = time.monotonic()
+            child.shares.add(index)
+            self._children[index] = child
+            ready([(ip, port) for ip, port in reply["addresses"]])
+            await self._hand_out()
+            status = await child.process.wait()
+        finally:
+            self._children.pop(index, None)
+            del self._begun[index]
+            child.sock.close()
+            if child.process.returncode is None:
+                child.process.kill()
+        if not self._stop.is_set():
+            log.critical("%s %s; another one is started", child, _describe(status))
+            self._bury(child)
+        return time.monotonic() - served
+
+    def _bury(self, child: _Child) -> None:
+        """A process has ended: what it had taken over is nobody's again."""
+        for share, since in child.took.items():
+            self._loose.add(share)
+            if time.monotonic() - since < STEADY_SECONDS:
+                self._deadly.add(share)
+                log.critical(
+                    "%s ended soon after it had taken share %d over: that share waits for a "
+                    "process of its own",
+                    child,
+                    share,
+                )
+        if child.took:
+            self._nursery.start_soon(self._hand_out)
+
+    async def _spawn(self, index: int) -> _Child:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await trio.lowlevel.open_process(
+                    # -P: what lies in the working directory is not ours.
+                    [sys.executable, "-P", "-m", "mailerq.cli.child", str(index)],
+                    stdin=theirs.fileno(),
+                )
+            except OSError as error:
+                ours.close()
+                raise _NoStart(
+                    f"process {index} cannot be started: {error.strerror or error}", os.EX_OSERR
+                ) from None
+        settings = pickle.dumps((index, self._config))
+        with suppress(BrokenPipeError):  # it has ended already
+            ours.sendall(HEAD.pack(len(settings)) + settings)
+        return _Child(index, process, trio.socket.from_stdlib_socket(ours))
+
+    # Shares
+
+    async def _hand_out(self) -> None:
+        """Have loose shares taken over, each by the process that has the fewest."""
+        async with self._moving:
+            for share in sorted(self._loose - self._deadly):
+                for child in sorted(self._children.values(), key=lambda child: len(child.shares)):
+                    try:
+                        await child.ask("take-over", MOVE_SECONDS, share=share)
+                    except (_Ended, MailerqError) as error:
+                        log.error("share %d of the queue is not taken over: %s", share, error)
+                        continue
+                    child.shares.add(share)
+                    child.took[share] = time.monotonic()
+                    self._loose.discard(share)
+                    break
+
+    async def _call_back(self, index: int) -> None:
+        """Have a share given back by who took it over: its own process is about to start."""
+        async with self._moving:
+            self._loose.discard(index)
+            for child in list(self._children.values()):
+                if index in child.took:
+                    child.shares.discard(index)
+                    del child.took[index]
+                    try:
+                        await child.ask("give-back", MOVE_SECONDS, share=index)
+                    except (_Ended, MailerqError) as error:
+                        log.error("share %d of the queue is not given back: %s", index, error)
+
+    # What others ask for
+
+    def _commands(self) -> control.Commands:
+        return {
+            "status": self._status,
+            "wake": self._wake,
+            "message-ids": self._message_ids,
+        }
+
+    async def _status(self, request: control.Request) -> dict[str, Any]:
+        """What all processes say together, and a row for each."""
+        said = await self._ask_all("status")
+        trees = [reply for reply in said.values() if reply is not None]
+        whole = total(trees)
+        rows = []
+        for index in range(self._count):
+            child, reply = self._children.get(index), said.get(index)
+            state = "runs" if reply else "does not answer" if child else "is to start"
+            rows.append({
+                "process": index,
+                "pid": child.process.pid if child else None,
+                "state": state,
+                "starts": self._starts[index],
+                "uptime": reply["uptime"] if reply else None,
+                "connections": reply["incoming"]["open"] if reply else None,
+                "shares": sorted(child.shares) if child else [],
+            })  # fmt: skip
+        return {
+            **whole,
+            "started": format_time(self._started),
+            "uptime": time.time() - self._started,
+            "pid": os.getpid(),
+            "processes": rows,
+        }
+
+    async def _wake(self, request: control.Request) -> dict[str, bool]:
+        await self._ask_all("wake")
+        return {"ok": True}
+
+    async def _message_ids(self, request: control.Request) -> dict[str, Any]:
+        for child in list(self._children.values()):
+            with suppress(_Ended):
+                return await child.ask(**request, seconds=ASK_SECONDS)
+        raise MailerqError("no process answers")
+
+    async def _reload(self) -> None:
+        await self._ask_all("reload")
+
+    async def _ask_all(self, command: str) -> dict[int, dict[str, Any] | None]:
+        """The reply of each process, None of one that does not answer."""
+        replies: dict[int, dict[str, Any] | None] = {}
+
+        async def ask(child: _Child) -> None:
+            try:
+                replies[child.index] = await child.ask(command, ASK_SECONDS)
+            except (_Ended, MailerqError) as error:
+                log.error("%s: %s", command, error)
+                replies[child.index] = None
+
+        async with trio.open_nursery() as nursery:
+            for child in self._children.values():
+                nursery.start_soon(ask, child)
+        return replies
+
+
+def _divide(config: Config) -> Config:
+    """The settings of one process: its part of the limits, rounded up."""
+    changes = {}
+    for name in DIVIDED:
+        if limit := getattr(config, name):
+            changes[name] = math.ceil(limit / config.smtp_processes)
+    return config.replace(**changes)
+
+
+def _describe(status: int) -> str:
+    """An exit status for people."""
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with status {status}"

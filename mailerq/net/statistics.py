@@ -1,0 +1,33 @@
+"""The statistics of several parts of a whole, as one tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+__all__ = ["total"]
+
+LARGEST: Final = frozenset({"largest_commit", "longest", "uptime"})
+"""Figures of which the largest stands for all; others are added up."""
+
+
+def total(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Trees of the same kind as one: numbers are added, lists joined, of texts the first stays.
+
+    >>> total([{"sent": 1, "longest": 3.0, "at": ["a"]}, {"sent": 2, "longest": 2.0, "at": ["b"]}])
+    {'sent': 3, 'longest': 3.0, 'at': ['a', 'b']}
+    """
+    merged: dict[str, Any] = {}
+    for name in dict.fromkeys(name for tree in trees for name in tree):
+        values = [tree[name] for tree in trees if name in tree]
+        if all(isinstance(value, dict) for value in values):
+            merged[name] = total(values)
+        elif all(isinstance(value, list) for value in values):
+            merged[name] = list(dict.fromkeys(item for value in values for item in value))
+        elif all(isinstance(value, int | float) for value in values):
+            merged[name] = max(values) if name in LARGEST else sum(values)
+        else:
+            merged[name] = values[0]
+    if "messages_per_commit" in merged:
+        merged["messages_per_commit"] = merged["messages"] / max(merged["commits"], 1)
+    return merged

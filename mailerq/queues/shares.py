@@ -1,0 +1,48 @@
+"""The shares of a queue directory: a queue file for each process that works in it.
+
+Share 0 is the directory itself, so one process alone has nothing else; the others are folders
+in it, ``share-1``, ``share-2`` and so on, each a whole queue directory with its own file and
+its own lock. Their messages have numbers of their own, so a number names one message of all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from typing import Final
+
+__all__ = ["first_number", "share_directory", "shares_in"]
+
+NUMBERS_OF_A_SHARE: Final = 10**12
+"""How far the numbers of two shares lie apart: more than will ever be given."""
+
+_NAME: Final = re.compile(r"share-([1-9][0-9]{0,5})")
+
+
+def share_directory(directory: str, share: int) -> str:
+    """Where a share lies.
+
+    >>> share_directory("/var/spool/mailerq", 0), share_directory("/var/spool/mailerq", 2)
+    ('/var/spool/mailerq', '/var/spool/mailerq/share-2')
+    """
+    return os.path.join(directory, f"share-{share}") if share else directory
+
+
+def shares_in(directory: str) -> list[int]:
+    """The shares that are there, in order; share 0 is there once the directory is."""
+    found = [0]
+    with suppress(FileNotFoundError):
+        names = os.listdir(directory)
+        found += sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+    return found
+
+
+def first_number(directory: str) -> int:
+    """The first number of a message in the share that lies in `directory`.
+
+    >>> first_number("/var/spool/mailerq"), first_number("/var/spool/mailerq/share-2")
+    (1, 2000000000001)
+    """
+    match = _NAME.fullmatch(os.path.basename(os.path.abspath(directory)))
+    return 1 + NUMBERS_OF_A_SHARE * int(match[1]) if match else 1
