@@ -391,7 +391,8 @@ class Running(System):
 class Mailerq(Program):
     """The project, with its embedded queue, sending all that it takes to a sink.
 
-    Both logs are on, because the peers log each message as well.
+    Both logs are on, because the peers log each message as well. `processes` is what
+    `smtp-processes` is set to.
     """
 
     def __init__(
@@ -402,10 +403,12 @@ class Mailerq(Program):
         name: str = "mailerq",
         command: Sequence[str] = (),
         plugins: Path | None = None,
+        processes: int = 1,
         options: Sequence[str] = (),
     ) -> None:
         super().__init__(directory)
         self.name = name
+        self.processes = processes
         self.port = free_port()
         self.sink = sink
         self.command = list(command) or self._find()
@@ -434,6 +437,7 @@ class Mailerq(Program):
             "received-log-file": self.directory / "received.log",
             "smtp-ip": self.host,
             "smtp-port": self.port,
+            "smtp-processes": self.processes,
             "smtp-sink-address": self.sink.host,
             "smtp-sink-port": self.sink.port,
         }
@@ -446,15 +450,17 @@ class Mailerq(Program):
         # The SQLite of the project, not the older one of Python: both would share a WAL.
         import apsw
 
-        path = self.directory / "queue" / "queue.db"
-        with contextlib.closing(apsw.Connection(str(path), apsw.SQLITE_OPEN_READONLY)) as queue:
-            queue.set_busy_timeout(1000)
-            due = int(1000 * time.time()) + DAY_MS
-            return int(
-                queue.execute(
-                    "SELECT count(*) FROM message WHERE queue = 'outbox' AND due < ?", (due,)
-                ).get
-            )
+        due = int(1000 * time.time()) + DAY_MS
+        waiting = 0
+        for path in (self.directory / "queue").glob("**/queue.db"):
+            with contextlib.closing(apsw.Connection(str(path), apsw.SQLITE_OPEN_READONLY)) as queue:
+                queue.set_busy_timeout(1000)
+                waiting += int(
+                    queue.execute(
+                        "SELECT count(*) FROM message WHERE queue = 'outbox' AND due < ?", (due,)
+                    ).get
+                )
+        return waiting
 
 
 class Postfix(Program):

@@ -7,11 +7,12 @@ is empty. The whole is done twice: with a new connection for each message, and w
 connections that are kept.
 
     python benches/relay.py                     the project, and Postfix beside it
-    python benches/relay.py --systems mailerq+plugins,mailerq --base mailerq
+    python benches/relay.py --systems mailerq+plugins,mailerq-1 --base mailerq-1
     python benches/relay.py --target HOST:PORT  a server that runs already
 
-"mailerq+plugins" is the project with one C plugin that handles each of the six events of an
-incoming mail. The systems take turns within one run, because only figures from one run on one
+"mailerq" is the project with a process for each core, as Postfix has one for each connection;
+"mailerq-1" with a single process, and "mailerq+plugins" that with one C plugin that handles each
+of the six events of an incoming mail. The systems take turns within one run, because only figures from one run on one
 machine can be compared. benches/README.md says what each figure means.
 """
 
@@ -66,7 +67,7 @@ WHATS: Final = {
 }
 """What is compared: attribute of a run -> its name and format for people."""
 
-SYSTEMS: Final = ("mailerq", "mailerq+plugins", "postfix", "haraka")
+SYSTEMS: Final = ("mailerq", "mailerq-1", "mailerq+plugins", "postfix", "haraka")
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +332,7 @@ def _make(name: str, options: argparse.Namespace, directory: Path, sink: Sink) -
         name=name,
         command=shlex.split(options.mailerq),
         plugins=plugins and plugins.resolve(),
+        processes=_cores() if name == "mailerq" else 1,
         options=options.mailerq_option,
     )
 

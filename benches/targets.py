@@ -28,11 +28,11 @@ from relay import describe
 HERE: Final = Path(__file__).resolve().parent
 
 PROGRAMS: Final = {
-    "relay": ["relay.py", "--systems=mailerq,postfix,haraka"],
+    "relay": ["relay.py", "--systems=mailerq,mailerq-1,postfix,haraka"],
     "single": ["relay.py", "--sessions=1", "--ways=kept", "--messages=1000"],
     "large": ["relay.py", "--size=102400", "--ways=kept", "--messages=1000"],
     "plugins": [
-        "relay.py", "--systems=mailerq+plugins,mailerq", "--base=mailerq", "--rounds=5",
+        "relay.py", "--systems=mailerq+plugins,mailerq-1", "--base=mailerq-1", "--rounds=5",
     ],
     "dispatch": ["dispatch.py"],
     "lone": ["lone.py"],
@@ -70,9 +70,9 @@ TARGETS: Final = (
     Target("one client / Postfix", "single", "mailerq / postfix, accept, kept", 1.3, 2),
     Target("100 KiB, end to end / Postfix", "large", "mailerq / postfix, end to end, kept", 1.5, 3),
     Target("accept with plugins / without, new", "plugins",
-           "mailerq+plugins / mailerq, accept, new", 0.9, 0.97),
+           "mailerq+plugins / mailerq-1, accept, new", 0.9, 0.97),
     Target("accept with plugins / without, kept", "plugins",
-           "mailerq+plugins / mailerq, accept, kept", 0.9, 0.97),
+           "mailerq+plugins / mailerq-1, accept, kept", 0.9, 0.97),
     Target("an event through one more plugin", "dispatch", "one more plugin", 15, 5),
     Target("an event with a plugin, from Python", "dispatch", "an event with a plugin", 200, 100),
     Target("message ids of one thread", "dispatch", "message ids, in C", 5, 20),

@@ -161,6 +161,20 @@ def test_a_port_that_is_taken_exits_2_and_says_which(tmp_path: Path) -> None:
     assert f"smtp-port: cannot listen on 127.0.0.1:{port}: " in done.stderr.decode()
 
 
+def test_an_address_that_is_not_of_this_host_is_what_the_error_is_about(tmp_path: Path) -> None:
+    settings = [text for text in settings_in(tmp_path) if not text.startswith("--smtp-ip")]
+    done = mailerq(*settings, "--smtp-ip=192.0.2.1")
+    assert done.returncode == 2
+    assert "--smtp-ip: smtp-ip: cannot listen on 192.0.2.1:" in done.stderr.decode()
+
+
+def test_a_queue_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "queue").write_text("a file")
+    done = mailerq(*settings_in(tmp_path))
+    assert done.returncode == os.EX_TEMPFAIL
+    assert f"queue-directory {tmp_path}/queue cannot be made: File exists" in done.stderr.decode()
+
+
 def test_a_plugin_that_is_none_exits_2_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.so").write_text("no ELF")
     settings = [text for text in settings_in(tmp_path) if not text.startswith("--plugin")]

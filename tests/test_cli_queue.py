@@ -142,12 +142,16 @@ def test_a_limit_is_a_positive_number(directory: Path, limit: str) -> None:
         (["queue", "read"], "mailerq queue read: the following arguments are required: QUEUE, ID"),
         (["status", "now"], "mailerq status: unrecognized arguments: now\n"),
         (["config", "smpt"], "mailerq config: there is no setting smpt\n"),
-        (["--smtp-prt=1"], "mailerq: there is no switch --smtp-prt; did you mean --smtp-port?\n"),
         (["burn"], "mailerq: there is no command 'burn'; an address needs an @\n"),
     ],
 )
 def test_wrong_usage_exits_64(tmp_path: Path, arguments: list[str], text: str) -> None:
     assert run(tmp_path, *arguments, status=os.EX_USAGE).startswith(text)
+
+
+def test_an_unknown_setting_on_the_command_line_exits_2_as_one_in_a_file(tmp_path: Path) -> None:
+    text = "mailerq: --smtp-prt: unknown setting; did you mean --smtp-port?\n"
+    assert run(tmp_path, "--smtp-prt=1", status=2) == text
 
 
 def test_config_says_where_each_value_came_from(tmp_path: Path) -> None:

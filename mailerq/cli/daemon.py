@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from mailerq import __version__
 from mailerq.cli import logs
 from mailerq.cli.common import Parser, complain
-from mailerq.config import NOT_YET, SETTINGS, Config
+from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 
 if TYPE_CHECKING:
@@ -69,8 +69,10 @@ def main(settings: list[str], rest: list[str]) -> int:
     parser.add_argument("--daemon", action="store_true", help="be the daemon, as without it")
     parser.add_argument("--config-file", metavar="FILE", help="more settings, over those in /etc")
     options, unknown = parser.parse_known_args(rest)
-    if unknown:
-        parser.error(_unknown(unknown[0]))
+    for word in unknown:
+        if word.startswith("--"):
+            raise ConfigError(word.partition("=")[0], f"unknown setting{_meant(word)}")
+        parser.error(f"there is no command {word!r}; an address needs an @")
     if options.help:
         _print_help(parser)
         return os.EX_OK
@@ -84,18 +86,14 @@ def main(settings: list[str], rest: list[str]) -> int:
             return os.EX_TEMPFAIL
 
 
-def _unknown(word: str) -> str:
+def _meant(switch: str) -> str:
+    """A hint at what somebody may have meant."""
     import difflib  # only for a text about an error
 
-    name = word.removeprefix("--").partition("=")[0]
-    if word.startswith("--"):
-        if name in NOT_YET:
-            return f"{name} is not supported yet"
-        known = [setting.key for setting in SETTINGS]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        hint = f"; did you mean --{close[0]}?" if close else ""
-        return f"there is no switch --{name}{hint}"
-    return f"there is no command {word!r}; an address needs an @"
+    name = switch.removeprefix("--").partition("=")[0]
+    known = [setting.key for setting in SETTINGS]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"; did you mean --{close[0]}?" if close else "; see 'mailerq --help'"
 
 
 def _print_help(parser: Parser) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from contextlib import suppress
 from typing import Final
 
 from mailerq.errors import QueueDamaged, QueueError
@@ -70,13 +69,19 @@ def open_shared(directory: str) -> Store:
 
 def _make(directory: str) -> None:
     """Make the directory if it is missing, so that it is there after a power cut as well."""
-    with suppress(FileExistsError):
-        os.makedirs(directory, mode=0o750)
+    if os.path.isdir(directory):
+        return
+    try:
+        os.makedirs(directory, mode=0o750, exist_ok=True)
         above = os.open(os.path.dirname(os.path.abspath(directory)), os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(above)
         finally:
             os.close(above)
+    except OSError as error:
+        raise QueueError(
+            f"queue-directory {directory} cannot be made: {error.strerror}"
+        ) from error
 
 
 def _have_alone(directory: str) -> int | None:
