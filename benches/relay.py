@@ -12,8 +12,8 @@ connections that are kept.
 
 "mailerq" is the project with a process for each core, as Postfix has one for each connection;
 "mailerq-1" with a single process, and "mailerq+plugins" that with one C plugin that handles each
-of the six events of an incoming mail. The systems take turns within one run, because only figures from one run on one
-machine can be compared. benches/README.md says what each figure means.
+of the six events of an incoming mail. The systems take turns within one run, because only figures
+from one run on one machine can be compared. benches/README.md says what each figure means.
 """
 
 from __future__ import annotations

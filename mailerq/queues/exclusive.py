@@ -79,9 +79,7 @@ def _make(directory: str) -> None:
         finally:
             os.close(above)
     except OSError as error:
-        raise QueueError(
-            f"queue-directory {directory} cannot be made: {error.strerror}"
-        ) from error
+        raise QueueError(f"queue-directory {directory} cannot be made: {error.strerror}") from error
 
 
 def _have_alone(directory: str) -> int | None:

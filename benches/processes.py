@@ -1,0 +1,135 @@
+"""Measure how the work of the processor grows with the number of processes.
+
+    python benches/processes.py [--processes N]
+
+Clients send mails with a hundred recipients each, pipelined, so that a message costs much work
+and few round trips: parsing, rules, a JSON document for each recipient, one commit. Nothing is
+delivered. A server of one process and one of N take turns. The clients are one process that
+does next to nothing; where it and others leave each process a core of its own, the ratio is
+what the processes gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from figures import Figure, print_document, progress
+from peers import Failed, Mailerq, Sink, cpu_seconds, machine
+
+RECIPIENTS: Final = 100
+CLIENTS: Final = 16
+WARM_UP_SECONDS: Final = 0.5
+
+ENVELOPE: Final = b"MAIL FROM:<c@d.test>\r\n" + b"".join(
+    b"RCPT TO:<recipient%d@b.test>\r\n" % number for number in range(RECIPIENTS)
+)
+BODY: Final = b"Subject: many\r\n\r\n" + 16 * (b"x" * 62 + b"\r\n") + b".\r\n"
+
+
+class Client(threading.Thread):
+    """Sends mail after mail; `taken` counts recipients of those that were accepted."""
+
+    def __init__(self, server: Mailerq, end: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self.taken = 0
+        self.failure: Exception | None = None
+        self._end = end
+        self._sock = socket.create_connection((server.host, server.port), timeout=30)
+
+    def run(self) -> None:
+        try:
+            with self._sock as sock:
+                self._read(sock, b"220", 1)
+                sock.sendall(b"HELO client.test\r\n")
+                self._read(sock, b"250", 1)
+                while not self._end.is_set():
+                    sock.sendall(ENVELOPE + b"DATA\r\n")
+                    self._read(sock, b"354", RECIPIENTS + 2)
+                    sock.sendall(BODY)
+                    self._read(sock, b"250", 1)
+                    self.taken += RECIPIENTS
+        except (OSError, Failed) as error:
+            self.failure = error
+
+    def _read(self, sock: socket.socket, last: bytes, count: int) -> None:
+        """Read so many replies, the last of which begins so."""
+        text = b""
+        while text.count(b"\n") < count or not text.endswith(b"\n"):
+            data = sock.recv(1 << 16)
+            if not data:
+                raise Failed(f"the server has closed the connection: {text!r}")
+            text += data
+        if not text.splitlines()[-1].startswith(last):
+            raise Failed(f"{text.splitlines()[-1]!r} instead of {last!r}")
+
+
+def rate(server: Mailerq, seconds: float) -> tuple[float, float]:
+    """Recipients a second, and milliseconds of the processor for one of them."""
+    end = threading.Event()
+    clients = [Client(server, end) for _ in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    time.sleep(WARM_UP_SECONDS)
+    assert server.process is not None
+    before, cpu, start = _taken(clients), cpu_seconds(server.process.pid), time.monotonic()
+    time.sleep(seconds)
+    count, taken = _taken(clients) - before, time.monotonic() - start
+    used = cpu_seconds(server.process.pid) - cpu
+    end.set()
+    for client in clients:
+        client.join()
+        if client.failure is not None:
+            raise Failed(f"{server.name}: {client.failure}\n{server.tail()}")
+    return count / taken, 1000 * used / count
+
+
+def _taken(clients: list[Client]) -> int:
+    return sum(client.taken for client in clients)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="how processes add up")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--processes", type=int, default=cores, help="how many (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a run (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each (%(default)s)")
+    parser.add_argument("--directory", help="where the queues go (a temporary directory)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    numbers = (1, options.processes)
+    runs: dict[int, list[tuple[float, float]]] = {number: [] for number in numbers}
+    with tempfile.TemporaryDirectory(prefix="processes-", dir=options.directory) as root:
+        Path(root).chmod(0o755)
+        settings = ["--rabbitmq-inbox=inbox"]
+        with Sink(Path(root, "sink")) as sink:
+            for number in options.rounds * numbers:
+                progress(f"{number} processes")
+                # A new one each time: the queue is empty again.
+                directory = Path(root, f"{number}-{len(runs[number])}")
+                with Mailerq(directory, sink, processes=number, options=settings) as server:
+                    runs[number].append(rate(server, options.seconds))
+    rates = {number: statistics.median(rate for rate, _ in found) for number, found in runs.items()}
+    figures = [
+        Figure(
+            f"{number} processes, recipients taken",
+            rates[number],
+            "/s",
+            f"{statistics.median(cpu for _, cpu in runs[number]):.3f} ms of the processor for one",
+        )
+        for number in numbers
+    ]
+    gain = rates[options.processes] / rates[1]
+    figures.append(Figure("many processes / one", gain, "x", f"{options.processes} and 1"))
+    print_document(figures, as_json=options.json, machine=machine())
+
+
+if __name__ == "__main__":
+    main()
