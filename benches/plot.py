@@ -18,7 +18,12 @@ WIDTH: Final = 760
 LEFT: Final = 250
 BARS: Final = 380
 ROW: Final = 20
-COLOURS: Final = {"mailerq": "#1f6feb", "postfix": "#8b949e", "haraka": "#d4a72c"}
+COLOURS: Final = {
+    "mailerq": "#1f6feb",
+    "mailerq-1": "#79b8ff",
+    "postfix": "#8b949e",
+    "haraka": "#d4a72c",
+}
 
 PANELS: Final = (
     ("accept", "Accepted and synced, messages/s", ".0f"),
