@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Self
 
 import trio
@@ -33,6 +33,7 @@ from mailerq.queues.database import Reader
 from mailerq.queues.exclusive import open_exclusive, open_shared
 from mailerq.queues.feed import Feeds, HeldLease
 from mailerq.queues.fetcher import Fetcher
+from mailerq.queues.gatherer import Gatherer
 from mailerq.queues.interface import (
     Consumer,
     Depth,
@@ -71,6 +72,7 @@ class EmbeddedQueues(Queues):
         self._feeds = Feeds(store.path, clock)
         self._closed = False
         self._writer = Writer(store, self._feeds)
+        self._gatherers: dict[trio.lowlevel.TrioToken, Gatherer] = {}
         self._fetcher = Fetcher(store.path, self._feeds, self._writer.put, store.set_back)
 
     @classmethod
@@ -95,16 +97,25 @@ class EmbeddedQueues(Queues):
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(queues._close)
+            queues._retire()
 
     def _close(self) -> None:
         with self._feeds.lock:
             self._closed = True
             self._feeds.fetcher_ends = True
             self._feeds.reads.put(None)
+            for gatherer in self._gatherers.values():
+                gatherer.flush()
             self._writer.put(None)
         self._writer.join()
         self._fetcher.join()
         self._store.close()
+
+    def _retire(self) -> None:
+        """Leave the loops alone."""
+        for token, gatherer in self._gatherers.items():
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(trio.lowlevel.remove_instrument, gatherer)
 
     async def publish(self, publications: Sequence[Publication]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -152,9 +163,17 @@ class EmbeddedQueues(Queues):
                 lease.settling = True
             request.task = trio.lowlevel.current_task()
             request.token = trio.lowlevel.current_trio_token()
-            self._writer.put(request)
+            self._gatherer(request.token).add(request)
         rows: int = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         return rows
+
+    def _gatherer(self, token: trio.lowlevel.TrioToken) -> Gatherer:
+        """The gatherer of the loop that this is called in."""
+        gatherer = self._gatherers.get(token)
+        if gatherer is None:
+            gatherer = self._gatherers[token] = Gatherer(self._writer.put, self._feeds.lock)
+            trio.lowlevel.add_instrument(gatherer)
+        return gatherer
 
     def _check_lease(self, lease: HeldLease) -> None:
         feed = self._feeds.get(lease.queue)

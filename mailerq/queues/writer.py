@@ -4,11 +4,9 @@ Theory of operation
 -------------------
 The writer takes everything that has gathered since its last commit, up to a bound, commits
 it, and wakes all the tasks together, with one call into each trio loop. While it syncs, the
-next group gathers: the more load, the larger the group. When groups are of many requests,
-it waits up to three milliseconds for a group of the usual size: each commit costs 0.2 ms of
-processor time and a dozen switches between threads, and a loaded relay with a third of the
-commits takes a tenth less of the processor for a message. The mail of a single client never
-waits; what became of its last one does, for the next.
+next group gathers, and a busy loop keeps what its tasks hand over until it has nothing left to
+do (`mailerq.queues.gatherer`): the more load, the larger the group. The mail of a single client
+never waits; what became of its last one does, for the next.
 
 Before the commit it leases those messages that can go to a consumer at once (see
 `mailerq.queues.feed`), and hands them over after it.
@@ -50,12 +48,6 @@ logger = logging.getLogger("mailerq.queues")
 BATCH_MESSAGES: Final = 1_000
 BATCH_BYTES: Final = 64 << 20
 """Bounds of one commit: what comes later waits for the next."""
-
-GATHER_FROM: Final = 6
-GATHER_SECONDS: Final = 0.001
-GATHERINGS: Final = 3
-"""When the last groups were of so many requests, wait so long, so often, for as many again. From
-three on, two or three clients that send one mail after another waited in vain for a fourth."""
 
 PUBLISHED_SECONDS: Final = 0.01
 SETTLE_SECONDS: Final = 0.002
@@ -130,20 +122,12 @@ class Writer:
 
     def _run(self) -> None:
         works: deque[Request] = deque()
-        usual = 0.0
         while not self._ended or works:
             group = self._gather([], works)
             if group:
-                if usual >= GATHER_FROM:
-                    waits = GATHERINGS
-                    while waits and len(group) < usual and not self._ended:
-                        waits -= 1
-                        time.sleep(GATHER_SECONDS)
-                        self._gather(group, works)
-                elif all(request.settles for request in group):
-                    if time.monotonic() - self._published < PUBLISHED_SECONDS:
-                        self._gather(group, works, SETTLE_SECONDS)
-                usual = max(len(group), 0.75 * usual)
+                lately = time.monotonic() - self._published < PUBLISHED_SECONDS
+                if lately and all(request.settles for request in group):
+                    self._gather(group, works, SETTLE_SECONDS)
                 self._commit(group)
             if works:
                 self._work(works)

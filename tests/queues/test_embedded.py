@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message
@@ -593,6 +594,34 @@ async def test_reader_goes_on_after_an_error(
     async with queues.consume("outbox", prefetch=1) as consumer:
         assert tag_of((await receive(consumer, 1))[0]) == 1
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+async def test_what_a_busy_loop_has_to_publish_is_one_commit(queues: EmbeddedQueues) -> None:
+    async with trio.open_nursery() as nursery:
+        for tag in range(50):
+            nursery.start_soon(queues.publish, [publication(tag)])
+    assert queues.statistics()["commits"] == 1
+
+
+async def test_a_loop_that_is_never_idle_still_publishes(queues: EmbeddedQueues) -> None:
+    async def spin() -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(spin)
+        with trio.fail_after(10):
+            await queues.publish([publication(1)])
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_loop_is_left_alone_when_the_queue_is_closed(tmp_path: Path) -> None:
+    async with EmbeddedQueues.open(str(tmp_path)) as queues:
+        await queues.publish([publication(1)])
+        (gatherer,) = queues._gatherers.values()
+    await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(KeyError):  # what trio says of an instrument that it does not have
+        trio.lowlevel.remove_instrument(gatherer)
 
 
 async def test_statistics_count_commits(queues: EmbeddedQueues) -> None:
