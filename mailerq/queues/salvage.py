@@ -54,6 +54,7 @@ from mailerq.queues.pages import (
     shape,
 )
 from mailerq.queues.records import Batch, Insert, Row, aside, check, prepare, proven
+from mailerq.queues.shares import first_number
 from mailerq.queues.store import Store
 
 __all__ = ["Salvaged", "broken_log", "examine", "recover", "salvage"]
@@ -319,7 +320,7 @@ class _Salvage:
         self.sharing: dict[int, bytes] = {}
         self.size = 0
         self.damaged = 0
-        self.highest = 0
+        self.highest = first_number(os.path.dirname(store.path)) - 1
 
     def run(self) -> Salvaged:
         roots = self.roots()

@@ -32,9 +32,9 @@ def share_directory(directory: str, share: int) -> str:
 def shares_in(directory: str) -> list[int]:
     """The shares that are there, in order; share 0 is there once the directory is."""
     found = [0]
-    with suppress(FileNotFoundError):
-        names = os.listdir(directory)
-        found += sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        found += sorted(int(match[1]) for name in folders if (match := _NAME.fullmatch(name)))
     return found
 
 
