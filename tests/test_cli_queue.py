@@ -9,12 +9,14 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mailerq.cli import main
 from mailerq.message import Message
 from mailerq.queues import Publication
+from mailerq.queues.shares import share_directory
 from mailerq.queues.store import Store
 from tests.support import mailerq
 
@@ -103,6 +105,76 @@ def test_purge_wants_a_yes(directory: Path) -> None:
         "queue": "outbox",
         "deleted": 0,
     }
+
+
+@pytest.fixture
+def shares(tmp_path: Path) -> Path:
+    """A queue directory with three shares, of which each has five messages."""
+    for share in (0, 2, 10):
+        with Store.open(share_directory(str(tmp_path / "queue"), share)) as store:
+            store.publish(
+                Publication("outbox", Message({"recipient": f"s{share}-{number}@d.test"}, MIME))
+                for number in range(5)
+            )
+    return tmp_path / "queue"
+
+
+def queue(directory: Path, *arguments: str, status: int = 0) -> list[Any]:
+    """Run a queue command: the documents that it prints, or what it complains of."""
+    done = mailerq("queue", *arguments, "--json", f"--queue-directory={directory}")
+    assert done.returncode == status, done.stderr
+    lines = (done.stdout if status == 0 else done.stderr).decode().splitlines()
+    return lines if status else [json.loads(line) for line in lines]
+
+
+def test_queue_commands_see_all_shares_as_one(shares: Path) -> None:
+    assert queue(shares, "list") == [
+        [{"queue": "outbox", "due": 15, "delayed": 0, "total": 15}]
+    ]  # fmt: skip
+    shown = queue(shares, "show", "outbox")
+    ids = [entry["id"] for entry in shown]
+    assert ids == sorted(set(ids))
+    assert [entry["recipient"] for entry in shown] == [
+        f"s{share}-{number}@d.test" for share in (0, 2, 10) for number in range(5)
+    ]
+    # Page by page, as a program does: each id once, over the ends of shares.
+    paged: list[int] = []
+    while page := queue(shares, "show", "outbox", "--limit=4", f"--after={max([0, *paged])}"):
+        assert len(page) <= 4
+        paged += [entry["id"] for entry in page]
+    assert paged == ids
+    assert [entry["recipient"] for entry in queue(shares, "read", "outbox", "--limit=7")] == [
+        entry["recipient"] for entry in shown[:7]
+    ]
+    after = queue(shares, "read", "outbox", f"--after={ids[12]}")
+    assert [entry["recipient"] for entry in after] == ["s10-3@d.test", "s10-4@d.test"]
+
+
+def test_queue_read_takes_messages_out_of_the_share_that_has_them(shares: Path) -> None:
+    shown = queue(shares, "show", "outbox")
+    of = {entry["recipient"].partition("@")[0]: str(entry["id"]) for entry in shown}
+    asked = [of["s10-1"], of["s0-4"], of["s2-0"]]
+    found = queue(shares, "read", "outbox", *asked, "--remove")
+    names = [document["recipient"].partition("@")[0] for document in found]
+    assert names == ["s0-4", "s2-0", "s10-1"]
+    for asked_again in asked:
+        (line,) = queue(shares, "read", "outbox", asked_again, status=os.EX_DATAERR)
+        assert line == f"mailerq: there is no message {asked_again} in outbox"
+    left = [entry["recipient"].partition("@")[0] for entry in queue(shares, "show", "outbox")]
+    assert left == [name for name in of if name not in names]
+    taken = queue(shares, "read", "outbox", "--limit=6", "--remove")
+    assert [document["recipient"].partition("@")[0] for document in taken] == left[:6]
+    assert queue(shares, "purge", "outbox", "--yes") == [{"queue": "outbox", "deleted": 6}]
+    assert queue(shares, "show", "outbox") == []
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30, "x"])
+def test_an_id_that_no_message_can_have_is_wrong_usage(shares: Path, number: int | str) -> None:
+    for arguments in (["show", "outbox", f"--after={number}"], ["read", "outbox", f" {number}"]):
+        *_, line, hint = queue(shares, *arguments, status=os.EX_USAGE)
+        assert "Try 'mailerq queue" in hint
+        assert "is not an id" in line
+    assert queue(shares, "show", "outbox", f"--after={2**63 - 1}") == []
 
 
 def test_a_queue_that_is_not_there_is_not_made(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
@@ -33,6 +33,8 @@ Stores = Sequence[Store]
 
 PAGE: Final = 100
 """Messages read at a time; each comes with its body."""
+
+MAX_ID: Final = 2**63 - 1
 
 
 def main(settings: list[str], rest: list[str]) -> int:
@@ -85,16 +87,27 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
     command("list", "how full each queue is", _list, "one JSON array", queue=False)
     show = command("show", "the messages of a queue, a line for each", _show, documents)
     read = command("read", "whole messages, as the JSON documents that they are", _read, documents)
-    read.add_argument("id", nargs="*", type=int, metavar="ID", help="only these, by their ids")
+    read.add_argument("id", nargs="*", type=_id, metavar="ID", help="only these, by their ids")
     read.add_argument(
         "--remove", action="store_true", help="then delete them; a daemon may have them in hand"
     )
     for added in (show, read):
         added.add_argument("--limit", type=positive, metavar="N", help="no more than N messages")
-        added.add_argument("--after", type=int, default=0, metavar="ID", help="from behind this id")
+        added.add_argument("--after", type=_id, default=0, metavar="ID", help="from behind this id")
     purge = command("purge", "delete all messages of a queue", _purge, "one JSON object")
     purge.add_argument("--yes", action="store_true", help="do not ask")
     return parser.parse_args(rest), parser
+
+
+def _id(text: str) -> int:
+    """The type of an argument that is the id of a message, as far as SQLite can have it."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = MAX_ID + 1
+    if abs(number) > MAX_ID:
+        raise ArgumentTypeError(f"{text!r} is not an id")
+    return number
 
 
 def _list(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
