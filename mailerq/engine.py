@@ -116,9 +116,15 @@ class Engine:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            await self._open(stack)
-            self._stack = stack.pop_all()
-        return self
+            try:
+                await self._open(stack)
+            except MailerqError as error:
+                failure = error  # As below: around the nurseries.
+                self._failed = True
+            else:
+                self._stack = stack.pop_all()
+                return self
+        raise failure
 
     async def __aexit__(
         self,

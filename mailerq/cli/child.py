@@ -8,6 +8,7 @@ gone, the engine stops in its time.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import signal
@@ -36,6 +37,9 @@ HEAD: Final = struct.Struct("!Q")
 """What the parent sends first: the length of the pickled ``(share, config)`` behind it."""
 
 READ_BYTES: Final = 1 << 16
+
+ORPHAN_SECONDS: Final = 60.0
+"""How long after `shutdown-timeout` the process may go on without a parent that could kill it."""
 
 
 def main() -> int:
@@ -123,6 +127,8 @@ async def _obey(
                 await stream.send_all(await control.reply_to(request, commands))
     except trio.BrokenResourceError:
         pass
+    # By the kernel: a plugin may hold what would be needed to end well.
+    signal.alarm(math.ceil(engine.config.shutdown_timeout + ORPHAN_SECONDS))
     _stop(engine, started, stop)
 
 

@@ -155,12 +155,12 @@ def _locked(path: str, where: str) -> int:
 def _run(config: Config) -> int:
     import trio
 
-    if config.smtp_processes > 1:
-        from mailerq.cli import parent
-
-        return trio.run(parent.serve, config)
-    allow_descriptors(config)
     try:
+        if config.smtp_processes > 1:
+            from mailerq.cli import parent
+
+            return trio.run(parent.serve, config)
+        allow_descriptors(config)
         return trio.run(_serve, config)
     except (ConfigError, PluginError, QueueError):
         raise

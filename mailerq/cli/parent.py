@@ -10,7 +10,10 @@ together, and starts a process anew when it has ended.
 A process that ends soon after its start again and again is started later each time; meanwhile
 another one delivers what is in its share. When that one ends as well, soon after it has taken the
 share over, there may be something in it that kills whoever touches it: then the share waits for
-its own process.
+its own process, and before another one takes it over again it waits longer each time.
+
+What is said of who has which share may be late by a process that answers late. That does no harm:
+the locks decide, who comes too late is told so, and what went wrong is tried again.
 
 Guarantees
 ----------
@@ -29,9 +32,9 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -70,14 +73,27 @@ STEADY_SECONDS: Final = 10.0
 MAX_PAUSE_SECONDS: Final = 60.0
 """How long at most a process stays away that ends soon after each start."""
 
+MIN_QUARANTINE_SECONDS: Final = 60.0
+MAX_QUARANTINE_SECONDS: Final = 3600.0
+"""How long a share is not taken over after who did has ended; twice as long each time."""
+
 MAX_QUESTIONS: Final = 100
 """Requests that a process may leave without an answer."""
+
+MAX_REQUEST_BYTES: Final = 256
+"""Of one of them: so few and short ones always fit into the buffer of a socket."""
 
 READ_BYTES: Final = 1 << 16
 
 ASK_SECONDS: Final = 5.0
 MOVE_SECONDS: Final = 30.0
 """How long a process may take to say how it is, and to open or close a share."""
+
+IDS_SECONDS: Final = 0.4
+"""How long for ids, before another one is asked: an injector waits for a second at most."""
+
+EXIT_SECONDS: Final = 5.0
+"""How long it may take to end after it has said that it cannot start."""
 
 KILL_SECONDS: Final = 30.0
 """How long after `shutdown-timeout` a process is killed that has not stopped."""
@@ -111,25 +127,33 @@ class _Question:
 
 @dataclass(slots=True, eq=False)
 class _Child:
-    """A process. `shares` are those that it has; `took`: when it took others' over."""
+    """A process. `took` are the shares of others that it has, and since when.
+
+    `offered` is the one that it is asked to take over; it may have it already.
+    """
 
     index: int
     process: trio.Process
     sock: trio.socket.SocketType
-    shares: set[int] = field(default_factory=set)
     took: dict[int, float] = field(default_factory=dict)
+    offered: int | None = None
     questions: deque[_Question] = field(default_factory=deque)
-    over: bool = False
+    over: trio.Event = field(default_factory=trio.Event)
 
     async def ask(self, command: str, seconds: float, **arguments: object) -> dict[str, Any]:
         """The reply to a request. Raises `_Ended`, and `MailerqError` for what it says is wrong."""
-        if self.over or len(self.questions) >= MAX_QUESTIONS:
+        if self.over.is_set() or len(self.questions) >= MAX_QUESTIONS:
             raise _Ended(f"{self} does not answer")
+        request = encode_properties({"command": command, **arguments}) + b"\n"
+        if len(request) > MAX_REQUEST_BYTES:
+            raise MailerqError(f"{command}: the request is too long")
         question = _Question()
         self.questions.append(question)
-        # So few and short requests always fit into the buffer of a socket.
-        request = encode_properties({"command": command, **arguments}) + b"\n"
-        with suppress(OSError, trio.ClosedResourceError):  # its end is about to be noticed
+        # Shielded: replies are told apart by their order, so what is in the list is sent.
+        with (
+            trio.CancelScope(shield=True),
+            suppress(OSError, trio.ClosedResourceError),  # its end is about to be noticed
+        ):
             await self.sock.send(request)
         with trio.move_on_after(seconds):
             await question.answered.wait()
@@ -146,10 +170,11 @@ class _Child:
             while data := await self.sock.recv(READ_BYTES):
                 *lines, unread = (unread + data).split(b"\n")
                 for line in lines:
-                    question = self.questions.popleft()
-                    question.reply = json.loads(line)
-                    question.answered.set()
-        self.over = True
+                    if self.questions:  # else it says why it ends
+                        question = self.questions.popleft()
+                        question.reply = json.loads(line)
+                        question.answered.set()
+        self.over.set()
         for question in self.questions:
             question.answered.set()
 
@@ -176,6 +201,11 @@ class _Child:
         return f"process {self.index} (pid {self.process.pid})"
 
 
+def _burden(child: _Child) -> tuple[int, int]:
+    """Who owes an answer is asked last: it may stand still."""
+    return len(child.questions), len(child.took)
+
+
 class _Parent:
     def __init__(self, config: Config) -> None:
         self._config = _divide(config)
@@ -187,10 +217,13 @@ class _Parent:
         self._begun: dict[int, _Child] = {}
         """Those, and the ones that are about to."""
         self._loose: set[int] = set()
-        """Shares that nobody has and that have no process of their own."""
-        self._deadly: set[int] = set()
-        """Shares that nobody takes over: who did has ended."""
+        """Shares that nobody has, and whose own process does not run."""
+        self._offers: dict[int, trio.CancelScope] = {}
+        self._quarantine: dict[int, float] = {}
+        """Until when nobody takes over a share: who did has ended."""
+        self._kills = Counter[int]()
         self._moving = trio.Lock()
+        self._reloads = 0
         self._stop = trio.Event()
         self._nursery: trio.Nursery
 
@@ -218,6 +251,8 @@ class _Parent:
     async def _start(self, keepers: trio.Nursery) -> None:
         """Start all processes, the first one first: what it says is wrong is said once."""
         addresses = await keepers.start(self._keep, 0)
+        if self._stop.is_set():
+            return
         failures: list[_NoStart] = []
 
         async def start(index: int) -> None:
@@ -236,7 +271,7 @@ class _Parent:
         directory = self._config.queue_directory
         await self._nursery.start(control.serve, directory, self._commands())
         self._loose.update(share for share in shares_in(directory) if share >= self._count)
-        await self._hand_out()
+        self._nursery.start_soon(self._offer_again)
         log.info(
             "mailerq %s listens on %s, with %d processes", __version__, join(addresses), self._count
         )
@@ -245,6 +280,7 @@ class _Parent:
         """The first signal stops all processes in their time, the second one ends them."""
         async for number in signals:
             if number == signal.SIGHUP:
+                self._reloads += 1
                 self._nursery.start_soon(self._reload)
             elif not self._stop.is_set():
                 log.info("%s: stopping", signal.Signals(number).name)
@@ -289,6 +325,7 @@ class _Parent:
 
         while True:
             seconds = 0.0
+            self._loose.discard(index)
             try:
                 seconds = await self._live(index, ready)
             except _NoStart as error:
@@ -299,11 +336,16 @@ class _Parent:
                 log.critical("%s", error)
             if self._stop.is_set():
                 return None
-            failures = 0 if seconds >= STEADY_SECONDS else failures + 1
-            if failures:
+            if seconds >= STEADY_SECONDS:
+                failures = 0
+                self._kills.pop(index, None)
+                self._quarantine.pop(index, None)
+            else:
+                failures += 1
                 self._loose.add(index)
-                await self._hand_out()
-                with trio.move_on_after(min(2.0 ** (failures - 1), MAX_PAUSE_SECONDS)):
+                # Not awaited: who is asked may stand still.
+                self._nursery.start_soon(self._hand_out)
+                with trio.move_on_after(_doubled(1.0, failures - 1, MAX_PAUSE_SECONDS)):
                     await self._stop.wait()
                 if self._stop.is_set():
                     return None
@@ -311,94 +353,141 @@ class _Parent:
 
     async def _live(self, index: int, ready: Callable[[list[tuple[str, int]]], object]) -> float:
         """One process from its start to its end; the seconds that it served. `_NoStart`."""
+        reloads = self._reloads
         child = await self._spawn(index)
         self._begun[index] = child
         self._starts[index] += 1
         self._nursery.start_soon(child.listen)
         if self._stop.is_set():
             child.leave()
+        settings = pickle.dumps((index, self._config))
         try:
+            # It has ended already, or is to.
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await trio.SocketStream(child.sock).send_all(HEAD.pack(len(settings)) + settings)
             reply = await child.until_ready()
             served = time.monotonic()
-            child.shares.add(index)
             self._children[index] = child
             ready([(ip, port) for ip, port in reply["addresses"]])
-            await self._hand_out()
+            if reloads != self._reloads:  # it may have read the certificate before
+                self._nursery.start_soon(self._reload)
+            self._nursery.start_soon(self._hand_out)
             status = await child.process.wait()
         finally:
             self._children.pop(index, None)
-            del self._begun[index]
+            child.over.set()
             child.sock.close()
+            with trio.move_on_after(EXIT_SECONDS, shield=True):
+                await child.process.wait()
             if child.process.returncode is None:
                 child.process.kill()
+                with trio.CancelScope(shield=True):
+                    await child.process.wait()
+            del self._begun[index]
         if not self._stop.is_set():
             log.critical("%s %s; another one is started", child, _describe(status))
-            self._bury(child)
+            self._bury(child, status)
         return time.monotonic() - served
 
-    def _bury(self, child: _Child) -> None:
+    def _bury(self, child: _Child, status: int) -> None:
         """A process has ended: what it had taken over is nobody's again."""
-        for share, since in child.took.items():
+        now = time.monotonic()
+        taken = dict(child.took)
+        if child.offered is not None:
+            taken[child.offered] = now
+        for share, since in taken.items():
             self._loose.add(share)
-            if time.monotonic() - since < STEADY_SECONDS:
-                self._deadly.add(share)
+            if status and now - since < STEADY_SECONDS:
+                seconds = _doubled(
+                    MIN_QUARANTINE_SECONDS, self._kills[share], MAX_QUARANTINE_SECONDS
+                )
+                self._kills[share] += 1
+                self._quarantine[share] = now + seconds
                 log.critical(
-                    "%s ended soon after it had taken share %d over: that share waits for a "
-                    "process of its own",
+                    "%s ended soon after it had taken share %d over: no other process does so for "
+                    "%d seconds",
                     child,
                     share,
+                    seconds,
                 )
-        if child.took:
+        if taken:
             self._nursery.start_soon(self._hand_out)
 
     async def _spawn(self, index: int) -> _Child:
-        ours, theirs = socket.socketpair()
-        with theirs:
+        with ExitStack() as stack:
             try:
+                ours, theirs = socket.socketpair()
+                stack.enter_context(theirs)
+                stack.callback(ours.close)
                 process = await trio.lowlevel.open_process(
                     # -P: what lies in the working directory is not ours.
                     [sys.executable, "-P", "-m", "mailerq.cli.child", str(index)],
                     stdin=theirs.fileno(),
+                    # What a terminal says to all (Ctrl-C, it hangs up) is for the parent, also
+                    # before the process can say that it does not listen.
+                    process_group=0,
                 )
             except OSError as error:
-                ours.close()
                 raise _NoStart(
                     f"process {index} cannot be started: {error.strerror or error}", os.EX_OSERR
                 ) from None
-        settings = pickle.dumps((index, self._config))
-        with suppress(BrokenPipeError):  # it has ended already
-            ours.sendall(HEAD.pack(len(settings)) + settings)
+            theirs.close()
+            stack.pop_all()
         return _Child(index, process, trio.socket.from_stdlib_socket(ours))
 
     # Shares
 
+    async def _offer_again(self) -> None:
+        """Hand out what is left, and now and then what could not be handed out."""
+        while True:
+            await self._hand_out()
+            await trio.sleep(MAX_PAUSE_SECONDS)
+
     async def _hand_out(self) -> None:
-        """Have loose shares taken over, each by the process that has the fewest."""
+        """Have loose shares taken over."""
         async with self._moving:
-            for share in sorted(self._loose - self._deadly):
-                for child in sorted(self._children.values(), key=lambda child: len(child.shares)):
-                    try:
-                        await child.ask("take-over", MOVE_SECONDS, share=share)
-                    except (_Ended, MailerqError) as error:
-                        log.error("share %d of the queue is not taken over: %s", share, error)
-                        continue
-                    child.shares.add(share)
+            for share in sorted(self._loose):
+                if share in self._loose and self._quarantine.get(share, 0.0) <= time.monotonic():
+                    with trio.CancelScope() as scope:
+                        self._offers[share] = scope
+                        await self._offer(share)
+                    del self._offers[share]
+
+    async def _offer(self, share: int) -> None:
+        """Have a share taken over, by the process that has the least to do with others."""
+        for child in sorted(self._children.values(), key=_burden):
+            if child.over.is_set():
+                continue
+            child.offered = share
+            try:
+                await child.ask("take-over", MOVE_SECONDS, share=share)
+            except (_Ended, MailerqError) as error:
+                log.error("share %d of the queue is not taken over: %s", share, error)
+            else:
+                if not child.over.is_set():
                     child.took[share] = time.monotonic()
                     self._loose.discard(share)
-                    break
+                    return
+            finally:
+                if not child.over.is_set():
+                    child.offered = None
+            if child.over.is_set():
+                return  # perhaps by what is in the share: `_bury` will tell
 
     async def _call_back(self, index: int) -> None:
-        """Have a share given back by who took it over: its own process is about to start."""
-        async with self._moving:
-            self._loose.discard(index)
-            for child in list(self._children.values()):
-                if index in child.took:
-                    child.shares.discard(index)
-                    del child.took[index]
-                    try:
-                        await child.ask("give-back", MOVE_SECONDS, share=index)
-                    except (_Ended, MailerqError) as error:
-                        log.error("share %d of the queue is not given back: %s", index, error)
+        """Have a share given back by who took it over: its own process is about to start.
+
+        Who is asked this moment and has not answered is not waited for.
+        """
+        self._loose.discard(index)
+        if (offer := self._offers.get(index)) is not None:
+            offer.cancel()
+        for child in list(self._children.values()):
+            if child.took.pop(index, None) is not None:
+                try:
+                    await child.ask("give-back", MOVE_SECONDS, share=index)
+                except (_Ended, MailerqError) as error:
+                    log.error("share %d of the queue is not given back: %s", index, error)
 
     # What others ask for
 
@@ -425,7 +514,7 @@ class _Parent:
                 "starts": self._starts[index],
                 "uptime": reply["uptime"] if reply else None,
                 "connections": reply["incoming"]["open"] if reply else None,
-                "shares": sorted(child.shares) if child else [],
+                "shares": sorted({index, *child.took}) if child else [],
             })  # fmt: skip
         return {
             **whole,
@@ -435,18 +524,27 @@ class _Parent:
             "processes": rows,
         }
 
-    async def _wake(self, request: control.Request) -> dict[str, bool]:
-        await self._ask_all("wake")
+    def _wake(self, request: control.Request) -> dict[str, bool]:
+        self._nursery.start_soon(self._ask_all, "wake")  # nobody waits for who stands still
         return {"ok": True}
 
     async def _message_ids(self, request: control.Request) -> dict[str, Any]:
-        for child in list(self._children.values()):
+        """Of one process; those that owe an answer are asked last."""
+        count = request.get("count", 1)
+        for child in sorted(self._children.values(), key=_burden):
             with suppress(_Ended):
-                return await child.ask(**request, seconds=ASK_SECONDS)
+                return await child.ask("message-ids", IDS_SECONDS, count=count)
         raise MailerqError("no process answers")
 
     async def _reload(self) -> None:
-        await self._ask_all("reload")
+        replies = await self._ask_all("reload")
+        if None in replies.values():
+            log.error("SIGHUP: the certificate stays as it was where it could not be read")
+        else:
+            log.info(
+                "SIGHUP: the certificate is read by all; moved log files are opened anew by "
+                "themselves"
+            )
 
     async def _ask_all(self, command: str) -> dict[int, dict[str, Any] | None]:
         """The reply of each process, None of one that does not answer."""
@@ -472,6 +570,15 @@ def _divide(config: Config) -> Config:
         if limit := getattr(config, name):
             changes[name] = math.ceil(limit / config.smtp_processes)
     return config.replace(**changes)
+
+
+def _doubled(seconds: float, times: int, most: float) -> float:
+    """Twice as long each time, up to `most`.
+
+    >>> _doubled(1.0, 3, 60.0), _doubled(1.0, 100_000, 60.0)
+    (8.0, 60.0)
+    """
+    return min(seconds * 2.0 ** min(times, 30), most)
 
 
 def _describe(status: int) -> str:

@@ -85,15 +85,14 @@ def reserve(config: Config) -> Iterator[Config]:
     A port 0 has become a real number in what it gives. Raises `ConfigError`, also when another
     program listens on one of them.
     """
-    changes = {}
-    for option in _PORT_OPTIONS:
-        asked = getattr(config, option)
-        if 0 in asked:
-            changes[option] = tuple(port or _free_port(config) for port in asked)
-    config = config.replace(**changes) if changes else config
-    for port in bind(config):  # as if alone: where somebody listens, that cannot be
-        port.sock.close()
     with ExitStack() as stack:
+        changes = {}
+        for option in _PORT_OPTIONS:
+            if 0 in (asked := getattr(config, option)):
+                changes[option] = tuple(port or _any_port(config, option, stack) for port in asked)
+        config = config.replace(**changes) if changes else config
+        for port in bind(config):  # as if alone: where somebody listens, that cannot be
+            port.sock.close()
         for sock, _ in _open(config, shared=True, listening=False):
             stack.enter_context(sock)
         yield config
@@ -336,11 +335,14 @@ def _socket(ip: str, port: int, *, shared: bool, listening: bool) -> socket.sock
     return sock
 
 
-def _free_port(config: Config) -> int:
-    """A port that nobody has, at least on the first address."""
+def _any_port(config: Config, option: str, stack: ExitStack) -> int:
+    """A port that nobody has on the first address, and nobody is given until `stack` ends."""
     ip = (config.smtp_ip or _all_addresses())[0]
-    with _socket(ip, 0, shared=True, listening=False) as sock:
-        return address_of(sock.getsockname())[1]
+    try:
+        sock = stack.enter_context(_socket(ip, 0, shared=True, listening=False))
+    except OSError as error:
+        raise _no_port(config, option, ip, 0, error) from None
+    return address_of(sock.getsockname())[1]
 
 
 def _join(ip: str, port: int) -> str:

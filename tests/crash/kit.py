@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ import trio
 
 from mailerq.cli import control
 from mailerq.net.stream import Stream, StreamLost
+from mailerq.queues.shares import share_directory, shares_in
 from mailerq.queues.store import Store
 from tests.support import CC_FLAGS, ROOT, Sink
 
@@ -87,8 +88,39 @@ class Daemon:
         await until(lambda: self.depth("outbox") == 0)
 
     def depth(self, queue: str) -> int:
-        with Store.open(str(self.queue)) as store:
-            return sum(depth.total for depth in store.depths() if depth.queue == queue)
+        return sum(self.depths(queue))
+
+    def depths(self, queue: str) -> list[int]:
+        """How many messages of a queue each share has."""
+        depths = []
+        for share in shares_in(str(self.queue)):
+            with Store.open(share_directory(str(self.queue), share)) as store:
+                depths.append(sum(each.total for each in store.depths() if each.queue == queue))
+        return depths
+
+    @property
+    def children(self) -> list[int]:
+        """The processes of several that this one is the parent of."""
+        found = []
+        for task in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            with suppress(OSError):  # the thread, or the process, has just gone
+                for pid in task.read_text().split():
+                    # Libraries start programs of their own, as ctypes does.
+                    if b"mailerq.cli.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        found.append(int(pid))
+        return sorted(found)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether any of its threads is: they have its files, also when the first one has ended."""
+    try:
+        states = [
+            (task / "stat").read_text().rpartition(")")[2].split()[0]
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+    except (FileNotFoundError, ProcessLookupError):  # one has just gone, or all have
+        return Path(f"/proc/{pid}").exists()
+    return any(state not in "ZX" for state in states)
 
 
 def switches_in(directory: Path, sink_port: int, *more: str) -> list[str]:

@@ -161,6 +161,11 @@ class Certificate:
         return {"smtp_certificate": str(self.chain), "smtp_key": str(self.key)}
 
     @property
+    def switches(self) -> list[str]:
+        """The same for the command line."""
+        return [f"--{name.replace('_', '-')}={value}" for name, value in self.settings.items()]
+
+    @property
     def trust(self) -> ssl.SSLContext:
         context = ssl.create_default_context()
         self.authority.configure_trust(context)
