@@ -1,6 +1,7 @@
 """kill -9 at random moments under load.
 
-What got a 250 arrives; what arrives twice was in flight; nothing else arrives.
+What got a 250 arrives; what arrives twice was in flight; nothing else arrives. Of several processes
+one is killed and then all stop, or the parent is, or all are.
 """
 
 from __future__ import annotations
@@ -8,12 +9,23 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.crash.kit import Ledger, Load, all_arrive, arrivals, daemon
+from tests.crash.kit import (
+    Daemon,
+    Ledger,
+    Load,
+    all_arrive,
+    arrivals,
+    daemon,
+    is_alive,
+    until,
+)
 from tests.support import ROOT, compile_plugin, open_sink
 
 SESSIONS = 20
@@ -29,15 +41,34 @@ def plugins(directory: Path) -> dict[str, str]:
     return {"DELAY_SECONDS": "0.002", "FOOTER_TEXT": "a footer"}
 
 
+async def kill_some(running: Daemon, dice: random.Random) -> None:
+    """Kill processes of several: the others go on, or stop by themselves."""
+    children = running.children
+    match dice.randrange(4):
+        case 0:  # without their parent they stop
+            running.kill()
+        case 1:
+            for pid in (*children, running.process.pid):
+                os.kill(pid, signal.SIGKILL)
+        case _:
+            os.kill(dice.choice(children), signal.SIGKILL)
+            await trio.sleep(dice.uniform(0.0, 2.0))  # it is replaced, or its share moves
+            assert await running.stop() == 0
+    await until(lambda: not any(map(is_alive, children)))
+
+
 async def kill_again_and_again(directory: Path, rounds: int, variant: str) -> None:
     ledger = Ledger()
     in_flight: set[str] = set()  # the last mail of each connection to the sink at a kill
     switches, env = [], {}
+    several = variant == "processes"
     if variant == "threads":
         switches = ["--smtp-threads=3"]
     elif variant == "plugins":
         env = plugins(directory)
         switches = [f"--plugin-directory={directory / 'plugins'}"]
+    elif several:
+        switches = ["--smtp-processes=2"]
     dice = random.Random(rounds)
     async with open_sink() as sink:
         for number in range(rounds):
@@ -48,9 +79,13 @@ async def kill_again_and_again(directory: Path, rounds: int, variant: str) -> No
                 trio.open_nursery() as nursery,
             ):
                 for _ in range(SESSIONS):
-                    nursery.start_soon(load.session, running.port)
+                    nursery.start_soon(partial(load.session, running.port, again=several))
                 await trio.sleep(dice.uniform(0.05, 0.6))
-                running.kill()
+                if several:
+                    await kill_some(running, dice)
+                    load.ending = True
+                else:
+                    running.kill()
             in_flight.update(name.partition("@")[0] for name in sink.last_mails.values())
         assert len(ledger.accepted) > 10 * rounds
         async with daemon(directory, sink.port, *switches, env=env) as running:
@@ -59,18 +94,18 @@ async def kill_again_and_again(directory: Path, rounds: int, variant: str) -> No
             assert running.depth("damaged") == 0
             assert await running.stop() == 0
     ledger.check(arrivals(sink), in_flight)
-    assert not list((directory / "queue").glob("*damaged*"))
+    assert not list((directory / "queue").rglob("*damaged*"))
     if variant == "plugins":
         assert all(b"a footer" in mail.body for mail in sink.mails)
     shutil.rmtree(directory / "queue")
 
 
-@pytest.mark.parametrize("variant", ["plain", "threads", "plugins"])
+@pytest.mark.parametrize("variant", ["plain", "threads", "plugins", "processes"])
 async def test_kill_at_any_moment(tmp_path: Path, variant: str) -> None:
     await kill_again_and_again(tmp_path, SMALL, variant)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("variant", ["plain", "threads", "plugins"])
+@pytest.mark.parametrize("variant", ["plain", "threads", "plugins", "processes"])
 async def test_a_hundred_kills(tmp_path: Path, variant: str) -> None:
     await kill_again_and_again(tmp_path, FULL, variant)
