@@ -13,7 +13,6 @@ import os
 import pickle
 import signal
 import socket
-import struct
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
@@ -22,19 +21,17 @@ from typing import Any, Final
 import trio
 
 from mailerq.cli import logs
-from mailerq.cli.daemon import HURRY_SECONDS, allow_descriptors
+from mailerq.cli.process import HEAD
+from mailerq.cli.serving import HURRY_SECONDS, prepare
 from mailerq.config import Config
 from mailerq.engine import Engine
 from mailerq.errors import ConfigError, MailerqError, PluginError
 from mailerq.message import encode_properties
 from mailerq.net import control
 
-__all__ = ["HEAD", "main"]
+__all__ = ["main"]
 
 log = logging.getLogger("mailerq")
-
-HEAD: Final = struct.Struct("!Q")
-"""What the parent sends first: the length of the pickled ``(share, config)`` behind it."""
 
 READ_BYTES: Final = 1 << 16
 
@@ -55,7 +52,7 @@ def main() -> int:
         share, config = pickle.loads(_read(file, length))
     try:
         logs.configure(config, f"process {share}: ")
-        allow_descriptors(config)
+        prepare(config)
         trio.run(_serve, config, share, parent)
     except MailerqError as error:
         settings = isinstance(error, ConfigError | PluginError)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import resource
 import signal
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from mailerq import __version__
 from mailerq.cli import logs
 from mailerq.cli.common import Parser, complain
+from mailerq.cli.serving import HURRY_SECONDS, end_at_once, join, prepare
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 
@@ -24,15 +23,9 @@ if TYPE_CHECKING:
 
     from mailerq.engine import Engine
 
-__all__ = ["allow_descriptors", "end_at_once", "join", "main"]
+__all__ = ["main"]
 
 log = logging.getLogger("mailerq")
-
-OTHER_DESCRIPTORS: Final = 256
-"""What the process may have open beside connections: queue, logs, plugins, mail in files."""
-
-HURRY_SECONDS: Final = 1.0
-"""How long plugins may hold up a start that is to end."""
 
 DESCRIPTION: Final = """\
 A mail transfer agent. Without a command it is the daemon and stays in the foreground.
@@ -160,23 +153,13 @@ def _run(config: Config) -> int:
             from mailerq.cli import parent
 
             return trio.run(parent.serve, config)
-        allow_descriptors(config)
+        prepare(config)
         return trio.run(_serve, config)
     except (ConfigError, PluginError, QueueError):
         raise
     except Exception:
         log.critical("the engine failed", exc_info=True)
         return os.EX_SOFTWARE
-
-
-def allow_descriptors(config: Config) -> None:
-    """Raise the soft limit as far as the connections need it and as it may go."""
-    wanted = config.smtp_connections + OTHER_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY not in (soft, hard):
-        limits = (max(soft, min(wanted, hard)), hard)
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 async def _serve(config: Config) -> int:
@@ -226,15 +209,6 @@ async def _watch(
             end_at_once(number)
 
 
-def end_at_once(number: int) -> None:
-    """End the process by a signal."""
-    log.warning("%s again: stopping at once", signal.Signals(number).name)
-    logging.shutdown()
-    sys.stderr.flush()
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-
-
 def _reload(name: str, engine: Engine) -> None:
     try:
         engine.reload()
@@ -242,8 +216,3 @@ def _reload(name: str, engine: Engine) -> None:
         log.error("%s: the certificate stays as it was: %s", name, error)
     else:
         log.info("%s: the certificate is read; moved log files are opened anew by themselves", name)
-
-
-def join(addresses: Iterable[tuple[str, int]]) -> str:
-    """Addresses and ports for people."""
-    return ", ".join(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip, port in addresses)

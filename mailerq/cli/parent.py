@@ -23,31 +23,25 @@ Guarantees
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import pickle
 import signal
-import socket
-import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
 
 from mailerq import __version__
-from mailerq.cli import EX_CONFIGURATION
-from mailerq.cli.child import HEAD
 from mailerq.cli.common import complain
-from mailerq.cli.daemon import end_at_once, join
+from mailerq.cli.process import Ended, NoStart, Process, describe
+from mailerq.cli.serving import end_at_once, join
 from mailerq.config import Config
 from mailerq.errors import MailerqError
-from mailerq.message import encode_properties, format_time
+from mailerq.message import format_time
 from mailerq.net import control
 from mailerq.net.listener import reserve
 from mailerq.net.statistics import total
@@ -77,23 +71,12 @@ MIN_QUARANTINE_SECONDS: Final = 60.0
 MAX_QUARANTINE_SECONDS: Final = 3600.0
 """How long a share is not taken over after who did has ended; twice as long each time."""
 
-MAX_QUESTIONS: Final = 100
-"""Requests that a process may leave without an answer."""
-
-MAX_REQUEST_BYTES: Final = 256
-"""Of one of them: so few and short ones always fit into the buffer of a socket."""
-
-READ_BYTES: Final = 1 << 16
-
-ASK_SECONDS: Final = 5.0
+ASK_SECONDS: Final = 2.0
 MOVE_SECONDS: Final = 30.0
 """How long a process may take to say how it is, and to open or close a share."""
 
 IDS_SECONDS: Final = 0.4
 """How long for ids, before another one is asked: an injector waits for a second at most."""
-
-EXIT_SECONDS: Final = 5.0
-"""How long it may take to end after it has said that it cannot start."""
 
 KILL_SECONDS: Final = 30.0
 """How long after `shutdown-timeout` a process is killed that has not stopped."""
@@ -105,116 +88,15 @@ async def serve(config: Config) -> int:
         return await _Parent(reserved).run()
 
 
-class _Ended(Exception):
-    """A process went away, or does not answer."""
-
-
-class _NoStart(Exception):
-    """A process says why it cannot start. `status` is the exit status for that."""
-
-    def __init__(self, text: str, status: int) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-@dataclass(slots=True, eq=False)
-class _Question:
-    """What a process was asked; its reply is None when it has ended."""
-
-    answered: trio.Event = field(default_factory=trio.Event)
-    reply: dict[str, Any] | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Child:
-    """A process. `took` are the shares of others that it has, and since when.
-
-    `offered` is the one that it is asked to take over; it may have it already.
-    """
-
-    index: int
-    process: trio.Process
-    sock: trio.socket.SocketType
-    took: dict[int, float] = field(default_factory=dict)
-    offered: int | None = None
-    questions: deque[_Question] = field(default_factory=deque)
-    over: trio.Event = field(default_factory=trio.Event)
-
-    async def ask(self, command: str, seconds: float, **arguments: object) -> dict[str, Any]:
-        """The reply to a request. Raises `_Ended`, and `MailerqError` for what it says is wrong."""
-        if self.over.is_set() or len(self.questions) >= MAX_QUESTIONS:
-            raise _Ended(f"{self} does not answer")
-        request = encode_properties({"command": command, **arguments}) + b"\n"
-        if len(request) > MAX_REQUEST_BYTES:
-            raise MailerqError(f"{command}: the request is too long")
-        question = _Question()
-        self.questions.append(question)
-        # Shielded: replies are told apart by their order, so what is in the list is sent.
-        with (
-            trio.CancelScope(shield=True),
-            suppress(OSError, trio.ClosedResourceError),  # its end is about to be noticed
-        ):
-            await self.sock.send(request)
-        with trio.move_on_after(seconds):
-            await question.answered.wait()
-        if question.reply is None:
-            raise _Ended(f"{self} does not answer")
-        if "error" in question.reply:
-            raise MailerqError(f"{self}: {question.reply['error']}")
-        return question.reply
-
-    async def listen(self) -> None:
-        """Give each reply to the question that was first, until the process ends."""
-        unread = b""
-        with suppress(OSError, trio.ClosedResourceError):
-            while data := await self.sock.recv(READ_BYTES):
-                *lines, unread = (unread + data).split(b"\n")
-                for line in lines:
-                    if self.questions:  # else it says why it ends
-                        question = self.questions.popleft()
-                        question.reply = json.loads(line)
-                        question.answered.set()
-        self.over.set()
-        for question in self.questions:
-            question.answered.set()
-
-    async def until_ready(self) -> dict[str, Any]:
-        """What it says once it serves. Raises `_NoStart`."""
-        question = _Question()
-        self.questions.appendleft(question)
-        await question.answered.wait()
-        reply = question.reply
-        if reply is None:
-            how = _describe(await self.process.wait())
-            raise _NoStart(f"{self} {how} at its start", os.EX_SOFTWARE)
-        if "failed" in reply:
-            status = os.EX_TEMPFAIL if reply["temporary"] else EX_CONFIGURATION
-            raise _NoStart(reply["failed"], status)
-        return reply
-
-    def leave(self) -> None:
-        """Have it stop in its time."""
-        with suppress(OSError):  # it has ended already
-            self.sock.shutdown(socket.SHUT_WR)
-
-    def __str__(self) -> str:
-        return f"process {self.index} (pid {self.process.pid})"
-
-
-def _burden(child: _Child) -> tuple[int, int]:
-    """Who owes an answer is asked last: it may stand still."""
-    return len(child.questions), len(child.took)
-
-
 class _Parent:
     def __init__(self, config: Config) -> None:
         self._config = _divide(config)
         self._count = config.smtp_processes
         self._started = time.time()
         self._starts = dict.fromkeys(range(self._count), 0)
-        self._children: dict[int, _Child] = {}
+        self._children: dict[int, Process] = {}
         """Those that serve."""
-        self._begun: dict[int, _Child] = {}
+        self._begun: dict[int, Process] = {}
         """Those, and the ones that are about to."""
         self._loose: set[int] = set()
         """Shares that nobody has, and whose own process does not run."""
@@ -237,7 +119,7 @@ class _Parent:
                 async with trio.open_nursery() as keepers:
                     try:
                         await self._start(keepers)
-                    except _NoStart as error:
+                    except NoStart as error:
                         complain(str(error))
                         status = error.status
                     else:
@@ -253,12 +135,12 @@ class _Parent:
         addresses = await keepers.start(self._keep, 0)
         if self._stop.is_set():
             return
-        failures: list[_NoStart] = []
+        failures: list[NoStart] = []
 
         async def start(index: int) -> None:
             try:
                 await keepers.start(self._keep, index)
-            except _NoStart as error:
+            except NoStart as error:
                 failures.append(error)
 
         async with trio.open_nursery() as nursery:
@@ -303,7 +185,7 @@ class _Parent:
     def _kill(self) -> None:
         for child in self._begun.values():
             log.error("%s has not stopped, it is killed", child)
-            child.process.kill()
+            child.program.kill()
 
     # Processes
 
@@ -313,7 +195,7 @@ class _Parent:
         *,
         task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Have a process for a share, one after another. Raises `_NoStart` for the first."""
+        """Have a process for a share, one after another. Raises `NoStart` for the first."""
         failures = 0
         first = True
 
@@ -328,7 +210,7 @@ class _Parent:
             self._loose.discard(index)
             try:
                 seconds = await self._live(index, ready)
-            except _NoStart as error:
+            except NoStart as error:
                 if first and self._stop.is_set():
                     return ready([])
                 if first:
@@ -352,44 +234,33 @@ class _Parent:
                 await self._call_back(index)
 
     async def _live(self, index: int, ready: Callable[[list[tuple[str, int]]], object]) -> float:
-        """One process from its start to its end; the seconds that it served. `_NoStart`."""
+        """One process from its start to its end; the seconds that it served. `NoStart`."""
         reloads = self._reloads
-        child = await self._spawn(index)
+        child = await Process.start(index)
         self._begun[index] = child
         self._starts[index] += 1
         self._nursery.start_soon(child.listen)
         if self._stop.is_set():
             child.leave()
-        settings = pickle.dumps((index, self._config))
         try:
-            # It has ended already, or is to.
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                await trio.SocketStream(child.sock).send_all(HEAD.pack(len(settings)) + settings)
-            reply = await child.until_ready()
+            addresses = await child.until_ready(self._config)
             served = time.monotonic()
             self._children[index] = child
-            ready([(ip, port) for ip, port in reply["addresses"]])
+            ready(addresses)
             if reloads != self._reloads:  # it may have read the certificate before
                 self._nursery.start_soon(self._reload)
             self._nursery.start_soon(self._hand_out)
-            status = await child.process.wait()
+            status = await child.program.wait()
         finally:
             self._children.pop(index, None)
-            child.over.set()
-            child.sock.close()
-            with trio.move_on_after(EXIT_SECONDS, shield=True):
-                await child.process.wait()
-            if child.process.returncode is None:
-                child.process.kill()
-                with trio.CancelScope(shield=True):
-                    await child.process.wait()
+            await child.end()
             del self._begun[index]
         if not self._stop.is_set():
-            log.critical("%s %s; another one is started", child, _describe(status))
+            log.critical("%s %s; another one is started", child, describe(status))
             self._bury(child, status)
         return time.monotonic() - served
 
-    def _bury(self, child: _Child, status: int) -> None:
+    def _bury(self, child: Process, status: int) -> None:
         """A process has ended: what it had taken over is nobody's again."""
         now = time.monotonic()
         taken = dict(child.took)
@@ -412,28 +283,6 @@ class _Parent:
                 )
         if taken:
             self._nursery.start_soon(self._hand_out)
-
-    async def _spawn(self, index: int) -> _Child:
-        with ExitStack() as stack:
-            try:
-                ours, theirs = socket.socketpair()
-                stack.enter_context(theirs)
-                stack.callback(ours.close)
-                process = await trio.lowlevel.open_process(
-                    # -P: what lies in the working directory is not ours.
-                    [sys.executable, "-P", "-m", "mailerq.cli.child", str(index)],
-                    stdin=theirs.fileno(),
-                    # What a terminal says to all (Ctrl-C, it hangs up) is for the parent, also
-                    # before the process can say that it does not listen.
-                    process_group=0,
-                )
-            except OSError as error:
-                raise _NoStart(
-                    f"process {index} cannot be started: {error.strerror or error}", os.EX_OSERR
-                ) from None
-            theirs.close()
-            stack.pop_all()
-        return _Child(index, process, trio.socket.from_stdlib_socket(ours))
 
     # Shares
 
@@ -461,7 +310,7 @@ class _Parent:
             child.offered = share
             try:
                 await child.ask("take-over", MOVE_SECONDS, share=share)
-            except (_Ended, MailerqError) as error:
+            except (Ended, MailerqError) as error:
                 log.error("share %d of the queue is not taken over: %s", share, error)
             else:
                 if not child.over.is_set():
@@ -486,7 +335,7 @@ class _Parent:
             if child.took.pop(index, None) is not None:
                 try:
                     await child.ask("give-back", MOVE_SECONDS, share=index)
-                except (_Ended, MailerqError) as error:
+                except (Ended, MailerqError) as error:
                     log.error("share %d of the queue is not given back: %s", index, error)
 
     # What others ask for
@@ -509,7 +358,7 @@ class _Parent:
             state = "runs" if reply else "does not answer" if child else "is to start"
             rows.append({
                 "process": index,
-                "pid": child.process.pid if child else None,
+                "pid": child.program.pid if child else None,
                 "state": state,
                 "starts": self._starts[index],
                 "uptime": reply["uptime"] if reply else None,
@@ -532,7 +381,7 @@ class _Parent:
         """Of one process; those that owe an answer are asked last."""
         count = request.get("count", 1)
         for child in sorted(self._children.values(), key=_burden):
-            with suppress(_Ended):
+            with suppress(Ended):
                 return await child.ask("message-ids", IDS_SECONDS, count=count)
         raise MailerqError("no process answers")
 
@@ -550,10 +399,10 @@ class _Parent:
         """The reply of each process, None of one that does not answer."""
         replies: dict[int, dict[str, Any] | None] = {}
 
-        async def ask(child: _Child) -> None:
+        async def ask(child: Process) -> None:
             try:
                 replies[child.index] = await child.ask(command, ASK_SECONDS)
-            except (_Ended, MailerqError) as error:
+            except (Ended, MailerqError) as error:
                 log.error("%s: %s", command, error)
                 replies[child.index] = None
 
@@ -561,6 +410,10 @@ class _Parent:
             for child in self._children.values():
                 nursery.start_soon(ask, child)
         return replies
+
+
+def _burden(child: Process) -> tuple[int, int]:
+    return child.burden
 
 
 def _divide(config: Config) -> Config:
@@ -579,10 +432,3 @@ def _doubled(seconds: float, times: int, most: float) -> float:
     (8.0, 60.0)
     """
     return min(seconds * 2.0 ** min(times, 30), most)
-
-
-def _describe(status: int) -> str:
-    """An exit status for people."""
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"ended with status {status}"

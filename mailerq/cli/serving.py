@@ -1,0 +1,55 @@
+"""What every process that serves does alike: the daemon alone, a parent, its processes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+from mailerq.config import Config
+
+__all__ = ["HURRY_SECONDS", "end_at_once", "join", "prepare"]
+
+log = logging.getLogger("mailerq")
+
+OTHER_DESCRIPTORS: Final = 256
+"""What the process may have open beside connections: queue, logs, plugins, mail in files."""
+
+HURRY_SECONDS: Final = 1.0
+"""How long plugins may hold up a start that is to end."""
+
+COLLECT_AFTER: Final = (10_000, 20, 50)
+"""When Python looks for cycles. There are next to none, and at its own thresholds the search took
+a twentieth of the processor time of a message."""
+
+
+def prepare(config: Config) -> None:
+    """Make the process fit to serve as many connections as it is to have."""
+    gc.set_threshold(*COLLECT_AFTER)
+    wanted = config.smtp_connections + OTHER_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard):
+        # As far as the connections need it and as it may go.
+        limits = (max(soft, min(wanted, hard)), hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def end_at_once(number: int) -> None:
+    """End the process by a signal."""
+    log.warning("%s again: stopping at once", signal.Signals(number).name)
+    logging.shutdown()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def join(addresses: Iterable[tuple[str, int]]) -> str:
+    """Addresses and ports for people."""
+    return ", ".join(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip, port in addresses)
