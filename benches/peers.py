@@ -445,6 +445,16 @@ class Mailerq(Program):
         path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
         return [*self.command, f"--config-file={path}", *self.options]
 
+    def _wait_for_banner(self) -> None:
+        super()._wait_for_banner()
+        # The first of several processes may listen while the others start.
+        deadline = time.monotonic() + START_SECONDS
+        while b"listens on" not in self.log.read_bytes():
+            self.check()
+            if time.monotonic() > deadline:
+                raise Failed(f"{self.name} is not complete\n{self.tail()}")
+            time.sleep(0.02)
+
     def waiting(self) -> int:
         """Those of the next day: what waiting.py puts into the queue is due later."""
         # The SQLite of the project, not the older one of Python: both would share a WAL.
