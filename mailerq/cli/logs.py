@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import logging.handlers
 import os
+import pwd
 import re
 import sys
+from contextlib import suppress
+from io import TextIOWrapper
 from typing import Final
 
 from mailerq.config import Config
@@ -43,6 +47,75 @@ class _Formatter(logging.Formatter):
         return text
 
 
+class _File(logging.FileHandler):
+    """A file that lines are appended to; when logrotate has moved it, a new one is opened.
+
+    With an `account`, root writes where that account may write, and processes with both write
+    into one file. So a new file belongs to the account, a symbolic link is not followed, a pipe
+    is not waited for, and the directory stays the one that it was at the start.
+    """
+
+    def __init__(self, path: str, account: pwd.struct_passwd | None) -> None:
+        self._account = account
+        self._path = path
+        self._directory: int | None = None
+        if account is not None:
+            self._path = os.path.basename(path)
+            directory = os.path.dirname(path)
+            self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            super().__init__(path, encoding="utf-8")
+        except OSError:
+            self._close_directory()
+            raise
+
+    def _open(self) -> TextIOWrapper:
+        # What was there before may be of somebody else: only a new file gets its owner from us.
+        if self._account is None:
+            return open(self._path, "a", encoding="utf-8")
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            new = flags | os.O_CREAT | os.O_EXCL
+            file = os.open(self._path, new, 0o640, dir_fd=self._directory)
+        except FileExistsError:
+            file = os.open(self._path, flags, dir_fd=self._directory)
+        else:
+            if os.geteuid() == 0:
+                os.fchown(file, self._account.pw_uid, self._account.pw_gid)
+        return open(file, "a", encoding="utf-8")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line. Into the old file while the new one cannot be opened."""
+        with suppress(OSError):
+            self._follow()
+        with suppress(OSError):
+            super().emit(record)
+
+    def _follow(self) -> None:
+        if self.stream is None:
+            return
+        try:
+            there = os.stat(
+                self._path, dir_fd=self._directory, follow_symlinks=self._account is None
+            )
+        except FileNotFoundError:
+            pass
+        else:
+            if os.path.samestat(there, os.fstat(self.stream.fileno())):
+                return
+        old, self.stream = self.stream, self._open()
+        old.close()
+
+    def close(self) -> None:
+        super().close()
+        self._close_directory()
+
+    def _close_directory(self) -> None:
+        if self._directory is not None:
+            os.close(self._directory)
+            self._directory = None
+
+
 def configure(config: Config, who: str = "") -> None:
     """Send what the program logs to where `application-log` says. Raises `ConfigError`.
 
@@ -65,6 +138,7 @@ def _names(text: str) -> list[str]:
 
 def _handler(name: str, config: Config) -> logging.Handler:
     where = config.origin("application-log")
+    account = _account(config)
     try:
         match name:
             case "stderr":
@@ -75,8 +149,25 @@ def _handler(name: str, config: Config) -> logging.Handler:
                 return logging.handlers.SysLogHandler(
                     "/dev/log", facility=logging.handlers.SysLogHandler.LOG_MAIL
                 )
-        return logging.handlers.WatchedFileHandler(os.path.abspath(name), encoding="utf-8")
+        return _File(os.path.abspath(name), account)
     except OSError as error:
+        if account is not None and error.errno == errno.ELOOP:
+            raise ConfigError(
+                where,
+                f"application-log: {name} is a symbolic link; root does not follow one where "
+                f"{config.user}, the account of user, may have made it",
+            ) from None
         raise ConfigError(
             where, f"application-log: cannot write to {name}: {error.strerror or error}"
         ) from None
+
+
+def _account(config: Config) -> pwd.struct_passwd | None:
+    """The account that a process of root is to have; None where it is another's, or root's."""
+    if not config.user or os.geteuid() != 0:
+        return None
+    try:
+        account = pwd.getpwnam(config.user)
+    except KeyError:
+        return None  # The engine says so.
+    return account if account.pw_uid else None
