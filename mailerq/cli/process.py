@@ -186,5 +186,8 @@ class Process:
 def describe(status: int) -> str:
     """An exit status for people."""
     if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
+        try:
+            return f"was ended by {signal.Signals(-status).name}"
+        except ValueError:  # a real-time signal
+            return f"was ended by signal {-status}"
     return f"ended with status {status}"
