@@ -7,7 +7,7 @@ reply to each request, in their order.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import pickle
 import signal
@@ -24,9 +24,11 @@ import trio
 from mailerq.cli import EX_CONFIGURATION
 from mailerq.config import Config
 from mailerq.errors import MailerqError
-from mailerq.message import encode_properties
+from mailerq.message import decode_properties, encode_properties
 
 __all__ = ["HEAD", "Ended", "NoStart", "Process", "describe"]
+
+log = logging.getLogger("mailerq")
 
 HEAD: Final = struct.Struct("!Q")
 """What the parent sends first: the length of the pickled ``(share, config)`` behind it."""
@@ -38,6 +40,9 @@ MAX_REQUEST_BYTES: Final = 256
 """Of one of them: so few and short ones always fit into the buffer of a socket."""
 
 READ_BYTES: Final = 1 << 16
+
+MAX_REPLY_BYTES: Final = 16 << 20
+"""Of one reply; who says more without an end has lost its mind."""
 
 EXIT_SECONDS: Final = 5.0
 """How long it may take to end after it has said that it cannot start."""
@@ -116,9 +121,12 @@ class Process:
             how = describe(await self.program.wait())
             raise NoStart(f"{self} {how} at its start", os.EX_SOFTWARE)
         if "failed" in reply:
-            status = os.EX_TEMPFAIL if reply["temporary"] else EX_CONFIGURATION
-            raise NoStart(reply["failed"], status)
-        return [(ip, port) for ip, port in reply["addresses"]]
+            status = os.EX_TEMPFAIL if reply.get("temporary") else EX_CONFIGURATION
+            raise NoStart(str(reply["failed"]), status)
+        try:
+            return [(str(ip), int(port)) for ip, port in reply["addresses"]]
+        except (KeyError, TypeError, ValueError):
+            raise NoStart(f"{self} does not say where it listens", os.EX_SOFTWARE) from None
 
     async def ask(self, command: str, seconds: float, **arguments: object) -> dict[str, Any]:
         """The reply to a request. Raises `Ended`, and `MailerqError` for what it says is wrong."""
@@ -145,18 +153,35 @@ class Process:
 
     async def listen(self) -> None:
         """Give each reply to the question that was first, until the process ends."""
-        unread = b""
-        with suppress(OSError, trio.ClosedResourceError):
-            while data := await self.sock.recv(READ_BYTES):
-                *lines, unread = (unread + data).split(b"\n")
-                for line in lines:
-                    if self.questions:  # else it says why it ends
-                        question = self.questions.popleft()
-                        question.reply = json.loads(line)
-                        question.answered.set()
+        try:
+            await self._hear()
+        except (OSError, trio.ClosedResourceError):
+            pass
+        except MailerqError as error:
+            log.critical("%s says what is no reply, it is killed: %s", self, error)
+            self.program.kill()
         self.over.set()
         for question in self.questions:
             question.answered.set()
+
+    async def _hear(self) -> None:
+        """Raises `MailerqError` for what is no reply: a plugin, say, has written on the socket."""
+        unread = b""
+        serves = False
+        while data := await self.sock.recv(READ_BYTES):
+            *lines, unread = (unread + data).split(b"\n")
+            if len(unread) > MAX_REPLY_BYTES:
+                raise MailerqError("a line that does not end")
+            for line in lines:
+                reply = decode_properties(line)
+                if serves and "failed" in reply:  # it says why it ends, and answers nothing more
+                    log.critical("%s: %s", self, reply["failed"])
+                    return
+                serves = True
+                if self.questions:
+                    question = self.questions.popleft()
+                    question.reply = reply
+                    question.answered.set()
 
     @property
     def burden(self) -> tuple[int, int]:
