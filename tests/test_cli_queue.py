@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,9 +18,10 @@ import pytest
 from mailerq.cli import main
 from mailerq.message import Message
 from mailerq.queues import Publication
+from mailerq.queues.exclusive import open_exclusive
 from mailerq.queues.shares import share_directory
 from mailerq.queues.store import Store
-from tests.support import mailerq
+from tests.support import ROOT, mailerq
 
 MIME = b"Subject: hi\r\n\r\nhello\r\n"
 
@@ -105,6 +108,38 @@ def test_purge_wants_a_yes(directory: Path) -> None:
         "queue": "outbox",
         "deleted": 0,
     }
+
+
+@pytest.mark.parametrize(("answer", "left"), [(b"y\n", 0), (b"\n", 3)])
+def test_purge_has_nothing_open_while_it_waits_for_an_answer(
+    directory: Path, answer: bytes, left: int
+) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "mailerq", "queue", "purge", "outbox"]
+    try:
+        with subprocess.Popen(
+            [*command, f"--queue-directory={directory}"],
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+        ) as process:
+            assert process.stderr is not None
+            prompt = b""
+            while not prompt.endswith(b"[y/N] ") and (data := process.stderr.read1()):
+                prompt += data
+            try:
+                assert prompt == b"Delete all 3 messages of outbox for good? [y/N] "
+                open_exclusive(str(directory)).close()  # As a process that comes back.
+            finally:
+                os.write(ours, answer)
+                process.communicate()
+        assert process.returncode == (1 if left else 0)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    with Store.open(str(directory)) as store:
+        assert sum(depth.total for depth in store.depths()) == left
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import os
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 from mailerq.cli.common import (
@@ -42,20 +42,9 @@ def main(settings: list[str], rest: list[str]) -> int:
     options, parser = _parse(rest)
     config = Config.load(settings)
     try:
-        with ExitStack() as stack:
-            stores = []
-            for share in shares_in(config.queue_directory):
-                directory = share_directory(config.queue_directory, share)
-                path = os.path.join(directory, FILE_NAME)
-                try:
-                    os.stat(path)  # Looking must not make one.
-                except FileNotFoundError:
-                    continue
-                if not os.access(path, os.R_OK | os.W_OK):
-                    raise PermissionError
-                stores.append(stack.enter_context(open_shared(directory)))
-            if not stores:
-                raise FileNotFoundError
+        if options.confirm is not None and not options.confirm(config, options, parser):
+            return 1
+        with _opened(config) as stores:
             status: int = options.run(stores, config, options, parser)
             return status
     except PermissionError:
@@ -69,6 +58,26 @@ def main(settings: list[str], rest: list[str]) -> int:
         return os.EX_TEMPFAIL
 
 
+@contextmanager
+def _opened(config: Config) -> Iterator[Stores]:
+    """The shares that have a queue. While they are open no process can start that has crashed."""
+    with ExitStack() as stack:
+        stores = []
+        for share in shares_in(config.queue_directory):
+            directory = share_directory(config.queue_directory, share)
+            path = os.path.join(directory, FILE_NAME)
+            try:
+                os.stat(path)  # Looking must not make one.
+            except FileNotFoundError:
+                continue
+            if not os.access(path, os.R_OK | os.W_OK):
+                raise PermissionError
+            stores.append(stack.enter_context(open_shared(directory)))
+        if not stores:
+            raise FileNotFoundError
+        yield stores
+
+
 def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
     parser = command_parser("queue", "Look into the queues, and take messages out of them.")
     commands = parser.add_subparsers(
@@ -77,7 +86,7 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
 
     def command(name: str, text: str, run: Any, json: str, *, queue: bool = True) -> Parser:
         added: Parser = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, confirm=None)
         added.add_argument("--json", action="store_true", help=f"for programs: {json}")
         if queue:
             added.add_argument("queue", metavar="QUEUE")
@@ -95,6 +104,7 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
         added.add_argument("--limit", type=positive, metavar="N", help="no more than N messages")
         added.add_argument("--after", type=_id, default=0, metavar="ID", help="from behind this id")
     purge = command("purge", "delete all messages of a queue", _purge, "one JSON object")
+    purge.set_defaults(confirm=_confirm)
     purge.add_argument("--yes", action="store_true", help="do not ask")
     return parser.parse_args(rest), parser
 
@@ -190,17 +200,24 @@ def _read(stores: Stores, config: Config, options: Namespace, parser: Parser) ->
     return os.EX_DATAERR if missing else os.EX_OK
 
 
-def _purge(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
-    if not options.yes:
-        if not sys.stdin.isatty():
-            parser.error("purge deletes for good: say --yes, or answer on a terminal")
+def _confirm(config: Config, options: Namespace, parser: Parser) -> bool:
+    """Whether to purge. Nothing is open while somebody thinks about it."""
+    if options.yes:
+        return True
+    with _opened(config) as stores:
         depths = [depth for store in stores for depth in store.depths()]
-        total = sum(depth.total for depth in depths if depth.queue == options.queue)
-        sys.stderr.write(f"Delete all {total} messages of {options.queue} for good? [y/N] ")
-        sys.stderr.flush()
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            complain("nothing was deleted")
-            return 1
+    if not sys.stdin.isatty():
+        parser.error("purge deletes for good: say --yes, or answer on a terminal")
+    total = sum(depth.total for depth in depths if depth.queue == options.queue)
+    sys.stderr.write(f"Delete all {total} messages of {options.queue} for good? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() in ("y", "yes"):
+        return True
+    complain("nothing was deleted")
+    return False
+
+
+def _purge(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
     deleted = sum(store.purge(options.queue) for store in stores)
     if options.json:
         print_json({"queue": options.queue, "deleted": deleted})
