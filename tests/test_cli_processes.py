@@ -364,7 +364,7 @@ async def test_a_share_that_kills_who_delivers_it_does_not_take_the_others_along
         async with connected(running.port) as stream:
             assert await put(stream, "poison") == 250
         await until(lambda: "no other process does so for 60 seconds" in running.log)
-        marked = 1 if "had taken share 1 over" in running.log else 0
+        marked = 1 if "share 1 over: no other" in running.log else 0
         healthy = 1 - marked
         found = await until_rows(running, lambda found: found[healthy]["state"] == "runs")
         starts, deaths = found[healthy]["starts"], found[marked]["starts"]
@@ -423,7 +423,7 @@ async def test_a_share_that_kills_before_it_is_open_is_not_given_to_one_after_th
         async with daemon(tmp_path, port, *switches, env=env) as running:
             await until_rows(running, lambda found: sum(row["starts"] for row in found) == 4)
             await until_rows(running, all_run)
-            assert "had taken share 7 over: no other process does so" in running.log
+            assert "ended when asked to take share 7 over: no other process does" in running.log
             assert running.log.count("was ended by SIGABRT") == 1
             assert await running.stop() == 0
 
@@ -456,7 +456,7 @@ async def test_a_share_that_nobody_has_is_tried_again_after_a_while(
 
             nursery.start_soon(serve)
             # The second time it waits twice as long.
-            again = "had taken share 5 over: no other process does so for 1 "
+            again = "share 5 over: no other process does so for 1 "
             await until(lambda: again in caplog.text)
             cured.touch()
             await all_arrive(sink, {"poison"})

@@ -12,8 +12,10 @@ another one delivers what is in its share. When that one ends as well, soon afte
 share over, there may be something in it that kills whoever touches it: then the share waits for
 its own process, and before another one takes it over again it waits longer each time.
 
-What is said of who has which share may be late by a process that answers late. That does no harm:
-the locks decide, who comes too late is told so, and what went wrong is tried again.
+What is said of who has which share may be late by a process that answers late. The locks decide,
+who comes too late is told so, and what went wrong is tried again. Who was asked to take a share
+over may do so when nobody waits for the answer any more: until there is one it counts as who may
+have the share, and it is told when the share's own process is about to start.
 
 Guarantees
 ----------
@@ -207,7 +209,6 @@ class _Parent:
 
         while True:
             seconds = 0.0
-            self._loose.discard(index)
             try:
                 seconds = await self._live(index, ready)
             except NoStart as error:
@@ -238,6 +239,7 @@ class _Parent:
         reloads = self._reloads
         child = await Process.start(index)
         self._begun[index] = child
+        self._loose.discard(index)
         self._starts[index] += 1
         self._nursery.start_soon(child.listen)
         if self._stop.is_set():
@@ -263,10 +265,11 @@ class _Parent:
     def _bury(self, child: Process, status: int) -> None:
         """A process has ended: what it had taken over is nobody's again."""
         now = time.monotonic()
-        taken = dict(child.took)
-        if child.offered is not None:
-            taken[child.offered] = now
+        # What it was asked for last may have been too much for it.
+        taken = {**dict.fromkeys(child.offered, now), **child.took}
         for share, since in taken.items():
+            if share in self._begun:
+                continue
             self._loose.add(share)
             if status and now - since < STEADY_SECONDS:
                 seconds = _doubled(
@@ -275,9 +278,9 @@ class _Parent:
                 self._kills[share] += 1
                 self._quarantine[share] = now + seconds
                 log.critical(
-                    "%s ended soon after it had taken share %d over: no other process does so for "
-                    "%d seconds",
+                    "%s ended %s share %d over: no other process does so for %d seconds",
                     child,
+                    "soon after it had taken" if share in child.took else "when asked to take",
                     share,
                     seconds,
                 )
@@ -295,6 +298,8 @@ class _Parent:
     async def _hand_out(self) -> None:
         """Have loose shares taken over."""
         async with self._moving:
+            for child in self._children.values():
+                self._loose.difference_update(child.took)  # also by an answer that came late
             for share in sorted(self._loose):
                 if share in self._loose and self._quarantine.get(share, 0.0) <= time.monotonic():
                     with trio.CancelScope() as scope:
@@ -305,38 +310,38 @@ class _Parent:
     async def _offer(self, share: int) -> None:
         """Have a share taken over, by the process that has the least to do with others."""
         for child in sorted(self._children.values(), key=_burden):
-            if child.over.is_set():
+            if child.over.is_set() or share in child.offered:
                 continue
-            child.offered = share
             try:
                 await child.ask("take-over", MOVE_SECONDS, share=share)
             except (Ended, MailerqError) as error:
                 log.error("share %d of the queue is not taken over: %s", share, error)
             else:
                 if not child.over.is_set():
-                    child.took[share] = time.monotonic()
                     self._loose.discard(share)
                     return
-            finally:
-                if not child.over.is_set():
-                    child.offered = None
             if child.over.is_set():
                 return  # perhaps by what is in the share: `_bury` will tell
 
     async def _call_back(self, index: int) -> None:
         """Have a share given back by who took it over: its own process is about to start.
 
-        Who is asked this moment and has not answered is not waited for.
+        Who was asked to take it over and has not answered is told, but not waited for.
         """
         self._loose.discard(index)
         if (offer := self._offers.get(index)) is not None:
             offer.cancel()
         for child in list(self._children.values()):
             if child.took.pop(index, None) is not None:
-                try:
-                    await child.ask("give-back", MOVE_SECONDS, share=index)
-                except (Ended, MailerqError) as error:
-                    log.error("share %d of the queue is not given back: %s", index, error)
+                await self._ask_back(child, index)
+            elif index in child.offered:
+                self._nursery.start_soon(self._ask_back, child, index)
+
+    async def _ask_back(self, child: Process, share: int) -> None:
+        try:
+            await child.ask("give-back", MOVE_SECONDS, share=share)
+        except (Ended, MailerqError) as error:
+            log.error("share %d of the queue is not given back: %s", share, error)
 
     # What others ask for
 
