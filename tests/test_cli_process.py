@@ -72,7 +72,10 @@ async def test_a_process_that_does_not_say_where_it_listens_has_not_started(line
             await child.until_ready(Config())
 
 
-async def test_why_a_process_ends_is_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+async def test_why_a_process_ends_is_no_answer_and_then_it_has_to(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "EXIT_SECONDS", 0.05)
     async with listening() as (child, stream):
         await stream.send_all(READY)
         await child.until_ready(Config())
@@ -80,6 +83,7 @@ async def test_why_a_process_ends_is_no_answer(caplog: pytest.LogCaptureFixture)
         with pytest.raises(Ended):
             await child.ask("status", 20)
         assert child.over.is_set()
+        assert await child.program.wait() == -signal.SIGKILL
     assert "the disk is gone" in caplog.text
 
 

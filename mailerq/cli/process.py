@@ -46,7 +46,7 @@ MAX_REPLY_BYTES: Final = 16 << 20
 """Of one reply; who says more without an end has lost its mind."""
 
 EXIT_SECONDS: Final = 5.0
-"""How long it may take to end after it has said that it cannot start."""
+"""How long it may take to end after it has said that it cannot start, or go on."""
 
 
 class Ended(Exception):
@@ -159,8 +159,9 @@ class Process:
 
     async def listen(self) -> None:
         """Give each reply to the question that was first, until the process ends."""
+        failed = False
         try:
-            await self._hear()
+            failed = await self._hear()
         except (OSError, trio.ClosedResourceError):
             pass
         except MailerqError as error:
@@ -169,9 +170,16 @@ class Process:
         self.over.set()
         for question in self.questions:
             question.answered.set()
+        if failed:
+            with trio.move_on_after(EXIT_SECONDS):
+                await self.program.wait()
+            self.program.kill()
 
-    async def _hear(self) -> None:
-        """Raises `MailerqError` for what is no reply: a plugin, say, has written on the socket."""
+    async def _hear(self) -> bool:
+        """Whether it has said that it ends, and not just ended.
+
+        Raises `MailerqError` for what is no reply: a plugin, say, has written on the socket.
+        """
         unread = b""
         serves = False
         while data := await self.sock.recv(READ_BYTES):
@@ -182,10 +190,11 @@ class Process:
                 reply = decode_properties(line)
                 if serves and "failed" in reply:  # it says why it ends, and answers nothing more
                     log.critical("%s: %s", self, reply["failed"])
-                    return
+                    return True
                 serves = True
                 if self.questions:
                     self._answer(self.questions.popleft(), reply)
+        return False
 
     def _answer(self, question: _Question, reply: dict[str, Any]) -> None:
         if question.share is not None and "error" not in reply:
