@@ -3,6 +3,9 @@
 # Where a call drops the lock, another thread that waits for it (the writer of the queue) takes it
 # at once, and the loop sleeps until it gets it back: on a busy relay that happened at every other
 # call and cost more than most of the calls themselves.
+#
+# That a descriptor does not block is not relied upon: plugins know it, and can change that. So each
+# call on a connection says so itself.
 
 cdef extern from *:
     """
@@ -60,7 +63,7 @@ cdef extern from *:
 cdef extern from * nogil:
     int errno
     int EAGAIN, EINTR, EWOULDBLOCK
-    int MSG_NOSIGNAL, MSG_PEEK
+    int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
     Py_ssize_t recv(int, void *, size_t, int)
     Py_ssize_t c_send "send" (int, const void *, size_t, int)
 
@@ -103,7 +106,7 @@ def receive(int fd):
     """
     cdef Py_ssize_t size
     while True:
-        size = recv(fd, received, RECEIVE_LIMIT, 0)
+        size = recv(fd, received, RECEIVE_LIMIT, MSG_DONTWAIT)
         if size >= 0:
             return received[:size]
         if errno == EAGAIN or errno == EWOULDBLOCK:
@@ -114,7 +117,7 @@ def receive(int fd):
 
 def has_input(int fd):
     """Whether there are bytes to receive."""
-    return recv(fd, received, 1, MSG_PEEK) > 0
+    return recv(fd, received, 1, MSG_DONTWAIT | MSG_PEEK) > 0
 
 
 def send(int fd, bytes data not None, Py_ssize_t start=0):
@@ -129,10 +132,10 @@ def send(int fd, bytes data not None, Py_ssize_t start=0):
         raise ValueError("start: outside of the data")
     while True:
         if size < LONG_SEND:
-            sent = c_send(fd, rest, size, MSG_NOSIGNAL)
+            sent = c_send(fd, rest, size, MSG_DONTWAIT | MSG_NOSIGNAL)
         else:
             with nogil:
-                sent = c_send(fd, rest, size, MSG_NOSIGNAL)
+                sent = c_send(fd, rest, size, MSG_DONTWAIT | MSG_NOSIGNAL)
         if sent >= 0:
             return sent
         if errno == EAGAIN or errno == EWOULDBLOCK:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
+import time
 
 import pytest
 
@@ -39,6 +41,22 @@ def test_send_says_how_much_was_taken() -> None:
             _core.send(left.fileno(), b"hello", 6)
         with pytest.raises(ValueError, match="outside"):
             _core.send(left.fileno(), b"hello", -1)
+
+
+def test_a_socket_that_somebody_made_blocking_is_not_waited_for() -> None:
+    left, right = socket.socketpair()
+    seconds = 5
+    with left, right:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # so that a wait would end
+            left.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+        assert left.getblocking()
+        began = time.monotonic()
+        assert _core.receive(left.fileno()) is None
+        assert not _core.has_input(left.fileno())
+        for size in (1 << 16, 1):  # without Python's lock, and with it
+            while _core.send(left.fileno(), bytes(size)):
+                pass
+        assert time.monotonic() - began < seconds
 
 
 def test_a_broken_connection_is_an_error_and_no_signal() -> None:
