@@ -22,6 +22,7 @@ Guarantees
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 from typing import Final
 
 import outcome
@@ -41,7 +42,16 @@ _END: Final = select.EPOLLHUP | select.EPOLLERR
 class Socket:
     """What is known of a descriptor. `readable` and `empties` are for who reads from it."""
 
-    __slots__ = ("_poller", "_reader", "_rousable", "_writer", "empties", "fd", "readable")
+    __slots__ = (
+        "_call",
+        "_poller",
+        "_reader",
+        "_rousable",
+        "_writer",
+        "empties",
+        "fd",
+        "readable",
+    )
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -52,6 +62,7 @@ class Socket:
         self._poller: Poller | None = None
         self._reader: trio.lowlevel.Task | None = None
         self._writer: trio.lowlevel.Task | None = None
+        self._call: Callable[[], None] | None = None
         self._rousable = False
 
     async def wait_readable(self, *, rousable: bool = False) -> bool:
@@ -74,13 +85,17 @@ class Socket:
         """Wait until the socket takes more, after it took less than it was given."""
         if self._writer is not None:
             raise trio.BusyResourceError("another task writes to this socket")
-        # Only few sockets are ever full. To ask anew also tells when it is not any more.
-        if self._poller is None:
-            self._poller = Poller.add(self, _INPUT | _OUTPUT)
-        else:
-            self._poller.modify(self, _INPUT | _OUTPUT)
+        self._ask_for_output()
         self._writer = trio.lowlevel.current_task()
         await trio.lowlevel.wait_task_rescheduled(self._abort_writer)
+
+    def call_when_writable(self, function: Callable[[], None]) -> None:
+        """Have `function` called once, as `wait_writable` would end; it must not raise.
+
+        There is one for each socket. A task may wait at the same time, and is woken as well.
+        """
+        self._ask_for_output()
+        self._call = function
 
     def rouse(self) -> None:
         """End a `rousable` wait for input."""
@@ -89,6 +104,7 @@ class Socket:
 
     def forget(self) -> None:
         """The descriptor is about to be closed."""
+        self._call = None
         if self._poller is not None:
             self._poller.remove(self)
 
@@ -100,9 +116,20 @@ class Socket:
                 self.empties = False
             if self._reader is not None:
                 self._wake_reader(came=True)
-        if self._writer is not None and events & (_OUTPUT | _END):
-            task, self._writer = self._writer, None
-            trio.lowlevel.reschedule(task)
+        if events & (_OUTPUT | _END):
+            if self._writer is not None:
+                task, self._writer = self._writer, None
+                trio.lowlevel.reschedule(task)
+            if self._call is not None:
+                function, self._call = self._call, None
+                function()
+
+    def _ask_for_output(self) -> None:
+        # Only few sockets are ever full. To ask anew also tells when it is not any more.
+        if self._poller is None:
+            self._poller = Poller.add(self, _INPUT | _OUTPUT)
+        else:
+            self._poller.modify(self, _INPUT | _OUTPUT)
 
     def _wake_reader(self, *, came: bool) -> None:
         task, self._reader = self._reader, None

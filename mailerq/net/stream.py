@@ -3,10 +3,11 @@
 Theory of operation
 -------------------
 The socket is non-blocking. A write is tried at once and waits only for what does not fit; a
-read is tried when `mailerq.net.readiness` has heard that there is something. So on a busy
-server most of them are one system call each, none to arm a wait, and they keep Python's lock
-(see `_core_sockets.pxi`). So that a peer that always has more to say cannot keep the loop
-for itself, a stream that was served `FAIRNESS` times in a row lets the others run.
+read is tried when `mailerq.net.readiness` has heard that there is something. What
+`send_nowait` cannot place goes out when the socket takes more, whatever the task does then.
+So on a busy server most of them are one system call each, none to arm a wait, and they keep
+Python's lock (see `_core_sockets.pxi`). So that a peer that always has more to say cannot keep
+the loop for itself, a stream that was served `FAIRNESS` times in a row lets the others run.
 
 TLS works on two memory buffers between `ssl` and the same socket, so that it shares all of
 this.
@@ -55,7 +56,8 @@ class Stream:
         self._remote = remote
         self._served = 0
         self._sending = False
-        self._unsent = b""
+        self._unsent = b""  # not empty: the socket is asked to call, or a `send_all` is under way
+        self._placed = 0  # bytes of `_unsent` that have been sent nevertheless
         self._unread = b""
         self._tls: ssl.SSLObject | None = None
         self._incoming: ssl.MemoryBIO  # those two from the handshake on
@@ -173,19 +175,20 @@ class Stream:
         await self._flush_tls()
 
     def send_nowait(self, data: bytes) -> None:
-        """Send what the socket takes at once; the rest waits for the next `send_all`.
+        """Send what the socket takes at once, and the rest as soon as it takes more.
 
         Where a `send_all` is under way, in another task, it comes behind that. A connection that
-        is broken is not told here, but by the next operation.
+        is broken is not told here, but by the next operation. Closing drops what is left.
         """
         try:
             if self._tls is not None:
                 self._tls.write(data)
                 data = self._outgoing.read()
-            data = self._unsent + data
-            self._unsent = data if self._sending else data[send(self._fd, data) :]
-        except (OSError, ssl.SSLError):
-            self._unsent = b""
+        except ssl.SSLError:
+            return
+        self._unsent = self._take_unsent() + data
+        if not self._sending:
+            self._send_unsent()
 
     async def start_tls(
         self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
@@ -213,10 +216,10 @@ class Stream:
         self._tls = tls
 
     def close(self) -> None:
-        """Close the socket; in TLS with a word of goodbye where it fits."""
+        """Close the socket; in TLS with a word of goodbye where it fits and nothing was cut off."""
         if self._fd < 0:
             return
-        if self._tls is not None:
+        if self._tls is not None and not (self._sending or self._unsent):
             with suppress(ssl.SSLError, OSError):  # The peer's own goodbye is not waited for.
                 self._tls.unwrap()
             with suppress(OSError):
@@ -240,7 +243,7 @@ class Stream:
 
     async def _send_raw(self, data: bytes) -> None:
         if self._unsent:
-            data, self._unsent = self._unsent + data, b""
+            data = self._take_unsent() + data
         try:
             sent = send(self._fd, data)
             if sent < len(data):
@@ -257,8 +260,27 @@ class Stream:
                 sent += send(self._fd, data, sent)
             if not self._unsent:
                 break
-            data, self._unsent, sent = self._unsent, b"", 0
+            data, sent = self._take_unsent(), 0
         self._sending = False
+
+    def _send_unsent(self) -> None:
+        """Send what `send_nowait` left, unless a `send_all` has taken it over or will."""
+        if self._sending or not self._unsent:
+            return
+        try:
+            self._placed += send(self._fd, self._unsent, self._placed)
+        except OSError:
+            self._placed = len(self._unsent)
+        if self._placed == len(self._unsent):
+            self._take_unsent()
+            return
+        with suppress(OSError):  # The kernel watches no more sockets: a `send_all` takes it along.
+            self._socket.call_when_writable(self._send_unsent)
+
+    def _take_unsent(self) -> bytes:
+        data = self._unsent[self._placed :]
+        self._unsent, self._placed = b"", 0
+        return data
 
     async def _flush_tls(self) -> None:
         if self._outgoing.pending:

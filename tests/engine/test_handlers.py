@@ -11,7 +11,7 @@ import trio
 
 from mailerq import Engine, Message
 from mailerq.plugins import Connection
-from tests.engine.kit import Certificate, open_dialog, serve
+from tests.engine.kit import TIMEOUT, Certificate, open_dialog, serve
 from tests.support import configure, in_thread, open_sink, send
 
 SESSION = ("connect", "mailfrom", "rcptto", "data", "message", "close")
@@ -133,6 +133,27 @@ async def test_what_a_handler_sends_is_not_held_back_until_it_ends(tmp_path: Pat
             await dialog.receive_until(b"250-please wait\r\n")
             release.set()
             assert await dialog.reply() == "250-please wait\n250 2.1.5 Ok"
+
+
+async def test_much_that_is_sent_while_the_client_is_waited_for_arrives_whole(
+    tmp_path: Path,
+) -> None:
+    size = 1 << 24  # more than the sockets take
+    connections: list[Connection] = []
+
+    def keep(connection: Connection, address: str) -> None:
+        connections.append(connection)
+
+    async with serve(tmp_path) as engine:
+        engine.on("mailfrom", keep)
+        async with open_dialog(engine.addresses[0]) as dialog:
+            assert await dialog.codes("MAIL FROM:<a@b.test>") == [250]
+            await trio.to_thread.run_sync(connections[0].send, bytes(size))
+            received = 0
+            with trio.fail_after(TIMEOUT):
+                while received < size:
+                    received += len(await dialog.stream.receive_some())
+            assert await dialog.codes("RCPT TO:<c@d.test>") == [250]
 
 
 async def test_what_a_handler_sends_after_a_handshake_is_not_held_back_either(

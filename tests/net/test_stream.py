@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 
@@ -58,7 +59,15 @@ async def test_more_than_fits_into_the_sockets_is_sent_whole() -> None:
     right.close()
 
 
-async def test_what_send_nowait_cannot_send_comes_with_the_next_send() -> None:
+async def shake_hands(
+    server: Stream, client: Stream, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: server.start_tls(contexts[0], server_side=True))
+        await client.start_tls(contexts[1], server_side=False, server_hostname="mx.test")
+
+
+async def test_what_send_nowait_cannot_send_comes_before_the_next_send() -> None:
     left, right = pair()
     data = bytes(range(256)) * 40000
     left.send_nowait(data)
@@ -67,6 +76,89 @@ async def test_what_send_nowait_cannot_send_comes_with_the_next_send() -> None:
         assert await read(right, len(data) + 3) == data + b"end"
     left.close()
     right.close()
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_what_send_nowait_cannot_send_goes_out_while_the_peer_is_waited_for(
+    secure: bool, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    left, right = pair()
+    if secure:
+        await shake_hands(left, right, contexts)
+    data = bytes(range(256)) * 40000
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(left.receive)
+        await trio.testing.wait_all_tasks_blocked()
+        left.send_nowait(data)
+        left.send_nowait(b"behind it")
+        with trio.fail_after(10):
+            assert await read(right, len(data) + 9) == data + b"behind it"
+        left.send_nowait(b", and later")
+        assert await read(right, 11) == b", and later"
+        await right.send_all(b"thanks")
+    left.close()
+    right.close()
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_send_that_comes_while_the_rest_of_another_goes_out_is_behind_it(
+    secure: bool, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    left, right = pair()
+    if secure:
+        await shake_hands(left, right, contexts)
+    data = bytes(range(256)) * 10000
+    left.send_nowait(data)
+    received = await read(right, len(data) // 2)  # so the rest is under way without a task
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(left.send_all, data[::-1])
+        await trio.testing.wait_all_tasks_blocked()
+        left.send_nowait(b"end")
+        left.send_nowait(data)
+        received += await read(right, 3 * len(data) + 3 - len(received))
+    assert received == data + data[::-1] + b"end" + data
+    left.close()
+    right.close()
+
+
+async def test_what_send_nowait_cannot_send_is_dropped_by_close() -> None:
+    left, right = pair()
+    data = bytes(range(256)) * 40000
+    left.send_nowait(data)
+    left.close()
+    left.send_nowait(b"too late")
+    received = b""
+    while chunk := await right.receive():
+        received += chunk
+    assert len(received) < len(data)
+    assert data.startswith(received)
+    right.close()
+
+
+async def test_a_peer_that_goes_while_the_rest_of_a_send_waits_is_no_error_until_then() -> None:
+    left, right = pair()
+    left.send_nowait(bytes(1 << 24))
+    right.close()
+    await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(StreamLost):
+        await left.send_all(b"x")
+    left.close()
+
+
+async def test_tls_that_was_cut_off_ends_without_a_goodbye(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    server, client = pair()
+    await shake_hands(server, client, contexts)
+    with socket.socket(fileno=os.dup(client.fileno())) as raw:
+        server.send_nowait(bytes(1 << 24))
+        received = raw.recv(1 << 24)  # there is room now, but in the middle of a record
+        server.close()
+        while chunk := raw.recv(1 << 24):
+            received += chunk
+    client.close()
+    alert = bytes.fromhex("1703030013")  # the header of one in TLS 1.3, of 24 bytes in all
+    assert received[-24:-19] != alert
 
 
 async def test_a_peer_that_always_has_more_lets_others_run() -> None:
@@ -123,9 +215,7 @@ async def test_tls_carries_much_data_and_a_goodbye(
 ) -> None:
     server, client = pair()
     data = bytes(range(256)) * 4000
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: server.start_tls(contexts[0], server_side=True))
-        await client.start_tls(contexts[1], server_side=False, server_hostname="mx.test")
+    await shake_hands(server, client, contexts)
     assert client.cipher is not None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(client.send_all, data)
