@@ -319,7 +319,8 @@ class Connection:
             self._expect(max(self._pool.config.connection_maxidle / 1000, MIN_IDLE_SECONDS))
             self._idle = True
             try:
-                while await self._stream.wait_for_input():
+                # An event may bring no data, and a job or `leave` come before its turn does.
+                while not (self._job or self._leaving) and await self._stream.wait_for_input():
                     if (data := self._stream.receive_nowait()) is not None:
                         self._protocol.receive_data(data)
                         break
