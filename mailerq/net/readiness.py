@@ -16,7 +16,8 @@ peer has closed or sent urgent data, at which a read stops short: from then on o
 Guarantees
 ----------
 - A `Socket` is used in one loop, by one reader and one writer at a time.
-- A wait that is cancelled leaves nothing behind.
+- A wait that is cancelled loses nothing: what comes is noted for the next one. A socket that was
+  full once stays registered for output, whose edges cost little and end no other wait.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Socket:
     async def wait_readable(self, *, rousable: bool = False) -> bool:
         """Wait until a read may find something; False when `rouse` ended the wait.
 
-        Only a wait that is `rousable` can be ended so.
+        Only a wait that is `rousable` can be ended so. It is no checkpoint when something is there
+        already: who reads in a loop has to let others run.
         """
         if self.readable:
             return True

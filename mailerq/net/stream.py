@@ -39,8 +39,10 @@ class StreamLost(Exception):
 class Stream:
     """One connected TCP socket, or its descriptor, which the stream owns from now on.
 
-    It lives in one trio loop; one task uses it at a time, and closes it. `local` and `remote` save
-    a question to the kernel where the addresses are known already.
+    It lives in one trio loop. One task at a time reads and one sends, with TLS the same one, and
+    it is closed when none waits in it. `send_nowait`, `rouse` and `has_input` are for all tasks of
+    the loop, at any time. A `send_all` that was cancelled has cut off what it sent; after that,
+    close. `local` and `remote` save a question to the kernel where the addresses are known already.
     """
 
     def __init__(
