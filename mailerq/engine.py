@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import ConfigError, MailerqError
+from mailerq.errors import ConfigError, MailerqError, QueueError
 from mailerq.message import Message, format_time
 from mailerq.net import control
 from mailerq.net.addresses import LocalAddresses
@@ -110,6 +110,7 @@ class Engine:
         self._nursery: trio.Nursery
         self._handlers: list[tuple[str, Handler]] = []
         self._opened = False
+        self._stopping = False
         self._started = 0.0
         self._failed = False
         self._stack = AsyncExitStack()
@@ -205,7 +206,7 @@ class Engine:
         stack.push_async_callback(self._stop)
         if self._share is None:
             await nursery.start(control.serve, config.queue_directory, self.commands())
-        await nursery.start(self._deliver, share, self.queues)
+        await nursery.start(self._delivery(share, self.queues).dispatcher.run)
         if self._share is None:
             # Mail from when there were more processes.
             for left in shares_in(config.queue_directory)[1:]:
@@ -213,14 +214,8 @@ class Engine:
         await nursery.start(self._listener.run)
         self._started = time.time()
 
-    async def _deliver(
-        self,
-        share: int,
-        queues: Queues,
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Deliver what is in the outbox of a share, until its dispatcher is stopped."""
+    def _delivery(self, share: int, queues: Queues) -> _Delivery:
+        """What delivers the outbox of a share, once its dispatcher runs."""
         dispatcher = Dispatcher(
             self.config,
             queues,
@@ -230,14 +225,16 @@ class Engine:
             send_log=self._send_log,
             slots=self._slots,
         )
-        self._deliveries[share] = _Delivery(queues, dispatcher)
-        await dispatcher.run(task_status=task_status)
+        delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
+        return delivery
 
     async def take_over(self, share: int) -> None:
         """Deliver what is in another share of the queue directory as well, beside the own one.
 
         Until `give_back`, or to the end. Raises `QueueError`, also when another process has it.
         """
+        if self._stopping:
+            raise QueueError("the engine stops")
         if share in self._deliveries:
             return
         await self._nursery.start(self._take_over, share)
@@ -247,11 +244,16 @@ class Engine:
         self, share: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         directory = share_directory(self.config.queue_directory, share)
+        delivery: _Delivery | None = None
         try:
             async with EmbeddedQueues.open(directory) as queues:
-                await self._deliver(share, queues, task_status=task_status)
+                if self._stopping:
+                    raise QueueError("the engine stops")
+                delivery = self._delivery(share, queues)
+                await delivery.dispatcher.run(task_status=task_status)
         finally:
-            if (delivery := self._deliveries.pop(share, None)) is not None:
+            if delivery is not None:
+                del self._deliveries[share]
                 delivery.over.set()
 
     async def give_back(self, share: int) -> None:
@@ -267,6 +269,7 @@ class Engine:
 
     async def _stop(self) -> None:
         """End what is under way: in its own time, or at once after an error."""
+        self._stopping = True
         timeout = 0.0 if self._failed else self.config.shutdown_timeout
         if timeout < self.plugins.timeout or not self.plugins.timeout:
             self.plugins.timeout = max(timeout, MIN_PLUGIN_SECONDS)

@@ -54,17 +54,8 @@ async def serve(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer requests until cancelled."""
-    path = os.path.join(directory, SOCKET_NAME)
-    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = _listen(directory)
     try:
-        _remove(path)  # A process that was killed left it: the queue's lock is ours.
-        with _address(directory) as address:
-            await sock.bind(address)
-        os.chmod(path, 0o660)
-        if os.geteuid() == 0:  # who may use the queue may ask, also when root serves
-            owner = os.stat(directory)
-            os.chown(path, owner.st_uid, owner.st_gid)
-        sock.listen(16)
 
         async def answer(stream: trio.SocketStream) -> None:
             async with stream:
@@ -77,12 +68,42 @@ async def serve(
             task_status.started()
     finally:
         sock.close()
-        _remove(path)
+        with _as_owner(directory), suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, SOCKET_NAME))
 
 
-def _remove(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
+def _listen(directory: str) -> trio.socket.SocketType:
+    """The listening socket. One that a killed process has left is in nobody's use."""
+    path = os.path.join(directory, SOCKET_NAME)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _as_owner(directory), _address(directory) as address:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            sock.bind(address)
+            os.chmod(path, 0o660)
+        sock.listen(16)
+    except BaseException:
+        sock.close()
+        raise
+    return trio.socket.from_stdlib_socket(sock)
+
+
+@contextmanager
+def _as_owner(directory: str) -> Iterator[None]:
+    """Be the account that owns a directory, which root must not trust: it may put links there."""
+    owner = os.stat(directory)
+    if os.geteuid() != 0 or owner.st_uid == 0:
+        yield
+        return
+    group = os.getegid()
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
 
 
 async def _answer(stream: trio.SocketStream, commands: Commands) -> None:

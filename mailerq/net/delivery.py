@@ -125,6 +125,14 @@ class Dispatcher:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Deliver until `stop` has done its work."""
+        try:
+            await self._run(task_status)
+        finally:
+            # However it ends, the leases have gone back, and nobody writes results any more.
+            self._stopped.set()
+            self._pool.cut()
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         prefetch = self._config.rabbitmq_qos
         async with (
             self._queues.consume(self._outbox, prefetch=prefetch) as consumer,
@@ -141,6 +149,8 @@ class Dispatcher:
 
     async def stop(self, timeout: float) -> None:
         """Take no more messages; what is under way may end, at most in `timeout` seconds."""
+        if self._stopped.is_set():
+            return
         deadline = trio.current_time() + timeout
         self._consuming.cancel()
         await self._pool.stop(timeout)

@@ -62,12 +62,12 @@ def bind(config: Config, *, shared: bool = False) -> list[Port]:
     """Open all listening sockets: those of SMTP, then the secure ones, then those of LMTP.
 
     `shared` lets other processes of the same user listen on them as well; the kernel gives each
-    its part of the connections. Raises `ConfigError` that names the setting and the address which
-    cannot be had.
+    its part of the connections, so these listen only once the `Listener` runs. Raises
+    `ConfigError` that names the setting and the address which cannot be had.
     """
     ports: list[Port] = []
     try:
-        for sock, option in _open(config, shared=shared, listening=True):
+        for sock, option in _open(config, shared=shared, listening=not shared):
             ports.append(
                 Port(sock, secure=option == "smtp_secure_port", lmtp=option == "lmtp_port")
             )
@@ -157,6 +157,8 @@ class Listener:
         await trio.lowlevel.checkpoint_if_cancelled()  # then the workers take no more tasks
         for worker, watch in self._watches.items():
             worker.spawn(watch.run)
+        for port in self._ports:
+            port.sock.listen(BACKLOG)
         with self._scope:
             async with trio.open_nursery() as nursery:
                 for port in self._ports:

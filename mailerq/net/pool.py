@@ -143,16 +143,23 @@ class Pool:
         """Serve until cancelled."""
         async with trio.open_nursery() as self._nursery:
             task_status.started()
-            while True:
-                await trio.sleep(self._tick)
-                for connection in list(self._connections):
-                    connection.worker.call(connection.check)
-                held, self._held = self._held, {}
-                for destination in held:
-                    self._pump(destination)
-                self._feed_starved()
-                for destination in self._destinations.values():
-                    self._park_excess(destination)
+            try:
+                while True:
+                    await trio.sleep(self._tick)
+                    self._look()
+            finally:
+                self._stopping = True  # no connection is opened any more
+
+    def _look(self) -> None:
+        """What is to be done now and then."""
+        for connection in list(self._connections):
+            connection.worker.call(connection.check)
+        held, self._held = self._held, {}
+        for destination in held:
+            self._pump(destination)
+        self._feed_starved()
+        for destination in self._destinations.values():
+            self._park_excess(destination)
 
     def put(self, job: Job) -> None:
         """Send a message as soon as may be."""
@@ -292,7 +299,9 @@ class Pool:
         report: Report | None = None
         try:
             with trio.CancelScope() as self._lookups[connection]:
-                found = await look_up(route.host)
+                answer = await look_up(route.host)
+                await trio.lowlevel.checkpoint_if_cancelled()  # then workers take no more tasks
+                found = answer
         except Exception:
             # What strangers have in their zones must not end the engine.
             log.exception("looking for the hosts of %s failed", route.name)
@@ -367,6 +376,12 @@ class Pool:
                     await self._empty.wait()
             for connection in list(self._connections):
                 connection.worker.call(connection.cut)
+
+    def cut(self) -> None:
+        """End all connections now: nobody hears any more of what they do."""
+        self._stopping = True
+        for connection in list(self._connections):
+            connection.worker.call(connection.cut)
 
     def statistics(self) -> dict[str, Any]:
         """What is open and what waits; the longest queues by name."""
