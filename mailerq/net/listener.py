@@ -135,7 +135,7 @@ class Listener:
         self._home = workers[0]
         self._ports = ports
         self._slots = slots
-        self._reserve = _Reserve()
+        self._spare = _Spare()
         self._reminded = -REMIND_SECONDS
         self._open = 0
         self._idle = trio.Event()
@@ -178,7 +178,7 @@ class Listener:
             await self._idle.wait()
         for worker, watch in self._watches.items():
             worker.call(watch.stop)
-        self._reserve.close()
+        self._spare.close()
 
     def _shut_down(self, worker: Worker) -> None:
         self._watches[worker].shut_down(self._seconds_left())
@@ -207,7 +207,7 @@ class Listener:
     def _turn_away(self, port: Port, error: OSError) -> None:
         """There is no descriptor left: tell those who wait, with the one that was kept for it."""
         self._warn(f"cannot accept connections: {error.strerror}")
-        with self._reserve:
+        with self._spare:
             for _ in range(ACCEPTS_IN_A_ROW):
                 try:
                     stream = Stream.accept(port.sock.fileno())
@@ -288,7 +288,7 @@ def _load(worker: Worker) -> int:
     return worker.load
 
 
-class _Reserve:
+class _Spare:
     """A descriptor that is kept to be able to say that there is none left."""
 
     def __init__(self) -> None:
