@@ -251,20 +251,28 @@ class Load:
         self.ending = False
         self._name = name
         self._count = 0
+        self._sessions = 0
 
     async def session(self, port: int, *, again: bool = False, pause: float = 0.0) -> None:
         """Send until mail is refused, the connection ends, or the load does.
 
         `again`: on a new connection after that, as clients do.
         """
-        while True:
-            try:
-                await self._session(port, pause)
-            except (StreamLost, EOFError, OSError):
-                pass
-            if self.ending or not again:
-                return
-            await trio.sleep(0.05)
+        self._sessions += 1
+        try:
+            while True:
+                with suppress(StreamLost, EOFError, OSError):
+                    await self._session(port, pause)
+                if self.ending or not again:
+                    return
+                await trio.sleep(0.05)
+        finally:
+            self._sessions -= 1
+
+    async def end(self) -> None:
+        """Have the sessions end behind the mail that they are at, and wait for them."""
+        self.ending = True
+        await until(lambda: not self._sessions)
 
     async def _session(self, port: int, pause: float) -> None:
         ledger = self.ledger

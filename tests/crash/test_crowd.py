@@ -158,7 +158,7 @@ async def crowd(directory: Path, count: int, period: float, patience: float) -> 
             await trio.sleep(max(began + period - time.monotonic(), 0))
             assert time.monotonic() - opened < 3 * patience + 2 * period
         met = await latencies(ledger, opened)
-        load.ending = True
+        await load.end()
         await all_arrive(sink, ledger.accepted)
         nursery.cancel_scope.cancel()
         assert running.is_alive
@@ -225,7 +225,7 @@ async def storms(directory: Path, rounds: int, clients: int) -> None:
         await until(lambda: len(ledger.accepted) > 50)
         for _ in range(rounds):
             await storm(running, ledger, clients)
-        load.ending = True
+        await load.end()
         await all_arrive(sink, ledger.accepted)
         await running.until_empty()
         before = running.cpu_seconds
