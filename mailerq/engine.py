@@ -310,7 +310,9 @@ class Engine:
     ) -> AbstractAsyncContextManager[Consumer]:
         """Consume a queue: ``async for lease in leases`` within the context.
 
-        What is not given to `ack` by the end of the context goes back into the queue.
+        What is not given to `ack` by the end of the context goes back into the queue. What several
+        processes have left in other shares of the queue directory does not come this way: the
+        outbox there is delivered, other queues are for ``mailerq queue``.
         """
         return self.queues.consume(queue, prefetch=prefetch)
 

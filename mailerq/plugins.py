@@ -37,35 +37,19 @@ from typing import Final, NamedTuple, Self
 import trio
 
 from mailerq import _core, ids
-from mailerq._core import (
-    RECEIVE_BYTES,
-    Call,
-    Connection,
-    accept,
-    crypt,
-    has_input,
-    receive,
-    send,
-    socket_name,
-)
+from mailerq._core import Call, Connection, crypt
 from mailerq.errors import PluginError
 from mailerq.message import Message, decode_properties, encode_properties
 
 __all__ = [
-    "RECEIVE_BYTES",
     "Connection",
     "Context",
     "Handler",
     "Plugins",
     "Reject",
     "Statistics",
-    "accept",
     "check_event",
     "crypt",
-    "has_input",
-    "socket_name",
-    "receive",
-    "send",
 ]
 
 logger: Final = logging.getLogger("mailerq.plugins")

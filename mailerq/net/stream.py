@@ -24,7 +24,7 @@ from typing import Final, Self
 import trio
 
 from mailerq.net.readiness import Socket
-from mailerq.plugins import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
+from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
 
 __all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
 

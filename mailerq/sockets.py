@@ -1,0 +1,7 @@
+"""Python's door to the calls on sockets that never block, see `_core_sockets.pxi`."""
+
+from __future__ import annotations
+
+from mailerq._core import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
+
+__all__ = ["RECEIVE_BYTES", "accept", "has_input", "receive", "send", "socket_name"]
