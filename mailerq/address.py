@@ -33,27 +33,29 @@ MAILBOX_LIMIT: Final = 254
 ROUTE_LIMIT: Final = 1024
 """Bytes of a source route, which nobody has any use for."""
 
-# All repetitions are possessive where they could give back, so that every match is linear.
+# Every match is linear: runs of characters are possessive where they could give back, and each
+# round of a group begins with what no other part can take. Groups are not possessive, because
+# Python before 3.11.5 gets those wrong.
 _LABEL: Final = r"(?![A-Za-z0-9-]*-(?:\.|\Z))[A-Za-z0-9][A-Za-z0-9-]{0,62}+"
 # A last label of digits only would make a domain of what others read as an IPv4 address.
-_NAME: Final = rf"(?:{_LABEL}\.)*+(?![0-9]+\Z){_LABEL}"
+_NAME: Final = rf"(?:{_LABEL}\.)*(?![0-9]+\Z){_LABEL}"
 _ATEXT: Final = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-"
-_ATOMS: Final = rf"[{_ATEXT}]++(?:\.[{_ATEXT}]++)*+"
+_ATOMS: Final = rf"[{_ATEXT}]++(?:\.[{_ATEXT}]++)*"
 # RFC 6531 allows every character above ASCII; C1 controls, line and paragraph separators,
 # surrogates and noncharacters can do nothing but harm.
 _ABOVE: Final = "\u00a0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff"
 
 # These two are compiled when first needed: their large sets take milliseconds.
 _LOCAL: Final = (
-    rf"[{_ATEXT}{_ABOVE}]++(?:\.[{_ATEXT}{_ABOVE}]++)*+"
-    rf'|"(?:[ !#-\[\]-~{_ABOVE}]|\\[ -~])*+"'
+    rf"[{_ATEXT}{_ABOVE}]++(?:\.[{_ATEXT}{_ABOVE}]++)*"
+    rf'|"(?:[ !#-\[\]-~{_ABOVE}]|\\[ -~])*"'
 )
 _NAME_ABOVE: Final = rf"[A-Za-z0-9.\-{_ABOVE}]+"
 
 _match_ordinary: Final = re.compile(rf"({_ATOMS})@({_NAME})").fullmatch
 _match_name: Final = re.compile(_NAME).fullmatch
-_find_quoted_end: Final = re.compile(r'"(?:[^"\\]|\\.)*+"(?=@)', re.DOTALL).match
-_match_route: Final = re.compile(r"(@[^,:@\[\]]++(?:,@[^,:@\[\]]++)*+):(.*)", re.DOTALL).fullmatch
+_find_quoted_end: Final = re.compile(r'"(?:[^"\\]|\\.)*"(?=@)', re.DOTALL).match
+_match_route: Final = re.compile(r"(@[^,:@\[\]]++(?:,@[^,:@\[\]]++)*):(.*)", re.DOTALL).fullmatch
 _match_dotted: Final = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}").fullmatch
 
 

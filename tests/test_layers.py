@@ -15,6 +15,15 @@ def test_no_file_is_too_long() -> None:
     assert [*check_tree.long_files()] == []
 
 
+def test_no_group_is_possessive(tmp_path: Path) -> None:
+    assert [*check_tree.possessive_groups()] == []
+    (tmp_path / "mailerq").mkdir()
+    lines = ("[a-z]++(b[c]*)+", "(?:a)*+", "(a){1,2}+", "(a)?+", "f(a) + b")
+    (tmp_path / "mailerq" / "a.py").write_text("\n".join(lines))
+    found = [problem.split(":")[1] for problem in check_tree.possessive_groups(tmp_path)]
+    assert found == ["2", "3", "4"]
+
+
 @pytest.mark.parametrize(
     ("name", "source", "problem"),
     [

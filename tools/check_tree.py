@@ -65,6 +65,9 @@ SKIPPED: Final = frozenset({"__pycache__", "build", "dist", "var"})
 GENERATED: Final = re.compile(r"_core\w*\.[ch]")
 
 
+POSSESSIVE_GROUP: Final = re.compile(r"\)(?:[*+?]|\{[0-9,]+\})\+")
+
+
 class Import(NamedTuple):
     """One imported module, absolute, and the line on which it is named."""
 
@@ -164,9 +167,18 @@ def long_files(root: Path = ROOT) -> Iterator[str]:
                 yield f"{where}:{lines}: has {lines} lines, {LINES_LIMIT} is the limit"
 
 
+def possessive_groups(root: Path = ROOT) -> Iterator[str]:
+    """Regular expressions that Python before 3.11.5 gets wrong: it loses its place in a group."""
+    for path in files(root / PACKAGE, (".py",)):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if POSSESSIVE_GROUP.search(line):
+                where = path.relative_to(root)
+                yield f"{where}:{number}: a group with a possessive repetition"
+
+
 def main() -> int:
     """Run all checks; the exit status."""
-    problems = [*broken_layers(), *long_files()]
+    problems = [*broken_layers(), *long_files(), *possessive_groups()]
     for problem in problems:
         print(problem)
     return 1 if problems else 0

@@ -38,9 +38,8 @@ __all__ = [
 _FIRST_FIELD: Final = re.compile(rb"[!-9;-~]+[ \t]*:").match
 _EMPTY_LINE: Final = re.compile(rb"(?:\r\n|\n|\r(?!\n))(\r\n|\n|\r)").search
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r").match
-_FIELD: Final = re.compile(
-    rb"([^\r\n:]*)(:?)([^\r\n]*+(?:(?:\r\n|\n|\r)(?=[ \t])[^\r\n]*+)*+)(?:\r\n|\n|\r|\Z)"
-).finditer
+_NAME: Final = re.compile(rb"([^\r\n:]*)(:?)").match
+_FIELD_END: Final = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?![ \t])").search
 _FOLD: Final = re.compile(rb"[ \t]*(?:\r\n|\n|\r)[ \t]*").sub
 
 LINE_LIMIT: Final = 78
@@ -111,12 +110,16 @@ class Header:
 
     def fields(self) -> Iterator[Field]:
         """Walk the fields from the top. A line that is no field comes with an empty name."""
-        for match in _FIELD(self.raw):
-            start, end = match.span()
-            if start == end:
-                return
-            name, colon, value = match.groups()
-            yield Field(name.rstrip(b" \t").lower() if colon else b"", value, start, end)
+        raw = self.raw
+        end = 0
+        while end < len(raw):
+            start = end
+            last = _FIELD_END(raw, start)
+            stop, end = last.span() if last else (len(raw), len(raw))
+            name = _NAME(raw, start)
+            assert name is not None, "it may be empty"
+            label = name[1].rstrip(b" \t").lower() if name[2] else b""
+            yield Field(label, raw[name.end() : stop], start, end)
 
 
 def _boundaries(mime: bytes) -> tuple[int, int]:

@@ -20,7 +20,8 @@ __all__ = ["addresses", "recipients", "sender"]
 # special character. A dot is part of a word, so that "a..b" stays in one piece.
 _TOKEN: Final = re.compile(
     r"""[ \t\r\n]+
-    |   (?P<word> [^ \t\r\n()<>\[\]:;@\\,"]+ | "(?:[^"\\]|\\.)*+" | \[(?:[^\[\]\\]|\\.)*+\])
+    |   (?P<word> [^ \t\r\n()<>\[\]:;@\\,"]+ | "[^"\\]*+(?:\\.[^"\\]*+)*"
+               | \[[^\[\]\\]*+(?:\\.[^\[\]\\]*+)*\])
     |   (?P<special>[()<>:;@,])
     """,
     re.VERBOSE | re.DOTALL,

@@ -203,9 +203,8 @@ def mail_keywords(*, extended: bool, secure: bool) -> frozenset[str]:
     return _SECURE_MAIL_KEYWORDS if secure else _MAIL_KEYWORDS
 
 
-# The steps of a path are possessive, so that none is tried twice. A quoted local part may
-# hold ">".
-_PATH: Final = re.compile(r'\ ?(<(?:"(?:[^"\\]|\\.)*+"|[^">])*+>)(?:\ ++(.*))?', re.DOTALL)
+# A quoted local part may hold ">". What each step takes no other one can, so none is tried twice.
+_PATH: Final = re.compile(r'\ ?(<(?:"(?:[^"\\]|\\.)*"|[^">])*>)(?:\ ++(.*))?', re.DOTALL)
 
 
 def split_path(argument: str, keyword: str) -> tuple[str, str] | None:
