@@ -433,6 +433,10 @@ cdef class Connection:
         """Whether a plugin set `authenticated` in the latest event."""
         return self.cell.decided
 
+    def listens(self, str event):
+        """Whether a plugin, or a handler of Python's, wants this event."""
+        return self.heard(EVENTS.index(event))
+
     def closed_by_peer(self):
         """From now on MQ_SmtpSend returns 0."""
         self.cell.closed = True
@@ -461,17 +465,17 @@ cdef class Connection:
         cdef MQ_SmtpConnection *handle = <MQ_SmtpConnection *> identity_of(self.cell.cell.word)
         return MQ_SmtpSend(handle, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
 
-    cdef inline bint listens(self, int number):
+    cdef inline bint heard(self, int number):
         return ((self.context.table.c_events | self.context.table.python_events) >> number) & 1
 
     cdef plain(self, int number):
-        if not self.listens(number):
+        if not self.heard(number):
             return nothing
         return run(self.context, begin(self.context, self, number), self, None, None)
 
     cdef text(self, int number, object text, object more):
         cdef EventCell *event
-        if not self.listens(number):
+        if not self.heard(number):
             return nothing
         event = begin(self.context, self, number)
         borrow(&event.first, text)
@@ -481,7 +485,7 @@ cdef class Connection:
 
     cdef mail(self, int number, message, document):
         cdef EventCell *event
-        if not self.listens(number):
+        if not self.heard(number):
             return nothing
         event = begin(self.context, self, number)
         try:

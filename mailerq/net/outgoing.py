@@ -394,8 +394,10 @@ class Connection:
             if protocol.step is Step.MESSAGE:
                 await self._send_due()
                 self._deadline = math.inf
-                await plugin.out_sent(message, stored)
-                await self._send_output()
+                if plugin.listens("out_sent"):
+                    await self._stream.drain()  # the event says that it has left
+                    await plugin.out_sent(message, stored)
+                    await self._send_output()
         except StreamLost as error:
             return _outcome(await self._last_words(error))
         return _outcome(await self._exchange(FINAL_REPLY * self._timeout))

@@ -104,6 +104,12 @@ class Socket:
         if self._rousable:
             self._wake_reader(came=False)
 
+    def alarm(self) -> None:
+        """Let who reads look: there is something that the kernel does not tell."""
+        self.readable = True
+        if self._reader is not None:
+            self._wake_reader(came=True)
+
     def forget(self) -> None:
         """The descriptor is about to be closed."""
         self._call = None
@@ -113,11 +119,9 @@ class Socket:
     def notify(self, events: int) -> None:
         """The kernel has seen these."""
         if events & ~_OUTPUT:
-            self.readable = True
             if events & _USUAL:
                 self.empties = False
-            if self._reader is not None:
-                self._wake_reader(came=True)
+            self.alarm()
         if events & (_OUTPUT | _END):
             if self._writer is not None:
                 task, self._writer = self._writer, None

@@ -293,6 +293,7 @@ class Session:
                     self._failed()
                     self._wait()
                     await stream.send_all(machine.data_to_send())
+                    await stream.drain()
                     self._waiting = False
                     return
                 case server.CLOSED:

@@ -2,12 +2,17 @@
 
 Theory of operation
 -------------------
-The socket is non-blocking. A write is tried at once and waits only for what does not fit; a
-read is tried when `mailerq.net.readiness` has heard that there is something. What
-`send_nowait` cannot place goes out when the socket takes more, whatever the task does then.
-So on a busy server most of them are one system call each, none to arm a wait, and they keep
-Python's lock (see `_core_sockets.pxi`). So that a peer that always has more to say cannot keep
-the loop for itself, a stream that was served `FAIRNESS` times in a row lets the others run.
+The socket is non-blocking. A write waits only for what does not fit; a read is tried when
+`mailerq.net.readiness` has heard that there is something. What `send_nowait` cannot place goes
+out when the socket takes more, whatever the task does then. So on a busy server most of them
+are one system call each, none to arm a wait, and they keep Python's lock (see
+`_core_sockets.pxi`). So that a peer that always has more to say cannot keep the loop for itself,
+a stream that was served `FAIRNESS` times in a row lets the others run.
+
+A short write leaves when all tasks have had their turn, together with those of other streams
+(`Departures`). A reply that is sent in the middle of a turn wakes a peer for itself; when many
+leave one after the other, it is awake already, has more to say at once when it pauses, and so
+has the next turn more to do.
 
 TLS works on two memory buffers between `ssl` and the same socket, so that it shares all of
 this.
@@ -31,9 +36,48 @@ __all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
 FAIRNESS: Final = 32
 """Reads in a row that were served at once before others get a turn."""
 
+LONG_BYTES: Final = 1 << 14
+"""What is not shorter is sent at once: it is work enough for its peer."""
+
 
 class StreamLost(Exception):
     """The connection broke: reset, timed out by the kernel, or TLS that makes no sense."""
+
+
+class Departures(trio.abc.Instrument):
+    """The streams of a loop that have something to send when its tasks have had their turn."""
+
+    def __init__(self) -> None:
+        self._streams: list[Stream] = []
+        self._token = trio.lowlevel.current_trio_token()
+
+    @classmethod
+    def of_this_loop(cls) -> Departures:
+        departures = _departures.get(None)
+        if departures is None:
+            departures = cls()
+            _departures.set(departures)
+            trio.lowlevel.add_instrument(departures)
+        return departures
+
+    def add(self, stream: Stream) -> None:
+        self._streams.append(stream)
+
+    def before_io_wait(self, timeout: float) -> None:
+        """What trio calls before it looks for events, or sleeps for them."""
+        if self._streams:
+            smooth = [stream.depart() for stream in self._streams]
+            self._streams.clear()
+            if not all(smooth):
+                # Some task has got something to do, after trio has looked whether any has.
+                self._token.run_sync_soon(_nothing)
+
+
+def _nothing() -> None:
+    pass
+
+
+_departures: Final = trio.lowlevel.RunVar[Departures | None]("departures", None)
 
 
 class Stream:
@@ -42,7 +86,8 @@ class Stream:
     It lives in one trio loop. One task at a time reads and one sends, with TLS the same one, and
     it is closed when none waits in it. `send_nowait`, `rouse` and `has_input` are for all tasks of
     the loop, at any time. A `send_all` that was cancelled has cut off what it sent; after that,
-    close. `local` and `remote` save a question to the kernel where the addresses are known already.
+    close. That the peer has gone may be told by a later operation than the one that sent to it.
+    `local` and `remote` save a question to the kernel where the addresses are known already.
     """
 
     def __init__(
@@ -58,8 +103,12 @@ class Stream:
         self._remote = remote
         self._served = 0
         self._sending = False
-        self._unsent = b""  # not empty: the socket is asked to call, or a `send_all` is under way
+        self._departing = False  # `flush` is called soon
+        # Not empty: it departs, or the socket is asked to call, or a `send_all` is under way.
+        self._unsent = b""
         self._placed = 0  # bytes of `_unsent` that have been sent nevertheless
+        self._departures: Departures | None = None
+        self._lost: str | None = None  # what a send met, and the next operation is to raise
         self._unread = b""
         self._tls: ssl.SSLObject | None = None
         self._incoming: ssl.MemoryBIO  # those two from the handshake on
@@ -137,6 +186,7 @@ class Stream:
 
     def receive_nowait(self) -> bytes | None:
         """What a plain stream has now: None is nothing, b"" the end. Raises `StreamLost`."""
+        self._tell_lost()
         if self._unread:
             data, self._unread = self._unread, b""
             return data
@@ -166,7 +216,10 @@ class Stream:
         self._unread = data
 
     async def send_all(self, data: bytes) -> None:
-        """Send all of it. Raises `StreamLost`; how much has arrived is then unknown."""
+        """Send all of it, at the latest when the other tasks have had their turn.
+
+        Raises `StreamLost`; how much has arrived is then unknown.
+        """
         if self._tls is None:
             await self._send_raw(data)
             return
@@ -175,6 +228,20 @@ class Stream:
         except ssl.SSLError as error:
             raise StreamLost(str(error)) from error
         await self._flush_tls()
+
+    async def drain(self) -> None:
+        """Wait until the socket has taken all that was sent. Raises `StreamLost`."""
+        self._tell_lost()
+        if self._unsent:
+            await self._send_now(b"")
+
+    def depart(self) -> bool:
+        """The turn is over: what has waited for that goes now; whether all of it has gone."""
+        if self._departing:
+            self._departing = False
+            self._send_unsent()
+            return not self._unsent and self._lost is None
+        return True
 
     def send_nowait(self, data: bytes) -> None:
         """Send what the socket takes at once, and the rest as soon as it takes more.
@@ -221,6 +288,7 @@ class Stream:
         """Close the socket; in TLS with a word of goodbye where it fits and nothing was cut off."""
         if self._fd < 0:
             return
+        self.depart()
         if self._tls is not None and not (self._sending or self._unsent):
             with suppress(ssl.SSLError, OSError):  # The peer's own goodbye is not waited for.
                 self._tls.unwrap()
@@ -244,6 +312,21 @@ class Stream:
                 return data
 
     async def _send_raw(self, data: bytes) -> None:
+        self._tell_lost()
+        if not self._departing:
+            if len(data) >= LONG_BYTES or self._unsent or self._sending:
+                await self._send_now(data)
+                return
+            self._departing = True
+            if self._departures is None:
+                self._departures = Departures.of_this_loop()
+            self._departures.add(self)
+        self._unsent += data
+        if len(self._unsent) >= LONG_BYTES:
+            await self._send_now(b"")
+
+    async def _send_now(self, data: bytes) -> None:
+        self._departing = False
         if self._unsent:
             data = self._take_unsent() + data
         try:
@@ -252,6 +335,12 @@ class Stream:
                 await self._send_rest(data, sent)
         except OSError as error:
             raise StreamLost(str(error)) from error
+
+    def _tell_lost(self) -> None:
+        """Raise what an earlier send met; once, because a read may find what came before that."""
+        if self._lost is not None:
+            lost, self._lost = self._lost, None
+            raise StreamLost(lost)
 
     async def _send_rest(self, data: bytes, sent: int) -> None:
         """Send what did not fit, and then what `send_nowait` was given meanwhile."""
@@ -266,13 +355,15 @@ class Stream:
         self._sending = False
 
     def _send_unsent(self) -> None:
-        """Send what `send_nowait` left, unless a `send_all` has taken it over or will."""
+        """Send what waits for it, unless a `send_all` has taken it over or will."""
         if self._sending or not self._unsent:
             return
         try:
             self._placed += send(self._fd, self._unsent, self._placed)
-        except OSError:
+        except OSError as error:
             self._placed = len(self._unsent)
+            self._lost = str(error)
+            self._socket.alarm()
         if self._placed == len(self._unsent):
             self._take_unsent()
             return

@@ -22,6 +22,7 @@ Guarantees
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -121,6 +122,10 @@ class Writer:
         }
 
     def _run(self) -> None:
+        # A sync that has ended need not interrupt who runs on this core: until they pause, more
+        # gathers. Where that is not allowed it is only dearer.
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         works: deque[Request] = deque()
         while not self._ended or works:
             group = self._gather([], works)

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 import trustme
 
-from mailerq.net.stream import FAIRNESS, Stream, StreamLost
+from mailerq.net.stream import FAIRNESS, LONG_BYTES, Stream, StreamLost
 
 
 def pair() -> tuple[Stream, Stream]:
@@ -182,12 +182,125 @@ async def test_a_peer_that_always_has_more_lets_others_run() -> None:
     right.close()
 
 
-async def test_a_broken_connection_is_lost() -> None:
+@pytest.mark.parametrize("size", [1, LONG_BYTES])
+async def test_a_broken_connection_is_lost(size: int) -> None:
     left, right = pair()
     right.close()
+
+    async def send() -> None:
+        await left.send_all(bytes(size))
+        await left.drain()
+
     with pytest.raises(StreamLost):
-        await left.send_all(b"x")
+        await send()
     left.close()
+
+
+async def test_what_is_short_leaves_when_all_had_their_turn_and_as_one() -> None:
+    left, right = pair()
+    await left.send_all(b"one ")
+    await left.send_all(b"packet")
+    assert not right.has_input
+    await trio.testing.wait_all_tasks_blocked()
+    assert await right.receive() == b"one packet"
+    left.close()
+    right.close()
+
+
+async def test_what_is_short_does_not_wait_for_more_than_a_turn_of_a_busy_loop() -> None:
+    left, right = pair()
+    await left.send_all(b"x")
+    turns = 0
+    while not right.has_input:
+        await trio.lowlevel.checkpoint()
+        turns += 1
+    assert turns <= 2
+    left.close()
+    right.close()
+
+
+async def test_many_short_ones_do_not_gather_without_end() -> None:
+    left, right = pair()
+    for _ in range(LONG_BYTES):
+        await left.send_all(b"x")
+    assert right.has_input
+    left.close()
+    right.close()
+
+
+async def test_closing_sends_what_has_not_left() -> None:
+    left, right = pair()
+    await left.send_all(b"goodbye")
+    left.close()
+    assert await right.receive() == b"goodbye"
+    right.close()
+
+
+async def test_drain_waits_until_the_socket_has_taken_it() -> None:
+    left, right = pair()
+    left.send_nowait(bytes(1 << 24))  # more than the sockets take
+    drained = trio.Event()
+
+    async def drain() -> None:
+        await left.drain()
+        drained.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(drain)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not drained.is_set()
+        while not drained.is_set():
+            await right.receive()
+    left.close()
+    right.close()
+
+
+async def test_what_a_send_met_is_told_once_and_what_came_before_it_can_be_read() -> None:
+    left, right = pair()
+    await right.send_all(b"last words")
+    await right.drain()
+    with socket.socket(fileno=os.dup(left.fileno())) as copy:
+        copy.shutdown(socket.SHUT_WR)
+    await left.send_all(b"x")
+    await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(StreamLost):
+        await left.receive()
+    assert await left.receive() == b"last words"
+    left.close()
+    right.close()
+
+
+async def test_what_does_not_fit_at_the_end_of_a_turn_follows() -> None:
+    left, right = pair()
+    with socket.socket(fileno=os.dup(left.fileno())) as copy:
+        copy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least there is
+    data = bytes(range(256)) * (LONG_BYTES // 256 - 1)
+    with trio.fail_after(5):
+        await left.send_all(data)  # nobody has waited on this stream before
+        assert await read(right, len(data)) == data
+    left.close()
+    right.close()
+
+
+async def test_who_waits_to_read_learns_that_what_was_sent_is_lost() -> None:
+    left, right = pair()
+    lost = trio.Event()
+
+    async def read() -> None:
+        with pytest.raises(StreamLost):
+            await left.receive()
+        lost.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        with socket.socket(fileno=os.dup(left.fileno())) as copy:
+            copy.shutdown(socket.SHUT_WR)
+        await left.send_all(b"x")
+        with trio.fail_after(5):
+            await lost.wait()
+    left.close()
+    right.close()
 
 
 async def test_connecting_to_nobody_raises_oserror() -> None:
