@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 PYTEST := $(BIN)/python -m pytest
 
 CORE_SOURCES := setup.py include/mailerq.h $(wildcard mailerq/_core*.p* mailerq/_core*.cpp)
+HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd))
+HOT_SOURCES := $(HOT_MODULES) $(HOT_MODULES:.pxd=.py)
+BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace --parallel 2
 PLUGINS := $(patsubst plugins/%.c,build/plugins/%.so,$(wildcard plugins/*.c)) \
            $(patsubst plugins/%.cpp,build/plugins/%.so,$(wildcard plugins/*.cpp))
 FUZZSECONDS := 60
@@ -26,9 +29,10 @@ test: $(VENV)/.test build $(PLUGINS) ## run the whole test suite; PYTESTARGS="-k
 
 build: $(VENV)/.core $(VENV)/.installed ## leave a working .venv/bin/mailerq
 
-debug: $(VENV)/.test ## build the extension with its assertions and run the suite on it
-	@rm -f $(VENV)/.core
-	MQ_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
+debug: $(VENV)/.test ## run the suite on an extension with assertions and on uncompiled modules
+	@rm -f $(VENV)/.core $(HOT_MODULES:.pxd=.*.so)
+	@mkdir -p build && touch build/debug
+	MQ_DEBUG=1 $(BUILD_EXT) --force
 	$(PYTEST) $(PYTESTARGS)
 
 bench: $(VENV)/.test build ## measure beside the peers that are installed; BENCHARGS=--full takes longer
@@ -49,16 +53,16 @@ lint: $(VENV)/.lint ## ruff, mypy --strict, cython-lint, layering, size of files
 	$(BIN)/python tools/check_tree.py
 
 asan: $(VENV)/.test ## run the tests of the extension under AddressSanitizer and UBSan
-	@rm -f $(VENV)/.core
-	MQ_DEBUG=1 MQ_SANITIZE=address,undefined \
-	    $(BIN)/python setup.py --quiet build_ext --inplace --force
+	@rm -f $(VENV)/.core $(HOT_MODULES:.pxd=.*.so)
+	@mkdir -p build && touch build/debug
+	MQ_DEBUG=1 MQ_SANITIZE=address,undefined $(BUILD_EXT) --force
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	    $(PYTEST) tests/plugins tests/test_core_sockets.py tests/net/test_stream.py \
 	        tests/engine/test_plugin_events.py $(PYTESTARGS)
 
 clean: ## remove what was built; .venv and what was received in var stay
-	rm -rf build dist *.egg-info mailerq/_core.c mailerq/_core*.so $(VENV)/.core
+	rm -rf build dist *.egg-info mailerq/_core.c mailerq/*.so mailerq/*/*.so $(VENV)/.core
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find mailerq tests tools benches -name __pycache__ -prune -exec rm -rf {} +
 
@@ -86,9 +90,10 @@ $(VENV)/.base: pyproject.toml tools/packages tools/requirements.py | $(VENV)/bin
 	@$(call needs,build-system dependencies terminal)
 	@touch $@
 
-$(VENV)/.core: $(CORE_SOURCES) | $(VENV)/.base
-	@echo "Building the extension"
-	@$(BIN)/python setup.py --quiet build_ext --inplace --force
+$(VENV)/.core: $(CORE_SOURCES) $(HOT_SOURCES) | $(VENV)/.base
+	@echo "Compiling the extension and the modules that every message goes through"
+	@$(BUILD_EXT) $(if $(wildcard build/debug),--force)
+	@rm -f build/debug
 	@touch $@
 
 # The extension first: installing then finds it built.

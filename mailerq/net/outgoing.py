@@ -471,11 +471,9 @@ class Connection:
 
 
 def _outcome(event: Event | None) -> Outcome:
-    match event:
-        case Accepted():
-            return responses.accepted(event)
-        case Refused():
-            return responses.refused(event)
-        case Failed():
-            return responses.failed(event)
-    raise AssertionError(f"{event} ends nothing")
+    if isinstance(event, Accepted):
+        return responses.accepted(event)
+    if isinstance(event, Refused):
+        return responses.refused(event)
+    assert isinstance(event, Failed), f"{event} ends nothing"
+    return responses.failed(event)

@@ -253,51 +253,51 @@ class Session:
         stream = self._stream
         while True:
             event = machine.next_event()
-            match event:
-                case server.NEED_DATA:
-                    if machine.failures != self._failures and not self._failed():
-                        machine.close(smtp.ERRORS_TOO_OFTEN, "too many errors in a minute")
-                        continue
-                    if self._stopping and machine.sender is None:
-                        machine.close(smtp.CLOSING, "stopping")
-                        continue
-                    if machine.nuisance:
-                        await self._sleep(TARPIT_SECONDS)
-                    if self._in_mail and (spool := self._content_came()) is not None:
-                        await spool.flush()
-                        spool.came(machine.content_size)
-                    self._wait()
-                    if due := machine.data_to_send():
-                        await stream.send_all(due)
-                    data = await stream.receive()
-                    self._waiting = False
-                    self._bytes += len(data)
-                    machine.receive_data(data)
-                case server.Rcpt():
-                    await self._rcpt(event)
-                case server.Mail():
-                    await self._mail(event)
-                case server.Content():
-                    await self._content(event)
-                case server.Data():
-                    self._data()
-                case server.Hello():
-                    machine.accept()
-                case server.Auth():
-                    await self._auth(event)
-                case server.StartTls():
-                    await self._starttls()
-                case server.XClient():
-                    self._xclient(event)
-                case server.Closing():
-                    self._failed()
-                    self._wait()
-                    await stream.send_all(machine.data_to_send())
-                    await stream.drain()
-                    self._waiting = False
-                    return
-                case server.CLOSED:
-                    return
+            if event is server.NEED_DATA:
+                if machine.failures != self._failures and not self._failed():
+                    machine.close(smtp.ERRORS_TOO_OFTEN, "too many errors in a minute")
+                    continue
+                if self._stopping and machine.sender is None:
+                    machine.close(smtp.CLOSING, "stopping")
+                    continue
+                if machine.nuisance:
+                    await self._sleep(TARPIT_SECONDS)
+                if self._in_mail and (spool := self._content_came()) is not None:
+                    await spool.flush()
+                    spool.came(machine.content_size)
+                self._wait()
+                if due := machine.data_to_send():
+                    await stream.send_all(due)
+                data = await stream.receive()
+                self._waiting = False
+                self._bytes += len(data)
+                machine.receive_data(data)
+            elif isinstance(event, server.Rcpt):
+                await self._rcpt(event)
+            elif isinstance(event, server.Mail):
+                await self._mail(event)
+            elif isinstance(event, server.Content):
+                await self._content(event)
+            elif isinstance(event, server.Data):
+                self._data()
+            elif isinstance(event, server.Hello):
+                machine.accept()
+            elif isinstance(event, server.Auth):
+                await self._auth(event)
+            elif isinstance(event, server.StartTls):
+                await self._starttls()
+            elif isinstance(event, server.XClient):
+                self._xclient(event)
+            elif isinstance(event, server.Closing):
+                self._failed()
+                self._wait()
+                await stream.send_all(machine.data_to_send())
+                await stream.drain()
+                self._waiting = False
+                return
+            else:
+                assert event is server.CLOSED, "all others are above"
+                return
 
     def _wait(self) -> None:
         """From now on it is the peer's turn; what it had begun goes on from when it began."""

@@ -415,25 +415,24 @@ class ClientProtocol:
             return self._finish(self._refusal or Refused(step, reply))
         if kind == 3 and (step is not Step.DATA or reply.code != 354):
             raise self._invalid(step, reply)
-        match step:
-            case Step.INTRO | Step.EHLO | Step.HELO:
-                return self._take_hello(step, reply, kind)
-            case Step.RESET:
-                if kind != 2:
-                    raise self._invalid(step, reply)
-            case Step.MAILFROM:
-                self._transaction_open = kind == 2
-            case Step.RCPTTO:
-                self._recipient_stands = kind == 2
-            case Step.DATA:
-                if kind == 2:
-                    raise self._invalid(step, reply)
-                if kind == 3:
-                    return self._begin_body()
-            case Step.MESSAGE:
-                self._transaction_open = False
-                if kind == 2 and self._refusal is None:
-                    return Accepted(reply)
+        if step is Step.MAILFROM:
+            self._transaction_open = kind == 2
+        elif step is Step.RCPTTO:
+            self._recipient_stands = kind == 2
+        elif step is Step.DATA:
+            if kind == 2:
+                raise self._invalid(step, reply)
+            if kind == 3:
+                return self._begin_body()
+        elif step is Step.MESSAGE:
+            self._transaction_open = False
+            if kind == 2 and self._refusal is None:
+                return Accepted(reply)
+        elif step is Step.RESET:
+            if kind != 2:
+                raise self._invalid(step, reply)
+        else:
+            return self._take_hello(step, reply, kind)
         if kind != 2 and self._refusal is None:
             self._refusal = Refused(step, reply)
             self._later.clear()

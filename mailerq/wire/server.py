@@ -278,47 +278,51 @@ class ServerProtocol:
         good or bad. With `Data` may come where the mail goes when it is large.
         """
         event, self._event = self._event, None
-        match event:
-            case Rcpt():
-                self.rcpts.append(event)
-                self.send(reply or smtp.RCPT_OK)
-            case Mail():
-                self.mail = event
-                self.send(reply or smtp.MAIL_OK)
-            case Content():
-                count = len(self.rcpts) if self.settings.lmtp else 1
-                for answer in each or count * (reply or smtp.OK,):
-                    self.send(answer)
-                self._reset()
-                self.errors = self._idle_commands = 0
-            case Data():
-                assert self.mail is not None, "content comes within a transaction"
-                self._body = Body(
-                    self.settings.max_size,
-                    sink,
-                    normalize=self.settings.normalize,
-                    binary=self.mail.parameters.body == "BINARYMIME",
-                )
-                self.state = State.CHUNK if self._chunking else State.CONTENT
-                if not self._chunking:
-                    self.send(reply or smtp.START_DATA)
-            case Hello():
-                self.hello = event
-                self._reset()
-                self.send(reply or self._hello_reply(event))
-            case Auth():
-                self.authenticated = True
-                self.send(reply or smtp.AUTH_OK)
-            case StartTls():
-                self.state = State.TLS
-                self.send(reply or smtp.TLS_READY)
-            case XClient():
-                self.hello = None
-                self.authenticated = False
-                self._reset()
-                self.send(reply or smtp.greeting(self.settings.hostname, lmtp=self.settings.lmtp))
-            case _:
-                raise LocalProtocolError("there is nothing to accept")
+        if isinstance(event, Rcpt):
+            self.rcpts.append(event)
+            self.send(reply or smtp.RCPT_OK)
+        elif isinstance(event, Mail):
+            self.mail = event
+            self.send(reply or smtp.MAIL_OK)
+        elif isinstance(event, Data):
+            self._begin_content(reply, sink)
+        elif isinstance(event, Content):
+            count = len(self.rcpts) if self.settings.lmtp else 1
+            for answer in each or count * (reply or smtp.OK,):
+                self.send(answer)
+            self._reset()
+            self.errors = self._idle_commands = 0
+        elif isinstance(event, Hello):
+            self.hello = event
+            self._reset()
+            self.send(reply or self._hello_reply(event))
+        elif isinstance(event, Auth):
+            self.authenticated = True
+            self.send(reply or smtp.AUTH_OK)
+        elif isinstance(event, StartTls):
+            self.state = State.TLS
+            self.send(reply or smtp.TLS_READY)
+        elif isinstance(event, XClient):
+            self.hello = None
+            self.authenticated = False
+            self._reset()
+            self.send(reply or smtp.greeting(self.settings.hostname, lmtp=self.settings.lmtp))
+        else:
+            raise LocalProtocolError("there is nothing to accept")
+
+    def _begin_content(self, reply: Reply | None, sink: Sink | None) -> None:
+        assert self.mail is not None, "content comes within a transaction"
+        self._body = Body(
+            self.settings.max_size,
+            sink,
+            normalize=self.settings.normalize,
+            binary=self.mail.parameters.body == "BINARYMIME",
+        )
+        if self._chunking:
+            self.state = State.CHUNK
+        else:
+            self.state = State.CONTENT
+            self.send(reply or smtp.START_DATA)
 
     def reject(self, reply: Reply) -> None:
         """Answer the event with no. A 421 closes the session (RFC 5321, section 3.8)."""
@@ -328,18 +332,17 @@ class ServerProtocol:
         if reply.code == 421:
             self._close(reply, "closed by a reply 421")
             return
-        match event:
-            case Content():
-                self._content_failed(reply)
-            case Data() if self._chunking:
-                self._refuse_chunk(reply)
-            case Data():
-                self._reset()
-                self._fail(reply)
-            case Rcpt():
-                self._recipient_failed(reply)
-            case _:
-                self._fail(reply)
+        if isinstance(event, Content):
+            self._content_failed(reply)
+        elif isinstance(event, Data) and self._chunking:
+            self._refuse_chunk(reply)
+        elif isinstance(event, Data):
+            self._reset()
+            self._fail(reply)
+        elif isinstance(event, Rcpt):
+            self._recipient_failed(reply)
+        else:
+            self._fail(reply)
 
     # Commands.
 

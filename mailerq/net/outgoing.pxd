@@ -1,0 +1,32 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+from mailerq.net.stream cimport Stream as _Stream
+from mailerq.wire.client cimport ClientProtocol as _ClientProtocol
+
+
+@cython.final
+cdef class Connection:
+    cdef public Py_ssize_t _unsettled, _messages
+    cdef public _ClientProtocol _protocol
+    cdef public _Stream _stream
+    cdef public bint _idle, _sending, _output_waits, _leaving, _over
+    cdef public double _deadline
+    cdef public object worker, route, local_ip, remote, _pool, _timeout, _life, _scope, _job
+    cdef public object _calm, _plugin, _local
+    cdef object __weakref__
+
+    cpdef give(self, job)
+    cpdef leave(self)
+    cpdef cut(self)
+    cpdef check(self)
+    cpdef settled(self)
+    cpdef _rouse(self)
+    cpdef _may_go_on(self)
+    cpdef _report(self, outcome)
+    cpdef _output_came(self)
+    cpdef _expect(self, seconds)
+
+
+cpdef _outcome(event)

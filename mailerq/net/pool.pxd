@@ -1,0 +1,33 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Pool:
+    cdef public Py_ssize_t opened_connections
+    cdef public bint _stopping
+    cdef public dict _destinations, _idle, _starved, _held, _connections
+    cdef public object config, worker, _workers, _resolver, _slots, _office, _doubts, _empty
+    cdef public object _lookups, _tick, _nursery
+
+    cpdef _look(self)
+    cpdef put(self, job)
+    cpdef opened(self, connection)
+    cpdef finished(self, connection, job, report, reusable)
+    cpdef returned(self, job)
+    cpdef host_failed(self, host)
+    cpdef leaving(self, connection)
+    cpdef closed(self, connection, job, report)
+    cpdef _pump(self, destination)
+    cpdef _employ(self, connection, destination)
+    cpdef _may_open(self, destination)
+    cpdef _open(self, destination)
+    cpdef _park_excess(self, destination)
+    cpdef _not_opened(self, destination, report)
+    cpdef _feed_starved(self)
+    cpdef _forget(self, destination)
+    cpdef cut(self)
+
+
+cpdef _load(worker)

@@ -1,0 +1,29 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Socket:
+    cdef public Poller _poller
+    cdef public bint readable, empties, _rousable
+    cdef public int fd
+    cdef public object _reader, _writer, _call
+
+    cpdef call_when_writable(self, function)
+    cpdef rouse(self)
+    cpdef alarm(self)
+    cpdef forget(self)
+    cpdef notify(self, events)
+    cpdef _ask_for_output(self)
+    cpdef _abort_reader(self, _)
+    cpdef _abort_writer(self, _)
+
+
+@cython.final
+cdef class Poller:
+    cdef public dict _sockets
+    cdef public object _epoll
+
+    cpdef modify(self, socket, events)
+    cpdef remove(self, socket)

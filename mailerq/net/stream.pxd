@@ -1,0 +1,30 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+from mailerq.net.readiness cimport Socket as _Socket
+
+
+@cython.final
+cdef class Stream:
+    cdef public Py_ssize_t _served, _placed
+    cdef public _Socket _socket
+    cdef public bint _sending, _departing
+    cdef public bytes _unsent, _unread
+    cdef public int _fd
+    cdef public object _local, _remote, _departures, _lost, _tls, _incoming, _outgoing
+
+    cpdef fileno(self)
+    cpdef receive_nowait(self)
+    cpdef rouse(self)
+    cpdef unread(self, data)
+    cpdef depart(self)
+    cpdef send_nowait(self, data)
+    cpdef close(self)
+    cpdef _tell_lost(self)
+    cpdef _send_unsent(self)
+    cpdef _take_unsent(self)
+
+
+cpdef _descriptor(sock)
+cpdef address_of(name)

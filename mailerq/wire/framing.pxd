@@ -1,0 +1,22 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Body:
+    cdef public Py_ssize_t size, _limit, _waiting
+    cdef public bint is_bare, _normalize, _binary, _settled, _stuffed
+    cdef public bytes _held
+    cdef public list _pieces
+    cdef public object _sink
+
+    cpdef add(self, data)
+    cpdef receive_stuffed(self, data)
+    cpdef finish(self)
+    cpdef discard(self)
+    cpdef _ready(self, block)
+
+
+cpdef _overlap(data)
+cpdef has_bare_newline(body)
