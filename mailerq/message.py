@@ -233,8 +233,7 @@ _KNOWN: Final = (
 )
 
 
-@dataclass(slots=True, frozen=True, kw_only=True)
-class Result:
+class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What one attempt to deliver came to: one element of the property ``results``.
 
     `type` and `state` are the 2.1 vocabulary (``success``, ``error``, ``lost`` … and

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Final
+
+import msgspec
 
 from mailerq.mail import headers
 from mailerq.mail.extract import extract
@@ -18,8 +19,7 @@ HOP_LIMIT: Final = 100
 """Received fields from which on a mail is taken to be looping (RFC 5321, section 6.3)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(msgspec.Struct, frozen=True):
     """Where a mail came from and where it shall go, apart from its content.
 
     `properties` is what stands in every message beside that: the object ``connection`` of
@@ -40,8 +40,7 @@ class Envelope:
     trusted: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Reception:
+class Reception(msgspec.Struct, frozen=True):
     """What `messages` made. `ignored` says which x-mq-* fields were unusable, for the log."""
 
     messages: list[Message]

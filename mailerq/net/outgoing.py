@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+import msgspec
 import trio
 
 from mailerq.message import Message
@@ -99,8 +100,7 @@ class Job:
     since: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """What came of an attempt, and over which connection if there was one."""
 
     outcome: Outcome

@@ -23,13 +23,14 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from mailerq.message import Message
 
 __all__ = ["Consumer", "Depth", "Entry", "Lease", "Publication", "Queues", "Settlement"]
 
 
-@dataclass(slots=True, frozen=True)
-class Publication:
+class Publication(msgspec.Struct, frozen=True):
     """One message for one queue. `due` is seconds since 1970; None is at once."""
 
     queue: str
@@ -49,8 +50,7 @@ class Lease:
     message: Message
 
 
-@dataclass(slots=True, frozen=True)
-class Settlement:
+class Settlement(msgspec.Struct, frozen=True):
     """A lease that is over, and what is to be published in the same step."""
 
     lease: Lease

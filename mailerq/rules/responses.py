@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
+
+import msgspec
 
 from mailerq.wire.client import Accepted, Failed, Problem, Refused, Step
 from mailerq.wire.smtp import Reply
@@ -63,8 +64,7 @@ class Fate(Enum):
     FAILED = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """How an attempt ended, without when and where."""
 
     type: str

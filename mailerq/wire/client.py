@@ -32,9 +32,10 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from typing import Final
+
+import msgspec
 
 from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
@@ -104,27 +105,23 @@ class Problem(StrEnum):
     TIMEOUT = "timeout"
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(msgspec.Struct, frozen=True):
     """The session is open and takes a mail. `mta` is the name in the peer's banner."""
 
     mta: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class SendBody:
+class SendBody(msgspec.Struct, frozen=True):
     """The peer said 354: call `ClientProtocol.send_body`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """The peer took the mail over; it is its duty now."""
 
     reply: Reply
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """The peer said no to `step`; at INTRO, EHLO and HELO to the whole session.
 
     `reply` is our own where nothing was sent because the peer could not take it.
@@ -134,8 +131,7 @@ class Refused:
     reply: Reply
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """The session broke while the reply to `step` was due; IDLE: none was."""
 
     step: Step

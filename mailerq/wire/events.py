@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
 
+import msgspec
+
 from mailerq.wire.parameters import MailParameters, RcptParameters
 from mailerq.wire.sasl import Credentials
 
@@ -31,8 +33,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(msgspec.Struct, frozen=True):
     """EHLO or LHLO (`extended`), or HELO."""
 
     name: str
@@ -59,24 +60,21 @@ class XClient:
     attributes: Mapping[str, str | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Mail:
+class Mail(msgspec.Struct, frozen=True):
     """MAIL FROM. `sender` has no angle brackets and is empty for the null sender."""
 
     sender: str
     parameters: MailParameters
 
 
-@dataclass(frozen=True, slots=True)
-class Rcpt:
+class Rcpt(msgspec.Struct, frozen=True):
     """RCPT TO. `recipient` has no angle brackets and no source route."""
 
     recipient: str
     parameters: RcptParameters
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(msgspec.Struct, frozen=True):
     """DATA, or the first BDAT of a mail, with a sender and at least one recipient accepted."""
 
 

@@ -7,9 +7,10 @@ enhanced status codes (RFC 2034, RFC 3463) they stand at the start of the text.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
+
+import msgspec
 
 __all__ = [
     "LocalProtocolError",
@@ -34,8 +35,7 @@ class LocalProtocolError(RuntimeError):
     """The caller used a protocol machine out of turn: a defect here, not at the peer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """A reply, as it goes on the wire or came from it.
 
     Lines of `text` are separated by a line feed. Whatever else in it could end a line or
@@ -45,19 +45,17 @@ class Reply:
 
     code: int
     text: str
-    wire: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        text = self.text
-        if "\n" not in text and text.isprintable() and len(text) < REPLY_LINE_LIMIT:
-            wire = b"%d %b\r\n" % (self.code, text.encode())
-        else:
-            lines = [_CONTROLS.sub("?", line) for line in text.replace("\r\n", "\n").split("\n")]
-            object.__setattr__(self, "text", "\n".join(lines))
-            chunks = [line.encode(errors="replace")[: REPLY_LINE_LIMIT - 6] for line in lines]
-            head = b"".join(b"%d-%b\r\n" % (self.code, chunk) for chunk in chunks[:-1])
-            wire = b"%b%d %b\r\n" % (head, self.code, chunks[-1])
-        object.__setattr__(self, "wire", wire)
+        if not self.text.isprintable():
+            lines = self.text.replace("\r\n", "\n").split("\n")
+            text = "\n".join(_CONTROLS.sub("?", line) for line in lines)
+            msgspec.structs.force_setattr(self, "text", text)
+
+    @property
+    def wire(self) -> bytes:
+        """The bytes to send."""
+        return _wire(self.code, self.text)
 
     @property
     def status(self) -> str | None:
@@ -73,6 +71,13 @@ class Reply:
         if status is not None:
             lines = [line.removeprefix(status).lstrip() for line in lines]
         return " ".join(lines)
+
+
+@lru_cache(maxsize=1000)
+def _wire(code: int, text: str) -> bytes:
+    lines = [line.encode(errors="replace")[: REPLY_LINE_LIMIT - 6] for line in text.split("\n")]
+    head = b"".join(b"%d-%b\r\n" % (code, line) for line in lines[:-1])
+    return b"%b%d %b\r\n" % (head, code, lines[-1])
 
 
 def with_status(code: int, text: str, status: str) -> str:

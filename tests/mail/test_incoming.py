@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import count
+
+from msgspec.structs import replace
 
 from mailerq.mail.incoming import HOP_LIMIT, Envelope, Reception, messages
 
