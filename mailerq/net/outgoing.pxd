@@ -11,10 +11,10 @@ cdef class Connection:
     cdef public Py_ssize_t _unsettled, _messages
     cdef public _ClientProtocol _protocol
     cdef public _Stream _stream
-    cdef public bint _idle, _sending, _output_waits, _leaving, _over
+    cdef public bint _idle, _sending, _output_waits, _ahead_sent, _prompt, _leaving, _over
     cdef public double _deadline
     cdef public object worker, route, local_ip, remote, _pool, _timeout, _life, _scope, _job
-    cdef public object _calm, _plugin, _local
+    cdef public object _ahead, _calm, _plugin, _local
     cdef object __weakref__
 
     cpdef give(self, job)
@@ -25,6 +25,8 @@ cdef class Connection:
     cpdef _rouse(self)
     cpdef _may_go_on(self)
     cpdef _report(self, outcome)
+    cpdef _begin(self, job)
+    cpdef _go_ahead(self)
     cpdef _output_came(self)
     cpdef _expect(self, seconds)
 

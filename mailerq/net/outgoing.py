@@ -73,6 +73,10 @@ FINAL_REPLY: Final = 5
 """The reply to the final dot may take so many times `smtp-out-timeout`: the peer does its work
 then, and a mail that is given up too early arrives twice (RFC 5321, section 4.5.3.2.6)."""
 
+PROMPT_SECONDS: Final = 0.1
+"""A peer that took longer for the last body gets no envelope ahead: the message behind it would
+wait for the reply to this one, while another connection may become free."""
+
 MIN_IDLE_SECONDS: Final = 0.05
 """How long a connection is kept idle at least: a job may be on its way from another thread."""
 
@@ -128,6 +132,9 @@ class Employer(Protocol):
     def finished(self, connection: Connection, job: Job, report: Report, reusable: bool) -> None:
         """A job is over; the connection takes another one only when it is `reusable`."""
 
+    def next_job(self, connection: Connection) -> Job | None:
+        """A job that the connection may begin before it has finished the one in hand."""
+
     def returned(self, job: Job) -> None:
         """A job was not tried, because the peer had gone."""
 
@@ -158,6 +165,9 @@ class Connection:
         self._sending = False
         self._output_waits = False
         self._job: Job | None = None
+        self._ahead: Job | None = None
+        self._ahead_sent = False  # its envelope
+        self._prompt = False
         self._leaving = False
         self._over = False
         self._unsettled = 0
@@ -223,6 +233,10 @@ class Connection:
             report = Report(responses.OWN_FAULT)
         finally:
             self._over = True
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None:
+                ahead.moves += 1
+                self._pool.worker.call(self._pool.returned, ahead)
             job, self._job = self._job, None
             self._pool.worker.call(self._pool.closed, self, job, report)
 
@@ -284,7 +298,12 @@ class Connection:
                     self._pool.worker.call(self._pool.returned, job)
                     break
                 self._messages += 1
-                self._finish(job, outcome, reusable=self._may_go_on())
+                ahead = None
+                if not self._protocol.ended:
+                    ahead, self._ahead = self._ahead, None
+                self._finish(job, outcome, reusable=ahead is None and self._may_go_on())
+                if ahead is not None:
+                    self._job, self._over = ahead, False
                 if self._over:
                     break
             self._over = True
@@ -346,18 +365,12 @@ class Connection:
     async def _deliver(self, job: Job) -> Outcome | None:
         """Send one message; None: not here, the peer had left when its turn came."""
         protocol = self._protocol
-        body, properties = job.message.body, job.message.properties
         replies = protocol.replies
+        begun, self._ahead_sent = self._ahead_sent, False
         event = protocol.next_event()
         if event is NEED_DATA:
-            protocol.mail(
-                job.envelope,
-                job.recipient,
-                size=None if body is None else len(body),
-                eight_bit=body is not None and not body.isascii(),
-                utf8=properties.get("smtputf8") is True and not has_ascii_header(body or b""),
-                dsn=properties.get("dsn"),
-            )
+            if not begun:
+                self._begin(job)
             event = await self._exchange()
         if isinstance(event, SendBody):
             await self._wait_settled()
@@ -369,6 +382,32 @@ class Connection:
             job.moves += 1
             return None
         return _outcome(event)
+
+    def _begin(self, job: Job) -> bool:
+        """Have the envelope sent; false when that cannot be done ahead."""
+        body, properties = job.message.body, job.message.properties
+        return self._protocol.mail(
+            job.envelope,
+            job.recipient,
+            size=None if body is None else len(body),
+            eight_bit=body is not None and not body.isascii(),
+            utf8=properties.get("smtputf8") is True and not has_ascii_header(body or b""),
+            dsn=properties.get("dsn"),
+        )
+
+    def _go_ahead(self) -> None:
+        """Put the next envelope behind the body in hand, where that is of use."""
+        limit = self._pool.config.connection_maxmessages
+        if (
+            self._prompt
+            and not self._leaving
+            and not 0 < limit <= self._messages + 1
+            and self._protocol.may_go_ahead
+            and self.worker is self._pool.worker  # it can answer at once
+            and (job := self._pool.next_job(self)) is not None
+        ):
+            self._ahead = job
+            self._ahead_sent = self._begin(job)
 
     async def _send_message(self, stored: Message) -> Outcome:
         """Answer 354 with the body, or, when there is none to send, not at all.
@@ -392,15 +431,21 @@ class Connection:
                 protocol.receive_data(early)
             protocol.send_body(message.body)
             if protocol.step is Step.MESSAGE:
+                told = plugin.listens("out_sent")
+                if not told:  # else what it sends comes right behind the body
+                    self._go_ahead()
                 await self._send_due()
-                self._deadline = math.inf
-                if plugin.listens("out_sent"):
+                if told:
                     await self._stream.drain()  # the event says that it has left
+                    self._deadline = math.inf
                     await plugin.out_sent(message, stored)
                     await self._send_output()
         except StreamLost as error:
             return _outcome(await self._last_words(error))
-        return _outcome(await self._exchange(FINAL_REPLY * self._timeout))
+        sent = trio.current_time()
+        event = await self._exchange(FINAL_REPLY * self._timeout)
+        self._prompt = trio.current_time() - sent < PROMPT_SECONDS
+        return _outcome(event)
 
     # Bytes
 

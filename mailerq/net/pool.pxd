@@ -15,6 +15,7 @@ cdef class Pool:
     cpdef put(self, job)
     cpdef opened(self, connection)
     cpdef finished(self, connection, job, report, reusable)
+    cpdef next_job(self, connection)
     cpdef returned(self, job)
     cpdef host_failed(self, host)
     cpdef leaving(self, connection)

@@ -200,6 +200,21 @@ class Pool:
             else:
                 self._employ(connection, destination)
 
+    def next_job(self, connection: Connection) -> Job | None:
+        """What it may begin before it has finished the job in hand: what no other could take now.
+
+        A job that came back is not bound to a connection so early again.
+        """
+        destination = self._connections[connection]
+        jobs = destination.jobs
+        while len(jobs) > len(destination.opening) and not (
+            self._stopping or self._starved or jobs[0].moves
+        ):
+            job = jobs.popleft()
+            if not self._office.expired(job):
+                return job
+        return None
+
     def returned(self, job: Job) -> None:
         """It has not tried a job that it was given; somebody else must."""
         self._queue(job, first=True)

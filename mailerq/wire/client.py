@@ -17,6 +17,11 @@ says 354, that dot might deliver an empty mail, so the session is given up inste
 A transaction that the peer may still hold open is ended by RSET, sent with the next mail
 and not before: many sessions see no next mail.
 
+Where the peer offers PIPELINING the commands of the next mail may go out right behind the body
+(RFC 2920, section 3.1, allows a body to begin a group): `mail` while `may_go_ahead`. A mail then
+costs one round trip. What ends the session before the reply to the body is the end of the first
+mail only; who sent the next one ahead must give it again elsewhere.
+
 A driver does this::
 
     while (event := protocol.next_event()) is NEED_DATA:
@@ -214,6 +219,21 @@ class ClientProtocol:
         """True when `mail` may be called: the session is open and nothing is under way."""
         return not (self._due or self._body_due or self._refusal or self._over)
 
+    @property
+    def ended(self) -> bool:
+        """True when the session is of no more use."""
+        return self._over is not None
+
+    @property
+    def may_go_ahead(self) -> bool:
+        """True when `mail` may be called although the reply to a body is due."""
+        return (
+            len(self._due) == 1
+            and self._due[0] is Step.MESSAGE
+            and self._refusal is None
+            and "PIPELINING" in self.extensions
+        )
+
     # Output
 
     def mail(
@@ -225,20 +245,23 @@ class ClientProtocol:
         eight_bit: bool = False,
         utf8: bool = False,
         dsn: Mapping[str, object] | None = None,
-    ) -> None:
+    ) -> bool:
         """Begin to send a mail of `size` bytes; one recipient.
 
         `eight_bit` is about all of it, `utf8` about its header. `dsn` is the property of that
         name, which goes on to a peer that knows what to do with it. What the peer cannot
         take, or what would not be one command on the wire, ends in `Refused` without a byte
-        sent.
+        sent. While the reply to another mail is due it is False then, and nothing has happened.
         """
-        if not self.reusable:
+        ahead = self.may_go_ahead
+        if not (ahead or self.reusable):
             raise LocalProtocolError("a mail is under way, or the session is not open")
         utf8 = utf8 or not (envelope.isascii() and recipient.isascii())
-        self._refusal = self._objection(envelope, recipient, size, utf8=utf8)
-        if self._refusal is not None:
-            return
+        objection = self._objection(envelope, recipient, size, utf8=utf8)
+        if objection is not None:
+            if not ahead:
+                self._refusal = objection
+            return not ahead
         parameters = f" SIZE={size}" if size is not None and "SIZE" in self.extensions else ""
         if eight_bit and "8BITMIME" in self.extensions:
             parameters += " BODY=8BITMIME"
@@ -248,15 +271,16 @@ class ClientProtocol:
         if dsn and "DSN" in self.extensions:
             sender_parameters, recipient_parameters = dsn_parameters(dsn)
             parameters += sender_parameters
-        if self._transaction_open:
-            self._transaction_open = False
+        if self._transaction_open and not ahead:
             self._later.append((Step.RESET, b"RSET\r\n"))
+        self._transaction_open = False
         self._later.append((Step.MAILFROM, f"MAIL FROM:<{envelope}>{parameters}\r\n".encode()))
         rcpt = f"RCPT TO:<{recipient}>{recipient_parameters}\r\n"
         self._later.append((Step.RCPTTO, rcpt.encode()))
         self._later.append((Step.DATA, b"DATA\r\n"))
         self._recipient_stands = False
         self._send_commands()
+        return True
 
     def send_body(self, body: bytes) -> None:
         """Send the mail itself and the dot that ends it; answers `SendBody`."""
@@ -422,8 +446,8 @@ class ClientProtocol:
                 return self._begin_body()
         elif step is Step.MESSAGE:
             self._transaction_open = False
-            if kind == 2 and self._refusal is None:
-                return Accepted(reply)
+            if self._refusal is None:
+                return Accepted(reply) if kind == 2 else Refused(step, reply)
         elif step is Step.RESET:
             if kind != 2:
                 raise self._invalid(step, reply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import trio
 import trio.testing
 
 from mailerq.message import Message
-from mailerq.net import pool
+from mailerq.net import outgoing, pool
 from mailerq.net.slots import Slots
 from mailerq.rules import routes
 from tests.net.delivery_kit import (
@@ -99,6 +100,146 @@ async def test_a_connection_takes_so_many_messages_and_no_more() -> None:
         await bench.results(count=5)
         assert bench.peer.connections == 3
         assert bench.peer.commands.count("QUIT") >= 2
+
+
+@pytest.fixture
+def all_are_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy makes nobody slow."""
+    monkeypatch.setattr(outgoing, "PROMPT_SECONDS", 60.0)
+
+
+class Behind:
+    """A peer that answers a body only when the next envelope has come right behind it."""
+
+    def __init__(self, *replies: str, bodies: int = 2) -> None:
+        self.replies = replies
+        self.bodies = bodies
+
+    async def __call__(self, peer: PeerConnection) -> None:
+        await peer.hello()
+        await self.envelope(peer)
+        for number in range(1, self.bodies + 1):
+            await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+            await peer.body()
+            if number > 1:
+                await self.envelope(peer)
+            reply = self.replies[number - 1]
+            await peer.send(f"{reply}\r\n" if reply else "")
+            if number == 1:
+                await self.envelope(peer)
+            if not reply.startswith(("2", "4")) or reply.startswith("421"):
+                return
+        await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+        await peer.body()
+        await peer.send("250 taken\r\n")
+        await peer.line()
+
+    async def envelope(self, peer: PeerConnection) -> None:
+        for verb in ("MAIL", "RCPT", "DATA"):
+            assert (await peer.line()).startswith(verb)
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_the_envelope_of_a_message_that_waits_goes_out_behind_the_body() -> None:
+    async with open_bench(Behind("250 one", "250 two"), domain_maxconnections=1) as bench:
+        for _ in range(3):
+            bench.send()
+        results = await bench.results(count=3)
+        assert [result["messages"] for result in results] == [1, 2, 3]
+        assert bench.peer.connections == 1
+        assert not bench.queues.leased
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_a_body_that_is_refused_does_not_cost_the_message_behind_it() -> None:
+    async with open_bench(Behind("250 one", "452 full"), domain_maxconnections=1) as bench:
+        for _ in range(3):
+            bench.send()
+        await bench.results("success", 2)
+        assert (await bench.retried())["code"] == 452
+        assert "RSET" not in bench.peer.commands
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+@pytest.mark.parametrize("last", ["421 4.3.2 stopping", ""])
+async def test_a_message_whose_envelope_went_ahead_moves_on_when_the_connection_ends(
+    last: str,
+) -> None:
+    async with open_bench(Behind("250 one", last), domain_maxconnections=1) as bench:
+        for number in range(3):
+            bench.send(recipient=f"c{number}@d.test")
+        await bench.results("success", 2)
+        await bench.retried()
+        moved = next(m for m in bench.queues["success"] if m.recipient == "c2@d.test")
+        assert [result["attempt"] for result in moved.results] == [1]
+        assert bench.peer.connections == 2
+
+
+async def test_nothing_goes_ahead_to_a_peer_that_takes_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outgoing, "PROMPT_SECONDS", 0.0)
+    seen: list[Any] = []
+
+    async def script(peer: PeerConnection) -> None:
+        await peer.hello()
+        for _ in range(3):
+            await Behind.envelope(Behind(), peer)
+            await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+            await peer.body()
+            await trio.testing.wait_all_tasks_blocked()
+            seen.extend(select.select([peer.stream.socket], [], [], 0)[0])
+            await peer.send("250 taken\r\n")
+        await peer.line()
+
+    async with open_bench(script, domain_maxconnections=1) as bench:
+        for _ in range(3):
+            bench.send()
+        await bench.results("success", 3)
+        assert seen == []
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_a_body_waits_for_the_result_before_it_though_its_envelope_went_ahead() -> None:
+    bodies = []
+
+    async def script(peer: PeerConnection) -> None:
+        await peer.hello()
+        await Behind.envelope(Behind(), peer)
+        for number in range(3):
+            await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+            bodies.append(await peer.body())
+            if number == 1:
+                bench.queues.may_ack = trio.Event()
+                await Behind.envelope(Behind(), peer)
+            await peer.send("250 taken\r\n")
+            peer.peer.queues.touch()
+            if number == 0:
+                await Behind.envelope(Behind(), peer)
+        await peer.line()
+
+    async with open_bench(script, domain_maxconnections=1) as bench:
+        for _ in range(3):
+            bench.send()
+        await bench.queues.until(lambda _: len(bodies) == 2)
+        for _ in range(20):
+            await trio.testing.wait_all_tasks_blocked()
+        assert len(bodies) == 2
+        bench.queues.may_ack.set()
+        await bench.results("success", 3)
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_stop_lets_a_message_end_whose_envelope_went_ahead() -> None:
+    async with open_bench(Behind("250 one", "250 two"), domain_maxconnections=1) as bench:
+        for _ in range(6):
+            bench.send()
+        await bench.queues.until(lambda _: bench.peer.commands.count("DATA") == 3)
+        with trio.fail_after(10):
+            await bench.dispatcher.stop(5)
+        assert len(bench.queues["success"]) == 3
+        assert len(bench.queues["outbox"]) == 3
+        assert not bench.queues.leased
 
 
 async def test_an_idle_connection_ends_with_quit() -> None:

@@ -42,6 +42,9 @@ class StubPool:
     def finished(self, connection: Connection, job: Job, report: Any, reusable: bool) -> None:
         connection.settled()
 
+    def next_job(self, connection: Connection) -> Job | None:
+        return None
+
     def leaving(self, connection: Connection) -> None:
         pass
 

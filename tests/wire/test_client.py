@@ -258,6 +258,88 @@ def test_a_refused_mail_leaves_the_session_open(bytewise: bool) -> None:
     assert output(protocol).startswith(b"MAIL")
 
 
+NEXT = b"MAIL FROM:<a@b.test>\r\n", b"RCPT TO:<e@f.test>\r\n", b"DATA\r\n"
+
+
+def ahead() -> ClientProtocol:
+    """The body of a mail is sent, and the envelope of the next one right behind it."""
+    protocol = mailing()
+    assert feed(protocol, b"250 ok\r\n250 ok\r\n354 go\r\n") == [SendBody()]
+    assert not protocol.may_go_ahead
+    protocol.send_body(b"hi\r\n")
+    assert protocol.may_go_ahead
+    assert protocol.mail("a@b.test", "e@f.test")
+    assert not protocol.may_go_ahead
+    assert protocol.data_to_send() == b"hi\r\n.\r\n" + b"".join(NEXT)
+    assert protocol.step is Step.MESSAGE
+    return protocol
+
+
+def test_the_next_envelope_goes_out_with_the_body_and_needs_no_rset(bytewise: bool) -> None:
+    protocol = ahead()
+    replies = b"250 one\r\n250 ok\r\n250 ok\r\n354 go\r\n"
+    events = feed(protocol, replies, bytewise=bytewise)
+    assert events == [Accepted(Reply(250, "one")), SendBody()]
+    protocol.send_body(b"ho\r\n")
+    assert output(protocol) == b"ho\r\n.\r\n"
+    assert feed(protocol, b"250 two\r\n", bytewise=bytewise) == [Accepted(Reply(250, "two"))]
+    assert protocol.reusable
+
+
+def test_each_of_two_mails_gets_its_own_refusal(bytewise: bool) -> None:
+    protocol = ahead()
+    events = feed(protocol, b"452 full\r\n", bytewise=bytewise)
+    assert events == [Refused(Step.MESSAGE, Reply(452, "full"))]
+    assert not protocol.reusable
+    events = feed(protocol, b"250 ok\r\n550 who\r\n554 none\r\n", bytewise=bytewise)
+    assert events == [Refused(Step.RCPTTO, Reply(550, "who"))]
+    assert protocol.reusable
+    protocol.mail("a@b.test", "c@d.test")
+    assert output(protocol).startswith(b"RSET\r\nMAIL")
+
+
+def test_what_ends_the_session_ends_the_mail_whose_reply_is_due(bytewise: bool) -> None:
+    protocol = ahead()
+    events = feed(protocol, b"421 bye\r\n", bytewise=bytewise)
+    assert events == [Refused(Step.MESSAGE, Reply(421, "bye"))]
+    assert protocol.ended
+    protocol = ahead()
+    protocol.receive_data(b"")
+    event = protocol.next_event()
+    assert isinstance(event, Failed)
+    assert event.step is Step.MESSAGE
+    protocol = ahead()
+    assert feed(protocol, b"250 one\r\n", bytewise=bytewise) == [Accepted(Reply(250, "one"))]
+    protocol.receive_data(b"")
+    event = protocol.next_event()
+    assert isinstance(event, Failed)
+    assert event.step is Step.MAILFROM
+
+
+def test_a_mail_that_the_peer_cannot_take_is_not_sent_ahead() -> None:
+    protocol = mailing()
+    feed(protocol, b"250 ok\r\n250 ok\r\n354 go\r\n")
+    protocol.send_body(b"hi\r\n")
+    assert not protocol.mail("a@b.test", "e@f.test", size=1001)
+    assert output(protocol) == b"hi\r\n.\r\n"
+    assert feed(protocol, b"250 one\r\n") == [Accepted(Reply(250, "one"))]
+    assert protocol.mail("a@b.test", "e@f.test", size=1001)
+    assert isinstance(protocol.next_event(), Refused)
+
+
+def test_nothing_goes_ahead_to_a_peer_that_does_not_pipeline_or_gets_a_lone_dot() -> None:
+    protocol = mailing(PLAIN)
+    assert feed(protocol, b"250 ok\r\n250 ok\r\n354 go\r\n") == [SendBody()]
+    protocol.send_body(b"hi\r\n")
+    assert not protocol.may_go_ahead
+    with pytest.raises(LocalProtocolError):
+        protocol.mail("a@b.test", "e@f.test")
+    protocol = mailing()
+    feed(protocol, b"250 ok\r\n550 who\r\n354 go\r\n")
+    assert protocol.step is Step.MESSAGE
+    assert not protocol.may_go_ahead
+
+
 def test_421_refuses_the_mail_and_ends_the_session(bytewise: bool) -> None:
     protocol = mailing()
     assert feed(protocol, b"250 ok\r\n421 bye\r\n", bytewise=bytewise) == [
