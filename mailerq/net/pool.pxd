@@ -5,7 +5,7 @@ cimport cython
 
 @cython.final
 cdef class Pool:
-    cdef public Py_ssize_t opened_connections
+    cdef public Py_ssize_t opened_connections, ahead_jobs
     cdef public bint _stopping
     cdef public dict _destinations, _idle, _starved, _held, _connections
     cdef public object config, worker, _workers, _resolver, _slots, _office, _doubts, _empty

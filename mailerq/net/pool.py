@@ -138,6 +138,7 @@ class Pool:
         self._tick = min(TICK_SECONDS, max(shortest / 4, 0.02))
         self._nursery: trio.Nursery
         self.opened_connections = 0
+        self.ahead_jobs = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
@@ -212,6 +213,7 @@ class Pool:
         ):
             job = jobs.popleft()
             if not self._office.expired(job):
+                self.ahead_jobs += 1
                 return job
         return None
 
@@ -410,6 +412,7 @@ class Pool:
             "opening": sum(len(d.opening) for d in self._destinations.values()),
             "idle": len(self._idle),
             "opened": self.opened_connections,
+            "ahead": self.ahead_jobs,
             "destinations": len(self._destinations),
             "waiting": sum(queues.values()),
             "domains": dict(longest),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +109,8 @@ log_file_path = {directory}/log/%s
 primary_hostname = exim.test
 trusted_users = root
 keep_environment =
+acl_smtp_rcpt = accept
+smtp_accept_queue_per_connection = 0
 deliver_drop_privilege = true
 domainlist local_domains =
 begin acl
@@ -174,6 +180,33 @@ class Exim:
         """Send a mail at once; what it said. Whether it has gone stands in its log."""
         command = (self.binary, "-C", self.directory / "exim.conf", "-odf", "-oi", "-v")
         return await succeed(*command, "-f", sender, *recipients, input=mail, env=self.env)
+
+    @contextmanager
+    def listening(self) -> Iterator[int]:
+        """Take mail by SMTP, and send it on at once: on which port of this host."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [
+            self.binary,
+            "-C",
+            self.directory / "exim.conf",
+            "-bdf",
+            "-oX",
+            f"127.0.0.1.{port}",
+        ]
+        server = subprocess.Popen(command, env=os.environ | self.env, process_group=0)
+        try:
+            for _ in range(1000):
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.01)
+            yield port
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
 
     def log(self) -> str:
         return "".join(path.read_text() for path in (self.directory / "log").iterdir())

@@ -11,6 +11,9 @@ import pytest
 import trio
 
 from mailerq import Engine
+from mailerq.message import Message
+from mailerq.net import outgoing
+from mailerq.queues import Publication
 from tests.engine.kit import Certificate, inbox, open_dialog, serve
 from tests.interop.kit import LOGIN, Exim, authority_file, postfix
 from tests.support import in_thread
@@ -126,3 +129,52 @@ async def test_exim_relays_through_tls_with_a_login(
         (message,) = await inbox(engine)
     assert message.properties["connection"]["user"] == "ann"
     assert message.properties["connection"]["secure"] is True
+
+
+async def through_one_connection(directory: Path, port: int, receiver: Engine, count: int) -> None:
+    """Send to a server that relays to `receiver`, most envelopes right behind a body."""
+    directory.mkdir()
+    settings = {"smtp_sink_address": "127.0.0.1", "smtp_sink_port": port}
+    async with serve(directory, **settings, domain_maxconnections=1) as sender:
+        messages = [
+            Message({"envelope": "a@b.test", "recipient": f"{n}@d.test"}, MAIL.encode())
+            for n in range(count)
+        ]
+        await sender.queues.publish([Publication("outbox", message) for message in messages])
+        arrived = await inbox(receiver, count)
+        with trio.fail_after(20):
+            while sender.statistics()["outgoing"]["delivered"] < count:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        figures = sender.statistics()["outgoing"]
+    assert sorted(message.recipient for message in arrived) == sorted(
+        message.recipient for message in messages
+    )
+    assert all(message.body and message.body.endswith(MAIL.encode()[-1000:]) for message in arrived)
+    assert figures["attempts"] == count
+    assert figures["ahead"] > count / 2
+
+
+@pytest.fixture
+def all_are_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outgoing, "PROMPT_SECONDS", 60.0)
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_postfix_takes_an_envelope_behind_a_body(tmp_path: Path, open_path: Path) -> None:
+    async with serve(tmp_path) as engine:
+        relay = postfix(open_path / "postfix", engine.addresses[0][1])
+        await in_thread(relay.__enter__)
+        try:
+            port: int = relay.port  # type: ignore[attr-defined]
+            await through_one_connection(tmp_path / "sender", port, engine, 40)
+        finally:
+            with trio.CancelScope(shield=True):
+                await in_thread(relay.__exit__, None, None, None)
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_exim_takes_an_envelope_behind_a_body(tmp_path: Path, open_path: Path) -> None:
+    async with serve(tmp_path) as engine:
+        exim = Exim.prepare(open_path / "exim", engine.addresses[0][1])
+        with exim.listening() as port:
+            await through_one_connection(tmp_path / "sender", port, engine, 20)
