@@ -28,7 +28,7 @@ from relay import describe
 HERE: Final = Path(__file__).resolve().parent
 
 PROGRAMS: Final = {
-    "relay": ["relay.py", "--systems=mailerq,mailerq-1,postfix,haraka"],
+    "relay": ["relay.py", "--systems=mailerq,mailerq-1,postfix,haraka", "--rounds=5"],
     "single": ["relay.py", "--sessions=1", "--ways=kept", "--messages=1000"],
     "large": ["relay.py", "--size=102400", "--ways=kept", "--messages=1000"],
     "plugins": [
@@ -48,13 +48,27 @@ MORE_IS_BETTER: Final = ("x", "M/s")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a figure of a program must be, and what we go for."""
+    """What a figure of a program must be, and what we go for.
+
+    Where the project was measured with one process and with several, the better one counts: who
+    runs it chooses as well.
+    """
 
     text: str
     program: str
     figure: str
     must: float
     goal: float
+
+    def best(self, found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """The figure that counts, if the program has found one."""
+        names = (self.figure, self.figure.replace("mailerq / postfix", "mailerq-1 / postfix"))
+        ours = [figure for figure in found if figure["name"] in names]
+        if len(ours) < 2:
+            return next(iter(ours), None)
+        best = max(ours, key=lambda figure: float(figure["value"]))
+        processes = "several processes" if best["name"] == self.figure else "one process"
+        return best | {"detail": f"{best['detail']}, {processes}"}
 
     def verdict(self, value: float, unit: str) -> str:
         sign = 1 if unit in MORE_IS_BETTER else -1
@@ -108,15 +122,15 @@ def judge(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The targets whose program has run."""
     rows = []
     for target in TARGETS:
-        for figure in found.get(target.program, {}).get("figures", ()):
-            if figure["name"] == target.figure:
-                rows.append({
-                    **figure,
-                    "name": target.text,
-                    "must": target.must,
-                    "goal": target.goal,
-                    "verdict": target.verdict(figure["value"], figure["unit"]),
-                })  # fmt: skip
+        figure = target.best(found.get(target.program, {}).get("figures", ()))
+        if figure is not None:
+            rows.append({
+                **figure,
+                "name": target.text,
+                "must": target.must,
+                "goal": target.goal,
+                "verdict": target.verdict(figure["value"], figure["unit"]),
+            })  # fmt: skip
     return rows
 
 
