@@ -9,6 +9,9 @@ PYTEST := $(BIN)/python -m pytest
 CORE_SOURCES := setup.py include/mailerq.h $(wildcard mailerq/_core*.p* mailerq/_core*.cpp)
 HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd))
 HOT_SOURCES := $(HOT_MODULES) $(HOT_MODULES:.pxd=.py)
+HOT_MISSING := $(foreach module,$(HOT_MODULES:.pxd=),$(if $(wildcard $(module).*.so),,$(module)))
+HOT_ORPHANS := $(foreach built,$(wildcard mailerq/*/*.so),\
+    $(if $(wildcard $(firstword $(subst ., ,$(built))).pxd),,$(built)))
 BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace --parallel 2
 PLUGINS := $(patsubst plugins/%.c,build/plugins/%.so,$(wildcard plugins/*.c)) \
            $(patsubst plugins/%.cpp,build/plugins/%.so,$(wildcard plugins/*.cpp))
@@ -18,7 +21,7 @@ PLUGIN_FLAGS := -O2 -g -fPIC -shared -Wall -Wextra -Iinclude
 export PYTHON PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: run test build debug bench soak fuzz lint asan clean help
+.PHONY: run test build debug bench soak fuzz lint asan clean help again
 .DELETE_ON_ERROR:
 
 run: build $(PLUGINS) ## set up all there is to set up and start a server to try, on port 2525
@@ -90,11 +93,15 @@ $(VENV)/.base: pyproject.toml tools/packages tools/requirements.py | $(VENV)/bin
 	@$(call needs,build-system dependencies terminal)
 	@touch $@
 
-$(VENV)/.core: $(CORE_SOURCES) $(HOT_SOURCES) | $(VENV)/.base
+$(VENV)/.core: $(CORE_SOURCES) $(HOT_SOURCES) $(if $(HOT_MISSING)$(HOT_ORPHANS),again) \
+    | $(VENV)/.base
 	@echo "Compiling the extension and the modules that every message goes through"
+	@rm -f $(HOT_ORPHANS)
 	@$(BUILD_EXT) $(if $(wildcard build/debug),--force)
 	@rm -f build/debug
 	@touch $@
+
+again:
 
 # The extension first: installing then finds it built.
 $(VENV)/.installed: pyproject.toml | $(VENV)/.core

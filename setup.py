@@ -91,7 +91,11 @@ def core() -> Extension:
     return Extension(
         "mailerq._core",
         sources=["mailerq/_core.pyx", "mailerq/_core_guard.cpp"],
-        depends=["include/mailerq.h", *map(str, sorted(Path("mailerq").glob("_core*.p[x]*")))],
+        depends=[
+            "setup.py",
+            "include/mailerq.h",
+            *map(str, sorted(Path("mailerq").glob("_core*.p[x]*"))),
+        ],
         include_dirs=["include"],
         define_macros=macros,
         extra_compile_args=compile_flags,
@@ -104,6 +108,7 @@ def hot_modules() -> list[Extension]:
         Extension(
             ".".join(types.with_suffix("").parts),
             sources=[str(types.with_suffix(".py"))],
+            depends=["setup.py"],
             # Cython makes a wrong call of a cpdef method that is taken from its class as a value.
             extra_compile_args=["-O2", "-g1", "-Werror=incompatible-pointer-types"],
         )

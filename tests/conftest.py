@@ -1,6 +1,7 @@
 """What all tests share: how hypothesis looks for examples. Fixtures live beside their tests."""
 
 import os
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import hypothesis
@@ -16,8 +17,10 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 def pytest_sessionstart() -> None:
     """Test what is written, not what was compiled from it before."""
-    for compiled in PACKAGE.glob("*/*.so"):
-        sources = PACKAGE.glob(f"*/{compiled.name.partition('.')[0]}.p*")
-        beside = [source for source in sources if source.parent == compiled.parent]
-        if max(source.stat().st_mtime for source in beside) > compiled.stat().st_mtime:
-            pytest.exit(f"{beside[0]} was compiled before it was changed: run make build", 3)
+    suffix = EXTENSION_SUFFIXES[0]
+    for compiled in PACKAGE.glob(f"*/*{suffix}"):
+        source = compiled.with_name(compiled.name.removesuffix(suffix) + ".py")
+        built = compiled.stat().st_mtime
+        for path in (source, source.with_suffix(".pxd")):
+            if not path.exists() or path.stat().st_mtime > built:
+                pytest.exit(f"{path} has changed since it was compiled: run make build", 3)

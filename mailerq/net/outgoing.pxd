@@ -11,8 +11,9 @@ cdef class Connection:
     cdef public Py_ssize_t _unsettled, _messages
     cdef public _ClientProtocol _protocol
     cdef public _Stream _stream
-    cdef public bint _idle, _sending, _output_waits, _ahead_sent, _prompt, _leaving, _over
-    cdef public double _deadline
+    cdef public bint _idle, _sending, _begun, _prompt, _leaving, _over
+    cdef public bytes _held
+    cdef public double _deadline, _asked
     cdef public object worker, route, local_ip, remote, _pool, _timeout, _life, _scope, _job
     cdef public object _ahead, _calm, _plugin, _local
     cdef object __weakref__
@@ -22,12 +23,14 @@ cdef class Connection:
     cpdef cut(self)
     cpdef check(self)
     cpdef settled(self)
+    cpdef _withdraw(self)
     cpdef _rouse(self)
     cpdef _may_go_on(self)
     cpdef _report(self, outcome)
     cpdef _begin(self, job)
-    cpdef _go_ahead(self)
+    cpdef _go_ahead(self, body)
     cpdef _output_came(self)
+    cpdef _release(self)
     cpdef _expect(self, seconds)
 
 

@@ -73,9 +73,16 @@ FINAL_REPLY: Final = 5
 """The reply to the final dot may take so many times `smtp-out-timeout`: the peer does its work
 then, and a mail that is given up too early arrives twice (RFC 5321, section 4.5.3.2.6)."""
 
+AHEAD_BYTES: Final = 8192
+"""Bytes of a body behind which an envelope still fits into one write: what the kernel did not take
+of a longer one, the body or the envelope, nobody could tell."""
+
 PROMPT_SECONDS: Final = 0.1
 """A peer that took longer for the last body gets no envelope ahead: the message behind it would
 wait for the reply to this one, while another connection may become free."""
+
+WITHDRAW_SECONDS: Final = 1.0
+"""Then such a message goes back to the pool, and the connection ends with the reply."""
 
 MIN_IDLE_SECONDS: Final = 0.05
 """How long a connection is kept idle at least: a job may be on its way from another thread."""
@@ -89,7 +96,8 @@ class Job:
     """A message that is to be sent now. `envelope` and `recipient` are as the wire needs them.
 
     `attempt` counts from 1; `expires` is seconds since 1970; `local_ip` is the address to send
-    from, None for any. `since` is when it was put into the pool, on trio's clock.
+    from, None for any. `moves` counts the connections that it was given to and that ended before
+    its turn. `since` is when it was put into the pool, on trio's clock.
     """
 
     lease: Lease
@@ -138,6 +146,9 @@ class Employer(Protocol):
     def returned(self, job: Job) -> None:
         """A job was not tried, because the peer had gone."""
 
+    def withdrawn(self, connection: Connection, job: Job) -> None:
+        """A `next_job` was not tried, because the peer went or was slow."""
+
     def leaving(self, connection: Connection) -> None:
         """The connection takes no more jobs."""
 
@@ -163,11 +174,12 @@ class Connection:
         self._scope = trio.CancelScope()
         self._idle = False
         self._sending = False
-        self._output_waits = False
+        self._held = b""  # what plugins sent and must not come in between
         self._job: Job | None = None
         self._ahead: Job | None = None
-        self._ahead_sent = False  # its envelope
+        self._begun = False  # an envelope went ahead, and its body has not followed
         self._prompt = False
+        self._asked = math.inf  # when the last body was sent
         self._leaving = False
         self._over = False
         self._unsettled = 0
@@ -199,7 +211,10 @@ class Connection:
 
     def check(self) -> None:
         """End what has taken too long: the wait for a reply, or for a job."""
-        if trio.current_time() < self._deadline:
+        now = trio.current_time()
+        if now - self._asked > WITHDRAW_SECONDS:
+            self._withdraw()
+        if now < self._deadline:
             return
         if self._idle:
             self.leave()
@@ -211,6 +226,13 @@ class Connection:
         self._unsettled -= 1
         if self._unsettled == 0 and self._calm is not None:
             self._calm.set()
+
+    def _withdraw(self) -> None:
+        """Give back the message whose envelope went ahead; the peer never gets its body."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.moves += 1
+            self._pool.worker.call(self._pool.withdrawn, self, ahead)
 
     def _rouse(self) -> None:
         if self._idle:
@@ -233,10 +255,7 @@ class Connection:
             report = Report(responses.OWN_FAULT)
         finally:
             self._over = True
-            ahead, self._ahead = self._ahead, None
-            if ahead is not None:
-                ahead.moves += 1
-                self._pool.worker.call(self._pool.returned, ahead)
+            self._withdraw()
             job, self._job = self._job, None
             self._pool.worker.call(self._pool.closed, self, job, report)
 
@@ -292,10 +311,14 @@ class Connection:
         )
         try:
             while job := self._job or await self._wait_for_job():
+                begun = self._begun
                 outcome = await self._deliver(job)
                 if outcome is None:
                     self._job = None
-                    self._pool.worker.call(self._pool.returned, job)
+                    if begun:
+                        self._pool.worker.call(self._pool.withdrawn, self, job)
+                    else:
+                        self._pool.worker.call(self._pool.returned, job)
                     break
                 self._messages += 1
                 ahead = None
@@ -366,15 +389,16 @@ class Connection:
         """Send one message; None: not here, the peer had left when its turn came."""
         protocol = self._protocol
         replies = protocol.replies
-        begun, self._ahead_sent = self._ahead_sent, False
         event = protocol.next_event()
         if event is NEED_DATA:
-            if not begun:
+            if not self._begun:
                 self._begin(job)
             event = await self._exchange()
         if isinstance(event, SendBody):
             await self._wait_settled()
             return await self._send_message(job.message)
+        self._begun = False
+        self._release()
         left = protocol.replies == replies or (
             isinstance(event, Refused) and event.reply.code == 421
         )
@@ -395,19 +419,19 @@ class Connection:
             dsn=properties.get("dsn"),
         )
 
-    def _go_ahead(self) -> None:
+    def _go_ahead(self, body: bytes) -> None:
         """Put the next envelope behind the body in hand, where that is of use."""
         limit = self._pool.config.connection_maxmessages
         if (
             self._prompt
-            and not self._leaving
-            and not 0 < limit <= self._messages + 1
+            and len(body) <= AHEAD_BYTES
+            and not (self._leaving or self._held or 0 < limit <= self._messages + 1)
             and self._protocol.may_go_ahead
-            and self.worker is self._pool.worker  # it can answer at once
+            and self.worker is self._pool.worker
             and (job := self._pool.next_job(self)) is not None
         ):
             self._ahead = job
-            self._ahead_sent = self._begin(job)
+            self._begun = self._begin(job)
 
     async def _send_message(self, stored: Message) -> Outcome:
         """Answer 354 with the body, or, when there is none to send, not at all.
@@ -430,10 +454,11 @@ class Connection:
                 # What comes before the dot is no answer to it.
                 protocol.receive_data(early)
             protocol.send_body(message.body)
+            self._begun = False
             if protocol.step is Step.MESSAGE:
                 told = plugin.listens("out_sent")
-                if not told:  # else what it sends comes right behind the body
-                    self._go_ahead()
+                if not told:  # else what it sends then comes right behind the body
+                    self._go_ahead(message.body)
                 await self._send_due()
                 if told:
                     await self._stream.drain()  # the event says that it has left
@@ -442,9 +467,10 @@ class Connection:
                     await self._send_output()
         except StreamLost as error:
             return _outcome(await self._last_words(error))
-        sent = trio.current_time()
+        self._asked = trio.current_time()
         event = await self._exchange(FINAL_REPLY * self._timeout)
-        self._prompt = trio.current_time() - sent < PROMPT_SECONDS
+        self._prompt = trio.current_time() - self._asked < PROMPT_SECONDS
+        self._asked = math.inf
         return _outcome(event)
 
     # Bytes
@@ -479,16 +505,18 @@ class Connection:
                 piece = data if len(data) <= SLICE_BYTES else data[at : at + SLICE_BYTES]
                 await self._stream.send_all(piece)
         self._sending = False
-        if self._output_waits:
-            self._output_waits = False
-            await self._send_output()
+        self._release()
 
     def _output_came(self) -> None:
         """A plugin sent something outside of an event: it goes out now, or behind a whole mail."""
-        if self._sending:
-            self._output_waits = True
-        else:
-            self._stream.send_nowait(self._plugin.take_output())
+        self._held += self._plugin.take_output()
+        self._release()
+
+    def _release(self) -> None:
+        """Send what was held, unless a peer would take it for a part of a mail."""
+        if self._held and not (self._sending or self._begun):
+            held, self._held = self._held, b""
+            self._stream.send_nowait(held)
 
     async def _send_output(self) -> None:
         if output := self._plugin.take_output():

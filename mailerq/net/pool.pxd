@@ -17,6 +17,7 @@ cdef class Pool:
     cpdef finished(self, connection, job, report, reusable)
     cpdef next_job(self, connection)
     cpdef returned(self, job)
+    cpdef withdrawn(self, connection, job)
     cpdef host_failed(self, host)
     cpdef leaving(self, connection)
     cpdef closed(self, connection, job, report)

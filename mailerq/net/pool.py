@@ -6,7 +6,8 @@ Messages that go the same way from the same address form a `Destination`. It has
 connections as its queue can use, up to `domain-maxconnections`, and all destinations
 together no more than the slots allow. A connection that has reported gets the next message
 of its destination; without one it is idle, and the one that was used last is used first, so
-that the others can time out.
+that the others can time out. It may take one that waits earlier, to send its envelope ahead
+(`next_job`); a destination where such a job came back once has no more of that.
 
 A destination that finds no slot is starved: an idle connection of another one is closed
 for it, connections do not become idle and do not send on for ever meanwhile, and whatever
@@ -106,6 +107,7 @@ class Destination:
     opening: set[Connection] = field(default_factory=set)
     idle: list[Connection] = field(default_factory=list)
     held_until: float = 0.0
+    ahead: bool = True
 
 
 class Pool:
@@ -202,15 +204,11 @@ class Pool:
                 self._employ(connection, destination)
 
     def next_job(self, connection: Connection) -> Job | None:
-        """What it may begin before it has finished the job in hand: what no other could take now.
-
-        A job that came back is not bound to a connection so early again.
-        """
+        """What it may begin before it has finished the job in hand, if no other could take it."""
         destination = self._connections[connection]
         jobs = destination.jobs
-        while len(jobs) > len(destination.opening) and not (
-            self._stopping or self._starved or jobs[0].moves
-        ):
+        may = destination.ahead and not (self._stopping or self._starved)
+        while may and len(jobs) > len(destination.opening):
             job = jobs.popleft()
             if not self._office.expired(job):
                 self.ahead_jobs += 1
@@ -219,6 +217,11 @@ class Pool:
 
     def returned(self, job: Job) -> None:
         """It has not tried a job that it was given; somebody else must."""
+        self._queue(job, first=True)
+
+    def withdrawn(self, connection: Connection, job: Job) -> None:
+        """It took a job early and has not tried it; somebody else must."""
+        self._connections[connection].ahead = False
         self._queue(job, first=True)
 
     def host_failed(self, host: Host) -> None:

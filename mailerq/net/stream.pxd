@@ -23,6 +23,7 @@ cdef class Stream:
     cpdef close(self)
     cpdef _tell_lost(self)
     cpdef _send_unsent(self)
+    cpdef _lose(self, why)
     cpdef _take_unsent(self)
 
 

@@ -20,6 +20,7 @@ this.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import ssl
@@ -32,6 +33,8 @@ from mailerq.net.readiness import Socket
 from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
 
 __all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
+
+log = logging.getLogger("mailerq.net")
 
 FAIRNESS: Final = 32
 """Reads in a row that were served at once before others get a turn."""
@@ -66,8 +69,8 @@ class Departures(trio.abc.Instrument):
     def before_io_wait(self, timeout: float) -> None:
         """What trio calls before it looks for events, or sleeps for them."""
         if self._streams:
-            smooth = [stream.depart() for stream in self._streams]
-            self._streams.clear()
+            streams, self._streams = self._streams, []
+            smooth = [stream.depart() for stream in streams]
             if not all(smooth):
                 # Some task has got something to do, after trio has looked whether any has.
                 self._token.run_sync_soon(_nothing)
@@ -85,9 +88,10 @@ class Stream:
 
     It lives in one trio loop. One task at a time reads and one sends, with TLS the same one, and
     it is closed when none waits in it. `send_nowait`, `rouse` and `has_input` are for all tasks of
-    the loop, at any time. A `send_all` that was cancelled has cut off what it sent; after that,
-    close. That the peer has gone may be told by a later operation than the one that sent to it.
-    `local` and `remote` save a question to the kernel where the addresses are known already.
+    the loop, at any time. A `send_all` or `drain` that was cancelled has cut off what was to be
+    sent; after that, close. That the peer has gone may be told by a later operation than the one
+    that sent to it. `local` and `remote` save a question to the kernel where the addresses are
+    known already.
     """
 
     def __init__(
@@ -239,7 +243,11 @@ class Stream:
         """The turn is over: what has waited for that goes now; whether all of it has gone."""
         if self._departing:
             self._departing = False
-            self._send_unsent()
+            try:
+                self._send_unsent()
+            except Exception as error:  # trio would never call again
+                log.exception("sending failed")
+                self._lose(f"sending failed: {error!r}")
             return not self._unsent and self._lost is None
         return True
 
@@ -361,14 +369,18 @@ class Stream:
         try:
             self._placed += send(self._fd, self._unsent, self._placed)
         except OSError as error:
-            self._placed = len(self._unsent)
-            self._lost = str(error)
-            self._socket.alarm()
+            self._lose(str(error))
         if self._placed == len(self._unsent):
             self._take_unsent()
             return
         with suppress(OSError):  # The kernel watches no more sockets: a `send_all` takes it along.
             self._socket.call_when_writable(self._send_unsent)
+
+    def _lose(self, why: str) -> None:
+        """Give up what was to be sent, and let the next operation say so."""
+        self._take_unsent()
+        self._lost = why
+        self._socket.alarm()
 
     def _take_unsent(self) -> bytes:
         data = self._unsent[self._placed :]

@@ -123,9 +123,10 @@ class Writer:
 
     def _run(self) -> None:
         # A sync that has ended need not interrupt who runs on this core: until they pause, more
-        # gathers. Where that is not allowed it is only dearer.
+        # gathers. Where that is not allowed it is only dearer; another policy is somebody's wish.
         with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         works: deque[Request] = deque()
         while not self._ended or works:
             group = self._gather([], works)

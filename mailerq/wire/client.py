@@ -181,6 +181,7 @@ class ClientProtocol:
     >>> protocol.next_event()
     Ready(mta='mx.test')
     >>> protocol.mail("a@b.test", "c@d.test")
+    True
     >>> protocol.data_to_send()
     b'MAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\n'
     """
@@ -216,7 +217,7 @@ class ClientProtocol:
 
     @property
     def reusable(self) -> bool:
-        """True when `mail` may be called: the session is open and nothing is under way."""
+        """True when the session is open and nothing is under way: `mail` may be called."""
         return not (self._due or self._body_due or self._refusal or self._over)
 
     @property
@@ -226,7 +227,7 @@ class ClientProtocol:
 
     @property
     def may_go_ahead(self) -> bool:
-        """True when `mail` may be called although the reply to a body is due."""
+        """True when only the reply to a body is due, and the peer pipelines: so `mail` may, too."""
         return (
             len(self._due) == 1
             and self._due[0] is Step.MESSAGE
@@ -251,7 +252,8 @@ class ClientProtocol:
         `eight_bit` is about all of it, `utf8` about its header. `dsn` is the property of that
         name, which goes on to a peer that knows what to do with it. What the peer cannot
         take, or what would not be one command on the wire, ends in `Refused` without a byte
-        sent. While the reply to another mail is due it is False then, and nothing has happened.
+        sent. A mail that would end so is not begun while the reply to another one is due: False,
+        and it is to be given again after that reply.
         """
         ahead = self.may_go_ahead
         if not (ahead or self.reusable):

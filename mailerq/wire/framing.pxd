@@ -5,11 +5,11 @@ cimport cython
 
 @cython.final
 cdef class Body:
-    cdef public Py_ssize_t size, _limit, _waiting
+    cdef public Py_ssize_t _waiting
     cdef public bint is_bare, _normalize, _binary, _settled, _stuffed
     cdef public bytes _held
     cdef public list _pieces
-    cdef public object _sink
+    cdef public object size, _limit, _sink
 
     cpdef add(self, data)
     cpdef receive_stuffed(self, data)

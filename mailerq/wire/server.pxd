@@ -8,14 +8,14 @@ from mailerq.wire.framing cimport Body as _Body
 @cython.final
 cdef class ServerProtocol:
     cdef public Py_ssize_t errors, failures, steps, _idle_commands, _refused_recipients
-    cdef public Py_ssize_t _position, _discarding, _chunk_left
+    cdef public Py_ssize_t _position, _discarding
     cdef public _Body _body
     cdef public bint secure, auth_in_clear, xclient, authenticated, _eof, _chunking
     cdef public bint _chunk_is_last
     cdef public bytes _line, _buffer
     cdef public list rcpts, _out
-    cdef public object settings, hello, mail, state, refusals, _event, _chunk_refusal
-    cdef public object _exchange, _mechanism, _closing
+    cdef public object settings, hello, mail, state, refusals, _event, _chunk_left
+    cdef public object _chunk_refusal, _exchange, _mechanism, _closing
 
     cpdef receive_data(self, data)
     cpdef data_to_send(self)

@@ -230,6 +230,100 @@ async def test_a_body_waits_for_the_result_before_it_though_its_envelope_went_ah
 
 
 @pytest.mark.usefixtures("all_are_prompt")
+async def test_what_a_plugin_sends_gets_into_no_mail_whose_envelope_went_ahead() -> None:
+    plugins = StubPlugins()
+    bodies = []
+
+    async def script(peer: PeerConnection) -> None:
+        await peer.hello()
+        await Behind.envelope(Behind(), peer)
+        for number in range(3):
+            await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+            bodies.append(await peer.body())
+            if number == 1:
+                await Behind.envelope(Behind(), peer)
+                plugins.send(b"NOOP one\r\n")
+                await trio.testing.wait_all_tasks_blocked()
+                plugins.send(b"NOOP two\r\n")
+            await peer.send("250 taken\r\n")
+            if number == 0:
+                await Behind.envelope(Behind(), peer)
+        assert await peer.line() == "NOOP one"
+        assert await peer.line() == "NOOP two"
+        await peer.line()
+
+    async with open_bench(script, plugins=plugins, domain_maxconnections=1) as bench:
+        for number in range(3):
+            bench.send(body=f"{number}\r\n")
+        await bench.results("success", 3)
+        assert bodies == [b"0\r\n", b"1\r\n", b"2\r\n"]
+        await bench.queues.until(lambda _: "NOOP two" in bench.peer.commands)
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_what_was_held_goes_out_when_the_mail_that_went_ahead_is_refused() -> None:
+    plugins = StubPlugins()
+
+    async def script(peer: PeerConnection) -> None:
+        await peer.hello()
+        await Behind.envelope(Behind(), peer)
+        await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+        await peer.body()
+        await peer.send("250 taken\r\n")
+        await Behind.envelope(Behind(), peer)
+        await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+        await peer.body()
+        await Behind.envelope(Behind(), peer)
+        plugins.send(b"NOOP\r\n")
+        await peer.send("250 taken\r\n550 no\r\n503 no\r\n503 no\r\n")
+        assert await peer.line() == "NOOP"
+
+    async with open_bench(script, plugins=plugins, domain_maxconnections=1) as bench:
+        for _ in range(3):
+            bench.send()
+        await bench.results("success", 2)
+        await bench.results("failure", 1)
+        await bench.queues.until(lambda _: "NOOP" in bench.peer.commands)
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_a_message_does_not_wait_long_for_the_reply_to_the_one_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outgoing, "WITHDRAW_SECONDS", 0.05)
+    went_ahead, may_answer = trio.Event(), trio.Event()
+
+    async def slow(peer: PeerConnection) -> None:
+        await peer.hello()
+        await Behind.envelope(Behind(), peer)
+        await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+        await peer.body()
+        await peer.send("250 one\r\n")
+        await Behind.envelope(Behind(), peer)
+        await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+        await peer.body()
+        await Behind.envelope(Behind(), peer)
+        went_ahead.set()
+        await may_answer.wait()
+        await peer.send("250 two\r\n250 ok\r\n250 ok\r\n354 go\r\n")
+        assert await peer.line() == ""
+
+    async def late(peer: PeerConnection) -> None:
+        await went_ahead.wait()
+        await peer.serve()
+
+    async with open_bench(slow, late, domain_maxconnections=2, smtp_out_timeout=10) as bench:
+        for _ in range(5):
+            bench.send()
+        await bench.results("success", 4)
+        assert bench.dispatcher.statistics()["ahead"] == 1
+        may_answer.set()
+        await bench.results("success", 5)
+        assert [message.results[-1]["attempt"] for message in bench.queues["success"]] == [1] * 5
+        await bench.queues.until(lambda _: bench.peer.open == 1)
+
+
+@pytest.mark.usefixtures("all_are_prompt")
 async def test_stop_lets_a_message_end_whose_envelope_went_ahead() -> None:
     async with open_bench(Behind("250 one", "250 two"), domain_maxconnections=1) as bench:
         for _ in range(6):

@@ -11,7 +11,9 @@ import trio
 import trio.testing
 import trustme
 
+from mailerq.net import stream
 from mailerq.net.stream import FAIRNESS, LONG_BYTES, Stream, StreamLost
+from mailerq.sockets import send
 
 
 def pair() -> tuple[Stream, Stream]:
@@ -280,6 +282,29 @@ async def test_what_does_not_fit_at_the_end_of_a_turn_follows() -> None:
         assert await read(right, len(data)) == data
     left.close()
     right.close()
+
+
+async def test_a_defect_in_one_send_does_not_keep_the_others_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, broken_peer = pair()
+    left, right = pair()
+
+    def fail(fd: int, data: bytes, start: int = 0) -> int:
+        if fd == broken.fileno():
+            raise MemoryError
+        return send(fd, data, start)
+
+    monkeypatch.setattr(stream, "send", fail)
+    for text in (b"one", b"two"):
+        await broken.send_all(b"x")
+        await left.send_all(text)
+        assert await right.receive() == text
+        with pytest.raises(StreamLost, match="MemoryError"):
+            await broken.receive()
+    assert "sending failed" in caplog.text
+    for each in (broken, broken_peer, left, right):
+        each.close()
 
 
 async def test_who_waits_to_read_learns_that_what_was_sent_is_lost() -> None:

@@ -304,3 +304,12 @@ def test_a_nuisance_is_known_before_its_limit() -> None:
     talk(machine, b"WHAT\r\n")
     assert machine.nuisance
     assert machine.failures == server.ERROR_LIMIT // 2 + 1
+
+
+def test_a_limit_may_be_larger_than_any_machine() -> None:
+    machine = server.ServerProtocol(server.Settings(hostname="mx.test", max_size=1 << 70))
+    machine.greet()
+    machine.receive_data(b"EHLO c.test\r\n")
+    assert isinstance(machine.next_event(), server.Hello)
+    machine.accept()
+    assert b"SIZE 1180591620717411303424" in machine.data_to_send()
