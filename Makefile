@@ -93,7 +93,7 @@ $(VENV)/.base: pyproject.toml tools/packages tools/requirements.py | $(VENV)/bin
 	@$(call needs,build-system dependencies terminal)
 	@touch $@
 
-$(VENV)/.core: $(CORE_SOURCES) $(HOT_SOURCES) $(if $(HOT_MISSING)$(HOT_ORPHANS),again) \
+$(VENV)/.core: $(CORE_SOURCES) $(HOT_SOURCES) $(if $(strip $(HOT_MISSING) $(HOT_ORPHANS)),again) \
     | $(VENV)/.base
 	@echo "Compiling the extension and the modules that every message goes through"
 	@rm -f $(HOT_ORPHANS)
