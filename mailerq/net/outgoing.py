@@ -8,7 +8,14 @@ the two calls the other through `Worker.call`, so with a single worker both are 
 and a connection finds its next job in its hand when it has reported the last one.
 
 A connection first goes through the hosts that it was made for until one lets it in; only
-then does it take a job. One message is under way at a time.
+then does it take a job. One body is under way at a time.
+
+The envelope of the next message may go ahead, in one write with a short body: where one waits that
+no other connection could take now, and the peer pipelines and has answered the body before without
+delay. A message then costs one round trip. It is bound to this connection from then on, but goes
+back to the pool when that ends before its turn, or when the reply to the body takes its time. Only
+connections of the home worker do so, because the pool must answer at once. What plugins send
+outside of an event meanwhile is held until the next dot, or it would be a part of that mail.
 
 Results are committed in groups by somebody else. A connection sends the next envelope
 meanwhile, but not the next body before it has heard that its last result is safe
@@ -321,12 +328,10 @@ class Connection:
                         self._pool.worker.call(self._pool.returned, job)
                     break
                 self._messages += 1
-                ahead = None
-                if not self._protocol.ended:
-                    ahead, self._ahead = self._ahead, None
+                ahead = None if self._protocol.ended else self._ahead
                 self._finish(job, outcome, reusable=ahead is None and self._may_go_on())
                 if ahead is not None:
-                    self._job, self._over = ahead, False
+                    self._job, self._ahead, self._over = ahead, None, False
                 if self._over:
                     break
             self._over = True

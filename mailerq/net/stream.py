@@ -107,7 +107,7 @@ class Stream:
         self._remote = remote
         self._served = 0
         self._sending = False
-        self._departing = False  # `flush` is called soon
+        self._departing = False  # `depart` is called soon
         # Not empty: it departs, or the socket is asked to call, or a `send_all` is under way.
         self._unsent = b""
         self._placed = 0  # bytes of `_unsent` that have been sent nevertheless
