@@ -109,13 +109,18 @@ def free_port() -> int:
 
 
 def file_system(directory: Path) -> str:
-    """The type of the file system that holds a directory, such as ``ext4`` or ``tmpfs``."""
+    """The file system that holds a directory, such as ``ext4``, ``ext4 without a journal``."""
     best, kind = "", "unknown"
     for line in Path("/proc/mounts").read_text().splitlines():
         _, mount, found, *_ = line.split()
         inside = directory == Path(mount) or Path(mount) in directory.parents
         if inside and len(mount) >= len(best):
             best, kind = mount, found
+    number = directory.stat().st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if kind == "ext4" and device.exists():
+        journals = Path("/proc/fs").glob(f"jbd2/{device.resolve().name}-*")
+        kind = kind if any(journals) else "ext4 without a journal"
     return kind
 
 
