@@ -15,7 +15,6 @@ import base64
 import binascii
 import calendar
 import time
-from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import msgspec
@@ -76,8 +75,7 @@ def decode_properties(data: bytes | str) -> dict[str, Any]:
     return value
 
 
-@dataclass(slots=True, eq=False)
-class Message:
+class Message(msgspec.Struct, eq=False):
     """One mail to one recipient.
 
     `properties` is the JSON object without the body, `body` the MIME text as it goes on
@@ -89,7 +87,7 @@ class Message:
     ('c@d.test', b'x')
     """
 
-    properties: dict[str, Any] = field(default_factory=dict)
+    properties: dict[str, Any] = {}
     body: bytes | None = None
     local: bool = False
     """For the local queue (`MQ_SetLocal`). A route while it comes in, no part of the JSON."""

@@ -31,7 +31,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
@@ -98,8 +97,7 @@ QUIT_SECONDS: Final = 2.0
 """How long the reply to QUIT is waited for; it decides nothing."""
 
 
-@dataclass(slots=True, eq=False)
-class Job:
+class Job(msgspec.Struct, eq=False):
     """A message that is to be sent now. `envelope` and `recipient` are as the wire needs them.
 
     `attempt` counts from 1; `expires` is seconds since 1970; `local_ip` is the address to send

@@ -53,8 +53,7 @@ HELD_BYTES: Final = 128 << 20
 """Bytes of messages that a consumer may hold; one message is always allowed."""
 
 
-@dataclass(slots=True, eq=False)
-class HeldLease(Lease):
+class HeldLease(Lease, eq=False):
     """A lease as this backend knows it: where the message lies, and who has it."""
 
     due: int

@@ -38,8 +38,7 @@ class Publication(msgspec.Struct, frozen=True):
     due: float | None = None
 
 
-@dataclass(slots=True, eq=False)
-class Lease:
+class Lease(msgspec.Struct, eq=False):
     """A message that a consumer holds. It goes back unless `Queues.ack` takes it away.
 
     `id` is the backend's own number of the message; it is never used twice.

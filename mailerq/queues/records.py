@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 from zlib import crc32
+
+import msgspec
 
 from mailerq.errors import MessageError
 from mailerq.message import Message, decode_properties, encode_properties
@@ -54,8 +55,7 @@ class Row(NamedTuple):
     data: Any
 
 
-@dataclass(slots=True, eq=False)
-class Insert:
+class Insert(msgspec.Struct, eq=False):
     """A publication made ready for the file. `Store` fills in what stands after `body`."""
 
     message: Message
@@ -72,8 +72,7 @@ class Insert:
         return len(self.properties) + len(self.body or b"")
 
 
-@dataclass(slots=True, eq=False)
-class Retry:
+class Retry(msgspec.Struct, eq=False):
     """New properties and a new due time for a message that keeps its number and its body.
 
     `insert` is the same as a publication: it stands in when somebody deleted the row.
@@ -85,13 +84,12 @@ class Retry:
     insert: Insert
 
 
-@dataclass(slots=True, eq=False)
-class Batch:
+class Batch(msgspec.Struct, eq=False):
     """What goes into one commit. `tight`: retries get their due time only, which takes no room."""
 
-    inserts: list[Insert] = field(default_factory=list)
-    retries: list[Retry] = field(default_factory=list)
-    removals: list[int] = field(default_factory=list)
+    inserts: list[Insert] = []
+    retries: list[Retry] = []
+    removals: list[int] = []
     tight: bool = False
 
 

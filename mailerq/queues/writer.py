@@ -28,10 +28,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
+import msgspec
 import outcome
 import trio
 
@@ -57,8 +57,7 @@ only the next message of its connection waits for it, and a client that sends on
 another waits for every commit."""
 
 
-@dataclass(slots=True, eq=False)
-class Request:
+class Request(msgspec.Struct, eq=False):
     """What one task hands to the writer; without a task nobody waits for it."""
 
     inserts: Sequence[Insert] = ()
@@ -69,7 +68,8 @@ class Request:
     rows: int = 0
     task: trio.lowlevel.Task | None = None
     token: trio.lowlevel.TrioToken | None = None
-    result: outcome.Outcome[int] = field(default_factory=lambda: outcome.Value(0))
+    problem: Exception | None = None
+    """What the task is to be told instead of the count of rows."""
 
     @property
     def count(self) -> int:
@@ -212,7 +212,7 @@ class Writer:
         if not new or found.holds(size):
             return group, found.tight
         for request in new:
-            request.result = outcome.Error(self._store.no_room(found))
+            request.problem = self._store.no_room(found)
         self._wake(new)
         return [request for request in group if request.settles], found.tight
 
@@ -287,7 +287,7 @@ class Writer:
                     feed.drop(lease)
                     feeds.tidy(feed)
             for request in group:
-                request.result = outcome.Error(type(problem)(str(problem)))
+                request.problem = type(problem)(str(problem))
                 for lease in request.leases:
                     if lease.consumer is None:
                         continue  # a damaged record stays out of the way until a restart
@@ -307,12 +307,11 @@ class Writer:
             request.rows += next(request.work)
             return
         except StopIteration:
-            request.result = outcome.Value(request.rows)
+            pass
         except Exception as error:
             if not isinstance(error, QueueError):
                 logger.exception("an error in the writer of the queue")
-            problem = translate(error, self._store.path)
-            request.result = outcome.Error(problem)
+            problem = request.problem = translate(error, self._store.path)
             if isinstance(problem, QueueDamaged):
                 self._feeds.damage(problem)
         works.popleft()
@@ -332,4 +331,6 @@ def _reschedule(requests: Sequence[Request]) -> None:
     """Wake the tasks of one loop, on that loop."""
     for request in requests:
         assert request.task is not None
-        trio.lowlevel.reschedule(request.task, request.result)
+        problem = request.problem
+        result = outcome.Value(request.rows) if problem is None else outcome.Error(problem)
+        trio.lowlevel.reschedule(request.task, result)
