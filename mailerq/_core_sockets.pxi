@@ -1,4 +1,4 @@
-# What `Stream` does with its socket: calls that never block, and so may keep Python's lock.
+# What `Stream` and `Poller` do with sockets: calls that never block, and so may keep Python's lock.
 #
 # Where a call drops the lock, another thread that waits for it (the writer of the queue) takes it
 # at once, and the loop sleeps until it gets it back: on a busy relay that happened at every other
@@ -12,6 +12,7 @@ cdef extern from *:
     #include <arpa/inet.h>
     #include <errno.h>
     #include <netinet/in.h>
+    #include <sys/epoll.h>
     #include <sys/socket.h>
 
     typedef union {
@@ -54,7 +55,20 @@ cdef extern from *:
         mq_write_address(&name, host, port);
         return result;
     }
+
+    static int mq_watch(int epoll, int fd, unsigned events, int known)
+    {
+        struct epoll_event event = {.events = events, .data = {.fd = fd}};
+        return epoll_ctl(epoll, known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event);
+    }
     """
+    ctypedef union epoll_data_t:
+        int fd
+    struct epoll_event:
+        unsigned events
+        epoll_data_t data
+    int epoll_wait(int, epoll_event *, int, int)
+    int mq_watch(int, int, unsigned, int)
     int mq_accept(int, char *, int *)
     int mq_name(int, int, char *, int *)
     enum:
@@ -70,9 +84,11 @@ cdef extern from * nogil:
 cdef enum:
     RECEIVE_LIMIT = 1 << 16     # bytes that one read takes
     LONG_SEND = 1 << 14         # bytes from which on copying them takes longer than the lock
+    EVENT_LIMIT = 256           # sockets that are looked at in one go; others come in the next
 
-# Python's lock guards it.
+# Python's lock guards them.
 cdef char received[RECEIVE_LIMIT]
+cdef epoll_event happened[EVENT_LIMIT]
 
 
 def socket_name(int fd, bint remote):
@@ -142,6 +158,29 @@ def send(int fd, bytes data not None, Py_ssize_t start=0):
             return 0
         if errno != EINTR:
             PyErr_SetFromErrno(OSError)
+
+
+def watch(int epoll, int fd, unsigned events, bint known):
+    """Have an epoll descriptor tell these events of another one, which it may have known before.
+
+    Raises OSError.
+    """
+    if mq_watch(epoll, fd, events, known) < 0:
+        PyErr_SetFromErrno(OSError)
+
+
+def happenings(int epoll):
+    """What an epoll descriptor has to tell now: pairs of a descriptor and its events.
+
+    Raises OSError.
+    """
+    cdef int index
+    cdef int count = epoll_wait(epoll, happened, EVENT_LIMIT, 0)
+    if count < 0:
+        if errno == EINTR:
+            return []
+        PyErr_SetFromErrno(OSError)
+    return [(happened[index].data.fd, happened[index].events) for index in range(count)]
 
 
 RECEIVE_BYTES = RECEIVE_LIMIT

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from mailerq._core import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
+from mailerq._core import (
+    RECEIVE_BYTES,
+    accept,
+    happenings,
+    has_input,
+    receive,
+    send,
+    socket_name,
+    watch,
+)
 
-__all__ = ["RECEIVE_BYTES", "accept", "has_input", "receive", "send", "socket_name"]
+__all__ = [
+    "RECEIVE_BYTES",
+    "accept",
+    "happenings",
+    "has_input",
+    "receive",
+    "send",
+    "socket_name",
+    "watch",
+]

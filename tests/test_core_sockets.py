@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
 import time
@@ -93,3 +94,23 @@ def test_what_is_no_socket_is_an_error() -> None:
         with pytest.raises(OSError) as caught:
             call(-1)
         assert caught.value.errno == errno.EBADF
+
+
+def test_an_epoll_descriptor_tells_what_happened() -> None:
+    left, right = socket.socketpair()
+    with left, right, select.epoll() as epoll:
+        fd = left.fileno()
+        assert _core.happenings(epoll.fileno()) == []
+        _core.watch(epoll.fileno(), fd, select.EPOLLIN | select.EPOLLET, known=False)
+        assert _core.happenings(epoll.fileno()) == []
+        right.send(b"x")
+        assert _core.happenings(epoll.fileno()) == [(fd, select.EPOLLIN)]
+        assert _core.happenings(epoll.fileno()) == [], "it is told once"
+        _core.watch(epoll.fileno(), fd, select.EPOLLIN | select.EPOLLOUT, known=True)
+        assert _core.happenings(epoll.fileno()) == [(fd, select.EPOLLIN | select.EPOLLOUT)]
+        with pytest.raises(FileExistsError):
+            _core.watch(epoll.fileno(), fd, select.EPOLLIN, known=False)
+        with pytest.raises(FileNotFoundError):
+            _core.watch(epoll.fileno(), right.fileno(), select.EPOLLIN, known=True)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        _core.happenings(-1)

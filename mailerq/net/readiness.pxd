@@ -24,6 +24,7 @@ cdef class Socket:
 cdef class Poller:
     cdef public dict _sockets
     cdef public object _epoll
+    cdef public int _fd
 
     cpdef modify(self, socket, events)
     cpdef remove(self, socket)

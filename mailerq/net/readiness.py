@@ -29,10 +29,9 @@ from typing import Final
 import outcome
 import trio
 
-__all__ = ["Socket"]
+from mailerq.sockets import happenings, watch
 
-EVENTS: Final = 256
-"""Sockets that are looked at in one go; those that are left come in the next."""
+__all__ = ["Socket"]
 
 _INPUT: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
 _OUTPUT: Final = select.EPOLLOUT
@@ -158,6 +157,7 @@ class Poller:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self._fd = self._epoll.fileno()
         self._sockets: dict[int, Socket] = {}
 
     @classmethod
@@ -168,13 +168,13 @@ class Poller:
             poller = cls()
             _pollers.set(poller)
             trio.lowlevel.spawn_system_task(poller._run)
-        poller._epoll.register(socket.fd, events)
+        watch(poller._fd, socket.fd, events, known=False)
         poller._sockets[socket.fd] = socket
         return poller
 
     def modify(self, socket: Socket, events: int) -> None:
         """Tell it these from now on, and what of them is there already."""
-        self._epoll.modify(socket.fd, events)
+        watch(self._fd, socket.fd, events, known=True)
 
     def remove(self, socket: Socket) -> None:
         """Tell it no more; closing the descriptor does the rest.
@@ -190,7 +190,7 @@ class Poller:
         try:
             while True:
                 await trio.lowlevel.wait_readable(epoll)
-                for fd, events in epoll.poll(0, EVENTS):
+                for fd, events in happenings(self._fd):
                     if (socket := sockets.get(fd)) is not None:
                         socket.notify(events)
         finally:
