@@ -110,7 +110,9 @@ def hot_modules() -> list[Extension]:
             sources=[str(types.with_suffix(".py"))],
             depends=["setup.py"],
             # Cython makes a wrong call of a cpdef method that is taken from its class as a value.
-            extra_compile_args=["-O2", "-g1", "-Werror=incompatible-pointer-types"],
+            extra_compile_args=shlex.split(
+                "-O2 -g1 -Wno-unused-function -Werror=incompatible-pointer-types"
+            ),
         )
         for types in sorted(Path("mailerq").rglob("*.pxd"))
         if types.with_suffix(".py").exists() and not DEBUG

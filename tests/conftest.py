@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
 def pytest_sessionstart() -> None:
     """Test what is written, not what was compiled from it before."""
     suffix = EXTENSION_SUFFIXES[0]
-    for compiled in PACKAGE.glob(f"*/*{suffix}"):
+    for compiled in PACKAGE.rglob(f"[!_]*{suffix}"):
         source = compiled.with_name(compiled.name.removesuffix(suffix) + ".py")
         built = compiled.stat().st_mtime
         for path in (source, source.with_suffix(".pxd")):

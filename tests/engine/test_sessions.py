@@ -216,14 +216,28 @@ async def test_leaving_by_an_error_leaves_nothing_running(tmp_path: Path) -> Non
 async def test_a_start_may_be_cancelled_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Any
 ) -> None:
-    name = "serve" if part is control else "run"
-    start = getattr(part, name)
-
-    async def cancelled(*args: Any, **options: Any) -> None:
+    async def serve(*args: Any, **options: Any) -> None:
         scope.cancel()
         await start(*args, **options)
 
-    monkeypatch.setattr(part, name, cancelled)
+    class Late:
+        """The part, whose `run` is cancelled as it begins."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._part = part(*args, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._part, name)
+
+        async def run(self, **options: Any) -> None:
+            scope.cancel()
+            await self._part.run(**options)
+
+    if part is control:
+        start = control.serve
+        monkeypatch.setattr(control, "serve", serve)
+    else:
+        monkeypatch.setattr(f"mailerq.engine.{part.__name__}", Late)
     with trio.CancelScope() as scope:
         async with Engine(configure(tmp_path, smtp_threads=2)):
             pytest.fail("it has started")

@@ -1,0 +1,22 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Header:
+    cdef public Py_ssize_t end, body
+    cdef public bytes raw, _lines
+    cdef object __weakref__
+
+    cpdef has(self, name)
+
+
+cpdef _boundaries(mime)
+cpdef unfold(value)
+cpdef remove(mime, fields)
+cpdef format_date(now)
+cpdef date_field(now)
+cpdef message_id_field(id, hostname)
+cpdef _clean_id(id)
+cpdef _fold(line, words)

@@ -1,0 +1,19 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class LogFile:
+    cdef public int _file
+    cdef public double _checked
+    cdef public Py_ssize_t lost_lines
+    cdef public object _path, _clock
+    cdef object __weakref__
+
+    cpdef write(self, text)
+    cpdef close(self)
+    cpdef _reopen_if_gone(self)
+
+
+cpdef _open(path)

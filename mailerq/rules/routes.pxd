@@ -1,0 +1,9 @@
+# The types of what is in the module of this name, for the compiler.
+
+cpdef route_of(properties, domain, config)
+cpdef _smarthost(smarthost)
+cpdef choose_local_ip(properties)
+cpdef unmet_promise(properties, body)
+cpdef _is_binary(body)
+cpdef has_ascii_header(body)
+cpdef count_hops(body)
