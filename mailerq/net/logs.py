@@ -68,8 +68,9 @@ class LogFile:
                 file = _open(self._path)
             except OSError:
                 return
-            os.close(self._file)
-            self._file = file
+            # The number stays: another thread may be about to write to it.
+            os.dup2(file, self._file, inheritable=False)
+            os.close(file)
 
 
 def _open(path: str) -> int:
