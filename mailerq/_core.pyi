@@ -9,6 +9,7 @@ from mailerq.plugins import Reject
 
 EVENTS: tuple[str, ...]
 RECEIVE_BYTES: int
+NOTHING: Awaitable[None]
 UNPRINTABLE: re.Pattern[str]
 
 def flush_log() -> None: ...

@@ -15,6 +15,7 @@ cdef class Nothing:
 
 
 cdef Nothing nothing = Nothing()
+NOTHING = nothing
 
 
 cdef class Context:

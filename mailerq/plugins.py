@@ -37,11 +37,12 @@ from typing import Final, NamedTuple, Self
 import trio
 
 from mailerq import _core, ids
-from mailerq._core import Call, Connection, crypt
+from mailerq._core import NOTHING, Call, Connection, crypt
 from mailerq.errors import PluginError
 from mailerq.message import Message, decode_properties, encode_properties
 
 __all__ = [
+    "NOTHING",
     "Connection",
     "Context",
     "Handler",

@@ -43,6 +43,7 @@ class Socket:
     """What is known of a descriptor. `readable` and `empties` are for who reads from it."""
 
     __slots__ = (
+        "_attendant",
         "_call",
         "_poller",
         "_reader",
@@ -63,6 +64,7 @@ class Socket:
         self._reader: trio.lowlevel.Task | None = None
         self._writer: trio.lowlevel.Task | None = None
         self._call: Callable[[], None] | None = None
+        self._attendant: Callable[[], bool] | None = None
         self._rousable = False
 
     async def wait_readable(self, *, rousable: bool = False) -> bool:
@@ -73,14 +75,20 @@ class Socket:
         """
         if self.readable:
             return True
-        if self._poller is None:
-            self._poller = Poller.add(self, _INPUT)
-        if self._reader is not None:
-            raise trio.BusyResourceError("another task reads from this socket")
-        self._reader = trio.lowlevel.current_task()
+        self._begin_to_read()
         self._rousable = rousable
         came: bool = await trio.lowlevel.wait_task_rescheduled(self._abort_reader)
         return came
+
+    async def attend(self, attendant: Callable[[], bool]) -> None:
+        """Have `attendant` called each time that a read may find something, until it returns True.
+
+        Meanwhile the task sleeps: where it is not needed for what came in, it is not woken for
+        that. What `attendant` raises, when it is called, is raised here. `alarm` ends it as well.
+        """
+        self._begin_to_read()
+        self._attendant = attendant
+        await trio.lowlevel.wait_task_rescheduled(self._abort_reader)
 
     async def wait_writable(self) -> None:
         """Wait until the socket takes more, after it took less than it was given."""
@@ -120,7 +128,11 @@ class Socket:
         if events & ~_OUTPUT:
             if events & _USUAL:
                 self.empties = False
-            self.alarm()
+            if self._attendant is None:
+                self.alarm()
+            else:
+                self.readable = True
+                self._attend(self._attendant)
         if events & (_OUTPUT | _END):
             if self._writer is not None:
                 task, self._writer = self._writer, None
@@ -128,6 +140,23 @@ class Socket:
             if self._call is not None:
                 function, self._call = self._call, None
                 function()
+
+    def _begin_to_read(self) -> None:
+        if self._poller is None:
+            self._poller = Poller.add(self, _INPUT)
+        if self._reader is not None:
+            raise trio.BusyResourceError("another task reads from this socket")
+        self._reader = trio.lowlevel.current_task()
+
+    def _attend(self, attendant: Callable[[], bool]) -> None:
+        try:
+            if attendant():
+                self._wake_reader(came=True)
+        except Exception as error:
+            task, self._reader = self._reader, None
+            self._attendant = None
+            assert task is not None
+            trio.lowlevel.reschedule(task, outcome.Error(error))
 
     def _ask_for_output(self) -> None:
         # Only few sockets are ever full. To ask anew also tells when it is not any more.
@@ -138,12 +167,14 @@ class Socket:
 
     def _wake_reader(self, *, came: bool) -> None:
         task, self._reader = self._reader, None
+        self._attendant = None
         self._rousable = False
         assert task is not None
         trio.lowlevel.reschedule(task, outcome.Value(came))
 
     def _abort_reader(self, _: object) -> trio.lowlevel.Abort:
         self._reader = None
+        self._attendant = None
         self._rousable = False
         return trio.lowlevel.Abort.SUCCEEDED
 

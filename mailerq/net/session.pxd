@@ -15,6 +15,7 @@ cdef class Session:
     cdef public bint _interruptible, _waiting, _handshaking, _in_mail
     cdef public double _started, _since, _heard
     cdef public object worker, _shared, _client, _admitted, _plugin, _scope, _spool
+    cdef public object _event, _asked
     cdef object __weakref__
 
     cpdef shut_down(self, seconds)
@@ -25,9 +26,16 @@ cdef class Session:
     cpdef _say_goodbye(self)
     cpdef _admit(self)
     cpdef _know_client(self)
+    cpdef _advance(self)
+    cpdef _digest(self, data)
+    cpdef _needs_care(self)
     cpdef _wait(self)
     cpdef _failed(self)
     cpdef _log_refusals(self)
+    cpdef _mail(self, event)
+    cpdef _rcpt(self, event)
+    cpdef _ask(self, event, asked)
+    cpdef _answer(self, event, refusal)
     cpdef _refuse_sender(self, reply)
     cpdef _refuse_recipient(self, reply)
     cpdef _may_shake_hands(self)

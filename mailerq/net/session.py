@@ -6,7 +6,8 @@ One task runs one session from the first byte to the last: it reads, lets the ma
 the next event, asks the plugins, answers, and sends what has gathered when the machine
 wants more. It waits in three places only: for the peer, for a plugin that has taken
 control, and for the queue. While it waits for the peer, the `Watch` of its worker looks how
-long.
+long, and what comes in is dealt with where it is noticed (`_digest`): the task is woken only
+for what it may have to wait for.
 
 The final reply to a mail is given only after `Queues.publish` has returned. A local fault
 of any kind is a 451, and the peer keeps the mail.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -30,7 +31,7 @@ from mailerq.net.shared import Server
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.net.watch import Bounds
 from mailerq.net.worker import Worker
-from mailerq.plugins import Reject
+from mailerq.plugins import NOTHING, Reject
 from mailerq.rules.access import is_loopback
 from mailerq.wire import proxy, server, smtp
 from mailerq.wire.smtp import Reply
@@ -76,6 +77,8 @@ class Session:
         self._client = Client(stream.remote, stream.local)
         self._admitted = None if proxied else self._client.remote[0]
         self._machine = server.ServerProtocol(shared.lmtp if lmtp else shared.settings)
+        self._event: server.Event | None = None  # one that was found without the task, for it
+        self._asked: Awaitable[Reject | None] = NOTHING  # what the plugins say to it
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
         self._scope = trio.CancelScope()
         self._relays = False  # by its address; a login is another matter
@@ -120,8 +123,10 @@ class Session:
             if self._spool is not None:
                 self._spool.close()
             self._plugin.closed_by_peer()
-            with trio.CancelScope(shield=True):
-                await self._plugin.close()
+            closing = self._plugin.close()
+            if closing is not NOTHING:
+                with trio.CancelScope(shield=True):
+                    await closing
             self._stream.close()
             if self._admitted is not None:
                 shared.clients.left(self._admitted)
@@ -252,7 +257,9 @@ class Session:
         machine = self._machine
         stream = self._stream
         while True:
-            event = machine.next_event()
+            event, self._event = self._event, None
+            if event is None:
+                event = self._advance()
             if event is server.NEED_DATA:
                 if machine.failures != self._failures and not self._failed():
                     machine.close(smtp.ERRORS_TOO_OFTEN, "too many errors in a minute")
@@ -268,26 +275,16 @@ class Session:
                 self._wait()
                 if due := machine.data_to_send():
                     await stream.send_all(due)
-                data = await stream.receive()
+                await stream.digest(self._digest)
                 self._waiting = False
-                self._bytes += len(data)
-                machine.receive_data(data)
-            elif isinstance(event, server.Rcpt):
-                await self._rcpt(event)
-            elif isinstance(event, server.Mail):
-                await self._mail(event)
+            elif isinstance(event, (server.Mail, server.Rcpt)):
+                self._answer(event, await self._asked)
             elif isinstance(event, server.Content):
                 await self._content(event)
-            elif isinstance(event, server.Data):
-                self._data()
-            elif isinstance(event, server.Hello):
-                machine.accept()
             elif isinstance(event, server.Auth):
                 await self._auth(event)
             elif isinstance(event, server.StartTls):
                 await self._starttls()
-            elif isinstance(event, server.XClient):
-                self._xclient(event)
             elif isinstance(event, server.Closing):
                 self._failed()
                 self._wait()
@@ -298,6 +295,51 @@ class Session:
             else:
                 assert event is server.CLOSED, "all others are above"
                 return
+
+    def _advance(self) -> server.Event:
+        """Deal with events up to the first one that may have to wait for something."""
+        machine = self._machine
+        while True:
+            event = machine.next_event()
+            if isinstance(event, server.Rcpt):
+                if not self._rcpt(event):
+                    return event
+            elif isinstance(event, server.Mail):
+                if not self._mail(event):
+                    return event
+            elif isinstance(event, server.Data):
+                self._data()
+            elif isinstance(event, server.Hello):
+                machine.accept()
+            elif isinstance(event, server.XClient):
+                self._xclient(event)
+            else:
+                return event
+
+    def _digest(self, data: bytes) -> bool:
+        """Deal with what came in, as far as may be without the task; whether that is needed."""
+        machine = self._machine
+        self._waiting = False
+        self._bytes += len(data)
+        machine.receive_data(data)
+        event = self._advance()
+        if event is not server.NEED_DATA or self._needs_care():
+            self._event = event
+            return True
+        self._wait()
+        if due := machine.data_to_send():
+            self._stream.send_soon(due)
+        return False
+
+    def _needs_care(self) -> bool:
+        """Whether more than to send what is due comes before the peer's turn."""
+        machine = self._machine
+        return (
+            machine.failures != self._failures
+            or self._stopping
+            or machine.nuisance
+            or (self._in_mail and self._content_came() is not None)
+        )
 
     def _wait(self) -> None:
         """From now on it is the peer's turn; what it had begun goes on from when it began."""
@@ -349,35 +391,43 @@ class Session:
 
     # Events.
 
-    async def _mail(self, event: server.Mail) -> None:
+    def _mail(self, event: server.Mail) -> bool:
+        """Answer it, or ask the plugins and return False: their answer is to be waited for."""
         shared = self._shared
         if not (self._relays or shared.clients.may(self._client.remote[0], "messages")):
             self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
-            return
-        refusal = await self._plugin.mailfrom(event.sender)
-        self._take_output()
-        if refusal is None:
-            self._machine.accept()
-        else:
-            self._refuse_sender(refusal_reply(refusal))
+            return True
+        return self._ask(event, self._plugin.mailfrom(event.sender))
 
     def _refuse_sender(self, reply: Reply) -> None:
         self._shared.counters.refused_senders += 1
         self._machine.reject(reply)
 
-    async def _rcpt(self, event: server.Rcpt) -> None:
+    def _rcpt(self, event: server.Rcpt) -> bool:
+        """The same."""
         shared, recipient = self._shared, event.recipient
         relays = self._relays or self._plugin.authenticated
         if not (relays or shared.is_local(recipient)):
             self._refuse_recipient(smtp.NO_RELAY)
-            return
+            return True
         if not (self._relays or shared.clients.may(self._client.remote[0], "recipients")):
             self._refuse_recipient(smtp.RECIPIENTS_TOO_OFTEN)
-            return
-        refusal = await self._plugin.rcptto(recipient)
+            return True
+        return self._ask(event, self._plugin.rcptto(recipient))
+
+    def _ask(self, event: server.Mail | server.Rcpt, asked: Awaitable[Reject | None]) -> bool:
+        if asked is not NOTHING:
+            self._asked = asked
+            return False
+        self._answer(event, None)
+        return True
+
+    def _answer(self, event: server.Mail | server.Rcpt, refusal: Reject | None) -> None:
         self._take_output()
         if refusal is None:
             self._machine.accept()
+        elif isinstance(event, server.Mail):
+            self._refuse_sender(refusal_reply(refusal))
         else:
             self._refuse_recipient(refusal_reply(refusal))
 

@@ -9,14 +9,18 @@ from mailerq.net.readiness cimport Socket as _Socket
 cdef class Stream:
     cdef public Py_ssize_t _served, _placed
     cdef public _Socket _socket
-    cdef public bint _sending, _departing
+    cdef public bint _sending, _departing, _digested
     cdef public bytes _unsent, _unread
     cdef public int _fd
     cdef public object _local, _remote, _departures, _lost, _tls, _incoming, _outgoing
+    cdef public object _take
 
     cpdef fileno(self)
     cpdef receive_nowait(self)
     cpdef rouse(self)
+    cpdef _look(self)
+    cpdef send_soon(self, data)
+    cpdef _depart_soon(self)
     cpdef unread(self, data)
     cpdef depart(self)
     cpdef send_nowait(self, data)

@@ -24,6 +24,7 @@ import logging
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Self
 
@@ -114,6 +115,8 @@ class Stream:
         self._departures: Departures | None = None
         self._lost: str | None = None  # what a send met, and the next operation is to raise
         self._unread = b""
+        self._take: Callable[[bytes], bool] | None = None
+        self._digested = False
         self._tls: ssl.SSLObject | None = None
         self._incoming: ssl.MemoryBIO  # those two from the handshake on
         self._outgoing: ssl.MemoryBIO
@@ -188,6 +191,38 @@ class Stream:
             except ssl.SSLError as error:
                 raise StreamLost(str(error)) from error
 
+    async def digest(self, take: Callable[[bytes], bool]) -> None:
+        """Have `take` called with all that comes in, b"" at its end, until it returns True.
+
+        It may answer with `send_soon`, and is called while the task sleeps, unless there is TLS:
+        what it can deal with costs no switch of tasks. From a peer that does not read what it is
+        sent, nothing more is read. Raises `StreamLost`, and what `take` raises.
+        """
+        while True:
+            if self._unsent and not self._departing:
+                await self._send_now(b"")
+            if self._tls is None and not (self._socket.readable or self._unread):
+                self._take, self._digested = take, False
+                try:
+                    await self._socket.attend(self._look)
+                finally:
+                    self._take = None
+                if self._digested:
+                    return
+            elif take(await self.receive()):
+                return
+
+    def _look(self) -> bool:
+        """Something came in, or the end: whether the task is needed."""
+        if self._unsent and not self._departing:
+            return True
+        came = self.receive_nowait()
+        if came is None:
+            return False
+        assert self._take is not None
+        self._digested = self._take(came)
+        return self._digested or self._socket.readable
+
     def receive_nowait(self) -> bytes | None:
         """What a plain stream has now: None is nothing, b"" the end. Raises `StreamLost`."""
         self._tell_lost()
@@ -232,6 +267,22 @@ class Stream:
         except ssl.SSLError as error:
             raise StreamLost(str(error)) from error
         await self._flush_tls()
+
+    def send_soon(self, data: bytes) -> None:
+        """Send when the other tasks have had their turn.
+
+        What the socket does not take then goes out when it does, or with the next `send_all` or
+        `drain`. That the peer has gone is told by the next operation.
+        """
+        if self._tls is not None:
+            try:
+                self._tls.write(data)
+            except ssl.SSLError as error:
+                self._lose(str(error))
+                return
+            data = self._outgoing.read()
+        self._unsent += data
+        self._depart_soon()
 
     async def drain(self) -> None:
         """Wait until the socket has taken all that was sent. Raises `StreamLost`."""
@@ -325,13 +376,17 @@ class Stream:
             if len(data) >= LONG_BYTES or self._unsent or self._sending:
                 await self._send_now(data)
                 return
+            self._depart_soon()
+        self._unsent += data
+        if len(self._unsent) >= LONG_BYTES:
+            await self._send_now(b"")
+
+    def _depart_soon(self) -> None:
+        if not self._departing:
             self._departing = True
             if self._departures is None:
                 self._departures = Departures.of_this_loop()
             self._departures.add(self)
-        self._unsent += data
-        if len(self._unsent) >= LONG_BYTES:
-            await self._send_now(b"")
 
     async def _send_now(self, data: bytes) -> None:
         self._departing = False
