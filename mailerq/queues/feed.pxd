@@ -22,5 +22,5 @@ cdef class Feeds:
     cpdef make_ready(self, lease, notify)
     cpdef take(self, consumer)
     cpdef notify(self, consumers)
-    cpdef _notify(self, consumer)
+    cpdef wake(self, consumer)
     cpdef damage(self, problem)

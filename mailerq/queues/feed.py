@@ -335,9 +335,10 @@ class Feeds:
         for consumer in consumers:
             # A loop that has ended took its consumer's context with it.
             with suppress(trio.RunFinishedError):
-                consumer.token.run_sync_soon(self._notify, consumer)
+                consumer.token.run_sync_soon(self.wake, consumer)
 
-    def _notify(self, consumer: EmbeddedConsumer) -> None:
+    def wake(self, consumer: EmbeddedConsumer) -> None:
+        """Let what waits for a consumer have what is ready, on the consumer's own loop."""
         with self.lock:
             waiting = consumer.waiting
             while waiting and (consumer.ready or consumer.error is not None):

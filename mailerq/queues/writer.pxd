@@ -18,7 +18,6 @@ cdef class Writer:
     cpdef _hand_out(self, group, reserved, notify)
     cpdef _undo(self, group, reserved, problem)
     cpdef _work(self, works)
-    cpdef _wake(self, group)
 
 
-cpdef _reschedule(requests)
+cpdef _wake_here(feeds, requests, consumers)

@@ -25,8 +25,8 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -195,8 +195,7 @@ class Writer:
             self._messages += count
             self._largest = max(self._largest, count)
             self._seconds += time.perf_counter() - started
-        self._wake(group)
-        self._feeds.notify(notify)
+        self._wake(group, notify)
 
     def _with_room(self, group: Sequence[Request]) -> tuple[Sequence[Request], bool]:
         """Send new mail away that the disk has no room for.
@@ -317,20 +316,28 @@ class Writer:
         works.popleft()
         self._wake([request])
 
-    def _wake(self, group: Sequence[Request]) -> None:
-        loops: dict[trio.lowlevel.TrioToken, list[Request]] = {}
+    def _wake(self, group: Sequence[Request], consumers: Iterable[EmbeddedConsumer] = ()) -> None:
+        """Wake the tasks of a group and what waits for consumers: one call into each loop."""
+        loops: defaultdict[trio.lowlevel.TrioToken, tuple[list[Request], list[EmbeddedConsumer]]]
+        loops = defaultdict(lambda: ([], []))
         for request in group:
             if request.token is not None:
-                loops.setdefault(request.token, []).append(request)
-        for token, requests in loops.items():
+                loops[request.token][0].append(request)
+        for consumer in consumers:
+            loops[consumer.token][1].append(consumer)
+        for token, (requests, waiting) in loops.items():
             with suppress(trio.RunFinishedError):
-                token.run_sync_soon(_reschedule, requests)
+                token.run_sync_soon(_wake_here, self._feeds, requests, waiting)
 
 
-def _reschedule(requests: Sequence[Request]) -> None:
+def _wake_here(
+    feeds: Feeds, requests: Sequence[Request], consumers: Sequence[EmbeddedConsumer]
+) -> None:
     """Wake the tasks of one loop, on that loop."""
     for request in requests:
         assert request.task is not None
         problem = request.problem
         result = outcome.Value(request.rows) if problem is None else outcome.Error(problem)
         trio.lowlevel.reschedule(request.task, result)
+    for consumer in consumers:
+        feeds.wake(consumer)
