@@ -333,9 +333,11 @@ cdef class Call:
 cdef class Connection:
     """One SMTP connection, incoming or outgoing, as plugins see it.
 
-    Each event method is to be awaited at once; it returns None when the session goes on, or the
-    `Reject` that takes the place of the normal reply. When nobody listens it costs one test. Only
-    one event of a connection can go on at a time; all on the worker's thread.
+    Each event method asks the plugins, and what it returns is to be awaited soon, unless it is
+    `NOTHING`: then the event is over. It comes to None when the session goes on, or to the `Reject`
+    that takes the place of the normal reply. How long a plugin may take counts from the await. When
+    nobody listens it costs one test. Only one event of a connection can go on at a time; all on the
+    worker's thread.
     """
 
     cdef ConnectionCell *cell

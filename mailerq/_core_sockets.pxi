@@ -86,9 +86,8 @@ cdef enum:
     LONG_SEND = 1 << 14         # bytes from which on copying them takes longer than the lock
     EVENT_LIMIT = 256           # sockets that are looked at in one go; others come in the next
 
-# Python's lock guards them.
+# Python's lock guards it: from the read to the copy nobody drops it.
 cdef char received[RECEIVE_LIMIT]
-cdef epoll_event happened[EVENT_LIMIT]
 
 
 def socket_name(int fd, bint remote):
@@ -174,6 +173,8 @@ def happenings(int epoll):
 
     Raises OSError.
     """
+    # Not shared: to make tuples may collect garbage, and that may let another thread in here.
+    cdef epoll_event happened[EVENT_LIMIT]
     cdef int index
     cdef int count = epoll_wait(epoll, happened, EVENT_LIMIT, 0)
     if count < 0:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import select
 import socket
 import struct
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -114,3 +116,27 @@ def test_an_epoll_descriptor_tells_what_happened() -> None:
             _core.watch(epoll.fileno(), right.fileno(), select.EPOLLIN, known=True)
     with pytest.raises(OSError, match="Bad file descriptor"):
         _core.happenings(-1)
+
+
+def test_what_epoll_has_told_is_not_lost_in_a_collection_of_garbage() -> None:
+    pairs = [socket.socketpair() for _ in range(100)]
+    with select.epoll() as epoll, select.epoll() as other, ExitStack() as stack:
+        for left, right in pairs:
+            stack.enter_context(left)
+            stack.enter_context(right).send(b"x")
+            _core.watch(epoll.fileno(), left.fileno(), select.EPOLLIN, known=False)
+            _core.watch(other.fileno(), right.fileno(), select.EPOLLOUT, known=False)
+
+        def meanwhile(phase: str, _: dict[str, int]) -> None:
+            if phase == "start":
+                _core.happenings(other.fileno())
+
+        threshold = gc.get_threshold()
+        gc.callbacks.append(meanwhile)
+        gc.set_threshold(10)
+        try:
+            told = _core.happenings(epoll.fileno())
+        finally:
+            gc.set_threshold(*threshold)
+            gc.callbacks.remove(meanwhile)
+        assert dict(told) == {left.fileno(): select.EPOLLIN for left, _ in pairs}

@@ -22,6 +22,7 @@ Guarantees
 
 from __future__ import annotations
 
+import logging
 import select
 from collections.abc import Callable
 from typing import Final
@@ -32,6 +33,8 @@ import trio
 from mailerq.sockets import happenings, watch
 
 __all__ = ["Socket"]
+
+log = logging.getLogger("mailerq.net")
 
 _INPUT: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
 _OUTPUT: Final = select.EPOLLOUT
@@ -109,13 +112,13 @@ class Socket:
     def rouse(self) -> None:
         """End a `rousable` wait for input."""
         if self._rousable:
-            self._wake_reader(came=False)
+            self._wake_reader(outcome.Value(False))
 
     def alarm(self) -> None:
         """Let who reads look: there is something that the kernel does not tell."""
         self.readable = True
         if self._reader is not None:
-            self._wake_reader(came=True)
+            self._wake_reader(outcome.Value(True))
 
     def forget(self) -> None:
         """The descriptor is about to be closed."""
@@ -149,14 +152,17 @@ class Socket:
         self._reader = trio.lowlevel.current_task()
 
     def _attend(self, attendant: Callable[[], bool]) -> None:
+        result: outcome.Outcome[bool]
         try:
-            if attendant():
-                self._wake_reader(came=True)
+            if not attendant():
+                return
+            result = outcome.Value(True)
         except Exception as error:
-            task, self._reader = self._reader, None
-            self._attendant = None
-            assert task is not None
-            trio.lowlevel.reschedule(task, outcome.Error(error))
+            result = outcome.Error(error)
+        if self._reader is not None:
+            self._wake_reader(result)
+        elif isinstance(result, outcome.Error):
+            log.error("nobody waits for this any more", exc_info=result.error)
 
     def _ask_for_output(self) -> None:
         # Only few sockets are ever full. To ask anew also tells when it is not any more.
@@ -165,12 +171,12 @@ class Socket:
         else:
             self._poller.modify(self, _INPUT | _OUTPUT)
 
-    def _wake_reader(self, *, came: bool) -> None:
+    def _wake_reader(self, result: outcome.Outcome[bool]) -> None:
         task, self._reader = self._reader, None
         self._attendant = None
         self._rousable = False
         assert task is not None
-        trio.lowlevel.reschedule(task, outcome.Value(came))
+        trio.lowlevel.reschedule(task, result)
 
     def _abort_reader(self, _: object) -> trio.lowlevel.Abort:
         self._reader = None

@@ -155,8 +155,8 @@ class Session:
             late = now - self._heard > bounds.idle or waited > fair
         else:
             late = waited > (bounds.command if self._machine.unfinished else bounds.idle)
-        # What it has sent and we had no time to read is no fault of its.
-        return late and not self._stream.has_input
+        # What it has sent and we had no time to read is no fault of its, unless it does not read.
+        return late and (self._stream.is_stuck or not self._stream.has_input)
 
     def expire(self) -> None:
         """The time is up."""

@@ -19,6 +19,7 @@ cdef class Stream:
     cpdef receive_nowait(self)
     cpdef rouse(self)
     cpdef _look(self)
+    cpdef _lags(self)
     cpdef send_soon(self, data)
     cpdef _depart_soon(self)
     cpdef unread(self, data)

@@ -87,12 +87,12 @@ _departures: Final = trio.lowlevel.RunVar[Departures | None]("departures", None)
 class Stream:
     """One connected TCP socket, or its descriptor, which the stream owns from now on.
 
-    It lives in one trio loop. One task at a time reads and one sends, with TLS the same one, and
-    it is closed when none waits in it. `send_nowait`, `rouse` and `has_input` are for all tasks of
-    the loop, at any time. A `send_all` or `drain` that was cancelled has cut off what was to be
-    sent; after that, close. That the peer has gone may be told by a later operation than the one
-    that sent to it. `local` and `remote` save a question to the kernel where the addresses are
-    known already.
+    It lives in one trio loop. One task at a time reads and one sends, with TLS the same one, and it
+    is closed when none waits in it. `send_nowait`, `rouse`, `has_input` and `is_stuck` are for all
+    tasks of the loop, at any time; `send_soon` for who would send. A `send_all` or `drain` that was
+    cancelled has cut off what was to be sent; after that, close. That the peer has gone may be told
+    by a later operation than the one that sent to it. `local` and `remote` save a question to the
+    kernel where the addresses are known already.
     """
 
     def __init__(
@@ -194,12 +194,13 @@ class Stream:
     async def digest(self, take: Callable[[bytes], bool]) -> None:
         """Have `take` called with all that comes in, b"" at its end, until it returns True.
 
-        It may answer with `send_soon`, and is called while the task sleeps, unless there is TLS:
-        what it can deal with costs no switch of tasks. From a peer that does not read what it is
-        sent, nothing more is read. Raises `StreamLost`, and what `take` raises.
+        It may answer with `send_soon`, and is called in another task of the loop while this one
+        sleeps, unless there is TLS: what it can deal with costs no switch of tasks. From a peer
+        that does not read what it is sent, nothing more is taken. Raises `StreamLost`, and what
+        `take` raises.
         """
         while True:
-            if self._unsent and not self._departing:
+            if self._lags():
                 await self._send_now(b"")
             if self._tls is None and not (self._socket.readable or self._unread):
                 self._take, self._digested = take, False
@@ -209,12 +210,16 @@ class Stream:
                     self._take = None
                 if self._digested:
                     return
-            elif take(await self.receive()):
+                continue
+            came = await self.receive()
+            if self._lags():  # a turn has ended meanwhile
+                await self._send_now(b"")
+            if take(came):
                 return
 
     def _look(self) -> bool:
         """Something came in, or the end: whether the task is needed."""
-        if self._unsent and not self._departing:
+        if self._lags():
             return True
         came = self.receive_nowait()
         if came is None:
@@ -222,6 +227,10 @@ class Stream:
         assert self._take is not None
         self._digested = self._take(came)
         return self._digested or self._socket.readable
+
+    def _lags(self) -> bool:
+        """Whether what was sent has to leave before there is more of it."""
+        return bool(self._unsent) and (not self._departing or len(self._unsent) >= LONG_BYTES)
 
     def receive_nowait(self) -> bytes | None:
         """What a plain stream has now: None is nothing, b"" the end. Raises `StreamLost`."""
@@ -249,6 +258,11 @@ class Stream:
     def has_input(self) -> bool:
         """Whether bytes of the peer wait to be read."""
         return has_input(self._fd)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the peer has yet to read before it can be sent more."""
+        return self._sending or (bool(self._unsent) and not self._departing)
 
     def unread(self, data: bytes) -> None:
         """Put back what was received and is somebody else's: the next read, or TLS, gets it."""

@@ -63,6 +63,20 @@ async def test_a_command_has_its_time_from_its_first_byte_to_its_last(tmp_path: 
         assert await dialog.closed()
 
 
+async def flood(dialog: Dialog) -> None:
+    while True:
+        await dialog.send(10_000 * b"BDAT 0\r\n")
+
+
+async def test_who_sends_on_and_on_and_reads_nothing_is_sent_away(tmp_path: Path) -> None:
+    async with serve(tmp_path, smtp_timeout=0.2, smtp_command_timeout=0.2) as engine:
+        async with open_dialog(engine.addresses[0]) as dialog:
+            assert await dialog.codes("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>") == [250, 250]
+            with pytest.raises(trio.BrokenResourceError), trio.fail_after(30):
+                await flood(dialog)
+        await until(lambda: engine.statistics()["incoming"]["open"] == 0)
+
+
 async def test_a_mail_has_to_come_at_a_rate(tmp_path: Path) -> None:
     settings = {"smtp_timeout": 0.2, "smtp_data_minrate": 1_000_000}
     async with converse(tmp_path, **settings) as dialog:

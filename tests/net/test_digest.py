@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import struct
@@ -191,57 +192,134 @@ async def test_to_digest_no_longer_loses_nothing() -> None:
     peer.close()
 
 
-async def test_from_a_peer_that_does_not_read_no_more_is_read() -> None:
-    stream, peer = pair()
-    taken = answers = 0
-    answer = bytes(1 << 13)
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        client = socket.create_connection(listening.getsockname())
+        server = listening.accept()[0]
+    for end in (client, server):
+        for size in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, size, 1 << 17)
+    return server, client
 
-    def take(data: bytes) -> bool:
-        nonlocal taken, answers
-        taken += len(data)
-        answers += 1
-        stream.send_soon(answer)
-        return data.endswith(b".")
 
-    async def digest() -> None:
-        await stream.digest(take)
-        await stream.drain()
-        stream.close()
+async def streams(kind: str) -> tuple[Stream, Stream]:
+    server, client = connected()
+    if kind == "urgent":  # from then on a short read proves nothing
+        client.send(b"!", socket.MSG_OOB)
+    left, right = Stream(server), Stream(client)
+    if kind == "tls":
+        await encrypt(left, right)
+    return left, right
 
-    def send() -> int:
-        try:
-            return peer.send(b"x")
-        except BlockingIOError:
-            return 0
 
+KINDS = ("plain", "urgent", "tls")
+PIECE = bytes(1000)
+ANSWER = bytes(1 << 13)
+
+
+class Digester:
+    """Answers each piece with much, until a piece ends with a full stop, or all ends."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.taken = self.answers = 0
+
+    async def run(self) -> None:
+        await self.stream.digest(self.take)
+        await self.stream.drain()
+        self.stream.close()
+
+    def take(self, data: bytes) -> bool:
+        if data:
+            self.taken += len(data)
+            self.answers += 1
+            self.stream.send_soon(ANSWER)
+        return not data or data.endswith(b".")
+
+
+async def send_until_stuck(stream: Stream, peer: Stream) -> int:
+    """Send small pieces until both ends wait for each other; how many bytes that were."""
+    sent = 0
+    while not (stream.is_stuck and peer.is_stuck):
+        if not peer.is_stuck:
+            sent += len(PIECE)
+            assert sent < 1 << 22, "all is taken, though nothing is read of what is answered"
+            peer.send_nowait(PIECE)
+        await trio.lowlevel.checkpoint()
+    return sent
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_from_a_peer_that_does_not_read_no_more_is_taken(kind: str) -> None:
+    left, right = await streams(kind)
+    digester = Digester(left)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(digest)
-        sent, ended = 0, False
-        while more := send():
-            sent += more
-            await trio.testing.wait_all_tasks_blocked()
-        assert 0 < taken < sent
-        got = 0
-        while data := await read(peer, 1):
+        nursery.start_soon(digester.run)
+        sent = await send_until_stuck(left, right)
+        assert 0 < digester.taken < sent
+        got, ended = 0, False
+        while data := await right.receive():
             got += len(data)
-            if taken == sent and not ended:
-                sent += peer.send(b".")
+            if digester.taken == sent and not ended:
+                await right.send_all(b".")
                 ended = True
-    assert taken == sent
-    assert got == answers * len(answer)
-    peer.close()
+    assert digester.taken == sent + 1
+    assert got == digester.answers * len(ANSWER)
+    right.close()
 
 
-async def test_tls_is_digested_by_the_task() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+async def test_who_has_said_all_gets_all_answers(kind: str) -> None:
+    left, right = await streams(kind)
+    digester = Digester(left)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(digester.run)
+        while not left.is_stuck:
+            if not right.is_stuck:
+                right.send_nowait(PIECE)
+            await trio.lowlevel.checkpoint()
+        with socket.socket(fileno=os.dup(right.fileno())) as copy:
+            copy.shutdown(socket.SHUT_WR)
+        got = 0
+        while data := await right.receive():
+            got += len(data)
+    assert got == digester.answers * len(ANSWER)
+    right.close()
+
+
+async def encrypt(left: Stream, right: Stream) -> None:
     authority = trustme.CA()
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("mx.test").configure_cert(server)
     client = ssl.create_default_context()
     authority.configure_trust(client)
-    left, right = (Stream(end) for end in socket.socketpair())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: left.start_tls(server, server_side=True))
         await right.start_tls(client, server_side=False, server_hostname="mx.test")
+
+
+async def test_who_is_cancelled_while_it_is_taken_ends_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stream, peer = pair()
+    with trio.CancelScope() as scope:
+
+        def take(data: bytes) -> bool:
+            scope.cancel()
+            return True
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.digest, take)
+            await trio.testing.wait_all_tasks_blocked()
+            peer.send(b"x")
+    assert scope.cancelled_caught
+    assert not caplog.records
+    stream.close()
+    peer.close()
+
+
+async def test_tls_is_digested_by_the_task() -> None:
+    left, right = await streams("tls")
 
     def take(data: bytes) -> bool:
         left.send_soon(b"<" + data + b">")
