@@ -17,6 +17,7 @@ import grp
 import os
 import platform
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -330,6 +331,7 @@ class Sink(Program):
     name = "smtp-sink"
     BACKLOG: Final = 1000
     COUNTERS_BYTES: Final = 256
+    COUNTED: Final = re.compile(rb"mesg=(\d+)\r")
 
     def __init__(self, directory: Path, port: int = 0) -> None:
         super().__init__(directory)
@@ -345,8 +347,8 @@ class Sink(Program):
         """How many messages have arrived since the sink started."""
         with open(self.log, "rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - self.COUNTERS_BYTES))
-            _, found, rest = log.read().rpartition(b"mesg=")
-        return int(rest.split()[0]) if found else 0
+            whole = self.COUNTED.findall(log.read())  # the last may be half written
+        return int(whole[-1]) if whole else 0
 
     def waiting(self) -> int:
         return 0

@@ -142,7 +142,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rates as SVG")
     options = parser.parse_args()
     found = {}
-    for name in options.only.split(","):
+    names = options.only.split(",")
+    for name in names:
         command = PROGRAMS.get(name)
         if command is None:
             parser.error(f"--only: there is no {name!r}, only {', '.join(PROGRAMS)}")
@@ -163,6 +164,8 @@ def main() -> int:
     print("\n" + table(lines))
     shares = ", ".join(f"{name} {document['others']:.0%}" for name, document in found.items())
     print(f"\nOthers took of the machine meanwhile: {shares}.")
+    if missing := [name for name in names if name not in found]:
+        print(f"Not measured, see above why: {', '.join(missing)}.")
     document = {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
@@ -174,7 +177,7 @@ def main() -> int:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.plot and "relay" in found:
         options.plot.write_text(draw(document))
-    return 0 if len(found) == len(options.only.split(",")) else 1
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
