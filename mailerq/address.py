@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from mailerq.errors import AddressError
@@ -107,11 +108,18 @@ def parse_mailbox(text: str, *, utf8: bool = True) -> Mailbox:
 
     Without `utf8` only ASCII passes, as in a session without SMTPUTF8.
     """
-    if len(text) <= MAILBOX_LIMIT and (match := _match_ordinary(text)):
+    if len(text) <= MAILBOX_LIMIT and (mailbox := _parse_ordinary(text)):
+        return mailbox
+    return _parse_unusual(text, utf8)
+
+
+@lru_cache(maxsize=4096)  # between its command and its delivery an address comes here twice
+def _parse_ordinary(text: str) -> Mailbox | None:
+    if match := _match_ordinary(text):
         local, domain = match.groups()
         if len(local) <= LOCAL_LIMIT:
             return Mailbox(local, domain.lower())
-    return _parse_unusual(text, utf8)
+    return None
 
 
 def _parse_unusual(text: str, utf8: bool) -> Mailbox:
