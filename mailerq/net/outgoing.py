@@ -31,6 +31,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
@@ -102,7 +103,7 @@ class Job(msgspec.Struct, eq=False):
 
     `attempt` counts from 1; `expires` is seconds since 1970; `local_ip` is the address to send
     from, None for any. `moves` counts the connections that it was given to and that ended before
-    its turn. `since` is when it was put into the pool, on trio's clock.
+    its turn. `since` is when it was put into the pool, on the monotonic clock.
     """
 
     lease: Lease
@@ -216,7 +217,7 @@ class Connection:
 
     def check(self) -> None:
         """End what has taken too long: the wait for a reply, or for a job."""
-        now = trio.current_time()
+        now = monotonic()
         if now - self._asked > WITHDRAW_SECONDS:
             self._withdraw()
         if now < self._deadline:
@@ -470,9 +471,9 @@ class Connection:
                     await self._send_output()
         except StreamLost as error:
             return _outcome(await self._last_words(error))
-        self._asked = trio.current_time()
+        self._asked = monotonic()
         event = await self._exchange(FINAL_REPLY * self._timeout)
-        self._prompt = trio.current_time() - self._asked < PROMPT_SECONDS
+        self._prompt = monotonic() - self._asked < PROMPT_SECONDS
         self._asked = math.inf
         return _outcome(event)
 
@@ -543,7 +544,7 @@ class Connection:
 
     def _expect(self, seconds: float) -> None:
         """Something has to happen within `seconds`."""
-        self._deadline = trio.current_time() + seconds
+        self._deadline = monotonic() + seconds
 
 
 def _outcome(event: Event | None) -> Outcome:

@@ -29,6 +29,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
@@ -179,7 +180,7 @@ class Pool:
         if first:
             destination.jobs.appendleft(job)
         else:
-            job.since = trio.current_time()
+            job.since = monotonic()
             destination.jobs.append(job)
         self._pump(destination)
 
@@ -226,7 +227,7 @@ class Pool:
 
     def host_failed(self, host: Host) -> None:
         """A host did not let it in; it goes on with the next one."""
-        now = trio.current_time()
+        now = monotonic()
         if len(self._doubts) >= MAX_DOUBTS:
             self._doubts = {a: until for a, until in self._doubts.items() if until > now}
         if len(self._doubts) < MAX_DOUBTS:
@@ -288,7 +289,7 @@ class Pool:
             return False
         if len(destination.opening) >= len(destination.jobs) or destination in self._starved:
             return False
-        if trio.current_time() < destination.held_until:
+        if monotonic() < destination.held_until:
             self._held[destination] = None
             return False
         return True
@@ -339,7 +340,7 @@ class Pool:
 
     def _in_order(self, hosts: Sequence[Host], local_ip: str | None) -> list[Host]:
         """The hosts that can be reached from the local address, doubtful ones last."""
-        now = trio.current_time()
+        now = monotonic()
         doubts = self._doubts
         if local_ip is not None:
             version_6 = ":" in local_ip
@@ -351,14 +352,14 @@ class Pool:
         jobs = destination.jobs
         share = max(self.config.rabbitmq_qos // PARK_SHARE, 1)
         if len(jobs) > share:
-            age = trio.current_time() - jobs[0].since
+            age = monotonic() - jobs[0].since
             if age > PARK_AFTER_SECONDS:
                 while len(jobs) > share:
                     self._office.park(jobs.pop(), min(age / 4, MAX_PARK_SECONDS))
 
     def _not_opened(self, destination: Destination, report: Report) -> None:
         if destination.connections:
-            destination.held_until = trio.current_time() + HOLD_SECONDS
+            destination.held_until = monotonic() + HOLD_SECONDS
             return
         destination.held_until = 0.0
         jobs, destination.jobs = destination.jobs, deque()

@@ -19,6 +19,7 @@ import ipaddress
 import logging
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
+from time import monotonic
 from typing import Final
 
 import trio
@@ -87,7 +88,7 @@ class Session:
         self._mute = proxied or secure  # no SMTP is spoken now
         self._interruptible = False
         # For the watch: since when the peer has been at something, and how much came of it.
-        self._started = trio.current_time()
+        self._started = monotonic()
         self._waiting = False
         self._handshaking = False
         self._since = self._started
@@ -301,6 +302,8 @@ class Session:
         machine = self._machine
         while True:
             event = machine.next_event()
+            if event is server.NEED_DATA:
+                return event
             if isinstance(event, server.Rcpt):
                 if not self._rcpt(event):
                     return event
@@ -346,16 +349,16 @@ class Session:
         machine = self._machine
         if machine.steps != self._steps or not machine.unfinished:
             self._steps = machine.steps
-            self._since = self._heard = trio.current_time()
+            self._since = self._heard = monotonic()
             self._bytes = 0
         elif machine.in_content:
-            self._heard = trio.current_time()
+            self._heard = monotonic()
         self._waiting = True
 
     @contextmanager
     def _handshake(self) -> Iterator[None]:
         """The peer's turn, in what is no SMTP."""
-        self._since = trio.current_time()
+        self._since = monotonic()
         self._waiting = self._handshaking = self._mute = True
         yield
         self._waiting = self._handshaking = False

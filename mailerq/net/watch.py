@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from time import monotonic
 from typing import Final, Protocol
 
 import trio
@@ -93,7 +94,7 @@ class Watch:
         with self._scope:
             while True:
                 await trio.sleep(self._pause)
-                now = trio.current_time()
+                now = monotonic()
                 bounds = self._tight if self._shared.slots.are_short else self._usual
                 for session in [one for one in self.sessions if one.is_overdue(now, bounds)]:
                     session.expire()
