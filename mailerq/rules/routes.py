@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from mailerq.address import parse_host
 from mailerq.config import Config
 from mailerq.errors import AddressError
+from mailerq.wire.framing import has_bare_newline
 
 __all__ = [
     "SMTP_PORT",
@@ -29,8 +31,7 @@ MAX_HEADER: Final = 1 << 18
 """Bytes in which the end of a header is looked for; what has no end is not read as one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """A way out. Messages with the same one share a queue and its connections.
 
     `name` is the domain or the smarthost, for people and for statistics; `host` is what is
@@ -134,8 +135,7 @@ def unmet_promise(properties: Mapping[str, Any], body: bytes | None) -> str | No
 
 def _is_binary(body: bytes) -> bool:
     """Whether lines that end in CR LF cannot carry it as it is."""
-    pairs = body.count(b"\r\n")
-    return b"\0" in body or body.count(b"\n") != pairs or body.count(b"\r") != pairs
+    return b"\0" in body or has_bare_newline(body)
 
 
 def has_ascii_header(body: bytes) -> bool:

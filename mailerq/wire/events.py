@@ -89,8 +89,7 @@ class Content:
     """A view only where `ServerProtocol.accept` was given a sink that makes one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Closing:
+class Closing(msgspec.Struct, frozen=True):
     """The last bytes are due: send them, then close. `reason` is for the log."""
 
     reason: str

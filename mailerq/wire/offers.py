@@ -1,15 +1,17 @@
-"""What a server offers, and how it says so in its reply to EHLO."""
+"""What a server offers, and how it says so in its reply to EHLO or HELO."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mailerq.wire.parameters import XCLIENT_ATTRIBUTES
+from mailerq.wire.smtp import Reply
 
-__all__ = ["Settings", "extensions"]
+__all__ = ["Settings", "hello_reply"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Settings:
     """What a server offers; shared by all of its sessions.
 
@@ -30,11 +32,16 @@ class Settings:
     normalize: bool = False
 
 
-def extensions(settings: Settings, *, secure: bool, auth: bool, xclient: bool) -> list[str]:
-    """The lines of a reply to EHLO behind the first, as they are in a session so far.
+@lru_cache(maxsize=64)
+def hello_reply(
+    settings: Settings, extended: bool, secure: bool, auth: bool, xclient: bool
+) -> Reply:
+    """The reply to EHLO (`extended`) or HELO, as it is in a session so far.
 
     `auth` says that AUTH may be used now.
     """
+    if not extended:
+        return Reply(250, settings.hostname)
     lines = ["PIPELINING", f"SIZE {settings.max_size}"]
     if settings.starttls and not secure:
         lines.append("STARTTLS")
@@ -48,4 +55,4 @@ def extensions(settings: Settings, *, secure: bool, auth: bool, xclient: bool) -
         lines.append(f"LIMITS RCPTMAX={settings.max_recipients}")
     if xclient:
         lines.append("XCLIENT " + " ".join(XCLIENT_ATTRIBUTES))
-    return lines
+    return Reply(250, "\n".join([settings.hostname, *lines]))

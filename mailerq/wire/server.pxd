@@ -42,7 +42,6 @@ cdef class ServerProtocol:
     cpdef _take_buffer(self)
     cpdef _need_data(self)
     cpdef _content_failed(self, reply)
-    cpdef _hello_reply(self, event)
     cpdef _may_authenticate(self)
     cpdef _idled_out(self)
     cpdef _reset(self)

@@ -47,7 +47,7 @@ class Reply(msgspec.Struct, frozen=True):
     text: str
 
     def __post_init__(self) -> None:
-        if not self.text.isprintable():
+        if not self.text.replace("\n", "").isprintable():
             lines = self.text.replace("\r\n", "\n").split("\n")
             text = "\n".join(_CONTROLS.sub("?", line) for line in lines)
             msgspec.structs.force_setattr(self, "text", text)

@@ -87,6 +87,17 @@ def test_chunks_are_kept_as_they_are(chunks: list[bytes]) -> None:
         framing.BLOCK_BYTES = before
 
 
+@given(CONTENT, st.sampled_from([1, 2, 3, 8, 1000]))
+def test_a_newline_is_bare_wherever_blocks_end(content: bytes, block: int) -> None:
+    before = framing.BLOCK_BYTES
+    framing.BLOCK_BYTES = block
+    try:
+        bare = re.search(rb"(?<!\r)\n|\r(?!\n)", content) is not None
+        assert has_bare_newline(content) == bare
+    finally:
+        framing.BLOCK_BYTES = before
+
+
 @pytest.mark.parametrize(
     ("raw", "content"),
     [
