@@ -11,7 +11,7 @@ from mailerq.wire.smtp import Reply
 __all__ = ["Settings", "hello_reply"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # `hello_reply` looks it up
 class Settings:
     """What a server offers; shared by all of its sessions.
 
