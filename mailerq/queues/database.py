@@ -305,6 +305,17 @@ class Reader:
             raise self.failed(error) from error
         return sorted(found), later
 
+    def known(self, numbers: Iterable[int]) -> set[int]:
+        """Those of these numbers that are messages in the file."""
+        try:
+            found: list[Any] = self.connection.execute(
+                "SELECT id FROM message NOT INDEXED WHERE id IN (SELECT value FROM carray(?))",
+                (bind(numbers),),
+            ).fetchall()
+        except apsw.Error as error:
+            raise self.failed(error) from error
+        return {number for (number,) in found}
+
     def fetch(self, queue: str, numbers: Sequence[int]) -> list[Row]:
         """Read the messages with these numbers, in the order of `numbers`.
 

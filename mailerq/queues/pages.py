@@ -19,8 +19,10 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 __all__ = [
+    "FRAME_HEADER",
     "INDEX_INTERIOR",
     "INDEX_LEAF",
+    "LOG_HEADER",
     "TABLE_INTERIOR",
     "TABLE_LEAF",
     "Cell",
@@ -34,6 +36,8 @@ INDEX_INTERIOR, TABLE_INTERIOR, INDEX_LEAF, TABLE_LEAF = 2, 5, 10, 13
 LOG_MAGIC: Final = 0x377F0682
 LOG_HEADER: Final = 32
 FRAME_HEADER: Final = 24
+"""Bytes at the start of the write-ahead log, and of each frame in it before its page."""
+
 LATER: Final = 1 << 32
 
 
@@ -50,8 +54,11 @@ class Cell(NamedTuple):
 class Pages:
     """The pages of a database file, numbered from 1, as of the last commit that can be read."""
 
-    def __init__(self, path: str, page_size: int) -> None:
-        """`page_size` is what it should be, for when the header of the file does not tell."""
+    def __init__(self, path: str, page_size: int, *, log: str | None = None) -> None:
+        """`page_size` is what it should be, for when the header of the file does not tell.
+
+        `log` is the path of its write-ahead log, where that is not the usual one.
+        """
         self._file = _open(path)
         header = _read(self._file, 100, 0)
         self.sound_header = header[:16] == MAGIC
@@ -59,7 +66,7 @@ class Pages:
         told = 65536 if told == 1 else told
         self.page_size = told if told >= 512 and told & (told - 1) == 0 else page_size
         self._last = (0, b"")
-        self._log = _open(path + "-wal")
+        self._log = _open(path + "-wal" if log is None else log)
         self._frames: dict[int, int] = {}
         self._later: dict[int, int] = {}
         self.log_problem: str | None = None
@@ -123,6 +130,7 @@ class Pages:
             if sound != sums and (sums_known or offset > LOG_HEADER):
                 self.log_problem = self.log_problem or f"the frame at {offset} is broken"
                 frames = self._later
+                frames.update(pending)  # of the same commit, and proven
                 pending.clear()
                 continue
             pending[number] = offset + FRAME_HEADER
@@ -132,7 +140,7 @@ class Pages:
                 pending.clear()
 
     def later(self) -> list[int]:
-        """Pages that stand in the log behind a broken frame, under numbers of their own.
+        """Pages of the log in and behind a commit with a broken frame, under numbers of their own.
 
         They may be newer than what `page` gives for the same place, or of a commit that
         failed: nobody can tell.

@@ -7,6 +7,12 @@ file, and of one that was marked when damage was met; a large one is probed at i
 at random. Records prove themselves by their checksums whenever they are read, so what slips
 through is found later and loses nothing.
 
+SQLite believes the write-ahead log up to its first broken frame. A crash may leave the last
+commit so: its last frame is there, and another one, or half of it, had not been written. Nobody
+was told that this commit is safe, as nobody has got an answer yet. But a commit that was safe and
+is damaged since looks the same. So `recover` takes in what proves itself in it, and keeps the log.
+A commit behind that one proves damage, because the one before was synced when it began.
+
 `salvage` reads the pages themselves (`mailerq.queues.pages`), not through SQLite. It walks
 the trees of the tables from their roots; where a tree is broken it looks at every other page
 of the file that is not free, and where the log is broken at what stands behind that. Every
@@ -44,8 +50,10 @@ from mailerq.message import Message
 from mailerq.queues.database import MARK_SUFFIX, PAGE_SIZE, ROW, connect, translate
 from mailerq.queues.medium import unreadable
 from mailerq.queues.pages import (
+    FRAME_HEADER,
     INDEX_INTERIOR,
     INDEX_LEAF,
+    LOG_HEADER,
     TABLE_INTERIOR,
     TABLE_LEAF,
     Cell,
@@ -57,7 +65,7 @@ from mailerq.queues.records import Batch, Insert, Row, aside, check, prepare, pr
 from mailerq.queues.shares import first_number
 from mailerq.queues.store import Store
 
-__all__ = ["Salvaged", "broken_log", "examine", "recover", "salvage"]
+__all__ = ["Finding", "Salvaged", "broken_log", "examine", "recover", "salvage"]
 
 logger = logging.getLogger("mailerq.queues")
 
@@ -83,6 +91,15 @@ ROOTS: Final = {"number": 2, "message": 3, "message_due": 4, "body": 5, "shared"
 
 
 @dataclass(slots=True, frozen=True)
+class Finding:
+    """What `examine` found: why a file is damaged, or how many frames a log has up to the end
+    of a last commit that is not whole."""
+
+    damage: str | None = None
+    half: int = 0
+
+
+@dataclass(slots=True, frozen=True)
 class Salvaged:
     """What came of a damaged file: `lost` messages are known to have been in it."""
 
@@ -100,8 +117,10 @@ def recover(path: str) -> None:
     try:
         if os.path.exists(path + FINISHED):
             _replace(path)
-        reason = examine(path)
-        if reason is None:
+        finding = examine(path)
+        if finding.damage is None:
+            if finding.half:
+                _take_in(path, finding.half)
             _remove_file(path + MARK_SUFFIX)
             return
         bad, size = unreadable(path)
@@ -109,7 +128,7 @@ def recover(path: str) -> None:
             raise QueueError(
                 f"{path}: {bad} of {size} bytes cannot be read from the disk; nothing was changed"
             )
-        logger.critical("%s is damaged, salvaging what is readable: %s", path, reason)
+        logger.critical("%s is damaged, salvaging what is readable: %s", path, finding.damage)
         found = salvage(path, path + UNFINISHED)
         os.rename(path + UNFINISHED, path + FINISHED)
         kept = _replace(path)
@@ -127,23 +146,37 @@ def recover(path: str) -> None:
 
 def _replace(path: str) -> str:
     """Move the old file and its companions aside, and the new one into its place."""
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    kept = f"{path}.damaged-{stamp}"
-    count = 1
-    while any(os.path.exists(kept + suffix) for suffix in ("", "-wal", "-shm")):
-        count += 1
-        kept = f"{path}.damaged-{stamp}-{count}"
+    kept = _free_name(f"{path}.damaged")
     for suffix in ("-shm", "-wal", ""):
         if os.path.exists(path + suffix):
             os.rename(path + suffix, kept + suffix)
     os.rename(path + FINISHED, path)
     _remove_file(path + MARK_SUFFIX)
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    _sync(os.path.dirname(path) or ".", os.O_RDONLY)
     return kept
+
+
+def _free_name(base: str) -> str:
+    """A name with the time in it that neither a file nor its companions have."""
+    name = stamped = f"{base}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    count = 1
+    while any(os.path.exists(name + suffix) for suffix in ("", "-wal", "-shm")):
+        count += 1
+        name = f"{stamped}-{count}"
+    return name
+
+
+def _private(path: str, flags: int) -> int:
+    """Mail is not for everybody."""
+    return os.open(path, flags, 0o640)
+
+
+def _sync(path: str, flags: int) -> None:
+    file = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _remove(path: str) -> None:
@@ -158,30 +191,30 @@ def _remove_file(path: str) -> None:
         pass
 
 
-def examine(path: str) -> str | None:
-    """Say what is wrong with a file, or None. Raises `QueueError` when that cannot be told."""
+def examine(path: str) -> Finding:
+    """Say what is wrong with a file. Raises `QueueError` when that cannot be told."""
     try:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         log = os.path.getsize(path + "-wal") if os.path.exists(path + "-wal") else 0
         if size == 0 and log == 0:
-            return None
+            return Finding()
         if size == 0:
-            return "the file is gone or empty, its write-ahead log is there"
-        committed = _committed(path + "-wal") if log else 0
-        if committed is None:
-            return "the write-ahead log is broken at its head"
+            return Finding("the file is gone or empty, its write-ahead log is there")
+        commits = _commits(path + "-wal") if log else []
+        if commits is None:
+            return Finding("the write-ahead log is broken at its head")
         whole = size <= FULL_CHECK_BYTES or os.path.exists(path + MARK_SUFFIX)
         connection = connect(path)
         # The last one to close would write the log into the file, and delete it.
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
     except (apsw.NotADBError, apsw.CorruptError) as error:
-        return str(error)
+        return Finding(str(error))
     except (OSError, apsw.Error) as error:
         raise translate(error, path) from error
     try:
-        return _look(connection, committed, whole)
+        return _look(connection, commits, whole)
     except (apsw.NotADBError, apsw.CorruptError, apsw.IOError) as error:
-        return str(error)
+        return Finding(str(error))
     except apsw.Error as error:
         raise translate(error, path) from error
     finally:
@@ -194,14 +227,15 @@ def broken_log(path: str) -> str | None:
         return None
     if not os.path.exists(path) or not os.path.getsize(path):
         return "the file is gone or empty, its write-ahead log is there"
-    committed = _committed(path + "-wal")
-    if committed is None:
+    commits = _commits(path + "-wal")
+    if commits is None:
         return "the write-ahead log is broken at its head"
     try:
         connection = connect(path)
         try:
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-            return _cut(connection, committed)
+            believed = _believed(connection)
+            return _broken(believed, commits) if believed < max(commits, default=0) else None
         finally:
             connection.close(True)
     except (apsw.NotADBError, apsw.CorruptError) as error:
@@ -210,41 +244,47 @@ def broken_log(path: str) -> str | None:
         raise translate(error, path) from error
 
 
-def _cut(connection: apsw.Connection, committed: int) -> str | None:
-    frames, _ = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
-    if frames < committed:
-        return f"the write-ahead log is broken after frame {frames} of {committed}"
-    return None
+def _believed(connection: apsw.Connection) -> int:
+    """How many frames of the log SQLite believes; a commit ends with the last of them."""
+    return connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
 
 
-def _look(connection: apsw.Connection, committed: int, whole: bool) -> str | None:
+def _broken(believed: int, commits: list[int]) -> str:
+    return f"the write-ahead log is broken after frame {believed} of {commits[-1]}"
+
+
+def _look(connection: apsw.Connection, commits: list[int], whole: bool) -> Finding:
     if not int(connection.pragma("user_version")):
-        return None  # not ours, or not finished: `Store` decides
-    if (reason := _cut(connection, committed)) is not None:
-        return reason
+        return Finding()  # not ours, or not finished: `Store` decides
+    believed = _believed(connection)
+    unread = sum(number > believed for number in commits)
+    if unread > 1:
+        return Finding(_broken(believed, commits))
     if whole:
         answer = str(connection.execute("PRAGMA integrity_check(1)").get)
-        return None if answer == "ok" else answer
-    return _probe(connection)
+        damage = None if answer == "ok" else answer
+    else:
+        damage = _probe(connection)
+    return Finding(damage, commits[-1] if unread else 0)
 
 
-def _committed(path: str) -> int | None:
-    """The last frame of a log that says to end a commit; None when its head is broken."""
+def _commits(path: str) -> list[int] | None:
+    """The frames of a log that say to end a commit; None when its head is broken."""
     with open(path, "rb", buffering=0) as file:
-        head = file.read(32)
-        if len(head) < 32:
-            return 0
+        head = file.read(LOG_HEADER)
+        if len(head) < LOG_HEADER:
+            return []
         magic, version, page_size, _, *salts = struct.unpack(">6I", head[:24])
         if magic | 1 != 0x377F0683 or version != 3007000 or not 512 <= page_size <= 65536:
             return None
-        step = 24 + page_size
-        last = 0
-        for number in range(1, (os.path.getsize(path) - 32) // step + 1):
-            frame = os.pread(file.fileno(), 16, 32 + (number - 1) * step)
+        step = FRAME_HEADER + page_size
+        commits = []
+        for number in range(1, (os.path.getsize(path) - LOG_HEADER) // step + 1):
+            frame = os.pread(file.fileno(), 16, LOG_HEADER + (number - 1) * step)
             _, commit, *stamp = struct.unpack(">4I", frame)
             if stamp == salts and commit:
-                last = number
-        return last
+                commits.append(number)
+        return commits
 
 
 def _probe(connection: apsw.Connection) -> str | None:
@@ -280,6 +320,35 @@ def _probe(connection: apsw.Connection) -> str | None:
     return None
 
 
+def _take_in(path: str, frames: int) -> None:
+    """Save what proves itself of the last commit of the log, which has so many frames up to it."""
+    # SQLite will write on where the log is broken: what stands there is read from a copy.
+    kept = _free_name(f"{path}.half-commit")
+    with open(path + "-wal", "rb") as log, open(kept, "xb", opener=_private) as copy:
+        copy.write(log.read(LOG_HEADER + frames * (FRAME_HEADER + PAGE_SIZE)))
+        copy.flush()
+        os.fsync(copy)
+    pages = Pages(path, PAGE_SIZE, log=kept)
+    try:
+        with Store(path, [], 1) as store:
+            try:
+                store.create()
+                saved, left = _Salvage(pages, store).take_in()
+                store.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            except apsw.Error as error:
+                raise store.failed(error) from error
+    finally:
+        pages.close()
+    logger.warning(
+        "%s: the last commit had not been written to its end, or is damaged since: of its new "
+        "messages %d are whole and were taken in, %d are not; its log was kept as %s",
+        path,
+        saved,
+        left,
+        kept,
+    )
+
+
 def salvage(path: str, new: str) -> Salvaged:
     """Write every readable record of a damaged file into a new one; raises `QueueError`."""
     pages = Pages(path, PAGE_SIZE)
@@ -293,11 +362,7 @@ def salvage(path: str, new: str) -> Salvaged:
                 store.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.Error as error:
                 raise store.failed(error) from error
-        file = os.open(new, os.O_RDWR)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        _sync(new, os.O_RDWR)
         return found
     except QueueDamaged as error:
         raise QueueError(f"cannot salvage {path}: {error}") from error
@@ -363,6 +428,26 @@ class _Salvage:
         self.number_on(numbers)
         lost = sum(number not in self.set_aside for number in missing)
         return Salvaged(len(self.saved), self.damaged, lost)
+
+    def take_in(self) -> tuple[int, int]:
+        """Add what is new in a commit that the log ends in: how many messages, and not whole ones.
+
+        What the file knows already is left as it is: a message that this commit deleted or changed
+        is tried again.
+        """
+        pages = self.pages.later()
+        numbers: set[int] = set()
+        for page in pages:
+            self.note_bodies(page, None)
+            numbers.update(cell.rowid for cell in self.pages.cells(page)[0])
+        known = self.store.known(numbers)
+        self.saved |= known
+        for page in pages:
+            self.take(page, loose=True)
+        self.flush()
+        self.store.connection.execute("UPDATE number SET next = max(next, ?)", (self.highest + 1,))
+        left = {cell.rowid for cell in self.doubtful} - self.saved
+        return len(self.saved) - len(known), len(left)
 
     def roots(self) -> dict[str, int]:
         """Where the trees begin."""

@@ -181,6 +181,7 @@ async def cut_the_power(directory: Path, seconds: float, cuts: int, *, fail: boo
         assert accepted - waiting.keys() - delivered == set()
         assert max(waiting.values(), default=1) == 1
         assert aside == []
+        assert not list(image.glob("*damaged*"))  # what a crash leaves is no damage
 
 
 @pytest.mark.parametrize("fail", [False, True], ids=["sound", "failing"])

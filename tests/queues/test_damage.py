@@ -404,6 +404,84 @@ def test_log_cut_in_its_last_commit_is_what_a_crash_leaves(killed_directory: Pat
     assert len(content(killed_directory)) >= COUNT - 1
 
 
+FRAME = 24 + PAGE_SIZE
+
+
+def last_commits(directory: Path, count: int) -> list[range]:
+    """Where the frames of the last commits of the log begin, the oldest commit first."""
+    log = (directory / "queue.db-wal").read_bytes()
+    frames = range(32, len(log), FRAME)
+    ends = [frame for frame in frames if log[frame + 4 : frame + 8] != bytes(4)]
+    assert ends[-1] == frames[-1]
+    starts = [frame + FRAME for frame in ends[-count - 1 : -1]]
+    return [
+        range(start, end + FRAME, FRAME) for start, end in zip(starts, ends[-count:], strict=True)
+    ]
+
+
+def half_commits(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("queue.db.half-commit-*"))
+
+
+@pytest.mark.parametrize("written", [0, 512, PAGE_SIZE - 30])
+def test_a_last_frame_without_its_page_is_what_a_crash_leaves(
+    killed_directory: Path, written: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """kill -9 comes between the writes of a frame's head and of its page, or within one."""
+    last = last_commits(killed_directory, 1)[0][-1]
+    overwrite(killed_directory / "queue.db-wal", last + 24 + written, b"old" * 10)
+    log = (killed_directory / "queue.db-wal").read_bytes()
+    start(killed_directory)
+    assert kept(killed_directory) == []
+    names = half_commits(killed_directory)
+    assert [(killed_directory / name).read_bytes() for name in names] == [log]
+    assert "the last commit had not been written to its end" in caplog.text
+    assert names[0] in caplog.text
+    assert content(killed_directory).items() >= dict(list(expected().items())[:-1]).items()
+    start(killed_directory)  # a new log has begun
+    assert half_commits(killed_directory) == names
+
+
+def test_what_proves_itself_of_a_damaged_last_commit_is_taken_in(
+    killed_directory: Path, tmp_path: Path
+) -> None:
+    """It may have been safe, and somebody may have been told so."""
+    right = expected()
+    commit = last_commits(killed_directory, 1)[0]
+    taken_in = 0
+    for number, frame in enumerate(commit):
+        directory = Path(shutil.copytree(killed_directory, tmp_path / str(number)))
+        overwrite(directory / "queue.db-wal", frame + 24 + 3000, b"broken")
+        start(directory)
+        assert kept(directory) == []
+        found = content(directory)
+        assert found.items() <= right.items()
+        assert len(found) >= COUNT - 1
+        taken_in += len(found) == COUNT
+        with Store.open(str(directory)) as store:
+            known = {entry.id for entry in store.browse("outbox", limit=10_000)}
+            known |= {entry.id for entry in store.browse("results", limit=10_000)}
+            assert store.publish(publications(1))[0] not in known
+            assert store.browse(DAMAGED_QUEUE) == []
+    assert taken_in >= len(commit) // 2
+
+
+def test_damage_before_the_last_commit_is_no_crash(killed_directory: Path) -> None:
+    before_last, _ = last_commits(killed_directory, 2)
+    overwrite(killed_directory / "queue.db-wal", before_last[0] + 24 + 3000, b"broken")
+    check_salvaged(killed_directory, COUNT - 1)
+    assert half_commits(killed_directory) == []
+
+
+def test_a_half_commit_is_left_to_the_daemon(killed_directory: Path) -> None:
+    log = killed_directory / "queue.db-wal"
+    overwrite(log, last_commits(killed_directory, 1)[0][-1] + 24, b"old")
+    before = log.read_bytes()
+    with pytest.raises(QueueDamaged, match="start mailerq"):
+        open_shared(str(killed_directory))
+    assert log.read_bytes() == before
+
+
 def test_a_crash_while_salvaging_starts_over(directory: Path) -> None:
     overwrite(directory / "queue.db", 0, bytes(100))
     (directory / "queue.db.salvaging").write_bytes(b"half a file")
