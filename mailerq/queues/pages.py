@@ -27,6 +27,7 @@ __all__ = [
     "TABLE_LEAF",
     "Cell",
     "Pages",
+    "is_log_head",
     "record",
     "shape",
 ]
@@ -34,6 +35,7 @@ __all__ = [
 MAGIC: Final = b"SQLite format 3\0"
 INDEX_INTERIOR, TABLE_INTERIOR, INDEX_LEAF, TABLE_LEAF = 2, 5, 10, 13
 LOG_MAGIC: Final = 0x377F0682
+LOG_VERSION: Final = 3007000
 LOG_HEADER: Final = 32
 FRAME_HEADER: Final = 24
 """Bytes at the start of the write-ahead log, and of each frame in it before its page."""
@@ -54,10 +56,13 @@ class Cell(NamedTuple):
 class Pages:
     """The pages of a database file, numbered from 1, as of the last commit that can be read."""
 
-    def __init__(self, path: str, page_size: int, *, log: str | None = None) -> None:
+    def __init__(
+        self, path: str, page_size: int, *, log: str | None = None, believed: int = 0
+    ) -> None:
         """`page_size` is what it should be, for when the header of the file does not tell.
 
-        `log` is the path of its write-ahead log, where that is not the usual one.
+        `log` is the path of its write-ahead log, where that is not the usual one. So many of its
+        frames as `believed` says need no proof.
         """
         self._file = _open(path)
         header = _read(self._file, 100, 0)
@@ -71,7 +76,7 @@ class Pages:
         self._later: dict[int, int] = {}
         self.log_problem: str | None = None
         self.count = -(-_size(self._file) // self.page_size)
-        self._read_log()
+        self._read_log(believed)
 
     def close(self) -> None:
         for file in (self._file, self._log):
@@ -92,7 +97,7 @@ class Pages:
         self._last = (number, page)
         return page
 
-    def _read_log(self) -> None:
+    def _read_log(self, believed: int) -> None:
         """Find the newest committed frame of every page.
 
         A frame proves itself by a checksum over it that continues the one of the frame
@@ -105,39 +110,43 @@ class Pages:
         head = _read(self._log, LOG_HEADER, 0)
         fields = struct.unpack(">8I", head.ljust(LOG_HEADER, b"\0"))
         step = FRAME_HEADER + self.page_size
-        order, salts, sums, sums_known = "little", fields[4:6], fields[6:8], True
-        if fields[0] | 1 == LOG_MAGIC | 1 and fields[2] == self.page_size:
-            order = "big" if fields[0] & 1 else "little"
-            if _checksum(head[:24], (0, 0), order) != sums:
-                self.log_problem = "the checksum of its header does not fit"
-        else:
+        order = "big" if fields[0] == LOG_MAGIC | 1 else "little"
+        salts, sums = fields[4:6], fields[6:8]
+        sums_known = is_log_head(head) and fields[2] == self.page_size
+        if not sums_known:
             self.log_problem = "its header is broken"
-            sums_known = False
             first = _read(self._log, FRAME_HEADER, LOG_HEADER).ljust(FRAME_HEADER, b"\0")
             salts = struct.unpack(">2I", first[8:16])
         pending: dict[int, int] = {}
         frames = self._frames
+        is_sound = True
         for offset in range(LOG_HEADER, size - step + 1, step):
-            frame = _read(self._log, step, offset)
-            if len(frame) < step:
+            sure = offset < LOG_HEADER + believed * step
+            frame = _read(self._log, FRAME_HEADER if sure else step, offset)
+            if len(frame) < (FRAME_HEADER if sure else step):
                 continue
             number, commit, *rest = struct.unpack(">6I", frame[:FRAME_HEADER])
-            if tuple(rest[:2]) != salts:
-                continue  # left from before the log was last started anew, or broken
             before, sums = sums, (rest[2], rest[3])
-            sound = _checksum(frame[:8], before, order)
-            sound = _checksum(frame[FRAME_HEADER:], sound, order)
-            if sound != sums and (sums_known or offset > LOG_HEADER):
-                self.log_problem = self.log_problem or f"the frame at {offset} is broken"
+            if tuple(rest[:2]) != salts:
+                is_sound = False  # left from before the log was last started anew, or broken
+                continue
+            is_proven = sure or not (sums_known or offset > LOG_HEADER)
+            if not is_proven:
+                found = _checksum(frame[:8], before, order)
+                is_proven = _checksum(frame[FRAME_HEADER:], found, order) == sums
+            if not (is_proven and is_sound):
+                self.log_problem = self.log_problem or f"the log is broken before {offset + step}"
                 frames = self._later
                 frames.update(pending)  # of the same commit, and proven
                 pending.clear()
-                continue
-            pending[number] = offset + FRAME_HEADER
-            if commit:
-                frames.update(pending)
-                self.count = max(self.count, commit)
-                pending.clear()
+                is_sound = True
+            if is_proven:
+                pending[number] = offset + FRAME_HEADER
+                if commit:
+                    frames.update(pending)
+                    self.count = max(self.count, commit)
+                    pending.clear()
+        self.count = max(self.count, *self._later, 0)
 
     def later(self) -> list[int]:
         """Pages of the log in and behind a commit with a broken frame, under numbers of their own.
@@ -296,6 +305,21 @@ def record(payload: bytes | None) -> list[Any] | None:
                     value = data.decode()
         values.append(value)
     return values if place == len(payload) else None
+
+
+def is_log_head(head: bytes) -> bool:
+    """Whether a write-ahead log that begins so is one."""
+    if len(head) < LOG_HEADER:
+        return False
+    magic, version, page_size, _, _, _, *sums = struct.unpack(">8I", head)
+    order = "big" if magic & 1 else "little"
+    return (
+        magic | 1 == LOG_MAGIC | 1
+        and version == LOG_VERSION
+        and 512 <= page_size <= 65536
+        and page_size & (page_size - 1) == 0
+        and _checksum(head[:24], (0, 0), order) == tuple(sums)
+    )
 
 
 def _open(path: str) -> int | None:

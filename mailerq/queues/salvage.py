@@ -10,8 +10,11 @@ through is found later and loses nothing.
 SQLite believes the write-ahead log up to its first broken frame. A crash may leave the last
 commit so: its last frame is there, and another one, or half of it, had not been written. Nobody
 was told that this commit is safe, as nobody has got an answer yet. But a commit that was safe and
-is damaged since looks the same. So `recover` takes in what proves itself in it, and keeps the log.
-A commit behind that one proves damage, because the one before was synced when it began.
+is damaged since looks the same, and so may what another process left that died within a commit.
+So `recover` takes in the messages of it that prove themselves and that the file does not know:
+better that some come twice, or a result is told twice, than that one is lost. It reads them from
+a copy of the log, which it keeps, and from which it begins again when it is interrupted. More
+than one such commit is damage, because the one before was synced when the next began.
 
 `salvage` reads the pages themselves (`mailerq.queues.pages`), not through SQLite. It walks
 the trees of the tables from their roots; where a tree is broken it looks at every other page
@@ -28,7 +31,7 @@ Guarantees
 ----------
 - A crash at any moment leaves either the old file in its place or a complete new one, which
   `recover` puts there at the next start.
-- The damaged file is never written to.
+- The damaged file is never written to; what is damaged in the last commit of a log is kept.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from zlib import crc32
 
 import apsw
@@ -58,6 +61,7 @@ from mailerq.queues.pages import (
     TABLE_LEAF,
     Cell,
     Pages,
+    is_log_head,
     record,
     shape,
 )
@@ -80,11 +84,18 @@ PROBES: Final = 300
 PROBE_SECONDS: Final = 0.3
 UNFINISHED: Final = ".salvaging"
 FINISHED: Final = ".salvaged"
+HALF: Final = ".half-commit"
+"""The copy of a log of which the last commit is being taken in."""
+
 NUMBER_GAP: Final = 1_000_000
 """How far the numbers jump when it is lost which were given."""
 
 BATCH: Final = 500
 BATCH_BYTES: Final = 32 << 20
+COPY_BYTES: Final = 1 << 20
+
+MESSAGE_COLUMNS: Final = 7
+"""By which a row of messages is known, wherever it lies."""
 
 ROOTS: Final = {"number": 2, "message": 3, "message_due": 4, "body": 5, "shared": 6}
 """Where the trees begin, as the order in our schema has it; for when the file does not tell."""
@@ -92,11 +103,22 @@ ROOTS: Final = {"number": 2, "message": 3, "message_due": 4, "body": 5, "shared"
 
 @dataclass(slots=True, frozen=True)
 class Finding:
-    """What `examine` found: why a file is damaged, or how many frames a log has up to the end
-    of a last commit that is not whole."""
+    """What `examine` found: `damage` says what is wrong with a file.
+
+    `half` is how many bytes its log has up to the end of a last commit that is not whole, 0 where
+    it is; `believed` is the number of frames before that commit.
+    """
 
     damage: str | None = None
     half: int = 0
+    believed: int = 0
+
+
+class Log(NamedTuple):
+    """A write-ahead log: the bytes of a frame, and the numbers of those that end a commit."""
+
+    step: int
+    commits: list[int]
 
 
 @dataclass(slots=True, frozen=True)
@@ -114,13 +136,18 @@ def recover(path: str) -> None:
     Nobody else may have the file open.
     """
     _remove(path + UNFINISHED)
+    _remove_file(path + HALF + UNFINISHED)
     try:
         if os.path.exists(path + FINISHED):
             _replace(path)
-        finding = examine(path)
-        if finding.damage is None:
-            if finding.half:
-                _take_in(path, finding.half)
+        damage = _take_in(path) if os.path.exists(path + HALF) else None
+        if damage is None:
+            finding = examine(path)
+            damage = finding.damage
+            if damage is None and finding.half:
+                _copy_log(path, finding.half)
+                damage = _take_in(path, finding.believed)
+        if damage is None:
             _remove_file(path + MARK_SUFFIX)
             return
         bad, size = unreadable(path)
@@ -128,7 +155,7 @@ def recover(path: str) -> None:
             raise QueueError(
                 f"{path}: {bad} of {size} bytes cannot be read from the disk; nothing was changed"
             )
-        logger.critical("%s is damaged, salvaging what is readable: %s", path, finding.damage)
+        logger.critical("%s is damaged, salvaging what is readable: %s", path, damage)
         found = salvage(path, path + UNFINISHED)
         os.rename(path + UNFINISHED, path + FINISHED)
         kept = _replace(path)
@@ -200,8 +227,8 @@ def examine(path: str) -> Finding:
             return Finding()
         if size == 0:
             return Finding("the file is gone or empty, its write-ahead log is there")
-        commits = _commits(path + "-wal") if log else []
-        if commits is None:
+        found = _log_of(path) if log else Log(0, [])
+        if found is None:
             return Finding("the write-ahead log is broken at its head")
         whole = size <= FULL_CHECK_BYTES or os.path.exists(path + MARK_SUFFIX)
         connection = connect(path)
@@ -212,7 +239,7 @@ def examine(path: str) -> Finding:
     except (OSError, apsw.Error) as error:
         raise translate(error, path) from error
     try:
-        return _look(connection, commits, whole)
+        return _look(connection, found, whole)
     except (apsw.NotADBError, apsw.CorruptError, apsw.IOError) as error:
         return Finding(str(error))
     except apsw.Error as error:
@@ -223,19 +250,21 @@ def examine(path: str) -> Finding:
 
 def broken_log(path: str) -> str | None:
     """Say what is wrong with the log of a file, or None. Nobody else may have the file open."""
+    if os.path.exists(path + HALF):
+        return "a start was interrupted while it took in the last commit of the write-ahead log"
     if not os.path.exists(path + "-wal") or not os.path.getsize(path + "-wal"):
         return None
     if not os.path.exists(path) or not os.path.getsize(path):
         return "the file is gone or empty, its write-ahead log is there"
-    commits = _commits(path + "-wal")
-    if commits is None:
+    log = _log_of(path)
+    if log is None:
         return "the write-ahead log is broken at its head"
     try:
         connection = connect(path)
         try:
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             believed = _believed(connection)
-            return _broken(believed, commits) if believed < max(commits, default=0) else None
+            return _broken(believed, log) if believed < max(log.commits, default=0) else None
         finally:
             connection.close(True)
     except (apsw.NotADBError, apsw.CorruptError) as error:
@@ -249,42 +278,44 @@ def _believed(connection: apsw.Connection) -> int:
     return connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
 
 
-def _broken(believed: int, commits: list[int]) -> str:
-    return f"the write-ahead log is broken after frame {believed} of {commits[-1]}"
+def _broken(believed: int, log: Log) -> str:
+    return f"the write-ahead log is broken after frame {believed} of {log.commits[-1]}"
 
 
-def _look(connection: apsw.Connection, commits: list[int], whole: bool) -> Finding:
+def _look(connection: apsw.Connection, log: Log, whole: bool) -> Finding:
     if not int(connection.pragma("user_version")):
         return Finding()  # not ours, or not finished: `Store` decides
     believed = _believed(connection)
-    unread = sum(number > believed for number in commits)
-    if unread > 1:
-        return Finding(_broken(believed, commits))
+    unread = [number for number in log.commits if number > believed]
+    if len(unread) > 1:
+        return Finding(_broken(believed, log))
     if whole:
         answer = str(connection.execute("PRAGMA integrity_check(1)").get)
         damage = None if answer == "ok" else answer
     else:
         damage = _probe(connection)
-    return Finding(damage, commits[-1] if unread else 0)
+    if unread:
+        return Finding(damage, LOG_HEADER + unread[0] * log.step, believed)
+    return Finding(damage)
 
 
-def _commits(path: str) -> list[int] | None:
-    """The frames of a log that say to end a commit; None when its head is broken."""
-    with open(path, "rb", buffering=0) as file:
+def _log_of(path: str) -> Log | None:
+    """What the log of a file says of itself; None when its head is broken."""
+    with open(path + "-wal", "rb", buffering=0) as file:
         head = file.read(LOG_HEADER)
         if len(head) < LOG_HEADER:
-            return []
-        magic, version, page_size, _, *salts = struct.unpack(">6I", head[:24])
-        if magic | 1 != 0x377F0683 or version != 3007000 or not 512 <= page_size <= 65536:
+            return Log(0, [])
+        if not is_log_head(head):
             return None
+        page_size, *salts = struct.unpack(">I4x2I", head[8:24])
         step = FRAME_HEADER + page_size
         commits = []
-        for number in range(1, (os.path.getsize(path) - LOG_HEADER) // step + 1):
+        for number in range(1, (os.path.getsize(path + "-wal") - LOG_HEADER) // step + 1):
             frame = os.pread(file.fileno(), 16, LOG_HEADER + (number - 1) * step)
             _, commit, *stamp = struct.unpack(">4I", frame)
             if stamp == salts and commit:
                 commits.append(number)
-        return commits
+        return Log(step, commits)
 
 
 def _probe(connection: apsw.Connection) -> str | None:
@@ -320,33 +351,57 @@ def _probe(connection: apsw.Connection) -> str | None:
     return None
 
 
-def _take_in(path: str, frames: int) -> None:
-    """Save what proves itself of the last commit of the log, which has so many frames up to it."""
-    # SQLite will write on where the log is broken: what stands there is read from a copy.
-    kept = _free_name(f"{path}.half-commit")
-    with open(path + "-wal", "rb") as log, open(kept, "xb", opener=_private) as copy:
-        copy.write(log.read(LOG_HEADER + frames * (FRAME_HEADER + PAGE_SIZE)))
-        copy.flush()
-        os.fsync(copy)
-    pages = Pages(path, PAGE_SIZE, log=kept)
+def _copy_log(path: str, size: int) -> None:
+    """Copy so much of the log of a file to where `_take_in` reads it."""
+    copying = path + HALF + UNFINISHED
+    try:
+        with open(path + "-wal", "rb") as log, open(copying, "xb", opener=_private) as copy:
+            while size > 0 and (data := log.read(min(size, COPY_BYTES))):
+                copy.write(data)
+                size -= len(data)
+            copy.flush()
+            os.fsync(copy)
+    except BaseException:
+        _remove_file(copying)
+        raise
+    _rename(copying, path + HALF)
+
+
+def _take_in(path: str, believed: int = 0) -> str | None:
+    """Save what is new in the last commit of the copied log; what of the file is damaged, or None.
+
+    The first `believed` frames of the log need no proof.
+    """
+    pages = Pages(path, PAGE_SIZE, log=path + HALF, believed=believed)
+    damage = None
+    saved = 0
     try:
         with Store(path, [], 1) as store:
-            try:
-                store.create()
-                saved, left = _Salvage(pages, store).take_in()
-                store.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-            except apsw.Error as error:
-                raise store.failed(error) from error
+            store.create()
+            saved = _Salvage(pages, store).take_in()
+            store.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    except (apsw.Error, QueueError) as error:
+        cause = error.__cause__ if isinstance(error, QueueError) else error
+        if not isinstance(cause, apsw.CorruptError | apsw.NotADBError | apsw.ConstraintError):
+            raise translate(error, path) from error
+        damage = str(cause)
     finally:
         pages.close()
+    kept = _free_name(path + HALF)
+    _rename(path + HALF, kept)
     logger.warning(
-        "%s: the last commit had not been written to its end, or is damaged since: of its new "
-        "messages %d are whole and were taken in, %d are not; its log was kept as %s",
+        "%s: the last commit in its log had not been written to its end, or is damaged since: %d "
+        "new messages of it were whole and were taken in; the log was kept as %s",
         path,
         saved,
-        left,
         kept,
     )
+    return damage
+
+
+def _rename(old: str, new: str) -> None:
+    os.rename(old, new)
+    _sync(os.path.dirname(new) or ".", os.O_RDONLY)
 
 
 def salvage(path: str, new: str) -> Salvaged:
@@ -384,6 +439,7 @@ class _Salvage:
         self.shared: dict[int, list[Cell]] = {}
         self.sharing: dict[int, bytes] = {}
         self.size = 0
+        self.at_once = False  # all that is saved is one commit
         self.damaged = 0
         self.highest = first_number(os.path.dirname(store.path)) - 1
 
@@ -429,8 +485,8 @@ class _Salvage:
         lost = sum(number not in self.set_aside for number in missing)
         return Salvaged(len(self.saved), self.damaged, lost)
 
-    def take_in(self) -> tuple[int, int]:
-        """Add what is new in a commit that the log ends in: how many messages, and not whole ones.
+    def take_in(self) -> int:
+        """Add the messages that only a commit at the end of the log has, in one commit; how many.
 
         What the file knows already is left as it is: a message that this commit deleted or changed
         is tried again.
@@ -439,15 +495,18 @@ class _Salvage:
         numbers: set[int] = set()
         for page in pages:
             self.note_bodies(page, None)
-            numbers.update(cell.rowid for cell in self.pages.cells(page)[0])
+            for cell in self.pages.cells(page)[0]:
+                if len(shape(self.pages.local(cell))) == MESSAGE_COLUMNS:
+                    numbers.add(cell.rowid)
         known = self.store.known(numbers)
         self.saved |= known
+        self.at_once = True
         for page in pages:
             self.take(page, loose=True)
+        following = max(numbers, default=0) + 1
+        self.store.connection.execute("UPDATE number SET next = max(next, ?)", (following,))
         self.flush()
-        self.store.connection.execute("UPDATE number SET next = max(next, ?)", (self.highest + 1,))
-        left = {cell.rowid for cell in self.doubtful} - self.saved
-        return len(self.saved) - len(known), len(left)
+        return len(self.saved) - len(known)
 
     def roots(self) -> dict[str, int]:
         """Where the trees begin."""
@@ -518,7 +577,7 @@ class _Salvage:
             number = cell.rowid
             if number in self.saved or (living is not None and number not in living):
                 continue
-            if loose and len(shape(self.pages.local(cell))) != 7:
+            if loose and len(shape(self.pages.local(cell))) != MESSAGE_COLUMNS:
                 continue
             row = self.row(cell)
             if row is None or isinstance(check(row), str):
@@ -532,7 +591,7 @@ class _Salvage:
     def row(self, cell: Cell) -> Row | None:
         """The row in a cell, with the body that fits it best."""
         values = record(self.pages.payload(cell))
-        if values is None or len(values) != 7:
+        if values is None or len(values) != MESSAGE_COLUMNS:
             return None
         row = Row._make((cell.rowid, *values[1:], None))
         return row._replace(data=self.body(row))
@@ -596,7 +655,7 @@ class _Salvage:
     def save(self, insert: Insert) -> None:
         self.batch.append(insert)
         self.size += insert.size
-        if len(self.batch) >= BATCH or self.size >= BATCH_BYTES:
+        if not self.at_once and (len(self.batch) >= BATCH or self.size >= BATCH_BYTES):
             self.flush()
 
     def flush(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -408,15 +409,13 @@ FRAME = 24 + PAGE_SIZE
 
 
 def last_commits(directory: Path, count: int) -> list[range]:
-    """Where the frames of the last commits of the log begin, the oldest commit first."""
+    """Where the frames of the last commits of the log begin, the oldest first; 0 is all."""
     log = (directory / "queue.db-wal").read_bytes()
     frames = range(32, len(log), FRAME)
     ends = [frame for frame in frames if log[frame + 4 : frame + 8] != bytes(4)]
-    assert ends[-1] == frames[-1]
-    starts = [frame + FRAME for frame in ends[-count - 1 : -1]]
-    return [
-        range(start, end + FRAME, FRAME) for start, end in zip(starts, ends[-count:], strict=True)
-    ]
+    starts = [32, *(end + FRAME for end in ends)]
+    commits = [range(start, end + FRAME, FRAME) for start, end in zip(starts, ends, strict=False)]
+    return commits[-count:]
 
 
 def half_commits(directory: Path) -> list[str]:
@@ -435,7 +434,7 @@ def test_a_last_frame_without_its_page_is_what_a_crash_leaves(
     assert kept(killed_directory) == []
     names = half_commits(killed_directory)
     assert [(killed_directory / name).read_bytes() for name in names] == [log]
-    assert "the last commit had not been written to its end" in caplog.text
+    assert "the last commit in its log had not been written to its end" in caplog.text
     assert names[0] in caplog.text
     assert content(killed_directory).items() >= dict(list(expected().items())[:-1]).items()
     start(killed_directory)  # a new log has begun
@@ -471,6 +470,103 @@ def test_damage_before_the_last_commit_is_no_crash(killed_directory: Path) -> No
     overwrite(killed_directory / "queue.db-wal", before_last[0] + 24 + 3000, b"broken")
     check_salvaged(killed_directory, COUNT - 1)
     assert half_commits(killed_directory) == []
+
+
+def one_commit_in_the_log(directory: Path, target: Path, *publications: Publication) -> None:
+    """What a crash leaves right after these, when all before has been written into the file."""
+    with open_exclusive(str(directory)) as store:
+        store.publish([Publication("outbox", Message({"tag": tag}, None), 1e9) for tag in (1, 2)])
+        store.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        store.publish(publications)
+        target.mkdir()
+        for name in ("queue.db", "queue.db-wal"):
+            shutil.copy(directory / name, target / name)
+
+
+@pytest.mark.parametrize("field", [8, 11, 12, 16, 20, 24])
+def test_a_log_whose_head_has_a_wrong_bit_is_read(tmp_path: Path, field: int) -> None:
+    """Page size, number of the checkpoint, salts and checksum; SQLite throws such a log away."""
+    queue = tmp_path / "queue"
+    one_commit_in_the_log(tmp_path / "alive", queue, Publication("outbox", Message({"tag": 3})))
+    log = queue / "queue.db-wal"
+    overwrite(log, field, bytes([log.read_bytes()[field] ^ 1]))
+    start(queue)
+    assert len(kept(queue)) == 2
+    assert content(queue).keys() == {1, 2, 3}
+
+
+def test_a_frame_with_a_wrong_salt_costs_no_other(killed_directory: Path) -> None:
+    frame = last_commits(killed_directory, 9)[0][0]
+    overwrite(killed_directory / "queue.db-wal", frame + 8, b"wrong")
+    check_salvaged(killed_directory, COUNT - 1)
+
+
+def test_a_large_mail_before_a_broken_frame_is_taken_in(tmp_path: Path) -> None:
+    queue = tmp_path / "queue"
+    bodies = [random.Random(tag).randbytes(300_000) for tag in (3, 4)]
+    one_commit_in_the_log(
+        tmp_path / "alive",
+        queue,
+        *(Publication("outbox", Message({"tag": 3 + n}, body)) for n, body in enumerate(bodies)),
+    )
+    overwrite(queue / "queue.db-wal", last_commits(queue, 0)[-1][-1] + 24, b"broken")
+    start(queue)
+    assert kept(queue) == []
+    found = content(queue)
+    assert found.keys() == {1, 2, 3}
+    assert found[3][2] == bodies[0]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), QueueError("no space left")])
+def test_a_start_that_was_interrupted_takes_the_last_commit_in_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    queue = tmp_path / "queue"
+    count = 700
+    one_commit_in_the_log(
+        tmp_path / "alive",
+        queue,
+        *(Publication("outbox", Message({"tag": 3 + number})) for number in range(count)),
+    )
+    overwrite(queue / "queue.db-wal", last_commits(queue, 0)[-1][-1] + 24, b"broken")
+    whole = Path(shutil.copytree(queue, tmp_path / "whole"))
+    start(whole)
+    saved = content(whole)
+    assert len(saved) > count // 2
+
+    def interrupt(self: Store, batch: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", interrupt)
+        with pytest.raises(type(error)):
+            start(queue)
+    with pytest.raises(QueueDamaged, match=r"interrupted .* start mailerq"):
+        open_shared(str(queue))
+    start(queue)
+    assert content(queue).keys() == saved.keys()
+    assert len(half_commits(queue)) == 1
+    with Store.open(str(queue)) as store:
+        assert store.publish([Publication("outbox", Message({}))])
+
+
+def test_without_room_for_the_copy_of_a_log_nothing_is_changed(
+    killed_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = killed_directory / "queue.db-wal"
+    overwrite(log, last_commits(killed_directory, 1)[0][-1] + 24, b"old")
+    before = log.read_bytes()
+
+    def full(file: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for _ in range(2):
+            with pytest.raises(QueueError, match="No space left"):
+                start(killed_directory)
+    assert log.read_bytes() == before
+    assert not list(killed_directory.glob("*half*"))
 
 
 def test_a_half_commit_is_left_to_the_daemon(killed_directory: Path) -> None:
