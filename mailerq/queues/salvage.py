@@ -31,7 +31,8 @@ Guarantees
 ----------
 - A crash at any moment leaves either the old file in its place or a complete new one, which
   `recover` puts there at the next start.
-- The damaged file is never written to; what is damaged in the last commit of a log is kept.
+- A file that `examine` calls damaged is never written to, and the log is kept whose last commit is
+  not whole.
 """
 
 from __future__ import annotations
