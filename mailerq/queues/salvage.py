@@ -151,17 +151,24 @@ def recover(path: str) -> None:
         if damage is None:
             _remove_file(path + MARK_SUFFIX)
             return
-        bad, size = unreadable(path)
-        if bad > size * MAX_UNREADABLE:
-            raise QueueError(
-                f"{path}: {bad} of {size} bytes cannot be read from the disk; nothing was changed"
-            )
-        logger.critical("%s is damaged, salvaging what is readable: %s", path, damage)
-        found = salvage(path, path + UNFINISHED)
-        os.rename(path + UNFINISHED, path + FINISHED)
-        kept = _replace(path)
+        _renew(path, damage)
+        if os.path.exists(path + HALF) and (reason := _take_in(path)) is not None:
+            logger.critical("%s: %s; the log was kept as %s", path, reason, _keep_log(path))
     except OSError as error:
         raise translate(error, path) from error
+
+
+def _renew(path: str, damage: str) -> None:
+    """Put a new file in the place of a damaged one, with all that is readable of it."""
+    bad, size = unreadable(path)
+    if bad > size * MAX_UNREADABLE:
+        raise QueueError(
+            f"{path}: {bad} of {size} bytes cannot be read from the disk; nothing was changed"
+        )
+    logger.critical("%s is damaged, salvaging what is readable: %s", path, damage)
+    found = salvage(path, path + UNFINISHED)
+    os.rename(path + UNFINISHED, path + FINISHED)
+    kept = _replace(path)
     logger.critical(
         "salvaged %d messages; %d damaged ones are in the queue 'damaged'; %d could not be "
         "read; the damaged file was kept as %s",
@@ -371,11 +378,10 @@ def _copy_log(path: str, size: int) -> None:
 def _take_in(path: str, believed: int = 0) -> str | None:
     """Save what is new in the last commit of the copied log; what of the file is damaged, or None.
 
-    The first `believed` frames of the log need no proof.
+    The first `believed` frames of the log need no proof. Where the file is damaged, the copy
+    stays for the file that is to take its place.
     """
     pages = Pages(path, PAGE_SIZE, log=path + HALF, believed=believed)
-    damage = None
-    saved = 0
     try:
         with Store(path, [], 1) as store:
             store.create()
@@ -383,21 +389,26 @@ def _take_in(path: str, believed: int = 0) -> str | None:
             store.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
     except (apsw.Error, QueueError) as error:
         cause = error.__cause__ if isinstance(error, QueueError) else error
-        if not isinstance(cause, apsw.CorruptError | apsw.NotADBError | apsw.ConstraintError):
-            raise translate(error, path) from error
-        damage = str(cause)
+        if isinstance(cause, apsw.CorruptError | apsw.NotADBError | apsw.ConstraintError):
+            return f"taking in the last commit of its log: {cause}"
+        raise translate(error, path) from error
     finally:
         pages.close()
-    kept = _free_name(path + HALF)
-    _rename(path + HALF, kept)
     logger.warning(
         "%s: the last commit in its log had not been written to its end, or is damaged since: %d "
         "new messages of it were whole and were taken in; the log was kept as %s",
         path,
         saved,
-        kept,
+        _keep_log(path),
     )
-    return damage
+    return None
+
+
+def _keep_log(path: str) -> str:
+    """Set the copied log aside, under the name that this returns."""
+    kept = _free_name(path + HALF)
+    _rename(path + HALF, kept)
+    return kept
 
 
 def _rename(old: str, new: str) -> None:

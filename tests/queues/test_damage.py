@@ -22,7 +22,7 @@ from mailerq.queues.database import PAGE_SIZE, SCHEMA_VERSION
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.exclusive import open_exclusive, open_shared
 from mailerq.queues.pages import Pages
-from mailerq.queues.records import DAMAGED_QUEUE
+from mailerq.queues.records import DAMAGED_QUEUE, Batch
 from mailerq.queues.salvage import ROOTS
 from mailerq.queues.store import Store
 
@@ -548,6 +548,35 @@ def test_a_start_that_was_interrupted_takes_the_last_commit_in_again(
     assert len(half_commits(queue)) == 1
     with Store.open(str(queue)) as store:
         assert store.publish([Publication("outbox", Message({}))])
+
+
+def test_damage_that_is_met_while_the_last_commit_is_taken_in_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is salvaged, and then the commit is taken in into the new one."""
+    queue = tmp_path / "queue"
+    count = 700
+    one_commit_in_the_log(
+        tmp_path / "alive",
+        queue,
+        *(Publication("outbox", Message({"tag": 3 + number})) for number in range(count)),
+    )
+    overwrite(queue / "queue.db-wal", last_commits(queue, 0)[-1][-1] + 24, b"broken")
+    whole = Path(shutil.copytree(queue, tmp_path / "whole"))
+    start(whole)
+    write, calls = Store.write, []
+
+    def meet_damage(self: Store, batch: Batch) -> None:
+        calls.append(batch)
+        if len(calls) == 1:
+            raise self.failed(apsw.CorruptError("malformed")) from apsw.CorruptError("malformed")
+        write(self, batch)
+
+    monkeypatch.setattr(Store, "write", meet_damage)
+    start(queue)
+    assert kept(queue) != []
+    assert len(half_commits(queue)) == 1
+    assert content(queue).keys() == content(whole).keys()
 
 
 def test_without_room_for_the_copy_of_a_log_nothing_is_changed(
