@@ -179,6 +179,10 @@ def connect(path: str, *, create: bool = False) -> apsw.Connection:
     try:
         connection.set_busy_timeout(BUSY_TIMEOUT_MS)
         connection.execute("PRAGMA synchronous = FULL")
+        # A long statement keeps what it may have to undo in a file elsewhere otherwise, and one
+        # with a LIMIT is compiled anew for each value of it.
+        connection.pragma("temp_store", "memory")
+        connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
         connection.pragma("journal_size_limit", LOG_BYTES)
         # On a small disk the log must not take what is kept for it.
         connection.wal_autocheckpoint(

@@ -234,4 +234,4 @@ class EmbeddedQueues(Queues):
     def statistics(self) -> dict[str, Any]:
         with self._feeds.lock:
             leased = {queue: len(feed.held) for queue, feed in self._feeds.feeds.items()}
-        return {**self._writer.statistics(), "leased": leased}
+        return {**self._writer.statistics(), **self._fetcher.statistics(), "leased": leased}

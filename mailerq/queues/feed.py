@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -51,6 +52,10 @@ START: Final[Position] = (-1, -1)
 
 HELD_BYTES: Final = 128 << 20
 """Bytes of messages that a consumer may hold; one message is always allowed."""
+
+REST_SECONDS: Final = 0.02
+"""How long after a read there is none for less than a quarter of what a consumer may hold: where
+one settles a few messages at a time, they would be read in such few, each time with two queries."""
 
 
 class HeldLease(Lease, eq=False):
@@ -78,6 +83,7 @@ class Feed:
     backlog: bool = True
     next_due: int | None = None
     reading: bool = False
+    rests_until: float = 0.0  # by time.monotonic
 
     def credit(self) -> int:
         """How many messages the consumers would take."""
@@ -141,11 +147,13 @@ class Feed:
             if self.next_due is None or self.next_due > now:
                 return False
             self.backlog = True
-        return any(consumer.hungry() for consumer in self.consumers)
+        rested = time.monotonic() >= self.rests_until
+        return any(consumer.hungry(rested) for consumer in self.consumers)
 
     def begin_read(self) -> tuple[Position, int]:
         """Start a read: from where, and how many at most."""
         self.reading = True
+        self.rests_until = time.monotonic() + REST_SECONDS
         self.backlog = False
         self.next_due = None
         self.rewound = None
@@ -195,9 +203,10 @@ class EmbeddedConsumer(Consumer):
             return 0
         return max(self.prefetch - self.count, 0)
 
-    def hungry(self) -> bool:
+    def hungry(self, rested: bool) -> bool:
+        """Whether a read is worth it for this one; `rested`: the last one was some time ago."""
         credit = self.credit()
-        return credit > 0 and (not self.ready or credit * 4 >= self.prefetch)
+        return credit > 0 and (credit * 4 >= self.prefetch or (rested and not self.ready))
 
     async def receive(self) -> Lease:
         """Wait for the next message that is due; `QueueDamaged` when the file is broken.

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty
-from typing import Final
+from typing import Any, Final
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
@@ -62,12 +62,17 @@ class Fetcher:
         self._version = -1
         self._latest = 0
         self._failed = False
+        self._reads = self._messages = 0
         self._thread = threading.Thread(target=self._run, name="queue reader")
         self._thread.start()
 
     def join(self) -> None:
         self._thread.join()
         self._reader.close()
+
+    def statistics(self) -> dict[str, Any]:
+        """How often the file was read for consumers, and what messages came of it."""
+        return {"reads": self._reads, "read_messages": self._messages}
 
     def _run(self) -> None:
         feeds = self._feeds
@@ -97,6 +102,9 @@ class Fetcher:
         for feed in self._feeds.feeds.values():
             if feed.consumers:
                 patience = POLL_SECONDS if patience is None else patience
+                rest = feed.rests_until - time.monotonic()
+                if rest > 0:
+                    patience = min(patience, rest)
                 if feed.next_due is not None and feed.credit():
                     patience = min(patience, max((feed.next_due - now) / 1000, 0.001))
         return patience
@@ -142,6 +150,8 @@ class Fetcher:
                 feed.end_read(None, True, None)
             return
         self._failed = False
+        self._reads += 1
+        self._messages += len(rows)
         more = passed < len(found) or len(found) >= read.limit
         reached: Position | None = found[passed - 1][:2] if passed else None
         notify: set[EmbeddedConsumer] = set()

@@ -185,6 +185,38 @@ async def test_oldest_first_when_more_waits_than_fits(queues: EmbeddedQueues) ->
     assert tags == list(range(count))
 
 
+async def test_settling_one_by_one_reads_many_at_a_time(
+    queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "REST_SECONDS", 1000.0)
+    count, prefetch = 300, 40
+    await queues.publish([publication(tag) for tag in range(count)])
+    async with queues.consume("outbox", prefetch=prefetch) as consumer:
+        leases = await receive(consumer, prefetch)
+        before = queues.statistics()
+        tags = []
+        while leases:
+            lease = leases.pop(0)
+            tags.append(tag_of(lease))
+            await queues.ack([Settlement(lease)])
+            if prefetch - len(leases) >= prefetch // 4:
+                leases += await receive(consumer, min(prefetch // 4, count - len(tags) - len(leases)))
+        after = queues.statistics()
+    assert tags == list(range(count))
+    assert after["read_messages"] - before["read_messages"] == count - prefetch
+    assert after["reads"] - before["reads"] <= 4 * count / prefetch
+
+
+async def test_the_last_bit_of_credit_is_used_after_a_rest(queues: EmbeddedQueues) -> None:
+    await queues.publish([publication(tag) for tag in range(102)])
+    async with queues.consume("outbox", prefetch=100) as consumer:
+        leases = await receive(consumer, 100)
+        for lease, tag in zip(leases[:2], (100, 101), strict=True):
+            await queues.ack([Settlement(lease)])
+            (later,) = await receive(consumer, 1)
+            assert tag_of(later) == tag
+
+
 async def test_two_consumers_share_a_queue(queues: EmbeddedQueues) -> None:
     await queues.publish([publication(tag) for tag in range(10)])
     async with (
