@@ -41,6 +41,7 @@ from peers import (
     Failed,
     Mailerq,
     Postfix,
+    Program,
     Running,
     Sink,
     System,
@@ -66,12 +67,16 @@ WARM_UP_BYTES: Final = 2048
 QUIET: Final = 0.1
 """The share of the machine that others may take; above it the rates mean little."""
 
-WHATS: Final = {
-    "accept": ("accept", ".0f"),
-    "end_to_end": ("end to end", ".0f"),
-    "cpu": ("CPU", ".2f"),
+COLUMNS: Final = {
+    "accept": ("accept/s", ".0f"),
+    "end_to_end": ("end to end/s", ".0f"),
+    "cpu": ("CPU ms/message", ".2f"),
+    "peers": ("of client and sink", ".2f"),
 }
-"""What is compared: attribute of a run -> its name and format for people."""
+"""What is printed: attribute of a run -> its heading and format for people."""
+
+COMPARED: Final = {"accept": "accept", "end_to_end": "end to end", "cpu": "CPU"}
+"""What is compared: attribute of a run -> the name of the ratio."""
 
 SYSTEMS: Final = ("mailerq", "mailerq-1", "mailerq+plugins", "postfix", "haraka")
 
@@ -80,6 +85,7 @@ SYSTEMS: Final = ("mailerq", "mailerq-1", "mailerq+plugins", "postfix", "haraka"
 class Run:
     """One run of one system. Rates in messages/s; CPU in milliseconds for one message.
 
+    `peers` is the CPU of what works beside the system: client and sink, and we who look at them.
     `others` is the share of the machine, from 0 to 1, that went to what is none of ours.
     """
 
@@ -88,6 +94,7 @@ class Run:
     accept: float
     end_to_end: float | None
     cpu: float | None
+    peers: float
     others: float
 
 
@@ -104,7 +111,7 @@ class Load:
 def relay(system: System, sink: Sink | None, load: Load, *, kept: bool) -> Run:
     """Send the load through a system once. Raises `Failed`."""
     before = sink.count() if sink else 0
-    cpu_before = system.cpu()
+    cpu_before, ours_before = system.cpu(), cpu_seconds(os.getpid())
     others_before = _others_seconds()
     accepted = finished = None
     start = time.monotonic()
@@ -129,14 +136,17 @@ def relay(system: System, sink: Sink | None, load: Load, *, kept: bool) -> Run:
                 raise Failed(_describe_timeout(system, sink, load, before, accepted))
             time.sleep(POLL_SECONDS)
     others = (_others_seconds() - others_before) / ((time.monotonic() - start) * _cores())
-    cpu_after = system.cpu()
+    cpu_after, ours = system.cpu(), cpu_seconds(os.getpid()) - ours_before
     used = None if cpu_after is None or cpu_before is None else cpu_after - cpu_before
+    if used is not None and isinstance(system, Program):
+        ours -= used  # it is a child of ours as well
     return Run(
         system=system.name,
         kept=kept,
         accept=load.messages / accepted,
         end_to_end=None if sink is None else load.messages / finished,
         cpu=None if used is None else 1000 * used / load.messages,
+        peers=1000 * ours / load.messages,
         others=max(0.0, others),
     )
 
@@ -215,7 +225,7 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for (system, kept), members in groups.items():
         row: dict[str, Any] = {"system": system, "kept": kept}
-        for figure in WHATS:
+        for figure in COLUMNS:
             values = [value for run in members if (value := getattr(run, figure)) is not None]
             row[figure] = statistics.median(values) if values else None
             row[figure + "_range"] = [min(values), max(values)] if values else None
@@ -229,9 +239,10 @@ def compare(rows: Sequence[dict[str, Any]], base: str) -> list[Figure]:
     figures = []
     for row in rows:
         other = bases.get(row["kept"], row)
-        for figure, (what, form) in WHATS.items():
+        for figure, what in COMPARED.items():
             if other is not row and row[figure] is not None and other[figure]:
                 way = "kept" if row["kept"] else "new"
+                form = COLUMNS[figure][1]
                 name = f"{row['system']} / {base}, {what}, {way}"
                 detail = f"{row[figure]:{form}} and {other[figure]:{form}}"
                 figures.append(Figure(name, row[figure] / other[figure], "x", detail))
@@ -247,9 +258,9 @@ def _cell(row: dict[str, Any], figure: str, form: str) -> str:
 
 def describe(rows: Sequence[dict[str, Any]], ratios: Sequence[Figure]) -> str:
     """Medians and ratios for people."""
-    lines = [("system", "connections", "accept/s", "end to end/s", "CPU ms/message")]
+    lines = [("system", "connections", *(heading for heading, _ in COLUMNS.values()))]
     for row in rows:
-        cells = (_cell(row, figure, form) for figure, (_, form) in WHATS.items())
+        cells = (_cell(row, figure, form) for figure, (_, form) in COLUMNS.items())
         lines.append((row["system"], "kept" if row["kept"] else "new", *cells))
     ratio_lines = [(ratio.name, ratio.text, ratio.detail) for ratio in ratios]
     return "\n\n".join(table(part) for part in (lines, ratio_lines) if part)
