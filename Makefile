@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 PYTEST := $(BIN)/python -m pytest
 
-CORE_SOURCES := setup.py include/mailerq.h $(wildcard mailerq/_core*.p* mailerq/_core*.cpp)
+CORE_SOURCES := setup.py include/mailerq.h \
+    $(wildcard mailerq/_core*.p* mailerq/_core*.cpp mailerq/*/_*.pyx)
 HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd))
 HOT_SOURCES := $(HOT_MODULES) $(HOT_MODULES:.pxd=.py)
 HOT_MISSING := $(foreach module,$(HOT_MODULES:.pxd=),$(if $(wildcard $(module).*.so),,$(module)))
-HOT_ORPHANS := $(foreach built,$(filter-out mailerq/_%,$(wildcard mailerq/*.so mailerq/*/*.so)),\
+HOT_ORPHANS := $(foreach built,$(filter-out $(wildcard mailerq/_*.so mailerq/*/_*.so),\
+    $(wildcard mailerq/*.so mailerq/*/*.so)),\
     $(if $(wildcard $(firstword $(subst ., ,$(built))).pxd),,$(built)))
 BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace --parallel 2
 PLUGINS := $(patsubst plugins/%.c,build/plugins/%.so,$(wildcard plugins/*.c)) \

@@ -42,7 +42,7 @@ from typing import Final
 
 import msgspec
 
-from mailerq.wire.framing import has_bare_newline
+from mailerq.wire._lines import BARE, look
 from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
@@ -533,9 +533,11 @@ def encode_body(body: bytes) -> list[bytes]:
     >>> encode_body(b".a\n.b")
     [b'..a\r\n..b', b'\r\n.\r\n']
     """
-    if has_bare_newline(body):
+    found = look(body)
+    if found & BARE:
         body = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
-    body = body.replace(b"\r\n.", b"\r\n..")
+    if found:
+        body = body.replace(b"\r\n.", b"\r\n..")
     if body.startswith(b"."):
         body = b"." + body
     if not body:

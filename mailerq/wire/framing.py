@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 from typing import Final, Protocol
 
+from mailerq.wire._lines import BARE, DOTTED, look
+
 __all__ = ["BLOCK_BYTES", "Body", "MemorySink", "Sink", "has_bare_newline"]
 
 BLOCK_BYTES: Final = 1 << 18
@@ -165,10 +167,11 @@ class Body:
         self._sink.write(block)
 
     def _ready(self, block: bytes) -> bytes:
+        found = look(block)
         # The first dot of each line that starts with one goes (RFC 5321, section 4.5.2).
-        if self._stuffed:
+        if self._stuffed and found & DOTTED:
             block = block.replace(b"\r\n.", b"\r\n")
-        if not self._binary and has_bare_newline(block):
+        if found & BARE and not self._binary:
             if self._normalize:
                 return _NEWLINE.sub(b"\r\n", block)
             self.is_bare = True
@@ -185,13 +188,4 @@ def _overlap(data: bytes) -> int:
 
 def has_bare_newline(body: bytes) -> bool:
     """Whether there is a CR or an LF that is not part of a pair."""
-    # To take the pairs out and look for the rest is three times as fast as to count all three.
-    start = 0
-    while start < len(body):
-        end = body.find(b"\r\n", start + BLOCK_BYTES)  # not between the two of a pair
-        end = len(body) if end < 0 else end
-        rest = body[start:end].replace(b"\r\n", b"")
-        if rest.find(b"\n") >= 0 or rest.find(b"\r") >= 0:
-            return True
-        start = end
-    return False
+    return bool(look(body) & BARE)

@@ -200,7 +200,9 @@ async def test_settling_one_by_one_reads_many_at_a_time(
             tags.append(tag_of(lease))
             await queues.ack([Settlement(lease)])
             if prefetch - len(leases) >= prefetch // 4:
-                leases += await receive(consumer, min(prefetch // 4, count - len(tags) - len(leases)))
+                leases += await receive(
+                    consumer, min(prefetch // 4, count - len(tags) - len(leases))
+                )
         after = queues.statistics()
     assert tags == list(range(count))
     assert after["read_messages"] - before["read_messages"] == count - prefetch

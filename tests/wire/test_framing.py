@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mailerq.wire import framing
+from mailerq.wire._lines import BARE, DOTTED, look
 from mailerq.wire.framing import Body, MemorySink, has_bare_newline
 
 PARTS = st.sampled_from(
@@ -87,15 +88,12 @@ def test_chunks_are_kept_as_they_are(chunks: list[bytes]) -> None:
         framing.BLOCK_BYTES = before
 
 
-@given(CONTENT, st.sampled_from([1, 2, 3, 8, 1000]))
-def test_a_newline_is_bare_wherever_blocks_end(content: bytes, block: int) -> None:
-    before = framing.BLOCK_BYTES
-    framing.BLOCK_BYTES = block
-    try:
-        bare = re.search(rb"(?<!\r)\n|\r(?!\n)", content) is not None
-        assert has_bare_newline(content) == bare
-    finally:
-        framing.BLOCK_BYTES = before
+@given(CONTENT, st.integers(0, 70), st.integers(0, 70))
+def test_lines_are_seen_wherever_they_lie(content: bytes, before: int, behind: int) -> None:
+    content = b"x" * before + content + b"x" * behind
+    bare = re.search(rb"(?<!\r)\n|\r(?!\n)", content) is not None
+    assert look(content) == bare * BARE + (b"\n." in content) * DOTTED
+    assert has_bare_newline(content) == bare
 
 
 @pytest.mark.parametrize(

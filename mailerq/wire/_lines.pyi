@@ -1,0 +1,6 @@
+"""What the lines of a mail are like, as Python sees it."""
+
+BARE: int
+DOTTED: int
+
+def look(mail: bytes) -> int: ...
