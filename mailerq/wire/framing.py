@@ -118,7 +118,8 @@ class Body:
     def receive_stuffed(self, data: bytes) -> bytes | None:
         """Take bytes up to CR LF "." CR LF: what lies behind it, or None while it is not there."""
         window = self._held + data
-        end = window.find(END)
+        # Five bytes are not looked for where two of them are not, which is seen much faster.
+        end = window.find(END) if look(window) & DOTTED else -1
         if end >= 0:
             taken, rest = end + 2, window[end + 5 :]  # the CR LF before the dot is the mail's
         else:
