@@ -54,6 +54,9 @@ FILE_NAME: Final = "queue.db"
 NUMBERS: Final = 10_000
 """Numbers taken at a time by a process that stays; a short one takes what it needs."""
 
+LARGE_BYTES: Final = 1 << 15
+"""A body from this size on goes into its table without a view and a trigger, which copy it."""
+
 NO_ROW: Final = (None,) * 7
 """What stands behind a number in the view ``incoming`` to delete that message."""
 
@@ -64,6 +67,17 @@ WORK_ROWS: Final = 2_000
 @functools.cache
 def _insert(rows: int) -> str:
     return "INSERT INTO incoming VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * rows)
+
+
+def _is_large(insert: Insert) -> bool:
+    return insert.reference == 0 and len(insert.body or b"") >= LARGE_BYTES
+
+
+def _message_row(insert: Insert) -> tuple[Any, ...]:
+    """The row of a publication in ``message``."""
+    body, body_crc, properties = insert.reference, insert.body_crc, insert.properties
+    crc = checksum(insert.id, insert.queue, body, body_crc, properties)
+    return (insert.id, insert.queue, insert.due, body, body_crc, crc, properties)
 
 
 class Store(Reader):
@@ -258,33 +272,25 @@ class Store(Reader):
         """Commit a batch whose inserts have their numbers. Raises `QueueError`."""
         connection = self._writable()
         shared = share(batch.inserts)
+        large = [insert for insert in batch.inserts if _is_large(insert)]
         rows: list[tuple[Any, ...]] = [
-            (
-                insert.id,
-                insert.queue,
-                insert.due,
-                insert.reference,
-                insert.body_crc,
-                checksum(
-                    insert.id,
-                    insert.queue,
-                    insert.reference,
-                    insert.body_crc,
-                    insert.properties,
-                ),
-                insert.properties,
-                insert.body if insert.reference == 0 else None,
-            )
+            (*_message_row(insert), insert.body if insert.reference == 0 else None)
             for insert in batch.inserts
+            if not _is_large(insert)
         ]
         rows += [(number, *NO_ROW) for number in batch.removals]
         try:
-            if len(rows) <= ROWS_PER_STATEMENT and not shared and not batch.retries:
+            if len(rows) <= ROWS_PER_STATEMENT and not (shared or large or batch.retries):
                 self._write_rows(connection, rows)  # a commit of its own
                 return
             connection.execute("BEGIN IMMEDIATE")
             if shared:
                 connection.executemany("INSERT INTO shared VALUES (?, ?, ?)", shared)
+            for insert in large:
+                connection.execute("INSERT INTO body VALUES (?, ?)", (insert.id, insert.body))
+                connection.execute(
+                    "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", _message_row(insert)
+                )
             for start in range(0, len(rows), ROWS_PER_STATEMENT):
                 self._write_rows(connection, rows[start : start + ROWS_PER_STATEMENT])
             for retry in batch.retries:

@@ -14,7 +14,7 @@ import pytest
 from mailerq.message import Message
 from mailerq.queues import Publication
 from mailerq.queues.records import Batch, Insert, Retry
-from mailerq.queues.store import Store
+from mailerq.queues.store import LARGE_BYTES, Store
 
 
 def publication(tag: int, queue: str = "outbox", due: float | None = 1e9) -> Publication:
@@ -36,6 +36,26 @@ def test_publish_look_take_and_purge(tmp_path: Path) -> None:
         assert store.purge("outbox") == 1
         assert store.purge("nothing") == 0
         assert [depth.queue for depth in store.depths()] == ["other"]
+
+
+def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
+    """One commit writes small ones, large ones and shared ones in different ways."""
+    shared = bytes(100_000)
+    bodies = [None, b"", b"small", bytes(LARGE_BYTES - 1), bytes(LARGE_BYTES), shared, shared]
+    publications = [
+        Publication("outbox", Message({"tag": tag}, body)) for tag, body in enumerate(bodies)
+    ]
+    with Store.open(str(tmp_path)) as store:
+        numbers = store.publish(publications)
+        entries = store.browse("outbox")
+        assert [entry.id for entry in entries] == numbers
+        assert [entry.message.body for entry in entries] == bodies
+        assert [entry.message.properties["tag"] for entry in entries] == [*range(len(bodies))]
+        count = "SELECT (SELECT count(*) FROM body), (SELECT count(*) FROM shared)"
+        assert store.connection.execute(count).get == (4, 1)
+        store.remove(numbers)
+        assert store.browse("outbox") == []
+        assert store.connection.execute(count).get == (0, 0)
 
 
 def test_the_file_is_not_for_everybody(tmp_path: Path) -> None:
