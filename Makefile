@@ -63,8 +63,8 @@ asan: $(VENV)/.test ## run the tests of the extension under AddressSanitizer and
 	MQ_DEBUG=1 MQ_SANITIZE=address,undefined $(BUILD_EXT) --force
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	    $(PYTEST) tests/plugins tests/test_core_sockets.py tests/net/test_stream.py \
-	        tests/engine/test_plugin_events.py $(PYTESTARGS)
+	    $(PYTEST) tests/plugins tests/test_core_sockets.py tests/wire/test_framing.py \
+	        tests/net/test_stream.py tests/engine/test_plugin_events.py $(PYTESTARGS)
 
 clean: ## remove what was built; .venv and what was received in var stay
 	rm -rf build dist *.egg-info mailerq/_core.c mailerq/*.so mailerq/*/*.so $(VENV)/.core

@@ -6,7 +6,7 @@ pyproject.toml.
 
 The environment variable ``MQ_DEBUG=1`` builds the extension with assertions and without
 optimisation, and compiles none of the Python modules; ``MQ_SANITIZE=address,undefined`` builds
-the extension for these sanitizers of the compiler.
+the two extensions for these sanitizers of the compiler.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 DEBUG = os.environ.get("MQ_DEBUG", "") not in ("", "0")
+
+SANITIZE = (
+    [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined"]
+    if (sanitizers := os.environ.get("MQ_SANITIZE"))
+    else []
+)
 
 LIBRARIES = (
     # pkg-config's name, header, linker option, Debian's package
@@ -85,9 +91,6 @@ def core() -> Extension:
         compile_flags += ["-O1", "-g3", "-fno-omit-frame-pointer"]
     else:
         compile_flags += ["-O2", "-g1"]
-    if sanitizers := os.environ.get("MQ_SANITIZE"):
-        compile_flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined"]
-        link_flags.append(f"-fsanitize={sanitizers}")
     return Extension(
         "mailerq._core",
         sources=["mailerq/_core.pyx", "mailerq/_core_guard.cpp"],
@@ -98,8 +101,8 @@ def core() -> Extension:
         ],
         include_dirs=["include"],
         define_macros=macros,
-        extra_compile_args=compile_flags,
-        extra_link_args=[*link_flags, "-lstdc++", "-ldl", "-lpthread"],
+        extra_compile_args=compile_flags + SANITIZE,
+        extra_link_args=[*link_flags, *SANITIZE, "-lstdc++", "-ldl", "-lpthread"],
     )
 
 
@@ -109,7 +112,8 @@ def lines() -> Extension:
         sources=["mailerq/wire/_lines.pyx"],
         depends=["setup.py"],
         # At -O2 the compiler makes no vector instructions of its loop.
-        extra_compile_args=["-O1" if DEBUG else "-O3", "-g1", "-Wno-unused-function"],
+        extra_compile_args=["-O1" if DEBUG else "-O3", "-g1", "-Wno-unused-function", *SANITIZE],
+        extra_link_args=SANITIZE,
     )
 
 

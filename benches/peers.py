@@ -330,6 +330,7 @@ class Sink(Program):
 
     name = "smtp-sink"
     BACKLOG: Final = 1000
+    SESSIONS: Final = 4000
     COUNTERS_BYTES: Final = 256
     COUNTED: Final = re.compile(rb"mesg=(\d+)\r")
 
@@ -338,7 +339,7 @@ class Sink(Program):
         self.port = port or free_port()
 
     def prepare(self) -> list[str]:
-        command = [find_program("smtp-sink", "postfix"), "-c"]
+        command = [find_program("smtp-sink", "postfix"), "-c", "-m", str(self.SESSIONS)]
         if os.geteuid() == 0:
             command += ["-u", "nobody"]
         return [*command, f"{self.host}:{self.port}", str(self.BACKLOG)]

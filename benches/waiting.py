@@ -34,8 +34,9 @@ AFTER_SECONDS: Final = 2 * 86_400.0
 APART_SECONDS: Final = 0.01
 
 
-def messages(count: int) -> Iterator[Publication]:
-    start = time.time() + AFTER_SECONDS
+def messages(count: int, after: float) -> Iterator[Publication]:
+    """Messages that are due one after the other, from `after` seconds from now on."""
+    start = time.time() + after
     for number in range(count):
         properties = {
             "envelope": "c@d.test",
@@ -49,9 +50,10 @@ def messages(count: int) -> Iterator[Publication]:
         yield Publication("outbox", message, start + number * APART_SECONDS)
 
 
-def fill(directory: Path, count: int) -> None:
+def fill(directory: Path, count: int, after: float = AFTER_SECONDS) -> None:
+    """Make a queue in a directory, with so many messages."""
     start = time.monotonic()
-    publications = messages(count)
+    publications = messages(count, after)
     with Store.open(str(directory)) as store:
         for _ in range(0, count, BATCH):
             store.publish(islice(publications, BATCH))

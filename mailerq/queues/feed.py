@@ -53,7 +53,7 @@ START: Final[Position] = (-1, -1)
 HELD_BYTES: Final = 128 << 20
 """Bytes of messages that a consumer may hold; one message is always allowed."""
 
-REST_SECONDS: Final = 0.02
+REST_SECONDS: Final = 0.01
 """How long after a read there is none for less than a quarter of what a consumer may hold: where
 one settles a few messages at a time, they would be read in such few, each time with two queries."""
 

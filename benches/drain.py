@@ -1,0 +1,67 @@
+"""Measure how fast a queue empties: all that waits when the project starts, until the sink has it.
+
+    python benches/drain.py [--waiting N] [--rounds N]
+
+Fills a queue with messages of 2 KiB that are due, once, and starts the project with a copy of it
+in each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from figures import Figure, print_document, progress
+from peers import Mailerq, Sink, machine
+from waiting import fill
+
+POLL_SECONDS: Final = 0.01
+
+
+def drain(queue: Path, directory: Path, count: int) -> tuple[float, float]:
+    """Empty a copy of a queue: messages a second, and CPU milliseconds of a message."""
+    shutil.copytree(queue, directory / "mailerq" / "queue")
+    with Sink(directory / "sink") as sink, Mailerq(directory / "mailerq", sink) as system:
+        # What went out before the banner was there is not counted.
+        start, before, cpu_before = time.monotonic(), sink.count(), system.cpu()
+        while sink.count() < count or system.waiting():
+            system.check()
+            time.sleep(POLL_SECONDS)
+        seconds, cpu = time.monotonic() - start, system.cpu()
+    assert cpu is not None
+    assert cpu_before is not None
+    messages = count - before
+    return messages / seconds, 1000 * (cpu - cpu_before) / messages
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="how fast a queue empties")
+    parser.add_argument("--waiting", type=int, default=20_000, help="messages (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="starts (%(default)s)")
+    parser.add_argument("--directory", help="where the queues go (a temporary directory)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory(prefix="drain-", dir=options.directory) as root:
+        Path(root).chmod(0o755)
+        fill(Path(root, "queue"), options.waiting, after=-options.waiting)
+        for number in range(1, options.rounds + 1):
+            found.append(drain(Path(root, "queue"), Path(root, str(number)), options.waiting))
+            progress(f"{number} of {options.rounds}: {found[-1][0]:.0f}/s")
+            shutil.rmtree(Path(root, str(number)))
+    rates, cpu = zip(*found, strict=True)
+    detail = f"{options.waiting:,} waiting, {min(rates):.0f} to {max(rates):.0f}"
+    figures = [
+        Figure("delivered", statistics.median(rates), "/s", detail),
+        Figure("processor time of a message", statistics.median(cpu), "ms"),
+    ]
+    print_document(figures, as_json=options.json, machine=machine(), waiting=options.waiting)
+
+
+if __name__ == "__main__":
+    main()
