@@ -10,7 +10,8 @@ CORE_SOURCES := setup.py include/mailerq.h \
     $(wildcard mailerq/_core*.p* mailerq/_core*.cpp mailerq/*/_*.pyx)
 HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd))
 HOT_SOURCES := $(HOT_MODULES) $(HOT_MODULES:.pxd=.py)
-HOT_MISSING := $(foreach module,$(HOT_MODULES:.pxd=),$(if $(wildcard $(module).*.so),,$(module)))
+HOT_MISSING := $(foreach module,$(HOT_MODULES:.pxd=) mailerq/_core mailerq/wire/_lines,\
+    $(if $(wildcard $(module).*.so),,$(module)))
 HOT_ORPHANS := $(foreach built,$(filter-out $(wildcard mailerq/_*.so mailerq/*/_*.so),\
     $(wildcard mailerq/*.so mailerq/*/*.so)),\
     $(if $(wildcard $(firstword $(subst ., ,$(built))).pxd),,$(built)))
@@ -57,7 +58,7 @@ lint: $(VENV)/.lint ## ruff, mypy --strict, cython-lint, layering, size of files
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint mailerq
 	$(BIN)/python tools/check_tree.py
 
-asan: $(VENV)/.test ## run the tests of the extension under AddressSanitizer and UBSan
+asan: $(VENV)/.test ## run the tests of the extensions under AddressSanitizer and UBSan
 	@rm -f $(VENV)/.core $(HOT_MODULES:.pxd=.*.so)
 	@mkdir -p build && touch build/debug
 	MQ_DEBUG=1 MQ_SANITIZE=address,undefined $(BUILD_EXT) --force
@@ -67,7 +68,7 @@ asan: $(VENV)/.test ## run the tests of the extension under AddressSanitizer and
 	        tests/net/test_stream.py tests/engine/test_plugin_events.py $(PYTESTARGS)
 
 clean: ## remove what was built; .venv and what was received in var stay
-	rm -rf build dist *.egg-info mailerq/_core.c mailerq/*.so mailerq/*/*.so $(VENV)/.core
+	rm -rf build dist *.egg-info mailerq/_core.[ch] mailerq/*.so mailerq/*/*.so $(VENV)/.core
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find mailerq tests tools benches -name __pycache__ -prune -exec rm -rf {} +
 

@@ -4,9 +4,9 @@ Those are the Python modules with a .pxd of the same name beside them, which say
 the attributes of their classes are; they also run as they are. Everything else is in
 pyproject.toml.
 
-The environment variable ``MQ_DEBUG=1`` builds the extension with assertions and without
-optimisation, and compiles none of the Python modules; ``MQ_SANITIZE=address,undefined`` builds
-the two extensions for these sanitizers of the compiler.
+The environment variable ``MQ_DEBUG=1`` builds these two for a debugger, with assertions, and
+compiles none of the Python modules; ``MQ_SANITIZE=address,undefined`` builds the two for these
+sanitizers of the compiler.
 """
 
 from __future__ import annotations

@@ -11,16 +11,18 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Final
 
 from figures import Figure, print_document, progress
-from peers import Mailerq, Sink, machine
+from peers import Failed, Mailerq, Sink, machine
 from waiting import fill
 
 POLL_SECONDS: Final = 0.01
+TIMEOUT_SECONDS: Final = 300.0
 
 
 def drain(queue: Path, directory: Path, count: int) -> tuple[float, float]:
@@ -29,13 +31,18 @@ def drain(queue: Path, directory: Path, count: int) -> tuple[float, float]:
     with Sink(directory / "sink") as sink, Mailerq(directory / "mailerq", sink) as system:
         # What went out before the banner was there is not counted.
         start, before, cpu_before = time.monotonic(), sink.count(), system.cpu()
+        messages = count - before
+        if messages <= 0:
+            raise Failed(f"all {count} messages were gone before the banner: take more")
         while sink.count() < count or system.waiting():
-            system.check()
+            for program in (sink, system):
+                program.check()
+            if time.monotonic() - start > TIMEOUT_SECONDS:
+                raise Failed(f"{count - sink.count()} messages are still there\n{system.tail()}")
             time.sleep(POLL_SECONDS)
         seconds, cpu = time.monotonic() - start, system.cpu()
     assert cpu is not None
     assert cpu_before is not None
-    messages = count - before
     return messages / seconds, 1000 * (cpu - cpu_before) / messages
 
 
@@ -51,7 +58,10 @@ def main() -> None:
         Path(root).chmod(0o755)
         fill(Path(root, "queue"), options.waiting, after=-options.waiting)
         for number in range(1, options.rounds + 1):
-            found.append(drain(Path(root, "queue"), Path(root, str(number)), options.waiting))
+            try:
+                found.append(drain(Path(root, "queue"), Path(root, str(number)), options.waiting))
+            except Failed as reason:
+                sys.exit(str(reason))
             progress(f"{number} of {options.rounds}: {found[-1][0]:.0f}/s")
             shutil.rmtree(Path(root, str(number)))
     rates, cpu = zip(*found, strict=True)

@@ -18,9 +18,13 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
 def pytest_sessionstart() -> None:
     """Test what is written, not what was compiled from it before."""
     suffix = EXTENSION_SUFFIXES[0]
-    for compiled in PACKAGE.rglob(f"[!_]*{suffix}"):
+    for compiled in PACKAGE.rglob(f"*{suffix}"):
         source = compiled.with_name(compiled.name.removesuffix(suffix) + ".py")
+        sources = [source, source.with_suffix(".pxd")]
+        if source.name.startswith("_"):
+            sources = [*source.parent.glob(f"{source.stem}*.p[xy][xid]")]
+            sources = [path for path in sources if path.suffix != ".pyi"]
         built = compiled.stat().st_mtime
-        for path in (source, source.with_suffix(".pxd")):
+        for path in sources:
             if not path.exists() or path.stat().st_mtime > built:
                 pytest.exit(f"{path} has changed since it was compiled: run make build", 3)

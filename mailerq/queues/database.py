@@ -6,7 +6,8 @@ body: in ``body`` under the number of the message, or, when one commit brings th
 object for several recipients, once in ``shared``, which counts its users. Column
 ``message.body`` tells which: NULL for no body, 0 for ``body``, else a number in ``shared``.
 Triggers keep these tables together: every deletion is one statement on ``message``, and every
-insertion one on the view ``incoming``. A row of that view without a queue is a deletion too.
+insertion one on the view ``incoming``, but for large bodies, which it would copy. A row of that
+view without a queue is a deletion too.
 
 Statements are few and long, because the interpreter lock is dropped around every step of a
 statement, and a thread beside a busy one may wait a scheduling interval to get it back. So most

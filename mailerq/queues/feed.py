@@ -53,9 +53,11 @@ START: Final[Position] = (-1, -1)
 HELD_BYTES: Final = 128 << 20
 """Bytes of messages that a consumer may hold; one message is always allowed."""
 
+REST_SHARE: Final = 20
 REST_SECONDS: Final = 0.01
-"""How long after a read there is none for less than a quarter of what a consumer may hold: where
-one settles a few messages at a time, they would be read in such few, each time with two queries."""
+"""How long after a read there is none for less than a quarter of what a consumer may hold: so many
+times as long as it took, at most so many seconds. Where few messages are settled at a time, they
+would be read in such few otherwise, with two queries each time, and the reader do nothing else."""
 
 
 class HeldLease(Lease, eq=False):
@@ -83,7 +85,8 @@ class Feed:
     backlog: bool = True
     next_due: int | None = None
     reading: bool = False
-    rests_until: float = 0.0  # by time.monotonic
+    began: float = 0.0  # the read under way or the last one, by time.monotonic
+    rests_until: float = 0.0  # the same; 0: it has rested, and somebody has looked since
 
     def credit(self) -> int:
         """How many messages the consumers would take."""
@@ -143,17 +146,20 @@ class Feed:
         """Whether a read is worth it: something may be due, and consumers run dry."""
         if self.reading:
             return False
+        if self.rests_until and time.monotonic() >= self.rests_until:
+            self.rests_until = 0.0
         if not self.backlog:
             if self.next_due is None or self.next_due > now:
                 return False
             self.backlog = True
-        rested = time.monotonic() >= self.rests_until
+            self.next_due = None
+        rested = not self.rests_until
         return any(consumer.hungry(rested) for consumer in self.consumers)
 
     def begin_read(self) -> tuple[Position, int]:
         """Start a read: from where, and how many at most."""
         self.reading = True
-        self.rests_until = time.monotonic() + REST_SECONDS
+        self.began = time.monotonic()
         self.backlog = False
         self.next_due = None
         self.rewound = None
@@ -166,6 +172,8 @@ class Feed:
         """A read is over; it came up to `reached`, and `more` is due above that."""
         self.reading = False
         self.settled.clear()
+        now = time.monotonic()
+        self.rests_until = now + min(REST_SHARE * (now - self.began), REST_SECONDS)
         if reached is not None:
             self.position = reached
         if self.rewound is not None:

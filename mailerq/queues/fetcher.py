@@ -4,7 +4,8 @@ Theory of operation
 -------------------
 A read has two steps: find what is due, then fetch as much of it as the consumers have credit
 for and as fits the bound in bytes. So a queue of a million messages, or of huge ones, costs no
-more memory than what is leased.
+more memory than what is leased. A consumer that holds most of what it may can wait a little: it is
+read for again when it could take a quarter of that, or after a rest.
 
 While a consumer is open the thread looks at the clock at least once a second: whether
 something became due by the wall clock, whether another process has changed the file, and
@@ -102,9 +103,8 @@ class Fetcher:
         for feed in self._feeds.feeds.values():
             if feed.consumers:
                 patience = POLL_SECONDS if patience is None else patience
-                rest = feed.rests_until - time.monotonic()
-                if rest > 0:
-                    patience = min(patience, rest)
+                if feed.rests_until:  # also when it is over: somebody may have been put off
+                    patience = min(patience, max(feed.rests_until - time.monotonic(), 0.0))
                 if feed.next_due is not None and feed.credit():
                     patience = min(patience, max((feed.next_due - now) / 1000, 0.001))
         return patience

@@ -2,8 +2,8 @@
 """What the lines of a mail are like: the look that every byte of every mail is given, twice.
 
 Two neighbours at a time are enough, and nothing is kept from one to the next: so the compiler
-makes vector instructions of it, which look at 12 GB/s. `bytes.replace` and `bytes.find` need ten
-times as long for the same.
+makes vector instructions of it, which look at 12 GB/s. To take all pairs out of a copy and look for
+the rest, the fastest way in Python, needs ten times as long.
 """
 
 cdef enum:

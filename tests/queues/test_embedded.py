@@ -189,6 +189,7 @@ async def test_settling_one_by_one_reads_many_at_a_time(
     queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "REST_SECONDS", 1000.0)
+    monkeypatch.setattr(feed, "REST_SHARE", 1_000_000)
     count, prefetch = 300, 40
     await queues.publish([publication(tag) for tag in range(count)])
     async with queues.consume("outbox", prefetch=prefetch) as consumer:
@@ -209,11 +210,23 @@ async def test_settling_one_by_one_reads_many_at_a_time(
     assert after["reads"] - before["reads"] <= 4 * count / prefetch
 
 
-async def test_the_last_bit_of_credit_is_used_after_a_rest(queues: EmbeddedQueues) -> None:
-    await queues.publish([publication(tag) for tag in range(102)])
+@pytest.mark.parametrize("late", [False, True])
+async def test_the_last_bit_of_credit_is_used_after_a_rest(
+    queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Also when the rest ends between the reader's look at its feeds and at the clock."""
+    patience = fetcher.Fetcher._patience
+
+    def look(self: fetcher.Fetcher) -> float | None:
+        time.sleep(1.1 * feed.REST_SECONDS if late else 0.0)
+        return patience(self)
+
+    monkeypatch.setattr(fetcher.Fetcher, "_patience", look)
+    monkeypatch.setattr(fetcher, "POLL_SECONDS", 60.0)
+    await queues.publish([publication(tag) for tag in range(120)])
     async with queues.consume("outbox", prefetch=100) as consumer:
         leases = await receive(consumer, 100)
-        for lease, tag in zip(leases[:2], (100, 101), strict=True):
+        for lease, tag in zip(leases[:20], range(100, 120), strict=True):
             await queues.ack([Settlement(lease)])
             (later,) = await receive(consumer, 1)
             assert tag_of(later) == tag
