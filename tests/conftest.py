@@ -22,8 +22,8 @@ def pytest_sessionstart() -> None:
         source = compiled.with_name(compiled.name.removesuffix(suffix) + ".py")
         sources = [source, source.with_suffix(".pxd")]
         if source.name.startswith("_"):
-            sources = [*source.parent.glob(f"{source.stem}*.p[xy][xid]")]
-            sources = [path for path in sources if path.suffix != ".pyi"]
+            parts = source.parent.glob(f"{source.stem}*")
+            sources = [path for path in parts if path.suffix in (".pyx", ".pxd", ".pxi")]
         built = compiled.stat().st_mtime
         for path in sources:
             if not path.exists() or path.stat().st_mtime > built:

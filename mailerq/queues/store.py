@@ -69,10 +69,6 @@ def _insert(rows: int) -> str:
     return "INSERT INTO incoming VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * rows)
 
 
-def _is_large(insert: Insert) -> bool:
-    return insert.reference == 0 and len(insert.body or b"") >= LARGE_BYTES
-
-
 def _message_row(insert: Insert) -> tuple[Any, ...]:
     """The row of a publication in ``message``."""
     body, body_crc, properties = insert.reference, insert.body_crc, insert.properties
@@ -272,12 +268,15 @@ class Store(Reader):
         """Commit a batch whose inserts have their numbers. Raises `QueueError`."""
         connection = self._writable()
         shared = share(batch.inserts)
-        large = [insert for insert in batch.inserts if _is_large(insert)]
-        rows: list[tuple[Any, ...]] = [
-            (*_message_row(insert), insert.body if insert.reference == 0 else None)
-            for insert in batch.inserts
-            if not _is_large(insert)
-        ]
+        large: list[tuple[tuple[Any, ...], bytes]] = []
+        rows: list[tuple[Any, ...]] = []
+        for insert in batch.inserts:
+            row = _message_row(insert)
+            body = insert.body if insert.reference == 0 else None
+            if body is not None and len(body) >= LARGE_BYTES:
+                large.append((row, body))
+            else:
+                rows.append((*row, body))
         rows += [(number, *NO_ROW) for number in batch.removals]
         try:
             if len(rows) <= ROWS_PER_STATEMENT and not (shared or large or batch.retries):
@@ -286,11 +285,9 @@ class Store(Reader):
             connection.execute("BEGIN IMMEDIATE")
             if shared:
                 connection.executemany("INSERT INTO shared VALUES (?, ?, ?)", shared)
-            for insert in large:
-                connection.execute("INSERT INTO body VALUES (?, ?)", (insert.id, insert.body))
-                connection.execute(
-                    "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", _message_row(insert)
-                )
+            for row, body in large:
+                connection.execute("INSERT INTO body VALUES (?, ?)", (row[0], body))
+                connection.execute("INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", row)
             for start in range(0, len(rows), ROWS_PER_STATEMENT):
                 self._write_rows(connection, rows[start : start + ROWS_PER_STATEMENT])
             for retry in batch.retries:

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""What the lines of a mail are like: the look that every byte of every mail is given, twice.
+"""What the lines of a mail are like: every byte is looked at when it comes in, and when it leaves.
 
 Two neighbours at a time are enough, and nothing is kept from one to the next: so the compiler
 makes vector instructions of it, which look at 12 GB/s. To take all pairs out of a copy and look for

@@ -517,22 +517,28 @@ def test_a_large_mail_before_a_broken_frame_is_taken_in(tmp_path: Path) -> None:
     assert found[3][2] == bodies[0]
 
 
+def a_broken_last_commit(directory: Path, queue: Path) -> dict[int, tuple[str, float, Body]]:
+    """Make a queue whose last commit, a long one, is damaged; what a start makes of a copy."""
+    count = 700
+    one_commit_in_the_log(
+        directory / "alive",
+        queue,
+        *(Publication("outbox", Message({"tag": 3 + number})) for number in range(count)),
+    )
+    overwrite(queue / "queue.db-wal", last_commits(queue, 0)[-1][-1] + 24, b"broken")
+    whole = Path(shutil.copytree(queue, directory / "whole"))
+    start(whole)
+    saved = content(whole)
+    assert len(saved) > count // 2
+    return saved
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), QueueError("no space left")])
 def test_a_start_that_was_interrupted_takes_the_last_commit_in_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     queue = tmp_path / "queue"
-    count = 700
-    one_commit_in_the_log(
-        tmp_path / "alive",
-        queue,
-        *(Publication("outbox", Message({"tag": 3 + number})) for number in range(count)),
-    )
-    overwrite(queue / "queue.db-wal", last_commits(queue, 0)[-1][-1] + 24, b"broken")
-    whole = Path(shutil.copytree(queue, tmp_path / "whole"))
-    start(whole)
-    saved = content(whole)
-    assert len(saved) > count // 2
+    saved = a_broken_last_commit(tmp_path, queue)
 
     def interrupt(self: Store, batch: object) -> None:
         raise error
@@ -555,15 +561,7 @@ def test_damage_that_is_met_while_the_last_commit_is_taken_in_costs_nothing(
 ) -> None:
     """The file is salvaged, and then the commit is taken in into the new one."""
     queue = tmp_path / "queue"
-    count = 700
-    one_commit_in_the_log(
-        tmp_path / "alive",
-        queue,
-        *(Publication("outbox", Message({"tag": 3 + number})) for number in range(count)),
-    )
-    overwrite(queue / "queue.db-wal", last_commits(queue, 0)[-1][-1] + 24, b"broken")
-    whole = Path(shutil.copytree(queue, tmp_path / "whole"))
-    start(whole)
+    saved = a_broken_last_commit(tmp_path, queue)
     write, calls = Store.write, []
 
     def meet_damage(self: Store, batch: Batch) -> None:
@@ -576,7 +574,7 @@ def test_damage_that_is_met_while_the_last_commit_is_taken_in_costs_nothing(
     start(queue)
     assert kept(queue) != []
     assert len(half_commits(queue)) == 1
-    assert content(queue).keys() == content(whole).keys()
+    assert content(queue).keys() == saved.keys()
 
 
 def test_without_room_for_the_copy_of_a_log_nothing_is_changed(
