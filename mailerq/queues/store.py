@@ -28,7 +28,7 @@ from zlib import crc32
 
 import apsw
 
-from mailerq.errors import QueueError
+from mailerq.errors import MessageError, QueueError
 from mailerq.queues.database import (
     APPLICATION_ID,
     BUSY_TIMEOUT_MS,
@@ -265,7 +265,10 @@ class Store(Reader):
             self._next += 1
 
     def write(self, batch: Batch) -> None:
-        """Commit a batch whose inserts have their numbers. Raises `QueueError`."""
+        """Commit a batch whose inserts have their numbers.
+
+        Raises `QueueError`, and `MessageError` for what no file can hold.
+        """
         connection = self._writable()
         shared = share(batch.inserts)
         large: list[tuple[tuple[Any, ...], bytes]] = []
@@ -293,6 +296,9 @@ class Store(Reader):
             for retry in batch.retries:
                 self._retry(connection, retry, batch.tight)
             connection.execute("COMMIT")
+        except apsw.TooBigError as error:
+            self.failed(error)
+            raise MessageError(f"a document is too large for the queue file: {error}") from error
         except apsw.Error as error:
             raise self.failed(error) from error
         except Exception as error:
