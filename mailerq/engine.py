@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import ConfigError, MailerqError, QueueError
+from mailerq.errors import ConfigError, MailerqError, MessageError, QueueError
 from mailerq.message import Message, format_time
 from mailerq.net import control
 from mailerq.net.addresses import LocalAddresses
@@ -41,6 +41,7 @@ from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.shares import share_directory, shares_in
 from mailerq.rules.access import Access
+from mailerq.rules.routes import loop_problem
 from mailerq.wire import server
 
 __all__ = ["Engine"]
@@ -295,14 +296,20 @@ class Engine:
         """Put a message into a queue, by default the outbox; it is safe when this returns.
 
         A message is a `Message`, the JSON document, or that document as a dict. `due` is
-        seconds since 1970. Raises `MessageError` for a document that cannot be read, and
-        `QueueError` when it cannot be kept now. The engine owns a `Message` from here on.
+        seconds since 1970. Raises `MessageError` for a document that cannot be read or kept, or
+        that is for the outbox and cannot be sent, and `QueueError` when it cannot be kept now.
+        The engine owns a `Message` from here on.
         """
         if isinstance(message, dict):
             message = Message.from_dict(message)
         elif isinstance(message, bytes | str):
             message = Message.from_json(message)
-        name = self.config.rabbitmq_outbox if queue is None else queue
+        outbox = self.config.rabbitmq_outbox
+        name = outbox if queue is None else queue
+        if name == outbox:
+            problem = message.problem() or loop_problem(message.properties, outbox)
+            if problem is not None:
+                raise MessageError(problem)
         await self.queues.publish([Publication(name, message, due)])
 
     def consume(

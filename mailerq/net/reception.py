@@ -60,6 +60,7 @@ async def take(
         hostname=machine.settings.hostname,
         now=shared.clock(),
         next_id=shared.plugins.message_id,
+        outbox=shared.config.rabbitmq_outbox,
     )
     if reception is None:
         return _all(smtp.TOO_MANY_HOPS, machine)

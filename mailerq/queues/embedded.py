@@ -123,6 +123,9 @@ class EmbeddedQueues(Queues):
         inserts = [prepare(publication, now) for publication in publications]
         await self._hand_over(Request(inserts))
 
+    def check(self, publication: Publication) -> None:
+        prepare(publication, 0.0)
+
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         now = self._feeds.clock()

@@ -29,7 +29,8 @@ from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues.database import Reader, translate
 from mailerq.queues.feed import EmbeddedConsumer, Feed, Feeds, HeldLease, Position, Read
-from mailerq.queues.records import DAMAGED_QUEUE, Row, aside, check, prepare
+from mailerq.queues.interface import DAMAGED_QUEUE
+from mailerq.queues.records import Row, aside, check, prepare
 from mailerq.queues.writer import Request
 
 __all__ = ["Fetcher"]

@@ -17,12 +17,12 @@ import trio
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
-from mailerq.queues import Publication, Settlement
+from mailerq.queues import DAMAGED_QUEUE, Publication, Settlement
 from mailerq.queues.database import PAGE_SIZE, SCHEMA_VERSION
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.exclusive import open_exclusive, open_shared
 from mailerq.queues.pages import Pages
-from mailerq.queues.records import DAMAGED_QUEUE, Batch
+from mailerq.queues.records import Batch
 from mailerq.queues.salvage import ROOTS
 from mailerq.queues.store import Store
 
