@@ -220,6 +220,12 @@ class Config:
         SERVER,
         "A mail that is larger waits in a file while it comes in; 0: never.",
         unlimited=True,
+    dsn_advertise: bool = setting(
+        False,
+        FLAG,
+        SERVER,
+        "Offer DSN, and pass on to peers which reports a client wants; mailerq itself makes none.",
+    )
     )
     max_memory: int = setting(
         1 << 30,

@@ -175,6 +175,7 @@ class Engine:
             mechanisms=_mechanisms(authenticator, plugins),
             normalize=config.smtp_bare_newline == "normalize",
         )
+            dsn=config.dsn_advertise,
         access = Access(
             config.smtp_range,
             config.smtp_relay_range,
