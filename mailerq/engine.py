@@ -40,6 +40,7 @@ from mailerq.plugins import Handler, Plugins, check_event
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.shares import share_directory, shares_in
+from mailerq.queues.store import Bounds
 from mailerq.rules.access import Access
 from mailerq.rules.routes import loop_problem
 from mailerq.wire import server
@@ -160,7 +161,7 @@ class Engine:
             _become(config)
         share = self._share or 0
         directory = share_directory(config.queue_directory, share)
-        self.queues = await stack.enter_async_context(EmbeddedQueues.open(directory))
+        self.queues = await stack.enter_async_context(self._open_queues(directory))
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
@@ -174,8 +175,8 @@ class Engine:
             starttls=tls is not None,
             mechanisms=_mechanisms(authenticator, plugins),
             normalize=config.smtp_bare_newline == "normalize",
-        )
             dsn=config.dsn_advertise,
+        )
         access = Access(
             config.smtp_range,
             config.smtp_relay_range,
@@ -216,6 +217,10 @@ class Engine:
         await nursery.start(self._listener.run)
         self._started = time.time()
 
+    def _open_queues(self, directory: str) -> AbstractAsyncContextManager[Queues]:
+        bounds = Bounds(self.config.failure_queue, *self.config.failure_bounds)
+        return EmbeddedQueues.open(directory, bounds=(bounds,))
+
     def _delivery(self, share: int, queues: Queues) -> _Delivery:
         """What delivers the outbox of a share, once its dispatcher runs."""
         dispatcher = Dispatcher(
@@ -248,7 +253,7 @@ class Engine:
         directory = share_directory(self.config.queue_directory, share)
         delivery: _Delivery | None = None
         try:
-            async with EmbeddedQueues.open(directory) as queues:
+            async with self._open_queues(directory) as queues:
                 if self._stopping:
                     raise QueueError("the engine stops")
                 delivery = self._delivery(share, queues)

@@ -35,7 +35,7 @@ from mailerq.address import parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError, MessageError, QueueError
 from mailerq.message import Message, Result, check_nesting, encode_properties, format_time
-from mailerq.net.logs import LogFile, Ration
+from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
 from mailerq.net.outgoing import Connection, Job, Report
 from mailerq.net.pool import Pool
 from mailerq.net.resolver import Resolver
@@ -71,6 +71,12 @@ MIN_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 10.0
 """How long the queue is left alone after an error; twice as long each time."""
 
+
+FAILURES_PER_MINUTE: Final = 60
+"""Lines about messages that have failed for good; the others are counted."""
+
+MAX_REASON: Final = 300
+"""Characters of an address or a reply in such a line."""
 
 REDUCED_PER_MINUTE: Final = 10
 """Lines about results that had to be cut down."""
@@ -117,9 +123,10 @@ class Dispatcher:
         self._result_queues = {
             "results": config.rabbitmq_results,
             "success": config.rabbitmq_success,
-            "failure": config.rabbitmq_failure,
+            "failure": config.failure_queue,
             "retry": config.rabbitmq_retry,
         }
+        self._report_queue = "" if config.failure_is_named else config.failure_queue
         self._queues = queues
         self._send_log = send_log
         self._clock = clock
@@ -128,6 +135,9 @@ class Dispatcher:
         self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
         self._say_unwritten = Ration(log.error, 1, "they could not be written %d times more")
         self._say_reduced = Ration(log.error, REDUCED_PER_MINUTE, "and %d messages more")
+        self._say_failure = Ration(
+            log.warning, FAILURES_PER_MINUTE, "and %d messages more have failed"
+        )
         self._unsettled: list[tuple[Settlement, Connection | None]] = []
         self._settling = 0
         self._settlers = trio.lowlevel.ParkingLot()
@@ -144,6 +154,19 @@ class Dispatcher:
             # However it ends, the leases have gone back, and nobody writes results any more.
             self._stopped.set()
             self._pool.cut()
+            self._flush_log()
+
+    def _flush_log(self) -> None:
+        for ration in (
+            self._say_failure, self._say_reduced, self._say_unread, self._say_unwritten
+        ):  # fmt: skip
+            ration.flush()
+
+    async def _sum_up(self) -> None:
+        """Say once a minute what the log has left out."""
+        while True:
+            await trio.sleep(RATION_SECONDS)
+            self._flush_log()
 
     async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         prefetch = self._config.rabbitmq_qos
@@ -155,6 +178,7 @@ class Dispatcher:
             await nursery.start(self._pool.run)
             for _ in range(SETTLERS):
                 nursery.start_soon(self._settle)
+            nursery.start_soon(self._sum_up)
             task_status.started()
             with self._consuming:
                 await self._consume(consumer)
@@ -342,10 +366,30 @@ class Dispatcher:
         self.counters.attempts += 1
         queues = result_queues(properties, self._result_queues, *kinds, outbox=self._outbox)
         for queue in queues:
-            publications.append(Publication(queue, _without_body(properties, message.body)))
+            # What nobody has named, and is deleted after a while, gets a report and not the mail.
+            body = message.body if queue != self._report_queue else None
+            publications.append(Publication(queue, _copy(properties, body)))
+        if due is None and outcome.fate is not Fate.DELIVERED:
+            self._tell_failure(message, result, queues)
         self._add(Settlement(lease, publications), connection)
         if self._send_log is not None:
             self._send_log.write(_log_line(message, result))
+
+    def _tell_failure(self, message: Message, result: Result, queues: Sequence[str]) -> None:
+        """Leave a trace in the log of a message that has failed, for nobody else is told."""
+        reply = (result.code, result.status, result.description)
+        words = " ".join(str(part) for part in reply if part)[:MAX_REASON]
+        self._say_failure(
+            "message %s from <%s> to <%s> has failed: %s%s; %s",
+            str(message.properties.get("message-id", ""))[:MAX_REASON],
+            str(message.envelope)[:MAX_REASON],
+            str(message.recipient)[:MAX_REASON],
+            f"{result.remote_ip}: " if result.remote_ip else "",
+            words or f"{result.type} ({result.state})",
+            f"'mailerq queue read {queues[-1]}' has its report"
+            if queues
+            else "no queue gets a report of it, see rabbitmq-failure",
+        )
 
     # Settlements
 
@@ -459,7 +503,7 @@ def _result(report: Report, attempt: int, now: float) -> Result:
     )
 
 
-def _without_body(properties: dict[str, Any], body: bytes | None) -> Message:
+def _copy(properties: dict[str, Any], body: bytes | None) -> Message:
     """The message as the result queues get it: with a body only where ``keepmime`` says so."""
     if properties.get("keepmime"):
         return Message(dict(properties), body)

@@ -11,7 +11,7 @@ from typing import Final
 
 from mailerq.message import format_time
 
-__all__ = ["LogFile", "Ration", "escape"]
+__all__ = ["RATION_SECONDS", "LogFile", "Ration", "escape"]
 
 CHECK_SECONDS: Final = 1.0
 """How often a log looks whether its file is still there."""

@@ -10,7 +10,8 @@ read for again when it could take a quarter of that, or after a rest.
 While a consumer is open the thread looks at the clock at least once a second: whether
 something became due by the wall clock, whether another process has changed the file, and
 whether the clock was set back. Then due times are set back with it, or mail that nobody
-delayed would wait for an hour.
+delayed would wait for an hour. Once a minute it has the writer delete what is beyond the bounds
+of a queue.
 
 A record that does not prove itself is moved to the queue ``damaged``, with the reason, by the
 writer, and reading goes on.
@@ -19,6 +20,7 @@ writer, and reading goes on.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +45,9 @@ POLL_SECONDS: Final = 1.0
 READ_BYTES: Final = 16 << 20
 """Bytes of messages that one read brings into memory; one message is always allowed."""
 
+TRIM_SECONDS: Final = 60.0
+"""How often what is beyond the bounds of a queue is deleted."""
+
 BACKWARD_MS: Final = 1_000
 """What the clock may lose without anybody caring."""
 
@@ -56,11 +61,14 @@ class Fetcher:
         feeds: Feeds,
         write: Callable[[Request], None],
         set_back: Callable[[int, int], Iterator[int]],
+        trim: Callable[[], Iterator[int]],
     ) -> None:
         self._reader = Reader(path)
         self._feeds = feeds
         self._write = write
         self._set_back = set_back
+        self._trim = trim
+        self._trimmed = -math.inf
         self._version = -1
         self._latest = 0
         self._failed = False
@@ -120,6 +128,9 @@ class Fetcher:
             self._latest = now
             self._version = -1
         self._latest = max(self._latest, now)
+        if time.monotonic() >= self._trimmed + TRIM_SECONDS:
+            self._trimmed = time.monotonic()
+            self._write(Request(work=self._trim()))
         with feeds.lock:
             if not any(feed.credit() for feed in feeds.feeds.values()):
                 return

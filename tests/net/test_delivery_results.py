@@ -133,3 +133,52 @@ async def test_a_queue_name_that_no_queue_can_have_makes_a_message_fail(name: st
         (result,) = await bench.results("failure")
         assert result["description"].startswith("property queues: the name for 'success' ")
         assert bench.peer.connections == 0
+
+
+async def test_each_final_failure_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_bench(rabbitmq_results="") as bench:
+        bench.peer.answers["RCPT", "c@d.test"] = ["550 5.1.1 no such user"]
+        bench.send(**{"message-id": "one"})
+        await bench.results("failure")
+        bench.peer.answers["RCPT", "e@d.test"] = ["450 4.2.0 busy"] * 2
+        bench.send("e@d.test", maxattempts=1, queues={"failure": None}, **{"message-id": "two"})
+        await bench.queues.until(settled(2))
+        bench.send("e@d.test", **{"message-id": "three"})
+        await bench.retried()
+        bench.send("good@d.test")
+        await bench.results("success")
+        bench.send("x" * 1000, **{"message-id": "four"})
+        await bench.results("failure", 2)
+    *lines, last = caplog.messages
+    assert lines == [
+        "message one from <a@b.test> to <c@d.test> has failed: 127.0.0.1: 550 5.1.1 no such user;"
+        " 'mailerq queue read failure' has its report",
+        "message two from <a@b.test> to <e@d.test> has failed: 127.0.0.1: 450 4.2.0 busy;"
+        " no queue gets a report of it, see rabbitmq-failure",
+    ]
+    assert last.startswith(f"message four from <a@b.test> to <{300 * 'x'}> has failed: 553 5.1.3 ")
+
+
+async def test_many_failures_are_a_few_lines_and_their_count(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(delivery, "FAILURES_PER_MINUTE", 3)
+    async with open_bench() as bench:
+        bench.peer.answers["RCPT", ""] = ["550 no"] * 10
+        for _ in range(10):
+            bench.send()
+        await bench.results("failure", 10)
+    assert len(caplog.messages) == 4
+    assert caplog.messages[-1] == "and 7 messages more have failed"
+
+
+@pytest.mark.parametrize(("named", "body"), [(None, None), ("failure", b"hi\r\n")])
+async def test_a_failure_queue_that_nobody_has_named_gets_no_body(
+    named: str | None, body: bytes | None
+) -> None:
+    async with open_bench(rabbitmq_failure=named) as bench:
+        bench.peer.answers["RCPT", ""] = ["550 no"]
+        bench.send(keepmime=True)
+        await bench.results("failure")
+        assert bench.queues["failure"][0].body == body
+        assert bench.queues["results"][0].body == b"hi\r\n"
