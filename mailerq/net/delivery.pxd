@@ -24,7 +24,6 @@ cdef class Dispatcher:
     cpdef expired(self, job)
     cpdef _refuse(self, lease, outcome)
     cpdef _finish(self, lease, message, report, expires, connection)
-    cpdef _tell_failure(self, message, result, queues)
     cpdef _flush_log(self)
     cpdef _add(self, settlement, connection)
     cpdef _is_possible(self, publication)

@@ -349,7 +349,8 @@ def _wake_here(
     """Wake the tasks of one loop, on that loop."""
     for request in requests:
         assert request.task is not None
-        problem = request.problem
+        # Not to be kept: where it is raised, the request is known, and they would be a cycle.
+        problem, request.problem = request.problem, None
         result = outcome.Value(request.rows) if problem is None else outcome.Error(problem)
         trio.lowlevel.reschedule(request.task, result)
     for consumer in consumers:
