@@ -79,8 +79,8 @@ class LogFile:
 class Ration:
     """Lines of one kind for a log of the program: at most so many in a minute. Any thread.
 
-    What is left out is counted. The count stands in a line of its own before the next line, and
-    `flush` writes it when there may be no next one.
+    What is left out is counted. The count stands in a line of its own before the next line;
+    `flush` writes it when there may be no next one, and `flush_late` does once the minute is over.
 
     >>> seconds, said = 0.0, []
     >>> ration = Ration(lambda form, *values: said.append(form % values), 2,
@@ -122,6 +122,10 @@ class Ration:
                 return
         self.flush()
         self._say(form, *values)
+
+    def flush_late(self) -> None:
+        if self.left_out and self._clock() - self._began >= RATION_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         """Say how many lines were left out, if any were."""

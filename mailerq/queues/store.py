@@ -28,7 +28,7 @@ from zlib import crc32
 
 import apsw
 
-from mailerq.errors import MessageError, QueueError
+from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.queues.database import (
     APPLICATION_ID,
     BUSY_TIMEOUT_MS,
@@ -193,9 +193,9 @@ class Store(Reader):
             raise self.failed(error) from error
         return replace(found, free=found.free + pages * PAGE_SIZE)
 
-    def no_room(self, found: Room) -> QueueError:
+    def no_room(self, found: Room) -> QueueFull:
         """The error to raise when the disk has no room for new mail."""
-        return QueueError(
+        return QueueFull(
             f"{self.path}: no space left for the queue: {found.free} bytes are free, and "
             f"{found.reserve} of them are kept for the mail in it"
         )

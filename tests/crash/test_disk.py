@@ -80,18 +80,19 @@ async def recovers(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize(
-    ("calls", "error", "partial"),
+    ("calls", "error", "partial", "code"),
     [
-        ([Call.SYNC], errno.EIO, False),
-        ([Call.WRITE], errno.EIO, False),
-        ([Call.WRITE], errno.ENOSPC, True),
-        ([Call.SYNC, Call.OPEN], errno.ENFILE, False),
-        ([Call.WRITE, Call.READ], errno.EIO, False),
+        ([Call.SYNC], errno.EIO, False, 451),
+        ([Call.WRITE], errno.EIO, False, 451),
+        ([Call.WRITE], errno.ENOSPC, True, 452),
+        ([Call.WRITE], errno.EDQUOT, False, 452),
+        ([Call.SYNC, Call.OPEN], errno.ENFILE, False, 451),
+        ([Call.WRITE, Call.READ], errno.EIO, False, 451),
     ],
-    ids=["sync", "write", "full", "files", "read"],
+    ids=["sync", "write", "full", "quota", "files", "read"],
 )
 async def test_what_fails_is_refused_until_it_does_not(
-    tmp_path: Path, calls: list[Call], error: int, partial: bool
+    tmp_path: Path, calls: list[Call], error: int, partial: bool, code: int
 ) -> None:
     ledger = Ledger()
     with open_faults(tmp_path) as faults:
@@ -108,9 +109,11 @@ async def test_what_fails_is_refused_until_it_does_not(
                 faults.clear()
                 await recovers(ledger)
             await account(running, sink, ledger)
+            assert 0 < running.log.count("was not taken") <= 2  # one a minute
     during = [one for one in ledger.entries.values() if began < one.sent and one.replied < ended]
     refused = [one for one in during if one.fate is Fate.REFUSED]
     assert len(refused) >= SESSIONS
+    assert {one.code for one in refused} == {code}
     assert {one.code // 100 for one in ledger.entries.values()} <= {0, 2, 4}
     assert [one for one in during if one.fate is Fate.ACCEPTED] == []
 

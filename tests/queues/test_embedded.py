@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from mailerq.errors import MessageError, QueueError
+from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.message import Message
 from mailerq.queues import Consumer, Lease, Publication, Settlement, feed, fetcher
 from mailerq.queues.embedded import EmbeddedQueues
@@ -548,9 +548,9 @@ async def test_full_disk_refuses_and_recovers(queues: EmbeddedQueues) -> None:
         connection.pragma("max_page_count", connection.pragma("page_count"))
         big = publication(2, bytes(1_000_000))
         for _ in range(2):
-            with pytest.raises(QueueError, match="no space left"):
+            with pytest.raises(QueueFull, match="no space left"):
                 await queues.publish([big])
-            with pytest.raises(QueueError, match="no space left"):
+            with pytest.raises(QueueFull, match="no space left"):
                 await queues.ack([Settlement(lease, [big])])
         assert [entry.message.properties["tag"] for entry in await queues.browse("outbox")] == [1]
         queues._store.connection.pragma("max_page_count", 1_000_000)
