@@ -32,4 +32,5 @@ cdef class Dispatcher:
 cpdef _result(report, attempt, now)
 cpdef _copy(properties, body)
 cpdef _set_aside(message, error)
+cpdef _shown(value)
 cpdef _log_line(message, result)

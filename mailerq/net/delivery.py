@@ -71,7 +71,6 @@ MIN_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 10.0
 """How long the queue is left alone after an error; twice as long each time."""
 
-
 FAILURES_PER_MINUTE: Final = 60
 """Lines about messages that have failed for good; the others are counted."""
 
@@ -381,9 +380,9 @@ class Dispatcher:
         words = " ".join(str(part) for part in reply if part)[:MAX_REASON]
         self._say_failure(
             "message %s from <%s> to <%s> has failed: %s%s; %s",
-            str(message.properties.get("message-id", ""))[:MAX_REASON],
-            str(message.envelope)[:MAX_REASON],
-            str(message.recipient)[:MAX_REASON],
+            _shown(message.properties.get("message-id") or "?"),
+            _shown(message.envelope),
+            _shown(message.recipient),
             f"{result.remote_ip}: " if result.remote_ip else "",
             words or f"{result.type} ({result.state})",
             f"'mailerq queue read {queues[-1]}' has its report"
@@ -469,7 +468,7 @@ class Dispatcher:
                 return
             if type(problem) is ValueError:
                 return  # the lease is over
-        log.critical("message %d cannot be settled, trying later: %s", lease.id, error)
+        self._say_reduced("message %d cannot be settled, trying later: %s", lease.id, error)
         assert self._nursery is not None, "it is open while anything is settled"
         self._nursery.start_soon(self._settle_later, settlement)
 
@@ -522,6 +521,11 @@ def _set_aside(message: Message, error: Exception) -> Message:
             properties[name] = value
     properties["damaged"] = {"reason": ascii(str(error))[1:-1]}
     return Message(properties, message.body)
+
+
+def _shown(value: object) -> str:
+    """A property in a log; of another type it may be of any size."""
+    return value[:MAX_REASON] if isinstance(value, str) else f"({type(value).__name__})"
 
 
 def _log_line(message: Message, result: Result) -> str:
