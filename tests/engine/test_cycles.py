@@ -15,6 +15,8 @@ import trio.testing
 
 from mailerq import Engine
 from mailerq.errors import QueueError
+from mailerq.message import Message
+from mailerq.plugins import Reject
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.engine.kit import Dialog, open_dialog
@@ -128,6 +130,33 @@ async def test_mail_that_comes_and_goes_leaves_no_cycle(
 
         assert await garbage_of(repeat) == Counter()
         assert engine.statistics()["outgoing"]["failed"] >= MAILS
+
+
+async def test_handlers_leave_no_cycle(tmp_path: Path) -> None:
+    async def wait(connection: object, message: Message, *more: object) -> Reject | None:
+        await trio.lowlevel.checkpoint()
+        return Reject(550, "5.7.1 no") if message.recipient.startswith("bad") else None
+
+    async def fail(connection: object, message: Message) -> None:
+        if message.recipient.startswith("later"):
+            raise ArithmeticError
+
+    async with running(tmp_path) as engine, open_dialog(engine.addresses[0]) as dialog:
+        for event in ("message", "out_data", "out_sent"):
+            engine.on(event, wait)
+        engine.on("message", fail)
+        attempts = 0
+
+        async def repeat() -> None:
+            nonlocal attempts
+            attempts += 2 * MAILS
+            for _ in range(MAILS):
+                await dialog.mail("c@d.test", "bad@d.test", "later@d.test")
+                document = {"envelope": "", "recipient": "bad@d.test", "mime": "x"}
+                await engine.publish(document)
+            await settle(engine, attempts)
+
+        assert await garbage_of(repeat) == Counter()
 
 
 async def test_mail_for_a_host_that_is_down_leaves_no_cycle(tmp_path: Path) -> None:
