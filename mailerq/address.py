@@ -1,4 +1,4 @@
-"""The syntax of mailboxes, domains and address literals: one grammar for everybody.
+"""The syntax of mailboxes, domains, address literals and queue names: one for everybody.
 
 It is that of RFC 5321, sections 4.1.2 and 4.1.3, with the characters that RFC 6531 adds.
 Nothing that passes holds a CR, LF, NUL or other control character, so it may go into a
@@ -17,7 +17,15 @@ from typing import Final, NamedTuple
 
 from mailerq.errors import AddressError
 
-__all__ = ["Mailbox", "parse_domain", "parse_host", "parse_literal", "parse_mailbox", "parse_path"]
+__all__ = [
+    "Mailbox",
+    "parse_domain",
+    "parse_host",
+    "parse_literal",
+    "parse_mailbox",
+    "parse_path",
+    "queue_problem",
+]
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -30,6 +38,9 @@ dots that is 253."""
 
 MAILBOX_LIMIT: Final = 254
 """Bytes of a mailbox: 256 for a path (RFC 5321, section 4.5.3.1.3) without its brackets."""
+
+QUEUE_LIMIT: Final = 255
+"""Bytes of a queue's name: a short string of AMQP 0-9-1."""
 
 ROUTE_LIMIT: Final = 1024
 """Bytes of a source route, which nobody has any use for."""
@@ -244,3 +255,18 @@ def parse_host(text: str) -> str | IPAddress:
 def _shown(text: str) -> str:
     """The text on one line, whatever is in it, and not too long."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")
+
+
+def queue_problem(name: str) -> str | None:
+    r"""Say why no queue can have this name, or None.
+
+    >>> queue_problem("bounces"), queue_problem("a\0b")
+    (None, 'holds a character that cannot be printed')
+    """
+    if not name:
+        return "is empty"
+    if not name.isprintable():  # which half a surrogate pair is not either
+        return "holds a character that cannot be printed"
+    if len(name.encode()) > QUEUE_LIMIT:
+        return f"is longer than {QUEUE_LIMIT} bytes"
+    return None

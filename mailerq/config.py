@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import ipaddress
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -60,6 +61,11 @@ __all__ = [
 ]
 
 DEFAULT_FILES: Final = ("/etc/mailerq/config.txt",)
+
+FAILURE_QUEUE: Final = "failure"
+FAILURE_MESSAGES: Final = 100_000
+FAILURE_SECONDS: Final = 7 * 86400
+"""The failure queue while nobody has named one, and what it keeps: nobody may empty it."""
 
 HERE: Final = "Host"
 SERVER: Final = "SMTP server"
@@ -214,6 +220,12 @@ class Config:
         SERVER,
         "What to do with a mail that has a bare CR or LF in it.",
     )
+    dsn_advertise: bool = setting(
+        False,
+        FLAG,
+        SERVER,
+        "Offer DSN, and pass on to peers which reports a client wants; mailerq itself makes none.",
+    )
     smtp_spill_size: int = setting(
         1 << 20,
         SIZE,
@@ -365,12 +377,35 @@ class Config:
     )
     rabbitmq_results: str = setting("", QUEUE, QUEUES, "Gets every final result.", unset="off")
     rabbitmq_success: str = setting("", QUEUE, QUEUES, "Gets every delivered mail.", unset="off")
-    rabbitmq_failure: str = setting("", QUEUE, QUEUES, "Gets every failed mail.", unset="off")
+    rabbitmq_failure: str | None = setting(
+        None,
+        QUEUE,
+        QUEUES,
+        "Gets every failed mail; empty: off.",
+        unset=f"{FAILURE_QUEUE}, for reports without the text of the mail",
+    )
     rabbitmq_retry: str = setting(
         "", QUEUE, QUEUES, "Gets a copy of each mail that is tried again later.", unset="off"
     )
     rabbitmq_local: str = setting(
         "", QUEUE, QUEUES, "Gets received mail for local recipients.", unset="off"
+    )
+    failure_maxmessages: int | None = setting(
+        None,
+        NUMBER,
+        QUEUES,
+        "Documents that the queue of rabbitmq-failure keeps, the oldest go first; 0: no limit.",
+        unset=f"{FAILURE_MESSAGES} while rabbitmq-failure is not set, else no limit",
+        unlimited=True,
+    )
+    failure_maxage: float | None = setting(
+        None,
+        SECONDS,
+        QUEUES,
+        "How long the queue of rabbitmq-failure keeps a document; 0: no limit.",
+        unit="s",
+        unset=f"{FAILURE_SECONDS} while rabbitmq-failure is not set, else no limit",
+        unlimited=True,
     )
     rabbitmq_qos: int = setting(
         1000,
@@ -555,6 +590,30 @@ class Config:
             return "default" if self.hostname == _this_host() else "program"
         return "default" if getattr(self, known.attribute) == known.default else "program"
 
+    @property
+    def failure_queue(self) -> str:
+        """The queue for failed mail; empty where there is none."""
+        return FAILURE_QUEUE if self.rabbitmq_failure is None else self.rabbitmq_failure
+
+    @property
+    def failure_is_named(self) -> bool:
+        """Whether somebody has named that queue, if only for something else."""
+        others = (getattr(self, f"rabbitmq_{name}") for name in _SHARED_WITH_FAILURE)
+        return self.rabbitmq_failure is not None or FAILURE_QUEUE in others
+
+    @property
+    def failure_bounds(self) -> tuple[int, float]:
+        """Documents that a process keeps in the failure queue, and for how many seconds.
+
+        0 is no limit.
+        """
+        count, seconds = self.failure_maxmessages, self.failure_maxage
+        if count is None:
+            count = 0 if self.failure_is_named else FAILURE_MESSAGES
+        if seconds is None:
+            seconds = 0 if self.failure_is_named else FAILURE_SECONDS
+        return math.ceil(count / self.smtp_processes), seconds
+
     def text(self, name: str) -> str:
         """The value of a setting (key or attribute) as a file would hold it; empty: unset.
 
@@ -566,6 +625,8 @@ class Config:
 
 SETTINGS: Final = table(Config)
 """The table, in the order in which people read it; settings of a group stand together."""
+
+_SHARED_WITH_FAILURE: Final = ("inbox", "local", "results", "success", "retry")
 
 _BY_KEY: Final = {name: known for known in SETTINGS for name in (known.key, *known.aliases)}
 
@@ -593,9 +654,17 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
             limit = f"smtp-connections ({config.smtp_connections})"
             yield key, f"{key.replace('_', '-')} is more than {limit}, which counts both"
     for key in ("rabbitmq_results", "rabbitmq_success", "rabbitmq_failure", "rabbitmq_retry"):
-        if getattr(config, key) == config.rabbitmq_outbox:
+        queue = config.failure_queue if key == "rabbitmq_failure" else getattr(config, key)
+        if queue == config.rabbitmq_outbox:
             name = key.replace("_", "-")
             yield key, f"{name} is the outbox: what it gets would be delivered over and over"
+
+    for key in ("failure_maxmessages", "failure_maxage"):
+        for other in ("inbox", "local"):
+            shared = getattr(config, f"rabbitmq_{other}") == config.failure_queue != ""
+            if shared and getattr(config, key):
+                name = key.replace("_", "-")
+                yield key, f"{name} would delete received mail: rabbitmq-{other} is that queue too"
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import ConfigError, MailerqError, QueueError
+from mailerq.errors import ConfigError, MailerqError, MessageError, QueueError
 from mailerq.message import Message, format_time
 from mailerq.net import control
 from mailerq.net.addresses import LocalAddresses
@@ -40,7 +40,9 @@ from mailerq.plugins import Handler, Plugins, check_event
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.shares import share_directory, shares_in
+from mailerq.queues.store import Bounds
 from mailerq.rules.access import Access
+from mailerq.rules.routes import loop_problem
 from mailerq.wire import server
 
 __all__ = ["Engine"]
@@ -159,7 +161,7 @@ class Engine:
             _become(config)
         share = self._share or 0
         directory = share_directory(config.queue_directory, share)
-        self.queues = await stack.enter_async_context(EmbeddedQueues.open(directory))
+        self.queues = await stack.enter_async_context(self._open_queues(directory))
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
@@ -173,6 +175,7 @@ class Engine:
             starttls=tls is not None,
             mechanisms=_mechanisms(authenticator, plugins),
             normalize=config.smtp_bare_newline == "normalize",
+            dsn=config.dsn_advertise,
         )
         access = Access(
             config.smtp_range,
@@ -214,6 +217,10 @@ class Engine:
         await nursery.start(self._listener.run)
         self._started = time.time()
 
+    def _open_queues(self, directory: str) -> AbstractAsyncContextManager[Queues]:
+        bounds = Bounds(self.config.failure_queue, *self.config.failure_bounds)
+        return EmbeddedQueues.open(directory, bounds=(bounds,))
+
     def _delivery(self, share: int, queues: Queues) -> _Delivery:
         """What delivers the outbox of a share, once its dispatcher runs."""
         dispatcher = Dispatcher(
@@ -246,7 +253,7 @@ class Engine:
         directory = share_directory(self.config.queue_directory, share)
         delivery: _Delivery | None = None
         try:
-            async with EmbeddedQueues.open(directory) as queues:
+            async with self._open_queues(directory) as queues:
                 if self._stopping:
                     raise QueueError("the engine stops")
                 delivery = self._delivery(share, queues)
@@ -295,14 +302,20 @@ class Engine:
         """Put a message into a queue, by default the outbox; it is safe when this returns.
 
         A message is a `Message`, the JSON document, or that document as a dict. `due` is
-        seconds since 1970. Raises `MessageError` for a document that cannot be read, and
-        `QueueError` when it cannot be kept now. The engine owns a `Message` from here on.
+        seconds since 1970. Raises `MessageError` for a document that cannot be read or kept, or
+        that is for the outbox and cannot be sent, and `QueueError` when it cannot be kept now.
+        The engine owns a `Message` from here on.
         """
         if isinstance(message, dict):
             message = Message.from_dict(message)
         elif isinstance(message, bytes | str):
             message = Message.from_json(message)
-        name = self.config.rabbitmq_outbox if queue is None else queue
+        outbox = self.config.rabbitmq_outbox
+        name = outbox if queue is None else queue
+        if name == outbox:
+            problem = message.problem() or loop_problem(message.properties, outbox)
+            if problem is not None:
+                raise MessageError(problem)
         await self.queues.publish([Publication(name, message, due)])
 
     def consume(

@@ -15,6 +15,7 @@ __all__ = [
     "PluginError",
     "QueueDamaged",
     "QueueError",
+    "QueueFull",
 ]
 
 
@@ -53,6 +54,10 @@ class QueueError(MailerqError):
     Nothing was published. What was waiting stays where it is; the caller answers 4xx or
     tries again.
     """
+
+
+class QueueFull(QueueError):
+    """The disk has no room for new mail, until mail has left or somebody makes some."""
 
 
 class QueueDamaged(QueueError):

@@ -19,18 +19,31 @@ from typing import Any, Final, Self
 
 import msgspec
 
+from mailerq.address import queue_problem
 from mailerq.errors import MessageError
 
 __all__ = [
     "Message",
     "Result",
+    "check_nesting",
     "decode_properties",
     "encode_properties",
     "format_time",
+    "is_delays",
     "parse_time",
 ]
 
 TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
+
+LAST_SECOND: Final = 253_402_300_799
+"""The end of the year 9999, behind which there is no time of that form; seconds since 1970."""
+
+NESTING_LIMIT: Final = 200
+"""Objects and arrays within each other: a document has to be written and read at any depth of the
+stack, and by plugins, whose limit this is."""
+
+SECONDS_LIMIT: Final = 10**9
+"""Of one delay in ``retries``: 31 years."""
 
 encode_properties: Final = msgspec.json.Encoder().encode
 """Turn a dict of properties into UTF-8 JSON; the counterpart of `decode_properties`."""
@@ -43,7 +56,7 @@ _last_second: tuple[int, str] = (-1, "")
 def format_time(now: float) -> str:
     """Write seconds since 1970 as ``YYYY-MM-DD HH:MM:SS`` in UTC, the form of every timestamp."""
     global _last_second
-    second = int(now)
+    second = min(int(now), LAST_SECOND)
     known, text = _last_second
     if second != known:
         text = time.strftime(TIME_FORMAT, time.gmtime(second))
@@ -72,7 +85,29 @@ def decode_properties(data: bytes | str) -> dict[str, Any]:
         raise MessageError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise MessageError(f"a message is a JSON object, not {type(value).__name__}")
+    check_nesting(value, data)
     return value
+
+
+def check_nesting(value: object, encoded: bytes | str) -> None:
+    """Raise `MessageError` for a value, of which the JSON is at hand, that is nested too deeply."""
+    if isinstance(encoded, bytes):
+        opened = encoded.count(b"{") + encoded.count(b"[")
+    else:
+        opened = encoded.count("{") + encoded.count("[")
+    if opened <= NESTING_LIMIT:
+        return
+    level: list[Any] = [value]
+    for _ in range(NESTING_LIMIT + 1):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, dict | list | tuple)
+        ]
+        if not level:
+            return
+    raise MessageError(f"objects and arrays are nested more than {NESTING_LIMIT} deep")
 
 
 class Message(msgspec.Struct, eq=False):
@@ -167,6 +202,9 @@ class Message(msgspec.Struct, eq=False):
                     parse_time(value)
                 except MessageError as error:
                     return f"property {name}: {error}"
+        for kind, queue in (self.properties.get("queues") or {}).items():
+            if queue and (problem := queue_problem(queue)) is not None:
+                return f"property queues: the name for {ascii(kind)[:80]} {problem}"
         return None
 
 
@@ -195,8 +233,11 @@ def _is_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _is_ints(value: object) -> bool:
-    return isinstance(value, list) and all(_is_int(item) and item >= 0 for item in value)
+def is_delays(value: object) -> bool:
+    """Whether it is what ``retries`` may be."""
+    return isinstance(value, list) and all(
+        _is_int(item) and 0 <= item <= SECONDS_LIMIT for item in value
+    )
 
 
 def _is_objects(value: object) -> bool:
@@ -220,7 +261,7 @@ _KNOWN: Final = (
     ("delayed", _is_str, "a time"),
     ("maxdelivertime", _is_str, "a time"),
     ("maxattempts", _is_int, "a whole number"),
-    ("retries", _is_ints, "an array of seconds"),
+    ("retries", is_delays, "an array of seconds"),
     ("data", _is_dict, "an object"),
     ("queues", _is_queues, "an object of queue names"),
     ("smarthost", _is_dict, "an object"),

@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
-from mailerq.address import parse_domain, parse_host
+from mailerq.address import parse_domain, parse_host, queue_problem
 from mailerq.errors import AddressError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Value = TypeVar("Value")
 
 ENVIRON_PREFIX: Final = "MAILERQ_"
-
-QUEUE_NAME_LIMIT: Final = 255
-"""In bytes, as AMQP 0-9-1 has it (a short string)."""
 
 
 # -- kinds: how the text of a value is read, checked and written ---------------------------
@@ -139,8 +136,8 @@ def _check_hostname(value: Any) -> str:
 
 def _check_queue(value: Any) -> str:
     text = _check_text(value)
-    if len(text.encode()) > QUEUE_NAME_LIMIT:
-        raise ValueError(f"is longer than {QUEUE_NAME_LIMIT} bytes")
+    if text and (problem := queue_problem(text)) is not None:
+        raise ValueError(problem)
     return text
 
 

@@ -29,7 +29,7 @@ NOT_YET: Final = frozenset(
     dns-getaddrinfo dns-helofile dns-interval dns-min-ttl dns-rotate dns-sockets dns-spread
     dns-threads domain-maxconnects domain-maxmessages domain-maxqueue download-blacklist
     download-cache download-log-directory download-log-file download-proxy download-ttl
-    download-user-agent download-whitelist dsn-advertise dsn-envelope dsn-mta dsn-notify dsn-ret
+    download-user-agent download-whitelist dsn-envelope dsn-mta dsn-notify dsn-ret
     ip-maxconnections ip-maxconnects ip-maxmessages max-queues normalize-mime
     proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-dsn rabbitmq-durable
     rabbitmq-encoding rabbitmq-exchange rabbitmq-flush-qos rabbitmq-host rabbitmq-lazy

@@ -53,11 +53,12 @@ def run(directory: Path, *arguments: str, status: int = 0) -> str:
 
 def test_list_shows_how_full_each_queue_is(directory: Path) -> None:
     assert run(directory, "queue", "list", "--rabbitmq-success=good").splitlines() == [
-        "QUEUE   DUE  DELAYED  TOTAL",
-        "good      0        0      0",
-        "outbox    2        1      3",
+        "QUEUE    DUE  DELAYED  TOTAL",
+        "failure    0        0      0",
+        "good       0        0      0",
+        "outbox     2        1      3",
     ]
-    assert json.loads(run(directory, "queue", "list", "--json")) == [
+    assert json.loads(run(directory, "queue", "list", "--json", "--rabbitmq-failure=")) == [
         {"queue": "outbox", "due": 2, "delayed": 1, "total": 3}
     ]
 
@@ -163,7 +164,7 @@ def queue(directory: Path, *arguments: str, status: int = 0) -> list[Any]:
 
 
 def test_queue_commands_see_all_shares_as_one(shares: Path) -> None:
-    assert queue(shares, "list") == [
+    assert queue(shares, "list", "--rabbitmq-failure=") == [
         [{"queue": "outbox", "due": 15, "delayed": 0, "total": 15}]
     ]  # fmt: skip
     shown = queue(shares, "show", "outbox")

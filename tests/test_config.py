@@ -536,3 +536,36 @@ def test_reading_the_configuration_imports_no_event_loop() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_failure_queue_is_bounded_while_nobody_has_named_it() -> None:
+    assert (Config().failure_queue, Config().failure_bounds) == ("failure", (100_000, 604_800))
+    assert load("--rabbitmq-failure=").failure_queue == ""
+    for named in ({"rabbitmq_failure": "failure"}, {"rabbitmq_results": "failure"}):
+        assert Config(**named).failure_bounds == (0, 0)
+    config = Config(rabbitmq_failure="bad", failure_maxmessages=10, failure_maxage=60)
+    assert config.failure_bounds == (10, 60)
+    assert config.replace(smtp_processes=4).failure_bounds == (3, 60)
+    assert Config(failure_maxmessages=0).failure_bounds == (0, 604_800)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rabbitmq_outbox": "failure"}, "rabbitmq-failure is the outbox"),
+        ({"rabbitmq_success": "outbox"}, "rabbitmq-success is the outbox"),
+        ({"rabbitmq_results": "a" * 256}, "rabbitmq-results: is longer than 255 bytes"),
+        ({"rabbitmq_results": "a\u202eb"}, "holds a character that cannot be printed"),
+        (
+            {"rabbitmq_inbox": "x", "rabbitmq_failure": "x", "failure_maxage": 1},
+            "failure-maxage would delete received mail: rabbitmq-inbox is that queue too",
+        ),
+        (
+            {"rabbitmq_local": "failure", "failure_maxmessages": 1},
+            "failure-maxmessages would delete received mail",
+        ),
+    ],
+)
+def test_queues_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Config(**settings)

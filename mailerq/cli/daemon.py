@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from mailerq import __version__
@@ -116,7 +116,9 @@ def _lock(config: Config) -> Iterator[None]:
         try:
             os.unlink(path)
         except OSError:
-            os.ftruncate(file, 0)  # No longer root, perhaps. Nobody's process id is left in it.
+            # No longer root, perhaps: nobody's process id is left in it. Or the disk is read-only.
+            with suppress(OSError):
+                os.ftruncate(file, 0)
         os.close(file)
 
 

@@ -272,6 +272,7 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
         hostname=config.hostname,
         now=time.time(),
         next_id=_ids(config, len(envelope.recipients)).__next__,
+        outbox=config.rabbitmq_outbox,
     )
     if reception is None:
         raise Refused(os.EX_DATAERR, "the mail has too many Received fields: it is looping")

@@ -136,9 +136,11 @@ def _list(stores: Stores, config: Config, options: Namespace, parser: Parser) ->
 
 
 def _configured(config: Config) -> Iterator[str]:
-    for name in ("outbox", "inbox", "results", "success", "failure", "retry", "local"):
+    for name in ("outbox", "inbox", "results", "success", "retry", "local"):
         if queue := getattr(config, f"rabbitmq_{name}"):
             yield queue
+    if config.failure_queue:
+        yield config.failure_queue
 
 
 def _show(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:

@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from mailerq.address import parse_mailbox
+from mailerq.address import parse_mailbox, queue_problem
 from mailerq.errors import MessageError
 from mailerq.mail.headers import Field, Header, remove, unfold
 from mailerq.message import parse_time
@@ -30,12 +30,13 @@ class Extraction(NamedTuple):
     ignored: Sequence[str] = ()
 
 
-def extract(mime: bytes, *, trusted: bool) -> Extraction:
+def extract(mime: bytes, *, trusted: bool, outbox: str = "") -> Extraction:
     r"""Take every x-mq-* field, and x-normalize, out of `mime`.
 
     When `trusted`, they become properties. A field that cannot be used, because its value
     has a wrong form, or its name is reserved or was there before, does not stop the mail:
-    it is ignored and listed. All other bytes stay as they are; a message without such
+    it is ignored and listed. So is a queue for results that is the `outbox`, which would send
+    them as mail. All other bytes stay as they are; a message without such
     fields comes back as the same object.
 
     >>> extract(b"x-mq-tag: spring\r\nTo: a@b.test\r\n\r\nhi", trusted=True)
@@ -52,7 +53,7 @@ def extract(mime: bytes, *, trusted: bool) -> Extraction:
     ignored: list[str] = []
     if trusted:
         for field in found:
-            if reason := _take(field, properties):
+            if reason := _take(field, properties, outbox):
                 ignored.append(f"{_printable(field.name)}: {reason}")
         if "smarthost" in properties and not properties["smarthost"].keys() & {"name", "hostname"}:
             del properties["smarthost"]
@@ -69,7 +70,7 @@ def _printable(name: bytes) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _take(field: Field, properties: dict[str, Any]) -> str | None:
+def _take(field: Field, properties: dict[str, Any], outbox: str) -> str | None:
     """Put one field into `properties`, or say why not."""
     try:
         name = field.name.decode("ascii")
@@ -88,6 +89,8 @@ def _take(field: Field, properties: dict[str, Any]) -> str | None:
         return str(error)
     if value is _SKIP:
         return None
+    if path[0] == "queues" and value and value == outbox:
+        return "is the outbox, where a result would be sent as mail"
     *outer, last = path
     for key in outer:
         properties = properties.setdefault(key, {})
@@ -154,7 +157,11 @@ def _tag(text: str) -> list[str]:
 
 
 def _queue(text: str) -> str | None:
-    return text or None  # an empty name switches this queue off for this message
+    if not text:
+        return None  # an empty name switches this queue off for this message
+    if (problem := queue_problem(text)) is not None:
+        raise ValueError(problem)
+    return text
 
 
 def _envelope(text: str) -> str:

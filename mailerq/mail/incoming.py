@@ -54,14 +54,15 @@ def messages(
     hostname: str,
     now: float,
     next_id: Callable[[], str],
+    outbox: str = "",
 ) -> Reception | None:
     """Build the messages, in the order of the recipients, or None for a mail that is looping.
 
     x-mq-* fields are taken out, a Received field is put on top, and a Message-ID where there
     is none. All messages share one body; each has its own id and properties of its own,
-    down to the last object in them.
+    down to the last object in them. No x-mq-* field has results go to the `outbox`.
     """
-    extraction = extract(mime, trusted=envelope.trusted)
+    extraction = extract(mime, trusted=envelope.trusted, outbox=outbox)
     header = headers.Header(extraction.mime)
     if header.count(b"received", limit=HOP_LIMIT) >= HOP_LIMIT:
         return None

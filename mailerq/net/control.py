@@ -68,8 +68,18 @@ async def serve(
             task_status.started()
     finally:
         sock.close()
-        with _as_owner(directory), suppress(FileNotFoundError):
+        _remove(directory)
+
+
+def _remove(directory: str) -> None:
+    """Take the socket away. On a disk that is read-only now it stays, and the next start does."""
+    try:
+        with _as_owner(directory):
             os.unlink(os.path.join(directory, SOCKET_NAME))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("the control socket stays in %s: %s", directory, error.strerror)
 
 
 def _listen(directory: str) -> trio.socket.SocketType:

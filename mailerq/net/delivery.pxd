@@ -10,10 +10,13 @@ cdef class Dispatcher:
     cdef public dict _result_queues
     cdef public object counters, _config, _outbox, _queues, _send_log, _clock, _plugins, _pool
     cdef public object _settlers, _settled, _consuming, _stopped
+    cdef public object _nursery, _say_unread, _say_unwritten, _say_reduced, _say_failure
+    cdef public object _report_queue
     cdef object __weakref__
 
     cpdef statistics(self)
     cpdef _admit(self, lease)
+    cpdef _fail_admission(self, lease)
     cpdef _body_problem(self, message)
     cpdef done(self, job, report, connection)
     cpdef give_back(self, job)
@@ -21,9 +24,13 @@ cdef class Dispatcher:
     cpdef expired(self, job)
     cpdef _refuse(self, lease, outcome)
     cpdef _finish(self, lease, message, report, expires, connection)
+    cpdef _flush_log(self)
     cpdef _add(self, settlement, connection)
+    cpdef _is_possible(self, publication)
 
 
 cpdef _result(report, attempt, now)
-cpdef _without_body(properties, body)
+cpdef _copy(properties, body)
+cpdef _set_aside(message, error)
+cpdef _shown(value)
 cpdef _log_line(message, result)

@@ -14,7 +14,9 @@ hand over what has come since, so that it is part of the very next commit. The c
 a result came from is told when its group is safe, and sends no further body before that: with
 one task that wait limited deliveries before the processor did. While the queue cannot be
 written a group is tried again and again; deliveries come to a halt by themselves, and nothing
-is forgotten.
+is forgotten. A settlement that the queue refuses for its own sake is cut out of its group and
+settled with less: without what is impossible of it, at the very last set aside. So no message
+keeps its lease for ever, and none is lost.
 
 Everything here runs on the home worker.
 """
@@ -22,7 +24,6 @@ Everything here runs on the home worker.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,20 +33,21 @@ import trio
 
 from mailerq.address import parse_mailbox
 from mailerq.config import Config
-from mailerq.errors import AddressError, QueueError
-from mailerq.message import Message, Result, format_time
-from mailerq.net.logs import LogFile
+from mailerq.errors import AddressError, MessageError, QueueError
+from mailerq.message import Message, Result, check_nesting, encode_properties, format_time
+from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
 from mailerq.net.outgoing import Connection, Job, Report
 from mailerq.net.pool import Pool
 from mailerq.net.resolver import Resolver
 from mailerq.net.slots import Slots
-from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
+from mailerq.queues import DAMAGED_QUEUE, Consumer, Lease, Publication, Queues, Settlement
 from mailerq.rules import responses
 from mailerq.rules.responses import Fate, Outcome
 from mailerq.rules.retry import expires_at, next_attempt, not_before
 from mailerq.rules.routes import (
     choose_local_ip,
     count_hops,
+    loop_problem,
     result_queues,
     route_of,
     unmet_promise,
@@ -68,6 +70,18 @@ SETTLERS: Final = 2
 MIN_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 10.0
 """How long the queue is left alone after an error; twice as long each time."""
+
+FAILURES_PER_MINUTE: Final = 60
+"""Lines about messages that have failed for good; the others are counted."""
+
+MAX_REASON: Final = 300
+"""Characters of an address or a reply in such a line."""
+
+REDUCED_PER_MINUTE: Final = 10
+"""Lines about results that had to be cut down."""
+
+MAX_REPRESENTATION: Final = 10_000
+"""Characters that are kept of a property which is no JSON."""
 
 
 @dataclass(slots=True)
@@ -108,20 +122,28 @@ class Dispatcher:
         self._result_queues = {
             "results": config.rabbitmq_results,
             "success": config.rabbitmq_success,
-            "failure": config.rabbitmq_failure,
+            "failure": config.failure_queue,
             "retry": config.rabbitmq_retry,
         }
+        self._report_queue = "" if config.failure_is_named else config.failure_queue
         self._queues = queues
         self._send_log = send_log
         self._clock = clock
         self._plugins = plugins
         self._pool = Pool(config, workers, resolver, slots, self)
+        self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
+        self._say_unwritten = Ration(log.error, 1, "they could not be written %d times more")
+        self._say_reduced = Ration(log.error, REDUCED_PER_MINUTE, "and %d messages more")
+        self._say_failure = Ration(
+            log.warning, FAILURES_PER_MINUTE, "and %d messages more have failed"
+        )
         self._unsettled: list[tuple[Settlement, Connection | None]] = []
         self._settling = 0
         self._settlers = trio.lowlevel.ParkingLot()
         self._settled = trio.Event()
         self._consuming = trio.CancelScope()
         self._stopped = trio.Event()
+        self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Deliver until `stop` has done its work."""
@@ -131,6 +153,19 @@ class Dispatcher:
             # However it ends, the leases have gone back, and nobody writes results any more.
             self._stopped.set()
             self._pool.cut()
+            self._flush_log()
+
+    def _flush_log(self) -> None:
+        for ration in (
+            self._say_failure, self._say_reduced, self._say_unread, self._say_unwritten
+        ):  # fmt: skip
+            ration.flush()
+
+    async def _sum_up(self) -> None:
+        """Say once a minute what the log has left out."""
+        while True:
+            await trio.sleep(RATION_SECONDS)
+            self._flush_log()
 
     async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         prefetch = self._config.rabbitmq_qos
@@ -138,9 +173,11 @@ class Dispatcher:
             self._queues.consume(self._outbox, prefetch=prefetch) as consumer,
             trio.open_nursery() as nursery,
         ):
+            self._nursery = nursery
             await nursery.start(self._pool.run)
             for _ in range(SETTLERS):
                 nursery.start_soon(self._settle)
+            nursery.start_soon(self._sum_up)
             task_status.started()
             with self._consuming:
                 await self._consume(consumer)
@@ -179,7 +216,7 @@ class Dispatcher:
                 lease = await consumer.receive()
             except QueueError as error:
                 self.counters.queue_errors += 1
-                log.error("cannot read %s: %s", self._outbox, error)
+                self._say_unread("cannot read %s: %s", self._outbox, error)
                 await trio.sleep(backoff)
                 backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
                 continue
@@ -190,15 +227,16 @@ class Dispatcher:
             except Exception:
                 # A defect of ours must not stop the mail behind it.
                 log.exception("message %d cannot be handled", lease.id)
-                self._finish(lease, lease.message, Report(responses.OWN_FAULT), math.inf, None)
+                self._fail_admission(lease)
 
     def _admit(self, lease: Lease) -> None:
         """Send a message on its way, or finish it, or put it back until it is due."""
         message = lease.message
         now = self._clock()
-        if (problem := message.problem()) is not None:
-            return self._refuse(lease, responses.unsendable(problem))
         properties = message.properties
+        problem = message.problem() or loop_problem(properties, self._outbox)
+        if problem is not None:
+            return self._refuse(lease, responses.unsendable(problem))
         due = not_before(properties, now=now)
         if due is not None and now < due:
             self.counters.held += 1
@@ -240,6 +278,14 @@ class Dispatcher:
         attempt = len(message.results) + 1
         self._pool.put(Job(lease, message, route, local_ip, envelope, recipient, attempt, expires))
         return None
+
+    def _fail_admission(self, lease: Lease) -> None:
+        """Try again later what a defect of ours has kept, as long as it may be tried."""
+        now = self._clock()
+        properties = lease.message.properties
+        properties.setdefault("seen", format_time(now))
+        expires = expires_at(properties, now=now, max_delivertime=self._config.max_delivertime)
+        self._finish(lease, lease.message, Report(responses.OWN_FAULT), expires, None)
 
     def _body_problem(self, message: Message) -> Outcome | None:
         body = message.body
@@ -317,11 +363,32 @@ class Dispatcher:
             kinds = ("results", "failure")
             self.counters.failed += 1
         self.counters.attempts += 1
-        for queue in result_queues(properties, self._result_queues, *kinds):
-            publications.append(Publication(queue, _without_body(properties, message.body)))
+        queues = result_queues(properties, self._result_queues, *kinds, outbox=self._outbox)
+        for queue in queues:
+            # What nobody has named, and is deleted after a while, gets a report and not the mail.
+            body = message.body if queue != self._report_queue else None
+            publications.append(Publication(queue, _copy(properties, body)))
+        if due is None and outcome.fate is not Fate.DELIVERED:
+            self._tell_failure(message, result, queues)
         self._add(Settlement(lease, publications), connection)
         if self._send_log is not None:
             self._send_log.write(_log_line(message, result))
+
+    def _tell_failure(self, message: Message, result: Result, queues: Sequence[str]) -> None:
+        """Leave a trace in the log of a message that has failed, for nobody else is told."""
+        reply = (result.code, result.status, result.description)
+        words = " ".join(str(part) for part in reply if part)[:MAX_REASON]
+        self._say_failure(
+            "message %s from <%s> to <%s> has failed: %s%s; %s",
+            _shown(message.properties.get("message-id") or "?"),
+            _shown(message.envelope),
+            _shown(message.recipient),
+            f"{result.remote_ip}: " if result.remote_ip else "",
+            words or f"{result.type} ({result.state})",
+            f"'mailerq queue read {queues[-1]}' has its report"
+            if queues
+            else "no queue gets a report of it, see rabbitmq-failure",
+        )
 
     # Settlements
 
@@ -347,25 +414,74 @@ class Dispatcher:
                     connection.worker.call(connection.settled)
 
     async def _commit(self, settlements: list[Settlement]) -> None:
-        """Write a group; while the queue cannot, try again."""
+        """Write a group; what is wrong with some of it does not keep the rest."""
+        error = await self._ack(settlements)
+        if error is None:
+            return
+        if len(settlements) == 1:
+            await self._settle_with_less(settlements[0], error)
+            return
+        half = len(settlements) // 2
+        await self._commit(settlements[:half])
+        await self._commit(settlements[half:])
+
+    async def _ack(self, settlements: list[Settlement]) -> Exception | None:
+        """Write settlements, and wait while the queue cannot; what else keeps it from that."""
         backoff = MIN_BACKOFF_SECONDS
         while True:
             try:
-                return await self._queues.ack(settlements)
+                await self._queues.ack(settlements)
             except QueueError as error:
                 self.counters.queue_errors += 1
-                log.error("cannot write %d results, trying again: %s", len(settlements), error)
+                self._say_unwritten(
+                    "cannot write %d results, trying again: %s", len(settlements), error
+                )
                 await trio.sleep(backoff)
                 backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
-            except Exception:
-                if len(settlements) == 1:
-                    # It keeps its lease, so it is not sent again before a restart.
-                    log.exception("result of message %d is lost", settlements[0].lease.id)
-                    return None
-                log.exception("one of %d results cannot be written", len(settlements))
-                for settlement in settlements:
-                    await self._commit([settlement])
+            except Exception as error:
+                return error
+            else:
                 return None
+
+    async def _settle_with_less(self, settlement: Settlement, error: Exception) -> None:
+        """Settle a message, the result of which cannot be written, with less and less of it."""
+        lease = settlement.lease
+        wanted = settlement.publications
+        possible = [each for each in wanted if self._is_possible(each)]
+        forms = [possible, []]
+        if any(each.queue == self._outbox for each in wanted):
+            # It is to go again, so it must be somewhere.
+            again = [each for each in possible if each.queue == self._outbox]
+            aside = [Publication(DAMAGED_QUEUE, _set_aside(lease.message, error))]
+            forms = [possible, again, aside] if again else [aside]
+        for form in forms:
+            problem = await self._ack([Settlement(lease, form)])
+            if problem is None:
+                self._say_reduced(
+                    "message %d: %s; %d of %d documents about it were written, to %s",
+                    lease.id,
+                    error,
+                    len(form),
+                    len(wanted),
+                    ", ".join(each.queue for each in form) or "no queue",
+                )
+                return
+            if type(problem) is ValueError:
+                return  # the lease is over
+        self._say_reduced("message %d cannot be settled, trying later: %s", lease.id, error)
+        assert self._nursery is not None, "it is open while anything is settled"
+        self._nursery.start_soon(self._settle_later, settlement)
+
+    def _is_possible(self, publication: Publication) -> bool:
+        try:
+            self._queues.check(publication)
+        except MessageError:
+            return False
+        return True
+
+    async def _settle_later(self, settlement: Settlement) -> None:
+        await trio.sleep(MAX_BACKOFF_SECONDS)
+        self._add(settlement, None)
 
 
 def _result(report: Report, attempt: int, now: float) -> Result:
@@ -386,11 +502,30 @@ def _result(report: Report, attempt: int, now: float) -> Result:
     )
 
 
-def _without_body(properties: dict[str, Any], body: bytes | None) -> Message:
+def _copy(properties: dict[str, Any], body: bytes | None) -> Message:
     """The message as the result queues get it: with a body only where ``keepmime`` says so."""
     if properties.get("keepmime"):
         return Message(dict(properties), body)
     return Message({name: value for name, value in properties.items() if name != "mime"})
+
+
+def _set_aside(message: Message, error: Exception) -> Message:
+    """A message that no queue takes as it is, in a form that any takes."""
+    properties: dict[str, Any] = {}
+    for name, value in message.properties.items():
+        try:
+            check_nesting(value, encode_properties({name: value}))
+        except Exception:
+            properties[ascii(name)[1:-1]] = ascii(value)[:MAX_REPRESENTATION]
+        else:
+            properties[name] = value
+    properties["damaged"] = {"reason": ascii(str(error))[1:-1]}
+    return Message(properties, message.body)
+
+
+def _shown(value: object) -> str:
+    """A property in a log; of another type it may be of any size."""
+    return value[:MAX_REASON] if isinstance(value, str) else f"({type(value).__name__})"
 
 
 def _log_line(message: Message, result: Result) -> str:

@@ -1,19 +1,22 @@
-"""Log files with one line for each event, which survive being moved away by logrotate."""
+"""Log files with one line for each event, which survive logrotate, and lines that are rationed."""
 
 from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
 from mailerq.message import format_time
 
-__all__ = ["LogFile", "escape"]
+__all__ = ["RATION_SECONDS", "LogFile", "Ration", "escape"]
 
 CHECK_SECONDS: Final = 1.0
 """How often a log looks whether its file is still there."""
+
+RATION_SECONDS: Final = 60.0
 
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -71,6 +74,65 @@ class LogFile:
             # The number stays: another thread may be about to write to it.
             os.dup2(file, self._file, inheritable=False)
             os.close(file)
+
+
+class Ration:
+    """Lines of one kind for a log of the program: at most so many in a minute. Any thread.
+
+    What is left out is counted. The count stands in a line of its own before the next line;
+    `flush` writes it when there may be no next one, and `flush_late` does once the minute is over.
+
+    >>> seconds, said = 0.0, []
+    >>> ration = Ration(lambda form, *values: said.append(form % values), 2,
+    ...     "%d more", clock=lambda: seconds)
+    >>> for number in range(5):
+    ...     ration("line %d", number)
+    >>> seconds = 60.0
+    >>> ration("line %d", 5)
+    >>> said
+    ['line 0', 'line 1', '3 more', 'line 5']
+    """
+
+    def __init__(
+        self,
+        say: Callable[..., object],
+        per_minute: int,
+        summary: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._say = say
+        self._per_minute = per_minute
+        self._summary = summary
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._began = -RATION_SECONDS
+        self._said = 0
+        self.left_out = 0
+
+    def __call__(self, form: str, *values: object) -> None:
+        """Write a line as `logging` does, or count it."""
+        with self._lock:
+            now = self._clock()
+            if now - self._began >= RATION_SECONDS:
+                self._began, self._said = now, 0
+            self._said += 1
+            if self._said > self._per_minute:
+                self.left_out += 1
+                return
+        self.flush()
+        self._say(form, *values)
+
+    def flush_late(self) -> None:
+        if self.left_out and self._clock() - self._began >= RATION_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Say how many lines were left out, if any were."""
+        with self._lock:
+            left_out, self.left_out = self.left_out, 0
+        if left_out:
+            self._say(self._summary, left_out)
 
 
 def _open(path: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mailerq.errors import MessageError, QueueError
+from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.mail import headers, incoming
 from mailerq.message import Message
 from mailerq.plugins import Connection, Reject
@@ -60,6 +60,7 @@ async def take(
         hostname=machine.settings.hostname,
         now=shared.clock(),
         next_id=shared.plugins.message_id,
+        outbox=shared.config.rabbitmq_outbox,
     )
     if reception is None:
         return _all(smtp.TOO_MANY_HOPS, machine)
@@ -97,9 +98,12 @@ async def _publish(
             await shared.queues.publish(publications)
     except (MessageError, QueueError) as error:
         shared.counters.queue_errors += 1
-        log.error("a mail from %s was not taken: %s", client.remote[0], error)
-        outcomes = [smtp.QUEUE_UNAVAILABLE if isinstance(one, str) else one for one in outcomes]
+        shared.say_untaken("a mail from %s was not taken: %s", client.remote[0], error)
+        reply = smtp.NO_MEMORY if isinstance(error, QueueFull) else smtp.QUEUE_UNAVAILABLE
+        outcomes = [reply if isinstance(one, str) else one for one in outcomes]
         publications.clear()
+    else:
+        shared.say_untaken.flush_late()
     shared.counters.messages += sum(isinstance(outcome, str) for outcome in outcomes)
     if shared.received_log is not None:
         for publication in publications:

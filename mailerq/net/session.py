@@ -33,6 +33,7 @@ from mailerq.net.stream import Stream, StreamLost
 from mailerq.net.watch import Bounds
 from mailerq.net.worker import Worker
 from mailerq.plugins import NOTHING, Reject
+from mailerq.queues.medium import NO_SPACE
 from mailerq.rules.access import is_loopback
 from mailerq.wire import proxy, server, smtp
 from mailerq.wire.smtp import Reply
@@ -568,8 +569,12 @@ class Session:
         assert spool is not None, "within a mail"
         body = event.body
         if spool.failed is not None:
-            log.error("a mail from %s was not taken: %s", self._client.remote[0], spool.failed)
-            replies = [smtp.NO_MEMORY] * (len(machine.rcpts) if machine.settings.lmtp else 1)
+            shared.say_untaken(
+                "a mail from %s was not taken: %s", self._client.remote[0], spool.failed
+            )
+            full = spool.failed.errno in NO_SPACE
+            reply = smtp.NO_MEMORY if full else smtp.QUEUE_UNAVAILABLE
+            replies = [reply] * (len(machine.rcpts) if machine.settings.lmtp else 1)
         elif isinstance(body, bytes):
             spool.close()
             replies = await self._take(body)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
@@ -14,7 +16,7 @@ from mailerq.config import Config
 from mailerq.net.addresses import LocalAddresses
 from mailerq.net.auth import Authenticator
 from mailerq.net.clients import Clients
-from mailerq.net.logs import LogFile
+from mailerq.net.logs import LogFile, Ration
 from mailerq.net.memory import Memory
 from mailerq.net.slots import Slots
 from mailerq.net.tls import Handshakes
@@ -27,6 +29,8 @@ from mailerq.wire.server import Settings
 from mailerq.wire.smtp import Reply
 
 __all__ = ["Counters", "Server"]
+
+log = logging.getLogger("mailerq.server")
 
 LOADERS: Final = 4
 """Mails of a worker that are read from their files at a time."""
@@ -78,6 +82,10 @@ class Server:
     refused_log: LogFile | None = None
     clock: Callable[[], float] = time.time
     counters: Counters = field(default_factory=Counters)
+    say_untaken: Ration = field(
+        default_factory=partial(Ration, log.error, 1, "and %d mails more were not taken")
+    )
+    """A full disk must not fill the log as well."""
     loaders: dict[Worker, trio.CapacityLimiter] = field(default_factory=dict)
 
     def admit(self, client: str) -> Reply | None:

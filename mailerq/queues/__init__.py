@@ -1,6 +1,7 @@
 """Queues: one interface, and the backends that implement it."""
 
 from mailerq.queues.interface import (
+    DAMAGED_QUEUE,
     Consumer,
     Depth,
     Entry,
@@ -10,4 +11,13 @@ from mailerq.queues.interface import (
     Settlement,
 )
 
-__all__ = ["Consumer", "Depth", "Entry", "Lease", "Publication", "Queues", "Settlement"]
+__all__ = [
+    "DAMAGED_QUEUE",
+    "Consumer",
+    "Depth",
+    "Entry",
+    "Lease",
+    "Publication",
+    "Queues",
+    "Settlement",
+]

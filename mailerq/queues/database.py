@@ -31,9 +31,9 @@ from typing import Any, Final, Self
 
 import apsw
 
-from mailerq.errors import QueueDamaged, QueueError
+from mailerq.errors import QueueDamaged, QueueError, QueueFull
 from mailerq.queues.interface import Depth, Entry
-from mailerq.queues.medium import room, unreadable
+from mailerq.queues.medium import NO_SPACE, room, unreadable
 from mailerq.queues.records import Row, aside, check
 
 __all__ = [
@@ -151,8 +151,8 @@ def translate(error: Exception, path: str) -> QueueError:
     text = f"{path}: {error}" + (f" ({name})" if isinstance(name, str) else "")
     if isinstance(error, apsw.CorruptError | apsw.NotADBError):
         return QueueDamaged(f"{text}: the queue file is damaged, a restart salvages it")
-    if isinstance(error, apsw.FullError):
-        return QueueError(f"{text}: no space left for the queue")
+    if isinstance(error, apsw.FullError) or getattr(error, "errno", None) in NO_SPACE:
+        return QueueFull(f"{text}: no space left for the queue")
     if isinstance(error, apsw.BusyError):
         return QueueError(f"{text}: another process holds the queue for too long")
     return QueueError(text)
@@ -230,6 +230,7 @@ class Reader:
     def failed(self, error: Exception) -> QueueError:
         """Undo what is open after an error and hand back the error to raise."""
         connection = self._connection
+        system_errno = 0 if connection is None else connection.system_errno
         if connection is not None:
             try:
                 if connection.in_transaction:
@@ -239,6 +240,9 @@ class Reader:
             else:
                 if not isinstance(error, apsw.BusyError | apsw.FullError):
                     self.close()
+        if isinstance(error, apsw.IOError | apsw.CantOpenError) and system_errno in NO_SPACE:
+            # SQLite knows a full disk where it writes, and not in all other places, nor a quota.
+            error = OSError(system_errno, os.strerror(system_errno))
         problem = translate(error, self.path)
         return self._doubt(problem) if isinstance(problem, QueueDamaged) else problem
 

@@ -21,10 +21,13 @@ Guarantees
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Self
+from functools import partial
+from typing import Any, Final, Self
 
 import trio
 
@@ -44,10 +47,15 @@ from mailerq.queues.interface import (
     Settlement,
 )
 from mailerq.queues.records import Insert, Retry, prepare
-from mailerq.queues.store import Store
+from mailerq.queues.store import Bounds, Store
 from mailerq.queues.writer import Request, Writer
 
 __all__ = ["EmbeddedQueues"]
+
+logger = logging.getLogger("mailerq.queues")
+
+SAY_SECONDS: Final = 3600.0
+"""How often at most the log says that documents beyond the bounds of a queue were removed."""
 
 
 class EmbeddedQueues(Queues):
@@ -67,13 +75,20 @@ class EmbeddedQueues(Queues):
     'a@b.test'
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Store, clock: Callable[[], float], bounds: Sequence[Bounds] = ()
+    ) -> None:
         self._store = store
         self._feeds = Feeds(store.path, clock)
+        self._bounds = [each for each in bounds if each.messages or each.seconds]
+        self._trimmed = self._trimmed_before = 0
+        self._said = -math.inf  # when the log said last that something was, by time.monotonic
         self._closed = False
         self._writer = Writer(store, self._feeds)
         self._gatherers: dict[trio.lowlevel.TrioToken, Gatherer] = {}
-        self._fetcher = Fetcher(store.path, self._feeds, self._writer.put, store.set_back)
+        self._fetcher = Fetcher(
+            store.path, self._feeds, self._writer.put, store.set_back, self._trim
+        )
 
     @classmethod
     @asynccontextmanager
@@ -83,15 +98,17 @@ class EmbeddedQueues(Queues):
         *,
         exclusive: bool = True,
         clock: Callable[[], float] = time.time,
+        bounds: Sequence[Bounds] = (),
     ) -> AsyncIterator[Self]:
         """Open the queues of a directory, which is made if missing; raises `QueueError`.
 
         `exclusive` refuses a directory that another process has opened so, checks the file,
-        and salvages a damaged one. `clock` is the wall clock, in seconds since 1970.
+        and salvages a damaged one. `clock` is the wall clock, in seconds since 1970. What is
+        beyond `bounds` is deleted once a minute.
         """
         opener = open_exclusive if exclusive else open_shared
         store = await trio.to_thread.run_sync(opener, directory)
-        queues = cls(store, clock)
+        queues = cls(store, clock, bounds)
         try:
             yield queues
         finally:
@@ -122,6 +139,9 @@ class EmbeddedQueues(Queues):
         now = self._feeds.clock()
         inserts = [prepare(publication, now) for publication in publications]
         await self._hand_over(Request(inserts))
+
+    def check(self, publication: Publication) -> None:
+        prepare(publication, 0.0)
 
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -218,13 +238,32 @@ class EmbeddedQueues(Queues):
         return await trio.to_thread.run_sync(look)
 
     async def purge(self, queue: str) -> int:
-        def held() -> list[int]:
-            with self._feeds.lock:
-                feed = self._feeds.get(queue)
-                return [] if feed is None else list(feed.held)
-
         await trio.lowlevel.checkpoint_if_cancelled()
-        return await self._hand_over(Request(work=self._store.purge_steps(queue, held)))
+        steps = self._store.purge_steps(queue, partial(self._held, queue))
+        return await self._hand_over(Request(work=steps))
+
+    def _held(self, queue: str) -> list[int]:
+        with self._feeds.lock:
+            feed = self._feeds.get(queue)
+            return [] if feed is None else list(feed.held)
+
+    def _trim(self) -> Iterator[int]:
+        """Keep queues in their bounds, some rows a commit; on the writer's thread."""
+        for bounds in self._bounds:
+            queue = bounds.queue
+            now = self._feeds.now()
+            for count in self._store.trim_steps(bounds, now, partial(self._held, queue)):
+                self._trimmed += count
+                yield count
+            new = self._trimmed - self._trimmed_before
+            if new and time.monotonic() >= self._said + SAY_SECONDS:
+                self._said, self._trimmed_before = time.monotonic(), self._trimmed
+                logger.warning(
+                    "queue %s is full: its %d oldest documents were removed; it keeps %s",
+                    queue,
+                    new,
+                    _describe(bounds),
+                )
 
     def wake(self) -> None:
         with self._feeds.lock:
@@ -234,4 +273,20 @@ class EmbeddedQueues(Queues):
     def statistics(self) -> dict[str, Any]:
         with self._feeds.lock:
             leased = {queue: len(feed.held) for queue, feed in self._feeds.feeds.items()}
-        return {**self._writer.statistics(), **self._fetcher.statistics(), "leased": leased}
+        return {
+            **self._writer.statistics(),
+            **self._fetcher.statistics(),
+            "trimmed": self._trimmed,
+            "leased": leased,
+        }
+
+
+def _describe(bounds: Bounds) -> str:
+    return " and ".join(
+        text
+        for value, text in (
+            (bounds.messages, f"{bounds.messages} of them"),
+            (bounds.seconds, f"each for {bounds.seconds:.0f} seconds"),
+        )
+        if value
+    )

@@ -32,6 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
@@ -228,14 +229,16 @@ class EmbeddedConsumer(Consumer):
         if lease is not None:
             return lease
         task = trio.lowlevel.current_task()
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self.waiting.pop(task, None)
-            return trio.lowlevel.Abort.SUCCEEDED
-
         self.waiting[task] = None
-        found: Lease = await trio.lowlevel.wait_task_rescheduled(abort)
+        # No function in here: compiled, it and what it sees of ours are a cycle, in which the
+        # message that is found would stay until Python looks for those.
+        found: Lease = await trio.lowlevel.wait_task_rescheduled(partial(self._leave, task))
         return found
+
+    def _leave(self, task: trio.lowlevel.Task, _: object) -> trio.lowlevel.Abort:
+        """A task that waits is cancelled."""
+        self.waiting.pop(task, None)
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 @dataclass(slots=True, frozen=True, eq=False)

@@ -10,7 +10,8 @@ read for again when it could take a quarter of that, or after a rest.
 While a consumer is open the thread looks at the clock at least once a second: whether
 something became due by the wall clock, whether another process has changed the file, and
 whether the clock was set back. Then due times are set back with it, or mail that nobody
-delayed would wait for an hour.
+delayed would wait for an hour. Once a minute it has the writer delete what is beyond the bounds
+of a queue.
 
 A record that does not prove itself is moved to the queue ``damaged``, with the reason, by the
 writer, and reading goes on.
@@ -19,6 +20,7 @@ writer, and reading goes on.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +31,8 @@ from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues.database import Reader, translate
 from mailerq.queues.feed import EmbeddedConsumer, Feed, Feeds, HeldLease, Position, Read
-from mailerq.queues.records import DAMAGED_QUEUE, Row, aside, check, prepare
+from mailerq.queues.interface import DAMAGED_QUEUE
+from mailerq.queues.records import Row, aside, check, prepare
 from mailerq.queues.writer import Request
 
 __all__ = ["Fetcher"]
@@ -41,6 +44,9 @@ POLL_SECONDS: Final = 1.0
 
 READ_BYTES: Final = 16 << 20
 """Bytes of messages that one read brings into memory; one message is always allowed."""
+
+TRIM_SECONDS: Final = 60.0
+"""How often what is beyond the bounds of a queue is deleted."""
 
 BACKWARD_MS: Final = 1_000
 """What the clock may lose without anybody caring."""
@@ -55,11 +61,14 @@ class Fetcher:
         feeds: Feeds,
         write: Callable[[Request], None],
         set_back: Callable[[int, int], Iterator[int]],
+        trim: Callable[[], Iterator[int]],
     ) -> None:
         self._reader = Reader(path)
         self._feeds = feeds
         self._write = write
         self._set_back = set_back
+        self._trim = trim
+        self._trimmed = -math.inf
         self._version = -1
         self._latest = 0
         self._failed = False
@@ -119,6 +128,9 @@ class Fetcher:
             self._latest = now
             self._version = -1
         self._latest = max(self._latest, now)
+        if time.monotonic() >= self._trimmed + TRIM_SECONDS:
+            self._trimmed = time.monotonic()
+            self._write(Request(work=self._trim()))
         with feeds.lock:
             if not any(feed.credit() for feed in feeds.feeds.values()):
                 return

@@ -21,13 +21,25 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from mailerq.message import Message
 
-__all__ = ["Consumer", "Depth", "Entry", "Lease", "Publication", "Queues", "Settlement"]
+__all__ = [
+    "DAMAGED_QUEUE",
+    "Consumer",
+    "Depth",
+    "Entry",
+    "Lease",
+    "Publication",
+    "Queues",
+    "Settlement",
+]
+
+DAMAGED_QUEUE: Final = "damaged"
+"""Where messages are set aside, with a reason, that cannot be used; nothing is deleted there."""
 
 
 class Publication(msgspec.Struct, frozen=True):
@@ -104,6 +116,10 @@ class Queues(ABC):
         their properties, because a consumer may get the very same dict. `MessageError`
         names what of a message cannot be stored, or that the queue cannot have that name.
         """
+
+    @abstractmethod
+    def check(self, publication: Publication) -> None:
+        """Raise `MessageError` for what `publish` and `ack` would refuse for its own sake."""
 
     @abstractmethod
     async def ack(self, settlements: Sequence[Settlement]) -> None:

@@ -11,6 +11,7 @@ new due time and keeps its old properties, because results of many attempts woul
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from typing import Final
 
 import apsw
 
-__all__ = ["Room", "room", "unreadable"]
+__all__ = ["NO_SPACE", "Room", "room", "unreadable"]
+
+NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+"""What the system calls a disk that is full."""
 
 BLOCK_BYTES: Final = 1 << 16
 

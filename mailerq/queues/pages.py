@@ -77,6 +77,12 @@ class Pages:
         self.log_problem: str | None = None
         self.count = -(-_size(self._file) // self.page_size)
         self._read_log(believed)
+        size = _size(self._file)
+        pages = max(_count_in(header) if self.sound_header else 0, self.count)
+        there = -(-size // self.page_size)
+        elsewhere = sum(there < number <= pages for number in self._frames)
+        self.missing = max((pages - elsewhere) * self.page_size - size, 0)
+        """Bytes at the end of the file that are not there."""
 
     def close(self) -> None:
         for file in (self._file, self._log):
@@ -305,6 +311,12 @@ def record(payload: bytes | None) -> list[Any] | None:
                     value = data.decode()
         values.append(value)
     return values if place == len(payload) else None
+
+
+def _count_in(header: bytes) -> int:
+    """How many pages a file has by its header, or 0: what old programs wrote there is void."""
+    is_valid = header[24:28] == header[92:96]
+    return int.from_bytes(header[28:32], "big") if is_valid else 0
 
 
 def is_log_head(head: bytes) -> bool:

@@ -14,12 +14,18 @@ from zlib import crc32
 
 import msgspec
 
+from mailerq.address import queue_problem
 from mailerq.errors import MessageError
-from mailerq.message import Message, decode_properties, encode_properties
-from mailerq.queues.interface import Publication
+from mailerq.message import (
+    LAST_SECOND,
+    Message,
+    check_nesting,
+    decode_properties,
+    encode_properties,
+)
+from mailerq.queues.interface import DAMAGED_QUEUE, Publication
 
 __all__ = [
-    "DAMAGED_QUEUE",
     "Batch",
     "Insert",
     "Retry",
@@ -32,12 +38,9 @@ __all__ = [
     "share",
 ]
 
-DAMAGED_QUEUE: Final = "damaged"
-
 SHARED_SIZE: Final = 1024
 """Bytes from which on a body with several users is stored once."""
 
-MAX_NAME: Final = 255
 MAX_SIZE: Final = 999_000_000
 """Bytes of one body or of one message's properties: SQLite's own limit, less a row's rest."""
 
@@ -97,18 +100,17 @@ def prepare(publication: Publication, now: float) -> Insert:
     """Encode and check a publication; `MessageError` says what of it no file can hold."""
     queue = publication.queue
     message = publication.message
+    if (problem := queue_problem(queue)) is not None:
+        raise MessageError(f"the queue name {ascii(queue)[:80]} {problem}")
     try:
-        if not 0 < len(queue.encode()) <= MAX_NAME or "\0" in queue:
-            raise MessageError(f"queue name {queue!r}: expected 1 to {MAX_NAME} bytes, no NUL")
         properties = encode_properties(message.properties)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, MessageError):
-            raise
         raise MessageError(f"not to be written as JSON: {error}") from None
+    check_nesting(message.properties, properties)
     body = message.body
     if len(properties) > MAX_SIZE or (body is not None and len(body) > MAX_SIZE):
         raise MessageError(f"larger than {MAX_SIZE} bytes")
-    due = now if publication.due is None else min(max(publication.due, 0.0), 1e12)
+    due = now if publication.due is None else min(max(0.0, publication.due), LAST_SECOND)
     return Insert(message, queue, int(due * 1000), properties, body)
 
 

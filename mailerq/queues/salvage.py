@@ -52,6 +52,7 @@ import apsw
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues.database import MARK_SUFFIX, PAGE_SIZE, ROW, connect, translate
+from mailerq.queues.interface import DAMAGED_QUEUE
 from mailerq.queues.medium import unreadable
 from mailerq.queues.pages import (
     FRAME_HEADER,
@@ -124,11 +125,30 @@ class Log(NamedTuple):
 
 @dataclass(slots=True, frozen=True)
 class Salvaged:
-    """What came of a damaged file: `lost` messages are known to have been in it."""
+    """What came of a damaged file: `lost` messages are known to have been in it.
+
+    There may have been more of these unless `all_known`. `missing` bytes of the file are not there.
+    """
 
     messages: int
     damaged: int
     lost: int
+    all_known: bool
+    missing: int
+
+    def __str__(self) -> str:
+        lost = f"{self.lost} could not be read"
+        if not self.all_known:
+            lost = (
+                f"at least {self.lost} are lost, and it cannot be told how many, for the index"
+                " of them is damaged as well"
+            )
+        if self.missing:
+            lost += f"; the last {self.missing} bytes of the file are missing"
+        return (
+            f"salvaged {self.messages} messages; {self.damaged} damaged ones are in the queue "
+            f"{DAMAGED_QUEUE!r}; {lost}"
+        )
 
 
 def recover(path: str) -> None:
@@ -169,14 +189,7 @@ def _renew(path: str, damage: str) -> None:
     found = salvage(path, path + UNFINISHED)
     os.rename(path + UNFINISHED, path + FINISHED)
     kept = _replace(path)
-    logger.critical(
-        "salvaged %d messages; %d damaged ones are in the queue 'damaged'; %d could not be "
-        "read; the damaged file was kept as %s",
-        found.messages,
-        found.damaged,
-        found.lost,
-        kept,
-    )
+    logger.critical("%s; the damaged file was kept as %s", found, kept)
 
 
 def _replace(path: str) -> str:
@@ -232,6 +245,8 @@ def examine(path: str) -> Finding:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         log = os.path.getsize(path + "-wal") if os.path.exists(path + "-wal") else 0
         if size == 0 and log == 0:
+            if os.path.exists(path):
+                logger.warning("%s is empty, it becomes a new queue; was there mail in it?", path)
             return Finding()
         if size == 0:
             return Finding("the file is gone or empty, its write-ahead log is there")
@@ -495,7 +510,8 @@ class _Salvage:
         self.flush()
         self.number_on(numbers)
         lost = sum(number not in self.set_aside for number in missing)
-        return Salvaged(len(self.saved), self.damaged, lost)
+        all_known = whole or index_whole
+        return Salvaged(len(self.saved), self.damaged, lost, all_known, self.pages.missing)
 
     def take_in(self) -> int:
         """Add the messages that only a commit at the end of the log has, in one commit; how many.

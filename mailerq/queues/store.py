@@ -23,12 +23,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 from zlib import crc32
 
 import apsw
 
-from mailerq.errors import QueueError
+from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.queues.database import (
     APPLICATION_ID,
     BUSY_TIMEOUT_MS,
@@ -47,7 +47,7 @@ from mailerq.queues.medium import Room, room
 from mailerq.queues.records import Batch, Insert, Retry, checksum, prepare, share
 from mailerq.queues.shares import first_number
 
-__all__ = ["FILE_NAME", "Store", "lock_directory"]
+__all__ = ["FILE_NAME", "Bounds", "Store", "lock_directory"]
 
 FILE_NAME: Final = "queue.db"
 
@@ -62,6 +62,18 @@ NO_ROW: Final = (None,) * 7
 
 WORK_ROWS: Final = 2_000
 """Rows that one commit of a purge deletes: others are let in between."""
+
+
+LAST: Final = (2**63 - 1, 2**63 - 1)
+"""A due time and a number behind those of all messages."""
+
+
+class Bounds(NamedTuple):
+    """How many messages of a queue are kept, and for how many seconds; 0: no limit."""
+
+    queue: str
+    messages: int
+    seconds: float
 
 
 @functools.cache
@@ -181,9 +193,9 @@ class Store(Reader):
             raise self.failed(error) from error
         return replace(found, free=found.free + pages * PAGE_SIZE)
 
-    def no_room(self, found: Room) -> QueueError:
+    def no_room(self, found: Room) -> QueueFull:
         """The error to raise when the disk has no room for new mail."""
-        return QueueError(
+        return QueueFull(
             f"{self.path}: no space left for the queue: {found.free} bytes are free, and "
             f"{found.reserve} of them are kept for the mail in it"
         )
@@ -198,8 +210,37 @@ class Store(Reader):
 
     def purge_steps(self, queue: str, held: Callable[[], Iterable[int]]) -> Iterator[int]:
         """Delete a queue, some rows a commit; `held` says before each what must stay."""
+        return self._delete_up_to(queue, LAST, held)
+
+    def trim_steps(
+        self, bounds: Bounds, now: int, held: Callable[[], Iterable[int]]
+    ) -> Iterator[int]:
+        """Delete what is beyond the bounds of a queue, oldest due first; see `purge_steps`.
+
+        It looks along the index once, so it is for now and then, not for each message.
+        """
+        end = (-1, -1)
+        if bounds.seconds:
+            end = (now - int(bounds.seconds * 1000), LAST[1])
+        if bounds.messages:
+            try:
+                for due, number in self.connection.execute(
+                    "SELECT due, id FROM message INDEXED BY message_due WHERE queue = ? "
+                    "ORDER BY due DESC, id DESC LIMIT 1 OFFSET ?",
+                    (bounds.queue, bounds.messages),
+                ):
+                    end = max(end, (due, number))
+            except apsw.Error as error:
+                raise self.failed(error) from error
+        yield from self._delete_up_to(bounds.queue, end, held)
+
+    def _delete_up_to(
+        self, queue: str, end: tuple[int, int], held: Callable[[], Iterable[int]]
+    ) -> Iterator[int]:
         last = (-1, -1)
-        while found := self._find("queue = ? AND (due, id) > (?, ?)", (queue, *last)):
+        while found := self._find(
+            "queue = ? AND (due, id) > (?, ?) AND (due, id) <= (?, ?)", (queue, *last, *end)
+        ):
             last = found[-1]
             numbers = {number for _, number in found}
             yield self._change(
@@ -265,7 +306,10 @@ class Store(Reader):
             self._next += 1
 
     def write(self, batch: Batch) -> None:
-        """Commit a batch whose inserts have their numbers. Raises `QueueError`."""
+        """Commit a batch whose inserts have their numbers.
+
+        Raises `QueueError`, and `MessageError` for what no file can hold.
+        """
         connection = self._writable()
         shared = share(batch.inserts)
         large: list[tuple[tuple[Any, ...], bytes]] = []
@@ -293,6 +337,9 @@ class Store(Reader):
             for retry in batch.retries:
                 self._retry(connection, retry, batch.tight)
             connection.execute("COMMIT")
+        except apsw.TooBigError as error:
+            self.failed(error)
+            raise MessageError(f"a document is too large for the queue file: {error}") from error
         except apsw.Error as error:
             raise self.failed(error) from error
         except Exception as error:

@@ -16,7 +16,8 @@ cdef class Writer:
     cpdef statistics(self)
     cpdef _reserve(self, inserts, reserved)
     cpdef _hand_out(self, group, reserved, notify)
-    cpdef _undo(self, group, reserved, problem)
+    cpdef _withdraw(self, reserved)
+    cpdef _refuse(self, group, problem)
     cpdef _work(self, works)
 
 

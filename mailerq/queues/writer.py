@@ -16,7 +16,8 @@ A purge is cut into many commits, and groups of other requests go between them.
 Guarantees
 ----------
 - A task that has handed over a request is woken exactly once, whatever happens.
-- After an error nothing of the group is in the file, and the leases are as they were.
+- After an error nothing of the group is in the file, and the leases are as they were. An error
+  that is about one request, and not about the disk, leaves the others of its group alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import msgspec
 import outcome
 import trio
 
-from mailerq.errors import QueueDamaged, QueueError
+from mailerq.errors import MailerqError, MessageError, QueueDamaged, QueueError
 from mailerq.message import Message, decode_properties
 from mailerq.queues.database import translate
 from mailerq.queues.feed import EmbeddedConsumer, Feed, Feeds, HeldLease
@@ -179,10 +180,19 @@ class Writer:
             self._store.number(inserts)
             self._reserve(inserts, reserved)
             self._store.write(batch)
+        except (TypeError, ValueError, OverflowError) as error:
+            self._withdraw(reserved)
+            if len(group) > 1:
+                # One of them is to blame, and the others have nothing to do with it.
+                for request in group:
+                    self._commit([request])
+                return
+            self._refuse(group, MessageError(f"the queue file cannot hold it: {error}"))
         except Exception as error:
             if not isinstance(error, QueueError):
                 logger.exception("an error in the writer of the queue")
-            self._undo(group, reserved, translate(error, self._store.path))
+            self._withdraw(reserved)
+            self._refuse(group, translate(error, self._store.path))
         else:
             try:
                 self._hand_out(group, reserved, notify)
@@ -275,16 +285,19 @@ class Writer:
                 feeds.tidy(feed)
                 feeds.set_alarm(feed, now)
 
-    def _undo(
-        self, group: Sequence[Request], reserved: dict[int, HeldLease], problem: QueueError
-    ) -> None:
-        """A group failed: nothing was published, and what was leased still is."""
+    def _withdraw(self, reserved: dict[int, HeldLease]) -> None:
+        """A group failed: what it would have published goes to no consumer."""
         feeds = self._feeds
         with feeds.lock:
             for lease in reserved.values():
                 if (feed := feeds.get(lease.queue)) is not None:
                     feed.drop(lease)
                     feeds.tidy(feed)
+
+    def _refuse(self, group: Sequence[Request], problem: MailerqError) -> None:
+        """Tell the tasks of a group that failed; what was leased still is."""
+        feeds = self._feeds
+        with feeds.lock:
             for request in group:
                 request.problem = type(problem)(str(problem))
                 for lease in request.leases:
@@ -336,7 +349,8 @@ def _wake_here(
     """Wake the tasks of one loop, on that loop."""
     for request in requests:
         assert request.task is not None
-        problem = request.problem
+        # Not to be kept: where it is raised, the request is known, and they would be a cycle.
+        problem, request.problem = request.problem, None
         result = outcome.Value(request.rows) if problem is None else outcome.Error(problem)
         trio.lowlevel.reschedule(request.task, result)
     for consumer in consumers:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from mailerq.errors import MessageError
-from mailerq.message import parse_time
+from mailerq.message import is_delays, parse_time
 
 __all__ = ["expires_at", "next_attempt", "not_before"]
 
@@ -62,11 +62,13 @@ def next_attempt(
     >>> next_attempt({}, attempt=7, now=0, expires=15, intervals=(10, 20), max_attempts=0)
     """
     limit = properties.get("maxattempts")
-    if limit is None:
+    if not isinstance(limit, int):
         limit = max_attempts
     if 0 < limit <= attempt:
         return None
-    delays = properties.get("retries") or intervals
+    delays = properties.get("retries")
+    if not delays or not is_delays(delays):
+        delays = intervals
     due = now + max(delays[min(attempt, len(delays)) - 1], MIN_DELAY)
     return due if due <= expires else None
 

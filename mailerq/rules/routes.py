@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mailerq.address import parse_host
+from mailerq.address import parse_host, queue_problem
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.wire.framing import has_bare_newline
@@ -19,6 +19,7 @@ __all__ = [
     "choose_local_ip",
     "count_hops",
     "has_ascii_header",
+    "loop_problem",
     "reception_queue",
     "result_queues",
     "route_of",
@@ -92,23 +93,41 @@ def choose_local_ip(properties: Mapping[str, Any]) -> str | None:
 
 
 def result_queues(
-    properties: Mapping[str, Any], configured: Mapping[str, str], *kinds: str
+    properties: Mapping[str, Any], configured: Mapping[str, str], *kinds: str, outbox: str
 ) -> list[str]:
-    """The queues that a result of these kinds goes to.
+    """The queues that a result of these kinds goes to, of which `outbox` is never one.
 
     A kind that the message's ``queues`` does not mention goes to the configured queue; one
     that it says null or nothing for goes nowhere.
 
     >>> result_queues({"queues": {"success": None}}, {"results": "r", "success": "s"},
-    ...     "results", "success")
+    ...     "results", "success", outbox="o")
     ['r']
     """
     names: Mapping[str, Any] = configured
     own = properties.get("queues")
     if isinstance(own, dict):
-        # What has a wrong type makes a message fail, and then must not hide its result.
-        names = {**configured, **{k: v for k, v in own.items() if v is None or type(v) is str}}
-    return [name for kind in kinds if (name := names.get(kind))]
+        # What cannot be used makes a message fail, and then must not hide its result.
+        names = {**configured, **{k: v for k, v in own.items() if _is_usable(v, outbox)}}
+    return [name for kind in kinds if (name := names.get(kind)) and name != outbox]
+
+
+def _is_usable(name: object, outbox: str) -> bool:
+    """Whether a message may have its results go to that queue, or to none."""
+    if name is None or name == "":
+        return True
+    return isinstance(name, str) and name != outbox and queue_problem(name) is None
+
+
+def loop_problem(properties: Mapping[str, Any], outbox: str) -> str | None:
+    """Say which result queue of a message is the outbox, or None.
+
+    What goes there is delivered: the message would go round and round, or to its recipient twice.
+    """
+    queues = properties.get("queues")
+    if isinstance(queues, dict) and outbox in queues.values():
+        return f"property queues: {outbox} is the outbox, where a result would be sent as mail"
+    return None
 
 
 def reception_queue(config: Config, *, local: bool) -> str:

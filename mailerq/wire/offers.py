@@ -18,7 +18,8 @@ class Settings:
     `max_size` is in bytes and announced as SIZE (RFC 1870). `starttls` offers STARTTLS on
     a connection that is not secure. `mechanisms` are those of `sasl.MECHANISMS` that AUTH
     offers, on a connection that is not secure only to a peer that `auth_in_clear` is given
-    for. `lmtp` speaks LMTP (RFC 2033). `extended` offers what our own delivery can carry on.
+    for. `lmtp` speaks LMTP (RFC 2033). `extended` offers what our own delivery can carry on, and
+    `dsn` DSN (RFC 3461), which promises reports.
     `normalize` makes pairs of bare CRs and LFs in a mail instead of refusing it.
     """
 
@@ -29,6 +30,7 @@ class Settings:
     mechanisms: tuple[str, ...] = ()
     lmtp: bool = False
     extended: bool = True
+    dsn: bool = True
     normalize: bool = False
 
 
@@ -49,7 +51,9 @@ def hello_reply(
         lines.append("AUTH " + " ".join(settings.mechanisms))
     lines += ["8BITMIME", "ENHANCEDSTATUSCODES"]
     if settings.extended:
-        lines += ["SMTPUTF8", "CHUNKING", "BINARYMIME", "DSN"]
+        lines += ["SMTPUTF8", "CHUNKING", "BINARYMIME"]
+        if settings.dsn:
+            lines.append("DSN")
         if secure:
             lines.append("REQUIRETLS")
         lines.append(f"LIMITS RCPTMAX={settings.max_recipients}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from mailerq.wire import smtp
@@ -192,15 +193,17 @@ def dsn_parameters(dsn: Mapping[str, object]) -> tuple[str, str]:
 
 
 _BASIC_MAIL_KEYWORDS: Final = frozenset(("SIZE", "BODY"))
-_MAIL_KEYWORDS: Final = _BASIC_MAIL_KEYWORDS | {"BINARYMIME", "SMTPUTF8", "RET", "ENVID", "AUTH"}
-_SECURE_MAIL_KEYWORDS: Final = _MAIL_KEYWORDS | {"REQUIRETLS"}
+_MAIL_KEYWORDS: Final = _BASIC_MAIL_KEYWORDS | {"BINARYMIME", "SMTPUTF8", "AUTH"}
+_DSN_KEYWORDS: Final = frozenset(("RET", "ENVID"))
 
 
-def mail_keywords(*, extended: bool, secure: bool) -> frozenset[str]:
+@lru_cache(maxsize=8)
+def mail_keywords(*, extended: bool, secure: bool, dsn: bool) -> frozenset[str]:
     """What may stand behind the path of MAIL."""
     if not extended:
         return _BASIC_MAIL_KEYWORDS
-    return _SECURE_MAIL_KEYWORDS if secure else _MAIL_KEYWORDS
+    keywords = _MAIL_KEYWORDS | {"REQUIRETLS"} if secure else _MAIL_KEYWORDS
+    return keywords | _DSN_KEYWORDS if dsn else keywords
 
 
 # A quoted local part may hold ">". What each step takes no other one can, so none is tried twice.

@@ -497,7 +497,10 @@ class ServerProtocol:
         try:
             sender = parse_path(split[0], null=True)
             parameters = MailParameters.parse(
-                split[1], mail_keywords(extended=self.settings.extended, secure=self.secure)
+                split[1],
+                mail_keywords(
+                    extended=self.settings.extended, secure=self.secure, dsn=self.settings.dsn
+                ),
             )
         except AddressError:
             return self._fail(smtp.BAD_SENDER)
@@ -522,7 +525,7 @@ class ServerProtocol:
         try:
             recipient = parse_path(split[0], postmaster=True)
             parameters = RcptParameters.parse(
-                split[1], RCPT_KEYWORDS if self.settings.extended else ()
+                split[1], RCPT_KEYWORDS if self.settings.extended and self.settings.dsn else ()
             )
         except AddressError:
             return self._recipient_failed(smtp.BAD_RECIPIENT)

@@ -25,6 +25,7 @@ from mailerq.queues import Publication
 from mailerq.queues.store import Store
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import (
+    BODY,
     Call,
     Daemon,
     Fate,
@@ -80,18 +81,19 @@ async def recovers(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize(
-    ("calls", "error", "partial"),
+    ("calls", "error", "partial", "code"),
     [
-        ([Call.SYNC], errno.EIO, False),
-        ([Call.WRITE], errno.EIO, False),
-        ([Call.WRITE], errno.ENOSPC, True),
-        ([Call.SYNC, Call.OPEN], errno.ENFILE, False),
-        ([Call.WRITE, Call.READ], errno.EIO, False),
+        ([Call.SYNC], errno.EIO, False, 451),
+        ([Call.WRITE], errno.EIO, False, 451),
+        ([Call.WRITE], errno.ENOSPC, True, 452),
+        ([Call.WRITE], errno.EDQUOT, False, 452),
+        ([Call.SYNC, Call.OPEN], errno.ENFILE, False, 451),
+        ([Call.WRITE, Call.READ], errno.EIO, False, 451),
     ],
-    ids=["sync", "write", "full", "files", "read"],
+    ids=["sync", "write", "full", "quota", "files", "read"],
 )
 async def test_what_fails_is_refused_until_it_does_not(
-    tmp_path: Path, calls: list[Call], error: int, partial: bool
+    tmp_path: Path, calls: list[Call], error: int, partial: bool, code: int
 ) -> None:
     ledger = Ledger()
     with open_faults(tmp_path) as faults:
@@ -108,9 +110,11 @@ async def test_what_fails_is_refused_until_it_does_not(
                 faults.clear()
                 await recovers(ledger)
             await account(running, sink, ledger)
+            assert 0 < running.log.count("was not taken") <= 2  # one a minute
     during = [one for one in ledger.entries.values() if began < one.sent and one.replied < ended]
     refused = [one for one in during if one.fate is Fate.REFUSED]
     assert len(refused) >= SESSIONS
+    assert {one.code for one in refused} == {code}
     assert {one.code // 100 for one in ledger.entries.values()} <= {0, 2, 4}
     assert [one for one in during if one.fate is Fate.ACCEPTED] == []
 
@@ -215,3 +219,95 @@ async def test_a_disk_that_somebody_else_fills(tmp_path: Path) -> None:
                 ballast.unlink()
                 await recovers(ledger)
             await account(running, sink, ledger)
+
+
+class BreakableDisk:
+    """A file system of its own, which the kernel makes read-only when it finds an error in it."""
+
+    def __init__(self, image: Path, path: Path) -> None:
+        self._image = image
+        self._path = path
+        path.mkdir()
+        with image.open("wb") as file:
+            file.truncate(64 << 20)
+        self._run("mkfs.ext4", "-q", str(image))
+        self.mount()
+
+    def _run(self, *command: str) -> None:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            pytest.skip(f"no file system can be made here: {error}")
+        if done.returncode:
+            pytest.skip(f"{command[0]}: {done.stderr.strip()}")
+
+    def mount(self) -> None:
+        options = ["-o", "loop,errors=remount-ro", str(self._image), str(self._path)]
+        self._run("mount", "-t", "ext4", *options)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", str(self._path)], check=True)
+
+    def breaks(self) -> None:
+        device = os.stat(self._path).st_dev
+        name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
+        trigger = Path(f"/sys/fs/ext4/{name}/trigger_fs_error")
+        try:
+            trigger.write_text("1")
+        except OSError as error:
+            pytest.skip(f"no file system can be broken here: {error}")
+
+    def repair(self) -> None:
+        self.unmount()
+        subprocess.run(["e2fsck", "-fy", str(self._image)], capture_output=True, check=False)
+        self.mount()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_a_stop_on_a_disk_that_is_read_only_now_is_a_stop(
+    tmp_path: Path, processes: int
+) -> None:
+    """Nothing can be written any more, not even that the socket and the lock file are gone."""
+    ledger = Ledger()
+    disk = BreakableDisk(tmp_path / "image", tmp_path / "queue")
+    switches = (f"--smtp-processes={processes}", f"--lock={tmp_path / 'queue' / 'pid'}")
+    more = (*switches, "--shutdown-timeout=2")
+    try:
+        async with open_sink() as sink:
+            async with daemon(tmp_path, sink.port, *more) as running:
+                async with under_load(running, ledger, BODY):
+                    disk.breaks()
+                    began = time.monotonic()
+                    await until(lambda: ledger.count(Fate.REFUSED, began) >= SESSIONS)
+                assert await running.stop() == 0
+                assert "Traceback" not in running.log
+                assert running.log.rstrip().endswith("stopped")
+            disk.repair()
+            async with daemon(tmp_path, sink.port, *more) as running:
+                await all_arrive(sink, ledger.accepted)
+                assert await running.stop() == 0
+            # What was refused at that moment may have been written all the same.
+            assert ledger.accepted <= set(arrivals(sink))
+    finally:
+        disk.unmount()
+
+
+async def test_a_stop_on_a_full_disk_is_a_stop(tmp_path: Path) -> None:
+    ledger = Ledger()
+    with small_disk(tmp_path / "queue", "32m"):
+        ballast = tmp_path / "queue" / "ballast"
+        async with open_sink() as sink:
+            async with daemon(tmp_path, sink.port, "--shutdown-timeout=2") as running:
+                async with under_load(running, ledger):
+                    with contextlib.suppress(OSError), ballast.open("wb") as file:
+                        while True:
+                            file.write(bytes(4096))
+                    began = time.monotonic()
+                    await until(lambda: ledger.count(Fate.REFUSED, began) >= SESSIONS)
+                assert await running.stop() == 0
+                assert "Traceback" not in running.log
+            ballast.unlink()
+            async with daemon(tmp_path, sink.port) as running:
+                await all_arrive(sink, ledger.accepted)
+                assert await running.stop() == 0
+            ledger.check(arrivals(sink), may_be_twice=ledger.accepted)

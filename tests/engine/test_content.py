@@ -422,7 +422,7 @@ async def test_lmtp_says_for_each_recipient_that_the_queue_is_away(
 
 
 async def test_what_was_asked_for_in_parameters_stands_in_the_message(tmp_path: Path) -> None:
-    async with serve(tmp_path) as engine:
+    async with serve(tmp_path, dsn_advertise=True) as engine:
         async with open_dialog(engine.addresses[0]) as dialog:
             assert await dialog.codes(
                 "MAIL FROM:<ä@b.test> SMTPUTF8 BODY=BINARYMIME RET=HDRS ENVID=a+2Bb",
@@ -447,3 +447,19 @@ async def test_what_was_asked_for_in_parameters_stands_in_the_message(tmp_path: 
         assert message.body.endswith(b"\0\n\r\xff")
     assert first.recipient == "ö@d.test"
     assert hashlib.md5(first.body or b"").digest() == hashlib.md5(second.body or b"").digest()
+
+
+async def test_reports_are_not_promised_where_nobody_makes_them(tmp_path: Path) -> None:
+    async with serve(tmp_path) as engine, open_dialog(engine.addresses[0]) as dialog:
+        assert "DSN" not in await dialog.say("EHLO c.test")
+        assert await dialog.codes(
+            "MAIL FROM:<a@b.test> RET=HDRS",
+            "MAIL FROM:<a@b.test> ENVID=x",
+            "MAIL FROM:<a@b.test>",
+            "RCPT TO:<c@d.test> NOTIFY=FAILURE",
+            "RCPT TO:<c@d.test> ORCPT=rfc822;x@y.test",
+            "RCPT TO:<c@d.test>",
+        ) == [555, 555, 250, 555, 555, 250]
+    offers = serve(tmp_path / "two", dsn_advertise=True)
+    async with offers as engine, open_dialog(engine.addresses[0]) as dialog:
+        assert "\n250-DSN\n" in await dialog.say("EHLO c.test")

@@ -89,6 +89,20 @@ async def test_a_handler_that_spoils_a_message_does_not_end_the_session(tmp_path
     assert log.read_text().endswith("<a@b.test> <odd@d.test> [] []\n")
 
 
+@pytest.mark.parametrize("name", ["a" * 256, "a\0b", "\ud800"])
+async def test_a_handler_cannot_name_a_queue_that_cannot_be(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def spoil(connection: object, message: Message) -> None:
+        message.properties["queues"] = {"success": name}
+
+    async with serve(tmp_path) as engine, open_dialog(engine.addresses[0]) as dialog:
+        engine.on("message", spoil)
+        assert (await dialog.mail("c@d.test")).startswith("451")
+        assert await engine.queues.depths() == []
+    assert "property" in caplog.text or "the properties cannot be used" in caplog.text
+
+
 async def test_a_handler_alone_can_know_the_logins(tmp_path: Path) -> None:
     async def check(connection: object, login: str, password: str) -> bool:
         return password == "right"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import smtplib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -13,6 +15,7 @@ import trio
 from mailerq import Engine
 from mailerq.errors import ConfigError, MessageError
 from mailerq.message import Message
+from mailerq.queues import Publication
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.support import closed_port, configure, in_thread, open_sink, send, without_received
@@ -188,7 +191,9 @@ async def test_a_soft_failure_is_tried_again_and_a_hard_one_is_final(tmp_path: P
 async def test_a_message_that_cannot_be_sent_fails_with_the_reason(tmp_path: Path) -> None:
     config = configure(tmp_path, rabbitmq_failure="failure")
     async with Engine(config) as engine:
-        await engine.publish({"envelope": "a@b.test", "recipient": 7, "mime": "x"})
+        # As another program leaves it in the queue file.
+        message = Message({"envelope": "a@b.test", "recipient": 7}, b"x")
+        await engine.queues.publish([Publication("outbox", message)])
         async with engine.consume("failure") as leases:
             with trio.fail_after(10):
                 lease = await leases.receive()
@@ -201,6 +206,49 @@ async def test_what_is_no_message_is_refused(tmp_path: Path) -> None:
         for document in (b"[]", b"{", '{"mime-base64": "?"}'):
             with pytest.raises(MessageError):
                 await engine.publish(document)
+
+
+@pytest.mark.parametrize(
+    ("properties", "words"),
+    [
+        ({"recipient": 7}, "property recipient: expected a string"),
+        ({"queues": {"success": "a" * 256}}, "the name for 'success' is longer than 255 bytes"),
+        ({"queues": {"retry": "outbox"}}, "property queues: outbox is the outbox"),
+        ({"retries": [10**10]}, "property retries: expected an array of seconds"),
+        ({"x": "\ud800"}, "not to be written as JSON"),
+    ],
+)
+async def test_a_document_that_cannot_be_sent_is_refused_at_once(
+    tmp_path: Path, properties: dict[str, Any], words: str
+) -> None:
+    async with Engine(configure(tmp_path)) as engine:
+        document = {"envelope": "a@b.test", "recipient": "c@d.test", "mime": "x", **properties}
+        with pytest.raises(MessageError, match=re.escape(words)):
+            await engine.publish(document)
+        assert await engine.queues.depths() == []
+
+
+async def test_a_field_makes_no_mail_of_a_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = b"x-mq-success-queue: outbox\r\nx-mq-results-queue: " + 300 * b"x" + b"\r\n"
+    async with open_sink() as sink:
+        config = configure(
+            tmp_path,
+            smtp_sink_address="127.0.0.1",
+            smtp_sink_port=sink.port,
+            rabbitmq_success="success",
+        )
+        async with Engine(config) as engine:
+            await send(engine.addresses[0], fields + b"x-mq-keepmime: 1\r\nTo: x\r\n\r\nhi\r\n")
+            async with engine.consume("success") as leases:
+                with trio.fail_after(10):
+                    lease = await leases.receive()
+            assert lease.message.body is not None
+            assert {depth.queue for depth in await engine.queues.depths()} == {"success"}
+    assert len(sink.mails) == 1
+    assert "ignored x-mq-success-queue: is the outbox" in caplog.text
+    assert "ignored x-mq-results-queue: is longer than 255 bytes" in caplog.text
 
 
 async def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ async def test_old_versions_of_tls_are_not_spoken(
 
 
 async def test_smtplib_sends_what_is_not_ascii(tmp_path: Path, certificate: Certificate) -> None:
-    async with serve(tmp_path, **certificate.settings) as engine:
+    async with serve(tmp_path, **certificate.settings, dsn_advertise=True) as engine:
 
         def work() -> None:
             with smtplib.SMTP(*engine.addresses[0]) as client:

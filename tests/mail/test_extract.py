@@ -88,10 +88,13 @@ def test_from_strangers_they_are_taken_out_and_ignored() -> None:
         (b"x-mq-recipient: a@b.test", "is no name for a property"),
         (b"x-mq-mime: x", "is no name for a property"),
         (b"x-mq-: x", "is no name for a property"),
+        (b"x-mq-success-queue: " + 256 * b"x", "is longer than 255 bytes"),
+        (b"x-mq-success-queue: \xe2\x80\xae", "holds control characters"),
+        (b"x-mq-retry-queue: out", "is the outbox, where a result would be sent as mail"),
     ],
 )
 def test_what_cannot_be_used_is_ignored_and_said(field: bytes, reason: str) -> None:
-    properties, mime, ignored = extract(field + b"\r\n" + PLAIN, trusted=True)
+    properties, mime, ignored = extract(field + b"\r\n" + PLAIN, trusted=True, outbox="out")
     assert (properties, mime) == ({}, PLAIN)
     assert ignored == [f"{field.partition(b':')[0].decode()}: {reason}"]
 

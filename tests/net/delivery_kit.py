@@ -13,7 +13,7 @@ from typing import Any
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import QueueError
+from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message
 from mailerq.net.delivery import Dispatcher
 from mailerq.net.logs import LogFile
@@ -34,6 +34,8 @@ class MemoryQueues(Queues):
         self.released: list[Lease] = []
         self.groups: list[int] = []
         self.failures = 0
+        self.impossible: set[str] = set()
+        self.object_to: Callable[[Settlement], Exception | None] = lambda settlement: None
         self.may_ack = trio.Event()
         self.may_ack.set()
         self._ids = 0
@@ -67,12 +69,21 @@ class MemoryQueues(Queues):
             self.put(publication.message, publication.due, publication.queue)
         self.touch()
 
+    def check(self, publication: Publication) -> None:
+        if publication.queue in self.impossible:
+            raise MessageError(f"{publication.queue} is impossible")
+
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         await self.may_ack.wait()
         await trio.lowlevel.checkpoint()
         if self.failures:
             self.failures -= 1
             raise QueueError("disk full")
+        for settlement in settlements:
+            for publication in settlement.publications:
+                self.check(publication)
+            if (error := self.object_to(settlement)) is not None:
+                raise error
         self.groups.append(len(settlements))
         for settlement in settlements:
             del self.leased[settlement.lease.id]

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -17,12 +18,12 @@ import trio
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
-from mailerq.queues import Publication, Settlement
+from mailerq.queues import DAMAGED_QUEUE, Publication, Settlement
 from mailerq.queues.database import PAGE_SIZE, SCHEMA_VERSION
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.exclusive import open_exclusive, open_shared
 from mailerq.queues.pages import Pages
-from mailerq.queues.records import DAMAGED_QUEUE, Batch
+from mailerq.queues.records import Batch
 from mailerq.queues.salvage import ROOTS
 from mailerq.queues.store import Store
 
@@ -200,16 +201,34 @@ def test_a_file_of_garbage_starts_empty(directory: Path) -> None:
         assert store.publish([Publication("outbox", Message({"tag": 1}))])[0] >= 1_000_000
 
 
-def test_truncated_file_keeps_what_is_left(directory: Path) -> None:
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.8, 0.99])
+def test_truncated_file_keeps_what_is_left_and_says_what_is_known(
+    directory: Path, caplog: pytest.LogCaptureFixture, share: float
+) -> None:
     size = (directory / "queue.db").stat().st_size
-    os.truncate(directory / "queue.db", size // 2 + 100)
-    check_salvaged(directory, COUNT // 4)
+    left = int(size * share) + 100
+    os.truncate(directory / "queue.db", left)
+    with caplog.at_level(logging.CRITICAL):
+        found = check_salvaged(directory, COUNT // 4 if share >= 0.5 else 0)
+    with Store.open(str(directory)) as store:
+        aside = len(store.browse(DAMAGED_QUEUE, limit=10_000))
+    gone = COUNT + 2 - len(found) - aside
+    assert f"; the last {size - left} bytes of the file are missing; " in caplog.text
+    if known := re.search(r"(\d+) could not be read", caplog.text):
+        assert int(known[1]) == gone
+    else:
+        known = re.search(r"at least (\d+) are lost, and it cannot be told how many", caplog.text)
+        assert known is not None
+        assert int(known[1]) <= gone
 
 
-def test_truncated_to_nothing_is_a_new_queue(directory: Path) -> None:
+def test_truncated_to_nothing_is_a_new_queue(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     os.truncate(directory / "queue.db", 0)
     start(directory)
     assert content(directory) == {}
+    assert "queue.db is empty, it becomes a new queue" in caplog.text
 
 
 def test_a_lost_root_of_messages_loses_no_message(directory: Path) -> None:

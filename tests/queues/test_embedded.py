@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -13,10 +14,11 @@ import pytest
 import trio
 import trio.testing
 
-from mailerq.errors import MessageError, QueueError
+from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.message import Message
 from mailerq.queues import Consumer, Lease, Publication, Settlement, feed, fetcher
 from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.records import Batch
 from mailerq.queues.store import Store
 
 
@@ -116,7 +118,9 @@ async def test_properties_survive_and_the_route_does_not(queues: EmbeddedQueues)
         assert not lease.message.local
 
 
-@pytest.mark.parametrize("name", ["ü☃", "; DROP TABLE message --", "../x", "%s$1", "a" * 255, "\n"])
+@pytest.mark.parametrize(
+    "name", ["ü☃", "; DROP TABLE message --", "../x", "%s$1", "a" * 255, "ü" * 127]
+)
 async def test_queue_names_are_text_and_nothing_else(queues: EmbeddedQueues, name: str) -> None:
     await queues.publish([publication(1, queue=name)])
     assert [depth.queue for depth in await queues.depths()] == [name]
@@ -132,7 +136,11 @@ async def test_queue_names_are_text_and_nothing_else(queues: EmbeddedQueues, nam
         publication(1, queue=""),
         publication(1, queue="a" * 256),
         publication(1, queue="a\0b"),
+        publication(1, queue="a\nb"),
+        publication(1, queue="ü" * 128),
         publication(1, queue="\ud800"),
+        Publication("outbox", Message({"a": 10**5000})),
+        Publication("outbox", Message({"a": functools.reduce(lambda a, _: [a], range(201), [])})),
         Publication("outbox", Message({"a": object()})),
         Publication("outbox", Message({"a": "\ud800"})),
     ],
@@ -143,6 +151,43 @@ async def test_what_no_file_can_hold_is_refused_alone(
     with pytest.raises(MessageError):
         await queues.publish([publication(1), bad])
     assert await queues.depths() == []
+
+
+async def test_an_error_about_one_request_leaves_the_others_of_its_commit_alone(
+    queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = queues._store.write
+    together = []
+
+    def refuse(batch: Batch) -> None:
+        together.append(len(batch.inserts))
+        if any(insert.queue == "bad" for insert in batch.inserts):
+            raise OverflowError("Python int too large to convert to SQLite INTEGER")
+        write(batch)
+
+    monkeypatch.setattr(queues._store, "write", refuse)
+    await queues.publish([publication(0)])
+    outcomes: list[str] = []
+
+    async def publish(tag: int, queue: str) -> None:
+        try:
+            await queues.publish([publication(tag, queue=queue)])
+        except MessageError:
+            outcomes.append(queue)
+
+    async with queues.consume("outbox", prefetch=9) as consumer:
+        [lease] = await receive(consumer, 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(publish, 1, "outbox")
+            nursery.start_soon(publish, 2, "bad")
+            nursery.start_soon(publish, 3, "outbox")
+        with pytest.raises(MessageError):
+            await queues.ack([Settlement(lease, [publication(4, queue="bad")])])
+        await queues.ack([Settlement(lease)])  # it is still leased
+        assert {tag_of(lease) for lease in await receive(consumer, 2)} == {1, 3}
+        assert await nothing_comes(consumer)
+    assert 3 in together
+    assert outcomes == ["bad"]
 
 
 async def test_prefetch_bounds_what_is_leased(queues: EmbeddedQueues) -> None:
@@ -503,9 +548,9 @@ async def test_full_disk_refuses_and_recovers(queues: EmbeddedQueues) -> None:
         connection.pragma("max_page_count", connection.pragma("page_count"))
         big = publication(2, bytes(1_000_000))
         for _ in range(2):
-            with pytest.raises(QueueError, match="no space left"):
+            with pytest.raises(QueueFull, match="no space left"):
                 await queues.publish([big])
-            with pytest.raises(QueueError, match="no space left"):
+            with pytest.raises(QueueFull, match="no space left"):
                 await queues.ack([Settlement(lease, [big])])
         assert [entry.message.properties["tag"] for entry in await queues.browse("outbox")] == [1]
         queues._store.connection.pragma("max_page_count", 1_000_000)

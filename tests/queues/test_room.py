@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from mailerq.errors import QueueError
+from mailerq.errors import QueueFull
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement, store
 from mailerq.queues.embedded import EmbeddedQueues
@@ -34,7 +34,7 @@ def test_mail_from_the_command_line_leaves_the_reserve_alone(
 ) -> None:
     with Store.open(str(tmp_path)) as queue:
         pretend(monkeypatch, 1_050_000)
-        with pytest.raises(QueueError, match="no space left for the queue: 1050000 bytes are free"):
+        with pytest.raises(QueueFull, match="no space left for the queue: 1050000 bytes are free"):
             queue.publish([publication(1)])
         pretend(monkeypatch, 1_100_000)
         queue.publish([publication(2)])
@@ -53,7 +53,7 @@ async def test_what_is_in_the_queue_leaves_it_and_makes_room(
                 await queues.publish([publication(tag)])
             leases = [await consumer.receive() for _ in range(20)]
             pretend(monkeypatch, 900_000)
-            with pytest.raises(QueueError, match="no space left"):
+            with pytest.raises(QueueFull, match="no space left"):
                 await queues.publish([publication(21)])
             results = [Publication("results", Message({"tag": 0}))]
             await queues.ack([Settlement(leases[0], results)])

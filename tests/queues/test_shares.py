@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from mailerq.message import Message
-from mailerq.queues import Publication
+from mailerq.queues import DAMAGED_QUEUE, Publication
 from mailerq.queues.database import PAGE_SIZE
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.exclusive import open_exclusive
 from mailerq.queues.interface import Settlement
-from mailerq.queues.records import DAMAGED_QUEUE
 from mailerq.queues.salvage import ROOTS
 from mailerq.queues.shares import first_number, share_directory, shares_in
 from mailerq.queues.store import Store

@@ -6,7 +6,14 @@ import pytest
 
 from mailerq.config import Config
 from mailerq.errors import AddressError
-from mailerq.rules.routes import Route, choose_local_ip, count_hops, result_queues, route_of
+from mailerq.rules.routes import (
+    Route,
+    choose_local_ip,
+    count_hops,
+    loop_problem,
+    result_queues,
+    route_of,
+)
 
 SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
 
@@ -81,12 +88,22 @@ CONFIGURED = {"results": "r", "success": "s", "failure": "", "retry": "t"}
         ({"success": None, "results": ""}, ["t"]),
         ({"failure": "f"}, ["r", "s", "f", "t"]),
         ({"success": 5}, ["r", "s", "t"]),
+        ({"success": "outbox", "retry": "a" * 256}, ["r", "s", "t"]),
+        ({"success": "a\0b", "results": "outbox\n"}, ["r", "s", "t"]),
         ("nonsense", ["r", "s", "t"]),
     ],
 )
 def test_queues_for_results(queues: Any, expected: list[str]) -> None:
     kinds = ("results", "success", "failure", "retry")
-    assert result_queues({"queues": queues}, CONFIGURED, *kinds) == expected
+    assert result_queues({"queues": queues}, CONFIGURED, *kinds, outbox="outbox") == expected
+
+
+def test_a_result_queue_is_not_the_outbox() -> None:
+    assert loop_problem({"queues": {"success": "out", "retry": None}}, "outbox") is None
+    assert loop_problem({"queues": ["outbox"]}, "outbox") is None
+    problem = loop_problem({"queues": {"success": "s", "any": "outbox"}}, "outbox")
+    assert problem is not None
+    assert "outbox is the outbox" in problem
 
 
 @pytest.mark.parametrize(
