@@ -11,6 +11,7 @@ import trio.testing
 
 from mailerq.net import outgoing, pool
 from tests.net.delivery_kit import Mail, PeerConnection, Script, StubPlugins, open_bench
+from tests.wire.step_kit import TAKEN, Fate, Fault, Server, faults
 
 OK = "250 ok\r\n"
 GO = OK * 2 + "354 go\r\n"
@@ -332,3 +333,51 @@ async def test_a_peer_that_never_answers_a_dot_does_not_harm_the_message_behind_
             assert [result["attempt"] for result in behind.results] == [1]
             bench.queues.pass_time(600)
             await bench.results("success", 3)
+
+
+FATES: list[Fate] = [TAKEN, ("dot", 550), ("rcpt", 550), TAKEN, ("dot", 550), TAKEN]
+
+
+def plays(server: Server) -> Script:
+    async def script(peer: PeerConnection) -> None:
+        server.greet()
+        while True:
+            while server.replies:
+                await peer.send(server.replies.pop(0))
+            if server.closed:
+                return
+            with trio.move_on_after(0.01) as scope:
+                if not (data := await peer.stream.receive_some()):
+                    return
+                server.feed(data)
+            if scope.cancelled_caught:
+                server.say_late()
+
+    return script
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+@pytest.mark.parametrize(
+    "kind", ["twice", "omit", "insert", "early", "late", "lates", "cut", "mute"]
+)
+async def test_every_message_gets_the_answer_that_was_meant_for_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outgoing, "FINAL_REPLY", 1)
+    for fault in faults(20):
+        if fault.kind != kind or fault.value not in (0, 1, 2, 3, 250, 500, 503):
+            continue
+        servers = [Server(FATES, fault), *(Server(FATES, Fault()) for _ in range(20))]
+        settings: Any = {"domain_maxconnections": 1, "smtp_out_timeout": 0.1}
+        async with open_bench(*map(plays, servers), **settings) as bench:
+            for number in range(len(FATES)):
+                bench.send(envelope=f"{number}@a.test")
+            while len(bench.queues["results"]) < len(FATES):
+                await bench.queues.until(lambda queues: not (queues.leased or queues.due))
+                bench.queues.pass_time(600)
+            for queue, codes in (("success", {250}), ("failure", {550})):
+                for message in bench.queues[queue]:
+                    number = int(message.envelope.partition("@")[0])
+                    truths = {server.truth.get(number) for server in servers}
+                    lie = servers[0].fault.lies(servers[0].steps, 250)
+                    assert truths & codes or lie, (fault, number, message.results)
