@@ -17,6 +17,10 @@ back to the pool when that ends before its turn, or when the reply to the body t
 connections of the home worker do so, because the pool must answer at once. What plugins send
 outside of an event meanwhile is held until the next dot, or it would be a part of that mail.
 
+A peer may answer out of step; `mailerq.wire.client` states when a reply counts. The message in
+doubt is tried again; where its body was not sent, at once on another connection. The pool
+remembers the host and sends it no envelopes ahead for a while.
+
 Results are committed in groups by somebody else. A connection sends the next envelope
 meanwhile, but not the next body before it has heard that its last result is safe
 (`settled`). So if the process dies, at most one message for each connection is sent twice.
@@ -154,6 +158,9 @@ class Employer(Protocol):
 
     def withdrawn(self, connection: Connection, job: Job) -> None:
         """A `next_job` was not tried, because the peer went or was slow."""
+
+    def out_of_step(self, connection: Connection) -> None:
+        """The host of the connection answers in an order that proves nothing."""
 
     def leaving(self, connection: Connection) -> None:
         """The connection takes no more jobs."""
@@ -293,6 +300,8 @@ class Connection:
             return await self._talk()
         finally:
             stream.close()
+            if self._protocol.out_of_step:
+                self._pool.worker.call(self._pool.out_of_step, self)
 
     async def _talk(self) -> Report | None:
         """The whole session; a report says that it was not let in."""
@@ -390,7 +399,7 @@ class Connection:
     # One message
 
     async def _deliver(self, job: Job) -> Outcome | None:
-        """Send one message; None: not here, the peer had left when its turn came."""
+        """Send one message; None: not here, the peer had left or lost its step before."""
         protocol = self._protocol
         replies = protocol.replies
         event = protocol.next_event()
@@ -403,9 +412,10 @@ class Connection:
             return await self._send_message(job.message)
         self._begun = False
         self._release()
-        left = protocol.replies == replies or (
-            isinstance(event, Refused) and event.reply.code == 421
-        )
+        if isinstance(event, Failed):
+            left = protocol.replies == replies or protocol.out_of_step
+        else:
+            left = isinstance(event, Refused) and event.reply.code == 421
         if left and not protocol.reusable and self._messages and job.moves < MAX_MOVES:
             job.moves += 1
             return None
@@ -508,6 +518,8 @@ class Connection:
                 self._expect(self._timeout)
                 piece = data if len(data) <= SLICE_BYTES else data[at : at + SLICE_BYTES]
                 await self._stream.send_all(piece)
+            if len(data) > SLICE_BYTES and (early := self._stream.receive_nowait()) is not None:
+                self._protocol.receive_data(early)  # no answer to the dot, which is still due
         self._sending = False
         self._release()
 

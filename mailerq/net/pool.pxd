@@ -10,6 +10,7 @@ cdef class Pool:
     cdef public dict _destinations, _idle, _starved, _held, _connections
     cdef public object config, worker, _workers, _resolver, _slots, _office, _doubts, _empty
     cdef public object _lookups, _tick, _nursery
+    cdef public dict _out_of_step
 
     cpdef _look(self)
     cpdef put(self, job)
@@ -19,6 +20,7 @@ cdef class Pool:
     cpdef returned(self, job)
     cpdef withdrawn(self, connection, job)
     cpdef host_failed(self, host)
+    cpdef out_of_step(self, connection)
     cpdef leaving(self, connection)
     cpdef closed(self, connection, job, report)
     cpdef _pump(self, destination)

@@ -7,7 +7,8 @@ connections as its queue can use, up to `domain-maxconnections`, and all destina
 together no more than the slots allow. A connection that has reported gets the next message
 of its destination; without one it is idle, and the one that was used last is used first, so
 that the others can time out. It may take one that waits earlier, to send its envelope ahead
-(`next_job`); a destination where such a job came back once has no more of that.
+(`next_job`); a destination where such a job came back once has no more of that, and a host that
+answered out of step gets none for an hour.
 
 A destination that finds no slot is starved: an idle connection of another one is closed
 for it, connections do not become idle and do not send on for ever meanwhile, and whatever
@@ -80,6 +81,12 @@ MAX_PARK_SECONDS: Final = 60.0
 MAX_NAMED: Final = 20
 """Domains whose queues `Pool.statistics` names."""
 
+OUT_OF_STEP_SECONDS: Final = 3600.0
+"""How long a host that answered out of step is sent no envelopes ahead."""
+
+MAX_OUT_OF_STEP: Final = 10_000
+"""Hosts that are remembered so; those that answered so longest ago are forgotten."""
+
 
 class Office(Protocol):
     """Where results go: what `Pool` expects of the dispatcher."""
@@ -142,6 +149,7 @@ class Pool:
         self._nursery: trio.Nursery
         self.opened_connections = 0
         self.ahead_jobs = 0
+        self._out_of_step: dict[str, float] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
@@ -209,6 +217,8 @@ class Pool:
         destination = self._connections[connection]
         jobs = destination.jobs
         may = destination.ahead and not (self._stopping or self._starved)
+        if self._out_of_step and self._out_of_step.get(connection.remote, 0.0) > monotonic():
+            may = False
         while may and len(jobs) > len(destination.opening):
             job = jobs.popleft()
             if not self._office.expired(job):
@@ -232,6 +242,21 @@ class Pool:
             self._doubts = {a: until for a, until in self._doubts.items() if until > now}
         if len(self._doubts) < MAX_DOUBTS:
             self._doubts[host.address] = now + DOUBT_SECONDS
+
+    def out_of_step(self, connection: Connection) -> None:
+        """Its host answers in an order that proves nothing; see `mailerq.wire.client`."""
+        now = monotonic()
+        host = connection.remote
+        if self._out_of_step.pop(host, 0.0) <= now:
+            log.warning(
+                "%s [%s] answers SMTP out of step: mail in doubt is tried again, and the host is"
+                " sent no envelopes ahead for an hour",
+                connection.route.name,
+                host,
+            )
+        self._out_of_step[host] = now + OUT_OF_STEP_SECONDS
+        if len(self._out_of_step) > MAX_OUT_OF_STEP:
+            del self._out_of_step[next(iter(self._out_of_step))]
 
     def leaving(self, connection: Connection) -> None:
         """It takes no more jobs."""

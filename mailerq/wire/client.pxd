@@ -6,11 +6,13 @@ cimport cython
 @cython.final
 cdef class ClientProtocol:
     cdef public Py_ssize_t replies, _at
-    cdef public bint _eof, _recipient_stands, _transaction_open, _body_due
+    cdef public bint out_of_step, _eof, _ahead, _proved, _doubted, _fresh, _transaction_open
+    cdef public bint _body_due, _asked
     cdef public bytes _hostname, _input, _code
     cdef public dict extensions
     cdef public list _output, _lines
-    cdef public object mta, _due, _later, _refusal, _over
+    cdef public object mta, _due, _later, _held, _refusal, _over
+    cdef public object _sender, _known_sender
 
     cpdef send_body(self, body)
     cpdef quit(self)
@@ -22,12 +24,20 @@ cdef class ClientProtocol:
     cpdef _finish(self, event)
     cpdef _next_reply(self)
     cpdef _take(self, reply)
+    cpdef _take_refusal(self, step, reply)
+    cpdef _take_verdict(self, reply)
+    cpdef _take_go(self, reply)
+    cpdef _take_goodbye(self, reply)
+    cpdef _take_farewell(self, step, reply)
     cpdef _take_hello(self, step, reply, kind)
-    cpdef _begin_body(self)
     cpdef _take_unasked(self, reply)
-    cpdef _report_refusal(self)
+    cpdef _take_early(self, reply)
+    cpdef _report(self)
+    cpdef _is_no_answer_to_mail(self, reply)
     cpdef _invalid(self, step, reply)
+    cpdef _too_early(self)
 
 
+cpdef _verdict(reply)
 cpdef _is_safe(address)
 cpdef encode_body(body)

@@ -8,19 +8,56 @@ the queue. Where the peer offers PIPELINING (RFC 2920), RSET, MAIL, RCPT and DAT
 together; otherwise the reply to each calls for the next.
 
 A mail ends in exactly one event: `Accepted`, `Refused` or `Failed`. The first refusal of a
-mail is the one that counts; what was pipelined behind it is read and dropped before
-`Refused` is reported, so that the session can take the next mail. Two things that the peer
-may then say need care. If it answers DATA with 354 although no recipient stands, a lone
-dot ends a mail that goes to nobody. If it refused the sender, took the recipient *and*
-says 354, that dot might deliver an empty mail, so the session is given up instead.
+mail counts; what was pipelined behind it is read before `Refused` is reported, so that the
+session can take the next mail. If the peer answers DATA with 354 although it refused the
+recipient, a lone dot ends a mail that goes to nobody.
 
 A transaction that the peer may still hold open is ended by RSET, sent with the next mail
 and not before: many sessions see no next mail.
 
 Where the peer offers PIPELINING the commands of the next mail may go out right behind the body
 (RFC 2920, section 3.1, allows a body to begin a group): `mail` while `may_go_ahead`. A mail then
-costs one round trip. What ends the session before the reply to the body is the end of the first
-mail only; who sent the next one ahead must give it again elsewhere.
+costs one round trip. What ends the session before the reply to the body is reported is the end of
+the first mail only; the driver must give the next one again elsewhere.
+
+In step
+-------
+Nothing in a reply says which command it answers. A peer that answers one command twice, late or
+not at all, or that speaks unasked, shifts every reply behind. Three replies show where the peer
+is: 354 answers DATA only; 503, or the status 5.5.1 (RFC 3463, section 3.6), answers a command
+whose predecessor was refused; 221 answers QUIT only. Hence one rule: **a reply that ends a mail
+for good counts only when what follows proves that the session is in step.**
+
+- *An envelope is ahead.* The reply to the dot is held until MAIL, RCPT and DATA are answered, for
+  it may be the reply to MAIL. Four sequences prove that it is not: MAIL and RCPT accepted, and 354
+  to DATA; MAIL and RCPT accepted, and DATA refused; RCPT refused, and 503 to DATA; MAIL refused
+  behind a body that was accepted, and 503 to RCPT and DATA. If the session ends before, a status
+  unlike the one that MAIL got before proves it: 2.0.0 where that was 2.1.0.
+- *An envelope is refused with 5xx.* 503 to all that was pipelined behind proves it, and so does
+  354. Without them the machine says QUIT: 221 in its place proves that no reply was left over.
+- *A body without an envelope ahead.* 354 has proved the session, so the reply counts when the
+  whole body was sent before and no other input has come with it. 500 to 504 are about commands:
+  as the reply to a body they need the proof by QUIT.
+- *What cannot be* ends the session: 354 for anything but DATA, 2xx for DATA, 503 for a command
+  whose predecessors were accepted, RCPT accepted or 354 after MAIL was refused, 4xx behind 5xx,
+  RSET refused, a reply when none is due.
+
+Without proof the mail ends in `Failed`, and the driver tries it again: a duplicate is better than
+a loss. `out_of_step` says that the host should not be sent envelopes ahead for a while. 4xx needs
+no proof: the mail is tried again anyway.
+
+Guarantees
+----------
+Take a peer that does one thing wrong: it answers a command late, twice or not at all, or speaks
+unasked, anywhere. Then
+
+- a mail is `Accepted` only if the peer accepted it, and `Refused` with 5xx only if the peer
+  refused it with 5xx, though perhaps at another step;
+- except where the peer says 2xx, or 5xx above 504, unasked between 354 and its reply to the dot.
+  Nobody can tell that from the reply. An envelope ahead finds out the 2xx all the same; without
+  one, the reply to the dot comes when none is due, and ends the session before it ends a mail.
+
+``tests/wire/test_client_step.py`` enumerates this.
 
 A driver does this::
 
@@ -83,6 +120,9 @@ _SAFE_ADDRESS: Final = re.compile(
     r'[^\x00-\x20\x7f-\x9f<>"]*|"(?:[^"\\\x00-\x1f\x7f-\x9f]|\\[^\x00-\x1f\x7f-\x9f])*"@[^\x00-\x20\x7f-\x9f<>"]+'
 )
 
+_ABOUT_COMMANDS: Final = range(500, 505)
+"""Codes that say that the peer did not understand a command, or not then; no verdict on a body."""
+
 MAX_ADDRESS: Final = 1024
 """Characters of an address. The standard's limit is 254; the peer may judge that."""
 
@@ -107,7 +147,7 @@ _INTRO, _EHLO, _HELO, _RESET, _MAILFROM, _RCPTTO, _DATA, _MESSAGE, _QUIT, _IDLE 
 
 
 class Problem(StrEnum):
-    """Why a session is of no more use. `TIMEOUT` is found by who has a clock."""
+    """Why a session is of no more use. The driver, who has a clock, finds `TIMEOUT`."""
 
     LOST = "lost"
     INVALID = "invalid"
@@ -142,7 +182,7 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The session broke while the reply to `step` was due; IDLE: none was."""
+    """The session broke, or left its step, while the reply to `step` was due; IDLE: none was."""
 
     step: Step
     problem: Problem
@@ -198,6 +238,8 @@ class ClientProtocol:
         """What the peer's EHLO reply offered: upper-case keyword -> its parameters."""
         self.replies = 0
         """Complete replies so far; a deadline per reply starts anew when it grows."""
+        self.out_of_step = False
+        """True when the session ended with replies of which it is in doubt what they answer."""
         self._hostname = hostname.encode()
         self._due: deque[Step] = deque((_INTRO,))
         self._later: deque[tuple[Step, bytes]] = deque()
@@ -207,10 +249,17 @@ class ClientProtocol:
         self._lines: list[str] = []
         self._code = b""
         self._eof = False
+        self._ahead = False  # an envelope went out behind the body, whose verdict is not reported
+        self._held: Reply | None = None  # the reply to that body
         self._refusal: Refused | None = None
-        self._recipient_stands = False
+        self._proved = False  # something behind the refusal shows that the session is in step
+        self._doubted = False  # something behind the refusal does not fit it
+        self._sender: Reply | None = None  # the reply to the last MAIL
+        self._known_sender: Reply | None = None  # one to MAIL that was proved
+        self._fresh = True  # no body was sent, so no reply to an earlier mail is left over
         self._transaction_open = False
         self._body_due = False
+        self._asked = False  # 354 came, and `SendBody` is to be reported
         self._over: Event | None = None
 
     @property
@@ -267,7 +316,7 @@ class ClientProtocol:
         objection = self._objection(envelope, recipient, size, utf8=utf8)
         if objection is not None:
             if not ahead:
-                self._refusal = objection
+                self._refuse(objection, proved=True)
             return not ahead
         parameters = f" SIZE={size}" if size is not None and "SIZE" in self.extensions else ""
         if eight_bit and "8BITMIME" in self.extensions:
@@ -281,11 +330,11 @@ class ClientProtocol:
         if self._transaction_open and not ahead:
             self._later.append((_RESET, b"RSET\r\n"))
         self._transaction_open = False
+        self._ahead = ahead
         self._later.append((_MAILFROM, f"MAIL FROM:<{envelope}>{parameters}\r\n".encode()))
         rcpt = f"RCPT TO:<{recipient}>{recipient_parameters}\r\n"
         self._later.append((_RCPTTO, rcpt.encode()))
         self._later.append((_DATA, b"DATA\r\n"))
-        self._recipient_stands = False
         self._send_commands()
         return True
 
@@ -295,12 +344,12 @@ class ClientProtocol:
             raise LocalProtocolError("the peer has not asked for a body")
         if len(self._input) > self._at:
             return  # It answers already: `next_event` finds out that this is too early.
-        self._body_due = False
+        self._body_due = self._fresh = False
         self._output += encode_body(body)
         self._due.append(_MESSAGE)
 
     def quit(self) -> None:
-        """Say QUIT; the session then ends in `Closed`."""
+        """Say QUIT; the session then ends in `CLOSED`."""
         if self._body_due or self._over or _QUIT in self._due:
             raise LocalProtocolError("QUIT cannot be sent now")
         self._later.clear()
@@ -308,9 +357,12 @@ class ClientProtocol:
         self._due.append(_QUIT)
 
     def data_to_send(self) -> bytes:
-        """Take the next piece of output; empty when there is none."""
+        """Take the next piece of output; empty when there is none.
+
+        The end of a body is kept back when the peer has answered before it.
+        """
         output = self._output
-        if not output:
+        if not output or (self._at < len(self._input) and self.step is _MESSAGE):
             return b""
         size, count = len(output[0]), 1
         while count < len(output) and (size := size + len(output[count])) <= JOIN_BYTES:
@@ -367,14 +419,15 @@ class ClientProtocol:
         """What has happened since the last call."""
         if self._over is not None:
             return self._over
-        if self._refusal is not None and not self._due:
-            return self._report_refusal()
         try:
+            if (event := self._report()) is not None:
+                return event
             while (reply := self._next_reply()) is not None:
                 self.replies += 1
                 if (event := self._take(reply)) is not None:
                     return event
         except _Violation as violation:
+            self._doubted = True
             return self.abort(violation.problem, violation.description)
         if self._eof:
             return self.abort(Problem.LOST, "connection closed by the peer")
@@ -383,25 +436,36 @@ class ClientProtocol:
     def abort(self, problem: Problem, description: str) -> Event:
         """The session is over, for a reason that the machine or its driver found.
 
-        Returns what that means for the mail under way: a refusal that was seen before
-        still is the peer's answer to it.
+        Returns what that means for the mail under way: a refusal that was seen before is still
+        the peer's answer, unless the replies leave in doubt whose answer.
         """
         if self._over is None:
             event: Event = Failed(self.step, problem, description)
-            if self.step is _QUIT:
-                event = CLOSED
+            if self._held is not None:
+                event = Accepted(self._held)
+                if problem is Problem.INVALID or not self._is_no_answer_to_mail(self._held):
+                    event = self._doubt(_MESSAGE, self._held, problem, description)
             elif self._refusal is not None:
                 event = self._refusal
+                if not self._stands(lost=problem is Problem.LOST):
+                    event = self._doubt(event.step, event.reply, problem, description)
+            elif self.step is _QUIT:
+                event = CLOSED
             self._finish(event)
         assert self._over is not None
         return self._over
+
+    def _doubt(self, step: Step, reply: Reply, problem: Problem, description: str) -> Failed:
+        self.out_of_step = True
+        text = f"{description}; {reply.code} may answer another command: {reply.description}"
+        return Failed(step, problem, text)
 
     def _finish(self, event: Event) -> Event:
         self._over = event
         self._output.clear()
         self._later.clear()
         self._due.clear()
-        self._body_due = False
+        self._body_due = self._asked = False
         return event
 
     def _next_reply(self) -> Reply | None:
@@ -435,40 +499,105 @@ class ClientProtocol:
         if not self._due:
             return self._take_unasked(reply)
         step = self._due.popleft()
-        if step is _QUIT:
-            return self._finish(CLOSED)
         kind = reply.code // 100
+        if step is _QUIT:
+            return self._take_goodbye(reply)
         if reply.code == 421:
-            return self._finish(self._refusal or Refused(step, reply))
+            return self._take_farewell(step, reply)
         if kind == 3 and (step is not _DATA or reply.code != 354):
             raise self._invalid(step, reply)
-        if step is _MAILFROM:
-            self._transaction_open = kind == 2
-        elif step is _RCPTTO:
-            self._recipient_stands = kind == 2
+        if step is _MESSAGE:
+            self._transaction_open = False
+            if self._output:
+                return self._take_early(reply)
+            if self._refusal is None:
+                return self._take_verdict(reply)
         elif step is _DATA:
             if kind == 2:
                 raise self._invalid(step, reply)
             if kind == 3:
-                return self._begin_body()
-        elif step is _MESSAGE:
-            self._transaction_open = False
-            if self._refusal is None:
-                return Accepted(reply) if kind == 2 else Refused(step, reply)
+                return self._take_go(reply)
+        elif step is _MAILFROM:
+            self._transaction_open = kind == 2
+            self._sender = reply
+        elif step is _RCPTTO:
+            if kind == 2 and self._refusal is not None:
+                raise self._invalid(step, reply)
         elif step is _RESET:
             if kind != 2:
                 raise self._invalid(step, reply)
         else:
             return self._take_hello(step, reply, kind)
-        if kind != 2 and self._refusal is None:
-            self._refusal = Refused(step, reply)
-            self._later.clear()
+        if kind != 2:
+            self._take_refusal(step, reply)
         if self._due:
             return None
-        if self._refusal is not None:
-            return self._report_refusal()
-        self._send_commands()
+        if self._refusal is None:
+            self._send_commands()
+        return self._report()
+
+    def _take_refusal(self, step: Step, reply: Reply) -> None:
+        """A command is refused, or the lone dot."""
+        if step is _MESSAGE:
+            return
+        out_of_sequence = reply.code == 503 or reply.status == "5.5.1"
+        if self._refusal is None:
+            if out_of_sequence:
+                raise self._invalid(step, reply)
+            self._later.clear()
+            self._refuse(Refused(step, reply), proved=False)
+            fits = self._held is None or step is not _MAILFROM or self._held.code < 300
+        else:
+            if reply.code < 500 <= self._refusal.reply.code:
+                raise self._invalid(step, reply)
+            fits = out_of_sequence
+            self._proved = self._proved or fits
+            self._doubted = self._doubted or not fits
+        if self._held is not None and not fits:
+            raise self._invalid(step, reply)
+
+    def _take_verdict(self, reply: Reply) -> Event | None:
+        """The body is answered."""
+        if self._ahead:
+            self._held = reply
+            if reply.code in _ABOUT_COMMANDS:
+                raise self._invalid(_MESSAGE, reply)
+            return None
+        if reply.code // 100 != 4 and not b"421".startswith(self._input[self._at :][:3]):
+            raise self._invalid(_MESSAGE, reply)
+        if reply.code in _ABOUT_COMMANDS:
+            self._refuse(Refused(_MESSAGE, reply), proved=False)
+            return self._report()
+        return _verdict(reply)
+
+    def _take_go(self, reply: Reply) -> Event | None:
+        """The peer said 354."""
+        if self._refusal is None:
+            if self._held is None:
+                self._known_sender = self._sender
+            self._asked = self._body_due = True
+            return self._report()
+        if self._refusal.step is not _RCPTTO or self._held is not None:
+            raise self._invalid(_DATA, reply)
+        self._proved = True
+        self._output.append(b".\r\n")
+        self._due.append(_MESSAGE)
         return None
+
+    def _take_goodbye(self, reply: Reply) -> Event:
+        """QUIT is answered, which we also say to prove a refusal."""
+        if self._refusal is None:
+            return self._finish(CLOSED)
+        if reply.code != 221:
+            raise self._invalid(_QUIT, reply)
+        return self._finish(self._refusal)
+
+    def _take_farewell(self, step: Step, reply: Reply) -> Event:
+        """421: the peer ends the session, whatever was due."""
+        if self._held is not None or (self._refusal is not None and not self._stands(lost=True)):
+            self._due.appendleft(step)
+            return self.abort(Problem.LOST, f"{reply.code} {reply.description}")
+        return self._finish(self._refusal or Refused(step, reply))
 
     def _take_hello(self, step: Step, reply: Reply, kind: int) -> Event | None:
         if kind == 2 and step is _INTRO:
@@ -488,35 +617,80 @@ class ClientProtocol:
                 self.extensions[keyword.upper()] = parameters.strip()
         return Ready(self.mta)
 
-    def _begin_body(self) -> Event | None:
-        if self._refusal is None:
-            self._body_due = True
-            if len(self._input) > self._at:
-                raise _Violation(Problem.INVALID, "answered before the end of the message")
-            return _SEND_BODY
-        if self._recipient_stands:
-            return self._finish(self._refusal)
-        self._output.append(b".\r\n")
-        self._due.append(_MESSAGE)
-        return None
-
     def _take_unasked(self, reply: Reply) -> Event:
-        if self._body_due and reply.code >= 400:
-            return self._finish(Refused(_DATA, reply))
         if self._body_due:
-            raise _Violation(Problem.INVALID, "answered before the end of the message")
-        problem = Problem.LOST if reply.code == 421 else Problem.INVALID
+            return self._take_early(reply)
+        self.out_of_step = reply.code != 421
+        problem = Problem.INVALID if self.out_of_step else Problem.LOST
         raise _Violation(problem, f"spoke unasked: {reply.code} {reply.description}")
 
-    def _report_refusal(self) -> Event:
+    def _take_early(self, reply: Reply) -> Event:
+        """The body is answered before its end was sent."""
+        if reply.code >= 400 and self._refusal is None and reply.code not in _ABOUT_COMMANDS:
+            return self._finish(Refused(_DATA, reply))
+        self._due.appendleft(_DATA)
+        raise self._too_early()
+
+    def _refuse(self, refusal: Refused, *, proved: bool) -> None:
+        self._refusal = refusal
+        self._proved = proved
+        self._doubted = False
+
+    def _stands(self, *, lost: bool) -> bool:
+        """Whether a refusal counts though the session ends, and proves nothing any more.
+
+        A peer that refuses and closes may do so on a new connection: no reply to an earlier mail
+        can be left over there.
+        """
+        assert self._refusal is not None
+        code = self._refusal.reply.code
+        if code < 500:
+            return True
+        if lost and self._eof and self.step is _QUIT:
+            return True  # nothing was left over
+        shown = self._proved or (lost and self._fresh and code not in _ABOUT_COMMANDS)
+        return shown and not self._doubted
+
+    def _is_no_answer_to_mail(self, reply: Reply) -> bool:
+        """Whether the status of an acceptance is unlike the one that MAIL got in this session."""
+        known = self._known_sender.status if self._known_sender is not None else None
+        return reply.code < 300 and None not in (known, reply.status) and known != reply.status
+
+    def _report(self) -> Event | None:
+        """What the replies so far have decided: of a mail, and then of the one behind it."""
+        if self._due:
+            return None
+        if self._held is not None:
+            reply, self._held, self._ahead = self._held, None, False
+            return _verdict(reply)
+        if self._asked:
+            self._asked = False
+            if len(self._input) > self._at:
+                raise self._too_early()
+            return _SEND_BODY
         refusal = self._refusal
-        assert refusal is not None
+        if refusal is None:
+            return None
+        if refusal.reply.code >= 500 and (self._doubted or not self._proved):
+            self._output.append(b"QUIT\r\n")
+            self._due.append(_QUIT)
+            return None
         self._refusal = None
         return refusal
 
     def _invalid(self, step: Step, reply: Reply) -> _Violation:
         self._due.appendleft(step)
-        return _Violation(Problem.INVALID, f"{reply.code} {reply.description}")
+        self.out_of_step = True
+        text = f"{reply.code} cannot answer {step}: {reply.description}"
+        return _Violation(Problem.INVALID, text)
+
+    def _too_early(self) -> _Violation:
+        self.out_of_step = True
+        return _Violation(Problem.INVALID, "answered before the end of the message")
+
+
+def _verdict(reply: Reply) -> Event:
+    return Accepted(reply) if reply.code // 100 == 2 else Refused(_MESSAGE, reply)
 
 
 def _is_safe(address: str) -> bool:

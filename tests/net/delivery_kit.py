@@ -262,6 +262,7 @@ class PeerConnection:
         """Play a server that takes what `Peer.answers` does not refuse."""
         await self.hello()
         envelope = recipient = ""
+        sender_stands = False
         while line := await self.line():
             verb = line.split()[0].partition(":")[0]
             if verb == "MAIL":
@@ -269,6 +270,10 @@ class PeerConnection:
             elif verb == "RCPT":
                 recipient = line.partition("<")[2].partition(">")[0]
             reply = self.answer(verb, envelope, recipient)
+            if verb == "MAIL":
+                sender_stands = reply.startswith("250")
+            elif verb in ("RCPT", "DATA") and not sender_stands:
+                reply = "503 MAIL first"
             await self.send(reply + "\r\n")
             if reply.startswith(("421", "221")):
                 return

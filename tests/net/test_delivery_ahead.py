@@ -9,10 +9,12 @@ import pytest
 import trio
 import trio.testing
 
-from mailerq.net import outgoing
-from tests.net.delivery_kit import PeerConnection, Script, StubPlugins, open_bench
+from mailerq.net import outgoing, pool
+from tests.net.delivery_kit import Mail, PeerConnection, Script, StubPlugins, open_bench
+from tests.wire.step_kit import TAKEN, Fate, Fault, Server, faults
 
-GO = "250 ok\r\n250 ok\r\n354 go\r\n"
+OK = "250 ok\r\n"
+GO = OK * 2 + "354 go\r\n"
 
 
 @pytest.fixture
@@ -224,3 +226,158 @@ async def test_stop_lets_a_message_end_whose_envelope_went_ahead() -> None:
         assert len(bench.queues["success"]) == 3
         assert len(bench.queues["outbox"]) == 3
         assert not bench.queues.leased
+
+
+# Peers out of step
+
+
+def answers_dots_late(replies: int) -> Script:
+    """A peer that answers commands at once, and a dot behind so many of them or after 30 ms."""
+
+    async def script(peer: PeerConnection) -> None:
+        await peer.hello()
+        recipient = late = ""
+        count = 0
+        while True:
+            with trio.move_on_after(0.03 if late else float("inf")) as scope:
+                line = await peer.line()
+            if scope.cancelled_caught or not line:
+                await peer.send(late)
+                late = ""
+                if scope.cancelled_caught:
+                    continue
+                return
+            if line.startswith("RCPT"):
+                recipient = line.partition("<")[2].partition(">")[0]
+            await peer.send("354 go\r\n" if line == "DATA" else OK)
+            count -= 1
+            if late and count == 0:
+                await peer.send(late)
+                late = ""
+            if line == "DATA":
+                body = await peer.body()
+                late, count = "550 no\r\n", replies
+                if not recipient.startswith("bad"):
+                    peer.peer.mails.append(Mail(peer.number, "a@b.test", recipient, body))
+                    late = OK
+
+    return script
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+@pytest.mark.parametrize("replies", [1, 2, 3, 100])
+async def test_a_refused_body_is_never_credited_with_the_reply_to_a_command(
+    replies: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipients = [f"{'bad' if number % 4 == 3 else 'good'}{number}@d.test" for number in range(40)]
+    async with open_bench(*[answers_dots_late(replies)] * 100, domain_maxconnections=2) as bench:
+        for recipient in recipients:
+            bench.send(recipient=recipient)
+        while len(bench.queues["results"]) < 40:
+            await bench.queues.until(lambda queues: not (queues.leased or queues.due))
+            bench.queues.pass_time(600)
+        delivered = {message.recipient for message in bench.queues["success"]}
+        refused = {message.recipient for message in bench.queues["failure"]}
+        assert delivered == {recipient for recipient in recipients if recipient.startswith("good")}
+        assert refused == {recipient for recipient in recipients if recipient.startswith("bad")}
+        assert len({mail.recipient for mail in bench.peer.mails}) == 30
+        assert len(bench.peer.mails) <= 30 + bench.dispatcher.statistics()["ahead"]
+        if replies >= 3:
+            assert 1 <= bench.dispatcher.statistics()["ahead"] <= 2  # for each connection
+            assert len([r for r in caplog.records if "out of step" in r.getMessage()]) == 1
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+@pytest.mark.parametrize("seconds", [0.0, 3600.0])
+async def test_a_host_that_was_out_of_step_gets_nothing_ahead_for_some_time(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "OUT_OF_STEP_SECONDS", seconds)
+    settings: Any = {"domain_maxconnections": 1, "connection_maxidle": 60}
+    async with open_bench(says("250 early\r\n354 DATA"), **settings) as bench:
+        for _ in range(4):
+            bench.send()
+        await bench.retried()
+        await bench.results("success", 3)
+        await bench.queues.until(lambda _: bench.dispatcher.statistics()["destinations"] == 0)
+        assert bench.dispatcher.statistics()["ahead"] == 1
+        for _ in range(4):
+            bench.send()
+        await bench.results("success", 7)
+        went_ahead = bench.dispatcher.statistics()["ahead"]
+        assert went_ahead > 1 if seconds == 0 else went_ahead == 1
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_a_peer_that_never_answers_a_dot_does_not_harm_the_message_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outgoing, "WITHDRAW_SECONDS", 0.05)
+
+    async def mute(peer: PeerConnection) -> None:
+        await until_ahead(peer)
+        await peer.send(GO)
+        await trio.sleep_forever()
+
+    async def silent(peer: PeerConnection) -> None:
+        await until_ahead(peer)
+        await trio.sleep_forever()
+
+    for script in (mute, silent):
+        async with open_bench(script, domain_maxconnections=1, smtp_out_timeout=0.1) as bench:
+            for number in range(3):
+                bench.send(recipient=f"c{number}@d.test")
+            assert (await bench.retried())["state"] == "received"
+            await bench.results("success", 2)
+            behind = next(m for m in bench.queues["success"] if m.recipient == "c2@d.test")
+            assert [result["attempt"] for result in behind.results] == [1]
+            bench.queues.pass_time(600)
+            await bench.results("success", 3)
+
+
+FATES: list[Fate] = [TAKEN, ("dot", 550), ("rcpt", 550), TAKEN, ("dot", 550), TAKEN]
+
+
+def plays(server: Server) -> Script:
+    async def script(peer: PeerConnection) -> None:
+        server.greet()
+        while True:
+            while server.replies:
+                await peer.send(server.replies.pop(0))
+            if server.closed:
+                return
+            with trio.move_on_after(0.01) as scope:
+                if not (data := await peer.stream.receive_some()):
+                    return
+                server.feed(data)
+            if scope.cancelled_caught:
+                server.say_late()
+
+    return script
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+@pytest.mark.parametrize(
+    "kind", ["twice", "omit", "insert", "early", "late", "lates", "cut", "mute"]
+)
+async def test_every_message_gets_the_answer_that_was_meant_for_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outgoing, "FINAL_REPLY", 1)
+    for fault in faults(20):
+        if fault.kind != kind or fault.value not in (0, 1, 2, 3, 250, 500, 503):
+            continue
+        servers = [Server(FATES, fault), *(Server(FATES, Fault()) for _ in range(20))]
+        settings: Any = {"domain_maxconnections": 1, "smtp_out_timeout": 0.1}
+        async with open_bench(*map(plays, servers), **settings) as bench:
+            for number in range(len(FATES)):
+                bench.send(envelope=f"{number}@a.test")
+            while len(bench.queues["results"]) < len(FATES):
+                await bench.queues.until(lambda queues: not (queues.leased or queues.due))
+                bench.queues.pass_time(600)
+            for queue, codes in (("success", {250}), ("failure", {550})):
+                for message in bench.queues[queue]:
+                    number = int(message.envelope.partition("@")[0])
+                    truths = {server.truth.get(number) for server in servers}
+                    lie = servers[0].fault.lies(servers[0].steps, 250)
+                    assert truths & codes or lie, (fault, number, message.results)

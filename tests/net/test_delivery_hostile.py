@@ -214,14 +214,21 @@ async def test_a_lookup_that_fails_by_a_defect_costs_an_attempt_and_not_the_engi
     assert "ZeroDivisionError: d.test" in caplog.text
 
 
+async def one_mail(peer: PeerConnection, *replies: str) -> None:
+    for _ in range(3):
+        await peer.line()
+    await peer.send(OK * 2 + "354 go\r\n")
+    await peer.body()
+    for reply in replies:
+        await peer.send(reply)
+
+
 async def test_a_peer_that_talks_when_it_is_idle_loses_the_connection_and_no_mail() -> None:
     async def chatty(peer: PeerConnection) -> None:
         await peer.hello()
-        for _ in range(3):
-            await peer.line()
-        await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
-        await peer.body()
-        await peer.send("250 taken\r\n250 and one more thing\r\n")
+        await one_mail(peer, "250 taken\r\n")
+        await bench.queues.until(lambda queues: len(queues["success"]) == 1)
+        await peer.send("250 and one more thing\r\n")
         while await peer.line():
             pass
 
@@ -232,6 +239,97 @@ async def test_a_peer_that_talks_when_it_is_idle_loses_the_connection_and_no_mai
         bench.send()
         results = await bench.results(count=2)
         assert [result["attempt"] for result in results] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("replies", "queue"),
+    [
+        ("250 taken\r\n250 and one more thing\r\n", "retry"),
+        ("250 in the middle of the body\r\n550 the answer to the dot\r\n", "retry"),
+        ("500 what?\r\n250 taken\r\n", "retry"),
+        ("550 no\r\n550 no\r\n", "retry"),
+        ("250 taken\r\n421 enough\r\n", "success"),
+        ("550 no\r\n421 enough\r\n", "failure"),
+    ],
+)
+async def test_a_reply_to_a_body_counts_only_when_nothing_else_comes_with_it(
+    replies: str, queue: str
+) -> None:
+    async def script(peer: PeerConnection) -> None:
+        await peer.hello()
+        await one_mail(peer, replies)
+        await peer.line()
+
+    async with open_bench(script) as bench:
+        bench.send()
+        await bench.results(queue)
+
+
+async def test_a_250_in_the_middle_of_a_large_body_keeps_its_end_from_being_sent() -> None:
+    async def hasty(peer: PeerConnection) -> None:
+        await peer.hello()
+        for _ in range(3):
+            await peer.line()
+        await peer.send(OK * 2 + "354 go\r\n")
+        await peer.stream.receive_some()
+        await peer.send("250 taken\r\n")
+        while data := await peer.stream.receive_some():
+            ends.append(data.endswith(b".\r\n"))
+
+    ends: list[bool] = []
+    async with open_bench(hasty) as bench:
+        bench.peer.extensions = ("PIPELINING",)
+        bench.send(body="y" * 30_000_000)
+        result = await bench.retried()
+        assert (result["type"], result["state"], result["result"]) == ("lost", "data", "invalid")
+    assert ends
+    assert not any(ends)
+
+
+@pytest.mark.parametrize("code", [500, 502, 503])
+async def test_an_unasked_reply_about_a_command_fails_no_mail(code: int) -> None:
+    async def script(peer: PeerConnection) -> None:
+        await peer.hello()
+        await one_mail(peer, OK)
+        await bench.queues.until(lambda queues: len(queues["success"]) == 1)
+        assert await peer.line()
+        await peer.send(f"{code} what?\r\n" + OK * 2 + "354 go\r\n")
+        await peer.line()
+
+    async with open_bench(script, domain_maxconnections=1) as bench:
+        bench.send()
+        bench.send()
+        await bench.results("success", 2)
+        assert bench.peer.connections == 2
+
+
+async def test_a_refusal_that_nothing_proves_is_confirmed_by_quit() -> None:
+    async with open_bench() as bench:
+        bench.peer.extensions = ()
+        bench.peer.answers["RCPT", "nobody@d.test"] = ["550 5.1.1 who?"]
+        bench.send(recipient="nobody@d.test")
+        (result,) = await bench.results("failure")
+        assert (result["state"], result["code"]) == ("rcpt to", 550)
+        assert bench.peer.commands[-1] == "QUIT"
+
+
+async def test_a_refusal_that_quit_does_not_confirm_is_tried_again() -> None:
+    async def behind(peer: PeerConnection) -> None:
+        await peer.hello()
+        await peer.line()
+        await peer.send("500 what?\r\n")
+        assert await peer.line() == "QUIT"
+        await peer.send("250 sender ok\r\n221 bye\r\n")
+
+    async with open_bench(behind) as bench:
+        bench.peer.extensions = ()
+        bench.send()
+        result = await bench.retried()
+        assert (result["type"], result["state"], result["result"]) == (
+            *("lost", "mail from", "invalid"),
+        )
+        bench.queues.pass_time(600)
+        await bench.results("success")
 
 
 @pytest.mark.parametrize("step", range(1, 6))

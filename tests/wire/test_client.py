@@ -220,7 +220,7 @@ def test_rset_waits_for_its_reply_where_the_peer_does_not_pipeline() -> None:
     protocol = mailing(PLAIN)
     assert feed(protocol, b"250 ok\r\n") == []
     output(protocol)
-    (event,) = feed(protocol, b"550 no\r\n")
+    (event,) = feed(protocol, b"450 no\r\n")
     assert isinstance(event, Refused)
     protocol.mail("a@b.test", "c@d.test")
     assert output(protocol) == b"RSET\r\n"
@@ -237,13 +237,57 @@ def test_a_refused_sender_needs_no_rset() -> None:
     assert output(protocol).startswith(b"MAIL")
 
 
-def test_a_refused_sender_with_a_recipient_taken_and_354_never_sends_the_dot() -> None:
+@pytest.mark.parametrize("code", [450, 550])
+@pytest.mark.parametrize("replies", [b"250 ok\r\n354 go\r\n", b"503 no\r\n354 go\r\n"])
+def test_a_refused_sender_with_a_recipient_taken_or_354_is_out_of_step(
+    code: int, replies: bytes
+) -> None:
     protocol = mailing()
-    assert feed(protocol, b"450 no\r\n250 ok\r\n354 go\r\n") == [
-        Refused(Step.MAILFROM, Reply(450, "no"))
-    ]
+    (event,) = feed(protocol, b"%d no\r\n" % code + replies)
+    if code == 450:
+        assert event == Refused(Step.MAILFROM, Reply(450, "no"))
+    else:
+        assert isinstance(event, Failed)
+        assert event.problem is Problem.INVALID
     assert output(protocol) == b""
-    assert not protocol.reusable
+    assert protocol.ended
+    assert protocol.out_of_step
+
+
+@pytest.mark.parametrize("hello", [PLAIN, PIPELINING])
+@pytest.mark.parametrize(
+    ("last", "confirmed"),
+    [(b"221 bye\r\n", True), (b"503 a reply too many\r\n", False), (b"", True)],
+)
+def test_a_refusal_without_503_behind_it_needs_221_in_its_place(
+    hello: bytes, last: bytes, confirmed: bool, bytewise: bool
+) -> None:
+    protocol = mailing(hello)
+    refusal = Refused(Step.MAILFROM, Reply(550, "no"))
+    replies = b"550 no\r\n" + (b"550 not you\r\n554 none\r\n" if hello is PIPELINING else b"")
+    assert feed(protocol, replies, bytewise=bytewise) == []
+    assert output(protocol) == b"QUIT\r\n"
+    (event,) = feed(protocol, last, bytewise=bytewise and last != b"")
+    assert (event == refusal) is confirmed
+    assert protocol.ended
+    assert protocol.out_of_step is not confirmed
+
+
+def test_a_recipient_refused_with_354_behind_it_is_refused_by_the_peer() -> None:
+    protocol = mailing()
+    assert feed(protocol, b"250 ok\r\n500 who?\r\n354 go\r\n") == []
+    assert output(protocol) == b".\r\n"
+    assert feed(protocol, b"554 nobody\r\n") == [Refused(Step.RCPTTO, Reply(500, "who?"))]
+    assert protocol.reusable
+
+
+@pytest.mark.parametrize("before", [b"", b"250 ok\r\n", b"250 ok\r\n250 ok\r\n"])
+@pytest.mark.parametrize("reply", [b"503 no\r\n", b"554 5.5.1 no\r\n"])
+def test_a_command_in_its_place_cannot_be_out_of_sequence(before: bytes, reply: bytes) -> None:
+    protocol = mailing()
+    (event,) = feed(protocol, before + reply)
+    assert isinstance(event, Failed)
+    assert event.problem is Problem.INVALID
 
 
 def test_a_refused_mail_leaves_the_session_open(bytewise: bool) -> None:
@@ -288,11 +332,13 @@ def test_the_next_envelope_goes_out_with_the_body_and_needs_no_rset(bytewise: bo
 
 def test_each_of_two_mails_gets_its_own_refusal(bytewise: bool) -> None:
     protocol = ahead()
-    events = feed(protocol, b"452 full\r\n", bytewise=bytewise)
-    assert events == [Refused(Step.MESSAGE, Reply(452, "full"))]
+    assert feed(protocol, b"452 full\r\n", bytewise=bytewise) == []
     assert not protocol.reusable
-    events = feed(protocol, b"250 ok\r\n550 who\r\n554 none\r\n", bytewise=bytewise)
-    assert events == [Refused(Step.RCPTTO, Reply(550, "who"))]
+    replies = b"250 ok\r\n550 who\r\n554 5.5.1 none\r\n"
+    assert feed(protocol, replies, bytewise=bytewise) == [
+        Refused(Step.MESSAGE, Reply(452, "full")),
+        Refused(Step.RCPTTO, Reply(550, "who")),
+    ]
     assert protocol.reusable
     protocol.mail("a@b.test", "c@d.test")
     assert output(protocol).startswith(b"RSET\r\nMAIL")
@@ -308,12 +354,43 @@ def test_what_ends_the_session_ends_the_mail_whose_reply_is_due(bytewise: bool) 
     event = protocol.next_event()
     assert isinstance(event, Failed)
     assert event.step is Step.MESSAGE
+
+
+@pytest.mark.parametrize("end", [b"", b"421 bye\r\n"])
+def test_a_body_stays_in_doubt_when_the_session_ends_before_the_next_envelope_is_answered(
+    end: bytes,
+) -> None:
     protocol = ahead()
-    assert feed(protocol, b"250 one\r\n", bytewise=bytewise) == [Accepted(Reply(250, "one"))]
-    protocol.receive_data(b"")
-    event = protocol.next_event()
+    assert feed(protocol, b"250 one\r\n250 ok\r\n250 ok\r\n") == []
+    (event,) = feed(protocol, end)
     assert isinstance(event, Failed)
-    assert event.step is Step.MAILFROM
+    assert (event.step, event.problem) == (Step.MESSAGE, Problem.LOST)
+    assert "250 may answer another command: one" in event.description
+    assert protocol.out_of_step
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        b"250 MAIL\r\n250 RCPT\r\n354 DATA\r\n",
+        b"250 MAIL\r\n250 RCPT\r\n550 dot\r\n354 DATA\r\n",
+        b"250 MAIL\r\n550 dot\r\n250 RCPT\r\n",
+        b"250 MAIL\r\n550 RCPT\r\n503 DATA\r\n550 dot\r\n",
+        b"250 MAIL\r\n550 RCPT\r\n554 5.5.1 DATA\r\n554 dot\r\n",
+        b"250 MAIL\r\n550 dot\r\n550 RCPT\r\n503 DATA\r\n",
+        b"250 MAIL\r\n250 RCPT\r\n451 DATA\r\n550 dot\r\n",
+        b"550 MAIL\r\n250 dot\r\n503 RCPT\r\n503 DATA\r\n",
+        b"550 MAIL\r\n451 dot\r\n503 RCPT\r\n503 DATA\r\n",
+        b"500 what\r\n250 dot\r\n550 MAIL\r\n503 RCPT\r\n503 DATA\r\n",
+    ],
+)
+def test_a_late_answer_to_a_body_leaves_both_mails_in_doubt(replies: bytes, bytewise: bool) -> None:
+    protocol = ahead()
+    (event,) = feed(protocol, replies, bytewise=bytewise)
+    assert isinstance(event, Failed)
+    assert (event.step, event.problem) == (Step.MESSAGE, Problem.INVALID)
+    assert protocol.ended
+    assert protocol.out_of_step
 
 
 def test_a_mail_that_the_peer_cannot_take_is_not_sent_ahead() -> None:
@@ -353,8 +430,24 @@ def test_a_refusal_is_the_answer_even_when_the_rest_never_comes() -> None:
     feed(protocol, b"550 no\r\n")
     assert feed(protocol, b"") == [Refused(Step.MAILFROM, Reply(550, "no"))]
     protocol = mailing()
-    feed(protocol, b"550 no\r\n")
-    assert protocol.abort(Problem.TIMEOUT, "slow") == Refused(Step.MAILFROM, Reply(550, "no"))
+    feed(protocol, b"450 no\r\n")
+    assert protocol.abort(Problem.TIMEOUT, "slow") == Refused(Step.MAILFROM, Reply(450, "no"))
+
+
+@pytest.mark.parametrize("problem", [Problem.LOST, Problem.TIMEOUT])
+def test_a_refusal_that_may_be_an_earlier_mails_does_not_count_when_the_rest_never_comes(
+    problem: Problem,
+) -> None:
+    protocol = mailing()
+    feed(protocol, b"250 ok\r\n250 ok\r\n354 go\r\n")
+    protocol.send_body(b"x")
+    output(protocol)
+    assert feed(protocol, b"550 no\r\n") == [Refused(Step.MESSAGE, Reply(550, "no"))]
+    protocol.mail("a@b.test", "c@d.test")
+    assert feed(protocol, b"550 no\r\n") == []
+    event = protocol.abort(problem, "gone")
+    assert isinstance(event, Failed)
+    assert (event.step, event.problem) == (Step.MAILFROM, problem)
 
 
 def test_250_before_the_dot_is_no_success(bytewise: bool) -> None:
