@@ -39,7 +39,7 @@ import trio
 
 from mailerq.message import Message
 from mailerq.net.resolver import Host
-from mailerq.net.stream import Stream, StreamLost
+from mailerq.net.stream import CannotBind, Stream, StreamLost
 from mailerq.queues import Lease
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
@@ -139,6 +139,9 @@ class Employer(Protocol):
 
     def host_failed(self, host: Host) -> None:
         """That host did not let us in."""
+
+    def cannot_bind(self, local_ip: str, error: OSError) -> None:
+        """Nothing can be sent from that address of this host."""
 
     def opened(self, connection: Connection) -> None:
         """The connection can take its first job."""
@@ -266,14 +269,26 @@ class Connection:
             self._pool.worker.call(self._pool.closed, self, job, report)
 
     async def _try_hosts(self, hosts: Sequence[Host]) -> Report | None:
-        """Serve on the first host that lets us in; a report says that none did."""
-        report = None
-        for host in hosts[:MAX_HOSTS]:
+        """Serve on the first host that lets us in; a report says that none did.
+
+        Of several reports the one counts that says most. What this host cannot reach is none of
+        the `MAX_HOSTS`, so an address behind it has its turn.
+        """
+        best: Report | None = None
+        tried = 0
+        for host in hosts:
             report = await self._session(host)
             if report is None:
                 return None
+            if best is None or responses.outweighs(report.outcome, best.outcome):
+                best = report
+            if report.outcome.state == "bind":
+                break  # it would be the same for all others
             self._pool.worker.call(self._pool.host_failed, host)
-        return report
+            tried += not report.outcome.own_fault
+            if tried == MAX_HOSTS:
+                break
+        return best
 
     async def _session(self, host: Host) -> Report | None:
         where = host.address if host.name == host.address else f"{host.name} [{host.address}]"
@@ -281,6 +296,10 @@ class Connection:
         try:
             with trio.move_on_after(self._pool.config.connect_timeout):
                 stream = await Stream.connect(host.address, self.route.port, local_ip=self.local_ip)
+        except CannotBind as error:
+            assert self.local_ip is not None, "else nothing is bound"
+            self._pool.worker.call(self._pool.cannot_bind, self.local_ip, error)
+            return Report(responses.cannot_bind(error, self.local_ip), self.local_ip)
         except OSError as error:
             return Report(responses.connect_failed(error, where))
         if stream is None:

@@ -9,7 +9,8 @@ cdef class Pool:
     cdef public bint _stopping
     cdef public dict _destinations, _idle, _starved, _held, _connections
     cdef public object config, worker, _workers, _resolver, _slots, _office, _doubts, _empty
-    cdef public object _lookups, _tick, _nursery
+    cdef public double _quiet_until
+    cdef public object _lookups, _tick, _nursery, _aside
 
     cpdef _look(self)
     cpdef put(self, job)
@@ -19,6 +20,7 @@ cdef class Pool:
     cpdef returned(self, job)
     cpdef withdrawn(self, connection, job)
     cpdef host_failed(self, host)
+    cpdef cannot_bind(self, local_ip, error)
     cpdef leaving(self, connection)
     cpdef closed(self, connection, job, report)
     cpdef _pump(self, destination)
@@ -27,6 +29,7 @@ cdef class Pool:
     cpdef _open(self, destination)
     cpdef _park_excess(self, destination)
     cpdef _not_opened(self, destination, report)
+    cpdef _move(self, job)
     cpdef _feed_starved(self)
     cpdef _forget(self, destination)
     cpdef cut(self)

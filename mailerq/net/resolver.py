@@ -17,6 +17,7 @@ process that only injects a mail never gets that far.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import random
 import socket
@@ -305,7 +306,7 @@ def is_this_host(address: str) -> bool:
     """True when what is sent to the IP address arrives at this host.
 
     The system is asked which source address it would use: for an address of its own it is
-    that address. Nothing is sent.
+    that address. Nothing is sent. Raises OSError when there is no descriptor to ask with.
     """
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
@@ -313,7 +314,13 @@ def is_this_host(address: str) -> bool:
     if ip.is_loopback or ip.is_unspecified:
         return True
     family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    try:
+        probe = socket.socket(family, socket.SOCK_DGRAM)
+    except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:
+            return False  # Nothing of that family is here.
+        raise
+    with probe:
         try:
             probe.connect((str(ip), 25))
             return ipaddress.ip_address(probe.getsockname()[0]) == ip

@@ -27,11 +27,14 @@ __all__ = [
     "Fate",
     "Outcome",
     "accepted",
+    "cannot_bind",
     "connect_failed",
     "connect_timed_out",
     "failed",
+    "no_fitting_address",
     "no_hosts",
     "not_generated",
+    "outweighs",
     "refused",
     "rejected_by_plugin",
     "unsendable",
@@ -55,6 +58,18 @@ _STATES: Final = {
 
 _HELLO: Final = frozenset((Step.INTRO, Step.EHLO, Step.HELO))
 
+_OWN_ERRORS: Final = frozenset({
+    # no descriptor, no memory
+    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
+    # no address to send from, or no free port
+    errno.EADDRNOTAVAIL, errno.EADDRINUSE,
+    # no such family here, no way there, an address that means something on one link only
+    errno.EAFNOSUPPORT, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL,
+    # a firewall or a sandbox of this host
+    errno.EACCES, errno.EPERM,
+})  # fmt: skip
+"""Errors of connecting that are faults of this host and say nothing of the peer."""
+
 
 class Fate(Enum):
     """What follows from an outcome."""
@@ -65,7 +80,10 @@ class Fate(Enum):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How an attempt ended, without when and where."""
+    """How an attempt ended, without when and where.
+
+    `own_fault`: this host is what kept the message from being sent. That is never final.
+    """
 
     type: str
     state: str
@@ -74,6 +92,7 @@ class Outcome(msgspec.Struct, frozen=True):
     code: int | None = None
     status: str | None = None
     description: str | None = None
+    own_fault: bool = False
 
 
 EXPIRED: Final = Outcome(
@@ -128,10 +147,40 @@ def connect_failed(error: OSError, host: str) -> Outcome:
     description = f"{host}: {text}"
     if error.errno == errno.ECONNREFUSED:
         return Outcome("refused", "connect", "error", Fate.RETRY, description=description)
-    if error.errno == errno.EADDRNOTAVAIL:
-        return Outcome("bind", "bind", "error", Fate.FAILED, description=description)
     result = "timeout" if error.errno == errno.ETIMEDOUT else "error"
-    return Outcome("connect", "connect", result, Fate.RETRY, description=description)
+    own = error.errno in _OWN_ERRORS
+    return Outcome("connect", "connect", result, Fate.RETRY, description=description, own_fault=own)
+
+
+def cannot_bind(error: OSError, local_ip: str) -> Outcome:
+    """Nothing can be sent from `local_ip`; `error` says why."""
+    text = os.strerror(error.errno) if error.errno else str(error)
+    return _bind(f"cannot send from {local_ip}: {text}")
+
+
+def no_fitting_address(host: str, local_ip: str) -> Outcome:
+    """`host` has no address of the family of `local_ip`."""
+    family = "IPv6" if ":" in local_ip else "IPv4"
+    return _bind(f"cannot send from {local_ip}: {host} has no {family} address")
+
+
+def _bind(description: str) -> Outcome:
+    return Outcome("bind", "bind", "error", Fate.RETRY, description=description, own_fault=True)
+
+
+def outweighs(outcome: Outcome, other: Outcome) -> bool:
+    """Whether `outcome` says no less than `other`, which an earlier host of a domain met.
+
+    What a peer answered comes before what kept us from reaching one, and a fault of this
+    host comes last: it must not hide either.
+    """
+    return _weight(outcome) >= _weight(other)
+
+
+def _weight(outcome: Outcome) -> int:
+    if outcome.own_fault:
+        return 0
+    return 1 if outcome.state == "connect" else 2
 
 
 def connect_timed_out(host: str) -> Outcome:

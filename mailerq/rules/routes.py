@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -77,15 +77,15 @@ def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
     return str(parse_host(host)), port
 
 
-def choose_local_ip(properties: Mapping[str, Any]) -> str | None:
+def choose_local_ip(properties: Mapping[str, Any], *, avoid: Collection[str] = ()) -> str | None:
     """One of the addresses in ``ips``, which the message may leave from; None: any.
 
-    Raises `AddressError` for what is no IP address.
+    It is none of `avoid` where there is another. Raises `AddressError` for what is no IP address.
     """
     ips = properties.get("ips")
     if not ips:
         return None
-    address = random.choice(ips)
+    address = random.choice([ip for ip in ips if ip not in avoid] or ips if avoid else ips)
     if isinstance(parse_host(address), str):
         raise AddressError(f"property ips: {address[:80]!r} is no IP address")
     return str(address)

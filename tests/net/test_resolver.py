@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -282,6 +284,16 @@ def test_this_host_knows_its_addresses() -> None:
         assert is_this_host(address)
     for address in ("192.0.2.1", "2001:db8::1", "198.51.100.7"):
         assert not is_this_host(address)
+
+
+def test_a_host_without_ipv6_is_not_the_one_at_an_ipv6_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without_ipv6(family: int, *_: int) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    assert not is_this_host("2001:db8::1")
 
 
 def test_dnspython_is_imported_late() -> None:

@@ -65,6 +65,8 @@ def test_the_local_address_is_one_of_ips() -> None:
     assert choose_local_ip({}) is choose_local_ip({"ips": []}) is None
     ips = ["192.0.2.1", "2001:db8::1"]
     assert {choose_local_ip({"ips": ips}) for _ in range(99)} == set(ips)
+    assert {choose_local_ip({"ips": ips}, avoid={ips[0]}) for _ in range(99)} == {ips[1]}
+    assert {choose_local_ip({"ips": ips}, avoid=set(ips)) for _ in range(99)} == set(ips)
     with pytest.raises(AddressError):
         choose_local_ip({"ips": ["localhost"]})
 
