@@ -249,6 +249,13 @@ class Config:
     smtp_local_domains: tuple[str, ...] = setting(
         (), DOMAINS, ACCESS, "Domains that anybody may send to.", unset="none"
     )
+    smtp_relay_domains: tuple[str, ...] = setting(
+        (),
+        DOMAINS,
+        ACCESS,
+        "Domains that anybody may send to and that other hosts keep: passed on by their MX.",
+        unset="none",
+    )
     smtp_local_addresses: str = setting(
         "",
         PATH,
@@ -413,6 +420,19 @@ class Config:
         aliases=("smtp-sink-ip",),
     )
     smtp_sink_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
+    smtp_out_forbidden: tuple[Network, ...] = setting(
+        tuple(
+            map(
+                ipaddress.ip_network,
+                ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/128", "::1/128", "fe80::/10"),
+            )
+        ),
+        NETWORKS,
+        DELIVERY,
+        "Networks that no mail is sent to, whatever MX records, recipients and smarthosts of"
+        " messages say; not for smarthost and smtp-sink-address.",
+        unset="none",
+    )
     domain_maxconnections: int = setting(
         20,
         NUMBER,

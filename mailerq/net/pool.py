@@ -356,12 +356,14 @@ class Pool:
     async def _start(self, connection: Connection, destination: Destination) -> None:
         """Find the hosts of a connection's destination and let it loose on them."""
         route = destination.route
-        look_up = self._resolver.mail_hosts if route.mx else self._resolver.host
         found: tuple[Host, ...] | NoHosts | None = None
         report: Report | None = None
         try:
             with trio.CancelScope() as self._lookups[connection]:
-                answer = await look_up(route.host)
+                if route.mx:
+                    answer = await self._resolver.mail_hosts(route.host)
+                else:
+                    answer = await self._resolver.host(route.host, trusted=route.trusted)
                 await trio.lowlevel.checkpoint_if_cancelled()  # then workers take no more tasks
                 found = answer
         except Exception:

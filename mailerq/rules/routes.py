@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from mailerq.address import parse_host
-from mailerq.config import Config
+from mailerq.config import Config, Network
 from mailerq.errors import AddressError
 from mailerq.wire.framing import has_bare_newline
 
@@ -19,6 +20,7 @@ __all__ = [
     "choose_local_ip",
     "count_hops",
     "has_ascii_header",
+    "is_forbidden",
     "reception_queue",
     "result_queues",
     "route_of",
@@ -35,13 +37,15 @@ class Route(msgspec.Struct, frozen=True):
     """A way out. Messages with the same one share a queue and its connections.
 
     `name` is the domain or the smarthost, for people and for statistics; `host` is what is
-    connected to: with `mx` the hosts that take mail for it.
+    connected to: with `mx` the hosts that take mail for it. `trusted` is the operator's word
+    for `host`: `smtp-out-forbidden` does not hold there.
     """
 
     name: str
     host: str
     port: int
     mx: bool
+    trusted: bool = False
 
 
 def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Route:
@@ -50,17 +54,25 @@ def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Rout
     The message's own smarthost comes before the configured one. A sink takes the
     connections of either, and those of each domain, which keep their queues.
     """
-    name, host, port, mx = domain, domain, SMTP_PORT, True
+    name, host, port, mx, trusted = domain, domain, SMTP_PORT, True, False
     smarthost = properties.get("smarthost")
     if smarthost:
         host, port = _smarthost(smarthost)
         name, mx = f"{host}:{port}", False
     elif config.smarthost:
-        host, port, mx = config.smarthost, config.smarthost_port, False
+        host, port, mx, trusted = config.smarthost, config.smarthost_port, False, True
         name = f"{host}:{port}"
     if config.smtp_sink_address:
-        host, port, mx = config.smtp_sink_address, config.smtp_sink_port, False
-    return Route(name, host, port, mx)
+        host, port, mx, trusted = config.smtp_sink_address, config.smtp_sink_port, False, True
+    return Route(name, host, port, mx, trusted)
+
+
+def is_forbidden(address: str, networks: Sequence[Network]) -> bool:
+    """Whether an IP address is in one of the networks; ``::ffff:127.0.0.1`` is 127.0.0.1."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    return any(ip in network for network in networks)
 
 
 def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
