@@ -79,8 +79,8 @@ class Config:
     Raises `ConfigError` for a value of a wrong type or out of its bounds, and for values that
     contradict each other.
 
-    >>> config = Config(smtp_port=(2525,), smtp_local_domains=("Example.TEST",))
-    >>> config.smtp_local_domains, config.origin("smtp-port"), config.origin("smtp-maxsize")
+    >>> config = Config(smtp_port=(2525,), smtp_relay_domains=("Example.TEST",))
+    >>> config.smtp_relay_domains, config.origin("smtp-port"), config.origin("smtp-maxsize")
     (('example.test',), 'program', 'default')
     """
 
@@ -247,13 +247,18 @@ class Config:
         "Networks whose clients may send to any recipient without a login.",
     )
     smtp_local_domains: tuple[str, ...] = setting(
-        (), DOMAINS, ACCESS, "Domains that anybody may send to.", unset="none"
+        (),
+        DOMAINS,
+        ACCESS,
+        "Domains that anybody may send to and whose mail ends here: in rabbitmq-local, another"
+        " inbox than the outbox, or at smarthost.",
+        unset="none",
     )
     smtp_relay_domains: tuple[str, ...] = setting(
         (),
         DOMAINS,
         ACCESS,
-        "Domains that anybody may send to and that other hosts keep: passed on by their MX.",
+        "Domains that anybody may send to and whose mail other hosts keep: it goes on by MX.",
         unset="none",
     )
     smtp_local_addresses: str = setting(
@@ -563,6 +568,15 @@ class Config:
         origins = {name: where for name, where in self.origins.items() if name not in changes}
         return dataclasses.replace(self, **changes, origins=origins)
 
+    @property
+    def keeps_local_mail(self) -> bool:
+        """Whether mail for local recipients gets to somebody, and not back here by MX."""
+        outbox = self.rabbitmq_outbox
+        inbox = outbox if self.rabbitmq_inbox is None else self.rabbitmq_inbox
+        return (self.rabbitmq_local or inbox) != outbox or bool(
+            self.smarthost or self.smtp_sink_address
+        )
+
     def origin(self, name: str) -> str:
         """Where the value of a setting (key or attribute) was set.
 
@@ -608,6 +622,17 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     ):
         for port in set(getattr(config, key)) & set(getattr(config, other)) - {0}:
             yield key, f"port {port} is in {other.replace('_', '-')} as well"
+    for key in ("smtp_local_domains", "smtp_local_addresses"):
+        if getattr(config, key) and not config.keeps_local_mail:
+            yield (
+                key,
+                f"{key.replace('_', '-')}: mail for them has nowhere to go. Add 'rabbitmq-local:"
+                " local' and have a program read that queue, or 'smarthost: ' with the host that"
+                " keeps the mailboxes; domains that are to be passed on by MX belong in"
+                " smtp-relay-domains",
+            )
+    for domain in sorted({*config.smtp_local_domains} & {*config.smtp_relay_domains}):
+        yield "smtp_relay_domains", f"{domain} is in smtp-local-domains as well"
     for key in ("smtp_connections_in", "smtp_connections_out"):
         if (getattr(config, key) or 0) > config.smtp_connections:
             limit = f"smtp-connections ({config.smtp_connections})"

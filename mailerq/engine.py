@@ -178,6 +178,7 @@ class Engine:
             config.smtp_range,
             config.smtp_relay_range,
             config.smtp_local_domains,
+            relay_domains=config.smtp_relay_domains,
             proxies=config.smtp_proxy,
             xclients=config.smtp_xclient_range,
         )

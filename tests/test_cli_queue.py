@@ -308,7 +308,9 @@ def test_a_wrong_configuration_exits_2_and_names_the_line(
 def test_check_config_reads_what_the_server_reads(
     tmp_path: Path, setting: str, problem: str
 ) -> None:
-    done = mailerq("check-config", f"--queue-directory={tmp_path}", f"--{setting}")
+    done = mailerq(
+        "check-config", f"--queue-directory={tmp_path}", "--rabbitmq-local=l", f"--{setting}"
+    )
     assert done.returncode == 2
     assert problem in done.stderr.decode()
 

@@ -89,8 +89,13 @@ async def _publish(
         if refusal is not None:
             outcomes.append(refusal_reply(refusal))
             continue
+        if message.local and not shared.config.keeps_local_mail:  # so a plugin says
+            outcomes.append(shared.no_way(recipient))
+            continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
         if queue := reception_queue(shared.config, local=message.local):
+            if "@" not in recipient and queue == shared.config.rabbitmq_outbox:
+                message.properties["recipient"] = f"{recipient}@{machine.settings.hostname}"
             publications.append(Publication(queue, message))
     try:
         if publications:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 import time
 from collections.abc import Callable
@@ -27,6 +28,11 @@ from mailerq.wire.server import Settings
 from mailerq.wire.smtp import Reply
 
 __all__ = ["Counters", "Server"]
+
+log = logging.getLogger("mailerq.server")
+
+COMPLAINT_SECONDS: Final = 60.0
+"""How often at most the log says that local mail has no way to go."""
 
 LOADERS: Final = 4
 """Mails of a worker that are read from their files at a time."""
@@ -78,6 +84,7 @@ class Server:
     refused_log: LogFile | None = None
     clock: Callable[[], float] = time.time
     counters: Counters = field(default_factory=Counters)
+    quiet_until: float = 0.0
     loaders: dict[Worker, trio.CapacityLimiter] = field(default_factory=dict)
 
     def admit(self, client: str) -> Reply | None:
@@ -87,8 +94,23 @@ class Server:
         return self.clients.came(client)
 
     def is_local(self, recipient: str) -> bool:
-        """Whether anybody may send to that recipient."""
+        """Whether anybody may send to that recipient, whose mail ends here."""
         return self.access.is_local(recipient) or self.local_addresses.has(recipient)
+
+    def is_ours(self, recipient: str) -> bool:
+        """Whether anybody may send to that recipient."""
+        return self.is_local(recipient) or self.access.is_relayed(recipient)
+
+    def no_way(self, recipient: str) -> Reply:
+        """Refuse a local recipient where nobody keeps local mail, and let the log say so."""
+        if self.clock() >= self.quiet_until:
+            self.quiet_until = self.clock() + COMPLAINT_SECONDS
+            log.error(
+                "mail for %s is refused: it is local, and neither rabbitmq-local nor another inbox"
+                " than the outbox nor smarthost is set",
+                ascii(recipient),
+            )
+        return smtp.NO_WAY
 
     def loader(self, worker: Worker) -> trio.CapacityLimiter:
         """To be held while a mail of that worker is in memory as a whole; for its thread."""
