@@ -25,10 +25,11 @@ from typing import Any, Final, Self
 from mailerq.errors import ConfigError
 from mailerq.settings import (
     DOMAINS,
-    FLAG,
+    EXTRACT,
     HOST,
     HOSTNAME,
     IPS,
+    NAMES,
     NETWORKS,
     NUMBER,
     NUMBERS,
@@ -228,8 +229,27 @@ class Config:
         "Memory that mail on its way in may take before new mail gets 452; 0: no limit.",
         unlimited=True,
     )
-    smtp_extract: bool = setting(
-        True, FLAG, SERVER, "Turn x-mq-* headers of clients that may relay into properties."
+    smtp_extract: tuple[str, ...] = setting(
+        ("safe",),
+        EXTRACT,
+        SERVER,
+        "Which x-mq-* fields of clients that may relay become properties: safe ones (tags, delays"
+        " up to max-delivertime, DSN wishes and the like), none, all, or names such as ips.",
+        needed=True,
+    )
+    smtp_extract_range: tuple[Network, ...] = setting(
+        (),
+        NETWORKS,
+        SERVER,
+        "Networks of clients that may relay in whose mail all x-mq-* fields count.",
+        unset="none",
+    )
+    smtp_extract_logins: tuple[str, ...] = setting(
+        (),
+        NAMES,
+        SERVER,
+        "Logins in whose mail all x-mq-* fields count; * is every login.",
+        unset="none",
     )
 
     smtp_range: tuple[Network, ...] = setting(

@@ -41,6 +41,7 @@ from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.shares import share_directory, shares_in
 from mailerq.rules.access import Access
+from mailerq.rules.steering import Steering
 from mailerq.wire import server
 
 __all__ = ["Engine"]
@@ -152,6 +153,7 @@ class Engine:
         tls = tls_context(config)
         authenticator = Authenticator.of(config)
         local_addresses = LocalAddresses.of(config)
+        steering = Steering.of(config)
         ports = bind(config, shared=self._share is not None)
         for port in ports:
             stack.callback(port.sock.close)
@@ -188,6 +190,7 @@ class Engine:
             lmtp=replace(settings, lmtp=True),
             access=access,
             local_addresses=local_addresses,
+            steering=steering,
             clients=Clients(config, access),
             authenticator=authenticator,
             plugins=plugins,

@@ -199,6 +199,9 @@ def test_text_is_what_a_file_would_hold() -> None:
         ("smtp-relay-domains", "Example.Test, b.test", ("example.test", "b.test")),
         ("retry-interval", "60,60,300", (60, 60, 300)),
         ("rabbitmq-inbox", "", ""),
+        ("smtp-extract", "safe, ips", ("safe", "ips")),
+        ("smtp-extract-logins", "Ann;bob@c.test", ("Ann", "bob@c.test")),
+        ("smtp-extract-logins", "*", ("*",)),
         ("rabbitmq-inbox", "a b;../c", "a b;../c"),
         ("smtp-sink-address", "0.0.0.0", ""),
         ("smtp-sink-address", "localhost", "localhost"),
@@ -230,13 +233,15 @@ def test_local_domains_are_fine_where_their_mail_gets_to_somebody(way: str) -> N
 
 
 @pytest.mark.parametrize("text", ["true", "yes", "on", "1", "True", "YES"])
-def test_a_flag_is_on(text: str) -> None:
-    assert load("--smtp-extract", text).smtp_extract is True
+def test_extraction_that_is_on_is_safe(text: str) -> None:
+    assert load("--smtp-extract", text).smtp_extract == ("safe",)
+    assert Config(smtp_extract=True) == Config()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["false", "no", "off", "0", "False", "NO"])
-def test_a_flag_is_off(text: str) -> None:
-    assert load("--smtp-extract", text).smtp_extract is False
+@pytest.mark.parametrize("text", ["false", "no", "off", "0", "False", "NO", "none"])
+def test_extraction_that_is_off_is_none(text: str) -> None:
+    assert load("--smtp-extract", text).smtp_extract == ("none",)
+    assert Config(smtp_extract=False).text("smtp-extract") == "none"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +260,7 @@ def test_a_flag_is_off(text: str) -> None:
         ("smtp-threads", "9" * 30, "not a whole number"),
         ("smtp-threads", "5000", "more than 1024"),
         ("max-attempts", "-2", "less than 0"),
-        ("smtp-extract", "maybe", "neither true nor false"),
+        ("smtp-extract", "safe, safe", "stands twice"),
         ("smtp-extract", "", "needs a value"),
         ("smtp-maxsize", "100XB", "not a size"),
         ("smtp-maxsize", "-1", "not a size"),

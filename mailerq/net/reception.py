@@ -191,7 +191,10 @@ def _envelope(
         protocol=protocol.replace("ESMTP", "LMTP") if machine.settings.lmtp else protocol,
         helo=hello.name,
         client_ip=client.remote[0],
-        trusted=shared.config.smtp_extract and trusted,
+        trusted=trusted,
+        rights=shared.steering.rights(
+            client.remote[0], client.user, authenticated=plugin.authenticated
+        ),
     )
 
 

@@ -41,7 +41,7 @@ import trio
 from mailerq.address import parse_host, parse_literal
 from mailerq.config import Config
 from mailerq.errors import AddressError
-from mailerq.rules.routes import is_forbidden
+from mailerq.rules.routes import is_within
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class Resolver:
         """What was found without the addresses that nothing is sent to."""
         if isinstance(found, NoHosts):
             return found
-        hosts = tuple(h for h in found if not is_forbidden(h.address, self._forbidden))
+        hosts = tuple(h for h in found if not is_within(h.address, self._forbidden))
         if hosts:
             return hosts
         addresses = ", ".join(dict.fromkeys(host.address for host in found[:3]))

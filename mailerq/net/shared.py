@@ -23,6 +23,7 @@ from mailerq.net.worker import Worker
 from mailerq.plugins import Plugins
 from mailerq.queues import Queues
 from mailerq.rules.access import Access
+from mailerq.rules.steering import Steering
 from mailerq.wire import smtp
 from mailerq.wire.server import Settings
 from mailerq.wire.smtp import Reply
@@ -72,6 +73,7 @@ class Server:
     lmtp: Settings
     access: Access
     local_addresses: LocalAddresses
+    steering: Steering
     clients: Clients
     authenticator: Authenticator
     plugins: Plugins

@@ -20,7 +20,7 @@ __all__ = [
     "choose_local_ip",
     "count_hops",
     "has_ascii_header",
-    "is_forbidden",
+    "is_within",
     "reception_queue",
     "result_queues",
     "route_of",
@@ -67,7 +67,7 @@ def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Rout
     return Route(name, host, port, mx, trusted)
 
 
-def is_forbidden(address: str, networks: Sequence[Network]) -> bool:
+def is_within(address: str, networks: Sequence[Network]) -> bool:
     """Whether an IP address is in one of the networks; ``::ffff:127.0.0.1`` is 127.0.0.1."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:

@@ -10,7 +10,7 @@ from mailerq.rules.routes import (
     Route,
     choose_local_ip,
     count_hops,
-    is_forbidden,
+    is_within,
     result_queues,
     route_of,
 )
@@ -91,13 +91,13 @@ def test_the_local_address_is_one_of_ips() -> None:
     ],
 )
 def test_this_host_and_its_links_are_forbidden_by_default(address: str) -> None:
-    assert is_forbidden(address, Config().smtp_out_forbidden)
-    assert not is_forbidden(address, ())
+    assert is_within(address, Config().smtp_out_forbidden)
+    assert not is_within(address, ())
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "10.0.0.1", "2001:db8::1", "::ffff:192.0.2.1"])
 def test_other_addresses_are_not_forbidden(address: str) -> None:
-    assert not is_forbidden(address, Config().smtp_out_forbidden)
+    assert not is_within(address, Config().smtp_out_forbidden)
 
 
 CONFIGURED = {"results": "r", "success": "s", "failure": "", "retry": "t"}
