@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from mailerq.mail.headers import unfold
+from mailerq.wire.framing import has_bare_newline
 
 __all__ = ["to_seven_bit"]
 
@@ -39,7 +40,14 @@ MAX_PARAMETERS: Final = 1 << 14
 """Bytes of a field whose parameters are read."""
 
 BLOCK_BYTES: Final = 57 << 10
-"""How much is encoded at a time; a multiple of what a line of base64 holds."""
+"""How much is encoded at a time: other threads have their turn in between. It is a multiple of
+what a line of base64 holds."""
+
+SHORT_BYTES: Final = 60
+"""By so much quoted-printable may be longer than base64, which nobody can read."""
+
+SEARCH_BYTES: Final = 1 << 20
+"""How much is searched at a time."""
 
 WORD_CHARS: Final = 48
 """Characters of an encoded word without its frame: a line may have 76 (RFC 2047, section 2)."""
@@ -104,8 +112,8 @@ def to_seven_bit(mime: bytes) -> bytes | None:
     """
     if mime.isascii():
         return mime
-    if mime.count(b"\n") != mime.count(b"\r\n") or mime.count(b"\r") != mime.count(b"\r\n"):
-        mime = mime.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+    if has_bare_newline(mime):
+        mime = b"".join(_with_pairs(block) for block in _blocks(mime, 0, len(mime)))
     walk = _Walk(mime)
     try:
         walk.entity(0, message=True)
@@ -118,7 +126,7 @@ class _Walk:
     """The one pass over a mail; `out` is what came of it so far."""
 
     def __init__(self, mime: bytes) -> None:
-        self.out: list[bytes] = []
+        self.out: list[bytes | memoryview] = []
         self._mime = mime
         self._done = 0  # up to here it is in `out`
         self._open: list[bytes] = []  # boundaries, the outermost first
@@ -128,8 +136,17 @@ class _Walk:
     # Lines that begin with two hyphens: `_line` is the next one.
 
     def _hyphens(self, start: int) -> int:
-        found = self._mime.find(b"\r\n--", start)
-        return len(self._mime) if found < 0 else found + 2
+        return min(self._find(b"\r\n--", start) + 2, len(self._mime))
+
+    def _find(self, what: bytes, start: int) -> int:
+        """Where that is, or the end of the mail; without holding up other threads for long."""
+        mime, overlap = self._mime, len(what) - 1
+        while start < len(mime):
+            found = mime.find(what, start, start + SEARCH_BYTES + overlap)
+            if found >= 0:
+                return found
+            start += SEARCH_BYTES
+        return len(mime)
 
     def _delimiter(self, limit: int) -> tuple[int, bool] | None:
         """The next delimiter before `limit`, which `_line` is at then.
@@ -172,8 +189,7 @@ class _Walk:
             self._done = start + 2
         elif _FIELD(mime, start) and self._line != start:
             if self._blank < start:
-                found = mime.find(b"\r\n\r\n", start)
-                self._blank = len(mime) if found < 0 else found
+                self._blank = self._find(b"\r\n\r\n", start)
             end, self._done = self._blank, min(self._blank + 4, len(mime))
             if self._delimiter(self._blank) is not None:
                 end = self._done = self._line  # it ends within its header
@@ -232,14 +248,14 @@ class _Walk:
         if end < len(self._mime):
             end = max(start, end - 2)  # the CRLF before it is the delimiter's
         self._done = end
-        content = self._mime[start:end]
-        if content.isascii():
+        if all(block.isascii() for block in _blocks(self._mime, start, end)):
             self._put(header, separator, None, message=message)
-            self.out.append(content)
+            self.out.append(memoryview(self._mime)[start:end])
             return
-        encoding, encoded = _encode(header, content)
+        encoding, encoded = _encode(header, self._mime, start, end)
         if header.encoding in _SEVEN and not header.get(b"content-type"):
-            charset = b"utf-8" if _is_utf8(content) else b"unknown-8bit"
+            utf8 = all(map(_is_utf8, _blocks(self._mime, start, end)))
+            charset = b"utf-8" if utf8 else b"unknown-8bit"
             header.set(b"Content-Type", b"text/plain; charset=" + charset)
         self._put(header, b"\r\n", encoding, message=message)
         self.out += encoded
@@ -285,37 +301,57 @@ class _Header:
 # Content
 
 
-def _encode(header: _Header, content: bytes) -> tuple[bytes, list[bytes]]:
+def _blocks(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    """Pieces of what lies between, cut behind line ends where there are any."""
+    while start < end:
+        stop = mime.find(b"\r\n", start + BLOCK_BYTES, min(start + 2 * BLOCK_BYTES, end))
+        stop = min(start + 2 * BLOCK_BYTES, end) if stop < 0 else stop + 2
+        if mime[stop - 1 : stop + 1] == b"\r\n" and stop < end:
+            stop += 1
+        yield mime[start:stop]
+        start = stop
+
+
+def _with_pairs(block: bytes) -> bytes:
+    return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+
+
+def _encode(header: _Header, mime: bytes, start: int, end: int) -> tuple[bytes, list[bytes]]:
     """The name of an encoding, and the content in it, as pieces."""
     if header.encoding == b"quoted-printable":
-        return header.encoding, [_HIGH(lambda match: b"=%02X" % match[0][0], content)]
-    if header.encoding == b"base64":
-        return header.encoding, [content.translate(None, _HIGH_BYTES)]  # as its readers do
+        blocks = _blocks(mime, start, end)
+        return header.encoding, [_HIGH(lambda match: b"=%02X" % match[0][0], b) for b in blocks]
+    if header.encoding == b"base64":  # its readers pass over what is no base64
+        return header.encoding, [b.translate(None, _HIGH_BYTES) for b in _blocks(mime, start, end)]
     if header.encoding not in _SEVEN:
         raise _CannotConvert
-    high = len(content) - len(content.translate(None, _HIGH_BYTES))
-    text = header.kind.startswith((b"text/", b"message/")) and header.encoding != b"binary"
-    if text and 6 * high < len(content) and b"\0" not in content:
-        return b"quoted-printable", list(_quoted_printable(content))
-    return b"base64", list(_base64(content))
+    if header.kind.startswith((b"text/", b"message/")) and header.encoding != b"binary":
+        encoded = _quoted_printable(mime, start, end)
+        if encoded is not None:
+            return b"quoted-printable", encoded
+    return b"base64", list(_base64(mime, start, end))
 
 
-def _quoted_printable(content: bytes) -> Iterator[bytes]:
-    start = 0
-    while start < len(content):
-        end = content.find(b"\r\n", start + BLOCK_BYTES)
-        end = len(content) if end < 0 else end + 2
-        block = content[start:end]
-        if block.endswith(b"\r\n"):
-            yield binascii.b2a_qp(block, istext=True)
-        else:  # it takes the form of its line ends from the first one
-            yield binascii.b2a_qp(block + b"\r\n", istext=True).removesuffix(b"\r\n")
-        start = end
+def _quoted_printable(mime: bytes, start: int, end: int) -> list[bytes] | None:
+    """The content in this encoding, or None where base64 suits it better."""
+    encoded = []
+    left = (end - start) * 7 // 5 + SHORT_BYTES
+    for block in _blocks(mime, start, end):
+        start += len(block)
+        if b"\0" in block or not (block.endswith(b"\r\n") or start == end):
+            return None  # no text, or a line of it that is longer than a block
+        # The line ends take the form of the first one there is.
+        line_end = b"" if b"\r\n" in block else b"\r\n"
+        encoded.append(binascii.b2a_qp(block + line_end, istext=True).removesuffix(line_end))
+        left -= len(encoded[-1])
+        if left < 0:
+            return None
+    return encoded
 
 
-def _base64(content: bytes) -> Iterator[bytes]:
-    for start in range(0, len(content), BLOCK_BYTES):
-        yield encodebytes(content[start : start + BLOCK_BYTES]).replace(b"\n", b"\r\n")
+def _base64(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    for at in range(start, end, BLOCK_BYTES):
+        yield encodebytes(mime[at : min(at + BLOCK_BYTES, end)]).replace(b"\n", b"\r\n")
 
 
 def _is_utf8(text: bytes) -> bool:

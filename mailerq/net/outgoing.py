@@ -17,6 +17,9 @@ back to the pool when that ends before its turn, or when the reply to the body t
 connections of the home worker do so, because the pool must answer at once. What plugins send
 outside of an event meanwhile is held until the next dot, or it would be a part of that mail.
 
+A peer without 8BITMIME gets a body in ASCII, which is made once for each connection that the
+message is given to (`mailerq.mail.seven_bit`); where it is long, in a thread.
+
 Results are committed in groups by somebody else. A connection sends the next envelope
 meanwhile, but not the next body before it has heard that its last result is safe
 (`settled`). So if the process dies, at most one message for each connection is sent twice.
@@ -37,6 +40,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import msgspec
 import trio
 
+from mailerq.mail.seven_bit import to_seven_bit
 from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.net.stream import CannotBind, Stream, StreamLost
@@ -90,6 +94,12 @@ wait for the reply to this one, while another connection may become free."""
 
 WITHDRAW_SECONDS: Final = 1.0
 """Then such a message goes back to the pool, and the connection ends with the reply."""
+
+CONVERT_BYTES: Final = 1 << 14
+"""Bytes of a body that are converted at once; more of it takes its time in a thread."""
+
+CONVERTERS: Final = 2
+"""Such bodies of a worker at a time: each is in memory several times meanwhile."""
 
 MIN_IDLE_SECONDS: Final = 0.05
 """How long a connection is kept idle at least: a job may be on its way from another thread."""
@@ -197,6 +207,7 @@ class Connection:
         self._stream: Stream
         self._plugin: PluginConnection
         self._local = ""
+        self._converted: bytes | None = None
         self._messages = 0
 
     # Told by the pool
@@ -415,11 +426,17 @@ class Connection:
         event = protocol.next_event()
         if event is NEED_DATA:
             if not self._begun:
+                self._converted = None
+                body = job.message.body
+                if body is not None and self._must_convert(job, body):
+                    self._converted = await self._convert(body)
+                    if self._converted is None:
+                        return responses.NOT_CONVERTIBLE
                 self._begin(job)
             event = await self._exchange()
         if isinstance(event, SendBody):
             await self._wait_settled()
-            return await self._send_message(job.message)
+            return await self._send_message(job)
         self._begun = False
         self._release()
         left = protocol.replies == replies or (
@@ -432,14 +449,35 @@ class Connection:
 
     def _begin(self, job: Job) -> bool:
         """Have the envelope sent; false when that cannot be done ahead."""
-        body, properties = job.message.body, job.message.properties
+        stored, properties = job.message.body, job.message.properties
+        body = stored if self._converted is None else self._converted
         return self._protocol.mail(
             job.envelope,
             job.recipient,
             size=None if body is None else len(body),
             eight_bit=body is not None and not body.isascii(),
-            utf8=properties.get("smtputf8") is True and not has_ascii_header(body or b""),
+            utf8=properties.get("smtputf8") is True and not has_ascii_header(stored or b""),
             dsn=properties.get("dsn"),
+        )
+
+    def _must_convert(self, job: Job, body: bytes) -> bool:
+        """Whether the peer cannot take a body as it is, but could take it in ASCII.
+
+        The header of mail that asks for SMTPUTF8 is not for us to change (RFC 6531, section 3.4).
+        """
+        return not (
+            "8BITMIME" in self._protocol.extensions
+            or body.isascii()
+            or (job.message.properties.get("smtputf8") is True and not has_ascii_header(body))
+        )
+
+    async def _convert(self, body: bytes) -> bytes | None:
+        """A body in ASCII; None where that cannot be."""
+        self._deadline = math.inf  # it is not the peer who takes time
+        if len(body) <= CONVERT_BYTES:
+            return to_seven_bit(body)
+        return await trio.to_thread.run_sync(
+            to_seven_bit, body, limiter=_converters(), abandon_on_cancel=True
         )
 
     def _go_ahead(self, body: bytes) -> None:
@@ -454,15 +492,19 @@ class Connection:
             and (job := self._pool.next_job(self)) is not None
         ):
             self._ahead = job
-            self._begun = self._begin(job)
+            self._converted = None
+            ahead = job.message.body
+            self._begun = not (ahead and self._must_convert(job, ahead)) and self._begin(job)
 
-    async def _send_message(self, stored: Message) -> Outcome:
+    async def _send_message(self, job: Job) -> Outcome:
         """Answer 354 with the body, or, when there is none to send, not at all.
 
         What plugins do to the body holds for this attempt; what they do to the JSON stays.
         """
-        protocol, plugin = self._protocol, self._plugin
-        message = Message(dict(stored.properties), stored.body)
+        protocol, plugin, stored = self._protocol, self._plugin, job.message
+        body = stored.body if self._converted is None else self._converted
+        self._converted = None
+        message = Message(dict(stored.properties), body)
         try:
             self._deadline = math.inf
             refusal = await plugin.out_data(message, stored)
@@ -473,6 +515,11 @@ class Connection:
             if message.body is None:
                 protocol.abort(Problem.LOST, "there is no body")
                 return responses.NO_DATA
+            if message.body is not body and self._must_convert(job, message.body):
+                message.body = await self._convert(message.body)
+                if message.body is None:
+                    protocol.abort(Problem.LOST, "the body cannot be converted")
+                    return responses.NOT_CONVERTIBLE
             if (early := self._stream.receive_nowait()) is not None:
                 # What comes before the dot is no answer to it.
                 protocol.receive_data(early)
@@ -564,6 +611,19 @@ class Connection:
     def _expect(self, seconds: float) -> None:
         """Something has to happen within `seconds`."""
         self._deadline = monotonic() + seconds
+
+
+_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("converters")
+
+
+def _converters() -> trio.CapacityLimiter:
+    """What bounds the conversions of this loop."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(CONVERTERS)
+        _limiter.set(limiter)
+        return limiter
 
 
 def _outcome(event: Event | None) -> Outcome:

@@ -21,6 +21,7 @@ from mailerq.wire.smtp import Reply
 
 __all__ = [
     "EXPIRED",
+    "NOT_CONVERTIBLE",
     "NO_DATA",
     "OWN_FAULT",
     "TOO_MANY_HOPS",
@@ -100,6 +101,15 @@ EXPIRED: Final = Outcome(
 )
 NO_DATA: Final = Outcome(
     "nodata", "storage", "error", Fate.FAILED, description="there is no body to send"
+)
+NOT_CONVERTIBLE: Final = Outcome(
+    "error",
+    "process",
+    "invalid",
+    Fate.FAILED,
+    554,
+    "5.6.3",
+    "the mail is 8-bit, cannot be converted, and the peer does not offer 8BITMIME",
 )
 TOO_MANY_HOPS: Final = Outcome(
     "error", "process", "error", Fate.FAILED, 554, "5.4.6", "too many Received lines: a mail loop"
