@@ -303,6 +303,7 @@ class Dispatcher:
                 expires=expires,
                 intervals=self._config.retry_interval,
                 max_attempts=self._config.max_attempts,
+                own_fault=outcome.own_fault,
             )
         publications = []
         if due is not None:

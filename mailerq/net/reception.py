@@ -94,8 +94,8 @@ async def _publish(
             continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
         if queue := reception_queue(shared.config, local=message.local):
-            if "@" not in recipient and queue == shared.config.rabbitmq_outbox:
-                message.properties["recipient"] = f"{recipient}@{machine.settings.hostname}"
+            if message.recipient.lower() == "postmaster" and queue == shared.config.rabbitmq_outbox:
+                message.properties["recipient"] += f"@{machine.settings.hostname}"
             publications.append(Publication(queue, message))
     try:
         if publications:

@@ -115,7 +115,14 @@ TOO_MANY_HOPS: Final = Outcome(
     "error", "process", "error", Fate.FAILED, 554, "5.4.6", "too many Received lines: a mail loop"
 )
 OWN_FAULT: Final = Outcome(
-    "error", "process", "error", Fate.RETRY, 451, "4.3.0", "internal error, see the application log"
+    "error",
+    "process",
+    "error",
+    Fate.RETRY,
+    451,
+    "4.3.0",
+    "internal error, see the application log",
+    own_fault=True,
 )
 
 

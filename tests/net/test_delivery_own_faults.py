@@ -77,3 +77,10 @@ async def test_a_fault_of_this_host_is_said_and_the_mail_is_tried_again(
         await bench.results("retry", count=3)
     (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert line.startswith("mail to d.test waits for a fault of this host")
+
+
+async def test_a_fault_of_this_host_does_not_use_up_the_attempts() -> None:
+    async with open_bench(max_attempts=1) as bench:
+        bench.send(ips=["192.0.2.1"], maxattempts=1)
+        await bench.retried()
+        assert not bench.queues["failure"]
