@@ -4,7 +4,7 @@ Theory of operation
 -------------------
 RFC 6152, section 3, has a client convert such a mail or return it. Only the leaves of a mail
 can be encoded (RFC 2045, section 6.4), so it is walked as a tree: a leaf with 8-bit bytes
-becomes quoted-printable, or base64 where that is shorter or its text is none; the containers
+becomes quoted-printable, or base64 where that is shorter or it is no text; the containers
 around it are relabelled. Boundaries stay, and so does each part that is ASCII already. In
 header fields 8-bit bytes become encoded words (RFC 2047) and extended parameters (RFC 2231).
 
@@ -155,7 +155,8 @@ class _Walk:
         """
         while self._line < limit:
             line = self._mime[self._line + 2 : self._line + 6 + MAX_BOUNDARY]
-            name = line.partition(b"\r\n")[0].rstrip(b" \t")
+            text, ended, _ = line.partition(b"\r\n")
+            name = text.rstrip(b" \t") if ended or len(line) < MAX_BOUNDARY else b""
             for boundary, closes in ((name, False), (name.removesuffix(b"--"), True)):
                 if boundary in self._open:
                     return self._open.index(boundary), closes

@@ -16,9 +16,9 @@ A domain that does not exist fails at once (RFC 5321, section 5.1), but a resolv
 its way says so of every domain. So it is believed only when it knows, at that moment, who serves
 the root of all names; otherwise the mail is tried again.
 
-Domains that this host takes mail for, `smtp-local-domains` and `smtp-relay-domains`, never fail
-here: when their records lead nowhere, or back to this host, its operator has something to mend,
-which the log says, and the mail waits for that.
+Domains that this host takes mail for and passes on, `smtp-relay-domains`, never fail here: when
+their records lead nowhere, or back to this host, its operator has something to mend, which the
+log says, and the mail waits for that.
 
 A resolver belongs to one trio loop. dnspython is imported with the first lookup, since a
 process that only injects a mail never gets that far.
@@ -52,7 +52,7 @@ __all__ = ["Host", "NoHosts", "Resolver", "is_this_host"]
 log = logging.getLogger("mailerq.delivery")
 
 COMPLAINT_SECONDS: Final = 60.0
-"""How often at most the log says that a domain of this host's own has nowhere to go."""
+"""How often at most the log says that mail of a relay domain has nowhere to go."""
 
 MIN_TTL: Final = 60.0
 """Seconds that an answer is kept at least, also one that says no; tiny TTLs hurt."""
@@ -142,7 +142,7 @@ class Resolver:
     ) -> None:
         self._hostname = _canonical(config.hostname)
         self._forbidden = config.smtp_out_forbidden
-        self._own_domains = frozenset((*config.smtp_local_domains, *config.smtp_relay_domains))
+        self._relay_domains = frozenset(config.smtp_relay_domains)
         self._quiet_until = -math.inf
         self._timeout = config.dns_timeout
         self._lifetime = config.dns_timeout * config.dns_attempts
@@ -160,11 +160,11 @@ class Resolver:
                 return self._permitted(domain, self._literal(domain))
             found = await self._cached((domain, True), self._look_up_domain)
         except OSError as error:  # no descriptor to look with
-            return NoHosts(f"{domain}: {error.strerror}")
+            return NoHosts(f"{domain}: {error.strerror or error}")
         found = self._permitted(domain, found)
         if isinstance(found, tuple):
             return _in_order(found)
-        if found.reply is not None and _canonical(domain) in self._own_domains:
+        if found.reply is not None and _canonical(domain) in self._relay_domains:
             return self._ours_to_mend(domain, found.reply)
         return found
 
@@ -198,17 +198,17 @@ class Resolver:
         return NoHosts("", Reply(550, text))
 
     def _ours_to_mend(self, domain: str, reply: Reply) -> NoHosts:
-        """A domain of this host's own has nowhere to go."""
+        """Mail of a domain in `smtp-relay-domains` has nowhere to go."""
         if trio.current_time() >= self._quiet_until:
             self._quiet_until = trio.current_time() + COMPLAINT_SECONDS
             log.error(
-                "mail to %s waits: the domain is one that this host takes mail for, and it cannot"
-                " be passed on (%s). Correct its MX records, or set smarthost; if its mail ends"
-                " here, list it in smtp-local-domains and set rabbitmq-local",
+                "mail to %s waits: the domain is in smtp-relay-domains, and its mail cannot be"
+                " passed on (%s). Correct its MX records, or set smarthost; if its mail ends here,"
+                " list it in smtp-local-domains instead and set rabbitmq-local",
                 domain,
                 reply.description,
             )
-        return NoHosts(f"{domain} is a domain of this host: {reply.description}")
+        return NoHosts(f"{domain} is in smtp-relay-domains: {reply.description}")
 
     async def _cached(
         self, key: tuple[str, bool], look_up: Callable[[str], Awaitable[tuple[Found, float | None]]]

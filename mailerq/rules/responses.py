@@ -65,11 +65,13 @@ _OWN_ERRORS: Final = frozenset({
     # no address to send from, or no free port
     errno.EADDRNOTAVAIL, errno.EADDRINUSE,
     # no such family here, no way there, an address that means something on one link only
-    errno.EAFNOSUPPORT, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL,
+    errno.EAFNOSUPPORT, errno.ENETDOWN, errno.ENETUNREACH, errno.EINVAL,
     # a firewall or a sandbox of this host
     errno.EACCES, errno.EPERM,
 })  # fmt: skip
-"""Errors of connecting that are faults of this host and say nothing of the peer."""
+"""Errors of connecting that are faults of this host and say nothing of the peer.
+
+EHOSTUNREACH is none: firewalls of peers and routers before them answer so."""
 
 
 class Fate(Enum):
@@ -197,7 +199,9 @@ def outweighs(outcome: Outcome, other: Outcome) -> bool:
 def _weight(outcome: Outcome) -> int:
     if outcome.own_fault:
         return 0
-    return 1 if outcome.state == "connect" else 2
+    if outcome.state == "connect":
+        return 2 if outcome.type == "refused" else 1
+    return 3
 
 
 def connect_timed_out(host: str) -> Outcome:

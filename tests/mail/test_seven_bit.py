@@ -113,6 +113,8 @@ def test_what_is_read_from_it_is_the_same(entity: bytes) -> None:
 @example(b"\xff: \xff\r\n\xff")
 @example(b"Content-Type: multipart/x; boundary=b\r\n\r\n--b\r\n--b\r\n\xff\r\n--b--\xff")
 @example(b"Content-Type: multipart/x; boundary=b\r\n\r\n--b\r\nA: \xff\r\n--b--\r\n\xff\r\n--b")
+@example(b"Content-Type: multipart/x; boundary=b\r\n\r\n--b" + b" " * 300 + b"\xff\r\n--b\r\n")
+@example(b"Content-Type: multipart/x; boundary=b\r\n\r\n--b" + b" " * 300)
 @example(b'Content-Type: x/y; a="\\\xff')
 @example(b'To: "\\\xff')
 def test_whatever_comes_is_ascii_or_none(mime: bytes) -> None:

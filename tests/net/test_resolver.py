@@ -138,10 +138,7 @@ async def test_no_mail_goes_to_networks_that_are_forbidden() -> None:
         assert addresses(await resolver.host("192.0.2.1", trusted=True)) == ["192.0.2.1"]
 
 
-OWN = {"smtp_relay_domains": ("relay.test",), "rabbitmq_local": "local"}
-
-
-async def test_a_domain_of_our_own_waits_for_its_records_to_be_mended(
+async def test_a_domain_that_we_relay_waits_for_its_records_to_be_mended(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     zone = {
@@ -149,11 +146,11 @@ async def test_a_domain_of_our_own_waits_for_its_records_to_be_mended(
         ("relay.test", "MX"): ["10 me.test."],
         ("home.test", "MX"): ["0 ."],
     }
-    own = {**OWN, "smtp_local_domains": ("home.test", "gone.test", "xn--bcher-kva.test")}
+    own = ("relay.test", "home.test", "gone.test", "xn--bcher-kva.test")
     async with open_dns_server(zone) as server:
-        resolver = resolver_of(server, **own)
+        resolver = resolver_of(server, smtp_relay_domains=own)
         for name in ("relay.test", "Relay.TEST", "home.test", "gone.test", "bücher.test"):
-            assert "domain of this host" in temporary(await resolver.mail_hosts(name))
+            assert "in smtp-relay-domains" in temporary(await resolver.mail_hosts(name))
         assert reply_to(await resolver.mail_hosts("other.test")) == (550, "5.1.2")
     (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert line.startswith("mail to relay.test waits")
@@ -166,7 +163,8 @@ async def test_mail_for_a_relay_domain_goes_to_the_hosts_before_this_one() -> No
         ("inside.test", "A"): ["192.0.2.1"],
     }
     async with open_dns_server(zone) as server:
-        found = await resolver_of(server, **OWN).mail_hosts("relay.test")
+        resolver = resolver_of(server, smtp_relay_domains=("relay.test",))
+        found = await resolver.mail_hosts("relay.test")
     assert addresses(found) == ["192.0.2.1"]
 
 

@@ -109,6 +109,11 @@ def test_what_a_peer_says_outweighs_what_keeps_us_from_it() -> None:
         assert responses.outweighs(silence, fault) and not responses.outweighs(fault, silence)
     assert responses.outweighs(answer, silence) and not responses.outweighs(silence, answer)
     assert responses.outweighs(answer, answer)
+    no = responses.connect_failed(OSError(errno.ECONNREFUSED, ""), "mx.test")
+    unreachable = responses.connect_failed(OSError(errno.EHOSTUNREACH, ""), "mx.test")
+    assert responses.outweighs(no, unreachable)
+    assert not responses.outweighs(unreachable, no)
+    assert not unreachable.own_fault
 
 
 def test_no_hosts() -> None:
