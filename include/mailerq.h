@@ -413,6 +413,7 @@ MQ_EXPORT void MQ_SetMime(MQ_Message *message, const char *mime, size_t size);
 
 /*
  *  Extension. Whether an incoming message goes to the queue for local mail instead of the inbox.
+ *  Where the configuration has neither, nor a smarthost, a local message is refused with 451.
  *  Of an outgoing message it is false, and setting it is ignored.
  */
 MQ_EXPORT bool MQ_Local(MQ_Message *message);

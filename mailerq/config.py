@@ -26,10 +26,12 @@ from typing import Any, Final, Self
 from mailerq.errors import ConfigError
 from mailerq.settings import (
     DOMAINS,
+    EXTRACT,
     FLAG,
     HOST,
     HOSTNAME,
     IPS,
+    NAMES,
     NETWORKS,
     NUMBER,
     NUMBERS,
@@ -85,8 +87,8 @@ class Config:
     Raises `ConfigError` for a value of a wrong type or out of its bounds, and for values that
     contradict each other.
 
-    >>> config = Config(smtp_port=(2525,), smtp_local_domains=("Example.TEST",))
-    >>> config.smtp_local_domains, config.origin("smtp-port"), config.origin("smtp-maxsize")
+    >>> config = Config(smtp_port=(2525,), smtp_relay_domains=("Example.TEST",))
+    >>> config.smtp_relay_domains, config.origin("smtp-port"), config.origin("smtp-maxsize")
     (('example.test',), 'program', 'default')
     """
 
@@ -240,8 +242,27 @@ class Config:
         "Memory that mail on its way in may take before new mail gets 452; 0: no limit.",
         unlimited=True,
     )
-    smtp_extract: bool = setting(
-        True, FLAG, SERVER, "Turn x-mq-* headers of clients that may relay into properties."
+    smtp_extract: tuple[str, ...] = setting(
+        ("safe",),
+        EXTRACT,
+        SERVER,
+        "Which x-mq-* fields of clients that may relay become properties: safe ones (tags, delays"
+        " up to max-delivertime, DSN wishes and the like), none, all, or names such as ips.",
+        needed=True,
+    )
+    smtp_extract_range: tuple[Network, ...] = setting(
+        (),
+        NETWORKS,
+        SERVER,
+        "Networks of clients that may relay in whose mail all x-mq-* fields count.",
+        unset="none",
+    )
+    smtp_extract_logins: tuple[str, ...] = setting(
+        (),
+        NAMES,
+        SERVER,
+        "Logins in whose mail all x-mq-* fields count; * is every login.",
+        unset="none",
     )
 
     smtp_range: tuple[Network, ...] = setting(
@@ -259,7 +280,19 @@ class Config:
         "Networks whose clients may send to any recipient without a login.",
     )
     smtp_local_domains: tuple[str, ...] = setting(
-        (), DOMAINS, ACCESS, "Domains that anybody may send to.", unset="none"
+        (),
+        DOMAINS,
+        ACCESS,
+        "Domains that anybody may send to and whose mail ends here: in rabbitmq-local, another"
+        " inbox than the outbox, or at smarthost.",
+        unset="none",
+    )
+    smtp_relay_domains: tuple[str, ...] = setting(
+        (),
+        DOMAINS,
+        ACCESS,
+        "Domains that anybody may send to and whose mail other hosts keep: it goes on by MX.",
+        unset="none",
     )
     smtp_local_addresses: str = setting(
         "",
@@ -448,6 +481,19 @@ class Config:
         aliases=("smtp-sink-ip",),
     )
     smtp_sink_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
+    smtp_out_forbidden: tuple[Network, ...] = setting(
+        tuple(
+            map(
+                ipaddress.ip_network,
+                ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/128", "::1/128", "fe80::/10"),
+            )
+        ),
+        NETWORKS,
+        DELIVERY,
+        "Networks that no mail is sent to, whatever MX records, recipients and smarthosts of"
+        " messages say; not for smarthost and smtp-sink-address.",
+        unset="none",
+    )
     domain_maxconnections: int = setting(
         20,
         NUMBER,
@@ -578,6 +624,15 @@ class Config:
         origins = {name: where for name, where in self.origins.items() if name not in changes}
         return dataclasses.replace(self, **changes, origins=origins)
 
+    @property
+    def keeps_local_mail(self) -> bool:
+        """Whether mail for local recipients gets to somebody, and not back here by MX."""
+        outbox = self.rabbitmq_outbox
+        inbox = outbox if self.rabbitmq_inbox is None else self.rabbitmq_inbox
+        return (self.rabbitmq_local or inbox) != outbox or bool(
+            self.smarthost or self.smtp_sink_address
+        )
+
     def origin(self, name: str) -> str:
         """Where the value of a setting (key or attribute) was set.
 
@@ -649,6 +704,17 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     ):
         for port in set(getattr(config, key)) & set(getattr(config, other)) - {0}:
             yield key, f"port {port} is in {other.replace('_', '-')} as well"
+    for key in ("smtp_local_domains", "smtp_local_addresses"):
+        if getattr(config, key) and not config.keeps_local_mail:
+            yield (
+                key,
+                f"{key.replace('_', '-')}: mail for them has nowhere to go. Add 'rabbitmq-local:"
+                " local' and have a program read that queue, or 'smarthost: ' with the host that"
+                " keeps the mailboxes; domains that are to be passed on by MX belong in"
+                " smtp-relay-domains",
+            )
+    for domain in sorted({*config.smtp_local_domains} & {*config.smtp_relay_domains}):
+        yield "smtp_relay_domains", f"{domain} is in smtp-local-domains as well"
     for key in ("smtp_connections_in", "smtp_connections_out"):
         if (getattr(config, key) or 0) > config.smtp_connections:
             limit = f"smtp-connections ({config.smtp_connections})"

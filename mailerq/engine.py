@@ -43,6 +43,7 @@ from mailerq.queues.shares import share_directory, shares_in
 from mailerq.queues.store import Bounds
 from mailerq.rules.access import Access
 from mailerq.rules.routes import loop_problem
+from mailerq.rules.steering import Steering
 from mailerq.wire import server
 
 __all__ = ["Engine"]
@@ -154,6 +155,7 @@ class Engine:
         tls = tls_context(config)
         authenticator = Authenticator.of(config)
         local_addresses = LocalAddresses.of(config)
+        steering = Steering.of(config)
         ports = bind(config, shared=self._share is not None)
         for port in ports:
             stack.callback(port.sock.close)
@@ -181,6 +183,7 @@ class Engine:
             config.smtp_range,
             config.smtp_relay_range,
             config.smtp_local_domains,
+            relay_domains=config.smtp_relay_domains,
             proxies=config.smtp_proxy,
             xclients=config.smtp_xclient_range,
         )
@@ -190,6 +193,7 @@ class Engine:
             lmtp=replace(settings, lmtp=True),
             access=access,
             local_addresses=local_addresses,
+            steering=steering,
             clients=Clients(config, access),
             authenticator=authenticator,
             plugins=plugins,

@@ -253,6 +253,25 @@ def _check_uris(values: Any) -> tuple[str, ...]:
     return tuple(_check_uri(value) for value in values)
 
 
+def _check_name(value: Any) -> str:
+    if not (text := _check_text(value)):
+        raise ValueError("one of the names is empty")
+    return text
+
+
+def _read_extract(text: str) -> Any:
+    flag = _FLAGS.get(text.lower())
+    return tuple(_each(text)) if flag is None else flag
+
+
+def _check_extract(value: Any) -> tuple[str, ...]:
+    # Older configurations have true and false.
+    if isinstance(value, bool):
+        return ("safe",) if value else ("none",)
+    names: tuple[str, ...] = NAMES.check(value)
+    return names
+
+
 def _text_kind(name: str, check: Callable[[Any], str]) -> Kind:
     return Kind(name, str, check, may_be_empty=True)
 
@@ -276,6 +295,8 @@ IPS: Final = _list_kind("addresses", lambda item: (item,), _check_ip, separator=
 NETWORKS: Final = _list_kind(
     "networks", lambda item: (_read_network(item),), _check_network, separator=";"
 )
+NAMES: Final = _list_kind("names", lambda item: (item,), _check_name, separator=";")
+EXTRACT: Final = Kind("names", _read_extract, _check_extract, ", ".join, may_be_empty=True)
 URIS: Final = Kind("URIs", _read_uris, _check_uris, ";".join, may_be_empty=True)
 DOMAINS: Final = _list_kind("domains", lambda item: (item,), _check_domain, separator=";")
 

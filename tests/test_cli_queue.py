@@ -280,7 +280,7 @@ def test_config_for_programs_has_the_types(tmp_path: Path) -> None:
     document = json.loads(run(tmp_path, "config", "--json", "smtp-port", "smtp-extract", "user"))
     assert document == {
         "smtp-port": {"value": [25], "origin": "default"},
-        "smtp-extract": {"value": True, "origin": "default"},
+        "smtp-extract": {"value": ["safe"], "origin": "default"},
         "user": {"value": "", "origin": "default"},
     }
 
@@ -302,6 +302,7 @@ def test_a_wrong_configuration_exits_2_and_names_the_line(
     ("setting", "problem"),
     [
         ("smtp-auth=carrier-pigeon://coo", "smtp-auth"),
+        ("smtp-extract=safe,tagz", "'tagz' is none of all, "),
         ("smtp-local-addresses=/nowhere/at/all", "cannot use /nowhere/at/all"),
         ("smtp-certificate=/nowhere/chain.pem", "cannot use /nowhere/chain.pem"),
     ],
@@ -309,7 +310,9 @@ def test_a_wrong_configuration_exits_2_and_names_the_line(
 def test_check_config_reads_what_the_server_reads(
     tmp_path: Path, setting: str, problem: str
 ) -> None:
-    done = mailerq("check-config", f"--queue-directory={tmp_path}", f"--{setting}")
+    done = mailerq(
+        "check-config", f"--queue-directory={tmp_path}", "--rabbitmq-local=l", f"--{setting}"
+    )
     assert done.returncode == 2
     assert problem in done.stderr.decode()
 

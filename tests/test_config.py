@@ -111,12 +111,12 @@ def test_values_of_a_program_come_in_their_exact_type() -> None:
         smtp_port=[0, 0],  # type: ignore[arg-type]
         smtp_timeout=5,
         smtp_range=["192.0.2.0/24"],  # type: ignore[arg-type]
-        smtp_local_domains=["Bücher.Example"],  # type: ignore[arg-type]
+        smtp_relay_domains=["Bücher.Example"],  # type: ignore[arg-type]
     )
     assert config.smtp_port == (0, 0)
     assert type(config.smtp_timeout) is float
     assert config.smtp_range == (ipaddress.ip_network("192.0.2.0/24"),)
-    assert config.smtp_local_domains == ("xn--bcher-kva.example",)
+    assert config.smtp_relay_domains == ("xn--bcher-kva.example",)
     assert hash(config)
 
 
@@ -196,9 +196,12 @@ def test_text_is_what_a_file_would_hold() -> None:
         ("smtp-range", "192.0.2.0/24", (ipaddress.ip_network("192.0.2.0/24"),)),
         ("smtp-range", "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
         ("smtp-relay-range", "", ()),
-        ("smtp-local-domains", "Example.Test, b.test", ("example.test", "b.test")),
+        ("smtp-relay-domains", "Example.Test, b.test", ("example.test", "b.test")),
         ("retry-interval", "60,60,300", (60, 60, 300)),
         ("rabbitmq-inbox", "", ""),
+        ("smtp-extract", "safe, ips", ("safe", "ips")),
+        ("smtp-extract-logins", "Ann;bob@c.test", ("Ann", "bob@c.test")),
+        ("smtp-extract-logins", "*", ("*",)),
         ("rabbitmq-inbox", "a b;../c", "a b;../c"),
         ("smtp-sink-address", "0.0.0.0", ""),
         ("smtp-sink-address", "localhost", "localhost"),
@@ -215,14 +218,30 @@ def test_a_text_is_read_as_its_kind(key: str, text: str, value: Any) -> None:
     assert getattr(load(environ={f"MAILERQ_{attribute.upper()}": text}), attribute) == value
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        "--rabbitmq-local=local",
+        "--rabbitmq-inbox=in",
+        "--rabbitmq-inbox=",
+        "--smarthost=mail.test",
+        "--smtp-sink-address=127.0.0.1",
+    ],
+)
+def test_local_domains_are_fine_where_their_mail_gets_to_somebody(way: str) -> None:
+    assert load("--smtp-local-domains=a.test", way).smtp_local_domains == ("a.test",)
+
+
 @pytest.mark.parametrize("text", ["true", "yes", "on", "1", "True", "YES"])
-def test_a_flag_is_on(text: str) -> None:
-    assert load("--smtp-extract", text).smtp_extract is True
+def test_extraction_that_is_on_is_safe(text: str) -> None:
+    assert load("--smtp-extract", text).smtp_extract == ("safe",)
+    assert Config(smtp_extract=True) == Config()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["false", "no", "off", "0", "False", "NO"])
-def test_a_flag_is_off(text: str) -> None:
-    assert load("--smtp-extract", text).smtp_extract is False
+@pytest.mark.parametrize("text", ["false", "no", "off", "0", "False", "NO", "none"])
+def test_extraction_that_is_off_is_none(text: str) -> None:
+    assert load("--smtp-extract", text).smtp_extract == ("none",)
+    assert Config(smtp_extract=False).text("smtp-extract") == "none"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +260,7 @@ def test_a_flag_is_off(text: str) -> None:
         ("smtp-threads", "9" * 30, "not a whole number"),
         ("smtp-threads", "5000", "more than 1024"),
         ("max-attempts", "-2", "less than 0"),
-        ("smtp-extract", "maybe", "neither true nor false"),
+        ("smtp-extract", "safe, safe", "stands twice"),
         ("smtp-extract", "", "needs a value"),
         ("smtp-maxsize", "100XB", "not a size"),
         ("smtp-maxsize", "-1", "not a size"),
@@ -510,6 +529,23 @@ def test_arguments_are_split_into_settings_and_the_rest() -> None:
         (["--smtp-connections-in=1001"], "--smtp-connections-in", "more than smtp-connections"),
         (["--smtp-connections=5", "--smtp-connections-out=6"], "--smtp-connections-out", "counts"),
         (["--rabbitmq-success=outbox"], "--rabbitmq-success", "is the outbox"),
+        (["--smtp-local-domains=a.test"], "--smtp-local-domains", "Add 'rabbitmq-local: local'"),
+        (["--smtp-local-addresses=f"], "--smtp-local-addresses", "has nowhere to go"),
+        (
+            ["--smtp-local-domains=a.test", "--rabbitmq-inbox=outbox"],
+            "--smtp-local-domains",
+            "has nowhere to go",
+        ),
+        (
+            ["--smtp-local-domains=a.test", "--rabbitmq-inbox=in", "--rabbitmq-local=outbox"],
+            "--smtp-local-domains",
+            "has nowhere to go",
+        ),
+        (
+            ["--smtp-local-domains=a.test", "--rabbitmq-local=l", "--smtp-relay-domains=A.test"],
+            "--smtp-relay-domains",
+            "a.test is in smtp-local-domains as well",
+        ),
         (["--rabbitmq-outbox=a", "--rabbitmq-retry=a"], "--rabbitmq-retry", "is the outbox"),
     ],
 )

@@ -36,9 +36,11 @@ def _check_files(config: Config) -> None:
     from mailerq.net.addresses import LocalAddresses
     from mailerq.net.auth import Authenticator
     from mailerq.net.tls import tls_context
+    from mailerq.rules.steering import Steering
 
     Authenticator.of(config)
     LocalAddresses.of(config)
+    Steering.of(config)
     paths = [config.smtp_certificate, config.smtp_key]
     if all(not path or not os.path.exists(path) or os.access(path, os.R_OK) for path in paths):
         tls_context(config)  # else it is for the daemon's user to read

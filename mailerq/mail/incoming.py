@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from mailerq.mail import headers
-from mailerq.mail.extract import extract
+from mailerq.mail.extract import EVERYTHING, Rights, extract
 from mailerq.message import Message, format_time
 
 __all__ = ["HOP_LIMIT", "Envelope", "Reception", "messages"]
@@ -26,7 +26,7 @@ class Envelope(msgspec.Struct, frozen=True):
     mail by SMTP, ``cli`` of mail from the command line; `recipient_properties`, where it is
     given, has what belongs to each recipient alone. `protocol`, `helo`, `client_ip` and
     `user` are for the Received field, see `mailerq.mail.headers.received`. `trusted` says
-    that x-mq-* fields count.
+    that x-mq-* fields count, `rights` which of them.
     """
 
     sender: str
@@ -38,6 +38,7 @@ class Envelope(msgspec.Struct, frozen=True):
     client_ip: str | None = None
     user: str | None = None
     trusted: bool = False
+    rights: Rights = EVERYTHING
 
 
 class Reception(msgspec.Struct, frozen=True):
@@ -62,7 +63,9 @@ def messages(
     is none. All messages share one body; each has its own id and properties of its own,
     down to the last object in them. No x-mq-* field has results go to the `outbox`.
     """
-    extraction = extract(mime, trusted=envelope.trusted, outbox=outbox)
+    extraction = extract(
+        mime, trusted=envelope.trusted, rights=envelope.rights, now=now, outbox=outbox
+    )
     header = headers.Header(extraction.mime)
     if header.count(b"received", limit=HOP_LIMIT) >= HOP_LIMIT:
         return None

@@ -272,7 +272,7 @@ class Dispatcher:
             return self._refuse(lease, responses.unsendable(text, 550, status))
         try:
             route = route_of(properties, mailbox.domain, self._config)
-            local_ip = choose_local_ip(properties)
+            local_ip = choose_local_ip(properties, avoid=self._pool.unusable_ips())
         except AddressError as error:
             return self._refuse(lease, responses.unsendable(str(error)))
         attempt = len(message.results) + 1
@@ -349,6 +349,7 @@ class Dispatcher:
                 expires=expires,
                 intervals=self._config.retry_interval,
                 max_attempts=self._config.max_attempts,
+                own_fault=outcome.own_fault,
             )
         publications = []
         if due is not None:

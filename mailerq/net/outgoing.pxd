@@ -15,7 +15,7 @@ cdef class Connection:
     cdef public bytes _held
     cdef public double _deadline, _asked
     cdef public object worker, route, local_ip, remote, _pool, _timeout, _life, _scope, _job
-    cdef public object _ahead, _calm, _plugin, _local
+    cdef public object _ahead, _calm, _plugin, _local, _converted
     cdef object __weakref__
 
     cpdef give(self, job)
@@ -28,6 +28,7 @@ cdef class Connection:
     cpdef _may_go_on(self)
     cpdef _report(self, outcome)
     cpdef _begin(self, job)
+    cpdef _must_convert(self, job, body)
     cpdef _go_ahead(self, body)
     cpdef _output_came(self)
     cpdef _release(self)

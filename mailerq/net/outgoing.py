@@ -20,6 +20,8 @@ outside of an event meanwhile is held until the next dot, or it would be a part 
 A peer may answer out of step; `mailerq.wire.client` states when a reply counts. The message in
 doubt is tried again; where its body was not sent, at once on another connection. The pool
 remembers the host and sends it no envelopes ahead for a while.
+A peer without 8BITMIME gets a body in ASCII, which is made once for each connection that the
+message is given to (`mailerq.mail.seven_bit`); where it is long, in a thread.
 
 Results are committed in groups by somebody else. A connection sends the next envelope
 meanwhile, but not the next body before it has heard that its last result is safe
@@ -41,9 +43,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 import msgspec
 import trio
 
+from mailerq.mail.seven_bit import to_seven_bit
 from mailerq.message import Message
 from mailerq.net.resolver import Host
-from mailerq.net.stream import Stream, StreamLost
+from mailerq.net.stream import CannotBind, Stream, StreamLost
 from mailerq.queues import Lease
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
@@ -95,6 +98,12 @@ wait for the reply to this one, while another connection may become free."""
 WITHDRAW_SECONDS: Final = 1.0
 """Then such a message goes back to the pool, and the connection ends with the reply."""
 
+CONVERT_BYTES: Final = 1 << 14
+"""Bytes of a body that are converted at once; more of it takes its time in a thread."""
+
+CONVERTERS: Final = 2
+"""Such bodies of a worker at a time: each is in memory several times meanwhile."""
+
 MIN_IDLE_SECONDS: Final = 0.05
 """How long a connection is kept idle at least: a job may be on its way from another thread."""
 
@@ -143,6 +152,9 @@ class Employer(Protocol):
 
     def host_failed(self, host: Host) -> None:
         """That host did not let us in."""
+
+    def cannot_bind(self, local_ip: str, error: OSError) -> None:
+        """Nothing can be sent from that address of this host."""
 
     def opened(self, connection: Connection) -> None:
         """The connection can take its first job."""
@@ -201,6 +213,7 @@ class Connection:
         self._stream: Stream
         self._plugin: PluginConnection
         self._local = ""
+        self._converted: bytes | None = None
         self._messages = 0
 
     # Told by the pool
@@ -273,14 +286,26 @@ class Connection:
             self._pool.worker.call(self._pool.closed, self, job, report)
 
     async def _try_hosts(self, hosts: Sequence[Host]) -> Report | None:
-        """Serve on the first host that lets us in; a report says that none did."""
-        report = None
-        for host in hosts[:MAX_HOSTS]:
+        """Serve on the first host that lets us in; a report says that none did.
+
+        Of several reports the one counts that says most. What this host cannot reach is none of
+        the `MAX_HOSTS`, so an address behind it has its turn.
+        """
+        best: Report | None = None
+        tried = 0
+        for host in hosts:
             report = await self._session(host)
             if report is None:
                 return None
+            if best is None or responses.outweighs(report.outcome, best.outcome):
+                best = report
+            if report.outcome.state == "bind":
+                break  # it would be the same for all others
             self._pool.worker.call(self._pool.host_failed, host)
-        return report
+            tried += not report.outcome.own_fault
+            if tried == MAX_HOSTS:
+                break
+        return best
 
     async def _session(self, host: Host) -> Report | None:
         where = host.address if host.name == host.address else f"{host.name} [{host.address}]"
@@ -288,6 +313,10 @@ class Connection:
         try:
             with trio.move_on_after(self._pool.config.connect_timeout):
                 stream = await Stream.connect(host.address, self.route.port, local_ip=self.local_ip)
+        except CannotBind as error:
+            assert self.local_ip is not None, "else nothing is bound"
+            self._pool.worker.call(self._pool.cannot_bind, self.local_ip, error)
+            return Report(responses.cannot_bind(error, self.local_ip), self.local_ip)
         except OSError as error:
             return Report(responses.connect_failed(error, where))
         if stream is None:
@@ -405,11 +434,17 @@ class Connection:
         event = protocol.next_event()
         if event is NEED_DATA:
             if not self._begun:
+                self._converted = None
+                body = job.message.body
+                if body is not None and self._must_convert(job, body):
+                    self._converted = await self._convert(body)
+                    if self._converted is None:
+                        return responses.NOT_CONVERTIBLE
                 self._begin(job)
             event = await self._exchange()
         if isinstance(event, SendBody):
             await self._wait_settled()
-            return await self._send_message(job.message)
+            return await self._send_message(job)
         self._begun = False
         self._release()
         if isinstance(event, Failed):
@@ -423,14 +458,35 @@ class Connection:
 
     def _begin(self, job: Job) -> bool:
         """Have the envelope sent; false when that cannot be done ahead."""
-        body, properties = job.message.body, job.message.properties
+        stored, properties = job.message.body, job.message.properties
+        body = stored if self._converted is None else self._converted
         return self._protocol.mail(
             job.envelope,
             job.recipient,
             size=None if body is None else len(body),
             eight_bit=body is not None and not body.isascii(),
-            utf8=properties.get("smtputf8") is True and not has_ascii_header(body or b""),
+            utf8=properties.get("smtputf8") is True and not has_ascii_header(stored or b""),
             dsn=properties.get("dsn"),
+        )
+
+    def _must_convert(self, job: Job, body: bytes) -> bool:
+        """Whether the peer cannot take a body as it is, but could take it in ASCII.
+
+        The header of mail that asks for SMTPUTF8 is not for us to change (RFC 6531, section 3.4).
+        """
+        return not (
+            "8BITMIME" in self._protocol.extensions
+            or body.isascii()
+            or (job.message.properties.get("smtputf8") is True and not has_ascii_header(body))
+        )
+
+    async def _convert(self, body: bytes) -> bytes | None:
+        """A body in ASCII; None where that cannot be."""
+        self._deadline = math.inf  # it is not the peer who takes time
+        if len(body) <= CONVERT_BYTES:
+            return to_seven_bit(body)
+        return await trio.to_thread.run_sync(
+            to_seven_bit, body, limiter=_converters(), abandon_on_cancel=True
         )
 
     def _go_ahead(self, body: bytes) -> None:
@@ -445,15 +501,19 @@ class Connection:
             and (job := self._pool.next_job(self)) is not None
         ):
             self._ahead = job
-            self._begun = self._begin(job)
+            self._converted = None
+            ahead = job.message.body
+            self._begun = not (ahead and self._must_convert(job, ahead)) and self._begin(job)
 
-    async def _send_message(self, stored: Message) -> Outcome:
+    async def _send_message(self, job: Job) -> Outcome:
         """Answer 354 with the body, or, when there is none to send, not at all.
 
         What plugins do to the body holds for this attempt; what they do to the JSON stays.
         """
-        protocol, plugin = self._protocol, self._plugin
-        message = Message(dict(stored.properties), stored.body)
+        protocol, plugin, stored = self._protocol, self._plugin, job.message
+        body = stored.body if self._converted is None else self._converted
+        self._converted = None
+        message = Message(dict(stored.properties), body)
         try:
             self._deadline = math.inf
             refusal = await plugin.out_data(message, stored)
@@ -464,6 +524,11 @@ class Connection:
             if message.body is None:
                 protocol.abort(Problem.LOST, "there is no body")
                 return responses.NO_DATA
+            if message.body is not body and self._must_convert(job, message.body):
+                message.body = await self._convert(message.body)
+                if message.body is None:
+                    protocol.abort(Problem.LOST, "the body cannot be converted")
+                    return responses.NOT_CONVERTIBLE
             if (early := self._stream.receive_nowait()) is not None:
                 # What comes before the dot is no answer to it.
                 protocol.receive_data(early)
@@ -557,6 +622,19 @@ class Connection:
     def _expect(self, seconds: float) -> None:
         """Something has to happen within `seconds`."""
         self._deadline = monotonic() + seconds
+
+
+_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("converters")
+
+
+def _converters() -> trio.CapacityLimiter:
+    """What bounds the conversions of this loop."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(CONVERTERS)
+        _limiter.set(limiter)
+        return limiter
 
 
 def _outcome(event: Event | None) -> Outcome:

@@ -9,7 +9,7 @@ cdef class Pool:
     cdef public bint _stopping
     cdef public dict _destinations, _idle, _starved, _held, _connections
     cdef public object config, worker, _workers, _resolver, _slots, _office, _doubts, _empty
-    cdef public object _lookups, _tick, _nursery
+    cdef public object _lookups, _tick, _nursery, _aside, _say_own_fault
     cdef public dict _out_of_step
 
     cpdef _look(self)
@@ -21,6 +21,7 @@ cdef class Pool:
     cpdef withdrawn(self, connection, job)
     cpdef host_failed(self, host)
     cpdef out_of_step(self, connection)
+    cpdef cannot_bind(self, local_ip, error)
     cpdef leaving(self, connection)
     cpdef closed(self, connection, job, report)
     cpdef _pump(self, destination)
@@ -29,6 +30,7 @@ cdef class Pool:
     cpdef _open(self, destination)
     cpdef _park_excess(self, destination)
     cpdef _not_opened(self, destination, report)
+    cpdef _move(self, job)
     cpdef _feed_starved(self)
     cpdef _forget(self, destination)
     cpdef cut(self)

@@ -19,7 +19,9 @@ wait behind it. If its messages wait for long, most of them go back to the outbo
 of that time.
 
 When the last connection that could open has failed, what it met is the result of all
-messages that wait: there is no telling them apart.
+messages that wait: there is no telling them apart. Where it was their local address that could
+not be used, those that may leave from another one go there instead, and the address is set
+aside for some time.
 
 Everything here runs on the home worker; `Connection` says how the two talk.
 """
@@ -28,7 +30,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -36,11 +38,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import trio
 
 from mailerq.config import Config
+from mailerq.errors import AddressError
+from mailerq.net.logs import Ration
 from mailerq.net.outgoing import Connection, Job, Report
 from mailerq.net.resolver import Host, NoHosts, Resolver
 from mailerq.net.slots import Slots
 from mailerq.rules import responses
-from mailerq.rules.routes import Route
+from mailerq.rules.routes import Route, choose_local_ip
 
 if TYPE_CHECKING:
     from mailerq.net.worker import Worker
@@ -65,6 +69,12 @@ DOUBT_SECONDS: Final = 300.0
 
 MAX_DOUBTS: Final = 10_000
 """Hosts that are remembered so."""
+
+ASIDE_SECONDS: Final = 300.0
+"""How long a local address that cannot be bound is used only where a message has no other."""
+
+MAX_ASIDE: Final = 1000
+"""Local addresses that are remembered so."""
 
 CUT_SECONDS: Final = 5.0
 """How long connections that are cut may take to end: a plugin may still hold a message."""
@@ -140,6 +150,8 @@ class Pool:
         self._starved: dict[Destination, None] = {}
         self._held: dict[Destination, None] = {}
         self._doubts: dict[str, float] = {}
+        self._aside: dict[str, float] = {}
+        self._say_own_fault = Ration(log.error, 1, "and %d times more for a fault of this host")
         self._connections: dict[Connection, Destination] = {}
         self._stopping = False
         self._empty = trio.Event()
@@ -200,6 +212,8 @@ class Pool:
         destination = self._connections[connection]
         destination.opening.discard(connection)
         self._doubts.pop(connection.remote, None)
+        if connection.local_ip is not None:
+            self._aside.pop(connection.local_ip, None)
         self._employ(connection, destination)
 
     def finished(self, connection: Connection, job: Job, report: Report, reusable: bool) -> None:
@@ -257,6 +271,31 @@ class Pool:
         self._out_of_step[host] = now + OUT_OF_STEP_SECONDS
         if len(self._out_of_step) > MAX_OUT_OF_STEP:
             del self._out_of_step[next(iter(self._out_of_step))]
+
+    def cannot_bind(self, local_ip: str, error: OSError) -> None:
+        """It cannot use its local address: that one is set aside."""
+        now = monotonic()
+        if local_ip not in self._aside:
+            if len(self._aside) >= MAX_ASIDE:
+                self._aside = {ip: until for ip, until in self._aside.items() if until > now}
+            if len(self._aside) >= MAX_ASIDE:
+                return
+            log.error(
+                "cannot send from %s, which a message names in ips: %s; other addresses of such"
+                " messages are used, and this one is tried again in %d s. Add the address to an"
+                " interface of this host, or remove it from ips",
+                local_ip,
+                error.strerror or error,
+                ASIDE_SECONDS,
+            )
+        self._aside[local_ip] = now + ASIDE_SECONDS
+
+    def unusable_ips(self) -> Collection[str]:
+        """Local addresses that are set aside now."""
+        if not self._aside:
+            return ()
+        now = monotonic()
+        return {ip for ip, until in self._aside.items() if until > now}
 
     def leaving(self, connection: Connection) -> None:
         """It takes no more jobs."""
@@ -340,12 +379,14 @@ class Pool:
     async def _start(self, connection: Connection, destination: Destination) -> None:
         """Find the hosts of a connection's destination and let it loose on them."""
         route = destination.route
-        look_up = self._resolver.mail_hosts if route.mx else self._resolver.host
         found: tuple[Host, ...] | NoHosts | None = None
         report: Report | None = None
         try:
             with trio.CancelScope() as self._lookups[connection]:
-                answer = await look_up(route.host)
+                if route.mx:
+                    answer = await self._resolver.mail_hosts(route.host)
+                else:
+                    answer = await self._resolver.host(route.host, trusted=route.trusted)
                 await trio.lowlevel.checkpoint_if_cancelled()  # then workers take no more tasks
                 found = answer
         except Exception:
@@ -361,7 +402,11 @@ class Pool:
             self.closed(connection, None, Report(outcome))
         elif found is not None:
             hosts = self._in_order(found, destination.local_ip)
-            connection.worker.spawn(connection.run, hosts)
+            if not hosts and (local_ip := destination.local_ip) is not None:
+                outcome = responses.no_fitting_address(route.host, local_ip)
+                self.closed(connection, None, Report(outcome, local_ip))
+            else:
+                connection.worker.spawn(connection.run, hosts)
 
     def _in_order(self, hosts: Sequence[Host], local_ip: str | None) -> list[Host]:
         """The hosts that can be reached from the local address, doubtful ones last."""
@@ -369,8 +414,7 @@ class Pool:
         doubts = self._doubts
         if local_ip is not None:
             version_6 = ":" in local_ip
-            fitting = [host for host in hosts if (":" in host.address) == version_6]
-            hosts = fitting or hosts
+            hosts = [host for host in hosts if (":" in host.address) == version_6]
         return sorted(hosts, key=lambda host: doubts.get(host.address, 0.0) > now)
 
     def _park_excess(self, destination: Destination) -> None:
@@ -388,8 +432,37 @@ class Pool:
             return
         destination.held_until = 0.0
         jobs, destination.jobs = destination.jobs, deque()
+        outcome = report.outcome
         for job in jobs:
-            self._office.done(job, report, None)
+            if outcome.state != "bind" or not self._move(job):
+                self._office.done(job, report, None)
+        if outcome.own_fault and outcome.state != "bind":
+            self._say_own_fault(
+                "mail to %s waits for a fault of this host to end: %s",
+                destination.route.name,
+                outcome.description,
+            )
+
+    def _move(self, job: Job) -> bool:
+        """Let a job wait for a connection from another of its addresses, if it has one.
+
+        The address it had cannot be bound, or no host fits its family. It is not come back to:
+        of the first kind all are set aside, of the second all of the family are ruled out.
+        """
+        assert job.local_ip is not None, "without one there is nothing to bind"
+        avoid = {*self.unusable_ips(), job.local_ip}
+        if job.local_ip not in self._aside:
+            version_6 = ":" in job.local_ip
+            avoid |= {ip for ip in job.message.properties["ips"] if (":" in ip) == version_6}
+        try:
+            other = choose_local_ip(job.message.properties, avoid=avoid)
+        except AddressError:
+            return False  # which the next attempt may say
+        if other is None or other in avoid:
+            return False
+        job.local_ip = other
+        self._queue(job, first=False)
+        return True
 
     def _feed_starved(self) -> None:
         starved, self._starved = self._starved, {}

@@ -90,8 +90,13 @@ async def _publish(
         if refusal is not None:
             outcomes.append(refusal_reply(refusal))
             continue
+        if message.local and not shared.config.keeps_local_mail:  # so a plugin says
+            outcomes.append(shared.no_way(recipient))
+            continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
         if queue := reception_queue(shared.config, local=message.local):
+            if message.recipient.lower() == "postmaster" and queue == shared.config.rabbitmq_outbox:
+                message.properties["recipient"] += f"@{machine.settings.hostname}"
             publications.append(Publication(queue, message))
     try:
         if publications:
@@ -190,7 +195,10 @@ def _envelope(
         protocol=protocol.replace("ESMTP", "LMTP") if machine.settings.lmtp else protocol,
         helo=hello.name,
         client_ip=client.remote[0],
-        trusted=shared.config.smtp_extract and trusted,
+        trusted=trusted,
+        rights=shared.steering.rights(
+            client.remote[0], client.user, authenticated=plugin.authenticated
+        ),
     )
 
 

@@ -9,7 +9,16 @@ are put in a new random order at each call. Several tasks that ask for the same 
 time share one lookup.
 
 Records belong to strangers, so all of it is bounded, and this host is never a host to send
-to: where one of the records leads here, it and all of no better preference are left out.
+to: where one of the records leads here, it and all of no better preference are left out. Nor
+is an address in `smtp-out-forbidden`, which also goes for the smarthost of a message.
+
+A domain that does not exist fails at once (RFC 5321, section 5.1), but a resolver that has lost
+its way says so of every domain. So it is believed only when it knows, at that moment, who serves
+the root of all names; otherwise the mail is tried again.
+
+Domains that this host takes mail for and passes on, `smtp-relay-domains`, never fail here: when
+their records lead nowhere, or back to this host, its operator has something to mend, which the
+log says, and the mail waits for that.
 
 A resolver belongs to one trio loop. dnspython is imported with the first lookup, since a
 process that only injects a mail never gets that far.
@@ -17,7 +26,9 @@ process that only injects a mail never gets that far.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import logging
 import random
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,12 +40,16 @@ import trio
 from mailerq.address import parse_host, parse_literal
 from mailerq.config import Config
 from mailerq.errors import AddressError
+from mailerq.net.logs import Ration
+from mailerq.rules.routes import is_within
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
     import dns.asyncresolver
 
 __all__ = ["Host", "NoHosts", "Resolver", "is_this_host"]
+
+log = logging.getLogger("mailerq.delivery")
 
 MIN_TTL: Final = 60.0
 """Seconds that an answer is kept at least, also one that says no; tiny TTLs hurt."""
@@ -123,6 +138,9 @@ class Resolver:
         leads_here: Callable[[str], bool] | None = None,
     ) -> None:
         self._hostname = _canonical(config.hostname)
+        self._forbidden = config.smtp_out_forbidden
+        self._relay_domains = frozenset(config.smtp_relay_domains)
+        self._say_ours_to_mend = Ration(log.error, 1, "and %d times more for a relay domain")
         self._timeout = config.dns_timeout
         self._lifetime = config.dns_timeout * config.dns_attempts
         self._nameservers = list(nameservers)
@@ -134,16 +152,29 @@ class Resolver:
 
     async def mail_hosts(self, domain: str) -> Found:
         """The hosts for mail to `domain`, which may be an address literal; best first."""
-        if domain.startswith("["):
-            return self._literal(domain)
-        found = await self._cached((domain, True), self._look_up_domain)
-        return _in_order(found) if isinstance(found, tuple) else found
+        try:
+            if domain.startswith("["):
+                return self._permitted(domain, self._literal(domain))
+            found = await self._cached((domain, True), self._look_up_domain)
+        except OSError as error:  # no descriptor to look with
+            return NoHosts(f"{domain}: {error.strerror or error}")
+        found = self._permitted(domain, found)
+        if isinstance(found, tuple):
+            return _in_order(found)
+        if found.reply is not None and _canonical(domain) in self._relay_domains:
+            return self._ours_to_mend(domain, found.reply)
+        return found
 
-    async def host(self, name: str) -> Found:
-        """The addresses of a host that was configured; it may be this host.
+    async def host(self, name: str, *, trusted: bool) -> Found:
+        """The addresses of a smarthost or a sink; it may be this host.
 
-        A name is looked up as the system does it, so ``/etc/hosts`` counts.
+        A name is looked up as the system does it, so ``/etc/hosts`` counts. One that is not
+        `trusted` has no address in `smtp-out-forbidden`.
         """
+        found = await self._addresses_of(name)
+        return found if trusted else self._permitted(name, found)
+
+    async def _addresses_of(self, name: str) -> Found:
         try:
             host = parse_host(name)
         except AddressError:
@@ -151,6 +182,28 @@ class Resolver:
         if not isinstance(host, str):
             return (Host(name, str(host)),)
         return await self._cached((name, False), self._look_up_host)
+
+    def _permitted(self, name: str, found: Found) -> Found:
+        """What was found without the addresses that nothing is sent to."""
+        if isinstance(found, NoHosts):
+            return found
+        hosts = tuple(h for h in found if not is_within(h.address, self._forbidden))
+        if hosts:
+            return hosts
+        addresses = ", ".join(dict.fromkeys(host.address for host in found[:3]))
+        text = f"5.7.1 {name} is at {addresses}, where smtp-out-forbidden lets no mail go"
+        return NoHosts("", Reply(550, text))
+
+    def _ours_to_mend(self, domain: str, reply: Reply) -> NoHosts:
+        """Mail of a domain in `smtp-relay-domains` has nowhere to go."""
+        self._say_ours_to_mend(
+            "mail to %s waits: the domain is in smtp-relay-domains, and its mail cannot be"
+            " passed on (%s). Correct its MX records, or set smarthost; if its mail ends here,"
+            " list it in smtp-local-domains instead and set rabbitmq-local",
+            domain,
+            reply.description,
+        )
+        return NoHosts(f"{domain} is in smtp-relay-domains: {reply.description}")
 
     async def _cached(
         self, key: tuple[str, bool], look_up: Callable[[str], Awaitable[tuple[Found, float | None]]]
@@ -211,7 +264,9 @@ class Resolver:
         try:
             exchanges, ttl = await self._exchanges(name)
         except _NoRecords as error:
-            return NoHosts(str(error)), MIN_TTL
+            if await self._is_sound():
+                return NoHosts("", Reply(550, f"5.1.2 {error}")), MIN_TTL
+            return NoHosts(f"{error}, says a resolver that does not know the root either"), None
         except _NoAnswer as error:
             return NoHosts(str(error)), None
         if not exchanges:
@@ -230,13 +285,23 @@ class Resolver:
         problem = "; ".join(exchange.problem for exchange in exchanges[:3])
         return NoHosts(problem), None if any(e.unanswered for e in exchanges) else MIN_TTL
 
+    async def _is_sound(self) -> bool:
+        """Whether the resolver knows a name that must exist, now."""
+        try:
+            return bool(await self._query(".", "NS"))
+        except (_NoRecords, _NoAnswer):
+            return False
+
     def _leads_here(self, exchange: _Exchange) -> bool:
         return exchange.name == self._hostname or any(
             map(self._is_here, exchange.addresses[:MAX_ADDRESSES])
         )
 
     async def _exchanges(self, name: str) -> tuple[list[_Exchange], float]:
-        """The hosts of a domain, best first and still without addresses; none is a null MX."""
+        """The hosts of a domain, best first and still without addresses; none is a null MX.
+
+        Raises `_NoRecords` when the domain does not exist.
+        """
         try:
             records, ttl = await self._query(name, "MX")
         except _NoRecords as error:
@@ -305,7 +370,7 @@ def is_this_host(address: str) -> bool:
     """True when what is sent to the IP address arrives at this host.
 
     The system is asked which source address it would use: for an address of its own it is
-    that address. Nothing is sent.
+    that address. Nothing is sent. Raises OSError when there is no descriptor to ask with.
     """
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
@@ -313,7 +378,13 @@ def is_this_host(address: str) -> bool:
     if ip.is_loopback or ip.is_unspecified:
         return True
     family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    try:
+        probe = socket.socket(family, socket.SOCK_DGRAM)
+    except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:
+            return False  # Nothing of that family is here.
+        raise
+    with probe:
         try:
             probe.connect((str(ip), 25))
             return ipaddress.ip_address(probe.getsockname()[0]) == ip

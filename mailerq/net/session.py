@@ -411,8 +411,11 @@ class Session:
         """The same."""
         shared, recipient = self._shared, event.recipient
         relays = self._relays or self._plugin.authenticated
-        if not (relays or shared.is_local(recipient)):
+        if not (relays or shared.is_ours(recipient)):
             self._refuse_recipient(smtp.NO_RELAY)
+            return True
+        if not shared.config.keeps_local_mail and shared.is_local(recipient):
+            self._refuse_recipient(shared.no_way(recipient))
             return True
         if not (self._relays or shared.clients.may(self._client.remote[0], "recipients")):
             self._refuse_recipient(smtp.RECIPIENTS_TOO_OFTEN)

@@ -24,6 +24,7 @@ from mailerq.net.worker import Worker
 from mailerq.plugins import Plugins
 from mailerq.queues import Queues
 from mailerq.rules.access import Access
+from mailerq.rules.steering import Steering
 from mailerq.wire import smtp
 from mailerq.wire.server import Settings
 from mailerq.wire.smtp import Reply
@@ -70,6 +71,7 @@ class Server:
     lmtp: Settings
     access: Access
     local_addresses: LocalAddresses
+    steering: Steering
     clients: Clients
     authenticator: Authenticator
     plugins: Plugins
@@ -86,6 +88,9 @@ class Server:
         default_factory=partial(Ration, log.error, 1, "and %d mails more were not taken")
     )
     """A full disk must not fill the log as well."""
+    say_no_way: Ration = field(
+        default_factory=partial(Ration, log.error, 1, "and %d local recipients more were refused")
+    )
     loaders: dict[Worker, trio.CapacityLimiter] = field(default_factory=dict)
 
     def admit(self, client: str) -> Reply | None:
@@ -95,8 +100,21 @@ class Server:
         return self.clients.came(client)
 
     def is_local(self, recipient: str) -> bool:
-        """Whether anybody may send to that recipient."""
+        """Whether anybody may send to that recipient, whose mail ends here."""
         return self.access.is_local(recipient) or self.local_addresses.has(recipient)
+
+    def is_ours(self, recipient: str) -> bool:
+        """Whether anybody may send to that recipient."""
+        return self.is_local(recipient) or self.access.is_relayed(recipient)
+
+    def no_way(self, recipient: str) -> Reply:
+        """Refuse a local recipient where nobody keeps local mail, and let the log say so."""
+        self.say_no_way(
+            "mail for %s is refused: it is local, and neither rabbitmq-local nor another inbox"
+            " than the outbox nor smarthost is set",
+            ascii(recipient),
+        )
+        return smtp.NO_WAY
 
     def loader(self, worker: Worker) -> trio.CapacityLimiter:
         """To be held while a mail of that worker is in memory as a whole; for its thread."""

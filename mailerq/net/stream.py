@@ -48,6 +48,10 @@ class StreamLost(Exception):
     """The connection broke: reset, timed out by the kernel, or TLS that makes no sense."""
 
 
+class CannotBind(OSError):
+    """Nothing can be sent from the local address that was asked for."""
+
+
 class Departures(trio.abc.Instrument):
     """The streams of a loop that have something to send when its tasks have had their turn."""
 
@@ -132,13 +136,19 @@ class Stream:
 
     @classmethod
     async def connect(cls, host: str, port: int, *, local_ip: str | None = None) -> Self:
-        """Connect to an IP address, from `local_ip` where it is given. Raises OSError."""
+        """Connect to an IP address, from `local_ip` where it is given.
+
+        Raises OSError, which is `CannotBind` where `local_ip` is the cause.
+        """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if local_ip is not None:
-                sock.bind((local_ip, 0))
+                try:
+                    sock.bind((local_ip, 0))
+                except OSError as fault:
+                    raise CannotBind(*fault.args) from None
             try:
                 sock.connect((host, port))
             except BlockingIOError:

@@ -44,6 +44,7 @@ class Access:
         relays: Sequence[Network],
         local_domains: Collection[str] = (),
         *,
+        relay_domains: Collection[str] = (),
         proxies: Sequence[Network] = (),
         xclients: Sequence[Network] = (),
     ) -> None:
@@ -53,7 +54,8 @@ class Access:
         self._may_relay = lru_cache(maxsize=4096)(self._look_up_relay)
         self._proxies = tuple(proxies)
         self._xclients = tuple(xclients)
-        self._local_domains = frozenset(domain_of("@" + name) for name in local_domains)
+        self._local_domains = _names(local_domains)
+        self._relay_domains = _names(relay_domains)
 
     def may_connect(self, client: str) -> bool:
         return not self._clients or _within(client, self._clients)
@@ -74,17 +76,28 @@ class Access:
         return bool(self._xclients) and _within(client, self._xclients)
 
     def is_local(self, recipient: str) -> bool:
-        """Whether anybody may send to that recipient.
+        """Whether anybody may send to that recipient, whose mail ends here.
 
         The domain counts. A route that hides in the local part is refused: to us
         ``victim%elsewhere.test@local.test`` is a mailbox of local.test, but a host behind us may
         see more in it. The bare ``postmaster`` is always at home (RFC 5321, section 4.5.1).
         """
-        if "@" not in recipient:
-            return True
-        if _ascii(domain_of(recipient)) not in self._local_domains:
-            return False
-        return _ROUTES.isdisjoint(recipient.rpartition("@")[0])
+        return "@" not in recipient or _is_in(recipient, self._local_domains)
+
+    def is_relayed(self, recipient: str) -> bool:
+        """Whether anybody may send to that recipient, whose mail goes on to other hosts."""
+        return _is_in(recipient, self._relay_domains)
+
+
+def _names(domains: Collection[str]) -> frozenset[str]:
+    return frozenset(domain_of("@" + name) for name in domains)
+
+
+def _is_in(recipient: str, domains: Collection[str]) -> bool:
+    """Whether a recipient is of one of the domains, and of no other behind them."""
+    if _ascii(domain_of(recipient)) not in domains:
+        return False
+    return _ROUTES.isdisjoint(recipient.rpartition("@")[0])
 
 
 @lru_cache(maxsize=4096)

@@ -21,17 +21,21 @@ from mailerq.wire.smtp import Reply
 
 __all__ = [
     "EXPIRED",
+    "NOT_CONVERTIBLE",
     "NO_DATA",
     "OWN_FAULT",
     "TOO_MANY_HOPS",
     "Fate",
     "Outcome",
     "accepted",
+    "cannot_bind",
     "connect_failed",
     "connect_timed_out",
     "failed",
+    "no_fitting_address",
     "no_hosts",
     "not_generated",
+    "outweighs",
     "refused",
     "rejected_by_plugin",
     "unsendable",
@@ -55,6 +59,20 @@ _STATES: Final = {
 
 _HELLO: Final = frozenset((Step.INTRO, Step.EHLO, Step.HELO))
 
+_OWN_ERRORS: Final = frozenset({
+    # no descriptor, no memory
+    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
+    # no address to send from, or no free port
+    errno.EADDRNOTAVAIL, errno.EADDRINUSE,
+    # no such family here, no way there, an address that means something on one link only
+    errno.EAFNOSUPPORT, errno.ENETDOWN, errno.ENETUNREACH, errno.EINVAL,
+    # a firewall or a sandbox of this host
+    errno.EACCES, errno.EPERM,
+})  # fmt: skip
+"""Errors of connecting that are faults of this host and say nothing of the peer.
+
+EHOSTUNREACH is none: firewalls of peers and routers before them answer so."""
+
 
 class Fate(Enum):
     """What follows from an outcome."""
@@ -65,7 +83,10 @@ class Fate(Enum):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How an attempt ended, without when and where."""
+    """How an attempt ended, without when and where.
+
+    `own_fault`: this host is what kept the message from being sent. That is never final.
+    """
 
     type: str
     state: str
@@ -74,6 +95,7 @@ class Outcome(msgspec.Struct, frozen=True):
     code: int | None = None
     status: str | None = None
     description: str | None = None
+    own_fault: bool = False
 
 
 EXPIRED: Final = Outcome(
@@ -82,11 +104,27 @@ EXPIRED: Final = Outcome(
 NO_DATA: Final = Outcome(
     "nodata", "storage", "error", Fate.FAILED, description="there is no body to send"
 )
+NOT_CONVERTIBLE: Final = Outcome(
+    "error",
+    "process",
+    "invalid",
+    Fate.FAILED,
+    554,
+    "5.6.3",
+    "the mail is 8-bit, cannot be converted, and the peer does not offer 8BITMIME",
+)
 TOO_MANY_HOPS: Final = Outcome(
     "error", "process", "error", Fate.FAILED, 554, "5.4.6", "too many Received lines: a mail loop"
 )
 OWN_FAULT: Final = Outcome(
-    "error", "process", "error", Fate.RETRY, 451, "4.3.0", "internal error, see the application log"
+    "error",
+    "process",
+    "error",
+    Fate.RETRY,
+    451,
+    "4.3.0",
+    "internal error, see the application log",
+    own_fault=True,
 )
 
 
@@ -128,10 +166,42 @@ def connect_failed(error: OSError, host: str) -> Outcome:
     description = f"{host}: {text}"
     if error.errno == errno.ECONNREFUSED:
         return Outcome("refused", "connect", "error", Fate.RETRY, description=description)
-    if error.errno == errno.EADDRNOTAVAIL:
-        return Outcome("bind", "bind", "error", Fate.FAILED, description=description)
     result = "timeout" if error.errno == errno.ETIMEDOUT else "error"
-    return Outcome("connect", "connect", result, Fate.RETRY, description=description)
+    own = error.errno in _OWN_ERRORS
+    return Outcome("connect", "connect", result, Fate.RETRY, description=description, own_fault=own)
+
+
+def cannot_bind(error: OSError, local_ip: str) -> Outcome:
+    """Nothing can be sent from `local_ip`; `error` says why."""
+    text = os.strerror(error.errno) if error.errno else str(error)
+    return _bind(f"cannot send from {local_ip}: {text}")
+
+
+def no_fitting_address(host: str, local_ip: str) -> Outcome:
+    """`host` has no address of the family of `local_ip`."""
+    family = "IPv6" if ":" in local_ip else "IPv4"
+    return _bind(f"cannot send from {local_ip}: {host} has no {family} address")
+
+
+def _bind(description: str) -> Outcome:
+    return Outcome("bind", "bind", "error", Fate.RETRY, description=description, own_fault=True)
+
+
+def outweighs(outcome: Outcome, other: Outcome) -> bool:
+    """Whether `outcome` says no less than `other`, which an earlier host of a domain met.
+
+    What a peer answered comes before what kept us from reaching one, and a fault of this
+    host comes last: it must not hide either.
+    """
+    return _weight(outcome) >= _weight(other)
+
+
+def _weight(outcome: Outcome) -> int:
+    if outcome.own_fault:
+        return 0
+    if outcome.state == "connect":
+        return 2 if outcome.type == "refused" else 1
+    return 3
 
 
 def connect_timed_out(host: str) -> Outcome:

@@ -48,12 +48,14 @@ def next_attempt(
     expires: float,
     intervals: Sequence[int],
     max_attempts: int,
+    own_fault: bool = False,
 ) -> float | None:
     """When a message goes again after attempt number `attempt`; None: it has failed.
 
     The message's own ``retries`` and ``maxattempts`` come before `intervals` and
-    `max_attempts`; the last delay repeats, and zero attempts is no limit. What would go
-    after it has expired has failed now.
+    `max_attempts`; the last delay repeats, and zero attempts is no limit. An attempt that ended
+    by a fault of this host, `own_fault`, is never the last one. What would go after it has
+    expired has failed now.
 
     >>> next_attempt({}, attempt=1, now=0, expires=999, intervals=(10, 20), max_attempts=0)
     10
@@ -64,7 +66,7 @@ def next_attempt(
     limit = properties.get("maxattempts")
     if not isinstance(limit, int):
         limit = max_attempts
-    if 0 < limit <= attempt:
+    if 0 < limit <= attempt and not own_fault:
         return None
     delays = properties.get("retries")
     if not delays or not is_delays(delays):

@@ -2,7 +2,6 @@
 
 cpdef route_of(properties, domain, config)
 cpdef _smarthost(smarthost)
-cpdef choose_local_ip(properties)
 cpdef unmet_promise(properties, body)
 cpdef _is_binary(body)
 cpdef has_ascii_header(body)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from mailerq.address import parse_host, queue_problem
-from mailerq.config import Config
+from mailerq.config import Config, Network
 from mailerq.errors import AddressError
 from mailerq.wire.framing import has_bare_newline
 
@@ -20,6 +21,7 @@ __all__ = [
     "count_hops",
     "has_ascii_header",
     "loop_problem",
+    "is_within",
     "reception_queue",
     "result_queues",
     "route_of",
@@ -36,13 +38,15 @@ class Route(msgspec.Struct, frozen=True):
     """A way out. Messages with the same one share a queue and its connections.
 
     `name` is the domain or the smarthost, for people and for statistics; `host` is what is
-    connected to: with `mx` the hosts that take mail for it.
+    connected to: with `mx` the hosts that take mail for it. `trusted` is the operator's word
+    for `host`: `smtp-out-forbidden` does not hold there.
     """
 
     name: str
     host: str
     port: int
     mx: bool
+    trusted: bool = False
 
 
 def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Route:
@@ -51,17 +55,25 @@ def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Rout
     The message's own smarthost comes before the configured one. A sink takes the
     connections of either, and those of each domain, which keep their queues.
     """
-    name, host, port, mx = domain, domain, SMTP_PORT, True
+    name, host, port, mx, trusted = domain, domain, SMTP_PORT, True, False
     smarthost = properties.get("smarthost")
     if smarthost:
         host, port = _smarthost(smarthost)
         name, mx = f"{host}:{port}", False
     elif config.smarthost:
-        host, port, mx = config.smarthost, config.smarthost_port, False
+        host, port, mx, trusted = config.smarthost, config.smarthost_port, False, True
         name = f"{host}:{port}"
     if config.smtp_sink_address:
-        host, port, mx = config.smtp_sink_address, config.smtp_sink_port, False
-    return Route(name, host, port, mx)
+        host, port, mx, trusted = config.smtp_sink_address, config.smtp_sink_port, False, True
+    return Route(name, host, port, mx, trusted)
+
+
+def is_within(address: str, networks: Sequence[Network]) -> bool:
+    """Whether an IP address is in one of the networks; ``::ffff:127.0.0.1`` is 127.0.0.1."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    return any(ip in network for network in networks)
 
 
 def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
@@ -78,15 +90,15 @@ def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
     return str(parse_host(host)), port
 
 
-def choose_local_ip(properties: Mapping[str, Any]) -> str | None:
+def choose_local_ip(properties: Mapping[str, Any], *, avoid: Collection[str] = ()) -> str | None:
     """One of the addresses in ``ips``, which the message may leave from; None: any.
 
-    Raises `AddressError` for what is no IP address.
+    It is none of `avoid` where there is another. Raises `AddressError` for what is no IP address.
     """
     ips = properties.get("ips")
     if not ips:
         return None
-    address = random.choice(ips)
+    address = random.choice([ip for ip in ips if ip not in avoid] or ips if avoid else ips)
     if isinstance(parse_host(address), str):
         raise AddressError(f"property ips: {address[:80]!r} is no IP address")
     return str(address)

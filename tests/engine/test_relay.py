@@ -110,6 +110,54 @@ async def test_local_mail_goes_to_the_local_queue(tmp_path: Path) -> None:
         assert depths == {"inbox": 1, "local": 1}
 
 
+async def test_mail_for_relay_domains_goes_on_and_no_stranger_sends_elsewhere(
+    tmp_path: Path,
+) -> None:
+    config = configure(
+        tmp_path,
+        smtp_relay_range=(),
+        smtp_relay_domains=("there.test",),
+        smtp_local_domains=("here.test",),
+        rabbitmq_local="local",
+        rabbitmq_inbox="inbox",
+    )
+    async with Engine(config) as engine:
+        await send(engine.addresses[0], recipients=("a@here.test", "b@There.test"))
+        depths = {depth.queue: depth.due for depth in await engine.queues.depths()}
+        assert depths == {"inbox": 1, "local": 1}
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            await send(engine.addresses[0])
+
+
+async def test_local_mail_that_nobody_keeps_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def keep(connection: object, message: Message) -> None:
+        message.local = message.recipient.startswith("home")
+
+    async with Engine(configure(tmp_path)) as engine:
+        engine.on("message", keep)
+        for _ in range(3):
+            with pytest.raises(smtplib.SMTPRecipientsRefused) as caught:
+                await send(engine.addresses[0], recipients=("postmaster",))
+            code, text = caught.value.recipients["postmaster"]
+            assert (code, text[:5]) == (451, b"4.3.5")
+        code, text = await send(engine.addresses[0], recipients=("home@d.test",))
+        assert (code, text[:5]) == (451, "4.3.5")
+        assert await engine.queues.depths() == []
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert line.startswith("mail for 'postmaster' is refused: it is local")
+
+
+async def test_the_bare_postmaster_gets_a_domain_on_the_way_to_a_smarthost(tmp_path: Path) -> None:
+    async with open_sink() as sink:
+        config = configure(tmp_path, smarthost="127.0.0.1", smarthost_port=sink.port)
+        async with Engine(config) as engine:
+            await send(engine.addresses[0], recipients=("postmaster",))
+            (mail,) = await sink.wait_for(1)
+            assert mail.recipients == ["postmaster@mx.test"]
+
+
 async def test_a_client_outside_the_range_is_sent_away(tmp_path: Path) -> None:
     config = configure(tmp_path, smtp_range=(ipaddress.ip_network("192.0.2.0/24"),))
     async with Engine(config) as engine:

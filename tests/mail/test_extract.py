@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mailerq.mail.extract import extract
+from mailerq.mail.extract import FIELDS, extract, rights_of
 from mailerq.mail.headers import Header
 from mailerq.message import Message
 
@@ -97,6 +97,102 @@ def test_what_cannot_be_used_is_ignored_and_said(field: bytes, reason: str) -> N
     properties, mime, ignored = extract(field + b"\r\n" + PLAIN, trusted=True, outbox="out")
     assert (properties, mime) == ({}, PLAIN)
     assert ignored == [f"{field.partition(b':')[0].decode()}: {reason}"]
+
+
+SAFE = rights_of(["safe"], longest=3600)
+
+
+def test_what_is_safe_changes_only_the_mail_of_its_sender() -> None:
+    head = b"\r\n".join([
+        b"x-mq-tag: spring",
+        b"x-mq-delayed: 1970-01-01 00:30:00",
+        b"x-mq-maxdelivertime: 1970-01-01 01:00:00",
+        b"x-mq-inlinecss: 1",
+        b"x-normalize: 1",
+        b"x-mq-dsn-notify: NEVER",
+        b"x-mq-dsn-ret: HDRS",
+        b"x-mq-my-id: 7",
+    ])  # fmt: skip
+    properties, mime, ignored = extract(head + b"\r\n" + PLAIN, trusted=True, rights=SAFE)
+    assert (mime, ignored) == (PLAIN, [])
+    assert properties == {
+        "tags": ["spring"],
+        "delayed": "1970-01-01 00:30:00",
+        "maxdelivertime": "1970-01-01 01:00:00",
+        "inlinecss": True,
+        "normalize": True,
+        "dsn": {"notify": "NEVER", "ret": "HDRS"},
+        "my-id": "7",
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "word"),
+    [
+        ("envelope: a@b.test", "envelope"),
+        ("ip: 192.0.2.1", "ips"),
+        ("pool: gold", "pool"),
+        ("maxattempts: 1", "maxattempts"),
+        ("retries: 1", "retries"),
+        ("keepmime: 1", "keepmime"),
+        ("results-queue: outbox", "queues"),
+        ("failure-queue: q", "queues"),
+        ("success-queue:", "queues"),
+        ("retry-queue: q", "queues"),
+        ("smarthost-name: 127.0.0.1", "smarthost"),
+        ("smarthost-hostname: 127.0.0.1", "smarthost"),
+        ("dsn-envelope: a@b.test", "dsn"),
+        ("dsn-mta: x", "dsn"),
+    ],
+)
+def test_what_is_not_safe_must_be_allowed_by_name(field: str, word: str) -> None:
+    mime = f"x-mq-{field}\r\n".encode() + PLAIN
+    name = field.partition(":")[0]
+    assert extract(mime, trusted=True, rights=SAFE) == (
+        {},
+        PLAIN,
+        [
+            f"x-mq-{name}: may not be set by this client; add {word} to smtp-extract, or the"
+            " client to smtp-extract-range or smtp-extract-logins"
+        ],
+    )
+    for words in (["all"], [word], ["safe", word]):
+        found = extract(mime, trusted=True, rights=rights_of(words, longest=0))
+        assert word in found.properties
+        assert found.ignored == []
+    assert extract(mime, trusted=True, rights=rights_of(["none"], longest=0)).properties == {}
+
+
+@pytest.mark.parametrize("name", [b"delayed", b"maxdelivertime"])
+def test_times_are_bounded_by_how_long_the_operator_keeps_mail(name: bytes) -> None:
+    mime = b"x-mq-" + name + b": 1970-01-01 01:00:01\r\n" + PLAIN
+    properties, left, ignored = extract(mime, trusted=True, rights=SAFE)
+    assert (properties, left) == ({}, PLAIN)
+    reason = "is later than max-delivertime lets this client say"
+    assert ignored == [f"x-mq-{name.decode()}: {reason}"]
+    assert extract(mime, trusted=True, rights=SAFE, now=1).properties
+    assert extract(mime, trusted=True).properties
+
+
+def test_each_field_says_what_it_is_for_and_is_never_reserved() -> None:
+    for name, known in FIELDS.items():
+        assert known.meaning.endswith(".")
+        assert extract(f"x-mq-{name}: ?\r\n\r\n".encode(), trusted=True).ignored != [
+            f"x-mq-{name}: is no name for a property"
+        ]
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["none", "safe"], ["tag"], ["security"]])
+def test_words_that_allow_nothing_are_refused(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="none"):
+        rights_of(words, longest=0)
+
+
+@pytest.mark.parametrize("name", [b"requiretls", b"smtputf8", b"security", b"priority"])
+def test_what_was_promised_to_a_sender_cannot_be_taken_back(name: bytes) -> None:
+    found = extract(b"x-mq-" + name + b": 0\r\n" + PLAIN, trusted=True)
+    assert found.properties == {}
+    assert found.ignored == [f"x-mq-{name.decode()}: is no name for a property"]
 
 
 def test_the_first_of_two_counts() -> None:

@@ -336,7 +336,7 @@ class StubResolver:
             return found
         return tuple(Host(f"mx{i}.{domain}", address, i) for i, address in enumerate(found))
 
-    async def host(self, name: str) -> tuple[Host, ...] | NoHosts:
+    async def host(self, name: str, *, trusted: bool) -> tuple[Host, ...] | NoHosts:
         return (Host(name, name),)
 
 

@@ -257,16 +257,6 @@ async def test_a_smarthost_makes_one_queue_of_all_domains() -> None:
         assert bench.peer.connections == 1
 
 
-async def test_an_address_that_is_not_on_this_host_is_a_final_failure() -> None:
-    async with open_bench() as bench:
-        bench.send(ips=["192.0.2.1"])
-        (result,) = await bench.results("failure")
-        assert (result["type"], result["state"]) == ("bind", "bind")
-        bench.send(ips=["127.0.0.5"])
-        (result,) = await bench.results("success")
-        assert result["from"] == "127.0.0.5"
-
-
 async def test_an_unknown_domain_is_tried_again_and_a_null_mx_is_not() -> None:
     null = NoHosts("", Reply(556, "5.1.10 no mail here"))
     async with open_bench(resolver=StubResolver(null_test=null)) as bench:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -82,14 +85,103 @@ async def test_null_mx_is_final() -> None:
         assert reply_to(await resolver_of(server).mail_hosts("d.test")) == (556, "5.1.10")
 
 
-async def test_what_does_not_exist_is_tried_again() -> None:
-    zone = {("d.test", "MX"): ["10 gone.test."], ("bare.test", "TXT"): ['"x"']}
+ROOT = {("", "NS"): ["a.root-servers.test."]}
+
+
+async def test_a_domain_that_does_not_exist_is_final() -> None:
+    async with open_dns_server({**ROOT, ("alias.test", "CNAME"): ["gone.test."]}) as server:
+        resolver = resolver_of(server)
+        for name in ("nowhere.test", "alias.test"):
+            found = await resolver.mail_hosts(name)
+            assert reply_to(found) == (550, "5.1.2")
+            assert "does not exist" in found.reply.text  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("root", [None, [], SERVFAIL, REFUSED])
+async def test_a_resolver_that_does_not_know_the_root_is_not_believed(
+    root: list[str] | int | None,
+) -> None:
+    zone: dict[tuple[str, str], Any] = {("", "NS"): root}
+    async with open_dns_server(zone) as server:
+        resolver = resolver_of(server, dns_timeout=0.1, dns_attempts=1)
+        assert "does not exist" in temporary(await resolver.mail_hosts("nowhere.test"))
+        server.zone |= ROOT
+        assert reply_to(await resolver.mail_hosts("nowhere.test")) == (550, "5.1.2")
+
+
+async def test_hosts_that_do_not_exist_are_tried_again() -> None:
+    zone = {**ROOT, ("d.test", "MX"): ["10 gone.test."], ("bare.test", "TXT"): ['"x"']}
     async with open_dns_server(zone) as server:
         resolver = resolver_of(server)
-        assert "does not exist" in temporary(await resolver.mail_hosts("nowhere.test"))
         assert "does not exist" in temporary(await resolver.mail_hosts("d.test"))
         assert "no A" in temporary(await resolver.mail_hosts("bare.test"))
-        assert server.questions["nowhere.test", "A"] == 0
+
+
+async def test_no_mail_goes_to_networks_that_are_forbidden() -> None:
+    zone = {
+        ("d.test", "MX"): ["10 bad.test.", "20 good.test."],
+        ("only.test", "MX"): ["10 bad.test.", "20 worse.test."],
+        ("bad.test", "A"): ["192.0.2.1", "169.254.169.254"],
+        ("worse.test", "AAAA"): ["::ffff:192.0.2.2", "fe80::1"],
+        ("good.test", "A"): ["198.51.100.1"],
+    }
+    forbidden = (*Config().smtp_out_forbidden, ipaddress.ip_network("192.0.2.0/24"))
+    async with open_dns_server(zone) as server:
+        resolver = resolver_of(server, smtp_out_forbidden=forbidden)
+        assert addresses(await resolver.mail_hosts("d.test")) == ["198.51.100.1"]
+        for name in ("only.test", "[192.0.2.9]", "[IPv6:fe80::1]"):
+            found = await resolver.mail_hosts(name)
+            assert reply_to(found) == (550, "5.7.1")
+            assert "smtp-out-forbidden" in found.reply.text  # type: ignore[union-attr]
+        for host in ("192.0.2.1", "fe80::1", "localhost", "127.1"):
+            assert reply_to(await resolver.host(host, trusted=False)) == (550, "5.7.1")
+        assert addresses(await resolver.host("192.0.2.1", trusted=True)) == ["192.0.2.1"]
+
+
+async def test_a_domain_that_we_relay_waits_for_its_records_to_be_mended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    zone = {
+        **ROOT,
+        ("relay.test", "MX"): ["10 me.test."],
+        ("home.test", "MX"): ["0 ."],
+    }
+    own = ("relay.test", "home.test", "gone.test", "xn--bcher-kva.test")
+    async with open_dns_server(zone) as server:
+        resolver = resolver_of(server, smtp_relay_domains=own)
+        for name in ("relay.test", "Relay.TEST", "home.test", "gone.test", "bücher.test"):
+            assert "in smtp-relay-domains" in temporary(await resolver.mail_hosts(name))
+        assert reply_to(await resolver.mail_hosts("other.test")) == (550, "5.1.2")
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert line.startswith("mail to relay.test waits")
+    assert "loops back to this host" in line
+
+
+async def test_mail_for_a_relay_domain_goes_to_the_hosts_before_this_one() -> None:
+    zone = {
+        ("relay.test", "MX"): ["10 inside.test.", "20 me.test."],
+        ("inside.test", "A"): ["192.0.2.1"],
+    }
+    async with open_dns_server(zone) as server:
+        resolver = resolver_of(server, smtp_relay_domains=("relay.test",))
+        found = await resolver.mail_hosts("relay.test")
+    assert addresses(found) == ["192.0.2.1"]
+
+
+async def test_without_descriptors_a_lookup_waits() -> None:
+    def without_descriptors(address: str) -> bool:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with open_dns_server({("d.test", "A"): ["192.0.2.1"]}) as server:
+        config = Config(hostname="me.test")
+        resolver = Resolver(
+            config,
+            nameservers=["127.0.0.1"],
+            port=server.port,
+            leads_here=without_descriptors,
+        )
+        for name in ("d.test", "[192.0.2.1]"):
+            assert "Too many open files" in temporary(await resolver.mail_hosts(name))
 
 
 @pytest.mark.parametrize("fault", [SERVFAIL, REFUSED])
@@ -270,11 +362,11 @@ async def test_an_answer_that_was_cut_short_is_asked_for_again_by_tcp() -> None:
 
 async def test_a_configured_host_may_be_this_one() -> None:
     resolver = Resolver(Config(hostname="me.test"))
-    assert addresses(await resolver.host("127.0.0.1")) == ["127.0.0.1"]
-    assert addresses(await resolver.host("[IPv6:::1]")) == ["::1"]
-    assert addresses(await resolver.host("[192.0.2.1]")) == ["192.0.2.1"]
-    assert "127.0.0.1" in addresses(await resolver.host("localhost"))
-    assert temporary(await resolver.host("nowhere.invalid"))
+    assert addresses(await resolver.host("127.0.0.1", trusted=True)) == ["127.0.0.1"]
+    assert addresses(await resolver.host("[IPv6:::1]", trusted=True)) == ["::1"]
+    assert addresses(await resolver.host("[192.0.2.1]", trusted=True)) == ["192.0.2.1"]
+    assert "127.0.0.1" in addresses(await resolver.host("localhost", trusted=True))
+    assert temporary(await resolver.host("nowhere.invalid", trusted=True))
 
 
 def test_this_host_knows_its_addresses() -> None:
@@ -282,6 +374,16 @@ def test_this_host_knows_its_addresses() -> None:
         assert is_this_host(address)
     for address in ("192.0.2.1", "2001:db8::1", "198.51.100.7"):
         assert not is_this_host(address)
+
+
+def test_a_host_without_ipv6_is_not_the_one_at_an_ipv6_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without_ipv6(family: int, *_: int) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    assert not is_this_host("2001:db8::1")
 
 
 def test_dnspython_is_imported_late() -> None:

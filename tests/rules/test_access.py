@@ -57,5 +57,12 @@ def test_nothing_else_is_local(recipient: str) -> None:
     assert not Access((), (), ["here.test"]).is_local(recipient)
 
 
+def test_recipients_of_relay_domains_are_passed_on_and_not_local() -> None:
+    access = Access((), (), ["here.test"], relay_domains=["There.test"])
+    assert access.is_relayed("a@THERE.test") and not access.is_local("a@there.test")
+    for recipient in ("a@here.test", "postmaster", "x%y.test@there.test", "a@sub.there.test"):
+        assert not access.is_relayed(recipient)
+
+
 def test_the_domain_stands_behind_the_last_at() -> None:
     assert domain_of('"a@b"@C.test.') == "c.test"

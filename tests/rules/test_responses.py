@@ -75,7 +75,7 @@ def test_a_broken_session_is_tried_again(
         (OSError(errno.ETIMEDOUT, ""), ("connect", "connect", "timeout", Fate.RETRY)),
         (OSError(errno.EHOSTUNREACH, ""), ("connect", "connect", "error", Fate.RETRY)),
         (OSError(errno.EMFILE, ""), ("connect", "connect", "error", Fate.RETRY)),
-        (OSError(errno.EADDRNOTAVAIL, ""), ("bind", "bind", "error", Fate.FAILED)),
+        (OSError(errno.EADDRNOTAVAIL, ""), ("connect", "connect", "error", Fate.RETRY)),
         (socket.gaierror(-2, "unknown"), ("connect", "connect", "error", Fate.RETRY)),
     ],
 )
@@ -84,6 +84,36 @@ def test_no_connection(error: OSError, expected: tuple[str, str, str, Fate]) -> 
     assert words(outcome) == expected
     assert outcome.description is not None
     assert outcome.description.startswith("mx.test [192.0.2.1]: ")
+
+
+def test_nothing_that_connecting_can_meet_is_final() -> None:
+    for number in errno.errorcode:
+        error = OSError(number, "")
+        assert responses.connect_failed(error, "mx.test").fate is Fate.RETRY
+        assert responses.cannot_bind(error, "192.0.2.1").fate is Fate.RETRY
+
+
+def test_what_a_peer_says_outweighs_what_keeps_us_from_it() -> None:
+    answer = responses.refused(Refused(Step.INTRO, Reply(554, "not you")))
+    silence = responses.connect_timed_out("mx.test")
+    faults = [
+        responses.cannot_bind(OSError(errno.EADDRINUSE, ""), "192.0.2.1"),
+        *(
+            responses.connect_failed(OSError(number, ""), "mx.test")
+            for number in (errno.EMFILE, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EAFNOSUPPORT)
+        ),
+    ]
+    for fault in faults:
+        assert fault.own_fault
+        assert responses.outweighs(answer, fault) and not responses.outweighs(fault, answer)
+        assert responses.outweighs(silence, fault) and not responses.outweighs(fault, silence)
+    assert responses.outweighs(answer, silence) and not responses.outweighs(silence, answer)
+    assert responses.outweighs(answer, answer)
+    no = responses.connect_failed(OSError(errno.ECONNREFUSED, ""), "mx.test")
+    unreachable = responses.connect_failed(OSError(errno.EHOSTUNREACH, ""), "mx.test")
+    assert responses.outweighs(no, unreachable)
+    assert not responses.outweighs(unreachable, no)
+    assert not unreachable.own_fault
 
 
 def test_no_hosts() -> None:

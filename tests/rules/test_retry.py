@@ -84,3 +84,9 @@ def test_a_delay_from_an_attempt_in_the_future_is_void() -> None:
     assert not_before(tried, now=NOON - 3600) is None
     for results in ([], ["x"], [{"time": 1}], "x"):
         assert not_before({**tried, "results": results}, now=0) == NOON + 600
+
+
+def test_an_attempt_that_this_host_spoiled_is_not_the_last() -> None:
+    for properties, limit in (({"maxattempts": 1}, 0), ({}, 1)):
+        assert due(properties, max_attempts=limit, attempt=1) is None
+        assert due(properties, max_attempts=limit, attempt=1, own_fault=True) == 600

@@ -10,6 +10,7 @@ from mailerq.rules.routes import (
     Route,
     choose_local_ip,
     count_hops,
+    is_within,
     loop_problem,
     result_queues,
     route_of,
@@ -26,7 +27,7 @@ SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
         ({"smarthost": {"name": "s.test"}}, {}, Route("s.test:25", "s.test", 25, False)),
         ({"smarthost": {}}, {}, Route("d.test", "d.test", 25, True)),
         ({"smarthost": None}, {}, Route("d.test", "d.test", 25, True)),
-        ({}, {"smarthost": "all.test"}, Route("all.test:25", "all.test", 25, False)),
+        ({}, {"smarthost": "all.test"}, Route("all.test:25", "all.test", 25, False, trusted=True)),
         (
             {"smarthost": SMARTHOST},
             {"smarthost": "all.test"},
@@ -35,12 +36,17 @@ SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
         (
             {},
             {"smtp_sink_address": "127.0.0.1", "smtp_sink_port": 99},
-            Route("d.test", "127.0.0.1", 99, False),
+            Route("d.test", "127.0.0.1", 99, False, trusted=True),
+        ),
+        (
+            {"smarthost": SMARTHOST},
+            {"smtp_sink_address": "127.0.0.1"},
+            Route("smart.test:2525", "127.0.0.1", 25, False, trusted=True),
         ),
         (
             {},
             {"smarthost": "all.test", "smtp_sink_address": "127.0.0.1"},
-            Route("all.test:25", "127.0.0.1", 25, False),
+            Route("all.test:25", "127.0.0.1", 25, False, trusted=True),
         ),
     ],
 )
@@ -72,8 +78,27 @@ def test_the_local_address_is_one_of_ips() -> None:
     assert choose_local_ip({}) is choose_local_ip({"ips": []}) is None
     ips = ["192.0.2.1", "2001:db8::1"]
     assert {choose_local_ip({"ips": ips}) for _ in range(99)} == set(ips)
+    assert {choose_local_ip({"ips": ips}, avoid={ips[0]}) for _ in range(99)} == {ips[1]}
+    assert {choose_local_ip({"ips": ips}, avoid=set(ips)) for _ in range(99)} == set(ips)
     with pytest.raises(AddressError):
         choose_local_ip({"ips": ["localhost"]})
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "127.255.0.1", "0.0.0.0", "0.1.2.3", "169.254.169.254"),
+        *("::1", "::", "fe80::1", "fe80::1%eth0", "::ffff:127.0.0.1", "::ffff:a9fe:1"),
+    ],
+)
+def test_this_host_and_its_links_are_forbidden_by_default(address: str) -> None:
+    assert is_within(address, Config().smtp_out_forbidden)
+    assert not is_within(address, ())
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "10.0.0.1", "2001:db8::1", "::ffff:192.0.2.1"])
+def test_other_addresses_are_not_forbidden(address: str) -> None:
+    assert not is_within(address, Config().smtp_out_forbidden)
 
 
 CONFIGURED = {"results": "r", "success": "s", "failure": "", "retry": "t"}

@@ -1,0 +1,469 @@
+"""Turn a mail with 8-bit bytes in it into one of ASCII, for a peer without 8BITMIME.
+
+Theory of operation
+-------------------
+RFC 6152, section 3, has a client convert such a mail or return it. Only the leaves of a mail
+can be encoded (RFC 2045, section 6.4), so it is walked as a tree: a leaf with 8-bit bytes
+becomes quoted-printable, or base64 where that is shorter or it is no text; the containers
+around it are relabelled. Boundaries stay, and so does each part that is ASCII already. In
+header fields 8-bit bytes become encoded words (RFC 2047) and extended parameters (RFC 2231).
+
+The walk goes over the bytes once. Lines that begin with two hyphens are looked at in their
+order, each against the boundaries that are open then, so neither many parts nor deep nesting
+makes it slower than linear.
+
+What cannot be said in ASCII, an address for example, makes a mail that cannot be converted.
+A signature over what is converted does not hold any more; without conversion nobody would
+get to see it either.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from base64 import encodebytes
+from collections.abc import Iterator
+from typing import Final
+
+from mailerq.mail.headers import unfold
+from mailerq.wire.framing import has_bare_newline
+
+__all__ = ["to_seven_bit"]
+
+MAX_DEPTH: Final = 50
+"""Parts within parts. Mail that people write has five."""
+
+MAX_BOUNDARY: Final = 200
+"""Bytes of a boundary. RFC 2046 allows 70."""
+
+MAX_PARAMETERS: Final = 1 << 14
+"""Bytes of a field whose parameters are read."""
+
+BLOCK_BYTES: Final = 57 << 10
+"""How much is encoded at a time: other threads have their turn in between. It is a multiple of
+what a line of base64 holds."""
+
+SHORT_BYTES: Final = 60
+"""By so much quoted-printable may be longer than base64, which nobody can read."""
+
+SEARCH_BYTES: Final = 1 << 20
+"""How much is searched at a time."""
+
+WORD_CHARS: Final = 48
+"""Characters of an encoded word without its frame: a line may have 76 (RFC 2047, section 2)."""
+
+_FIELD: Final = re.compile(rb"[!-9;-~]++[ \t]*+:").match
+_FIELDS: Final = re.compile(rb"\r\n(?![ \t])").split
+_BLANKS: Final = re.compile(rb"([ \t\r\n]++)").split
+_TYPE: Final = re.compile(rb"\s*+([\w!#$&^.+-]++)\s*+/\s*+([\w!#$&^.+-]++)").match
+_PARAMETER: Final = re.compile(
+    rb';(\s*+)([^\s=;"]++)(\s*+=\s*+)("[^"\\]*+(?:\\.[^"\\]*+)*"|[^\s;"]*+)', re.DOTALL
+)
+# In an address list: what is quoted, what stands in angle brackets, words with blanks between.
+_IN_LIST: Final = re.compile(
+    rb'(?P<quoted>"[^"\\]*+(?:\\.[^"\\]*+)*(?:"|\\?\Z))|(?P<angle><[^>]*+>?)'
+    rb'|(?P<words>[^\s"(),:;<>@\[\]\\]++(?:\s++[^\s"(),:;<>@\[\]\\]++)*)|.',
+    re.DOTALL,
+)
+_ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL).sub
+_HIGH: Final = re.compile(rb"[\x80-\xff]").sub
+
+_HIGH_BYTES: Final = bytes(range(128, 256))
+_QUESTION_MARKS: Final = bytes.maketrans(_HIGH_BYTES, b"?" * 128)
+
+_Q_SAFE: Final = frozenset(
+    b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+/-"
+)  # what may stand in an encoded word wherever that is (RFC 2047, section 5)
+_Q: Final = [
+    bytes((byte,)) if byte in _Q_SAFE else b"_" if byte == 32 else b"=%02X" % byte
+    for byte in range(256)
+]
+_PERCENT: Final = [
+    bytes((byte,)) if byte in b"!#$&+-.^_`|~" or bytes((byte,)).isalnum() else b"%%%02X" % byte
+    for byte in range(256)
+]
+
+_ADDRESSES: Final = frozenset(
+    b"from sender reply-to to cc bcc resent-from resent-sender resent-to resent-cc resent-bcc"
+    b" disposition-notification-to return-path errors-to".split()
+)
+_PARAMETERS: Final = frozenset((b"content-type", b"content-disposition"))
+_RIGID: Final = frozenset(
+    b"received date resent-date message-id resent-message-id in-reply-to references mime-version"
+    b" content-transfer-encoding content-id dkim-signature arc-seal arc-message-signature"
+    b" arc-authentication-results authentication-results".split()
+)
+"""Fields whose grammar has no place for encoded words, and in which 8-bit bytes are junk."""
+
+_SEVEN: Final = frozenset((b"", b"7bit", b"8bit", b"binary"))
+
+
+class _CannotConvert(Exception):
+    """There is no way to say this in ASCII."""
+
+
+def to_seven_bit(mime: bytes) -> bytes | None:
+    r"""The mail in ASCII, with CRLF lines; None where it cannot be converted.
+
+    A mail that is ASCII comes back as it is.
+
+    >>> to_seven_bit("Subject: Gr\u00fc\u00dfe\r\n\r\nhi".encode())
+    b'Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n\r\nhi'
+    """
+    if mime.isascii():
+        return mime
+    if has_bare_newline(mime):
+        mime = b"".join(_with_pairs(block) for block in _blocks(mime, 0, len(mime)))
+    walk = _Walk(mime)
+    try:
+        walk.entity(0, message=True)
+    except _CannotConvert:
+        return None
+    return b"".join(walk.out)
+
+
+class _Walk:
+    """The one pass over a mail; `out` is what came of it so far."""
+
+    def __init__(self, mime: bytes) -> None:
+        self.out: list[bytes | memoryview] = []
+        self._mime = mime
+        self._done = 0  # up to here it is in `out`
+        self._open: list[bytes] = []  # boundaries, the outermost first
+        self._blank = -1  # an empty line: the CRLF before it
+        self._line = 0 if mime.startswith(b"--") else self._hyphens(0)
+
+    # Lines that begin with two hyphens: `_line` is the next one.
+
+    def _hyphens(self, start: int) -> int:
+        return min(self._find(b"\r\n--", start) + 2, len(self._mime))
+
+    def _find(self, what: bytes, start: int) -> int:
+        """Where that is, or the end of the mail; without holding up other threads for long."""
+        mime, overlap = self._mime, len(what) - 1
+        while start < len(mime):
+            found = mime.find(what, start, start + SEARCH_BYTES + overlap)
+            if found >= 0:
+                return found
+            start += SEARCH_BYTES
+        return len(mime)
+
+    def _delimiter(self, limit: int) -> tuple[int, bool] | None:
+        """The next delimiter before `limit`, which `_line` is at then.
+
+        It comes as the place of its boundary in `_open`, and whether it is the last of it.
+        """
+        while self._line < limit:
+            line = self._mime[self._line + 2 : self._line + 6 + MAX_BOUNDARY]
+            text, ended, _ = line.partition(b"\r\n")
+            name = text.rstrip(b" \t") if ended or len(line) < MAX_BOUNDARY else b""
+            for boundary, closes in ((name, False), (name.removesuffix(b"--"), True)):
+                if boundary in self._open:
+                    return self._open.index(boundary), closes
+            self._line = self._hyphens(self._line)
+        return None
+
+    def _pass(self) -> None:
+        """Put out all up to the end of the delimiter's line."""
+        end = self._mime.find(b"\r\n", self._line)
+        end = len(self._mime) if end < 0 else end + 2
+        self.out.append(self._mime[self._done : end])
+        self._done = end
+        self._line = self._hyphens(end - 2)
+
+    def _junk(self) -> None:
+        """Put out what nobody is meant to read: before the first part, and behind the last."""
+        self._delimiter(len(self._mime))
+        self.out.append(self._mime[self._done : self._line].translate(_QUESTION_MARKS))
+        self._done = self._line
+
+    # Entities: each puts out all up to the next delimiter of a boundary that was open before.
+
+    def entity(self, depth: int, *, message: bool, kind: bytes = b"text/plain") -> None:
+        """A message, or a part that is of `kind` where it does not say what it is."""
+        if depth > MAX_DEPTH:
+            raise _CannotConvert
+        mime, start = self._mime, self._done
+        fields: list[bytes] = []
+        separator = b"\r\n"
+        if mime.startswith(b"\r\n", start):
+            self._done = start + 2
+        elif _FIELD(mime, start) and self._line != start:
+            if self._blank < start:
+                self._blank = self._find(b"\r\n\r\n", start)
+            end, self._done = self._blank, min(self._blank + 4, len(mime))
+            if self._delimiter(self._blank) is not None:
+                end = self._done = self._line  # it ends within its header
+            fields = _FIELDS(mime[start:end].removesuffix(b"\r\n"))
+            separator = mime[max(end, self._done - 2) : self._done]
+        else:
+            separator = b""
+        header = _Header(fields, kind)
+        if header.encoding not in _SEVEN:
+            self._leaf(header, separator, message=message)
+        elif header.kind.startswith(b"multipart/"):
+            self._multipart(header, separator, depth, message=message)
+        elif header.kind in (b"message/rfc822", b"message/news"):
+            self._put(header, separator, b"7bit", message=message)
+            self.entity(depth + 1, message=True)
+        else:
+            self._leaf(header, separator, message=message)
+
+    def _put(
+        self, header: _Header, separator: bytes, encoding: bytes | None, *, message: bool
+    ) -> None:
+        """A header, and what stands between it and what comes behind it."""
+        if encoding is not None and header.encoding != encoding:
+            if not (encoding == b"7bit" and not header.encoding):  # that goes without saying
+                header.set(b"Content-Transfer-Encoding", encoding)
+            if message and not header.get(b"mime-version"):
+                header.set(b"MIME-Version", b"1.0")
+        self.out += header.lines()
+        self.out.append(separator)
+
+    def _multipart(self, header: _Header, separator: bytes, depth: int, *, message: bool) -> None:
+        boundary, level = header.boundary, len(self._open)
+        if not boundary or boundary in self._open:
+            raise _CannotConvert
+        self._put(header, separator, b"7bit", message=message)
+        part = b"message/rfc822" if header.kind == b"multipart/digest" else b"text/plain"
+        self._open.append(boundary)
+        before = self._done
+        found = self._delimiter(len(self._mime))
+        if (found is None or found[0] != level) and not self._mime[before : self._line].isascii():
+            raise _CannotConvert  # no part, but text
+        self._junk()
+        while found is not None and found[0] == level:
+            self._pass()
+            if found[1]:
+                break
+            self.entity(depth + 1, message=False, kind=part)
+            found = self._delimiter(len(self._mime))
+        self._open.pop()
+        self._delimiter(len(self._mime))
+        self._junk()
+
+    def _leaf(self, header: _Header, separator: bytes, *, message: bool) -> None:
+        self._delimiter(len(self._mime))
+        start, end = self._done, self._line
+        if end < len(self._mime):
+            end = max(start, end - 2)  # the CRLF before it is the delimiter's
+        self._done = end
+        if all(block.isascii() for block in _blocks(self._mime, start, end)):
+            self._put(header, separator, None, message=message)
+            self.out.append(memoryview(self._mime)[start:end])
+            return
+        encoding, encoded = _encode(header, self._mime, start, end)
+        if header.encoding in _SEVEN and not header.get(b"content-type"):
+            utf8 = all(map(_is_utf8, _blocks(self._mime, start, end)))
+            charset = b"utf-8" if utf8 else b"unknown-8bit"
+            header.set(b"Content-Type", b"text/plain; charset=" + charset)
+        self._put(header, b"\r\n", encoding, message=message)
+        self.out += encoded
+
+
+class _Header:
+    """The fields of a message or a part. Bytes that cannot stay are gone from them."""
+
+    def __init__(self, fields: list[bytes], kind: bytes) -> None:
+        self._fields = [field if field.isascii() else _field(field) for field in fields]
+        self._names = [field.partition(b":")[0].rstrip(b" \t").lower() for field in self._fields]
+        value = self.get(b"content-type")[:MAX_PARAMETERS]
+        match = _TYPE(value)
+        self.kind = b"/".join(match.groups()).lower() if match else kind
+        encoding = self.get(b"content-transfer-encoding").partition(b";")[0]
+        self.encoding = encoding.strip().lower()
+        self.boundary = b""
+        for parameter in _PARAMETER.finditer(value):
+            if parameter[2].lower() == b"boundary" and not self.boundary:
+                self.boundary = _unquote(parameter[4]).rstrip(b" ")[:MAX_BOUNDARY]
+
+    def get(self, name: bytes) -> bytes:
+        """The value of the first field of that name on one line, or nothing."""
+        if name not in self._names:
+            return b""
+        field = self._fields[self._names.index(name)]
+        return unfold(field.partition(b":")[2])
+
+    def set(self, name: bytes, value: bytes) -> None:
+        """Put a field in the place of the first of its name, or behind all others."""
+        field, key = name + b": " + value, name.lower()
+        if key in self._names:
+            self._fields[self._names.index(key)] = field
+        else:
+            self._fields.append(field)
+            self._names.append(key)
+
+    def lines(self) -> Iterator[bytes]:
+        for field in self._fields:
+            yield field + b"\r\n"
+
+
+# Content
+
+
+def _blocks(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    """Pieces of what lies between, cut behind line ends where there are any."""
+    while start < end:
+        stop = mime.find(b"\r\n", start + BLOCK_BYTES, min(start + 2 * BLOCK_BYTES, end))
+        stop = min(start + 2 * BLOCK_BYTES, end) if stop < 0 else stop + 2
+        if mime[stop - 1 : stop + 1] == b"\r\n" and stop < end:
+            stop += 1
+        yield mime[start:stop]
+        start = stop
+
+
+def _with_pairs(block: bytes) -> bytes:
+    return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+
+
+def _encode(header: _Header, mime: bytes, start: int, end: int) -> tuple[bytes, list[bytes]]:
+    """The name of an encoding, and the content in it, as pieces."""
+    if header.encoding == b"quoted-printable":
+        blocks = _blocks(mime, start, end)
+        return header.encoding, [_HIGH(lambda match: b"=%02X" % match[0][0], b) for b in blocks]
+    if header.encoding == b"base64":  # its readers pass over what is no base64
+        return header.encoding, [b.translate(None, _HIGH_BYTES) for b in _blocks(mime, start, end)]
+    if header.encoding not in _SEVEN:
+        raise _CannotConvert
+    if header.kind.startswith((b"text/", b"message/")) and header.encoding != b"binary":
+        encoded = _quoted_printable(mime, start, end)
+        if encoded is not None:
+            return b"quoted-printable", encoded
+    return b"base64", list(_base64(mime, start, end))
+
+
+def _quoted_printable(mime: bytes, start: int, end: int) -> list[bytes] | None:
+    """The content in this encoding, or None where base64 suits it better."""
+    encoded = []
+    left = (end - start) * 7 // 5 + SHORT_BYTES
+    for block in _blocks(mime, start, end):
+        start += len(block)
+        if b"\0" in block or not (block.endswith(b"\r\n") or start == end):
+            return None  # no text, or a line of it that is longer than a block
+        # The line ends take the form of the first one there is.
+        line_end = b"" if b"\r\n" in block else b"\r\n"
+        encoded.append(binascii.b2a_qp(block + line_end, istext=True).removesuffix(line_end))
+        left -= len(encoded[-1])
+        if left < 0:
+            return None
+    return encoded
+
+
+def _base64(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    for at in range(start, end, BLOCK_BYTES):
+        yield encodebytes(mime[at : min(at + BLOCK_BYTES, end)]).replace(b"\n", b"\r\n")
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# Fields
+
+
+def _field(field: bytes) -> bytes:
+    """A field that has 8-bit bytes, without them."""
+    label, colon, value = field.partition(b":")
+    name = label.rstrip(b" \t").lower()
+    if not colon or not name.isascii() or name in _RIGID:
+        return field.translate(_QUESTION_MARKS)
+    if name in _PARAMETERS:
+        value = _PARAMETER.sub(_parameter, value).translate(_QUESTION_MARKS)
+    elif name in _ADDRESSES:
+        value = _address_list(value)
+    else:
+        value = _words(value)
+    return label + colon + value
+
+
+def _words(text: bytes) -> bytes:
+    """Text in which runs of words with 8-bit bytes are encoded words."""
+    pieces: list[bytes] = []
+    run: list[bytes] = []
+    for index, piece in enumerate(_BLANKS(text)):
+        blank = index % 2 == 1
+        if not piece.isascii() or (blank and run):
+            run.append(piece)
+            continue
+        if run:
+            pieces += _close(run)
+            run = []
+        pieces.append(piece)
+    return b"".join(pieces + _close(run))
+
+
+def _close(run: list[bytes]) -> list[bytes]:
+    """A run of words and the blanks between and behind them."""
+    if not run:
+        return []
+    behind = run.pop() if len(run) % 2 == 0 else b""
+    return [_encoded_words(unfold(b"".join(run))), behind]
+
+
+def _encoded_words(text: bytes) -> bytes:
+    """A text as encoded words (RFC 2047), each on a line of its own, in quoted-printable."""
+    utf8 = _is_utf8(text)
+    characters: Iterator[bytes] = (
+        (character.encode() for character in text.decode())
+        if utf8
+        else (bytes((byte,)) for byte in text)
+    )
+    words: list[bytes] = []
+    word: list[bytes] = []
+    size = 0
+    for character in characters:
+        encoded = b"".join([_Q[byte] for byte in character])
+        if size + len(encoded) > WORD_CHARS:
+            words.append(b"".join(word))
+            word, size = [], 0
+        word.append(encoded)
+        size += len(encoded)
+    words.append(b"".join(word))
+    charset = b"utf-8" if utf8 else b"unknown-8bit"
+    return b"\r\n ".join(b"=?%b?q?%b?=" % (charset, one) for one in words)
+
+
+def _address_list(value: bytes) -> bytes:
+    """A list of addresses in which names and comments are encoded words."""
+    pieces: list[bytes] = []
+    for match in _IN_LIST.finditer(value):
+        piece = match[0]
+        if piece.isascii():
+            pieces.append(piece)
+            continue
+        after = value[match.end() : match.end() + 1]
+        if match["angle"] or after == b"@" or (pieces and pieces[-1] == b"@"):
+            raise _CannotConvert  # an address, which is what it is
+        if match["quoted"]:
+            pieces.append(_encoded_words(unfold(_unquote(piece))))
+        else:
+            pieces.append(_words(piece))
+    return b"".join(pieces)
+
+
+def _parameter(match: re.Match[bytes]) -> bytes:
+    """A parameter, where its value has 8-bit bytes as an extended one (RFC 2231)."""
+    before, name, _, value = match.groups()
+    if value.isascii() or not name.isascii() or b"*" in name:
+        return match[0]
+    text = unfold(_unquote(value))
+    encoded = b"".join([_PERCENT[byte] for byte in text])
+    charset = b"utf-8" if _is_utf8(text) else b"unknown-8bit"
+    pieces = re.findall(rb"(?:%..|[^%]){1,48}", encoded, re.DOTALL)
+    pieces[0] = b"%b''%b" % (charset, pieces[0])
+    if len(pieces) == 1:
+        return b";%b%b*=%b" % (before, name, pieces[0])
+    return b"".join(
+        b";\r\n %b*%d*=%b" % (name, number, piece) for number, piece in enumerate(pieces)
+    )
+
+
+def _unquote(value: bytes) -> bytes:
+    if len(value) > 1 and value.startswith(b'"') and value.endswith(b'"'):
+        return _ESCAPE(rb"\1", value[1:-1])
+    return value
