@@ -33,8 +33,9 @@ for good counts only when what follows proves that the session is in step.**
   to DATA; MAIL and RCPT accepted, and DATA refused; RCPT refused, and 503 to DATA; MAIL refused
   behind a body that was accepted, and 503 to RCPT and DATA. If the session ends before, a status
   unlike the one that MAIL got before proves it: 2.0.0 where that was 2.1.0.
-- *An envelope is refused with 5xx.* 503 to all that was pipelined behind proves it, and so does
-  354. Without them the machine says QUIT: 221 in its place proves that no reply was left over.
+- *An envelope is refused with 5xx.* 5xx to all that was pipelined behind proves it: the refusal
+  meant for this mail is among them. So does 354. Where nothing was pipelined behind, the machine
+  says QUIT: 221 in its place proves that no reply was left over.
 - *A body without an envelope ahead.* 354 has proved the session, so the reply counts when the
   whole body was sent before and no other input has come with it. 500 to 504 are about commands:
   as the reply to a body they need the proof by QUIT.
@@ -252,8 +253,8 @@ class ClientProtocol:
         self._ahead = False  # an envelope went out behind the body, whose verdict is not reported
         self._held: Reply | None = None  # the reply to that body
         self._refusal: Refused | None = None
-        self._proved = False  # something behind the refusal shows that the session is in step
-        self._doubted = False  # something behind the refusal does not fit it
+        self._proved = False  # what came behind the refusal proves it, if nothing is missing
+        self._doubted = False  # and if something is missing, it proves nothing
         self._sender: Reply | None = None  # the reply to the last MAIL
         self._known_sender: Reply | None = None  # one to MAIL that was proved
         self._fresh = True  # no body was sent, so no reply to an earlier mail is left over
@@ -551,7 +552,7 @@ class ClientProtocol:
             if reply.code < 500 <= self._refusal.reply.code:
                 raise self._invalid(step, reply)
             fits = out_of_sequence
-            self._proved = self._proved or fits
+            self._proved = True
             self._doubted = self._doubted or not fits
         if self._held is not None and not fits:
             raise self._invalid(step, reply)
@@ -671,7 +672,7 @@ class ClientProtocol:
         refusal = self._refusal
         if refusal is None:
             return None
-        if refusal.reply.code >= 500 and (self._doubted or not self._proved):
+        if refusal.reply.code >= 500 and not self._proved:
             self._output.append(b"QUIT\r\n")
             self._due.append(_QUIT)
             return None

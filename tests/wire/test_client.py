@@ -254,23 +254,41 @@ def test_a_refused_sender_with_a_recipient_taken_or_354_is_out_of_step(
     assert protocol.out_of_step
 
 
-@pytest.mark.parametrize("hello", [PLAIN, PIPELINING])
 @pytest.mark.parametrize(
-    ("last", "confirmed"),
-    [(b"221 bye\r\n", True), (b"503 a reply too many\r\n", False), (b"", True)],
+    ("hello", "replies", "step"),
+    [
+        (PLAIN, b"550 no\r\n", Step.MAILFROM),
+        (PIPELINING, b"250 ok\r\n250 ok\r\n550 no\r\n", Step.DATA),
+    ],
 )
-def test_a_refusal_without_503_behind_it_needs_221_in_its_place(
-    hello: bytes, last: bytes, confirmed: bool, bytewise: bool
+@pytest.mark.parametrize(
+    ("last", "confirmed"), [(b"221 bye\r\n", True), (b"503 one too many\r\n", False), (b"", True)]
+)
+def test_a_refusal_with_nothing_behind_it_needs_221_in_its_place(
+    hello: bytes, replies: bytes, step: Step, last: bytes, confirmed: bool, bytewise: bool
 ) -> None:
     protocol = mailing(hello)
-    refusal = Refused(Step.MAILFROM, Reply(550, "no"))
-    replies = b"550 no\r\n" + (b"550 not you\r\n554 none\r\n" if hello is PIPELINING else b"")
     assert feed(protocol, replies, bytewise=bytewise) == []
     assert output(protocol) == b"QUIT\r\n"
     (event,) = feed(protocol, last, bytewise=bytewise and last != b"")
-    assert (event == refusal) is confirmed
+    assert (event == Refused(step, Reply(550, "no"))) is confirmed
     assert protocol.ended
     assert protocol.out_of_step is not confirmed
+
+
+def test_a_leftover_that_comes_with_the_end_of_the_stream_confirms_nothing() -> None:
+    protocol = mailing(PLAIN)
+    assert feed(protocol, b"550 no\r\n") == []
+    protocol.receive_data(b"503 one too many\r\n")
+    protocol.receive_data(b"")
+    assert isinstance(protocol.next_event(), Failed)
+
+
+def test_a_temporary_refusal_behind_a_final_one_is_out_of_step(bytewise: bool) -> None:
+    protocol = mailing()
+    (event,) = feed(protocol, b"550 whose?\r\n451 later\r\n", bytewise=bytewise)
+    assert isinstance(event, Failed)
+    assert (event.step, event.problem) == (Step.MAILFROM, Problem.INVALID)
 
 
 def test_a_recipient_refused_with_354_behind_it_is_refused_by_the_peer() -> None:
