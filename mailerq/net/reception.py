@@ -95,8 +95,8 @@ async def _publish(
             continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
         if queue := reception_queue(shared.config, local=message.local):
-            if message.recipient.lower() == "postmaster" and queue == shared.config.rabbitmq_outbox:
-                message.properties["recipient"] += f"@{machine.settings.hostname}"
+            if "@" not in recipient and queue == shared.config.rabbitmq_outbox:
+                _qualify(message, recipient, machine.settings.hostname)
             publications.append(Publication(queue, message))
     try:
         if publications:
@@ -116,6 +116,12 @@ async def _publish(
     if machine.settings.lmtp:
         return [Reply(250, one) if isinstance(one, str) else one for one in outcomes]
     return [_sum_up(messages, outcomes)]
+
+
+def _qualify(message: Message, recipient: str, hostname: str) -> None:
+    """Give the bare postmaster a domain, unless a plugin has: others know none without one."""
+    if message.recipient == recipient:
+        message.properties["recipient"] = f"{recipient}@{hostname}"
 
 
 def _sum_up(messages: Sequence[Message], outcomes: Sequence[Reply | str]) -> Reply:
