@@ -508,6 +508,8 @@ class Connection:
                 self._expect(self._timeout)
                 piece = data if len(data) <= SLICE_BYTES else data[at : at + SLICE_BYTES]
                 await self._stream.send_all(piece)
+            if len(data) >= SLICE_BYTES:
+                await trio.lowlevel.checkpoint()  # a fast peer's mail is not alone
         self._sending = False
         self._release()
 

@@ -10,7 +10,7 @@ cdef class ClientProtocol:
     cdef public bytes _hostname, _input, _code
     cdef public dict extensions
     cdef public list _output, _lines
-    cdef public object mta, _due, _later, _refusal, _over
+    cdef public object mta, _due, _later, _refusal, _over, _blocks
 
     cpdef send_body(self, body)
     cpdef quit(self)
@@ -30,4 +30,3 @@ cdef class ClientProtocol:
 
 
 cpdef _is_safe(address)
-cpdef encode_body(body)

@@ -36,13 +36,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum, StrEnum, auto
 from typing import Final
 
 import msgspec
 
 from mailerq.wire._lines import BARE, look
+from mailerq.wire.framing import BLOCK_BYTES, in_pairs
 from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
@@ -202,6 +203,7 @@ class ClientProtocol:
         self._due: deque[Step] = deque((_INTRO,))
         self._later: deque[tuple[Step, bytes]] = deque()
         self._output: list[bytes] = []
+        self._blocks: Iterator[bytes] = iter(())  # of a large body, before `_output`
         self._input = b""
         self._at = 0
         self._lines: list[str] = []
@@ -296,7 +298,10 @@ class ClientProtocol:
         if len(self._input) > self._at:
             return  # It answers already: `next_event` finds out that this is too early.
         self._body_due = False
-        self._output += encode_body(body)
+        if len(body) <= BLOCK_BYTES:
+            self._output += encode_body(body)
+        else:
+            self._blocks = encode_body(body)
         self._due.append(_MESSAGE)
 
     def quit(self) -> None:
@@ -309,6 +314,8 @@ class ClientProtocol:
 
     def data_to_send(self) -> bytes:
         """Take the next piece of output; empty when there is none."""
+        if block := next(self._blocks, b""):
+            return block
         output = self._output
         if not output:
             return b""
@@ -399,6 +406,7 @@ class ClientProtocol:
     def _finish(self, event: Event) -> Event:
         self._over = event
         self._output.clear()
+        self._blocks = iter(())
         self._later.clear()
         self._due.clear()
         self._body_due = False
@@ -523,23 +531,30 @@ def _is_safe(address: str) -> bool:
     return len(address) <= MAX_ADDRESS and _SAFE_ADDRESS.fullmatch(address) is not None
 
 
-def encode_body(body: bytes) -> list[bytes]:
+def encode_body(body: bytes) -> Iterator[bytes]:
     r"""The pieces of a message as they follow DATA (RFC 5321, section 4.5.2).
 
     A bare CR or LF becomes CRLF, a dot that begins a line is doubled, and the last line is
-    ended, so that only the final CRLF.CRLF can end the mail. A body that needs none of it
-    is not copied.
+    ended, so that only the final CRLF.CRLF can end the mail. Each piece is made when it is asked
+    for, of `BLOCK_BYTES`: so neither time nor memory grows with the mail.
 
-    >>> encode_body(b".a\n.b")
+    >>> list(encode_body(b".a\n.b"))
     [b'..a\r\n..b', b'\r\n.\r\n']
     """
-    found = look(body)
-    if found & BARE:
-        body = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
-    if found:
-        body = body.replace(b"\r\n.", b"\r\n..")
-    if body.startswith(b"."):
-        body = b"." + body
-    if not body:
-        return [b".\r\n"]
-    return [body, b".\r\n" if body.endswith(b"\r\n") else b"\r\n.\r\n"]
+    end = 0
+    block = b"\r\n"
+    while end < len(body):
+        start, end = end, end + BLOCK_BYTES
+        if body.startswith(b"\r\n", end - 1):
+            end += 1  # a pair stays whole
+        begins_line = block.endswith(b"\r\n")
+        block = body[start:end]
+        found = look(block)
+        if found & BARE:
+            block = in_pairs(block)
+        if found:
+            block = block.replace(b"\r\n.", b"\r\n..")
+        if begins_line and block.startswith(b"."):
+            block = b"." + block
+        yield block
+    yield b".\r\n" if block.endswith(b"\r\n") else b"\r\n.\r\n"
