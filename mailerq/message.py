@@ -61,7 +61,8 @@ def parse_time(text: str) -> float:
             raise ValueError
         return float(calendar.timegm(time.strptime(text, TIME_FORMAT)))
     except (ValueError, TypeError):
-        raise MessageError(f"{text!r} is not a time of the form YYYY-MM-DD HH:MM:SS") from None
+        shown = repr(str(text)[:80])
+        raise MessageError(f"{shown} is not a time of the form YYYY-MM-DD HH:MM:SS") from None
 
 
 def decode_properties(data: bytes | str) -> dict[str, Any]:
