@@ -203,7 +203,7 @@ class ClientProtocol:
         self._due: deque[Step] = deque((_INTRO,))
         self._later: deque[tuple[Step, bytes]] = deque()
         self._output: list[bytes] = []
-        self._blocks: Iterator[bytes] = iter(())  # of a large body, before `_output`
+        self._blocks: Iterator[bytes] = iter(())  # of a large body, whose end is in `_output`
         self._input = b""
         self._at = 0
         self._lines: list[str] = []
@@ -298,10 +298,12 @@ class ClientProtocol:
         if len(self._input) > self._at:
             return  # It answers already: `next_event` finds out that this is too early.
         self._body_due = False
+        blocks, end = encode_body(body)
         if len(body) <= BLOCK_BYTES:
-            self._output += encode_body(body)
+            self._output += blocks
         else:
-            self._blocks = encode_body(body)
+            self._blocks = blocks
+        self._output.append(end)
         self._due.append(_MESSAGE)
 
     def quit(self) -> None:
@@ -314,11 +316,11 @@ class ClientProtocol:
 
     def data_to_send(self) -> bytes:
         """Take the next piece of output; empty when there is none."""
-        if block := next(self._blocks, b""):
-            return block
         output = self._output
         if not output:
             return b""
+        if block := next(self._blocks, b""):
+            return block
         size, count = len(output[0]), 1
         while count < len(output) and (size := size + len(output[count])) <= JOIN_BYTES:
             count += 1
@@ -531,23 +533,28 @@ def _is_safe(address: str) -> bool:
     return len(address) <= MAX_ADDRESS and _SAFE_ADDRESS.fullmatch(address) is not None
 
 
-def encode_body(body: bytes) -> Iterator[bytes]:
-    r"""The pieces of a message as they follow DATA (RFC 5321, section 4.5.2).
+def encode_body(body: bytes) -> tuple[Iterator[bytes], bytes]:
+    r"""A message as it follows DATA (RFC 5321, section 4.5.2): its blocks, and what ends it.
 
     A bare CR or LF becomes CRLF, a dot that begins a line is doubled, and the last line is
-    ended, so that only the final CRLF.CRLF can end the mail. Each piece is made when it is asked
-    for, of `BLOCK_BYTES`: so neither time nor memory grows with the mail.
+    ended, so that only the final CRLF.CRLF can end the mail. Each block, of `BLOCK_BYTES`, is
+    made when it is asked for: so neither time nor memory grows with the mail.
 
-    >>> list(encode_body(b".a\n.b"))
-    [b'..a\r\n..b', b'\r\n.\r\n']
+    >>> blocks, end = encode_body(b".a\n.b")
+    >>> list(blocks), end
+    ([b'..a\r\n..b'], b'\r\n.\r\n')
     """
+    ended = not body or body.endswith((b"\r", b"\n"))
+    return _encode(body), b".\r\n" if ended else b"\r\n.\r\n"
+
+
+def _encode(body: bytes) -> Iterator[bytes]:
     end = 0
-    block = b"\r\n"
+    begins_line = True
     while end < len(body):
         start, end = end, end + BLOCK_BYTES
         if body.startswith(b"\r\n", end - 1):
             end += 1  # a pair stays whole
-        begins_line = block.endswith(b"\r\n")
         block = body[start:end]
         found = look(block)
         if found & BARE:
@@ -556,5 +563,5 @@ def encode_body(body: bytes) -> Iterator[bytes]:
             block = block.replace(b"\r\n.", b"\r\n..")
         if begins_line and block.startswith(b"."):
             block = b"." + block
+        begins_line = block.endswith(b"\r\n")
         yield block
-    yield b".\r\n" if block.endswith(b"\r\n") else b"\r\n.\r\n"
