@@ -24,7 +24,7 @@ FIELDS_LIMIT: Final = 1 << 13
 IGNORED_LIMIT: Final = 10
 """Fields that are named when they cannot be used; of more only the number is said."""
 
-_OURS: Final = re.compile(rb"\nx-(?:mq-[^\r\n:]*+|normalize[ \t]*+):")
+_OURS: Final = re.compile(rb"\nx-(?:mq-[^\r\n:]*+|normalize[ \t]*+):").finditer
 
 
 class Extraction(NamedTuple):
@@ -57,7 +57,7 @@ def extract(mime: bytes, *, trusted: bool) -> Extraction | None:
         return Extraction({}, mime)
     found: list[Field] = []
     size = 0
-    for field in Header(mime).matches(_OURS):
+    for field in Header(mime).found_by(_OURS):
         found.append(field)
         size += field.end - field.start
         if size > FIELDS_LIMIT:

@@ -47,6 +47,9 @@ _NAME: Final = re.compile(rb"([^\r\n:]*+)(:?)").match
 # In `Header._lines`, where CR LF may have become two LF.
 _FIELD_END: Final = re.compile(rb"\n(?![ \t\n])").search
 
+Finder = Callable[[bytes], Iterator[re.Match[bytes]]]
+"""The `finditer` of an expression."""
+
 HEADER_LIMIT: Final = 1 << 20
 """Bytes in which a header must end. The longest that mail programs write have some 100 kB."""
 
@@ -123,13 +126,13 @@ class Header:
             end = field.end
             yield field
 
-    def matches(self, pattern: re.Pattern[bytes]) -> Iterator[Field]:
-        r"""The fields whose beginning matches, from the top.
+    def found_by(self, find: Finder) -> Iterator[Field]:
+        r"""The fields whose beginning an expression finds, from the top.
 
-        The pattern is for lower case, starts with the ``\n`` that stands before each line, and
-        should go on to the colon: other lines then cost nothing in Python.
+        It is for lower case, starts with the ``\n`` that stands before each line, and should go
+        on to the colon: other lines then cost nothing in Python.
         """
-        for match in pattern.finditer(self._lines):
+        for match in find(self._lines):
             yield self._field(match.start())
 
     def _field(self, start: int) -> Field:
@@ -146,7 +149,7 @@ class Header:
 
 
 @lru_cache(maxsize=16)
-def _field_named(name: bytes) -> Callable[[bytes], Iterator[re.Match[bytes]]]:
+def _field_named(name: bytes) -> Finder:
     """What finds the fields of a name, which is in lower case, in `Header._lines`."""
     return re.compile(rb"\n%b[ \t]*+:" % re.escape(name)).finditer
 
