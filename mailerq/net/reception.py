@@ -154,7 +154,8 @@ def _all(reply: Reply, machine: ServerProtocol) -> list[Reply]:
 def _split(body: bytes | memoryview) -> tuple[bytes, memoryview | None]:
     """The part that is edited, which holds the header, and the rest of a large mail.
 
-    Where no header ends within its limit the first part is longer, and so is the header found.
+    Where no header ends within `HEADER_LIMIT`, the first part is a byte longer than that: so its
+    `Header` is not whole.
     """
     if len(body) <= HEADER_LIMIT:
         return bytes(body), None

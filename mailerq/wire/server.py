@@ -342,6 +342,8 @@ class ServerProtocol:
         if event is None:
             raise LocalProtocolError("there is nothing to reject")
         if reply.code == 421:
+            if isinstance(event, Content):
+                self._line = self._shown_mail().encode()
             self._close(reply, "closed by a reply 421")
             return
         if isinstance(event, Content):

@@ -184,9 +184,14 @@ async def test_what_is_refused_at_the_end_of_data_is_one_line_in_the_log(
                 caplog.clear()
                 assert (await dialog.mail("c@d.test")).startswith("250")
                 assert not [record for record in caplog.records if "refused" in record.getMessage()]
+                assert (await dialog.mail("c@d.test", body=b"Close: me\r\n")).startswith("421")
+                assert hello.startswith("LHLO") or await dialog.closed()
+                assert f"refused: {shown} -> 421 4.7.0 go away" in caplog.messages
 
 
 def no_spam(mime: bytes) -> Reject | None:
+    if mime.startswith(b"Close:"):
+        return Reject(421, "4.7.0 go away")
     return Reject(550, "5.7.1 no spam") if mime.startswith(b"Subject: spam") else None
 
 
