@@ -217,10 +217,10 @@ class Config:
         1000, NUMBER, SERVER, "Recipients of one transaction.", minimum=1
     )
     smtp_bare_newline: str = setting(
-        "reject",
-        choice("reject", "normalize"),
+        "normalize",
+        choice("normalize", "reject"),
         SERVER,
-        "What to do with a mail that has a bare CR or LF in it.",
+        "A bare CR or LF in a mail: make it CR LF, or refuse the mail.",
     )
     dsn_advertise: bool = setting(
         False,

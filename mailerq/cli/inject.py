@@ -113,6 +113,8 @@ def _inject(config: Config, options: Namespace, rest: Sequence[str]) -> None:
     text = _read(sys.stdin.buffer, config.smtp_maxsize, ignore_dot=options.ignore_dot)
     mime = _lines(text, ignore_dot=options.ignore_dot)
     header = Header(mime)
+    if not header.is_whole:
+        raise Refused(os.EX_DATAERR, f"the mail {incoming.Problem.HEADER}")
     recipients = _recipients(header, options, config)
     sender = _sender(header, options, config, user)
     mime = _complete(mime, header, sender, options)
@@ -274,8 +276,8 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
         next_id=_ids(config, len(envelope.recipients)).__next__,
         outbox=config.rabbitmq_outbox,
     )
-    if reception is None:
-        raise Refused(os.EX_DATAERR, "the mail has too many Received fields: it is looping")
+    if isinstance(reception, incoming.Problem):
+        raise Refused(os.EX_DATAERR, f"the mail {reception}")
     for reason in reception.ignored:
         complain(f"ignored {reason}")
     is_local = _locals(config)

@@ -1,6 +1,5 @@
 # The types of what is in the module of this name, for the compiler.
 
-cpdef _is_ours(name)
 cpdef _printable(name)
 cpdef _flag(text)
 cpdef _number(text)

@@ -9,25 +9,44 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from mailerq.address import parse_mailbox, queue_problem
 from mailerq.errors import MessageError
-from mailerq.mail.headers import Field, Header, remove, unfold
+from mailerq.mail.headers import HEADER_LIMIT, Field, Header, remove, unfold
 from mailerq.message import parse_time
 
-__all__ = ["EVERYTHING", "FIELDS", "Extraction", "Known", "Rights", "extract", "rights_of"]
+__all__ = [
+    "EVERYTHING",
+    "FIELDS",
+    "FIELDS_LIMIT",
+    "Extraction",
+    "Known",
+    "Rights",
+    "extract",
+    "rights_of",
+]
 
 OTHERS: Final = "custom"
 """Stands for all fields that are not in the table, in `Rights` and in `smtp-extract`."""
+
+FIELDS_LIMIT: Final = 1 << 13
+"""Bytes of all x-mq-* fields of a mail. Each recipient's message has what they say."""
+
+IGNORED_LIMIT: Final = 10
+"""Fields that are named when they cannot be used; of more only the number is said."""
+
+_OURS: Final = re.compile(rb"\nx-(?:mq-[^\r\n:]*+|normalize[ \t]*+):").finditer
 
 
 class Extraction(NamedTuple):
     """What `extract` found.
 
     `ignored` has one sentence for each field that was taken out and did not become a
-    property, with its name; it is for a log and holds nothing that could end a line.
+    property, with its name, up to `IGNORED_LIMIT`; it is for a log and holds nothing that
+    could end a line.
     """
 
     properties: dict[str, Any]
@@ -52,23 +71,30 @@ def extract(
     rights: Rights | None = None,
     now: float = 0.0,
     outbox: str = "",
-) -> Extraction:
+) -> Extraction | None:
     r"""Take every x-mq-* field, and x-normalize, out of `mime`.
 
     When `trusted`, those that `rights` allow (by default all) become properties. A field that
     is not allowed or cannot be used, because its value has a wrong form, or its name is reserved
     or was there before, does not stop the mail: it is ignored and listed. So is a queue for
     results that is the `outbox`, which would send them as mail. All other bytes stay as they are;
-    a message without such fields comes back as the same object.
+    a message without such fields comes back as the same object. None: the fields are longer than
+    `FIELDS_LIMIT` together.
 
     >>> extract(b"x-mq-tag: spring\r\nTo: a@b.test\r\n\r\nhi", trusted=True)
     Extraction(properties={'tags': ['spring']}, mime=b'To: a@b.test\r\n\r\nhi', ignored=[])
     """
-    end = mime.find(b"\r\n\r\n")  # nothing of the header stands behind this
-    text = mime[:end].lower() if end >= 0 else mime.lower()
+    end = mime.find(b"\r\n\r\n", 0, HEADER_LIMIT)  # nothing of the header stands behind this
+    text = mime[: end if end >= 0 else HEADER_LIMIT].lower()
     if b"x-mq-" not in text and b"x-normalize" not in text:
         return Extraction({}, mime)
-    found = [field for field in Header(mime).fields() if _is_ours(field.name)]
+    found: list[Field] = []
+    size = 0
+    for field in Header(mime).found_by(_OURS):
+        found.append(field)
+        size += field.end - field.start
+        if size > FIELDS_LIMIT:
+            return None
     if not found:
         return Extraction({}, mime)
     properties: dict[str, Any] = {}
@@ -82,11 +108,9 @@ def extract(
         if "smarthost" in properties and not properties["smarthost"].keys() & {"name", "hostname"}:
             del properties["smarthost"]
             ignored.append("x-mq-smarthost-*: without x-mq-smarthost-hostname")
+        if (more := len(ignored) - IGNORED_LIMIT) > 0:
+            ignored[IGNORED_LIMIT:] = [f"{more} more x-mq-* fields"]
     return Extraction(properties, remove(mime, found), ignored)
-
-
-def _is_ours(name: bytes) -> bool:
-    return name.startswith(b"x-mq-") or name == b"x-normalize"
 
 
 def _printable(name: bytes) -> str:

@@ -6,6 +6,7 @@ cimport cython
 @cython.final
 cdef class Header:
     cdef public Py_ssize_t end, body
+    cdef public bint is_whole
     cdef public bytes raw, _lines
     cdef object __weakref__
 

@@ -8,19 +8,25 @@ Theory of operation
 -------------------
 A line ends with CRLF, and also with a CR or an LF alone: that is what such a byte turns
 into when the message is sent on, and a field that is hidden behind one must not be seen for
-the first time by the next server. The header ends at the first empty line. A message whose
-first line is no field has no header, it is all body.
+the first time by the next server. The header ends at the first empty line, which is where two
+line ends meet. A message whose first line is no field has no header, it is all body.
+
+A header ends within `HEADER_LIMIT`, or the mail is refused: so no question costs more than some
+milliseconds, whatever was sent, and only the first bytes of a large mail are read as a header.
+Every expression below reads a byte once: runs are possessive, and a search starts at a line end.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import Final, NamedTuple
 
 __all__ = [
+    "HEADER_LIMIT",
     "Field",
     "Header",
     "date_field",
@@ -35,12 +41,17 @@ __all__ = [
 
 # A field name is printable ASCII without the colon (RFC 5322, section 3.6.8); blanks before
 # the colon are obsolete syntax that must be read (section 4.5).
-_FIRST_FIELD: Final = re.compile(rb"[!-9;-~]+[ \t]*:").match
-_EMPTY_LINE: Final = re.compile(rb"(?:\r\n|\n|\r(?!\n))(\r\n|\n|\r)").search
+_FIRST_FIELD: Final = re.compile(rb"[!-9;-~]++[ \t]*+:").match
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r").match
-_NAME: Final = re.compile(rb"([^\r\n:]*)(:?)").match
-_FIELD_END: Final = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?![ \t])").search
-_FOLD: Final = re.compile(rb"[ \t]*(?:\r\n|\n|\r)[ \t]*").sub
+_NAME: Final = re.compile(rb"([^\r\n:]*+)(:?)").match
+# In `Header._lines`, where CR LF may have become two LF.
+_FIELD_END: Final = re.compile(rb"\n(?![ \t\n])").search
+
+Finder = Callable[[bytes], Iterator[re.Match[bytes]]]
+"""The `finditer` of an expression."""
+
+HEADER_LIMIT: Final = 1 << 20
+"""Bytes in which a header must end. The longest that mail programs write have some 100 kB."""
 
 LINE_LIMIT: Final = 78
 """Longest line, without its CRLF, of a field that is made here (RFC 5322, section 2.1.1)."""
@@ -70,7 +81,7 @@ class Header:
     (True, False)
     """
 
-    __slots__ = ("_lines", "body", "end", "raw")
+    __slots__ = ("_lines", "body", "end", "is_whole", "raw")
 
     raw: bytes
     """The fields, each with its line end."""
@@ -81,10 +92,15 @@ class Header:
     body: int
     """Offset of the body: behind the empty line, or the length of a message without one."""
 
-    _lines: bytes  # the header in lower case, where an LF stands before each line
+    is_whole: bool
+    """Whether it ends within `HEADER_LIMIT`; otherwise `raw` is cut off there."""
+
+    # The header in lower case, where an LF stands before each line: the byte that is at n in `raw`
+    # is at n + 1 here.
+    _lines: bytes
 
     def __init__(self, mime: bytes) -> None:
-        self.end, self.body = _boundaries(mime)
+        self.end, self.body, self.is_whole = _boundaries(mime)
         raw = self.raw = mime[: self.end]
         lines = b"\n" + raw.lower()
         if raw.count(b"\r") != raw.count(b"\r\n"):
@@ -97,50 +113,67 @@ class Header:
 
     def count(self, name: bytes, *, limit: int) -> int:
         """How many fields have that name (in lower case), counting no further than `limit`."""
-        found, lines, needle = 0, self._lines, b"\n" + name
-        position = lines.find(needle)
-        while position >= 0 and found < limit:
-            position += len(needle)
-            while lines[position : position + 1] in (b" ", b"\t"):
-                position += 1
-            if lines[position : position + 1] == b":":
-                found += 1
-            position = lines.find(needle, position)
+        found = 0
+        for _ in islice(_field_named(name)(self._lines), limit):
+            found += 1
         return found
 
     def fields(self) -> Iterator[Field]:
         """Walk the fields from the top. A line that is no field comes with an empty name."""
-        raw = self.raw
         end = 0
-        while end < len(raw):
-            start = end
-            last = _FIELD_END(raw, start)
-            stop, end = last.span() if last else (len(raw), len(raw))
-            name = _NAME(raw, start)
-            assert name is not None, "it may be empty"
-            label = name[1].rstrip(b" \t").lower() if name[2] else b""
-            yield Field(label, raw[name.end() : stop], start, end)
+        while end < len(self.raw):
+            field = self._field(end)
+            end = field.end
+            yield field
+
+    def found_by(self, find: Finder) -> Iterator[Field]:
+        r"""The fields whose beginning an expression finds, from the top.
+
+        It is for lower case, starts with the ``\n`` that stands before each line, and should go
+        on to the colon: other lines then cost nothing in Python.
+        """
+        for match in find(self._lines):
+            yield self._field(match.start())
+
+    def _field(self, start: int) -> Field:
+        raw = self.raw
+        if last := _FIELD_END(self._lines, start + 1):
+            end = last.start()
+            stop = end - 2 if raw.startswith(b"\r\n", end - 2) else end - 1
+        else:
+            end = stop = len(raw)
+        name = _NAME(raw, start)
+        assert name is not None, "it may be empty"
+        label = name[1].rstrip(b" \t").lower() if name[2] else b""
+        return Field(label, raw[name.end() : stop], start, end)
 
 
-def _boundaries(mime: bytes) -> tuple[int, int]:
-    """Where the header ends and where the body starts."""
-    if not _FIRST_FIELD(mime):
+@lru_cache(maxsize=16)
+def _field_named(name: bytes) -> Finder:
+    """What finds the fields of a name, which is in lower case, in `Header._lines`."""
+    return re.compile(rb"\n%b[ \t]*+:" % re.escape(name)).finditer
+
+
+def _boundaries(mime: bytes) -> tuple[int, int, bool]:
+    """Where the header ends, where the body starts, and whether that is within the limit."""
+    if not _FIRST_FIELD(mime, 0, HEADER_LIMIT):
         empty = _LINE_END(mime)
-        return 0, empty.end() if empty else 0
-    end = mime.find(b"\r\n\r\n")
-    end = len(mime) if end < 0 else end + 2
-    line_feeds = mime.count(b"\n", 0, end)
-    pairs = mime.count(b"\r\n", 0, end)
-    mixed = pairs != line_feeds or pairs != mime.count(b"\r", 0, end)
-    if mixed and (match := _EMPTY_LINE(mime)):
-        return match.start(1), match.end(1)
-    return end, min(end + 2, len(mime))
+        return 0, empty.end() if empty else 0, True
+    last = size = min(len(mime), HEADER_LIMIT)
+    for pair in (b"\n\r", b"\n\n", b"\r\r"):
+        found = mime.find(pair, 0, last + 1)
+        if found >= 0:
+            last = found
+    if last == size:
+        return size, size, size == len(mime)
+    return last + 1, last + (3 if mime.startswith(b"\r\n", last + 1) else 2), True
 
 
 def unfold(value: bytes) -> bytes:
     """Make a field's value one line: each fold becomes one space, outer blanks go."""
     if b"\n" in value or b"\r" in value:
-        value = _FOLD(b" ", value)
+        lines = value.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        value = b" ".join([line.strip(b" \t") for line in lines])
     return value.strip(b" \t")
 
 
@@ -150,7 +183,7 @@ def prepend(mime: bytes, *fields: bytes) -> bytes:
     A message that has no header gets the empty line as well, so that its text does not
     become part of what is added.
     """
-    if mime and not _FIRST_FIELD(mime) and not _LINE_END(mime):
+    if mime and not _FIRST_FIELD(mime, 0, HEADER_LIMIT) and not _LINE_END(mime):
         return b"".join((*fields, b"\r\n", mime))
     return b"".join((*fields, mime))
 

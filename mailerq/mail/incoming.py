@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
+from enum import StrEnum
 from itertools import repeat
 from typing import Any, Final
 
 import msgspec
 
 from mailerq.mail import headers
-from mailerq.mail.extract import EVERYTHING, Rights, extract
+from mailerq.mail.extract import EVERYTHING, FIELDS_LIMIT, Rights, extract
 from mailerq.message import Message, format_time
 
-__all__ = ["HOP_LIMIT", "Envelope", "Reception", "messages"]
+__all__ = ["HOP_LIMIT", "Envelope", "Problem", "Reception", "messages"]
 
 HOP_LIMIT: Final = 100
 """Received fields from which on a mail is taken to be looping (RFC 5321, section 6.3)."""
+
+
+class Problem(StrEnum):
+    """Why a mail cannot be taken. The values go on from "the mail"."""
+
+    HEADER = f"has a header of more than {headers.HEADER_LIMIT} bytes"
+    FIELDS = f"has more than {FIELDS_LIMIT} bytes of x-mq-* fields"
+    LOOP = "has too many Received fields: it is looping"
 
 
 class Envelope(msgspec.Struct, frozen=True):
@@ -56,19 +64,25 @@ def messages(
     now: float,
     next_id: Callable[[], str],
     outbox: str = "",
-) -> Reception | None:
-    """Build the messages, in the order of the recipients, or None for a mail that is looping.
+) -> Reception | Problem:
+    """Build the messages, in the order of the recipients, or say why the mail cannot be taken.
 
     x-mq-* fields are taken out, a Received field is put on top, and a Message-ID where there
     is none. All messages share one body; each has its own id and properties of its own,
     down to the last object in them. No x-mq-* field has results go to the `outbox`.
     """
+    header = headers.Header(mime)
+    if not header.is_whole:
+        return Problem.HEADER
+    if header.count(b"received", limit=HOP_LIMIT) >= HOP_LIMIT:
+        return Problem.LOOP
     extraction = extract(
         mime, trusted=envelope.trusted, rights=envelope.rights, now=now, outbox=outbox
     )
-    header = headers.Header(extraction.mime)
-    if header.count(b"received", limit=HOP_LIMIT) >= HOP_LIMIT:
-        return None
+    if extraction is None:
+        return Problem.FIELDS
+    if extraction.mime is not mime:
+        header = headers.Header(extraction.mime)
     ids = [next_id() for _ in envelope.recipients]
     fields = [
         headers.received(
@@ -114,4 +128,11 @@ def _copies(properties: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The properties themselves, for the one recipient that most mails have, then copies."""
     yield properties
     while True:
-        yield deepcopy(properties)
+        yield _copy(properties)
+
+
+def _copy(value: Any) -> Any:
+    """A copy down to the last object; the arrays hold texts and numbers only."""
+    if isinstance(value, dict):
+        return {name: _copy(item) for name, item in value.items()}
+    return value[:] if isinstance(value, list) else value

@@ -583,8 +583,10 @@ class Connection:
                 self._expect(self._timeout)
                 piece = data if len(data) <= SLICE_BYTES else data[at : at + SLICE_BYTES]
                 await self._stream.send_all(piece)
-            if len(data) > SLICE_BYTES and (early := self._stream.receive_nowait()) is not None:
-                self._protocol.receive_data(early)  # no answer to the dot, which is still due
+            if len(data) >= SLICE_BYTES:
+                await trio.lowlevel.checkpoint()  # a fast peer's mail is not alone
+                if (early := self._stream.receive_nowait()) is not None:
+                    self._protocol.receive_data(early)  # no answer to the dot, which is still due
         self._sending = False
         self._release()
 

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.mail import headers, incoming
+from mailerq.mail.headers import HEADER_LIMIT
 from mailerq.message import Message
 from mailerq.plugins import Connection, Reject
 from mailerq.queues import Publication
 from mailerq.rules.routes import reception_queue
 from mailerq.wire import smtp
+from mailerq.wire._lines import join
 from mailerq.wire.parameters import MailParameters, RcptParameters
 from mailerq.wire.server import ServerProtocol
 from mailerq.wire.smtp import Reply, with_status
@@ -25,8 +29,14 @@ __all__ = ["Client", "refusal_reply", "take"]
 
 log = logging.getLogger("mailerq.server")
 
-HEADER_BYTES: Final = 1 << 20
-"""A header up to this size is edited apart from its body, where the body is in a file."""
+TURN_RECIPIENTS: Final = 100
+"""Messages of a mail that are dealt with before the loop serves others."""
+
+_REFUSALS: Final = {
+    incoming.Problem.HEADER: smtp.HEADER_TOO_BIG,
+    incoming.Problem.FIELDS: smtp.TOO_MANY_FIELDS,
+    incoming.Problem.LOOP: smtp.TOO_MANY_HOPS,
+}
 
 
 @dataclass(slots=True)
@@ -62,13 +72,13 @@ async def take(
         next_id=shared.plugins.message_id,
         outbox=shared.config.rabbitmq_outbox,
     )
-    if reception is None:
-        return _all(smtp.TOO_MANY_HOPS, machine)
+    if isinstance(reception, incoming.Problem):
+        return _all(_REFUSALS[reception], machine)
     for reason in reception.ignored:
         log.warning("mail from %s: ignored %s", client.remote[0], reason)
     if rest is not None:
         first = reception.messages[0].body or b""
-        whole = b"".join((first, rest))
+        whole = await trio.to_thread.run_sync(join, first, rest)
         for message in reception.messages:
             message.body = whole
     return await _publish(shared, client, plugin, machine, reception.messages)
@@ -83,7 +93,9 @@ async def _publish(
 ) -> list[Reply]:
     outcomes: list[Reply | str] = []  # a refusal, or what to say of the recipient
     publications: list[Publication] = []
-    for message in messages:
+    for number, message in enumerate(messages, 1):
+        if number % TURN_RECIPIENTS == 0:
+            await trio.lowlevel.checkpoint()
         recipient = message.recipient
         message.local = shared.is_local(recipient)
         refusal = await plugin.message(message)
@@ -155,14 +167,17 @@ def _all(reply: Reply, machine: ServerProtocol) -> list[Reply]:
 
 
 def _split(body: bytes | memoryview) -> tuple[bytes, memoryview | None]:
-    """The part that is edited, and the rest where it is worth while not to copy it twice."""
-    if isinstance(body, bytes):
-        return body, None
-    start = bytes(body[:HEADER_BYTES])
-    end = start.find(b"\r\n\r\n")
-    if end < 0:
+    """The part that is edited, which holds the header, and the rest of a large mail.
+
+    Where no header ends within `HEADER_LIMIT`, the first part is a byte longer than that: so its
+    `Header` is not whole.
+    """
+    if len(body) <= HEADER_LIMIT:
         return bytes(body), None
-    return start[: end + 4], body[end + 4 :]
+    start = bytes(body[: HEADER_LIMIT + 1])
+    end = start.find(b"\r\n\r\n")
+    cut = end + 4 if end >= 0 else len(start)
+    return start[:cut], memoryview(body)[cut:]
 
 
 def _envelope(

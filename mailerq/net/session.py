@@ -50,6 +50,8 @@ LOGIN_DELAY_SECONDS: Final = 0.5
 
 LOGIN_DELAY_MAXIMUM: Final = 8.0
 
+CONTENT_MARK: Final = server.CONTENT_LINE.decode() + " from"
+
 UNKNOWN: Final = "0.0.0.0"
 """The address of a client that a proxy does not know: one that is in nobody's network."""
 
@@ -100,8 +102,7 @@ class Session:
         self._spool: Spool | None = None  # made for the first mail
         self._in_mail = False
         self._failed_logins = 0
-        if shared.refused_log is not None:
-            self._machine.refusals = []
+        self._machine.refusals = []
 
     async def run(self) -> None:
         """Serve until either side closes."""
@@ -386,12 +387,18 @@ class Session:
         return self._shared.clients.may(self._client.remote[0], "errors", count)
 
     def _log_refusals(self) -> None:
+        """Write what was refused into the log for that; a whole mail is told in both logs."""
         refusals, refused_log = self._machine.refusals, self._shared.refused_log
-        if refusals and refused_log is not None:
-            for command, reply in refusals:
-                text = reply.text.replace("\n", " ")
-                refused_log.write(f"[{self._client.remote[0]}] {command} -> {reply.code} {text}")
-            refusals.clear()
+        if not refusals:
+            return
+        for command, reply in refusals:
+            text = reply.text.replace("\n", " ")
+            line = f"[{self._client.remote[0]}] {command} -> {reply.code} {text}"
+            if refused_log is not None:
+                refused_log.write(line)
+            if command.startswith(CONTENT_MARK):
+                log.warning("refused: %s", line)
+        refusals.clear()
 
     # Events.
 
@@ -595,6 +602,7 @@ class Session:
             shared.counters.bytes += len(body)
         if machine.settings.lmtp:
             machine.accept(each=replies)
+            self._log_refusals()
         elif replies[0].code >= 400:
             machine.reject(replies[0])
         else:

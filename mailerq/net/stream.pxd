@@ -7,7 +7,8 @@ from mailerq.net.readiness cimport Socket as _Socket
 
 @cython.final
 cdef class Stream:
-    cdef public Py_ssize_t _served, _placed
+    cdef public Py_ssize_t _placed
+    cdef public double _served_since
     cdef public _Socket _socket
     cdef public bint _sending, _departing, _digested
     cdef public bytes _unsent, _unread

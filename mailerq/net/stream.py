@@ -7,7 +7,7 @@ The socket is non-blocking. A write waits only for what does not fit; a read is 
 out when the socket takes more, whatever the task does then. So on a busy server most of them
 are one system call each, none to arm a wait, and they keep Python's lock (see
 `_core_sockets.pxi`). So that a peer that always has more to say cannot keep the loop for itself,
-a stream that was served `FAIRNESS` times in a row lets the others run.
+a stream that was served for `FAIR_SECONDS` lets the others run.
 
 A short write leaves when all tasks have had their turn, together with those of other streams
 (`Departures`). A reply that is sent in the middle of a turn wakes a peer for itself; when many
@@ -26,6 +26,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
+from time import monotonic
 from typing import Final, Self
 
 import trio
@@ -37,8 +38,8 @@ __all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
 
 log = logging.getLogger("mailerq.net")
 
-FAIRNESS: Final = 32
-"""Reads in a row that were served at once before others get a turn."""
+FAIR_SECONDS: Final = 0.005
+"""How long reads are served at once before others get a turn."""
 
 LONG_BYTES: Final = 1 << 14
 """What is not shorter is sent at once: it is work enough for its peer."""
@@ -110,7 +111,7 @@ class Stream:
         self._socket = Socket(self._fd)
         self._local = local
         self._remote = remote
-        self._served = 0
+        self._served_since = 0.0  # when reads began to be served at once, 0: not now
         self._sending = False
         self._departing = False  # `depart` is called soon
         # Not empty: it departs, or the socket is asked to call, or a `send_all` is under way.
@@ -384,14 +385,16 @@ class Stream:
     async def _receive_raw(self) -> bytes:
         while True:
             if not (self._socket.readable or self._unread):
-                self._served = 0
+                self._served_since = 0.0
                 await self._socket.wait_readable()
             data = self.receive_nowait()
             if data is not None:
-                self._served += 1
-                if self._served > FAIRNESS:
-                    self._served = 0
+                now = monotonic()
+                if not self._served_since:
+                    self._served_since = now
+                elif now - self._served_since > FAIR_SECONDS:
                     await trio.lowlevel.checkpoint()
+                    self._served_since = monotonic()
                 return data
 
     async def _send_raw(self, data: bytes) -> None:

@@ -57,6 +57,9 @@ NUMBERS: Final = 10_000
 LARGE_BYTES: Final = 1 << 15
 """A body from this size on goes into its table without a view and a trigger, which copy it."""
 
+PIECE_BYTES: Final = 1 << 20
+"""A larger body is written in such pieces: SQLite copies what it is given twice."""
+
 NO_ROW: Final = (None,) * 7
 """What stands behind a number in the view ``incoming`` to delete that message."""
 
@@ -86,6 +89,19 @@ def _message_row(insert: Insert) -> tuple[Any, ...]:
     body, body_crc, properties = insert.reference, insert.body_crc, insert.properties
     crc = checksum(insert.id, insert.queue, body, body_crc, properties)
     return (insert.id, insert.queue, insert.due, body, body_crc, crc, properties)
+
+
+def _write_body(connection: apsw.Connection, table: str, row: tuple[Any, ...], body: bytes) -> None:
+    """Insert a row that ends with a body, and begins with its number."""
+    insert = f"INSERT INTO {table} VALUES (?{len(row) * ', ?'})"
+    if len(body) <= PIECE_BYTES:
+        connection.execute(insert, (*row, body))
+        return
+    connection.execute(insert, (*row, apsw.zeroblob(len(body))))
+    view = memoryview(body)
+    with connection.blob_open("main", table, "data", row[0], True) as blob:
+        for start in range(0, len(body), PIECE_BYTES):
+            blob.write(view[start : start + PIECE_BYTES])
 
 
 class Store(Reader):
@@ -327,10 +343,10 @@ class Store(Reader):
                 self._write_rows(connection, rows)  # a commit of its own
                 return
             connection.execute("BEGIN IMMEDIATE")
-            if shared:
-                connection.executemany("INSERT INTO shared VALUES (?, ?, ?)", shared)
+            for reference, users, body in shared:
+                _write_body(connection, "shared", (reference, users), body)
             for row, body in large:
-                connection.execute("INSERT INTO body VALUES (?, ?)", (row[0], body))
+                _write_body(connection, "body", row[:1], body)
                 connection.execute("INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", row)
             for start in range(0, len(rows), ROWS_PER_STATEMENT):
                 self._write_rows(connection, rows[start : start + ROWS_PER_STATEMENT])

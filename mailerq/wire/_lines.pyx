@@ -6,6 +6,9 @@ makes vector instructions of it, which look at 12 GB/s. To take all pairs out of
 the rest, the fastest way in Python, needs ten times as long.
 """
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.string cimport memcpy
+
 cdef enum:
     BARE_NEWLINE = 1
     DOT_AFTER_LF = 2
@@ -38,3 +41,16 @@ def look(bytes mail not None):
     if first[0] == 10 or first[size - 1] == 13:
         found |= BARE_NEWLINE
     return found
+
+
+def join(bytes head not None, const unsigned char[::1] rest not None):
+    """Both in one object, without Python's lock: as long as this takes, other threads run."""
+    cdef Py_ssize_t size = len(head), more = rest.shape[0]
+    cdef bytes whole = PyBytes_FromStringAndSize(NULL, size + more)
+    cdef char *to = PyBytes_AS_STRING(whole)
+    cdef const char *start = head
+    with nogil:
+        memcpy(to, start, size)
+        if more:
+            memcpy(to + size, &rest[0], more)
+    return whole

@@ -11,7 +11,7 @@ cdef class ClientProtocol:
     cdef public bytes _hostname, _input, _code
     cdef public dict extensions
     cdef public list _output, _lines
-    cdef public object mta, _due, _later, _held, _refusal, _over
+    cdef public object mta, _due, _later, _held, _refusal, _over, _blocks
     cdef public object _sender, _known_sender
 
     cpdef send_body(self, body)
@@ -40,4 +40,3 @@ cdef class ClientProtocol:
 
 cpdef _verdict(reply)
 cpdef _is_safe(address)
-cpdef encode_body(body)

@@ -74,13 +74,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum, StrEnum, auto
 from typing import Final
 
 import msgspec
 
 from mailerq.wire._lines import BARE, look
+from mailerq.wire.framing import BLOCK_BYTES, in_pairs
 from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
@@ -245,6 +246,7 @@ class ClientProtocol:
         self._due: deque[Step] = deque((_INTRO,))
         self._later: deque[tuple[Step, bytes]] = deque()
         self._output: list[bytes] = []
+        self._blocks: Iterator[bytes] = iter(())  # of a large body, whose end is in `_output`
         self._input = b""
         self._at = 0
         self._lines: list[str] = []
@@ -346,7 +348,12 @@ class ClientProtocol:
         if len(self._input) > self._at:
             return  # It answers already: `next_event` finds out that this is too early.
         self._body_due = self._fresh = False
-        self._output += encode_body(body)
+        blocks, end = encode_body(body)
+        if len(body) <= BLOCK_BYTES:
+            self._output += blocks
+        else:
+            self._blocks = blocks
+        self._output.append(end)
         self._due.append(_MESSAGE)
 
     def quit(self) -> None:
@@ -365,6 +372,8 @@ class ClientProtocol:
         output = self._output
         if not output or (self._at < len(self._input) and self.step is _MESSAGE):
             return b""
+        if block := next(self._blocks, b""):
+            return block
         size, count = len(output[0]), 1
         while count < len(output) and (size := size + len(output[count])) <= JOIN_BYTES:
             count += 1
@@ -464,6 +473,7 @@ class ClientProtocol:
     def _finish(self, event: Event) -> Event:
         self._over = event
         self._output.clear()
+        self._blocks = iter(())
         self._later.clear()
         self._due.clear()
         self._body_due = self._asked = False
@@ -698,23 +708,35 @@ def _is_safe(address: str) -> bool:
     return len(address) <= MAX_ADDRESS and _SAFE_ADDRESS.fullmatch(address) is not None
 
 
-def encode_body(body: bytes) -> list[bytes]:
-    r"""The pieces of a message as they follow DATA (RFC 5321, section 4.5.2).
+def encode_body(body: bytes) -> tuple[Iterator[bytes], bytes]:
+    r"""A message as it follows DATA (RFC 5321, section 4.5.2): its blocks, and what ends it.
 
     A bare CR or LF becomes CRLF, a dot that begins a line is doubled, and the last line is
-    ended, so that only the final CRLF.CRLF can end the mail. A body that needs none of it
-    is not copied.
+    ended, so that only the final CRLF.CRLF can end the mail. Each block, of `BLOCK_BYTES`, is
+    made when it is asked for: so neither time nor memory grows with the mail.
 
-    >>> encode_body(b".a\n.b")
-    [b'..a\r\n..b', b'\r\n.\r\n']
+    >>> blocks, end = encode_body(b".a\n.b")
+    >>> list(blocks), end
+    ([b'..a\r\n..b'], b'\r\n.\r\n')
     """
-    found = look(body)
-    if found & BARE:
-        body = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
-    if found:
-        body = body.replace(b"\r\n.", b"\r\n..")
-    if body.startswith(b"."):
-        body = b"." + body
-    if not body:
-        return [b".\r\n"]
-    return [body, b".\r\n" if body.endswith(b"\r\n") else b"\r\n.\r\n"]
+    ended = not body or body.endswith((b"\r", b"\n"))
+    return _encode(body), b".\r\n" if ended else b"\r\n.\r\n"
+
+
+def _encode(body: bytes) -> Iterator[bytes]:
+    end = 0
+    begins_line = True
+    while end < len(body):
+        start, end = end, end + BLOCK_BYTES
+        if body.startswith(b"\r\n", end - 1):
+            end += 1  # a pair stays whole
+        block = body[start:end]
+        found = look(block)
+        if found & BARE:
+            block = in_pairs(block)
+        if found:
+            block = block.replace(b"\r\n.", b"\r\n..")
+        if begins_line and block.startswith(b"."):
+            block = b"." + block
+        begins_line = block.endswith(b"\r\n")
+        yield block

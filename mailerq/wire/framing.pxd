@@ -19,4 +19,5 @@ cdef class Body:
 
 
 cpdef _overlap(data)
+cpdef in_pairs(text)
 cpdef has_bare_newline(body)

@@ -12,12 +12,11 @@ newlines looked at in the same way for both, so the result does not depend on th
 
 from __future__ import annotations
 
-import re
 from typing import Final, Protocol
 
 from mailerq.wire._lines import BARE, DOTTED, look
 
-__all__ = ["BLOCK_BYTES", "Body", "MemorySink", "Sink", "has_bare_newline"]
+__all__ = ["BLOCK_BYTES", "Body", "MemorySink", "Sink", "has_bare_newline", "in_pairs"]
 
 BLOCK_BYTES: Final = 1 << 18
 """Bytes from which on what has come in is made ready before the end is there."""
@@ -26,8 +25,6 @@ PIECES: Final = 512
 """Pieces that gather before they are joined: one byte alone costs forty."""
 
 END: Final = b"\r\n.\r\n"
-
-_NEWLINE: Final = re.compile(rb"\r\n|\r|\n")
 
 
 class Sink(Protocol):
@@ -64,8 +61,8 @@ class Body:
 
     It is fed either by `receive_stuffed` (DATA: lines that end with a dot alone) or by
     `add` (BDAT: bytes whose number was told before). A bare CR or LF is made a pair where
-    `normalize` says so, otherwise it makes the mail `is_bare`, and no more of it is kept;
-    `binary` allows them.
+    `normalize` says so, and the bytes that this adds count towards the limit; otherwise it makes
+    the mail `is_bare`, and no more of it is kept. `binary` allows them.
     """
 
     __slots__ = (
@@ -159,7 +156,7 @@ class Body:
             self._waiting = 1
             block = block[:-1]
         block = self._ready(block)
-        if self.is_bare:
+        if self.is_bare or self.is_too_big:
             self.discard()
             return
         if self._sink is None:
@@ -174,7 +171,9 @@ class Body:
             block = block.replace(b"\r\n.", b"\r\n")
         if found & BARE and not self._binary:
             if self._normalize:
-                return _NEWLINE.sub(b"\r\n", block)
+                pairs = in_pairs(block)
+                self.size += len(pairs) - len(block)
+                return pairs
             self.is_bare = True
         return block
 
@@ -185,6 +184,11 @@ def _overlap(data: bytes) -> int:
         if data.endswith(END[:size]):
             return size
     return 0
+
+
+def in_pairs(text: bytes) -> bytes:
+    """Each CR LF, bare CR and bare LF as one CR LF."""
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
 def has_bare_newline(body: bytes) -> bool:

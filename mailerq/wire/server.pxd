@@ -48,3 +48,4 @@ cdef class ServerProtocol:
     cpdef _fail(self, reply)
     cpdef _close(self, reply, reason)
     cpdef _shown_line(self)
+    cpdef _shown_mail(self)

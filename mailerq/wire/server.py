@@ -94,8 +94,12 @@ SOFT_IDLE_COMMAND_LIMIT: Final = IDLE_COMMAND_LIMIT // 2
 CONTENT_LINE: Final = b"(mail)"
 """Stands for what is refused of a mail; no line is like it, for each has its end."""
 
+SHOWN_RECIPIENTS: Final = 3
+"""Recipients of a refused mail that are named in a log."""
+
 Refusals = list[tuple[str, Reply]]
-"""What was refused, as a log may show it, and the reply."""
+"""What was refused, as a log may show it, and the reply: a command, or `CONTENT_LINE` and the
+envelope."""
 
 DISCARD_LIMIT: Final = 1 << 20
 """Bytes of an endless line that are read on for the sake of a reply to it."""
@@ -294,6 +298,8 @@ class ServerProtocol:
             count = len(self.rcpts) if self.settings.lmtp else 1
             for answer in each or count * (reply or smtp.OK,):
                 self.send(answer)
+                if answer.code >= 400 and self.refusals is not None:
+                    self.refusals.append((self._shown_mail(), answer))
             self._reset()
             self.errors = self._idle_commands = 0
         elif isinstance(event, Hello):
@@ -336,6 +342,8 @@ class ServerProtocol:
         if event is None:
             raise LocalProtocolError("there is nothing to reject")
         if reply.code == 421:
+            if isinstance(event, Content):
+                self._line = self._shown_mail().encode()
             self._close(reply, "closed by a reply 421")
             return
         if isinstance(event, Content):
@@ -683,6 +691,7 @@ class ServerProtocol:
     def _content_failed(self, reply: Reply) -> Event | None:
         """Refuse the mail: in LMTP once for each recipient (RFC 2033, section 4.2)."""
         again = len(self.rcpts) - 1 if self.settings.lmtp else 0
+        self._line = self._shown_mail().encode()
         self._reset()
         for _ in range(again):
             self.send(reply)
@@ -734,8 +743,10 @@ class ServerProtocol:
         Secrets may stand behind AUTH, in each line of its exchange, and in what only looks like
         a command because the peer did not notice that AUTH was refused.
         """
-        if self._line in (b"", CONTENT_LINE):
-            return self._line.decode() or "(connection)"
+        if not self._line:
+            return "(connection)"
+        if self._line.startswith(CONTENT_LINE) and not self._line.endswith(b"\n"):
+            return self._line.decode()
         verb, _, argument = self._line.strip().partition(b" ")
         verb = verb.upper()
         if verb == b"AUTH":
@@ -744,6 +755,16 @@ class ServerProtocol:
         if verb in _COMMANDS or verb in _KNOWN_ELSEWHERE:
             return self._line.decode(errors="backslashreplace").removesuffix("\r\n")
         return f"({len(self._line)} bytes that are no command)"
+
+    def _shown_mail(self) -> str:
+        """The mail that is under way, as a log may show it: with its envelope."""
+        shown = CONTENT_LINE.decode()
+        if self.mail is None:
+            return shown
+        names = [f"<{rcpt.recipient}>" for rcpt in self.rcpts[:SHOWN_RECIPIENTS]]
+        more = len(self.rcpts) - len(names)
+        others = f" and {more} more" if more else ""
+        return f"{shown} from <{self.mail.sender}> to {', '.join(names)}{others}"
 
 
 _OTHER_PROTOCOLS: Final = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"CONNECT", b"OPTIONS"))

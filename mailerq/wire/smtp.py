@@ -27,6 +27,9 @@ AUTH_LIMIT: Final = 12288 + 2
 REPLY_LINE_LIMIT: Final = 998
 """Bytes of a line that we send; RFC 5321, section 4.5.3.1.5 asks for 512, peers take more."""
 
+CACHED_TEXT: Final = 200
+"""Characters of a reply whose bytes are kept: a thousand recipients make one of 70 kB."""
+
 _STATUS: Final = re.compile(r"([245])\.\d{1,3}\.\d{1,3}(?= |$)")
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -55,7 +58,8 @@ class Reply(msgspec.Struct, frozen=True):
     @property
     def wire(self) -> bytes:
         """The bytes to send."""
-        return _wire(self.code, self.text)
+        cached = len(self.text) <= CACHED_TEXT
+        return (_wire if cached else _wire.__wrapped__)(self.code, self.text)
 
     @property
     def status(self) -> str | None:
@@ -156,6 +160,8 @@ NO_MEMORY = Reply(452, "4.3.1 Insufficient system storage, try again later")
 START_DATA = Reply(354, "End data with <CR><LF>.<CR><LF>")
 BARE_NEWLINE_IN_DATA = Reply(550, "5.6.0 Message holds a bare CR or LF, lines end in CR LF")
 TOO_MANY_HOPS = Reply(554, "5.4.6 Too many Received lines, mail is looping")
+HEADER_TOO_BIG = Reply(552, "5.3.4 Header too big")
+TOO_MANY_FIELDS = Reply(552, "5.3.4 Too many x-mq-* fields")
 QUEUE_UNAVAILABLE = Reply(451, "4.3.0 Queue not available, try again later")
 
 

@@ -39,15 +39,16 @@ HEADER = b"Subject: large\r\nMessage-ID: <1@b.test>\r\n\r\n"
         b"\n.\r",
     ],
 )
-@pytest.mark.parametrize("policy", ["reject", "normalize"])
+@pytest.mark.parametrize("policy", ["reject", "normalize", None])
 async def test_what_looks_like_an_end_smuggles_nothing(
-    tmp_path: Path, end: bytes, policy: str
+    tmp_path: Path, end: bytes, policy: str | None
 ) -> None:
     """CVE-2023-51764, -51765, -51766, at every split of the stream."""
     evil = b"MAIL FROM:<evil@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\nsecond\r\n.\r\n"
     sent = b"first" + end + evil
     taken = 0
-    async with serve(tmp_path, smtp_bare_newline=policy) as engine:
+    settings = {} if policy is None else {"smtp_bare_newline": policy}
+    async with serve(tmp_path, **settings) as engine:
         for cut in range(len(sent)):
             async with open_dialog(engine.addresses[0]) as dialog:
                 assert await dialog.codes("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA") == [
@@ -62,7 +63,7 @@ async def test_what_looks_like_an_end_smuggles_nothing(
                 while reply := await dialog.reply():
                     codes.append(reply[:3])
                 assert codes == (["550", "221"] if policy == "reject" else ["250", "221"])
-                taken += policy == "normalize"
+                taken += policy != "reject"
         messages = await inbox(engine, taken)
         assert [depth.total for depth in await engine.queues.depths()] in ([], [0])
     for message in messages:
@@ -75,9 +76,9 @@ async def test_what_looks_like_an_end_smuggles_nothing(
 
 async def test_bare_newlines_are_refused_or_made_pairs(tmp_path: Path) -> None:
     bare = b"Subject: x\r\n\r\none\ntwo\rthree\r\n"
-    async with converse(tmp_path) as dialog:
+    async with converse(tmp_path, smtp_bare_newline="reject") as dialog:
         assert (await dialog.mail("c@d.test", body=bare)).startswith("550 5.6.0")
-    async with serve(tmp_path, smtp_bare_newline="normalize") as engine:
+    async with serve(tmp_path) as engine:
         async with open_dialog(engine.addresses[0]) as dialog:
             assert (await dialog.mail("c@d.test", body=bare)).startswith("250")
         (message,) = await inbox(engine)
@@ -136,15 +137,62 @@ async def test_a_mail_that_loops_is_refused(tmp_path: Path) -> None:
             assert (await dialog.mail("c@d.test", body=body)).startswith(code)
 
 
-async def test_a_million_headers_are_a_mail_like_others(tmp_path: Path) -> None:
+async def test_a_header_without_end_is_refused_and_its_limit_is_for_headers_only(
+    tmp_path: Path,
+) -> None:
     async with serve(tmp_path) as engine:
         async with open_dialog(engine.addresses[0]) as dialog:
-            with trio.fail_after(15):
-                reply = await dialog.mail("c@d.test", body=1_000_000 * b"A: b\r\n" + b"\r\nhi\r\n")
-            assert reply.startswith("250")
-        (message,) = await inbox(engine)
-    assert message.body is not None
-    assert without_received(message.body).count(b"A: b\r\n") == 1_000_000
+            for count, code in ((170_000, "250"), (1_000_000, "552 5.3.4")):
+                reply = await dialog.mail("c@d.test", body=count * b"A: b\r\n" + b"\r\nhi\r\n")
+                assert reply.startswith(code)
+            text = 3_000_000 * b"x" + b"\r\n"
+            assert (await dialog.mail("c@d.test", body=text)).startswith("250")
+        long, plain = await inbox(engine, 2)
+    assert long.body is not None
+    assert without_received(long.body).count(b"A: b\r\n") == 170_000
+    assert plain.body is not None
+    assert plain.body.endswith(b"\r\n\r\n" + text)
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_what_is_refused_at_the_end_of_data_is_one_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, large: bool
+) -> None:
+    filler = 30_000 * LINE if large else b""
+    settings = {"smtp_maxsize": 3_000_000, "smtp_bare_newline": "reject", "lmtp_port": (0,)}
+    cases = {
+        b"one\ntwo\r\n": "550 5.6.0 Message holds a bare CR or LF, lines end in CR LF",
+        4_000_000 * b"x" + b"\r\n": "552 5.3.4 Message too big",
+        HOP_LIMIT * b"Received: by x.test; now\r\n" + b"\r\nhi\r\n": "554 5.4.6 Too many Received",
+        b"a: b\r\n" + 200_000 * b"a: b\r\n": "552 5.3.4 Header too big",
+        b"Subject: spam\r\n\r\n": "550 5.7.1 no spam",
+    }
+    async with serve(tmp_path, **settings) as engine:
+        engine.on("data", lambda connection, mime: no_spam(bytes(mime)))
+        for address in engine.addresses:
+            hello = "LHLO c.test" if address == engine.addresses[-1] else "EHLO c.test"
+            async with open_dialog(address, hello=hello) as dialog:
+                for body, reply in cases.items():
+                    caplog.clear()
+                    body += filler if body.startswith(b"Sub") else b""
+                    assert (await dialog.mail("c@d.test", body=body)).startswith(reply)
+                    await dialog.say("NOOP")
+                    lines = [record.getMessage() for record in caplog.records]
+                    (line,) = [line for line in lines if "refused" in line]
+                    shown = "[127.0.0.1] (mail) from <a@b.test> to <c@d.test>"
+                    assert line.startswith(f"refused: {shown} -> {reply}")
+                caplog.clear()
+                assert (await dialog.mail("c@d.test")).startswith("250")
+                assert not [record for record in caplog.records if "refused" in record.getMessage()]
+                assert (await dialog.mail("c@d.test", body=b"Close: me\r\n")).startswith("421")
+                assert hello.startswith("LHLO") or await dialog.closed()
+                assert f"refused: {shown} -> 421 4.7.0 go away" in caplog.messages
+
+
+def no_spam(mime: bytes) -> Reject | None:
+    if mime.startswith(b"Close:"):
+        return Reject(421, "4.7.0 go away")
+    return Reject(550, "5.7.1 no spam") if mime.startswith(b"Subject: spam") else None
 
 
 async def test_recipients_without_end_get_452(tmp_path: Path) -> None:
@@ -246,7 +294,11 @@ def nameless_files(directory: Path) -> int:
 
 
 async def test_a_large_mail_that_is_refused_or_broken_off_leaves_nothing(tmp_path: Path) -> None:
-    settings = {"smtp_spill_size": 1000, "smtp_maxsize": 2_000_000}
+    settings = {
+        "smtp_spill_size": 1000,
+        "smtp_maxsize": 2_000_000,
+        "smtp_bare_newline": "reject",
+    }
     async with serve(tmp_path, **settings) as engine:
         address = engine.addresses[0]
         async with open_dialog(address) as dialog:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from itertools import count
 
+import pytest
 from msgspec.structs import replace
 
-from mailerq.mail.incoming import HOP_LIMIT, Envelope, Reception, messages
+from mailerq.mail.extract import FIELDS_LIMIT
+from mailerq.mail.headers import HEADER_LIMIT
+from mailerq.mail.incoming import HOP_LIMIT, Envelope, Problem, Reception, messages
 
 ENVELOPE = Envelope(
     "a@b.test",
@@ -23,7 +26,13 @@ MIME = b"Message-ID: <1@b.test>\r\nSubject: x\r\n\r\nhi\r\n"
 def build(mime: bytes = MIME, envelope: Envelope = ENVELOPE) -> Reception:
     numbers = count(1)
     made = messages(mime, envelope, hostname="mx.test", now=0, next_id=lambda: f"id{next(numbers)}")
-    assert made is not None
+    assert isinstance(made, Reception)
+    return made
+
+
+def refusal(mime: bytes, envelope: Envelope = ENVELOPE) -> Problem:
+    made = messages(mime, envelope, hostname="mx.test", now=0, next_id=lambda: "id")
+    assert isinstance(made, Problem)
     return made
 
 
@@ -92,8 +101,33 @@ def test_fields_of_a_stranger_are_taken_out_and_ignored() -> None:
 
 def test_mail_that_is_looping_is_not_taken() -> None:
     hops = HOP_LIMIT * b"Received: from x by y; z\r\n"
-    assert messages(hops + MIME, ENVELOPE, hostname="h", now=0, next_id=lambda: "i") is None
+    assert refusal(hops + MIME) is Problem.LOOP
     assert build(hops[: -len(b"Received: from x by y; z\r\n")] + MIME)
+
+
+def test_a_header_ends_within_its_limit() -> None:
+    head = b"Subject: x\r\n"
+    fill = b"A:" + (HEADER_LIMIT - len(head) - 6) * b"b" + b"\r\n"
+    body = 100 * b"text\r\n"
+    assert build(head + fill + b"\r\n" + body).messages[0].body
+    assert refusal(head + b"xxx" + fill + b"\r\n" + body) is Problem.HEADER
+    assert refusal(head + 2 * fill) is Problem.HEADER
+
+
+def test_text_that_is_no_header_may_be_as_long_as_a_mail() -> None:
+    (message,) = build(2 * HEADER_LIMIT * b"x").messages
+    assert message.body is not None
+    assert message.body.endswith(b"\r\n\r\n" + 2 * HEADER_LIMIT * b"x")
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_x_mq_fields_have_a_limit_together(trusted: bool) -> None:
+    envelope = replace(ENVELOPE, trusted=trusted)
+    field = b"x-mq-tag: spring\r\n"
+    most = FIELDS_LIMIT // len(field)
+    assert build(most * field + MIME, envelope)
+    assert refusal((most + 1) * field + MIME, envelope) is Problem.FIELDS
+    assert refusal(b"x-mq-tag:" + FIELDS_LIMIT * b"\r\n x" + b"\r\n" + MIME) is Problem.FIELDS
 
 
 def test_messages_share_no_object_that_could_be_edited() -> None:

@@ -14,7 +14,7 @@ import pytest
 from mailerq.message import Message
 from mailerq.queues import Publication
 from mailerq.queues.records import Batch, Insert, Retry
-from mailerq.queues.store import LARGE_BYTES, Store
+from mailerq.queues.store import LARGE_BYTES, PIECE_BYTES, Store
 
 
 def publication(tag: int, queue: str = "outbox", due: float | None = 1e9) -> Publication:
@@ -41,7 +41,12 @@ def test_publish_look_take_and_purge(tmp_path: Path) -> None:
 def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
     """One commit writes small ones, large ones and shared ones in different ways."""
     shared = bytes(100_000)
+    in_pieces, shared_in_pieces = (
+        b"".join(b"%d %d\r\n" % (kind, number) for number in range(PIECE_BYTES // 4))
+        for kind in range(2)
+    )
     bodies = [None, b"", b"small", bytes(LARGE_BYTES - 1), bytes(LARGE_BYTES), shared, shared]
+    bodies += [bytes(PIECE_BYTES), in_pieces, shared_in_pieces, shared_in_pieces]
     publications = [
         Publication("outbox", Message({"tag": tag}, body)) for tag, body in enumerate(bodies)
     ]
@@ -52,7 +57,7 @@ def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
         assert [entry.message.body for entry in entries] == bodies
         assert [entry.message.properties["tag"] for entry in entries] == [*range(len(bodies))]
         count = "SELECT (SELECT count(*) FROM body), (SELECT count(*) FROM shared)"
-        assert store.connection.execute(count).get == (4, 1)
+        assert store.connection.execute(count).get == (6, 2)
         store.remove(numbers)
         assert store.browse("outbox") == []
         assert store.connection.execute(count).get == (0, 0)

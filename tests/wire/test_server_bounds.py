@@ -191,7 +191,7 @@ def test_what_is_refused_is_told_with_its_reply() -> None:
         ("VRFY", 501),
     ]
     assert refusals(RCPT + b"BDAT 4 LAST\r\na\nb\nGET / HTTP/1.1\r\n") == [
-        ("(mail)", 550),
+        ("(mail) from <a@b.test> to <c@d.test>", 550),
         ("(16 bytes that are no command)", 421),
     ]
     machine = ServerProtocol(SETTINGS)
@@ -313,3 +313,13 @@ def test_a_limit_may_be_larger_than_any_machine() -> None:
     assert isinstance(machine.next_event(), server.Hello)
     machine.accept()
     assert b"SIZE 1180591620717411303424" in machine.data_to_send()
+
+
+def test_a_refused_mail_is_told_with_its_envelope() -> None:
+    recipients = b"".join(b"RCPT TO:<%d@d.test>\r\n" % number for number in range(5))
+    mail = MAIL + recipients + b"BDAT 3 LAST\r\na\nb"
+    shown = "(mail) from <a@b.test> to <0@d.test>, <1@d.test>, <2@d.test> and 2 more"
+    assert refusals(mail, replace(CLEAR, max_recipients=5)) == [(shown, 550)]
+    assert refusals(b"(mail) from <a@b.test> to <c@d.test>\r\n") == [
+        ("(38 bytes that are no command)", 500)
+    ]

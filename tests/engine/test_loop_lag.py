@@ -1,0 +1,302 @@
+"""No turn of the loop takes long, and no mail more memory than its size, whatever comes.
+
+Clients and peers are threads with sockets of their own. The loop is measured in processor time of
+its thread, so that other work of the machine does not count.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+import trio
+
+from mailerq import Engine
+from mailerq.errors import MessageError
+from tests.engine import lag_kit as kit
+from tests.engine.kit import until
+from tests.support import configure
+
+LONGEST_TURN = 0.1
+"""Seconds. What is promised is half of it: two threads that share a core take twice as long."""
+
+MB = 1 << 20
+HEADER = b"Subject: x\r\n"
+RELAYED = {"smarthost": "127.0.0.1"}
+
+
+def repeated(unit: bytes, size: int, before: bytes = HEADER + b"\r\n", after: bytes = b"") -> Any:
+    """A mail of about `size` bytes, without holding it."""
+
+    def pieces() -> Iterator[bytes]:
+        yield before
+        count = size // len(unit)
+        most = max(1, (1 << 16) // len(unit))
+        block = most * unit
+        for _ in range(count // most):
+            yield block
+        yield count % most * unit + after
+
+    return pieces
+
+
+END = b"\r\n\r\nhi\r\n"
+PART = b"--b\r\nContent-Type: text/plain\r\n\r\n\r\n"
+
+MAILS: dict[str, tuple[Any, bytes]] = {
+    "blanks in a folded field": (repeated(b" ", 100_000, b"Subject: x\r\n y", b"z" + END), b"250"),
+    "blanks in an x-mq field": (
+        repeated(b" ", 40_000, b"x-mq-tag: x", b"\r\n y" + END),
+        b"552 5.3.4",
+    ),
+    "blanks in a short x-mq field": (
+        repeated(b" ", 8000, b"x-mq-tag: x", b"\r\n y" + END),
+        b"250",
+    ),
+    "blanks before a colon": (repeated(b" ", 900_000, b"To: a\r\nReceived", b": x" + END), b"250"),
+    "folds": (repeated(b"\r\n ", 900_000, b"Subject: x", b"y" + END), b"250"),
+    "folds in an x-mq field": (repeated(b"\n ", 5000, b"x-mq-tag:", b"y" + END), b"250"),
+    "a line without a colon": (repeated(b"x", 80 * MB, b""), b"250"),
+    "a field without an end": (repeated(b"x", 20 * MB, b"x:"), b"552 5.3.4"),
+    "a million fields": (repeated(b"a: b\r\n", 6 * MB, b"", b"\r\nhi"), b"552 5.3.4"),
+    "the most fields": (repeated(b"a:\r\n", MB - 99, b"x-mq-tag: a\r\n", b"\r\nhi"), b"250"),
+    "fields that end with LF": (repeated(b"a:\n", 700_000, b"x-mq-tag: a\n", b"\nhi"), b"250"),
+    "fields that end with CR": (repeated(b"a:\r", 700_000, b"x-mq-tag: a\r", b"\rhi"), b"250"),
+    "bad x-mq fields": (repeated(b"x-mq-: a\r\n", MB - 99, b"", b"\r\nhi"), b"552 5.3.4"),
+    "x-mq lines that are no fields": (repeated(b"x-mq-\r\n", MB - 99, HEADER, b"\r\nhi"), b"250"),
+    "Received lines": (repeated(b"Received:\r\n", MB - 99, b"", b"\r\nhi"), b"554 5.4.6"),
+    "Received lines that are no fields": (
+        repeated(b"Received\r\n", MB - 99, HEADER, b"\r\nhi"),
+        b"250",
+    ),
+    "10,000 MIME parts": (
+        repeated(PART, 10_000 * len(PART), b"Content-Type: multipart/mixed; boundary=b\r\n\r\n"),
+        b"250",
+    ),
+    "only LF": (repeated(b"\n", 20 * MB), b"250"),
+    "only CR": (repeated(b"\r", 20 * MB), b"250"),
+    "only dots": (repeated(b"..\r\n", 20 * MB), b"250"),
+    "dots behind LF": (repeated(b"\n.", 20 * MB), b"250"),
+    "8-bit text": (repeated(76 * b"\xe9" + b"\r\n", 80 * MB), b"250"),
+}
+"""What is sent, and how the reply begins."""
+
+
+async def pass_through(
+    tmp_path: Path, pieces: Any, expected: bytes, *, recipients: int = 1, **settings: Any
+) -> kit.Meter:
+    """Send a mail in and, where it is taken, out again, and measure the loop meanwhile."""
+    with kit.Peer() as peer:
+        config = configure(tmp_path, **RELAYED, smarthost_port=peer.port, **settings)
+        async with Engine(config) as engine:
+            with kit.meter() as meter:
+                reply = await trio.to_thread.run_sync(
+                    lambda: kit.mail(engine.addresses[0], pieces(), recipients=recipients)
+                )
+                assert reply.startswith(expected)
+                if expected.startswith(b"250"):
+                    await until(lambda: peer.taken == recipients)
+    return meter
+
+
+@pytest.mark.parametrize("name", MAILS)
+async def test_a_mail_that_was_made_to_be_slow_stops_nobody(tmp_path: Path, name: str) -> None:
+    meter = await pass_through(tmp_path, *MAILS[name])
+    assert meter.longest < LONGEST_TURN
+
+
+async def test_many_recipients_of_much_stop_nobody(tmp_path: Path) -> None:
+    fields = 600 * b"x-mq-tag: a\r\n"
+    meter = await pass_through(
+        tmp_path, lambda: [fields, HEADER, b"\r\nhi"], b"250", recipients=1000
+    )
+    assert meter.longest < LONGEST_TURN
+
+
+MAIL = b"EHLO c.test\r\nMAIL FROM:<a@b.test>\r\n"
+RCPT = MAIL + b"RCPT TO:<c@d.test>\r\n"
+
+COMMANDS = {
+    "RCPT": MAIL + 20_000 * b"RCPT TO:<c@d.test>\r\n",
+    "quoted local parts": MAIL + 20_000 * b'RCPT TO:<"\\\\a b\\""@d.test>\r\n',
+    "xtext": MAIL + 3000 * (b"RCPT TO:<c@d.test> ORCPT=rfc822;" + 160 * b"+41" + b"\r\n"),
+    "a source route": b"EHLO c.test\r\nMAIL FROM:<" + 900 * b"@a," + b"@a:a@b.test>\r\n",
+    "a domain of combining characters": MAIL + b"RCPT TO:<c@" + 100 * b"\xcc\x81" + b".test>\r\n",
+    "parameters": b"EHLO c.test\r\nMAIL FROM:<a@b.test>" + 1000 * b" A=b" + b"\r\n",
+    "chunks of one byte": RCPT + 40_000 * b"BDAT 1\r\nx",
+    "chunks without a byte": RCPT + 40_000 * b"BDAT 0\r\n",
+    "empty lines": 100_000 * b"\n",
+    "a line without an end": 2 * MB * b"x",
+    "base64 of AUTH": b"EHLO c.test\r\nAUTH PLAIN\r\n" + 12_000 * b"A" + b"\r\n",
+    "base64 without an end": b"EHLO c.test\r\nAUTH PLAIN\r\n" + 2 * MB * b"A",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+async def test_commands_that_were_made_to_be_slow_stop_nobody(tmp_path: Path, name: str) -> None:
+    config = configure(
+        tmp_path, rabbitmq_inbox="inbox", smtp_username="ann", smtp_password="secret"
+    )
+    async with Engine(config) as engine:
+        with kit.meter() as meter:
+            said = await trio.to_thread.run_sync(
+                lambda: kit.say(engine.addresses[0], [COMMANDS[name]])
+            )
+        assert said.startswith(b"220")
+        assert engine.statistics()["incoming"]["open"] == 0
+    assert meter.longest < LONGEST_TURN
+
+
+LONG = b"".join(b"250-K%d %s\r\n" % (number, 2000 * b"x") for number in range(120)) + b"250 ok\r\n"
+CONTROLS = 126 * (b"550-" + 1000 * b"\x1b\xff" + b"\r\n") + b"550 no\r\n"
+STATUSES = 126 * (b"550-5.1.1 " + 300 * b"5.1.1 " + b"\r\n") + b"550 no\r\n"
+
+REPLIES: dict[str, tuple[bytes, ...]] = {
+    "a banner without an end": (3 * MB * b"2",),
+    "a banner of blanks": (b"220 " + 2000 * b" " + b"\r\n", b"550 no\r\n", b"550 no\r\n"),
+    "a million lines": (b"220 mx\r\n", 1_000_000 * b"250-A\r\n"),
+    "a million replies": (b"220 mx\r\n", 1_000_000 * b"250 A\r\n"),
+    "long replies": (b"220 mx\r\n", LONG, LONG, LONG.replace(b"250", b"550")),
+    "control characters": (b"220 mx\r\n", b"250 mx\r\n", CONTROLS),
+    "status codes": (b"220 mx\r\n", b"250 mx\r\n", STATUSES),
+    "bytes one by one": (b"220 mx\r\n", *(b"%c" % byte for byte in LONG[:20_000])),
+}
+"""What a peer says: the first before the first command, each of the others after some input."""
+
+
+@pytest.mark.parametrize("name", REPLIES)
+async def test_replies_that_were_made_to_be_slow_stop_nobody(tmp_path: Path, name: str) -> None:
+    first, *others = REPLIES[name]
+    with kit.Peer(lambda connection: kit.reply_with(connection, first, others)) as peer:
+        settings = {**RELAYED, "smarthost_port": peer.port, "rabbitmq_results": "results"}
+        async with Engine(configure(tmp_path, **settings)) as engine:
+            with kit.meter() as meter:
+                await engine.publish(
+                    {"envelope": "a@b.test", "recipient": "c@d.test", "mime": "hi", "retries": [9]}
+                )
+                await until(lambda: bool(engine.statistics()["outgoing"]["attempts"]))
+    assert meter.longest < LONGEST_TURN
+
+
+BASE: dict[str, Any] = {"envelope": "a@b.test", "recipient": "c@d.test", "mime": "Subject: x"}
+
+DOCUMENTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "tags": ({"tags": 200_000 * ["a"]}, True),
+    "retries": ({"retries": 300_000 * [1]}, True),
+    "objects": ({"data": {"a": 200_000 * [{}]}}, True),
+    "names": ({f"k{number}": 0 for number in range(80_000)}, True),
+    "queues": ({"queues": {f"q{number}": None for number in range(60_000)}}, True),
+    "results": ({"results": 80_000 * [{"a": 1}]}, True),
+    "a recipient": ({"recipient": 900_000 * "@"}, True),
+    "a quoted envelope": ({"envelope": '"' + 300_000 * "\\a" + '"@d.test'}, True),
+    "a time": ({"delayed": 900_000 * "1"}, True),
+    "a smarthost": ({"smarthost": {"hostname": 400_000 * "x.", "port": 200_000 * "9"}}, True),
+    "too many tags": ({"tags": 2_000_000 * ["a"]}, False),
+    "too many names": ({f"k{number}": 0 for number in range(200_000)}, False),
+}
+"""What a document has more than others, and whether that is within the limit."""
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+async def test_documents_that_were_made_to_be_slow_stop_nobody(tmp_path: Path, name: str) -> None:
+    more, fits = DOCUMENTS[name]
+    data = kit.document({**BASE, **more})
+    with kit.Peer() as peer:
+        config = configure(tmp_path, **RELAYED, smarthost_port=peer.port)
+        async with Engine(config) as engine:
+            with kit.meter() as meter:
+                if fits:
+                    await engine.publish(data)
+                    await until(lambda: bool(engine.statistics()["outgoing"]["attempts"]))
+                else:
+                    with pytest.raises(MessageError, match="beside its body"):
+                        await engine.publish(data)
+                    await trio.lowlevel.checkpoint()
+    assert meter.longest < LONGEST_TURN
+
+
+@pytest.mark.parametrize("data", [100_000 * "[", "{" + 100_000 * '"a":{', 10 * MB * " "])
+async def test_a_document_that_is_none_stops_nobody(tmp_path: Path, data: str) -> None:
+    async with Engine(configure(tmp_path)) as engine:
+        with kit.meter() as meter:
+            with pytest.raises(MessageError):
+                await engine.publish(data)
+            await trio.lowlevel.checkpoint()
+    assert meter.longest < LONGEST_TURN
+
+
+# Memory.
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file could give back."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    pytest.skip("this kernel does not say what memory is anonymous")
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """How much more there was at a time than before, in the first element."""
+    before, most, over = anonymous(), [0], threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            most[0] = max(most[0], anonymous() - before)
+            sleep(0.002)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        watcher.join()
+
+
+@pytest.mark.parametrize(
+    ("unit", "kept"),
+    [(76 * b"x" + b"\r\n", 1.0), (b"\n", 2.0), (b"..x\r\n", 0.8)],
+    ids=["text", "LF", "dots"],
+)
+async def test_a_large_mail_is_in_memory_once(tmp_path: Path, unit: bytes, kept: float) -> None:
+    """What is kept of it has other line ends and dots than what came."""
+    size = 40 * MB
+    small = repeated(b"x\r\n", 2 * MB)
+    with kit.Peer() as peer:
+        config = configure(tmp_path, **RELAYED, smarthost_port=peer.port)
+        async with Engine(config) as engine:
+
+            async def deliver(pieces: Any) -> None:
+                taken = peer.taken
+                reply = await trio.to_thread.run_sync(
+                    lambda: kit.mail(engine.addresses[0], pieces())
+                )
+                assert reply.startswith(b"250")
+                await until(lambda: peer.taken > taken)
+
+            await deliver(small)  # buffers and caches that stay
+            with peak() as most:
+                await deliver(repeated(unit, size))
+    assert most[0] < kept * size + 12 * MB
+
+
+def test_the_meter_sees_a_turn_that_takes_long() -> None:
+    async def main() -> float:
+        with kit.meter() as meter:
+            await trio.lowlevel.checkpoint()
+            end = monotonic() + 2 * LONGEST_TURN
+            while monotonic() < end:
+                os.getpid()
+            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()
+        return meter.longest
+
+    assert trio.run(main) > LONGEST_TURN / 10

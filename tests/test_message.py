@@ -1,0 +1,77 @@
+"""The document of a message: what is read of it, and how much it may say."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from mailerq.errors import MessageError
+from mailerq.message import PROPERTIES_LIMIT, Message
+
+DOCUMENT = {"envelope": "a@b.test", "recipient": "c@d.test"}
+LARGE = 3 * PROPERTIES_LIMIT
+
+
+def document(**more: Any) -> bytes:
+    return json.dumps({**DOCUMENT, **more}).encode()
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_body_may_be_large(as_text: bool) -> None:
+    for body, more in (
+        (LARGE * b"x", {"mime": LARGE * "x"}),
+        (LARGE * b"\r", {"mime": LARGE * "\r"}),
+        (LARGE * b"\xff", {"mime-base64": base64.b64encode(LARGE * b"\xff").decode()}),
+    ):
+        data = document(**more)
+        message = Message.from_json(data.decode() if as_text else data)
+        assert message.body == body
+        assert message.properties == DOCUMENT
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"recipient": LARGE * "x"},
+        {"tags": LARGE * ["a"]},
+        {"retries": LARGE * [1]},
+        {"data": {"deep": LARGE * [{}]}},
+        {"mime": {"subject": LARGE * "x"}},
+        {"mime": LARGE * [1]},
+        {str(number): number for number in range(PROPERTIES_LIMIT // 8)},
+    ],
+    ids=["text", "strings", "numbers", "objects", "mime", "array", "names"],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_what_is_beside_the_body_has_a_limit(more: dict[str, Any], as_text: bool) -> None:
+    data = document(**more)
+    with pytest.raises(MessageError, match="more than 1048576 bytes of properties beside its body"):
+        Message.from_json(data.decode() if as_text else data)
+
+
+@pytest.mark.parametrize("data", [LARGE * b"[", LARGE * b" ", b"[" + LARGE * b"1," + b"1]"])
+def test_a_large_document_that_is_none_is_refused(data: bytes) -> None:
+    with pytest.raises(MessageError, match="not JSON"):
+        Message.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("more", "good"),
+    [
+        ({"tags": ["a", "b"]}, True),
+        ({"tags": ["a", 1]}, False),
+        ({"tags": []}, True),
+        ({"retries": [0, 60]}, True),
+        ({"retries": [60, -1]}, False),
+        ({"retries": [60, True]}, False),
+        ({"retries": [60, "x"]}, False),
+        ({"retries": []}, True),
+        ({"results": [{}, {}]}, True),
+        ({"results": [{}, []]}, False),
+    ],
+)
+def test_every_element_of_an_array_has_its_type(more: dict[str, Any], good: bool) -> None:
+    assert (Message({**DOCUMENT, **more}).problem() is None) == good
