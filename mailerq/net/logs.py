@@ -80,7 +80,7 @@ class Ration:
     """Lines of one kind for a log of the program: at most so many in a minute. Any thread.
 
     What is left out is counted. The count stands in a line of its own before the next line;
-    `flush` writes it when there may be no next one, and `flush_late` does once the minute is over.
+    `flush` and `flush_late` write it where there may be no next one.
 
     >>> seconds, said = 0.0, []
     >>> ration = Ration(lambda form, *values: said.append(form % values), 2,
@@ -124,6 +124,7 @@ class Ration:
         self._say(form, *values)
 
     def flush_late(self) -> None:
+        """Say so once the minute is over; cheap when nothing was left out."""
         if self.left_out and self._clock() - self._began >= RATION_SECONDS:
             self.flush()
 

@@ -259,7 +259,7 @@ class EmbeddedQueues(Queues):
             if new and time.monotonic() >= self._said + SAY_SECONDS:
                 self._said, self._trimmed_before = time.monotonic(), self._trimmed
                 logger.warning(
-                    "queue %s is full: its %d oldest documents were removed; it keeps %s",
+                    "queue %s: its %d oldest documents were removed; it keeps %s",
                     queue,
                     new,
                     _describe(bounds),
