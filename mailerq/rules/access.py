@@ -5,17 +5,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Collection, Sequence
 from functools import lru_cache
-from typing import Final
 
-from mailerq.address import parse_domain
+from mailerq.address import parse_domain, parse_mailbox
 from mailerq.errors import AddressError
 
 __all__ = ["Access", "domain_of", "is_loopback"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-_ROUTES: Final = frozenset("%!@")
 
 
 def domain_of(address: str) -> str:
@@ -84,7 +80,10 @@ class Access:
             return True
         if _ascii(domain_of(recipient)) not in self._local_domains:
             return False
-        return _ROUTES.isdisjoint(recipient.rpartition("@")[0])
+        try:
+            return not parse_mailbox(recipient).routed
+        except AddressError:  # a plugin may have made anything of it
+            return False
 
 
 @lru_cache(maxsize=4096)
