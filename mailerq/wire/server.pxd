@@ -42,6 +42,7 @@ cdef class ServerProtocol:
     cpdef _take_buffer(self)
     cpdef _need_data(self)
     cpdef _content_failed(self, reply)
+    cpdef _repeat(self, reply)
     cpdef _may_authenticate(self)
     cpdef _idled_out(self)
     cpdef _reset(self)

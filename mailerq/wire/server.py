@@ -85,7 +85,10 @@ ERROR_LIMIT: Final = 20
 """Errors in a row before the session is closed; Postfix closes after as many."""
 
 IDLE_COMMAND_LIMIT: Final = 100
-"""Commands in a row that bring no mail forward (NOOP, RSET, VRFY, a second EHLO …)."""
+"""Commands in a row that bring no mail forward (NOOP, RSET, VRFY, a second EHLO, a tiny BDAT …)."""
+
+TINY_CHUNK: Final = 64
+"""Bytes of a chunk, but for the last one, below which most of what the peer sends is commands."""
 
 SOFT_ERROR_LIMIT: Final = ERROR_LIMIT // 2
 SOFT_IDLE_COMMAND_LIMIT: Final = IDLE_COMMAND_LIMIT // 2
@@ -121,7 +124,7 @@ class ServerProtocol:
     """One session.
 
     `secure` says that TLS is in use already when it begins, `auth_in_clear` that AUTH is
-    offered without TLS too, `xclient` that the peer may say who its client is.
+    offered without TLS too, `xclient` that the peer may say, once, who its client is.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class ServerProtocol:
         self.failures = 0
         """All errors so far."""
         self.steps = 0
-        """Lines, chunks and mails that came in whole so far."""
+        """Lines and mails that came in whole so far; a mail by BDAT is one with its commands."""
         self.refusals: Refusals | None = None
         """Set to a list to gather what is refused."""
         self._line = b""
@@ -179,8 +182,8 @@ class ServerProtocol:
 
     @property
     def in_content(self) -> bool:
-        """Whether the bytes of a mail are coming in."""
-        return self.state is _CONTENT or self.state is _CHUNK
+        """Whether a mail is coming in: between the chunks of one as well."""
+        return self.state is _CONTENT or self.state is _CHUNK or self._chunking
 
     @property
     def content_size(self) -> int:
@@ -309,6 +312,8 @@ class ServerProtocol:
             self.state = _TLS
             self.send(reply or smtp.TLS_READY)
         elif isinstance(event, XClient):
+            # Once: what follows may be the words of the client, whom the proxy passes on.
+            self.xclient = False
             self.hello = None
             self.authenticated = False
             self._reset()
@@ -328,6 +333,7 @@ class ServerProtocol:
             self.state = _CHUNK
         else:
             self.state = _CONTENT
+            self._chunk_is_last = True  # of one
             self.send(reply or smtp.START_DATA)
 
     def reject(self, reply: Reply) -> None:
@@ -362,7 +368,8 @@ class ServerProtocol:
             return self._incomplete(limit)
         line = self._line = self._buffer[self._position : end + 1]
         self._position = end + 1
-        self.steps += 1
+        if not self._chunking:
+            self.steps += 1
         if self._discarding or len(line) > limit:
             self._discarding = 0
             self._exchange = None
@@ -378,7 +385,7 @@ class ServerProtocol:
         if command is None:
             return self._unknown_command(verb.upper())
         try:
-            text = argument.strip().decode()
+            text = argument.lstrip(b" ").rstrip(b" \t").decode()
         except UnicodeDecodeError:
             return self._fail(smtp.NOT_UTF8)
         if "\0" in text:
@@ -564,10 +571,13 @@ class ServerProtocol:
         if match is None:
             return self._close(smtp.BDAT_SYNTAX, "sent a BDAT whose size cannot be read")
         size = int(match[1])
-        if size > self.settings.max_size > 0:
-            return self._close(smtp.TOO_BIG, "sent a chunk over the limit")
-        self._chunk_left = size
         self._chunk_is_last = match[2] is not None
+        if size > self.settings.max_size > 0:
+            self._repeat(smtp.TOO_BIG)
+            return self._close(smtp.TOO_BIG, "sent a chunk over the limit")
+        if size < TINY_CHUNK and not self._chunk_is_last and self._idled_out():
+            return None
+        self._chunk_left = size
         refusal = self._why_not_data()
         if refusal is not None:
             return self._refuse_chunk(refusal)
@@ -643,12 +653,11 @@ class ServerProtocol:
             if self._chunk_refusal is None:
                 self._body.add(data)
             return None
-        self.steps += 1
         refusal, self._chunk_refusal = self._chunk_refusal, None
         if refusal is not None:
             self.state = _COMMAND
-            self._reset()
-            return self._fail(refusal)
+            self.steps += 1
+            return self._content_failed(refusal)
         if self._chunk_is_last or self._body.is_too_big:
             return self._finish_content()
         self.state = _COMMAND
@@ -678,12 +687,20 @@ class ServerProtocol:
         return CLOSED
 
     def _content_failed(self, reply: Reply) -> Event | None:
-        """Refuse the mail: in LMTP once for each recipient (RFC 2033, section 4.2)."""
-        again = len(self.rcpts) - 1 if self.settings.lmtp else 0
+        """Refuse the mail, and all of it, whatever chunk it is that is refused."""
+        self._repeat(reply)
         self._reset()
-        for _ in range(again):
-            self.send(reply)
         return self._fail(reply)
+
+    def _repeat(self, reply: Reply) -> None:
+        """Send a refusal of the mail for each recipient but one.
+
+        In LMTP the end of a mail is answered for each of them, and a chunk that is not the last
+        once (RFC 2033, sections 4.2 and 4.3).
+        """
+        if self.settings.lmtp and self._chunk_is_last:
+            for _ in self.rcpts[1:]:
+                self.send(reply)
 
     # What commands share.
 
@@ -702,7 +719,9 @@ class ServerProtocol:
         self.mail = None
         self.rcpts = []
         self._refused_recipients = 0
-        self._chunking = False
+        if self._chunking:
+            self._chunking = False
+            self.steps += 1
 
     def _fail(self, reply: Reply) -> Event | None:
         """Answer with an error. There is no event to it, so a command can end with this."""
