@@ -287,6 +287,25 @@ class Config:
         " may relay by their address. 0: no limit.",
         unlimited=True,
     )
+    smtp_client_prefix4: int = setting(
+        32,
+        NUMBER,
+        ACCESS,
+        "IPv4 clients of one network of this prefix length are one client to its limits.",
+        unit="bits",
+        minimum=8,
+        maximum=32,
+    )
+    smtp_client_prefix6: int = setting(
+        64,
+        NUMBER,
+        ACCESS,
+        "IPv6 clients of one network of this prefix length are one client to its limits: 64, or "
+        "56 or 48 as providers hand them out.",
+        unit="bits",
+        minimum=16,
+        maximum=128,
+    )
     smtp_client_connects: int = setting(
         600, NUMBER, ACCESS, "Connections of one client in a minute; 0: no limit.", unlimited=True
     )

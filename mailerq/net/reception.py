@@ -25,17 +25,31 @@ __all__ = ["Client", "refusal_reply", "take"]
 
 log = logging.getLogger("mailerq.server")
 
+UNKNOWN: Final = "0.0.0.0"
+"""The address of a client that a proxy does not know: one that is in nobody's network."""
+
 HEADER_BYTES: Final = 1 << 20
 """A header up to this size is edited apart from its body, where the body is in a file."""
 
 
 @dataclass(slots=True)
 class Client:
-    """Who a session is with: the peer, or whom a proxy says that it speaks for."""
+    """Who a session is with: the peer, or whom a proxy says that it speaks for.
+
+    A proxy that names no client is not `named`: it may be asking after our health, or pass on
+    somebody that it cannot describe. Such a client is admitted and greeted by the proxy's
+    address, which gives it no other right.
+    """
 
     remote: tuple[str, int]
     local: tuple[str, int]
     user: str = ""
+    named: bool = True
+
+    @property
+    def standing(self) -> str:
+        """The address that rights and limits go by."""
+        return self.remote[0] if self.named else UNKNOWN
 
 
 async def take(
@@ -176,7 +190,7 @@ def _envelope(
     protocol = headers.protocol_name(
         extended=hello.extended, secure=machine.secure, authenticated=plugin.authenticated
     )
-    trusted = plugin.authenticated or shared.access.may_relay(client.remote[0])
+    trusted = plugin.authenticated or shared.access.may_relay(client.standing)
     return incoming.Envelope(
         mail.sender,
         machine.recipients,

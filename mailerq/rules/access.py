@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 
-from mailerq.address import parse_domain, parse_mailbox
+from mailerq.address import parse_domain, parse_ip, parse_mailbox
 from mailerq.errors import AddressError
 
 __all__ = ["Access", "domain_of", "is_loopback"]
@@ -88,11 +88,11 @@ class Access:
 
 @lru_cache(maxsize=4096)
 def _within(client: str, networks: tuple[Network, ...]) -> bool:
-    address = ipaddress.ip_address(client.partition("%")[0])
+    address = parse_ip(client.partition("%")[0])
     return any(address.version == network.version and address in network for network in networks)
 
 
 @lru_cache(maxsize=4096)
 def is_loopback(client: str) -> bool:
     """Whether that address is this host's own."""
-    return ipaddress.ip_address(client.partition("%")[0]).is_loopback
+    return parse_ip(client.partition("%")[0]).is_loopback
