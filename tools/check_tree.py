@@ -20,6 +20,7 @@ PACKAGE: Final = "mailerq"
 
 LAYERS: Final = (
     "errors",
+    "escaping",
     "address",
     "settings",
     "sources",

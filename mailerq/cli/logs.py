@@ -15,8 +15,8 @@ from typing import Final
 
 from mailerq.config import Config
 from mailerq.errors import ConfigError
+from mailerq.escaping import escape
 from mailerq.message import format_time
-from mailerq.net.logs import escape
 
 __all__ = ["configure"]
 
@@ -30,6 +30,7 @@ _LEVELS: Final = {
 class _Formatter(logging.Formatter):
     """``[Level] [YYYY-MM-DD HH:MM:SS] text``, the text escaped to one line.
 
+    The lines of a traceback follow it, indented, so that none of them looks like a record.
     What plugins have to say starts with their name in brackets. Before the text stands who says it
     where there are several.
     """
@@ -43,7 +44,8 @@ class _Formatter(logging.Formatter):
         text = escape(self._who + record.getMessage())
         text = f"[{level}] [{format_time(record.created)}] {text}"
         if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
+            trace = self.formatException(record.exc_info)
+            text += "".join(f"\n  {escape(line)}" for line in trace.splitlines())
         return text
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from mailerq.errors import MessageError, QueueError
+from mailerq.escaping import escape_field
 from mailerq.mail import headers, incoming
 from mailerq.message import Message
 from mailerq.plugins import Connection, Reject
@@ -223,14 +224,8 @@ def _received_line(message: Message) -> str:
     if not isinstance(connection, dict):  # A plugin may have made something else of it.
         connection = {}
     return (
-        f"{message.properties.get('message-id', '')}"
-        f" <{_field(message.envelope)}> <{_field(message.recipient)}>"
-        f" [{connection.get('remote-ip', '')}] [{connection.get('local-ip', '')}]"
+        f"{escape_field(str(message.properties.get('message-id', '')))}"
+        f" <{escape_field(message.envelope)}> <{escape_field(message.recipient)}>"
+        f" [{escape_field(str(connection.get('remote-ip', '')))}]"
+        f" [{escape_field(str(connection.get('local-ip', '')))}]"
     )
-
-
-def _field(address: str) -> str:
-    """An address in which nothing ends the brackets around it: a quoted local part may."""
-    if '"' not in address:
-        return address
-    return "".join(f"\\x{ord(char):02x}" if char in " <>[]" else char for char in address)

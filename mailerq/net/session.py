@@ -24,6 +24,7 @@ from typing import Final
 import trio
 
 from mailerq.address import parse_ip
+from mailerq.escaping import escape
 from mailerq.net import reception
 from mailerq.net.auth import AuthUnavailable
 from mailerq.net.memory import Spool
@@ -387,8 +388,10 @@ class Session:
         refusals, refused_log = self._machine.refusals, self._shared.refused_log
         if refusals and refused_log is not None:
             for command, reply in refusals:
-                text = reply.text.replace("\n", " ")
-                refused_log.write(f"[{self._client.remote[0]}] {command} -> {reply.code} {text}")
+                # The first arrow is ours.
+                shown = escape(command).replace(" -> ", "\\x20->\\x20")
+                text = escape(reply.text.replace("\n", " "))
+                refused_log.write(f"[{self._client.remote[0]}] {shown} -> {reply.code} {text}")
             refusals.clear()
 
     # Events.

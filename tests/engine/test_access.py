@@ -500,7 +500,7 @@ async def test_refused_commands_stand_in_their_log_one_on_a_line(tmp_path: Path)
             await dialog.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@elsewhere.test>", "RSET")
             await dialog.say("AUTH PLAIN AGh1bnRlcjI=aGVsbG8=", "AUTH aHVudGVyMg==")
             await dialog.say("AUTH LOGIN", "aHVudGVyMg==", "aHVudGVyMg==")
-            await dialog.say("aHVudGVyMg==", "VRFY")
+            await dialog.say("aHVudGVyMg==", "VRFY", "RCPT TO:<x -> 250 2.0.0 Ok\u202e")
         await trio.lowlevel.checkpoint()
     lines = lines_of(log)
     assert lines[:2] == [
@@ -513,6 +513,7 @@ async def test_refused_commands_stand_in_their_log_one_on_a_line(tmp_path: Path)
         "[127.0.0.1] AUTH",
         "[127.0.0.1] (14 bytes that are no command)",
         "[127.0.0.1] VRFY",
+        r"[127.0.0.1] RCPT TO:<x\x20->\x20250 2.0.0 Ok\u202e",
     ]
     assert "aHVudGVyMg" not in log.read_text()
     assert "hunter2" not in log.read_text()
@@ -525,6 +526,6 @@ async def test_a_received_mail_is_one_line_for_each_recipient(tmp_path: Path) ->
     ids = re.findall(r"2\.0\.0 (\w+) for ", reply)
     assert lines_of(log) == [
         f"{ids[0]} <a@b.test> <c@d.test> [127.0.0.1] [127.0.0.1]",
-        f'{ids[1]} <a@b.test> <"x\\x3e\\x20\\x3cy@z.test\\x3e\\\\x20"@d.test>'
+        f'{ids[1]} <a@b.test> <"x\\x3e\\x20\\x3cy@z.test\\x3e\\\\\\x20"@d.test>'
         " [127.0.0.1] [127.0.0.1]",
     ]
