@@ -107,7 +107,7 @@ class Config:
         PATH,
         HERE,
         "File with the process id that keeps a second instance from starting.",
-        unset="mailerq.pid in the temporary directory",
+        unset="mailerq.pid in queue-directory",
     )
     shutdown_timeout: float = setting(
         30.0, SECONDS, HERE, "How long a stop waits for running transactions.", unit="s", minimum=0
