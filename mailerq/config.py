@@ -260,14 +260,15 @@ class Config:
         (),
         NETWORKS,
         ACCESS,
-        "Networks of proxies, which must say with a PROXY header who their client is.",
+        "Networks of proxies, which must say with a PROXY header who their client is; where one "
+        "names none, as in a health check, it is greeted and has no other right.",
         unset="none",
     )
     smtp_xclient_range: tuple[Network, ...] = setting(
         (),
         NETWORKS,
         ACCESS,
-        "Networks whose clients may say with XCLIENT who their client is.",
+        "Networks whose clients may say with XCLIENT, once, who their client is.",
         unset="none",
     )
     smtp_greet_delay: float = setting(
