@@ -1,4 +1,4 @@
-"""The syntax of mailboxes, domains, address literals and queue names: one for everybody.
+"""The syntax of mailboxes, domains and address literals: one grammar for everybody.
 
 It is that of RFC 5321, sections 4.1.2 and 4.1.3, with the characters that RFC 6531 adds.
 Nothing that passes holds a CR, LF, NUL or other control character, so it may go into a

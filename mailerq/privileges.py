@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pwd
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -18,6 +19,9 @@ from mailerq import _core
 __all__ = ["as_account", "as_owner", "give_to", "keep_for_ports", "no_new_privileges"]
 
 log = logging.getLogger("mailerq")
+
+_acting: Final = threading.RLock()
+"""Held while the process acts as an account: all of its threads do then."""
 
 CHOWN: Final = 1 << 0
 DAC_READ_SEARCH: Final = 1 << 2
@@ -59,19 +63,20 @@ def keep_for_ports(*, account: bool) -> None:
 @contextmanager
 def as_account(uid: int, gid: int) -> Iterator[None]:
     """Act as an account, where this process is root and the account is not."""
-    if os.geteuid() != 0 or uid == 0:
-        yield
-        return
-    group, groups = os.getegid(), os.getgroups()
-    os.setgroups([gid])
-    os.setegid(gid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(group)
-        os.setgroups(groups)
+    with _acting:
+        if os.geteuid() != 0 or uid == 0:
+            yield
+            return
+        group, groups = os.getegid(), os.getgroups()
+        os.setgroups([gid])
+        os.setegid(gid)
+        os.seteuid(uid)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+            os.setegid(group)
+            os.setgroups(groups)
 
 
 @contextmanager

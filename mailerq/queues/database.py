@@ -165,7 +165,10 @@ def _whole(value: object) -> int:
 
 def mark(path: str, reason: str) -> None:
     """Have the next start check the whole file. Raises `OSError`."""
-    with as_owner(os.path.dirname(path)), open(path + MARK_SUFFIX, "w", encoding="utf-8") as file:
+    with (
+        as_owner(os.path.dirname(path) or "."),
+        open(path + MARK_SUFFIX, "w", encoding="utf-8") as file,
+    ):
         file.write(f"{reason}\n")
 
 
