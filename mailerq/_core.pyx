@@ -33,6 +33,7 @@ The parts, in the order in which they are included:
     ids          message ids
     load         opening plugins
     sockets      calls on sockets that do not block
+    privileges   rights that a process gives up
     python       the classes that plugins.py builds on
 
 Safety rules
@@ -74,7 +75,7 @@ from posix.unistd cimport getpid, read, write
 
 import re
 from logging import CRITICAL, INFO, WARNING, getLogger
-from os import fsencode as os_fsencode
+from os import fsencode as os_fsencode, strerror as os_strerror
 
 from mailerq.errors import PluginError
 
@@ -134,6 +135,7 @@ include "_core_message.pxi"
 include "_core_ids.pxi"
 include "_core_load.pxi"
 include "_core_sockets.pxi"
+include "_core_privileges.pxi"
 include "_core_python.pxi"
 
 pthread_mutex_init(&registry, NULL)

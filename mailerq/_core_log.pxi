@@ -111,7 +111,7 @@ def flush_log():
         oldest = line.next
         add(&backlog, -1)
         level = LEVELS.get(line.priority, INFO)
-        text = UNPRINTABLE.sub(escape, line.text[:].decode("utf-8", "backslashreplace"))
+        text = line.text[:].decode("utf-8", "backslashreplace")
         plugin = line.plugin.decode("utf-8", "backslashreplace")
         free(line)
         logger.log(level, "[%s] %s", plugin, text)
@@ -119,8 +119,3 @@ def flush_log():
     if lost:
         add(&dropped, -<int64_t> lost)
         logger.warning("%d log lines of plugins were dropped: they came too fast", lost)
-
-
-def escape(match):
-    """A character that would break a log line, as its escape sequence."""
-    return match.group().encode("unicode_escape").decode()

@@ -21,6 +21,7 @@ __all__ = [
     "Mailbox",
     "parse_domain",
     "parse_host",
+    "parse_ip",
     "parse_literal",
     "parse_mailbox",
     "parse_path",
@@ -234,6 +235,21 @@ def parse_literal(text: str) -> IPAddress:
         except ValueError:
             pass
     raise AddressError(f"{_shown(text)} is not an address literal")
+
+
+def parse_ip(text: str) -> IPAddress:
+    """Read the address of a host, without a zone. Raises ValueError.
+
+    An IPv4 address written as IPv6 (RFC 4291, section 2.5.5.2) is the IPv4 address: a host has
+    the same rights, limits and name in logs whichever kind of socket it came by.
+
+    >>> str(parse_ip("::ffff:192.0.2.1"))
+    '192.0.2.1'
+    """
+    if "%" in text:
+        raise ValueError(f"{_shown(text)} has a zone")
+    address = ipaddress.ip_address(text)
+    return (address.ipv4_mapped or address) if address.version == 6 else address
 
 
 def parse_host(text: str) -> str | IPAddress:

@@ -115,7 +115,7 @@ class Config:
         PATH,
         HERE,
         "File with the process id that keeps a second instance from starting.",
-        unset="mailerq.pid in the temporary directory",
+        unset="mailerq.pid in queue-directory",
     )
     shutdown_timeout: float = setting(
         30.0, SECONDS, HERE, "How long a stop waits for running transactions.", unit="s", minimum=0
@@ -305,14 +305,15 @@ class Config:
         (),
         NETWORKS,
         ACCESS,
-        "Networks of proxies, which must say with a PROXY header who their client is.",
+        "Networks of proxies, which must say with a PROXY header who their client is; where one "
+        "names none, as in a health check, it is greeted and has no other right.",
         unset="none",
     )
     smtp_xclient_range: tuple[Network, ...] = setting(
         (),
         NETWORKS,
         ACCESS,
-        "Networks whose clients may say with XCLIENT who their client is.",
+        "Networks whose clients may say with XCLIENT, once, who their client is.",
         unset="none",
     )
     smtp_greet_delay: float = setting(
@@ -331,6 +332,25 @@ class Config:
         "Connections of one client at a time; like all limits of a client, none for those that"
         " may relay by their address. 0: no limit.",
         unlimited=True,
+    )
+    smtp_client_prefix4: int = setting(
+        32,
+        NUMBER,
+        ACCESS,
+        "IPv4 clients of one network of this prefix length are one client to its limits.",
+        unit="bits",
+        minimum=8,
+        maximum=32,
+    )
+    smtp_client_prefix6: int = setting(
+        64,
+        NUMBER,
+        ACCESS,
+        "IPv6 clients of one network of this prefix length are one client to its limits: 64, or "
+        "56 or 48 as providers hand them out.",
+        unit="bits",
+        minimum=16,
+        maximum=128,
     )
     smtp_client_connects: int = setting(
         600, NUMBER, ACCESS, "Connections of one client in a minute; 0: no limit.", unlimited=True

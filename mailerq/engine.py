@@ -39,6 +39,7 @@ from mailerq.net.worker import Worker, open_workers
 from mailerq.plugins import Handler, Plugins, check_event
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.exclusive import make_directory
 from mailerq.queues.shares import share_directory, shares_in
 from mailerq.queues.store import Bounds
 from mailerq.rules.access import Access
@@ -69,7 +70,7 @@ PREFETCH: Final = 100
 class Engine:
     """A mail transfer agent that runs while its context is open.
 
-    What it needs is opened in order (plugins, ports, queues, workers, deliveries) and
+    What it needs is opened in order (ports, plugins, queues, workers, deliveries) and
     closed in the opposite one; leaving the context takes at most `shutdown-timeout` for
     the transactions that are under way. Entering raises `ConfigError`, `PluginError` or
     `QueueError`, each of which says what to do.
@@ -143,6 +144,17 @@ class Engine:
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config = self.config
+        tls = tls_context(config)
+        authenticator = Authenticator.of(config)
+        local_addresses = LocalAddresses.of(config)
+        steering = Steering.of(config)
+        ports = bind(config, shared=self._share is not None)
+        for port in ports:
+            stack.callback(port.sock.close)
+        if config.user:
+            make_directory(config.queue_directory, config.user)
+            _become(config)
+        # Not before: opening a file runs its constructors.
         plugins = self.plugins = Plugins.load(
             config.plugin_directory,
             timeout=config.plugin_timeout,
@@ -152,15 +164,6 @@ class Engine:
         self._opened = True
         for event, handler in self._handlers:
             plugins.on(event, handler)
-        tls = tls_context(config)
-        authenticator = Authenticator.of(config)
-        local_addresses = LocalAddresses.of(config)
-        steering = Steering.of(config)
-        ports = bind(config, shared=self._share is not None)
-        for port in ports:
-            stack.callback(port.sock.close)
-        if config.user:
-            _become(config)
         share = self._share or 0
         directory = share_directory(config.queue_directory, share)
         self.queues = await stack.enter_async_context(self._open_queues(directory))

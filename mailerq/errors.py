@@ -37,7 +37,7 @@ class ConfigError(MailerqError):
 
 
 class PluginError(MailerqError):
-    """A plugin cannot be used; the text names its file. Raised before a port is open."""
+    """A plugin cannot be used; the text names its file. Raised before a client is served."""
 
 
 class AddressError(MailerqError, ValueError):

@@ -201,14 +201,22 @@ def _check_port(value: Any) -> int:
 
 def _read_network(item: str) -> Network:
     try:
-        return ipaddress.ip_network(item)
+        return _unmapped(ipaddress.ip_network(item))
     except ValueError as error:
         raise ValueError(f"{item!r} is not a network such as 192.0.2.0/24: {error}") from None
 
 
+def _unmapped(network: Network) -> Network:
+    """IPv4 addresses written as IPv6 as they are, as `mailerq.address.parse_ip` has them."""
+    mapped = network.network_address.ipv4_mapped if network.version == 6 else None
+    if mapped is None or network.prefixlen < 96:
+        return network
+    return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
+
+
 def _check_network(value: Any) -> Network:
     if isinstance(value, Network):
-        return value
+        return _unmapped(value)
     return _read_network(_check_text(value))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import smtplib
 import socket
 import subprocess
@@ -204,3 +205,9 @@ def mailerq(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byte
         check=False,
         **options,
     )
+
+
+def unescape(text: str) -> str:
+    """Read back what was escaped."""
+    codes = r"\\(?:\\|x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))"
+    return re.sub(codes, lambda match: chr(int(next(filter(None, match.groups()), "5c"), 16)), text)

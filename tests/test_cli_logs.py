@@ -52,6 +52,22 @@ def configure(path: Path, **more: object) -> None:
     logs.configure(Config(application_log=str(path), **more))  # type: ignore[arg-type]
 
 
+def test_what_others_say_is_one_line_that_deceives_nobody(
+    log: logging.Logger, directory: Path
+) -> None:
+    configure(directory / "app")
+    log.warning("peer said %s", "\x1b[31m\u202egnp\xa0\u200b\\ \n[Info] forged")
+    try:
+        raise ValueError("a\n[Info] [2026-01-01 00:00:00] forged\u2028[Info] too\x1b")
+    except ValueError:
+        log.critical("failed", exc_info=True)
+    first, second, *trace = (directory / "app").read_text().splitlines()
+    assert first.endswith(r"peer said \x1b[31m\u202egnp\xa0\u200b\\ \x0a[Info] forged")
+    assert second.endswith("] failed")
+    assert all(line.startswith("  ") and line.isprintable() for line in trace)
+    assert trace[-1].endswith(r"[Info] too\x1b")
+
+
 def test_lines_go_into_a_new_file_when_the_old_one_was_moved(
     log: logging.Logger, directory: Path
 ) -> None:

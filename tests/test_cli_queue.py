@@ -78,6 +78,30 @@ def test_show_has_a_line_for_each_message(directory: Path) -> None:
     assert "bob" not in after
 
 
+def test_nothing_that_is_printed_deceives_a_terminal(tmp_path: Path) -> None:
+    nasty = '"\x1b[2J\u202e\u200b\xa0\x7f\\\\"@d.test'
+    with Store.open(str(tmp_path)) as store:
+        message = Message({"envelope": nasty, "recipient": nasty, "tags": [nasty]}, MIME)
+        store.publish([Publication("\u202eoutbox", message)])
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "\x1b[2J\u202e.so").touch()
+    shown = run(tmp_path, "queue", "show", "\u202eoutbox")
+    assert shown.count(r'"\x1b[2J\u202e\u200b\xa0\x7f\\\\"@d.test') == 2
+    outputs = [
+        shown,
+        run(tmp_path, "queue", "list"),
+        run(tmp_path, "queue", "show", "\u202eoutbox", "--json"),
+        run(tmp_path, "queue", "read", "\u202eoutbox"),
+        run(tmp_path, "queue", "purge", "\u202eoutbox", "--yes"),
+        run(tmp_path, "check-config", f"--plugin-directory={plugins}"),
+        run(tmp_path, "queue", "\u202epurge", status=os.EX_USAGE),
+        run(tmp_path, "config", "\u202epurge", status=os.EX_USAGE),
+        run(tmp_path, "--smtp-\u202eport=1", status=2),
+    ]
+    assert [output for output in outputs if not output.replace("\n", "").isprintable()] == []
+
+
 def test_read_prints_the_documents_and_leaves_them(directory: Path) -> None:
     lines = run(directory, "queue", "read", "outbox").splitlines()
     assert json.loads(lines[0]) == {

@@ -20,6 +20,7 @@ PACKAGE: Final = "mailerq"
 
 LAYERS: Final = (
     "errors",
+    "escaping",
     "address",
     "settings",
     "sources",
@@ -31,6 +32,7 @@ LAYERS: Final = (
     "_core",
     "ids",
     "sockets",
+    "privileges",
     "plugins",
     "queues",
     "net",
@@ -53,7 +55,7 @@ CLOCKS: Final = frozenset(
     "time.time time.time_ns time.monotonic time.monotonic_ns time.perf_counter datetime.now "
     "datetime.utcnow datetime.today date.today".split()
 )
-DOORS_TO_C: Final = ("plugins", "ids", "sockets")
+DOORS_TO_C: Final = ("plugins", "ids", "sockets", "privileges")
 """The only layers that import `_core`; nothing imports ctypes or cffi."""
 
 LINES_LIMIT: Final = 800

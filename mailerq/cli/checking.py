@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from mailerq.cli.common import command_parser, print_json
 from mailerq.config import Config
+from mailerq.escaping import escape
 
 __all__ = ["main"]
 
@@ -26,7 +27,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         print_json({"ok": True, "notes": notes})
         return os.EX_OK
     for note in notes:
-        sys.stdout.write(f"note: {note}\n")
+        sys.stdout.write(f"note: {escape(note)}\n")
     sys.stdout.write("the configuration is good\n")
     return os.EX_OK
 

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
-__all__ = ["Parser", "complain", "escape", "positive", "print_json", "print_table"]
+from mailerq.escaping import escape
+
+__all__ = ["Parser", "complain", "dump_json", "positive", "print_json", "print_table"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(os.EX_USAGE, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+        self.exit(os.EX_USAGE, f"{self.prog}: {escape(message)}\nTry '{self.prog} --help'.\n")
 
 
 def command_parser(name: str, description: str, **options: Any) -> Parser:
@@ -45,18 +47,14 @@ def complain(text: str) -> None:
     sys.stderr.write(f"mailerq: {escape(text)}\n")
 
 
-def escape(text: str) -> str:
-    """Text from outside as it may stand in a line, see `mailerq.net.logs.escape`."""
-    if text.isprintable():
-        return text
-    from mailerq.net import logs
-
-    return logs.escape(text)
-
-
 def print_json(document: object, *, default: Callable[[Any], object] = str) -> None:
     """Print a document for programs, on one line."""
-    sys.stdout.write(json.dumps(document, default=default) + "\n")
+    sys.stdout.write(dump_json(document, default=default) + "\n")
+
+
+def dump_json(document: object, **options: Any) -> str:
+    """JSON that may go to a terminal: printable ASCII. Only DEL passes `json.dumps` as it is."""
+    return json.dumps(document, **options).replace("\x7f", "\\u007f")
 
 
 def print_table(

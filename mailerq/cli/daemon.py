@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import signal
-import tempfile
+import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
@@ -17,6 +17,8 @@ from mailerq.cli.common import Parser, complain
 from mailerq.cli.serving import HURRY_SECONDS, end_at_once, join, prepare
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
+from mailerq.privileges import as_owner
+from mailerq.queues.exclusive import make_directory
 
 if TYPE_CHECKING:
     import trio
@@ -70,13 +72,13 @@ def main(settings: list[str], rest: list[str]) -> int:
         _print_help(parser)
         return os.EX_OK
     config = Config.load(settings)
-    with _lock(config):
-        try:
+    try:
+        with _lock(config):
             logs.configure(config)
             return _run(config)
-        except QueueError as error:
-            complain(str(error))
-            return os.EX_TEMPFAIL
+    except QueueError as error:
+        complain(str(error))
+        return os.EX_TEMPFAIL
 
 
 def _meant(switch: str) -> str:
@@ -105,16 +107,30 @@ def _print_help(parser: Parser) -> None:
 
 @contextmanager
 def _lock(config: Config) -> Iterator[None]:
-    """Hold the pid file. Raises `ConfigError` when another process does."""
-    path = config.lock or os.path.join(tempfile.gettempdir(), "mailerq.pid")
-    file = _locked(path, config.origin("lock"))
+    """Hold the pid file. Raises `ConfigError` when another process does.
+
+    The queue has locks of its own, one for each share. This one stands for the whole daemon: it
+    is taken before anything else is opened, and says which process to ask or to stop.
+    """
+    make_directory(config.queue_directory, config.user)
+    key, user = ("lock", "") if config.lock else ("queue-directory", config.user)
+    path = config.lock or os.path.join(config.queue_directory, "mailerq.pid")
+    directory = os.path.dirname(path) or "."
+    where = config.origin(key)
+    try:
+        with as_owner(directory, user):
+            file = _locked(path, where, key)
+    except OSError as error:
+        whose = f" as {user}" if user else ""
+        raise ConfigError(where, f"{key}: cannot open {path}{whose}: {error.strerror}") from None
     os.ftruncate(file, 0)
     os.write(file, f"{os.getpid()}\n".encode())
     try:
         yield
     finally:
         try:
-            os.unlink(path)
+            with as_owner(directory):
+                os.unlink(path)
         except OSError:
             # No longer root, perhaps: nobody's process id is left in it. Or the disk is read-only.
             with suppress(OSError):
@@ -122,12 +138,19 @@ def _lock(config: Config) -> Iterator[None]:
         os.close(file)
 
 
-def _locked(path: str, where: str) -> int:
+def _locked(path: str, where: str, key: str) -> int:
+    """Take the lock. Raises `ConfigError`, and OSError for a file that cannot be opened."""
     while True:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ConfigError(where, f"lock: cannot open {path}: {error.strerror}") from None
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(path, flags, 0o644)
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+            os.close(file)
+            raise ConfigError(
+                where,
+                f"{key}: {path}, the lock, is no file of this account alone; remove it, or have "
+                "the lock in a directory that others cannot write to",
+            )
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -135,8 +158,8 @@ def _locked(path: str, where: str) -> int:
             os.close(file)
             raise ConfigError(
                 where,
-                f"lock: another mailerq is running (process {holder}), {path} is locked; "
-                "stop it, or give this one a lock of its own",
+                f"{key}: another mailerq is running (process {holder}), {path} is locked; "
+                f"stop it, or give this one a {key} of its own",
             ) from None
         # The holder before us may have removed the file between our open and our lock.
         try:

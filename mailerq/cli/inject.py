@@ -288,7 +288,7 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
     ]
     if publications:
         try:
-            with open_shared(config.queue_directory) as store:
+            with open_shared(config.queue_directory, config.user) as store:
                 store.publish(publications)
         except QueueError as error:
             raise Refused(os.EX_TEMPFAIL, str(error)) from None

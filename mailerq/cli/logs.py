@@ -15,8 +15,9 @@ from typing import Final
 
 from mailerq.config import Config
 from mailerq.errors import ConfigError
+from mailerq.escaping import escape
 from mailerq.message import format_time
-from mailerq.net.logs import escape
+from mailerq.privileges import as_account
 
 __all__ = ["configure"]
 
@@ -30,6 +31,7 @@ _LEVELS: Final = {
 class _Formatter(logging.Formatter):
     """``[Level] [YYYY-MM-DD HH:MM:SS] text``, the text escaped to one line.
 
+    The lines of a traceback follow it, indented, so that none of them looks like a record.
     What plugins have to say starts with their name in brackets. Before the text stands who says it
     where there are several.
     """
@@ -43,7 +45,8 @@ class _Formatter(logging.Formatter):
         text = escape(self._who + record.getMessage())
         text = f"[{level}] [{format_time(record.created)}] {text}"
         if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
+            trace = self.formatException(record.exc_info)
+            text += "".join(f"\n  {escape(line)}" for line in trace.splitlines())
         return text
 
 
@@ -73,16 +76,24 @@ class _File(logging.FileHandler):
         # What was there before may be of somebody else: only a new file gets its owner from us.
         if self._account is None:
             return open(self._path, "a", encoding="utf-8")
+        try:
+            file = self._open_new(self._account)
+        except PermissionError:  # root with few capabilities, in a directory of the account
+            with as_account(self._account.pw_uid, self._account.pw_gid):
+                file = self._open_new(self._account)
+        return open(file, "a", encoding="utf-8")
+
+    def _open_new(self, account: pwd.struct_passwd) -> int:
+        """Open the file, and give it to the account where it is new."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             new = flags | os.O_CREAT | os.O_EXCL
             file = os.open(self._path, new, 0o640, dir_fd=self._directory)
         except FileExistsError:
-            file = os.open(self._path, flags, dir_fd=self._directory)
-        else:
-            if os.geteuid() == 0:
-                os.fchown(file, self._account.pw_uid, self._account.pw_gid)
-        return open(file, "a", encoding="utf-8")
+            return os.open(self._path, flags, dir_fd=self._directory)
+        if os.geteuid() == 0:
+            os.fchown(file, account.pw_uid, account.pw_gid)
+        return file
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line. Into the old file while the new one cannot be opened."""

@@ -47,6 +47,7 @@ from mailerq.message import format_time
 from mailerq.net import control
 from mailerq.net.listener import reserve
 from mailerq.net.statistics import total
+from mailerq.privileges import as_owner, keep_for_ports
 from mailerq.queues.shares import shares_in
 
 __all__ = ["serve"]
@@ -87,6 +88,7 @@ KILL_SECONDS: Final = 30.0
 async def serve(config: Config) -> int:
     """Run `smtp-processes` engines until SIGTERM or SIGINT; the exit status."""
     with reserve(config) as reserved:
+        keep_for_ports(account=bool(config.user))
         return await _Parent(reserved).run()
 
 
@@ -154,7 +156,8 @@ class _Parent:
             return
         directory = self._config.queue_directory
         await self._nursery.start(control.serve, directory, self._commands())
-        self._loose.update(share for share in shares_in(directory) if share >= self._count)
+        with as_owner(directory):
+            self._loose.update(share for share in shares_in(directory) if share >= self._count)
         self._nursery.start_soon(self._offer_again)
         log.info(
             "mailerq %s listens on %s, with %d processes", __version__, join(addresses), self._count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import ArgumentTypeError, Namespace
@@ -14,12 +13,14 @@ from mailerq.cli.common import (
     Parser,
     command_parser,
     complain,
+    dump_json,
     positive,
     print_json,
     print_table,
 )
 from mailerq.config import Config
 from mailerq.errors import QueueError
+from mailerq.escaping import escape
 from mailerq.message import format_time
 from mailerq.queues.exclusive import open_shared
 from mailerq.queues.interface import Entry
@@ -192,7 +193,7 @@ def _read(stores: Stores, config: Config, options: Namespace, parser: Parser) ->
         if options.json or not sys.stdout.isatty():
             print_json(document)
         else:
-            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+            sys.stdout.write(dump_json(document, indent=2) + "\n")
         if options.remove:
             # Who reads has it, as far as we can know, before it is gone here.
             sys.stdout.flush()
@@ -211,7 +212,7 @@ def _confirm(config: Config, options: Namespace, parser: Parser) -> bool:
     if not sys.stdin.isatty():
         parser.error("purge deletes for good: say --yes, or answer on a terminal")
     total = sum(depth.total for depth in depths if depth.queue == options.queue)
-    sys.stderr.write(f"Delete all {total} messages of {options.queue} for good? [y/N] ")
+    sys.stderr.write(f"Delete all {total} messages of {escape(options.queue)} for good? [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() in ("y", "yes"):
         return True
@@ -224,5 +225,5 @@ def _purge(stores: Stores, config: Config, options: Namespace, parser: Parser) -
     if options.json:
         print_json({"queue": options.queue, "deleted": deleted})
     else:
-        sys.stdout.write(f"{deleted} messages deleted from {options.queue}\n")
+        sys.stdout.write(f"{deleted} messages deleted from {escape(options.queue)}\n")
     return os.EX_OK

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Final
 
 from mailerq.config import Config
+from mailerq.privileges import no_new_privileges
 
 __all__ = ["HURRY_SECONDS", "end_at_once", "join", "prepare"]
 
@@ -30,7 +31,8 @@ a twentieth of the processor time of a message."""
 
 
 def prepare(config: Config) -> None:
-    """Make the process fit to serve as many connections as it is to have."""
+    """Make the process fit to serve as many connections as it is to have, and no more than that."""
+    no_new_privileges()
     gc.set_threshold(*COLLECT_AFTER)
     wanted = config.smtp_connections + OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

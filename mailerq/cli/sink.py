@@ -22,9 +22,9 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from mailerq.cli.common import Parser, complain, positive
+from mailerq.cli.common import Parser, complain, dump_json, positive
+from mailerq.escaping import escape, escape_field
 from mailerq.message import format_time
-from mailerq.net.logs import escape
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
@@ -115,7 +115,7 @@ class _Sink:
     def _print(self, document: dict[str, Any], text: str) -> None:
         if self._options.quiet:
             return
-        sys.stdout.write(f"{json.dumps(document) if self._options.as_json else text}\n")
+        sys.stdout.write(f"{dump_json(document) if self._options.as_json else text}\n")
         sys.stdout.flush()
 
     async def serve(self, listening: socket.socket) -> None:
@@ -226,9 +226,9 @@ class _Sink:
                     self._taken -= 1
                     log.error("cannot file a mail: %s", error)
                     return Reply(451, f"4.3.0 Cannot file it: {error.strerror}")
-        recipients = ", ".join(f"<{recipient}>" for recipient in machine.recipients)
-        text = f"<{machine.sender}> -> {recipients}, {len(body)} bytes: {what}"
-        self._print(document, f"{document['received']} {escape(text)}")
+        recipients = ", ".join(f"<{escape_field(recipient)}>" for recipient in machine.recipients)
+        mail = f"<{escape_field(machine.sender)}> -> {recipients}, {len(body)} bytes"
+        self._print(document, f"{document['received']} {mail}: {escape(what)}")
         return reply
 
     def _file(self, body: bytes, document: dict[str, Any], now: float) -> str:

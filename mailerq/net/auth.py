@@ -18,6 +18,11 @@ the login decides. Plugins are asked before all of them.
 
 A back end that cannot tell raises `AuthUnavailable`, and the client is told to come again. No
 text of an error or of a log line holds a password or a URI, which may hold one.
+
+Nobody learns from the time of an answer, or from its kind, which logins exist. A wrong password is
+checked by the back ends behind the one that knows the login too, as that of an unknown login is,
+and a file hashes for each login that it is asked about. The session gives a failed login a fixed
+time (`LOGIN_DELAY_SECONDS`), which covers what a program or a web server takes, within reason.
 """
 
 from __future__ import annotations
@@ -27,9 +32,11 @@ import hmac
 import http.client
 import logging
 import os
+import re
+import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import Final, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 from urllib.parse import urlsplit
 
 import trio
@@ -99,10 +106,13 @@ class Authenticator:
 
     async def check(self, credentials: Credentials) -> bool:
         """Whether the credentials are right. Raises `AuthUnavailable`."""
+        decision: bool | None = None
         for backend in self._backends:
-            decision = await backend.check(credentials)
-            if decision is not None:
-                return decision
+            found = await backend.check(credentials)
+            if decision is None:
+                decision = found
+            if decision:
+                return True
         return False
 
 
@@ -157,6 +167,13 @@ class Hardcoded:
         return None if password is None else proven
 
 
+class _Logins(NamedTuple):
+    """What a file says: the hash of each login, and those that a password can have."""
+
+    hashes: dict[str, str]
+    usable: list[str]
+
+
 class PasswordFile:
     """Lines ``login:hash``; empty lines and such that start with ``#`` are skipped."""
 
@@ -164,6 +181,7 @@ class PasswordFile:
 
     def __init__(self, path: str) -> None:
         self._file = WatchedFile(path, self._parse)
+        self._secret = secrets.token_bytes(32)
         self._limiter = trio.CapacityLimiter(HASHERS)
         try:
             self._file.read()
@@ -172,21 +190,34 @@ class PasswordFile:
 
     async def check(self, credentials: Credentials) -> bool | None:
         try:
-            hashes = self._file.read()
+            logins = self._file.read()
         except (OSError, ValueError) as error:
             raise AuthUnavailable(f"{self._file.path}: {_reason(error)}") from error
         password = credentials.password
-        if password is None or not hashes:
+        if password is None or not logins.hashes:
             return None
-        # A login that is unknown takes as long as one that is known.
-        stored = hashes.get(credentials.login)
-        model = stored if stored is not None else next(iter(hashes.values()))
+        stored = logins.hashes.get(credentials.login)
+        if stored is not None and _is_hash(stored):
+            model = stored
+        else:
+            model = self._dummy(credentials.login, logins.usable)
         proven = await trio.to_thread.run_sync(
             verify_hash, password, model, limiter=self._limiter, abandon_on_cancel=True
         )
-        return None if stored is None else proven
+        return None if stored is None else proven and model == stored
 
-    def _parse(self, text: str) -> dict[str, str]:
+    def _dummy(self, login: str, usable: Sequence[str]) -> str:
+        """The hash to try in place of one that is not there, always the same for a login.
+
+        It is one of the file's, which may hold several kinds: an unknown login takes as long as
+        some that is known.
+        """
+        if not usable:
+            return ""
+        digest = hmac.digest(self._secret, login.encode(), "sha256")
+        return usable[int.from_bytes(digest) % len(usable)]
+
+    def _parse(self, text: str) -> _Logins:
         hashes: dict[str, str] = {}
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip() or line.startswith("#"):
@@ -196,7 +227,11 @@ class PasswordFile:
                 hashes[login] = stored.split(":")[0].strip()
             else:
                 log.warning("%s:%d: no login:hash, skipped", self._file.path, number)
-        return hashes
+        return _Logins(hashes, [stored for stored in hashes.values() if _is_hash(stored)])
+
+
+# What begins otherwise locks its login, as in /etc/shadow: crypt(3) gives up on it at once.
+_is_hash: Final = re.compile(r"[$_./0-9A-Za-z].{10,}", re.DOTALL).fullmatch
 
 
 def verify_hash(password: str, stored: str) -> bool:

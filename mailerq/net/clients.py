@@ -28,6 +28,7 @@ class Clients:
         self._clock = clock
         self._lock = threading.Lock()
         self._most = config.smtp_client_maxconnections
+        self._prefixes = config.smtp_client_prefix4, config.smtp_client_prefix6
         self._open: dict[str, int] = {}
         self._rates = ClientLimits(
             {
@@ -43,12 +44,12 @@ class Clients:
         """Count a connection, or say why there may not be another."""
         if self._access.may_relay(client):
             return None
-        network = network_of(client)
+        network = network_of(client, *self._prefixes)
         with self._lock:
             now_open = self._open.get(network, 0)
             if now_open >= self._most > 0:
                 return smtp.TOO_MANY_CONNECTIONS
-            if not self._rates.take(client, "connects", self._clock()):
+            if not self._rates.take(network, "connects", self._clock()):
                 return smtp.CONNECTS_TOO_OFTEN
             self._open[network] = now_open + 1
         return None
@@ -57,7 +58,7 @@ class Clients:
         """A connection that `came` let in is over."""
         if self._access.may_relay(client):
             return
-        network = network_of(client)
+        network = network_of(client, *self._prefixes)
         with self._lock:
             if self._open[network] > 1:
                 self._open[network] -= 1
@@ -68,10 +69,12 @@ class Clients:
         """Count "messages", "recipients", "errors" or "logins"; False when they are too many."""
         if self._access.may_relay(client):
             return True
+        network = network_of(client, *self._prefixes)
         with self._lock:
-            return self._rates.take(client, what, self._clock(), count)
+            return self._rates.take(network, what, self._clock(), count)
 
     def did_not(self, client: str, what: str) -> None:
         """Take back what `may` has counted."""
+        network = network_of(client, *self._prefixes)
         with self._lock:
-            self._rates.give_back(client, what)
+            self._rates.give_back(network, what)

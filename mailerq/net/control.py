@@ -17,6 +17,7 @@ import trio
 
 from mailerq.errors import MailerqError
 from mailerq.message import decode_properties, encode_properties
+from mailerq.privileges import as_owner
 
 __all__ = ["Commands", "Request", "reply_to", "serve"]
 
@@ -74,7 +75,7 @@ async def serve(
 def _remove(directory: str) -> None:
     """Take the socket away. On a disk that is read-only now it stays, and the next start does."""
     try:
-        with _as_owner(directory):
+        with as_owner(directory):
             os.unlink(os.path.join(directory, SOCKET_NAME))
     except FileNotFoundError:
         pass
@@ -87,7 +88,7 @@ def _listen(directory: str) -> trio.socket.SocketType:
     path = os.path.join(directory, SOCKET_NAME)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _as_owner(directory), _address(directory) as address:
+        with as_owner(directory), _address(directory) as address:
             with suppress(FileNotFoundError):
                 os.unlink(path)
             sock.bind(address)
@@ -97,23 +98,6 @@ def _listen(directory: str) -> trio.socket.SocketType:
         sock.close()
         raise
     return trio.socket.from_stdlib_socket(sock)
-
-
-@contextmanager
-def _as_owner(directory: str) -> Iterator[None]:
-    """Be the account that owns a directory, which root must not trust: it may put links there."""
-    owner = os.stat(directory)
-    if os.geteuid() != 0 or owner.st_uid == 0:
-        yield
-        return
-    group = os.getegid()
-    os.setegid(owner.st_gid)
-    os.seteuid(owner.st_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(group)
 
 
 async def _answer(stream: trio.SocketStream, commands: Commands) -> None:

@@ -34,6 +34,7 @@ import trio
 from mailerq.address import parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError, MessageError, QueueError
+from mailerq.escaping import escape, escape_field
 from mailerq.message import Message, Result, check_nesting, encode_properties, format_time
 from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
 from mailerq.net.outgoing import Connection, Job, Report
@@ -530,15 +531,15 @@ def _shown(value: object) -> str:
 
 
 def _log_line(message: Message, result: Result) -> str:
-    """One line of the send log, without its date."""
+    """One line of the send log, without its date. README.md has its form."""
     tags = message.properties.get("tags")
     return " ".join(
         (
             f"{result.state}:{result.result}",
             str(result.attempt),
-            f"<{message.envelope}> <{message.recipient}>",
+            f"<{escape_field(message.envelope)}> <{escape_field(message.recipient)}>",
             f"[{result.local_ip or ''}] [{result.remote_ip or ''}]",
-            ",".join(map(str, tags)) if isinstance(tags, list) else "",
-            f"{result.code or ''} {result.status or ''} {result.description or ''}",
+            ",".join(map(escape_field, map(str, tags))) if isinstance(tags, list) else "",
+            f"{result.code or ''} {result.status or ''} {escape(result.description or '')}",
         )
     )

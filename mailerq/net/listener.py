@@ -229,7 +229,7 @@ class Listener:
         shared = self._shared
         proxied = shared.access.is_proxy(peer)
         # A proxy is asked for its client first; then the session decides.
-        refusal = None if proxied else shared.admit(peer)
+        refusal = None if proxied else shared.admit(peer, peer)
         if refusal is None and not self._slots.take():
             refusal = smtp.BUSY
             self._warn(f"connections are refused: {self._slots} are open")

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
+from mailerq.escaping import escape
 from mailerq.message import format_time
 
-__all__ = ["RATION_SECONDS", "LogFile", "Ration", "escape"]
+__all__ = ["RATION_SECONDS", "LogFile", "Ration"]
 
 CHECK_SECONDS: Final = 1.0
 """How often a log looks whether its file is still there."""
 
 RATION_SECONDS: Final = 60.0
-
-_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-def escape(text: str) -> str:
-    """Text from outside as it may stand in a log: what could end or forge a line is escaped."""
-    if text.isprintable():
-        return text
-    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 class LogFile:
@@ -44,12 +35,17 @@ class LogFile:
         self.lost_lines = 0
 
     def write(self, text: str) -> None:
-        """Write one line, with the date before it."""
+        """Write one line, with the date before it.
+
+        What comes from outside has been escaped (see `mailerq.escaping`), which makes it
+        printable. A line that is not printable is escaped as a whole.
+        """
         now = self._clock()
         if abs(now - self._checked) > CHECK_SECONDS:
             self._checked = now
             self._reopen_if_gone()
-        line = f"[{format_time(now)}] {escape(text)}\n".encode()
+        shown = text if text.isprintable() else escape(text)
+        line = f"[{format_time(now)}] {shown}\n".encode()
         try:
             os.write(self._file, line)
         except OSError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from mailerq.errors import MessageError, QueueError, QueueFull
+from mailerq.escaping import escape_field
 from mailerq.mail import headers, incoming
 from mailerq.mail.headers import HEADER_LIMIT
 from mailerq.message import Message
@@ -32,6 +33,9 @@ log = logging.getLogger("mailerq.server")
 TURN_RECIPIENTS: Final = 100
 """Messages of a mail that are dealt with before the loop serves others."""
 
+UNKNOWN: Final = "0.0.0.0"
+"""The address of a client that a proxy does not know: one that is in nobody's network."""
+
 _REFUSALS: Final = {
     incoming.Problem.HEADER: smtp.HEADER_TOO_BIG,
     incoming.Problem.FIELDS: smtp.TOO_MANY_FIELDS,
@@ -41,11 +45,22 @@ _REFUSALS: Final = {
 
 @dataclass(slots=True)
 class Client:
-    """Who a session is with: the peer, or whom a proxy says that it speaks for."""
+    """Who a session is with: the peer, or whom a proxy says that it speaks for.
+
+    A proxy that names no client is not `named`: it may be asking after our health, or pass on
+    somebody that it cannot describe. Such a client is admitted and greeted by the proxy's
+    address, which gives it no other right.
+    """
 
     remote: tuple[str, int]
     local: tuple[str, int]
     user: str = ""
+    named: bool = True
+
+    @property
+    def standing(self) -> str:
+        """The address that rights and limits go by."""
+        return self.remote[0] if self.named else UNKNOWN
 
 
 async def take(
@@ -206,7 +221,7 @@ def _envelope(
     protocol = headers.protocol_name(
         extended=hello.extended, secure=machine.secure, authenticated=plugin.authenticated
     )
-    trusted = plugin.authenticated or shared.access.may_relay(client.remote[0])
+    trusted = plugin.authenticated or shared.access.may_relay(client.standing)
     return incoming.Envelope(
         mail.sender,
         machine.recipients,
@@ -218,7 +233,7 @@ def _envelope(
         client_ip=client.remote[0],
         trusted=trusted,
         rights=shared.steering.rights(
-            client.remote[0], client.user, authenticated=plugin.authenticated
+            client.standing, client.user, authenticated=plugin.authenticated
         ),
     )
 
@@ -242,14 +257,8 @@ def _received_line(message: Message) -> str:
     if not isinstance(connection, dict):  # A plugin may have made something else of it.
         connection = {}
     return (
-        f"{message.properties.get('message-id', '')}"
-        f" <{_field(message.envelope)}> <{_field(message.recipient)}>"
-        f" [{connection.get('remote-ip', '')}] [{connection.get('local-ip', '')}]"
+        f"{escape_field(str(message.properties.get('message-id', '')))}"
+        f" <{escape_field(message.envelope)}> <{escape_field(message.recipient)}>"
+        f" [{escape_field(str(connection.get('remote-ip', '')))}]"
+        f" [{escape_field(str(connection.get('local-ip', '')))}]"
     )
-
-
-def _field(address: str) -> str:
-    """An address in which nothing ends the brackets around it: a quoted local part may."""
-    if '"' not in address:
-        return address
-    return "".join(f"\\x{ord(char):02x}" if char in " <>[]" else char for char in address)

@@ -41,7 +41,7 @@ from mailerq.address import parse_host, parse_literal
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.net.logs import Ration
-from mailerq.rules.routes import is_within
+from mailerq.rules.access import is_within
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ of any kind is a 451, and the peer keeps the mail.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,10 +23,12 @@ from typing import Final
 
 import trio
 
+from mailerq.address import parse_ip
+from mailerq.escaping import escape
 from mailerq.net import reception
 from mailerq.net.auth import AuthUnavailable
 from mailerq.net.memory import Spool
-from mailerq.net.reception import Client, refusal_reply
+from mailerq.net.reception import UNKNOWN, Client, refusal_reply
 from mailerq.net.shared import Server
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.net.watch import Bounds
@@ -36,6 +37,7 @@ from mailerq.plugins import NOTHING, Reject
 from mailerq.queues.medium import NO_SPACE
 from mailerq.rules.access import is_loopback
 from mailerq.wire import proxy, server, smtp
+from mailerq.wire.refusals import CONTENT_LINE
 from mailerq.wire.smtp import Reply
 
 __all__ = ["Session"]
@@ -46,14 +48,11 @@ TARPIT_SECONDS: Final = 1.0
 """How long a reply to a nuisance is held back."""
 
 LOGIN_DELAY_SECONDS: Final = 0.5
-"""How long the reply to a failed login is held back; doubled for each one, up to the maximum."""
+"""How long the reply to a failed login takes at least; doubled for each one, up to the maximum."""
 
 LOGIN_DELAY_MAXIMUM: Final = 8.0
 
-CONTENT_MARK: Final = server.CONTENT_LINE.decode() + " from"
-
-UNKNOWN: Final = "0.0.0.0"
-"""The address of a client that a proxy does not know: one that is in nobody's network."""
+CONTENT_MARK: Final = CONTENT_LINE.decode() + " from"
 
 
 class Session:
@@ -193,7 +192,7 @@ class Session:
                 return False
             reply = self._admit()
         self._mute = self._implicit_tls
-        machine.xclient = shared.access.may_xclient(self._client.remote[0])
+        machine.xclient = shared.access.may_xclient(self._client.standing)
         self._know_client()
         if reply is None:
             refusal = await self._plugin.connect()
@@ -228,14 +227,16 @@ class Session:
         self._stream.unread(received[header.length :])
         if header.source is not None and header.destination is not None:
             self._client = Client(header.source, header.destination)
+        else:
+            self._client.named = False
         return True
 
     def _admit(self) -> Reply | None:
         """Let the client in that a proxy has named, or say why not."""
-        host = self._client.remote[0]
-        reply = self._shared.admit(host)
+        host, standing = self._client.remote[0], self._client.standing
+        reply = self._shared.admit(host, standing)
         if reply is None:
-            self._admitted = host
+            self._admitted = standing
         else:
             self._shared.counters.refused_connections += 1
             log.debug("connection from %s refused: %s", host, reply.text)
@@ -243,13 +244,13 @@ class Session:
 
     def _know_client(self) -> None:
         """Look up once what the client's address allows."""
-        host = self._client.remote[0]
+        host = self._client.standing
         self._relays = self._shared.access.may_relay(host)
         self._machine.auth_in_clear = is_loopback(host)
 
     async def _delay_greeting(self) -> None:
         """Hold the banner back; who speaks before it is no mail server."""
-        if self._machine.settings.lmtp or self._relays:
+        if self._machine.settings.lmtp or self._relays or not self._client.named:
             return
         with trio.move_on_after(self._shared.config.smtp_greet_delay), self._pause():
             self._machine.receive_data(await self._stream.receive())
@@ -384,20 +385,22 @@ class Session:
         count = self._machine.failures - self._failures
         self._failures = self._machine.failures
         self._log_refusals()
-        return self._shared.clients.may(self._client.remote[0], "errors", count)
+        return self._shared.clients.may(self._client.standing, "errors", count)
 
     def _log_refusals(self) -> None:
         """Write what was refused into the log for that; a whole mail is told in both logs."""
         refusals, refused_log = self._machine.refusals, self._shared.refused_log
         if not refusals:
             return
+        host = self._client.remote[0]
         for command, reply in refusals:
             text = reply.text.replace("\n", " ")
-            line = f"[{self._client.remote[0]}] {command} -> {reply.code} {text}"
             if refused_log is not None:
-                refused_log.write(line)
+                # The first arrow is ours.
+                shown = escape(command).replace(" -> ", "\\x20->\\x20")
+                refused_log.write(f"[{host}] {shown} -> {reply.code} {escape(text)}")
             if command.startswith(CONTENT_MARK):
-                log.warning("refused: %s", line)
+                log.warning("refused: [%s] %s -> %d %s", host, command, reply.code, text)
         refusals.clear()
 
     # Events.
@@ -405,7 +408,7 @@ class Session:
     def _mail(self, event: server.Mail) -> bool:
         """Answer it, or ask the plugins and return False: their answer is to be waited for."""
         shared = self._shared
-        if not (self._relays or shared.clients.may(self._client.remote[0], "messages")):
+        if not (self._relays or shared.clients.may(self._client.standing, "messages")):
             self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
             return True
         return self._ask(event, self._plugin.mailfrom(event.sender))
@@ -424,7 +427,7 @@ class Session:
         if not shared.config.keeps_local_mail and shared.is_local(recipient):
             self._refuse_recipient(shared.no_way(recipient))
             return True
-        if not (self._relays or shared.clients.may(self._client.remote[0], "recipients")):
+        if not (self._relays or shared.clients.may(self._client.standing, "recipients")):
             self._refuse_recipient(smtp.RECIPIENTS_TOO_OFTEN)
             return True
         return self._ask(event, self._plugin.rcptto(recipient))
@@ -450,10 +453,11 @@ class Session:
         self._machine.reject(reply)
 
     async def _auth(self, event: server.Auth) -> None:
-        shared, host = self._shared, self._client.remote[0]
+        shared, host, standing = self._shared, self._client.remote[0], self._client.standing
+        asked = trio.current_time()
         login, password, *_ = event.credentials
         # Counted before it is tried: a hundred at the same time are a hundred.
-        if not shared.clients.may(host, "logins"):
+        if not shared.clients.may(standing, "logins"):
             log.warning("too many failed logins from %s", host)
             self._machine.reject(smtp.LOGINS_TOO_OFTEN)
             return
@@ -466,12 +470,12 @@ class Session:
                 decision = await shared.authenticator.check(event.credentials)
         except AuthUnavailable as error:
             log.error("logins cannot be checked: %s", error)
-            shared.clients.did_not(host, "logins")
+            shared.clients.did_not(standing, "logins")
             self._machine.reject(smtp.AUTH_UNAVAILABLE)
             return
         if decision is True:
             shared.counters.logins += 1
-            shared.clients.did_not(host, "logins")
+            shared.clients.did_not(standing, "logins")
             self._plugin.authenticated = True
             self._client.user = login
             self._machine.accept()
@@ -479,7 +483,9 @@ class Session:
         shared.counters.failed_logins += 1
         log.info("login of %s from %s failed", ascii(login[:80]), host)
         self._plugin.authenticated = False
-        await self._sleep(min(LOGIN_DELAY_SECONDS * 2**self._failed_logins, LOGIN_DELAY_MAXIMUM))
+        # From when it was asked: how long the check took tells nothing of the name.
+        delay = min(LOGIN_DELAY_SECONDS * 2**self._failed_logins, LOGIN_DELAY_MAXIMUM)
+        await self._sleep(max(0.0, asked + delay - trio.current_time()))
         self._failed_logins += 1
         if decision is False:
             self._machine.reject(smtp.AUTH_FAILED)
@@ -636,7 +642,7 @@ def _endpoint(
     host, port = known
     if name in attributes:
         given = attributes[name] or UNKNOWN
-        host = str(ipaddress.ip_address(given[5:] if given[:5].upper() == "IPV6:" else given))
+        host = str(parse_ip(given[5:] if given[:5].upper() == "IPV6:" else given))
         port = 0
     if text := attributes.get(port_name):
         port = int(text) if text.isascii() else -1

@@ -93,11 +93,14 @@ class Server:
     )
     loaders: dict[Worker, trio.CapacityLimiter] = field(default_factory=dict)
 
-    def admit(self, client: str) -> Reply | None:
-        """Let a client in, and count it, or say why not. `Clients.left` undoes it."""
-        if not self.access.may_connect(client):
+    def admit(self, address: str, standing: str) -> Reply | None:
+        """Let a client in, and count it, or say why not. `Clients.left` undoes it.
+
+        It is admitted by its address, and counted by its `standing` (see `Client`).
+        """
+        if not self.access.may_connect(address):
             return smtp.NOT_ADMITTED
-        return self.clients.came(client)
+        return self.clients.came(standing)
 
     def is_local(self, recipient: str) -> bool:
         """Whether anybody may send to that recipient, whose mail ends here."""

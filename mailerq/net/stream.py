@@ -31,6 +31,7 @@ from typing import Final, Self
 
 import trio
 
+from mailerq.address import parse_ip
 from mailerq.net.readiness import Socket
 from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
 
@@ -483,4 +484,4 @@ def _descriptor(sock: socket.socket) -> int:
 def address_of(name: tuple[str, int] | tuple[str, int, int, int]) -> tuple[str, int]:
     """The address and port in a socket's name; one of IPv4 that came in by IPv6 as it is."""
     host, port = name[:2]
-    return host.removeprefix("::ffff:"), port
+    return (str(parse_ip(host)) if host.startswith("::ffff:") else host), port

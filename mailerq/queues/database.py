@@ -32,6 +32,7 @@ from typing import Any, Final, Self
 import apsw
 
 from mailerq.errors import QueueDamaged, QueueError, QueueFull
+from mailerq.privileges import as_owner
 from mailerq.queues.interface import Depth, Entry
 from mailerq.queues.medium import NO_SPACE, room, unreadable
 from mailerq.queues.records import Row, aside, check
@@ -164,7 +165,10 @@ def _whole(value: object) -> int:
 
 def mark(path: str, reason: str) -> None:
     """Have the next start check the whole file. Raises `OSError`."""
-    with open(path + MARK_SUFFIX, "w", encoding="utf-8") as file:
+    with (
+        as_owner(os.path.dirname(path) or "."),
+        open(path + MARK_SUFFIX, "w", encoding="utf-8") as file,
+    ):
         file.write(f"{reason}\n")
 
 

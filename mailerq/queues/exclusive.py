@@ -13,11 +13,12 @@ import os
 from typing import Final
 
 from mailerq.errors import QueueDamaged, QueueError
+from mailerq.privileges import as_owner, give_to
 from mailerq.queues.database import translate
 from mailerq.queues.salvage import broken_log, recover
 from mailerq.queues.store import FILE_NAME, Store, lock_directory
 
-__all__ = ["open_exclusive", "open_shared"]
+__all__ = ["make_directory", "open_exclusive", "open_shared"]
 
 LOCK_NAME: Final = "queue.lock"
 
@@ -30,7 +31,7 @@ def open_exclusive(directory: str) -> Store:
     """
     path = os.path.join(directory, FILE_NAME)
     try:
-        _make(directory)
+        make_directory(directory)
         lock = _lock_daemon(os.path.join(directory, LOCK_NAME))
         try:
             alone = lock_directory(directory, fcntl.LOCK_EX)
@@ -46,33 +47,39 @@ def open_exclusive(directory: str) -> Store:
     return Store.open(directory, daemon_lock=lock)
 
 
-def open_shared(directory: str) -> Store:
+def open_shared(directory: str, user: str = "") -> Store:
     """Open the queue of a directory beside the others that have it open.
 
-    Raises `QueueError`, and `QueueDamaged` for what only a daemon's start can salvage; the
-    file then is as it was.
+    What is missing is made for the `user` of the daemon, also by root. Raises `QueueError`, and
+    `QueueDamaged` for what only a daemon's start can salvage; the file then is as it was.
     """
     path = os.path.join(directory, FILE_NAME)
     try:
-        _make(directory)
-        alone = _have_alone(directory)
-        if alone is not None:
-            try:
-                if (reason := broken_log(path)) is not None:
-                    raise QueueDamaged(f"{path}: {reason}; start mailerq, which salvages it")
-            finally:
-                os.close(alone)
+        make_directory(directory, user)
+        with as_owner(directory, user):
+            alone = _have_alone(directory)
+            if alone is not None:
+                try:
+                    if (reason := broken_log(path)) is not None:
+                        raise QueueDamaged(f"{path}: {reason}; start mailerq, which salvages it")
+                finally:
+                    os.close(alone)
+            # SQLite gives the files that it makes later to the owner of this one.
+            return Store.open(directory)
     except (OSError, QueueError) as error:
         raise translate(error, path) from error
-    return Store.open(directory)
 
 
-def _make(directory: str) -> None:
-    """Make the directory if it is missing, so that it is there after a power cut as well."""
+def make_directory(directory: str, user: str = "") -> None:
+    """Make the directory if it is missing, so that it is there after a power cut as well.
+
+    Root makes it for the account that the daemon will change to, `user`. Raises `QueueError`.
+    """
     if os.path.isdir(directory):
         return
     try:
         os.makedirs(directory, mode=0o750, exist_ok=True)
+        give_to(user, directory)
         above = os.open(os.path.dirname(os.path.abspath(directory)), os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(above)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Collection, Sequence
 from functools import lru_cache
-from typing import Final
 
-from mailerq.address import parse_domain
+from mailerq.address import parse_domain, parse_ip, parse_mailbox
 from mailerq.errors import AddressError
 
-__all__ = ["Access", "domain_of", "is_loopback"]
+__all__ = ["Access", "domain_of", "is_loopback", "is_within"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-_ROUTES: Final = frozenset("%!@")
 
 
 def domain_of(address: str) -> str:
@@ -58,22 +54,22 @@ class Access:
         self._relay_domains = _names(relay_domains)
 
     def may_connect(self, client: str) -> bool:
-        return not self._clients or _within(client, self._clients)
+        return not self._clients or is_within(client, self._clients)
 
     def may_relay(self, client: str) -> bool:
         """Whether that client may send to anybody without a login."""
         return self._may_relay(client)
 
     def _look_up_relay(self, client: str) -> bool:
-        return _within(client, self._relays)
+        return is_within(client, self._relays)
 
     def is_proxy(self, peer: str) -> bool:
         """Whether that peer must send a PROXY header."""
-        return bool(self._proxies) and _within(peer, self._proxies)
+        return bool(self._proxies) and is_within(peer, self._proxies)
 
     def may_xclient(self, client: str) -> bool:
         """Whether that client may say with XCLIENT whom it speaks for."""
-        return bool(self._xclients) and _within(client, self._xclients)
+        return bool(self._xclients) and is_within(client, self._xclients)
 
     def is_local(self, recipient: str) -> bool:
         """Whether anybody may send to that recipient, whose mail ends here.
@@ -97,16 +93,20 @@ def _is_in(recipient: str, domains: Collection[str]) -> bool:
     """Whether a recipient is of one of the domains, and of no other behind them."""
     if _ascii(domain_of(recipient)) not in domains:
         return False
-    return _ROUTES.isdisjoint(recipient.rpartition("@")[0])
+    try:
+        return not parse_mailbox(recipient).routed
+    except AddressError:  # a plugin may have made anything of it
+        return False
 
 
 @lru_cache(maxsize=4096)
-def _within(client: str, networks: tuple[Network, ...]) -> bool:
-    address = ipaddress.ip_address(client.partition("%")[0])
+def is_within(client: str, networks: tuple[Network, ...]) -> bool:
+    """Whether an IP address is in one of the networks; ``::ffff:127.0.0.1`` is 127.0.0.1."""
+    address = parse_ip(client.partition("%")[0])
     return any(address.version == network.version and address in network for network in networks)
 
 
 @lru_cache(maxsize=4096)
 def is_loopback(client: str) -> bool:
     """Whether that address is this host's own."""
-    return ipaddress.ip_address(client.partition("%")[0]).is_loopback
+    return parse_ip(client.partition("%")[0]).is_loopback

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Final, Self
 
-from mailerq.address import parse_mailbox
+from mailerq.address import Mailbox, parse_mailbox
 from mailerq.errors import AddressError
 
 __all__ = ["AddressList"]
@@ -19,7 +19,8 @@ class AddressList:
 
     ``ann@example.test`` is that address; ``*@example.test`` and ``sales-?@example.test`` are all
     that fit, where ``*`` stands for any characters and ``?`` for one; ``/(ann|bob)@.+\.test/`` is
-    a regular expression, which must fit the whole address.
+    a regular expression, which must fit the whole address. A pattern never takes an address that
+    may hide a route in its local part (`Mailbox.routed`); an exact entry may be such an address.
 
     >>> addresses = AddressList.parse("Ann@b.test\n*@c.test\n/[a-z]+@d\\.test/\n")
     >>> [addresses.has(name) for name in ("ann@B.test", "x@c.test", "x@d.test", "1@d.test")]
@@ -49,7 +50,7 @@ class AddressList:
                 elif "*" in entry or "?" in entry:
                     patterns.append(_wildcard(entry.lower()))
                 else:
-                    exact.append(_key(entry))
+                    exact.append(_key(parse_mailbox(entry)))
             except (AddressError, re.error) as error:
                 raise ValueError(f"line {number}: {error}") from None
         return cls(exact, patterns)
@@ -59,14 +60,17 @@ class AddressList:
         if not self._exact and not self._patterns:
             return False
         try:
-            key = _key(address)
+            mailbox = parse_mailbox(address)
         except AddressError:  # the bare postmaster
             return False
-        return key in self._exact or any(fits(key) for fits in self._patterns)
+        key = _key(mailbox)
+        if key in self._exact:
+            return True
+        return not mailbox.routed and any(fits(key) for fits in self._patterns)
 
 
-def _key(address: str) -> str:
-    return str(parse_mailbox(address)).lower()
+def _key(mailbox: Mailbox) -> str:
+    return str(mailbox).lower()
 
 
 def _wildcard(entry: str) -> str:

@@ -8,22 +8,24 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final
 
-__all__ = ["ClientLimits"]
+from mailerq.address import parse_ip
+
+__all__ = ["ClientLimits", "network_of"]
 
 MAX_CLIENTS: Final = 100_000
-"""Addresses that are remembered; the one that was quiet for longest is forgotten first."""
+"""Clients that are remembered; the one that was quiet for longest is forgotten first."""
 
 SECONDS: Final = 60.0
 """The length of the interval that all rates are given for."""
 
 
 class ClientLimits:
-    """Rates for each client address, as token buckets that fill evenly over a minute.
+    """Rates for each client, as token buckets that fill evenly over a minute.
 
     `per_minute` maps the name of what is counted to its bound; 0 or a missing name is no bound.
     A client that was quiet may use a whole minute's worth at once, and then as much as
-    flows in. `now` is in seconds on a clock that does not jump; IPv6 clients are counted by
-    their /64, since one host has that many addresses.
+    flows in. `now` is in seconds on a clock that does not jump. A client is what `network_of` its
+    address gives.
 
     >>> limits = ClientLimits({"messages": 2})
     >>> [limits.take("192.0.2.1", "messages", now=0.0) for _ in range(3)]
@@ -41,7 +43,7 @@ class ClientLimits:
         bound = self._bounds.get(what)
         if bound is None:
             return True
-        key = (network_of(client), what)
+        key = (client, what)
         used, since = self._levels.get(key, (0.0, now))
         used = max(0.0, used - max(0.0, now - since) * bound / SECONDS)
         allowed = used + count <= bound
@@ -55,7 +57,7 @@ class ClientLimits:
 
     def give_back(self, client: str, what: str) -> None:
         """Undo a `take` of one."""
-        key = (network_of(client), what)
+        key = (client, what)
         if key in self._levels:
             used, since = self._levels[key]
             self._levels[key] = (max(0.0, used - 1), since)
@@ -65,14 +67,19 @@ class ClientLimits:
         bound = self._bounds.get(what)
         if bound is None:
             return False
-        used, since = self._levels.get((network_of(client), what), (0.0, now))
+        used, since = self._levels.get((client, what), (0.0, now))
         return used - max(0.0, now - since) * bound / SECONDS + 1 > bound
 
 
 @lru_cache(maxsize=4096)
-def network_of(client: str) -> str:
-    """What stands for a client in counting: an IPv4 address, or the /64 of an IPv6 address."""
-    address = ipaddress.ip_address(client.partition("%")[0])
-    if address.version == 4:
-        return str(address)
-    return str(ipaddress.ip_network((address, 64), strict=False))
+def network_of(address: str, prefix4: int = 32, prefix6: int = 64) -> str:
+    """What stands for an address in counting: the network that one client may have.
+
+    A host has a /64 of IPv6 at least, and many providers hand out a /56 or a /48.
+
+    >>> network_of("192.0.2.1"), network_of("2001:db8:1:2::3", prefix6=48)
+    ('192.0.2.1/32', '2001:db8:1::/48')
+    """
+    ip = parse_ip(address.partition("%")[0])
+    prefix = prefix4 if ip.version == 4 else prefix6
+    return str(ipaddress.ip_network((ip, prefix), strict=False))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import msgspec
 
 from mailerq.address import parse_host, queue_problem
-from mailerq.config import Config, Network
+from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.wire.framing import has_bare_newline
 
@@ -21,7 +20,6 @@ __all__ = [
     "count_hops",
     "has_ascii_header",
     "loop_problem",
-    "is_within",
     "reception_queue",
     "result_queues",
     "route_of",
@@ -66,14 +64,6 @@ def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Rout
     if config.smtp_sink_address:
         host, port, mx, trusted = config.smtp_sink_address, config.smtp_sink_port, False, True
     return Route(name, host, port, mx, trusted)
-
-
-def is_within(address: str, networks: Sequence[Network]) -> bool:
-    """Whether an IP address is in one of the networks; ``::ffff:127.0.0.1`` is 127.0.0.1."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    return any(ip in network for network in networks)
 
 
 def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:

@@ -7,7 +7,7 @@ from typing import Final, Self
 from mailerq.config import Config
 from mailerq.errors import ConfigError
 from mailerq.mail.extract import EVERYTHING, Rights, rights_of
-from mailerq.rules.routes import is_within
+from mailerq.rules.access import is_within
 
 __all__ = ["Steering"]
 

@@ -137,7 +137,7 @@ _RET: Final = ("FULL", "HDRS")
 
 def _split(text: str, offered: Collection[str]) -> dict[str, str]:
     values: dict[str, str] = {}
-    for word in text.split():
+    for word in _words(text):
         keyword, _, value = word.partition("=")
         keyword = keyword.upper()
         if keyword not in offered:
@@ -146,6 +146,13 @@ def _split(text: str, offered: Collection[str]) -> dict[str, str]:
             raise ParameterError(smtp.BAD_PARAMETER_VALUE)
         values[keyword] = value
     return values
+
+
+def _words(text: str) -> list[str]:
+    """What stands between spaces. No other blank separates (RFC 5321, section 4.1.2)."""
+    if not text.isprintable():
+        raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+    return [word for word in text.split(" ") if word]
 
 
 def _size(text: str) -> int:
@@ -221,7 +228,7 @@ def split_path(argument: str, keyword: str) -> tuple[str, str] | None:
 def parse_xclient(text: str) -> dict[str, str | None]:
     """Read the attributes of XCLIENT; None for one that is unknown. Raises `ParameterError`."""
     attributes: dict[str, str | None] = {}
-    for word in text.split():
+    for word in _words(text):
         name, separator, value = word.partition("=")
         if name.upper() not in XCLIENT_ATTRIBUTES or not separator:
             raise ParameterError(smtp.BAD_PARAMETER_VALUE)

@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from mailerq.address import parse_ip
+
 __all__ = ["Header", "ProxyError", "parse"]
 
 V1_LIMIT: Final = 107
@@ -31,7 +33,8 @@ class ProxyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A whole header. Without `source` the proxy speaks for itself (a health check)."""
+    """A whole header. Without `source` it names no client: the proxy speaks for itself (a health
+    check), or knows none. Its own address then gives no rights."""
 
     length: int
     source: tuple[str, int] | None = None
@@ -69,12 +72,12 @@ def _parse_v1(data: bytes) -> Header | None:
 
 def _ip(word: bytes, version: int) -> str:
     try:
-        address = ipaddress.ip_address(word.decode("ascii"))
+        text = word.decode("ascii")
+        if (":" in text) != (version == 6):
+            raise ProxyError("address of the wrong family in PROXY line")
+        return str(parse_ip(text))
     except ValueError:
         raise ProxyError("malformed address in PROXY line") from None
-    if address.version != version:
-        raise ProxyError("address of the wrong family in PROXY line")
-    return str(address)
 
 
 def _port(word: bytes) -> int:
@@ -104,6 +107,10 @@ def _parse_v2(data: bytes) -> Header | None:
     source, destination, source_port, destination_port = layout.unpack_from(data, _V2_HEAD.size)
     return Header(
         length,
-        (str(ipaddress.ip_address(source)), source_port),
-        (str(ipaddress.ip_address(destination)), destination_port),
+        (_unpacked(source), source_port),
+        (_unpacked(destination), destination_port),
     )
+
+
+def _unpacked(address: bytes) -> str:
+    return str(parse_ip(str(ipaddress.ip_address(address))))

@@ -6,6 +6,7 @@ their base64, and returns the credentials. `BadResponse` ends the exchange with 
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import secrets
 from collections.abc import Callable, Generator
@@ -29,7 +30,11 @@ class Credentials(NamedTuple):
     def proves(self, password: str) -> bool:
         """Whether the client knows that password. Takes the same time for each answer."""
         if self.password is not None:
-            return hmac.compare_digest(self.password.encode(), password.encode())
+            # Digests, for passwords of another length would be told apart sooner.
+            given, known = (
+                hashlib.sha256(each.encode()).digest() for each in (self.password, password)
+            )
+            return hmac.compare_digest(given, known)
         expected = hmac.new(password.encode(), self.challenge, "md5").hexdigest().encode()
         return hmac.compare_digest(expected, self.response)
 

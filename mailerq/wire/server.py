@@ -61,6 +61,7 @@ from mailerq.wire.parameters import (
     parse_xclient,
     split_path,
 )
+from mailerq.wire.refusals import CONTENT_LINE, Refusals, shown_command, shown_mail
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
 __all__ = [
@@ -85,21 +86,14 @@ ERROR_LIMIT: Final = 20
 """Errors in a row before the session is closed; Postfix closes after as many."""
 
 IDLE_COMMAND_LIMIT: Final = 100
-"""Commands in a row that bring no mail forward (NOOP, RSET, VRFY, a second EHLO …)."""
+"""Commands in a row that bring no mail forward (NOOP, RSET, VRFY, a second EHLO, a tiny BDAT …)."""
+
+TINY_CHUNK: Final = 64
+"""Bytes of a chunk, but for the last one, below which most of what the peer sends is commands."""
 
 SOFT_ERROR_LIMIT: Final = ERROR_LIMIT // 2
 SOFT_IDLE_COMMAND_LIMIT: Final = IDLE_COMMAND_LIMIT // 2
 """Beyond either of these a session is a `nuisance`."""
-
-CONTENT_LINE: Final = b"(mail)"
-"""Stands for what is refused of a mail; no line is like it, for each has its end."""
-
-SHOWN_RECIPIENTS: Final = 3
-"""Recipients of a refused mail that are named in a log."""
-
-Refusals = list[tuple[str, Reply]]
-"""What was refused, as a log may show it, and the reply: a command, or `CONTENT_LINE` and the
-envelope."""
 
 DISCARD_LIMIT: Final = 1 << 20
 """Bytes of an endless line that are read on for the sake of a reply to it."""
@@ -125,7 +119,7 @@ class ServerProtocol:
     """One session.
 
     `secure` says that TLS is in use already when it begins, `auth_in_clear` that AUTH is
-    offered without TLS too, `xclient` that the peer may say who its client is.
+    offered without TLS too, `xclient` that the peer may say, once, who its client is.
     """
 
     def __init__(
@@ -150,7 +144,7 @@ class ServerProtocol:
         self.failures = 0
         """All errors so far."""
         self.steps = 0
-        """Lines, chunks and mails that came in whole so far."""
+        """Lines and mails that came in whole so far; a mail by BDAT is one with its commands."""
         self.refusals: Refusals | None = None
         """Set to a list to gather what is refused."""
         self._line = b""
@@ -183,8 +177,8 @@ class ServerProtocol:
 
     @property
     def in_content(self) -> bool:
-        """Whether the bytes of a mail are coming in."""
-        return self.state is _CONTENT or self.state is _CHUNK
+        """Whether a mail is coming in: between the chunks of one as well."""
+        return self.state is _CONTENT or self.state is _CHUNK or self._chunking
 
     @property
     def content_size(self) -> int:
@@ -299,7 +293,7 @@ class ServerProtocol:
             for answer in each or count * (reply or smtp.OK,):
                 self.send(answer)
                 if answer.code >= 400 and self.refusals is not None:
-                    self.refusals.append((self._shown_mail(), answer))
+                    self.refusals.append((shown_mail(self.mail, self.rcpts), answer))
             self._reset()
             self.errors = self._idle_commands = 0
         elif isinstance(event, Hello):
@@ -315,6 +309,8 @@ class ServerProtocol:
             self.state = _TLS
             self.send(reply or smtp.TLS_READY)
         elif isinstance(event, XClient):
+            # Once: what follows may be the words of the client, whom the proxy passes on.
+            self.xclient = False
             self.hello = None
             self.authenticated = False
             self._reset()
@@ -334,6 +330,7 @@ class ServerProtocol:
             self.state = _CHUNK
         else:
             self.state = _CONTENT
+            self._chunk_is_last = True  # of one
             self.send(reply or smtp.START_DATA)
 
     def reject(self, reply: Reply) -> None:
@@ -343,7 +340,7 @@ class ServerProtocol:
             raise LocalProtocolError("there is nothing to reject")
         if reply.code == 421:
             if isinstance(event, Content):
-                self._line = self._shown_mail().encode()
+                self._line = shown_mail(self.mail, self.rcpts).encode()
             self._close(reply, "closed by a reply 421")
             return
         if isinstance(event, Content):
@@ -370,7 +367,8 @@ class ServerProtocol:
             return self._incomplete(limit)
         line = self._line = self._buffer[self._position : end + 1]
         self._position = end + 1
-        self.steps += 1
+        if not self._chunking:
+            self.steps += 1
         if self._discarding or len(line) > limit:
             self._discarding = 0
             self._exchange = None
@@ -386,7 +384,7 @@ class ServerProtocol:
         if command is None:
             return self._unknown_command(verb.upper())
         try:
-            text = argument.strip().decode()
+            text = argument.lstrip(b" ").rstrip(b" \t").decode()
         except UnicodeDecodeError:
             return self._fail(smtp.NOT_UTF8)
         if "\0" in text:
@@ -575,10 +573,13 @@ class ServerProtocol:
         if match is None:
             return self._close(smtp.BDAT_SYNTAX, "sent a BDAT whose size cannot be read")
         size = int(match[1])
-        if size > self.settings.max_size > 0:
-            return self._close(smtp.TOO_BIG, "sent a chunk over the limit")
-        self._chunk_left = size
         self._chunk_is_last = match[2] is not None
+        if size > self.settings.max_size > 0:
+            self._repeat(smtp.TOO_BIG)
+            return self._close(smtp.TOO_BIG, "sent a chunk over the limit")
+        if size < TINY_CHUNK and not self._chunk_is_last and self._idled_out():
+            return None
+        self._chunk_left = size
         refusal = self._why_not_data()
         if refusal is not None:
             return self._refuse_chunk(refusal)
@@ -654,12 +655,11 @@ class ServerProtocol:
             if self._chunk_refusal is None:
                 self._body.add(data)
             return None
-        self.steps += 1
         refusal, self._chunk_refusal = self._chunk_refusal, None
         if refusal is not None:
             self.state = _COMMAND
-            self._reset()
-            return self._fail(refusal)
+            self.steps += 1
+            return self._content_failed(refusal)
         if self._chunk_is_last or self._body.is_too_big:
             return self._finish_content()
         self.state = _COMMAND
@@ -689,13 +689,21 @@ class ServerProtocol:
         return CLOSED
 
     def _content_failed(self, reply: Reply) -> Event | None:
-        """Refuse the mail: in LMTP once for each recipient (RFC 2033, section 4.2)."""
-        again = len(self.rcpts) - 1 if self.settings.lmtp else 0
-        self._line = self._shown_mail().encode()
+        """Refuse the mail, and all of it, whatever chunk it is that is refused."""
+        self._line = shown_mail(self.mail, self.rcpts).encode()
+        self._repeat(reply)
         self._reset()
-        for _ in range(again):
-            self.send(reply)
         return self._fail(reply)
+
+    def _repeat(self, reply: Reply) -> None:
+        """Send a refusal of the mail for each recipient but one.
+
+        In LMTP the end of a mail is answered for each of them, and a chunk that is not the last
+        once (RFC 2033, sections 4.2 and 4.3).
+        """
+        if self.settings.lmtp and self._chunk_is_last:
+            for _ in self.rcpts[1:]:
+                self.send(reply)
 
     # What commands share.
 
@@ -714,14 +722,16 @@ class ServerProtocol:
         self.mail = None
         self.rcpts = []
         self._refused_recipients = 0
-        self._chunking = False
+        if self._chunking:
+            self._chunking = False
+            self.steps += 1
 
     def _fail(self, reply: Reply) -> Event | None:
         """Answer with an error. There is no event to it, so a command can end with this."""
         self.errors += 1
         self.failures += 1
         if self.refusals is not None:
-            self.refusals.append((self._shown_line(), reply))
+            self.refusals.append((shown_command(self._line, _VERBS), reply))
         if self.errors > ERROR_LIMIT:
             self.send(smtp.TOO_MANY_ERRORS)
             self._closing = "too many errors"
@@ -732,39 +742,10 @@ class ServerProtocol:
     def _close(self, reply: Reply, reason: str) -> Event | None:
         """Answer with the last reply; `next_event` then says Closing."""
         if self.refusals is not None and reply.code >= 400:
-            self.refusals.append((self._shown_line(), reply))
+            self.refusals.append((shown_command(self._line, _VERBS), reply))
         self.send(reply)
         self._closing = reason
         return None
-
-    def _shown_line(self) -> str:
-        """The command that was just dealt with, as a log may show it.
-
-        Secrets may stand behind AUTH, in each line of its exchange, and in what only looks like
-        a command because the peer did not notice that AUTH was refused.
-        """
-        if not self._line:
-            return "(connection)"
-        if self._line.startswith(CONTENT_LINE) and not self._line.endswith(b"\n"):
-            return self._line.decode()
-        verb, _, argument = self._line.strip().partition(b" ")
-        verb = verb.upper()
-        if verb == b"AUTH":
-            name = argument.partition(b" ")[0].decode(errors="replace").upper()
-            return f"AUTH {name}" if name in sasl.MECHANISMS else "AUTH"
-        if verb in _COMMANDS or verb in _KNOWN_ELSEWHERE:
-            return self._line.decode(errors="backslashreplace").removesuffix("\r\n")
-        return f"({len(self._line)} bytes that are no command)"
-
-    def _shown_mail(self) -> str:
-        """The mail that is under way, as a log may show it: with its envelope."""
-        shown = CONTENT_LINE.decode()
-        if self.mail is None:
-            return shown
-        names = [f"<{rcpt.recipient}>" for rcpt in self.rcpts[:SHOWN_RECIPIENTS]]
-        more = len(self.rcpts) - len(names)
-        others = f" and {more} more" if more else ""
-        return f"{shown} from <{self.mail.sender}> to {', '.join(names)}{others}"
 
 
 _OTHER_PROTOCOLS: Final = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"CONNECT", b"OPTIONS"))
@@ -788,5 +769,7 @@ _COMMANDS: Final[dict[bytes, Callable[[ServerProtocol, str], Event | None]]] = {
     b"VRFY": ServerProtocol._vrfy,
     b"QUIT": ServerProtocol._quit,
 }
+
+_VERBS: Final = _COMMANDS.keys() | _KNOWN_ELSEWHERE
 
 _CHUNK_SIZE: Final = re.compile(r"(\d{1,19})(?: +(LAST))?", re.IGNORECASE | re.ASCII).fullmatch

@@ -27,6 +27,9 @@ from tests.engine.kit import (
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 
+MAPPED = (ipaddress.ip_network("::ffff:192.0.2.0/120"),)
+"""192.0.2.0/24 as an IPv6 socket has it."""
+
 # Relaying.
 
 
@@ -338,14 +341,34 @@ async def test_the_client_behind_a_proxy_is_the_one_that_is_admitted(tmp_path: P
 @pytest.mark.parametrize(
     "header", [b"PROXY UNKNOWN\r\n", version_2("0.0.0.0", "0.0.0.0", command=0)]
 )
-async def test_a_proxy_may_speak_for_itself(tmp_path: Path, header: bytes) -> None:
-    async with (
-        serve(tmp_path, smtp_proxy=LOOPBACK) as engine,
-        open_dialog(engine.addresses[0], greeted=False) as dialog,
-    ):
-        await dialog.send(header)
-        assert (await dialog.reply()).startswith("220")
-        assert await dialog.codes("QUIT") == [221]
+async def test_a_proxy_that_names_no_client_is_greeted_and_has_no_right(
+    tmp_path: Path, header: bytes
+) -> None:
+    settings = {
+        "smtp_proxy": LOOPBACK,
+        "smtp_range": LOOPBACK,
+        "smtp_xclient_range": LOOPBACK,
+        "smtp_local_domains": ("d.test",),
+        "smtp_greet_delay": 60.0,
+        "smtp_client_messages": 1,
+        "smtp_username": "ann",
+        "smtp_password": "s3cret",
+    }
+    async with serve(tmp_path, **settings) as engine:
+        async with open_dialog(engine.addresses[0], greeted=False) as dialog:
+            await dialog.send(header)
+            assert (await dialog.reply()).startswith("220")
+            assert not {"AUTH", "XCLIENT"} & set((await dialog.say("EHLO c.test")).split())
+            assert await dialog.codes("AUTH PLAIN", "XCLIENT ADDR=127.0.0.1") == [538, 502]
+            assert await dialog.codes(
+                "MAIL FROM:<a@b.test>", "RCPT TO:<c@elsewhere.test>", "RSET", "MAIL FROM:<a@b.test>"
+            ) == [250, 550, 250, 450]
+            assert await dialog.codes("QUIT") == [221]
+        async with open_dialog(engine.addresses[0], greeted=False) as dialog:
+            await dialog.send(version_2("127.0.0.1", "127.0.0.1"))
+            assert (await dialog.reply()).startswith("220")
+            await dialog.say("EHLO c.test", "MAIL FROM:<a@b.test>")
+            assert await dialog.codes("RCPT TO:<c@elsewhere.test>") == [250]
 
 
 async def test_tls_begins_behind_the_header_of_a_proxy(tmp_path: Path) -> None:
@@ -376,7 +399,13 @@ async def test_xclient_says_who_the_client_is(tmp_path: Path) -> None:
             await dialog.say("MAIL FROM:<a@b.test>")
             assert await dialog.codes("RCPT TO:<c@elsewhere.test>", "RSET") == [550, 250]
             assert (await dialog.mail("c@d.test")).startswith("250")
-            await dialog.say("XCLIENT LOGIN=ann", "EHLO other.test")
+            # Whoever the proxy passes on may not say it again.
+            assert await dialog.codes("XCLIENT ADDR=127.0.0.1", "XCLIENT LOGIN=ann") == [502, 502]
+            assert "XCLIENT" not in await dialog.say("EHLO other.test")
+            await dialog.say("MAIL FROM:<a@b.test>")
+            assert await dialog.codes("RCPT TO:<c@elsewhere.test>") == [550]
+        async with open_dialog(engine.addresses[0]) as dialog:
+            await dialog.say("XCLIENT ADDR=192.0.2.1 LOGIN=ann", "EHLO other.test")
             assert (await dialog.mail("c@elsewhere.test")).startswith("250")
         first, second = await inbox(engine, 2)
     assert first.properties["connection"]["remote-ip"] == "2001:db8::7"
@@ -423,12 +452,40 @@ async def test_the_client_of_xclient_is_admitted_and_counted(tmp_path: Path) -> 
             assert await first.codes("XCLIENT ADDR=192.0.2.1") == [220]
             assert (await second.say("XCLIENT ADDR=192.0.2.1")).startswith("421 4.7.0")
             assert await second.closed()
-            assert await first.codes("XCLIENT ADDR=192.0.2.2") == [220]
         async with open_dialog(address) as third:
-            assert await third.codes("XCLIENT ADDR=192.0.2.1", "XCLIENT ADDR=198.51.100.1") == [
-                220,
-                554,
-            ]
+            assert await third.codes("XCLIENT ADDR=198.51.100.1") == [554]
+
+
+async def test_a_client_of_xclient_in_ipv6_clothes_has_the_rights_of_its_ipv4_address(
+    tmp_path: Path,
+) -> None:
+    settings = {"smtp_xclient_range": LOOPBACK, "smtp_relay_range": MAPPED}
+    async with serve(tmp_path, **settings) as engine:
+        for address, code in (
+            ("192.0.2.7", 250),
+            ("IPV6:::ffff:192.0.2.7", 250),
+            ("::ffff:198.51.100.7", 550),
+        ):
+            async with open_dialog(engine.addresses[0]) as dialog:
+                await dialog.say(f"XCLIENT ADDR={address}", "EHLO c.test", "MAIL FROM:<a@b.test>")
+                assert await dialog.codes("RCPT TO:<c@elsewhere.test>") == [code]
+
+
+async def test_hosts_of_one_network_share_the_limits_of_a_client(tmp_path: Path) -> None:
+    settings = {
+        "smtp_xclient_range": LOOPBACK,
+        "smtp_client_prefix6": 48,
+        "smtp_client_prefix4": 24,
+        "smtp_client_messages": 1,
+    }
+    addresses = ("2001:db8:0:1::1", "2001:db8:0:2::1", "2001:db8:1::1", "192.0.2.1", "192.0.2.2")
+    async with serve(tmp_path, **settings) as engine:
+        codes = []
+        for address in addresses:
+            async with open_dialog(engine.addresses[0]) as dialog:
+                await dialog.say(f"XCLIENT ADDR={address}", "EHLO c.test")
+                codes += await dialog.codes("MAIL FROM:<a@b.test>")
+        assert codes == [250, 450, 250, 250, 450]
 
 
 # Logs.
@@ -443,7 +500,7 @@ async def test_refused_commands_stand_in_their_log_one_on_a_line(tmp_path: Path)
             await dialog.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@elsewhere.test>", "RSET")
             await dialog.say("AUTH PLAIN AGh1bnRlcjI=aGVsbG8=", "AUTH aHVudGVyMg==")
             await dialog.say("AUTH LOGIN", "aHVudGVyMg==", "aHVudGVyMg==")
-            await dialog.say("aHVudGVyMg==", "VRFY")
+            await dialog.say("aHVudGVyMg==", "VRFY", "RCPT TO:<x -> 250 2.0.0 Ok\u202e")
         await trio.lowlevel.checkpoint()
     lines = lines_of(log)
     assert lines[:2] == [
@@ -456,6 +513,7 @@ async def test_refused_commands_stand_in_their_log_one_on_a_line(tmp_path: Path)
         "[127.0.0.1] AUTH",
         "[127.0.0.1] (14 bytes that are no command)",
         "[127.0.0.1] VRFY",
+        r"[127.0.0.1] RCPT TO:<x\x20->\x20250 2.0.0 Ok\u202e",
     ]
     assert "aHVudGVyMg" not in log.read_text()
     assert "hunter2" not in log.read_text()
@@ -468,6 +526,6 @@ async def test_a_received_mail_is_one_line_for_each_recipient(tmp_path: Path) ->
     ids = re.findall(r"2\.0\.0 (\w+) for ", reply)
     assert lines_of(log) == [
         f"{ids[0]} <a@b.test> <c@d.test> [127.0.0.1] [127.0.0.1]",
-        f'{ids[1]} <a@b.test> <"x\\x3e\\x20\\x3cy@z.test\\x3e\\\\x20"@d.test>'
+        f'{ids[1]} <a@b.test> <"x\\x3e\\x20\\x3cy@z.test\\x3e\\\\\\x20"@d.test>'
         " [127.0.0.1] [127.0.0.1]",
     ]

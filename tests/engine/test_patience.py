@@ -88,6 +88,18 @@ async def test_a_mail_has_to_come_at_a_rate(tmp_path: Path) -> None:
         assert await drip(dialog, 1000 * b"x")
 
 
+async def test_a_mail_in_chunks_has_to_come_at_a_rate_as_well(tmp_path: Path) -> None:
+    settings = {"smtp_timeout": 0.3, "smtp_data_minrate": 10_000_000}
+    async with converse(tmp_path, **settings) as dialog:
+        await dialog.say(*TRANSACTION[:2])
+        reply = "250"
+        with trio.fail_after(10):
+            while reply.startswith("250"):
+                await dialog.send(b"BDAT 70\r\n" + 70 * b"x")
+                reply = await dialog.reply()
+        assert reply.startswith("421 4.4.2")
+
+
 async def test_a_mail_that_comes_at_a_rate_is_taken_however_long_it_takes(tmp_path: Path) -> None:
     settings = {"smtp_timeout": 0.25, "smtp_data_minrate": 10}
     async with converse(tmp_path, **settings) as dialog:

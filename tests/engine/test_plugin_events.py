@@ -17,9 +17,9 @@ from mailerq.wire.smtp import Reply
 from tests.engine.kit import until
 from tests.support import (
     ROOT,
-    closed_port,
     compile_plugin,
     configure,
+    free_port,
     in_thread,
     open_sink,
     send,
@@ -278,15 +278,16 @@ async def test_plugin_statistics_are_in_the_engines(tmp_path: Path, policy: str)
     assert rows["rcptto"]["calls"] == 1
 
 
-async def test_a_bad_plugin_stops_the_start_before_a_port_is_open(tmp_path: Path) -> None:
+async def test_a_bad_plugin_stops_the_start_and_closes_the_ports(tmp_path: Path) -> None:
     plugins = tmp_path / "plugins"
     compile_plugin(plugins, "bad.c", "int mq_version(void) { return 99; }")
-    with closed_port() as port:
-        config = configure(tmp_path, plugin_directory=str(plugins), smtp_port=(port,))
-        # The port is taken, so had it come to listening, that would be the error.
-        with pytest.raises(PluginError, match=r"bad\.so.*99"):
-            async with Engine(config):
-                pass
+    port = free_port()
+    config = configure(tmp_path, plugin_directory=str(plugins), smtp_port=(port,))
+    with pytest.raises(PluginError, match=r"bad\.so.*99"):
+        async with Engine(config):
+            pass
+    with pytest.raises(OSError):
+        await trio.open_tcp_stream("127.0.0.1", port)
 
 
 async def test_a_stop_does_not_wait_for_a_plugin_that_keeps_its_events(tmp_path: Path) -> None:

@@ -90,9 +90,45 @@ async def test_an_unknown_login_is_hashed_for_as_well(
     asked = []
     monkeypatch.setattr(auth, "verify_hash", lambda *pair: asked.append(pair))
     file = tmp_path / "logins"
-    file.write_text("ann:hash\n")
-    await auth.parse_backend(f"file://{file}").check(plain("nobody", "password"))
-    assert asked == [("password", "hash")]
+    hashes = [f"${kind}$salt$0123456789" for kind in "56"]
+    file.write_text(f"ann:{hashes[0]}\nbob:{hashes[1]}\ncyd:!\ndee:\n")
+    back_end = auth.parse_backend(f"file://{file}")
+    names = [f"nobody{number}" for number in range(50)]
+    for login in (*names, *names, "cyd", "dee"):
+        await back_end.check(plain(login, "password"))
+    assert [password for password, _ in asked] == 102 * ["password"]
+    assert {stored for _, stored in asked} == set(hashes)
+    # Otherwise an unknown login would take now this time and now that one.
+    assert asked[:50] == asked[50:100]
+
+
+async def test_a_login_that_is_locked_is_not_let_in_by_the_hash_of_another(tmp_path: Path) -> None:
+    file = tmp_path / "logins"
+    stored = crypt(b"s3cret", b"$5$rounds=1000$salt").decode()
+    file.write_text(f"ann:{stored}\nbob:!{stored}\ncyd:\n")
+    back_end = auth.parse_backend(f"file://{file}")
+    assert await back_end.check(plain("ann", "s3cret")) is True
+    for login in ("bob", "cyd"):
+        assert await back_end.check(plain(login, "s3cret")) is False
+    assert await back_end.check(plain("eve", "s3cret")) is None
+
+
+async def test_a_wrong_password_goes_the_way_of_an_unknown_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(auth, "verify_hash", lambda *pair: asked.append(pair) or False)
+    file = tmp_path / "logins"
+    file.write_text("bob:$5$salt$0123456789\n")
+    both = Authenticator([f"file://{file}"], {"ann": "one"})
+    for login in ("ann", "eve", "bob"):
+        assert not await both.check(plain(login, "two"))
+    assert len(asked) == 3
+    broken = Authenticator([f"file://{file}", program(tmp_path, "exit 7")], {"ann": "one"})
+    for login in ("ann", "eve", "bob"):
+        with pytest.raises(AuthUnavailable):
+            await broken.check(plain(login, "two"))
+    assert await broken.check(plain("ann", "one"))
 
 
 def program(directory: Path, text: str) -> str:

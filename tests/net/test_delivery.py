@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from mailerq.message import Message, Result
+from mailerq.net.delivery import _log_line
 from mailerq.net.logs import LogFile
 from mailerq.net.resolver import NoHosts
 from mailerq.wire.smtp import Reply
 from tests.net.delivery_kit import NOW, StubResolver, open_bench
+from tests.support import unescape
 
 
 async def test_a_message_arrives_and_its_result_is_published() -> None:
@@ -280,10 +286,44 @@ async def test_the_send_log_has_one_line_for_each_attempt(tmp_path: Path) -> Non
     send_log.close()
     assert path.read_text().splitlines() == [
         "[2026-01-01 12:00:00] rcpt to:error 1 <a@b.test> <c@d.test> [127.0.0.1] [127.0.0.1]"
-        " spring,sale\\x0a[fake] 550 5.1.1 bad?[31m?",
+        " spring,sale\\x0a\\x5bfake\\x5d 550 5.1.1 bad?[31m?",
         "[2026-01-01 12:00:00] accept:accepted 1 <a@b.test> <e@d.test> [127.0.0.1] [127.0.0.1]"
         "  250 2.0.0 taken",
     ]
+
+
+SEND_LINE = re.compile(
+    r"(?P<state>[a-z ]+):(?P<result>[a-z]+) (?P<attempt>\d+)"
+    r" <(?P<envelope>[^ ]*)> <(?P<recipient>[^ ]*)> \[(?P<local>[^ ]*)\] \[(?P<remote>[^ ]*)\]"
+    r" (?P<tags>[^ ]*) (?P<code>\d*) (?P<status>[\d.]*) (?P<description>.*)"
+)
+"""How README.md says that a line of the send log is read."""
+
+LOGGED = st.text(st.characters() | st.sampled_from(" ,<>[]\\\n"), max_size=20)
+
+
+@given(LOGGED, LOGGED, st.lists(LOGGED.filter(bool)), LOGGED)
+def test_nobody_can_forge_a_field_of_the_send_log(
+    envelope: str, recipient: str, tags: list[str], description: str
+) -> None:
+    message = Message({"envelope": envelope, "recipient": recipient, "tags": tags})
+    result = Result(
+        attempt=3,
+        type="error",
+        state="rcpt to",
+        result="error",
+        time="2026-01-01 12:00:00",
+        code=550,
+        status="5.1.1",
+        description=description,
+    )
+    match = SEND_LINE.fullmatch(_log_line(message, result))
+    assert match is not None
+    read = {name: unescape(text) for name, text in match.groupdict().items()}
+    assert (read["envelope"], read["recipient"]) == (envelope, recipient)
+    assert list(map(unescape, filter(None, match["tags"].split(",")))) == tags
+    assert read["description"] == description
+    assert (read["state"], read["attempt"], read["code"]) == ("rcpt to", "3", "550")
 
 
 async def test_statistics_count_what_happened() -> None:

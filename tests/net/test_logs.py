@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from mailerq.net.logs import LogFile, escape
+from mailerq.net.logs import LogFile
 
 
 def test_a_line_has_its_date(tmp_path: Path) -> None:
@@ -25,13 +22,6 @@ def test_what_could_forge_a_line_is_escaped(tmp_path: Path) -> None:
     assert text.count("\n") == 1
     assert "\\x0d\\x0a[2026" in text
     assert "\x1b" not in text
-
-
-@given(st.text())
-def test_escaped_text_is_one_line_that_can_be_written(text: str) -> None:
-    escaped = escape(text)
-    assert len(escaped.splitlines()) <= 1
-    escaped.encode()
 
 
 def test_a_file_that_was_moved_away_is_opened_anew(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ async def test_output_of_a_suspended_event_does_not_wait_for_it(directory: Path)
         await connection.close()
 
 
-async def test_log_lines_have_priority_name_and_no_control_characters(directory: Path) -> None:
+async def test_log_lines_have_priority_and_name_and_are_escaped_by_the_log(directory: Path) -> None:
     records: list[logging.LogRecord] = []
 
     class Keep(logging.Handler):
@@ -136,7 +136,7 @@ async def test_log_lines_have_priority_name_and_no_control_characters(directory:
         ("CRITICAL", "[threads.so] critical"),
         ("WARNING", "[threads.so] warning"),
         ("INFO", "[threads.so] other"),
-        ("INFO", "[threads.so] a\\r\\nb\\x1b[1mé\\xff\\u2028"),
+        ("INFO", "[threads.so] a\r\nb\x1b[1mé\\xff\u2028"),
     ]
     assert records[-1].getMessage() == "[threads.so] " + "x" * 4000
 

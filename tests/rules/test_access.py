@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from mailerq.rules.access import Access, domain_of
+from mailerq.rules.access import Access, domain_of, is_loopback
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
@@ -29,6 +29,15 @@ def test_only_clients_in_the_relay_range_may_relay() -> None:
     assert not access.may_relay("fe80::1%eth0")
     assert not access.may_relay("198.51.100.7")
     assert not Access((), (), ()).may_relay("127.0.0.1")
+
+
+def test_an_ipv4_client_of_an_ipv6_socket_has_the_rights_of_its_address() -> None:
+    access = Access((ipaddress.ip_network("192.0.2.0/24"),), LOOPBACK, ())
+    assert access.may_relay("::ffff:127.0.0.1")
+    assert access.may_connect("::ffff:192.0.2.1")
+    assert is_loopback("::ffff:127.0.0.1")
+    everybody = Access((), (ipaddress.ip_network("::/0"),), ())
+    assert not everybody.may_relay("::ffff:192.0.2.1")
 
 
 @pytest.mark.parametrize(

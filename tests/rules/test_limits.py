@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mailerq.rules.limits import MAX_CLIENTS, ClientLimits, network_of
@@ -34,10 +34,17 @@ def test_no_bound_is_no_bound() -> None:
 
 
 def test_hosts_of_one_ipv6_network_count_as_one() -> None:
-    limits = ClientLimits({"a": 1})
-    assert limits.take("2001:db8::1", "a", 0.0)
-    assert not limits.take("2001:db8::ffff:1", "a", 0.0)
-    assert limits.take("2001:db8:0:1::1", "a", 0.0)
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:1")
+    assert network_of("2001:db8::1") != network_of("2001:db8:0:1::1")
+    assert network_of("2001:db8:0:1::1", prefix6=56) == network_of("2001:db8:0:ff::1", prefix6=56)
+    assert network_of("2001:db8:0:1::1", prefix6=56) != network_of("2001:db8:0:100::1", prefix6=56)
+    assert network_of("2001:db8:0:1::1", prefix6=48) == network_of("2001:db8:0:ffff::1", prefix6=48)
+    assert network_of("192.0.2.1", 24) == network_of("192.0.2.255", 24)
+
+
+def test_an_ipv4_address_in_ipv6_is_counted_as_what_it_is() -> None:
+    assert network_of("::ffff:192.0.2.1") == network_of("192.0.2.1")
+    assert network_of("::ffff:192.0.2.1") != network_of("::ffff:192.0.2.2")
 
 
 def test_memory_is_bounded() -> None:
@@ -51,6 +58,7 @@ def test_memory_is_bounded() -> None:
 def test_the_network_is_the_slash_64(
     one: ipaddress.IPv6Address, two: ipaddress.IPv6Address
 ) -> None:
+    assume(one.ipv4_mapped is None and two.ipv4_mapped is None)  # those are IPv4 addresses
     same = int(one) >> 64 == int(two) >> 64
     assert (network_of(str(one)) == network_of(str(two))) == same
     assert network_of(one.exploded) == network_of(str(one))

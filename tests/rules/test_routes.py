@@ -6,11 +6,11 @@ import pytest
 
 from mailerq.config import Config
 from mailerq.errors import AddressError
+from mailerq.rules.access import is_within
 from mailerq.rules.routes import (
     Route,
     choose_local_ip,
     count_hops,
-    is_within,
     loop_problem,
     result_queues,
     route_of,

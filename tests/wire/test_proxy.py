@@ -17,10 +17,14 @@ def v2(body: bytes, *, command: int = 0x21, family: int = 0x11) -> bytes:
 
 TCP4 = v2(bytes([192, 0, 2, 1, 198, 51, 100, 2]) + struct.pack("!HH", 40000, 25))
 TCP6 = v2(bytes(15) + b"\1" + bytes(15) + b"\2" + struct.pack("!HH", 40000, 25), family=0x21)
+MAPPED = bytes(10) + b"\xff\xff" + bytes([192, 0, 2, 1])
+V2_MAPPED = v2(2 * MAPPED + struct.pack("!HH", 40000, 25), family=0x21)
 
 GOOD = [
     (b"PROXY TCP4 192.0.2.1 198.51.100.2 40000 25\r\n", ("192.0.2.1", 40000)),
     (b"PROXY TCP6 2001:db8::1 2001:db8::2 40000 25\r\n", ("2001:db8::1", 40000)),
+    (b"PROXY TCP6 ::ffff:192.0.2.1 ::ffff:192.0.2.2 40000 25\r\n", ("192.0.2.1", 40000)),
+    (V2_MAPPED, ("192.0.2.1", 40000)),
     (b"PROXY UNKNOWN\r\n", None),
     (b"PROXY UNKNOWN ff ff 1 2\r\n", None),
     (TCP4, ("192.0.2.1", 40000)),
@@ -48,6 +52,9 @@ def test_a_header_is_read_whole_and_only_whole(data: bytes, source: tuple[str, i
         b"PROXY TCP4 192.0.2.1 198.51.100.2 40000\r\n",
         b"PROXY TCP4 192.0.2.1 198.51.100.2 40000 25 x\r\n",
         b"PROXY TCP4 2001:db8::1 198.51.100.2 40000 25\r\n",
+        b"PROXY TCP4 ::ffff:192.0.2.1 198.51.100.2 40000 25\r\n",
+        b"PROXY TCP6 192.0.2.1 2001:db8::2 40000 25\r\n",
+        b"PROXY TCP6 fe80::1%x 2001:db8::2 40000 25\r\n",
         b"PROXY TCP4 192.0.2.256 198.51.100.2 40000 25\r\n",
         b"PROXY TCP4 192.0.2.1 198.51.100.2 65536 25\r\n",
         b"PROXY TCP4 192.0.2.1 198.51.100.2 -1 25\r\n",

@@ -645,6 +645,52 @@ def test_lmtp_replies_for_each_recipient() -> None:
     assert [line[:3] for line in machine.data_to_send().splitlines()] == [b"250", b"450", b"250"]
 
 
+def test_in_lmtp_the_end_of_a_mail_is_answered_for_each_recipient_and_a_chunk_once() -> None:
+    begin = b"LHLO c.test\r\nMAIL FROM:<a@b.test>\r\n" + 3 * b"RCPT TO:<c@d.test>\r\n"
+
+    def replies(sent: bytes, refusal: Reply | None = None) -> list[int]:
+        machine = ServerProtocol(LMTP)
+        machine.greet()
+        feed(machine, Transcript(), begin)
+        machine.receive_data(sent)
+        if refusal is not None:
+            assert isinstance(machine.next_event(), server.Data)
+            machine.reject(refusal)
+        return feed(machine, Transcript(), b"").codes
+
+    too_big = 600 * b"x"
+    assert replies(b"BDAT 1001 LAST\r\n") == [552] * 3
+    assert replies(b"BDAT 1001\r\n") == [552]
+    assert replies(b"BDAT 1 LAST\r\nxNOOP\r\n", Reply(452, "no")) == [452] * 3 + [250]
+    assert replies(b"BDAT 1\r\nxBDAT 1 LAST\r\nx", Reply(452, "no")) == [452, 503]
+    assert replies(bdat(too_big, too_big) + b"NOOP\r\n") == [250] + [552] * 3 + [250]
+    assert replies(bdat(too_big, too_big, b"") + b"NOOP\r\n") == [250, 552, 503, 250]
+
+
+def test_xclient_is_taken_once() -> None:
+    line = b"XCLIENT ADDR=192.0.2.7\r\n"
+    assert session(b"XCLIENT ADDR\r\n" + line + line + HELLO, xclient=True).codes == [
+        501, 220, 502, 250,
+    ]  # fmt: skip
+    transcript = session(HELLO + line + HELLO, xclient=True)
+    assert transcript.out.count(b"XCLIENT") == 1
+
+
+@pytest.mark.parametrize("blank", ["\t", "\v", "\f", "\x1c", "\x85", "\xa0", "\u2003", "\u3000"])
+@pytest.mark.parametrize(
+    "line",
+    ["MAIL FROM:<a@b.test> SIZE=1{}BODY=7BIT", "MAIL FROM:<a@b.test> AUTH=x{}SIZE=1",
+     "MAIL FROM:<a@b.test>{}SIZE=1", "XCLIENT ADDR=192.0.2.7{}PORT=1"],
+)  # fmt: skip
+def test_only_spaces_separate_parameters(line: str, blank: str) -> None:
+    machine = ServerProtocol(SETTINGS, xclient=True)
+    machine.greet()
+    sent = line.format(blank).encode() + b"\r\n"
+    assert feed(machine, Transcript(), HELLO, sent).codes[1:] in ([501], [250, 501])
+    good = feed(machine, Transcript(), line.format("  ").encode() + b"\r\n")
+    assert good.codes in ([250], [220])
+
+
 def test_xclient_starts_the_session_anew() -> None:
     lines = b"XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.7 HELO=x+2By\r\nMAIL FROM:<a@b.test>\r\n"
     assert session(HELLO + lines, xclient=True).codes == [250, 220, 503]

@@ -102,13 +102,33 @@ def test_a_path_of_any_kind_is_read_in_one_go(count: int, piece: bytes) -> None:
 
 def test_chunks_do_not_copy_what_comes_behind_them() -> None:
     machine = machine_for(before=RCPT)
-    machine.receive_data(1000 * b"BDAT 1\r\nx")
+    machine.receive_data(1000 * (b"BDAT 64\r\n" + 64 * b"x"))
     whole = machine._buffer
     assert isinstance(machine.next_event(), server.Data)
     machine.accept()
     assert machine.next_event() is server.NEED_DATA
     assert machine._buffer is whole
-    assert machine.content_size == 1000
+    assert machine.content_size == 64_000
+
+
+@pytest.mark.parametrize("size", [0, 1, server.TINY_CHUNK - 1])
+def test_tiny_chunks_are_commands_that_bring_no_mail_forward(size: int) -> None:
+    chunk = b"BDAT %d\r\n" % size + size * b"x"
+    machine = machine_for(before=RCPT)
+    assert codes(talk(machine, 1000 * chunk)) == server.IDLE_COMMAND_LIMIT * [250] + [421]
+
+
+def test_a_mail_in_chunks_is_one_step_however_many_they_are() -> None:
+    machine = machine_for(before=RCPT)
+    steps_before = machine.steps
+    talk(machine, b"BDAT 1\r\nx")
+    assert machine.steps == steps_before + 1
+    talk(machine, 50 * b"BDAT 1\r\nx" + b"NOOP\r\nBDAT 70\r\n")
+    assert machine.steps == steps_before + 1
+    assert machine.in_content
+    talk(machine, 70 * b"x" + b"RSET\r\n")
+    assert machine.steps == steps_before + 2
+    assert not machine.in_content
 
 
 @pytest.mark.parametrize("before", [b"", HELLO, RCPT + b"DATA\r\n", RCPT + b"BDAT 99999\r\n"])
