@@ -17,12 +17,13 @@ import dataclasses
 import functools
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from mailerq.errors import ConfigError
+from mailerq.errors import ConfigError, Problem
 from mailerq.settings import (
     DOMAINS,
     FLAG,
@@ -76,8 +77,8 @@ LOGS: Final = "Logs"
 class Config:
     """Every setting of one engine, checked and immutable; `smtp-port` is `config.smtp_port`.
 
-    Raises `ConfigError` for a value of a wrong type or out of its bounds, and for values that
-    contradict each other.
+    Raises `ConfigError` for all values of a wrong type or out of their bounds, or else for all
+    values that contradict each other.
 
     >>> config = Config(smtp_port=(2525,), smtp_local_domains=("Example.TEST",))
     >>> config.smtp_local_domains, config.origin("smtp-port"), config.origin("smtp-maxsize")
@@ -485,6 +486,7 @@ class Config:
     """Attribute to place of each value that was set; filled by `load`, read by `origin`."""
 
     def __post_init__(self) -> None:
+        wrong: list[tuple[str, str]] = []
         for known in SETTINGS:
             value = getattr(self, known.attribute)
             if value is known.default:
@@ -492,12 +494,14 @@ class Config:
             try:
                 value = known.check(value)
             except ValueError as error:
-                raise ConfigError(self._where(known.attribute), str(error)) from None
+                wrong.append((known.attribute, str(error)))
             object.__setattr__(self, known.attribute, value)
         if not self.hostname:
             object.__setattr__(self, "hostname", _this_host())
-        for attribute, problem in _contradictions(self):
-            raise ConfigError(self._where(attribute), problem)
+        if wrong := wrong or [*_contradictions(self)]:
+            raise ConfigError.of(
+                [Problem(self._where(name), text, name.replace("_", "-")) for name, text in wrong]
+            )
 
     def _where(self, attribute: str) -> str:
         return self.origins.get(attribute) or attribute.replace("_", "-")
@@ -508,13 +512,17 @@ class Config:
         arguments: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         files: Iterable[str | os.PathLike[str]] = DEFAULT_FILES,
+        *,
+        problems: list[Problem] | None = None,
     ) -> Self:
         """Read all layers: `files` that exist, ``--config-file``, `environ`, `arguments`.
 
         `arguments` holds nothing but settings (see `split_arguments`); `environ` is
-        `os.environ` where it is None. Raises `ConfigError` for the first thing that is wrong.
+        `os.environ` where it is None. Raises `ConfigError` for all that is wrong; with a list of
+        `problems` it is added there, and what is wrong has its default.
         """
-        sources = Sources(_BY_KEY)
+        found: list[Problem] = []
+        sources = Sources(_BY_KEY, found)
         switches = sources.arguments(arguments)
         variables = sources.environ(os.environ if environ is None else environ)
         overlay = switches.pop(CONFIG_FILE, variables.pop(CONFIG_FILE, None))
@@ -529,10 +537,38 @@ class Config:
                 known = _BY_KEY[key]
                 try:
                     values[known.attribute] = known.read(given.text)
+                    origins[known.attribute] = given.where
                 except ValueError as error:
-                    raise ConfigError(given.where, f"{key}: {error}") from None
-                origins[known.attribute] = given.where
-        return cls(**values, origins=origins)
+                    found.append(Problem(given.where, f"{key}: {error}", key))
+        config = cls._consistent(values, origins, found)
+        if problems is not None:
+            problems += found
+        elif found:
+            raise ConfigError.of(found)
+        return config
+
+    @classmethod
+    def _consistent(
+        cls, values: dict[str, Any], origins: dict[str, str], found: list[Problem]
+    ) -> Self:
+        """The settings without those that contradict others; they are added to `found`.
+
+        What contradicts a value that is wrong itself may not, once that is right.
+        """
+        wrong = {problem.key for problem in found}
+        while True:
+            try:
+                return cls(**values, origins=origins)
+            except ConfigError as error:
+                for problem in error.problems:
+                    if wrong.isdisjoint(re.findall("[a-z-]+", problem.text)):
+                        found.append(problem)
+                keys = {problem.key for problem in error.problems}
+            wrong |= keys
+            left_out = {key.replace("-", "_") for key in keys}
+            if left_out.isdisjoint(values):
+                left_out = {*values}  # it contradicts what is not set
+            values = {name: value for name, value in values.items() if name not in left_out}
 
     def replace(self, **changes: Any) -> Self:
         """The same settings with some changed, checked again.

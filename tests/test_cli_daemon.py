@@ -24,7 +24,7 @@ class Daemon:
     def __init__(self, process: subprocess.Popen[str], settings: Sequence[str]) -> None:
         self.process = process
         self.settings = settings
-        self.port = int(self.wait_for("listens on").rpartition(":")[2])
+        self.port = int(self.wait_for("listens on").rpartition(":")[2].partition(",")[0])
 
     def wait_for(self, text: str) -> str:
         """The first line of the log that holds the text."""

@@ -1,4 +1,4 @@
-"""``mailerq queue``, ``config``, ``check-config`` and ``status`` as users run them."""
+"""``mailerq queue``, ``config`` and ``status`` as users run them."""
 
 from __future__ import annotations
 
@@ -284,46 +284,18 @@ def test_config_for_programs_has_the_types(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("command", [["check-config"], []])
-def test_a_wrong_configuration_exits_2_and_names_the_line(
-    tmp_path: Path, command: list[str]
+@pytest.mark.parametrize(("command", "status"), [(["check-config"], 1), ([], 2), (["status"], 2)])
+def test_a_wrong_configuration_is_told_by_its_lines(
+    tmp_path: Path, command: list[str], status: int
 ) -> None:
     file = tmp_path / "mailerq.txt"
-    file.write_text("smtp-port: 2525\nsmpt-ip: 127.0.0.1\n")
-    done = mailerq(*command, f"--config-file={file}")
-    assert done.returncode == 2
-    assert done.stderr.decode() == (
-        f"mailerq: {file}:2: unknown setting 'smpt-ip'; did you mean smtp-ip?\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("setting", "problem"),
-    [
-        ("smtp-auth=carrier-pigeon://coo", "smtp-auth"),
-        ("smtp-local-addresses=/nowhere/at/all", "cannot use /nowhere/at/all"),
-        ("smtp-certificate=/nowhere/chain.pem", "cannot use /nowhere/chain.pem"),
-    ],
-)
-def test_check_config_reads_what_the_server_reads(
-    tmp_path: Path, setting: str, problem: str
-) -> None:
-    done = mailerq("check-config", f"--queue-directory={tmp_path}", f"--{setting}")
-    assert done.returncode == 2
-    assert problem in done.stderr.decode()
-
-
-def test_check_config_says_what_may_surprise(tmp_path: Path) -> None:
-    (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / "a.so").touch()
-    missing = run(tmp_path / "queue", "check-config", f"--plugin-directory={tmp_path}/no")
-    assert f"plugin-directory {tmp_path}/no is missing: no plugins are loaded\n" in missing
-    assert missing.endswith("the configuration is good\n")
-    found = run(tmp_path, "check-config", f"--plugin-directory={tmp_path}/plugins", "--json")
-    assert json.loads(found) == {
-        "ok": True,
-        "notes": [f"plugin-directory {tmp_path}/plugins has a.so"],
-    }
+    file.write_text("smtp-port: 2525\nsmpt-ip: 127.0.0.1\nsmtp-threads: 0\n")
+    done = mailerq(*command, f"--config-file={file}", f"--queue-directory={tmp_path}")
+    assert done.returncode == status
+    assert done.stderr.decode().splitlines()[:2] == [
+        f"mailerq: {file}:2: unknown setting 'smpt-ip'; did you mean smtp-ip?",
+        f"mailerq: {file}:3: smtp-threads: 0 is less than 1",
+    ]
 
 
 def test_status_without_a_daemon_exits_69(tmp_path: Path) -> None:

@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _run(words)
         sys.stdout.flush()
         return status
-    except (ConfigError, PluginError) as error:
+    except ConfigError as error:
+        for problem in error.problems:
+            complain(str(problem))
+        return EX_CONFIGURATION
+    except PluginError as error:
         complain(str(error))
         return EX_CONFIGURATION
     except KeyboardInterrupt:

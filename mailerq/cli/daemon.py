@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mailerq.engine import Engine
 
-__all__ = ["main"]
+__all__ = ["lock_path", "main"]
 
 log = logging.getLogger("mailerq")
 
@@ -103,10 +103,15 @@ def _print_help(parser: Parser) -> None:
     parser.print_help()
 
 
+def lock_path(config: Config) -> str:
+    """The pid file."""
+    return config.lock or os.path.join(tempfile.gettempdir(), "mailerq.pid")
+
+
 @contextmanager
 def _lock(config: Config) -> Iterator[None]:
     """Hold the pid file. Raises `ConfigError` when another process does."""
-    path = config.lock or os.path.join(tempfile.gettempdir(), "mailerq.pid")
+    path = lock_path(config)
     file = _locked(path, config.origin("lock"))
     os.ftruncate(file, 0)
     os.write(file, f"{os.getpid()}\n".encode())

@@ -64,7 +64,8 @@ def main(settings: list[str], rest: list[str]) -> int:
     try:
         config = Config.load(settings)
     except ConfigError as error:
-        complain(str(error))
+        for problem in error.problems:
+            complain(str(problem))
         return os.EX_CONFIG
     try:
         _inject(config, options, rest)
