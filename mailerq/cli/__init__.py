@@ -1,7 +1,8 @@
 """The command line: the daemon, the injector that stands in for sendmail, and the tools.
 
 ``mailerq`` alone is the daemon. A first word that names a command is that command; an
-argument with an @ in it, or a switch of sendmail's, makes it the injector.
+argument with an @ in it, or a switch of sendmail's, makes it the injector, and so do the
+names ``sendmail``, ``mailq`` and ``newaliases`` of the program.
 
 An injector runs once for each mail, so nothing here imports more than all commands need:
 the module of a command is imported when it is its turn.
@@ -31,6 +32,9 @@ _COMMANDS: Final = {
     "status": "mailerq.cli.status",
 }
 
+_NAMES: Final = {"sendmail": (), "mailq": ("-bp",), "newaliases": ("-bi",)}
+"""What the program may be called instead, and the switch that stands for it."""
+
 _INJECTING: Final = frozenset({"--envelope", "--extract-recipients", "--ignore-dot"})
 
 
@@ -59,18 +63,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     from mailerq.config import split_arguments
 
+    if words == ["--include-dir"]:
+        sys.stdout.write(f"{_include_directory()}\n")
+        return os.EX_OK
     settings, rest = split_arguments(words)
     name = next((word for word in rest if not word.startswith("-")), "")
-    sendmail = os.path.basename(sys.argv[0]) == "sendmail"
-    if name in _COMMANDS and not sendmail:
+    switches = _NAMES.get(os.path.basename(sys.argv[0]))
+    if name in _COMMANDS and switches is None:
         rest.remove(name)
         module = importlib.import_module(_COMMANDS[name])
-    elif sendmail or any(map(_is_injection, rest)):
+    elif switches is not None or any(map(_is_injection, rest)):
+        rest = [*(switches or ()), *rest]
         module = importlib.import_module("mailerq.cli.inject")
     else:
         module = importlib.import_module("mailerq.cli.daemon")
     status: int = module.main(settings, rest)
     return status
+
+
+def _include_directory() -> str:
+    """Where ``mailerq.h`` is, for plugins: beside this package in a source tree."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    directory = os.path.join(os.path.dirname(package), "include")
+    if not os.path.exists(os.path.join(directory, "mailerq.h")):
+        from importlib.metadata import files
+
+        headers = [file for file in files("mailerq") or () if file.name == "mailerq.h"]
+        directory = os.path.dirname(os.path.realpath(headers[0].locate()))
+    return directory
 
 
 def _is_injection(word: str) -> bool:
