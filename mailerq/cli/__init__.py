@@ -63,9 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     from mailerq.config import split_arguments
 
-    if words == ["--include-dir"]:
-        sys.stdout.write(f"{_include_directory()}\n")
-        return os.EX_OK
     settings, rest = split_arguments(words)
     name = next((word for word in rest if not word.startswith("-")), "")
     switches = _NAMES.get(os.path.basename(sys.argv[0]))
@@ -79,18 +76,6 @@ def _run(words: list[str]) -> int:
         module = importlib.import_module("mailerq.cli.daemon")
     status: int = module.main(settings, rest)
     return status
-
-
-def _include_directory() -> str:
-    """Where ``mailerq.h`` is, for plugins: beside this package in a source tree."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    directory = os.path.join(os.path.dirname(package), "include")
-    if not os.path.exists(os.path.join(directory, "mailerq.h")):
-        from importlib.metadata import files
-
-        headers = [file for file in files("mailerq") or () if file.name == "mailerq.h"]
-        directory = os.path.dirname(os.path.realpath(headers[0].locate()))
-    return directory
 
 
 def _is_injection(word: str) -> bool:
