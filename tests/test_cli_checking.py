@@ -328,7 +328,7 @@ def test_a_certificate_counts_in_its_time_only(tmp_path: Path, days: int, proble
     assert f"smtp-certificate: cannot use {chain}: {problem}" in said
 
 
-def test_ciphers_that_no_client_can_use_are_named(tmp_path: Path) -> None:
+def test_ciphers_that_do_not_exist_are_named(tmp_path: Path) -> None:
     chain, key = certificate(tmp_path)
     files = (f"--smtp-certificate={chain}", f"--smtp-key={key}")
     assert "smtp-ciphers: NOTHING: " in check(tmp_path, *files, "--smtp-ciphers=NOTHING")

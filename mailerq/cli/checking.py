@@ -12,7 +12,6 @@ import logging
 import os
 import pwd
 import socket
-import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from mailerq.errors import ConfigError, Problem
 from mailerq.net.addresses import LocalAddresses
 from mailerq.net.auth import parse_backend
 from mailerq.net.listener import unusable
-from mailerq.net.tls import tls_context
+from mailerq.net.tls import tls_context, try_handshake
 from mailerq.queues.exclusive import LOCK_NAME
 from mailerq.queues.shares import share_directory, shares_in
 from mailerq.queues.store import FILE_NAME
@@ -203,37 +202,9 @@ def _check_tls(config: Config, running: Running) -> Iterator[Problem]:
     except ConfigError as error:
         yield from error.problems
         return
-    if context is not None and (problem := _handshake(context, config.smtp_certificate)):
+    if context is not None and (problem := try_handshake(context, config.smtp_certificate)):
         text = f"cannot use {config.smtp_certificate}: {problem}"
         yield _problem(config, "smtp-certificate", text)
-
-
-def _handshake(context: ssl.SSLContext, certificate: str) -> str | None:
-    """What goes wrong between the server and a client that trusts its certificate, or None."""
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname = False
-    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    try:
-        trusting.load_verify_locations(certificate)
-    except ssl.SSLError as error:
-        return str(error)
-    upwards, downwards = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = [
-        trusting.wrap_bio(downwards, upwards),
-        context.wrap_bio(upwards, downwards, server_side=True),
-    ]
-    while sides:
-        for side in tuple(sides):
-            try:
-                side.do_handshake()
-                sides.remove(side)
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLCertVerificationError as error:
-                return error.verify_message
-            except ssl.SSLError as error:
-                return f"no client can use it: {error}"
-    return None
 
 
 def _check_auth(config: Config, running: Running) -> Iterator[Problem]:

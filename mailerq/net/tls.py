@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem
 
-__all__ = ["Handshakes", "Hasty", "tls_context"]
+__all__ = ["Handshakes", "Hasty", "tls_context", "try_handshake"]
 
 GRACE_SECONDS: Final = 2.0
 """How long a handshake may take when others wait for their turn; an honest one takes far less."""
@@ -82,6 +82,32 @@ def _unreadable(config: Config) -> Iterator[Problem]:
             except OSError as error:
                 problem = f"{key}: cannot use {path}: {error.strerror}"
                 yield Problem(config.origin(key), problem, key)
+
+
+def try_handshake(context: ssl.SSLContext, certificate: str) -> str | None:
+    """What a client that trusts this certificate, but looks at its dates, has against it."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # who signed it is not asked
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        client.load_verify_locations(certificate)
+        sides = [
+            client.wrap_bio(to_client, to_server),
+            context.wrap_bio(to_server, to_client, server_side=True),
+        ]
+        while sides:
+            for side in tuple(sides):
+                try:
+                    side.do_handshake()
+                    sides.remove(side)
+                except ssl.SSLWantReadError:
+                    pass
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    except ssl.SSLError as error:
+        return f"no client can use it: {error}"
+    return None
 
 
 class Hasty(Protocol):
