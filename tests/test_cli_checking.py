@@ -258,6 +258,26 @@ def test_files_are_checked_with_the_rights_of_the_account(directory: Path) -> No
 
 
 @AS_ROOT
+def test_an_account_that_cannot_be_had_is_named(directory: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "from mailerq.cli import main\n"
+        "def refuse(*_): raise PermissionError(1, 'Operation not permitted')\n"
+        "os.initgroups = refuse\n"  # as in a container without that capability
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check-config", *settings_in(directory, "--user=nobody")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "--user: user: cannot become nobody: Operation not permitted" in done.stderr
+
+
+@AS_ROOT
 def test_an_application_log_of_another_account_may_be_no_link(directory: Path) -> None:
     (directory / "log").symlink_to(directory / "precious")
     here = f"--application-log={directory}/log"

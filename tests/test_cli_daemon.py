@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mailerq.cli.status import WORDS, _flatten
+from mailerq.cli.status import FIGURES, WORDS, _flatten
 from tests.support import ROOT, closed_port, compile_plugin, mailerq
 
 MAIL = b"From: a@b.test\r\n\r\nhello\r\n"
@@ -153,6 +153,7 @@ def test_every_figure_of_status_is_explained(tmp_path: Path) -> None:
     assert set(tree.pop("plugins", {})) == set()
     names = [name for name, _ in _flatten(tree)]
     assert len(names) > 40
+    assert WORDS.keys() > set(FIGURES)
     whole = {name.rpartition(".")[0] for name in WORDS} - {""}
     for name in names:
         parts = name.split(".")

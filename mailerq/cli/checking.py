@@ -15,7 +15,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import chain
 from typing import Any, Final
 
 from mailerq.cli import control
@@ -102,11 +103,14 @@ def _examine(config: Config, wrong: set[str]) -> Iterator[Problem]:
     for keys, check in AS_STARTED:
         if wrong.isdisjoint(keys):
             yield from check(config, running)
-    if wrong.isdisjoint(("user",)):
+    try:
         with _as_user(config):
-            for keys, check in AS_USER:
-                if wrong.isdisjoint(keys):
-                    yield from check(config, running)
+            found = [check(config, running) for keys, check in AS_USER if wrong.isdisjoint(keys)]
+            problems = list(chain.from_iterable(found))
+    except OSError as error:
+        text = f"cannot become {config.user}: {error.strerror}"
+        problems = [_problem(config, "user", text)]
+    yield from problems
 
 
 def _running(config: Config) -> dict[str, Any] | None:
@@ -120,21 +124,20 @@ def _running(config: Config) -> dict[str, Any] | None:
 
 @contextmanager
 def _as_user(config: Config) -> Iterator[None]:
-    """Have the rights that the daemon has once it has changed to the account of `user`."""
+    """Have the rights that the daemon has once it has changed to the account of `user`.
+
+    Raises OSError where this process may not.
+    """
     account = account_of(config)
-    if account is None:
+    with ExitStack() as stack:
+        if account is not None:
+            stack.callback(os.setgroups, os.getgroups())
+            os.initgroups(account.pw_name, account.pw_gid)
+            stack.callback(os.setegid, os.getegid())
+            os.setegid(account.pw_gid)
+            os.seteuid(account.pw_uid)
+            stack.callback(os.seteuid, 0)
         yield
-        return
-    groups, group = os.getgroups(), os.getegid()
-    os.initgroups(account.pw_name, account.pw_gid)
-    os.setegid(account.pw_gid)
-    os.seteuid(account.pw_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(group)
-        os.setgroups(groups)
 
 
 Running = dict[str, Any] | None
@@ -215,11 +218,16 @@ def _check_auth(config: Config, running: Running) -> Iterator[Problem]:
             yield _problem(config, "smtp-auth", str(error))
 
 
-def _check_local_addresses(config: Config, running: Running) -> Iterator[Problem]:
-    try:
-        LocalAddresses.of(config)
-    except ConfigError as error:
-        yield from error.problems
+def _reads(read: Callable[[Config], object]) -> Check:
+    """A check that reads something as a start does."""
+
+    def check(config: Config, running: Running) -> Iterator[Problem]:
+        try:
+            read(config)
+        except ConfigError as error:
+            yield from error.problems
+
+    return check
 
 
 def _check_ports(config: Config, running: Running) -> Iterator[Problem]:
@@ -316,7 +324,7 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("plugin-directory",), _check_plugins),
     (("smtp-certificate", "smtp-key", "smtp-ciphers"), _check_tls),
     (("smtp-auth",), _check_auth),
-    (("smtp-local-addresses",), _check_local_addresses),
+    (("smtp-local-addresses",), _reads(LocalAddresses.of)),
     (("smtp-ip", "smtp-port", "smtp-secure-port", "lmtp-port"), _check_ports),
     (("lock",), _check_lock),
     (("application-log", "user"), _check_application_log),
@@ -374,6 +382,14 @@ def _who() -> str:
 # What is no mistake
 
 
+def _unreadable(config: Config) -> Iterator[str]:
+    """Files that root reads at the start, and the account of `user` cannot read again."""
+    for key in ("smtp-certificate", "smtp-key", "smtp-local-addresses"):
+        path = config.text(key)
+        if path and not os.access(path, os.R_OK, effective_ids=True):
+            yield f"{key} {path} is read at the start only: {_who()} may not read it again"
+
+
 def _notes(config: Config) -> Iterator[str]:
     """What is no error and may still surprise."""
     directory = config.plugin_directory
@@ -387,12 +403,11 @@ def _notes(config: Config) -> Iterator[str]:
         yield f"plugin-directory {directory} has no *.so in it: no plugins are loaded"
     if not os.path.isdir(config.queue_directory):
         yield f"queue-directory {config.queue_directory} is missing: the daemon will make it"
-    later = account_of(config)
-    with _as_user(config):
-        for key in ("smtp-certificate", "smtp-key", "smtp-local-addresses"):
-            path = config.text(key)
-            if later and path and not os.access(path, os.R_OK, effective_ids=True):
-                yield f"{key} {path} is read at the start only: {_who()} may not read it again"
+    if account_of(config) is not None:
+        unreadable: list[str] = []
+        with suppress(OSError), _as_user(config):  # that it cannot be has been said
+            unreadable += _unreadable(config)
+        yield from unreadable
     if config.smtp_sink_address:
         yield f"smtp-sink-address is set: all mail goes to {config.smtp_sink_address}"
     if not config.smtp_range and any(network.prefixlen == 0 for network in config.smtp_relay_range):
