@@ -564,6 +564,8 @@ class Config:
                     if wrong.isdisjoint(re.findall("[a-z-]+", problem.text)):
                         found.append(problem)
                 keys = {problem.key for problem in error.problems}
+                if not values:
+                    raise
             wrong |= keys
             left_out = {key.replace("-", "_") for key in keys}
             if left_out.isdisjoint(values):

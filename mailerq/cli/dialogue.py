@@ -82,7 +82,7 @@ def _answer(machine: server.ServerProtocol, event: server.Content, take: Take) -
     try:
         take(bytes(event.body), machine.sender, machine.recipients)
     except Refused as refused:
-        later = refused.status == os.EX_TEMPFAIL
+        later = refused.status in (os.EX_TEMPFAIL, os.EX_CONFIG)
         code, status = (451, "4.3.0") if later else (554, "5.6.0")
         machine.reject(Reply(code, f"{status} {refused}"))
     else:

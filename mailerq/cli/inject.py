@@ -43,7 +43,8 @@ SMTP_SECONDS: Final = 300.0
 DESCRIPTION: Final = """\
 Take one mail from stdin and put it into the queue. Its lines may end with LF or CRLF; it
 ends with a line that holds a single dot, or with --ignore-dot at the end of the input.
-The switches of sendmail that programs use work too.
+The switches of sendmail that programs use work too, and instead of a recipient
+-bs (SMTP on stdin and stdout), -bp (list what waits, as mailq does) and -q (try that now).
 """
 
 EXITS: Final = """\
@@ -106,10 +107,8 @@ def _parse(rest: list[str]) -> Namespace:
     # What programs give sendmail and what changes nothing here.
     add("-o", action="append", default=[], help=SUPPRESS)
     add("-F", dest="full_name", help=SUPPRESS)
-    add("-b", dest="mode", choices="mspi", default="m", metavar="MODE",
-        help="s: SMTP on stdin and stdout; p: list what waits, as mailq does; i: as newaliases")
-    add("-q", dest="flush", nargs="?", const=True, metavar="",
-        help="try now what waits after a failed attempt")
+    add("-b", dest="mode", choices="mspi", default="m", help=SUPPRESS)
+    add("-q", dest="flush", nargs="?", const=True, help=SUPPRESS)
     for letter in "ABNRVhpL":
         add(f"-{letter}" if letter != "h" else "-hops", dest="ignored", help=SUPPRESS)
     for letter in "nmvGU":
