@@ -107,7 +107,8 @@ class Sources:
                 continue
             key, colon, text = line.partition(":")
             if not colon:
-                self._wrong(where, f"{line!r} is not of the form 'key: value'")
+                first = line.split()[0]  # the rest may be a password
+                self._wrong(where, f"the line of {first!r} is not of the form 'key: value'")
             elif key.strip() == CONFIG_FILE:
                 self._wrong(where, f"{CONFIG_FILE} cannot stand in a file")
             else:
