@@ -8,6 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,11 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """A directory that any account may write to."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o001:
-            folder.chmod(0o755)
-    tmp_path.chmod(0o777)
-    return tmp_path
+def directory() -> Iterator[Path]:
+    """A directory that any account may reach and write to; pytest's are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        yield Path(name)
 
 
 def check(directory: Path, *more: str, status: int = 1, **options: Any) -> str:
@@ -255,6 +255,29 @@ def test_files_are_checked_with_the_rights_of_the_account(directory: Path) -> No
     assert f"send-log-file: cannot write {log}: Permission denied" in said
     assert f"nobody may not write into {directory}/closed" in said
     assert "queue-directory" not in check(directory, f"--send-log-file={log}", status=0)
+
+
+@AS_ROOT
+def test_what_the_account_cannot_reach_is_named(directory: Path) -> None:
+    closed = directory / "closed"
+    (closed / "queue").mkdir(parents=True)
+    closed.chmod(0o700)
+    user = f"--user={OTHER_ACCOUNT}"
+    for queue in (closed / "queue", closed / "new"):
+        said = check(directory, user, f"--queue-directory={queue}")
+        assert f"queue-directory: nobody cannot reach {queue}: Permission denied" in said
+    said = check(directory, user, f"--send-log-file={closed}/logs/send.log")
+    assert f"cannot write {closed}/logs/send.log: Permission denied" in said
+
+
+def test_a_queue_directory_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for queue, problem in (
+        ("file", f"{tmp_path}/file is no directory"),
+        ("file/queue", f"cannot reach {tmp_path}/file/queue: Not a directory"),
+    ):
+        assert problem in check(tmp_path, f"--queue-directory={tmp_path}/{queue}")
+    check(tmp_path, f"--queue-directory={tmp_path}/one/of/several", status=0)
 
 
 @AS_ROOT

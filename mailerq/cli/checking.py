@@ -12,6 +12,7 @@ import logging
 import os
 import pwd
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -282,9 +283,15 @@ def _no_syslog() -> str | None:
 
 def _check_queue(config: Config, running: Running) -> Iterator[Problem]:
     directory = config.queue_directory
-    if not os.path.lexists(directory):
+    try:
+        os.stat(directory)
+    except FileNotFoundError:
         if reason := _cannot_make(directory, parents=True):
             yield _problem(config, "queue-directory", f"{directory} cannot be made: {reason}")
+        return
+    except OSError as error:
+        text = f"{_who()} cannot reach {directory}: {error.strerror}"
+        yield _problem(config, "queue-directory", text)
         return
     for share in shares_in(directory) if os.path.isdir(directory) else [0]:
         path = share_directory(directory, share)
@@ -363,10 +370,18 @@ def _cannot_append(path: str, flags: int = 0) -> str | None:
 def _cannot_make(path: str, *, parents: bool = False) -> str | None:
     """Why something new cannot be made there, or None; with `parents` these are made as well."""
     above = os.path.dirname(os.path.abspath(path))
-    while parents and not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        return f"there is no directory {above}"
+    while True:
+        try:
+            found = os.stat(above)
+            break
+        except FileNotFoundError:
+            if not parents:
+                return f"there is no directory {above}"
+            above = os.path.dirname(above)
+        except OSError as error:
+            return f"{_who()} cannot reach {above}: {error.strerror}"
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{above} is no directory"
     if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
         return f"{_who()} may not write into {above}"
     return None
