@@ -10,12 +10,14 @@ CORE_SOURCES := setup.py include/mailerq.h \
     $(wildcard mailerq/_core*.p* mailerq/_core*.cpp mailerq/*/_*.pyx)
 HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd))
 HOT_SOURCES := $(HOT_MODULES) $(HOT_MODULES:.pxd=.py)
-HOT_MISSING := $(foreach module,$(HOT_MODULES:.pxd=) mailerq/_core mailerq/wire/_lines,\
-    $(if $(wildcard $(module).*.so),,$(module)))
+missing = $(strip $(foreach module,$(1),$(if $(wildcard $(module).*.so),,$(module))))
+CORE_MISSING := $(call missing,mailerq/_core mailerq/wire/_lines)
+HOT_MISSING := $(call missing,$(HOT_MODULES:.pxd=))
+HOT_BUILT := $(wildcard $(HOT_MODULES:.pxd=.*.so))
 HOT_ORPHANS := $(foreach built,$(filter-out $(wildcard mailerq/_*.so mailerq/*/_*.so),\
     $(wildcard mailerq/*.so mailerq/*/*.so)),\
     $(if $(wildcard $(firstword $(subst ., ,$(built))).pxd),,$(built)))
-BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace --parallel 2
+BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 PLUGINS := $(patsubst plugins/%.c,build/plugins/%.so,$(wildcard plugins/*.c)) \
            $(patsubst plugins/%.cpp,build/plugins/%.so,$(wildcard plugins/*.cpp))
 FUZZSECONDS := 60
@@ -24,19 +26,24 @@ PLUGIN_FLAGS := -O2 -g -fPIC -shared -Wall -Wextra -Iinclude
 export PYTHON PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: run test build debug bench soak fuzz lint asan clean help again
+.PHONY: run ready test build debug bench soak fuzz lint asan clean help python again
 .DELETE_ON_ERROR:
 
-run: build $(PLUGINS) ## set up all there is to set up and start a server to try, on port 2525
-	@exec $(BIN)/python tools/run
+run: python ## set up what a server to try needs and start it; RUNARGS=--smtp-port=2600 changes settings
+	@PYTHONPATH=. $(PYTHON) tools/run --check $(RUNARGS)
+	@$(MAKE) --no-print-directory ready
+	@exec $(BIN)/python tools/run $(RUNARGS)
+
+# Where modules were compiled before they would be stale: then all are. Else none is, to be quick.
+ready: $(if $(HOT_BUILT),build,$(VENV)/.core $(VENV)/.installed) $(PLUGINS)
 
 test: $(VENV)/.test build $(PLUGINS) ## run the whole test suite; PYTESTARGS="-k config" runs a part
 	$(PYTEST) $(PYTESTARGS)
 
-build: $(VENV)/.core $(VENV)/.installed ## leave a working .venv/bin/mailerq
+build: $(VENV)/.core $(VENV)/.hot $(VENV)/.installed ## leave a working .venv/bin/mailerq, compiled for speed
 
 debug: $(VENV)/.test ## run the suite on an extension with assertions and on uncompiled modules
-	@rm -f $(VENV)/.core $(HOT_MODULES:.pxd=.*.so)
+	@rm -f $(VENV)/.core $(VENV)/.hot $(HOT_MODULES:.pxd=.*.so)
 	@mkdir -p build && touch build/debug
 	MQ_DEBUG=1 $(BUILD_EXT) --force
 	$(PYTEST) $(PYTESTARGS)
@@ -59,7 +66,7 @@ lint: $(VENV)/.lint ## ruff, mypy --strict, cython-lint, layering, size of files
 	$(BIN)/python tools/check_tree.py
 
 asan: $(VENV)/.test ## run the tests of the extensions under AddressSanitizer and UBSan
-	@rm -f $(VENV)/.core $(HOT_MODULES:.pxd=.*.so)
+	@rm -f $(VENV)/.core $(VENV)/.hot $(HOT_MODULES:.pxd=.*.so)
 	@mkdir -p build && touch build/debug
 	MQ_DEBUG=1 MQ_SANITIZE=address,undefined $(BUILD_EXT) --force
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
@@ -68,7 +75,8 @@ asan: $(VENV)/.test ## run the tests of the extensions under AddressSanitizer an
 	        tests/net/test_stream.py tests/engine/test_plugin_events.py $(PYTESTARGS)
 
 clean: ## remove what was built; .venv and what was received in var stay
-	rm -rf build dist *.egg-info mailerq/_core.[ch] mailerq/*.so mailerq/*/*.so $(VENV)/.core
+	rm -rf build dist *.egg-info mailerq/_core.[ch] mailerq/*.so mailerq/*/*.so \
+	    $(VENV)/.core $(VENV)/.hot
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find mailerq tests tools benches -name __pycache__ -prune -exec rm -rf {} +
 
@@ -81,11 +89,13 @@ help: ## show this list
 needs = $(BIN)/python tools/requirements.py $(1) >$(VENV)/needs.txt && \
         $(PIP) install --requirement $(VENV)/needs.txt
 
-$(VENV)/bin/python:
+python:
 	@command -v $(PYTHON) >/dev/null || \
 	    { echo "mailerq needs Python 3.11 or newer: apt-get install python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "mailerq needs Python 3.11 or newer; set PYTHON, here is `$(PYTHON) -V`"; exit 1; }
+
+$(VENV)/bin/python: | python
 	@tools/packages build
 	@echo "Making $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
@@ -96,19 +106,23 @@ $(VENV)/.base: pyproject.toml tools/packages tools/requirements.py | $(VENV)/bin
 	@$(call needs,build-system dependencies terminal)
 	@touch $@
 
-$(VENV)/.core: $(CORE_SOURCES) $(HOT_SOURCES) $(if $(strip $(HOT_MISSING) $(HOT_ORPHANS)),again) \
-    | $(VENV)/.base
-	@echo "Compiling the extension and the modules that every message goes through"
-	@rm -f $(HOT_ORPHANS)
-	@$(BUILD_EXT) $(if $(wildcard build/debug),--force)
+$(VENV)/.core: $(CORE_SOURCES) $(if $(CORE_MISSING),again) | $(VENV)/.base
+	@echo "Compiling the extensions"
+	@MQ_UNCOMPILED=1 $(BUILD_EXT) $(if $(wildcard build/debug),--force)
 	@rm -f build/debug
+	@touch $@
+
+$(VENV)/.hot: $(HOT_SOURCES) setup.py $(if $(strip $(HOT_MISSING) $(HOT_ORPHANS)),again) \
+    | $(VENV)/.core
+	@echo "Compiling the modules that every message goes through"
+	@rm -f $(HOT_ORPHANS)
+	@$(BUILD_EXT)
 	@touch $@
 
 again:
 
-# The extension first: installing then finds it built.
-$(VENV)/.installed: pyproject.toml | $(VENV)/.core
-	@$(PIP) install --no-build-isolation --no-deps --editable .
+$(VENV)/.installed: pyproject.toml tools/install | $(VENV)/.base
+	@$(BIN)/python tools/install
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base

@@ -4,9 +4,10 @@ Those are the Python modules with a .pxd of the same name beside them, which say
 the attributes of their classes are; they also run as they are. Everything else is in
 pyproject.toml.
 
-The environment variable ``MQ_DEBUG=1`` builds these two for a debugger, with assertions, and
-compiles none of the Python modules; ``MQ_SANITIZE=address,undefined`` builds the two for these
-sanitizers of the compiler.
+The compilers get the CFLAGS and LDFLAGS of the environment, CFLAGS after the flags from here.
+``MQ_UNCOMPILED=1`` leaves the Python modules as they are, which builds in half a minute.
+``MQ_DEBUG=1`` does so too, and builds the two extensions for a debugger, with assertions;
+``MQ_SANITIZE=address,undefined`` builds the two for these sanitizers of the compiler.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-DEBUG = os.environ.get("MQ_DEBUG", "") not in ("", "0")
+
+def asked(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+DEBUG = asked("MQ_DEBUG")
+UNCOMPILED = DEBUG or asked("MQ_UNCOMPILED")
 
 SANITIZE = (
     [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined"]
@@ -83,14 +90,8 @@ def library_flags() -> tuple[list[str], list[str]]:
 
 
 def core() -> Extension:
-    compile_flags, link_flags = library_flags()
-    macros: list[tuple[str, str | None]] = []
-    compile_flags += ["-fvisibility=hidden", "-fexceptions", "-Wno-unused-function"]
-    if DEBUG:
-        macros.append(("MQ_DEBUG", "1"))
-        compile_flags += ["-O1", "-g3", "-fno-omit-frame-pointer"]
-    else:
-        compile_flags += ["-O2", "-g1"]
+    flags = ["-fvisibility=hidden", "-fexceptions", "-Wno-unused-function"]
+    flags += ["-O1", "-g3", "-fno-omit-frame-pointer"] if DEBUG else ["-O2", "-g1"]
     return Extension(
         "mailerq._core",
         sources=["mailerq/_core.pyx", "mailerq/_core_guard.cpp"],
@@ -100,9 +101,9 @@ def core() -> Extension:
             *map(str, sorted(Path("mailerq").glob("_core*.p[x]*"))),
         ],
         include_dirs=["include"],
-        define_macros=macros,
-        extra_compile_args=compile_flags + SANITIZE,
-        extra_link_args=[*link_flags, *SANITIZE, "-lstdc++", "-ldl", "-lpthread"],
+        define_macros=[("MQ_DEBUG", "1")] if DEBUG else [],
+        extra_compile_args=flags + SANITIZE,
+        extra_link_args=[*SANITIZE, "-lstdc++", "-ldl", "-lpthread"],
     )
 
 
@@ -129,22 +130,55 @@ def hot_modules() -> list[Extension]:
             ),
         )
         for types in sorted(Path("mailerq").rglob("*.pxd"))
-        if types.with_suffix(".py").exists() and not DEBUG
+        if types.with_suffix(".py").exists()
     ]
 
 
-setup(
-    data_files=[("include", ["include/mailerq.h"])],
-    ext_modules=[
-        *cythonize([core()], language_level=3),
-        *cythonize([lines()], build_dir="build/cython", quiet=True),
+class Build(build_ext):
+    """Looks for libraries and runs Cython only to compile: a source package needs neither."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or len(os.sched_getaffinity(0))
+
+    def build_extensions(self) -> None:
+        compile_flags, link_flags = library_flags()
+        written, hot = [], []
+        for extension in self.extensions:
+            if extension.name == "mailerq._core":
+                extension.extra_compile_args += compile_flags
+                extension.extra_link_args += link_flags
+            # They are among the flags already, but before ours, which would win.
+            extension.extra_compile_args += shlex.split(os.environ.get("CFLAGS", ""))
+            (hot if extension.sources[0].endswith(".py") else written).append(extension)
+        self.translate(written)
         # Annotations are for readers and mypy: Cython would take "bytes" for exactly that.
-        *cythonize(
-            hot_modules(),
+        self.translate(hot, annotation_typing=False)
+        super().build_extensions()
+
+    def translate(self, extensions: list[Extension], **directives: bool) -> None:
+        """Have Cython write the C of some extensions, and build them from that."""
+        from Cython.Build import cythonize
+
+        translated = cythonize(
+            extensions,
+            nthreads=self.parallel,
             build_dir="build/cython",
             quiet=True,
             language_level=3,
-            compiler_directives={"annotation_typing": False},
-        ),
-    ],
-)
+            compiler_directives=directives,
+        )
+        sources = {extension.name: extension.sources for extension in translated}
+        for extension in extensions:
+            extension.sources = sources[extension.name]
+
+
+if __name__ == "__main__":  # and not where Cython's helpers import it again
+    setup(
+        cmdclass={"build_ext": Build},
+        data_files=[
+            ("include", ["include/mailerq.h"]),
+            ("share/pkgconfig", ["include/mailerq.pc"]),
+        ],
+        ext_modules=[core(), lines(), *([] if UNCOMPILED else hot_modules())],
+    )

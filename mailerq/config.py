@@ -18,12 +18,14 @@ import functools
 import ipaddress
 import math
 import os
+import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from mailerq.errors import ConfigError
+from mailerq.consistency import contradictions
+from mailerq.errors import ConfigError, Problem
 from mailerq.settings import (
     DOMAINS,
     EXTRACT,
@@ -84,8 +86,8 @@ LOGS: Final = "Logs"
 class Config:
     """Every setting of one engine, checked and immutable; `smtp-port` is `config.smtp_port`.
 
-    Raises `ConfigError` for a value of a wrong type or out of its bounds, and for values that
-    contradict each other.
+    Raises `ConfigError` for all values of a wrong type or out of their bounds, or else for all
+    values that contradict each other.
 
     >>> config = Config(smtp_port=(2525,), smtp_relay_domains=("Example.TEST",))
     >>> config.smtp_relay_domains, config.origin("smtp-port"), config.origin("smtp-maxsize")
@@ -586,6 +588,7 @@ class Config:
     """Attribute to place of each value that was set; filled by `load`, read by `origin`."""
 
     def __post_init__(self) -> None:
+        wrong: list[tuple[str, str]] = []
         for known in SETTINGS:
             value = getattr(self, known.attribute)
             if value is known.default:
@@ -593,12 +596,14 @@ class Config:
             try:
                 value = known.check(value)
             except ValueError as error:
-                raise ConfigError(self._where(known.attribute), str(error)) from None
+                wrong.append((known.attribute, str(error)))
             object.__setattr__(self, known.attribute, value)
         if not self.hostname:
             object.__setattr__(self, "hostname", _this_host())
-        for attribute, problem in _contradictions(self):
-            raise ConfigError(self._where(attribute), problem)
+        if wrong := wrong or [*contradictions(self)]:
+            raise ConfigError.of(
+                [Problem(self._where(name), text, name.replace("_", "-")) for name, text in wrong]
+            )
 
     def _where(self, attribute: str) -> str:
         return self.origins.get(attribute) or attribute.replace("_", "-")
@@ -609,13 +614,17 @@ class Config:
         arguments: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         files: Iterable[str | os.PathLike[str]] = DEFAULT_FILES,
+        *,
+        problems: list[Problem] | None = None,
     ) -> Self:
         """Read all layers: `files` that exist, ``--config-file``, `environ`, `arguments`.
 
         `arguments` holds nothing but settings (see `split_arguments`); `environ` is
-        `os.environ` where it is None. Raises `ConfigError` for the first thing that is wrong.
+        `os.environ` where it is None. Raises `ConfigError` for all that is wrong; with a list of
+        `problems` it is added there, and what is wrong has its default.
         """
-        sources = Sources(_BY_KEY)
+        found: list[Problem] = []
+        sources = Sources(_BY_KEY, found)
         switches = sources.arguments(arguments)
         variables = sources.environ(os.environ if environ is None else environ)
         overlay = switches.pop(CONFIG_FILE, variables.pop(CONFIG_FILE, None))
@@ -630,10 +639,40 @@ class Config:
                 known = _BY_KEY[key]
                 try:
                     values[known.attribute] = known.read(given.text)
+                    origins[known.attribute] = given.where
                 except ValueError as error:
-                    raise ConfigError(given.where, f"{key}: {error}") from None
-                origins[known.attribute] = given.where
-        return cls(**values, origins=origins)
+                    found.append(Problem(given.where, f"{key}: {error}", key))
+        config = cls._consistent(values, origins, found)
+        if problems is not None:
+            problems += found
+        elif found:
+            raise ConfigError.of(found)
+        return config
+
+    @classmethod
+    def _consistent(
+        cls, values: dict[str, Any], origins: dict[str, str], found: list[Problem]
+    ) -> Self:
+        """The settings without those that contradict others; they are added to `found`.
+
+        What contradicts a value that is wrong itself may not, once that is right.
+        """
+        wrong = {problem.key for problem in found}
+        while True:
+            try:
+                return cls(**values, origins=origins)
+            except ConfigError as error:
+                for problem in error.problems:
+                    if wrong.isdisjoint(re.findall("[a-z-]+", problem.text)):
+                        found.append(problem)
+                keys = {problem.key for problem in error.problems}
+                if not values:
+                    raise
+            wrong |= keys
+            left_out = {key.replace("-", "_") for key in keys}
+            if left_out.isdisjoint(values):
+                left_out = {*values}  # it contradicts what is not set
+            values = {name: value for name, value in values.items() if name not in left_out}
 
     def replace(self, **changes: Any) -> Self:
         """The same settings with some changed, checked again.
@@ -704,53 +743,6 @@ SETTINGS: Final = table(Config)
 _SHARED_WITH_FAILURE: Final = ("inbox", "local", "results", "success", "retry")
 
 _BY_KEY: Final = {name: known for known in SETTINGS for name in (known.key, *known.aliases)}
-
-
-def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
-    """Pairs of the attribute to change and what is wrong with it."""
-    if config.rabbitmq_address:
-        yield "rabbitmq_address", "rabbitmq-address is not supported yet; leave it away"
-    for key in ("smtp_key", "smtp_ciphers", "smtp_secure_port"):
-        if getattr(config, key) and not config.smtp_certificate:
-            yield key, f"{key.replace('_', '-')} needs smtp-certificate, which is not set"
-    if config.smtp_username and not config.smtp_password:
-        yield "smtp_username", "smtp-username needs smtp-password, which is not set"
-    if config.smtp_password and not config.smtp_username:
-        yield "smtp_password", "smtp-password needs smtp-username, which is not set"
-    for key, other in (
-        ("smtp_secure_port", "smtp_port"),
-        ("lmtp_port", "smtp_port"),
-        ("lmtp_port", "smtp_secure_port"),
-    ):
-        for port in set(getattr(config, key)) & set(getattr(config, other)) - {0}:
-            yield key, f"port {port} is in {other.replace('_', '-')} as well"
-    for key in ("smtp_local_domains", "smtp_local_addresses"):
-        if getattr(config, key) and not config.keeps_local_mail:
-            yield (
-                key,
-                f"{key.replace('_', '-')}: mail for them has nowhere to go. Add 'rabbitmq-local:"
-                " local' and have a program read that queue, or 'smarthost: ' with the host that"
-                " keeps the mailboxes; domains that are to be passed on by MX belong in"
-                " smtp-relay-domains",
-            )
-    for domain in sorted({*config.smtp_local_domains} & {*config.smtp_relay_domains}):
-        yield "smtp_relay_domains", f"{domain} is in smtp-local-domains as well"
-    for key in ("smtp_connections_in", "smtp_connections_out"):
-        if (getattr(config, key) or 0) > config.smtp_connections:
-            limit = f"smtp-connections ({config.smtp_connections})"
-            yield key, f"{key.replace('_', '-')} is more than {limit}, which counts both"
-    for key in ("rabbitmq_results", "rabbitmq_success", "rabbitmq_failure", "rabbitmq_retry"):
-        queue = config.failure_queue if key == "rabbitmq_failure" else getattr(config, key)
-        if queue == config.rabbitmq_outbox:
-            name = key.replace("_", "-")
-            yield key, f"{name} is the outbox: what it gets would be delivered over and over"
-
-    for key in ("failure_maxmessages", "failure_maxage"):
-        for other in ("inbox", "local"):
-            shared = getattr(config, f"rabbitmq_{other}") == config.failure_queue != ""
-            if shared and getattr(config, key):
-                name = key.replace("_", "-")
-                yield key, f"{name} would delete received mail: rabbitmq-{other} is that queue too"
 
 
 @functools.cache

@@ -7,12 +7,16 @@ host cannot do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
 __all__ = [
     "AddressError",
     "ConfigError",
     "MailerqError",
     "MessageError",
     "PluginError",
+    "Problem",
     "QueueDamaged",
     "QueueError",
     "QueueFull",
@@ -23,17 +27,46 @@ class MailerqError(Exception):
     """Anything that mailerq raises on purpose. Its text tells a person what to do."""
 
 
+class Problem(NamedTuple):
+    """One thing that is wrong with a configuration.
+
+    `where` is the place that set the value: ``file:line``, ``--option`` or an environment
+    variable. `key` is the setting that cannot be used, empty where none is known.
+    """
+
+    where: str
+    text: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
 class ConfigError(MailerqError):
     """The configuration cannot be used; raised before anything is opened.
 
-    `where` is the place that set the value: ``file:line``, ``--option`` or an environment
-    variable; it leads the text.
+    `problems` is all that is known to be wrong, `where` and `problem` are the first of them.
     """
 
     def __init__(self, where: str, problem: str) -> None:
         super().__init__(f"{where}: {problem}")
-        self.where = where
-        self.problem = problem
+        self.problems: Sequence[Problem] = (Problem(where, problem),)
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> Self:
+        """One error for one problem or more."""
+        error = cls(problems[0].where, problems[0].text)
+        error.problems = tuple(problems)
+        error.args = ("; ".join(map(str, problems)),)
+        return error
+
+    @property
+    def where(self) -> str:
+        return self.problems[0].where
+
+    @property
+    def problem(self) -> str:
+        return self.problems[0].text
 
 
 class PluginError(MailerqError):

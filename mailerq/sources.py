@@ -8,10 +8,11 @@ layer: the text of each key that is given there, and the place where it stands.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from mailerq.errors import ConfigError
+from mailerq.errors import Problem
 from mailerq.settings import ENVIRON_PREFIX, Setting
 
 __all__ = ["CONFIG_FILE", "NOT_YET", "Given", "Layer", "Sources"]
@@ -69,40 +70,49 @@ _NOT_OURS: Final = re.compile(r"MAILERQ_(SERVICE_(HOST|PORT.*)|PORT(_[0-9]+_.*)?
 class Sources:
     """Reads layers of the settings that `known` has, by every name that they go by.
 
-    All methods raise `ConfigError`.
+    What cannot be read is left out of its layer, and added to `problems`.
     """
 
-    def __init__(self, known: Mapping[str, Setting]) -> None:
+    def __init__(self, known: Mapping[str, Setting], problems: list[Problem]) -> None:
         self._known = known
+        self._problems = problems
+
+    def _wrong(self, where: str, text: str, key: str = "") -> None:
+        self._problems.append(Problem(where, text, key))
 
     def file(self, path: str, *, missing_is_fine: bool = False) -> Layer:
+        layer: Layer = {}
         try:
             with open(path, "rb") as file:
                 data = file.read(FILE_SIZE_LIMIT + 1)
         except FileNotFoundError:
-            if missing_is_fine:
-                return {}
-            raise ConfigError(path, "there is no such file") from None
+            if not missing_is_fine:
+                self._wrong(path, "there is no such file")
+            return layer
         except (OSError, ValueError) as error:
-            raise ConfigError(path, getattr(error, "strerror", None) or str(error)) from None
+            self._wrong(path, getattr(error, "strerror", None) or str(error))
+            return layer
         if len(data) > FILE_SIZE_LIMIT:
-            raise ConfigError(path, f"is larger than {FILE_SIZE_LIMIT} bytes: no configuration")
-        layer: Layer = {}
+            self._wrong(path, f"is larger than {FILE_SIZE_LIMIT} bytes: no configuration")
+            return layer
         for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
             where = f"{path}:{number}"
             try:
                 line = raw.decode()
             except UnicodeDecodeError:
-                raise ConfigError(where, "is not UTF-8") from None
+                self._wrong(where, "is not UTF-8")
+                continue
             line = re.sub(r"(^|\s)#.*", "", line).strip()
             if not line:
                 continue
             key, colon, text = line.partition(":")
             if not colon:
-                raise ConfigError(where, f"{line!r} is not of the form 'key: value'")
-            if key.strip() == CONFIG_FILE:
-                raise ConfigError(where, f"{CONFIG_FILE} cannot stand in a file")
-            self._add(layer, key.strip(), text.strip(), where)
+                first = line.split()[0]  # the rest may be a password
+                self._wrong(where, f"the line of {first!r} is not of the form 'key: value'")
+            elif key.strip() == CONFIG_FILE:
+                self._wrong(where, f"{CONFIG_FILE} cannot stand in a file")
+            else:
+                self._add(layer, key.strip(), text.strip(), where)
         return layer
 
     def environ(self, environ: Mapping[str, str]) -> Layer:
@@ -115,15 +125,19 @@ class Sources:
 
     def arguments(self, arguments: Sequence[str]) -> Layer:
         layer: Layer = {}
-        remaining = iter(arguments)
-        for argument in remaining:
+        remaining = deque(arguments)
+        while remaining:
+            argument = remaining.popleft()
             if not argument.startswith("--"):
-                raise ConfigError(argument, "is not a setting of the form --key=value")
+                self._wrong(argument, "is not a setting of the form --key=value")
+                continue
             switch, equals, text = argument.partition("=")
             if not equals:
-                text = next(remaining, "--")
-                if text.startswith("--"):
-                    raise ConfigError(switch, "needs a value")
+                if not remaining or remaining[0].startswith("--"):
+                    known = self._known.get(switch.removeprefix("--"))
+                    self._wrong(switch, "needs a value", known.key if known else "")
+                    continue
+                text = remaining.popleft()
             self._add(layer, switch.removeprefix("--"), text.strip(), switch)
         return layer
 
@@ -134,16 +148,20 @@ class Sources:
         elif known := self._known.get(name):
             key = known.key
         elif name in NOT_YET:
-            raise ConfigError(where, f"{name} is not supported yet")
+            return self._wrong(where, f"{name} is not supported yet")
         else:
-            raise ConfigError(where, f"unknown setting {name!r}{self._suggestion(name)}")
+            meant = self._meant(name)
+            hint = f"; did you mean {meant}?" if meant else ""
+            return self._wrong(where, f"unknown setting {name!r}{hint}", meant)
         if key in layer:
-            raise ConfigError(where, f"second value for {key}; the first is at {layer[key].where}")
+            return self._wrong(where, f"second value for {key}; the first is at {layer[key].where}")
         layer[key] = Given(text, where)
+        return None
 
-    def _suggestion(self, name: str) -> str:
+    def _meant(self, name: str) -> str:
+        """The setting that somebody may have meant, or nothing."""
         import difflib  # only for a text about an error
 
         name = name.lower().replace("_", "-")
         close = difflib.get_close_matches(name, self._known, n=1, cutoff=0.75)
-        return f"; did you mean {close[0]}?" if close else ""
+        return close[0] if close else ""

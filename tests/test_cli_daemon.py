@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, compile_plugin, mailerq
+from mailerq.cli.status import FIGURES, WORDS, _flatten
+from tests.support import ROOT, closed_port, compile_plugin, mailerq
 
 MAIL = b"From: a@b.test\r\n\r\nhello\r\n"
 
@@ -24,7 +25,7 @@ class Daemon:
     def __init__(self, process: subprocess.Popen[str], settings: Sequence[str]) -> None:
         self.process = process
         self.settings = settings
-        self.port = int(self.wait_for("listens on").rpartition(":")[2])
+        self.port = int(self.wait_for("listens on").rpartition(":")[2].partition(",")[0])
 
     def wait_for(self, text: str) -> str:
         """The first line of the log that holds the text."""
@@ -126,6 +127,40 @@ def test_status_and_queues_of_a_running_daemon(tmp_path: Path) -> None:
         listed = mailerq("queue", "list", "--json", *running.settings).stdout
         depths = {depth["queue"]: depth["total"] for depth in json.loads(listed)}
         assert depths["inbox"] == 1
+
+
+def test_a_flush_tries_what_waits(tmp_path: Path) -> None:
+    with closed_port() as port:
+        sink = ("--smtp-sink-address=127.0.0.1", f"--smtp-sink-port={port}")
+        with daemon(tmp_path, *sink, "--smtp-processes=2") as running:
+            with running.connect() as client:
+                client.sendmail("a@b.test", ["c@d.test"], MAIL)
+            for attempts in (1, 2, 3):
+                shown = {"attempts": 0}
+                while shown["attempts"] < attempts:
+                    done = mailerq("queue", "show", "--json", *running.settings)
+                    shown = json.loads(done.stdout)
+                assert shown["reason"] == "127.0.0.1: Connection refused"
+                assert mailerq("-q", *running.settings).stdout == b""
+
+
+def test_every_figure_of_status_is_explained(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--smtp-processes=2") as running:
+        with running.connect() as client:
+            client.sendmail("a@b.test", ["c@d.invalid"], MAIL)
+        tree = json.loads(mailerq("status", "--json", *running.settings).stdout)
+    assert tree.pop("processes")
+    assert set(tree.pop("plugins", {})) == set()
+    names = [name for name, _ in _flatten(tree)]
+    assert len(names) > 40
+    assert WORDS.keys() > set(FIGURES)
+    whole = {name.rpartition(".")[0] for name in WORDS} - {""}
+    for name in names:
+        parts = name.split(".")
+        known = {".".join(parts[:length]) for length in range(1, len(parts) + 1)} - whole
+        assert known & WORDS.keys(), f"{name} is not in WORDS"
+    said = mailerq("status", "--help").stdout.decode()
+    assert all(text in said for text in WORDS.values())
 
 
 def test_a_second_daemon_is_turned_away_and_told_by_whom(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_programs_that_know_sendmail_can_use_it(queue: Path, tmp_path: Path) -> 
         (["-f", "x\n@y", "c@d.test"], MAIL, os.EX_USAGE, "cannot stand before the @"),
         (["--ignore-dot"], MAIL, os.EX_USAGE, "name a recipient"),
         (["c@d.test", "--frob"], MAIL, os.EX_USAGE, "unrecognized arguments: --frob"),
-        (["-bs", "c@d.test"], MAIL, os.EX_USAGE, "-bs is not supported"),
+        (["-bd", "c@d.test"], MAIL, os.EX_USAGE, "-b: invalid choice: 'd'"),
         (["c@d.test", "--smtp-port=x"], MAIL, os.EX_CONFIG, "'x' is not a whole number"),
         (["c@d.test", "--smtp-maxsize=50"], MAIL, os.EX_DATAERR, "larger than smtp-maxsize (50"),
         (["a@a.test", "b@b.test", "--smtp-maxrecipients=1"], MAIL, os.EX_DATAERR, "2 recipients"),

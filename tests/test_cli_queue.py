@@ -1,4 +1,4 @@
-"""``mailerq queue``, ``config``, ``check-config`` and ``status`` as users run them."""
+"""``mailerq queue``, ``config`` and ``status`` as users run them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mailerq.cli import main
-from mailerq.message import Message
+from mailerq.message import Message, format_time
 from mailerq.queues import Publication
 from mailerq.queues.exclusive import open_exclusive
 from mailerq.queues.shares import share_directory
@@ -33,7 +33,9 @@ def directory(tmp_path: Path) -> Path:
         Message({"envelope": "a@b.test", "recipient": f"{name}@d.test", "my-id": 7}, MIME)
         for name in ("ann", "bob", "carl")
     ]
-    messages[2].properties["results"] = [{"attempt": 1}]
+    messages[2].properties["results"] = [
+        {"attempt": 1, "type": "error", "code": 450, "status": "4.2.0", "description": "not now"}
+    ]
     with Store.open(str(tmp_path)) as store:
         store.publish(
             [
@@ -65,9 +67,9 @@ def test_list_shows_how_full_each_queue_is(directory: Path) -> None:
 
 def test_show_has_a_line_for_each_message(directory: Path) -> None:
     lines = run(directory, "queue", "show", "outbox").splitlines()
-    assert lines[0].split() == ["ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS"]
+    assert lines[0].split() == ["ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS", "REASON"]
     assert [line.split()[4] for line in lines[1:]] == ["ann@d.test", "bob@d.test", "carl@d.test"]
-    assert lines[3].split()[5:] == ["22", "1"]
+    assert lines[3].split()[5:] == ["22", "1", "450", "4.2.0", "not", "now"]
     found = [
         json.loads(line)
         for line in run(directory, "queue", "show", "outbox", "--json", "--limit=2").splitlines()
@@ -100,6 +102,92 @@ def test_nothing_that_is_printed_deceives_a_terminal(tmp_path: Path) -> None:
         run(tmp_path, "--smtp-\u202eport=1", status=2),
     ]
     assert [output for output in outputs if not output.replace("\n", "").isprintable()] == []
+
+
+def test_show_says_why_the_last_attempt_came_to_nothing(directory: Path) -> None:
+    results: list[object] = [
+        None,
+        "nonsense",
+        ["nonsense"],
+        [{"code": 450}, {"description": "127.0.0.1: Connection refused\x1b[2J"}],
+        [{"type": "lost"}],
+    ]
+    with Store.open(str(directory)) as store:
+        store.publish(
+            Publication("tried", Message({"recipient": "a@b.test", "results": found}))
+            for found in results
+        )
+    lines = run(directory, "queue", "show", "tried", "--json").splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    assert reasons == [None, None, None, "127.0.0.1: Connection refused\x1b[2J", "lost"]
+    assert "refused\\x1b[2J\n" in run(directory, "queue", "show", "tried")
+
+
+@pytest.mark.parametrize("command", [["show"], ["read"], ["purge", "--yes"]])
+def test_a_queue_that_is_not_there_is_an_error(directory: Path, command: list[str]) -> None:
+    said = run(directory, "queue", *command, "outbx", "--rabbitmq-local=home", status=65)
+    assert said == "mailerq: there is no queue outbx; there are home, outbox\n"
+    run(directory, "queue", *command, "home", "--rabbitmq-local=home")
+
+
+# As sendmail's relatives
+
+
+def test_mailq_shows_the_outbox_in_words_that_monitoring_knows(directory: Path) -> None:
+    shown = run(directory, "queue", "show").splitlines()
+    listed = run(directory, "-bp").splitlines()
+    assert listed == [*shown, "-- 1 Kbytes in 3 Requests."]
+    assert run(directory, "-bp", "--json") == run(directory, "queue", "show", "--json")
+    run(directory, "queue", "purge", "outbox", "--yes")
+    assert run(directory, "-bp") == "Mail queue is empty\n"
+
+
+def test_the_name_of_the_program_says_what_is_wanted(directory: Path) -> None:
+    for name, expected in (("mailq", "-- 1 Kbytes in 3 Requests.\n"), ("newaliases", "")):
+        program = directory / name
+        program.write_text(f"#!{sys.executable} -P\nfrom mailerq.cli import main\nexit(main())\n")
+        program.chmod(0o755)
+        environ = {"MAILERQ_QUEUE_DIRECTORY": str(directory), "PYTHONPATH": str(ROOT)}
+        said = subprocess.run([program, "-v"], env=environ, capture_output=True, check=True)
+        assert said.stdout.decode().endswith(expected)
+        assert said.stderr == b""
+
+
+def test_a_flush_without_a_daemon_changes_nothing_and_says_so(directory: Path) -> None:
+    before = run(directory, "queue", "show")
+    for command in (["-q"], ["queue", "flush"]):
+        said = run(directory, *command, status=os.EX_UNAVAILABLE)
+        assert said.startswith(f"mailerq: no daemon runs on {directory}: nothing is tried")
+    assert run(directory, "queue", "show") == before
+    assert "-q30m is not supported" in run(directory, "-q30m", status=os.EX_USAGE)
+
+
+def test_a_flush_makes_due_what_was_tried_and_leaves_what_its_sender_delayed(
+    directory: Path,
+) -> None:
+    tomorrow = time.time() + 86400
+    delayed = {"recipient": "a@b.test", "delayed": format_time(tomorrow)}
+    with open_exclusive(str(directory)) as store:
+        waits = Publication("outbox", Message(delayed), tomorrow)
+        tried = Message({**delayed, "results": [{"attempt": 1}]}, MIME)
+        store.publish([waits, Publication("outbox", tried, tomorrow)])
+        now = int(time.time() * 1000)
+        assert sum(store.hasten("outbox", now)) == 2
+        assert sum(store.hasten("outbox", now)) == 0
+        entries = store.browse("outbox")
+        assert [entry.due <= time.time() for entry in entries] == [True] * 3 + [False, True]
+        assert entries[3].message.properties == delayed
+        assert entries[4].message.properties == {
+            "recipient": "a@b.test",
+            "results": [{"attempt": 1}],
+        }
+        assert entries[4].message.body == MIME
+
+
+def test_a_flush_leaves_what_is_damaged_to_the_daemon(directory: Path) -> None:
+    with Store.open(str(directory)) as store:
+        store.connection.execute("UPDATE message SET properties = x'7b7d' WHERE due > ?", (2**40,))
+        assert sum(store.hasten("outbox", int(time.time() * 1000))) == 0
 
 
 def test_read_prints_the_documents_and_leaves_them(directory: Path) -> None:
@@ -309,49 +397,18 @@ def test_config_for_programs_has_the_types(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("command", [["check-config"], []])
-def test_a_wrong_configuration_exits_2_and_names_the_line(
-    tmp_path: Path, command: list[str]
+@pytest.mark.parametrize(("command", "status"), [(["check-config"], 1), ([], 2), (["status"], 2)])
+def test_a_wrong_configuration_is_told_by_its_lines(
+    tmp_path: Path, command: list[str], status: int
 ) -> None:
     file = tmp_path / "mailerq.txt"
-    file.write_text("smtp-port: 2525\nsmpt-ip: 127.0.0.1\n")
-    done = mailerq(*command, f"--config-file={file}")
-    assert done.returncode == 2
-    assert done.stderr.decode() == (
-        f"mailerq: {file}:2: unknown setting 'smpt-ip'; did you mean smtp-ip?\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("setting", "problem"),
-    [
-        ("smtp-auth=carrier-pigeon://coo", "smtp-auth"),
-        ("smtp-extract=safe,tagz", "'tagz' is none of all, "),
-        ("smtp-local-addresses=/nowhere/at/all", "cannot use /nowhere/at/all"),
-        ("smtp-certificate=/nowhere/chain.pem", "cannot use /nowhere/chain.pem"),
-    ],
-)
-def test_check_config_reads_what_the_server_reads(
-    tmp_path: Path, setting: str, problem: str
-) -> None:
-    done = mailerq(
-        "check-config", f"--queue-directory={tmp_path}", "--rabbitmq-local=l", f"--{setting}"
-    )
-    assert done.returncode == 2
-    assert problem in done.stderr.decode()
-
-
-def test_check_config_says_what_may_surprise(tmp_path: Path) -> None:
-    (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / "a.so").touch()
-    missing = run(tmp_path / "queue", "check-config", f"--plugin-directory={tmp_path}/no")
-    assert f"plugin-directory {tmp_path}/no is missing: no plugins are loaded\n" in missing
-    assert missing.endswith("the configuration is good\n")
-    found = run(tmp_path, "check-config", f"--plugin-directory={tmp_path}/plugins", "--json")
-    assert json.loads(found) == {
-        "ok": True,
-        "notes": [f"plugin-directory {tmp_path}/plugins has a.so"],
-    }
+    file.write_text("smtp-port: 2525\nsmpt-ip: 127.0.0.1\nsmtp-threads: 0\n")
+    done = mailerq(*command, f"--config-file={file}", f"--queue-directory={tmp_path}")
+    assert done.returncode == status
+    assert done.stderr.decode().splitlines()[:2] == [
+        f"mailerq: {file}:2: unknown setting 'smpt-ip'; did you mean smtp-ip?",
+        f"mailerq: {file}:3: smtp-threads: 0 is less than 1",
+    ]
 
 
 def test_status_without_a_daemon_exits_69(tmp_path: Path) -> None:

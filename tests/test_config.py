@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mailerq.config import NOT_YET, SETTINGS, Config, Setting, split_arguments
-from mailerq.errors import ConfigError
+from mailerq.errors import ConfigError, Problem
 from mailerq.settings import SECONDS, SIZE
 
 ROWS = pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.key)
@@ -490,9 +490,10 @@ def test_a_wrong_switch_is_told(arguments: list[str], where: str, problem: str) 
     assert problem in caught.value.problem
 
 
-def test_a_secret_is_in_no_error() -> None:
+def test_a_secret_is_in_no_error(write: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        load("--smtp-username=ann", "--smtp-password=hunter2\x01")
+        load("--smtp-password=hunter2\x01", files=[write("smtp-password = hunter2\n")])
+    assert len(caught.value.problems) == 2
     assert "hunter2" not in str(caught.value)
 
 
@@ -560,6 +561,72 @@ def test_settings_that_contradict_each_other_are_refused(
 
 def test_port_0_may_stand_for_both_kinds_of_port() -> None:
     assert Config(smtp_port=(0,), smtp_secure_port=(0,), smtp_certificate="a.pem")
+
+
+# -- all that is wrong ---------------------------------------------------------------------
+
+
+def test_an_error_has_all_that_is_wrong(write: Any) -> None:
+    path = write("smtp-prot: 25\nsmtp-threads: 0\nlock /a\n")
+    with pytest.raises(ConfigError) as caught:
+        load("--smtp-timeout=x", "--rabbitmq-results=outbox", files=[path])
+    assert [tuple(problem) for problem in caught.value.problems] == [
+        (f"{path}:1", "unknown setting 'smtp-prot'; did you mean smtp-port?", "smtp-port"),
+        (f"{path}:3", "the line of 'lock' is not of the form 'key: value'", ""),
+        (f"{path}:2", "smtp-threads: 0 is less than 1", "smtp-threads"),
+        ("--smtp-timeout", "smtp-timeout: 'x' is not a number", "smtp-timeout"),
+        (
+            "--rabbitmq-results",
+            "rabbitmq-results is the outbox: what it gets would be delivered over and over",
+            "rabbitmq-results",
+        ),
+    ]
+    assert (caught.value.where, caught.value.problem) == caught.value.problems[0][:2]
+    assert str(caught.value) == "; ".join(map(str, caught.value.problems))
+
+
+def test_an_object_with_several_wrong_values_names_them_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(smtp_threads=0, smtp_port=(70000,))
+    assert [problem.where for problem in caught.value.problems] == ["smtp-port", "smtp-threads"]
+
+
+def test_what_is_wrong_can_be_collected_and_has_its_default() -> None:
+    problems: list[Problem] = []
+    config = Config.load(
+        ["--smtp-threads=0", "--smtp-key=a.pem", "--smtp-port=26"], {}, (), problems=problems
+    )
+    assert [problem.key for problem in problems] == ["smtp-threads", "smtp-key"]
+    assert (config.smtp_threads, config.smtp_key, config.smtp_port) == (1, "", (26,))
+
+
+def test_the_values_that_a_contradiction_leaves_out_may_be_all() -> None:
+    problems: list[Problem] = []
+    settings = ["--smtp-secure-port=465", "--rabbitmq-outbox=x", "--rabbitmq-results=x"]
+    config = Config.load(settings, {}, (), problems=problems)
+    assert [problem.key for problem in problems] == ["smtp-secure-port", "rabbitmq-results"]
+    assert config == Config(rabbitmq_outbox="x")
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(SETTINGS), st.sampled_from(["", "0", "1", "x", "/x", "25"])),
+        unique_by=lambda pair: pair[0].key,
+        max_size=12,
+    )
+)
+def test_whatever_is_set_there_is_a_configuration_and_a_list(
+    given_values: list[tuple[Setting, str]],
+) -> None:
+    problems: list[Problem] = []
+    settings = [f"--{row.key}={text}" for row, text in given_values]
+    config = Config.load(settings, {}, (), problems=problems)
+    if problems:
+        with pytest.raises(ConfigError) as caught:
+            Config.load(settings, {}, ())
+        assert list(caught.value.problems) == problems
+    else:
+        assert Config.load(settings, {}, ()) == config
 
 
 # -- cost ---------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ LAYERS: Final = (
     "address",
     "settings",
     "sources",
+    "consistency",
     "config",
     "message",
     "wire",

@@ -1,7 +1,8 @@
 """The command line: the daemon, the injector that stands in for sendmail, and the tools.
 
 ``mailerq`` alone is the daemon. A first word that names a command is that command; an
-argument with an @ in it, or a switch of sendmail's, makes it the injector.
+argument with an @ in it, or a switch of sendmail's, makes it the injector, and so do the
+names ``sendmail``, ``mailq`` and ``newaliases`` of the program.
 
 An injector runs once for each mail, so nothing here imports more than all commands need:
 the module of a command is imported when it is its turn.
@@ -31,6 +32,9 @@ _COMMANDS: Final = {
     "status": "mailerq.cli.status",
 }
 
+_NAMES: Final = {"sendmail": (), "mailq": ("-bp",), "newaliases": ("-bi",)}
+"""What the program may be called instead, and the switch that stands for it."""
+
 _INJECTING: Final = frozenset({"--envelope", "--extract-recipients", "--ignore-dot"})
 
 
@@ -41,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _run(words)
         sys.stdout.flush()
         return status
-    except (ConfigError, PluginError) as error:
+    except ConfigError as error:
+        for problem in error.problems:
+            complain(str(problem))
+        return EX_CONFIGURATION
+    except PluginError as error:
         complain(str(error))
         return EX_CONFIGURATION
     except KeyboardInterrupt:
@@ -57,11 +65,12 @@ def _run(words: list[str]) -> int:
 
     settings, rest = split_arguments(words)
     name = next((word for word in rest if not word.startswith("-")), "")
-    sendmail = os.path.basename(sys.argv[0]) == "sendmail"
-    if name in _COMMANDS and not sendmail:
+    switches = _NAMES.get(os.path.basename(sys.argv[0]))
+    if name in _COMMANDS and switches is None:
         rest.remove(name)
         module = importlib.import_module(_COMMANDS[name])
-    elif sendmail or any(map(_is_injection, rest)):
+    elif switches is not None or any(map(_is_injection, rest)):
+        rest = [*(switches or ()), *rest]
         module = importlib.import_module("mailerq.cli.inject")
     else:
         module = importlib.import_module("mailerq.cli.daemon")

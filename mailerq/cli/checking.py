@@ -1,50 +1,411 @@
-"""``mailerq check-config``: whether a daemon would start with these settings."""
+"""``mailerq check-config``: whether a daemon would start with these settings.
+
+It looks at all that a start opens, as the account that would open it, and says everything that
+is wrong, not the first thing. Nothing is made, changed or left open, and a daemon that runs with
+these settings goes on: what that one has in use is no mistake.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
+import pwd
+import socket
+import stat
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import chain
+from typing import Any, Final
 
-from mailerq.cli.common import command_parser, print_json
+from mailerq.cli import control
+from mailerq.cli.common import command_parser, complain, print_json
+from mailerq.cli.daemon import lock_path
+from mailerq.cli.logs import account_of, names
+from mailerq.cli.process import describe
 from mailerq.config import Config
+from mailerq.errors import ConfigError, Problem
 from mailerq.escaping import escape
+from mailerq.net.addresses import LocalAddresses
+from mailerq.net.auth import parse_backend
+from mailerq.net.listener import unusable
+from mailerq.net.tls import tls_context, try_handshake
+from mailerq.queues.exclusive import LOCK_NAME
+from mailerq.queues.shares import share_directory, shares_in
+from mailerq.queues.store import FILE_NAME
+from mailerq.rules.steering import Steering
 
 __all__ = ["main"]
 
+SYSLOG: Final = "/dev/log"
+
+PLUGIN_SECONDS: Final = 30.0
+"""How long the plugins may take to be opened."""
+
+LOG_FILES: Final = ("send-log-file", "received-log-file", "refused-log-file")
+
 
 def main(settings: list[str], rest: list[str]) -> int:
-    """Check the settings; an error leaves as `ConfigError`."""
+    """Check the settings: 0 when a daemon would start, 1 when it would not."""
     parser = command_parser(
-        "check-config", "Check the settings and what they point to. Nothing is started or opened."
+        "check-config",
+        "Check the settings and what they point to, all that a start needs. Nothing is started or "
+        "changed. Exit status: 0 it would start, 1 it would not.",
     )
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
-    options = parser.parse_args(rest)
-    config = Config.load(settings)
-    notes = list(_notes(config))
-    _check_files(config)
+    options, unknown = parser.parse_known_args(rest)
+    problems: list[Problem] = []
+    config = Config.load([*settings, *unknown], problems=problems)
+    with _warnings() as notes:
+        problems += _examine(config, _unset(config, problems))
+        notes += _notes(config)
     if options.json:
-        print_json({"ok": True, "notes": notes})
-        return os.EX_OK
-    for note in notes:
-        sys.stdout.write(f"note: {escape(note)}\n")
-    sys.stdout.write("the configuration is good\n")
-    return os.EX_OK
+        print_json({
+            "ok": not problems,
+            "problems": [problem._asdict() for problem in problems],
+            "notes": notes,
+        })  # fmt: skip
+    else:
+        for note in notes:
+            sys.stdout.write(f"note: {escape(note)}\n")
+        for problem in problems:
+            complain(str(problem))
+        if problems:
+            count = f"{len(problems)} mistakes" if len(problems) > 1 else "1 mistake"
+            complain(f"{count}: a daemon would not start")
+        else:
+            sys.stdout.write("the configuration is good\n")
+    return 1 if problems else os.EX_OK
 
 
-def _check_files(config: Config) -> None:
-    """Read what the server reads when it starts. Raises `ConfigError`."""
-    from mailerq.net.addresses import LocalAddresses
-    from mailerq.net.auth import Authenticator
-    from mailerq.net.tls import tls_context
-    from mailerq.rules.steering import Steering
+def _unset(config: Config, problems: list[Problem]) -> set[str]:
+    """The settings that are wrong everywhere, so what they name is not known."""
+    keys = {problem.key for problem in problems if problem.key}
+    return {key for key in keys if config.origin(key) == "default"}
 
-    Authenticator.of(config)
-    LocalAddresses.of(config)
-    Steering.of(config)
-    paths = [config.smtp_certificate, config.smtp_key]
-    if all(not path or not os.path.exists(path) or os.access(path, os.R_OK) for path in paths):
-        tls_context(config)  # else it is for the daemon's user to read
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What a start would warn of in its log."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("mailerq")
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+
+
+def _examine(config: Config, wrong: set[str]) -> Iterator[Problem]:
+    """Make every check whose settings can be used."""
+    running = _running(config)
+    for keys, check in AS_STARTED:
+        if wrong.isdisjoint(keys):
+            yield from check(config, running)
+    try:
+        with _as_user(config):
+            found = [check(config, running) for keys, check in AS_USER if wrong.isdisjoint(keys)]
+            problems = list(chain.from_iterable(found))
+    except OSError as error:
+        text = f"cannot become {config.user}: {error.strerror}"
+        problems = [_problem(config, "user", text)]
+    yield from problems
+
+
+def _running(config: Config) -> dict[str, Any] | None:
+    """The status of the daemon that has this queue directory, None where none answers."""
+    try:
+        reply = control.ask(config.queue_directory, "status")
+    except OSError:
+        return None
+    return reply if isinstance(reply.get("pid"), int) else None
+
+
+@contextmanager
+def _as_user(config: Config) -> Iterator[None]:
+    """Have the rights that the daemon has once it has changed to the account of `user`.
+
+    Raises OSError where this process may not.
+    """
+    account = account_of(config)
+    with ExitStack() as stack:
+        if account is not None:
+            stack.callback(os.setgroups, os.getgroups())
+            os.initgroups(account.pw_name, account.pw_gid)
+            stack.callback(os.setegid, os.getegid())
+            os.setegid(account.pw_gid)
+            os.seteuid(account.pw_uid)
+            stack.callback(os.seteuid, 0)
+        yield
+
+
+Running = dict[str, Any] | None
+Check = Callable[[Config, Running], Iterator[Problem]]
+
+
+def _problem(config: Config, key: str, text: str) -> Problem:
+    return Problem(config.origin(key), f"{key}: {text}", key)
+
+
+# What a start does before it changes its account
+
+
+def _check_user(config: Config, running: Running) -> Iterator[Problem]:
+    if not config.user:
+        return
+    try:
+        pwd.getpwnam(config.user)
+    except KeyError:
+        yield _problem(config, "user", f"{config.user}: no such account")
+        return
+    if os.geteuid() != 0:
+        yield _problem(config, "user", f"cannot become {config.user}: only root can, check as root")
+
+
+def _check_plugins(config: Config, running: Running) -> Iterator[Problem]:
+    """Open the plugins in a process of its own: what they do to it is theirs."""
+    if not _plugins(config):
+        return
+    code = "import sys; from mailerq.plugins import Plugins; Plugins.load(sys.argv[1])"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, config.plugin_directory],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PLUGIN_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        yield _problem(config, "plugin-directory", f"not opened in {PLUGIN_SECONDS:g} seconds")
+        return
+    if done.returncode:
+        text = (done.stderr.splitlines() or [""])[-1].removeprefix("mailerq.errors.PluginError: ")
+        if done.returncode < 0:
+            text = f"the process that opened the plugins {describe(done.returncode)}"
+        yield _problem(config, "plugin-directory", text)
+
+
+def _plugins(config: Config) -> list[str]:
+    """The names of the plugins; of a directory that cannot be read the check says so."""
+    directory = config.plugin_directory
+    if not os.path.isdir(directory):
+        return []
+    try:
+        return sorted(name for name in os.listdir(directory) if name.endswith(".so"))
+    except OSError as error:
+        return [f"({error.strerror})"]
+
+
+def _check_tls(config: Config, running: Running) -> Iterator[Problem]:
+    try:
+        context = tls_context(config)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if context is not None and (problem := try_handshake(context, config.smtp_certificate)):
+        text = f"cannot use {config.smtp_certificate}: {problem}"
+        yield _problem(config, "smtp-certificate", text)
+
+
+def _check_auth(config: Config, running: Running) -> Iterator[Problem]:
+    for uri in config.smtp_auth:
+        try:
+            parse_backend(uri)
+        except ValueError as error:
+            yield _problem(config, "smtp-auth", str(error))
+
+
+def _reads(read: Callable[[Config], object]) -> Check:
+    """A check that reads something as a start does."""
+
+    def check(config: Config, running: Running) -> Iterator[Problem]:
+        try:
+            read(config)
+        except ConfigError as error:
+            yield from error.problems
+
+    return check
+
+
+def _check_ports(config: Config, running: Running) -> Iterator[Problem]:
+    ours = {address.rpartition(":")[2] for address in (running or {}).get("listening", ())}
+    for port, error in unusable(config):
+        if str(port) not in ours:
+            yield from error.problems
+
+
+def _check_lock(config: Config, running: Running) -> Iterator[Problem]:
+    path = lock_path(config)
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if reason := _cannot_make(path):
+            yield _problem(config, "lock", f"cannot open {path}: {reason}")
+        return
+    except OSError as error:
+        yield _problem(config, "lock", f"cannot open {path}: {error.strerror}")
+        return
+    with open(lock, "rb") as file:
+        pid = file.read(20).decode("ascii", "replace").strip()
+        if (running is None or str(running["pid"]) != pid) and _is_locked(lock):
+            text = f"another mailerq is running (process {pid or 'unknown'}), {path} is locked"
+            yield _problem(config, "lock", text)
+
+
+def _check_application_log(config: Config, running: Running) -> Iterator[Problem]:
+    flags = os.O_NOFOLLOW if account_of(config) is not None else 0
+    for name in names(config.application_log):
+        if name == "syslog":
+            reason = _no_syslog()
+        elif name in ("stdout", "stderr"):
+            reason = None
+        else:
+            reason = _cannot_append(os.path.abspath(name), flags)
+        if reason:
+            yield _problem(config, "application-log", f"cannot write to {name}: {reason}")
+
+
+def _no_syslog() -> str | None:
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+        try:
+            sock.connect(SYSLOG)
+        except OSError as error:
+            return error.strerror
+    return None
+
+
+# What a start does after it has changed its account
+
+
+def _check_queue(config: Config, running: Running) -> Iterator[Problem]:
+    directory = config.queue_directory
+    try:
+        os.stat(directory)
+    except FileNotFoundError:
+        if reason := _cannot_make(directory, parents=True):
+            yield _problem(config, "queue-directory", f"{directory} cannot be made: {reason}")
+        return
+    except OSError as error:
+        text = f"{_who()} cannot reach {directory}: {error.strerror}"
+        yield _problem(config, "queue-directory", text)
+        return
+    for share in shares_in(directory) if os.path.isdir(directory) else [0]:
+        path = share_directory(directory, share)
+        if not os.path.isdir(path):
+            yield _problem(config, "queue-directory", f"{path} is no directory")
+            continue
+        both = os.R_OK | os.W_OK
+        files = [os.path.join(path, name) for name in (FILE_NAME, LOCK_NAME)]
+        for name, mode in ((path, both | os.X_OK), *((file, both) for file in files)):
+            if os.path.lexists(name) and not os.access(name, mode, effective_ids=True):
+                text = f"{name} is not readable and writable for {_who()}"
+                yield _problem(config, "queue-directory", text)
+        if running is None and (pid := _holder(files[1])):
+            text = f"{files[1]} is held by another mailerq, process {pid}, that does not answer"
+            yield _problem(config, "queue-directory", text)
+
+
+def _holder(path: str) -> str | None:
+    """Who holds the lock of a queue directory."""
+    try:
+        with open(path, "rb") as file:
+            pid = file.read(32).decode("ascii", "replace").strip()
+            return (pid or "unknown") if _is_locked(file.fileno()) else None
+    except OSError:
+        return None
+
+
+def _check_logs(config: Config, running: Running) -> Iterator[Problem]:
+    for key in LOG_FILES:
+        path = config.text(key)
+        if path and (reason := _cannot_append(os.path.abspath(path))):
+            yield _problem(config, key, f"cannot write {path}: {reason}")
+
+
+AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
+    (("user",), _check_user),
+    (("plugin-directory",), _check_plugins),
+    (("smtp-certificate", "smtp-key", "smtp-ciphers"), _check_tls),
+    (("smtp-auth",), _check_auth),
+    (("smtp-local-addresses",), _reads(LocalAddresses.of)),
+    (("smtp-extract", "smtp-extract-range", "smtp-extract-logins"), _reads(Steering.of)),
+    (("smtp-ip", "smtp-port", "smtp-secure-port", "lmtp-port"), _check_ports),
+    (("lock",), _check_lock),
+    (("application-log", "user"), _check_application_log),
+)
+"""Each check with the settings that it looks at."""
+
+AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
+    (("queue-directory",), _check_queue),
+    (LOG_FILES, _check_logs),
+)
+
+
+# Files
+
+
+def _is_locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+def _cannot_append(path: str, flags: int = 0) -> str | None:
+    """Why no line can be added to a file, or None. A new file is not made."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | flags))
+    except FileNotFoundError:
+        return _cannot_make(path)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _cannot_make(path: str, *, parents: bool = False) -> str | None:
+    """Why something new cannot be made there, or None; with `parents` these are made as well."""
+    above = os.path.dirname(os.path.abspath(path))
+    while True:
+        try:
+            found = os.stat(above)
+            break
+        except FileNotFoundError:
+            if not parents:
+                return f"there is no directory {above}"
+            above = os.path.dirname(above)
+        except OSError as error:
+            return f"{_who()} cannot reach {above}: {error.strerror}"
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{above} is no directory"
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+        return f"{_who()} may not write into {above}"
+    return None
+
+
+def _who() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+# What is no mistake
+
+
+def _unreadable(config: Config) -> Iterator[str]:
+    """Files that root reads at the start, and the account of `user` cannot read again."""
+    for key in ("smtp-certificate", "smtp-key", "smtp-local-addresses"):
+        path = config.text(key)
+        if path and not os.access(path, os.R_OK, effective_ids=True):
+            yield f"{key} {path} is read at the start only: {_who()} may not read it again"
 
 
 def _notes(config: Config) -> Iterator[str]:
@@ -54,18 +415,17 @@ def _notes(config: Config) -> Iterator[str]:
         yield "plugin-directory is empty: no plugins are loaded"
     elif not os.path.isdir(directory):
         yield f"plugin-directory {directory} is missing: no plugins are loaded"
-    elif plugins := sorted(name for name in os.listdir(directory) if name.endswith(".so")):
+    elif plugins := _plugins(config):
         yield f"plugin-directory {directory} has {', '.join(plugins)}"
     else:
         yield f"plugin-directory {directory} has no *.so in it: no plugins are loaded"
     if not os.path.isdir(config.queue_directory):
         yield f"queue-directory {config.queue_directory} is missing: the daemon will make it"
-    elif not os.access(config.queue_directory, os.R_OK | os.W_OK | os.X_OK):
-        yield f"queue-directory {config.queue_directory} is not writable for this user"
-    for key in ("smtp-certificate", "smtp-key"):
-        path = config.text(key)
-        if path and not os.access(path, os.R_OK):
-            yield f"{key} {path} cannot be read by this user"
+    if account_of(config) is not None:
+        unreadable: list[str] = []
+        with suppress(OSError), _as_user(config):  # that it cannot be has been said
+            unreadable += _unreadable(config)
+        yield from unreadable
     if config.smtp_sink_address:
         yield f"smtp-sink-address is set: all mail goes to {config.smtp_sink_address}"
     if not config.smtp_range and any(network.prefixlen == 0 for network in config.smtp_relay_range):

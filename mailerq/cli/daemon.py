@@ -7,10 +7,12 @@ import logging
 import os
 import signal
 import stat
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
+import mailerq
 from mailerq import __version__
 from mailerq.cli import logs
 from mailerq.cli.common import Parser, complain
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from mailerq.engine import Engine
 
-__all__ = ["main"]
+__all__ = ["lock_path", "main"]
 
 log = logging.getLogger("mailerq")
 
@@ -34,7 +36,7 @@ A mail transfer agent. Without a command it is the daemon and stays in the foreg
 
 commands:
   mailerq rcpt@… [--envelope A] [--extract-recipients] [--ignore-dot]
-                         take one mail from stdin; sendmail's -t -i -f A -oi work too
+                         take one mail from stdin; sendmail's -t -i -f A -bs -bp -q work too
   mailerq queue …        look into the queues and take messages out of them
   mailerq status         how the running daemon is
   mailerq config         all settings, their values, and where each was set
@@ -60,6 +62,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
     parser.add_argument("--version", action="version", version=f"mailerq {__version__}")
+    parser.add_argument("--include-dir", action="store_true", help="show where mailerq.h is")
     # The switch of the reference that says what we are anyway.
     parser.add_argument("--daemon", action="store_true", help="be the daemon, as without it")
     parser.add_argument("--config-file", metavar="FILE", help="more settings, over those in /etc")
@@ -71,6 +74,11 @@ def main(settings: list[str], rest: list[str]) -> int:
     if options.help:
         _print_help(parser)
         return os.EX_OK
+    if options.include_dir:
+        if (directory := _include_directory()) is None:
+            parser.exit(os.EX_UNAVAILABLE, "mailerq: mailerq.h is not installed\n")
+        sys.stdout.write(f"{directory}\n")
+        return os.EX_OK
     config = Config.load(settings)
     try:
         with _lock(config):
@@ -79,6 +87,21 @@ def main(settings: list[str], rest: list[str]) -> int:
     except QueueError as error:
         complain(str(error))
         return os.EX_TEMPFAIL
+
+
+def _include_directory() -> str | None:
+    """Where ``mailerq.h`` is: beside this package in a source tree, or where pip put it."""
+    package = os.path.dirname(os.path.abspath(mailerq.__file__))
+    directory = os.path.join(os.path.dirname(package), "include")
+    if os.path.exists(os.path.join(directory, "mailerq.h")):
+        return directory
+    from importlib.metadata import PackageNotFoundError, files
+
+    with suppress(PackageNotFoundError):
+        for file in files("mailerq") or ():
+            if file.name == "mailerq.h":
+                return os.path.dirname(os.path.realpath(str(file.locate())))
+    return None
 
 
 def _meant(switch: str) -> str:
@@ -105,6 +128,11 @@ def _print_help(parser: Parser) -> None:
     parser.print_help()
 
 
+def lock_path(config: Config) -> str:
+    """The pid file."""
+    return config.lock or os.path.join(config.queue_directory, "mailerq.pid")
+
+
 @contextmanager
 def _lock(config: Config) -> Iterator[None]:
     """Hold the pid file. Raises `ConfigError` when another process does.
@@ -114,7 +142,7 @@ def _lock(config: Config) -> Iterator[None]:
     """
     make_directory(config.queue_directory, config.user)
     key, user = ("lock", "") if config.lock else ("queue-directory", config.user)
-    path = config.lock or os.path.join(config.queue_directory, "mailerq.pid")
+    path = lock_path(config)
     directory = os.path.dirname(path) or "."
     where = config.origin(key)
     try:

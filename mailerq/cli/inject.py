@@ -2,7 +2,8 @@
 
 It goes straight into the queue when this user may write there, and through the SMTP port of
 the configuration otherwise. Either way it is safe when the exit status is 0, and nothing was
-taken when it is another one. Of sendmail's switches the common ones are understood.
+taken when it is another one. Of sendmail's switches the common ones are understood; those that
+ask for something else (-bs, -bp, -bi, -q) lead to it from here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, BinaryIO, Final
 
 from mailerq import ids
@@ -28,7 +30,7 @@ from mailerq.queues import Publication
 from mailerq.rules.access import Access
 from mailerq.rules.routes import reception_queue
 
-__all__ = ["main"]
+__all__ = ["Refused", "hand_over", "main"]
 
 READ_BYTES: Final = 1 << 16
 
@@ -41,7 +43,8 @@ SMTP_SECONDS: Final = 300.0
 DESCRIPTION: Final = """\
 Take one mail from stdin and put it into the queue. Its lines may end with LF or CRLF; it
 ends with a line that holds a single dot, or with --ignore-dot at the end of the input.
-The switches of sendmail that programs use work too.
+The switches of sendmail that programs use work too, and instead of a recipient
+-bs (SMTP on stdin and stdout), -bp (list what waits, as mailq does) and -q (try that now).
 """
 
 EXITS: Final = """\
@@ -61,11 +64,23 @@ class Refused(Exception):
 def main(settings: list[str], rest: list[str]) -> int:
     """Take one mail."""
     options = _parse(rest)
+    if options.mode == "p" or options.flush:
+        from mailerq.cli import queue
+
+        words = ["show", "--mailq"] if options.mode == "p" else ["flush", "--quiet"]
+        return queue.main(settings, [*words, *(["--json"] if options.json else [])])
+    if options.mode == "i":
+        return os.EX_OK  # There are no aliases here that could be new.
     try:
         config = Config.load(settings)
     except ConfigError as error:
-        complain(str(error))
+        for problem in error.problems:
+            complain(str(problem))
         return os.EX_CONFIG
+    if options.mode == "s":
+        from mailerq.cli import dialogue
+
+        return dialogue.serve(config, partial(hand_over, config, rest))
     try:
         _inject(config, options, rest)
     except Refused as refused:
@@ -92,18 +107,20 @@ def _parse(rest: list[str]) -> Namespace:
     # What programs give sendmail and what changes nothing here.
     add("-o", action="append", default=[], help=SUPPRESS)
     add("-F", dest="full_name", help=SUPPRESS)
-    add("-b", dest="mode", default="m", help=SUPPRESS)
-    for letter in "BNRVhpqL":
+    add("-b", dest="mode", choices="mspi", default="m", help=SUPPRESS)
+    add("-q", dest="flush", nargs="?", const=True, help=SUPPRESS)
+    for letter in "ABNRVhpL":
         add(f"-{letter}" if letter != "h" else "-hops", dest="ignored", help=SUPPRESS)
     for letter in "nmvGU":
         add(f"-{letter}", dest="ignored", action="store_true", help=SUPPRESS)
     # fmt: on
     options = parser.parse_args(rest)
-    if options.mode != "m":
-        parser.error(f"-b{options.mode} is not supported, mail comes from stdin or by SMTP")
+    if options.flush not in (None, True):
+        parser.error(f"-q{options.flush} is not supported; a daemon tries again by retry-interval")
     if "i" in options.o:
         options.ignore_dot = True
-    if not options.recipients and not options.extract_recipients:
+    wants_mail = options.mode == "m" and not options.flush
+    if wants_mail and not options.recipients and not options.extract_recipients:
         parser.error("name a recipient, or use --extract-recipients")
     return options
 
@@ -118,15 +135,25 @@ def _inject(config: Config, options: Namespace, rest: Sequence[str]) -> None:
     recipients = _recipients(header, options, config)
     sender = _sender(header, options, config, user)
     mime = _complete(mime, header, sender, options)
-    if os.access(config.queue_directory, os.W_OK | os.X_OK):
-        words = [_printable(word) for word in (sys.argv[0], *rest)]
-        cli = {"command": words[0], "arguments": words[1:], "user": user}
-        envelope = incoming.Envelope(sender, recipients, {"cli": cli}, user=user, trusted=True)
-        result = _into_queue(config, mime, envelope)
-    else:
-        result = _by_smtp(config, mime, sender, recipients)
+    result = hand_over(config, rest, mime, sender, recipients)
     if options.json:
         print_json(result)
+
+
+def hand_over(
+    config: Config, words: Sequence[str], mime: bytes, sender: str, recipients: Sequence[str]
+) -> dict[str, Any]:
+    """Keep a mail, by the way that is open to this user: what became of it.
+
+    `words` is the command line, for the record. Raises `Refused`.
+    """
+    if not os.access(config.queue_directory, os.W_OK | os.X_OK):
+        return _by_smtp(config, mime, sender, recipients)
+    user = _user()
+    command, *arguments = [_printable(word) for word in (sys.argv[0], *words)]
+    cli = {"command": command, "arguments": arguments, "user": user}
+    envelope = incoming.Envelope(sender, recipients, {"cli": cli}, user=user, trusted=True)
+    return _into_queue(config, mime, envelope)
 
 
 def _user() -> str:

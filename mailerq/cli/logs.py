@@ -19,7 +19,7 @@ from mailerq.escaping import escape
 from mailerq.message import format_time
 from mailerq.privileges import as_account
 
-__all__ = ["configure"]
+__all__ = ["account_of", "configure", "names"]
 
 _LEVELS: Final = {
     logging.WARNING: "Warning",
@@ -133,7 +133,7 @@ def configure(config: Config, who: str = "") -> None:
     `who` stands before each text.
     """
     handlers: list[logging.Handler] = [logging.NullHandler()]
-    handlers += [_handler(name, config) for name in _names(config.application_log)]
+    handlers += [_handler(name, config) for name in names(config.application_log)]
     for handler in handlers:
         handler.setFormatter(_Formatter(who))
     logging.basicConfig(
@@ -143,13 +143,14 @@ def configure(config: Config, who: str = "") -> None:
     logging.raiseExceptions = False
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """The places that `application-log` names."""
     return [name for part in re.split("[;,]", text) if (name := part.strip())]
 
 
 def _handler(name: str, config: Config) -> logging.Handler:
     where = config.origin("application-log")
-    account = _account(config)
+    account = account_of(config)
     try:
         match name:
             case "stderr":
@@ -173,7 +174,7 @@ def _handler(name: str, config: Config) -> logging.Handler:
         ) from None
 
 
-def _account(config: Config) -> pwd.struct_passwd | None:
+def account_of(config: Config) -> pwd.struct_passwd | None:
     """The account that a process of root is to have; None where it is another's, or root's."""
     if not config.user or os.geteuid() != 0:
         return None

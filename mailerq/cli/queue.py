@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentTypeError, Namespace
+import time
+from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
+from mailerq.cli import control
 from mailerq.cli.common import (
     Parser,
     command_parser,
@@ -43,6 +45,8 @@ def main(settings: list[str], rest: list[str]) -> int:
     options, parser = _parse(rest)
     config = Config.load(settings)
     try:
+        if options.queue is not None and not _is_known(config, options.queue):
+            return os.EX_DATAERR
         if options.confirm is not None and not options.confirm(config, options, parser):
             return 1
         with _opened(config) as stores:
@@ -57,6 +61,9 @@ def main(settings: list[str], rest: list[str]) -> int:
     except QueueError as error:
         complain(str(error))
         return os.EX_TEMPFAIL
+    except OSError as error:  # a daemon that does not answer
+        complain(f"{config.queue_directory}: {error.strerror or error}")
+        return os.EX_UNAVAILABLE
 
 
 @contextmanager
@@ -87,7 +94,7 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
 
     def command(name: str, text: str, run: Any, json: str, *, queue: bool = True) -> Parser:
         added: Parser = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run, confirm=None)
+        added.set_defaults(run=run, confirm=None, queue=None)
         added.add_argument("--json", action="store_true", help=f"for programs: {json}")
         if queue:
             added.add_argument("queue", metavar="QUEUE")
@@ -95,7 +102,11 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
 
     documents = "one JSON document a line"
     command("list", "how full each queue is", _list, "one JSON array", queue=False)
-    show = command("show", "the messages of a queue, a line for each", _show, documents)
+    show = command(
+        "show", "the messages of a queue, a line for each", _show, documents, queue=False
+    )
+    show.add_argument("queue", metavar="QUEUE", nargs="?", help="by default the outbox")
+    show.add_argument("--mailq", action="store_true", help=SUPPRESS)
     read = command("read", "whole messages, as the JSON documents that they are", _read, documents)
     read.add_argument("id", nargs="*", type=_id, metavar="ID", help="only these, by their ids")
     read.add_argument(
@@ -104,6 +115,10 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
     for added in (show, read):
         added.add_argument("--limit", type=positive, metavar="N", help="no more than N messages")
         added.add_argument("--after", type=_id, default=0, metavar="ID", help="from behind this id")
+    flush = command(
+        "flush", "try now what waits after a failed attempt", _flush, "one JSON object", queue=False
+    )
+    flush.add_argument("--quiet", action="store_true", help="print nothing when it is done")
     purge = command("purge", "delete all messages of a queue", _purge, "one JSON object")
     purge.set_defaults(confirm=_confirm)
     purge.add_argument("--yes", action="store_true", help="do not ask")
@@ -144,7 +159,20 @@ def _configured(config: Config) -> Iterator[str]:
         yield config.failure_queue
 
 
+def _is_known(config: Config, queue: str) -> bool:
+    """Whether there is such a queue: the settings name it, or something is in it."""
+    with _opened(config) as stores:
+        if any(store.browse(queue, limit=1) for store in stores):
+            return True
+        names = {depth.queue for store in stores for depth in store.depths()}
+    names.update(_configured(config))
+    if queue not in names:
+        complain(f"there is no queue {queue}; there are {', '.join(sorted(names))}")
+    return queue in names
+
+
 def _show(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
+    options.queue = options.queue or config.rabbitmq_outbox
     rows = []
     for _, entry in _entries(stores, options):
         message = entry.message
@@ -152,14 +180,51 @@ def _show(stores: Stores, config: Config, options: Namespace, parser: Parser) ->
         results = message.properties.get("results")
         attempts = len(results) if isinstance(results, list) else 0
         row = (
-            entry.id, format_time(entry.due), message.envelope, message.recipient, size, attempts
+            entry.id, format_time(entry.due), message.envelope, message.recipient, size, attempts,
+            _reason(results),
         )  # fmt: skip
         if options.json:
-            keys = ("id", "due", "envelope", "recipient", "size", "attempts")
+            keys = ("id", "due", "envelope", "recipient", "size", "attempts", "reason")
             print_json(dict(zip(keys, row, strict=True)))
         rows.append(row)
-    if not options.json:
-        print_table(("ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS"), rows)
+    if options.json:
+        return os.EX_OK
+    if options.mailq and not rows:
+        sys.stdout.write("Mail queue is empty\n")  # the words that monitoring looks for
+        return os.EX_OK
+    print_table(("ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS", "REASON"), rows)
+    if options.mailq:
+        size = sum(row[4] or 0 for row in rows)
+        sys.stdout.write(f"-- {-(-size // 1024)} Kbytes in {len(rows)} Requests.\n")
+    return os.EX_OK
+
+
+def _reason(results: object) -> str | None:
+    """Why the last attempt came to nothing: what the peer said, or what we say of it."""
+    match results:
+        case [*_, {} as last]:
+            said = [last.get(name) for name in ("code", "status", "description")]
+            words = [str(part) for part in said if part] or [f"{last.get('type', 'error')}"]
+            return " ".join(words)
+    return None
+
+
+def _flush(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
+    """Without a daemon nothing would be tried, so nothing is changed."""
+    try:
+        control.ask(config.queue_directory, "wake")
+    except PermissionError:
+        raise
+    except OSError:
+        complain(f"no daemon runs on {config.queue_directory}: nothing is tried before one does")
+        return os.EX_UNAVAILABLE
+    now = int(time.time() * 1000)
+    count = sum(sum(store.hasten(config.rabbitmq_outbox, now)) for store in stores)
+    control.ask(config.queue_directory, "wake")
+    if options.json:
+        print_json({"queue": config.rabbitmq_outbox, "hastened": count})
+    elif not options.quiet:
+        sys.stdout.write(f"{count} messages of {config.rabbitmq_outbox} are tried now\n")
     return os.EX_OK
 
 

@@ -16,14 +16,81 @@ __all__ = ["main"]
 FIGURES: Final = ("calls", "suspensions", "rejects", "timeouts", "seconds")
 """What is counted for each event of a plugin, see `mailerq.plugins.Plugins.statistics`."""
 
-
 PROCESS: Final = ("process", "pid", "state", "starts", "uptime", "connections", "shares")
 """What is said of each process where there are several, see `mailerq.cli.parent`."""
+
+WORDS: Final = {
+    "started": "when the daemon started (UTC)",
+    "uptime": "seconds since then",
+    "pid": "its process id",
+    "hostname": "the name that it gives itself",
+    "listening": "the addresses and ports that clients can connect to",
+    "workers": "worker threads (smtp-threads)",
+    "incoming.open": "sessions with clients that are open now",
+    "incoming.memory": "bytes of memory that mail on its way in takes now",
+    "incoming.connections": "connections that became a session",
+    "incoming.refused_connections": "connections that were sent away",
+    "incoming.lost_connections": "sessions that the client broke off",
+    "incoming.timeouts": "sessions that took too long and were ended",
+    "incoming.transactions": "mails taken, each counted once",
+    "incoming.messages": "messages taken, one for each recipient of a mail",
+    "incoming.bytes": "bytes of the mails taken",
+    "incoming.refused_senders": "refused MAIL commands",
+    "incoming.refused_recipients": "refused RCPT commands",
+    "incoming.refused_messages": "mails refused after their content",
+    "incoming.queue_errors": "mails not taken because the queue could not keep them",
+    "incoming.tls": "TLS handshakes done",
+    "incoming.logins": "logins that were right",
+    "incoming.failed_logins": "logins that were wrong",
+    "incoming.spilled": "mails that came in by way of a file (smtp-spill-size)",
+    "outgoing.consumed": "messages taken from the outbox",
+    "outgoing.held": "messages put back until the time that their sender asked for",
+    "outgoing.parked": "messages put back for up to a minute: their domain is slow",
+    "outgoing.attempts": "attempts that have a result",
+    "outgoing.delivered": "messages delivered",
+    "outgoing.failed": "messages that failed for good",
+    "outgoing.retried": "attempts that failed and are made again later",
+    "outgoing.queue_errors": "reads and writes that the queue could not do",
+    "outgoing.unsettled": "results that are not written yet",
+    "outgoing.connections": "connections to other hosts that are open or opening now",
+    "outgoing.opening": "of these, the ones that are opening",
+    "outgoing.idle": "of these, the ones without a message",
+    "outgoing.opened": "connections that were opened",
+    "outgoing.ahead": "messages whose envelope was sent right behind the mail before",
+    "outgoing.destinations": "hosts and domains that there is something to do for now",
+    "outgoing.waiting": "messages in memory that wait for a connection",
+    "outgoing.domains": "of these, how many for each of the domains with the most",
+    "queue.commits": "commits to the queue file",
+    "queue.messages": "messages in them: published, put back, settled",
+    "queue.messages_per_commit": "their average",
+    "queue.largest_commit": "the most in one",
+    "queue.commit_seconds": "seconds that commits took",
+    "queue.reads": "times that the file was read for waiting messages",
+    "queue.read_messages": "messages that were read so",
+    "queue.leased": "messages of each queue that are in memory now",
+    "watchdog.stalls": "times that a worker stood still for watchdog-seconds",
+    "watchdog.standing": "workers that stand still now",
+    "watchdog.longest": "the longest of these times, in seconds",
+    "watchdog.places": "how often in each place: a plugin's function, or the program",
+    "calls": "of a plugin: times that the event's function was called",
+    "suspensions": "of these, how often the plugin took control",
+    "rejects": "of these, how often it refused",
+    "timeouts": "of these, how often it was given up (plugin-timeout)",
+    "seconds": "seconds that the calls took",
+}
+"""What each figure is; those of a domain, a queue or a place have its name behind."""
+
+
+def _legend() -> str:
+    lines = [f"  {name:<29}{text}" for name, text in WORDS.items()]
+    return "\n".join(["figures, counted since the start where they do not say now:", *lines])
 
 
 def main(settings: list[str], rest: list[str]) -> int:
     """Ask the daemon on this queue directory and show what it says."""
-    parser = command_parser("status", "Show how the daemon that runs on this host is.")
+    parser = command_parser(
+        "status", f"Show how the daemon that runs on this host is.\n\n{_legend()}"
+    )
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
     options = parser.parse_args(rest)
     config = Config.load(settings)
@@ -34,6 +101,8 @@ def main(settings: list[str], rest: list[str]) -> int:
         return os.EX_NOPERM
     except OSError as error:
         complain(f"no daemon answers on {config.queue_directory}: {error.strerror or error}")
+        if config.origin("queue-directory") == "default":
+            complain("if it has settings of its own, name their file with --config-file")
         return os.EX_UNAVAILABLE
     if "error" in reply:
         complain(f"the daemon says: {reply['error']}")

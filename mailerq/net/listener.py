@@ -25,7 +25,7 @@ from mailerq.net.worker import Worker
 from mailerq.wire import smtp
 from mailerq.wire.smtp import Reply
 
-__all__ = ["Listener", "Port", "bind", "reserve"]
+__all__ = ["Listener", "Port", "bind", "reserve", "unusable"]
 
 log = logging.getLogger("mailerq.server")
 
@@ -98,15 +98,30 @@ def reserve(config: Config) -> Iterator[Config]:
         yield config
 
 
-def _open(config: Config, *, shared: bool, listening: bool) -> Iterator[tuple[socket.socket, str]]:
-    """A socket for each port and address, with the setting that has the port."""
+def unusable(config: Config) -> Iterator[tuple[int, ConfigError]]:
+    """Each port that `bind` could not open, and why. Who listens there does not notice."""
+    for option, ip, port in _wanted(config):
+        try:
+            _socket(ip, port, shared=False, listening=False).close()
+        except OSError as error:
+            yield port, _no_port(config, option, ip, port, error)
+
+
+def _wanted(config: Config) -> Iterator[tuple[str, str, int]]:
+    """Each port with its setting and an address."""
     for option in _PORT_OPTIONS:
         for port in getattr(config, option):
             for ip in config.smtp_ip or _all_addresses():
-                try:
-                    yield _socket(ip, port, shared=shared, listening=listening), option
-                except OSError as error:
-                    raise _no_port(config, option, ip, port, error) from None
+                yield option, ip, port
+
+
+def _open(config: Config, *, shared: bool, listening: bool) -> Iterator[tuple[socket.socket, str]]:
+    """A socket for each port and address, with the setting that has the port."""
+    for option, ip, port in _wanted(config):
+        try:
+            yield _socket(ip, port, shared=shared, listening=listening), option
+        except OSError as error:
+            raise _no_port(config, option, ip, port, error) from None
 
 
 def _no_port(config: Config, option: str, ip: str, port: int, error: OSError) -> ConfigError:

@@ -131,20 +131,92 @@ def test_run_leaves_no_orphan_when_it_is_killed(running: subprocess.Popen[str]) 
     eventually(lambda: not any(map(alive, children)))
 
 
-@pytest.mark.parametrize("setting", ["smtp-port", "smtp-sink-port"])
-def test_run_says_which_port_is_taken(tree: Path, setting: str) -> None:
-    other = {"smtp-port": "smtp-sink-port", "smtp-sink-port": "smtp-port"}[setting]
+def test_the_commands_of_the_welcome_find_the_server_when_they_are_pasted(
+    tree: Path, running: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    welcome = read_welcome(running)
+    pasted = welcome.partition("what waits in it:\n")[2].partition("\n\n  To deliver")[0]
+    assert pasted.count("\n") == 4, welcome
+    done = subprocess.run(
+        ["sh", "-e"],
+        input=pasted,
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^listening +127\.0\.0\.1:\d+$", done.stdout, re.MULTILINE)
+    assert re.search(r"^outbox +0 +0 +0$", done.stdout, re.MULTILINE)
+    assert "==> var/send.log <==" in done.stdout
+
+
+def test_the_welcome_says_what_is_not_there_yet(running: subprocess.Popen[str]) -> None:
+    welcome = read_welcome(running)
+    assert "Deliveries cannot use TLS yet, and nobody gets a bounce yet" in welcome
+    compiled = [*(ROOT / "mailerq" / "wire").glob("server.*.so")]
+    assert ("It runs uncompiled: make build" in welcome) is not bool(compiled)
+
+
+def check_ports(tree: Path, *settings: str, python: str = sys.executable) -> tuple[int, str]:
+    done = subprocess.run(
+        [python, tree / "tools/run", "--check", *settings],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("setting", ["smtp-port", "smtp-sink-port", "lmtp-port"])
+def test_run_says_who_has_a_port_and_what_to_type(tree: Path, setting: str) -> None:
+    ports = dict(zip(("smtp-port", "smtp-sink-port"), free_ports(2), strict=True))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+        port = ports[setting] = taken.getsockname()[1]
+        settings = [f"--{key}={value}" for key, value in ports.items()]
+        status, said = check_ports(tree, *settings)
+        assert status == 1
+        assert f"Port {port} is in use by process {os.getpid()} (" in said
+        again = re.search(rf"make run RUNARGS=(--{setting}=\d+)\n", said)
+        assert again
+        settings = [text for text in settings if not text.startswith(f"--{setting}=")]
+        assert check_ports(tree, *settings, again[1]) == (0, "")
+        taken.close()
+    assert check_ports(tree, *settings, f"--{setting}={port}") == (0, "")
+
+
+def test_a_port_of_another_address_is_free(tree: Path) -> None:
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = f"--smtp-port={taken.getsockname()[1]}"
+        assert check_ports(tree, port, f"--smtp-sink-port={free_ports(1)[0]}") == (0, "")
+
+
+def test_the_ports_can_be_checked_before_anything_is_installed(tree: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    settings = [f"--smtp-port={free_ports(1)[0]}", f"--smtp-sink-port={free_ports(1)[0]}"]
+    assert check_ports(tree, *settings, python=str(bare / "bin/python")) == (0, "")
+
+
+def test_the_tree_is_put_into_an_environment_without_a_build(tmp_path: Path) -> None:
+    environment = tmp_path / "an environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    tree = tmp_path / "tree"
+    (tree / "tools").mkdir(parents=True)
+    (tree / "mailerq").mkdir()
+    for name in ("tools/install", "pyproject.toml"):
+        shutil.copy(ROOT / name, tree / name)
+    (tree / "mailerq/__init__.py").touch()
+    (tree / "mailerq/cli.py").write_text(
+        "import sys\ndef main():\n    print(sys.argv)\n    return 7\n"
+    )
+    for _ in range(2):
+        subprocess.run([environment / "bin/python", tree / "tools/install"], check=True)
+    for name in ("mailerq", "mailq", "newaliases"):
+        program = environment / "bin" / name
         done = subprocess.run(
-            [
-                *(sys.executable, tree / "tools/run"),
-                *(f"--{setting}={port}", f"--{other}={free_ports(1)[0]}"),
-            ],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            check=False,
+            [program, "a b", "--c"], capture_output=True, text=True, cwd="/", check=False
         )
-    assert done.returncode == 1
-    assert f"Port {port} is in use" in done.stderr
+        assert (done.returncode, done.stdout) == (7, f"{[str(program), 'a b', '--c']}\n")

@@ -1,0 +1,89 @@
+"""``sendmail -bs``: SMTP on standard input and output, for programs that speak it to a pipe.
+
+Whoever starts this is a user of this host, as with ``mailerq rcpt@…``, and the mail goes the
+same ways: into the queue when this user may write there, through the port of the configuration
+otherwise. So there is no login and no TLS, any recipient is taken, and plugins see the mail only
+where it goes through the port. A 250 after the mail means that it is safe.
+
+A program may write all it has to say at once, in lines that end with LF: nobody is between it and
+us who could be misled about where a mail ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, Final
+
+from mailerq.cli.inject import Refused
+from mailerq.config import Config
+from mailerq.wire import server, smtp
+from mailerq.wire.smtp import Reply
+
+__all__ = ["serve"]
+
+READ_BYTES: Final = 1 << 16
+
+Take = Callable[[bytes, str, Sequence[str]], dict[str, Any]]
+"""Keeps a mail: content, sender, recipients. Raises `Refused`."""
+
+
+def serve(config: Config, take: Take) -> int:
+    """Speak until the peer says QUIT or closes; the exit status."""
+    machine = server.ServerProtocol(
+        server.Settings(
+            hostname=config.hostname,
+            max_size=config.smtp_maxsize,
+            max_recipients=config.smtp_maxrecipients,
+            extended=False,  # what the port may not offer
+            normalize=True,
+        )
+    )
+    machine.greet()
+    while True:
+        match event := machine.next_event():
+            case server.NEED_DATA:
+                _send(machine)
+                machine.receive_data(_read(machine, sys.stdin.buffer))
+            case server.CLOSED | server.Closing():
+                _send(machine)
+                return os.EX_OK
+            case server.Content():
+                _answer(machine, event, take)
+            case _:
+                machine.accept()
+
+
+def _read(machine: server.ServerProtocol, file: BinaryIO) -> bytes:
+    """One command, or many lines of a mail, but nothing behind it."""
+    lines = [_line(file)]
+    size = len(lines[0])
+    while machine.in_content and lines[-1] not in (b"", b".\r\n") and size < READ_BYTES:
+        lines.append(_line(file))
+        size += len(lines[-1])
+    return b"".join(lines)
+
+
+def _line(file: BinaryIO) -> bytes:
+    line = file.readline(READ_BYTES)
+    if line.endswith(b"\n") and not line.endswith(b"\r\n"):
+        line = line[:-1] + b"\r\n"
+    return line
+
+
+def _send(machine: server.ServerProtocol) -> None:
+    sys.stdout.buffer.write(machine.data_to_send())
+    sys.stdout.buffer.flush()
+
+
+def _answer(machine: server.ServerProtocol, event: server.Content, take: Take) -> None:
+    assert machine.sender is not None, "the machine asks for MAIL"
+    try:
+        take(bytes(event.body), machine.sender, machine.recipients)
+    except Refused as refused:
+        later = refused.status in (os.EX_TEMPFAIL, os.EX_CONFIG)
+        code, status = (451, "4.3.0") if later else (554, "5.6.0")
+        machine.reject(Reply(code, f"{status} {refused}"))
+    else:
+        machine.accept(smtp.OK)

@@ -1,0 +1,57 @@
+"""Which settings contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mailerq.config import Config
+
+__all__ = ["contradictions"]
+
+
+def contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """Pairs of the attribute to change and what is wrong with it."""
+    if config.rabbitmq_address:
+        yield "rabbitmq_address", "rabbitmq-address is not supported yet; leave it away"
+    for key in ("smtp_key", "smtp_ciphers", "smtp_secure_port"):
+        if getattr(config, key) and not config.smtp_certificate:
+            yield key, f"{key.replace('_', '-')} needs smtp-certificate, which is not set"
+    if config.smtp_username and not config.smtp_password:
+        yield "smtp_username", "smtp-username needs smtp-password, which is not set"
+    if config.smtp_password and not config.smtp_username:
+        yield "smtp_password", "smtp-password needs smtp-username, which is not set"
+    for key, other in (
+        ("smtp_secure_port", "smtp_port"),
+        ("lmtp_port", "smtp_port"),
+        ("lmtp_port", "smtp_secure_port"),
+    ):
+        for port in set(getattr(config, key)) & set(getattr(config, other)) - {0}:
+            yield key, f"port {port} is in {other.replace('_', '-')} as well"
+    for key in ("smtp_local_domains", "smtp_local_addresses"):
+        if getattr(config, key) and not config.keeps_local_mail:
+            yield (
+                key,
+                f"{key.replace('_', '-')}: mail for them has nowhere to go. Add 'rabbitmq-local:"
+                " local' and have a program read that queue, or 'smarthost: ' with the host that"
+                " keeps the mailboxes; domains that are to be passed on by MX belong in"
+                " smtp-relay-domains",
+            )
+    for domain in sorted({*config.smtp_local_domains} & {*config.smtp_relay_domains}):
+        yield "smtp_relay_domains", f"{domain} is in smtp-local-domains as well"
+    for key in ("smtp_connections_in", "smtp_connections_out"):
+        if (getattr(config, key) or 0) > config.smtp_connections:
+            limit = f"smtp-connections ({config.smtp_connections})"
+            yield key, f"{key.replace('_', '-')} is more than {limit}, which counts both"
+    for key in ("rabbitmq_results", "rabbitmq_success", "rabbitmq_failure", "rabbitmq_retry"):
+        queue = config.failure_queue if key == "rabbitmq_failure" else getattr(config, key)
+        if queue == config.rabbitmq_outbox:
+            name = key.replace("_", "-")
+            yield key, f"{name} is the outbox: what it gets would be delivered over and over"
+    for key in ("failure_maxmessages", "failure_maxage"):
+        for other in ("inbox", "local"):
+            shared = getattr(config, f"rabbitmq_{other}") == config.failure_queue != ""
+            if shared and getattr(config, key):
+                name = key.replace("_", "-")
+                yield key, f"{name} would delete received mail: rabbitmq-{other} is that queue too"
