@@ -35,7 +35,8 @@ for good counts only when what follows proves that the session is in step.**
   unlike the one that MAIL got before proves it: 2.0.0 where that was 2.1.0.
 - *An envelope is refused with 5xx.* 5xx to all that was pipelined behind proves it: the refusal
   meant for this mail is among them. So does 354. Where nothing was pipelined behind, the machine
-  says QUIT: 221 in its place proves that no reply was left over.
+  says QUIT: 221 in its place, or the end of the stream, proves that no reply was left over. If the
+  session ends before, the refusal counts on a new connection only.
 - *A body without an envelope ahead.* 354 has proved the session, so the reply counts when the
   whole body was sent before and no other input has come with it. 500 to 504 are about commands:
   as the reply to a body they need the proof by QUIT.

@@ -495,6 +495,17 @@ def test_a_refusal_before_the_body_is_written_counts() -> None:
     assert protocol.next_event() == Refused(Step.DATA, Reply(451, "disk full"))
 
 
+def test_250_in_the_middle_of_a_body_keeps_back_the_dot() -> None:
+    protocol = mailing()
+    feed(protocol, b"250 ok\r\n250 ok\r\n354 go\r\n")
+    protocol.send_body(b"x" * 100_000)
+    assert protocol.data_to_send() == b"x" * 100_000
+    protocol.receive_data(b"250 taken\r\n")
+    assert protocol.data_to_send() == b""
+    assert isinstance(protocol.next_event(), Failed)
+    assert protocol.out_of_step
+
+
 def test_250_to_data_is_invalid() -> None:
     protocol = mailing()
     (event,) = feed(protocol, b"250 ok\r\n250 ok\r\n250 ok\r\n")

@@ -241,3 +241,10 @@ def test_only_a_refusal_with_nothing_behind_it_costs_an_honest_peer_the_connecti
             ended = "quit" in server.steps
             assert ended is any((step, 550) in fates for step in costs)
             assert ended or len(client.results) == len(fates)
+
+
+@pytest.mark.parametrize("code", [250, 550])
+def test_two_replies_at_once_to_one_body_end_no_mail(code: int) -> None:
+    client, server = play([("dot", 451)], Fault("insert", 5, code), "pipelined")
+    assert server.steps[5] == "dot"
+    assert isinstance(client.results[0], Failed)
