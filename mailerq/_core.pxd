@@ -223,8 +223,7 @@ cdef struct Figures:
     uint64_t suspensions
     uint64_t rejects
     uint64_t timeouts
-    uint64_t samples            # calls whose time was taken,
-    uint64_t nanoseconds        # and what they took
+    uint64_t nanoseconds
 
 
 # The head of everything that a plugin can be given a handle of.

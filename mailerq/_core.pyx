@@ -69,7 +69,9 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset, strlen, strncpy
 from posix.fcntl cimport F_GETFD, fcntl
 from posix.signal cimport sigfillset, sigset_t
-from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+from posix.time cimport (
+    CLOCK_MONOTONIC, CLOCK_MONOTONIC_COARSE, CLOCK_REALTIME, clock_gettime, timespec,
+)
 from posix.unistd cimport getpid, read, write
 
 import re

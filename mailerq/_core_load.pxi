@@ -218,8 +218,7 @@ cdef class Library:
                 if (row := totals.get((number, plugin))) is not None:
                     result[name][EVENTS[number]] = {
                         "calls": row[0], "suspensions": row[1], "rejects": row[2],
-                        "timeouts": row[3],
-                        "seconds": row[5] * row[0] / row[4] / 1e9 if row[4] else 0.0}
+                        "timeouts": row[3], "seconds": row[4] / 1e9}
         return result
 
     cdef add_figures(self, Worker *worker, totals):
@@ -228,8 +227,8 @@ cdef class Library:
             for plugin in range(self.table.plugins):
                 figures = &worker.figures[number * self.table.plugins + plugin]
                 if figures.calls:
-                    row = totals.setdefault((number, plugin), [0] * 6)
+                    row = totals.setdefault((number, plugin), [0] * 5)
                     for place, value in enumerate((
                             figures.calls, figures.suspensions, figures.rejects,
-                            figures.timeouts, figures.samples, figures.nanoseconds)):
+                            figures.timeouts, figures.nanoseconds)):
                         row[place] += value

@@ -174,17 +174,15 @@ cdef void timer_due(ev_loop *ev, ev_timer *watcher, int events) noexcept nogil:
     cdef Figures *figures = figures_of(worker, TIMER_CALL, timer.plugin)
     cdef timer_function callback = timer.callback
     cdef void *data = timer.data
-    cdef c_bool timed = figures.calls % SAMPLE == 0
-    cdef int64_t start = monotonic() if timed else 0
+    cdef bint exact = figures.calls < EXACT_CALLS
+    cdef int64_t start = time_of(exact)
     figures.calls += 1
     worker.running_plugin = timer.plugin
     worker.running_event = TIMER_CALL
     drop_timer(timer)
     callback(data)
     worker.running_plugin = -1
-    if timed:
-        figures.nanoseconds += monotonic() - start
-        figures.samples += 1
+    figures.nanoseconds += time_of(exact) - start
 
 
 cdef void drop_timer(TimerCell *timer) noexcept nogil:
@@ -250,8 +248,8 @@ cdef void watcher_due(ev_loop *ev, ev_io *io, int events) noexcept nogil:
     cdef WatcherCell *watcher = <WatcherCell *> io.data
     cdef Worker *worker = watcher.worker
     cdef Figures *figures = figures_of(worker, WATCHER_CALL, watcher.plugin)
-    cdef c_bool timed = figures.calls % SAMPLE == 0
-    cdef int64_t start = monotonic() if timed else 0
+    cdef bint exact = figures.calls < EXACT_CALLS
+    cdef int64_t start = time_of(exact)
     figures.calls += 1
     worker.running_plugin = watcher.plugin
     worker.running_event = WATCHER_CALL
@@ -259,9 +257,7 @@ cdef void watcher_due(ev_loop *ev, ev_io *io, int events) noexcept nogil:
         <MQ_IOWatcher *> handle_for(identity_of(watcher.cell.word), watcher.plugin),
         watcher.fd, events & (MQ_READ | MQ_WRITE), watcher.data)
     worker.running_plugin = -1
-    if timed:
-        figures.nanoseconds += monotonic() - start
-        figures.samples += 1
+    figures.nanoseconds += time_of(exact) - start
 
 
 cdef void drop_watcher(WatcherCell *watcher) noexcept nogil:

@@ -56,7 +56,7 @@ __all__ = [
 logger: Final = logging.getLogger("mailerq.plugins")
 
 Statistics = dict[str, dict[str, dict[str, float]]]
-"""Plugin, event, then calls, suspensions, rejects, timeouts and seconds (an estimate)."""
+"""Plugin, event, then calls, suspensions, rejects, timeouts and seconds."""
 
 
 class Reject(NamedTuple):
