@@ -31,6 +31,8 @@ The parts, in the order in which they are included:
     loop         libev, timers, watchers
     message      MQ_Message and its JSON
     ids          message ids
+    faults       whose fault it was when the process ends
+    watch        who stands still, and for how long
     load         opening plugins
     sockets      calls on sockets that do not block
     python       the classes that plugins.py builds on
@@ -75,6 +77,7 @@ from posix.time cimport (
 from posix.unistd cimport getpid, read, write
 
 import re
+import sys
 from logging import CRITICAL, INFO, WARNING, getLogger
 from os import fsencode as os_fsencode
 
@@ -92,7 +95,7 @@ cdef extern from *:
         "mq_context_initialize", "mq_context_cleanup", "mq_smtp_in_connect", "mq_smtp_in_secure",
         "mq_smtp_in_authenticate", "mq_smtp_in_mailfrom", "mq_smtp_in_rcptto", "mq_smtp_in_data",
         "mq_smtp_in_message", "mq_smtp_in_close", "mq_smtp_out_data", "mq_smtp_out_sent",
-        "a timer", "a watcher",
+        "a timer", "a watcher", "a libev callback",
     };
     """
     const char **FUNCTIONS "mq_functions"
@@ -134,6 +137,8 @@ include "_core_connection.pxi"
 include "_core_loop.pxi"
 include "_core_message.pxi"
 include "_core_ids.pxi"
+include "_core_faults.pxi"
+include "_core_watch.pxi"
 include "_core_load.pxi"
 include "_core_sockets.pxi"
 include "_core_python.pxi"

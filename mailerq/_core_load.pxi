@@ -1,7 +1,6 @@
 # Opening plugins.
 
 cdef Plugin *opened = NULL      # latest first; never closed and never freed: see safety rule 4
-cdef const char *starting_plugin = NULL  # whose mq_initialize, say, the main thread is in
 cdef bint promoted = False
 
 ctypedef int (*version_function)() noexcept nogil
@@ -30,20 +29,27 @@ cdef void call_size(void *argument) noexcept nogil:
 
 
 cdef int call_guarded(PlainCall *request, void (*caller)(void *) noexcept nogil,
-                      const char *plugin, str path, str name) except -1:
+                      const char *plugin, str path, const char *name) except -1:
     # One of the functions without arguments, on the main thread. PluginError when it throws.
-    global starting_plugin
     cdef char[300] text
     cdef int thrown
-    starting_plugin = plugin
+    cdef Mark *mark = set_mark(plugin, name)
     with nogil:
         thrown = mq_guard(caller, request, text, sizeof(text))
-    starting_plugin = NULL
+    over(mark)
     flush_log()
     if thrown:
         what = (<char *> text).decode("utf-8", "replace")
-        raise PluginError(f"{path}: a C++ exception came out of {name}: {what}")
+        raise PluginError(f"{path}: a C++ exception came out of {name.decode()}(): {what}")
     return 0
+
+
+cdef over(Mark *mark):
+    # The call has returned; say so when the watch had spoken of it.
+    if mark != NULL and mark.reported:
+        logger.warning("[%s] %s goes on; it took %.1f s", mark.plugin.decode("utf-8", "replace"),
+                       mark.function.decode(), (monotonic() - mark.since) / 1e9)
+    clear_mark(mark)
 
 
 cdef promote():
@@ -96,6 +102,7 @@ cdef class Library:
             raise MemoryError
         if self.paths:
             promote()
+            catch_faults()
         for path, name in zip(self.paths, self.names):
             self.open(path, name)
 
@@ -104,7 +111,10 @@ cdef class Library:
         cdef Table *table = self.table
         cdef Plugin *plugin
         cdef Dl_info info
+        cdef Extent extent
         cdef PlainCall version
+        cdef Mark *mark
+        cdef const char *file
         cdef void *function
         cdef Hook *hook
         cdef int number
@@ -113,7 +123,12 @@ cdef class Library:
         if plugin == NULL:
             raise MemoryError
         strncpy(plugin.name, os_fsencode(name), sizeof(plugin.name) - 1)
-        plugin.library = dlopen(encoded, RTLD_NOW | RTLD_LOCAL)
+        # Noted before: the file may be broken, or a constructor of it end the process.
+        file = encoded
+        mark = set_mark(plugin.name, "dlopen() or a constructor")
+        with nogil:
+            plugin.library = dlopen(file, RTLD_NOW | RTLD_LOCAL)
+        over(mark)
         if plugin.library == NULL:
             raise PluginError(f"{path}: the plugin cannot be opened: {dl_problem()}")
         version.function = dlsym(plugin.library, "mq_version")
@@ -121,9 +136,12 @@ cdef class Library:
             raise PluginError(f"{path}: not a plugin: it does not export mq_version()")
         if dladdr(version.function, &info):
             plugin.base = info.dli_fbase
+        extent.within = <char *> version.function
+        if find_extent(&extent):
+            plugin.end = extent.end
         plugin.next = opened
         opened = plugin
-        call_guarded(&version, call_version, plugin.name, path, "mq_version()")
+        call_guarded(&version, call_version, plugin.name, path, "mq_version")
         if not 1 <= version.result <= MQ_API_VERSION:
             raise PluginError(
                 f"{path}: the plugin was built for version {version.result} of the plugin "
@@ -154,7 +172,7 @@ cdef class Library:
             logger.warning("[%s] exports %s without %s; it is ignored",
                            path.rpartition("/")[2], present, absent)
             return
-        call_guarded(&request, call_size, plugin.name, path, "mq_message_id_size()")
+        call_guarded(&request, call_size, plugin.name, path, "mq_message_id_size")
         if not 1 <= request.size <= ID_LIMIT:
             raise PluginError(f"{path}: mq_message_id_size() returned {request.size}; "
                               f"message ids have 1 to {ID_LIMIT} bytes")
@@ -166,21 +184,21 @@ cdef class Library:
     def initialize(self):
         """Call mq_initialize of every plugin that exports it, in load order."""
         for index, path in enumerate(self.paths):
-            self.call_plain(index, path, "mq_initialize")
+            self.call_plain(index, path, b"mq_initialize")
 
     def cleanup(self):
         """Call mq_cleanup of every plugin that exports it, in load order, whatever happens."""
         for index, path in enumerate(self.paths):
             try:
-                self.call_plain(index, path, "mq_cleanup")
+                self.call_plain(index, path, b"mq_cleanup")
             except PluginError as error:
                 logger.error("%s", error)
 
-    cdef call_plain(self, int index, str path, str name):
+    cdef call_plain(self, int index, str path, bytes name):
         cdef PlainCall request
-        request.function = dlsym(self.table.plugin[index].library, name.encode())
+        request.function = dlsym(self.table.plugin[index].library, name)
         if request.function != NULL:
-            call_guarded(&request, call_void, self.table.plugin[index].name, path, f"{name}()")
+            call_guarded(&request, call_void, self.table.plugin[index].name, path, name)
 
     def message_id(self):
         """A new message id: the plugin's, or one of the built-in generator. Any thread."""

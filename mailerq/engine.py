@@ -140,6 +140,7 @@ class Engine:
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config = self.config
+        self._watchdog = stack.enter_context(Watchdog(config.watchdog_seconds))
         plugins = self.plugins = Plugins.load(
             config.plugin_directory,
             timeout=config.plugin_timeout,
@@ -163,7 +164,7 @@ class Engine:
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
-        self._watchdog = stack.enter_context(Watchdog(config.watchdog_seconds, self._workers))
+        self._watchdog.look_after(self._workers)
         connections = Slots(_connections(config))
         incoming = Slots(_limit(config.smtp_connections_in), within=connections)
         settings = server.Settings(

@@ -31,6 +31,7 @@ LAYERS: Final = (
     "_core",
     "ids",
     "sockets",
+    "faults",
     "plugins",
     "queues",
     "net",
@@ -53,7 +54,7 @@ CLOCKS: Final = frozenset(
     "time.time time.time_ns time.monotonic time.monotonic_ns time.perf_counter datetime.now "
     "datetime.utcnow datetime.today date.today".split()
 )
-DOORS_TO_C: Final = ("plugins", "ids", "sockets")
+DOORS_TO_C: Final = ("plugins", "ids", "sockets", "faults")
 """The only layers that import `_core`; nothing imports ctypes or cffi."""
 
 LINES_LIMIT: Final = 800

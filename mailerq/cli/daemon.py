@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from mailerq import __version__
+from mailerq import __version__, faults
 from mailerq.cli import logs
 from mailerq.cli.common import Parser, complain
-from mailerq.cli.serving import HURRY_SECONDS, end_at_once, join, prepare
+from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, join, prepare
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 
@@ -171,6 +171,8 @@ async def _serve(config: Config) -> int:
     failure: Exception | None = None
     engine = Engine(config)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        seconds = config.shutdown_timeout + OVERDUE_SECONDS
+        faults.set_deadline(seconds, (signal.SIGINT, signal.SIGTERM))
         async with trio.open_nursery() as nursery:
             started = trio.Event()
             nursery.start_soon(_watch, signals, engine, started, stop)
