@@ -104,7 +104,7 @@ cdef extern from * nogil:
     ctypedef struct Dl_info:
         const char *dli_fname
         void *dli_fbase
-    int RTLD_NOW, RTLD_NOLOAD, RTLD_GLOBAL, RTLD_LOCAL
+    int RTLD_NOW, RTLD_LAZY, RTLD_NOLOAD, RTLD_GLOBAL, RTLD_LOCAL
     void *dlopen(const char *, int)
     void *dlsym(void *, const char *)
     const char *dlerror()
@@ -125,6 +125,9 @@ cdef enum:
 
 EVENTS = ("context_initialize", "context_cleanup", "connect", "secure", "authenticate", "mailfrom",
           "rcptto", "data", "message", "close", "out_data", "out_sent", "timer", "watcher")
+CALLBACKS = ("mq_version", "mq_initialize", "mq_cleanup",
+             *[FUNCTIONS[number].decode() for number in range(CHAINS)],
+             "mq_message_id_size", "mq_message_id")
 OUTCOMES = ("undecided", "decided", "rejected", "timed out", "looped", "threw", "mistyped")
 LEVELS = {MQ_CRIT: CRITICAL, MQ_WARN: WARNING, MQ_INFO: INFO}
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")

@@ -70,6 +70,20 @@ cdef str dl_problem():
     return text.decode("utf-8", "replace") if text != NULL else "for an unknown reason"
 
 
+def unresolved(str path, names):
+    """Those of the names that nothing defines which a plugin is linked with, nor this program."""
+    cdef void *library
+    encoded = os_fsencode(path)
+    promote()
+    library = dlopen(encoded, RTLD_LAZY | RTLD_LOCAL)
+    missing = []
+    for name in names:
+        symbol = name.encode()
+        if dlsym(NULL, symbol) == NULL and (library == NULL or dlsym(library, symbol) == NULL):
+            missing.append(name)
+    return missing
+
+
 cdef class Library:
     """The plugins of one engine: opened, checked, and their callbacks in one table.
 
@@ -79,6 +93,7 @@ cdef class Library:
     cdef Table *table
     cdef readonly tuple names
     cdef readonly tuple paths
+    cdef readonly dict exports      # by name: the version, and the functions that are called
     cdef readonly object id_owner
     cdef object totals          # figures of workers that have ended
 
@@ -86,6 +101,7 @@ cdef class Library:
         self.paths = tuple(paths)
         self.names = tuple(path.rpartition("/")[2] for path in self.paths)
         self.totals = {}
+        self.exports = {}
         if len(self.paths) > PLUGIN_LIMIT:
             raise PluginError(f"{len(self.paths)} plugins; at most {PLUGIN_LIMIT} can be loaded")
         # Never freed: a foreign thread may look up a name in it at any time.
@@ -158,6 +174,8 @@ cdef class Library:
                 table.length[number] += 1
                 table.c_events |= <uint64_t> 1 << number
         self.find_id_functions(plugin, path)
+        self.exports[name] = version.result, tuple(
+            [each for each in CALLBACKS if dlsym(plugin.library, each.encode()) != NULL])
 
     cdef find_id_functions(self, Plugin *plugin, str path):
         # The last plugin that exports mq_message_id owns the ids.
@@ -213,6 +231,11 @@ cdef class Library:
             size = ID_SIZE
             generate_id(buffer)
         return PyUnicode_DecodeASCII(buffer, size, NULL)
+
+    @property
+    def id_size(self):
+        """Bytes of the ids that a plugin makes, None where none does."""
+        return self.table.id_size if self.table.id_owner >= 0 else None
 
     def listens(self, str event):
         """Whether a plugin, or a handler of Python's, wants this event."""

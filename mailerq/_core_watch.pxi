@@ -62,6 +62,25 @@ cdef void say_since(Said *line, const char *plugin, const char *function,
     say_seconds(line, nanoseconds)
 
 
+cdef void say_places(Said *line, int64_t now) noexcept nogil:
+    # All plugins that are being called.
+    cdef Worker *worker = workers
+    cdef const char *between = ". It is in "
+    cdef int index
+    for index in range(MARKS):
+        if load(&marks[index].state) == SET:
+            say(line, between)
+            say_since(line, marks[index].plugin, marks[index].function, now - marks[index].since)
+            between = ", "
+    while worker != NULL:
+        index = worker.running_plugin
+        if worker.open and index >= 0:
+            say(line, between)
+            say_place(line, name_of(worker, index), FUNCTIONS[worker.running_event])
+            between = ", "
+        worker = worker.next
+
+
 cdef void look_at_marks(Watching *watching, int64_t now) noexcept nogil:
     cdef Said line
     cdef Mark *mark
@@ -123,10 +142,9 @@ cdef void look(Watching *watching) noexcept nogil:
         watching.late = 2 * late
         say(&line, "Python's lock has been held for ")
         say_seconds(&line, late)
-        say(&line, "; ")
-        if not look_at_workers(watching, now, &line):
-            say(&line, "no plugin is in a callback")
+        say_places(&line, now)
         end_line(&line)
+        look_at_workers(watching, now, NULL)
     else:
         if late < watching.patience:
             watching.late = watching.patience
@@ -171,13 +189,12 @@ cdef class Watch:
             raise MemoryError
         self.watching.stop = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         self.watching.patience = self.watching.late = <int64_t> (seconds * 1e9)
-        self.beat()
         if self.watching.stop < 0 or start_thread(&self.thread, watch_main, self.watching):
             self.free()
             raise OSError("the watch cannot be started")
 
     def beat(self):
-        """Note that Python runs."""
+        """Note that Python runs. From the first time on it is missed when it does not."""
         global pulse
         pulse = monotonic()
 
@@ -259,27 +276,12 @@ cdef void *deadline_main(void *argument) noexcept nogil:
 
 cdef void end_overdue(int64_t now) noexcept nogil:
     cdef Said line
-    cdef Worker *worker = workers
-    cdef const char *between = " It is in "
-    cdef int index
     begin_line(&line, "Critical")
     say(&line, "asked to stop ")
     say_seconds(&line, now - deadline.asked)
     say(&line, " ago, the process has not ended: it ends now, with status ")
     say_number(&line, OVERDUE_STATUS, 1)
-    say(&line, ".")
-    for index in range(MARKS):
-        if load(&marks[index].state) == SET:
-            say(&line, between)
-            say_since(&line, marks[index].plugin, marks[index].function, now - marks[index].since)
-            between = ", "
-    while worker != NULL:
-        index = worker.running_plugin
-        if worker.open and index >= 0:
-            say(&line, between)
-            say_place(&line, name_of(worker, index), FUNCTIONS[worker.running_event])
-            between = ", "
-        worker = worker.next
+    say_places(&line, now)
     end_line(&line)
     _exit(OVERDUE_STATUS)
 

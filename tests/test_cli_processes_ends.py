@@ -154,7 +154,8 @@ def test_a_process_that_dies_at_the_start_ends_the_start(
     env = {**mark, "ABORTS": f"{tmp_path}/aborts"}
     status, text = start(tmp_path, 3, f"--plugin-directory={tmp_path}/plugins", env=env)
     assert status == os.EX_SOFTWARE
-    (line,) = text.splitlines()
+    last, line = text.splitlines()
+    assert last.endswith("] process 1: SIGABRT in mq_initialize of plugin one.so")
     assert line.startswith("mailerq: process 1 (pid ")
     assert line.endswith(") was ended by SIGABRT at its start")
 

@@ -25,6 +25,7 @@ LAYERS: Final = (
     "sources",
     "config",
     "message",
+    "elf",
     "wire",
     "mail",
     "rules",
@@ -32,6 +33,7 @@ LAYERS: Final = (
     "ids",
     "sockets",
     "faults",
+    "inspection",
     "plugins",
     "queues",
     "net",
@@ -54,7 +56,7 @@ CLOCKS: Final = frozenset(
     "time.time time.time_ns time.monotonic time.monotonic_ns time.perf_counter datetime.now "
     "datetime.utcnow datetime.today date.today".split()
 )
-DOORS_TO_C: Final = ("plugins", "ids", "sockets", "faults")
+DOORS_TO_C: Final = ("plugins", "ids", "sockets", "faults", "inspection")
 """The only layers that import `_core`; nothing imports ctypes or cffi."""
 
 LINES_LIMIT: Final = 800

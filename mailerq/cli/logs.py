@@ -147,7 +147,7 @@ def _last_lines(handlers: list[logging.Handler]) -> Iterator[tuple[int, bytes]]:
                 yield stream.fileno(), b""
             case logging.handlers.SysLogHandler():
                 priority = handler.encodePriority(handler.facility, handler.LOG_CRIT)
-                yield handler.socket.fileno(), b"<%d>" % priority
+                yield vars(handler)["socket"].fileno(), b"<%d>" % priority
 
 
 def _names(text: str) -> list[str]:

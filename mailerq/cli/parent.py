@@ -109,7 +109,7 @@ class _Parent:
         self._kills = Counter[int]()
         self._moving = trio.Lock()
         self._reloads = 0
-        self._status = os.EX_OK
+        self._exit_status = os.EX_OK
         self._stop = trio.Event()
         self._nursery: trio.Nursery
 
@@ -124,14 +124,14 @@ class _Parent:
                         await self._start(keepers)
                     except NoStart as error:
                         complain(str(error))
-                        self._status = error.status
+                        self._exit_status = error.status
                     else:
                         await self._stop.wait()
                     self._end()
                 self._nursery.cancel_scope.cancel()
-        if not self._status:
+        if not self._exit_status:
             log.info("stopped")
-        return self._status
+        return self._exit_status
 
     async def _start(self, keepers: trio.Nursery) -> None:
         """Start all processes, the first one first: what it says is wrong is said once."""
@@ -214,7 +214,7 @@ class _Parent:
                 seconds = await self._live(index, ready)
             except NoStart as error:
                 if first and self._stop.is_set():
-                    self._status = error.status
+                    self._exit_status = error.status
                     return ready([])
                 if first:
                     raise
@@ -264,7 +264,7 @@ class _Parent:
             self._bury(child, status)
         elif status:
             log.critical("%s %s", child, describe(status))
-            self._status = os.EX_SOFTWARE
+            self._exit_status = os.EX_SOFTWARE
         return time.monotonic() - served
 
     def _bury(self, child: Process, status: int) -> None:

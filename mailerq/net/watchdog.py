@@ -79,6 +79,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self._seconds:
             self._watch.start(self._seconds)
+            self._watch.beat()
             self._thread.start()
         return self
 
