@@ -6,6 +6,9 @@
 # and write(2) it: to standard error, and to where the application log goes. Then the action that
 # was there before takes its turn, so core dumps and exit statuses stay what they were.
 #
+# exit() runs what atexit() was given. _exit() runs nothing: a plugin that calls it is made to call a
+# function here instead, which says so and does it.
+#
 # A crash on a thread that has no mark is a plugin's when the instruction is in its file. Otherwise
 # (a thread of a plugin's own that calls abort, say) the stack is searched for a return address
 # into a plugin. It is read by a system call, which fails where a pointer would crash once more.
@@ -23,6 +26,7 @@ cdef enum:
 cdef extern from * nogil:
     """
     #include <errno.h>
+    #include <fcntl.h>
     #include <link.h>
     #include <sys/uio.h>
     #include <ucontext.h>
@@ -81,6 +85,41 @@ cdef extern from * nogil:
     {
         return dl_iterate_phdr(mq_match, extent);
     }
+
+    /* Have a library that was just opened call another function than the one of that name. Its
+     * slots may be read-only by now, so they are written as a debugger would. */
+    static void mq_redirect(void *library, const char *name, void *from, void *to)
+    {
+        struct link_map *map;
+        const char *strings = 0;
+        const ElfW(Sym) *symbols = 0;
+        const ElfW(Rela) *tables[2] = {0, 0};
+        size_t sizes[2] = {0, 0};
+        int memory = open("/proc/self/mem", O_WRONLY | O_CLOEXEC);
+        if (memory < 0 || dlinfo(library, RTLD_DI_LINKMAP, &map)) goto done;
+        for (const ElfW(Dyn) *row = map->l_ld; row->d_tag != DT_NULL; ++row) {
+            ElfW(Addr) place = row->d_un.d_ptr;
+            if (place < map->l_addr) place += map->l_addr;  /* where that section is read-only */
+            if (row->d_tag == DT_STRTAB) strings = (const char *)place;
+            if (row->d_tag == DT_SYMTAB) symbols = (const ElfW(Sym) *)place;
+            if (row->d_tag == DT_RELA) tables[0] = (const ElfW(Rela) *)place;
+            if (row->d_tag == DT_JMPREL) tables[1] = (const ElfW(Rela) *)place;
+            if (row->d_tag == DT_RELASZ) sizes[0] = row->d_un.d_val;
+            if (row->d_tag == DT_PLTRELSZ) sizes[1] = row->d_un.d_val;
+        }
+        for (int which = 0; which < 2 && strings && symbols; ++which)
+            for (size_t index = 0; tables[which] && index < sizes[which] / sizeof(ElfW(Rela));
+                 ++index) {
+                const ElfW(Rela) *each = &tables[which][index];
+                void **slot = (void **)(map->l_addr + each->r_offset);
+                const ElfW(Sym) *symbol = &symbols[ELF64_R_SYM(each->r_info)];
+                if (symbol->st_shndx != SHN_UNDEF || strcmp(strings + symbol->st_name, name))
+                    continue;
+                if (*slot == from && pwrite(memory, &to, sizeof to, (off_t)slot) < 0) goto done;
+            }
+    done:
+        if (memory >= 0) close(memory);
+    }
     """
     void set_errno "mq_set_errno"(int value)
     void *instruction_of "mq_instruction"(void *context)
@@ -89,6 +128,7 @@ cdef extern from * nogil:
         char *within
         char *start
         char *end
+    void redirect "mq_redirect"(void *library, const char *name, void *ours, void *theirs)
     bint find_extent "mq_find_extent"(Extent *extent)
     struct iovec:
         void *iov_base
@@ -119,6 +159,9 @@ cdef extern from "<signal.h>" nogil:
     void (*SIG_DFL)(int) noexcept nogil
     void (*SIG_IGN)(int) noexcept nogil
     int SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SA_SIGINFO, SA_ONSTACK, SS_DISABLE, SI_USER
+
+cdef extern from "<unistd.h>" nogil:
+    void _exit(int)
 
 cdef extern from "<stdlib.h>" nogil:
     int atexit(void (*)() noexcept nogil)
@@ -155,6 +198,7 @@ cdef sigaction_t[65] former         # what was there before, by signal
 cdef int crashed = 0
 cdef int home = 0                   # the process that the handlers were made for; not its forks
 cdef bint catching = False
+cdef void *first_stack = NULL       # of the thread that opened the first plugin
 
 
 cdef Mark *set_mark(const char *plugin, const char *function) noexcept nogil:
@@ -398,23 +442,38 @@ cdef void on_fault(int number, siginfo_t *info, void *context) noexcept nogil:
 
 
 cdef void on_exit_called() noexcept nogil:
+    say_exit("exit()")
+
+
+cdef void on_exit_at_once(int status) noexcept nogil:
+    say_exit("_exit()")
+    _exit(status)
+
+
+cdef void say_exit(const char *what) noexcept nogil:
     cdef Said line
     cdef const char *plugin = NULL
     cdef const char *function = NULL
     if getpid() != home or crashed:
         return
+    begin_line(&line, "Critical")
+    say(&line, what)
     if find_running(&plugin, &function):
-        begin_line(&line, "Critical")
-        say(&line, "exit() was called in ")
+        say(&line, " was called in ")
         say_place(&line, plugin, function)
         end_line(&line)
     elif gettid() != home and not known_thread():   # the main thread ends so at a normal end
         plugin = owner_on_stack(<char *> &line)
         if plugin != NULL:
-            begin_line(&line, "Critical")
-            say(&line, "exit() was called outside of callbacks")
+            say(&line, " was called outside of callbacks")
             say_suspect(&line, plugin)
             end_line(&line)
+
+
+cdef void tell_exits(void *library) noexcept nogil:
+    # Of what a plugin calls itself, not of what the libraries that it is linked with call.
+    redirect(library, "_exit", <void *> _exit, <void *> on_exit_at_once)
+    redirect(library, "_Exit", dlsym(NULL, "_Exit"), <void *> on_exit_at_once)
 
 
 cdef void catch_faults():
@@ -444,6 +503,7 @@ cdef void catch_faults():
 cdef void give_stack(Worker *worker) noexcept nogil:
     # A stack for the handlers on this thread, since it may be its own that is used up. That of a
     # worker stays with it, for the thread that has it next.
+    global first_stack
     cdef stack_t stack
     if sigaltstack(NULL, &stack) or not stack.ss_flags & SS_DISABLE:
         return
@@ -454,6 +514,8 @@ cdef void give_stack(Worker *worker) noexcept nogil:
     stack.ss_size = STACK_SIZE
     if worker != NULL:
         worker.stack = stack.ss_sp
+    else:
+        first_stack = stack.ss_sp
     sigaltstack(&stack, NULL)
 
 

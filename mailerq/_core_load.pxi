@@ -147,6 +147,7 @@ cdef class Library:
         over(mark)
         if plugin.library == NULL:
             raise PluginError(f"{path}: the plugin cannot be opened: {dl_problem()}")
+        tell_exits(plugin.library)
         version.function = dlsym(plugin.library, "mq_version")
         if version.function == NULL:
             raise PluginError(f"{path}: not a plugin: it does not export mq_version()")

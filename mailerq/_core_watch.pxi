@@ -20,7 +20,6 @@ cdef extern from "<poll.h>" nogil:
     int poll(pollfd *, unsigned long, int)
 
 cdef extern from "<unistd.h>" nogil:
-    void _exit(int)
     int close_fd "close"(int)
 
 cdef extern from "<fcntl.h>" nogil:

@@ -274,11 +274,15 @@ class Engine:
         timeout = 0.0 if self._failed else self.config.shutdown_timeout
         if timeout < self.plugins.timeout or not self.plugins.timeout:
             self.plugins.timeout = max(timeout, MIN_PLUGIN_SECONDS)
+        end = trio.current_time() + timeout
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listener.stop, timeout)
                 for delivery in self._deliveries.values():
                     nursery.start_soon(delivery.dispatcher.stop, timeout)
+        # What is left of it is for mq_context_cleanup.
+        left = max(end - trio.current_time(), MIN_PLUGIN_SECONDS)
+        self.plugins.timeout = min(self.plugins.timeout, left)
         self._nursery.cancel_scope.cancel()
 
     @property

@@ -64,7 +64,9 @@ def start(directory: Path, count: int, *more: str, env: dict[str, str]) -> tuple
     switches = [each for each in switches if not each.startswith("--application-log")]
     done = mailerq(*switches, env=env)
     lines = done.stderr.decode().splitlines(keepends=True)
-    return done.returncode, "".join(line for line in lines if not line.startswith("[Warning] ["))
+    return done.returncode, "".join(
+        line for line in lines if not line.startswith(("[Info] [", "[Warning] ["))
+    )
 
 
 @contextmanager

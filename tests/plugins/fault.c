@@ -49,6 +49,8 @@ static void fault(const char *function)
     if (!strcmp(what, "SIGILL")) __builtin_trap();
     if (!strcmp(what, "SIGABRT")) abort();
     if (!strcmp(what, "exit")) exit(7);
+    if (!strcmp(what, "_exit")) _exit(7);
+    if (!strcmp(what, "_Exit")) _Exit(7);
     if (!strcmp(what, "quick_exit")) quick_exit(7);
     if (!strcmp(what, "deadlock")) wait_for_ever();
     if (!strcmp(what, "doze")) usleep(700 * 1000);

@@ -14,7 +14,7 @@ import pytest
 from tests.plugins.kit import ROOT, SOURCES, build, build_text, install
 
 PROGRAM = """
-import sys, threading
+import logging, sys, threading
 import trio
 from mailerq.message import Message
 from mailerq.plugins import Plugins
@@ -40,6 +40,7 @@ async def main():
     plugins.cleanup()
     print("all was called")
 
+logging.disable()
 if sys.argv[2] == "main":
     trio.run(main)
 else:
@@ -99,8 +100,13 @@ def test_a_plugin_that_does_nothing_wrong_is_not_blamed(faulty: Path) -> None:
 
 
 @under_asan
-@pytest.mark.parametrize("where", FUNCTIONS)
-@pytest.mark.parametrize("thread", ["main", "other"])
+@pytest.mark.parametrize(
+    ("where", "thread"),
+    [
+        *((function, "main") for function in FUNCTIONS),
+        ("mq_initialize", "other"), ("mq_smtp_in_rcptto", "other"), ("a libev callback", "other"),
+    ],
+)  # fmt: skip
 def test_a_crash_names_the_plugin_and_the_function(faulty: Path, where: str, thread: str) -> None:
     status, line = run(faulty, where, "SIGSEGV", thread=thread)
     assert status == -signal.SIGSEGV
@@ -131,9 +137,14 @@ def test_a_crash_in_a_constructor_names_the_file(faulty: Path, what: str) -> Non
     assert text_of(line) == f"{what} in dlopen() or a constructor of plugin faulty.so"
 
 
-@pytest.mark.parametrize("what", ["exit", "quick_exit"])
-@pytest.mark.parametrize("where", ["constructor", "mq_initialize", "mq_smtp_in_rcptto", "a timer"])
-@pytest.mark.parametrize("thread", ["main", "other"])
+@pytest.mark.parametrize(
+    ("where", "what", "thread"),
+    [
+        ("constructor", "exit", "main"), ("mq_initialize", "exit", "main"),
+        ("mq_smtp_in_rcptto", "exit", "main"), ("mq_smtp_in_rcptto", "exit", "other"),
+        ("mq_smtp_in_rcptto", "quick_exit", "other"), ("a timer", "quick_exit", "main"),
+    ],
+)  # fmt: skip
 def test_exit_names_who_called_it(faulty: Path, where: str, what: str, thread: str) -> None:
     status, line = run(faulty, where, what, thread=thread)
     assert status == 7
@@ -149,6 +160,20 @@ def test_a_thread_of_a_plugin_is_known_by_its_code(faulty: Path, what: str) -> N
     assert text_of(line) == (
         f"{what} outside of callbacks, in code of plugin faulty.so: a thread of its own, perhaps"
     )
+
+
+@pytest.mark.parametrize("options", ["-Wl,-z,now,-z,relro", "-Wl,-z,lazy", "-fno-plt"])
+@pytest.mark.parametrize("what", ["_exit", "_Exit"])
+@pytest.mark.parametrize("where", ["mq_version", "mq_smtp_in_rcptto", "a libev callback"])
+def test_an_exit_that_runs_nothing_is_said_too(
+    tmp_path: Path, where: str, what: str, options: str
+) -> None:
+    file = build(
+        SOURCES / "fault.c", "-lev", "-lpthread", "-ldl", "-Wno-infinite-recursion", options
+    )
+    status, line = run(install(tmp_path, faulty=file), where, what)
+    assert status == 7
+    assert text_of(line) == f"_exit() was called in {where} of plugin faulty.so"
 
 
 def test_exit_on_a_thread_of_a_plugin_is_known_by_its_code(faulty: Path) -> None:
@@ -187,6 +212,7 @@ def test_a_file_that_is_cut_off_is_named(faulty: Path) -> None:
 @under_asan
 def test_a_crash_without_a_plugin_blames_none(faulty: Path) -> None:
     program = (
+        "import logging; logging.disable();"
         f"from mailerq.plugins import Plugins; Plugins.load({str(faulty)!r}).initialize();"
         "import ctypes; ctypes.string_at(8)"
     )
@@ -224,6 +250,7 @@ def test_pythons_own_handler_has_its_turn(faulty: Path) -> None:
 @under_asan
 def test_a_signal_from_another_process_blames_no_plugin(faulty: Path) -> None:
     program = (
+        "import logging; logging.disable();"
         f"from mailerq.plugins import Plugins; Plugins.load({str(faulty)!r});"
         "print('ready', flush=True); input()"
     )
@@ -254,6 +281,9 @@ def test_a_fork_of_a_plugin_may_exit(tmp_path: Path) -> None:
     {
         pid_t child = fork();
         if (child == 0) exit(3);
+        waitpid(child, 0, 0);
+        child = fork();
+        if (child == 0) _exit(3);
         waitpid(child, 0, 0);
     }
     """
