@@ -6,8 +6,8 @@
 # and write(2) it: to standard error, and to where the application log goes. Then the action that
 # was there before takes its turn, so core dumps and exit statuses stay what they were.
 #
-# exit() runs what atexit() was given. _exit() runs nothing: a plugin that calls it is made to call a
-# function here instead, which says so and does it.
+# exit() runs what atexit() was given. _exit() runs nothing: a plugin that calls it is made to call
+# a function here instead, which says so and does it.
 #
 # A crash on a thread that has no mark is a plugin's when the instruction is in its file. Otherwise
 # (a thread of a plugin's own that calls abort, say) the stack is searched for a return address

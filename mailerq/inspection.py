@@ -150,7 +150,7 @@ def _look(report: Report, owners: Collection[int]) -> elf.Image | None:
     report.findings += (Finding("warning", text) for text in _access(report.path, facts, owners))
     exported = {symbol.name for symbol in image.symbols if symbol.defined and not symbol.local}
     report.functions = tuple(name for name in _core.CALLBACKS if name in exported)
-    if "mq_version" not in exported and not image.needed:
+    if "mq_version" not in exported:
         error("is no plugin: it does not export mq_version()")
     elif not set(report.functions) - {"mq_version"}:
         report.findings.append(

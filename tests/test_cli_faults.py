@@ -169,6 +169,14 @@ def test_the_processes_of_a_parent_end_with_it(tmp_path: Path, what: str) -> Non
         running.wait_for("ended with status 70")
 
 
+def test_a_crash_at_the_end_is_the_exit_status_of_the_parent(tmp_path: Path) -> None:
+    with daemon(tmp_path, "mq_cleanup", "SIGSEGV", "--smtp-processes=2") as running:
+        running.wait_for("listens on")
+        assert running.stop()[0] == os.EX_SOFTWARE
+        running.wait_for("SIGSEGV in mq_cleanup of plugin faulty.so")
+        running.wait_for("was ended by SIGSEGV")
+
+
 def test_a_cleanup_that_hangs_is_said_and_ends(tmp_path: Path) -> None:
     with daemon(tmp_path, "mq_cleanup", "deadlock") as running:
         running.wait_for("listens on")

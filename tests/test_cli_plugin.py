@@ -105,6 +105,15 @@ def test_a_name_that_is_misspelt_is_told_from_the_right_one(tmp_path: Path) -> N
     ]
 
 
+def test_a_file_without_a_version_is_no_plugin(tmp_path: Path) -> None:
+    path = plugin(tmp_path, "int mq_versoin(void) { return 2; }")
+    report = examine(str(path), opens=False)
+    assert texts(report, "error") == ["is no plugin: it does not export mq_version()"]
+    assert texts(report, "warning") == [
+        "mq_versoin: mailerq calls no such function; did you mean mq_version?"
+    ]
+
+
 def test_cpp_linkage_is_told(tmp_path: Path) -> None:
     text = """
     extern "C" int mq_version() { return 2; }

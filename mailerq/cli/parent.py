@@ -84,6 +84,13 @@ KILL_SECONDS: Final = 2 * OVERDUE_SECONDS
 """How long after `shutdown-timeout` a process is killed that has not stopped. Before that it ends
 itself, and says which plugin it was in."""
 
+UNCLEAN: Final = frozenset({
+    os.EX_SOFTWARE, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGFPE,
+    -signal.SIGILL, -signal.SIGABRT,
+})  # fmt: skip
+"""How a process ends that crashes or hangs when it is to stop: the parent then ends with
+EX_SOFTWARE."""
+
 
 async def serve(config: Config) -> int:
     """Run `smtp-processes` engines until SIGTERM or SIGINT; the exit status."""
@@ -214,7 +221,6 @@ class _Parent:
                 seconds = await self._live(index, ready)
             except NoStart as error:
                 if first and self._stop.is_set():
-                    self._exit_status = error.status
                     return ready([])
                 if first:
                     raise
@@ -259,12 +265,12 @@ class _Parent:
             self._children.pop(index, None)
             await child.end()
             del self._begun[index]
+            if self._stop.is_set() and child.program.returncode in UNCLEAN:
+                log.critical("%s %s", child, describe(child.program.returncode))
+                self._exit_status = os.EX_SOFTWARE
         if not self._stop.is_set():
             log.critical("%s %s; another one is started", child, describe(status))
             self._bury(child, status)
-        elif status:
-            log.critical("%s %s", child, describe(status))
-            self._exit_status = os.EX_SOFTWARE
         return time.monotonic() - served
 
     def _bury(self, child: Process, status: int) -> None:
