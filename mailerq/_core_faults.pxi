@@ -198,7 +198,7 @@ cdef sigaction_t[65] former         # what was there before, by signal
 cdef int crashed = 0
 cdef int home = 0                   # the process that the handlers were made for; not its forks
 cdef bint catching = False
-cdef void *first_stack = NULL       # of the thread that opened the first plugin
+cdef char[STACK_SIZE] first_stack   # for the thread that opened the first plugin
 
 
 cdef Mark *set_mark(const char *plugin, const char *function) noexcept nogil:
@@ -503,20 +503,19 @@ cdef void catch_faults():
 cdef void give_stack(Worker *worker) noexcept nogil:
     # A stack for the handlers on this thread, since it may be its own that is used up. That of a
     # worker stays with it, for the thread that has it next.
-    global first_stack
     cdef stack_t stack
     if sigaltstack(NULL, &stack) or not stack.ss_flags & SS_DISABLE:
         return
     memset(&stack, 0, sizeof(stack))
-    stack.ss_sp = worker.stack if worker != NULL and worker.stack != NULL else malloc(STACK_SIZE)
-    if stack.ss_sp == NULL:
-        return
     stack.ss_size = STACK_SIZE
-    if worker != NULL:
-        worker.stack = stack.ss_sp
+    if worker == NULL:
+        stack.ss_sp = first_stack
     else:
-        first_stack = stack.ss_sp
-    sigaltstack(&stack, NULL)
+        if worker.stack == NULL:
+            worker.stack = malloc(STACK_SIZE)
+        stack.ss_sp = worker.stack
+    if stack.ss_sp != NULL:
+        sigaltstack(&stack, NULL)
 
 
 cdef void take_stack(Worker *worker) noexcept nogil:

@@ -147,7 +147,7 @@ def test_a_deadlock_ends_within_the_timeout_and_a_little(
 ) -> None:
     with daemon(tmp_path, where, what, f"--smtp-threads={threads}") as running:
         running.talk(*MAIL)
-        line = running.wait_for(where)
+        line = running.wait_for(f"{where} of plugin")
         if what == "lock":
             assert "Python's lock has been held for" in line
         status, seconds = running.stop()
