@@ -50,6 +50,14 @@
  *  started again 100 times, and one whose callback throws a C++ exception.
  *
  *
+ *  What cannot be contained is named. When a plugin crashes the process (SIGSEGV, SIGBUS, SIGFPE,
+ *  SIGILL, SIGABRT) or ends it (exit, _exit), the last line on standard error and in the application
+ *  log is "SIGSEGV in mq_smtp_in_rcptto of plugin 10-access.so". The exit status and the core dump
+ *  are those that they would be without mailerq. A callback that does not return is named after
+ *  `watchdog-seconds`, and when it is still there 5 seconds after `shutdown-timeout` the process
+ *  ends with status 70. A plugin that handles these signals itself must call the handlers it found.
+ *
+ *
  *  THE POINTERS
  *
  *  MQ_Context *, MQ_SmtpConnection *, MQ_Message *, MQ_Timer * and MQ_IOWatcher * are handles. They

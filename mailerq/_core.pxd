@@ -161,6 +161,7 @@ cdef enum:
     TIMER_CALL = CHAINS
     WATCHER_CALL
     FIGURES
+    RAW_CALL = FIGURES          # of a plugin's own libev watcher: not counted
 
 # The state of a cell: the lowest bits of its word. Only an event has more than two.
 cdef enum:
@@ -199,7 +200,8 @@ cdef struct Plugin:
     Plugin *next                # of all that were ever opened
     int index
     void *library
-    void *base          # where the file is mapped, to know it by an address in it
+    void *base          # where the file is mapped, to know it by an address in it,
+    void *end           # and the first address behind it
     char name[256]
 
 cdef struct Hook:
@@ -223,8 +225,7 @@ cdef struct Figures:
     uint64_t suspensions
     uint64_t rejects
     uint64_t timeouts
-    uint64_t samples            # calls whose time was taken,
-    uint64_t nanoseconds        # and what they took
+    uint64_t nanoseconds
 
 
 # The head of everything that a plugin can be given a handle of.
@@ -364,4 +365,7 @@ cdef struct Worker:
     c_bool inside               # a call into plugins is going on,
     c_bool locked               # and this thread holds the loop's lock
     c_bool touched              # the helper must look at the loop again
-    c_bool any_raw              # some plugin has asked for the loop itself
+    c_bool any_raw              # some plugin has asked for the loop itself:
+    int raw_plugin              # the only one that did; -1: there are more, or none
+    uint64_t crossings          # calls into plugins that began
+    void *stack                 # of the handlers of faults

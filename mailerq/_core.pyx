@@ -31,6 +31,8 @@ The parts, in the order in which they are included:
     loop         libev, timers, watchers
     message      MQ_Message and its JSON
     ids          message ids
+    faults       whose fault it was when the process ends
+    watch        who stands still, and for how long
     load         opening plugins
     sockets      calls on sockets that do not block
     privileges   rights that a process gives up
@@ -70,10 +72,13 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset, strlen, strncpy
 from posix.fcntl cimport F_GETFD, fcntl
 from posix.signal cimport sigfillset, sigset_t
-from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+from posix.time cimport (
+    CLOCK_MONOTONIC, CLOCK_MONOTONIC_COARSE, CLOCK_REALTIME, clock_gettime, timespec,
+)
 from posix.unistd cimport getpid, read, write
 
 import re
+import sys
 from logging import CRITICAL, INFO, WARNING, getLogger
 from os import fsencode as os_fsencode, strerror as os_strerror
 
@@ -91,7 +96,7 @@ cdef extern from *:
         "mq_context_initialize", "mq_context_cleanup", "mq_smtp_in_connect", "mq_smtp_in_secure",
         "mq_smtp_in_authenticate", "mq_smtp_in_mailfrom", "mq_smtp_in_rcptto", "mq_smtp_in_data",
         "mq_smtp_in_message", "mq_smtp_in_close", "mq_smtp_out_data", "mq_smtp_out_sent",
-        "a timer", "a watcher",
+        "a timer", "a watcher", "a libev callback",
     };
     """
     const char **FUNCTIONS "mq_functions"
@@ -100,7 +105,7 @@ cdef extern from * nogil:
     ctypedef struct Dl_info:
         const char *dli_fname
         void *dli_fbase
-    int RTLD_NOW, RTLD_NOLOAD, RTLD_GLOBAL, RTLD_LOCAL
+    int RTLD_NOW, RTLD_LAZY, RTLD_NOLOAD, RTLD_GLOBAL, RTLD_LOCAL
     void *dlopen(const char *, int)
     void *dlsym(void *, const char *)
     const char *dlerror()
@@ -121,6 +126,9 @@ cdef enum:
 
 EVENTS = ("context_initialize", "context_cleanup", "connect", "secure", "authenticate", "mailfrom",
           "rcptto", "data", "message", "close", "out_data", "out_sent", "timer", "watcher")
+CALLBACKS = ("mq_version", "mq_initialize", "mq_cleanup",
+             *[FUNCTIONS[number].decode() for number in range(CHAINS)],
+             "mq_message_id_size", "mq_message_id")
 OUTCOMES = ("undecided", "decided", "rejected", "timed out", "looped", "threw", "mistyped")
 LEVELS = {MQ_CRIT: CRITICAL, MQ_WARN: WARNING, MQ_INFO: INFO}
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -133,6 +141,8 @@ include "_core_connection.pxi"
 include "_core_loop.pxi"
 include "_core_message.pxi"
 include "_core_ids.pxi"
+include "_core_faults.pxi"
+include "_core_watch.pxi"
 include "_core_load.pxi"
 include "_core_sockets.pxi"
 include "_core_privileges.pxi"

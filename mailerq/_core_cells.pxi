@@ -49,6 +49,7 @@ cdef extern from * nogil:
     uint64_t load "mq_load"(uint64_t *place)
     void store "mq_store"(uint64_t *place, uint64_t value)
     bint replace "mq_replace"(uint64_t *place, uint64_t old, uint64_t fresh)
+    bint replace_int "mq_replace"(int *place, int old, int fresh)
     size_t load_size "mq_load"(size_t *place)
     void store_size "mq_store"(size_t *place, size_t value)
     EventCell *load_event "mq_load"(EventCell **place)
@@ -198,6 +199,7 @@ cdef Worker *open_worker(Table *table) noexcept nogil:
         worker.data = data
         worker.figures = figures
         worker.any_raw = False
+        worker.raw_plugin = -1
         worker.touched = False
         worker.running_plugin = -1
         worker.thread = pthread_self()
@@ -206,6 +208,8 @@ cdef Worker *open_worker(Table *table) noexcept nogil:
     if worker == NULL:
         free(data)
         free(figures)
+    elif table.plugins > 0:
+        give_stack(worker)
     return worker
 
 
@@ -226,6 +230,7 @@ cdef void close_worker(Worker *worker) noexcept nogil:
     cdef int index, place
     cdef Block *block
     cdef Cell *cell
+    take_stack(worker)
     pthread_mutex_lock(&registry)
     pthread_mutex_lock(&worker.mutex)
     for index in range(1, blocks_used):

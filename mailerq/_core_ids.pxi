@@ -115,7 +115,10 @@ cdef size_t plugin_id(Table *table, char *buffer) noexcept nogil:
     request.buffer = buffer
     request.size = 0
     text[0] = 0
-    if mq_guard(call_id_function, &request, text, sizeof(text)):
+    cdef Mark *mark = set_mark(table.plugin[table.id_owner].name, "mq_message_id")
+    cdef bint thrown = mq_guard(call_id_function, &request, text, sizeof(text))
+    clear_mark(mark)
+    if thrown:
         problem = "threw a C++ exception: "
     elif request.size == 0:
         problem = "returned 0"

@@ -1,7 +1,6 @@
 # Opening plugins.
 
 cdef Plugin *opened = NULL      # latest first; never closed and never freed: see safety rule 4
-cdef const char *starting_plugin = NULL  # whose mq_initialize, say, the main thread is in
 cdef bint promoted = False
 
 ctypedef int (*version_function)() noexcept nogil
@@ -30,20 +29,27 @@ cdef void call_size(void *argument) noexcept nogil:
 
 
 cdef int call_guarded(PlainCall *request, void (*caller)(void *) noexcept nogil,
-                      const char *plugin, str path, str name) except -1:
+                      const char *plugin, str path, const char *name) except -1:
     # One of the functions without arguments, on the main thread. PluginError when it throws.
-    global starting_plugin
     cdef char[300] text
     cdef int thrown
-    starting_plugin = plugin
+    cdef Mark *mark = set_mark(plugin, name)
     with nogil:
         thrown = mq_guard(caller, request, text, sizeof(text))
-    starting_plugin = NULL
+    over(mark)
     flush_log()
     if thrown:
         what = (<char *> text).decode("utf-8", "replace")
-        raise PluginError(f"{path}: a C++ exception came out of {name}: {what}")
+        raise PluginError(f"{path}: a C++ exception came out of {name.decode()}(): {what}")
     return 0
+
+
+cdef over(Mark *mark):
+    # The call has returned; say so when the watch had spoken of it.
+    if mark != NULL and mark.reported:
+        logger.warning("[%s] %s goes on; it took %.1f s", mark.plugin.decode("utf-8", "replace"),
+                       mark.function.decode(), (monotonic() - mark.since) / 1e9)
+    clear_mark(mark)
 
 
 cdef promote():
@@ -64,6 +70,20 @@ cdef str dl_problem():
     return text.decode("utf-8", "replace") if text != NULL else "for an unknown reason"
 
 
+def unresolved(str path, names):
+    """Those of the names that nothing defines which a plugin is linked with, nor this program."""
+    cdef void *library
+    encoded = os_fsencode(path)
+    promote()
+    library = dlopen(encoded, RTLD_LAZY | RTLD_LOCAL)
+    missing = []
+    for name in names:
+        symbol = name.encode()
+        if dlsym(NULL, symbol) == NULL and (library == NULL or dlsym(library, symbol) == NULL):
+            missing.append(name)
+    return missing
+
+
 cdef class Library:
     """The plugins of one engine: opened, checked, and their callbacks in one table.
 
@@ -73,6 +93,7 @@ cdef class Library:
     cdef Table *table
     cdef readonly tuple names
     cdef readonly tuple paths
+    cdef readonly dict exports      # by name: the version, and the functions that are called
     cdef readonly object id_owner
     cdef object totals          # figures of workers that have ended
 
@@ -80,6 +101,7 @@ cdef class Library:
         self.paths = tuple(paths)
         self.names = tuple(path.rpartition("/")[2] for path in self.paths)
         self.totals = {}
+        self.exports = {}
         if len(self.paths) > PLUGIN_LIMIT:
             raise PluginError(f"{len(self.paths)} plugins; at most {PLUGIN_LIMIT} can be loaded")
         # Never freed: a foreign thread may look up a name in it at any time.
@@ -96,6 +118,7 @@ cdef class Library:
             raise MemoryError
         if self.paths:
             promote()
+            catch_faults()
         for path, name in zip(self.paths, self.names):
             self.open(path, name)
 
@@ -104,7 +127,10 @@ cdef class Library:
         cdef Table *table = self.table
         cdef Plugin *plugin
         cdef Dl_info info
+        cdef Extent extent
         cdef PlainCall version
+        cdef Mark *mark
+        cdef const char *file
         cdef void *function
         cdef Hook *hook
         cdef int number
@@ -113,17 +139,26 @@ cdef class Library:
         if plugin == NULL:
             raise MemoryError
         strncpy(plugin.name, os_fsencode(name), sizeof(plugin.name) - 1)
-        plugin.library = dlopen(encoded, RTLD_NOW | RTLD_LOCAL)
+        # Noted before: the file may be broken, or a constructor of it end the process.
+        file = encoded
+        mark = set_mark(plugin.name, "dlopen() or a constructor")
+        with nogil:
+            plugin.library = dlopen(file, RTLD_NOW | RTLD_LOCAL)
+        over(mark)
         if plugin.library == NULL:
             raise PluginError(f"{path}: the plugin cannot be opened: {dl_problem()}")
+        tell_exits(plugin.library)
         version.function = dlsym(plugin.library, "mq_version")
         if version.function == NULL:
             raise PluginError(f"{path}: not a plugin: it does not export mq_version()")
         if dladdr(version.function, &info):
             plugin.base = info.dli_fbase
+        extent.within = <char *> version.function
+        if find_extent(&extent):
+            plugin.end = extent.end
         plugin.next = opened
         opened = plugin
-        call_guarded(&version, call_version, plugin.name, path, "mq_version()")
+        call_guarded(&version, call_version, plugin.name, path, "mq_version")
         if not 1 <= version.result <= MQ_API_VERSION:
             raise PluginError(
                 f"{path}: the plugin was built for version {version.result} of the plugin "
@@ -140,6 +175,8 @@ cdef class Library:
                 table.length[number] += 1
                 table.c_events |= <uint64_t> 1 << number
         self.find_id_functions(plugin, path)
+        self.exports[name] = version.result, tuple(
+            [each for each in CALLBACKS if dlsym(plugin.library, each.encode()) != NULL])
 
     cdef find_id_functions(self, Plugin *plugin, str path):
         # The last plugin that exports mq_message_id owns the ids.
@@ -154,7 +191,7 @@ cdef class Library:
             logger.warning("[%s] exports %s without %s; it is ignored",
                            path.rpartition("/")[2], present, absent)
             return
-        call_guarded(&request, call_size, plugin.name, path, "mq_message_id_size()")
+        call_guarded(&request, call_size, plugin.name, path, "mq_message_id_size")
         if not 1 <= request.size <= ID_LIMIT:
             raise PluginError(f"{path}: mq_message_id_size() returned {request.size}; "
                               f"message ids have 1 to {ID_LIMIT} bytes")
@@ -166,21 +203,21 @@ cdef class Library:
     def initialize(self):
         """Call mq_initialize of every plugin that exports it, in load order."""
         for index, path in enumerate(self.paths):
-            self.call_plain(index, path, "mq_initialize")
+            self.call_plain(index, path, b"mq_initialize")
 
     def cleanup(self):
         """Call mq_cleanup of every plugin that exports it, in load order, whatever happens."""
         for index, path in enumerate(self.paths):
             try:
-                self.call_plain(index, path, "mq_cleanup")
+                self.call_plain(index, path, b"mq_cleanup")
             except PluginError as error:
                 logger.error("%s", error)
 
-    cdef call_plain(self, int index, str path, str name):
+    cdef call_plain(self, int index, str path, bytes name):
         cdef PlainCall request
-        request.function = dlsym(self.table.plugin[index].library, name.encode())
+        request.function = dlsym(self.table.plugin[index].library, name)
         if request.function != NULL:
-            call_guarded(&request, call_void, self.table.plugin[index].name, path, f"{name}()")
+            call_guarded(&request, call_void, self.table.plugin[index].name, path, name)
 
     def message_id(self):
         """A new message id: the plugin's, or one of the built-in generator. Any thread."""
@@ -195,6 +232,11 @@ cdef class Library:
             size = ID_SIZE
             generate_id(buffer)
         return PyUnicode_DecodeASCII(buffer, size, NULL)
+
+    @property
+    def id_size(self):
+        """Bytes of the ids that a plugin makes, None where none does."""
+        return self.table.id_size if self.table.id_owner >= 0 else None
 
     def listens(self, str event):
         """Whether a plugin, or a handler of Python's, wants this event."""
@@ -218,8 +260,7 @@ cdef class Library:
                 if (row := totals.get((number, plugin))) is not None:
                     result[name][EVENTS[number]] = {
                         "calls": row[0], "suspensions": row[1], "rejects": row[2],
-                        "timeouts": row[3],
-                        "seconds": row[5] * row[0] / row[4] / 1e9 if row[4] else 0.0}
+                        "timeouts": row[3], "seconds": row[4] / 1e9}
         return result
 
     cdef add_figures(self, Worker *worker, totals):
@@ -228,8 +269,8 @@ cdef class Library:
             for plugin in range(self.table.plugins):
                 figures = &worker.figures[number * self.table.plugins + plugin]
                 if figures.calls:
-                    row = totals.setdefault((number, plugin), [0] * 6)
+                    row = totals.setdefault((number, plugin), [0] * 5)
                     for place, value in enumerate((
                             figures.calls, figures.suspensions, figures.rejects,
-                            figures.timeouts, figures.samples, figures.nanoseconds)):
+                            figures.timeouts, figures.nanoseconds)):
                         row[place] += value

@@ -85,8 +85,9 @@ cdef const char *plugin_at(void *address) noexcept nogil:
             if plugin.base == info.dli_fbase:
                 return plugin.name
             plugin = plugin.next
-    if starting_plugin != NULL:
-        return starting_plugin
+    cdef const char *marked = marked_here()
+    if marked != NULL:
+        return marked
     return "plugin"
 
 

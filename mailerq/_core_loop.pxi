@@ -99,6 +99,7 @@ cdef inline void enter(Worker *worker) noexcept nogil:
     # Before a call into plugins. Those with watchers of their own expect the loop's time to be now.
     check(at_home(worker) and not worker.inside)
     worker.inside = True
+    worker.crossings += 1
     if worker.loop != NULL:
         pthread_mutex_lock(&worker.loop.lock)
         worker.locked = True
@@ -126,6 +127,7 @@ cdef void invoke_pending(Worker *worker) noexcept nogil:
     # What the helper found due, and what that makes due at once.
     cdef char[300] text
     while ev_pending_count(worker.loop.ev) > 0:
+        leave_callback(worker)
         if mq_guard(invoke, worker.loop.ev, text, sizeof(text)):
             report(MQ_WARN, worker, worker.running_plugin,
                    "%s: a C++ exception came out of it: %s", "a timer or watcher", text)
@@ -160,12 +162,21 @@ cdef public ev_loop *MQ_ev(MQ_Context *context) noexcept nogil:
     worker.touched = True
     if not worker.any_raw:
         worker.any_raw = True
+        worker.raw_plugin = plugin_of(<uint64_t> context)
         ev_now_update(loop.ev)
+    elif worker.raw_plugin != plugin_of(<uint64_t> context):
+        worker.raw_plugin = -1
     return loop.ev
 
 
 cdef Figures *figures_of(Worker *worker, int event, int plugin) noexcept nogil:
     return &worker.figures[event * worker.table.plugins + plugin]
+
+
+cdef inline void leave_callback(Worker *worker) noexcept nogil:
+    # What comes next on this loop may be a watcher that a plugin made itself.
+    worker.running_event = RAW_CALL
+    worker.running_plugin = worker.raw_plugin
 
 
 cdef void timer_due(ev_loop *ev, ev_timer *watcher, int events) noexcept nogil:
@@ -174,17 +185,15 @@ cdef void timer_due(ev_loop *ev, ev_timer *watcher, int events) noexcept nogil:
     cdef Figures *figures = figures_of(worker, TIMER_CALL, timer.plugin)
     cdef timer_function callback = timer.callback
     cdef void *data = timer.data
-    cdef c_bool timed = figures.calls % SAMPLE == 0
-    cdef int64_t start = monotonic() if timed else 0
+    cdef bint exact = figures.calls < EXACT_CALLS
+    cdef int64_t start = time_of(exact)
     figures.calls += 1
     worker.running_plugin = timer.plugin
     worker.running_event = TIMER_CALL
     drop_timer(timer)
     callback(data)
-    worker.running_plugin = -1
-    if timed:
-        figures.nanoseconds += monotonic() - start
-        figures.samples += 1
+    leave_callback(worker)
+    figures.nanoseconds += time_of(exact) - start
 
 
 cdef void drop_timer(TimerCell *timer) noexcept nogil:
@@ -250,18 +259,16 @@ cdef void watcher_due(ev_loop *ev, ev_io *io, int events) noexcept nogil:
     cdef WatcherCell *watcher = <WatcherCell *> io.data
     cdef Worker *worker = watcher.worker
     cdef Figures *figures = figures_of(worker, WATCHER_CALL, watcher.plugin)
-    cdef c_bool timed = figures.calls % SAMPLE == 0
-    cdef int64_t start = monotonic() if timed else 0
+    cdef bint exact = figures.calls < EXACT_CALLS
+    cdef int64_t start = time_of(exact)
     figures.calls += 1
     worker.running_plugin = watcher.plugin
     worker.running_event = WATCHER_CALL
     watcher.callback(
         <MQ_IOWatcher *> handle_for(identity_of(watcher.cell.word), watcher.plugin),
         watcher.fd, events & (MQ_READ | MQ_WRITE), watcher.data)
-    worker.running_plugin = -1
-    if timed:
-        figures.nanoseconds += monotonic() - start
-        figures.samples += 1
+    leave_callback(worker)
+    figures.nanoseconds += time_of(exact) - start
 
 
 cdef void drop_watcher(WatcherCell *watcher) noexcept nogil:

@@ -75,7 +75,6 @@ cdef extern from *:
         INET6_ADDRSTRLEN
 
 cdef extern from * nogil:
-    int errno
     int EAGAIN, EINTR, EWOULDBLOCK
     int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
     Py_ssize_t recv(int, void *, size_t, int)

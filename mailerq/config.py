@@ -120,7 +120,12 @@ class Config:
         unset="mailerq.pid in queue-directory",
     )
     shutdown_timeout: float = setting(
-        30.0, SECONDS, HERE, "How long a stop waits for running transactions.", unit="s", minimum=0
+        30.0,
+        SECONDS,
+        HERE,
+        "How long a stop waits for running transactions; 5 s later the process ends anyway.",
+        unit="s",
+        minimum=0,
     )
 
     watchdog_seconds: float = setting(

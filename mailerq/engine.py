@@ -154,6 +154,7 @@ class Engine:
         if config.user:
             make_directory(config.queue_directory, config.user)
             _become(config)
+        self._watchdog = stack.enter_context(Watchdog(config.watchdog_seconds))
         # Not before: opening a file runs its constructors.
         plugins = self.plugins = Plugins.load(
             config.plugin_directory,
@@ -170,7 +171,7 @@ class Engine:
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
-        self._watchdog = stack.enter_context(Watchdog(config.watchdog_seconds, self._workers))
+        self._watchdog.look_after(self._workers)
         connections = Slots(_connections(config))
         incoming = Slots(_limit(config.smtp_connections_in), within=connections)
         settings = server.Settings(
@@ -287,11 +288,15 @@ class Engine:
         timeout = 0.0 if self._failed else self.config.shutdown_timeout
         if timeout < self.plugins.timeout or not self.plugins.timeout:
             self.plugins.timeout = max(timeout, MIN_PLUGIN_SECONDS)
+        end = trio.current_time() + timeout
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listener.stop, timeout)
                 for delivery in self._deliveries.values():
                     nursery.start_soon(delivery.dispatcher.stop, timeout)
+        # What is left of it is for mq_context_cleanup.
+        left = max(end - trio.current_time(), MIN_PLUGIN_SECONDS)
+        self.plugins.timeout = min(self.plugins.timeout, left)
         self._nursery.cancel_scope.cancel()
 
     @property

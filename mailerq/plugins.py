@@ -39,6 +39,7 @@ import trio
 from mailerq import _core, ids
 from mailerq._core import NOTHING, Call, Connection, crypt
 from mailerq.errors import PluginError
+from mailerq.inspection import announce
 from mailerq.message import Message, decode_properties, encode_properties
 
 __all__ = [
@@ -56,7 +57,7 @@ __all__ = [
 logger: Final = logging.getLogger("mailerq.plugins")
 
 Statistics = dict[str, dict[str, dict[str, float]]]
-"""Plugin, event, then calls, suspensions, rejects, timeouts and seconds (an estimate)."""
+"""Plugin, event, then calls, suspensions, rejects, timeouts and seconds."""
 
 
 class Reject(NamedTuple):
@@ -200,7 +201,9 @@ class Plugins:
             for name in sorted(names)
             if name.endswith(b".so")
         ]
-        return cls(_core.Library(paths), timeout)
+        library = _core.Library(paths)
+        announce(library)
+        return cls(library, timeout)
 
     @property
     def timeout(self) -> float:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import trio
 import trio.testing
 
@@ -59,14 +57,6 @@ class Bench:
         return reply
 
 
-@pytest.fixture
-def alarms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the process would have had the kernel do."""
-    found: list[int] = []
-    monkeypatch.setattr(signal, "alarm", found.append)
-    return found
-
-
 @asynccontextmanager
 async def serving() -> AsyncIterator[Bench]:
     bench = Bench()
@@ -80,7 +70,7 @@ async def serving() -> AsyncIterator[Bench]:
         nursery.cancel_scope.cancel()
 
 
-async def test_the_end_of_the_parent_does_not_wait_for_a_share(alarms: list[int]) -> None:
+async def test_the_end_of_the_parent_does_not_wait_for_a_share() -> None:
     async with serving() as bench:
         await bench.ask("take-over", share=7)
         await bench.ask("take-over", share=1)
@@ -90,11 +80,10 @@ async def test_the_end_of_the_parent_does_not_wait_for_a_share(alarms: list[int]
         await bench.stop.wait()
         assert "about to stop" in (await bench.reply())["error"]
         await trio.testing.wait_all_tasks_blocked()
-        assert alarms == [65]
         assert bench.engine.tried == [7]
 
 
-async def test_an_engine_that_stops_takes_no_share_over(alarms: list[int]) -> None:
+async def test_an_engine_that_stops_takes_no_share_over() -> None:
     async with serving() as bench:
         await bench.ask("take-over", share=7)
         await trio.testing.wait_all_tasks_blocked()

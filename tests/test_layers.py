@@ -43,7 +43,7 @@ def test_no_group_is_possessive(tmp_path: Path) -> None:
         (
             "net/a.py",
             "from mailerq._core import Context",
-            "imported by plugins, ids, sockets, privileges only",
+            "imported by plugins, ids, sockets, privileges, faults, inspection only",
         ),
         ("net/a.py", "import ctypes", "C is called in _core only"),
         ("_core.pyx", "from mailerq.plugins import Reject", "_core may not import plugins"),

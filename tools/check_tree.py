@@ -27,6 +27,7 @@ LAYERS: Final = (
     "consistency",
     "config",
     "message",
+    "elf",
     "wire",
     "mail",
     "rules",
@@ -34,6 +35,8 @@ LAYERS: Final = (
     "ids",
     "sockets",
     "privileges",
+    "faults",
+    "inspection",
     "plugins",
     "queues",
     "net",
@@ -56,7 +59,7 @@ CLOCKS: Final = frozenset(
     "time.time time.time_ns time.monotonic time.monotonic_ns time.perf_counter datetime.now "
     "datetime.utcnow datetime.today date.today".split()
 )
-DOORS_TO_C: Final = ("plugins", "ids", "sockets", "privileges")
+DOORS_TO_C: Final = ("plugins", "ids", "sockets", "privileges", "faults", "inspection")
 """The only layers that import `_core`; nothing imports ctypes or cffi."""
 
 LINES_LIMIT: Final = 800

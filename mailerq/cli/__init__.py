@@ -27,6 +27,7 @@ EX_CONFIGURATION: Final = 2
 _COMMANDS: Final = {
     "check-config": "mailerq.cli.checking",
     "config": "mailerq.cli.settings",
+    "plugin": "mailerq.cli.plugin",
     "queue": "mailerq.cli.queue",
     "sink": "mailerq.cli.sink",
     "status": "mailerq.cli.status",

@@ -11,7 +11,6 @@ over may take long, and neither the end nor who wants the share back is to wait 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import pickle
 import signal
@@ -24,9 +23,10 @@ from typing import Any, Final
 
 import trio
 
+from mailerq import faults
 from mailerq.cli import logs
 from mailerq.cli.process import HEAD
-from mailerq.cli.serving import HURRY_SECONDS, prepare
+from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, prepare
 from mailerq.config import Config
 from mailerq.engine import Engine
 from mailerq.errors import ConfigError, MailerqError, PluginError
@@ -38,9 +38,6 @@ __all__ = ["main"]
 log = logging.getLogger("mailerq")
 
 READ_BYTES: Final = 1 << 16
-
-ORPHAN_SECONDS: Final = 60.0
-"""How long after `shutdown-timeout` the process may go on without a parent that could kill it."""
 
 
 def main() -> int:
@@ -92,6 +89,8 @@ async def _serve(config: Config, share: int, parent: socket.socket) -> None:
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(parent))
     stop, started = trio.Event(), trio.Event()
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        seconds = config.shutdown_timeout + OVERDUE_SECONDS
+        faults.set_deadline(seconds, (signal.SIGTERM,), parent.fileno())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_Requests(stream, engine, started, stop).serve)
             nursery.start_soon(_terminate, signals, engine, started, stop)
@@ -138,8 +137,6 @@ class _Requests:
             nursery.start_soon(self._execute)
             nursery.start_soon(self._end_attempt)
             await self._read()
-            # By the kernel: a plugin may hold what would be needed to end well.
-            signal.alarm(math.ceil(self._engine.config.shutdown_timeout + ORPHAN_SECONDS))
             self._waiting.clear()
             _stop(self._engine, self._started, self._stop)
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import mailerq
-from mailerq import __version__
+from mailerq import __version__, faults
 from mailerq.cli import logs
 from mailerq.cli.common import Parser, complain
-from mailerq.cli.serving import HURRY_SECONDS, end_at_once, join, prepare
+from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, join, prepare
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 from mailerq.privileges import as_owner
@@ -41,6 +41,7 @@ commands:
   mailerq status         how the running daemon is
   mailerq config         all settings, their values, and where each was set
   mailerq check-config   whether a daemon would start with these settings
+  mailerq plugin check   whether plugins can be used, and what is wrong with them
   mailerq sink           a receiving server for trying and testing
 """
 
@@ -224,6 +225,8 @@ async def _serve(config: Config) -> int:
     failure: Exception | None = None
     engine = Engine(config)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        seconds = config.shutdown_timeout + OVERDUE_SECONDS
+        faults.set_deadline(seconds, (signal.SIGINT, signal.SIGTERM))
         async with trio.open_nursery() as nursery:
             started = trio.Event()
             nursery.start_soon(_watch, signals, engine, started, stop)

@@ -9,10 +9,12 @@ import os
 import pwd
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from io import TextIOWrapper
 from typing import Final
 
+from mailerq import faults
 from mailerq.config import Config
 from mailerq.errors import ConfigError
 from mailerq.escaping import escape
@@ -114,8 +116,9 @@ class _File(logging.FileHandler):
         else:
             if os.path.samestat(there, os.fstat(self.stream.fileno())):
                 return
-        old, self.stream = self.stream, self._open()
-        old.close()
+        # The number stays: another thread may be about to write to it, and last lines go there.
+        with self._open() as fresh:
+            os.dup2(fresh.fileno(), self.stream.fileno(), inheritable=False)
 
     def close(self) -> None:
         super().close()
@@ -141,6 +144,21 @@ def configure(config: Config, who: str = "") -> None:
     )
     # A full disk or a reader that went away costs log lines; a traceback to nowhere helps nobody.
     logging.raiseExceptions = False
+    faults.report_to(_last_lines(handlers), who)
+
+
+def _last_lines(handlers: list[logging.Handler]) -> Iterator[tuple[int, bytes]]:
+    """Where the core writes what this process can no longer log, with what syslog wants before."""
+    stderr = -1 if sys.__stderr__ is None else sys.__stderr__.fileno()
+    if stderr >= 0:
+        yield stderr, b""
+    for handler in handlers:
+        match handler:
+            case logging.StreamHandler(stream=stream) if stream.fileno() != stderr:
+                yield stream.fileno(), b""
+            case logging.handlers.SysLogHandler():
+                priority = handler.encodePriority(handler.facility, handler.LOG_CRIT)
+                yield vars(handler)["socket"].fileno(), b"<%d>" % priority
 
 
 def names(text: str) -> list[str]:

@@ -40,7 +40,7 @@ import trio
 from mailerq import __version__
 from mailerq.cli.common import complain
 from mailerq.cli.process import Ended, NoStart, Process, describe
-from mailerq.cli.serving import end_at_once, join
+from mailerq.cli.serving import OVERDUE_SECONDS, end_at_once, join
 from mailerq.config import Config
 from mailerq.errors import MailerqError
 from mailerq.message import format_time
@@ -81,8 +81,16 @@ MOVE_SECONDS: Final = 30.0
 IDS_SECONDS: Final = 0.4
 """How long for ids, before another one is asked: an injector waits for a second at most."""
 
-KILL_SECONDS: Final = 30.0
-"""How long after `shutdown-timeout` a process is killed that has not stopped."""
+KILL_SECONDS: Final = 2 * OVERDUE_SECONDS
+"""How long after `shutdown-timeout` a process is killed that has not stopped. Before that it ends
+itself, and says which plugin it was in."""
+
+UNCLEAN: Final = frozenset({
+    os.EX_SOFTWARE, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGFPE,
+    -signal.SIGILL, -signal.SIGABRT,
+})  # fmt: skip
+"""How a process ends that crashes or hangs when it is to stop: the parent then ends with
+EX_SOFTWARE."""
 
 
 async def serve(config: Config) -> int:
@@ -110,12 +118,12 @@ class _Parent:
         self._kills = Counter[int]()
         self._moving = trio.Lock()
         self._reloads = 0
+        self._exit_status = os.EX_OK
         self._stop = trio.Event()
         self._nursery: trio.Nursery
 
     async def run(self) -> int:
         """Serve until a signal; the exit status."""
-        status = os.EX_OK
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         with trio.open_signal_receiver(*signals) as received:
             async with trio.open_nursery() as self._nursery:
@@ -125,14 +133,14 @@ class _Parent:
                         await self._start(keepers)
                     except NoStart as error:
                         complain(str(error))
-                        status = error.status
+                        self._exit_status = error.status
                     else:
                         await self._stop.wait()
                     self._end()
                 self._nursery.cancel_scope.cancel()
-        if not status:
+        if not self._exit_status:
             log.info("stopped")
-        return status
+        return self._exit_status
 
     async def _start(self, keepers: trio.Nursery) -> None:
         """Start all processes, the first one first: what it says is wrong is said once."""
@@ -260,6 +268,9 @@ class _Parent:
             self._children.pop(index, None)
             await child.end()
             del self._begun[index]
+            if self._stop.is_set() and child.program.returncode in UNCLEAN:
+                log.critical("%s %s", child, describe(child.program.returncode))
+                self._exit_status = os.EX_SOFTWARE
         if not self._stop.is_set():
             log.critical("%s %s; another one is started", child, describe(status))
             self._bury(child, status)

@@ -15,7 +15,7 @@ from typing import Final
 from mailerq.config import Config
 from mailerq.privileges import no_new_privileges
 
-__all__ = ["HURRY_SECONDS", "end_at_once", "join", "prepare"]
+__all__ = ["HURRY_SECONDS", "OVERDUE_SECONDS", "end_at_once", "join", "prepare"]
 
 log = logging.getLogger("mailerq")
 
@@ -24,6 +24,10 @@ OTHER_DESCRIPTORS: Final = 256
 
 HURRY_SECONDS: Final = 1.0
 """How long plugins may hold up a start that is to end."""
+
+OVERDUE_SECONDS: Final = 5.0
+"""How long after `shutdown-timeout` a process ends that cannot end by itself: a plugin is in a
+deadlock, say. Its exit status is then EX_SOFTWARE."""
 
 COLLECT_AFTER: Final = (10_000, 20, 50)
 """When Python looks for cycles. There are next to none, and at its own thresholds the search took

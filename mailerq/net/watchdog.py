@@ -9,7 +9,10 @@ giving control back, or something of ours does. Then the log has what the worker
 at that moment, and again each time that it has stood twice as long.
 
 A call that holds Python's lock keeps this thread from looking as well, as does a process that
-is stopped. The thread sees afterwards how late it is.
+is stopped. The thread sees afterwards how late it is. What happens meanwhile, and before there are
+workers and after, a thread of the core says, which needs no lock (`mailerq.faults`): it looks at
+the calls into plugins, those while they are opened, initialized and cleaned up among them. Its
+lines go to the application log without passing through `logging`.
 
 A worker pays one function call a second for all this.
 """
@@ -27,6 +30,7 @@ from typing import Any, Final, Self
 
 import trio
 
+from mailerq.faults import Watch
 from mailerq.net.worker import Worker
 
 __all__ = ["Watchdog"]
@@ -60,11 +64,12 @@ class _Pulse:
 
 
 class Watchdog:
-    """Looks after `workers` while its context is open; `seconds` 0 is not at all."""
+    """Looks while its context is open; `seconds` 0 is not at all."""
 
-    def __init__(self, seconds: float, workers: Iterable[Worker]) -> None:
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._pulses = [_Pulse(worker) for worker in workers]
+        self._watch = Watch()
+        self._pulses: list[_Pulse] = []
         self._stalls = 0
         self._longest = 0.0
         self._places: dict[str, int] = {}
@@ -73,13 +78,22 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._seconds:
+            self._watch.start(self._seconds)
+            self._watch.beat()
             self._thread.start()
         return self
+
+    def look_after(self, workers: Iterable[Worker]) -> None:
+        """From now on, see that the loops of these turn."""
+        self._pulses = [_Pulse(worker) for worker in workers]
+        if self._seconds:
+            self._watch.leave_workers()
 
     def __exit__(self, *error: object) -> None:
         self._end.set()
         if self._seconds:
             self._thread.join()
+            self._watch.stop()
 
     def statistics(self) -> dict[str, Any]:
         """How often a worker stood still, in what, for how many seconds at most; who does now."""
@@ -94,6 +108,7 @@ class Watchdog:
         pause = min(LOOK_SECONDS, max(self._seconds / LOOKS, MIN_LOOK_SECONDS))
         due = time.monotonic() + pause
         while not self._end.wait(pause):
+            self._watch.beat()
             late = time.monotonic() - due
             if late >= self._seconds:
                 self._count(PROCESS, late)

@@ -1,0 +1,89 @@
+"""``mailerq plugin check``: whether plugins can be used, and what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+from dataclasses import asdict
+from typing import Final
+
+from mailerq.cli.common import Parser, command_parser, complain, print_json
+from mailerq.config import Config
+from mailerq.escaping import escape
+from mailerq.inspection import SECONDS, Report, examine
+
+__all__ = ["main"]
+
+DESCRIPTION: Final = """\
+Look at each file without running it, then open it in a process of its own.
+That process runs the plugin's constructors, mq_version and mq_message_id_size, and ends.
+
+exit status:
+  0  all can be used, and nothing was found
+  1  all can be used, but something may be wrong
+  2  one cannot be used: mailerq would not start with it
+"""
+
+
+def main(settings: list[str], rest: list[str]) -> int:
+    """Check the files that are named, or those of `plugin-directory`; see DESCRIPTION."""
+    parser = command_parser("plugin", "Work with plugins.")
+    commands = parser.add_subparsers(
+        required=True, metavar="COMMAND", parser_class=Parser, prog=parser.prog
+    )
+    check = commands.add_parser(
+        "check", help="whether plugins can be used, and what is wrong", description=DESCRIPTION
+    )
+    check.add_argument(
+        "files", metavar="FILE", nargs="*",
+        help="a plugin or a directory of them; by default plugin-directory",
+    )  # fmt: skip
+    check.add_argument("--json", action="store_true", help="for programs: one JSON array")
+    check.add_argument(
+        "--no-open", dest="opens", action="store_false", help="only read the files: run nothing"
+    )
+    check.add_argument(
+        "--timeout", metavar="SECONDS", type=float, default=SECONDS,
+        help="how long a plugin may take to be opened [%(default)g]",
+    )  # fmt: skip
+    options = parser.parse_args(rest)
+    config = Config.load(settings)
+    files = [
+        path for name in options.files or [config.plugin_directory] for path in _plugins_in(name)
+    ]
+    if not files:
+        complain("no plugin to check")
+    owners = [each.pw_uid for each in pwd.getpwall() if each.pw_name == config.user]
+    reports = [
+        examine(path, seconds=options.timeout, opens=options.opens, owners=owners) for path in files
+    ]
+    if options.json:
+        print_json([{**asdict(report), "status": report.status} for report in reports])
+    else:
+        for report in reports:
+            _print(report)
+    return max((report.status for report in reports), default=0)
+
+
+def _plugins_in(name: str) -> list[str]:
+    """The file itself, or the plugins of a directory in load order."""
+    if not os.path.isdir(name):
+        return [name] if name else []
+    names = sorted(map(os.fsencode, os.listdir(name)))
+    return [os.path.join(name, os.fsdecode(each)) for each in names if each.endswith(b".so")]
+
+
+VERDICTS: Final = ("good", "can be used, but", "cannot be used")
+
+
+def _print(report: Report) -> None:
+    lines = [f"{report.path}: {VERDICTS[report.status]}"]
+    if report.version is not None:
+        lines.append(f"  interface version {report.version}")
+    if report.functions:
+        lines.append(f"  exports {', '.join(report.functions)}")
+    if report.id_size:
+        lines.append(f"  makes message ids of at most {report.id_size} bytes")
+    lines += [f"  {finding.level}: {finding.text}" for finding in report.findings]
+    sys.stdout.write("".join(f"{escape(line)}\n" for line in lines))
