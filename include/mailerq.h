@@ -229,8 +229,21 @@ MQ_EXPORT bool mq_smtp_in_data(MQ_Context *context, MQ_SmtpConnection *connectio
  *  taken out of the body. What the plugins leave in the message is what is published: MQ_Envelope,
  *  MQ_Recipient and MQ_Mime are aliases of the JSON properties of these names, and the queue is
  *  chosen afterwards.
- *  With MQ_Reject this recipient's message is not published. When that happens to all recipients,
- *  the reply to the final dot is the reject; when it happens to some, the reply is 250 and says so.
+ *
+ *  With MQ_Reject this recipient's message is not published. An event that fails (it is given up,
+ *  throws an exception, or leaves a property of the wrong type) is a reject with 451. LMTP has a reply
+ *  for each recipient. In SMTP one reply stands for all:
+ *
+ *      no message was accepted     a 4xx if there was any, otherwise the first 5xx
+ *      some were accepted          250, which names the others. Each of these becomes a failure: a
+ *                                  document with the reject as its result, in rabbitmq-failure and
+ *                                  rabbitmq-results, and a line in the application log. After a 4xx
+ *                                  the document keeps its body, so that it can be published again.
+ *      the same, a 4xx among       that 4xx, for all: nothing is published, and the client tries all
+ *      them has no such queue      recipients again, which plugins then see a second time
+ *
+ *  So a 4xx here does not always make the client try again, because SMTP cannot ask for that for one
+ *  recipient of several. What can be decided in mq_smtp_in_rcptto is better refused there.
  */
 MQ_EXPORT bool mq_smtp_in_message(MQ_Context *context, MQ_SmtpConnection *connection,
                                   MQ_Message *message);

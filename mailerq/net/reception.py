@@ -1,4 +1,19 @@
-"""From the content of one mail to messages in a queue, and what to reply to it."""
+"""From the content of one mail to messages in a queue, and what to reply to it.
+
+Theory of operation
+-------------------
+Plugins see the mail once, and then one message for each recipient. They may refuse each of these,
+or fail at it, which counts as a 451. LMTP has a reply for each recipient. SMTP has one for all:
+
+- Nobody's message was taken: a 4xx if there was any, else the first 5xx. Nothing is written.
+- Some were: 250, and each of the others becomes a *failure*: a document with its result, in the
+  queues for failures, in the same commit. After a 4xx it keeps its body, which nobody else has.
+- Some were, one of the others is a 4xx, and no queue is there for its failure: that 4xx is the
+  reply, and nothing is written. The client tries all of them again.
+
+So behind a 250 each recipient's message is in some queue, or was refused for good with no queue
+configured to say so; the application log names it in either case.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +24,26 @@ from typing import TYPE_CHECKING, Final
 
 from mailerq.errors import MessageError, QueueError
 from mailerq.mail import headers, incoming
-from mailerq.message import Message
+from mailerq.message import Message, Result, format_time
 from mailerq.plugins import Connection, Reject
 from mailerq.queues import Publication
-from mailerq.rules.routes import reception_queue
+from mailerq.rules import responses
+from mailerq.rules.routes import reception_queue, result_queues
 from mailerq.wire import smtp
 from mailerq.wire.parameters import MailParameters, RcptParameters
 from mailerq.wire.server import ServerProtocol
 from mailerq.wire.smtp import Reply, with_status
 
 if TYPE_CHECKING:
+    from mailerq.config import Config
     from mailerq.net.shared import Server
 
 __all__ = ["Client", "refusal_reply", "take"]
 
 log = logging.getLogger("mailerq.server")
+
+LOGGED_FAILURES: Final = 10
+"""Recipients that the log names of one mail that was taken only for others."""
 
 HEADER_BYTES: Final = 1 << 20
 """A header up to this size is edited apart from its body, where the body is in a file."""
@@ -81,32 +101,89 @@ async def _publish(
     messages: Sequence[Message],
 ) -> list[Reply]:
     outcomes: list[Reply | str] = []  # a refusal, or what to say of the recipient
-    publications: list[Publication] = []
+    taken: list[Publication] = []
     for message in messages:
-        recipient = message.recipient
+        envelope, recipient = message.envelope, message.recipient
         message.local = shared.is_local(recipient)
         refusal = await plugin.message(message)
         if refusal is not None:
             outcomes.append(refusal_reply(refusal))
+            # Who sent it knows the message by these, whatever plugins made of them.
+            message.properties.update(envelope=envelope, recipient=recipient)
             continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
         if queue := reception_queue(shared.config, local=message.local):
-            publications.append(Publication(queue, message))
+            taken.append(Publication(queue, message))
+    refused = [
+        (message, outcome)
+        for message, outcome in zip(messages, outcomes, strict=True)
+        if isinstance(outcome, Reply)
+    ]
+    failures: list[Publication] = []
+    if not machine.settings.lmtp and len(refused) < len(messages):
+        now = shared.clock()
+        for message, reply in refused:
+            failure = _failure(shared.config, message, reply, now)
+            if not failure and reply.code < 500:
+                return [reply]
+            failures += failure
     try:
-        if publications:
-            await shared.queues.publish(publications)
+        if taken or failures:
+            await shared.queues.publish(taken + failures)
     except (MessageError, QueueError) as error:
         shared.counters.queue_errors += 1
         log.error("a mail from %s was not taken: %s", client.remote[0], error)
         outcomes = [smtp.QUEUE_UNAVAILABLE if isinstance(one, str) else one for one in outcomes]
-        publications.clear()
+        taken.clear()
     shared.counters.messages += sum(isinstance(outcome, str) for outcome in outcomes)
     if shared.received_log is not None:
-        for publication in publications:
+        for publication in taken:
             shared.received_log.write(_received_line(publication.message))
     if machine.settings.lmtp:
         return [Reply(250, one) if isinstance(one, str) else one for one in outcomes]
-    return [_sum_up(messages, outcomes)]
+    reply = _sum_up(messages, outcomes)
+    if reply.code < 400 and refused:
+        shared.counters.failed_recipients += len(refused)
+        _log_failures(client, refused, len(messages))
+    return [reply]
+
+
+def _failure(config: Config, message: Message, reply: Reply, now: float) -> list[Publication]:
+    """What the result queues get of a message that plugins refused when others were taken."""
+    outcome = responses.refused_on_arrival(reply)
+    result = Result(
+        attempt=1,
+        type=outcome.type,
+        state=outcome.state,
+        result=outcome.result,
+        time=format_time(now),
+        code=outcome.code,
+        status=outcome.status,
+        description=outcome.description,
+    )
+    properties = {**message.properties, "results": [result.to_dict()]}
+    body = message.body if reply.code < 500 or properties.get("keepmime") else None
+    configured = {"results": config.rabbitmq_results, "failure": config.rabbitmq_failure}
+    return [
+        Publication(queue, Message(dict(properties), body))
+        for queue in result_queues(properties, configured, "results", "failure")
+    ]
+
+
+def _log_failures(client: Client, refused: Sequence[tuple[Message, Reply]], count: int) -> None:
+    named = []
+    for message, reply in refused[:LOGGED_FAILURES]:
+        identifier, text = message.properties.get("message-id", ""), reply.text.replace("\n", " ")
+        named.append(f"{identifier} <{_field(message.recipient)}> {reply.code} {text}")
+    if len(refused) > LOGGED_FAILURES:
+        named.append(f"and {len(refused) - LOGGED_FAILURES} more")
+    log.warning(
+        "mail from %s: plugins failed it for %d of %d recipients after others were taken: %s",
+        client.remote[0],
+        len(refused),
+        count,
+        "; ".join(named),
+    )
 
 
 def _sum_up(messages: Sequence[Message], outcomes: Sequence[Reply | str]) -> Reply:

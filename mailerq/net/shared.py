@@ -51,6 +51,7 @@ class Counters:
     logins: int = 0
     failed_logins: int = 0
     spilled: int = 0
+    failed_recipients: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
