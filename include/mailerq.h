@@ -367,6 +367,31 @@ MQ_EXPORT size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *buffer, 
 MQ_EXPORT bool MQ_SmtpAuthenticated(MQ_SmtpConnection *connection);
 MQ_EXPORT void MQ_SetSmtpAuthenticated(MQ_SmtpConnection *connection, bool authenticated);
 
+/*
+ *  Extension. The client of an incoming connection, as mailerq believes it to be: behind a proxy
+ *  (PROXY, XCLIENT) it is the proxy's client, of which MQ_SmtpFileDescriptor knows nothing.
+ *
+ *      MQ_ClientAddress      its IP address as text, "192.0.2.1" or "2001:db8::1"
+ *      MQ_ClientPort         its port; 0 when it is unknown
+ *      MQ_ClientHelo         the name in its latest EHLO, HELO or LHLO, as it sent it
+ *      MQ_ClientLogin        the name that it has logged in with, or that a proxy gave
+ *      MQ_ClientTlsVersion   such as "TLSv1.3"
+ *      MQ_ClientTlsCipher    such as "TLS_AES_256_GCM_SHA384"
+ *      MQ_ClientTlsName      the name in its certificate, where one was asked for and verified
+ *
+ *  NULL while there is none (no greeting yet, no login, no TLS), and for an outgoing connection. The
+ *  text ends in NUL; its size without that goes to *size, which may be NULL. It is borrowed until the
+ *  callback returns or, when it returned true, until the event is handed back: a later EHLO, login or
+ *  XCLIENT replaces it.
+ */
+MQ_EXPORT const char *MQ_ClientAddress(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT int MQ_ClientPort(MQ_SmtpConnection *connection);
+MQ_EXPORT const char *MQ_ClientHelo(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT const char *MQ_ClientLogin(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT const char *MQ_ClientTlsVersion(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT const char *MQ_ClientTlsCipher(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT const char *MQ_ClientTlsName(MQ_SmtpConnection *connection, size_t *size);
+
 /* Whether the connection is encrypted. */
 MQ_EXPORT bool MQ_SmtpSecure(MQ_SmtpConnection *connection);
 

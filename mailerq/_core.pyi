@@ -24,6 +24,11 @@ def send(fd: int, data: bytes, start: int = 0) -> int: ...
 def watch(epoll: int, fd: int, events: int, known: bool) -> None: ...
 def happenings(epoll: int) -> list[tuple[int, int]]: ...
 
+class Mapping:
+    def __new__(cls, fd: int, size: int) -> Mapping: ...
+    def __init__(self, fd: int, size: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 class Library:
     names: tuple[str, ...]
     paths: tuple[str, ...]
@@ -82,6 +87,14 @@ class Connection:
     on_output: Callable[[], None] | None
     secure: bool
     authenticated: bool
+    address: str | None
+    port: int
+    helo: str | None
+    login: str | None
+    tls_version: str | None
+    tls_cipher: str | None
+    tls_name: str | None
+    deadline: float
     def __new__(
         cls,
         context: Context,

@@ -33,6 +33,7 @@ The parts, in the order in which they are included:
     ids          message ids
     load         opening plugins
     sockets      calls on sockets that do not block
+    mapping      a file that is mapped into memory
     python       the classes that plugins.py builds on
 
 Safety rules
@@ -56,6 +57,7 @@ Safety rules
 7. Every crossing is inside `mq_guard`, so that no C++ exception reaches a frame of C or Python.
 """
 
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
@@ -63,10 +65,11 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.limits cimport INT_MAX
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy, memset, strlen, strncpy
+from libc.string cimport memcpy, memset, strchr, strlen, strncpy
 from posix.fcntl cimport F_GETFD, fcntl
 from posix.signal cimport sigfillset, sigset_t
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
@@ -76,7 +79,8 @@ import re
 from logging import CRITICAL, INFO, WARNING, getLogger
 from os import fsencode as os_fsencode
 
-from mailerq.errors import PluginError
+from mailerq.address import parse_mailbox
+from mailerq.errors import AddressError, PluginError
 
 cdef extern from *:
     """
@@ -134,6 +138,7 @@ include "_core_message.pxi"
 include "_core_ids.pxi"
 include "_core_load.pxi"
 include "_core_sockets.pxi"
+include "_core_mapping.pxi"
 include "_core_python.pxi"
 
 pthread_mutex_init(&registry, NULL)

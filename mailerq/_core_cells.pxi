@@ -218,6 +218,19 @@ cdef void free_connection(ConnectionCell *cell) noexcept nogil:
     cell.output_room = 0
     cell.python = NULL
     cell.closed = True
+    free_facts(cell)
+
+
+cdef void free_facts(ConnectionCell *cell) noexcept nogil:
+    cdef Fact *fact
+    cdef int number
+    for number in range(FACT_COUNT):
+        free(cell.facts[number])
+        cell.facts[number] = NULL
+    while cell.former != NULL:
+        fact = cell.former
+        cell.former = fact.next
+        free(fact)
 
 
 cdef void close_worker(Worker *worker) noexcept nogil:

@@ -75,6 +75,7 @@ cdef class Library:
     cdef readonly tuple paths
     cdef readonly object id_owner
     cdef object totals          # figures of workers that have ended
+    cdef int initialized        # plugins, from the first one
 
     def __cinit__(self, paths):
         self.paths = tuple(paths)
@@ -98,6 +99,7 @@ cdef class Library:
             promote()
         for path, name in zip(self.paths, self.names):
             self.open(path, name)
+        self.ask_id_size()
 
     cdef open(self, str path, str name):
         global opened
@@ -154,23 +156,41 @@ cdef class Library:
             logger.warning("[%s] exports %s without %s; it is ignored",
                            path.rpartition("/")[2], present, absent)
             return
+        self.table.id_owner = plugin.index
+        self.table.id_function = <id_function_type> function
+        self.id_owner = path.rpartition("/")[2]
+
+    cdef ask_id_size(self):
+        # Only of the owner: what the others would say is nobody's business.
+        cdef PlainCall request
+        if self.table.id_owner < 0:
+            return
+        cdef Plugin *plugin = self.table.plugin[self.table.id_owner]
+        path = self.paths[self.table.id_owner]
+        request.function = dlsym(plugin.library, "mq_message_id_size")
         call_guarded(&request, call_size, plugin.name, path, "mq_message_id_size()")
         if not 1 <= request.size <= ID_LIMIT:
             raise PluginError(f"{path}: mq_message_id_size() returned {request.size}; "
                               f"message ids have 1 to {ID_LIMIT} bytes")
-        self.table.id_owner = plugin.index
         self.table.id_size = request.size
-        self.table.id_function = <id_function_type> function
-        self.id_owner = path.rpartition("/")[2]
 
     def initialize(self):
-        """Call mq_initialize of every plugin that exports it, in load order."""
-        for index, path in enumerate(self.paths):
-            self.call_plain(index, path, "mq_initialize")
+        """Call mq_initialize of every plugin that exports it, in load order.
+
+        When one of them fails, those before it are cleaned up.
+        """
+        try:
+            for index, path in enumerate(self.paths):
+                self.call_plain(index, path, "mq_initialize")
+                self.initialized = index + 1
+        except PluginError:
+            self.cleanup()
+            raise
 
     def cleanup(self):
-        """Call mq_cleanup of every plugin that exports it, in load order, whatever happens."""
-        for index, path in enumerate(self.paths):
+        """Call mq_cleanup of every plugin that was initialized, in load order, whatever happens."""
+        count, self.initialized = self.initialized, 0
+        for index, path in enumerate(self.paths[:count]):
             try:
                 self.call_plain(index, path, "mq_cleanup")
             except PluginError as error:
@@ -218,7 +238,7 @@ cdef class Library:
                 if (row := totals.get((number, plugin))) is not None:
                     result[name][EVENTS[number]] = {
                         "calls": row[0], "suspensions": row[1], "rejects": row[2],
-                        "timeouts": row[3],
+                        "timeouts": row[3], "kept": row[6], "kept_bytes": row[7],
                         "seconds": row[5] * row[0] / row[4] / 1e9 if row[4] else 0.0}
         return result
 
@@ -228,8 +248,26 @@ cdef class Library:
             for plugin in range(self.table.plugins):
                 figures = &worker.figures[number * self.table.plugins + plugin]
                 if figures.calls:
-                    row = totals.setdefault((number, plugin), [0] * 6)
+                    row = totals.setdefault((number, plugin), [0] * 8)
                     for place, value in enumerate((
                             figures.calls, figures.suspensions, figures.rejects,
                             figures.timeouts, figures.samples, figures.nanoseconds)):
                         row[place] += value
+        self.add_kept(worker, totals)
+
+    cdef add_kept(self, Worker *worker, totals):
+        # Events that were given up and not handed back: how many, and what they keep in memory.
+        cdef EventCell *event
+        cdef uint64_t word
+        pthread_mutex_lock(&worker.mutex)
+        event = worker.waiting
+        while event != NULL:
+            word = load(&event.cell.word)
+            if word & STATE_MASK == GIVEN_UP:
+                row = totals[event.number, plugin_of(word)]
+                row[6] += 1
+                row[7] += event.first.size + event.second.size
+                if event.message != NULL:
+                    row[7] += event.message.mime.size
+            event = event.later
+        pthread_mutex_unlock(&worker.mutex)

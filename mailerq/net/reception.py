@@ -18,6 +18,7 @@ configured to say so; the application log names it in either case.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 from mailerq.errors import MessageError, QueueError
 from mailerq.mail import headers, incoming
 from mailerq.message import Message, Result, format_time
+from mailerq.net.memory import Claim
 from mailerq.plugins import Connection, Reject
 from mailerq.queues import Publication
 from mailerq.rules import responses
@@ -64,14 +66,32 @@ async def take(
     plugin: Connection,
     machine: ServerProtocol,
     body: bytes | memoryview,
+    claim: Claim,
 ) -> list[Reply]:
     """Let the plugins see a mail, and publish it: the reply, in LMTP one for each recipient.
 
-    A good reply means that it is safe.
+    A good reply means that it is safe. `plugin-timeout` holds for all events of the mail together.
     """
-    refusal = await plugin.data(body)
-    if refusal is not None:
-        return _all(refusal_reply(refusal), machine)
+    plugin.deadline = shared.plugins.deadline()
+    try:
+        refusal = await plugin.data(body)
+        if refusal is not None:
+            return _all(refusal_reply(refusal), machine)
+        if not await claim.load():
+            return _all(smtp.NO_MEMORY, machine)
+        return await _publish(shared, client, plugin, machine, body, claim)
+    finally:
+        plugin.deadline = math.inf
+
+
+async def _publish(
+    shared: Server,
+    client: Client,
+    plugin: Connection,
+    machine: ServerProtocol,
+    body: bytes | memoryview,
+    claim: Claim,
+) -> list[Reply]:
     envelope = _envelope(shared, client, plugin, machine)
     head, rest = _split(body)
     reception = incoming.messages(
@@ -90,26 +110,17 @@ async def take(
         whole = b"".join((first, rest))
         for message in reception.messages:
             message.body = whole
-    return await _publish(shared, client, plugin, machine, reception.messages)
-
-
-async def _publish(
-    shared: Server,
-    client: Client,
-    plugin: Connection,
-    machine: ServerProtocol,
-    messages: Sequence[Message],
-) -> list[Reply]:
+    messages = reception.messages
     outcomes: list[Reply | str] = []  # a refusal, or what to say of the recipient
     taken: list[Publication] = []
     for message in messages:
-        envelope, recipient = message.envelope, message.recipient
+        sender, recipient = message.envelope, message.recipient
         message.local = shared.is_local(recipient)
-        refusal = await plugin.message(message)
+        refusal = await claim.ask(plugin.message(message))
         if refusal is not None:
             outcomes.append(refusal_reply(refusal))
             # Who sent it knows the message by these, whatever plugins made of them.
-            message.properties.update(envelope=envelope, recipient=recipient)
+            message.properties.update(envelope=sender, recipient=recipient)
             continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
         if queue := reception_queue(shared.config, local=message.local):

@@ -26,7 +26,7 @@ import trio
 
 from mailerq.net import reception
 from mailerq.net.auth import AuthUnavailable
-from mailerq.net.memory import Spool
+from mailerq.net.memory import Claim, Spool
 from mailerq.net.reception import Client, refusal_reply
 from mailerq.net.shared import Server
 from mailerq.net.stream import Stream, StreamLost
@@ -123,12 +123,14 @@ class Session:
         finally:
             if self._spool is not None:
                 self._spool.close()
-            self._plugin.closed_by_peer()
-            closing = self._plugin.close()
+            # The descriptor is free before plugins are waited for, which may take their time.
+            try:
+                closing = self._plugin.close()
+            finally:
+                self._stream.close()
             if closing is not NOTHING:
                 with trio.CancelScope(shield=True):
                     await closing
-            self._stream.close()
             if self._admitted is not None:
                 shared.clients.left(self._admitted)
 
@@ -241,7 +243,8 @@ class Session:
 
     def _know_client(self) -> None:
         """Look up once what the client's address allows."""
-        host = self._client.remote[0]
+        host, port = self._client.remote
+        self._plugin.address, self._plugin.port = host, port
         self._relays = self._shared.access.may_relay(host)
         self._machine.auth_in_clear = is_loopback(host)
 
@@ -313,6 +316,7 @@ class Session:
             elif isinstance(event, server.Data):
                 self._data()
             elif isinstance(event, server.Hello):
+                self._plugin.helo = event.name
                 machine.accept()
             elif isinstance(event, server.XClient):
                 self._xclient(event)
@@ -462,7 +466,7 @@ class Session:
             shared.counters.logins += 1
             shared.clients.did_not(host, "logins")
             self._plugin.authenticated = True
-            self._client.user = login
+            self._client.user = self._plugin.login = login
             self._machine.accept()
             return
         shared.counters.failed_logins += 1
@@ -485,6 +489,7 @@ class Session:
         machine.tls_started()
         self._client.user = ""
         self._plugin.authenticated = False
+        self._plugin.login = self._plugin.helo = None
         refusal = await self._plugin.secured()
         self._take_output()
         if refusal is not None:
@@ -510,7 +515,10 @@ class Session:
         finally:
             shared.handshakes.end(self)
         self._mute = False
-        self._plugin.secure = True
+        plugin, stream = self._plugin, self._stream
+        plugin.secure = True
+        plugin.tls_version, plugin.tls_name = stream.tls_version, stream.peer_name
+        plugin.tls_cipher = stream.cipher[0] if stream.cipher is not None else None
         shared.counters.tls += 1
 
     def _xclient(self, event: server.XClient) -> None:
@@ -524,6 +532,7 @@ class Session:
             return
         self._client = Client(remote, local, attributes.get("LOGIN") or "")
         self._plugin.authenticated = bool(self._client.user)
+        self._plugin.login, self._plugin.helo = self._client.user or None, None
         if remote[0] != client.remote[0]:
             if self._admitted is not None:
                 self._shared.clients.left(self._admitted)
@@ -570,13 +579,10 @@ class Session:
         if spool.failed is not None:
             log.error("a mail from %s was not taken: %s", self._client.remote[0], spool.failed)
             replies = [smtp.NO_MEMORY] * (len(machine.rcpts) if machine.settings.lmtp else 1)
-        elif isinstance(body, bytes):
-            spool.close()
-            replies = await self._take(body)
         else:
-            shared.counters.spilled += 1
-            async with shared.loader(self.worker):
-                replies = await self._take(body)
+            spool.close()
+            shared.counters.spilled += not isinstance(body, bytes)
+            replies = await self._take(body)
         self._in_mail = False
         spool.close()
         self._take_output()
@@ -594,11 +600,14 @@ class Session:
 
     async def _take(self, body: bytes | memoryview) -> list[Reply]:
         shared = self._shared
-        shared.memory.add(len(body))
+        turns = None if isinstance(body, bytes) else shared.loader(self.worker)
+        claim = Claim(shared.memory, len(body), turns)
         try:
-            return await reception.take(shared, self._client, self._plugin, self._machine, body)
+            return await reception.take(
+                shared, self._client, self._plugin, self._machine, body, claim
+            )
         finally:
-            shared.memory.add(-len(body))
+            claim.end()
 
     # What plugins send raw.
 

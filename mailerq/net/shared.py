@@ -92,7 +92,7 @@ class Server:
         return self.access.is_local(recipient) or self.local_addresses.has(recipient)
 
     def loader(self, worker: Worker) -> trio.CapacityLimiter:
-        """To be held while a mail of that worker is in memory as a whole; for its thread."""
+        """The turns of that worker's mails in files to be in memory as a whole; for its thread."""
         limiter = self.loaders.get(worker)
         if limiter is None:
             limiter = self.loaders[worker] = trio.CapacityLimiter(LOADERS)

@@ -24,9 +24,9 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import trio
 
@@ -169,6 +169,24 @@ class Stream:
     def cipher(self) -> tuple[str, str, int] | None:
         """Name, protocol and secret bits of the cipher, or None without TLS."""
         return self._tls.cipher() if self._tls is not None else None
+
+    @property
+    def tls_version(self) -> str | None:
+        """What the peers agreed on, such as "TLSv1.3", or None without TLS."""
+        return self._tls.version() if self._tls is not None else None
+
+    @property
+    def peer_name(self) -> str | None:
+        """The first name in the peer's certificate, if one was asked for and verified."""
+        certificate: Mapping[str, Any] | None = None
+        if self._tls is not None:
+            certificate = self._tls.getpeercert()
+        if not certificate:
+            return None
+        names = [name for kind, name in certificate.get("subjectAltName", ()) if kind == "DNS"]
+        for group in certificate.get("subject", ()):
+            names += [name for kind, name in group if kind == "commonName"]
+        return names[0] if names else None
 
     async def receive(self) -> bytes:
         """What has come in; waits for at least one byte, empty when the peer has closed.
