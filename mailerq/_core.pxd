@@ -362,7 +362,8 @@ cdef struct Worker:
     Worker *next                # of all there ever were
     c_bool open
     pthread_t thread
-    int wakeup                  # an eventfd
+    int wakeup                  # an eventfd,
+    int spare                   # and a copy of it, in case that a plugin closes it
     Table *table
     Figures *figures            # FIGURES rows of one for each plugin
     void **data                 # context data, by plugin

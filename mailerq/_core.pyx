@@ -73,7 +73,7 @@ from libc.string cimport memcpy, memset, strchr, strlen, strncpy
 from posix.fcntl cimport F_GETFD, fcntl
 from posix.signal cimport sigfillset, sigset_t
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
-from posix.unistd cimport getpid, read, write
+from posix.unistd cimport close, getpid, read, write
 
 import re
 from logging import CRITICAL, INFO, WARNING, getLogger
@@ -85,10 +85,13 @@ from mailerq.errors import AddressError, PluginError
 cdef extern from *:
     """
     #include <dlfcn.h>
+    #include <errno.h>
+    #include <fcntl.h>
     #include <signal.h>
     #include <string.h>
     #include <sys/eventfd.h>
     #include <sys/random.h>
+    #include <sys/resource.h>
 
     static const char *const mq_functions[] = {
         "mq_context_initialize", "mq_context_cleanup", "mq_smtp_in_connect", "mq_smtp_in_secure",
@@ -108,6 +111,12 @@ cdef extern from * nogil:
     void *dlsym(void *, const char *)
     const char *dlerror()
     int dladdr(void *, Dl_info *)
+    int errno, EBADF
+    int F_DUPFD_CLOEXEC, RLIMIT_NOFILE
+    ctypedef unsigned long rlim_t
+    struct rlimit:
+        rlim_t rlim_cur
+    int getrlimit(int, rlimit *)
     int EFD_NONBLOCK, EFD_CLOEXEC
     int eventfd(unsigned int, int)
     Py_ssize_t getrandom(void *, size_t, unsigned int)

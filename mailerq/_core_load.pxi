@@ -64,6 +64,16 @@ cdef str dl_problem():
     return text.decode("utf-8", "replace") if text != NULL else "for an unknown reason"
 
 
+def opened_plugins():
+    """The file names of all plugins that this process has opened, the latest first."""
+    cdef Plugin *plugin = opened
+    names = []
+    while plugin != NULL:
+        names.append(plugin.name.decode("utf-8", "backslashreplace"))
+        plugin = plugin.next
+    return names
+
+
 cdef class Library:
     """The plugins of one engine: opened, checked, and their callbacks in one table.
 

@@ -73,9 +73,11 @@ cdef class Context:
         cdef EventCell *event
         cdef EventCell *following
         cdef ConnectionCell *cell
+        cdef bint closed = False
         moved = []
         with nogil:
-            read(worker.wakeup, &count, sizeof(count))
+            if read(worker.wakeup, &count, sizeof(count)) < 0 and errno == EBADF:
+                closed = True
             enter(worker)
             if worker.loop != NULL:
                 invoke_pending(worker)
@@ -83,6 +85,8 @@ cdef class Context:
             leave(worker)
             if load_event(&worker.handed) != NULL:
                 wake(worker)
+        if closed:
+            self.mend()
         while event != NULL:
             following = event.moved
             call = <Call> event.call
@@ -99,6 +103,11 @@ cdef class Context:
         if load_line(&lines) != NULL:
             flush_log()
         return moved
+
+    def mend(self):
+        """The descriptor of `fileno` is not ours any more: open another."""
+        mend_wakeup(self.worker)
+        self.stray()
 
     cdef take_back(self, Call call):
         # A call that was given up has been handed back after all.
@@ -352,8 +361,8 @@ cdef class Connection:
     worker's thread.
 
     The engine sets what `address`, `port`, `helo`, `login` and `tls_…` say of the client. They are
-    None, or 0, while they are unknown, and for an outgoing connection. No event may take longer than
-    until `deadline`, but see `plugins.MORE_SECONDS`.
+    None, or 0, while unknown, and for an outgoing connection. No event may take longer than until
+    `deadline`, but see `plugins.MORE_SECONDS`.
     """
 
     cdef ConnectionCell *cell

@@ -10,7 +10,6 @@
 cdef extern from *:
     """
     #include <arpa/inet.h>
-    #include <errno.h>
     #include <netinet/in.h>
     #include <sys/epoll.h>
     #include <sys/socket.h>
@@ -75,7 +74,6 @@ cdef extern from *:
         INET6_ADDRSTRLEN
 
 cdef extern from * nogil:
-    int errno
     int EAGAIN, EINTR, EWOULDBLOCK
     int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
     Py_ssize_t recv(int, void *, size_t, int)

@@ -53,6 +53,7 @@ __all__ = [
     "Statistics",
     "check_handler",
     "crypt",
+    "stray_close",
 ]
 
 logger: Final = logging.getLogger("mailerq.plugins")
@@ -169,6 +170,16 @@ def check_handler(event: str, handler: object) -> None:
         raise ValueError(f"no event {event!r}: there are {', '.join(_HANDLED)}")
     if not callable(handler):
         raise TypeError(f"the handler for {event} cannot be called: {handler!r}")
+
+
+def stray_close(what: str) -> None:
+    """Log that a descriptor of ours is closed, or another file by now, and not by us."""
+    names = ", ".join(dict.fromkeys(_core.opened_plugins())) or "none is loaded"
+    logger.error(
+        "%s was closed, and not by mailerq: a plugin closes descriptors that are not its own (%s)",
+        what,
+        names,
+    )
 
 
 def describe(handler: Handler) -> str:
@@ -379,7 +390,11 @@ class Context(_core.Context):
 
     async def _turns(self) -> None:
         while True:
-            await trio.lowlevel.wait_readable(self.fileno())
+            try:
+                await trio.lowlevel.wait_readable(self.fileno())
+            except (OSError, trio.ClosedResourceError):
+                self.mend()
+                await trio.lowlevel.checkpoint()
             try:
                 self._turn()
             except Exception:
@@ -395,6 +410,10 @@ class Context(_core.Context):
                     call.close()
             elif call.scope is not None:
                 call.scope.deadline = self._deadline(call.connection)
+
+    def stray(self) -> None:
+        """A plugin has closed the descriptor that wakes us, and the core has opened another."""
+        stray_close(f"the descriptor that wakes worker {self.worker}")
 
     def close_now(self, connection: Connection) -> None:
         """The last event that a closed connection waited for has been handed back."""

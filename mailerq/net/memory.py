@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from mailerq.plugins import NOTHING
+from mailerq.plugins import NOTHING, stray_close
 from mailerq.sockets import Mapping
 
 __all__ = ["Claim", "Memory", "Spool"]
@@ -203,7 +203,10 @@ class Spool:
         self._waiting = 0
         self._written = 0
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError:
+                stray_close("the file of a large mail")
             self._file = None
             self._threshold = float("inf")
 

@@ -20,6 +20,7 @@ this.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -30,7 +31,8 @@ from typing import Any, Final, Self
 
 import trio
 
-from mailerq.net.readiness import Socket
+from mailerq.net.readiness import Socket, StreamLost
+from mailerq.plugins import stray_close
 from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
 
 __all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
@@ -42,10 +44,6 @@ FAIRNESS: Final = 32
 
 LONG_BYTES: Final = 1 << 14
 """What is not shorter is sent at once: it is work enough for its peer."""
-
-
-class StreamLost(Exception):
-    """The connection broke: reset, timed out by the kernel, or TLS that makes no sense."""
 
 
 class Departures(trio.abc.Instrument):
@@ -81,6 +79,10 @@ def _nothing() -> None:
     pass
 
 
+_streams: Final[dict[int, Stream]] = {}
+"""The open streams of all loops by their descriptors."""
+
+
 _departures: Final = trio.lowlevel.RunVar[Departures | None]("departures", None)
 
 
@@ -103,6 +105,9 @@ class Stream:
         remote: tuple[str, int] | None = None,
     ) -> None:
         self._fd = sock if isinstance(sock, int) else _descriptor(sock)
+        if (former := _streams.get(self._fd)) is not None:
+            former.stray()
+        _streams[self._fd] = self
         self._socket = Socket(self._fd)
         self._local = local
         self._remote = remote
@@ -259,6 +264,7 @@ class Stream:
         try:
             came = receive(self._fd)
         except OSError as error:
+            self._suspect(error)
             raise StreamLost(str(error)) from error
         if came is None or (0 < len(came) < RECEIVE_BYTES and self._socket.empties):
             self._socket.readable = False
@@ -385,9 +391,29 @@ class Stream:
                 self._tls.unwrap()
             with suppress(OSError):
                 send(self._fd, self._outgoing.read())
+        try:
+            socket_name(self._fd, remote=False)
+        except OSError as error:
+            self._suspect(error)
         self._socket.forget()
         fd, self._fd = self._fd, -1
-        os.close(fd)
+        if fd >= 0:
+            del _streams[fd]
+            os.close(fd)
+
+    def stray(self) -> None:
+        """Somebody else has closed the descriptor: what has its number now is not to be touched."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            del _streams[fd]
+            self._socket.stray()
+            peer = f"{self._remote[0]}:{self._remote[1]}" if self._remote else "a host"
+            stray_close(f"the connection with {peer}")
+
+    def _suspect(self, error: OSError) -> None:
+        """An error may say that the descriptor is not ours any more."""
+        if error.errno in (errno.EBADF, errno.ENOTSOCK):
+            self.stray()
 
     async def _receive_raw(self) -> bytes:
         while True:
@@ -429,6 +455,7 @@ class Stream:
             if sent < len(data):
                 await self._send_rest(data, sent)
         except OSError as error:
+            self._suspect(error)
             raise StreamLost(str(error)) from error
 
     def _tell_lost(self) -> None:
@@ -456,11 +483,14 @@ class Stream:
         try:
             self._placed += send(self._fd, self._unsent, self._placed)
         except OSError as error:
+            self._suspect(error)
             self._lose(str(error))
         if self._placed == len(self._unsent):
             self._take_unsent()
             return
-        with suppress(OSError):  # The kernel watches no more sockets: a `send_all` takes it along.
+        with suppress(
+            StreamLost
+        ):  # The kernel watches no more sockets: a `send_all` takes it along.
             self._socket.call_when_writable(self._send_unsent)
 
     def _lose(self, why: str) -> None:
