@@ -341,6 +341,7 @@ class Engine:
             "incoming": {
                 "open": self._listener.open_sessions,
                 "memory": self._server.memory.used,
+                "held": self._server.memory.held,
                 **asdict(self._server.counters),
             },
             "outgoing": total([each.dispatcher.statistics() for each in deliveries]),

@@ -40,7 +40,8 @@ import trio
 
 from mailerq import _core, ids
 from mailerq._core import NOTHING, Call, Connection, crypt
-from mailerq.errors import PluginError
+from mailerq.address import parse_mailbox
+from mailerq.errors import AddressError, PluginError
 from mailerq.message import Message, decode_properties, encode_properties
 
 __all__ = [
@@ -142,13 +143,25 @@ class _Guarded:
         """What is wrong with what the handler left, or None."""
         message = self._message
         try:
-            problem = _problem(message)
+            problem = _problem(message) or self._address_problem()
         except Exception as error:
             problem = f"the properties cannot be used: {error}"
         if problem is not None:
             message.properties = decode_properties(self._properties)
             message.body = self._body
         return problem
+
+    def _address_problem(self) -> str | None:
+        """What is wrong with an address that the handler has changed, or None."""
+        for name in ("envelope", "recipient"):
+            address = self._message.properties.get(name)
+            try:
+                if address:
+                    parse_mailbox(address)
+            except AddressError as error:
+                if decode_properties(self._properties).get(name) != address:
+                    return f"property {name}: {error}"
+        return None
 
 
 def _problem(message: Message) -> str | None:

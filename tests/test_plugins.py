@@ -129,6 +129,8 @@ async def test_handler_may_set_authenticated_in_any_event(plugins: Plugins) -> N
         ({"recipient": None}, "property recipient: is missing"),
         ({"recipient": 5}, "property recipient: expected a string, found a number"),
         ({"envelope": "a\r\nb@c.test"}, "property envelope: holds a control character"),
+        ({"envelope": "nobody"}, "property envelope: "),
+        ({"recipient": "a@b@c.test"}, "property recipient: "),
         (["recipient"], "cannot be used: 'list' object"),
         ("y", "the body is no bytes but str"),
     ],

@@ -488,9 +488,8 @@ class Stream:
         if self._placed == len(self._unsent):
             self._take_unsent()
             return
-        with suppress(
-            StreamLost
-        ):  # The kernel watches no more sockets: a `send_all` takes it along.
+        # Where the kernel watches no more sockets, a `send_all` takes it along.
+        with suppress(StreamLost):
             self._socket.call_when_writable(self._send_unsent)
 
     def _lose(self, why: str) -> None:

@@ -296,12 +296,14 @@ async def test_large_mails_that_a_plugin_holds_do_not_hold_up_others(
             await until(lambda: plugin.kept_count() == count)
             # What is held takes no descriptors, and in the first event no memory.
             assert nameless_files(tmp_path / "queue") == before
-            used = engine.statistics()["incoming"]["memory"]
-            assert (used == 0) == (event == "data")
+            incoming = engine.statistics()["incoming"]
+            assert (incoming["memory"] == 0) == (event == "data")
+            assert incoming["held"] == incoming["memory"]
             reply = await dialog.mail("c@d.test", body=HEADER + 5_000 * LINE)
             assert reply.startswith("250")
             plugin.release()
-        assert engine.statistics()["incoming"]["memory"] == 0
+        incoming = engine.statistics()["incoming"]
+        assert incoming["memory"] == incoming["held"] == 0
 
 
 async def test_all_recipients_of_a_mail_have_one_timeout(
