@@ -371,8 +371,8 @@ MQ_EXPORT int MQ_SmtpFileDescriptor(MQ_SmtpConnection *connection);
 
 /*
  *  Send raw bytes to the peer, copied, behind what mailerq has queued. Any thread. Returns size; 0
- *  when the connection is closed or buffer is NULL. This does not replace mailerq's own reply: for that there is
- *  MQ_Reject.
+ *  when the connection is closed or buffer is NULL. This does not replace mailerq's own reply: for
+ *  that there is MQ_Reject.
  */
 MQ_EXPORT size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *buffer, size_t size);
 
@@ -445,8 +445,8 @@ MQ_EXPORT struct json_object *MQ_Json(MQ_Message *message);
 
 /*
  *  The envelope sender, the recipient, and the body; NULL when unset. Borrowed until the property is
- *  set again or the event is over; not to be written to. A body may hold NUL bytes: MQ_MimeSize tells where it ends.
- *  Of an outgoing message they are what is used on the wire.
+ *  set again or the event is over; not to be written to. A body may hold NUL bytes: MQ_MimeSize tells
+ *  where it ends. Of an outgoing message they are what is used on the wire.
  */
 MQ_EXPORT const char *MQ_Envelope(MQ_Message *message);
 MQ_EXPORT const char *MQ_Recipient(MQ_Message *message);
@@ -459,10 +459,10 @@ MQ_EXPORT size_t MQ_MimeSize(MQ_Message *message);
 
 /*
  *  Set them; the bytes are copied, and NULL unsets. What cannot be used as an address fails the event
- *  at the end of this plugin's turn, and the log names the plugin. Of an outgoing message this changes the present
- *  attempt only, and only while the SMTP command that carries it has not been sent: in
- *  mq_smtp_out_data that leaves MQ_SetMime, and in mq_smtp_out_sent nothing. A call that comes too
- *  late is ignored and logged.
+ *  at the end of this plugin's turn, and the log names the plugin. Of an outgoing message this
+ *  changes the present attempt only, and only while the SMTP command that carries it has not been
+ *  sent: in mq_smtp_out_data that leaves MQ_SetMime, and in mq_smtp_out_sent nothing. A call that
+ *  comes too late is ignored and logged.
  */
 MQ_EXPORT void MQ_SetEnvelope(MQ_Message *message, const char *envelope, size_t size);
 MQ_EXPORT void MQ_SetRecipient(MQ_Message *message, const char *recipient, size_t size);
