@@ -2,10 +2,10 @@
  *  mailerq.h: how to write a plugin for mailerq.
  *
  *  A plugin is a shared object in the directory that the setting `plugin-directory` names. The
- *  files whose name ends in `.so` are opened at start, in byte order of their names, and their
- *  functions are called in that order: `10-access.so` always before `20-greylist.so`. One line
- *  builds a plugin; there is no library to link against, because the MQ_ functions below are
- *  found in the running program:
+ *  files whose name ends in `.so` and does not start with a dot are opened at start, in byte order of
+ *  their names, and their functions are called in that order: `10-access.so` always before
+ *  `20-greylist.so`. One line builds a plugin; there is no library to link against, because the MQ_
+ *  functions below are found in the running program:
  *
  *      cc -shared -fPIC -O2 -fvisibility=hidden -Wall -o 10-access.so access.c
  *
@@ -48,6 +48,14 @@
  *  within `plugin-timeout` (300 seconds unless set otherwise, 0 is never) is given up: an incoming
  *  command is answered with 451, an outgoing message is tried again later. So is an event that was
  *  started again 100 times, and one whose callback throws a C++ exception.
+ *
+ *  The time counts for each plugin that takes an event. For the end of a mail it counts once:
+ *  mq_smtp_in_data and all calls of mq_smtp_in_message for that mail share one plugin-timeout. When
+ *  it has passed, each further event has a second, and all of these together have ten.
+ *
+ *  An event that was given up still belongs to the plugin: its strings and its message stay as they
+ *  are, in memory or on disk, until the plugin hands it back or its worker ends. `mailerq status`
+ *  shows how many events each plugin keeps, and how much mail that is.
  *
  *
  *  What cannot be contained is named. When a plugin crashes the process (SIGSEGV, SIGBUS, SIGFPE,
@@ -96,6 +104,11 @@
  *  the NUL and is what holds: a string may contain NUL bytes. Setters copy. Context data and
  *  connection data belong to the plugin, and mailerq never frees them: mq_context_cleanup and
  *  mq_smtp_in_close are where they end.
+ *
+ *  A plugin shares its process, and so the numbers of file descriptors. One that closes a descriptor
+ *  which is not its own, most often by closing its own twice, hits a client, a file of the queue or
+ *  another plugin. mailerq goes on where it can: the session ends, a port is opened again, and the log
+ *  names the plugins. Set a descriptor to -1 when you have closed it.
  */
 #ifndef MAILERQ_H
 #define MAILERQ_H
@@ -157,8 +170,9 @@ MQ_EXPORT int mq_version(void);
 /*
  *  Start and end of the plugin. mq_initialize is called once in each process, on the main thread,
  *  after every plugin has been opened and before there is any context. mq_cleanup is the last call,
- *  once, on the main thread, after the last context has ended. The file itself stays mapped until
- *  the process ends.
+ *  once, on the main thread, after the last context has ended; it is called only when mq_initialize
+ *  has returned. (One that throws a C++ exception keeps mailerq from starting: the plugins before it
+ *  are cleaned up.) The file itself stays mapped until the process ends.
  *
  *  With smtp-processes: N there are N processes that know nothing of each other: each loads the
  *  plugins for itself, calls mq_initialize, and has contexts and connections of its own. A process
@@ -237,16 +251,30 @@ MQ_EXPORT bool mq_smtp_in_data(MQ_Context *context, MQ_SmtpConnection *connectio
  *  taken out of the body. What the plugins leave in the message is what is published: MQ_Envelope,
  *  MQ_Recipient and MQ_Mime are aliases of the JSON properties of these names, and the queue is
  *  chosen afterwards.
- *  With MQ_Reject this recipient's message is not published. When that happens to all recipients,
- *  the reply to the final dot is the reject; when it happens to some, the reply is 250 and says so.
+ *
+ *  With MQ_Reject this recipient's message is not published. An event that fails (it is given up,
+ *  throws an exception, or leaves a property of the wrong type) is a reject with 451. LMTP has a reply
+ *  for each recipient. In SMTP one reply stands for all:
+ *
+ *      no message was accepted     a 4xx if there was any, otherwise the first 5xx
+ *      some were accepted          250, which names the others. Each of these becomes a failure: a
+ *                                  document with the reject as its result, in rabbitmq-failure and
+ *                                  rabbitmq-results, and a line in the application log. After a 4xx
+ *                                  the document keeps its body, so that it can be published again.
+ *      the same, a 4xx among       that 4xx, for all: nothing is published, and the client tries all
+ *      them has no such queue      recipients again, which plugins then see a second time
+ *
+ *  So a 4xx here does not always make the client try again, because SMTP cannot ask for that for one
+ *  recipient of several. What can be decided in mq_smtp_in_rcptto is better refused there.
  */
 MQ_EXPORT bool mq_smtp_in_message(MQ_Context *context, MQ_SmtpConnection *connection,
                                   MQ_Message *message);
 
 /*
- *  The connection is gone, whoever closed it. Called after any suspended event of the connection
- *  was handed back; it is the last time that the plugin sees this connection, and the place to free
- *  its connection data. There is nothing left to reject.
+ *  The connection is gone, whoever closed it. Called after every event of the connection that any
+ *  plugin took has been handed back, also one that was given up before; it is the last time that the
+ *  plugin sees this connection, and the place to free its connection data. There is nothing left to
+ *  reject. While an event is never handed back this callback does not come, for no plugin.
  */
 MQ_EXPORT bool mq_smtp_in_close(MQ_Context *context, MQ_SmtpConnection *connection);
 
@@ -273,14 +301,16 @@ MQ_EXPORT bool mq_smtp_out_sent(MQ_Context *context, MQ_SmtpConnection *connecti
 
 /*
  *  Message ids. A plugin that exports both functions owns the message ids; of several the last one
- *  in load order does. mq_message_id_size is called once at start and says how large a buffer
- *  mq_message_id needs, from 1 to 998 bytes; another size keeps mailerq from starting.
+ *  in load order does, and the others are not called. mq_message_id_size is called once at start and
+ *  says how large a buffer mq_message_id needs, from 1 to 998 bytes; another size keeps mailerq from
+ *  starting.
  *
  *  mq_message_id is called for every message that has no id yet, on any thread and on several at
- *  once. It writes at most size bytes of printable ASCII without blanks to buffer, needs no NUL, and
- *  returns how many it wrote. If what it wrote cannot be used (nothing, more than size, other
- *  bytes), that is logged and the message gets an id from the built-in generator. Ids must be
- *  unique; for mail without a Message-ID header the id makes one, <id@hostname>.
+ *  once. It writes at most size bytes to buffer, needs no NUL, and returns how many it wrote. Ids must
+ *  be unique. For mail without a Message-ID header the id makes one, <id@hostname>, so it has at most
+ *  700 bytes of printable ASCII other than ()<>[]:;@," blank and backslash; dots only between others
+ *  (RFC 5322, dot-atom-text). If what it wrote cannot be used, that is logged and the message gets an
+ *  id from the built-in generator.
  */
 MQ_EXPORT size_t mq_message_id_size(void);
 MQ_EXPORT size_t mq_message_id(char *buffer, size_t size);
@@ -349,8 +379,8 @@ MQ_EXPORT int MQ_SmtpFileDescriptor(MQ_SmtpConnection *connection);
 
 /*
  *  Send raw bytes to the peer, copied, behind what mailerq has queued. Any thread. Returns size; 0
- *  when the connection is closed. This does not replace mailerq's own reply: for that there is
- *  MQ_Reject.
+ *  when the connection is closed or buffer is NULL. This does not replace mailerq's own reply: for
+ *  that there is MQ_Reject.
  */
 MQ_EXPORT size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *buffer, size_t size);
 
@@ -361,6 +391,31 @@ MQ_EXPORT size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *buffer, 
  */
 MQ_EXPORT bool MQ_SmtpAuthenticated(MQ_SmtpConnection *connection);
 MQ_EXPORT void MQ_SetSmtpAuthenticated(MQ_SmtpConnection *connection, bool authenticated);
+
+/*
+ *  Extension. The client of an incoming connection, as mailerq believes it to be: behind a proxy
+ *  (PROXY, XCLIENT) it is the proxy's client, of which MQ_SmtpFileDescriptor knows nothing.
+ *
+ *      MQ_ClientAddress      its IP address as text, "192.0.2.1" or "2001:db8::1"
+ *      MQ_ClientPort         its port; 0 when it is unknown
+ *      MQ_ClientHelo         the name in its latest EHLO, HELO or LHLO, as it sent it
+ *      MQ_ClientLogin        the name that it has logged in with, or that a proxy gave
+ *      MQ_ClientTlsVersion   such as "TLSv1.3"
+ *      MQ_ClientTlsCipher    such as "TLS_AES_256_GCM_SHA384"
+ *      MQ_ClientTlsName      the name in its certificate, where one was asked for and verified
+ *
+ *  NULL while there is none (no greeting yet, no login, no TLS), and for an outgoing connection. The
+ *  text ends in NUL; its size without that goes to *size, which may be NULL. It is borrowed until the
+ *  callback returns or, when it returned true, until the event is handed back: a later EHLO, login or
+ *  XCLIENT replaces it.
+ */
+MQ_EXPORT const char *MQ_ClientAddress(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT int MQ_ClientPort(MQ_SmtpConnection *connection);
+MQ_EXPORT const char *MQ_ClientHelo(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT const char *MQ_ClientLogin(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT const char *MQ_ClientTlsVersion(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT const char *MQ_ClientTlsCipher(MQ_SmtpConnection *connection, size_t *size);
+MQ_EXPORT const char *MQ_ClientTlsName(MQ_SmtpConnection *connection, size_t *size);
 
 /* Whether the connection is encrypted. */
 MQ_EXPORT bool MQ_SmtpSecure(MQ_SmtpConnection *connection);
@@ -387,8 +442,9 @@ MQ_EXPORT void MQ_Reject(MQ_SmtpConnection *connection, int code, const char *te
  *  "mime", a string that holds its exact bytes, whatever their encoding. NULL when there is no
  *  memory.
  *
- *  When a known property was given a value of the wrong type, the event fails: 451 for an incoming
- *  message, another attempt later for an outgoing one, and the log names plugin and property.
+ *  When a known property was given a value of the wrong type, or an envelope or recipient that is no
+ *  address, the event fails at the end of this plugin's turn: 451 for an incoming message, another
+ *  attempt later for an outgoing one, and the log names plugin and property.
  *
  *  Of an outgoing message this is the stored document: what is changed in it is seen in the results
  *  and by later attempts. MQ_SetMime and its like change only what this attempt sends.
@@ -397,8 +453,8 @@ MQ_EXPORT struct json_object *MQ_Json(MQ_Message *message);
 
 /*
  *  The envelope sender, the recipient, and the body; NULL when unset. Borrowed until the property is
- *  set again or the event is over. A body may hold NUL bytes: MQ_MimeSize tells where it ends.
- *  Of an outgoing message they are what is used on the wire.
+ *  set again or the event is over; not to be written to. A body may hold NUL bytes: MQ_MimeSize tells
+ *  where it ends. Of an outgoing message they are what is used on the wire.
  */
 MQ_EXPORT const char *MQ_Envelope(MQ_Message *message);
 MQ_EXPORT const char *MQ_Recipient(MQ_Message *message);
@@ -410,10 +466,11 @@ MQ_EXPORT const char *MQ_Mime(MQ_Message *message);
 MQ_EXPORT size_t MQ_MimeSize(MQ_Message *message);
 
 /*
- *  Set them; the bytes are copied, and NULL unsets. Of an outgoing message this changes the present
- *  attempt only, and only while the SMTP command that carries it has not been sent: in
- *  mq_smtp_out_data that leaves MQ_SetMime, and in mq_smtp_out_sent nothing. A call that comes too
- *  late is ignored and logged.
+ *  Set them; the bytes are copied, and NULL unsets. What cannot be used as an address fails the event
+ *  at the end of this plugin's turn, and the log names the plugin. Of an outgoing message this
+ *  changes the present attempt only, and only while the SMTP command that carries it has not been
+ *  sent: in mq_smtp_out_data that leaves MQ_SetMime, and in mq_smtp_out_sent nothing. A call that
+ *  comes too late is ignored and logged.
  */
 MQ_EXPORT void MQ_SetEnvelope(MQ_Message *message, const char *envelope, size_t size);
 MQ_EXPORT void MQ_SetRecipient(MQ_Message *message, const char *recipient, size_t size);

@@ -244,8 +244,24 @@ cdef struct Text:
     const char *data            # NULL: unset
     size_t size
     char *copy                  # what a setter left, ours to free, or NULL
+    char *lent                  # what the plugin got instead of the inside of `object`; the same
     void *object                # the str or bytes that data was borrowed from at first; owned
     c_bool changed
+
+# What is known of the client of a connection, for MQ_Client…: see `FACTS` in _core_python.pxi.
+cdef enum:
+    FACT_ADDRESS
+    FACT_HELO
+    FACT_LOGIN
+    FACT_TLS_VERSION
+    FACT_TLS_CIPHER
+    FACT_TLS_NAME
+    FACT_COUNT
+
+cdef struct Fact:
+    Fact *next                  # in ConnectionCell.former
+    size_t size
+    char text[1]                # longer, in fact
 
 cdef struct ConnectionCell:
     Cell cell
@@ -259,6 +275,10 @@ cdef struct ConnectionCell:
     c_bool decided              # MQ_SetSmtpAuthenticated was called in this event
     c_bool closed
     c_bool queued               # is in Worker.outputs
+    int kept                    # events that were given up and not handed back
+    int port                    # of the client
+    Fact *facts[FACT_COUNT]     # of the client; NULL: none
+    Fact *former                # facts that were replaced while `kept` was not 0
     char *output                # from MQ_SmtpSend, under Worker.mutex
     size_t output_size
     size_t output_room
@@ -343,7 +363,8 @@ cdef struct Worker:
     Worker *next                # of all there ever were
     c_bool open
     pthread_t thread
-    int wakeup                  # an eventfd
+    int wakeup                  # an eventfd,
+    int spare                   # and a copy of it, in case that a plugin closes it
     Table *table
     Figures *figures            # FIGURES rows of one for each plugin
     void **data                 # context data, by plugin

@@ -36,6 +36,7 @@ The parts, in the order in which they are included:
     load         opening plugins
     sockets      calls on sockets that do not block
     privileges   rights that a process gives up
+    mapping      a file that is mapped into memory
     python       the classes that plugins.py builds on
 
 Safety rules
@@ -59,6 +60,7 @@ Safety rules
 7. Every crossing is inside `mq_guard`, so that no C++ exception reaches a frame of C or Python.
 """
 
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
@@ -66,31 +68,36 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.limits cimport INT_MAX
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy, memset, strlen, strncpy
+from libc.string cimport memcpy, memset, strchr, strlen, strncpy
 from posix.fcntl cimport F_GETFD, fcntl
 from posix.signal cimport sigfillset, sigset_t
 from posix.time cimport (
     CLOCK_MONOTONIC, CLOCK_MONOTONIC_COARSE, CLOCK_REALTIME, clock_gettime, timespec,
 )
-from posix.unistd cimport getpid, read, write
+from posix.unistd cimport close, getpid, read, write
 
 import re
 import sys
 from logging import CRITICAL, INFO, WARNING, getLogger
 from os import fsencode as os_fsencode, strerror as os_strerror
 
-from mailerq.errors import PluginError
+from mailerq.address import parse_mailbox
+from mailerq.errors import AddressError, PluginError
 
 cdef extern from *:
     """
     #include <dlfcn.h>
+    #include <errno.h>
+    #include <fcntl.h>
     #include <signal.h>
     #include <string.h>
     #include <sys/eventfd.h>
     #include <sys/random.h>
+    #include <sys/resource.h>
 
     static const char *const mq_functions[] = {
         "mq_context_initialize", "mq_context_cleanup", "mq_smtp_in_connect", "mq_smtp_in_secure",
@@ -110,6 +117,12 @@ cdef extern from * nogil:
     void *dlsym(void *, const char *)
     const char *dlerror()
     int dladdr(void *, Dl_info *)
+    int errno, EBADF
+    int F_DUPFD_CLOEXEC, RLIMIT_NOFILE
+    ctypedef unsigned long rlim_t
+    struct rlimit:
+        rlim_t rlim_cur
+    int getrlimit(int, rlimit *)
     int EFD_NONBLOCK, EFD_CLOEXEC
     int eventfd(unsigned int, int)
     Py_ssize_t getrandom(void *, size_t, unsigned int)
@@ -146,6 +159,7 @@ include "_core_watch.pxi"
 include "_core_load.pxi"
 include "_core_sockets.pxi"
 include "_core_privileges.pxi"
+include "_core_mapping.pxi"
 include "_core_python.pxi"
 
 pthread_mutex_init(&registry, NULL)

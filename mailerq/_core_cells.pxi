@@ -167,6 +167,37 @@ cdef inline void give(Worker *worker, int kind, Cell *cell) noexcept nogil:
     worker.live[kind] -= 1
 
 
+cdef int copy_far_away(int fd) noexcept nogil:
+    # A copy of a descriptor with a high number. One that a plugin closes is not used again soon
+    # then, so that what is written to it does not reach a client.
+    cdef rlimit limit
+    cdef int copy = -1
+    if getrlimit(RLIMIT_NOFILE, &limit) == 0:
+        copy = fcntl(fd, F_DUPFD_CLOEXEC, <int> min(limit.rlim_cur // 8 * 7, <rlim_t> 60000))
+    return copy if copy >= 0 else fcntl(fd, F_DUPFD_CLOEXEC, 0)
+
+
+cdef bint open_wakeup(Worker *worker) noexcept nogil:
+    cdef int fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+    if fd < 0:
+        return False
+    worker.wakeup = copy_far_away(fd)
+    worker.spare = copy_far_away(fd)
+    close(fd)
+    if worker.wakeup >= 0 and worker.spare < 0:
+        close(worker.wakeup)
+    return worker.spare >= 0
+
+
+cdef void mend_wakeup(Worker *worker) noexcept nogil:
+    # The eventfd was closed, by whom has no right to. Its copy has heard of what was missed.
+    cdef int fd = copy_far_away(worker.spare)
+    if fd >= 0:
+        worker.wakeup = fd
+    else:
+        open_wakeup(worker)
+
+
 cdef Worker *open_worker(Table *table) noexcept nogil:
     # A worker for this thread: one that has ended, or a new one. NULL when there is no memory or
     # no file descriptor for it.
@@ -186,8 +217,7 @@ cdef Worker *open_worker(Table *table) noexcept nogil:
     if worker == NULL:
         worker = <Worker *> calloc(1, sizeof(Worker))
         if worker != NULL:
-            worker.wakeup = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
-            if worker.wakeup < 0:
+            if not open_wakeup(worker):
                 free(worker)
                 worker = NULL
             else:
@@ -222,6 +252,19 @@ cdef void free_connection(ConnectionCell *cell) noexcept nogil:
     cell.output_room = 0
     cell.python = NULL
     cell.closed = True
+    free_facts(cell)
+
+
+cdef void free_facts(ConnectionCell *cell) noexcept nogil:
+    cdef Fact *fact
+    cdef int number
+    for number in range(FACT_COUNT):
+        free(cell.facts[number])
+        cell.facts[number] = NULL
+    while cell.former != NULL:
+        fact = cell.former
+        cell.former = fact.next
+        free(fact)
 
 
 cdef void close_worker(Worker *worker) noexcept nogil:
@@ -267,7 +310,8 @@ cdef void close_worker(Worker *worker) noexcept nogil:
 cdef void wake(Worker *worker) noexcept nogil:
     # Make the worker take a turn. The eventfd lives as long as the worker struct, that is forever.
     cdef uint64_t one = 1
-    write(worker.wakeup, &one, sizeof(one))
+    if write(worker.wakeup, &one, sizeof(one)) < 0 and errno == EBADF:
+        write(worker.spare, &one, sizeof(one))
 
 
 cdef int64_t monotonic() noexcept nogil:

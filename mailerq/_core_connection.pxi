@@ -43,6 +43,50 @@ cdef public c_bool MQ_SmtpSecure(MQ_SmtpConnection *connection) noexcept nogil:
     return cell != NULL and cell.secure
 
 
+cdef const char *fact_of(MQ_SmtpConnection *connection, int number, size_t *size,
+                         const char *function) noexcept nogil:
+    cdef ConnectionCell *cell = connection_here(connection, function)
+    cdef Fact *fact = cell.facts[number] if cell != NULL else NULL
+    if size != NULL:
+        size[0] = fact.size if fact != NULL else 0
+    return fact.text if fact != NULL else NULL
+
+
+cdef public const char *MQ_ClientAddress(MQ_SmtpConnection *connection,
+                                         size_t *size) noexcept nogil:
+    return fact_of(connection, FACT_ADDRESS, size, "MQ_ClientAddress")
+
+
+cdef public int MQ_ClientPort(MQ_SmtpConnection *connection) noexcept nogil:
+    cdef ConnectionCell *cell = connection_here(connection, "MQ_ClientPort")
+    return cell.port if cell != NULL else 0
+
+
+cdef public const char *MQ_ClientHelo(MQ_SmtpConnection *connection,
+                                      size_t *size) noexcept nogil:
+    return fact_of(connection, FACT_HELO, size, "MQ_ClientHelo")
+
+
+cdef public const char *MQ_ClientLogin(MQ_SmtpConnection *connection,
+                                       size_t *size) noexcept nogil:
+    return fact_of(connection, FACT_LOGIN, size, "MQ_ClientLogin")
+
+
+cdef public const char *MQ_ClientTlsVersion(MQ_SmtpConnection *connection,
+                                            size_t *size) noexcept nogil:
+    return fact_of(connection, FACT_TLS_VERSION, size, "MQ_ClientTlsVersion")
+
+
+cdef public const char *MQ_ClientTlsCipher(MQ_SmtpConnection *connection,
+                                           size_t *size) noexcept nogil:
+    return fact_of(connection, FACT_TLS_CIPHER, size, "MQ_ClientTlsCipher")
+
+
+cdef public const char *MQ_ClientTlsName(MQ_SmtpConnection *connection,
+                                         size_t *size) noexcept nogil:
+    return fact_of(connection, FACT_TLS_NAME, size, "MQ_ClientTlsName")
+
+
 cdef public void *MQ_SmtpData(MQ_SmtpConnection *connection) noexcept nogil:
     cdef ConnectionCell *cell = connection_here(connection, "MQ_SmtpData")
     return cell.data[plugin_of(<uint64_t> connection)] if cell != NULL else NULL
@@ -91,7 +135,7 @@ cdef public size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *data,
     cdef ConnectionCell *cell
     cdef size_t sent = 0
     cdef bint news = False
-    if worker == NULL or size == 0:
+    if worker == NULL or data == NULL or size == 0:
         return 0
     # The worker outlives this call whatever happens, and under its mutex so does the connection.
     pthread_mutex_lock(&worker.mutex)

@@ -136,7 +136,6 @@ cdef extern from * nogil:
     Py_ssize_t process_vm_readv(int, const iovec *, unsigned long, const iovec *, unsigned long,
                                 unsigned long)
     int gettid()
-    int errno
 
 cdef extern from "<signal.h>" nogil:
     ctypedef struct siginfo_t:

@@ -16,6 +16,7 @@ cdef enum:
     ID_SIZE = 32
     ID_TAIL = 15
     ID_LIMIT = 998              # RFC 5322, section 2.1.1: no line is longer
+    ID_TEXT_LIMIT = 700         # of an id, so that "Message-ID: <id@hostname>" is such a line
 
 cdef extern from * nogil:
     """
@@ -105,12 +106,26 @@ cdef void call_id_function(void *argument) noexcept nogil:
     request.size = request.table.id_function(request.buffer, request.table.id_size)
 
 
+cdef const char *id_problem(const char *text, size_t size) noexcept nogil:
+    # Why an id cannot be the left side of a Message-ID, a dot-atom-text (RFC 5322, section 3.6.4).
+    cdef size_t index
+    if size > ID_TEXT_LIMIT:
+        return "wrote more than 700 bytes"
+    for index in range(size):
+        if not 0x21 <= text[index] <= 0x7e:
+            return "wrote bytes that are not printable ASCII"
+        if strchr('()<>[]:;@,"\\', text[index]) != NULL:
+            return 'wrote one of ()<>[]:;@,"\\'
+        if text[index] == 46 and (index == 0 or index + 1 == size or text[index + 1] == 46):
+            return "wrote a dot at an end or beside another dot"
+    return NULL
+
+
 cdef size_t plugin_id(Table *table, char *buffer) noexcept nogil:
     # The id that the plugin makes, or 0, logged, when it cannot be used.
     cdef IdCall request
     cdef char[300] text
     cdef const char *problem = NULL
-    cdef size_t index
     request.table = table
     request.buffer = buffer
     request.size = 0
@@ -125,10 +140,7 @@ cdef size_t plugin_id(Table *table, char *buffer) noexcept nogil:
     elif request.size > table.id_size:
         problem = "returned more than the size of the buffer"
     else:
-        for index in range(request.size):
-            if not 0x21 <= buffer[index] <= 0x7e:
-                problem = "wrote bytes that are not printable ASCII"
-                break
+        problem = id_problem(buffer, request.size)
     if problem == NULL:
         return request.size
     snprintf(buffer, ID_LIMIT, "mq_message_id %s%s; the message gets a default id",

@@ -84,6 +84,16 @@ def unresolved(str path, names):
     return missing
 
 
+def opened_plugins():
+    """The file names of all plugins that this process has opened, the latest first."""
+    cdef Plugin *plugin = opened
+    names = []
+    while plugin != NULL:
+        names.append(plugin.name.decode("utf-8", "backslashreplace"))
+        plugin = plugin.next
+    return names
+
+
 cdef class Library:
     """The plugins of one engine: opened, checked, and their callbacks in one table.
 
@@ -96,6 +106,7 @@ cdef class Library:
     cdef readonly dict exports      # by name: the version, and the functions that are called
     cdef readonly object id_owner
     cdef object totals          # figures of workers that have ended
+    cdef int initialized        # plugins, from the first one
 
     def __cinit__(self, paths):
         self.paths = tuple(paths)
@@ -121,6 +132,7 @@ cdef class Library:
             catch_faults()
         for path, name in zip(self.paths, self.names):
             self.open(path, name)
+        self.ask_id_size()
 
     cdef open(self, str path, str name):
         global opened
@@ -191,23 +203,41 @@ cdef class Library:
             logger.warning("[%s] exports %s without %s; it is ignored",
                            path.rpartition("/")[2], present, absent)
             return
+        self.table.id_owner = plugin.index
+        self.table.id_function = <id_function_type> function
+        self.id_owner = path.rpartition("/")[2]
+
+    cdef ask_id_size(self):
+        # Only of the owner: what the others would say is nobody's business.
+        cdef PlainCall request
+        if self.table.id_owner < 0:
+            return
+        cdef Plugin *plugin = self.table.plugin[self.table.id_owner]
+        path = self.paths[self.table.id_owner]
+        request.function = dlsym(plugin.library, "mq_message_id_size")
         call_guarded(&request, call_size, plugin.name, path, "mq_message_id_size")
         if not 1 <= request.size <= ID_LIMIT:
             raise PluginError(f"{path}: mq_message_id_size() returned {request.size}; "
                               f"message ids have 1 to {ID_LIMIT} bytes")
-        self.table.id_owner = plugin.index
         self.table.id_size = request.size
-        self.table.id_function = <id_function_type> function
-        self.id_owner = path.rpartition("/")[2]
 
     def initialize(self):
-        """Call mq_initialize of every plugin that exports it, in load order."""
-        for index, path in enumerate(self.paths):
-            self.call_plain(index, path, b"mq_initialize")
+        """Call mq_initialize of every plugin that exports it, in load order.
+
+        When one of them fails, those before it are cleaned up.
+        """
+        try:
+            for index, path in enumerate(self.paths):
+                self.call_plain(index, path, b"mq_initialize")
+                self.initialized = index + 1
+        except PluginError:
+            self.cleanup()
+            raise
 
     def cleanup(self):
-        """Call mq_cleanup of every plugin that exports it, in load order, whatever happens."""
-        for index, path in enumerate(self.paths):
+        """Call mq_cleanup of every plugin that was initialized, in load order, whatever happens."""
+        count, self.initialized = self.initialized, 0
+        for index, path in enumerate(self.paths[:count]):
             try:
                 self.call_plain(index, path, b"mq_cleanup")
             except PluginError as error:
@@ -260,7 +290,8 @@ cdef class Library:
                 if (row := totals.get((number, plugin))) is not None:
                     result[name][EVENTS[number]] = {
                         "calls": row[0], "suspensions": row[1], "rejects": row[2],
-                        "timeouts": row[3], "seconds": row[4] / 1e9}
+                        "timeouts": row[3], "kept": row[5], "kept_bytes": row[6],
+                        "seconds": row[4] / 1e9}
         return result
 
     cdef add_figures(self, Worker *worker, totals):
@@ -269,8 +300,26 @@ cdef class Library:
             for plugin in range(self.table.plugins):
                 figures = &worker.figures[number * self.table.plugins + plugin]
                 if figures.calls:
-                    row = totals.setdefault((number, plugin), [0] * 5)
+                    row = totals.setdefault((number, plugin), [0] * 7)
                     for place, value in enumerate((
                             figures.calls, figures.suspensions, figures.rejects,
                             figures.timeouts, figures.nanoseconds)):
                         row[place] += value
+        self.add_kept(worker, totals)
+
+    cdef add_kept(self, Worker *worker, totals):
+        # Events that were given up and not handed back: how many, and what they keep in memory.
+        cdef EventCell *event
+        cdef uint64_t word
+        pthread_mutex_lock(&worker.mutex)
+        event = worker.waiting
+        while event != NULL:
+            word = load(&event.cell.word)
+            if word & STATE_MASK == GIVEN_UP:
+                row = totals[event.number, plugin_of(word)]
+                row[5] += 1
+                row[6] += event.first.size + event.second.size
+                if event.message != NULL:
+                    row[6] += event.message.mime.size
+            event = event.later
+        pthread_mutex_unlock(&worker.mutex)

@@ -14,6 +14,7 @@ cdef int borrow(Text *text, object value) except -1:
     text.data = NULL
     text.size = 0
     text.copy = NULL
+    text.lent = NULL
     text.object = NULL
     text.changed = False
     if isinstance(value, str):
@@ -34,9 +35,19 @@ cdef int borrow(Text *text, object value) except -1:
     return 0
 
 
+cdef inline void own(Text *text) noexcept nogil:
+    # Give a plugin a copy instead of what is inside a Python object: C lets it write there.
+    if text.data == NULL or text.copy != NULL or text.lent != NULL:
+        return
+    text.lent = <char *> malloc(text.size + 1)
+    if text.lent != NULL:
+        memcpy(text.lent, text.data, text.size + 1)
+        text.data = text.lent
+
+
 cdef inline void drop(Text *text) noexcept:
-    if text.copy != NULL:
-        free(text.copy)
+    free(text.copy)
+    free(text.lent)
     Py_XDECREF(<PyObject *> text.object)
     text.object = NULL
 
@@ -157,12 +168,18 @@ cdef MessageCell *settable(MQ_Message *message, const char *function, int last) 
 
 cdef public const char *MQ_Envelope(MQ_Message *message) noexcept nogil:
     cdef MessageCell *cell = message_here(message, "MQ_Envelope")
-    return get_text(cell, &cell.envelope, "envelope") if cell != NULL else NULL
+    if cell == NULL:
+        return NULL
+    own(&cell.envelope)
+    return get_text(cell, &cell.envelope, "envelope")
 
 
 cdef public const char *MQ_Recipient(MQ_Message *message) noexcept nogil:
     cdef MessageCell *cell = message_here(message, "MQ_Recipient")
-    return get_text(cell, &cell.recipient, "recipient") if cell != NULL else NULL
+    if cell == NULL:
+        return NULL
+    own(&cell.recipient)
+    return get_text(cell, &cell.recipient, "recipient")
 
 
 cdef public const char *MQ_Mime(MQ_Message *message) noexcept nogil:
@@ -239,8 +256,7 @@ cdef json_object *make_json(MessageCell *cell) noexcept with gil:
     cdef Text stored
     if root == NULL:
         return NULL
-    stored.object = NULL
-    stored.copy = NULL
+    memset(&stored, 0, sizeof(Text))
     try:
         document = <object> cell.document
         hidden = {}
@@ -433,8 +449,9 @@ cdef object take_json(MessageCell *cell):
     if problem is not None:
         return problem
     for name in ("envelope", "recipient"):
-        if is_unsafe(properties.get(name)):
-            return f"property {name}: holds a control character"
+        address = properties.get(name)
+        if address != document.properties.get(name) and (problem := address_problem(name, address)):
+            return problem
     document.properties = properties
     if body != <object> cell.body:
         keep(&cell.body, body)
@@ -462,8 +479,8 @@ cdef object take_texts(MessageCell *cell):
             value = PyUnicode_DecodeUTF8(text.data, text.size, NULL)
         except UnicodeDecodeError:
             return f"property {name}: is not UTF-8"
-        if is_unsafe(value):
-            return f"property {name}: holds a control character"
+        if problem := address_problem(name, value):
+            return problem
         message.properties[name] = value
     if cell.mime.changed:
         cell.mime.changed = False
@@ -473,6 +490,15 @@ cdef object take_texts(MessageCell *cell):
     return None
 
 
-cdef bint is_unsafe(object address):
-    # An address with a control character could end the SMTP command that carries it.
-    return address is not None and UNPRINTABLE.search(address) is not None
+cdef object address_problem(str name, object address):
+    # What is wrong with an address that a plugin has set, or None.
+    if not address:  # the null sender; that a recipient is missing is found elsewhere
+        return None
+    if UNPRINTABLE.search(address):
+        # It could end the SMTP command that carries it.
+        return f"property {name}: holds a control character"
+    try:
+        parse_mailbox(address)
+    except AddressError as error:
+        return f"property {name}: {error}"
+    return None

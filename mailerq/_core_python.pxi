@@ -73,9 +73,11 @@ cdef class Context:
         cdef EventCell *event
         cdef EventCell *following
         cdef ConnectionCell *cell
+        cdef bint closed = False
         moved = []
         with nogil:
-            read(worker.wakeup, &count, sizeof(count))
+            if read(worker.wakeup, &count, sizeof(count)) < 0 and errno == EBADF:
+                closed = True
             enter(worker)
             if worker.loop != NULL:
                 invoke_pending(worker)
@@ -83,11 +85,13 @@ cdef class Context:
             leave(worker)
             if load_event(&worker.handed) != NULL:
                 wake(worker)
+        if closed:
+            self.mend()
         while event != NULL:
             following = event.moved
             call = <Call> event.call
             if call.abandoned:
-                call.close()
+                self.take_back(call)
             else:
                 moved.append(call)
             event = following
@@ -99,6 +103,21 @@ cdef class Context:
         if load_line(&lines) != NULL:
             flush_log()
         return moved
+
+    def mend(self):
+        """The descriptor of `fileno` is not ours any more: open another."""
+        mend_wakeup(self.worker)
+        self.stray()
+
+    cdef take_back(self, Call call):
+        # A call that was given up has been handed back after all.
+        connection = call.connection
+        call.abandoned = False
+        call.close()
+        if connection is not None:
+            (<Connection> connection).cell.kept -= 1
+            if (<Connection> connection).closing and not (<Connection> connection).cell.kept:
+                self.close_now(connection)
 
     cdef list take_outputs(self):
         cdef Worker *worker = self.worker
@@ -172,10 +191,8 @@ cdef EventCell *begin(Context context, Connection connection, int number) except
     event.code = 0
     event.text = NULL
     event.message = NULL
-    event.first.object = NULL
-    event.first.copy = NULL
-    event.second.object = NULL
-    event.second.copy = NULL
+    memset(&event.first, 0, sizeof(Text))
+    memset(&event.second, 0, sizeof(Text))
     event.call = NULL
     event.connection = NULL
     if connection is not None:
@@ -186,6 +203,8 @@ cdef EventCell *begin(Context context, Connection connection, int number) except
 
 
 cdef inline void strip(EventCell *event) noexcept:
+    if event.number == AUTHENTICATE and event.second.lent != NULL:
+        explicit_bzero(event.second.lent, event.second.size)
     if event.text != NULL:
         free(event.text)
         event.text = NULL
@@ -314,14 +333,16 @@ cdef class Call:
     cdef detach(self):
         # The plugin keeps the event, but the connection goes on without it.
         self.abandoned = True
+        self.task = self.scope = None
         if self.event.connection != NULL:
+            self.event.connection.kept += 1
             self.event.connection.event = NULL
             self.event.connection = NULL
 
     def close(self):
-        """Free the event. One that was given up lives on until it is handed back."""
+        """Free the event. One that was given up lives on until a turn finds it handed back."""
         cdef EventCell *event = self.event
-        if event == NULL or event.cell.word & STATE_MASK == GIVEN_UP:
+        if event == NULL or self.abandoned:
             return
         self.event = NULL
         if event.call != NULL:
@@ -338,12 +359,18 @@ cdef class Connection:
     that takes the place of the normal reply. How long a plugin may take counts from the await. When
     nobody listens it costs one test. Only one event of a connection can go on at a time; all on the
     worker's thread.
+
+    The engine sets what `address`, `port`, `helo`, `login` and `tls_…` say of the client. They are
+    None, or 0, while unknown, and for an outgoing connection. No event may take longer than until
+    `deadline`, but see `plugins.MORE_SECONDS`.
     """
 
     cdef ConnectionCell *cell
     cdef readonly Context context
     cdef public object on_output
+    cdef public double deadline
     cdef bint incoming
+    cdef bint closing           # `close` was called, and waits for an event that was given up
     cdef object __weakref__
 
     def __cinit__(
@@ -379,6 +406,11 @@ cdef class Connection:
         cell.output = NULL
         cell.output_size = 0
         cell.output_room = 0
+        cell.kept = 0
+        cell.port = 0
+        memset(cell.facts, 0, sizeof(cell.facts))
+        cell.former = NULL
+        self.deadline = INFINITY
         self.cell = cell
         self.context = context
         self.on_output = on_output
@@ -397,6 +429,7 @@ cdef class Connection:
         cell.closed = True
         free(cell.output)
         cell.output = NULL
+        free_facts(cell)
         if cell.queued:
             link = &worker.outputs
             while link[0] != cell:
@@ -435,6 +468,96 @@ cdef class Connection:
     def decided(self):
         """Whether a plugin set `authenticated` in the latest event."""
         return self.cell.decided
+
+    @property
+    def address(self):
+        """The client's IP address, as the engine believes it: behind a proxy the proxy's client."""
+        return self.fact(FACT_ADDRESS)
+
+    @address.setter
+    def address(self, value):
+        self.set_fact(FACT_ADDRESS, value)
+
+    @property
+    def port(self):
+        """The client's port; 0 when it is unknown."""
+        return self.cell.port
+
+    @port.setter
+    def port(self, int value):
+        self.cell.port = value
+
+    @property
+    def helo(self):
+        """The name in the latest EHLO, HELO or LHLO."""
+        return self.fact(FACT_HELO)
+
+    @helo.setter
+    def helo(self, value):
+        self.set_fact(FACT_HELO, value)
+
+    @property
+    def login(self):
+        """The name that the client has logged in with, or that a proxy gave."""
+        return self.fact(FACT_LOGIN)
+
+    @login.setter
+    def login(self, value):
+        self.set_fact(FACT_LOGIN, value)
+
+    @property
+    def tls_version(self):
+        """The version of TLS, such as "TLSv1.3"."""
+        return self.fact(FACT_TLS_VERSION)
+
+    @tls_version.setter
+    def tls_version(self, value):
+        self.set_fact(FACT_TLS_VERSION, value)
+
+    @property
+    def tls_cipher(self):
+        """The cipher suite, such as "TLS_AES_256_GCM_SHA384"."""
+        return self.fact(FACT_TLS_CIPHER)
+
+    @tls_cipher.setter
+    def tls_cipher(self, value):
+        self.set_fact(FACT_TLS_CIPHER, value)
+
+    @property
+    def tls_name(self):
+        """The name in the client's certificate, where one was asked for and verified."""
+        return self.fact(FACT_TLS_NAME)
+
+    @tls_name.setter
+    def tls_name(self, value):
+        self.set_fact(FACT_TLS_NAME, value)
+
+    cdef object fact(self, int number):
+        cdef Fact *fact = self.cell.facts[number]
+        return fact.text[:fact.size].decode("utf-8", "surrogateescape") if fact != NULL else None
+
+    cdef int set_fact(self, int number, object value) except -1:
+        # A plugin that keeps an event which was given up may still read what it was given.
+        cdef Fact *former = self.cell.facts[number]
+        cdef Fact *fact = NULL
+        cdef const char *text
+        cdef Py_ssize_t size
+        if value is not None:
+            encoded = value.encode("utf-8", "surrogateescape")
+            text, size = encoded, len(encoded)
+            fact = <Fact *> malloc(sizeof(Fact) + size)
+            if fact == NULL:
+                raise MemoryError
+            fact.size = size
+            memcpy(fact.text, text, size)
+            fact.text[size] = 0
+        self.cell.facts[number] = fact
+        if former != NULL and self.cell.kept:
+            former.next = self.cell.former
+            self.cell.former = former
+        else:
+            free(former)
+        return 0
 
     def listens(self, str event):
         """Whether a plugin, or a handler of Python's, wants this event."""
@@ -482,8 +605,11 @@ cdef class Connection:
             return nothing
         event = begin(self.context, self, number)
         borrow(&event.first, text)
+        if number != DATA:
+            own(&event.first)
         if more is not None:
             borrow(&event.second, more)
+            own(&event.second)
         return run(self.context, event, self, text, more)
 
     cdef mail(self, int number, message, document):
@@ -544,12 +670,17 @@ cdef class Connection:
     def close(self):
         """mq_smtp_in_close, after a suspended event of this connection was handed back.
 
-        The end of an outgoing connection is no event: it only waits.
+        It waits for such an event until that is given up. When it has been given up, nobody has to
+        wait: the event `close` comes later by itself, when the last of them is handed back. The end
+        of an outgoing connection is no event.
         """
         self.cell.closed = True
         self.on_output = None  # it is most likely a method of what owns this connection
         if self.cell.event != NULL:
             return self.context.close_later(self, <Call> self.cell.event.call)
+        if self.cell.kept:
+            self.closing = True
+            return nothing
         return self.plain(CLOSE) if self.incoming else nothing
 
 

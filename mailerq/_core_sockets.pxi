@@ -10,7 +10,6 @@
 cdef extern from *:
     """
     #include <arpa/inet.h>
-    #include <errno.h>
     #include <netinet/in.h>
     #include <sys/epoll.h>
     #include <sys/socket.h>

@@ -22,9 +22,6 @@ cdef extern from "<poll.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int close_fd "close"(int)
 
-cdef extern from "<fcntl.h>" nogil:
-    int F_DUPFD_CLOEXEC
-
 cdef int64_t pulse = 0          # when Python last ran, 0: nobody looks after that
 
 

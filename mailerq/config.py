@@ -570,7 +570,8 @@ class Config:
         300.0,
         SECONDS,
         PLUGINS,
-        "How long a plugin may hold an event before it is given up with 451; 0: for ever.",
+        "How long a plugin may hold an event, and all those at the end of a mail together, before "
+        "it is given up with 451; 0: for ever.",
         unit="s",
         minimum=0,
     )

@@ -36,7 +36,7 @@ from mailerq.net.statistics import total
 from mailerq.net.tls import Handshakes, tls_context
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
-from mailerq.plugins import Handler, Plugins, check_event
+from mailerq.plugins import Handler, Plugins, check_handler
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.exclusive import make_directory
@@ -366,6 +366,7 @@ class Engine:
             "incoming": {
                 "open": self._listener.open_sessions,
                 "memory": self._server.memory.used,
+                "held": self._server.memory.held,
                 **asdict(self._server.counters),
             },
             "outgoing": total([each.dispatcher.statistics() for each in deliveries]),
@@ -380,7 +381,7 @@ class Engine:
         Given before the context is entered it misses none. Logins are offered to the connections
         that come when somebody listens to "authenticate".
         """
-        check_event(event)
+        check_handler(event, handler)
         if not self._opened:
             self._handlers.append((event, handler))
             return

@@ -18,6 +18,8 @@ Guarantees
 - A `Context` and its connections are used on one thread only, the worker's; `Plugins` on any.
 - An event ends: handed back, or given up after the timeout. A cancelled one stays with its plugin,
   and `Connection.close` waits for that.
+- No plugin sees the end of a connection while it, or another one, still has an event of it. Nobody
+  waits for events that were given up: `close` then comes when the last of them is handed back.
 - An error in a handler is a 451 for its event and a logged traceback, never more.
 """
 
@@ -38,7 +40,8 @@ import trio
 
 from mailerq import _core, ids
 from mailerq._core import NOTHING, Call, Connection, crypt
-from mailerq.errors import PluginError
+from mailerq.address import parse_mailbox
+from mailerq.errors import AddressError, PluginError
 from mailerq.inspection import announce
 from mailerq.message import Message, decode_properties, encode_properties
 
@@ -50,14 +53,19 @@ __all__ = [
     "Plugins",
     "Reject",
     "Statistics",
-    "check_event",
+    "check_handler",
     "crypt",
+    "stray_close",
 ]
 
 logger: Final = logging.getLogger("mailerq.plugins")
 
 Statistics = dict[str, dict[str, dict[str, float]]]
-"""Plugin, event, then calls, suspensions, rejects, timeouts and seconds."""
+"""Plugin, event, then calls, suspensions, rejects, timeouts and seconds.
+
+And kept: events that were given up and that the plugin has not handed back, with kept_bytes, the
+mail that they hold in memory or on disk.
+"""
 
 
 class Reject(NamedTuple):
@@ -71,6 +79,13 @@ Handler = Callable[..., "Reject | bool | Awaitable[Reject | bool | None] | None"
 """A function, plain or async, that gets the `Connection` and what the event is about."""
 
 GIVEN_UP: Final = Reject(451, "4.3.0 Local problem, please try again later")
+
+MORE_SECONDS: Final = 10.0
+"""What events may take in sum after the `deadline` of their connection. Without it a plugin that
+failed at one recipient would fail at all that come behind."""
+
+EACH_SECONDS: Final = 1.0
+"""How long one of these may take."""
 
 TEXT_LIMIT: Final = 2000
 """Characters of a reject's text; the core cuts that of MQ_Reject at the same length."""
@@ -129,13 +144,25 @@ class _Guarded:
         """What is wrong with what the handler left, or None."""
         message = self._message
         try:
-            problem = _problem(message)
+            problem = _problem(message) or self._address_problem()
         except Exception as error:
             problem = f"the properties cannot be used: {error}"
         if problem is not None:
             message.properties = decode_properties(self._properties)
             message.body = self._body
         return problem
+
+    def _address_problem(self) -> str | None:
+        """What is wrong with an address that the handler has changed, or None."""
+        for name in ("envelope", "recipient"):
+            address = self._message.properties.get(name)
+            try:
+                if address:
+                    parse_mailbox(address)
+            except AddressError as error:
+                if decode_properties(self._properties).get(name) != address:
+                    return f"property {name}: {error}"
+        return None
 
 
 def _problem(message: Message) -> str | None:
@@ -151,10 +178,22 @@ def _problem(message: Message) -> str | None:
     return message.problem()
 
 
-def check_event(event: str) -> None:
-    """Raise ValueError when handlers cannot be given for an event of that name."""
+def check_handler(event: str, handler: object) -> None:
+    """Raise ValueError when there is no such event, TypeError when that cannot be called for it."""
     if event not in _HANDLED:
         raise ValueError(f"no event {event!r}: there are {', '.join(_HANDLED)}")
+    if not callable(handler):
+        raise TypeError(f"the handler for {event} cannot be called: {handler!r}")
+
+
+def stray_close(what: str) -> None:
+    """Log that a descriptor of ours is closed, or another file by now, and not by us."""
+    names = ", ".join(dict.fromkeys(_core.opened_plugins())) or "none is loaded"
+    logger.error(
+        "%s was closed, and not by mailerq: a plugin closes descriptors that are not its own (%s)",
+        what,
+        names,
+    )
 
 
 def describe(handler: Handler) -> str:
@@ -184,7 +223,8 @@ class Plugins:
     ) -> Self:
         """Open every ``*.so`` of a directory, in byte order of the names; a missing one is empty.
 
-        Raises `PluginError` when one of them cannot be used.
+        A name that starts with a dot is not one of them: it is what editors and copies in progress
+        leave. Raises `PluginError` when one of them cannot be used.
         """
         names: list[bytes] = []
         if directory:
@@ -199,7 +239,7 @@ class Plugins:
         paths = [
             os.path.join(os.path.abspath(directory or ""), os.fsdecode(name))
             for name in sorted(names)
-            if name.endswith(b".so")
+            if name.endswith(b".so") and not name.startswith(b".")
         ]
         library = _core.Library(paths)
         announce(library)
@@ -220,6 +260,10 @@ class Plugins:
         for context in tuple(self.contexts):
             context.hurry()
 
+    def deadline(self) -> float:
+        """Until when an event may take that starts now, on the clock of the calling loop."""
+        return trio.current_time() + self._timeout if self._timeout else math.inf
+
     @property
     def names(self) -> tuple[str, ...]:
         """The file names, in load order."""
@@ -230,11 +274,14 @@ class Plugins:
         return self._library.listens(event)
 
     def initialize(self) -> None:
-        """Call mq_initialize of each plugin; after it contexts may be opened."""
+        """Call mq_initialize of each plugin; after it contexts may be opened.
+
+        Raises `PluginError` when one fails; those before it have been cleaned up then.
+        """
         self._library.initialize()
 
     def cleanup(self) -> None:
-        """Call mq_cleanup of each plugin, after the last context was closed."""
+        """Call mq_cleanup of each initialized plugin, after the last context was closed."""
         self._library.cleanup()
 
     async def open_context(self, worker: int = 0) -> Context:
@@ -263,7 +310,7 @@ class Plugins:
     def figures_of(self, handler: Handler, event: str) -> dict[str, float]:
         """The row of a handler in `statistics`, to count in."""
         row: dict[str, float] = dict.fromkeys(
-            ("calls", "suspensions", "rejects", "timeouts", "seconds"), 0
+            ("calls", "suspensions", "rejects", "timeouts", "kept", "kept_bytes", "seconds"), 0
         )
         return self._figures.setdefault(describe(handler), {}).setdefault(event, row)
 
@@ -277,7 +324,7 @@ class Plugins:
         for "authenticate" also True or False. An exception in it is a 451 and logged, and so is a
         `Message` that it leaves in a state which no queue could hold.
         """
-        check_event(event)
+        check_handler(event, handler)
         self.handlers.setdefault(event, []).append(handler)
         self._library.set_handled(event)
 
@@ -294,6 +341,9 @@ class Context(_core.Context):
         self._scope = trio.CancelScope()
         self._ended: trio.Event | None = None
         self._patient: set[trio.CancelScope] = set()
+        self._late: set[Connection] = set()
+        self._late_over = trio.Event()
+        self._nursery: trio.Nursery | None = None
         self._token = trio.lowlevel.current_trio_token()
 
     async def open(self) -> None:
@@ -309,6 +359,8 @@ class Context(_core.Context):
         All connections of the context must have been closed.
         """
         try:
+            while self._late:
+                await self._late_over.wait()
             await self.stop()
         finally:
             await self.abort()
@@ -346,15 +398,23 @@ class Context(_core.Context):
         assert self._ended is not None
         try:
             with self._scope:
-                while True:
-                    await trio.lowlevel.wait_readable(self.fileno())
-                    try:
-                        self._turn()
-                    except Exception:
-                        logger.exception("a turn of the plugins failed")
+                async with trio.open_nursery() as self._nursery:
+                    await self._turns()
         finally:
             self.end()
             self._ended.set()
+
+    async def _turns(self) -> None:
+        while True:
+            try:
+                await trio.lowlevel.wait_readable(self.fileno())
+            except (OSError, trio.ClosedResourceError):
+                self.mend()
+                await trio.lowlevel.checkpoint()
+            try:
+                self._turn()
+            except Exception:
+                logger.exception("a turn of the plugins failed")
 
     def _turn(self) -> None:
         for call in self.turn():
@@ -365,10 +425,35 @@ class Context(_core.Context):
                 elif call.cancelled:
                     call.close()
             elif call.scope is not None:
-                call.scope.deadline = self._deadline()
+                call.scope.deadline = self._deadline(call.connection)
 
-    def _deadline(self) -> float:
-        return trio.current_time() + self.plugins.timeout if self.plugins.timeout else math.inf
+    def stray(self) -> None:
+        """A plugin has closed the descriptor that wakes us, and the core has opened another."""
+        stray_close(f"the descriptor that wakes worker {self.worker}")
+
+    def close_now(self, connection: Connection) -> None:
+        """The last event that a closed connection waited for has been handed back."""
+        closing = connection.close()
+        if closing is not NOTHING and self._nursery is not None:
+            self._late.add(connection)
+            self._nursery.start_soon(self._close_late, connection, closing)
+
+    async def _close_late(self, connection: Connection, closing: Awaitable[None]) -> None:
+        try:
+            await closing
+        except Exception:
+            logger.exception("the end of a connection could not be told to plugins")
+        finally:
+            self._late.discard(connection)
+            self._late_over.set()
+            self._late_over = trio.Event()
+
+    def _deadline(self, connection: Connection | None) -> float:
+        deadline = self.plugins.deadline()
+        if connection is None:
+            return deadline
+        now, end = trio.current_time(), connection.deadline
+        return min(deadline, max(end, min(now + EACH_SECONDS, end + MORE_SECONDS)))
 
     @contextmanager
     def _patience(self, deadline: float) -> Iterator[trio.CancelScope]:
@@ -386,7 +471,7 @@ class Context(_core.Context):
             self._token.run_sync_soon(self._hurry)
 
     def _hurry(self) -> None:
-        deadline = self._deadline()
+        deadline = self.plugins.deadline()
         for scope in self._patient:
             scope.deadline = min(scope.deadline, deadline)
 
@@ -423,19 +508,24 @@ class Context(_core.Context):
     async def _wait(self, call: Call) -> None:
         # Sleep until the call is over. When the task is cancelled, the call lives on without it,
         # and who waits for it then waits no longer than this one would have.
-        deadline = self._deadline() if call.scope is None else call.scope.deadline
+        fresh = call.scope is None
+        deadline = self._deadline(call.connection) if fresh else call.scope.deadline
         try:
             while not call.finished:
                 if await self._sleep(call, deadline):
                     continue
-                deadline = self._deadline()
-                plugin, function, seconds = call.plugin, call.function, self.plugins.timeout
+                deadline = self._deadline(call.connection)
+                plugin, function = call.plugin, call.function
                 if call.give_up():
-                    form = "[%s] %s was not handed back within %g seconds; given up"
-                    logger.warning(form, plugin, function, seconds)
+                    form = "[%s] %s was not handed back within %s; given up"
+                    logger.warning(form, plugin, function, self._time_of(call.connection))
         except trio.Cancelled:
             call.cancel()
             raise
+
+    def _time_of(self, connection: Connection | None) -> str:
+        whole = "" if connection is None or connection.deadline == math.inf else ", all recipients"
+        return f"{self.plugins.timeout:g} seconds{whole}"
 
     async def _sleep(self, call: Call, deadline: float) -> bool:
         # False when the deadline passed. It moves when another plugin has its turn.
@@ -458,7 +548,7 @@ class Context(_core.Context):
             figures["calls"] += 1
             start = time.perf_counter()
             try:
-                with self._patience(self._deadline()) as scope:
+                with self._patience(self._deadline(call.connection)) as scope:
                     answer = handler(call.connection, *arguments)
                     if inspect.isawaitable(answer):
                         figures["suspensions"] += 1
@@ -474,8 +564,8 @@ class Context(_core.Context):
                 return GIVEN_UP
             if scope.cancelled_caught:
                 figures["timeouts"] += 1
-                seconds = self.plugins.timeout
-                logger.warning("[%s] %s did not end in %g seconds; given up", name, event, seconds)
+                limit = self._time_of(call.connection)
+                logger.warning("[%s] %s did not end in %s; given up", name, event, limit)
                 return GIVEN_UP
             match answer:
                 case None:

@@ -1,9 +1,13 @@
-"""Python's door to the calls on sockets that never block, see `_core_sockets.pxi`."""
+"""Python's door to the calls on descriptors that never block.
+
+See `_core_sockets.pxi` and `_core_mapping.pxi`.
+"""
 
 from __future__ import annotations
 
 from mailerq._core import (
     RECEIVE_BYTES,
+    Mapping,
     accept,
     happenings,
     has_input,
@@ -15,6 +19,7 @@ from mailerq._core import (
 
 __all__ = [
     "RECEIVE_BYTES",
+    "Mapping",
     "accept",
     "happenings",
     "has_input",

@@ -17,13 +17,11 @@
 #define _POSIX_C_SOURCE 200809L
 #include <mailerq.h>
 
-#include <netdb.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 
 #define LINE_SIZE 1024          /* of a log line; a longer one is cut */
 #define SHOWN_BYTES 256         /* of an address or a login */
@@ -153,23 +151,19 @@ MQ_EXPORT bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connec
     if (session) session->number = worker ? ++worker->connections : 0;
     MQ_SetSmtpData(connection, session);
 
-    struct sockaddr_storage address;
-    socklen_t size = sizeof address;
-    char host[64] = "?", port[16] = "?";
-    int fd = MQ_SmtpFileDescriptor(connection);
-    if (getpeername(fd, (struct sockaddr *)&address, &size) == 0)
-    {
-        getnameinfo((struct sockaddr *)&address, size, host, sizeof host, port, sizeof port,
-                    NI_NUMERICHOST | NI_NUMERICSERV);
-    }
-    say_on(context, connection, "in_connect from %s port %s%s", host, port,
+    /* Behind a proxy this is the proxy's client; the descriptor would lead to the proxy. */
+    say_on(context, connection, "in_connect from %s port %d%s",
+           text_or(MQ_ClientAddress(connection, NULL), "?"), MQ_ClientPort(connection),
            MQ_SmtpSecure(connection) ? ", secure" : "");
     return false;
 }
 
 MQ_EXPORT bool mq_smtp_in_secure(MQ_Context *context, MQ_SmtpConnection *connection)
 {
-    say_on(context, connection, "in_secure");
+    say_on(context, connection, "in_secure %s %s, certificate of %s",
+           text_or(MQ_ClientTlsVersion(connection, NULL), "?"),
+           text_or(MQ_ClientTlsCipher(connection, NULL), "?"),
+           text_or(MQ_ClientTlsName(connection, NULL), "nobody"));
     return false;
 }
 
@@ -187,8 +181,10 @@ MQ_EXPORT bool mq_smtp_in_authenticate(MQ_Context *context, MQ_SmtpConnection *c
 MQ_EXPORT bool mq_smtp_in_mailfrom(MQ_Context *context, MQ_SmtpConnection *connection,
                                    const char *mailfrom, size_t size)
 {
-    say_on(context, connection, "in_mailfrom <%.*s>%s", shown(size), mailfrom,
-           MQ_SmtpAuthenticated(connection) ? ", authenticated" : "");
+    say_on(context, connection, "in_mailfrom <%.*s> helo=%.256s%s%.256s", shown(size), mailfrom,
+           text_or(MQ_ClientHelo(connection, NULL), "?"),
+           MQ_SmtpAuthenticated(connection) ? ", authenticated as " : "",
+           text_or(MQ_ClientLogin(connection, NULL), ""));
     return false;
 }
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
+from mailerq import Engine
 from mailerq.message import Message
 from mailerq.plugins import GIVEN_UP, Connection, Plugins, Reject
 from tests.plugins.kit import Calls, Scripted, names
+from tests.support import configure
 
 NOBODY = "a@b.test"
 
@@ -126,6 +129,8 @@ async def test_handler_may_set_authenticated_in_any_event(plugins: Plugins) -> N
         ({"recipient": None}, "property recipient: is missing"),
         ({"recipient": 5}, "property recipient: expected a string, found a number"),
         ({"envelope": "a\r\nb@c.test"}, "property envelope: holds a control character"),
+        ({"envelope": "nobody"}, "property envelope: "),
+        ({"recipient": "a@b@c.test"}, "property recipient: "),
         (["recipient"], "cannot be used: 'list' object"),
         ("y", "the body is no bytes but str"),
     ],
@@ -265,6 +270,19 @@ def test_unknown_event_is_an_error(plugins: Plugins) -> None:
             plugins.on(name, lambda connection: None)
 
 
+@pytest.mark.parametrize("handler", [None, "rcptto", 5])
+async def test_a_handler_that_cannot_be_called_is_refused_at_once(
+    plugins: Plugins, tmp_path: Path, handler: Any
+) -> None:
+    engine = Engine(configure(tmp_path))
+    for register in (plugins.on, engine.on):
+        with pytest.raises(
+            TypeError, match=f"the handler for rcptto cannot be called: {handler!r}"
+        ):
+            register("rcptto", handler)
+    assert not plugins.listens("rcptto")
+
+
 async def test_statistics_count_for_each_plugin_and_event(tmp_path: Path) -> None:
     scripted = Scripted(tmp_path, 2)
     plugins = Plugins.load(str(tmp_path), timeout=30)
@@ -284,8 +302,9 @@ async def test_statistics_count_for_each_plugin_and_event(tmp_path: Path) -> Non
     figures = plugins.statistics()
     for row in (figures["a.so"]["rcptto"], figures["b.so"]["rcptto"]):
         assert 0 < row.pop("seconds") < 1
-    assert figures["a.so"]["rcptto"] == {"calls": 12, "suspensions": 4, "rejects": 4, "timeouts": 0}
-    assert figures["b.so"]["rcptto"] == {"calls": 6, "suspensions": 0, "rejects": 0, "timeouts": 0}
+    rest = {"timeouts": 0, "kept": 0, "kept_bytes": 0}
+    assert figures["a.so"]["rcptto"] == {"calls": 12, "suspensions": 4, "rejects": 4, **rest}
+    assert figures["b.so"]["rcptto"] == {"calls": 6, "suspensions": 0, "rejects": 0, **rest}
     assert figures["a.so"]["context_initialize"]["calls"] == 2
     assert "mailfrom" not in figures["a.so"]
     (name,) = set(figures) - {"a.so", "b.so"}

@@ -13,7 +13,9 @@ from mailerq.config import Config
 
 __all__ = ["main"]
 
-FIGURES: Final = ("calls", "suspensions", "rejects", "timeouts", "seconds")
+FIGURES: Final = (
+    "calls", "suspensions", "rejects", "timeouts", "kept", "kept_bytes", "seconds",
+)  # fmt: skip
 """What is counted for each event of a plugin, see `mailerq.plugins.Plugins.statistics`."""
 
 PROCESS: Final = ("process", "pid", "state", "starts", "uptime", "connections", "shares")

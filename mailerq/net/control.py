@@ -6,6 +6,7 @@ queue directory, so who may read the queue may ask.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -17,6 +18,7 @@ import trio
 
 from mailerq.errors import MailerqError
 from mailerq.message import decode_properties, encode_properties
+from mailerq.plugins import stray_close
 from mailerq.privileges import as_owner
 
 __all__ = ["Commands", "Request", "reply_to", "serve"]
@@ -29,6 +31,10 @@ LINE_LIMIT: Final = 1 << 16
 """Bytes of a request."""
 
 ASK_SECONDS: Final = 10.0
+
+EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
+EXHAUSTED_SECONDS: Final = 0.1
+"""How long nobody is answered after the process ran out of descriptors or memory."""
 
 Request = dict[str, Any]
 Commands = Mapping[str, Callable[[Request], Awaitable[object] | object]]
@@ -55,20 +61,27 @@ async def serve(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer requests until cancelled."""
-    sock = _listen(directory)
+    original = _listen(directory)
+    # A plugin may close the descriptor. With the original open the loop notices that.
+    sock = original.dup()
     try:
-
-        async def answer(stream: trio.SocketStream) -> None:
-            async with stream:
-                with trio.move_on_after(ASK_SECONDS):
-                    await _answer(stream, commands)
-
-        listener = trio.SocketListener(sock)
         async with trio.open_nursery() as nursery:
-            await nursery.start(trio.serve_listeners, answer, [listener])
             task_status.started()
+            while True:
+                try:
+                    stream = trio.SocketStream((await sock.accept())[0])
+                except (OSError, trio.ClosedResourceError) as error:
+                    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                        await trio.sleep(EXHAUSTED_SECONDS)
+                        continue
+                    stray_close("the control socket")
+                    sock.detach()
+                    sock = original.dup()
+                else:
+                    nursery.start_soon(_serve_one, stream, commands)
     finally:
         sock.close()
+        original.close()
         _remove(directory)
 
 
@@ -98,6 +111,13 @@ def _listen(directory: str) -> trio.socket.SocketType:
         sock.close()
         raise
     return trio.socket.from_stdlib_socket(sock)
+
+
+async def _serve_one(stream: trio.SocketStream, commands: Commands) -> None:
+    with suppress(OSError):  # at the end of one whose descriptor a plugin has closed
+        async with stream:
+            with trio.move_on_after(ASK_SECONDS):
+                await _answer(stream, commands)
 
 
 async def _answer(stream: trio.SocketStream, commands: Commands) -> None:

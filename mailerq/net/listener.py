@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -22,6 +22,7 @@ from mailerq.net.slots import Slots
 from mailerq.net.stream import Stream, address_of
 from mailerq.net.watch import Watch
 from mailerq.net.worker import Worker
+from mailerq.plugins import stray_close
 from mailerq.wire import smtp
 from mailerq.wire.smtp import Reply
 
@@ -42,6 +43,9 @@ REMIND_SECONDS: Final = 60.0
 """How often the same trouble is logged."""
 
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+_STRAY: Final = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL)
+"""What accept(2) says of a descriptor that is closed, or no listening socket any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,8 @@ class Listener:
         self._workers = workers
         self._home = workers[0]
         self._ports = ports
+        self.addresses = [port.address for port in ports]
+        """Where it listens, in the order of the ports."""
         self._slots = slots
         self._spare = _Spare()
         self._reminded = -REMIND_SECONDS
@@ -157,11 +163,6 @@ class Listener:
         self._watches = {worker: Watch(shared) for worker in workers}
         self._stop_at: float | None = None  # by time.monotonic: each loop has its own clock
         self._scope = trio.CancelScope()
-
-    @property
-    def addresses(self) -> list[tuple[str, int]]:
-        """Where it listens, in the order of the ports."""
-        return [port.address for port in self._ports]
 
     @property
     def open_sessions(self) -> int:
@@ -184,7 +185,8 @@ class Listener:
         """Close the ports and end the sessions: the idle ones now, the others within `seconds`."""
         self._scope.cancel()
         for port in self._ports:
-            port.sock.close()
+            with suppress(OSError):
+                port.sock.close()
         self._stop_at = time.monotonic() + seconds
         for worker in self._workers:
             worker.call(self._shut_down, worker)
@@ -202,22 +204,42 @@ class Listener:
         return max(0.0, (self._stop_at or 0.0) - time.monotonic())
 
     async def _accept(self, port: Port) -> None:
-        listening = port.sock
         local = None if port.address[0] in ("0.0.0.0", "::") else port.address
-        while True:
-            await trio.lowlevel.wait_readable(listening)
-            for _ in range(ACCEPTS_IN_A_ROW):
+        # The copy keeps the port open, and known to the loop, when a plugin closes the other one.
+        with port.sock.dup() as copy:
+            while True:
                 try:
-                    stream = Stream.accept(listening.fileno(), local=local)
-                except OSError as error:
-                    if error.errno in _EXHAUSTED:
-                        self._turn_away(port, error)
-                        await trio.sleep(EXHAUSTED_SECONDS)
-                    break  # Otherwise the peer hung up before it was its turn.
-                if stream is None:
-                    break
-                self._admit(stream, port)
-            await trio.lowlevel.checkpoint()
+                    await trio.lowlevel.wait_readable(port.sock)
+                    await self._accept_some(port, local)
+                except (OSError, trio.ClosedResourceError) as error:
+                    # EPERM: a file that cannot be waited for has the number now.
+                    if isinstance(error, OSError) and error.errno not in (*_STRAY, errno.EPERM):
+                        raise
+                    port = self._mend(port, copy)
+                await trio.lowlevel.checkpoint()
+
+    async def _accept_some(self, port: Port, local: tuple[str, int] | None) -> None:
+        for _ in range(ACCEPTS_IN_A_ROW):
+            try:
+                stream = Stream.accept(port.sock.fileno(), local=local)
+            except OSError as error:
+                if error.errno in _STRAY:
+                    raise
+                if error.errno in _EXHAUSTED:
+                    self._turn_away(port, error)
+                    await trio.sleep(EXHAUSTED_SECONDS)
+                return  # Otherwise the peer hung up before it was its turn.
+            if stream is None:
+                return
+            self._admit(stream, port)
+
+    def _mend(self, port: Port, copy: socket.socket) -> Port:
+        """The same port with a descriptor that is open. Raises OSError."""
+        mended = replace(port, sock=copy.dup())
+        self._ports[self._ports.index(port)] = mended
+        port.sock.detach()  # whatever has that number now
+        stray_close(f"the port {_join(*mended.address)}")
+        return mended
 
     def _turn_away(self, port: Port, error: OSError) -> None:
         """There is no descriptor left: tell those who wait, with the one that was kept for it."""
@@ -286,8 +308,12 @@ class Listener:
             sessions[session] = None
             if self._stop_at is not None:
                 session.shut_down(self._seconds_left())
-            await session.run()
-            del sessions[session]
+            try:
+                await session.run()
+            except Exception:
+                log.exception("a session could not be ended in order")
+            finally:
+                del sessions[session]
         finally:
             self._slots.release()
             self._home.call(self._ended, worker)
@@ -316,7 +342,8 @@ class _Spare:
 
     def close(self) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            with suppress(OSError):
+                os.close(self._descriptor)
             self._descriptor = None
 
     def __enter__(self) -> None:

@@ -3,26 +3,36 @@
 A mail above `smtp-spill-size`, or any large one while memory is short, is written to a file of
 the queue directory that has no name, so nothing is left of it when the process dies. What it is
 at the end is a view of that file, mapped into memory; behind its last byte is a NUL, as
-plugins expect it.
+plugins expect it. To be published it is read into memory once more, a few at a time; a plugin may
+hold any number of them, as far as `max-memory` goes (`Claim`).
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import tempfile
 import threading
+from collections.abc import Awaitable
 from io import FileIO
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
-__all__ = ["Memory", "Spool"]
+from mailerq.plugins import NOTHING, stray_close
+from mailerq.sockets import Mapping
+
+__all__ = ["Claim", "Memory", "Spool"]
+
+T = TypeVar("T")
 
 log = logging.getLogger("mailerq.server")
 
 WRITE_BYTES: Final = 1 << 20
 """Bytes that gather before they are written in one go: handing that to a thread costs 0.1 ms."""
+
+
+HELD_SHARE: Final = 0.5
+"""The part of the memory for large mails that plugins hold; the rest is for other mail."""
 
 
 class Memory:
@@ -31,6 +41,8 @@ class Memory:
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
         self.used = 0
+        self.held = 0
+        """The part of `used` that plugins hold of mails that were read from files."""
         self._lock = threading.Lock()
 
     @property
@@ -41,6 +53,76 @@ class Memory:
         """Count bytes that are held from now on, or with a minus sign no longer."""
         with self._lock:
             self.used += count
+
+    def hold(self, count: int) -> None:
+        """Count bytes as held by a plugin, or with a minus sign no longer."""
+        with self._lock:
+            self.held += count
+
+    def has_room(self, count: int) -> bool:
+        """Whether a mail of that size may be read from its file."""
+        return not self.held or self.held + count <= self.limit * HELD_SHARE or not self.limit
+
+
+class Claim:
+    """What one mail takes of memory while plugins see it and it is published.
+
+    A mail that is in memory is counted from the beginning. One in a file is counted from `load` on,
+    and has one of the worker's few `turns` then, but for the time that a plugin holds it. `end` is
+    due in any case.
+    """
+
+    __slots__ = ("_counted", "_has_turn", "_memory", "_size", "_turns")
+
+    def __init__(self, memory: Memory, size: int, turns: trio.CapacityLimiter | None) -> None:
+        self._memory = memory
+        self._size = size
+        self._turns = turns
+        self._counted = 0
+        self._has_turn = False
+        if turns is None:
+            self._count(size)
+
+    async def load(self) -> bool:
+        """Wait until the mail may be in memory as a whole; False when that is too full for it."""
+        if self._turns is not None:
+            await self._take_turn()
+            if not self._memory.has_room(self._size):
+                return False
+            self._count(self._size)
+        return True
+
+    async def ask(self, asked: Awaitable[T]) -> T:
+        """Wait for what plugins say, and let other mails have the turn meanwhile."""
+        if asked is NOTHING or not self._has_turn:
+            return await asked
+        self._give_turn()
+        self._memory.hold(self._size)
+        try:
+            answer = await asked
+        finally:
+            self._memory.hold(-self._size)
+        await self._take_turn()
+        return answer
+
+    def end(self) -> None:
+        self._count(0)
+        if self._has_turn:
+            self._give_turn()
+
+    def _count(self, size: int) -> None:
+        self._memory.add(size - self._counted)
+        self._counted = size
+
+    async def _take_turn(self) -> None:
+        assert self._turns is not None, "only mails in files take turns"
+        await self._turns.acquire_on_behalf_of(self)
+        self._has_turn = True
+
+    def _give_turn(self) -> None:
+        assert self._turns is not None, "only mails in files take turns"
+        self._has_turn = False
+        self._turns.release_on_behalf_of(self)
 
 
 class Spool:
@@ -110,14 +192,21 @@ class Spool:
         self._write_out()
         if self.failed is not None:
             return b""
-        return memoryview(mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ))[:-1]
+        try:
+            return memoryview(Mapping(self._file.fileno(), self._written))[:-1]
+        except OSError as error:
+            self.failed = error
+            return b""
 
     def discard(self) -> None:
         self._blocks.clear()
         self._waiting = 0
         self._written = 0
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError:
+                stray_close("the file of a large mail")
             self._file = None
             self._threshold = float("inf")
 

@@ -13,6 +13,7 @@ cdef class Socket:
     cpdef call_when_writable(self, function)
     cpdef rouse(self)
     cpdef alarm(self)
+    cpdef stray(self)
     cpdef forget(self)
     cpdef notify(self, events)
     cpdef _begin_to_read(self)
@@ -25,8 +26,8 @@ cdef class Socket:
 @cython.final
 cdef class Poller:
     cdef public dict _sockets
-    cdef public object _epoll
-    cdef public int _fd
+    cdef public object token
+    cdef public int _fd, _copy
 
     cpdef modify(self, socket, events)
     cpdef remove(self, socket)

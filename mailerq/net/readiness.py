@@ -16,23 +16,29 @@ peer has closed or sent urgent data, at which a read stops short: from then on o
 Guarantees
 ----------
 - A `Socket` is used in one loop, by one reader and one writer at a time.
+- A descriptor that a plugin closes, a socket's or the poller's own, ends one wait with `StreamLost`
+  at most: the poller has a copy of its descriptor.
 - A wait that is cancelled loses nothing: what comes is noted for the next one. A socket that was
   full once stays registered for output, whose edges cost little and end no other wait.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import select
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import outcome
 import trio
 
+from mailerq.plugins import stray_close
 from mailerq.sockets import happenings, watch
 
-__all__ = ["Socket"]
+__all__ = ["Socket", "StreamLost"]
 
 log = logging.getLogger("mailerq.net")
 
@@ -40,6 +46,10 @@ _INPUT: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EP
 _OUTPUT: Final = select.EPOLLOUT
 _USUAL: Final = ~(select.EPOLLIN | select.EPOLLOUT)
 _END: Final = select.EPOLLHUP | select.EPOLLERR
+
+
+class StreamLost(Exception):
+    """The connection broke: reset, timed out by the kernel, or TLS that makes no sense."""
 
 
 class Socket:
@@ -120,6 +130,15 @@ class Socket:
         if self._reader is not None:
             self._wake_reader(outcome.Value(True))
 
+    def stray(self) -> None:
+        """Another file has the number of the descriptor by now. Wake who waits. Any thread."""
+        poller, self._poller = self._poller, None
+        self._call = None
+        if poller is not None:
+            poller.remove(self)
+            with suppress(trio.RunFinishedError):
+                poller.token.run_sync_soon(self.notify, _END)
+
     def forget(self) -> None:
         """The descriptor is about to be closed."""
         self._call = None
@@ -193,9 +212,11 @@ class Poller:
     """The sockets of one trio loop."""
 
     def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._fd = self._epoll.fileno()
+        with select.epoll() as epoll:
+            self._fd = os.dup(epoll.fileno())
+        self._copy = os.dup(self._fd)
         self._sockets: dict[int, Socket] = {}
+        self.token = trio.lowlevel.current_trio_token()
 
     @classmethod
     def add(cls, socket: Socket, events: int) -> Poller:
@@ -205,13 +226,39 @@ class Poller:
             poller = cls()
             _pollers.set(poller)
             trio.lowlevel.spawn_system_task(poller._run)
-        watch(poller._fd, socket.fd, events, known=False)
+        poller._watch(socket, events, known=False)
         poller._sockets[socket.fd] = socket
         return poller
 
     def modify(self, socket: Socket, events: int) -> None:
         """Tell it these from now on, and what of them is there already."""
-        watch(self._fd, socket.fd, events, known=True)
+        self._watch(socket, events, known=True)
+
+    def _watch(self, socket: Socket, events: int, *, known: bool) -> None:
+        try:
+            try:
+                watch(self._fd, socket.fd, events, known=known)
+            except OSError as error:
+                if not self._mend(error):
+                    raise
+                watch(self._fd, socket.fd, events, known=known)
+        except OSError as error:
+            raise StreamLost(f"cannot be waited for: {error.strerror}") from error
+
+    def _mend(self, error: OSError) -> bool:
+        """Replace the poller's own descriptor, if that is what an error of `watch` is about."""
+        if error.errno == errno.EBADF:
+            with suppress(OSError):
+                os.fstat(self._fd)
+                return False
+        elif error.errno != errno.EINVAL:  # what the kernel says of a number that is another file
+            return False
+        self._reopen()
+        return True
+
+    def _reopen(self) -> None:
+        self._fd = os.dup(self._copy)
+        stray_close("a descriptor that watches connections")
 
     def remove(self, socket: Socket) -> None:
         """Tell it no more; closing the descriptor does the rest.
@@ -219,20 +266,29 @@ class Poller:
         A plugin may keep a copy of it. Then its events are told to whoever has the same number
         next, who finds that there is nothing.
         """
-        del self._sockets[socket.fd]
+        if self._sockets.get(socket.fd) is socket:
+            del self._sockets[socket.fd]
 
     async def _run(self) -> None:
         # Ends with the loop.
-        epoll, sockets = self._epoll, self._sockets
+        sockets = self._sockets
         try:
             while True:
-                await trio.lowlevel.wait_readable(epoll)
-                for fd, events in happenings(self._fd):
+                try:
+                    await trio.lowlevel.wait_readable(self._fd)
+                    happened = happenings(self._fd)
+                except (OSError, trio.ClosedResourceError):
+                    # Whatever it says: the number is not the poller's any more.
+                    self._reopen()
+                    continue
+                for fd, events in happened:
                     if (socket := sockets.get(fd)) is not None:
                         socket.notify(events)
         finally:
             _pollers.set(None)
-            epoll.close()
+            for fd in (self._fd, self._copy):
+                with suppress(OSError):
+                    os.close(fd)
 
 
 _pollers: Final = trio.lowlevel.RunVar[Poller | None]("pollers", None)

@@ -1,8 +1,24 @@
-"""From the content of one mail to messages in a queue, and what to reply to it."""
+"""From the content of one mail to messages in a queue, and what to reply to it.
+
+Theory of operation
+-------------------
+Plugins see the mail once, and then one message for each recipient. They may refuse each of these,
+or fail at it, which counts as a 451. LMTP has a reply for each recipient. SMTP has one for all:
+
+- Nobody's message was taken: a 4xx if there was any, else the first 5xx. Nothing is written.
+- Some were: 250, and each of the others becomes a *failure*: a document with its result, in the
+  queues for failures, in the same commit. After a 4xx it keeps its body, which nobody else has.
+- Some were, one of the others is a 4xx, and no queue is there for its failure: that 4xx is the
+  reply, and nothing is written. The client tries all of them again.
+
+So behind a 250 each recipient's message is in some queue, or was refused for good with no queue
+configured to say so; the application log names it in either case.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -13,10 +29,12 @@ from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.escaping import escape_field
 from mailerq.mail import headers, incoming
 from mailerq.mail.headers import HEADER_LIMIT
-from mailerq.message import Message
+from mailerq.message import Message, Result, format_time
+from mailerq.net.memory import Claim
 from mailerq.plugins import Connection, Reject
 from mailerq.queues import Publication
-from mailerq.rules.routes import reception_queue
+from mailerq.rules import responses
+from mailerq.rules.routes import loop_problem, reception_queue, result_queues
 from mailerq.wire import smtp
 from mailerq.wire._lines import join
 from mailerq.wire.parameters import MailParameters, RcptParameters
@@ -24,6 +42,7 @@ from mailerq.wire.server import ServerProtocol
 from mailerq.wire.smtp import Reply, with_status
 
 if TYPE_CHECKING:
+    from mailerq.config import Config
     from mailerq.net.shared import Server
 
 __all__ = ["Client", "refusal_reply", "take"]
@@ -32,6 +51,9 @@ log = logging.getLogger("mailerq.server")
 
 TURN_RECIPIENTS: Final = 100
 """Messages of a mail that are dealt with before the loop serves others."""
+
+LOGGED_FAILURES: Final = 10
+"""Recipients that the log names of one mail that was taken only for others."""
 
 UNKNOWN: Final = "0.0.0.0"
 """The address of a client that a proxy does not know: one that is in nobody's network."""
@@ -69,14 +91,32 @@ async def take(
     plugin: Connection,
     machine: ServerProtocol,
     body: bytes | memoryview,
+    claim: Claim,
 ) -> list[Reply]:
     """Let the plugins see a mail, and publish it: the reply, in LMTP one for each recipient.
 
-    A good reply means that it is safe.
+    A good reply means that it is safe. `plugin-timeout` holds for all events of the mail together.
     """
-    refusal = await plugin.data(body)
-    if refusal is not None:
-        return _all(refusal_reply(refusal), machine)
+    plugin.deadline = shared.plugins.deadline()
+    try:
+        refusal = await plugin.data(body)
+        if refusal is not None:
+            return _all(refusal_reply(refusal), machine)
+        if not await claim.load():
+            return _all(smtp.NO_MEMORY, machine)
+        return await _publish(shared, client, plugin, machine, body, claim)
+    finally:
+        plugin.deadline = math.inf
+
+
+async def _publish(
+    shared: Server,
+    client: Client,
+    plugin: Connection,
+    machine: ServerProtocol,
+    body: bytes | memoryview,
+    claim: Claim,
+) -> list[Reply]:
     envelope = _envelope(shared, client, plugin, machine)
     head, rest = _split(body)
     reception = incoming.messages(
@@ -96,53 +136,109 @@ async def take(
         whole = await trio.to_thread.run_sync(join, first, rest)
         for message in reception.messages:
             message.body = whole
-    return await _publish(shared, client, plugin, machine, reception.messages)
-
-
-async def _publish(
-    shared: Server,
-    client: Client,
-    plugin: Connection,
-    machine: ServerProtocol,
-    messages: Sequence[Message],
-) -> list[Reply]:
+    messages = reception.messages
     outcomes: list[Reply | str] = []  # a refusal, or what to say of the recipient
-    publications: list[Publication] = []
+    taken: list[Publication] = []
     for number, message in enumerate(messages, 1):
         if number % TURN_RECIPIENTS == 0:
             await trio.lowlevel.checkpoint()
-        recipient = message.recipient
+        sender, recipient = message.envelope, message.recipient
         message.local = shared.is_local(recipient)
-        refusal = await plugin.message(message)
-        if refusal is not None:
-            outcomes.append(refusal_reply(refusal))
-            continue
-        if message.local and not shared.config.keeps_local_mail:  # so a plugin says
-            outcomes.append(shared.no_way(recipient))
+        refusal = await claim.ask(plugin.message(message))
+        reply = refusal_reply(refusal) if refusal is not None else _fault(shared, message)
+        if reply is not None:
+            outcomes.append(reply)
+            # The sender knows the message by these, whatever plugins made of them.
+            message.properties.update(envelope=sender, recipient=recipient)
             continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
         if queue := reception_queue(shared.config, local=message.local):
             if "@" not in recipient and queue == shared.config.rabbitmq_outbox:
                 _qualify(message, recipient, machine.settings.hostname)
-            publications.append(Publication(queue, message))
+            taken.append(Publication(queue, message))
+    refused = [
+        (message, outcome)
+        for message, outcome in zip(messages, outcomes, strict=True)
+        if isinstance(outcome, Reply)
+    ]
+    failures: list[Publication] = []
+    if not machine.settings.lmtp and len(refused) < len(messages):
+        now = shared.clock()
+        for message, reply in refused:
+            failure = _failure(shared.config, message, reply, now)
+            if not failure and reply.code < 500:
+                return [reply]
+            failures += failure
     try:
-        if publications:
-            await shared.queues.publish(publications)
+        if taken or failures:
+            await shared.queues.publish(taken + failures)
     except (MessageError, QueueError) as error:
         shared.counters.queue_errors += 1
         shared.say_untaken("a mail from %s was not taken: %s", client.remote[0], error)
         reply = smtp.NO_MEMORY if isinstance(error, QueueFull) else smtp.QUEUE_UNAVAILABLE
         outcomes = [reply if isinstance(one, str) else one for one in outcomes]
-        publications.clear()
+        taken.clear()
     else:
         shared.say_untaken.flush_late()
     shared.counters.messages += sum(isinstance(outcome, str) for outcome in outcomes)
     if shared.received_log is not None:
-        for publication in publications:
+        for publication in taken:
             shared.received_log.write(_received_line(publication.message))
     if machine.settings.lmtp:
         return [Reply(250, one) if isinstance(one, str) else one for one in outcomes]
-    return [_sum_up(messages, outcomes)]
+    reply = _sum_up(messages, outcomes)
+    if reply.code < 400 and refused:
+        shared.counters.failed_recipients += len(refused)
+        _log_failures(client, refused, len(messages))
+    return [reply]
+
+
+def _fault(shared: Server, message: Message) -> Reply | None:
+    """Refuse a message that a plugin has sent where it cannot go."""
+    if message.local and not shared.config.keeps_local_mail:
+        return shared.no_way(message.recipient)
+    if problem := loop_problem(message.properties, shared.config.rabbitmq_outbox):
+        shared.say_untaken("a plugin made a message that cannot be taken: %s", problem)
+        return smtp.NO_WAY
+    return None
+
+
+def _failure(config: Config, message: Message, reply: Reply, now: float) -> list[Publication]:
+    """What the result queues get of a message that plugins refused when others were taken."""
+    outcome = responses.refused_on_arrival(reply)
+    result = Result(
+        attempt=1,
+        type=outcome.type,
+        state=outcome.state,
+        result=outcome.result,
+        time=format_time(now),
+        code=outcome.code,
+        status=outcome.status,
+        description=outcome.description,
+    )
+    properties = {**message.properties, "results": [result.to_dict()]}
+    body = message.body if reply.code < 500 or properties.get("keepmime") else None
+    configured = {"results": config.rabbitmq_results, "failure": config.failure_queue}
+    queues = result_queues(
+        properties, configured, "results", "failure", outbox=config.rabbitmq_outbox
+    )
+    return [Publication(queue, Message(dict(properties), body)) for queue in queues]
+
+
+def _log_failures(client: Client, refused: Sequence[tuple[Message, Reply]], count: int) -> None:
+    named = []
+    for message, reply in refused[:LOGGED_FAILURES]:
+        identifier, text = message.properties.get("message-id", ""), reply.text.replace("\n", " ")
+        named.append(f"{identifier} <{escape_field(message.recipient)}> {reply.code} {text}")
+    if len(refused) > LOGGED_FAILURES:
+        named.append(f"and {len(refused) - LOGGED_FAILURES} more")
+    log.warning(
+        "mail from %s: plugins failed it for %d of %d recipients after others were taken: %s",
+        client.remote[0],
+        len(refused),
+        count,
+        "; ".join(named),
+    )
 
 
 def _qualify(message: Message, recipient: str, hostname: str) -> None:

@@ -27,7 +27,7 @@ from mailerq.address import parse_ip
 from mailerq.escaping import escape
 from mailerq.net import reception
 from mailerq.net.auth import AuthUnavailable
-from mailerq.net.memory import Spool
+from mailerq.net.memory import Claim, Spool
 from mailerq.net.reception import UNKNOWN, Client, refusal_reply
 from mailerq.net.shared import Server
 from mailerq.net.stream import Stream, StreamLost
@@ -124,12 +124,14 @@ class Session:
         finally:
             if self._spool is not None:
                 self._spool.close()
-            self._plugin.closed_by_peer()
-            closing = self._plugin.close()
+            # The descriptor is free before plugins are waited for, which may take their time.
+            try:
+                closing = self._plugin.close()
+            finally:
+                self._stream.close()
             if closing is not NOTHING:
                 with trio.CancelScope(shield=True):
                     await closing
-            self._stream.close()
             if self._admitted is not None:
                 shared.clients.left(self._admitted)
 
@@ -244,6 +246,7 @@ class Session:
 
     def _know_client(self) -> None:
         """Look up once what the client's address allows."""
+        self._plugin.address, self._plugin.port = self._client.remote
         host = self._client.standing
         self._relays = self._shared.access.may_relay(host)
         self._machine.auth_in_clear = is_loopback(host)
@@ -316,6 +319,7 @@ class Session:
             elif isinstance(event, server.Data):
                 self._data()
             elif isinstance(event, server.Hello):
+                self._plugin.helo = event.name
                 machine.accept()
             elif isinstance(event, server.XClient):
                 self._xclient(event)
@@ -477,7 +481,7 @@ class Session:
             shared.counters.logins += 1
             shared.clients.did_not(standing, "logins")
             self._plugin.authenticated = True
-            self._client.user = login
+            self._client.user = self._plugin.login = login
             self._machine.accept()
             return
         shared.counters.failed_logins += 1
@@ -502,6 +506,7 @@ class Session:
         machine.tls_started()
         self._client.user = ""
         self._plugin.authenticated = False
+        self._plugin.login = self._plugin.helo = None
         refusal = await self._plugin.secured()
         self._take_output()
         if refusal is not None:
@@ -527,7 +532,10 @@ class Session:
         finally:
             shared.handshakes.end(self)
         self._mute = False
-        self._plugin.secure = True
+        plugin, stream = self._plugin, self._stream
+        plugin.secure = True
+        plugin.tls_version, plugin.tls_name = stream.tls_version, stream.peer_name
+        plugin.tls_cipher = stream.cipher[0] if stream.cipher is not None else None
         shared.counters.tls += 1
 
     def _xclient(self, event: server.XClient) -> None:
@@ -541,6 +549,7 @@ class Session:
             return
         self._client = Client(remote, local, attributes.get("LOGIN") or "")
         self._plugin.authenticated = bool(self._client.user)
+        self._plugin.login, self._plugin.helo = self._client.user or None, None
         if remote[0] != client.remote[0]:
             if self._admitted is not None:
                 self._shared.clients.left(self._admitted)
@@ -591,13 +600,10 @@ class Session:
             full = spool.failed.errno in NO_SPACE
             reply = smtp.NO_MEMORY if full else smtp.QUEUE_UNAVAILABLE
             replies = [reply] * (len(machine.rcpts) if machine.settings.lmtp else 1)
-        elif isinstance(body, bytes):
-            spool.close()
-            replies = await self._take(body)
         else:
-            shared.counters.spilled += 1
-            async with shared.loader(self.worker):
-                replies = await self._take(body)
+            spool.close()
+            shared.counters.spilled += not isinstance(body, bytes)
+            replies = await self._take(body)
         self._in_mail = False
         spool.close()
         self._take_output()
@@ -616,11 +622,14 @@ class Session:
 
     async def _take(self, body: bytes | memoryview) -> list[Reply]:
         shared = self._shared
-        shared.memory.add(len(body))
+        turns = None if isinstance(body, bytes) else shared.loader(self.worker)
+        claim = Claim(shared.memory, len(body), turns)
         try:
-            return await reception.take(shared, self._client, self._plugin, self._machine, body)
+            return await reception.take(
+                shared, self._client, self._plugin, self._machine, body, claim
+            )
         finally:
-            shared.memory.add(-len(body))
+            claim.end()
 
     # What plugins send raw.
 

@@ -56,6 +56,7 @@ class Counters:
     logins: int = 0
     failed_logins: int = 0
     spilled: int = 0
+    failed_recipients: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,7 +121,7 @@ class Server:
         return smtp.NO_WAY
 
     def loader(self, worker: Worker) -> trio.CapacityLimiter:
-        """To be held while a mail of that worker is in memory as a whole; for its thread."""
+        """The turns of that worker's mails in files to be in memory as a whole; for its thread."""
         limiter = self.loaders.get(worker)
         if limiter is None:
             limiter = self.loaders[worker] = trio.CapacityLimiter(LOADERS)

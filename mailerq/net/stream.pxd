@@ -27,6 +27,8 @@ cdef class Stream:
     cpdef depart(self)
     cpdef send_nowait(self, data)
     cpdef close(self)
+    cpdef stray(self)
+    cpdef _suspect(self, error)
     cpdef _tell_lost(self)
     cpdef _send_unsent(self)
     cpdef _lose(self, why)

@@ -20,19 +20,21 @@ this.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import trio
 
 from mailerq.address import parse_ip
-from mailerq.net.readiness import Socket
+from mailerq.net.readiness import Socket, StreamLost
+from mailerq.plugins import stray_close
 from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
 
 __all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
@@ -44,10 +46,6 @@ FAIR_SECONDS: Final = 0.005
 
 LONG_BYTES: Final = 1 << 14
 """What is not shorter is sent at once: it is work enough for its peer."""
-
-
-class StreamLost(Exception):
-    """The connection broke: reset, timed out by the kernel, or TLS that makes no sense."""
 
 
 class CannotBind(OSError):
@@ -87,6 +85,10 @@ def _nothing() -> None:
     pass
 
 
+_streams: Final[dict[int, Stream]] = {}
+"""The open streams of all loops by their descriptors."""
+
+
 _departures: Final = trio.lowlevel.RunVar[Departures | None]("departures", None)
 
 
@@ -109,6 +111,9 @@ class Stream:
         remote: tuple[str, int] | None = None,
     ) -> None:
         self._fd = sock if isinstance(sock, int) else _descriptor(sock)
+        if (former := _streams.get(self._fd)) is not None:
+            former.stray()
+        _streams[self._fd] = self
         self._socket = Socket(self._fd)
         self._local = local
         self._remote = remote
@@ -182,6 +187,24 @@ class Stream:
         """Name, protocol and secret bits of the cipher, or None without TLS."""
         return self._tls.cipher() if self._tls is not None else None
 
+    @property
+    def tls_version(self) -> str | None:
+        """What the peers agreed on, such as "TLSv1.3", or None without TLS."""
+        return self._tls.version() if self._tls is not None else None
+
+    @property
+    def peer_name(self) -> str | None:
+        """The first name in the peer's certificate, if one was asked for and verified."""
+        certificate: Mapping[str, Any] | None = None
+        if self._tls is not None:
+            certificate = self._tls.getpeercert()
+        if not certificate:
+            return None
+        names = [name for kind, name in certificate.get("subjectAltName", ()) if kind == "DNS"]
+        for group in certificate.get("subject", ()):
+            names += [name for kind, name in group if kind == "commonName"]
+        return names[0] if names else None
+
     async def receive(self) -> bytes:
         """What has come in; waits for at least one byte, empty when the peer has closed.
 
@@ -253,6 +276,7 @@ class Stream:
         try:
             came = receive(self._fd)
         except OSError as error:
+            self._suspect(error)
             raise StreamLost(str(error)) from error
         if came is None or (0 < len(came) < RECEIVE_BYTES and self._socket.empties):
             self._socket.readable = False
@@ -379,9 +403,29 @@ class Stream:
                 self._tls.unwrap()
             with suppress(OSError):
                 send(self._fd, self._outgoing.read())
+        try:
+            socket_name(self._fd, remote=False)
+        except OSError as error:
+            self._suspect(error)
         self._socket.forget()
         fd, self._fd = self._fd, -1
-        os.close(fd)
+        if fd >= 0:
+            del _streams[fd]
+            os.close(fd)
+
+    def stray(self) -> None:
+        """Somebody else has closed the descriptor: what has its number now is not to be touched."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            del _streams[fd]
+            self._socket.stray()
+            peer = f"{self._remote[0]}:{self._remote[1]}" if self._remote else "a host"
+            stray_close(f"the connection with {peer}")
+
+    def _suspect(self, error: OSError) -> None:
+        """An error may say that the descriptor is not ours any more."""
+        if error.errno in (errno.EBADF, errno.ENOTSOCK):
+            self.stray()
 
     async def _receive_raw(self) -> bytes:
         while True:
@@ -425,6 +469,7 @@ class Stream:
             if sent < len(data):
                 await self._send_rest(data, sent)
         except OSError as error:
+            self._suspect(error)
             raise StreamLost(str(error)) from error
 
     def _tell_lost(self) -> None:
@@ -452,11 +497,13 @@ class Stream:
         try:
             self._placed += send(self._fd, self._unsent, self._placed)
         except OSError as error:
+            self._suspect(error)
             self._lose(str(error))
         if self._placed == len(self._unsent):
             self._take_unsent()
             return
-        with suppress(OSError):  # The kernel watches no more sockets: a `send_all` takes it along.
+        # Where the kernel watches no more sockets, a `send_all` takes it along.
+        with suppress(StreamLost):
             self._socket.call_when_writable(self._send_unsent)
 
     def _lose(self, why: str) -> None:

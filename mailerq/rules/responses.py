@@ -37,6 +37,7 @@ __all__ = [
     "not_generated",
     "outweighs",
     "refused",
+    "refused_on_arrival",
     "rejected_by_plugin",
     "unsendable",
 ]
@@ -232,6 +233,11 @@ def not_generated() -> Outcome:
 def rejected_by_plugin(reply: Reply) -> Outcome:
     """A plugin stopped the message when its body was about to be sent."""
     return _answered("error", "data", "error", _fate(reply), reply)
+
+
+def refused_on_arrival(reply: Reply) -> Outcome:
+    """Plugins refused the message, or failed at it, when others of the same mail were taken."""
+    return _answered("error", "process", "error", Fate.FAILED, reply)
 
 
 def _fate(reply: Reply) -> Fate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import os
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import trio
 
+from mailerq import plugins as plugins_module
 from mailerq.mail.incoming import HOP_LIMIT
 from mailerq.net import memory
+from mailerq.net.shared import LOADERS
 from mailerq.plugins import Reject
 from mailerq.queues import Publication
 from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until
@@ -281,6 +284,89 @@ async def test_a_plugin_sees_a_large_mail_like_any_other(tmp_path: Path) -> None
             await dialog.send(HEADER + 6000 * LINE + b"..dot\r\n.\r\n")
             replies.append(await dialog.reply())
     assert replies == [expected, expected]
+
+
+HOLDER = r"""
+#include <mailerq.h>
+#include <string.h>
+
+static MQ_Context *kept[100];
+static int count;
+
+MQ_EXPORT int mq_version(void) { return MQ_API_VERSION; }
+
+MQ_EXPORT bool mq_smtp_in_data(MQ_Context *context, MQ_SmtpConnection *connection,
+                               const char *mime, size_t size)
+{
+    (void)connection; (void)size;
+    if (!strstr(mime, "hold-data")) return false;
+    kept[count++] = context;
+    return true;
+}
+
+MQ_EXPORT bool mq_smtp_in_message(MQ_Context *context, MQ_SmtpConnection *connection,
+                                  MQ_Message *message)
+{
+    (void)connection;
+    if (strncmp(MQ_Recipient(message), "hold", 4)) return false;
+    kept[count++] = context;
+    return true;
+}
+
+MQ_EXPORT int kept_count(void) { return count; }
+MQ_EXPORT void release(void) { while (count) MQ_Continue(kept[--count]); }
+"""
+
+
+@pytest.mark.parametrize("event", ["data", "message"])
+async def test_large_mails_that_a_plugin_holds_do_not_hold_up_others(
+    tmp_path: Path, event: str
+) -> None:
+    library = compile_plugin(tmp_path / "plugins", "holder.c", HOLDER)
+    settings = {"smtp_spill_size": 1000, "plugin_directory": str(tmp_path / "plugins")}
+    count = 3 * LOADERS
+    text, recipient = b"hold-data\r\n", "c@d.test"
+    if event == "message":
+        text, recipient = b"x\r\n", "hold@d.test"
+
+    async def hold(address: tuple[str, int]) -> None:
+        async with open_dialog(address) as dialog:
+            reply = await dialog.mail(recipient, body=HEADER + 5_000 * LINE + text)
+            assert reply.startswith("250")
+
+    async with serve(tmp_path, **settings) as engine:
+        plugin = ctypes.CDLL(str(library))
+        address = engine.addresses[0]
+        async with open_dialog(address) as dialog, trio.open_nursery() as nursery:
+            before = nameless_files(tmp_path / "queue")
+            for _ in range(count):
+                nursery.start_soon(hold, address)
+            await until(lambda: plugin.kept_count() == count)
+            # What is held takes no descriptors, and in the first event no memory.
+            assert nameless_files(tmp_path / "queue") == before
+            incoming = engine.statistics()["incoming"]
+            assert (incoming["memory"] == 0) == (event == "data")
+            assert incoming["held"] == incoming["memory"]
+            reply = await dialog.mail("c@d.test", body=HEADER + 5_000 * LINE)
+            assert reply.startswith("250")
+            plugin.release()
+        incoming = engine.statistics()["incoming"]
+        assert incoming["memory"] == incoming["held"] == 0
+
+
+async def test_all_recipients_of_a_mail_have_one_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins_module, "EACH_SECONDS", 0.01)
+    monkeypatch.setattr(plugins_module, "MORE_SECONDS", 0.02)
+    compile_plugin(tmp_path / "plugins", "holder.c", HOLDER)
+    settings = {"plugin_directory": str(tmp_path / "plugins"), "plugin_timeout": 0.5}
+    async with converse(tmp_path, **settings) as dialog:
+        for _ in range(2):  # and the next mail has one of its own
+            start = trio.current_time()
+            recipients = [f"hold{number}@d.test" for number in range(10)]
+            assert (await dialog.mail(*recipients)).startswith("451 4.3.0")
+            assert 0.5 <= trio.current_time() - start < 2
 
 
 def nameless_files(directory: Path) -> int:

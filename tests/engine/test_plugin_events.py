@@ -144,7 +144,9 @@ async def test_every_callback_is_called_at_its_moment(
 
 
 async def test_a_plugin_may_refuse_in_each_event(tmp_path: Path, policy: str) -> None:
-    config = configure(tmp_path, plugin_directory=policy, rabbitmq_inbox="inbox")
+    config = configure(
+        tmp_path, plugin_directory=policy, rabbitmq_inbox="inbox", rabbitmq_failure="failure"
+    )
     async with Engine(config) as engine:
         address = engine.addresses[0]
         with pytest.raises(smtplib.SMTPSenderRefused) as sender:
@@ -163,8 +165,8 @@ async def test_a_plugin_may_refuse_in_each_event(tmp_path: Path, policy: str) ->
         assert code == 250
         assert "some recipients" in text
         assert "452 full@d.test" in text
-        (depth,) = await engine.queues.depths()
-        assert depth.due == 1
+        depths = {depth.queue: depth.due for depth in await engine.queues.depths()}
+        assert depths == {"inbox": 1, "failure": 1}
         # One that may be tried again speaks for all, in whichever order they come.
         for recipients in (("full@d.test", "gone@d.test"), ("gone@d.test", "full@d.test")):
             assert (await send(address, recipients=recipients))[0] == 452

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from mailerq.net import memory as module
-from mailerq.net.memory import Memory, Spool
+from mailerq.net.memory import Claim, Memory, Spool
 
 BLOCK = 1000 * b"0123456789"
 
@@ -51,7 +53,7 @@ async def test_a_large_mail_goes_to_a_file_without_a_name(
     spool.close()
     assert memory.used == 0
     assert body == content  # the mapping outlives the file
-    whole = body.obj
+    whole = memoryview(body.obj)
     assert whole[len(body)] == 0
 
 
@@ -64,7 +66,7 @@ async def test_a_nul_follows_at_any_size(tmp_path: Path, extra: int) -> None:
     body = spool.finish()
     assert isinstance(body, memoryview)
     assert body == content
-    assert body.obj[-1] == 0
+    assert memoryview(body.obj)[-1] == 0
     spool.close()
 
 
@@ -128,3 +130,62 @@ def test_full_is_what_has_reached_its_limit() -> None:
     memory.add(-1)
     assert not memory.is_full
     assert not Memory(0).is_full
+
+
+async def test_a_mail_in_memory_is_counted_from_the_beginning_to_the_end() -> None:
+    memory = Memory(5)
+    claim = Claim(memory, 10, None)
+    assert memory.used == 10
+    assert await claim.load()
+    event = trio.Event()
+    event.set()
+    assert await claim.ask(event.wait()) is None
+    assert (memory.used, memory.held) == (10, 0)
+    claim.end()
+    claim.end()
+    assert memory.used == 0
+
+
+async def test_a_mail_in_a_file_gives_up_its_turn_while_it_is_held() -> None:
+    memory, turns = Memory(100), trio.CapacityLimiter(1)
+    first, second = Claim(memory, 10, turns), Claim(memory, 20, turns)
+    decided = trio.Event()
+    assert await first.load()
+    assert turns.available_tokens == 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(first.ask, decided.wait())
+        with trio.fail_after(5):
+            assert await second.load()
+        assert (memory.used, memory.held) == (30, 10)
+        decided.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (memory.used, memory.held, turns.available_tokens) == (30, 0, 0)
+        second.end()
+    assert (memory.used, turns.available_tokens) == (10, 0)
+    first.end()
+    assert (memory.used, turns.available_tokens) == (0, 1)
+
+
+async def test_a_mail_that_is_cancelled_while_it_is_held_leaves_nothing() -> None:
+    memory, turns = Memory(100), trio.CapacityLimiter(1)
+    claim = Claim(memory, 10, turns)
+    assert await claim.load()
+    with trio.move_on_after(0):
+        await claim.ask(trio.Event().wait())
+    claim.end()
+    assert (memory.used, memory.held, turns.available_tokens) == (0, 0, 1)
+
+
+async def test_held_mails_leave_a_part_of_the_memory_to_the_others() -> None:
+    memory, turns = Memory(100), trio.CapacityLimiter(1)
+    claims = [Claim(memory, size, turns) for size in (90, 10)]
+    assert await claims[0].load()  # the only one may have any size
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(claims[0].ask, trio.Event().wait())
+        await trio.testing.wait_all_tasks_blocked()
+        assert not await claims[1].load()
+        claims[1].end()
+        assert memory.used == 90
+        nursery.cancel_scope.cancel()
+    claims[0].end()
+    assert memory.used == 0

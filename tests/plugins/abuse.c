@@ -27,6 +27,7 @@ static void no_event(MQ_IOWatcher *watcher, int fd, int events, void *data)
 static int call_everything(void *handle)
 {
     static char text[] = "x";
+    size_t size = 1;
     int wrong = 0;
     MQ_Continue(handle);
     MQ_Complete(handle);
@@ -41,6 +42,10 @@ static int call_everything(void *handle)
     MQ_TimerStop(handle);
     wrong += MQ_SmtpFileDescriptor(handle) != -1;
     wrong += MQ_SmtpSend(handle, text, 1) != 0;
+    wrong += MQ_ClientAddress(handle, &size) || MQ_ClientHelo(handle, &size) ||
+             MQ_ClientLogin(handle, &size) || MQ_ClientTlsVersion(handle, &size) ||
+             MQ_ClientTlsCipher(handle, &size) || MQ_ClientTlsName(handle, NULL) ||
+             MQ_ClientPort(handle) || size;
     wrong += MQ_SmtpAuthenticated(handle);
     MQ_SetSmtpAuthenticated(handle, true);
     wrong += MQ_SmtpSecure(handle);

@@ -389,6 +389,7 @@ async def test_exception_in_one_cleanup_does_not_spare_the_others(
     """
     plugin = build_text(text, name="bad.cpp")
     plugins = Plugins.load(str(install(tmp_path, a=plugin, b=plugin)))
+    plugins.initialize()
     plugins.cleanup()
     assert calls.take() == ["a cleanup", "b cleanup"]
     assert len(calls.take_warnings()) == 2

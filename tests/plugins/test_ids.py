@@ -101,10 +101,22 @@ def test_last_plugin_that_exports_both_owns_the_ids(tmp_path: Path) -> None:
     install(
         tmp_path,
         a=build_text(OWNER, "-DSIZE=8", '-DTEXT="a"', "-DRETURNS=1"),
-        b=build_text(OWNER, "-DSIZE=998", '-DTEXT="<id>.~!"', "-DRETURNS=7"),
+        b=build_text(OWNER, "-DSIZE=998", '-DTEXT="{id}.~!"', "-DRETURNS=7"),
         c=build_text(OWNER, "-DSIZE=8"),
     )
-    assert Plugins.load(str(tmp_path)).message_id() == "<id>.~!"
+    assert Plugins.load(str(tmp_path)).message_id() == "{id}.~!"
+
+
+def test_only_the_owner_is_asked_for_its_size(tmp_path: Path) -> None:
+    install(
+        tmp_path,
+        a=build_text(OWNER, "-DSIZE=0", '-DTEXT="a"', "-DRETURNS=1"),
+        b=build_text(
+            OWNER, "-DSIZE=(abort(),9)", "-include", "stdlib.h", '-DTEXT="b"', "-DRETURNS=1"
+        ),
+        c=build_text(OWNER, "-DSIZE=8", '-DTEXT="c"', "-DRETURNS=1"),
+    )
+    assert Plugins.load(str(tmp_path)).message_id() == "c"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +128,12 @@ def test_last_plugin_that_exports_both_owns_the_ids(tmp_path: Path) -> None:
         ("a\\nb", "3", "wrote bytes that are not printable ASCII"),
         ("a b", "3", "wrote bytes that are not printable ASCII"),
         ("a\\xff", "2", "wrote bytes that are not printable ASCII"),
+        ("<a>", "3", 'wrote one of ()<>[]:;@,"\\'),
+        ("a@b", "3", 'wrote one of ()<>[]:;@,"\\'),
+        ("a\\\\b", "3", 'wrote one of ()<>[]:;@,"\\'),
+        (".a", "2", "wrote a dot at an end or beside another dot"),
+        ("a.", "2", "wrote a dot at an end or beside another dot"),
+        ("a..b", "4", "wrote a dot at an end or beside another dot"),
     ],
 )
 def test_unusable_id_is_replaced_and_logged(
@@ -125,6 +143,18 @@ def test_unusable_id_is_replaced_and_logged(
     identifier = Plugins.load(str(tmp_path)).message_id()
     assert re.fullmatch("[0-9a-v]{32}", identifier)
     assert calls.take_warnings() == [f"bad mq_message_id {problem}; the message gets a default id"]
+
+
+def test_an_id_that_makes_a_line_too_long_is_replaced(tmp_path: Path, calls: Calls) -> None:
+    for length in (700, 701):
+        text, returns = "x" * length, f"-DRETURNS={length}"
+        directory = tmp_path / str(length)
+        directory.mkdir()
+        install(directory, long=build_text(OWNER, "-DSIZE=998", f'-DTEXT="{text}"', returns))
+        assert len(Plugins.load(str(directory)).message_id()) == (700 if length == 700 else 32)
+    assert calls.take_warnings() == [
+        "long mq_message_id wrote more than 700 bytes; the message gets a default id"
+    ]
 
 
 @pytest.mark.parametrize("size", [0, 999])

@@ -150,3 +150,29 @@ async def test_context_initialize_that_is_not_handed_back_is_an_error(
     assert calls.take_warnings() == [
         "stuck mq_context_initialize was not handed back within 0.05 seconds; given up"
     ]
+
+
+async def test_a_hidden_file_is_no_plugin(tmp_path: Path) -> None:
+    install(tmp_path, seen=build_text(LOUD))
+    (tmp_path / ".seen.so.swp.so").write_text("what an editor left")
+    async with opened(tmp_path) as (plugins, _):
+        assert plugins.names == ("seen.so",)
+
+
+def test_after_a_failed_initialize_those_before_are_cleaned_up(
+    tmp_path: Path, calls: Calls
+) -> None:
+    bad = """
+        #include <mailerq.h>
+        MQ_EXPORT int mq_version() { return MQ_API_VERSION; }
+        MQ_EXPORT void mq_initialize() { throw 1; }
+        MQ_EXPORT void mq_cleanup() { MQ_Log(MQ_INFO, "cleanup"); }
+    """
+    loud = build_text(LOUD)
+    install(tmp_path, a=loud, b=loud, c=build_text(bad, name="bad.cpp"), d=loud)
+    plugins = Plugins.load(str(tmp_path))
+    with pytest.raises(PluginError, match=r"c\.so: .* mq_initialize"):
+        plugins.initialize()
+    assert calls.take() == ["a initialize", "b initialize", "a cleanup", "b cleanup"]
+    plugins.cleanup()
+    assert calls.take() == []

@@ -186,6 +186,11 @@ async def test_properties_are_added_changed_and_deleted(editors: Editors) -> Non
         ("envelope a\rb", "property envelope: holds a control character"),
         ("json recipient a\nb", "property recipient: holds a control character"),
         ("recipient null", "property recipient: is missing"),
+        ("recipient nobody", "property recipient: "),
+        ("envelope a@b@c", "property envelope: "),
+        ("json recipient a@b..c", "property recipient: "),
+        ('set envelope "a@"', "property envelope: "),
+        ('set recipient "<c@d.test>"', "property recipient: "),
     ],
 )
 async def test_wrong_types_fail_the_event_and_name_the_plugin(
@@ -199,7 +204,16 @@ async def test_wrong_types_fail_the_event_and_name_the_plugin(
     editors.script("json", words)
     message = mail()
     assert await editors.connection.message(message) == GIVEN_UP
-    assert calls.take_warnings() == [f"b {problem}; set in mq_smtp_in_message"]
+    (warning,) = calls.take_warnings()
+    assert warning.startswith(f"b {problem}")
+    assert warning.endswith("; set in mq_smtp_in_message")
+
+
+async def test_an_address_that_no_plugin_changed_is_left_alone(editors: Editors) -> None:
+    editors.script("set seen 1", "envelope null")
+    message = Message({"envelope": "odd", "recipient": "odd", "tags": ["x"]}, b"x")
+    assert await editors.connection.message(message) is None
+    assert message.properties == {"recipient": "odd", "tags": ["x"], "seen": 1}
 
 
 async def test_reject_keeps_what_was_set_before(editors: Editors) -> None:
