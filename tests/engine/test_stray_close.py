@@ -199,7 +199,7 @@ async def test_the_file_of_a_large_mail(
             (fd,) = spooled(tmp_path)
             assert (await dialog.say(f"MAIL FROM:<fd{fd}@b.test>")).startswith("250")
             await victim.send(1_000_000 * b"x\r\n" + b".\r\n")
-            assert (await victim.reply()).startswith("452")
+            assert (await victim.reply()).startswith("451")
         caplog.clear()
         async with open_dialog(engine.addresses[0]) as dialog:
             assert (await dialog.mail("timer@d.test")).startswith("250")

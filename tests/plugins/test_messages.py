@@ -47,7 +47,7 @@ async def test_getters_show_the_message(editors: Editors, calls: Calls) -> None:
     message = mail()
     assert await editors.connection.message(message) is None
     assert message.to_dict() == mail().to_dict()
-    assert calls.take() == ["a envelope a@b.test", "a recipient c@d.test", "a mime x\\r\\n"]
+    assert calls.take() == ["a envelope a@b.test", "a recipient c@d.test", "a mime x\r\n"]
 
 
 async def test_unset_properties_are_null_and_the_null_sender_is_not(
