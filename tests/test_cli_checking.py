@@ -385,6 +385,7 @@ def test_each_back_end_of_logins_is_tried(tmp_path: Path) -> None:
         tmp_path,
         f"--smtp-auth=carrier://coo;file://{tmp_path}/no;exec://{tmp_path};hardcoded://x",
         f"--smtp-local-addresses={tmp_path}/addresses",
+        "--rabbitmq-local=local",
     )
     assert "smtp-auth: carrier:// is not supported" in said
     assert f"smtp-auth: {tmp_path}/no: No such file or directory" in said

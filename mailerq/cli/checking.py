@@ -404,10 +404,12 @@ def _notes(config: Config) -> Iterator[str]:
         yield "plugin-directory is empty: no plugins are loaded"
     elif not os.path.isdir(directory):
         yield f"plugin-directory {directory} is missing: no plugins are loaded"
-    elif plugins := _plugins(config):
-        yield f"plugin-directory {directory} has {', '.join(plugins)}"
     else:
-        yield f"plugin-directory {directory} has no *.so in it: no plugins are loaded"
+        with suppress(OSError):  # which is a problem, and told as one
+            if names := [os.path.basename(path) for path in _plugins(config)]:
+                yield f"plugin-directory {directory} has {', '.join(names)}"
+            else:
+                yield f"plugin-directory {directory} has no *.so in it: no plugins are loaded"
     if not os.path.isdir(config.queue_directory):
         yield f"queue-directory {config.queue_directory} is missing: the daemon will make it"
     if account_of(config) is not None:

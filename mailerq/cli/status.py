@@ -78,6 +78,8 @@ WORDS: Final = {
     "suspensions": "of these, how often the plugin took control",
     "rejects": "of these, how often it refused",
     "timeouts": "of these, how often it was given up (plugin-timeout)",
+    "kept": "events that were given up and that the plugin has not handed back yet",
+    "kept_bytes": "bytes of mail that these keep in memory or on disk",
     "seconds": "seconds that the calls took",
 }
 """What each figure is; those of a domain, a queue or a place have its name behind."""

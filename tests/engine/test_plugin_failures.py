@@ -189,7 +189,7 @@ async def test_results_get_a_failure_as_well_and_keepmime_holds(
     body = b"x-mq-keepmime: 1\r\nSubject: x\r\n\r\nhi\r\n"
     async with (
         failing_engine(
-            tmp_path, failing, rabbitmq_results="results", smtp_extract="all"
+            tmp_path, failing, rabbitmq_results="results", smtp_extract=("all",)
         ) as engine,
         open_dialog(engine.addresses[0]) as dialog,
     ):
