@@ -84,19 +84,19 @@ def test_nothing_that_is_printed_deceives_a_terminal(tmp_path: Path) -> None:
     nasty = '"\x1b[2J\u202e\u200b\xa0\x7f\\\\"@d.test'
     with Store.open(str(tmp_path)) as store:
         message = Message({"envelope": nasty, "recipient": nasty, "tags": [nasty]}, MIME)
-        store.publish([Publication("\u202eoutbox", message)])
+        store.publish([Publication("outbox", message)])
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     (plugins / "\x1b[2J\u202e.so").touch()
-    shown = run(tmp_path, "queue", "show", "\u202eoutbox")
+    shown = run(tmp_path, "queue", "show", "outbox")
     assert shown.count(r'"\x1b[2J\u202e\u200b\xa0\x7f\\\\"@d.test') == 2
     outputs = [
         shown,
         run(tmp_path, "queue", "list"),
-        run(tmp_path, "queue", "show", "\u202eoutbox", "--json"),
-        run(tmp_path, "queue", "read", "\u202eoutbox"),
-        run(tmp_path, "queue", "purge", "\u202eoutbox", "--yes"),
-        run(tmp_path, "check-config", f"--plugin-directory={plugins}"),
+        run(tmp_path, "queue", "show", "outbox", "--json"),
+        run(tmp_path, "queue", "read", "outbox"),
+        run(tmp_path, "queue", "purge", "outbox", "--yes"),
+        run(tmp_path, "check-config", f"--plugin-directory={plugins}", status=1),
         run(tmp_path, "queue", "\u202epurge", status=os.EX_USAGE),
         run(tmp_path, "config", "\u202epurge", status=os.EX_USAGE),
         run(tmp_path, "--smtp-\u202eport=1", status=2),
@@ -126,7 +126,7 @@ def test_show_says_why_the_last_attempt_came_to_nothing(directory: Path) -> None
 @pytest.mark.parametrize("command", [["show"], ["read"], ["purge", "--yes"]])
 def test_a_queue_that_is_not_there_is_an_error(directory: Path, command: list[str]) -> None:
     said = run(directory, "queue", *command, "outbx", "--rabbitmq-local=home", status=65)
-    assert said == "mailerq: there is no queue outbx; there are home, outbox\n"
+    assert said == "mailerq: there is no queue outbx; there are failure, home, outbox\n"
     run(directory, "queue", *command, "home", "--rabbitmq-local=home")
 
 
