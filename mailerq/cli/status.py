@@ -30,6 +30,7 @@ WORDS: Final = {
     "workers": "worker threads (smtp-threads)",
     "incoming.open": "sessions with clients that are open now",
     "incoming.memory": "bytes of memory that mail on its way in takes now",
+    "incoming.held": "of these, the ones of mail that plugins hold",
     "incoming.connections": "connections that became a session",
     "incoming.refused_connections": "connections that were sent away",
     "incoming.lost_connections": "sessions that the client broke off",
@@ -45,6 +46,7 @@ WORDS: Final = {
     "incoming.logins": "logins that were right",
     "incoming.failed_logins": "logins that were wrong",
     "incoming.spilled": "mails that came in by way of a file (smtp-spill-size)",
+    "incoming.failed_recipients": "recipients that plugins failed in a mail taken for others",
     "outgoing.consumed": "messages taken from the outbox",
     "outgoing.held": "messages put back until the time that their sender asked for",
     "outgoing.parked": "messages put back for up to a minute: their domain is slow",
@@ -69,6 +71,7 @@ WORDS: Final = {
     "queue.commit_seconds": "seconds that commits took",
     "queue.reads": "times that the file was read for waiting messages",
     "queue.read_messages": "messages that were read so",
+    "queue.trimmed": "failures that were removed: there were too many, or they were too old",
     "queue.leased": "messages of each queue that are in memory now",
     "watchdog.stalls": "times that a worker stood still for watchdog-seconds",
     "watchdog.standing": "workers that stand still now",
@@ -78,6 +81,8 @@ WORDS: Final = {
     "suspensions": "of these, how often the plugin took control",
     "rejects": "of these, how often it refused",
     "timeouts": "of these, how often it was given up (plugin-timeout)",
+    "kept": "of these, how many the plugin has not handed back yet",
+    "kept_bytes": "bytes of mail that these keep in memory or on disk",
     "seconds": "seconds that the calls took",
 }
 """What each figure is; those of a domain, a queue or a place have its name behind."""
