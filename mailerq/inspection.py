@@ -27,7 +27,7 @@ from typing import Any, Final, Literal
 from mailerq import _core, elf, faults
 from mailerq.errors import PluginError
 
-__all__ = ["Finding", "Report", "announce", "examine"]
+__all__ = ["Finding", "Report", "announce", "examine", "plugins_in"]
 
 log = logging.getLogger("mailerq")
 
@@ -75,6 +75,20 @@ class Report:
         """0: nothing was found; 1: warnings; 2: it cannot be used."""
         levels = {finding.level for finding in self.findings}
         return 2 if "error" in levels else 1 if levels else 0
+
+
+def plugins_in(directory: str) -> list[str]:
+    """The files of a directory that are plugins: every ``*.so``, in byte order of the names.
+
+    A name that starts with a dot is not one of them: it is what editors and copies in progress
+    leave. Raises OSError.
+    """
+    names = sorted(os.listdir(os.fsencode(directory)))
+    return [
+        os.path.join(directory, os.fsdecode(name))
+        for name in names
+        if name.endswith(b".so") and not name.startswith(b".")
+    ]
 
 
 def examine(

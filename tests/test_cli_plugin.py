@@ -90,6 +90,15 @@ def test_the_worst_of_several_is_the_exit_status(tmp_path: Path) -> None:
     assert [report["status"] for report in json.loads(done.stdout)] == [0, 1, 2]
 
 
+def test_of_a_directory_the_files_are_checked_that_a_start_would_load(tmp_path: Path) -> None:
+    shutil.copy(plugin(tmp_path, GOOD), tmp_path / ".copy.so")
+    (tmp_path / ".broken.so").write_text("half of it")
+    status, text = check(tmp_path)
+    assert status == 0
+    assert text.startswith(f"{tmp_path}/tried.so: good\n")
+    assert ".so" not in text.removeprefix(f"{tmp_path}/tried.so")
+
+
 def test_a_name_that_is_misspelt_is_told_from_the_right_one(tmp_path: Path) -> None:
     text = """
     int mq_version(void) { return 2; }

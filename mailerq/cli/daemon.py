@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from mailerq.engine import Engine
 
-__all__ = ["lock_path", "main"]
+__all__ = ["lock_place", "main", "open_lock"]
 
 log = logging.getLogger("mailerq")
 
@@ -129,9 +130,26 @@ def _print_help(parser: Parser) -> None:
     parser.print_help()
 
 
-def lock_path(config: Config) -> str:
-    """The pid file."""
-    return config.lock or os.path.join(config.queue_directory, "mailerq.pid")
+def lock_place(config: Config) -> tuple[str, str, str]:
+    """The pid file, the setting that says where it is, and the account that has it beside root."""
+    if config.lock:
+        return config.lock, "lock", ""
+    return os.path.join(config.queue_directory, "mailerq.pid"), "queue-directory", config.user
+
+
+def open_lock(path: str, flags: int = 0) -> int:
+    """Open the pid file. Raises OSError, also for one that others may have planted."""
+    flags |= os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.open(path, flags, 0o644)
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+        os.close(file)
+        raise PermissionError(
+            errno.EPERM,
+            "it is no file of this account alone; remove it, or have the lock in a directory that "
+            "others cannot write to",
+        )
+    return file
 
 
 @contextmanager
@@ -142,8 +160,7 @@ def _lock(config: Config) -> Iterator[None]:
     is taken before anything else is opened, and says which process to ask or to stop.
     """
     make_directory(config.queue_directory, config.user)
-    key, user = ("lock", "") if config.lock else ("queue-directory", config.user)
-    path = lock_path(config)
+    path, key, user = lock_place(config)
     directory = os.path.dirname(path) or "."
     where = config.origin(key)
     try:
@@ -170,16 +187,7 @@ def _lock(config: Config) -> Iterator[None]:
 def _locked(path: str, where: str, key: str) -> int:
     """Take the lock. Raises `ConfigError`, and OSError for a file that cannot be opened."""
     while True:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        file = os.open(path, flags, 0o644)
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
-            os.close(file)
-            raise ConfigError(
-                where,
-                f"{key}: {path}, the lock, is no file of this account alone; remove it, or have "
-                "the lock in a directory that others cannot write to",
-            )
+        file = open_lock(path, os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
