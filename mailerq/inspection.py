@@ -37,6 +37,9 @@ SECONDS: Final = 10.0
 MAX_REPORT_BYTES: Final = 1 << 20
 """Of what the child says."""
 
+_REPORT: Final = re.compile(rb"^report (.*)\n", re.MULTILINE)
+"""The line with its report; what the core or the plugin writes there begins otherwise."""
+
 CLOSE: Final = 0.7
 """How alike two names must be for one to be meant by the other."""
 
@@ -243,12 +246,11 @@ def _access(path: str, facts: os.stat_result, owners: Collection[int]) -> Iterat
 def _try(report: Report, image: elf.Image, seconds: float) -> None:
     path = os.path.abspath(report.path)  # the loader looks elsewhere for a name without a slash
     said, status = _run(path, seconds)
-    *lines, last = said.splitlines() or [""]
-    try:
-        told = json.loads(last)
-    except ValueError:
-        report.findings.append(Finding("error", _failure([*lines, last], status, seconds)))
+    if (match := _REPORT.search(said)) is None:
+        lines = said.decode("utf-8", "replace").splitlines()
+        report.findings.append(Finding("error", _failure(lines, status, seconds)))
         return
+    told = json.loads(match[1])
     report.findings += (Finding("warning", text) for text in told["warnings"])
     if "problem" not in told:
         report.version, report.id_size = told["version"], told["id_size"]
@@ -281,7 +283,7 @@ def _failure(lines: list[str], status: int | None, seconds: float) -> str:
     return f"ends the process with status {status} when it is opened{about}"
 
 
-def _run(path: str, seconds: float) -> tuple[str, int | None]:
+def _run(path: str, seconds: float) -> tuple[bytes, int | None]:
     """What a child says that opens the file, and its exit status, None when it takes too long."""
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as output:
@@ -298,16 +300,16 @@ def _run(path: str, seconds: float) -> tuple[str, int | None]:
         end = time.monotonic() + seconds
         said = b""
         try:
-            while len(said) < MAX_REPORT_BYTES and not said.endswith(b"}\n"):
+            while len(said) < MAX_REPORT_BYTES and not _REPORT.search(said):
                 left = end - time.monotonic()
                 if left <= 0 or not select.select([output], [], [], left)[0]:
-                    return said.decode("utf-8", "replace"), None
+                    return said, None
                 if not (data := output.read(1 << 16)):
                     break
                 said += data
             with suppress(subprocess.TimeoutExpired):
                 child.wait(max(end - time.monotonic(), 1.0))
-            return said.decode("utf-8", "replace"), child.returncode
+            return said, child.returncode
         finally:
             # Whatever it has started goes with it.
             with suppress(ProcessLookupError):
@@ -327,7 +329,7 @@ class _Lines(logging.Handler):
 
 
 def _trial(writing: int, path: str) -> int:
-    """The child: open one plugin, and tell what came of it in JSON on the last line."""
+    """The child: open one plugin, and tell what came of it in JSON, on a line of its own."""
     faults.report_to([(writing, b"")])
     watch = faults.Watch()
     watch.start(SECONDS / 10)
@@ -347,7 +349,7 @@ def _trial(writing: int, path: str) -> int:
         ((version, functions),) = library.exports.values()
         told |= {"version": version, "functions": functions, "id_size": library.id_size}
     watch.stop()
-    os.write(writing, json.dumps(told).encode() + b"\n")
+    os.write(writing, f"\nreport {json.dumps(told)}\n".encode())
     os._exit(0)  # what the plugin does at the end of a process is not our question
 
 

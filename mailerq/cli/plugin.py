@@ -49,7 +49,12 @@ def main(settings: list[str], rest: list[str]) -> int:
     )  # fmt: skip
     options = parser.parse_args(rest)
     config = Config.load(settings)
-    files = [path for name in options.files or [config.plugin_directory] for path in _files(name)]
+    names = options.files or [config.plugin_directory]
+    try:
+        files = [path for name in names for path in _files(name)]
+    except OSError as error:
+        complain(f"the plugins of {os.fsdecode(error.filename)} cannot be listed: {error.strerror}")
+        return 2
     if not files:
         complain("no plugin to check")
     owners = [each.pw_uid for each in pwd.getpwall() if each.pw_name == config.user]
