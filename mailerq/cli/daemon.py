@@ -171,17 +171,26 @@ def _lock(config: Config) -> Iterator[None]:
         raise ConfigError(where, f"{key}: cannot open {path}{whose}: {error.strerror}") from None
     os.ftruncate(file, 0)
     os.write(file, f"{os.getpid()}\n".encode())
+    ours = os.fstat(file)
     try:
         yield
     finally:
-        try:
-            with as_owner(directory):
-                os.unlink(path)
-        except OSError:
-            # No longer root, perhaps: nobody's process id is left in it. Or the disk is read-only.
-            with suppress(OSError):
-                os.ftruncate(file, 0)
-        os.close(file)
+        # A plugin may have closed it, and another file have its number by now.
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file), ours):
+                _give_up(file, path, directory)
+
+
+def _give_up(file: int, path: str, directory: str) -> None:
+    """Release the lock and leave nobody's process id behind."""
+    try:
+        with as_owner(directory):
+            os.unlink(path)
+    except OSError:
+        # No longer root, perhaps, or the disk is read-only.
+        with suppress(OSError):
+            os.ftruncate(file, 0)
+    os.close(file)
 
 
 def _locked(path: str, where: str, key: str) -> int:
