@@ -17,7 +17,7 @@ import mailerq
 from mailerq import __version__, faults
 from mailerq.cli import logs
 from mailerq.cli.common import Parser, complain
-from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, join, prepare
+from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, fail, join, prepare
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 from mailerq.privileges import as_owner
@@ -228,9 +228,8 @@ def _run(config: Config) -> int:
         return trio.run(_serve, config)
     except (ConfigError, PluginError, QueueError):
         raise
-    except Exception:
-        log.critical("the engine failed", exc_info=True)
-        return os.EX_SOFTWARE
+    except Exception as error:
+        fail(error)
 
 
 async def _serve(config: Config) -> int:
