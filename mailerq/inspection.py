@@ -27,7 +27,7 @@ from typing import Any, Final, Literal
 from mailerq import _core, elf, faults
 from mailerq.errors import PluginError
 
-__all__ = ["Finding", "Report", "announce", "examine"]
+__all__ = ["Finding", "Report", "announce", "examine", "plugins_in"]
 
 log = logging.getLogger("mailerq")
 
@@ -36,6 +36,9 @@ SECONDS: Final = 10.0
 
 MAX_REPORT_BYTES: Final = 1 << 20
 """Of what the child says."""
+
+_REPORT: Final = re.compile(rb"^report (.*)\n", re.MULTILINE)
+"""The line with its report; what the core or the plugin writes there begins otherwise."""
 
 CLOSE: Final = 0.7
 """How alike two names must be for one to be meant by the other."""
@@ -75,6 +78,20 @@ class Report:
         """0: nothing was found; 1: warnings; 2: it cannot be used."""
         levels = {finding.level for finding in self.findings}
         return 2 if "error" in levels else 1 if levels else 0
+
+
+def plugins_in(directory: str) -> list[str]:
+    """The files of a directory that are plugins: every ``*.so``, in byte order of the names.
+
+    A name that starts with a dot is not one of them: it is what editors and copies in progress
+    leave. Raises OSError.
+    """
+    names = sorted(os.listdir(os.fsencode(directory)))
+    return [
+        os.path.join(directory, os.fsdecode(name))
+        for name in names
+        if name.endswith(b".so") and not name.startswith(b".")
+    ]
 
 
 def examine(
@@ -229,12 +246,11 @@ def _access(path: str, facts: os.stat_result, owners: Collection[int]) -> Iterat
 def _try(report: Report, image: elf.Image, seconds: float) -> None:
     path = os.path.abspath(report.path)  # the loader looks elsewhere for a name without a slash
     said, status = _run(path, seconds)
-    *lines, last = said.splitlines() or [""]
-    try:
-        told = json.loads(last)
-    except ValueError:
-        report.findings.append(Finding("error", _failure([*lines, last], status, seconds)))
+    if (match := _REPORT.search(said)) is None:
+        lines = said.decode("utf-8", "replace").splitlines()
+        report.findings.append(Finding("error", _failure(lines, status, seconds)))
         return
+    told = json.loads(match[1])
     report.findings += (Finding("warning", text) for text in told["warnings"])
     if "problem" not in told:
         report.version, report.id_size = told["version"], told["id_size"]
@@ -267,7 +283,7 @@ def _failure(lines: list[str], status: int | None, seconds: float) -> str:
     return f"ends the process with status {status} when it is opened{about}"
 
 
-def _run(path: str, seconds: float) -> tuple[str, int | None]:
+def _run(path: str, seconds: float) -> tuple[bytes, int | None]:
     """What a child says that opens the file, and its exit status, None when it takes too long."""
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as output:
@@ -284,16 +300,16 @@ def _run(path: str, seconds: float) -> tuple[str, int | None]:
         end = time.monotonic() + seconds
         said = b""
         try:
-            while len(said) < MAX_REPORT_BYTES and not said.endswith(b"}\n"):
+            while len(said) < MAX_REPORT_BYTES and not _REPORT.search(said):
                 left = end - time.monotonic()
                 if left <= 0 or not select.select([output], [], [], left)[0]:
-                    return said.decode("utf-8", "replace"), None
+                    return said, None
                 if not (data := output.read(1 << 16)):
                     break
                 said += data
             with suppress(subprocess.TimeoutExpired):
                 child.wait(max(end - time.monotonic(), 1.0))
-            return said.decode("utf-8", "replace"), child.returncode
+            return said, child.returncode
         finally:
             # Whatever it has started goes with it.
             with suppress(ProcessLookupError):
@@ -313,7 +329,7 @@ class _Lines(logging.Handler):
 
 
 def _trial(writing: int, path: str) -> int:
-    """The child: open one plugin, and tell what came of it in JSON on the last line."""
+    """The child: open one plugin, and tell what came of it in JSON, on a line of its own."""
     faults.report_to([(writing, b"")])
     watch = faults.Watch()
     watch.start(SECONDS / 10)
@@ -333,7 +349,7 @@ def _trial(writing: int, path: str) -> int:
         ((version, functions),) = library.exports.values()
         told |= {"version": version, "functions": functions, "id_size": library.id_size}
     watch.stop()
-    os.write(writing, json.dumps(told).encode() + b"\n")
+    os.write(writing, f"\nreport {json.dumps(told)}\n".encode())
     os._exit(0)  # what the plugin does at the end of a process is not our question
 
 

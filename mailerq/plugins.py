@@ -42,7 +42,7 @@ from mailerq import _core, ids
 from mailerq._core import NOTHING, Call, Connection, crypt
 from mailerq.address import parse_mailbox
 from mailerq.errors import AddressError, PluginError
-from mailerq.inspection import announce
+from mailerq.inspection import announce, plugins_in
 from mailerq.message import Message, decode_properties, encode_properties
 
 __all__ = [
@@ -221,26 +221,20 @@ class Plugins:
         hostname: str = "",
         server_id: int | None = None,
     ) -> Self:
-        """Open every ``*.so`` of a directory, in byte order of the names; a missing one is empty.
+        """Open every plugin of a directory; a missing one is empty.
 
-        A name that starts with a dot is not one of them: it is what editors and copies in progress
-        leave. Raises `PluginError` when one of them cannot be used.
+        Raises `PluginError` when one of them cannot be used.
         """
-        names: list[bytes] = []
+        paths: list[str] = []
         if directory:
             try:
-                names = os.listdir(os.fsencode(directory))
+                paths = plugins_in(os.path.abspath(directory))
             except FileNotFoundError:
                 pass
             except OSError as error:
                 problem = f"the plugins cannot be listed: {error.strerror}"
                 raise PluginError(f"plugin-directory {directory}: {problem}") from None
         ids.set_machine(server_id, hostname)
-        paths = [
-            os.path.join(os.path.abspath(directory or ""), os.fsdecode(name))
-            for name in sorted(names)
-            if name.endswith(b".so") and not name.startswith(b".")
-        ]
         library = _core.Library(paths)
         announce(library)
         return cls(library, timeout)

@@ -193,9 +193,27 @@ def test_a_queue_that_a_daemon_holds_without_answering_is_named(tmp_path: Path) 
         assert f"queue.lock is held by another mailerq, process {running.process.pid}" in said
 
 
-def test_a_lock_may_be_no_link(tmp_path: Path) -> None:
-    (tmp_path / "pid").symlink_to(tmp_path / "precious")
-    assert f"lock: cannot open {tmp_path}/pid: " in check(tmp_path)
+def test_a_lock_may_be_nothing_that_others_have_planted(tmp_path: Path) -> None:
+    lock = tmp_path / "pid"
+    lock.symlink_to(tmp_path / "precious")
+    assert f"lock: cannot open {lock}: " in check(tmp_path)
+    lock.unlink()
+    os.mkfifo(lock)
+    assert f"lock: cannot open {lock}: it is no file of this account alone" in check(tmp_path)
+    lock.unlink()
+    (tmp_path / "precious").touch()
+    lock.hardlink_to(tmp_path / "precious")
+    assert f"lock: cannot open {lock}: it is no file of this account alone" in check(tmp_path)
+
+
+def test_a_lock_may_be_in_a_queue_directory_that_is_yet_to_be_made(tmp_path: Path) -> None:
+    assert "queue is missing: the daemon will make it" in check(tmp_path, "--lock=", status=0)
+    said = check(tmp_path, "--lock=", f"--queue-directory={tmp_path}/pid/queue", status=0)
+    assert "queue is missing" in said
+    (tmp_path / "pid").touch()
+    said = check(tmp_path, "--lock=", f"--queue-directory={tmp_path}/pid/queue")
+    assert "queue-directory:" in said
+    assert "1 mistake:" in said
 
 
 BREAKS = """

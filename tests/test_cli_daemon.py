@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from mailerq.cli.daemon import _lock
 from mailerq.cli.status import FIGURES, WORDS, _flatten
+from mailerq.config import Config
 from tests.support import ROOT, closed_port, compile_plugin, mailerq
 
 MAIL = b"From: a@b.test\r\n\r\nhello\r\n"
@@ -161,6 +163,25 @@ def test_every_figure_of_status_is_explained(tmp_path: Path) -> None:
         assert known & WORDS.keys(), f"{name} is not in WORDS"
     said = mailerq("status", "--help").stdout.decode()
     assert all(text in said for text in WORDS.values())
+
+
+def test_a_lock_whose_descriptor_a_plugin_has_closed_costs_no_other_file(tmp_path: Path) -> None:
+    lock, precious = tmp_path / "pid", tmp_path / "precious"
+    precious.write_text("mail")
+    with _lock(Config.load(settings_in(tmp_path))):
+        (fd,) = [int(name) for name in os.listdir("/proc/self/fd") if is_open(name, lock)]
+        with precious.open("r+b") as file:
+            os.dup2(file.fileno(), fd)
+        lock.unlink()
+    assert precious.read_text() == "mail"
+    assert is_open(str(fd), precious)
+    os.close(fd)
+
+
+def is_open(fd: str, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.readlink(f"/proc/self/fd/{fd}") == str(path)
+    return False
 
 
 def test_a_second_daemon_is_turned_away_and_told_by_whom(tmp_path: Path) -> None:

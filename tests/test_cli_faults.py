@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +49,10 @@ class Running:
     def talk(self, *commands: str) -> None:
         """Be a client whose last command gets no answer."""
         port = int(self.wait_for("listens on").rpartition(":")[2].split(",")[0])
-        with suppress(OSError, smtplib.SMTPException):
-            client = smtplib.SMTP("127.0.0.1", port, timeout=5)
+        with (
+            suppress(OSError, smtplib.SMTPException),
+            closing(smtplib.SMTP("127.0.0.1", port, timeout=5)) as client,
+        ):
             client.timeout = 0.5
             assert client.sock is not None
             client.sock.settimeout(0.5)
@@ -98,6 +100,13 @@ def test_a_crash_is_the_last_line_of_both_logs(tmp_path: Path) -> None:
         assert running.process.wait(20) == -signal.SIGSEGV
         for lines in (running.lines, running.log):
             assert re.fullmatch(rf"\[Critical\] \[[-: \d]+\] SIGSEGV in {RCPTTO}", lines[-1])
+
+
+def test_a_descriptor_that_nobody_can_do_without_is_said_to_be_closed(tmp_path: Path) -> None:
+    with daemon(tmp_path, "mq_smtp_in_rcptto", "close") as running:
+        running.talk(*MAIL)
+        assert running.process.wait(20) == os.EX_SOFTWARE
+        assert "a plugin closes descriptors that are not its own (faulty.so)" in running.log[-1]
 
 
 def test_a_crash_is_said_in_the_file_that_logrotate_left(tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ def test_with_neither_queue_nor_port_it_is_to_be_tried_again(
             tmp_path / "no", "--smtp-ip=127.0.0.1", f"--smtp-port={port}", "c@d.test",
             status=os.EX_TEMPFAIL,
         )  # fmt: skip
-    assert f"{tmp_path}/no is not writable for this user" in text
+    assert f"{tmp_path}/no is not there yet" in text
     assert f"127.0.0.1 port {port} does not answer (Connection refused)" in text
 
 

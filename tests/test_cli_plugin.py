@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mailerq.cli.plugin import main
 from mailerq.inspection import Report, examine
 from mailerq.plugins import Plugins
 from tests.plugins.kit import ROOT, SOURCES, build, build_text
@@ -88,6 +90,15 @@ def test_the_worst_of_several_is_the_exit_status(tmp_path: Path) -> None:
     done = mailerq("plugin", "check", f"--plugin-directory={tmp_path}", "--json")
     assert done.returncode == 2
     assert [report["status"] for report in json.loads(done.stdout)] == [0, 1, 2]
+
+
+def test_of_a_directory_the_files_are_checked_that_a_start_would_load(tmp_path: Path) -> None:
+    shutil.copy(plugin(tmp_path, GOOD), tmp_path / ".copy.so")
+    (tmp_path / ".broken.so").write_text("half of it")
+    status, text = check(tmp_path)
+    assert status == 0
+    assert text.startswith(f"{tmp_path}/tried.so: good\n")
+    assert ".so" not in text.removeprefix(f"{tmp_path}/tried.so")
 
 
 def test_a_name_that_is_misspelt_is_told_from_the_right_one(tmp_path: Path) -> None:
@@ -272,6 +283,33 @@ def test_what_hangs_the_child_is_reported(
     (text,) = errors(tmp_path / "tried.so", 3)
     assert text.startswith("cannot be opened within 3 s: the process has stood still in ")
     assert ("constructor" if where == "constructor" else where) in text
+
+
+def test_what_a_plugin_writes_to_descriptors_of_others_is_no_report(tmp_path: Path) -> None:
+    text = (
+        GOOD
+        + """
+    #include <unistd.h>
+    __attribute__((constructor)) static void load(void)
+    {
+        for (int fd = 3; fd < 40; fd++) if (write(fd, "{\\"version\\": 1}\\n", 15) < 0) continue;
+    }
+    """
+    )
+    assert check(plugin(tmp_path, text))[1].splitlines()[1:2] == ["  interface version 2"]
+
+
+def test_a_directory_that_cannot_be_listed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(directory: str) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", os.fsencode(directory))
+
+    monkeypatch.setattr("mailerq.cli.plugin.plugins_in", refuse)  # root can list any
+    assert main([], ["check", str(tmp_path)]) == 2
+    assert (
+        f"the plugins of {tmp_path} cannot be listed: Permission denied" in capsys.readouterr()[1]
+    )
 
 
 def test_nothing_is_run_when_nothing_is_to_be_opened(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Final
 from mailerq import inspection
 from mailerq.cli import control
 from mailerq.cli.common import command_parser, complain, print_json
-from mailerq.cli.daemon import lock_path
+from mailerq.cli.daemon import lock_place, open_lock
 from mailerq.cli.logs import account_of, names
 from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem
@@ -31,6 +31,7 @@ from mailerq.net.addresses import LocalAddresses
 from mailerq.net.auth import parse_backend
 from mailerq.net.listener import unusable
 from mailerq.net.tls import tls_context, try_handshake
+from mailerq.privileges import as_owner
 from mailerq.queues.exclusive import LOCK_NAME
 from mailerq.queues.shares import share_directory, shares_in
 from mailerq.queues.store import FILE_NAME
@@ -167,7 +168,9 @@ def _check_user(config: Config, running: Running) -> Iterator[Problem]:
 def _check_plugins(config: Config, running: Running) -> Iterator[Problem]:
     """Examine each plugin in a process of its own: what it does there is its own."""
     try:
-        paths = _plugins(config)
+        paths = inspection.plugins_in(config.plugin_directory)
+    except FileNotFoundError:
+        return
     except OSError as error:
         text = f"{config.plugin_directory}: {error.strerror}"
         yield _problem(config, "plugin-directory", text)
@@ -180,15 +183,6 @@ def _check_plugins(config: Config, running: Running) -> Iterator[Problem]:
                 yield _problem(config, "plugin-directory", f"{path}: {finding.text}")
             else:
                 log.warning("%s: %s", path, finding.text)
-
-
-def _plugins(config: Config) -> list[str]:
-    """The files that would be loaded. Raises OSError for a directory that cannot be read."""
-    directory = config.plugin_directory
-    if not os.path.isdir(directory):
-        return []
-    names = sorted(name for name in os.listdir(directory) if name.endswith(".so"))
-    return [os.path.join(directory, name) for name in names if name[0] != "."]
 
 
 def _check_tls(config: Config, running: Running) -> Iterator[Problem]:
@@ -230,21 +224,23 @@ def _check_ports(config: Config, running: Running) -> Iterator[Problem]:
 
 
 def _check_lock(config: Config, running: Running) -> Iterator[Problem]:
-    path = lock_path(config)
+    path, key, user = lock_place(config)
+    directory = os.path.dirname(path) or "."
+    if not config.lock and not os.path.isdir(directory):
+        return  # The start makes it, or `_check_queue` says why not.
     try:
-        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        if reason := _cannot_make(path):
-            yield _problem(config, "lock", f"cannot open {path}: {reason}")
-        return
+        with as_owner(directory, user):
+            lock = open_lock(path)
     except OSError as error:
-        yield _problem(config, "lock", f"cannot open {path}: {error.strerror}")
+        missing = isinstance(error, FileNotFoundError)
+        if reason := _cannot_make(path) if missing else error.strerror:
+            yield _problem(config, key, f"cannot open {path}: {reason}")
         return
     with open(lock, "rb") as file:
         pid = file.read(20).decode("ascii", "replace").strip()
         if (running is None or str(running["pid"]) != pid) and _is_locked(lock):
             text = f"another mailerq is running (process {pid or 'unknown'}), {path} is locked"
-            yield _problem(config, "lock", text)
+            yield _problem(config, key, text)
 
 
 def _check_application_log(config: Config, running: Running) -> Iterator[Problem]:
@@ -402,14 +398,13 @@ def _notes(config: Config) -> Iterator[str]:
     directory = config.plugin_directory
     if not directory:
         yield "plugin-directory is empty: no plugins are loaded"
-    elif not os.path.isdir(directory):
+    elif not os.path.exists(directory):
         yield f"plugin-directory {directory} is missing: no plugins are loaded"
     else:
-        with suppress(OSError):  # which is a problem, and told as one
-            if names := [os.path.basename(path) for path in _plugins(config)]:
-                yield f"plugin-directory {directory} has {', '.join(names)}"
-            else:
-                yield f"plugin-directory {directory} has no *.so in it: no plugins are loaded"
+        with suppress(OSError):  # that it cannot be read has been said
+            names = map(os.path.basename, inspection.plugins_in(directory))
+            found = ", ".join(names) or "no *.so in it: no plugins are loaded"
+            yield f"plugin-directory {directory} has {found}"
     if not os.path.isdir(config.queue_directory):
         yield f"queue-directory {config.queue_directory} is missing: the daemon will make it"
     if account_of(config) is not None:

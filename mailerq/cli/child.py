@@ -10,7 +10,6 @@ over may take long, and neither the end nor who wants the share back is to wait 
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import signal
@@ -26,7 +25,7 @@ import trio
 from mailerq import faults
 from mailerq.cli import logs
 from mailerq.cli.process import HEAD
-from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, prepare
+from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, fail, prepare
 from mailerq.config import Config
 from mailerq.engine import Engine
 from mailerq.errors import ConfigError, MailerqError, PluginError
@@ -34,8 +33,6 @@ from mailerq.message import decode_properties, encode_properties
 from mailerq.net import control
 
 __all__ = ["main"]
-
-log = logging.getLogger("mailerq")
 
 READ_BYTES: Final = 1 << 16
 
@@ -59,9 +56,8 @@ def main() -> int:
         settings = isinstance(error, ConfigError | PluginError)
         _say(parent, {"failed": str(error), "temporary": not settings})
         return os.EX_CONFIG if settings else os.EX_TEMPFAIL
-    except Exception:
-        log.critical("the engine failed", exc_info=True)
-        return os.EX_SOFTWARE
+    except Exception as error:
+        fail(error)
     return os.EX_OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -16,7 +17,7 @@ import mailerq
 from mailerq import __version__, faults
 from mailerq.cli import logs
 from mailerq.cli.common import Parser, complain
-from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, join, prepare
+from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, fail, join, prepare
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 from mailerq.privileges import as_owner
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from mailerq.engine import Engine
 
-__all__ = ["lock_path", "main"]
+__all__ = ["lock_place", "main", "open_lock"]
 
 log = logging.getLogger("mailerq")
 
@@ -129,9 +130,26 @@ def _print_help(parser: Parser) -> None:
     parser.print_help()
 
 
-def lock_path(config: Config) -> str:
-    """The pid file."""
-    return config.lock or os.path.join(config.queue_directory, "mailerq.pid")
+def lock_place(config: Config) -> tuple[str, str, str]:
+    """The pid file, the setting that says where it is, and the account that has it beside root."""
+    if config.lock:
+        return config.lock, "lock", ""
+    return os.path.join(config.queue_directory, "mailerq.pid"), "queue-directory", config.user
+
+
+def open_lock(path: str, flags: int = 0) -> int:
+    """Open the pid file. Raises OSError, also for one that others may have planted."""
+    flags |= os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.open(path, flags, 0o644)
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+        os.close(file)
+        raise PermissionError(
+            errno.EPERM,
+            "it is no file of this account alone; remove it, or have the lock in a directory that "
+            "others cannot write to",
+        )
+    return file
 
 
 @contextmanager
@@ -142,8 +160,7 @@ def _lock(config: Config) -> Iterator[None]:
     is taken before anything else is opened, and says which process to ask or to stop.
     """
     make_directory(config.queue_directory, config.user)
-    key, user = ("lock", "") if config.lock else ("queue-directory", config.user)
-    path = lock_path(config)
+    path, key, user = lock_place(config)
     directory = os.path.dirname(path) or "."
     where = config.origin(key)
     try:
@@ -154,32 +171,32 @@ def _lock(config: Config) -> Iterator[None]:
         raise ConfigError(where, f"{key}: cannot open {path}{whose}: {error.strerror}") from None
     os.ftruncate(file, 0)
     os.write(file, f"{os.getpid()}\n".encode())
+    ours = os.fstat(file)
     try:
         yield
     finally:
-        try:
-            with as_owner(directory):
-                os.unlink(path)
-        except OSError:
-            # No longer root, perhaps: nobody's process id is left in it. Or the disk is read-only.
-            with suppress(OSError):
-                os.ftruncate(file, 0)
-        os.close(file)
+        # A plugin may have closed it, and another file have its number by now.
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file), ours):
+                _give_up(file, path, directory)
+
+
+def _give_up(file: int, path: str, directory: str) -> None:
+    """Release the lock and leave nobody's process id behind."""
+    try:
+        with as_owner(directory):
+            os.unlink(path)
+    except OSError:
+        # No longer root, perhaps, or the disk is read-only.
+        with suppress(OSError):
+            os.ftruncate(file, 0)
+    os.close(file)
 
 
 def _locked(path: str, where: str, key: str) -> int:
     """Take the lock. Raises `ConfigError`, and OSError for a file that cannot be opened."""
     while True:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        file = os.open(path, flags, 0o644)
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
-            os.close(file)
-            raise ConfigError(
-                where,
-                f"{key}: {path}, the lock, is no file of this account alone; remove it, or have "
-                "the lock in a directory that others cannot write to",
-            )
+        file = open_lock(path, os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -211,9 +228,8 @@ def _run(config: Config) -> int:
         return trio.run(_serve, config)
     except (ConfigError, PluginError, QueueError):
         raise
-    except Exception:
-        log.critical("the engine failed", exc_info=True)
-        return os.EX_SOFTWARE
+    except Exception as error:
+        fail(error)
 
 
 async def _serve(config: Config) -> int:

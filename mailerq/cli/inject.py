@@ -355,6 +355,8 @@ def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]
     host = next((ip for ip in config.smtp_ip if ip not in ("0.0.0.0", "::")), "127.0.0.1")
     port = config.smtp_port[0] if config.smtp_port else 0
     where = f"{host} port {port}"
+    directory = config.queue_directory
+    lack = "is not writable for this user" if os.path.isdir(directory) else "is not there yet"
     try:
         paths = [_path(address) for address in (sender, *recipients)]
         if not all(path.isascii() for path in paths):
@@ -374,8 +376,8 @@ def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]
     except (OSError, smtplib.SMTPException) as error:
         raise Refused(
             os.EX_TEMPFAIL,
-            f"the mail cannot be kept now: {config.queue_directory} is not writable for this "
-            f"user, and {where} does not answer ({getattr(error, 'strerror', None) or error})",
+            f"the mail cannot be kept now: {directory} {lack}, "
+            f"and {where} does not answer ({getattr(error, 'strerror', None) or error})",
         ) from None
     return {"via": "smtp", "recipients": list(recipients), "reply": text.decode(errors="replace")}
 

@@ -11,7 +11,7 @@ from typing import Final
 from mailerq.cli.common import Parser, command_parser, complain, print_json
 from mailerq.config import Config
 from mailerq.escaping import escape
-from mailerq.inspection import SECONDS, Report, examine
+from mailerq.inspection import SECONDS, Report, examine, plugins_in
 
 __all__ = ["main"]
 
@@ -49,9 +49,12 @@ def main(settings: list[str], rest: list[str]) -> int:
     )  # fmt: skip
     options = parser.parse_args(rest)
     config = Config.load(settings)
-    files = [
-        path for name in options.files or [config.plugin_directory] for path in _plugins_in(name)
-    ]
+    names = options.files or [config.plugin_directory]
+    try:
+        files = [path for name in names for path in _files(name)]
+    except OSError as error:
+        complain(f"the plugins of {os.fsdecode(error.filename)} cannot be listed: {error.strerror}")
+        return 2
     if not files:
         complain("no plugin to check")
     owners = [each.pw_uid for each in pwd.getpwall() if each.pw_name == config.user]
@@ -66,12 +69,11 @@ def main(settings: list[str], rest: list[str]) -> int:
     return max((report.status for report in reports), default=0)
 
 
-def _plugins_in(name: str) -> list[str]:
-    """The file itself, or the plugins of a directory in load order."""
-    if not os.path.isdir(name):
-        return [name] if name else []
-    names = sorted(map(os.fsencode, os.listdir(name)))
-    return [os.path.join(name, os.fsdecode(each)) for each in names if each.endswith(b".so")]
+def _files(name: str) -> list[str]:
+    """The file itself, or the plugins of a directory. Raises OSError."""
+    if os.path.isdir(name):
+        return plugins_in(name)
+    return [name] if name else []
 
 
 VERDICTS: Final = ("good", "can be used, but", "cannot be used")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
 import resource
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Final
+from typing import Final, NoReturn
 
 from mailerq.config import Config
 from mailerq.privileges import no_new_privileges
 
-__all__ = ["HURRY_SECONDS", "OVERDUE_SECONDS", "end_at_once", "join", "prepare"]
+__all__ = ["HURRY_SECONDS", "OVERDUE_SECONDS", "end_at_once", "fail", "join", "prepare"]
 
 log = logging.getLogger("mailerq")
 
@@ -54,6 +55,32 @@ def end_at_once(number: int) -> None:
     sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Log what has ended the engine, and end the process: threads of it may wait for ever.
+
+    That is safe: what was accepted is on disk. A descriptor that is closed is a plugin's doing.
+    """
+    from mailerq.plugins import stray_close
+
+    log.critical("the engine failed", exc_info=error)
+    if any(isinstance(cause, OSError) and cause.errno == errno.EBADF for cause in _causes(error)):
+        stray_close("a descriptor that the process cannot do without")
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(os.EX_SOFTWARE)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and all that led to it."""
+    if error is None:
+        return
+    yield error
+    yield from _causes(error.__cause__ or error.__context__)
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _causes(part)
 
 
 def join(addresses: Iterable[tuple[str, int]]) -> str:

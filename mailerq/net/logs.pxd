@@ -8,7 +8,7 @@ cdef class LogFile:
     cdef public int _file
     cdef public double _checked
     cdef public Py_ssize_t lost_lines
-    cdef public object _path, _clock
+    cdef public object _path, _clock, _opened
     cdef object __weakref__
 
     cpdef write(self, text)
@@ -17,3 +17,4 @@ cdef class LogFile:
 
 
 cpdef _open(path)
+cpdef _identity(int file)

@@ -10,6 +10,7 @@ from typing import Final
 
 from mailerq.escaping import escape
 from mailerq.message import format_time
+from mailerq.plugins import stray_close
 
 __all__ = ["RATION_SECONDS", "LogFile", "Ration"]
 
@@ -31,6 +32,7 @@ class LogFile:
         self._path = path
         self._clock = clock
         self._file = _open(path)
+        self._opened = _identity(self._file)
         self._checked = 0.0
         self.lost_lines = 0
 
@@ -52,24 +54,35 @@ class LogFile:
             self.lost_lines += 1
 
     def close(self) -> None:
-        os.close(self._file)
+        if _identity(self._file) == self._opened:
+            os.close(self._file)
+        else:
+            stray_close(f"the log {self._path}")
 
     def _reopen_if_gone(self) -> None:
+        is_ours = _identity(self._file) == self._opened
         try:
-            there, ours = os.stat(self._path), os.fstat(self._file)
-            gone = (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino)
+            there = os.stat(self._path)
+            gone = not is_ours or (there.st_dev, there.st_ino) != self._opened
         except FileNotFoundError:
             gone = True
         except OSError:
             return
-        if gone:
-            try:
-                file = _open(self._path)
-            except OSError:
-                return
+        if not gone:
+            return
+        try:
+            file = _open(self._path)
+        except OSError:
+            return
+        if is_ours:
             # The number stays: another thread may be about to write to it.
             os.dup2(file, self._file, inheritable=False)
             os.close(file)
+        else:
+            # The number may be somebody else's by now.
+            self._file = file
+            stray_close(f"the log {self._path}")
+        self._opened = _identity(self._file)
 
 
 class Ration:
@@ -134,3 +147,12 @@ class Ration:
 
 def _open(path: str) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+
+
+def _identity(file: int) -> tuple[int, int] | None:
+    """Which file a descriptor is of, None when it is closed."""
+    try:
+        status = os.fstat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

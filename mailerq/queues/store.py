@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,6 +59,8 @@ from mailerq.queues.records import (
 from mailerq.queues.shares import first_number
 
 __all__ = ["FILE_NAME", "Bounds", "Store", "lock_directory"]
+
+logger = logging.getLogger("mailerq.queues")
 
 FILE_NAME: Final = "queue.db"
 
@@ -194,7 +197,15 @@ class Store(Reader):
         super().close()
         locks, self._locks = self._locks, []
         for lock in locks:
-            os.close(lock)
+            try:
+                os.close(lock)
+            except OSError as error:
+                logger.error(
+                    "%s: a lock cannot be closed (%s): a plugin closes descriptors that are not "
+                    "its own",
+                    self.path,
+                    error.strerror,
+                )
 
     def publish(self, publications: Iterable[Publication]) -> list[int]:
         """Make all of them durable and return their numbers, or raise and none of them is."""

@@ -232,6 +232,40 @@ async def test_the_control_socket(
         await check(engine, caplog, "the control socket")
 
 
+async def test_a_log(tmp_path: Path, closer: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "received"
+    async with closing(tmp_path, closer, received_log_file=str(path)) as engine:
+        log = engine._server.received_log
+        assert log is not None
+        async with open_dialog(engine.addresses[0]) as dialog:
+            fd = log._file
+            assert (await dialog.say(f"MAIL FROM:<file{fd}@b.test>")).startswith("250")
+        log._checked = 0.0
+        await check(engine, caplog, f"the log {path}")
+    # What has the number now is nobody's to replace or to close.
+    assert os.readlink(f"/proc/self/fd/{fd}") == "/dev/null"
+    os.close(fd)
+    assert path.read_text().count("timer@d.test") == 3
+
+
+async def test_a_lock_of_the_queue(
+    tmp_path: Path, closer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with closing(tmp_path, closer) as engine, open_dialog(engine.addresses[0]) as dialog:
+        ours = [name for name in os.listdir("/proc/self/fd") if is_lock(tmp_path, name)]
+        for fd in ours:
+            assert (await dialog.say(f"MAIL FROM:<fd{fd}@b.test>")).startswith("250")
+            await dialog.say("RSET")
+    assert len(ours) == 1
+    assert "a lock cannot be closed (Bad file descriptor)" in caplog.text
+
+
+def is_lock(directory: Path, fd: str) -> bool:
+    with suppress(FileNotFoundError):
+        return os.readlink(f"/proc/self/fd/{fd}") == str(directory / "queue" / "queue.lock")
+    return False
+
+
 def unix_sockets() -> list[tuple[int, str]]:
     """The descriptors and names of this process's Unix sockets."""
     found = []
