@@ -286,6 +286,7 @@ async def test_a_field_makes_no_mail_of_a_result(
             smtp_sink_address="127.0.0.1",
             smtp_sink_port=sink.port,
             rabbitmq_success="success",
+            smtp_extract=("all",),
         )
         async with Engine(config) as engine:
             await send(engine.addresses[0], fields + b"x-mq-keepmime: 1\r\nTo: x\r\n\r\nhi\r\n")
