@@ -188,7 +188,9 @@ async def test_results_get_a_failure_as_well_and_keepmime_holds(
 ) -> None:
     body = b"x-mq-keepmime: 1\r\nSubject: x\r\n\r\nhi\r\n"
     async with (
-        failing_engine(tmp_path, failing, rabbitmq_results="results") as engine,
+        failing_engine(
+            tmp_path, failing, rabbitmq_results="results", smtp_extract=("all",)
+        ) as engine,
         open_dialog(engine.addresses[0]) as dialog,
     ):
         assert (await dialog.mail("a@d.test", "never@d.test", body=body)).startswith("250")
