@@ -25,7 +25,7 @@ from base64 import encodebytes
 from collections.abc import Iterator
 from typing import Final
 
-from mailerq.mail.headers import unfold
+from mailerq.mail.headers import HEADER_LIMIT, unfold
 from mailerq.wire.framing import has_bare_newline
 
 __all__ = ["to_seven_bit"]
@@ -33,8 +33,14 @@ __all__ = ["to_seven_bit"]
 MAX_DEPTH: Final = 50
 """Parts within parts. Mail that people write has five."""
 
+MAX_PARTS: Final = 10_000
+"""Parts of one mail. A digest of a busy list has some hundred; each takes time and memory."""
+
 MAX_BOUNDARY: Final = 200
 """Bytes of a boundary. RFC 2046 allows 70."""
+
+MAX_FIELD: Final = 1 << 17
+"""Bytes of a field with 8-bit bytes. One expression reads all of it, and holds Python's lock."""
 
 MAX_PARAMETERS: Final = 1 << 14
 """Bytes of a field whose parameters are read."""
@@ -129,6 +135,8 @@ class _Walk:
         self.out: list[bytes | memoryview] = []
         self._mime = mime
         self._done = 0  # up to here it is in `out`
+        self._parts = 0
+        self._headers = 0  # bytes of all of them so far
         self._open: list[bytes] = []  # boundaries, the outermost first
         self._blank = -1  # an empty line: the CRLF before it
         self._line = 0 if mime.startswith(b"--") else self._hyphens(0)
@@ -147,6 +155,9 @@ class _Walk:
                 return found
             start += SEARCH_BYTES
         return len(mime)
+
+    def _is_ascii(self, start: int, end: int) -> bool:
+        return all(block.isascii() for block in _blocks(self._mime, start, end))
 
     def _delimiter(self, limit: int) -> tuple[int, bool] | None:
         """The next delimiter before `limit`, which `_line` is at then.
@@ -174,14 +185,16 @@ class _Walk:
     def _junk(self) -> None:
         """Put out what nobody is meant to read: before the first part, and behind the last."""
         self._delimiter(len(self._mime))
-        self.out.append(self._mime[self._done : self._line].translate(_QUESTION_MARKS))
+        for block in _blocks(self._mime, self._done, self._line):
+            self.out.append(block.translate(_QUESTION_MARKS))
         self._done = self._line
 
     # Entities: each puts out all up to the next delimiter of a boundary that was open before.
 
     def entity(self, depth: int, *, message: bool, kind: bytes = b"text/plain") -> None:
         """A message, or a part that is of `kind` where it does not say what it is."""
-        if depth > MAX_DEPTH:
+        self._parts += 1
+        if depth > MAX_DEPTH or self._parts > MAX_PARTS:
             raise _CannotConvert
         mime, start = self._mime, self._done
         fields: list[bytes] = []
@@ -194,6 +207,9 @@ class _Walk:
             end, self._done = self._blank, min(self._blank + 4, len(mime))
             if self._delimiter(self._blank) is not None:
                 end = self._done = self._line  # it ends within its header
+            self._headers += end - start
+            if self._headers > HEADER_LIMIT:
+                raise _CannotConvert
             fields = _FIELDS(mime[start:end].removesuffix(b"\r\n"))
             separator = mime[max(end, self._done - 2) : self._done]
         else:
@@ -230,7 +246,8 @@ class _Walk:
         self._open.append(boundary)
         before = self._done
         found = self._delimiter(len(self._mime))
-        if (found is None or found[0] != level) and not self._mime[before : self._line].isascii():
+        text = found is None or found[0] != level
+        if text and not self._is_ascii(before, self._line):
             raise _CannotConvert  # no part, but text
         self._junk()
         while found is not None and found[0] == level:
@@ -249,7 +266,7 @@ class _Walk:
         if end < len(self._mime):
             end = max(start, end - 2)  # the CRLF before it is the delimiter's
         self._done = end
-        if all(block.isascii() for block in _blocks(self._mime, start, end)):
+        if self._is_ascii(start, end):
             self._put(header, separator, None, message=message)
             self.out.append(memoryview(self._mime)[start:end])
             return
@@ -368,6 +385,8 @@ def _is_utf8(text: bytes) -> bool:
 
 def _field(field: bytes) -> bytes:
     """A field that has 8-bit bytes, without them."""
+    if len(field) > MAX_FIELD:
+        raise _CannotConvert
     label, colon, value = field.partition(b":")
     name = label.rstrip(b" \t").lower()
     if not colon or not name.isascii() or name in _RIGID:

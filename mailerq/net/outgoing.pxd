@@ -15,7 +15,7 @@ cdef class Connection:
     cdef public bytes _held
     cdef public double _deadline, _asked
     cdef public object worker, route, local_ip, remote, _pool, _timeout, _life, _scope, _job
-    cdef public object _ahead, _calm, _plugin, _local, _converted
+    cdef public object _ahead, _calm, _plugin, _local, _converted, _doubtful
     cdef object __weakref__
 
     cpdef give(self, job)

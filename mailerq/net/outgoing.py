@@ -19,7 +19,8 @@ outside of an event meanwhile is held until the next dot, or it would be a part 
 
 A peer may answer out of step; `mailerq.wire.client` states when a reply counts. The message in
 doubt is tried again; where its body was not sent, at once on another connection. The pool
-remembers the host and sends it no envelopes ahead for a while.
+remembers the host for a while: it is sent no envelopes ahead, and new connections to it end with
+each mail, because QUIT proves the reply to a body.
 A peer without 8BITMIME gets a body in ASCII, which is made once for each connection that the
 message is given to (`mailerq.mail.seven_bit`); where it is long, in a thread.
 
@@ -36,7 +37,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -212,6 +213,7 @@ class Connection:
         self._protocol: ClientProtocol
         self._stream: Stream
         self._plugin: PluginConnection
+        self._doubtful: Collection[str] = ()
         self._local = ""
         self._converted: bytes | None = None
         self._messages = 0
@@ -266,8 +268,12 @@ class Connection:
 
     # The task
 
-    async def run(self, hosts: Sequence[Host]) -> None:
-        """Connect to the first of `hosts` that lets us in and send what the pool gives."""
+    async def run(self, hosts: Sequence[Host], doubtful: Collection[str] = ()) -> None:
+        """Connect to the first of `hosts` that lets us in and send what the pool gives.
+
+        The addresses in `doubtful` are of hosts that were out of step.
+        """
+        self._doubtful = doubtful
         report = None
         try:
             with self._life:
@@ -322,7 +328,9 @@ class Connection:
         if stream is None:
             return Report(responses.connect_timed_out(where))
         self._stream = stream
-        self._protocol = ClientProtocol(self._pool.config.hostname)
+        self._protocol = ClientProtocol(
+            self._pool.config.hostname, careful=host.address in self._doubtful
+        )
         self._messages = 0
         try:
             self._local, self.remote = stream.local[0], host.address

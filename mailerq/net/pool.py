@@ -92,7 +92,7 @@ MAX_NAMED: Final = 20
 """Domains whose queues `Pool.statistics` names."""
 
 OUT_OF_STEP_SECONDS: Final = 3600.0
-"""How long a host that answered out of step is sent no envelopes ahead."""
+"""How long a host that answered out of step is sent no envelopes ahead, and served carefully."""
 
 MAX_OUT_OF_STEP: Final = 10_000
 """Hosts that are remembered so; those that answered so longest ago are forgotten."""
@@ -231,7 +231,7 @@ class Pool:
         destination = self._connections[connection]
         jobs = destination.jobs
         may = destination.ahead and not (self._stopping or self._starved)
-        if self._out_of_step and self._out_of_step.get(connection.remote, 0.0) > monotonic():
+        if self._was_out_of_step(connection.remote):
             may = False
         while may and len(jobs) > len(destination.opening):
             job = jobs.popleft()
@@ -257,14 +257,17 @@ class Pool:
         if len(self._doubts) < MAX_DOUBTS:
             self._doubts[host.address] = now + DOUBT_SECONDS
 
+    def _was_out_of_step(self, address: str) -> bool:
+        return bool(self._out_of_step) and self._out_of_step.get(address, 0.0) > monotonic()
+
     def out_of_step(self, connection: Connection) -> None:
         """Its host answers in an order that proves nothing; see `mailerq.wire.client`."""
         now = monotonic()
         host = connection.remote
         if self._out_of_step.pop(host, 0.0) <= now:
             log.warning(
-                "%s [%s] answers SMTP out of step: mail in doubt is tried again, and the host is"
-                " sent no envelopes ahead for an hour",
+                "%s [%s] answers SMTP out of step: mail in doubt is tried again, and for an hour"
+                " the host is sent no envelopes ahead, and one mail on each new connection",
                 connection.route.name,
                 host,
             )
@@ -406,7 +409,8 @@ class Pool:
                 outcome = responses.no_fitting_address(route.host, local_ip)
                 self.closed(connection, None, Report(outcome, local_ip))
             else:
-                connection.worker.spawn(connection.run, hosts)
+                doubtful = {h.address for h in hosts if self._was_out_of_step(h.address)}
+                connection.worker.spawn(connection.run, hosts, doubtful)
 
     def _in_order(self, hosts: Sequence[Host], local_ip: str | None) -> list[Host]:
         """The hosts that can be reached from the local address, doubtful ones last."""

@@ -130,7 +130,8 @@ async def _publish(
     if isinstance(reception, incoming.Problem):
         return _all(_REFUSALS[reception], machine)
     for reason in reception.ignored:
-        log.warning("mail from %s: ignored %s", client.remote[0], reason)
+        shared.say_ignored("mail from %s: ignored %s", client.remote[0], reason)
+    shared.say_ignored.flush_late()
     if rest is not None:
         first = reception.messages[0].body or b""
         whole = await trio.to_thread.run_sync(join, first, rest)

@@ -33,6 +33,9 @@ __all__ = ["Counters", "Server"]
 
 log = logging.getLogger("mailerq.server")
 
+IGNORED_PER_MINUTE: Final = 60
+"""Lines about x-mq-* fields that were ignored; the others are counted."""
+
 LOADERS: Final = 4
 """Mails of a worker that are read from their files at a time."""
 
@@ -91,6 +94,11 @@ class Server:
     """A full disk must not fill the log as well."""
     say_no_way: Ration = field(
         default_factory=partial(Ration, log.error, 1, "and %d local recipients more were refused")
+    )
+    say_ignored: Ration = field(
+        default_factory=partial(
+            Ration, log.warning, IGNORED_PER_MINUTE, "and %d x-mq-* fields more were ignored"
+        )
     )
     loaders: dict[Worker, trio.CapacityLimiter] = field(default_factory=dict)
 

@@ -73,7 +73,7 @@ def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
     port = smarthost.get("port")
     try:
         port = SMTP_PORT if port is None else int(port)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         port = 0
     if not 0 < port < 65536:
         raise AddressError("property smarthost: port is no port number")

@@ -6,6 +6,7 @@ cimport cython
 @cython.final
 cdef class ClientProtocol:
     cdef public Py_ssize_t replies, _at
+    cdef public bint careful
     cdef public bint out_of_step, _eof, _ahead, _proved, _doubted, _fresh, _transaction_open
     cdef public bint _body_due, _asked
     cdef public bytes _hostname, _input, _code
@@ -33,6 +34,8 @@ cdef class ClientProtocol:
     cpdef _take_unasked(self, reply)
     cpdef _take_early(self, reply)
     cpdef _report(self)
+    cpdef _ask_for_goodbye(self)
+    cpdef _has_left_after_quit(self)
     cpdef _is_no_answer_to_mail(self, reply)
     cpdef _invalid(self, step, reply)
     cpdef _too_early(self)

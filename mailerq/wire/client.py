@@ -40,6 +40,7 @@ for good counts only when what follows proves that the session is in step.**
 - *A body without an envelope ahead.* 354 has proved the session, so the reply counts when the
   whole body was sent before and no other input has come with it. 500 to 504 are about commands:
   as the reply to a body they need the proof by QUIT.
+- *The peer was out of step before* (`careful`). A body needs the proof by QUIT, whatever its reply.
 - *What cannot be* ends the session: 354 for anything but DATA, 2xx for DATA, 503 for a command
   whose predecessors were accepted, RCPT accepted or 354 after MAIL was refused, 4xx behind 5xx,
   RSET refused, a reply when none is due.
@@ -58,6 +59,7 @@ unasked, anywhere. Then
 - except where the peer says 2xx, or 5xx above 504, unasked between 354 and its reply to the dot.
   Nobody can tell that from the reply. An envelope ahead finds out the 2xx all the same; without
   one, the reply to the dot comes when none is due, and ends the session before it ends a mail.
+  From then on the host is served by a `careful` machine, which finds out both.
 
 ``tests/wire/test_client_step.py`` enumerates this.
 
@@ -234,7 +236,9 @@ class ClientProtocol:
     b'MAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\n'
     """
 
-    def __init__(self, hostname: str) -> None:
+    def __init__(self, hostname: str, *, careful: bool = False) -> None:
+        self.careful = careful
+        """True to have QUIT prove the reply to each body: the peer was out of step before."""
         self.mta: str | None = None
         """The name in the peer's banner."""
         self.extensions: dict[str, str] = {}
@@ -454,7 +458,10 @@ class ClientProtocol:
             event: Event = Failed(self.step, problem, description)
             if self._held is not None:
                 event = Accepted(self._held)
-                if problem is Problem.INVALID or not self._is_no_answer_to_mail(self._held):
+                proved = problem is not Problem.INVALID and (
+                    self._has_left_after_quit() or self._is_no_answer_to_mail(self._held)
+                )
+                if not proved:
                     event = self._doubt(_MESSAGE, self._held, problem, description)
             elif self._refusal is not None:
                 event = self._refusal
@@ -577,7 +584,11 @@ class ClientProtocol:
             return None
         if reply.code // 100 != 4 and not b"421".startswith(self._input[self._at :][:3]):
             raise self._invalid(_MESSAGE, reply)
-        if reply.code in _ABOUT_COMMANDS:
+        if self.careful and reply.code < 300:
+            self._held = reply
+            self._ask_for_goodbye()
+            return None
+        if reply.code in _ABOUT_COMMANDS or (self.careful and reply.code >= 500):
             self._refuse(Refused(_MESSAGE, reply), proved=False)
             return self._report()
         return _verdict(reply)
@@ -598,11 +609,12 @@ class ClientProtocol:
 
     def _take_goodbye(self, reply: Reply) -> Event:
         """QUIT is answered, which we also say to prove a refusal."""
-        if self._refusal is None:
+        proved = Accepted(self._held) if self._held is not None else self._refusal
+        if proved is None:
             return self._finish(CLOSED)
         if reply.code != 221:
             raise self._invalid(_QUIT, reply)
-        return self._finish(self._refusal)
+        return self._finish(proved)
 
     def _take_farewell(self, step: Step, reply: Reply) -> Event:
         """421: the peer ends the session, whatever was due."""
@@ -658,10 +670,14 @@ class ClientProtocol:
         code = self._refusal.reply.code
         if code < 500:
             return True
-        if lost and self._eof and self.step is _QUIT:
-            return True  # nothing was left over
+        if lost and self._has_left_after_quit():
+            return True
         shown = self._proved or (lost and self._fresh and code not in _ABOUT_COMMANDS)
         return shown and not self._doubted
+
+    def _has_left_after_quit(self) -> bool:
+        """Whether the peer closed in place of a reply to QUIT: then none was left over."""
+        return self._eof and self.step is _QUIT
 
     def _is_no_answer_to_mail(self, reply: Reply) -> bool:
         """Whether the status of an acceptance is unlike the one that MAIL got in this session."""
@@ -684,11 +700,15 @@ class ClientProtocol:
         if refusal is None:
             return None
         if refusal.reply.code >= 500 and not self._proved:
-            self._output.append(b"QUIT\r\n")
-            self._due.append(_QUIT)
+            self._ask_for_goodbye()
             return None
         self._refusal = None
         return refusal
+
+    def _ask_for_goodbye(self) -> None:
+        """Say QUIT: 221 proves that no reply was left over."""
+        self._output.append(b"QUIT\r\n")
+        self._due.append(_QUIT)
 
     def _invalid(self, step: Step, reply: Reply) -> _Violation:
         self._due.appendleft(step)

@@ -45,6 +45,16 @@ async def test_a_client_that_may_relay_does_not_steer(
     assert any("ignored x-mq-ip: may not be set by this client; add ips" in line for line in lines)
 
 
+async def test_fields_that_are_ignored_do_not_fill_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(tmp_path) as engine:
+        for _ in range(30):
+            await send(engine.addresses[0], STEERING)
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("ignored x-mq-" in line for line in lines) == 60
+
+
 @pytest.mark.parametrize(
     ("settings", "login", "may"),
     [

@@ -67,6 +67,7 @@ def test_the_way_of_a_message(
         {"hostname": "x.test", "port": 65536},
         {"hostname": "x.test", "port": "smtp"},
         {"hostname": "x.test", "port": []},
+        {"hostname": "x.test", "port": float("inf")},
     ],
 )
 def test_a_smarthost_that_cannot_be(smarthost: dict[str, Any]) -> None:

@@ -127,10 +127,17 @@ class Client:
 
 
 def play(
-    fates: Sequence[Fate], fault: Fault, mode: str, manner: str = "503", cut: Cut = whole
+    fates: Sequence[Fate],
+    fault: Fault,
+    mode: str,
+    manner: str = "503",
+    cut: Cut = whole,
+    *,
+    careful: bool = False,
 ) -> tuple[Client, Server]:
     server = Server(fates, fault, pipelining=mode != "lock-step", manner=manner)
-    client = Client(server, ahead=mode == "ahead")
+    protocol = ClientProtocol("me.test", careful=careful)
+    client = Client(server, ahead=mode == "ahead", protocol=protocol)
     client.run(cut)
     return client, server
 
@@ -168,6 +175,35 @@ def test_two_mails_of_all_fates_hold_through_every_fault(mode: str, manner: str)
     cuts = (whole, one_by_one) if manner == "503" else (one_by_one,)
     for fates in product(FATES, repeat=2):
         check_faults(fates, mode, manner, cuts)
+
+
+@pytest.mark.parametrize("mode", ["lock-step", "pipelined"])
+def test_a_careful_client_believes_no_reply_to_a_body_that_the_peer_did_not_mean(mode: str) -> None:
+    for fate in FATES:
+        honest = play((fate,), Fault(), mode, careful=True)
+        for fault in faults(len(honest[1].steps)):
+            for cut in (whole, one_by_one):
+                client, server = play((fate,), fault, mode, cut=cut, careful=True)
+                truth = server.truth.get(0, 0)
+                event = client.results.get(0)
+                if isinstance(event, Accepted):
+                    assert truth == 250, fault
+                if isinstance(event, Refused) and event.reply.code >= 500:
+                    assert truth >= 500, fault
+
+
+@pytest.mark.parametrize("mode", ["lock-step", "pipelined"])
+def test_a_careful_client_believes_an_honest_peer(mode: str) -> None:
+    for fate in FATES:
+        client, server = play((fate,), Fault(), mode, careful=True)
+        event = client.results[0]
+        assert isinstance(event, Accepted | Refused)
+        assert event.reply.code == server.truth[0]
+        assert not client.protocol.out_of_step
+        # One that closes in place of a reply to QUIT has left nothing over either.
+        if isinstance(event, Accepted):
+            client, _ = play((fate,), Fault("cut", len(server.steps) - 1), mode, careful=True)
+            assert client.results[0] == event
 
 
 @pytest.mark.parametrize("replies", range(6, 9))
