@@ -84,7 +84,7 @@ def decode_properties(data: bytes | str) -> dict[str, Any]:
     """Decode a JSON object; `MessageError` says where it is broken, or that it is no object."""
     try:
         value = _decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise MessageError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise MessageError(f"a message is a JSON object, not {type(value).__name__}")
@@ -127,7 +127,7 @@ def _check_size(data: bytes) -> None:
     """Raise `MessageError` for a document with too much beside its body, before all is decoded."""
     try:
         bodies = _decode_bodies(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise MessageError(f"not JSON: {error}") from None
     values = bytes(memoryview(bodies.mime)), bytes(memoryview(bodies.base64))
     size = len(data) - sum(len(value) for value in values if value.startswith(b'"'))
