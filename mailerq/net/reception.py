@@ -131,6 +131,8 @@ async def _publish(
         return _all(_REFUSALS[reception], machine)
     for reason in reception.ignored:
         log.warning("mail from %s: ignored %s", client.remote[0], reason)
+    if reception.doubtful:
+        shared.misspelt.names(reception.messages[0].properties, reception.doubtful, "field")
     if rest is not None:
         first = reception.messages[0].body or b""
         whole = await trio.to_thread.run_sync(join, first, rest)
