@@ -51,6 +51,14 @@ def _is_str(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_security(value: object) -> bool:
+    return value in ("optional", "opportunistic", "required", "verified")
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -117,16 +125,16 @@ PROPERTIES: Final = (
     ),
     Property(
         "smtputf8", MAIL, "true or false",
-        "The mail needs SMTPUTF8 (RFC 6531), unless its header is ASCII.",
+        "The mail needs SMTPUTF8 (RFC 6531), unless its header is ASCII.", _is_bool,
     ),
     Property(
         "requiretls", MAIL, "true or false",
         "The mail must not travel without TLS (RFC 8689). It fails, because deliveries do not use"
-        " TLS yet.",
+        " TLS yet.", _is_bool,
     ),
     Property(
         "binarymime", MAIL, "true or false",
-        "The mail may be binary (RFC 3030). It fails where lines cannot carry it.",
+        "The mail may be binary (RFC 3030). It fails where lines cannot carry it.", _is_bool,
     ),
     Property(
         "delayed", DELIVERY, "a time",
@@ -176,9 +184,9 @@ PROPERTIES: Final = (
         ),
     ),
     Property(
-        "security", DELIVERY, "a string",
-        "`required` and `verified` demand TLS: the message fails, because deliveries do not use"
-        " it yet. `optional` and `opportunistic` change nothing.",
+        "security", DELIVERY, "optional, opportunistic, required or verified",
+        "The last two demand TLS: the message fails, because deliveries do not use it yet. The"
+        " first two change nothing.", _is_security,
     ),
     Property(
         "queues", RESULTS, "an object of queue names",
