@@ -55,7 +55,7 @@ TYPES: Final = {
     "refused": "The host refused the connection.",
     "connect": "There is no connection to the host.",
     "noaccess": "The session ended before it could take mail, at the banner, EHLO or HELO.",
-    "error": "The peer refused the mail, or the server itself did; `code` says for how long.",
+    "error": "The peer or this server refused the mail: for now by a `code` of 4xx, else for good.",
     "lost": "The connection broke, or the peer answered out of step.",
     "timeout": "The peer did not answer in time.",
     "overflow": "A reply of the peer was too long.",
@@ -89,7 +89,7 @@ STATES: Final = {
 
 RESULTS: Final = {
     "accepted": "The peer has the mail.",
-    "error": "Somebody said no: the peer in a reply, or a system.",
+    "error": "The peer refused in a reply, or this host could not go on.",
     "lost": "The connection broke.",
     "timeout": "Nobody answered in time, or the mail is past its time.",
     "invalid": "A reply, or the message itself, has no valid form.",
