@@ -34,6 +34,9 @@ exit status:
 STATUS: Final = {"note": 0, "warning": 1, "error": 2}
 VERDICTS: Final = ("good", "can be sent, but", "cannot be sent")
 
+BEFORE_JSON: Final = b"\xef\xbb\xbf \t\r\n"
+"""What may stand before a document: a byte order mark is wrong there, and makes it no mail."""
+
 
 class Report(NamedTuple):
     """What was found in one document or mail."""
@@ -59,8 +62,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     )  # fmt: skip
     options = parser.parse_args(rest)
     config = Config.load(settings)
-    client = Steering.of(config).rights("", "", authenticated=False)
-    rights = client if options.client else EVERYTHING
+    rights = Steering.of(config).others if options.client else EVERYTHING
     reports = [
         report for name in options.files or ["-"] for report in _reports(name, config, rights)
     ]
@@ -97,7 +99,7 @@ def _reports(name: str, config: Config, rights: Rights) -> Iterator[Report]:
         return
     where = "stdin" if name == "-" else name
     now = time.time()
-    if not data.lstrip().startswith((b"{", b"[")):
+    if not data.lstrip(BEFORE_JSON).startswith((b"{", b"[")):
         yield Report(where, list(_mail(data, config, rights, now)))
         return
     lines = data.split(b"\n")
@@ -145,7 +147,7 @@ def _mail(data: bytes, config: Config, rights: Rights, now: float) -> Iterator[F
     properties = dict(extraction.properties)
     for field, meant in doubts(extraction.properties):
         del properties[field.removeprefix("x-mq-")]
-        text = f"{ascii(field)[1:-1]}: is not known and changes nothing; is {meant} meant?"
+        text = f"{field}: is not known and changes nothing; is {meant} meant?"
         yield Finding("warning", text)
     # The recipient is in the envelope, and in no field.
     properties["recipient"] = f"recipient@{config.hostname}"

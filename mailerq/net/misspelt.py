@@ -22,6 +22,9 @@ NAMES_PER_MINUTE: Final = 10
 NAMES_LIMIT: Final = 1000
 """Names that are remembered. Where there are more the ration alone bounds the log."""
 
+MAX_ADDRESS: Final = 300
+"""Characters of an address in a line; it has not been checked yet."""
+
 
 class Misspelt:
     """Names that are not known but close to one that is: what a sender meant has no effect.
@@ -44,6 +47,8 @@ class Misspelt:
         self, properties: Mapping[str, Any], found: Iterable[tuple[str, str]], kind: str
     ) -> None:
         """Tell the names that were found in a message, each with the one that is meant."""
+        envelope = properties.get("envelope")
+        sender = envelope[:MAX_ADDRESS] if isinstance(envelope, str) else ""
         for name, meant in found:
             now = self._clock()
             if now - self._told.get(name, -AGAIN_SECONDS) < AGAIN_SECONDS:
@@ -55,7 +60,7 @@ class Misspelt:
                 "%s %s of a message from <%s> is not known and changes nothing; is %s meant?",
                 kind,
                 name,
-                str(properties.get("envelope") or "")[:300],
+                sender,
                 meant,
             )
 

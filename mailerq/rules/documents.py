@@ -76,11 +76,10 @@ def _unusable(message: Message, config: Config, now: float) -> Iterator[str]:
         route_of(properties, "", config)
     except AddressError as error:
         yield str(error)
-    expires = expires_at(properties, now=now, max_delivertime=config.max_delivertime)
-    if now > expires:
-        yield "property maxdelivertime: is over, so the message is given up before it is tried"
-    elif (due := not_before(properties, now=now)) is not None and due > expires:
-        yield "property delayed: is later than the message is given up"
+    due = not_before(properties, now=now)
+    first = now if due is None else max(now, due)
+    if first > expires_at(properties, now=first, max_delivertime=config.max_delivertime):
+        yield "property maxdelivertime: is over before the first attempt, which is never made"
     if (promise := unmet_promise(properties, message.body)) is not None:
         yield promise.partition(" ")[2]
     if message.body is None:
@@ -128,6 +127,6 @@ def _reports(dsn: object) -> Iterator[str]:
 
 
 def _shown(text: str) -> str:
-    """A name or a value as it may stand in a line; in quotes where it holds anything unusual."""
-    shown = ascii(text[:SHOWN])
-    return text if shown[1:-1] == text and " " not in text and text else shown
+    """A name or a value in a line, in quotes where else nobody could see what it is."""
+    shown = text[:SHOWN]
+    return f"'{shown}'" if not shown or " " in shown else shown
