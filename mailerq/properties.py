@@ -313,8 +313,8 @@ def misspellings(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     >>> list(misspellings({"recipeint": "a@b.test", "my-id": 7, "queues": {"sucess": None}}))
     [('recipeint', 'recipient'), ('queues.sucess', 'queues.success')]
     """
-    unknown = (name for name in properties if name not in KNOWN)
-    for name in islice(unknown, UNKNOWN_LIMIT):
+    unknown = [name for name in properties if name not in KNOWN]
+    for name in unknown[:UNKNOWN_LIMIT]:
         if meant := _SPELLING.meant(name):
             yield name, meant
     for outer, spelling in _OBJECTS:

@@ -1,11 +1,12 @@
 """Which of the known names a misspelt one was meant to be.
 
 The names come from messages, so a look-up is bounded by the length of the name and takes no
-longer where more names are known.
+longer where more names are known. The last ones are remembered, for most messages have the same.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -13,6 +14,9 @@ __all__ = ["Spelling"]
 
 LENGTH_LIMIT: Final = 40
 """Characters of a name that is looked at; no known one is as long."""
+
+REMEMBERED: Final = 1024
+"""Names that a look-up was made for."""
 
 LETTERS: Final = 6
 """Below this length a wrong letter may well be another word: date is not data."""
@@ -38,11 +42,15 @@ class Spelling:
         for plain in self._names:
             for form in _shorter(plain):
                 self._shorter.setdefault(form, []).append(plain)
+        self._find = functools.lru_cache(REMEMBERED)(self._look_up)
 
     def meant(self, name: str) -> str | None:
         """The known name that was meant; None for one that is known itself, or like none."""
         if name in self._exact or len(name) > LENGTH_LIMIT:
             return None
+        return self._find(name)
+
+    def _look_up(self, name: str) -> str | None:
         plain = _plain(name)
         found = plain if plain in self._names else self._one_slip_away(plain)
         return None if found is None else self._names[found]
