@@ -46,7 +46,7 @@ def table(headings: Sequence[str], rows: Iterable[Row]) -> str:
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("<", "&lt;")
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 def properties() -> str:
@@ -142,7 +142,7 @@ def settings() -> str:
 
 
 def _value(setting: Setting) -> str:
-    return f"{setting.kind.name} ({setting.unit})" if setting.unit else setting.kind.name
+    return f"{setting.kind.name}, {setting.unit}" if setting.unit else setting.kind.name
 
 
 def _default_of(setting: Setting) -> str:
