@@ -26,7 +26,7 @@ PLUGIN_FLAGS := -O2 -g -fPIC -shared -Wall -Wextra -Iinclude
 export PYTHON PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: run ready test build debug bench soak fuzz lint asan clean help python again
+.PHONY: run ready test build debug bench soak fuzz lint docs asan clean help python again
 .DELETE_ON_ERROR:
 
 run: python ## set up what a server to try needs and start it; RUNARGS=--smtp-port=2600 changes settings
@@ -64,6 +64,9 @@ lint: $(VENV)/.lint ## ruff, mypy --strict, cython-lint, layering, size of files
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint mailerq
 	$(BIN)/python tools/check_tree.py
+
+docs: $(VENV)/.base ## write the tables below docs/ anew, from the tables of the program
+	$(BIN)/python tools/docs.py
 
 asan: $(VENV)/.test ## run the tests of the extensions under AddressSanitizer and UBSan
 	@rm -f $(VENV)/.core $(VENV)/.hot $(HOT_MODULES:.pxd=.*.so)

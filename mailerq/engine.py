@@ -29,6 +29,7 @@ from mailerq.net.delivery import Dispatcher
 from mailerq.net.listener import Listener, bind
 from mailerq.net.logs import LogFile
 from mailerq.net.memory import Memory
+from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import Resolver
 from mailerq.net.shared import Server
 from mailerq.net.slots import Slots
@@ -109,6 +110,7 @@ class Engine:
         self._send_log: LogFile | None
         self._resolver: Resolver
         self._slots: Slots
+        self._misspelt = Misspelt()
         self._deliveries: dict[int, _Delivery] = {}
         self._watchdog: Watchdog
         self._nursery: trio.Nursery
@@ -204,6 +206,7 @@ class Engine:
             queues=self.queues,
             slots=incoming,
             memory=Memory(config.max_memory),
+            misspelt=self._misspelt,
             handshakes=Handshakes(config.smtp_handshakes),
             tls=tls,
             received_log=_log_file(config, "received-log-file", stack),
@@ -239,6 +242,7 @@ class Engine:
             resolver=self._resolver,
             send_log=self._send_log,
             slots=self._slots,
+            misspelt=self._misspelt,
         )
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
         return delivery
@@ -316,7 +320,8 @@ class Engine:
         A message is a `Message`, the JSON document, or that document as a dict. `due` is
         seconds since 1970. Raises `MessageError` for a document that cannot be read or kept, or
         that is for the outbox and cannot be sent, and `QueueError` when it cannot be kept now.
-        The engine owns a `Message` from here on.
+        The engine owns a `Message` from here on. A property for the outbox that may be misspelt is
+        a warning in the log, see ``docs/messages.md``.
         """
         if isinstance(message, dict):
             message = Message.from_dict(message)
@@ -325,6 +330,7 @@ class Engine:
         outbox = self.config.rabbitmq_outbox
         name = outbox if queue is None else queue
         if name == outbox:
+            self._misspelt.properties(message.properties)
             problem = message.problem() or loop_problem(message.properties, outbox)
             if problem is not None:
                 raise MessageError(problem)

@@ -6,7 +6,7 @@ JSON string cannot hold every byte that mail may carry. `Message.from_json` and
 `Message.to_json` are the document as applications see it: there the body is the property
 ``mime``, or ``mime-base64`` when it is not valid UTF-8.
 
-Properties that mailerq does not know travel untouched.
+Which properties there are stands in `mailerq.properties`; all others travel untouched.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import base64
 import binascii
 import calendar
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any, Final, Self
 
 import msgspec
 
 from mailerq.address import queue_problem
 from mailerq.errors import MessageError
+from mailerq.properties import CHECKS, misspellings
 
 __all__ = [
     "PROPERTIES_LIMIT",
@@ -31,7 +32,6 @@ __all__ = [
     "decode_properties",
     "encode_properties",
     "format_time",
-    "is_delays",
     "parse_time",
 ]
 
@@ -46,9 +46,6 @@ LAST_SECOND: Final = 253_402_300_799
 NESTING_LIMIT: Final = 200
 """Objects and arrays within each other: a document has to be written and read at any depth of the
 stack, and by plugins, whose limit this is."""
-
-SECONDS_LIMIT: Final = 10**9
-"""Of one delay in ``retries``: 31 years."""
 
 encode_properties: Final = msgspec.json.Encoder().encode
 """Turn a dict of properties into UTF-8 JSON; the counterpart of `decode_properties`."""
@@ -87,7 +84,7 @@ def decode_properties(data: bytes | str) -> dict[str, Any]:
     """Decode a JSON object; `MessageError` says where it is broken, or that it is no object."""
     try:
         value = _decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise MessageError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise MessageError(f"a message is a JSON object, not {type(value).__name__}")
@@ -130,7 +127,7 @@ def _check_size(data: bytes) -> None:
     """Raise `MessageError` for a document with too much beside its body, before all is decoded."""
     try:
         bodies = _decode_bodies(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise MessageError(f"not JSON: {error}") from None
     values = bytes(memoryview(bodies.mime)), bytes(memoryview(bodies.base64))
     size = len(data) - sum(len(value) for value in values if value.startswith(b'"'))
@@ -224,93 +221,36 @@ class Message(msgspec.Struct, eq=False):
 
         Such a message cannot be sent: it goes to the failure queue with this text.
         """
-        for name, check, expected in _KNOWN:
-            value = self.properties.get(name)
+        return next(self.problems(), None)
+
+    def problems(self) -> Iterator[str]:
+        """All that `problem` could say, a text for each property."""
+        properties = self.properties
+        wrong = set()
+        for name, check, expected in CHECKS:
+            value = properties.get(name)
             if value is not None and not check(value):
-                return f"property {name}: expected {expected}, found {_kind(value)}"
-        if not self.properties.get("recipient"):
-            return "property recipient: is missing"
+                wrong.add(name)
+                yield f"property {name}: expected {expected}, found {_kind(value)}"
+        if not properties.get("recipient") and "recipient" not in wrong:
+            names = [name for name, meant in misspellings(properties) if meant == "recipient"]
+            hint = f"; is {names[0]!a} a misspelling of it?" if names else ""
+            yield f"property recipient: is missing{hint}"
         for name in ("delayed", "maxdelivertime"):
-            if (value := self.properties.get(name)) is not None:
+            if (value := properties.get(name)) is not None and name not in wrong:
                 try:
                     parse_time(value)
                 except MessageError as error:
-                    return f"property {name}: {error}"
-        for kind, queue in (self.properties.get("queues") or {}).items():
-            if queue and (problem := queue_problem(queue)) is not None:
-                return f"property queues: the name for {ascii(kind)[:80]} {problem}"
-        return None
+                    yield f"property {name}: {error}"
+        if "queues" not in wrong:
+            for kind, queue in (properties.get("queues") or {}).items():
+                if queue and (problem := queue_problem(queue)) is not None:
+                    yield f"property queues: the name for {ascii(kind)[:80]} {problem}"
 
 
 def _kind(value: object) -> str:
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     return names.get(type(value), "an object" if isinstance(value, dict) else "an array")
-
-
-def _is_str(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool) or value in (0, 1)
-
-
-def _kinds(values: Iterable[object]) -> set[type]:
-    return set(map(type, values))  # a long array is looked at in C
-
-
-def _is_strings(value: object) -> bool:
-    return isinstance(value, list) and all(issubclass(kind, str) for kind in _kinds(value))
-
-
-def is_delays(value: object) -> bool:
-    """Whether it is what ``retries`` may be."""
-    return (
-        isinstance(value, list)
-        and _kinds(value) <= {int}
-        and min(value, default=0) >= 0
-        and max(value, default=0) <= SECONDS_LIMIT
-    )
-
-
-def _is_objects(value: object) -> bool:
-    return isinstance(value, list) and all(issubclass(kind, dict) for kind in _kinds(value))
-
-
-def _is_queues(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        name is None or isinstance(name, str) for name in value.values()
-    )
-
-
-_KNOWN: Final = (
-    ("envelope", _is_str, "a string"),
-    ("recipient", _is_str, "a string"),
-    ("key", _is_str, "a string"),
-    ("keepmime", _is_flag, "true or false"),
-    ("mime", _is_dict, "a string or an object"),
-    ("ips", _is_strings, "an array of strings"),
-    ("pool", _is_str, "a string"),
-    ("delayed", _is_str, "a time"),
-    ("maxdelivertime", _is_str, "a time"),
-    ("maxattempts", _is_int, "a whole number"),
-    ("retries", is_delays, "an array of seconds"),
-    ("data", _is_dict, "an object"),
-    ("queues", _is_queues, "an object of queue names"),
-    ("smarthost", _is_dict, "an object"),
-    ("tags", _is_strings, "an array of strings"),
-    ("headers", _is_dict, "an object"),
-    ("dsn", _is_dict, "an object"),
-    ("results", _is_objects, "an array of objects"),
-)
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):

@@ -380,3 +380,13 @@ def test_an_injector_does_not_load_the_event_loop() -> None:
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, cwd=ROOT, check=True)
     assert done.stdout == b"[]\n"
+
+
+def test_a_field_that_may_be_misspelt_is_told(queue: Path) -> None:
+    done = mailerq(
+        "ann@a.test", f"--queue-directory={queue}", input=b"x-mq-maxattempt: 7\r\n" + MAIL
+    )
+    assert (done.returncode, len(kept(queue))) == (0, 1)
+    assert done.stderr.decode() == (
+        "mailerq: x-mq-maxattempt is not known and changes nothing; is x-mq-maxattempts meant?\n"
+    )

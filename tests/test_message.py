@@ -75,3 +75,26 @@ def test_a_large_document_that_is_none_is_refused(data: bytes) -> None:
 )
 def test_every_element_of_an_array_has_its_type(more: dict[str, Any], good: bool) -> None:
     assert (Message({**DOCUMENT, **more}).problem() is None) == good
+
+
+@pytest.mark.parametrize("size", [1, LARGE])
+@pytest.mark.parametrize("data", [b'{"a":"\xff%s"}', '{"a":"\ud800%s"}'])
+def test_what_is_not_utf_8_is_refused_as_no_json(data: bytes | str, size: int) -> None:
+    text = data % (size * b"x") if isinstance(data, bytes) else data % (size * "x")
+    with pytest.raises(MessageError, match=r"not JSON|more than 1048576 bytes"):
+        Message.from_json(text)
+
+
+@pytest.mark.parametrize("name", ["requiretls", "smtputf8", "binarymime"])
+def test_a_promise_in_words_that_nobody_reads_is_refused(name: str) -> None:
+    assert Message({**DOCUMENT, name: True}).problem() is None
+    for value in ("true", 1, "yes"):
+        problem = Message({**DOCUMENT, name: value}).problem()
+        assert problem is not None
+        assert problem.startswith(f"property {name}: expected true or false, found a ")
+
+
+def test_a_demand_for_security_that_is_misspelt_is_refused() -> None:
+    assert Message({**DOCUMENT, "security": "optional"}).problem() is None
+    for value in ("Required", "", "tls", True, []):
+        assert Message({**DOCUMENT, "security": value}).problem() is not None

@@ -26,6 +26,8 @@ LAYERS: Final = (
     "sources",
     "consistency",
     "config",
+    "spelling",
+    "properties",
     "message",
     "elf",
     "wire",

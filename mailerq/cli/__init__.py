@@ -25,6 +25,7 @@ EX_CONFIGURATION: Final = 2
 """Exit status for settings or plugins that cannot be used; the others are sysexits.h's."""
 
 _COMMANDS: Final = {
+    "check": "mailerq.cli.check",
     "check-config": "mailerq.cli.checking",
     "config": "mailerq.cli.settings",
     "plugin": "mailerq.cli.plugin",

@@ -42,6 +42,7 @@ commands:
   mailerq status         how the running daemon is
   mailerq config         all settings, their values, and where each was set
   mailerq check-config   whether a daemon would start with these settings
+  mailerq check          what is wrong with a document or a mail, and what of it is ignored
   mailerq plugin check   whether plugins can be used, and what is wrong with them
   mailerq sink           a receiving server for trying and testing
 """

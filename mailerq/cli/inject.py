@@ -307,6 +307,8 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
         raise Refused(os.EX_DATAERR, f"the mail {reception}")
     for reason in reception.ignored:
         complain(f"ignored {reason}")
+    for name, meant in reception.doubtful:
+        complain(f"{name} is not known and changes nothing; is {meant} meant?")
     is_local = _locals(config)
     publications = [
         Publication(queue, message)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from mailerq.address import parse_mailbox, queue_problem
 from mailerq.errors import MessageError
 from mailerq.mail.headers import HEADER_LIMIT, Field, Header, remove, unfold
 from mailerq.message import parse_time
+from mailerq.spelling import Spelling
 
 __all__ = [
     "EVERYTHING",
@@ -25,6 +26,7 @@ __all__ = [
     "Extraction",
     "Known",
     "Rights",
+    "doubts",
     "extract",
     "rights_of",
 ]
@@ -71,6 +73,7 @@ def extract(
     rights: Rights | None = None,
     now: float = 0.0,
     outbox: str = "",
+    limit: int = IGNORED_LIMIT,
 ) -> Extraction | None:
     r"""Take every x-mq-* field, and x-normalize, out of `mime`.
 
@@ -79,7 +82,7 @@ def extract(
     or was there before, does not stop the mail: it is ignored and listed. So is a queue for
     results that is the `outbox`, which would send them as mail. All other bytes stay as they are;
     a message without such fields comes back as the same object. None: the fields are longer than
-    `FIELDS_LIMIT` together.
+    `FIELDS_LIMIT` together. At most `limit` ignored fields are named.
 
     >>> extract(b"x-mq-tag: spring\r\nTo: a@b.test\r\n\r\nhi", trusted=True)
     Extraction(properties={'tags': ['spring']}, mime=b'To: a@b.test\r\n\r\nhi', ignored=[])
@@ -108,9 +111,22 @@ def extract(
         if "smarthost" in properties and not properties["smarthost"].keys() & {"name", "hostname"}:
             del properties["smarthost"]
             ignored.append("x-mq-smarthost-*: without x-mq-smarthost-hostname")
-        if (more := len(ignored) - IGNORED_LIMIT) > 0:
-            ignored[IGNORED_LIMIT:] = [f"{more} more x-mq-* fields"]
+        if (more := len(ignored) - limit) > 0:
+            ignored[limit:] = [f"{more} more x-mq-* fields"]
     return Extraction(properties, remove(mime, found), ignored)
+
+
+def doubts(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The fields of unknown names that may be misspelt, each with the one that is meant.
+
+    `properties` is what `extract` found.
+
+    >>> list(doubts({"tags": ["a"], "maxattempt": "7", "my-id": "x"}))
+    [('x-mq-maxattempt', 'x-mq-maxattempts')]
+    """
+    for name in properties:
+        if name not in _PATHS and (meant := _SPELLING.meant(name)):
+            yield f"x-mq-{name}", f"x-mq-{meant}"
 
 
 def _printable(name: bytes) -> str:
@@ -133,7 +149,8 @@ def _take(
     known = FIELDS.get(short)
     path, read = (known.path, known.read) if known is not None else ((short,), str)
     if short in _RESERVED or not short.isprintable() or " " in short or not short:
-        return "is no name for a property"
+        hint = f"; is x-mq-{meant} meant?" if (meant := _SPELLING.meant(short)) else ""
+        return f"is no name for a property{hint}"
     word = path[0] if known is not None else OTHERS
     if (short if known is not None else OTHERS) not in rights.fields:
         return (
@@ -256,7 +273,7 @@ FIELDS: Final[dict[str, Known]] = {
     ),
     "pool": Known(
         ("pool",), _word, False,
-        "The pool of such addresses. As above.",
+        "The pool of such addresses.",
     ),
     "tag": Known(
         ("tags",), _tag, True,
@@ -276,7 +293,7 @@ FIELDS: Final[dict[str, Known]] = {
     ),
     "retries": Known(
         ("retries",), _numbers, False,
-        "Seconds between attempts. As above.",
+        "Seconds between attempts. More attempts cost peers and reputation.",
     ),
     "inlinecss": Known(
         ("inlinecss",), _flag, True,
@@ -300,19 +317,19 @@ FIELDS: Final[dict[str, Known]] = {
     ),
     "failure-queue": Known(
         ("queues", "failure"), _queue, False,
-        "The queue for failures. As above.",
+        "The queue for failures. As with x-mq-results-queue.",
     ),
     "success-queue": Known(
         ("queues", "success"), _queue, False,
-        "The queue for deliveries. As above.",
+        "The queue for deliveries. As with x-mq-results-queue.",
     ),
     "retry-queue": Known(
         ("queues", "retry"), _queue, False,
-        "The queue for a copy of each attempt that is repeated. As above.",
+        "The queue for a copy of each attempt that is repeated. As with x-mq-results-queue.",
     ),
     "smarthost-name": Known(
         ("smarthost", "name"), _word, False,
-        "The older name of the next.",
+        "The older name of x-mq-smarthost-hostname.",
     ),
     "smarthost-hostname": Known(
         ("smarthost", "hostname"), _word, False,
@@ -360,6 +377,9 @@ FIELDS: Final[dict[str, Known]] = {
 A field that is not here becomes a property of its own name, a string. That is safe: applications
 find their own names in the results by it, and nothing in mailerq reads them (`_RESERVED`).
 """
+
+_PATHS: Final = frozenset(known.path[0] for known in FIELDS.values())
+_SPELLING: Final = Spelling(name for name in FIELDS if name != "x-normalize")
 
 EVERYTHING: Final = Rights(frozenset((*FIELDS, OTHERS)))
 """For whoever may write the queue as well: the command line, documents, plugins."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, Final
 
 import msgspec
 
 from mailerq.mail import headers
-from mailerq.mail.extract import EVERYTHING, FIELDS_LIMIT, Rights, extract
+from mailerq.mail.extract import EVERYTHING, FIELDS_LIMIT, IGNORED_LIMIT, Rights, doubts, extract
 from mailerq.message import Message, format_time
 
 __all__ = ["HOP_LIMIT", "Envelope", "Problem", "Reception", "messages"]
@@ -50,10 +50,14 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class Reception(msgspec.Struct, frozen=True):
-    """What `messages` made. `ignored` says which x-mq-* fields were unusable, for the log."""
+    """What `messages` made. `ignored` says which x-mq-* fields were unusable, for the log.
+
+    `doubtful` has the names of those that may be misspelt, each with the one that is meant.
+    """
 
     messages: list[Message]
     ignored: Sequence[str] = ()
+    doubtful: Sequence[tuple[str, str]] = ()
 
 
 def messages(
@@ -121,7 +125,8 @@ def messages(
             strict=False,
         )
     ]
-    return Reception(made, extraction.ignored)
+    doubtful = tuple(islice(doubts(extraction.properties), IGNORED_LIMIT))
+    return Reception(made, extraction.ignored, doubtful)
 
 
 def _copies(properties: dict[str, Any]) -> Iterator[dict[str, Any]]:

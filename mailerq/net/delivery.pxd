@@ -11,7 +11,7 @@ cdef class Dispatcher:
     cdef public object counters, _config, _outbox, _queues, _send_log, _clock, _plugins, _pool
     cdef public object _settlers, _settled, _consuming, _stopped
     cdef public object _nursery, _say_unread, _say_unwritten, _say_reduced, _say_failure
-    cdef public object _report_queue
+    cdef public object _report_queue, _misspelt
     cdef object __weakref__
 
     cpdef statistics(self)

@@ -37,6 +37,7 @@ from mailerq.errors import AddressError, MessageError, QueueError
 from mailerq.escaping import escape, escape_field
 from mailerq.message import Message, Result, check_nesting, encode_properties, format_time
 from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
+from mailerq.net.misspelt import Misspelt
 from mailerq.net.outgoing import Connection, Job, Report
 from mailerq.net.pool import Pool
 from mailerq.net.resolver import Resolver
@@ -115,6 +116,7 @@ class Dispatcher:
         resolver: Resolver,
         slots: Slots,
         send_log: LogFile | None = None,
+        misspelt: Misspelt | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.counters = Counters()
@@ -129,6 +131,7 @@ class Dispatcher:
         self._report_queue = "" if config.failure_is_named else config.failure_queue
         self._queues = queues
         self._send_log = send_log
+        self._misspelt = Misspelt() if misspelt is None else misspelt
         self._clock = clock
         self._plugins = plugins
         self._pool = Pool(config, workers, resolver, slots, self)
@@ -161,6 +164,7 @@ class Dispatcher:
             self._say_failure, self._say_reduced, self._say_unread, self._say_unwritten
         ):  # fmt: skip
             ration.flush()
+        self._misspelt.flush()
 
     async def _sum_up(self) -> None:
         """Say once a minute what the log has left out."""
@@ -235,6 +239,8 @@ class Dispatcher:
         message = lease.message
         now = self._clock()
         properties = message.properties
+        if "seen" not in properties:
+            self._misspelt.properties(properties)
         problem = message.problem() or loop_problem(properties, self._outbox)
         if problem is not None:
             return self._refuse(lease, responses.unsendable(problem))

@@ -132,6 +132,8 @@ async def _publish(
     for reason in reception.ignored:
         shared.say_ignored("mail from %s: ignored %s", client.remote[0], reason)
     shared.say_ignored.flush_late()
+    if reception.doubtful:
+        shared.misspelt.names(reception.messages[0].properties, reception.doubtful, "field")
     if rest is not None:
         first = reception.messages[0].body or b""
         whole = await trio.to_thread.run_sync(join, first, rest)

@@ -18,6 +18,7 @@ from mailerq.net.auth import Authenticator
 from mailerq.net.clients import Clients
 from mailerq.net.logs import LogFile, Ration
 from mailerq.net.memory import Memory
+from mailerq.net.misspelt import Misspelt
 from mailerq.net.slots import Slots
 from mailerq.net.tls import Handshakes
 from mailerq.net.worker import Worker
@@ -88,6 +89,7 @@ class Server:
     refused_log: LogFile | None = None
     clock: Callable[[], float] = time.time
     counters: Counters = field(default_factory=Counters)
+    misspelt: Misspelt = field(default_factory=Misspelt)
     say_untaken: Ration = field(
         default_factory=partial(Ration, log.error, 1, "and %d mails more were not taken")
     )

@@ -24,7 +24,10 @@ __all__ = [
     "NOT_CONVERTIBLE",
     "NO_DATA",
     "OWN_FAULT",
+    "RESULTS",
+    "STATES",
     "TOO_MANY_HOPS",
+    "TYPES",
     "Fate",
     "Outcome",
     "accepted",
@@ -44,6 +47,54 @@ __all__ = [
 
 MAX_DESCRIPTION: Final = 1000
 """Characters of a description; it is kept with every result of a message."""
+
+TYPES: Final = {
+    "success": "The peer has the mail.",
+    "nohosts": "The domain of the recipient has no host that can be found.",
+    "bind": "The mail cannot be sent from the addresses that it may leave from.",
+    "refused": "The host refused the connection.",
+    "connect": "There is no connection to the host.",
+    "noaccess": "The session ended before it could take mail, at the banner, EHLO or HELO.",
+    "error": "The peer or this server refused the mail: for now by a `code` of 4xx, else for good.",
+    "lost": "The connection broke, or the peer answered out of step.",
+    "timeout": "The peer did not answer in time.",
+    "overflow": "A reply of the peer was too long.",
+    "idle": "The peer ended the connection before the mail had its turn.",
+    "nodata": "There is no mail to send: neither the document nor a plugin has it.",
+    "expired": "It was past its time before an attempt.",
+    "responsive": "The mail would have to be generated, which is not supported.",
+}
+"""The words of ``type`` in results, and what they mean."""
+
+STATES: Final = {
+    "process": "Before anything was tried.",
+    "storage": "The mail was to be fetched.",
+    "responsive": "The mail was to be generated.",
+    "dns": "The hosts of the domain were looked for.",
+    "bind": "The address to send from was chosen.",
+    "connect": "The connection was made.",
+    "init": "The banner was awaited.",
+    "ehlo": "EHLO was sent.",
+    "helo": "HELO was sent.",
+    "reset": "RSET was sent.",
+    "mail from": "MAIL FROM was sent.",
+    "rcpt to": "RCPT TO was sent.",
+    "data": "DATA was sent, or a plugin stopped the mail there.",
+    "received": "The whole mail was sent.",
+    "accept": "The peer has taken the mail.",
+    "idle": "The connection waited for mail.",
+    "close": "QUIT was sent.",
+}
+"""The words of ``state`` in results: how far an attempt came."""
+
+RESULTS: Final = {
+    "accepted": "The peer has the mail.",
+    "error": "The peer refused in a reply, or this host could not go on.",
+    "lost": "The connection broke.",
+    "timeout": "Nobody answered in time, or the mail is past its time.",
+    "invalid": "A reply, or the message itself, has no valid form.",
+}
+"""The words of ``result`` in results, which newer versions have in place of ``type``."""
 
 _STATES: Final = {
     Step.INTRO: "init",

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from mailerq.errors import MessageError
-from mailerq.message import is_delays, parse_time
+from mailerq.message import parse_time
+from mailerq.properties import is_delays
 
 __all__ = ["expires_at", "next_attempt", "not_before"]
 

@@ -22,7 +22,8 @@ class Steering:
     """
 
     def __init__(self, config: Config, rights: Rights) -> None:
-        self._rights = rights
+        self.others = rights
+        """For clients that may relay and are in neither list."""
         self._networks = config.smtp_extract_range
         self._logins = frozenset(config.smtp_extract_logins)
 
@@ -42,4 +43,4 @@ class Steering:
                 return EVERYTHING
         if self._networks and is_within(client, self._networks):
             return EVERYTHING
-        return self._rights
+        return self.others

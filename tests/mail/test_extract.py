@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mailerq.mail.extract import FIELDS, extract, rights_of
+from mailerq.mail.extract import FIELDS, doubts, extract, rights_of
 from mailerq.mail.headers import Header
 from mailerq.message import Message
 
@@ -225,3 +225,23 @@ def test_none_is_left_and_nothing_else_is_lost(mime: bytes, trusted: bool) -> No
     if after.end:  # where only lines that are no fields were left, there is no header now
         assert normalised(b"".join(kept)) == normalised(after.raw)
         assert left[after.body :] == mime[before.body :]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("maxattempt", "maxattempts"), ("Max-Attempts", "maxattempts"),
+     ("sucess-queue", "success-queue"),
+     ("smarthost-host-name", "smarthost-hostname"), ("my-id", None), ("campaign", None)],
+)  # fmt: skip
+def test_an_unknown_field_that_may_be_misspelt_is_told(name: str, meant: str | None) -> None:
+    found = extract(f"x-mq-{name}: 7\r\n\r\n".encode(), trusted=True)
+    assert found.properties == {name.lower(): "7"}
+    expected = [(f"x-mq-{name.lower()}", f"x-mq-{meant}")] if meant else []
+    assert list(doubts(found.properties)) == expected
+
+
+def test_known_fields_are_not_misspelt() -> None:
+    for name in FIELDS:
+        for value in ("1", "192.0.2.1", "2026-01-31 12:00:00", "a@b.test"):
+            found = extract(f"x-mq-{name}: {value}\r\n\r\n".encode(), trusted=True)
+            assert list(doubts(found.properties)) == []

@@ -15,12 +15,15 @@ from mailerq.config import Config
 from mailerq.errors import MessageError
 from mailerq.message import Message
 from mailerq.net.delivery import Dispatcher
+from mailerq.net.outgoing import Job
 from mailerq.net.resolver import NoHosts
 from mailerq.net.slots import Slots
-from mailerq.queues import Publication
+from mailerq.queues import Lease, Publication
 from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.rules.documents import examine
+from mailerq.rules.retry import not_before
 from mailerq.wire.smtp import Reply
-from tests.net.delivery_kit import NOW, StubPlugins, StubResolver, StubWorker
+from tests.net.delivery_kit import NOW, MemoryQueues, StubPlugins, StubResolver, StubWorker
 
 KNOWN = (
     "envelope recipient key keepmime mime mime-base64 ips pool delayed maxdelivertime maxattempts"
@@ -147,3 +150,59 @@ def test_what_is_read_as_json_can_be_written_again(value: str) -> None:
     except MessageError:
         return
     assert Message.from_json(message.to_json()).properties == message.properties
+
+
+class StubPool:
+    """Counts what could be sent."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+
+    def put(self, job: Job) -> None:
+        self.jobs += 1
+
+    def unusable_ips(self) -> list[str]:
+        return []
+
+
+async def fails_unsent(document: dict[str, Any], config: Config) -> bool:
+    """Whether a message is finished without an attempt, once it is due."""
+    message = Message.from_dict(document)
+    due = not_before(message.properties, now=NOW)
+    now = NOW if due is None else max(NOW, due)
+    async with trio.open_nursery() as nursery:
+        dispatcher = Dispatcher(
+            config,
+            MemoryQueues(),
+            [StubWorker(0, nursery, StubPlugins())],  # type: ignore[list-item]
+            plugins=StubPlugins(),  # type: ignore[arg-type]
+            resolver=StubResolver(),  # type: ignore[arg-type]
+            slots=Slots(1),
+            clock=lambda: now,
+        )
+        pool = dispatcher._pool = StubPool()  # type: ignore[assignment]
+        dispatcher._admit(Lease(1, "outbox", message))
+    assert pool.jobs + len(dispatcher._unsettled) == 1
+    return not pool.jobs
+
+
+@settings(max_examples=400)
+@given(DOCUMENTS)
+@example({"recipient": "c@d.test", "mime": "x", "delayed": "9999-12-31 23:59:59"})
+@example({"recipient": "c@d.test", "mime": "x", "maxdelivertime": "1999-12-31 23:59:59"})
+@example({"recipient": "c@d.test", "mime": "x", "security": "verified"})
+@example({"recipient": "c@d.test", "mime": "Received: x\r\n" * 100 + "\r\n"})
+@example({"recipient": "c@d.test", "mime": "Received: x\r\n" * 101 + "\r\n"})
+def test_a_check_finds_an_error_where_delivery_would_and_nowhere_else(
+    document: dict[str, Any],
+) -> None:
+    config = Config(hostname="me.test")
+    try:
+        message = Message.from_dict(document)
+    except MessageError:
+        return
+    errors = [each.text for each in examine(message, config, now=NOW) if each.level == "error"]
+    fails = trio.run(fails_unsent, document, config)
+    assert not fails or errors
+    if not message.properties.get("ips"):  # one of them is tried, and all of them are checked
+        assert fails or not errors

@@ -127,3 +127,35 @@ def test_descriptions_are_bounded() -> None:
     lines = "\n".join(["x" * 2000] * 100)
     outcome = responses.refused(Refused(Step.RCPTTO, Reply(550, lines)))
     assert len(outcome.description or "") == 1000
+
+
+def all_outcomes() -> list[Outcome]:
+    reply = Reply(450, "no")
+    errors = (OSError(errno.ECONNREFUSED, ""), OSError(errno.EHOSTUNREACH, ""))
+    return [
+        *(each for each in vars(responses).values() if isinstance(each, Outcome)),
+        responses.accepted(Accepted(reply)),
+        *(responses.refused(Refused(step, reply)) for step in responses._STATES),
+        *(
+            responses.failed(Failed(step, problem, ""))
+            for step in responses._STATES
+            for problem in Problem
+        ),
+        *(responses.connect_failed(error, "h") for error in errors),
+        responses.connect_timed_out("h"),
+        responses.cannot_bind(errors[0], "192.0.2.1"),
+        responses.no_fitting_address("h", "192.0.2.1"),
+        responses.no_hosts("", None),
+        responses.no_hosts("", reply),
+        responses.unsendable("x"),
+        responses.not_generated(),
+        responses.rejected_by_plugin(reply),
+        responses.refused_on_arrival(reply),
+    ]
+
+
+def test_results_have_the_words_that_are_documented_and_no_others() -> None:
+    outcomes = all_outcomes()
+    assert {each.type for each in outcomes} == set(responses.TYPES)
+    assert {each.state for each in outcomes} == set(responses.STATES)
+    assert {each.result for each in outcomes} == set(responses.RESULTS)

@@ -1,0 +1,156 @@
+"""``mailerq check``: what is wrong with a document or a mail, and what is ignored of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from mailerq.cli.common import command_parser, print_json
+from mailerq.config import Config
+from mailerq.errors import MessageError
+from mailerq.escaping import escape
+from mailerq.mail.extract import EVERYTHING, FIELDS_LIMIT, Rights, doubts, extract
+from mailerq.mail.headers import Header
+from mailerq.mail.incoming import HOP_LIMIT, Problem
+from mailerq.message import Message
+from mailerq.rules.documents import Finding, examine
+from mailerq.rules.steering import Steering
+
+__all__ = ["main"]
+
+DESCRIPTION: Final = """\
+Say what is wrong with JSON documents for the outbox, or with the x-mq-* fields of mail,
+and what is ignored there. What begins with { is a document, or several of one line each;
+what does not is a mail. Nothing is queued. docs/messages.md explains all properties and fields.
+
+exit status:
+  0  nothing is wrong (notes are only for people)
+  1  something is ignored or has no effect
+  2  it would be refused or fail, or a file cannot be read
+"""
+
+STATUS: Final = {"note": 0, "warning": 1, "error": 2}
+VERDICTS: Final = ("good", "can be sent, but", "cannot be sent")
+
+BEFORE_JSON: Final = b"\xef\xbb\xbf \t\r\n"
+"""What may stand before a document: a byte order mark is wrong there, and makes it no mail."""
+
+
+class Report(NamedTuple):
+    """What was found in one document or mail."""
+
+    where: str
+    findings: list[Finding]
+
+    @property
+    def status(self) -> int:
+        """As the exit status, for this one."""
+        return max((STATUS[finding.level] for finding in self.findings), default=0)
+
+
+def main(settings: list[str], rest: list[str]) -> int:
+    """Check the files that are named, or stdin; see DESCRIPTION."""
+    parser = command_parser("check", DESCRIPTION)
+    parser.add_argument("files", metavar="FILE", nargs="*", help="by default, and for -: stdin")
+    parser.add_argument("--json", action="store_true", help="for programs: one JSON array")
+    parser.add_argument(
+        "--client", action="store_true",
+        help="mail as from a client that may relay, whose fields smtp-extract limits; by"
+        " default as from the command line, where all fields count",
+    )  # fmt: skip
+    options = parser.parse_args(rest)
+    config = Config.load(settings)
+    rights = Steering.of(config).others if options.client else EVERYTHING
+    reports = [
+        report for name in options.files or ["-"] for report in _reports(name, config, rights)
+    ]
+    if options.json:
+        print_json([
+            {
+                "file": report.where,
+                "status": report.status,
+                "findings": [finding._asdict() for finding in report.findings],
+            }
+            for report in reports
+        ])  # fmt: skip
+    else:
+        for report in reports:
+            _print(report)
+    return max((report.status for report in reports), default=0)
+
+
+def _print(report: Report) -> None:
+    lines = [f"{report.where}: {VERDICTS[report.status]}"]
+    lines += [f"  {finding.level}: {finding.text}" for finding in report.findings]
+    sys.stdout.write("".join(f"{escape(line)}\n" for line in lines))
+
+
+def _reports(name: str, config: Config, rights: Rights) -> Iterator[Report]:
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            with open(name, "rb") as file:
+                data = file.read()
+    except OSError as error:
+        yield Report(name, [Finding("error", error.strerror or str(error))])
+        return
+    where = "stdin" if name == "-" else name
+    now = time.time()
+    if not data.lstrip(BEFORE_JSON).startswith((b"{", b"[")):
+        yield Report(where, list(_mail(data, config, rights, now)))
+        return
+    lines = data.split(b"\n")
+    several = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if len(several) == 1 or not all(
+        line.strip().startswith(b"{") and line.strip().endswith(b"}") for _, line in several
+    ):
+        yield Report(where, list(_document(data, config, now)))
+        return
+    for number, line in several:
+        yield Report(f"{where}:{number}", list(_document(line, config, now)))
+
+
+def _document(data: bytes, config: Config, now: float) -> Iterator[Finding]:
+    try:
+        message = Message.from_json(data)
+    except MessageError as error:
+        yield Finding("error", str(error))
+        return
+    yield from examine(message, config, now=now)
+
+
+def _mail(data: bytes, config: Config, rights: Rights, now: float) -> Iterator[Finding]:
+    """What is to be said of a mail that comes in, whoever it is for."""
+    if len(data) > config.smtp_maxsize:
+        text = f"the mail is larger than smtp-maxsize ({config.smtp_maxsize} bytes)"
+        yield Finding("error", text)
+        return
+    mime = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    header = Header(mime)
+    if not header.is_whole:
+        yield Finding("error", f"the mail {Problem.HEADER}")
+        return
+    if header.count(b"received", limit=HOP_LIMIT) >= HOP_LIMIT:
+        yield Finding("error", f"the mail {Problem.LOOP}")
+    extraction = extract(
+        mime, trusted=True, rights=rights, now=now,
+        outbox=config.rabbitmq_outbox, limit=FIELDS_LIMIT,
+    )  # fmt: skip
+    if extraction is None:
+        yield Finding("error", f"the mail {Problem.FIELDS}")
+        return
+    for reason in extraction.ignored:
+        yield Finding("warning", f"ignored {reason}")
+    properties = dict(extraction.properties)
+    for field, meant in doubts(extraction.properties):
+        del properties[field.removeprefix("x-mq-")]
+        text = f"{field}: is not known and changes nothing; is {meant} meant?"
+        yield Finding("warning", text)
+    # The recipient is in the envelope, and in no field.
+    properties["recipient"] = f"recipient@{config.hostname}"
+    yield from examine(Message(properties, extraction.mime), config, now=now)
+    if extraction.mime is mime:
+        yield Finding("note", "the mail has no x-mq-* fields")

@@ -1,0 +1,325 @@
+"""The properties of a message: one table that checks them and documents them.
+
+`PROPERTIES` is the table. `mailerq.message` checks documents by it, ``mailerq check`` and the log
+tell misspelt names by it, and ``docs/messages.md`` is made from it. Properties that are not in it
+travel untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Final, NamedTuple
+
+from mailerq.spelling import Spelling
+
+__all__ = ["KNOWN", "PROPERTIES", "SECONDS_LIMIT", "Key", "Property", "is_delays", "misspellings"]
+
+SECONDS_LIMIT: Final = 10**9
+"""Of one delay in ``retries``: 31 years."""
+
+UNKNOWN_LIMIT: Final = 100
+"""Unknown names of a message that are looked at; a message can have 100,000 of them."""
+
+
+class Key(NamedTuple):
+    """What an object that is a property may hold. `used`: it has an effect."""
+
+    name: str
+    meaning: str
+    used: bool = True
+
+
+class Property(NamedTuple):
+    """What is known of a property.
+
+    `expected` is its type in words. `check` says whether a value has it; None: nobody relies on it.
+    `keys` are those of an object, or of each object in an array. A property that is not `used`
+    is one of the reference that has no effect yet.
+    """
+
+    name: str
+    group: str
+    expected: str
+    meaning: str
+    check: Callable[[object], bool] | None = None
+    keys: tuple[Key, ...] = ()
+    used: bool = True
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_security(value: object) -> bool:
+    return value in ("optional", "opportunistic", "required", "verified")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool) or value in (0, 1)
+
+
+def _kinds(values: Iterable[object]) -> set[type]:
+    return set(map(type, values))  # a long array is looked at in C
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, list) and all(issubclass(kind, str) for kind in _kinds(value))
+
+
+def is_delays(value: object) -> bool:
+    """Whether it is what ``retries`` may be."""
+    return (
+        isinstance(value, list)
+        and _kinds(value) <= {int}
+        and min(value, default=0) >= 0
+        and max(value, default=0) <= SECONDS_LIMIT
+    )
+
+
+def _is_objects(value: object) -> bool:
+    return isinstance(value, list) and all(issubclass(kind, dict) for kind in _kinds(value))
+
+
+def _is_queues(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        name is None or isinstance(name, str) for name in value.values()
+    )
+
+
+MAIL: Final = "The mail"
+DELIVERY: Final = "How it is delivered"
+RESULTS: Final = "What becomes of it"
+WRITTEN: Final = "What the server writes"
+UNUSED: Final = "Without effect yet"
+
+PROPERTIES: Final = (
+    Property(
+        "recipient", MAIL, "a string",
+        "The address for RCPT TO, without angle brackets. Every message needs one.", _is_str,
+    ),
+    Property(
+        "envelope", MAIL, "a string",
+        "The address for MAIL FROM. Empty or absent: the null sender.", _is_str,
+    ),
+    Property(
+        "mime", MAIL, "a string or an object",
+        "The whole mail, header and body, with CRLF between its lines. An object would have to be"
+        " generated, which is not supported: the message fails.", _is_dict,
+    ),
+    Property(
+        "mime-base64", MAIL, "a string",
+        "Stands in place of `mime` where the mail is not valid UTF-8.",
+    ),
+    Property(
+        "smtputf8", MAIL, "true or false",
+        "The mail needs SMTPUTF8 (RFC 6531), unless its header is ASCII.", _is_bool,
+    ),
+    Property(
+        "requiretls", MAIL, "true or false",
+        "The mail must not travel without TLS (RFC 8689). It fails, because deliveries do not use"
+        " TLS yet.", _is_bool,
+    ),
+    Property(
+        "binarymime", MAIL, "true or false",
+        "The mail may be binary (RFC 3030). It fails where lines cannot carry it.", _is_bool,
+    ),
+    Property(
+        "delayed", DELIVERY, "a time",
+        "Not to be sent before. The server writes here when a failed attempt is repeated.", _is_str,
+    ),
+    Property(
+        "maxdelivertime", DELIVERY, "a time",
+        "When it is given up. Absent: `max-delivertime` after it was first seen.", _is_str,
+    ),
+    Property(
+        "maxattempts", DELIVERY, "a whole number",
+        "Attempts before it has failed; 0: no limit. Absent: `max-attempts`.", _is_int,
+    ),
+    Property(
+        "retries", DELIVERY, "an array of seconds",
+        "The waits between attempts; the last one repeats, and 0 is 1. Absent: `retry-interval`.",
+        is_delays,
+    ),
+    Property(
+        "ips", DELIVERY, "an array of strings",
+        "Addresses of this host to send from; each attempt takes one of them by chance.",
+        _is_strings,
+    ),
+    Property(
+        "smarthost", DELIVERY, "an object",
+        "The host that takes the mail, in place of the MX of its domain and of the setting"
+        " `smarthost`.", _is_dict,
+        (
+            Key("hostname", "Its name or address. It must be there."),
+            Key("name", "The older name of `hostname`."),
+            Key("port", "Its port, a number or a string. Absent: 25."),
+            Key("username", "The login there.", used=False),
+            Key("password", "Its password.", used=False),
+        ),
+    ),
+    Property(
+        "dsn", DELIVERY, "an object",
+        "Which reports the sender wants (RFC 3461). It is passed on to peers that offer DSN; what"
+        " has no valid form is left out.", _is_dict,
+        (
+            Key("notify", "NOTIFY of RCPT: `NEVER`, or of `SUCCESS,FAILURE,DELAY`."),
+            Key("ret", "RET of MAIL: `FULL` or `HDRS`."),
+            Key("orcpt", "ORCPT of RCPT: `rfc822;address`."),
+            Key("envid", "ENVID of MAIL."),
+            Key("envelope", "The sender of reports.", used=False),
+            Key("mta", "The reporting host.", used=False),
+        ),
+    ),
+    Property(
+        "security", DELIVERY, "optional, opportunistic, required or verified",
+        "The last two demand TLS: the message fails, because deliveries do not use it yet. The"
+        " first two change nothing.", _is_security,
+    ),
+    Property(
+        "queues", RESULTS, "an object of queue names",
+        "Queues for what becomes of this message, in place of the configured ones. An absent name"
+        " leaves the configured queue; null or an empty name: none. The outbox is refused.",
+        _is_queues,
+        (
+            Key("results", "Gets every final result, in place of `rabbitmq-results`."),
+            Key("success", "Gets the delivered mail, in place of `rabbitmq-success`."),
+            Key("failure", "Gets the failed mail, in place of `rabbitmq-failure`."),
+            Key("retry", "Gets a copy when it is tried again, in place of `rabbitmq-retry`."),
+            Key("dsn", "Gets bounces.", used=False),
+        ),
+    ),
+    Property(
+        "keepmime", RESULTS, "true or false",
+        "Result documents keep `mime`. Only the queue `failure` that nobody has configured never"
+        " gets it.", _is_flag,
+    ),
+    Property(
+        "tags", RESULTS, "an array of strings",
+        "Labels. They stand in the send log and travel into the results.", _is_strings,
+    ),
+    Property(
+        "results", WRITTEN, "an array of objects",
+        "What each attempt came to, the oldest first.", _is_objects,
+        (
+            Key("attempt", "The number of the attempt, from 1."),
+            Key("type", "What happened, in the words of version 2.1; see below."),
+            Key("state", "How far the attempt came, in the words of version 2.1; see below."),
+            Key("result", "What happened, in the newer words; see below."),
+            Key("time", "When it ended."),
+            Key("mta", "The name in the peer's banner."),
+            Key("from", "The address of this host that it was sent from."),
+            Key("to", "The address of the peer."),
+            Key("messages", "The messages on that connection so far, with this one."),
+            Key("code", "The code of the reply, of the peer or in its place."),
+            Key("status", "The enhanced status code of the reply."),
+            Key("description", "The text of the reply, or what went wrong."),
+        ),
+    ),
+    Property(
+        "message-id", WRITTEN, "a string",
+        "The id of the message in logs and replies. One that is there already stays.",
+    ),
+    Property("domain", WRITTEN, "a string", "The domain of the recipient."),
+    Property(
+        "seen", WRITTEN, "a time",
+        "When it was first taken from the outbox; from then on `max-delivertime` counts.",
+    ),
+    Property("received", WRITTEN, "a time", "When the mail came in, by SMTP or a command line."),
+    Property("hostname", WRITTEN, "a string", "The name of the server that took the mail."),
+    Property(
+        "connection", WRITTEN, "an object", "The SMTP connection by which the mail came in.",
+        keys=(
+            Key("local-ip", "The address of the server."),
+            Key("local-port", "The port of the server."),
+            Key("remote-ip", "The address of the client, behind a proxy as well."),
+            Key("remote-port", "The port of the client."),
+            Key("secure", "Whether TLS was in use."),
+            Key("user", "The login of the client, if there was one."),
+        ),
+    ),
+    Property(
+        "cli", WRITTEN, "an object", "The command line by which the mail came in.",
+        keys=(
+            Key("command", "The program."),
+            Key("arguments", "Its arguments."),
+            Key("user", "The account that called it."),
+        ),
+    ),
+    Property(
+        "damaged", WRITTEN, "an object",
+        "Why the message was set aside, in the queue for damaged messages.",
+        keys=(Key("reason", "The reason in words."),),
+    ),
+    Property(
+        "key", UNUSED, "a string", "The key of the body in a message store.", _is_str, used=False
+    ),
+    Property(
+        "pool", UNUSED, "a string", "The name of a pool of addresses to send from.",
+        _is_str, used=False,
+    ),
+    Property("data", UNUSED, "an object", "Variables for templates.", _is_dict, used=False),
+    Property("headers", UNUSED, "an object", "Edits of the header.", _is_dict, used=False),
+    Property("dkim", UNUSED, "an object or an array", "Keys to sign with.", used=False),
+    Property("inlinecss", UNUSED, "true or false", "Moves style sheets into the elements.",
+             used=False),
+    Property("normalize", UNUSED, "true or false",
+             "Makes CRLF of bare CRs and LFs. On the wire they become CRLF without it.",
+             used=False),
+    Property("priority", UNUSED, "a whole number", "The place in the queue.", used=False),
+    Property("nextattempt", UNUSED, "an object", "A newer form of `delayed`.", used=False),
+    Property("force", UNUSED, "true or false", "Attempts in spite of errors.", used=False),
+    Property("checks", UNUSED, "an array of objects", "What checks of received mail found.",
+             used=False),
+    Property("extracted", UNUSED, "an object", "Parts of the header, in results.", used=False),
+    Property("spool", UNUSED, "an object", "The file by which the mail came in.", used=False),
+    Property("http", UNUSED, "an object", "The request by which the mail came in.", used=False),
+    Property("forcedip", UNUSED, "a string", "The address that all attempts use.", used=False),
+)  # fmt: skip
+"""The table, in the order in which people read it; properties of a group stand together."""
+
+KNOWN: Final = {known.name: known for known in PROPERTIES}
+
+CHECKS: Final = tuple(
+    (known.name, known.check, known.expected) for known in PROPERTIES if known.check is not None
+)
+
+_SPELLING: Final = Spelling(KNOWN)
+_OBJECTS: Final = tuple(
+    (known.name, Spelling(key.name for key in known.keys))
+    for known in PROPERTIES
+    if known.keys and known.group != WRITTEN
+)
+
+
+def misspellings(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names that are not known but one slip away from one that is, and that one.
+
+    A key in an object, such as ``queues``, has a dot before it. `UNKNOWN_LIMIT` of each are
+    looked at.
+
+    >>> list(misspellings({"recipeint": "a@b.test", "my-id": 7, "queues": {"sucess": None}}))
+    [('recipeint', 'recipient'), ('queues.sucess', 'queues.success')]
+    """
+    unknown = [name for name in properties if name not in KNOWN]
+    for name in unknown[:UNKNOWN_LIMIT]:
+        if meant := _SPELLING.meant(name):
+            yield name, meant
+    for outer, spelling in _OBJECTS:
+        value = properties.get(outer)
+        if isinstance(value, dict):
+            for name in islice(value, UNKNOWN_LIMIT):
+                if meant := spelling.meant(name):
+                    yield f"{outer}.{name}", f"{outer}.{meant}"

@@ -1,0 +1,132 @@
+"""What is wrong with a message, or without effect in it: all that can be said before it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final, Literal, NamedTuple
+
+from mailerq.address import parse_host, parse_mailbox
+from mailerq.config import Config
+from mailerq.errors import AddressError
+from mailerq.mail.extract import extract
+from mailerq.mail.incoming import HOP_LIMIT, Problem
+from mailerq.message import Message
+from mailerq.properties import KNOWN, misspellings
+from mailerq.rules import responses
+from mailerq.rules.retry import expires_at, not_before
+from mailerq.rules.routes import count_hops, loop_problem, route_of, unmet_promise
+from mailerq.wire.parameters import dsn_parameters
+
+__all__ = ["Finding", "examine"]
+
+SHOWN: Final = 80
+"""Characters of a name or a value of a message that are shown."""
+
+
+class Finding(NamedTuple):
+    """With an error the message is refused or fails; a warning is something that is not done.
+
+    A note is for people: there nothing is wrong.
+    """
+
+    level: Literal["error", "warning", "note"]
+    text: str
+
+
+def examine(message: Message, config: Config, *, now: float) -> Iterator[Finding]:
+    """All that is to be said of a message for the outbox, which is left as it is.
+
+    The errors are what the dispatcher would find, but all of them and not the first. What
+    plugins would do to the message is not known here.
+    """
+    wrong = list(message.problems())
+    if (loop := loop_problem(message.properties, config.rabbitmq_outbox)) is not None:
+        wrong.append(loop)
+    if not wrong:
+        wrong += _unusable(message, config, now)
+    yield from (Finding("error", text) for text in wrong)
+    misspelt = dict(misspellings(message.properties))
+    for name, meant in misspelt.items():
+        text = f"property {_shown(name)}: is not known and changes nothing; is {meant} meant?"
+        yield Finding("warning", text)
+    yield from (Finding("warning", text) for text in _without_effect(message, misspelt))
+    for name in message.properties:
+        if name not in KNOWN and name not in misspelt:
+            yield Finding("note", f"property {_shown(name)}: is not known and travels untouched")
+
+
+def _unusable(message: Message, config: Config, now: float) -> Iterator[str]:
+    """What has the right types and cannot be used."""
+    properties = message.properties
+    for name in ("recipient", "envelope"):
+        address = properties.get(name)
+        try:
+            if address:
+                str(parse_mailbox(address))
+        except AddressError as error:
+            yield f"property {name}: {error}"
+    for address in properties.get("ips") or ():
+        try:
+            is_name = isinstance(parse_host(address), str)
+        except AddressError:
+            is_name = True
+        if is_name:
+            yield f"property ips: {_shown(address)} is no IP address"
+    try:
+        route_of(properties, "", config)
+    except AddressError as error:
+        yield str(error)
+    due = not_before(properties, now=now)
+    first = now if due is None else max(now, due)
+    if first > expires_at(properties, now=first, max_delivertime=config.max_delivertime):
+        yield "property maxdelivertime: is over before the first attempt, which is never made"
+    if (promise := unmet_promise(properties, message.body)) is not None:
+        yield promise.partition(" ")[2]
+    if message.body is None:
+        missing = responses.not_generated() if properties.get("mime") else responses.NO_DATA
+        yield f"property mime: {missing.description}, unless a plugin supplies the mail"
+    elif count_hops(message.body) > HOP_LIMIT:
+        yield f"property mime: {Problem.LOOP}"
+
+
+def _without_effect(message: Message, misspelt: Collection[str]) -> Iterator[str]:
+    """What is known and changes nothing, or stands where only known keys do."""
+    properties = message.properties
+    for name, value in properties.items():
+        known = KNOWN.get(name)
+        if known is None:
+            continue
+        if not known.used:
+            yield f"property {name}: has no effect yet"
+        elif known.keys and isinstance(value, dict):
+            keys = {key.name: key for key in known.keys}
+            for key in value:
+                if key in keys and keys[key].used:
+                    continue
+                if key not in keys and f"{name}.{key}" not in misspelt:
+                    yield f"property {name}: has the key {_shown(key)}, which is not known"
+                elif key in keys:
+                    yield f"property {name}: its key {key} has no effect yet"
+    yield from _reports(properties.get("dsn"))
+    body = message.body
+    if body is not None and (extracted := extract(body, trusted=False)) is not None:
+        if extracted.mime is not body:
+            yield (
+                "property mime: has x-mq-* fields; they count in mail that comes in, and in a"
+                " document they are sent as they are"
+            )
+
+
+def _reports(dsn: object) -> Iterator[str]:
+    """What of the property ``dsn`` has no place in a command."""
+    if isinstance(dsn, Mapping):
+        parts: Mapping[str, Any] = dsn
+        for name in ("notify", "ret", "orcpt", "envid"):
+            if parts.get(name) is not None and not any(dsn_parameters({name: parts[name]})):
+                yield f"property dsn: its key {name} has no valid form and is left out"
+
+
+def _shown(text: str) -> str:
+    """A name or a value in a line, in quotes where else nobody could see what it is."""
+    shown = text[:SHOWN]
+    return f"'{shown}'" if not shown or " " in shown else shown
