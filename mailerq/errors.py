@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 __all__ = [
     "AddressError",
     "ConfigError",
+    "EngineError",
     "MailerqError",
     "MessageError",
     "PluginError",
@@ -71,6 +72,13 @@ class ConfigError(MailerqError):
 
 class PluginError(MailerqError):
     """A plugin cannot be used; the text names its file. Raised before a client is served."""
+
+
+class EngineError(MailerqError):
+    """The engine had to end while it ran, by a defect of ours; `__cause__` has what happened.
+
+    What was accepted is on disk. The queue's own errors come as `QueueError`, not as this.
+    """
 
 
 class AddressError(MailerqError, ValueError):
