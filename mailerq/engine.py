@@ -43,6 +43,8 @@ from mailerq.plugins import (
     Answer,
     Connection,
     Done,
+    EachHandler,
+    EventName,
     Handler,
     Plugins,
     Reject,
@@ -466,6 +468,8 @@ class Engine:
     def on(
         self, event: Literal["out_sent"], handler: Callable[[Connection, Message, Message], Done]
     ) -> None: ...
+    @overload
+    def on(self, event: EventName, handler: EachHandler) -> None: ...
     def on(self, event: str, handler: Handler) -> None:
         """Call `handler` for an event, after the C plugins; see `Plugins.on`.
 

@@ -34,7 +34,7 @@ import textwrap
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final, Literal, NamedTuple, Self, TypeAlias, get_args
+from typing import Final, Literal, NamedTuple, Protocol, Self, TypeAlias, get_args
 
 import trio
 
@@ -52,6 +52,7 @@ __all__ = [
     "Connection",
     "Context",
     "Done",
+    "EachHandler",
     "EventName",
     "Handler",
     "Plugins",
@@ -92,6 +93,13 @@ Answer: TypeAlias = Reject | Awaitable[Reject | None] | None
 
 Done: TypeAlias = Awaitable[None] | None
 """What the handler of an event returns in which there is nothing left to refuse."""
+
+
+class EachHandler(Protocol):
+    """A handler that can be given for any event, because it takes whatever there is."""
+
+    def __call__(self, *arguments: object) -> Done: ...
+
 
 Handler = Callable[..., "Reject | bool | Awaitable[Reject | bool | None] | None"]
 """A function, plain or async, that gets the `Connection` and what the event is about."""

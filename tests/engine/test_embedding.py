@@ -202,7 +202,8 @@ def test_the_events_of_handlers_are_those_of_plugins() -> None:
     header = (ROOT / "include" / "mailerq.h").read_text()
     assert all(f" mq_smtp_in_{name}(" in header or f" mq_smtp_{name}(" in header for name in EVENTS)
     assert header.count("\nMQ_EXPORT bool mq_smtp_") == len(EVENTS)
-    overloads = typing.get_overloads(Engine.on)
+    *overloads, last = typing.get_overloads(Engine.on)
+    assert typing.get_type_hints(last)["event"] is mailerq.EventName
     named = [
         name
         for overload in overloads
