@@ -86,8 +86,8 @@ class Engine:
     What it needs is opened in order (ports, plugins, queues, workers, deliveries) and
     closed in the opposite one; leaving the context takes at most `shutdown-timeout` for
     the transactions that are under way. Entering raises `ConfigError`, `PluginError` or
-    `QueueError`, each of which says what to do. Leaving raises `QueueError` or `EngineError` when
-    the engine had to end by itself; the body of the context is cancelled then.
+    `QueueError`, each of which says what to do. When the engine has to end by itself, the body of
+    the context is cancelled, and leaving raises `QueueError`, or `EngineError` for any other cause.
 
     >>> import tempfile, trio, mailerq
     >>> async def main(directory):
@@ -137,15 +137,18 @@ class Engine:
     async def __aenter__(self) -> Self:
         self._started = self._ended = None
         self._stopping = False
-        async with AsyncExitStack() as stack:
-            try:
-                await self._open(stack)
-            except MailerqError as error:
-                failure = error  # As below: around the nurseries.
-                self._failed = True
-            else:
-                self._stack = stack.pop_all()
-                return self
+        try:
+            async with AsyncExitStack() as stack:
+                try:
+                    await self._open(stack)
+                except MailerqError as error:
+                    failure = error  # As below: around the nurseries.
+                    self._failed = True
+                else:
+                    self._stack = stack.pop_all()
+                    return self
+        except ExceptionGroup as group:
+            raise _plain(group) from group
         raise failure
 
     async def __aexit__(

@@ -75,7 +75,7 @@ class PluginError(MailerqError):
 
 
 class EngineError(MailerqError):
-    """The engine had to end while it ran, by a defect of ours; `__cause__` has what happened.
+    """By a defect of ours the engine had to end, or could not start; `__cause__` has what it was.
 
     What was accepted is on disk. The queue's own errors come as `QueueError`, not as this.
     """

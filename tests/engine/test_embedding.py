@@ -165,6 +165,20 @@ async def test_what_ends_an_engine_comes_as_one_plain_error(
     assert isinstance(raised.value, mailerq.MailerqError)
 
 
+async def test_what_keeps_an_engine_from_starting_comes_as_one_plain_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(*arguments: object, task_status: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("mailerq.net.control.serve", serve)
+    engine = Engine(configure(tmp_path))
+    with pytest.raises(EngineError, match="the engine had to end: OSError: no room"):
+        async with engine:
+            raise AssertionError("it runs")
+    assert engine.statistics()["started"] is None
+
+
 async def test_an_error_of_the_program_itself_leaves_as_it_came(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         async with Engine(configure(tmp_path)):
@@ -178,6 +192,16 @@ async def test_a_program_that_is_cancelled_ends_its_engine(tmp_path: Path) -> No
             await trio.sleep_forever()
     assert scope.cancelled_caught
     assert engine.addresses == []
+
+
+async def test_a_handler_knows_the_client_behind_a_proxy(tmp_path: Path) -> None:
+    clients: list[tuple[str | None, int]] = []
+    engine = Engine(configure(tmp_path, smtp_proxy=("127.0.0.1",)))
+    engine.on("connect", lambda connection: clients.append((connection.address, connection.port)))
+    async with engine, open_dialog(engine.addresses[0], greeted=False) as dialog:
+        await dialog.send(b"PROXY TCP6 2001:db8::7 2001:db8::1 4711 25\r\n")
+        assert (await dialog.reply()).startswith("220")
+    assert clients == [("2001:db8::7", 4711)]
 
 
 async def test_a_handler_keeps_what_it_knows_of_a_client_by_its_connection(
