@@ -149,6 +149,9 @@ class Engine:
                     return self
         except ExceptionGroup as group:
             raise _plain(group) from group
+        finally:
+            if self._started is None:
+                self._workers = []
         raise failure
 
     async def __aexit__(
@@ -353,8 +356,7 @@ class Engine:
         the domain exists and takes mail, whether `smtp-out-forbidden` allows the smarthost, whether
         this host has the address in ips, and what a plugin or handler makes of it.
         """
-        if not self._workers or self._ended is not None:
-            raise RuntimeError("the engine does not run: publish within its context")
+        self._check_open()
         if isinstance(message, dict):
             message = Message.from_dict(message)
         elif isinstance(message, bytes | str):
@@ -371,6 +373,10 @@ class Engine:
                 raise MessageError(problem)
         await self.queues.publish([Publication(name, message, due)])
 
+    def _check_open(self) -> None:
+        if not self._workers or self._ended is not None:
+            raise RuntimeError("the engine does not run: this is for within its context")
+
     def consume(
         self, queue: str, *, prefetch: int = PREFETCH
     ) -> AbstractAsyncContextManager[Consumer]:
@@ -380,10 +386,12 @@ class Engine:
         processes have left in other shares of the queue directory does not come this way: the
         outbox there is delivered, other queues are for ``mailerq queue``.
         """
+        self._check_open()
         return self.queues.consume(queue, prefetch=prefetch)
 
     async def ack(self, lease: Lease) -> None:
         """Take a consumed message away for good. Raises `QueueError`."""
+        self._check_open()
         await self.queues.ack([Settlement(lease)])
 
     def reload(self) -> None:
@@ -392,6 +400,7 @@ class Engine:
         Raises `ConfigError`, and the one that was there before stays. Files of logins and of local
         addresses need no such call: they are looked at when they are used.
         """
+        self._check_open()
         self._server.tls = tls_context(self.config)
 
     def statistics(self) -> dict[str, Any]:

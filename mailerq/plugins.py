@@ -344,10 +344,10 @@ class Plugins:
         `event` is a name such as "rcptto", the `handler` a plain or async function. It gets the
         `Connection` and then what the event is about: the address; login and password; the text
         of the mail, which is good until the handler ends; the `Message`, which it may edit; for
-        "out_data" and "out_sent" the `Message`
-        that is sent now and the one that is stored. It returns None to go on, or a `Reject`;
-        for "authenticate" also True or False. An exception in it is a 451 and logged, and so is a
-        `Message` that it leaves in a state which no queue could hold.
+        "out_data" and "out_sent" the `Message` that is sent now and the one that is stored. It
+        returns None to go on, or a `Reject`; for "authenticate" also True or False. An exception in
+        it is a 451 and logged, and so is a `Message` that it leaves in a state which no queue could
+        hold.
         """
         check_handler(event, handler)
         self.handlers.setdefault(event, []).append(handler)

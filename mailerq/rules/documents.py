@@ -29,7 +29,7 @@ def document_problem(message: Message, config: Config, *, now: float, supplied: 
     properties = message.properties
     body: object = message.body
     if body is not None and not isinstance(body, bytes):
-        return f"the body is no bytes but {type(body).__name__}"
+        return f"property mime: expected bytes for the body, found {type(body).__name__}"
     problem = message.problem() or loop_problem(properties, config.rabbitmq_outbox)
     if problem is not None:
         return problem

@@ -30,6 +30,7 @@ NEVER_SENT: list[tuple[dict[str, Any], str]] = [
     ({"recipient": "c@d.test>\r\nDATA"}, "property recipient: "),
     ({"envelope": "a@b..test"}, "property envelope: 'b..test' is not a domain"),
     ({"mime": None}, "property mime: is missing"),
+    ({"mime": ["x"]}, "property mime: expected a string or an object, found an array"),
     ({"mime": {"subject": "hi"}}, "property mime: is an object"),
     ({"mime": "Received: x\r\n" * 101 + "\r\n"}, "property mime: has more than 100 Received"),
     ({"delayed": "tomorrow"}, "property delayed: 'tomorrow' is not a time"),
@@ -118,6 +119,9 @@ async def test_an_engine_says_what_it_has_done_before_while_and_after_it_runs(
     for part in ("incoming", "outgoing"):
         assert before[part].keys() <= running[part].keys() == after[part].keys()
     json.dumps([before, running, after])
+    for call in (lambda: engine.consume("inbox"), engine.reload):
+        with pytest.raises(RuntimeError, match="does not run"):
+            call()
     with pytest.raises(RuntimeError, match="does not run"):
         await engine.publish(GOOD)
 
@@ -177,6 +181,8 @@ async def test_what_keeps_an_engine_from_starting_comes_as_one_plain_error(
         async with engine:
             raise AssertionError("it runs")
     assert engine.statistics()["started"] is None
+    with pytest.raises(RuntimeError, match="does not run"):
+        await engine.publish(GOOD)
 
 
 async def test_an_error_of_the_program_itself_leaves_as_it_came(tmp_path: Path) -> None:
