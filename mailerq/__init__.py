@@ -18,13 +18,22 @@ if TYPE_CHECKING:
     from mailerq.engine import Engine as Engine
     from mailerq.errors import AddressError as AddressError
     from mailerq.errors import ConfigError as ConfigError
+    from mailerq.errors import EngineError as EngineError
     from mailerq.errors import MailerqError as MailerqError
     from mailerq.errors import MessageError as MessageError
     from mailerq.errors import PluginError as PluginError
     from mailerq.errors import QueueDamaged as QueueDamaged
     from mailerq.errors import QueueError as QueueError
+    from mailerq.errors import QueueFull as QueueFull
     from mailerq.message import Message as Message
     from mailerq.message import Result as Result
+    from mailerq.plugins import EVENTS as EVENTS
+    from mailerq.plugins import Connection as Connection
+    from mailerq.plugins import EventName as EventName
+    from mailerq.plugins import Reject as Reject
+    from mailerq.queues import Consumer as Consumer
+    from mailerq.queues import Depth as Depth
+    from mailerq.queues import Lease as Lease
 
 __version__ = "0.1.0"
 
@@ -35,13 +44,17 @@ _HOMES = {
     "errors": (
         "AddressError",
         "ConfigError",
+        "EngineError",
         "MailerqError",
         "MessageError",
         "PluginError",
         "QueueDamaged",
         "QueueError",
+        "QueueFull",
     ),
     "message": ("Message", "Result"),
+    "plugins": ("EVENTS", "Connection", "EventName", "Reject"),
+    "queues": ("Consumer", "Depth", "Lease"),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

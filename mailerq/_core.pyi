@@ -99,6 +99,12 @@ class Call:
     def close(self) -> None: ...
 
 class Connection:
+    """One SMTP connection, incoming or outgoing, as plugins and handlers see it.
+
+    `address` to `tls_name` say who the client is, behind a proxy the proxy's client; None or 0
+    while that is unknown, and for an outgoing connection.
+    """
+
     context: Context
     on_output: Callable[[], None] | None
     secure: bool

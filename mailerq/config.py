@@ -454,7 +454,8 @@ class Config:
         None,
         NUMBER,
         QUEUES,
-        "Documents that the queue of rabbitmq-failure keeps, the oldest go first; 0: no limit.",
+        "Documents that the queue of rabbitmq-failure keeps, looked at once a minute; the oldest go"
+        " first, but no mail while rabbitmq-failure is not set. 0: no limit.",
         unset=f"{FAILURE_MESSAGES} while rabbitmq-failure is not set, else no limit",
         unlimited=True,
     )

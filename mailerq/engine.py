@@ -11,40 +11,53 @@ import os
 import pwd
 import resource
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, overload
 
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import ConfigError, MailerqError, MessageError, QueueError
+from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError, QueueError
 from mailerq.message import Message, format_time
 from mailerq.net import control
 from mailerq.net.addresses import LocalAddresses
 from mailerq.net.auth import Authenticator
 from mailerq.net.clients import Clients
+from mailerq.net.delivery import Counters as DeliveryCounters
 from mailerq.net.delivery import Dispatcher
 from mailerq.net.listener import Listener, bind
 from mailerq.net.logs import LogFile
 from mailerq.net.memory import Memory
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import Resolver
+from mailerq.net.shared import Counters as SessionCounters
 from mailerq.net.shared import Server
 from mailerq.net.slots import Slots
 from mailerq.net.statistics import total
 from mailerq.net.tls import Handshakes, tls_context
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
-from mailerq.plugins import Handler, Plugins, check_handler
+from mailerq.plugins import (
+    Answer,
+    Connection,
+    Done,
+    EachHandler,
+    EventName,
+    Handler,
+    Plugins,
+    Reject,
+    check_handler,
+)
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded import EmbeddedQueues
 from mailerq.queues.exclusive import make_directory
 from mailerq.queues.shares import share_directory, shares_in
 from mailerq.queues.store import Bounds
 from mailerq.rules.access import Access
-from mailerq.rules.routes import loop_problem
+from mailerq.rules.documents import problems
 from mailerq.rules.steering import Steering
 from mailerq.wire import server
 
@@ -74,7 +87,8 @@ class Engine:
     What it needs is opened in order (ports, plugins, queues, workers, deliveries) and
     closed in the opposite one; leaving the context takes at most `shutdown-timeout` for
     the transactions that are under way. Entering raises `ConfigError`, `PluginError` or
-    `QueueError`, each of which says what to do.
+    `QueueError`, each of which says what to do. When the engine has to end by itself, the body of
+    the context is cancelled, and leaving raises `QueueError`, or `EngineError` for any other cause.
 
     >>> import tempfile, trio, mailerq
     >>> async def main(directory):
@@ -117,20 +131,29 @@ class Engine:
         self._handlers: list[tuple[str, Handler]] = []
         self._opened = False
         self._stopping = False
-        self._started = 0.0
+        self._started: float | None = None
+        self._ended: float | None = None
         self._failed = False
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as stack:
-            try:
-                await self._open(stack)
-            except MailerqError as error:
-                failure = error  # As below: around the nurseries.
-                self._failed = True
-            else:
-                self._stack = stack.pop_all()
-                return self
+        self._started = self._ended = None
+        self._stopping = False
+        try:
+            async with AsyncExitStack() as stack:
+                try:
+                    await self._open(stack)
+                except MailerqError as error:
+                    failure = error  # As below: around the nurseries.
+                    self._failed = True
+                else:
+                    self._stack = stack.pop_all()
+                    return self
+        except ExceptionGroup as group:
+            raise _plain(group) from group
+        finally:
+            if self._started is None:
+                self._workers = []
         raise failure
 
     async def __aexit__(
@@ -141,7 +164,12 @@ class Engine:
     ) -> bool | None:
         # The error goes around the nurseries, not through them: it leaves as it came.
         self._failed = error is not None
-        await self._stack.aclose()
+        try:
+            await self._stack.aclose()
+        except ExceptionGroup as group:
+            raise _plain(group) from group
+        finally:
+            self._ended = time.time()
         return None
 
     async def _open(self, stack: AsyncExitStack) -> None:
@@ -229,7 +257,9 @@ class Engine:
         self._started = time.time()
 
     def _open_queues(self, directory: str) -> AbstractAsyncContextManager[Queues]:
-        bounds = Bounds(self.config.failure_queue, *self.config.failure_bounds)
+        config = self.config
+        reports_only = not config.failure_is_named
+        bounds = Bounds(config.failure_queue, *config.failure_bounds, reports_only)
         return EmbeddedQueues.open(directory, bounds=(bounds,))
 
     def _delivery(self, share: int, queues: Queues) -> _Delivery:
@@ -305,8 +335,9 @@ class Engine:
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """The addresses and ports that SMTP clients can connect to."""
-        return self._listener.addresses
+        """The addresses and ports that SMTP clients can connect to; none but while it runs."""
+        running = self._started is not None and self._ended is None
+        return self._listener.addresses if running else []
 
     async def publish(
         self,
@@ -317,24 +348,43 @@ class Engine:
     ) -> None:
         """Put a message into a queue, by default the outbox; it is safe when this returns.
 
-        A message is a `Message`, the JSON document, or that document as a dict. `due` is
-        seconds since 1970. Raises `MessageError` for a document that cannot be read or kept, or
-        that is for the outbox and cannot be sent, and `QueueError` when it cannot be kept now.
-        The engine owns a `Message` from here on. A property for the outbox that may be misspelt is
-        a warning in the log, see ``docs/messages.md``.
+        A message is a `Message`, the JSON document, or that document as a dict, in which "mime" may
+        also be bytes. `due` is seconds since 1970. The engine owns a `Message` from here on.
+
+        Raises `QueueError` when it cannot be kept now, and `MessageError`, which names the
+        property, for a document that cannot be read or kept. A document for the outbox must be fit
+        to be sent, too: known properties have the right types and forms, recipient and envelope are
+        addresses, smarthost and ips can be read, there is a body (or a plugin or handler listens to
+        "out_data" and may supply one), its time has not passed, no result goes back to the outbox,
+        the mail does not run in circles, and asks for nothing that deliveries cannot do.
+
+        What depends on others is found when it is delivered, and stands in its result: whether
+        the domain exists and takes mail, whether `smtp-out-forbidden` allows the smarthost, whether
+        this host has the address in ips, and what a plugin or handler makes of it. A property for
+        the outbox that may be misspelt is a warning in the log, see ``docs/messages.md``.
         """
+        self._check_open()
         if isinstance(message, dict):
             message = Message.from_dict(message)
         elif isinstance(message, bytes | str):
             message = Message.from_json(message)
-        outbox = self.config.rabbitmq_outbox
-        name = outbox if queue is None else queue
-        if name == outbox:
+        elif not isinstance(message, Message):
+            raise TypeError(f"expected a Message, JSON or a dict, found {type(message).__name__}")
+        name = self.config.rabbitmq_outbox if queue is None else queue
+        if due is not None and not math.isfinite(due):
+            raise ValueError(f"due: expected seconds since 1970, found {due}")
+        if name == self.config.rabbitmq_outbox:
             self._misspelt.properties(message.properties)
-            problem = message.problem() or loop_problem(message.properties, outbox)
+            supplied = self.plugins.listens("out_data")
+            found = problems(message, self.config, now=time.time(), supplied=supplied)
+            problem = next(found, None)
             if problem is not None:
                 raise MessageError(problem)
         await self.queues.publish([Publication(name, message, due)])
+
+    def _check_open(self) -> None:
+        if not self._workers or self._ended is not None:
+            raise RuntimeError("the engine does not run: this is for within its context")
 
     def consume(
         self, queue: str, *, prefetch: int = PREFETCH
@@ -345,10 +395,12 @@ class Engine:
         processes have left in other shares of the queue directory does not come this way: the
         outbox there is delivered, other queues are for ``mailerq queue``.
         """
+        self._check_open()
         return self.queues.consume(queue, prefetch=prefetch)
 
     async def ack(self, lease: Lease) -> None:
         """Take a consumed message away for good. Raises `QueueError`."""
+        self._check_open()
         await self.queues.ack([Settlement(lease)])
 
     def reload(self) -> None:
@@ -357,14 +409,21 @@ class Engine:
         Raises `ConfigError`, and the one that was there before stays. Files of logins and of local
         addresses need no such call: they are looked at when they are used.
         """
+        self._check_open()
         self._server.tls = tls_context(self.config)
 
     def statistics(self) -> dict[str, Any]:
-        """What has happened since the start, as a tree of numbers that can become JSON."""
+        """What has happened since the start, as a tree of numbers that can become JSON.
+
+        Before the start, and after one that failed, nothing has: "started" is None, counters are 0,
+        and what has no parts yet is empty. After the end the figures are the last ones.
+        """
+        if self._started is None:
+            return self._nothing_yet()
         deliveries = self._deliveries.values()
         return {
             "started": format_time(self._started),
-            "uptime": time.time() - self._started,
+            "uptime": (self._ended or time.time()) - self._started,
             "pid": os.getpid(),
             "hostname": self.config.hostname,
             "listening": [f"{ip}:{port}" for ip, port in self.addresses],
@@ -381,6 +440,57 @@ class Engine:
             "watchdog": self._watchdog.statistics(),
         }
 
+    def _nothing_yet(self) -> dict[str, Any]:
+        return {
+            "started": None,
+            "uptime": 0.0,
+            "pid": os.getpid(),
+            "hostname": self.config.hostname,
+            "listening": [],
+            "workers": 0,
+            "incoming": {"open": 0, "memory": 0, "held": 0, **asdict(SessionCounters())},
+            "outgoing": asdict(DeliveryCounters()),
+            "queue": {},
+            "plugins": {},
+            "watchdog": {},
+        }
+
+    @overload
+    def on(
+        self, event: Literal["connect", "secure"], handler: Callable[[Connection], Answer]
+    ) -> None: ...
+    @overload
+    def on(
+        self,
+        event: Literal["authenticate"],
+        handler: Callable[
+            [Connection, str, str], Reject | bool | Awaitable[Reject | bool | None] | None
+        ],
+    ) -> None: ...
+    @overload
+    def on(
+        self, event: Literal["mailfrom", "rcptto"], handler: Callable[[Connection, str], Answer]
+    ) -> None: ...
+    @overload
+    def on(
+        self, event: Literal["data"], handler: Callable[[Connection, bytes | memoryview], Answer]
+    ) -> None: ...
+    @overload
+    def on(
+        self, event: Literal["message"], handler: Callable[[Connection, Message], Answer]
+    ) -> None: ...
+    @overload
+    def on(self, event: Literal["close"], handler: Callable[[Connection], Done]) -> None: ...
+    @overload
+    def on(
+        self, event: Literal["out_data"], handler: Callable[[Connection, Message, Message], Answer]
+    ) -> None: ...
+    @overload
+    def on(
+        self, event: Literal["out_sent"], handler: Callable[[Connection, Message, Message], Done]
+    ) -> None: ...
+    @overload
+    def on(self, event: EventName, handler: EachHandler) -> None: ...
     def on(self, event: str, handler: Handler) -> None:
         """Call `handler` for an event, after the C plugins; see `Plugins.on`.
 
@@ -388,8 +498,8 @@ class Engine:
         that come when somebody listens to "authenticate".
         """
         check_handler(event, handler)
+        self._handlers.append((event, handler))
         if not self._opened:
-            self._handlers.append((event, handler))
             return
         self.plugins.on(event, handler)
         if event == "authenticate":
@@ -426,6 +536,16 @@ class _Delivery:
     queues: Queues
     dispatcher: Dispatcher
     over: trio.Event = field(default_factory=trio.Event)
+
+
+def _plain(group: ExceptionGroup[Exception]) -> MailerqError:
+    """One error to catch for all that ended the tasks of an engine."""
+    error: Exception = group
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, MailerqError):
+        return error
+    return EngineError(f"the engine had to end: {type(error).__name__}: {error}")
 
 
 def _mechanisms(authenticator: Authenticator, plugins: Plugins) -> tuple[str, ...]:

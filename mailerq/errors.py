@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 __all__ = [
     "AddressError",
     "ConfigError",
+    "EngineError",
     "MailerqError",
     "MessageError",
     "PluginError",
@@ -71,6 +72,13 @@ class ConfigError(MailerqError):
 
 class PluginError(MailerqError):
     """A plugin cannot be used; the text names its file. Raised before a client is served."""
+
+
+class EngineError(MailerqError):
+    """By a defect of ours the engine had to end, or could not start; `__cause__` has what it was.
+
+    What was accepted is on disk. The queue's own errors come as `QueueError`, not as this.
+    """
 
 
 class AddressError(MailerqError, ValueError):

@@ -165,7 +165,7 @@ class Message(msgspec.Struct, eq=False):
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Self:
-        """Take the document as a dict; the dict itself is left as it was.
+        """Take the document as a dict, in which ``mime`` may be bytes; the dict is left as it was.
 
         Raises `MessageError` when the body cannot be read; properties of a wrong type are
         found later, by `problem`.
@@ -173,7 +173,9 @@ class Message(msgspec.Struct, eq=False):
         properties = dict(document)
         body: bytes | None = None
         mime = properties.get("mime")
-        if isinstance(mime, str):
+        if isinstance(mime, bytes):
+            body = properties.pop("mime")
+        elif isinstance(mime, str):
             del properties["mime"]
             try:
                 body = mime.encode()
@@ -249,8 +251,11 @@ class Message(msgspec.Struct, eq=False):
 
 
 def _kind(value: object) -> str:
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else "an array")
+    names = {
+        bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object",
+        list: "an array",
+    }  # fmt: skip
+    return names.get(type(value), type(value).__name__)
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):

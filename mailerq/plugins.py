@@ -34,7 +34,7 @@ import textwrap
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final, NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Protocol, Self, TypeAlias, get_args
 
 import trio
 
@@ -46,9 +46,14 @@ from mailerq.inspection import announce, plugins_in
 from mailerq.message import Message, decode_properties, encode_properties
 
 __all__ = [
+    "EVENTS",
     "NOTHING",
+    "Answer",
     "Connection",
     "Context",
+    "Done",
+    "EachHandler",
+    "EventName",
     "Handler",
     "Plugins",
     "Reject",
@@ -75,6 +80,27 @@ class Reject(NamedTuple):
     text: str
 
 
+EventName = Literal[
+    "connect", "secure", "authenticate", "mailfrom", "rcptto", "data", "message", "close",
+    "out_data", "out_sent",
+]  # fmt: skip
+"""The events that a handler in Python may be given for; `Engine.on` says what each gets."""
+
+EVENTS: Final[tuple[EventName, ...]] = get_args(EventName)
+
+Answer: TypeAlias = Reject | Awaitable[Reject | None] | None
+"""What the handler of an event that can be refused returns, at once or as a coroutine."""
+
+Done: TypeAlias = Awaitable[None] | None
+"""What the handler of an event returns in which there is nothing left to refuse."""
+
+
+class EachHandler(Protocol):
+    """A handler that can be given for any event, because it takes whatever there is."""
+
+    def __call__(self, *arguments: object) -> Done: ...
+
+
 Handler = Callable[..., "Reject | bool | Awaitable[Reject | bool | None] | None"]
 """A function, plain or async, that gets the `Connection` and what the event is about."""
 
@@ -92,8 +118,6 @@ TEXT_LIMIT: Final = 2000
 
 LINE_LIMIT: Final = 480
 """Characters of one line of a reply: 512 with the code and CRLF (RFC 5321, section 4.5.3.1.5)."""
-
-_HANDLED: Final = _core.EVENTS[_core.EVENTS.index("connect") :][:10]
 
 _STATUS: Final = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?= |$)")
 
@@ -180,8 +204,8 @@ def _problem(message: Message) -> str | None:
 
 def check_handler(event: str, handler: object) -> None:
     """Raise ValueError when there is no such event, TypeError when that cannot be called for it."""
-    if event not in _HANDLED:
-        raise ValueError(f"no event {event!r}: there are {', '.join(_HANDLED)}")
+    if event not in EVENTS:
+        raise ValueError(f"no event {event!r}: there are {', '.join(EVENTS)}")
     if not callable(handler):
         raise TypeError(f"the handler for {event} cannot be called: {handler!r}")
 
@@ -313,10 +337,11 @@ class Plugins:
 
         `event` is a name such as "rcptto", the `handler` a plain or async function. It gets the
         `Connection` and then what the event is about: the address; login and password; the text
-        of the mail; the `Message`, which it may edit; for "out_data" and "out_sent" the `Message`
-        that is sent now and the one that is stored. It returns None to go on, or a `Reject`;
-        for "authenticate" also True or False. An exception in it is a 451 and logged, and so is a
-        `Message` that it leaves in a state which no queue could hold.
+        of the mail, which is good until the handler ends; the `Message`, which it may edit; for
+        "out_data" and "out_sent" the `Message` that is sent now and the one that is stored. It
+        returns None to go on, or a `Reject`; for "authenticate" also True or False. An exception in
+        it is a 451 and logged, and so is a `Message` that it leaves in a state which no queue could
+        hold.
         """
         check_handler(event, handler)
         self.handlers.setdefault(event, []).append(handler)

@@ -28,7 +28,7 @@ from mailerq.cli.process import HEAD
 from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, fail, prepare
 from mailerq.config import Config
 from mailerq.engine import Engine
-from mailerq.errors import ConfigError, MailerqError, PluginError
+from mailerq.errors import ConfigError, EngineError, MailerqError, PluginError
 from mailerq.message import decode_properties, encode_properties
 from mailerq.net import control
 
@@ -52,6 +52,8 @@ def main() -> int:
         logs.configure(config, f"process {share}: ")
         prepare(config)
         trio.run(_serve, config, share, parent)
+    except EngineError as error:
+        fail(error)
     except MailerqError as error:
         settings = isinstance(error, ConfigError | PluginError)
         _say(parent, {"failed": str(error), "temporary": not settings})

@@ -44,6 +44,7 @@ from mailerq.net.resolver import Resolver
 from mailerq.net.slots import Slots
 from mailerq.queues import DAMAGED_QUEUE, Consumer, Lease, Publication, Queues, Settlement
 from mailerq.rules import responses
+from mailerq.rules.documents import MAX_HOPS
 from mailerq.rules.responses import Fate, Outcome
 from mailerq.rules.retry import expires_at, next_attempt, not_before
 from mailerq.rules.routes import (
@@ -62,9 +63,6 @@ if TYPE_CHECKING:
 __all__ = ["Counters", "Dispatcher"]
 
 log = logging.getLogger("mailerq.delivery")
-
-MAX_HOPS: Final = 100
-"""Received lines of a message that is still believed not to run in circles (RFC 5321, 6.3)."""
 
 SETTLERS: Final = 2
 """Groups of settlements that are handed to the queue at a time; more were no faster."""

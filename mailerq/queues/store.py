@@ -85,11 +85,15 @@ LAST: Final = (2**63 - 1, 2**63 - 1)
 
 
 class Bounds(NamedTuple):
-    """How many messages of a queue are kept, and for how many seconds; 0: no limit."""
+    """How many messages of a queue are kept, and for how many seconds; 0: no limit.
+
+    With `reports_only`, what has its body is mail and stays, however much there is.
+    """
 
     queue: str
     messages: int
     seconds: float
+    reports_only: bool = False
 
 
 @functools.cache
@@ -269,10 +273,11 @@ class Store(Reader):
                     end = max(end, (due, number))
             except apsw.Error as error:
                 raise self.failed(error) from error
-        yield from self._delete_up_to(bounds.queue, end, held)
+        only = " AND body IS NULL" if bounds.reports_only else ""
+        yield from self._delete_up_to(bounds.queue, end, held, only)
 
     def _delete_up_to(
-        self, queue: str, end: tuple[int, int], held: Callable[[], Iterable[int]]
+        self, queue: str, end: tuple[int, int], held: Callable[[], Iterable[int]], only: str = ""
     ) -> Iterator[int]:
         last = (-1, -1)
         while found := self._find(
@@ -282,7 +287,7 @@ class Store(Reader):
             numbers = {number for _, number in found}
             yield self._change(
                 "DELETE FROM message NOT INDEXED "
-                "WHERE id IN (SELECT value FROM carray(?)) AND queue = ?",
+                f"WHERE id IN (SELECT value FROM carray(?)) AND queue = ?{only}",
                 (bind(numbers.difference(held())), queue),
             )
 

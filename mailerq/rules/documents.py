@@ -9,15 +9,16 @@ from mailerq.address import parse_host, parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.mail.extract import extract
-from mailerq.mail.incoming import HOP_LIMIT, Problem
 from mailerq.message import Message
 from mailerq.properties import KNOWN, misspellings
-from mailerq.rules import responses
 from mailerq.rules.retry import expires_at, not_before
 from mailerq.rules.routes import count_hops, loop_problem, route_of, unmet_promise
 from mailerq.wire.parameters import dsn_parameters
 
-__all__ = ["Finding", "examine"]
+__all__ = ["MAX_HOPS", "Finding", "examine", "problems"]
+
+MAX_HOPS: Final = 100
+"""Received lines of a message that is still believed not to run in circles (RFC 5321, 6.3)."""
 
 SHOWN: Final = 80
 """Characters of a name or a value of a message that are shown."""
@@ -36,15 +37,9 @@ class Finding(NamedTuple):
 def examine(message: Message, config: Config, *, now: float) -> Iterator[Finding]:
     """All that is to be said of a message for the outbox, which is left as it is.
 
-    The errors are what the dispatcher would find, but all of them and not the first. What
-    plugins would do to the message is not known here.
+    The errors are those of `problems`. What plugins would do to the message is not known here.
     """
-    wrong = list(message.problems())
-    if (loop := loop_problem(message.properties, config.rabbitmq_outbox)) is not None:
-        wrong.append(loop)
-    if not wrong:
-        wrong += _unusable(message, config, now)
-    yield from (Finding("error", text) for text in wrong)
+    yield from (Finding("error", text) for text in problems(message, config, now=now))
     misspelt = dict(misspellings(message.properties))
     for name, meant in misspelt.items():
         text = f"property {_shown(name)}: is not known and changes nothing; is {meant} meant?"
@@ -55,7 +50,25 @@ def examine(message: Message, config: Config, *, now: float) -> Iterator[Finding
             yield Finding("note", f"property {_shown(name)}: is not known and travels untouched")
 
 
-def _unusable(message: Message, config: Config, now: float) -> Iterator[str]:
+def problems(
+    message: Message, config: Config, *, now: float, supplied: bool = False
+) -> Iterator[str]:
+    """What keeps a message for the outbox from ever being sent, each with its property.
+
+    A delivery would fail for the same reasons, later. `supplied` says whether a plugin may supply
+    a body.
+    """
+    body: object = message.body
+    if body is not None and not isinstance(body, bytes):
+        yield f"property mime: expected bytes for the body, found {type(body).__name__}"
+        return
+    wrong = list(message.problems())
+    if (loop := loop_problem(message.properties, config.rabbitmq_outbox)) is not None:
+        wrong.append(loop)
+    yield from wrong or _unusable(message, config, now, supplied)
+
+
+def _unusable(message: Message, config: Config, now: float, supplied: bool) -> Iterator[str]:
     """What has the right types and cannot be used."""
     properties = message.properties
     for name in ("recipient", "envelope"):
@@ -71,22 +84,45 @@ def _unusable(message: Message, config: Config, now: float) -> Iterator[str]:
         except AddressError:
             is_name = True
         if is_name:
-            yield f"property ips: {_shown(address)} is no IP address"
+            yield f"property ips: {address[:SHOWN]!a} is no IP address"
     try:
         route_of(properties, "", config)
     except AddressError as error:
         yield str(error)
+    yield from _late(properties, config, now)
+    yield from _no_body(message, supplied)
+    if (promise := unmet_promise(properties, message.body)) is not None:
+        text = promise.partition(" ")[2]
+        name = "requiretls" if properties.get("requiretls") is True else "binarymime"
+        yield text if text.startswith("property ") else f"property {name}: {text}"
+
+
+def _late(properties: Mapping[str, Any], config: Config, now: float) -> Iterator[str]:
+    """What has no time left."""
     due = not_before(properties, now=now)
     first = now if due is None else max(now, due)
-    if first > expires_at(properties, now=first, max_delivertime=config.max_delivertime):
-        yield "property maxdelivertime: is over before the first attempt, which is never made"
-    if (promise := unmet_promise(properties, message.body)) is not None:
-        yield promise.partition(" ")[2]
-    if message.body is None:
-        missing = responses.not_generated() if properties.get("mime") else responses.NO_DATA
-        yield f"property mime: {missing.description}, unless a plugin supplies the mail"
-    elif count_hops(message.body) > HOP_LIMIT:
-        yield f"property mime: {Problem.LOOP}"
+    if first <= expires_at(properties, now=first, max_delivertime=config.max_delivertime):
+        return
+    last = properties.get("maxdelivertime")
+    if last is None:
+        yield f"property seen: {properties['seen']} is longer ago than max-delivertime allows"
+    elif first > now:
+        yield f"property maxdelivertime: {last} is over before the first attempt"
+    else:
+        yield f"property maxdelivertime: {last} has passed"
+
+
+def _no_body(message: Message, supplied: bool) -> Iterator[str]:
+    """What is wrong with the mail itself."""
+    if message.body is not None:
+        if count_hops(message.body) > MAX_HOPS:
+            yield f"property mime: has more than {MAX_HOPS} Received lines: a mail loop"
+    elif supplied:
+        return
+    elif message.properties.get("mime"):
+        yield "property mime: is an object, and generating mail is not supported"
+    else:
+        yield "property mime: is missing, and only a plugin could supply a body"
 
 
 def _without_effect(message: Message, misspelt: Collection[str]) -> Iterator[str]:

@@ -77,7 +77,10 @@ def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
         port = 0
     if not 0 < port < 65536:
         raise AddressError("property smarthost: port is no port number")
-    return str(parse_host(host)), port
+    try:
+        return str(parse_host(host)), port
+    except AddressError as error:
+        raise AddressError(f"property smarthost: {error}") from None
 
 
 def choose_local_ip(properties: Mapping[str, Any], *, avoid: Collection[str] = ()) -> str | None:

@@ -20,7 +20,7 @@ from mailerq.net.resolver import NoHosts
 from mailerq.net.slots import Slots
 from mailerq.queues import Lease, Publication
 from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.rules.documents import examine
+from mailerq.rules.documents import examine, problems
 from mailerq.rules.retry import not_before
 from mailerq.wire.smtp import Reply
 from tests.net.delivery_kit import NOW, MemoryQueues, StubPlugins, StubResolver, StubWorker
@@ -73,7 +73,7 @@ DOCUMENTS = st.builds(
 NEVER = NoHosts("", Reply(550, "5.1.10 no mail here"))
 
 
-async def publish_and_deliver(documents: list[dict[str, Any]]) -> None:
+async def publish_and_deliver(documents: list[dict[str, Any]], checked: bool = False) -> None:
     config = Config(
         hostname="me.test",
         rabbitmq_results="results",
@@ -89,7 +89,10 @@ async def publish_and_deliver(documents: list[dict[str, Any]]) -> None:
             taken = 0
             for document in documents:
                 try:
-                    await queues.publish([Publication("outbox", Message.from_dict(document))])
+                    message = Message.from_dict(document)
+                    if checked and any(problems(message, config, now=NOW)):
+                        continue
+                    await queues.publish([Publication("outbox", message)])
                 except MessageError:
                     continue
                 taken += 1
@@ -113,6 +116,9 @@ async def publish_and_deliver(documents: list[dict[str, Any]]) -> None:
             finished = depths["results"].total if "results" in depths else 0
             named = sum(isinstance(document.get("queues"), dict) for document in documents)
             assert taken - named <= delayed + finished <= taken
+            if checked:
+                entries = await queues.browse("results")
+                assert "invalid" not in [entry.message.results[-1]["result"] for entry in entries]
 
 
 async def is_quiet(queues: EmbeddedQueues, dispatcher: Dispatcher, taken: int) -> bool:
@@ -136,6 +142,16 @@ def test_any_document_is_taken_and_settled_or_refused(
     caplog.set_level(logging.ERROR)
     trio.run(publish_and_deliver, documents)
     assert caplog.messages == []
+
+
+@settings(max_examples=60)
+@given(st.lists(DOCUMENTS, min_size=1, max_size=12))
+@example([{"recipient": "c@later.test", "mime": "x", "smarthost": {"name": "x", "port": 1e400}}])
+@example([{"recipient": "c@later.test", "mime": "x", "ips": ["127.0.0.1", "x"]}])
+def test_no_delivery_finds_a_document_invalid_that_publish_has_let_pass(
+    documents: list[dict[str, Any]],
+) -> None:
+    trio.run(publish_and_deliver, documents, True)
 
 
 NESTED = ["[" * 150 + "]" * 150, "[" * 250 + "]" * 250, '{"a":' * 250 + "1" + "}" * 250]

@@ -50,6 +50,15 @@ def test_what_is_beyond_the_bounds_goes_oldest_first(
         assert tags(queue, "other") == list(range(10))
 
 
+def test_mail_among_reports_stays(tmp_path: Path) -> None:
+    with Store.open(str(tmp_path)) as store:
+        mail = Publication("failure", Message({"tag": 0}, b"the only copy"), 1.0)
+        store.publish([mail, *[report(tag, 100.0) for tag in range(1, 5)]])
+        bounds = Bounds("failure", 2, 50.0, reports_only=True)
+        list(store.trim_steps(bounds, int(NOW * 1000), list))
+        assert tags(store) == [0]
+
+
 def test_many_go_in_steps_and_what_is_held_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
