@@ -1,5 +1,6 @@
 """What ``make run``, ``build`` and ``debug`` would compile, by what is there."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 EXTENSIONS = "MQ_UNCOMPILED=1 .venv/bin/python setup.py"
 MODULES = "Compiling the modules that every message goes through"
+
+# What a ``make`` that runs these tests hands down to every other ``make``.
+INHERITED = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "VENV")
 
 
 @pytest.fixture
@@ -34,8 +38,9 @@ def built(tree: Path, *names: str) -> None:
 
 
 def would(tree: Path, target: str) -> str:
+    own = {name: value for name, value in os.environ.items() if name not in INHERITED}
     done = subprocess.run(
-        ["make", "-n", target], cwd=tree, capture_output=True, text=True, check=True
+        ["make", "-n", target], cwd=tree, env=own, capture_output=True, text=True, check=True
     )
     return done.stdout
 
