@@ -30,6 +30,7 @@ SHARED: Final = 3
 FUNCTION: Final = 2
 """`Symbol.kind` of a function."""
 
+_PROGRAM = 2
 _LOAD, _DYNAMIC, _INTERPRETER = 1, 2, 3
 _NEEDED, _HASH, _STRINGS, _SYMBOLS, _STRINGS_SIZE = 1, 4, 5, 6, 10
 _GNU_HASH, _FLAGS_1, _PIE = 0x6FFFFEF5, 0x6FFFFFFB, 0x08000000
@@ -86,7 +87,7 @@ class Image:
 
     header: Header
     program: bool
-    """It can be started: a shared object by its header only."""
+    """It can be started; a position-independent program is a shared object by its header."""
     needed: tuple[str, ...]
     symbols: tuple[Symbol, ...]
     """The dynamic ones: exported, or to be found elsewhere."""
@@ -156,7 +157,8 @@ class _Reader:
         strings = self._at(dynamic.get(_STRINGS, 0), dynamic.get(_STRINGS_SIZE, 0))
         return Image(
             header=self._header,
-            program=interpreted and bool(dynamic.get(_FLAGS_1, 0) & _PIE),
+            program=self._header.kind == _PROGRAM
+            or (interpreted and bool(dynamic.get(_FLAGS_1, 0) & _PIE)),
             needed=tuple(_name(strings, offset) for offset in needed[:MAX_HEADERS]),
             symbols=tuple(self._dynamic_symbols(dynamic, strings)),
             private=tuple(self._private_symbols()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-import sys
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,8 +60,15 @@ def test_a_stripped_file_still_says_what_it_exports() -> None:
     assert image.private == ()
 
 
-def test_a_program_is_told_from_a_shared_object() -> None:
-    assert elf.read(source_of(Path(sys.executable).read_bytes())).program
+@pytest.mark.parametrize("option", ["-pie", "-no-pie"])
+def test_a_program_is_told_from_a_shared_object(tmp_path: Path, option: str) -> None:
+    program = tmp_path / "program"
+    code = "int main(void) { return 0; }"
+    flag = "-fPIE" if option == "-pie" else "-fno-pie"
+    subprocess.run(
+        ["cc", flag, option, "-x", "c", "-", "-o", program], input=code, text=True, check=True
+    )
+    assert elf.read(source_of(program.read_bytes())).program
 
 
 @pytest.mark.parametrize(
