@@ -8,14 +8,14 @@ PYTEST := $(BIN)/python -m pytest
 
 CORE_SOURCES := setup.py include/mailerq.h \
     $(wildcard mailerq/_core*.p* mailerq/_core*.cpp mailerq/*/_*.pyx)
-HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd))
+HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd mailerq/*/*/*.pxd))
 HOT_SOURCES := $(HOT_MODULES) $(HOT_MODULES:.pxd=.py)
 missing = $(strip $(foreach module,$(1),$(if $(wildcard $(module).*.so),,$(module))))
 CORE_MISSING := $(call missing,mailerq/_core mailerq/wire/_lines)
 HOT_MISSING := $(call missing,$(HOT_MODULES:.pxd=))
 HOT_BUILT := $(wildcard $(HOT_MODULES:.pxd=.*.so))
 HOT_ORPHANS := $(foreach built,$(filter-out $(wildcard mailerq/_*.so mailerq/*/_*.so),\
-    $(wildcard mailerq/*.so mailerq/*/*.so)),\
+    $(wildcard mailerq/*.so mailerq/*/*.so mailerq/*/*/*.so)),\
     $(if $(wildcard $(firstword $(subst ., ,$(built))).pxd),,$(built)))
 BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 PLUGINS := $(patsubst plugins/%.c,build/plugins/%.so,$(wildcard plugins/*.c)) \
@@ -78,7 +78,7 @@ asan: $(VENV)/.test ## run the tests of the extensions under AddressSanitizer an
 	        tests/net/test_stream.py tests/engine/test_plugin_events.py $(PYTESTARGS)
 
 clean: ## remove what was built; .venv and what was received in var stay
-	rm -rf build dist *.egg-info mailerq/_core.[ch] mailerq/*.so mailerq/*/*.so \
+	rm -rf build dist *.egg-info mailerq/_core.[ch] mailerq/*.so mailerq/*/*.so mailerq/*/*/*.so \
 	    $(VENV)/.core $(VENV)/.hot
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find mailerq tests tools benches -name __pycache__ -prune -exec rm -rf {} +

@@ -21,25 +21,25 @@ import trio
 
 from mailerq.config import Config
 from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError, QueueError
+from mailerq.inbound.addresses import LocalAddresses
+from mailerq.inbound.auth import Authenticator
+from mailerq.inbound.clients import Clients
+from mailerq.inbound.listener import Listener, bind
+from mailerq.inbound.services import Counters as SessionCounters
+from mailerq.inbound.services import Services
+from mailerq.inbound.spool import Memory
 from mailerq.message import Message, format_time
 from mailerq.net import control
-from mailerq.net.addresses import LocalAddresses
-from mailerq.net.auth import Authenticator
-from mailerq.net.clients import Clients
-from mailerq.net.delivery import Counters as DeliveryCounters
-from mailerq.net.delivery import Dispatcher
-from mailerq.net.listener import Listener, bind
 from mailerq.net.logs import LogFile
-from mailerq.net.memory import Memory
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import Resolver
-from mailerq.net.shared import Counters as SessionCounters
-from mailerq.net.shared import Server
 from mailerq.net.slots import Slots
 from mailerq.net.statistics import total
 from mailerq.net.tls import Handshakes, tls_context
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
+from mailerq.outbound.dispatcher import Counters as DeliveryCounters
+from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.plugins import (
     Answer,
     Connection,
@@ -52,10 +52,10 @@ from mailerq.plugins import (
     check_handler,
 )
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.exclusive import make_directory
-from mailerq.queues.shares import share_directory, shares_in
-from mailerq.queues.store import Bounds
+from mailerq.queues.embedded.queue_file import Bounds
+from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.embedded.shares import share_directory, shares_in
+from mailerq.queues.opening import make_directory
 from mailerq.rules.access import Access
 from mailerq.rules.documents import problems
 from mailerq.rules.steering import Steering
@@ -112,14 +112,14 @@ class Engine:
         """By default it has the queue directory as a whole.
 
         With a `share` it is one of several processes that work in a directory: it has only that
-        one (see `mailerq.queues.shares`), and lets the others listen on its ports as well.
+        one (see `mailerq.queues.embedded.shares`), and lets the others listen on its ports as well.
         """
         self.config = config if config is not None else Config.load()
         self._share = share
         self.plugins: Plugins
         self.queues: Queues
         self._workers: list[Worker] = []
-        self._server: Server
+        self._server: Services
         self._listener: Listener
         self._send_log: LogFile | None
         self._resolver: Resolver
@@ -221,7 +221,7 @@ class Engine:
             proxies=config.smtp_proxy,
             xclients=config.smtp_xclient_range,
         )
-        self._server = Server(
+        self._server = Services(
             config=config,
             settings=settings,
             lmtp=replace(settings, lmtp=True),

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 import trio.testing
 
-from mailerq.cli import child
+from mailerq.cli.supervisor import child
 
 
 class Engine:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from mailerq.cli.parent import _Parent
+from mailerq.cli.supervisor.parent import _Parent
 from tests.support import configure
 
 

@@ -14,8 +14,8 @@ import pytest
 import trio
 import trio.testing
 
-from mailerq.cli import process
-from mailerq.cli.process import Ended, NoStart, Process, describe
+from mailerq.cli.supervisor import process
+from mailerq.cli.supervisor.process import Ended, NoStart, Process, describe
 from mailerq.config import Config
 
 READY = b'{"addresses": [["192.0.2.1", 25]]}\n'

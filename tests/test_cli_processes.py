@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import trio
 
-from mailerq.cli import control, parent
+from mailerq.cli import control
+from mailerq.cli.supervisor import parent
 from mailerq.message import Message
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.queues import Publication
-from mailerq.queues.shares import share_directory
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.shares import share_directory
 from tests.crash.kit import (
     BODY,
     Daemon,

@@ -42,13 +42,18 @@ LAYERS: Final = (
     "plugins",
     "queues",
     "net",
+    "inbound",
+    "outbound",
     "engine",
     "cli",
     "__main__",
 )
 """A module may import from its own layer and from the ones before it."""
 
-WITH_TRIO: Final = frozenset({"plugins", "queues", "net", "engine", "cli"})
+STRANGERS: Final = (("outbound", "inbound"),)
+"""Layers that know nothing of each other, although one stands before the other in the list."""
+
+WITH_TRIO: Final = frozenset({"plugins", "queues", "net", "inbound", "outbound", "engine", "cli"})
 
 PURE: Final = frozenset({"wire", "mail", "rules"})
 """Layers without I/O and clock: what they need to know, they are told."""
@@ -140,6 +145,8 @@ def broken_layers(root: Path = ROOT) -> Iterator[str]:
                 other = rest.split(".")[0]
                 if other in LAYERS and LAYERS.index(other) > LAYERS.index(layer):
                     yield f"{where}:{line}: {layer} may not import {other}, which is above it"
+                if (layer, other) in STRANGERS:
+                    yield f"{where}:{line}: {layer} may not import {other}: neither needs the other"
                 if other == "_core" and layer not in (*DOORS_TO_C, "_core"):
                     yield f"{where}:{line}: _core is imported by {', '.join(DOORS_TO_C)} only"
             if top == "trio" and layer not in WITH_TRIO:

@@ -27,14 +27,14 @@ from mailerq.cli.logs import account_of, names
 from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem
 from mailerq.escaping import escape
-from mailerq.net.addresses import LocalAddresses
-from mailerq.net.auth import parse_backend
-from mailerq.net.listener import unusable
+from mailerq.inbound.addresses import LocalAddresses
+from mailerq.inbound.auth import parse_backend
+from mailerq.inbound.listener import unusable
 from mailerq.net.tls import tls_context, try_handshake
 from mailerq.privileges import as_owner
-from mailerq.queues.exclusive import LOCK_NAME
-from mailerq.queues.shares import share_directory, shares_in
-from mailerq.queues.store import FILE_NAME
+from mailerq.queues.embedded.queue_file import FILE_NAME
+from mailerq.queues.embedded.shares import share_directory, shares_in
+from mailerq.queues.opening import LOCK_NAME
 from mailerq.rules.steering import Steering
 
 __all__ = ["main"]

@@ -21,7 +21,7 @@ from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, fai
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 from mailerq.privileges import as_owner
-from mailerq.queues.exclusive import make_directory
+from mailerq.queues.opening import make_directory
 
 if TYPE_CHECKING:
     import trio
@@ -222,7 +222,7 @@ def _run(config: Config) -> int:
 
     try:
         if config.smtp_processes > 1:
-            from mailerq.cli import parent
+            from mailerq.cli.supervisor import parent
 
             return trio.run(parent.serve, config)
         prepare(config)

@@ -293,7 +293,7 @@ def _ids(config: Config, count: int) -> Iterator[str]:
 
 def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dict[str, Any]:
     """Keep the mail, one message for each recipient, and tell the daemon."""
-    from mailerq.queues.exclusive import open_shared
+    from mailerq.queues.opening import open_shared
 
     reception = incoming.messages(
         mime,
@@ -340,7 +340,7 @@ def _locals(config: Config) -> Callable[[str], bool]:
     """What tells local recipients from others, where there is a queue for their mail."""
     if not config.rabbitmq_local:
         return lambda recipient: False
-    from mailerq.net.addresses import LocalAddresses
+    from mailerq.inbound.addresses import LocalAddresses
 
     access = Access(config.smtp_range, config.smtp_relay_range, config.smtp_local_domains)
     try:

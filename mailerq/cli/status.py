@@ -19,7 +19,7 @@ FIGURES: Final = (
 """What is counted for each event of a plugin, see `mailerq.plugins.Plugins.statistics`."""
 
 PROCESS: Final = ("process", "pid", "state", "starts", "uptime", "connections", "shares")
-"""What is said of each process where there are several, see `mailerq.cli.parent`."""
+"""What is said of each process where there are several, see `mailerq.cli.supervisor.parent`."""
 
 WORDS: Final = {
     "started": "when the daemon started (UTC)",

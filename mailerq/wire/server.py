@@ -50,8 +50,8 @@ from mailerq.wire.events import (
     StartTls,
     XClient,
 )
+from mailerq.wire.extensions import Settings, hello_reply
 from mailerq.wire.framing import Body, Sink
-from mailerq.wire.offers import Settings, hello_reply
 from mailerq.wire.parameters import (
     RCPT_KEYWORDS,
     MailParameters,

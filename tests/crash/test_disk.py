@@ -22,7 +22,7 @@ import trio
 from mailerq.cli import control
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import (
     BODY,

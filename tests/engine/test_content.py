@@ -15,9 +15,9 @@ import pytest
 import trio
 
 from mailerq import plugins as plugins_module
+from mailerq.inbound import spool as memory
+from mailerq.inbound.services import LOADERS
 from mailerq.mail.incoming import HOP_LIMIT
-from mailerq.net import memory
-from mailerq.net.shared import LOADERS
 from mailerq.plugins import Reject
 from mailerq.queues import Publication
 from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import trio
 
-from mailerq.net import session as module
-from mailerq.net import watch
-from mailerq.net.watch import Bounds
+from mailerq.inbound import deadlines as watch
+from mailerq.inbound import session as module
+from mailerq.inbound.deadlines import Bounds
 from mailerq.wire import server, smtp
 from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until
 from tests.support import ROOT, free_port, send

@@ -10,11 +10,11 @@ import pytest
 import trio
 
 from mailerq import Engine, Message, QueueError
+from mailerq.inbound.listener import bind
 from mailerq.net import control
-from mailerq.net.listener import bind
 from mailerq.queues import Publication
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.exclusive import open_exclusive
+from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.opening import open_exclusive
 from tests.support import configure, in_thread, open_sink
 
 

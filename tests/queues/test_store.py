@@ -13,8 +13,8 @@ import pytest
 
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.records import Batch, Insert, Retry
-from mailerq.queues.store import LARGE_BYTES, PIECE_BYTES, Store
+from mailerq.queues.embedded.queue_file import LARGE_BYTES, PIECE_BYTES, Store
+from mailerq.queues.embedded.records import Batch, Insert, Retry
 
 
 def publication(tag: int, queue: str = "outbox", due: float | None = 1e9) -> Publication:
@@ -72,14 +72,14 @@ def test_the_file_is_not_for_everybody(tmp_path: Path) -> None:
 
 def test_it_starts_without_an_event_loop() -> None:
     """An injector starts once for each mail."""
-    program = "import sys, mailerq.queues.store; print(*sys.modules)"
+    program = "import sys, mailerq.queues.embedded.queue_file; print(*sys.modules)"
     output = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parent.parent.parent,
         stdout=subprocess.PIPE,
         check=True,
     ).stdout.split()
-    assert not {b"trio", b"ssl", b"asyncio", b"mailerq.queues.salvage"} & set(output)
+    assert not {b"trio", b"ssl", b"asyncio", b"mailerq.queues.recovery.salvage"} & set(output)
 
 
 def steps(store: Store, work: Callable[[], Any]) -> int:

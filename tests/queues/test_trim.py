@@ -9,9 +9,11 @@ import pytest
 import trio
 
 from mailerq.message import Message
-from mailerq.queues import Publication, Settlement, fetcher, store
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.store import Bounds, Store
+from mailerq.queues import Publication, Settlement
+from mailerq.queues.embedded import queue_file as store
+from mailerq.queues.embedded import reader as fetcher
+from mailerq.queues.embedded.queue_file import Bounds, Store
+from mailerq.queues.embedded.queues import EmbeddedQueues
 
 NOW = 1_700_000_000.0
 

@@ -1,0 +1,210 @@
+"""One process of several: an engine with a share of the queue, for `mailerq.cli.supervisor.parent`.
+
+Standard input is the socket of the parent. It gives the number of the share and the settings
+first, and then requests, a line each, as on the control socket. When it closes, or the parent is
+gone, the engine stops in its time.
+
+Requests are executed one after another, and what comes next is read meanwhile: to take a share
+over may take long, and neither the end nor who wants the share back is to wait for that.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any, Final
+
+import trio
+
+from mailerq import faults
+from mailerq.cli import logs
+from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, fail, prepare
+from mailerq.cli.supervisor.process import HEAD
+from mailerq.config import Config
+from mailerq.engine import Engine
+from mailerq.errors import ConfigError, EngineError, MailerqError, PluginError
+from mailerq.message import decode_properties, encode_properties
+from mailerq.net import control
+
+__all__ = ["main"]
+
+READ_BYTES: Final = 1 << 16
+
+
+def main() -> int:
+    """Serve until the parent closes its end, or SIGTERM."""
+    # Ctrl-C and a hang-up go to all processes of a terminal; the parent says what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    parent = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    with parent.makefile("rb", buffering=0) as file:
+        (length,) = HEAD.unpack(_read(file, HEAD.size))
+        share, config = pickle.loads(_read(file, length))
+    try:
+        logs.configure(config, f"process {share}: ")
+        prepare(config)
+        trio.run(_serve, config, share, parent)
+    except EngineError as error:
+        fail(error)
+    except MailerqError as error:
+        settings = isinstance(error, ConfigError | PluginError)
+        _say(parent, {"failed": str(error), "temporary": not settings})
+        return os.EX_CONFIG if settings else os.EX_TEMPFAIL
+    except Exception as error:
+        fail(error)
+    return os.EX_OK
+
+
+def _read(file: Any, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        more = file.read(length - len(data))
+        if not more:
+            raise SystemExit(os.EX_UNAVAILABLE)  # The parent is gone.
+        data += more
+    return data
+
+
+def _say(parent: socket.socket, document: dict[str, Any]) -> None:
+    parent.setblocking(True)
+    try:
+        parent.sendall(encode_properties(document) + b"\n")
+    except BrokenPipeError:
+        sys.exit(os.EX_UNAVAILABLE)
+
+
+async def _serve(config: Config, share: int, parent: socket.socket) -> None:
+    engine = Engine(config, share=share)
+    failure: MailerqError | None = None
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(parent))
+    stop, started = trio.Event(), trio.Event()
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        seconds = config.shutdown_timeout + OVERDUE_SECONDS
+        faults.set_deadline(seconds, (signal.SIGTERM,), parent.fileno())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_Requests(stream, engine, started, stop).serve)
+            nursery.start_soon(_terminate, signals, engine, started, stop)
+            try:
+                async with engine:
+                    started.set()
+                    ready = encode_properties({"addresses": engine.addresses})
+                    await stream.send_all(ready + b"\n")
+                    await stop.wait()
+            except MailerqError as error:
+                failure = error  # Out of the nursery as it is, not as a group.
+            except trio.BrokenResourceError:
+                pass  # The parent went while we started.
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+class _Requests:
+    """What the parent asks for; it asks once the engine has started."""
+
+    def __init__(
+        self, stream: trio.SocketStream, engine: Engine, started: trio.Event, stop: trio.Event
+    ) -> None:
+        self._stream = stream
+        self._engine = engine
+        self._started = started
+        self._stop = stop
+        self._waiting = deque[bytes]()
+        self._more = trio.Event()
+        self._taking: int | None = None
+        """The share that is being taken over, and what ends the attempt."""
+        self._attempt = trio.CancelScope()
+        self._commands: control.Commands = {
+            **engine.commands(),
+            "take-over": self._take_over,
+            "give-back": partial(_give_back, engine),
+            "reload": partial(_reload, engine),
+        }
+
+    async def serve(self) -> None:
+        """Execute requests until cancelled; have the engine stop when the parent is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._execute)
+            nursery.start_soon(self._end_attempt)
+            await self._read()
+            self._waiting.clear()
+            _stop(self._engine, self._started, self._stop)
+
+    async def _read(self) -> None:
+        lines = b""
+        try:
+            while data := await self._stream.receive_some(READ_BYTES):
+                *requests, lines = (lines + data).split(b"\n")
+                self._waiting.extend(requests)
+                self._more.set()
+                if self._taking is not None and self._is_called_back(self._taking):
+                    self._attempt.cancel()
+        except trio.BrokenResourceError:
+            pass
+
+    async def _execute(self) -> None:
+        while True:
+            while self._waiting:
+                reply = await control.reply_to(self._waiting.popleft(), self._commands)
+                try:
+                    await self._stream.send_all(reply)
+                except trio.BrokenResourceError:
+                    return  # The parent is gone.
+            self._more = trio.Event()
+            await self._more.wait()
+
+    async def _end_attempt(self) -> None:
+        """The engine would wait for a share that is about to be taken over, before it stops."""
+        await self._stop.wait()
+        self._attempt.cancel()
+
+    def _is_called_back(self, share: int) -> bool:
+        wanted = {"command": "give-back", "share": share}
+        return any(decode_properties(request) == wanted for request in self._waiting)
+
+    async def _take_over(self, request: control.Request) -> dict[str, Any]:
+        share = int(request["share"])
+        if not self._stop.is_set() and not self._is_called_back(share):
+            self._taking = share
+            try:
+                with trio.CancelScope() as self._attempt:
+                    await self._engine.take_over(share)
+                    return {}
+            finally:
+                self._taking = None
+        raise MailerqError("it is about to stop" if self._stop.is_set() else "it is called back")
+
+
+async def _terminate(
+    signals: AsyncIterator[int], engine: Engine, started: trio.Event, stop: trio.Event
+) -> None:
+    async for _ in signals:
+        _stop(engine, started, stop)
+
+
+def _stop(engine: Engine, started: trio.Event, stop: trio.Event) -> None:
+    stop.set()
+    if not started.is_set():
+        engine.plugins.timeout = HURRY_SECONDS
+
+
+async def _give_back(engine: Engine, request: control.Request) -> dict[str, Any]:
+    await engine.give_back(int(request["share"]))
+    return {}
+
+
+def _reload(engine: Engine, request: control.Request) -> dict[str, Any]:
+    engine.reload()
+    return {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
