@@ -12,10 +12,10 @@ cdef class Session:
     cdef public _ServerProtocol _machine
     cdef public _Stream _stream
     cdef public bint _implicit_tls, _proxied, _relays, _stopping, _expired, _mute
-    cdef public bint _interruptible, _waiting, _handshaking, _in_mail
+    cdef public bint _interruptible, _waiting, _handshaking, _in_mail, _over
     cdef public double _started, _since, _heard
     cdef public object worker, _services, _client, _admitted, _plugin, _scope, _spool
-    cdef public object _event, _asked
+    cdef public object _due
     cdef object __weakref__
 
     cpdef shut_down(self, seconds)
@@ -28,12 +28,13 @@ cdef class Session:
     cpdef _know_client(self)
     cpdef _advance(self)
     cpdef _digest(self, data)
-    cpdef _needs_care(self)
+    cpdef _handle(self, event)
     cpdef _wait(self)
     cpdef _failed(self)
     cpdef _log_refusals(self)
     cpdef _mail(self, event)
     cpdef _rcpt(self, event)
+    cpdef _objection(self, recipient)
     cpdef _ask(self, event, asked)
     cpdef _answer(self, event, refusal)
     cpdef _refuse_sender(self, reply)

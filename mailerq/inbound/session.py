@@ -2,12 +2,11 @@
 
 Theory of operation
 -------------------
-One task runs one session from the first byte to the last: it reads, lets the machine find
-the next event, asks the plugins, answers, and sends what has gathered when the machine
-wants more. It waits in three places only: for the peer, for a plugin that has taken
-control, and for the queue. While it waits for the peer, the `Deadlines` of its worker looks how
-long, and what comes in is dealt with where it is noticed (`_digest`): the task is woken only
-for what it may have to wait for.
+One task runs one session. It waits for three things only: the peer, a plugin that has taken
+control, and the queue. While the task waits for the peer, input is dealt with where it is
+noticed (`_digest`): the machine finds the events, `_handle` answers each, and the replies leave
+together. An event whose answer takes time gives back what the task has to wait for, and wakes the
+task. The `Deadlines` of the worker bound how long the peer may take.
 
 The final reply to a mail is given only after `Queues.publish` has returned. A local fault
 of any kind is a 451, and the peer keeps the mail.
@@ -16,8 +15,9 @@ of any kind is a 451, and the peer keeps the mail.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic
 from typing import Final
 
@@ -52,6 +52,9 @@ LOGIN_DELAY_SECONDS: Final = 0.5
 
 LOGIN_DELAY_MAXIMUM: Final = 8.0
 
+Due = Callable[[], Awaitable[None]]
+"""What a session's task has to wait for."""
+
 CONTENT_MARK: Final = CONTENT_LINE.decode() + " from"
 
 
@@ -80,8 +83,8 @@ class Session:
         self._client = Client(stream.remote, stream.local)
         self._admitted = None if proxied else self._client.remote[0]
         self._machine = server.ServerProtocol(services.lmtp if lmtp else services.settings)
-        self._event: server.Event | None = None  # one that was found without the task, for it
-        self._asked: Awaitable[Reject | None] = NOTHING  # what the plugins say to it
+        self._due: Due | None = None  # what was found for the task while it slept
+        self._over = False
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
         self._scope = trio.CancelScope()
         self._relays = False  # by its address; a login is another matter
@@ -261,95 +264,99 @@ class Session:
     # The loop.
 
     async def _serve(self) -> None:
-        machine = self._machine
-        stream = self._stream
-        while True:
-            event, self._event = self._event, None
-            if event is None:
-                event = self._advance()
-            if event is server.NEED_DATA:
-                if machine.failures != self._failures and not self._failed():
-                    machine.close(smtp.ERRORS_TOO_OFTEN, "too many errors in a minute")
-                    continue
-                if self._stopping and machine.sender is None:
-                    machine.close(smtp.CLOSING, "stopping")
-                    continue
-                if machine.nuisance:
-                    await self._sleep(TARPIT_SECONDS)
-                if self._in_mail and (spool := self._content_came()) is not None:
-                    await spool.flush()
-                    spool.came(machine.content_size)
-                self._wait()
-                if due := machine.data_to_send():
-                    await stream.send_all(due)
-                await stream.digest(self._digest)
-                self._waiting = False
-            elif isinstance(event, (server.Mail, server.Rcpt)):
-                self._answer(event, await self._asked)
-            elif isinstance(event, server.Content):
-                await self._content(event)
-            elif isinstance(event, server.Auth):
-                await self._auth(event)
-            elif isinstance(event, server.StartTls):
-                await self._starttls()
-            elif isinstance(event, server.Closing):
-                self._failed()
-                self._wait()
-                await stream.send_all(machine.data_to_send())
-                await stream.drain()
-                self._waiting = False
-                return
-            else:
-                assert event is server.CLOSED, "all others are above"
-                return
+        """Wait for whatever the session has to wait for, until it is over."""
+        while not self._over:
+            due, self._due = self._due, None
+            if due is None:
+                due = self._advance()
+            await (self._listen() if due is None else due())
 
-    def _advance(self) -> server.Event:
-        """Deal with events up to the first one that may have to wait for something."""
+    async def _listen(self) -> None:
+        """Send the replies, and give the peer its turn."""
+        self._wait()
+        if replies := self._machine.data_to_send():
+            await self._stream.send_all(replies)
+        await self._stream.digest(self._digest)
+        self._waiting = False
+
+    async def _listen_later(self) -> None:
+        """Do what comes before the peer's turn and takes time."""
+        machine = self._machine
+        if machine.nuisance:
+            await self._sleep(TARPIT_SECONDS)
+        if self._in_mail and (spool := self._content_came()) is not None:
+            await spool.flush()
+            spool.came(machine.content_size)
+        await self._listen()
+
+    async def _close(self) -> None:
+        """Send the last reply, and leave."""
+        self._failed()
+        self._wait()
+        await self._stream.send_all(self._machine.data_to_send())
+        await self._stream.drain()
+        self._waiting = False
+        self._over = True
+
+    async def _leave(self) -> None:
+        self._over = True
+
+    def _digest(self, data: bytes) -> bool:
+        """Deal with input as far as possible without the task; True: wake the task."""
+        self._waiting = False
+        self._bytes += len(data)
+        self._machine.receive_data(data)
+        self._due = self._advance()
+        if self._due is not None:
+            return True
+        self._wait()
+        if replies := self._machine.data_to_send():
+            self._stream.send_soon(replies)
+        return False
+
+    def _advance(self) -> Due | None:
+        """Answer events up to one that the task has to wait for; None: it is the peer's turn."""
         machine = self._machine
         while True:
             event = machine.next_event()
-            if event is server.NEED_DATA:
-                return event
-            if isinstance(event, server.Rcpt):
-                if not self._rcpt(event):
-                    return event
-            elif isinstance(event, server.Mail):
-                if not self._mail(event):
-                    return event
-            elif isinstance(event, server.Data):
-                self._data()
-            elif isinstance(event, server.Hello):
-                self._plugin.helo = event.name
-                machine.accept()
-            elif isinstance(event, server.XClient):
-                self._xclient(event)
+            if event is not server.NEED_DATA:
+                due = self._handle(event)
+                if due is not None:
+                    return due
+            elif machine.failures != self._failures and not self._failed():
+                machine.close(smtp.ERRORS_TOO_OFTEN, "too many errors in a minute")
+            elif self._stopping and machine.sender is None:
+                machine.close(smtp.CLOSING, "stopping")
+            elif machine.nuisance or (self._in_mail and self._content_came() is not None):
+                return self._listen_later
             else:
-                return event
+                return None
 
-    def _digest(self, data: bytes) -> bool:
-        """Deal with what came in, as far as may be without the task; whether that is needed."""
-        machine = self._machine
-        self._waiting = False
-        self._bytes += len(data)
-        machine.receive_data(data)
-        event = self._advance()
-        if event is not server.NEED_DATA or self._needs_care():
-            self._event = event
-            return True
-        self._wait()
-        if due := machine.data_to_send():
-            self._stream.send_soon(due)
-        return False
-
-    def _needs_care(self) -> bool:
-        """Whether more than to send what is due comes before the peer's turn."""
-        machine = self._machine
-        return (
-            machine.failures != self._failures
-            or self._stopping
-            or machine.nuisance
-            or (self._in_mail and self._content_came() is not None)
-        )
+    def _handle(self, event: server.Event) -> Due | None:
+        """Answer an event, or say what does and has to be waited for."""
+        if isinstance(event, server.Rcpt):
+            return self._rcpt(event)
+        if isinstance(event, server.Mail):
+            return self._mail(event)
+        if isinstance(event, server.Content):
+            return partial(self._content, event)
+        if isinstance(event, server.Data):
+            self._data()
+        elif isinstance(event, server.Hello):
+            self._plugin.helo = event.name
+            self._machine.accept()
+        elif isinstance(event, server.Auth):
+            return partial(self._auth, event)
+        elif isinstance(event, server.StartTls):
+            return self._starttls
+        elif isinstance(event, server.XClient):
+            self._xclient(event)
+        elif isinstance(event, server.Closing):
+            return self._close
+        else:
+            assert event is server.CLOSED, "all others are above"
+            return self._leave
+        return None
 
     def _wait(self) -> None:
         """From now on it is the peer's turn; what it had begun goes on from when it began."""
@@ -409,39 +416,48 @@ class Session:
 
     # Events.
 
-    def _mail(self, event: server.Mail) -> bool:
-        """Answer it, or ask the plugins and return False: their answer is to be waited for."""
+    def _mail(self, event: server.Mail) -> Due | None:
+        """Answer MAIL, or ask the plugins."""
         services = self._services
         if not (self._relays or services.clients.may(self._client.standing, "messages")):
             self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
-            return True
+            return None
         return self._ask(event, self._plugin.mailfrom(event.sender))
 
     def _refuse_sender(self, reply: Reply) -> None:
         self._services.counters.refused_senders += 1
         self._machine.reject(reply)
 
-    def _rcpt(self, event: server.Rcpt) -> bool:
-        """The same."""
-        services, recipient = self._services, event.recipient
+    def _rcpt(self, event: server.Rcpt) -> Due | None:
+        """Answer RCPT, or ask the plugins."""
+        if (objection := self._objection(event.recipient)) is not None:
+            self._refuse_recipient(objection)
+            return None
+        return self._ask(event, self._plugin.rcptto(event.recipient))
+
+    def _objection(self, recipient: str) -> Reply | None:
+        """Why a recipient is refused before any plugin is asked, or None."""
+        services = self._services
         relays = self._relays or self._plugin.authenticated
         if not (relays or services.is_ours(recipient)):
-            self._refuse_recipient(smtp.NO_RELAY)
-            return True
+            return smtp.NO_RELAY
         if not services.config.keeps_local_mail and services.is_local(recipient):
-            self._refuse_recipient(services.no_way(recipient))
-            return True
+            return services.no_way(recipient)
         if not (self._relays or services.clients.may(self._client.standing, "recipients")):
-            self._refuse_recipient(smtp.RECIPIENTS_TOO_OFTEN)
-            return True
-        return self._ask(event, self._plugin.rcptto(recipient))
+            return smtp.RECIPIENTS_TOO_OFTEN
+        return None
 
-    def _ask(self, event: server.Mail | server.Rcpt, asked: Awaitable[Reject | None]) -> bool:
-        if asked is not NOTHING:
-            self._asked = asked
-            return False
-        self._answer(event, None)
-        return True
+    def _ask(self, event: server.Mail | server.Rcpt, asked: Awaitable[Reject | None]) -> Due | None:
+        """Answer what no plugin wants to see; else the task waits for the plugins."""
+        if asked is NOTHING:
+            self._answer(event, None)
+            return None
+        return partial(self._answer_asked, event, asked)
+
+    async def _answer_asked(
+        self, event: server.Mail | server.Rcpt, asked: Awaitable[Reject | None]
+    ) -> None:
+        self._answer(event, await asked)
 
     def _answer(self, event: server.Mail | server.Rcpt, refusal: Reject | None) -> None:
         self._take_output()
