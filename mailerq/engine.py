@@ -13,14 +13,14 @@ import resource
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Literal, Self, overload
 
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError, QueueError
+from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError
 from mailerq.inbound.addresses import LocalAddresses
 from mailerq.inbound.auth import Authenticator
 from mailerq.inbound.clients import Clients
@@ -38,6 +38,7 @@ from mailerq.net.statistics import total
 from mailerq.net.tls import Handshakes, tls_context
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
+from mailerq.outbound.adoption import Adoption, own
 from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.plugins import (
@@ -50,12 +51,14 @@ from mailerq.plugins import (
     Plugins,
     Reject,
     check_handler,
+    stray_close,
 )
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.embedded.queue_file import Bounds
 from mailerq.queues.embedded.queues import EmbeddedQueues
-from mailerq.queues.embedded.shares import share_directory, shares_in
+from mailerq.queues.embedded.shares import share_directory
 from mailerq.queues.opening import make_directory
+from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.access import Access
 from mailerq.rules.documents import problems
 from mailerq.rules.steering import Steering
@@ -69,7 +72,10 @@ MIN_PLUGIN_SECONDS: Final = 1.0
 """How long plugins may hold an event when the engine ends in a hurry."""
 
 GIVE_BACK_SECONDS: Final = 5.0
-"""How long deliveries from a share may take that is to be given back."""
+"""How long deliveries from a share may take that goes back to its own process."""
+
+STEADY_SECONDS: Final = 10.0
+"""A process that delivers from a share this long does not die of what is in the share."""
 
 MAX_IDS: Final = 10_000
 """Message ids that another program may ask for at once."""
@@ -197,7 +203,8 @@ class Engine:
             plugins.on(event, handler)
         share = self._share or 0
         directory = share_directory(config.queue_directory, share)
-        self.queues = await stack.enter_async_context(self._open_queues(directory))
+        lock = None if self._share is None else await own(directory)
+        self.queues = await stack.enter_async_context(self._open_queues(directory, lock))
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
@@ -249,18 +256,21 @@ class Engine:
         if self._share is None:
             await nursery.start(control.serve, config.queue_directory, self.commands())
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
-        if self._share is None:
-            # Mail from when there were more processes.
-            for left in shares_in(config.queue_directory)[1:]:
-                await self.take_over(left)
+        if lock is not None:
+            nursery.start_soon(self._prove, lock)
         await nursery.start(self._listener.run)
+        processes = 1 if self._share is None else config.smtp_processes
+        adoption = Adoption(config.queue_directory, share, processes, self._adopt)
+        nursery.start_soon(adoption.run)
         self._started = time.time()
 
-    def _open_queues(self, directory: str) -> AbstractAsyncContextManager[Queues]:
+    def _open_queues(
+        self, directory: str, lock: DirectoryLock | None
+    ) -> AbstractAsyncContextManager[Queues]:
         config = self.config
         reports_only = not config.failure_is_named
         bounds = Bounds(config.failure_queue, *config.failure_bounds, reports_only)
-        return EmbeddedQueues.open(directory, bounds=(bounds,))
+        return EmbeddedQueues.open(directory, bounds=(bounds,), lock=lock)
 
     def _delivery(self, share: int, queues: Queues) -> _Delivery:
         """What delivers the outbox of a share, once its dispatcher runs."""
@@ -277,44 +287,30 @@ class Engine:
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
         return delivery
 
-    async def take_over(self, share: int) -> None:
-        """Deliver what is in another share of the queue directory as well, beside the own one.
-
-        Until `give_back`, or to the end. Raises `QueueError`, also when another process has it.
-        """
-        if self._stopping:
-            raise QueueError("the engine stops")
-        if share in self._deliveries:
-            return
-        await self._nursery.start(self._take_over, share)
-        log.info("share %d of the queue is delivered from here as well", share)
-
-    async def _take_over(
-        self, share: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        directory = share_directory(self.config.queue_directory, share)
-        delivery: _Delivery | None = None
+    async def _prove(self, lock: DirectoryLock) -> None:
+        """What is in the own share lets this process live."""
+        await trio.sleep(STEADY_SECONDS)
         try:
-            async with self._open_queues(directory) as queues:
-                if self._stopping:
-                    raise QueueError("the engine stops")
-                delivery = self._delivery(share, queues)
-                await delivery.dispatcher.run(task_status=task_status)
-        finally:
-            if delivery is not None:
+            lock.prove()
+        except OSError:
+            stray_close("the lock of a queue directory")
+
+    async def _adopt(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
+        """Deliver what is in another share of the queue directory as well, `until` then."""
+        directory = share_directory(self.config.queue_directory, share)
+        async with self._open_queues(directory, lock) as queues:
+            if self._stopping:
+                return
+            delivery = self._delivery(share, queues)
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(delivery.dispatcher.run)
+                    nursery.start_soon(self._prove, lock)
+                    await until.wait()
+                    await delivery.dispatcher.stop(GIVE_BACK_SECONDS)
+                    nursery.cancel_scope.cancel()
+            finally:
                 del self._deliveries[share]
-                delivery.over.set()
-
-    async def give_back(self, share: int) -> None:
-        """Undo `take_over`: when this returns, another process can open that share.
-
-        What is under way there has `GIVE_BACK_SECONDS`; what is not done goes back.
-        """
-        delivery = self._deliveries.get(share)
-        if delivery is None or share == (self._share or 0):
-            return
-        await delivery.dispatcher.stop(GIVE_BACK_SECONDS)
-        await delivery.over.wait()
 
     async def _stop(self) -> None:
         """End what is under way: in its own time, or at once after an error."""
@@ -428,6 +424,7 @@ class Engine:
             "hostname": self.config.hostname,
             "listening": [f"{ip}:{port}" for ip, port in self.addresses],
             "workers": len(self._workers),
+            "shares": sorted(self._deliveries),
             "incoming": {
                 "open": self._listener.open_sessions,
                 "memory": self._server.memory.used,
@@ -448,6 +445,7 @@ class Engine:
             "hostname": self.config.hostname,
             "listening": [],
             "workers": 0,
+            "shares": [],
             "incoming": {"open": 0, "memory": 0, "held": 0, **asdict(SessionCounters())},
             "outgoing": asdict(DeliveryCounters()),
             "queue": {},
@@ -535,7 +533,6 @@ class _Delivery:
 
     queues: Queues
     dispatcher: Dispatcher
-    over: trio.Event = field(default_factory=trio.Event)
 
 
 def _plain(group: ExceptionGroup[Exception]) -> MailerqError:

@@ -21,6 +21,7 @@ __all__ = [
     "QueueDamaged",
     "QueueError",
     "QueueFull",
+    "QueueHeld",
 ]
 
 
@@ -95,6 +96,17 @@ class QueueError(MailerqError):
     Nothing was published. What was waiting stays where it is; the caller answers 4xx or
     tries again.
     """
+
+
+class QueueHeld(QueueError):
+    """Another process has the queue directory open for deliveries.
+
+    `adopted` is true when the directory belongs to a process that was not there.
+    """
+
+    def __init__(self, text: str, *, adopted: bool) -> None:
+        super().__init__(text)
+        self.adopted = adopted
 
 
 class QueueFull(QueueError):

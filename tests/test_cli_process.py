@@ -87,26 +87,6 @@ async def test_why_a_process_ends_is_no_answer_and_then_it_has_to(
     assert "the disk is gone" in caplog.text
 
 
-async def test_a_share_counts_as_taken_over_also_when_that_is_said_late() -> None:
-    async with listening() as (child, stream):
-        await stream.send_all(READY)
-        await child.until_ready(Config())
-        for share in (5, 6):
-            with pytest.raises(Ended):
-                await child.ask("take-over", 0.01, share=share)
-        assert child.offered == {5, 6}
-        await stream.send_all(b'{}\n{"error": "somebody else has it"}\n')
-        await trio.testing.wait_all_tasks_blocked()
-        assert child.offered == set()
-        assert set(child.took) == {5}
-        with pytest.raises(Ended):
-            await child.ask("give-back", 0.01, share=5)
-        assert set(child.took) == {5}
-        await stream.send_all(b"{}\n")
-        await trio.testing.wait_all_tasks_blocked()
-        assert child.took == {}
-
-
 @pytest.mark.parametrize(
     ("status", "text"),
     [

@@ -34,7 +34,7 @@ from mailerq.net.tls import tls_context, try_handshake
 from mailerq.privileges import as_owner
 from mailerq.queues.embedded.queue_file import FILE_NAME
 from mailerq.queues.embedded.shares import share_directory, shares_in
-from mailerq.queues.opening import LOCK_NAME
+from mailerq.queues.ownership import LOCK_NAME
 from mailerq.rules.steering import Steering
 
 __all__ = ["main"]

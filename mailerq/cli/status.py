@@ -28,6 +28,7 @@ WORDS: Final = {
     "hostname": "the name that it gives itself",
     "listening": "the addresses and ports that clients can connect to",
     "workers": "worker threads (smtp-threads)",
+    "shares": "the shares of the queue directory that are delivered",
     "incoming.open": "sessions with clients that are open now",
     "incoming.memory": "bytes of memory that mail on its way in takes now",
     "incoming.held": "of these, the ones of mail that plugins hold",

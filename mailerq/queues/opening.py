@@ -7,32 +7,31 @@ may open the file after a crash without having looked at its log.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-from typing import Final
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.privileges import as_owner, give_to
 from mailerq.queues.embedded.queue_file import FILE_NAME, Store, lock_directory
 from mailerq.queues.embedded.sqlite_file import translate
+from mailerq.queues.ownership import DirectoryLock
 from mailerq.queues.recovery.salvage import broken_log, recover
 
 __all__ = ["make_directory", "open_exclusive", "open_shared"]
 
-LOCK_NAME: Final = "queue.lock"
 
+def open_exclusive(directory: str, lock: DirectoryLock | None = None) -> Store:
+    """Open the queue of a directory for the one process that may have it.
 
-def open_exclusive(directory: str) -> Store:
-    """Open the queue of a directory for the one daemon that may have it.
-
-    A damaged file is set aside and salvaged first. Raises `QueueError`, which names the
-    process that has the directory.
+    A damaged file is set aside and salvaged first. Raises `QueueHeld`, which names the process
+    that has the directory, and `QueueError`. A `lock` that was taken before is released with the
+    queue, or by the error.
     """
     path = os.path.join(directory, FILE_NAME)
     try:
-        make_directory(directory)
-        lock = _lock_daemon(os.path.join(directory, LOCK_NAME))
+        if lock is None:
+            make_directory(directory)
+            lock = DirectoryLock.take(directory)
         try:
             alone = lock_directory(directory, fcntl.LOCK_EX)
             try:
@@ -40,7 +39,7 @@ def open_exclusive(directory: str) -> Store:
             finally:
                 os.close(alone)
         except BaseException:
-            os.close(lock)
+            lock.release()
             raise
     except (OSError, QueueError) as error:
         raise translate(error, path) from error
@@ -99,24 +98,5 @@ def _have_alone(directory: str) -> int | None:
         return None
     except BaseException:
         os.close(lock)
-        raise
-    return lock
-
-
-def _lock_daemon(path: str) -> int:
-    """Take the lock of a running daemon and write our process id into it."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
-    except OSError as error:
-        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise QueueError(
-                f"{path}: held by another mailerq, process {holder}; stop it or use another "
-                "queue-directory"
-            ) from None
         raise
     return lock

@@ -4,8 +4,7 @@ Standard input is the socket of the parent. It gives the number of the share and
 first, and then requests, a line each, as on the control socket. When it closes, or the parent is
 gone, the engine stops in its time.
 
-Requests are executed one after another, and what comes next is read meanwhile: to take a share
-over may take long, and neither the end nor who wants the share back is to wait for that.
+Requests are executed one after another, in their order.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import pickle
 import signal
 import socket
 import sys
-from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -29,7 +28,7 @@ from mailerq.cli.supervisor.process import HEAD
 from mailerq.config import Config
 from mailerq.engine import Engine
 from mailerq.errors import ConfigError, EngineError, MailerqError, PluginError
-from mailerq.message import decode_properties, encode_properties
+from mailerq.message import encode_properties
 from mailerq.net import control
 
 __all__ = ["main"]
@@ -90,7 +89,7 @@ async def _serve(config: Config, share: int, parent: socket.socket) -> None:
         seconds = config.shutdown_timeout + OVERDUE_SECONDS
         faults.set_deadline(seconds, (signal.SIGTERM,), parent.fileno())
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_Requests(stream, engine, started, stop).serve)
+            nursery.start_soon(_answer, stream, engine, started, stop)
             nursery.start_soon(_terminate, signals, engine, started, stop)
             try:
                 async with engine:
@@ -107,80 +106,18 @@ async def _serve(config: Config, share: int, parent: socket.socket) -> None:
         raise failure
 
 
-class _Requests:
-    """What the parent asks for; it asks once the engine has started."""
-
-    def __init__(
-        self, stream: trio.SocketStream, engine: Engine, started: trio.Event, stop: trio.Event
-    ) -> None:
-        self._stream = stream
-        self._engine = engine
-        self._started = started
-        self._stop = stop
-        self._waiting = deque[bytes]()
-        self._more = trio.Event()
-        self._taking: int | None = None
-        """The share that is being taken over, and what ends the attempt."""
-        self._attempt = trio.CancelScope()
-        self._commands: control.Commands = {
-            **engine.commands(),
-            "take-over": self._take_over,
-            "give-back": partial(_give_back, engine),
-            "reload": partial(_reload, engine),
-        }
-
-    async def serve(self) -> None:
-        """Execute requests until cancelled; have the engine stop when the parent is gone."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._execute)
-            nursery.start_soon(self._end_attempt)
-            await self._read()
-            self._waiting.clear()
-            _stop(self._engine, self._started, self._stop)
-
-    async def _read(self) -> None:
-        lines = b""
-        try:
-            while data := await self._stream.receive_some(READ_BYTES):
-                *requests, lines = (lines + data).split(b"\n")
-                self._waiting.extend(requests)
-                self._more.set()
-                if self._taking is not None and self._is_called_back(self._taking):
-                    self._attempt.cancel()
-        except trio.BrokenResourceError:
-            pass
-
-    async def _execute(self) -> None:
-        while True:
-            while self._waiting:
-                reply = await control.reply_to(self._waiting.popleft(), self._commands)
-                try:
-                    await self._stream.send_all(reply)
-                except trio.BrokenResourceError:
-                    return  # The parent is gone.
-            self._more = trio.Event()
-            await self._more.wait()
-
-    async def _end_attempt(self) -> None:
-        """The engine would wait for a share that is about to be taken over, before it stops."""
-        await self._stop.wait()
-        self._attempt.cancel()
-
-    def _is_called_back(self, share: int) -> bool:
-        wanted = {"command": "give-back", "share": share}
-        return any(decode_properties(request) == wanted for request in self._waiting)
-
-    async def _take_over(self, request: control.Request) -> dict[str, Any]:
-        share = int(request["share"])
-        if not self._stop.is_set() and not self._is_called_back(share):
-            self._taking = share
-            try:
-                with trio.CancelScope() as self._attempt:
-                    await self._engine.take_over(share)
-                    return {}
-            finally:
-                self._taking = None
-        raise MailerqError("it is about to stop" if self._stop.is_set() else "it is called back")
+async def _answer(
+    stream: trio.SocketStream, engine: Engine, started: trio.Event, stop: trio.Event
+) -> None:
+    """Execute what the parent asks for; have the engine stop when the parent is gone."""
+    commands: control.Commands = {**engine.commands(), "reload": partial(_reload, engine)}
+    lines = b""
+    with suppress(trio.BrokenResourceError):
+        while data := await stream.receive_some(READ_BYTES):
+            *requests, lines = (lines + data).split(b"\n")
+            for request in requests:
+                await stream.send_all(await control.reply_to(request, commands))
+    _stop(engine, started, stop)
 
 
 async def _terminate(
@@ -194,11 +131,6 @@ def _stop(engine: Engine, started: trio.Event, stop: trio.Event) -> None:
     stop.set()
     if not started.is_set():
         engine.plugins.timeout = HURRY_SECONDS
-
-
-async def _give_back(engine: Engine, request: control.Request) -> dict[str, Any]:
-    await engine.give_back(int(request["share"]))
-    return {}
 
 
 def _reload(engine: Engine, request: control.Request) -> dict[str, Any]:

@@ -7,15 +7,8 @@ directory. The processes listen on the same addresses, and the kernel spreads co
 them. The parent takes no mail. It keeps the addresses reserved, answers on the control socket
 with what all say together, and starts a process anew when it has ended.
 
-A process that ends soon after its start again and again is started later each time; meanwhile
-another one delivers what is in its share. When that one ends as well, soon after it has taken the
-share over, there may be something in it that kills whoever touches it: then the share waits for
-its own process, and before another one takes it over again it waits longer each time.
-
-What is said of who has which share may be late by a process that answers late. The locks decide,
-who comes too late is told so, and what went wrong is tried again. Who was asked to take a share
-over may do so when nobody waits for the answer any more: until there is one it counts as who may
-have the share, and it is told when the share's own process is about to start.
+A process that ends soon after its start again and again is started later each time. Meanwhile
+another process adopts its share (`mailerq.outbound.adoption`); the parent has no part in that.
 
 Guarantees
 ----------
@@ -30,7 +23,6 @@ import math
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, Final
@@ -47,8 +39,7 @@ from mailerq.inbound.listener import reserve
 from mailerq.message import format_time
 from mailerq.net import control
 from mailerq.net.statistics import total
-from mailerq.privileges import as_owner, keep_for_ports
-from mailerq.queues.embedded.shares import shares_in
+from mailerq.privileges import keep_for_ports
 
 __all__ = ["serve"]
 
@@ -70,13 +61,8 @@ STEADY_SECONDS: Final = 10.0
 MAX_PAUSE_SECONDS: Final = 60.0
 """How long at most a process stays away that ends soon after each start."""
 
-MIN_QUARANTINE_SECONDS: Final = 60.0
-MAX_QUARANTINE_SECONDS: Final = 3600.0
-"""How long a share is not taken over after who did has ended; twice as long each time."""
-
 ASK_SECONDS: Final = 2.0
-MOVE_SECONDS: Final = 30.0
-"""How long a process may take to say how it is, and to open or close a share."""
+"""How long a process may take to say how it is."""
 
 IDS_SECONDS: Final = 0.4
 """How long for ids, before another one is asked: an injector waits for a second at most."""
@@ -110,13 +96,6 @@ class _Parent:
         """Those that serve."""
         self._begun: dict[int, Process] = {}
         """Those, and the ones that are about to."""
-        self._loose: set[int] = set()
-        """Shares that nobody has, and whose own process does not run."""
-        self._offers: dict[int, trio.CancelScope] = {}
-        self._quarantine: dict[int, float] = {}
-        """Until when nobody takes over a share: who did has ended."""
-        self._kills = Counter[int]()
-        self._moving = trio.Lock()
         self._reloads = 0
         self._exit_status = os.EX_OK
         self._stop = trio.Event()
@@ -162,11 +141,7 @@ class _Parent:
             raise failures[0]
         if self._stop.is_set():
             return
-        directory = self._config.queue_directory
-        await self._nursery.start(control.serve, directory, self._commands())
-        with as_owner(directory):
-            self._loose.update(share for share in shares_in(directory) if share >= self._count)
-        self._nursery.start_soon(self._offer_again)
+        await self._nursery.start(control.serve, self._config.queue_directory, self._commands())
         log.info(
             "mailerq %s listens on %s, with %d processes", __version__, join(addresses), self._count
         )
@@ -230,27 +205,18 @@ class _Parent:
                 log.critical("%s", error)
             if self._stop.is_set():
                 return None
-            if seconds >= STEADY_SECONDS:
-                failures = 0
-                self._kills.pop(index, None)
-                self._quarantine.pop(index, None)
-            else:
-                failures += 1
-                self._loose.add(index)
-                # Not awaited: who is asked may stand still.
-                self._nursery.start_soon(self._hand_out)
+            failures = 0 if seconds >= STEADY_SECONDS else failures + 1
+            if failures:
                 with trio.move_on_after(_doubled(1.0, failures - 1, MAX_PAUSE_SECONDS)):
                     await self._stop.wait()
-                if self._stop.is_set():
-                    return None
-                await self._call_back(index)
+            if self._stop.is_set():
+                return None
 
     async def _live(self, index: int, ready: Callable[[list[tuple[str, int]]], object]) -> float:
         """One process from its start to its end; the seconds that it served. `NoStart`."""
         reloads = self._reloads
         child = await Process.start(index)
         self._begun[index] = child
-        self._loose.discard(index)
         self._starts[index] += 1
         self._nursery.start_soon(child.listen)
         if self._stop.is_set():
@@ -262,7 +228,6 @@ class _Parent:
             ready(addresses)
             if reloads != self._reloads:  # it may have read the certificate before
                 self._nursery.start_soon(self._reload)
-            self._nursery.start_soon(self._hand_out)
             status = await child.program.wait()
         finally:
             self._children.pop(index, None)
@@ -273,89 +238,7 @@ class _Parent:
                 self._exit_status = os.EX_SOFTWARE
         if not self._stop.is_set():
             log.critical("%s %s; another one is started", child, describe(status))
-            self._bury(child, status)
         return time.monotonic() - served
-
-    def _bury(self, child: Process, status: int) -> None:
-        """A process has ended: what it had taken over is nobody's again."""
-        now = time.monotonic()
-        # What it was asked for last may have been too much for it.
-        taken = {**dict.fromkeys(child.offered, now), **child.took}
-        for share, since in taken.items():
-            if share in self._begun:
-                continue
-            self._loose.add(share)
-            if status and now - since < STEADY_SECONDS:
-                seconds = _doubled(
-                    MIN_QUARANTINE_SECONDS, self._kills[share], MAX_QUARANTINE_SECONDS
-                )
-                self._kills[share] += 1
-                self._quarantine[share] = now + seconds
-                log.critical(
-                    "%s ended %s share %d over: no other process does so for %d seconds",
-                    child,
-                    "soon after it had taken" if share in child.took else "when asked to take",
-                    share,
-                    seconds,
-                )
-        if taken:
-            self._nursery.start_soon(self._hand_out)
-
-    # Shares
-
-    async def _offer_again(self) -> None:
-        """Hand out what is left, and now and then what could not be handed out."""
-        while True:
-            await self._hand_out()
-            await trio.sleep(MAX_PAUSE_SECONDS)
-
-    async def _hand_out(self) -> None:
-        """Have loose shares taken over."""
-        async with self._moving:
-            for child in self._children.values():
-                self._loose.difference_update(child.took)  # also by an answer that came late
-            for share in sorted(self._loose):
-                if share in self._loose and self._quarantine.get(share, 0.0) <= time.monotonic():
-                    with trio.CancelScope() as scope:
-                        self._offers[share] = scope
-                        await self._offer(share)
-                    del self._offers[share]
-
-    async def _offer(self, share: int) -> None:
-        """Have a share taken over, by the process that has the least to do with others."""
-        for child in sorted(self._children.values(), key=_burden):
-            if child.over.is_set() or share in child.offered:
-                continue
-            try:
-                await child.ask("take-over", MOVE_SECONDS, share=share)
-            except (Ended, MailerqError) as error:
-                log.error("share %d of the queue is not taken over: %s", share, error)
-            else:
-                if not child.over.is_set():
-                    self._loose.discard(share)
-                    return
-            if child.over.is_set():
-                return  # perhaps by what is in the share: `_bury` will tell
-
-    async def _call_back(self, index: int) -> None:
-        """Have a share given back by who took it over: its own process is about to start.
-
-        Who was asked to take it over and has not answered is told, but not waited for.
-        """
-        self._loose.discard(index)
-        if (offer := self._offers.get(index)) is not None:
-            offer.cancel()
-        for child in list(self._children.values()):
-            if child.took.pop(index, None) is not None:
-                await self._ask_back(child, index)
-            elif index in child.offered:
-                self._nursery.start_soon(self._ask_back, child, index)
-
-    async def _ask_back(self, child: Process, share: int) -> None:
-        try:
-            await child.ask("give-back", MOVE_SECONDS, share=share)
-        except (Ended, MailerqError) as error:
-            log.error("share %d of the queue is not given back: %s", share, error)
 
     # What others ask for
 
@@ -382,7 +265,7 @@ class _Parent:
                 "starts": self._starts[index],
                 "uptime": reply["uptime"] if reply else None,
                 "connections": reply["incoming"]["open"] if reply else None,
-                "shares": sorted({index, *child.took}) if child else [],
+                "shares": reply["shares"] if reply else [],
             })  # fmt: skip
         return {
             **whole,
@@ -399,7 +282,7 @@ class _Parent:
     async def _message_ids(self, request: control.Request) -> dict[str, Any]:
         """Of one process; those that owe an answer are asked last."""
         count = request.get("count", 1)
-        for child in sorted(self._children.values(), key=_burden):
+        for child in sorted(self._children.values(), key=lambda child: len(child.questions)):
             with suppress(Ended):
                 return await child.ask("message-ids", IDS_SECONDS, count=count)
         raise MailerqError("no process answers")
@@ -429,10 +312,6 @@ class _Parent:
             for child in self._children.values():
                 nursery.start_soon(ask, child)
         return replies
-
-
-def _burden(child: Process) -> tuple[int, int]:
-    return child.burden
 
 
 def _divide(config: Config) -> Config:

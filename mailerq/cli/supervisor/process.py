@@ -14,7 +14,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 from collections import deque
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -63,22 +62,19 @@ class NoStart(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Question:
-    """What a process was asked, and about which share; its reply is None when it has ended."""
+    """What a process was asked; its reply is None when it has ended."""
 
-    command: str = ""
-    share: int | None = None
     answered: trio.Event = field(default_factory=trio.Event)
     reply: dict[str, Any] | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """A process. `took` are the shares of others that it has, and since when."""
+    """A process, the socket to it, and the questions that it owes an answer to."""
 
     index: int
     program: trio.Process
     sock: trio.socket.SocketType
-    took: dict[int, float] = field(default_factory=dict)
     questions: deque[_Question] = field(default_factory=deque)
     over: trio.Event = field(default_factory=trio.Event)
 
@@ -127,21 +123,14 @@ class Process:
         except (KeyError, TypeError, ValueError):
             raise NoStart(f"{self} does not say where it listens", os.EX_SOFTWARE) from None
 
-    async def ask(
-        self, command: str, seconds: float, *, share: int | None = None, **arguments: object
-    ) -> dict[str, Any]:
-        """The reply to a request. Raises `Ended`, and `MailerqError` for what it says is wrong.
-
-        What comes of a share counts also when it is said after that time.
-        """
+    async def ask(self, command: str, seconds: float, **arguments: object) -> dict[str, Any]:
+        """The reply to a request. Raises `Ended`, and `MailerqError` for what it says is wrong."""
         if self.over.is_set() or len(self.questions) >= MAX_QUESTIONS:
             raise Ended(f"{self} does not answer")
-        if share is not None:
-            arguments["share"] = share
         request = encode_properties({"command": command, **arguments}) + b"\n"
         if len(request) > MAX_REQUEST_BYTES:
             raise MailerqError(f"{command}: the request is too long")
-        question = _Question(command, share)
+        question = _Question()
         self.questions.append(question)
         # Shielded: replies are told apart by their order, so what is in the list is sent.
         with (
@@ -193,31 +182,10 @@ class Process:
                     return True
                 serves = True
                 if self.questions:
-                    self._answer(self.questions.popleft(), reply)
+                    question = self.questions.popleft()
+                    question.reply = reply
+                    question.answered.set()
         return False
-
-    def _answer(self, question: _Question, reply: dict[str, Any]) -> None:
-        if question.share is not None and "error" not in reply:
-            if question.command == "take-over":
-                self.took[question.share] = time.monotonic()
-            else:
-                self.took.pop(question.share, None)
-        question.reply = reply
-        question.answered.set()
-
-    @property
-    def offered(self) -> set[int]:
-        """The shares that it was asked to take over and has not answered for: it may have them."""
-        return {
-            question.share
-            for question in self.questions
-            if question.share is not None and question.command == "take-over"
-        }
-
-    @property
-    def burden(self) -> tuple[int, int]:
-        """Who owes an answer is asked last: it may stand still."""
-        return len(self.questions), len(self.took)
 
     def leave(self) -> None:
         """Have it stop in its time."""

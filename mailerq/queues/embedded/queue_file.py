@@ -57,6 +57,7 @@ from mailerq.queues.embedded.sqlite_file import (
     translate,
 )
 from mailerq.queues.interface import Publication
+from mailerq.queues.ownership import DirectoryLock
 
 __all__ = ["FILE_NAME", "Bounds", "Store", "lock_directory"]
 
@@ -132,15 +133,22 @@ class Store(Reader):
     ['a@b.test']
     """
 
-    def __init__(self, path: str, locks: list[int], numbers: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        locks: list[int],
+        numbers: int,
+        daemon_lock: DirectoryLock | None = None,
+    ) -> None:
         super().__init__(path)
         self._locks = locks
+        self._daemon_lock = daemon_lock
         self._inode = 0
         self._block = numbers
         self._next = self._end = 0
 
     @classmethod
-    def open(cls, directory: str, *, daemon_lock: int | None = None) -> Self:
+    def open(cls, directory: str, *, daemon_lock: DirectoryLock | None = None) -> Self:
         """Open the queue of a directory; the directory and the file are made if missing.
 
         Raises `QueueError`; a damaged file is left alone and is `QueueDamaged`. Come by
@@ -148,8 +156,8 @@ class Store(Reader):
         believe its log, and the last one to close it throws away what was not believed.
         """
         path = os.path.join(directory, FILE_NAME)
-        locks = [] if daemon_lock is None else [daemon_lock]
-        store = cls(path, locks, 1 if daemon_lock is None else NUMBERS)
+        locks: list[int] = []
+        store = cls(path, locks, 1 if daemon_lock is None else NUMBERS, daemon_lock)
         try:
             os.makedirs(directory, mode=0o750, exist_ok=True)
             locks.append(lock_directory(directory, fcntl.LOCK_SH))
@@ -199,10 +207,15 @@ class Store(Reader):
 
     def close(self) -> None:
         super().close()
-        locks, self._locks = self._locks, []
-        for lock in locks:
+        closing: list[Callable[[], None]] = [
+            functools.partial(os.close, lock) for lock in self._locks
+        ]
+        if self._daemon_lock is not None:
+            closing.append(self._daemon_lock.release)
+        self._locks, self._daemon_lock = [], None
+        for close in closing:
             try:
-                os.close(lock)
+                close()
             except OSError as error:
                 logger.error(
                     "%s: a lock cannot be closed (%s): a plugin closes descriptors that are not "

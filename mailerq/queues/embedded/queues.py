@@ -48,6 +48,7 @@ from mailerq.queues.interface import (
     Settlement,
 )
 from mailerq.queues.opening import open_exclusive, open_shared
+from mailerq.queues.ownership import DirectoryLock
 
 __all__ = ["EmbeddedQueues"]
 
@@ -98,14 +99,16 @@ class EmbeddedQueues(Queues):
         exclusive: bool = True,
         clock: Callable[[], float] = time.time,
         bounds: Sequence[Bounds] = (),
+        lock: DirectoryLock | None = None,
     ) -> AsyncIterator[Self]:
         """Open the queues of a directory, which is made if missing; raises `QueueError`.
 
         `exclusive` refuses a directory that another process has opened so, checks the file,
         and salvages a damaged one. `clock` is the wall clock, in seconds since 1970. What is
-        beyond `bounds` is deleted once a minute.
+        beyond `bounds` is deleted once a minute. A `lock` on the directory that the caller has
+        taken is released at the end.
         """
-        opener = open_exclusive if exclusive else open_shared
+        opener = partial(open_exclusive, lock=lock) if exclusive else open_shared
         store = await trio.to_thread.run_sync(opener, directory)
         queues = cls(store, clock, bounds)
         try:
