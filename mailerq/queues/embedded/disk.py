@@ -7,6 +7,10 @@ A message leaves the queue by a commit, which takes room as any other. So that a
 filled its disk can still empty itself, new mail leaves a reserve alone: it is for what becomes of
 the mail that is there. When that is half used up as well, a message that is tried again gets its
 new due time and keeps its old properties, because results of many attempts would fill any disk.
+
+A sync can succeed for data that is lost. When ext4 meets an error and gives up its journal, the
+running transaction is dropped; a sync that looks for this transaction a moment later finds
+nothing to wait for, and returns 0. So every commit asks the file system once more.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Final
 
 import apsw
 
-__all__ = ["NO_SPACE", "Room", "room", "unreadable"]
+__all__ = ["NO_SPACE", "Room", "check_sound", "room", "unreadable"]
 
 NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 """What the system calls a disk that is full."""
@@ -59,6 +63,21 @@ def room(path: str) -> Room:
         return Room(sys.maxsize, 0)
     reserve = min(RESERVE_BYTES, found.f_blocks * found.f_frsize // RESERVE_SHARE)
     return Room(found.f_bavail * found.f_frsize, reserve)
+
+
+def check_sound(directory: str) -> None:
+    """Raise `OSError` when the file system of a directory has given up, as a sync may not tell.
+
+    The first touch needs the journal, and makes the kernel notice what became of it; the second
+    one is refused then. Neither `statvfs` nor another sync would show it at once. A disk that is
+    merely full is sound.
+    """
+    try:
+        os.utime(directory)
+        os.utime(directory)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
 
 
 def unreadable(path: str) -> tuple[int, int]:

@@ -9,7 +9,8 @@ writes.
 
 Guarantees
 ----------
-- `Store.write` makes all of its batch durable or raises and none of it is.
+- `Store.write` makes all of its batch durable or raises and none of it is. Only where the disk
+  fails beneath a commit, what was refused may be found later all the same.
 - An error leaves the object usable: the next call tries again, on a new connection where
   the old one may be spoilt.
 - Several processes may write at once. Only one can open the directory exclusively.
@@ -31,7 +32,7 @@ import apsw
 
 from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.message import decode_properties, encode_properties
-from mailerq.queues.embedded.disk import Room, room
+from mailerq.queues.embedded.disk import Room, check_sound, room
 from mailerq.queues.embedded.records import (
     Batch,
     Insert,
@@ -141,6 +142,7 @@ class Store(Reader):
         daemon_lock: DirectoryLock | None = None,
     ) -> None:
         super().__init__(path)
+        self._directory = os.path.dirname(path) or "."
         self._locks = locks
         self._daemon_lock = daemon_lock
         self._inode = 0
@@ -338,7 +340,8 @@ class Store(Reader):
                 for _, number in found:
                     count += self._hasten(number, now)
                 self.connection.execute("COMMIT")
-            except apsw.Error as error:
+                check_sound(self._directory)
+            except (apsw.Error, OSError) as error:
                 raise self.failed(error) from error
             except Exception as error:
                 self.failed(error)
@@ -381,8 +384,9 @@ class Store(Reader):
     def _change(self, statement: str, values: tuple[Any, ...]) -> int:
         try:
             self.connection.execute(statement, values)
+            check_sound(self._directory)
             return self.connection.changes()
-        except apsw.Error as error:
+        except (apsw.Error, OSError) as error:
             raise self.failed(error) from error
 
     def number(self, inserts: Sequence[Insert]) -> None:
@@ -394,7 +398,8 @@ class Store(Reader):
                 found = connection.execute(
                     "UPDATE number SET next = next + ? RETURNING next", (count,)
                 ).get
-            except apsw.Error as error:
+                check_sound(self._directory)
+            except (apsw.Error, OSError) as error:
                 raise self.failed(error) from error
             self._end = int(found)
             self._next = self._end - count
@@ -422,6 +427,7 @@ class Store(Reader):
         try:
             if len(rows) <= ROWS_PER_STATEMENT and not (shared or large or batch.retries):
                 self._write_rows(connection, rows)  # a commit of its own
+                check_sound(self._directory)
                 return
             connection.execute("BEGIN IMMEDIATE")
             for reference, users, body in shared:
@@ -434,10 +440,11 @@ class Store(Reader):
             for retry in batch.retries:
                 self._retry(connection, retry, batch.tight)
             connection.execute("COMMIT")
+            check_sound(self._directory)
         except apsw.TooBigError as error:
             self.failed(error)
             raise MessageError(f"a document is too large for the queue file: {error}") from error
-        except apsw.Error as error:
+        except (apsw.Error, OSError) as error:
             raise self.failed(error) from error
         except Exception as error:
             self.failed(error)
