@@ -96,26 +96,6 @@ def test_lines_are_seen_wherever_they_lie(content: bytes, before: int, behind: i
     assert has_bare_newline(content) == bare
 
 
-@pytest.mark.parametrize(
-    ("raw", "content"),
-    [
-        (b".\r\n", b""),
-        (b"\r\n.\r\n", b"\r\n"),
-        (b"..\r\n.\r\n", b".\r\n"),
-        (b"..x\r\n.\r\n", b".x\r\n"),
-        (b".x\r\n.\r\n", b"x\r\n"),
-        (b"a\r\n..\r\n.\r\n", b"a\r\n.\r\n"),
-        (b"a\r\n...b\r\n.\r\n", b"a\r\n..b\r\n"),
-    ],
-)
-def test_dots_are_unstuffed_exactly(raw: bytes, content: bytes) -> None:
-    for size in range(1, len(raw) + 1):
-        body = Body()
-        pieces = [raw[start : start + size] for start in range(0, len(raw), size)]
-        assert receive(body, pieces) == b""
-        assert body.finish() == content
-
-
 def test_a_large_mail_goes_to_its_sink_block_by_block() -> None:
     sink = MemorySink()
     body = Body(sink=sink)

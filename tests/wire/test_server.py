@@ -338,6 +338,7 @@ def test_eight_bit_and_nul_in_a_command_are_refused() -> None:
         (b"..x\r\n.y\r\n\r\n..z\r\n.\r\n", b".x\r\ny\r\n\r\n.z\r\n"),
         (b"a.\r\n.\r\n", b"a.\r\n"),
         (b"a\r\n.b\r\n..\r\n.\r\n", b"a\r\nb\r\n.\r\n"),
+        (b"a\r\n...b\r\n.\r\n", b"a\r\n..b\r\n"),
         (b"8-bit \xff\xfe\x00\r\n.\r\n", b"8-bit \xff\xfe\x00\r\n"),
     ],
 )
