@@ -26,7 +26,7 @@ PLUGIN_FLAGS := -O2 -g -fPIC -shared -Wall -Wextra -Iinclude
 export PYTHON PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: run ready test build debug bench soak fuzz lint docs asan clean help python again
+.PHONY: run ready test build debug assertions bench soak fuzz lint docs asan clean help python again
 .DELETE_ON_ERROR:
 
 run: python ## set up what a server to try needs and start it; RUNARGS=--smtp-port=2600 changes settings
@@ -47,6 +47,13 @@ debug: $(VENV)/.test ## run the suite on an extension with assertions and on unc
 	@mkdir -p build && touch build/debug
 	MQ_DEBUG=1 $(BUILD_EXT) --force
 	$(PYTEST) $(PYTESTARGS)
+
+assertions: $(VENV)/.test ## run the tests of plugins as debug does, in a copy of this tree
+	@rm -rf build/copy && mkdir -p build/copy
+	@cp -R $(filter-out build dist var,$(wildcard *)) build/copy
+	@find build/copy -name '*.so' -delete
+	cd build/copy && MQ_DEBUG=1 $(abspath $(BIN))/python setup.py --quiet build_ext --inplace --force
+	cd build/copy && $(abspath $(BIN))/python -m pytest tests/plugins $(PYTESTARGS)
 
 bench: $(VENV)/.test build ## measure beside the peers that are installed; BENCHARGS=--full takes longer
 	$(BIN)/python benches/targets.py --json build/bench.json --plot benches/relay.svg $(BENCHARGS)
