@@ -27,6 +27,7 @@ from typing import Any, Final, Self
 from mailerq.consistency import contradictions
 from mailerq.errors import ConfigError, Problem
 from mailerq.settings import (
+    DNS_SERVERS,
     DOMAINS,
     EXTRACT,
     FLAG,
@@ -46,6 +47,7 @@ from mailerq.settings import (
     SIZE,
     TEXT,
     URIS,
+    DnsServer,
     Network,
     Setting,
     choice,
@@ -59,6 +61,7 @@ __all__ = [
     "NOT_YET",
     "SETTINGS",
     "Config",
+    "DnsServer",
     "Network",
     "Setting",
     "split_arguments",
@@ -547,6 +550,14 @@ class Config:
         minimum=0.001,
     )
 
+    dns_servers: tuple[DnsServer, ...] = setting(
+        (),
+        DNS_SERVERS,
+        DNS,
+        "Servers to ask for MX records and the addresses in them, the next one where one does not"
+        " answer: 192.0.2.53, 127.0.0.1:5353, [::1]:5353. The system looks up smarthosts.",
+        unset="those of the system",
+    )
     dns_timeout: float = setting(
         5.0,
         SECONDS,

@@ -123,28 +123,19 @@ class _Exchange:
 
 
 class Resolver:
-    """Looks up where mail goes, with the patience of `dns-timeout` and `dns-attempts`.
+    """Looks up where mail goes: asks `dns-servers`, within `dns-timeout` and `dns-attempts`.
 
-    `nameservers` are addresses to ask on `port` in place of the system's; `leads_here` says
-    which addresses are this host's.
+    `leads_here` says which addresses are this host's.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        nameservers: Sequence[str] = (),
-        port: int = 53,
-        leads_here: Callable[[str], bool] | None = None,
-    ) -> None:
+    def __init__(self, config: Config, *, leads_here: Callable[[str], bool] | None = None) -> None:
         self._hostname = _canonical(config.hostname)
         self._forbidden = config.smtp_out_forbidden
         self._relay_domains = frozenset(config.smtp_relay_domains)
         self._say_ours_to_mend = Ration(log.error, 1, "and %d times more for a relay domain")
         self._timeout = config.dns_timeout
         self._lifetime = config.dns_timeout * config.dns_attempts
-        self._nameservers = list(nameservers)
-        self._port = port
+        self._servers = config.dns_servers
         self._is_here = leads_here or is_this_host
         self._dns: dns.asyncresolver.Resolver | None = None
         self._cache: dict[tuple[str, bool], tuple[float, Found]] = {}
@@ -356,11 +347,14 @@ class Resolver:
 
     def _open_dns(self) -> dns.asyncresolver.Resolver:
         import dns.asyncresolver
+        import dns.nameserver
 
-        resolver = dns.asyncresolver.Resolver(configure=not self._nameservers)
-        if self._nameservers:
-            resolver.nameservers = list(self._nameservers)
-            resolver.port = self._port
+        resolver = dns.asyncresolver.Resolver(configure=not self._servers)
+        if self._servers:
+            resolver.nameservers = [
+                dns.nameserver.Do53Nameserver(server.address, server.port)
+                for server in self._servers
+            ]
         resolver.timeout = self._timeout
         resolver.lifetime = self._lifetime
         return resolver
