@@ -512,6 +512,9 @@ class Config:
         aliases=("smtp-sink-ip",),
     )
     smtp_sink_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
+    smtp_out_port: int = setting(
+        25, PORT, DELIVERY, "Port of the MX hosts; another than 25 is for trying out.", minimum=1
+    )
     smtp_out_forbidden: tuple[Network, ...] = setting(
         tuple(
             map(

@@ -10,7 +10,9 @@ time share one lookup.
 
 Records belong to strangers, so all of it is bounded, and this host is never a host to send
 to: where one of the records leads here, it and all of no better preference are left out. Nor
-is an address in `smtp-out-forbidden`, which also goes for the smarthost of a message.
+is an address in `smtp-out-forbidden`, which also goes for the smarthost of a message. Where
+`smtp-out-port` is neither 25 nor a port of ours, another server has it: then an address of this
+host does not lead here.
 
 A domain that does not exist fails at once (RFC 5321, section 5.1), but a resolver that has lost
 its way says so of every domain. So it is believed only when it knows, at that moment, who serves
@@ -42,6 +44,7 @@ from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.net.logs import Ration
 from mailerq.rules.access import is_within
+from mailerq.rules.routes import SMTP_PORT
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
@@ -136,7 +139,8 @@ class Resolver:
         self._timeout = config.dns_timeout
         self._lifetime = config.dns_timeout * config.dns_attempts
         self._servers = config.dns_servers
-        self._is_here = leads_here or is_this_host
+        ours = config.smtp_out_port in (SMTP_PORT, *config.smtp_port)
+        self._is_here = leads_here or (is_this_host if ours else _is_nowhere)
         self._dns: dns.asyncresolver.Resolver | None = None
         self._cache: dict[tuple[str, bool], tuple[float, Found]] = {}
         self._flights: dict[tuple[str, bool], _Flight] = {}
@@ -384,6 +388,10 @@ def is_this_host(address: str) -> bool:
             return ipaddress.ip_address(probe.getsockname()[0]) == ip
         except OSError:
             return False  # There is no way there.
+
+
+def _is_nowhere(address: str) -> bool:
+    return False
 
 
 def _canonical(name: str) -> str:

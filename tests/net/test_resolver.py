@@ -382,6 +382,27 @@ async def test_a_zone_may_have_any_number_of_domains() -> None:
             assert found == (Host(f"mx{number}.flow.test", "192.0.2.1", 10),)
 
 
+@pytest.mark.parametrize(
+    ("settings", "loops"),
+    [
+        ({}, True),
+        ({"smtp_out_port": 2525, "smtp_port": (25, 2525)}, True),
+        ({"smtp_out_port": 2525, "smtp_port": (25,)}, False),
+    ],
+)
+async def test_an_address_of_this_host_leads_here_by_a_port_that_is_ours(
+    settings: dict[str, Any], loops: bool
+) -> None:
+    async with open_dns_server({("d.test", "A"): ["127.0.0.1"]}) as server:
+        config = Config(dns_servers=(server.address,), smtp_out_forbidden=(), **settings)
+        for name in ("d.test", "[127.0.0.1]"):
+            found = await Resolver(config).mail_hosts(name)
+            if loops:
+                assert reply_to(found) == (554, "5.4.6")
+            else:
+                assert addresses(found) == ["127.0.0.1"]
+
+
 async def test_a_configured_host_may_be_this_one() -> None:
     resolver = Resolver(Config(hostname="me.test"))
     assert addresses(await resolver.host("127.0.0.1", trusted=True)) == ["127.0.0.1"]

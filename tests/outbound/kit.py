@@ -385,6 +385,7 @@ async def open_bench(
         serve = partial(trio.serve_tcp, peer.handle, 0, host=address)
         listeners = await nursery.start(serve)
         port = listeners[0].socket.getsockname()[1]
+        settings.setdefault("smtp_out_port", port)
         if resolver is None:
             settings |= {"smtp_sink_address": address, "smtp_sink_port": port}
         config = Config(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from mailerq.rules import routes
 from tests.outbound.kit import PeerConnection, StubResolver, open_bench
 
 
@@ -44,26 +43,22 @@ async def test_a_message_whose_addresses_fit_no_host_waits() -> None:
 
 
 @pytest.mark.parametrize("hosts", [["127.0.0.1", "fe80::1"], ["fe80::1", "127.0.0.1"]])
-async def test_a_fault_of_this_host_does_not_hide_what_a_peer_said(
-    hosts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_fault_of_this_host_does_not_hide_what_a_peer_said(hosts: list[str]) -> None:
     async def refuse(peer: PeerConnection) -> None:
         await peer.send("554 5.7.1 not you\r\n")
 
     # A link-local address without its link is one that nothing can be sent to.
     async with open_bench(refuse, resolver=StubResolver(d_test=hosts)) as bench:
-        monkeypatch.setattr(routes, "SMTP_PORT", bench.port)
         bench.send()
         result = await bench.retried()
         assert (result["type"], result["description"]) == ("noaccess", "not you")
 
 
-async def test_more_addresses_than_are_tried_that_cannot_be_reached_do_not_hide_one_that_can(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_more_addresses_than_are_tried_that_cannot_be_reached_do_not_hide_one_that_can() -> (
+    None
+):
     hosts = [f"fe80::{number}" for number in range(1, 20)]
     async with open_bench(resolver=StubResolver(d_test=[*hosts, "127.0.0.1"])) as bench:
-        monkeypatch.setattr(routes, "SMTP_PORT", bench.port)
         bench.send()
         await bench.results("success")
 

@@ -24,6 +24,12 @@ SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
     ("properties", "settings", "expected"),
     [
         ({}, {}, Route("d.test", "d.test", 25, True)),
+        ({}, {"smtp_out_port": 99}, Route("d.test", "d.test", 99, True)),
+        (
+            {"smarthost": {"name": "s.test"}},
+            {"smtp_out_port": 99},
+            Route("s.test:25", "s.test", 25, False),
+        ),
         ({"smarthost": SMARTHOST}, {}, Route("smart.test:2525", "smart.test", 2525, False)),
         ({"smarthost": {"name": "s.test"}}, {}, Route("s.test:25", "s.test", 25, False)),
         ({"smarthost": {}}, {}, Route("d.test", "d.test", 25, True)),
