@@ -1,7 +1,4 @@
-"""Python's door to the calls on descriptors that never block.
-
-See `_core_sockets.pxi` and `_core_mapping.pxi`.
-"""
+"""Non-blocking calls on descriptors: `_core_sockets.pxi` and `_core_mapping.pxi` for Python."""
 
 from __future__ import annotations
 
