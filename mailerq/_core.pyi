@@ -1,4 +1,4 @@
-"""The C core, as Python sees it."""
+"""Types of the C core, for type checkers."""
 
 import re
 from collections.abc import Awaitable, Callable, Iterable
@@ -101,8 +101,8 @@ class Call:
 class Connection:
     """One SMTP connection, incoming or outgoing, as plugins and handlers see it.
 
-    `address` to `tls_name` say who the client is, behind a proxy the proxy's client; None or 0
-    while that is unknown, and for an outgoing connection.
+    `address` to `tls_name` describe the client, or behind a proxy the client of the proxy. They are
+    None or 0 while unknown, and for an outgoing connection.
     """
 
     context: Context

@@ -1,7 +1,7 @@
-# A file that is mapped into memory, to be read.
+# A file that is mapped into memory for reading.
 #
-# mmap.mmap keeps a descriptor of the file, until Python 3.13 in any case: a plugin that keeps large
-# mails would use up those that connections need.
+# mmap.mmap keeps a descriptor of the file (always, before Python 3.13), so plugins that keep large
+# mails would use up the descriptors for connections.
 
 cdef extern from "<sys/mman.h>":
     void *mmap(void *, size_t, int, int, int, long)
@@ -13,7 +13,7 @@ cdef extern from "<sys/mman.h>":
 cdef class Mapping:
     """The first `size` bytes of a file, for memoryview(). Raises OSError.
 
-    Its descriptor is not needed any more. The file must not become shorter.
+    The descriptor may be closed afterwards. The file must not become shorter.
     """
 
     cdef void *start
