@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from mailerq.mail.headers import HEADER_LIMIT, unfold
-from mailerq.wire.framing import has_bare_newline
+from mailerq.wire.framing import has_bare_newline, in_pairs
 
 __all__ = ["to_seven_bit"]
 
@@ -118,7 +118,7 @@ def to_seven_bit(mime: bytes) -> bytes | None:
     if mime.isascii():
         return mime
     if has_bare_newline(mime):
-        mime = b"".join(_with_pairs(block) for block in _blocks(mime, 0, len(mime)))
+        mime = b"".join(in_pairs(block) for block in _blocks(mime, 0, len(mime)))
     walk = _Walk(mime)
     try:
         walk.entity(0, message=True)
@@ -327,10 +327,6 @@ def _blocks(mime: bytes, start: int, end: int) -> Iterator[bytes]:
             stop += 1
         yield mime[start:stop]
         start = stop
-
-
-def _with_pairs(block: bytes) -> bytes:
-    return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
 def _encode(header: _Header, mime: bytes, start: int, end: int) -> tuple[bytes, list[bytes]]:

@@ -1,4 +1,4 @@
-"""What a server offers, and how it says so in its reply to EHLO or HELO."""
+"""The extensions that a server offers, and its reply to EHLO or HELO."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from mailerq.wire.smtp import Reply
 __all__ = ["Settings", "hello_reply"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # `hello_reply` looks it up
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # a fast key of `hello_reply`
 class Settings:
-    """What a server offers; shared by all of its sessions.
+    """The settings of a server, shared by all of its sessions.
 
     `max_size` is in bytes and announced as SIZE (RFC 1870). `starttls` offers STARTTLS on
-    a connection that is not secure. `mechanisms` are those of `sasl.MECHANISMS` that AUTH
-    offers, on a connection that is not secure only to a peer that `auth_in_clear` is given
-    for. `lmtp` speaks LMTP (RFC 2033). `extended` offers what our own delivery can carry on, and
-    `dsn` DSN (RFC 3461), which promises reports.
-    `normalize` makes pairs of bare CRs and LFs in a mail instead of refusing it.
+    connections without TLS. `mechanisms` are the `sasl.MECHANISMS` that AUTH offers; without TLS
+    only in sessions with `auth_in_clear`. `lmtp` speaks LMTP (RFC 2033). `extended` offers the
+    extensions that deliveries can pass on. `dsn` offers DSN (RFC 3461), a promise to send reports.
+    `normalize` turns bare CRs and LFs in a mail into CRLF instead of refusing the mail.
     """
 
     hostname: str
@@ -38,9 +37,9 @@ class Settings:
 def hello_reply(
     settings: Settings, extended: bool, secure: bool, auth: bool, xclient: bool
 ) -> Reply:
-    """The reply to EHLO (`extended`) or HELO, as it is in a session so far.
+    """Make the reply to EHLO (`extended`) or HELO in the current state of a session.
 
-    `auth` says that AUTH may be used now.
+    `auth`: AUTH may be used now.
     """
     if not extended:
         return Reply(250, settings.hostname)

@@ -1,13 +1,13 @@
-"""Where a mail ends, and what its bytes are, when it comes in pieces of any size.
+"""Find the end of a mail that arrives in pieces of any size, and decode its bytes.
 
 Theory of operation
 -------------------
-What a DATA brings is looked at once. The last bytes that could begin CR LF "." CR LF are held
-back until more is there, so an end that is split over reads is found, and what has been taken
-never ends within something that must be seen whole. Taken bytes gather raw; a mail of ordinary
-size is made ready in one piece at its end. A large one is made ready block by block, and each
-block goes to a `Sink`, which may keep it elsewhere than in memory. Dots are unstuffed and
-newlines looked at in the same way for both, so the result does not depend on the pieces.
+Each byte of DATA is searched once. The last bytes that could start CR LF "." CR LF are held back
+until more bytes arrive, so an end that is split over reads is found, and accepted pieces never cut
+such a sequence. Pieces are collected unchanged. An ordinary mail is decoded in one step at its end.
+A large mail is decoded block by block, and each block goes to a `Sink`, which may store it outside
+of memory. Both cases unstuff dots and check newlines in the same way, so the result does not depend
+on the pieces.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from mailerq.wire._lines import BARE, DOTTED, look
 __all__ = ["BLOCK_BYTES", "Body", "MemorySink", "Sink", "has_bare_newline", "in_pairs"]
 
 BLOCK_BYTES: Final = 1 << 18
-"""Bytes from which on what has come in is made ready before the end is there."""
+"""Bytes to collect before a block is decoded ahead of the end."""
 
 PIECES: Final = 512
-"""Pieces that gather before they are joined: one byte alone costs forty."""
+"""Pieces to collect before they are joined: a piece of one byte takes forty bytes of memory."""
 
 END: Final = b"\r\n.\r\n"
 
 
 class Sink(Protocol):
-    """Takes a large mail block by block. The last call is `finish` or `discard`."""
+    """Receives a large mail block by block. The last call is `finish` or `discard`."""
 
     def write(self, block: bytes) -> None:
-        """Take a block, which is ready."""
+        """Append a decoded block."""
 
     def finish(self) -> bytes | memoryview:
-        """All that was written."""
+        """Return everything that was written."""
 
     def discard(self) -> None:
-        """Forget it: the mail is refused. May be called more than once."""
+        """Drop everything: the mail is refused. May be called more than once."""
 
 
 class MemorySink:
-    """Keeps a mail in memory."""
+    """A sink in memory."""
 
     def __init__(self) -> None:
         self._blocks: list[bytes] = []
@@ -57,12 +57,12 @@ class MemorySink:
 
 
 class Body:
-    """The bytes of one mail as they come in, up to `limit`; beyond it they are only counted.
+    """The bytes of one mail as they arrive, up to `limit`; further bytes are only counted.
 
-    It is fed either by `receive_stuffed` (DATA: lines that end with a dot alone) or by
-    `add` (BDAT: bytes whose number was told before). A bare CR or LF is made a pair where
-    `normalize` says so, and the bytes that this adds count towards the limit; otherwise it makes
-    the mail `is_bare`, and no more of it is kept. `binary` allows them.
+    Bytes arrive by `receive_stuffed` (DATA: lines up to a lone dot) or by `add` (BDAT: a known
+    number of bytes). With `normalize`, a bare CR or LF becomes CRLF, and the added byte counts
+    towards the limit. Otherwise it makes the mail `is_bare`, and the mail is dropped. `binary`
+    allows bare CRs and LFs.
     """
 
     __slots__ = (
@@ -88,7 +88,7 @@ class Body:
         self._waiting = 0  # bytes in `_pieces`
         self._settled = False
         self._stuffed = False
-        self._held = b"\r\n"  # the CR LF that ended DATA: an end may begin with it
+        self._held = b"\r\n"  # the CR LF after DATA, which may start the end of the mail
 
     @property
     def is_too_big(self) -> bool:
@@ -96,11 +96,11 @@ class Body:
 
     @property
     def kept(self) -> int:
-        """Bytes that are not forgotten."""
+        """The number of bytes that are kept."""
         return 0 if self.is_too_big or self.is_bare else self.size
 
     def add(self, data: bytes) -> None:
-        """Take bytes as they are."""
+        """Append bytes without unstuffing."""
         self.size += len(data)
         if self.is_too_big or self.is_bare:
             self.discard()
@@ -113,17 +113,17 @@ class Body:
             self._pieces = [b"".join(self._pieces)]
 
     def receive_stuffed(self, data: bytes) -> bytes | None:
-        """Take bytes up to CR LF "." CR LF: what lies behind it, or None while it is not there."""
+        """Append bytes up to CR LF "." CR LF; return the bytes after it, or None without an end."""
         window = self._held + data
-        # Five bytes are not looked for where two of them are not, which is seen much faster.
+        # `look` is much faster than find(), so check for a dot after an LF first.
         end = window.find(END) if look(window) & DOTTED else -1
         if end >= 0:
-            taken, rest = end + 2, window[end + 5 :]  # the CR LF before the dot is the mail's
+            taken, rest = end + 2, window[end + 5 :]  # the mail includes the CR LF before the dot
         else:
             taken, rest = len(window) - _overlap(window), None
         start = 0
         if not self._stuffed and taken:
-            # All but the CR LF that ended DATA, and a first line may be stuffed as well.
+            # Skip the CR LF after DATA, and the stuffed dot of the first line.
             self._stuffed = True
             start = 3 if taken > 2 and window[2] == 46 else 2
         self._held = window[taken:] if rest is None else b""
@@ -132,7 +132,7 @@ class Body:
         return rest
 
     def finish(self) -> bytes | memoryview:
-        """All bytes of the mail, without the dots that stuffing put in; once."""
+        """Return the decoded mail. Call this once."""
         if self._settled and self._sink is not None and not (self.is_too_big or self.is_bare):
             self._settle(last=True)
             return self._sink.finish()
@@ -141,7 +141,7 @@ class Body:
         return self._ready(body)
 
     def discard(self) -> None:
-        """Forget what was taken."""
+        """Drop the bytes so far."""
         self._pieces.clear()
         self._waiting = 0
         if self._settled and self._sink is not None:
@@ -152,7 +152,7 @@ class Body:
         self._pieces.clear()
         self._waiting = 0
         if block.endswith(b"\r") and not last:
-            self._pieces.append(b"\r")  # perhaps half of a pair
+            self._pieces.append(b"\r")  # perhaps half of a CR LF
             self._waiting = 1
             block = block[:-1]
         block = self._ready(block)
@@ -166,7 +166,7 @@ class Body:
 
     def _ready(self, block: bytes) -> bytes:
         found = look(block)
-        # The first dot of each line that starts with one goes (RFC 5321, section 4.5.2).
+        # Remove the first dot of each line that starts with a dot (RFC 5321, section 4.5.2).
         if self._stuffed and found & DOTTED:
             block = block.replace(b"\r\n.", b"\r\n")
         if found & BARE and not self._binary:
@@ -179,7 +179,7 @@ class Body:
 
 
 def _overlap(data: bytes) -> int:
-    """How many of the last bytes could begin the end of a mail."""
+    """Return the number of last bytes that could start the end of a mail."""
     for size in (4, 3, 2, 1):
         if data.endswith(END[:size]):
             return size
@@ -187,10 +187,10 @@ def _overlap(data: bytes) -> int:
 
 
 def in_pairs(text: bytes) -> bytes:
-    """Each CR LF, bare CR and bare LF as one CR LF."""
+    """Turn each bare CR and bare LF into CR LF."""
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
 def has_bare_newline(body: bytes) -> bool:
-    """Whether there is a CR or an LF that is not part of a pair."""
+    """Whether a CR or LF is not part of a CR LF."""
     return bool(look(body) & BARE)
