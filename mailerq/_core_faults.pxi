@@ -11,7 +11,7 @@
 #
 # A crash on a thread without a mark is attributed to the plugin whose file contains the
 # instruction. Otherwise (a plugin's thread calls abort, for example) the stack is searched for a
-# return address in a plugin. A system call reads the stack, because a bad pointer would crash again.
+# return address in a plugin. A system call reads the stack: a bad pointer must not crash again.
 
 cdef enum:
     MARKS = 64

@@ -19,6 +19,7 @@ from mailerq.errors import AddressError
 
 __all__ = [
     "Mailbox",
+    "host_port",
     "parse_domain",
     "parse_host",
     "parse_ip",
@@ -265,6 +266,15 @@ def parse_host(text: str) -> str | IPAddress:
     except ValueError:
         pass
     return parse_domain(text)
+
+
+def host_port(host: str, port: int) -> str:
+    """Write a host and a port, with an IPv6 address in brackets (RFC 3986, section 3.2.2).
+
+    >>> host_port("192.0.2.1", 25), host_port("2001:db8::1", 25)
+    ('192.0.2.1:25', '[2001:db8::1]:25')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _shown(text: str) -> str:

@@ -1,9 +1,8 @@
-"""``mailerq rcpt@…``: take one mail from stdin, as sendmail does.
+"""``mailerq rcpt@…``: inject one mail from stdin, as sendmail does.
 
-It goes straight into the queue when this user may write there, and through the SMTP port of
-the configuration otherwise. Either way it is safe when the exit status is 0, and nothing was
-taken when it is another one. Of sendmail's switches the common ones are understood; those that
-ask for something else (-bs, -bp, -bi, -q) lead to it from here.
+The mail goes straight into the queue if this user may write there, otherwise through the configured
+SMTP port. With exit status 0 the mail is safe; with any other status nothing was accepted. The
+common switches of sendmail work; -bs, -bp, -bi and -q select other commands.
 """
 
 from __future__ import annotations
@@ -35,26 +34,26 @@ __all__ = ["Refused", "hand_over", "main"]
 READ_BYTES: Final = 1 << 16
 
 ASK_SECONDS: Final = 1.0
-"""How long to wait for the daemon, for ids and to let it know. The mail does not need it."""
+"""Timeout for asking the daemon for ids and for waking it; the mail does not depend on it."""
 
 SMTP_SECONDS: Final = 300.0
-"""How long to wait for one reply."""
+"""Timeout of one reply."""
 
 DESCRIPTION: Final = """\
-Take one mail from stdin and put it into the queue. Its lines may end with LF or CRLF; it
-ends with a line that holds a single dot, or with --ignore-dot at the end of the input.
-The switches of sendmail that programs use work too, and instead of a recipient
--bs (SMTP on stdin and stdout), -bp (list what waits, as mailq does) and -q (try that now).
+Read one mail from stdin and put it into the queue. Its lines may end with LF or CRLF. The
+mail ends with a line that holds a single dot, or with --ignore-dot at the end of the input.
+The common switches of sendmail work too. Instead of a recipient: -bs (SMTP on stdin and
+stdout), -bp (list waiting mail, as mailq does) and -q (try waiting mail now).
 """
 
 EXITS: Final = """\
-exit status: 0 it is safe, 64 wrong usage, 65 the mail cannot be used, 67 a recipient was
-refused, 69 it was refused, 75 try again later, 77 not allowed, 78 wrong configuration
+exit status: 0 the mail is safe, 64 wrong usage, 65 the mail cannot be used, 67 a recipient was
+refused, 69 the mail was refused, 75 try again later, 77 not allowed, 78 wrong configuration
 """
 
 
 class Refused(Exception):
-    """The mail was not taken. The text says why, `status` is the exit status."""
+    """The mail was not accepted. The text says why; `status` is the exit status."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -62,7 +61,7 @@ class Refused(Exception):
 
 
 def main(settings: list[str], rest: list[str]) -> int:
-    """Take one mail."""
+    """Inject one mail, or run the command that a switch selects."""
     options = _parse(rest)
     if options.mode == "p" or options.flush:
         from mailerq.cli import queue
@@ -70,7 +69,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         words = ["show", "--mailq"] if options.mode == "p" else ["flush", "--quiet"]
         return queue.main(settings, [*words, *(["--json"] if options.json else [])])
     if options.mode == "i":
-        return os.EX_OK  # There are no aliases here that could be new.
+        return os.EX_OK  # mailerq has no aliases to rebuild
     try:
         config = Config.load(settings)
     except ConfigError as error:
@@ -98,13 +97,14 @@ def _parse(rest: list[str]) -> Namespace:
     )
     add = parser.add_argument
     # fmt: off
-    add("recipients", nargs="*", metavar="recipient", help="whom it is for")
+    add("recipients", nargs="*", metavar="recipient", help="a recipient of the mail")
     add("--envelope", "-f", "-r", metavar="A", help="address for MAIL FROM; <> for none")
     add("--extract-recipients", "-t", action="store_true",
-        help="send it to whom its To, Cc and Bcc name, too")
-    add("--ignore-dot", "-i", action="store_true", help="a line with a single dot is no end")
-    add("--json", action="store_true", help="say in JSON what became of it")
-    # What programs give sendmail and what changes nothing here.
+        help="also send the mail to the addresses in To, Cc and Bcc")
+    add("--ignore-dot", "-i", action="store_true",
+        help="do not end the mail at a line with a single dot")
+    add("--json", action="store_true", help="print the result as JSON")
+    # Switches of sendmail that have no effect here.
     add("-o", action="append", default=[], help=SUPPRESS)
     add("-F", dest="full_name", help=SUPPRESS)
     add("-b", dest="mode", choices="mspi", default="m", help=SUPPRESS)
@@ -143,9 +143,9 @@ def _inject(config: Config, options: Namespace, rest: Sequence[str]) -> None:
 def hand_over(
     config: Config, words: Sequence[str], mime: bytes, sender: str, recipients: Sequence[str]
 ) -> dict[str, Any]:
-    """Keep a mail, by the way that is open to this user: what became of it.
+    """Store a mail in the queue, or send it to the port; return the result for --json.
 
-    `words` is the command line, for the record. Raises `Refused`.
+    `words` is the command line, which is recorded in the message. Raises `Refused`.
     """
     if not os.access(config.queue_directory, os.W_OK | os.X_OK):
         return _by_smtp(config, mime, sender, recipients)
@@ -164,16 +164,16 @@ def _user() -> str:
 
 
 def _printable(word: str) -> str:
-    """An argument as JSON can hold it: bytes that are no UTF-8 come as lone surrogates."""
+    """Make an argument valid for JSON: bytes that are not UTF-8 arrive as lone surrogates."""
     return word.encode(errors="surrogateescape").decode(errors="replace")
 
 
-# What is sent, and to whom.
+# The mail and its envelope.
 
 
 def _read(file: BinaryIO, limit: int, *, ignore_dot: bool) -> bytes:
-    """The mail as it comes in, without the dot that ends it."""
-    text = bytearray(b"\n")  # as if there were a line before the first one
+    """Read the mail, without the final dot."""
+    text = bytearray(b"\n")  # so that a dot on the first line follows a line end, too
     while data := os.read(file.fileno(), READ_BYTES):
         seen = max(0, len(text) - 3)
         text += data
@@ -193,9 +193,9 @@ def _read(file: BinaryIO, limit: int, *, ignore_dot: bool) -> bytes:
 
 
 def _lines(text: bytes, *, ignore_dot: bool) -> bytes:
-    """The mail as it goes on the wire: every line ends with CRLF, and dots are unstuffed.
+    """Convert line ends to CRLF and unstuff dots.
 
-    A first line "From …", which mailboxes have and mails have not, is left out.
+    A first line "From …", which belongs to mailbox files, is removed.
     """
     text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     if text.startswith((b"From ", b">From ")):
@@ -233,7 +233,7 @@ def _recipients(header: Header, options: Namespace, config: Config) -> list[str]
 
 
 def _sender(header: Header, options: Namespace, config: Config, user: str) -> str:
-    """The address for MAIL FROM: the one that was asked for, or the header's, or the user's."""
+    """Return the address for MAIL FROM: from --envelope, the header, or the user."""
     if options.envelope is not None:
         address = options.envelope.strip().removeprefix("<").removesuffix(">")
         status = os.EX_USAGE
@@ -248,7 +248,7 @@ def _sender(header: Header, options: Namespace, config: Config, user: str) -> st
 
 
 def _qualified(address: str, config: Config) -> str:
-    """The address, with this host as its domain where it has none. Raises `AddressError`."""
+    """Add this host as the domain if an address has none. Raises `AddressError`."""
     if "@" not in address:
         address = f"{address}@{config.hostname}"
     parse_mailbox(address)
@@ -256,10 +256,10 @@ def _qualified(address: str, config: Config) -> str:
 
 
 def _complete(mime: bytes, header: Header, sender: str, options: Namespace) -> bytes:
-    """Put on top what a mail must have (RFC 5322, section 3.6), take out what is not for all."""
+    """Add required fields (RFC 5322, section 3.6), and remove private ones."""
     private = {b"bcc", b"resent-bcc", b"return-path"}
     if options.envelope is not None:
-        private.add(b"x-mq-envelope")  # The one that was asked for counts.
+        private.add(b"x-mq-envelope")  # --envelope takes precedence
     fields = []
     if not header.has(b"from") and sender:
         fields.append(_from_field(sender, options.full_name or ""))
@@ -278,21 +278,21 @@ def _from_field(sender: str, full_name: str) -> bytes:
     return f"From: {text}\r\n".encode(errors="replace")
 
 
-# The two ways in.
+# The two ways to the queue.
 
 
 def _ids(config: Config, count: int) -> Iterator[str]:
-    """Message ids: of the daemon, whose plugins may own them, or else of the core itself."""
+    """Return message ids of the daemon, whose plugins may supply them, or of the core."""
     try:
         reply = control.ask(config.queue_directory, "message-ids", timeout=ASK_SECONDS, count=count)
         return iter(reply["ids"])
-    except (OSError, KeyError):  # no daemon runs, or one that does not know the question
+    except (OSError, KeyError):  # no daemon runs, or an older one without this request
         ids.set_machine(config.server_id, config.hostname)
         return iter(ids.new_id, None)
 
 
 def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dict[str, Any]:
-    """Keep the mail, one message for each recipient, and tell the daemon."""
+    """Store the mail, one message for each recipient, and wake the daemon."""
     from mailerq.queues.opening import open_shared
 
     reception = incoming.messages(
@@ -326,7 +326,7 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
         try:
             control.ask(config.queue_directory, "wake", timeout=ASK_SECONDS)
         except OSError:
-            pass  # No daemon runs. The next one that does will find the mail.
+            pass  # no daemon runs; the next one finds the mail
     return {
         "via": "queue",
         "messages": [
@@ -337,7 +337,7 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
 
 
 def _locals(config: Config) -> Callable[[str], bool]:
-    """What tells local recipients from others, where there is a queue for their mail."""
+    """Return a test for local recipients; false for all without a queue for local mail."""
     if not config.rabbitmq_local:
         return lambda recipient: False
     from mailerq.inbound.addresses import LocalAddresses
@@ -351,7 +351,7 @@ def _locals(config: Config) -> Callable[[str], bool]:
 
 
 def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]) -> dict[str, Any]:
-    """Hand the mail to the port of the configuration. It goes to all recipients or to none."""
+    """Send the mail to the configured port. Either all recipients are accepted, or none."""
     import smtplib
 
     host = next((ip for ip in config.smtp_ip if ip not in ("0.0.0.0", "::")), "127.0.0.1")
@@ -385,7 +385,7 @@ def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]
 
 
 def _path(address: str) -> str:
-    """The address in ASCII as far as that can say it."""
+    """Return the address, with its domain in ASCII."""
     return str(parse_mailbox(address)) if address else ""
 
 

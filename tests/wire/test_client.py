@@ -1,4 +1,4 @@
-"""The client machine: every dialogue whole, a byte at a time, and against the server machine."""
+"""The client machine: dialogues in one piece, byte by byte, and against the server machine."""
 
 from itertools import pairwise
 
@@ -30,7 +30,7 @@ ENVELOPE = b"MAIL FROM:<a@b.test>\r\n", b"RCPT TO:<c@d.test>\r\n", b"DATA\r\n"
 
 
 def feed(protocol: ClientProtocol, data: bytes, *, bytewise: bool = False) -> list[Event]:
-    """All events up to the next NEED_DATA; a session that is over reports it once."""
+    """Return all events up to the next NEED_DATA, or up to the end of the session."""
     events: list[Event] = []
     for piece in (data[i : i + 1] for i in range(len(data))) if bytewise else (data,):
         protocol.receive_data(piece)
@@ -322,7 +322,7 @@ NEXT = b"MAIL FROM:<a@b.test>\r\n", b"RCPT TO:<e@f.test>\r\n", b"DATA\r\n"
 
 
 def ahead() -> ClientProtocol:
-    """The body of a mail is sent, and the envelope of the next one right behind it."""
+    """Send the body of a mail, and the envelope of the next mail right behind it."""
     protocol = mailing()
     assert feed(protocol, b"250 ok\r\n250 ok\r\n354 go\r\n") == [SendBody()]
     assert not protocol.may_go_ahead
@@ -650,7 +650,7 @@ def test_where_the_stream_is_split_makes_no_difference(replies: list[bytes], dat
     assert play(pieces) == play([stream] if stream else [])
 
 
-# Back to back with the server's machine
+# Back to back with the server machine
 
 
 class BackToBack:
@@ -664,7 +664,7 @@ class BackToBack:
         self.server.greet()
 
     def run(self) -> Event:
-        """Let both talk until the client has something to say, or both wait."""
+        """Exchange bytes until the client has an event, or both wait."""
         while True:
             data = output(self.client)
             for at in range(0, len(data), self.step):

@@ -1,4 +1,4 @@
-"""A body on the wire: what encodes it, whatever is in it, and that it goes out in blocks."""
+"""Bodies on the wire: dot-stuffing and line ends for any content, and sending in blocks."""
 
 import re
 
