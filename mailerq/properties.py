@@ -100,9 +100,9 @@ def _is_queues(value: object) -> bool:
 
 
 MAIL: Final = "The mail"
-DELIVERY: Final = "How it is delivered"
-RESULTS: Final = "What becomes of it"
-WRITTEN: Final = "What the server writes"
+DELIVERY: Final = "Delivery"
+RESULTS: Final = "Results and reports"
+WRITTEN: Final = "Written by the server"
 UNUSED: Final = "Without effect yet"
 
 PROPERTIES: Final = (

@@ -1,4 +1,4 @@
-"""What the lines of a mail are like, as Python sees it."""
+"""Types of `_lines`, for type checkers."""
 
 BARE: int
 DOTTED: int
