@@ -29,7 +29,6 @@ import inspect
 import logging
 import math
 import os
-import re
 import textwrap
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -44,6 +43,7 @@ from mailerq.address import parse_mailbox
 from mailerq.errors import AddressError, PluginError
 from mailerq.inspection import announce, plugins_in
 from mailerq.message import Message, decode_properties, encode_properties
+from mailerq.wire.smtp import STATUS
 
 __all__ = [
     "EVENTS",
@@ -119,8 +119,6 @@ TEXT_LIMIT: Final = 2000
 LINE_LIMIT: Final = 480
 """Characters of one reply line. RFC 5321, section 4.5.3.1.5, allows 512 with code and CRLF."""
 
-_STATUS: Final = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?= |$)")
-
 _STATUS_OF: Final = {
     421: "4.3.2",  # RFC 3463, section 3.4: system not accepting messages
     450: "4.2.0",
@@ -148,7 +146,7 @@ def clean_reject(code: int, text: str) -> Reject:
         lines += textwrap.wrap(words, LINE_LIMIT)
     text = "\n".join(lines)
     family = str(code)[0]
-    status = _STATUS.match(text)
+    status = STATUS.match(text)
     if status is None:
         default = _STATUS_OF.get(code, f"{family}.7.1")
         return Reject(code, f"{default} {text or 'Refused'}")

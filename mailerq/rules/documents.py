@@ -9,6 +9,7 @@ from mailerq.address import parse_host, parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.mail.extract import extract
+from mailerq.mail.incoming import HOP_LIMIT
 from mailerq.message import Message
 from mailerq.properties import KNOWN, misspellings
 from mailerq.rules.retry import expires_at, not_before
@@ -17,8 +18,9 @@ from mailerq.wire.parameters import dsn_parameters
 
 __all__ = ["MAX_HOPS", "Finding", "examine", "problems"]
 
-MAX_HOPS: Final = 100
-"""Received fields of a message; one with more is looping (RFC 5321, section 6.3)."""
+MAX_HOPS: Final = HOP_LIMIT
+"""Received fields of a message. Reception counts its own field too, so a mail that was accepted
+never exceeds this."""
 
 SHOWN: Final = 80
 """Characters of a name or a value of a message to show."""

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 __all__ = [
+    "STATUS",
     "LocalProtocolError",
     "Reply",
     "with_status",
@@ -30,7 +31,9 @@ REPLY_LINE_LIMIT: Final = 998
 CACHED_TEXT: Final = 200
 """Longer replies are not cached: the reply to a thousand recipients has 70 kB."""
 
-_STATUS: Final = re.compile(r"([245])\.\d{1,3}\.\d{1,3}(?= |$)")
+STATUS: Final = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?= |$)")
+"""An enhanced status code at the start of a text: its class, and the rest of it."""
+
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -63,7 +66,7 @@ class Reply(msgspec.Struct, frozen=True):
     @property
     def status(self) -> str | None:
         """The enhanced status code at the start of the text, or None."""
-        match = _STATUS.match(self.text)
+        match = STATUS.match(self.text)
         return match[0] if match else None
 
     @property
@@ -86,7 +89,7 @@ def _wire(code: int, text: str) -> bytes:
 def with_status(code: int, text: str, status: str) -> str:
     """Put `status` before every line of `text`, unless the text has a status that fits `code`."""
     lines = text.replace("\r\n", "\n").split("\n")
-    match = _STATUS.match(lines[0])
+    match = STATUS.match(lines[0])
     if match and match[1] == str(code)[0]:
         return "\n".join(lines)
     return "\n".join(f"{status} {line}" for line in lines)
