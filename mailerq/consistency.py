@@ -14,7 +14,7 @@ __all__ = ["contradictions"]
 def contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """Yield the attribute to change and the mistake, for each contradiction."""
     if config.rabbitmq_address:
-        yield "rabbitmq_address", "rabbitmq-address is not supported yet; leave it away"
+        yield "rabbitmq_address", "rabbitmq-address is not supported yet; remove it"
     for key in ("smtp_key", "smtp_ciphers", "smtp_secure_port"):
         if getattr(config, key) and not config.smtp_certificate:
             yield key, f"{key.replace('_', '-')} needs smtp-certificate, which is not set"

@@ -36,7 +36,7 @@ MQ_EXPORT void mq_initialize(void)
     char *end;
     double value = strtod(setting, &end);
     if (!*end && value >= 0 && value <= LONGEST_SECONDS) seconds = (float)value;
-    else MQ_Log(MQ_WARN, "DELAY_SECONDS is no number from 0 to 60, taking 1.0");
+    else MQ_Log(MQ_WARN, "DELAY_SECONDS must be a number from 0 to 60; using 1.0");
 }
 
 /** Called on the worker of the session. The timer ends with this call. */

@@ -79,7 +79,7 @@ static uint64_t number_setting(const char *name, uint64_t otherwise, uint64_t li
     unsigned long long value = strtoull(text, &end, 10);
     if (!errno && !*end && isdigit((unsigned char)*text) && value <= limit) return value;
     char line[128];
-    snprintf(line, sizeof line, "%s is no number up to %llu, taking %llu", name,
+    snprintf(line, sizeof line, "%s must be a number up to %llu; using %llu", name,
              (unsigned long long)limit, (unsigned long long)otherwise);
     MQ_Log(MQ_WARN, line);
     return otherwise;
@@ -126,7 +126,7 @@ MQ_EXPORT void mq_initialize(void)
     }
 
     table = calloc(groups * WAYS, sizeof *table);
-    if (!table) MQ_Log(MQ_CRIT, "no memory for the table, nobody is refused");
+    if (!table) MQ_Log(MQ_CRIT, "no memory for the table: no client is refused");
 }
 
 MQ_EXPORT void mq_cleanup(void)

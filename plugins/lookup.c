@@ -124,7 +124,7 @@ MQ_EXPORT void mq_initialize(void)
     const char *setting = getenv("LOOKUP_SERVER");
     if (!parse_server(setting ? setting : "127.0.0.1:10031"))
     {
-        MQ_Log(MQ_CRIT, "LOOKUP_SERVER is no address:port and no /path, nobody is asked");
+        MQ_Log(MQ_CRIT, "LOOKUP_SERVER must be address:port or /path; no server is asked");
         server_size = 0;
     }
     setting = getenv("LOOKUP_TIMEOUT");

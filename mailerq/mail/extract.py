@@ -404,7 +404,7 @@ def rights_of(words: Sequence[str], *, longest: float) -> Rights:
         if word not in _WORDS:
             raise ValueError(f"{word!r} is none of {', '.join(sorted(_WORDS))}")
     if "none" in words and len(words) > 1:
-        raise ValueError("none stands alone")
+        raise ValueError("none must be the only word")
     if "all" in words:
         return EVERYTHING
     return Rights(frozenset().union(*(_WORDS[word] for word in words)), longest)
