@@ -181,7 +181,7 @@ def _own_header() -> elf.Header:
         return elf.read_header(lambda offset, size: file.read(size))
 
 
-def _offered() -> list[str]:
+def _api_functions() -> list[str]:
     """List the functions that plugins may call."""
     with open(_core.__file__, "rb") as file:
         image = elf.read(lambda offset, size: os.pread(file.fileno(), size, offset))
@@ -256,7 +256,7 @@ def _try(report: Report, image: elf.Image, seconds: float) -> None:
         report.version, report.id_size = told["version"], told["id_size"]
         report.functions = tuple(told["functions"])
     elif told["unresolved"]:
-        offered = _offered()
+        offered = _api_functions()
         for name in told["unresolved"]:
             hint = f"{name} is defined nowhere{_hint(name, offered)}"
             report.findings.append(Finding("error", hint))

@@ -43,7 +43,7 @@ from mailerq.address import parse_mailbox
 from mailerq.errors import AddressError, PluginError
 from mailerq.inspection import announce, plugins_in
 from mailerq.message import Message, decode_properties, encode_properties
-from mailerq.wire.smtp import STATUS
+from mailerq.wire import smtp
 
 __all__ = [
     "EVENTS",
@@ -104,7 +104,7 @@ class EachHandler(Protocol):
 Handler = Callable[..., "Reject | bool | Awaitable[Reject | bool | None] | None"]
 """A function, plain or async, that gets the `Connection` and the arguments of the event."""
 
-GIVEN_UP: Final = Reject(451, "4.3.0 Local problem, please try again later")
+GIVEN_UP: Final = Reject(smtp.GIVEN_UP.code, smtp.GIVEN_UP.text)
 
 MORE_SECONDS: Final = 10.0
 """Total time for events after the `deadline` of their connection. Without it, a plugin that timed
@@ -146,7 +146,7 @@ def clean_reject(code: int, text: str) -> Reject:
         lines += textwrap.wrap(words, LINE_LIMIT)
     text = "\n".join(lines)
     family = str(code)[0]
-    status = STATUS.match(text)
+    status = smtp.STATUS.match(text)
     if status is None:
         default = _STATUS_OF.get(code, f"{family}.7.1")
         return Reject(code, f"{default} {text or 'Refused'}")

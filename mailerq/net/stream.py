@@ -228,7 +228,7 @@ class Stream:
         not read its replies. Raises `StreamLost`, and the exceptions of `take`.
         """
         while True:
-            if self._lags():
+            if self._must_flush():
                 await self._send_now(b"")
             if self._tls is None and not (self._socket.readable or self._unread):
                 self._take, self._digested = take, False
@@ -240,14 +240,14 @@ class Stream:
                     return
                 continue
             came = await self.receive()
-            if self._lags():  # a turn may have ended meanwhile
+            if self._must_flush():  # a turn may have ended meanwhile
                 await self._send_now(b"")
             if take(came):
                 return
 
     def _look(self) -> bool:
         """Read input and pass it to `take`; return whether the task must wake."""
-        if self._lags():
+        if self._must_flush():
             return True
         came = self.receive_nowait()
         if came is None:
@@ -256,20 +256,20 @@ class Stream:
         self._digested = self._take(came)
         return self._digested or self._socket.readable
 
-    def _lags(self) -> bool:
+    def _must_flush(self) -> bool:
         """Whether pending output must leave before more input is read."""
         return bool(self._unsent) and (not self._departing or len(self._unsent) >= LONG_BYTES)
 
     def receive_nowait(self) -> bytes | None:
         """Read from a plain stream now: None without input, b"" at the end. Raises `StreamLost`."""
-        self._tell_lost()
+        self._raise_lost()
         if self._unread:
             data, self._unread = self._unread, b""
             return data
         try:
             came = receive(self._fd)
         except OSError as error:
-            self._suspect(error)
+            self._check_stray(error)
             raise StreamLost(str(error)) from error
         if came is None or (0 < len(came) < RECEIVE_BYTES and self._socket.empties):
             self._socket.readable = False
@@ -329,7 +329,7 @@ class Stream:
 
     async def drain(self) -> None:
         """Wait until the socket has taken all output. Raises `StreamLost`."""
-        self._tell_lost()
+        self._raise_lost()
         if self._unsent:
             await self._send_now(b"")
 
@@ -399,7 +399,7 @@ class Stream:
         try:
             socket_name(self._fd, remote=False)
         except OSError as error:
-            self._suspect(error)
+            self._check_stray(error)
         self._socket.forget()
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -415,7 +415,7 @@ class Stream:
             peer = host_port(*self._remote) if self._remote else "a host"
             stray_close(f"the connection with {peer}")
 
-    def _suspect(self, error: OSError) -> None:
+    def _check_stray(self, error: OSError) -> None:
         """Drop the descriptor if an error shows that foreign code has closed it."""
         if error.errno in (errno.EBADF, errno.ENOTSOCK):
             self.stray()
@@ -436,7 +436,7 @@ class Stream:
                 return data
 
     async def _send_raw(self, data: bytes) -> None:
-        self._tell_lost()
+        self._raise_lost()
         if not self._departing:
             if len(data) >= LONG_BYTES or self._unsent or self._sending:
                 await self._send_now(data)
@@ -462,10 +462,10 @@ class Stream:
             if sent < len(data):
                 await self._send_rest(data, sent)
         except OSError as error:
-            self._suspect(error)
+            self._check_stray(error)
             raise StreamLost(str(error)) from error
 
-    def _tell_lost(self) -> None:
+    def _raise_lost(self) -> None:
         """Raise the error of an earlier send, once: a later read may still find earlier input."""
         if self._lost is not None:
             lost, self._lost = self._lost, None
@@ -490,7 +490,7 @@ class Stream:
         try:
             self._placed += send(self._fd, self._unsent, self._placed)
         except OSError as error:
-            self._suspect(error)
+            self._check_stray(error)
             self._lose(str(error))
         if self._placed == len(self._unsent):
             self._take_unsent()

@@ -66,7 +66,7 @@ class Body:
     """
 
     __slots__ = (
-        "_binary", "_held", "_limit", "_normalize", "_pieces", "_settled", "_sink", "_stuffed",
+        "_binary", "_held", "_limit", "_normalize", "_pieces", "_sink", "_spilled", "_stuffed",
         "_waiting", "is_bare", "size",
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ class Body:
         self._binary = binary
         self._pieces: list[bytes] = []
         self._waiting = 0  # bytes in `_pieces`
-        self._settled = False
+        self._spilled = False
         self._stuffed = False
         self._held = b"\r\n"  # the CR LF after DATA, which may start the end of the mail
 
@@ -108,7 +108,7 @@ class Body:
         self._pieces.append(data)
         self._waiting += len(data)
         if self._waiting >= BLOCK_BYTES:
-            self._settle()
+            self._write_block()
         elif len(self._pieces) >= PIECES:
             self._pieces = [b"".join(self._pieces)]
 
@@ -133,21 +133,21 @@ class Body:
 
     def finish(self) -> bytes | memoryview:
         """Return the decoded mail. Call this once."""
-        if self._settled and self._sink is not None and not (self.is_too_big or self.is_bare):
-            self._settle(last=True)
+        if self._spilled and self._sink is not None and not (self.is_too_big or self.is_bare):
+            self._write_block(last=True)
             return self._sink.finish()
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
-        return self._ready(body)
+        return self._decode(body)
 
     def discard(self) -> None:
         """Drop the bytes so far."""
         self._pieces.clear()
         self._waiting = 0
-        if self._settled and self._sink is not None:
+        if self._spilled and self._sink is not None:
             self._sink.discard()
 
-    def _settle(self, *, last: bool = False) -> None:
+    def _write_block(self, *, last: bool = False) -> None:
         block = b"".join(self._pieces)
         self._pieces.clear()
         self._waiting = 0
@@ -155,16 +155,16 @@ class Body:
             self._pieces.append(b"\r")  # perhaps half of a CR LF
             self._waiting = 1
             block = block[:-1]
-        block = self._ready(block)
+        block = self._decode(block)
         if self.is_bare or self.is_too_big:
             self.discard()
             return
         if self._sink is None:
             self._sink = MemorySink()
-        self._settled = True
+        self._spilled = True
         self._sink.write(block)
 
-    def _ready(self, block: bytes) -> bytes:
+    def _decode(self, block: bytes) -> bytes:
         found = look(block)
         # Remove the first dot of each line that starts with a dot (RFC 5321, section 4.5.2).
         if self._stuffed and found & DOTTED:

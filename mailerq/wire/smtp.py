@@ -163,6 +163,7 @@ BARE_NEWLINE_IN_DATA = Reply(550, "5.6.0 Message holds a bare CR or LF, lines en
 TOO_MANY_HOPS = Reply(554, "5.4.6 Too many Received lines, mail is looping")
 HEADER_TOO_BIG = Reply(552, "5.3.4 Header too big")
 TOO_MANY_FIELDS = Reply(552, "5.3.4 Too many x-mq-* fields")
+GIVEN_UP = Reply(451, "4.3.0 Local problem, please try again later")
 QUEUE_UNAVAILABLE = Reply(451, "4.3.0 Queue not available, try again later")
 
 
