@@ -92,7 +92,7 @@ clean: ## remove build results; .venv and var stay
 	find mailerq tests tools benches -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 15
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 # Set-up. A file in .venv marks a finished step, which is repeated if its inputs are newer.
 
