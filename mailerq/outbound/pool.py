@@ -266,8 +266,9 @@ class Pool:
         host = connection.remote
         if self._out_of_step.pop(host, 0.0) <= now:
             log.warning(
-                "%s [%s] answers SMTP out of step: mail in doubt is tried again, and for an hour"
-                " the host is sent no envelopes ahead, and one mail on each new connection",
+                "%s [%s] answers SMTP out of step, or not at all: mail in doubt is tried again, and"
+                " for an hour the host is sent no envelopes ahead, and one mail on each new"
+                " connection",
                 connection.route.name,
                 host,
             )

@@ -17,10 +17,10 @@ back to the pool when that ends before its turn, or when the reply to the body t
 connections of the home worker do so, because the pool must answer at once. What plugins send
 outside of an event meanwhile is held until the next dot, or it would be a part of that mail.
 
-A peer may answer out of step; `mailerq.wire.client` states when a reply counts. The message in
-doubt is tried again; where its body was not sent, at once on another connection. The pool
-remembers the host for a while: it is sent no envelopes ahead, and new connections to it end with
-each mail, because QUIT proves the reply to a body.
+A peer may answer out of step; `mailerq.wire.client` states when a reply counts, and has an
+envelope, RSET or QUIT follow each body as proof. The message in doubt is tried again; where its
+body was not sent, at once on another connection. The pool remembers the host for a while: it is
+sent nothing behind a body, and new connections to it end with each mail.
 A peer without 8BITMIME gets a body in ASCII, which is made once for each connection that the
 message is given to (`mailerq.mail.seven_bit`); where it is long, in a thread.
 
@@ -499,11 +499,10 @@ class Connection:
 
     def _go_ahead(self, body: bytes) -> None:
         """Put the next envelope behind the body in hand, where that is of use."""
-        limit = self._pool.config.connection_maxmessages
         if (
             self._prompt
             and len(body) <= AHEAD_BYTES
-            and not (self._leaving or self._held or 0 < limit <= self._messages + 1)
+            and not self._held
             and self._protocol.may_go_ahead
             and self.worker is self._pool.worker
             and (job := self._pool.next_job(self)) is not None
@@ -540,11 +539,14 @@ class Connection:
             if (early := self._stream.receive_nowait()) is not None:
                 # What comes before the dot is no answer to it.
                 protocol.receive_data(early)
-            protocol.send_body(message.body)
+            told = plugin.listens("out_sent")
+            limit = self._pool.config.connection_maxmessages
+            last = self._leaving or 0 < limit <= self._messages + 1
+            # Nothing that a plugin sends may come behind QUIT.
+            protocol.send_body(message.body, last=last and not (told or self._held))
             self._begun = False
             if protocol.step is Step.MESSAGE:
-                told = plugin.listens("out_sent")
-                if not told:  # else what it sends then comes right behind the body
+                if not (last or told):  # what a plugin sends may not come behind an envelope
                     self._go_ahead(message.body)
                 await self._send_due()
                 if told:
@@ -622,7 +624,11 @@ class Connection:
             protocol.receive_data(await self._stream.receive())
             event = protocol.next_event()
         except StreamLost:
+            event = NEED_DATA
+        if event is NEED_DATA:
             event = protocol.abort(Problem.LOST, str(error))
+        if isinstance(event, Accepted) and step is not Step.MESSAGE:
+            return event  # It came before, and the proof was due.
         if not isinstance(event, Refused | Failed):
             # Even a 250: it cannot be the answer to what did not get through.
             protocol.abort(Problem.LOST, str(error))

@@ -34,13 +34,13 @@ async def send_one_by_one(bench: Bench, count: int) -> None:
         await bench.results(count=number)
 
 
-async def test_a_connection_is_kept_and_used_again_without_rset() -> None:
+async def test_a_connection_is_kept_and_used_again() -> None:
     async with open_bench() as bench:
         await send_one_by_one(bench, 3)
         assert bench.peer.connections == 1
         assert [c.split()[0] for c in bench.peer.commands] == [
             "EHLO",
-            *("MAIL", "RCPT", "DATA") * 3,
+            *("MAIL", "RCPT", "DATA", "RSET") * 3,
         ]
         results = [message.results[-1] for message in bench.queues["results"]]
         assert [result["messages"] for result in results] == [1, 2, 3]
@@ -151,8 +151,7 @@ async def closes_when_idle(peer: PeerConnection) -> None:
     for _ in range(3):
         await peer.line()
     await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
-    await peer.body()
-    await peer.send("250 taken\r\n")
+    await peer.take()
 
 
 async def test_a_message_moves_on_when_the_peer_closed_the_idle_connection() -> None:
@@ -392,8 +391,8 @@ async def test_what_a_plugin_sends_while_a_body_is_sent_comes_behind_it() -> Non
         await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
         await may_read.wait()
         bodies.append(await peer.body())
-        assert await peer.line() == "NOOP behind"
-        await peer.send("250 taken\r\n")
+        assert [await peer.line(), await peer.line()] == ["RSET", "NOOP behind"]
+        await peer.send("250 taken\r\n250 reset\r\n")
         await peer.line()
 
     bodies: list[bytes] = []
@@ -436,10 +435,8 @@ async def test_stop_lets_what_is_under_way_end_and_gives_the_rest_back() -> None
         for _ in range(3):
             await peer.line()
         await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
-        await peer.body()
-        peer.peer.queues.touch()
         await may_answer.wait()
-        await peer.send("250 taken\r\n")
+        await peer.take()
         await peer.line()
 
     async with open_bench(slow, domain_maxconnections=1) as bench:

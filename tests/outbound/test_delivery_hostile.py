@@ -127,10 +127,10 @@ async def test_a_250_that_is_there_before_the_body_is_sent_is_no_success() -> No
                 await peer.line()
             await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
             if reply == "250 taken\r\n":
-                await peer.body()
+                await peer.take(reply)
             else:
                 await trio.testing.wait_all_tasks_blocked()
-            await peer.send(reply)
+                await peer.send(reply)
         bench.queues.may_ack.set()
 
     async with open_bench(hasty, domain_maxconnections=1) as bench:
@@ -180,14 +180,36 @@ async def test_a_peer_that_takes_a_large_body_slowly_is_given_the_time() -> None
             await peer.line()
         await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
         taken = b""
-        while not taken.endswith(b"\r\n.\r\n"):
-            taken = taken[-5:] + await peer.stream.receive_some(1 << 19)
+        while not taken.endswith(b"\r\n.\r\nRSET\r\n"):
+            taken = taken[-11:] + await peer.stream.receive_some(1 << 19)
             await trio.sleep(0.02)
-        await peer.send("250 at last\r\n")
+        await peer.send("250 at last\r\n250 reset\r\n")
 
     async with open_bench(slow, smtp_out_timeout=0.4) as bench:
         bench.peer.extensions = ("PIPELINING",)
         bench.send(body="y" * 20_000_000)
+        await bench.results("success")
+
+
+async def test_a_peer_that_hears_no_dot_with_a_command_behind_it_gets_the_next_one_by_itself() -> (
+    None
+):
+    async def naive(peer: PeerConnection) -> None:
+        await peer.hello()
+        for _ in range(3):
+            await peer.line()
+        await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+        while not (await peer.stream.receive_some()).endswith(b"\r\n.\r\n"):
+            pass
+        await peer.send("250 taken\r\n")
+        assert await peer.line() == "QUIT"
+        await peer.send("221 bye\r\n")
+
+    async with open_bench(naive, naive, smtp_out_timeout=0.1) as bench:
+        bench.send()
+        result = await bench.retried()
+        assert (result["type"], result["state"]) == ("timeout", "received")
+        bench.queues.pass_time(600)
         await bench.results("success")
 
 
@@ -228,7 +250,7 @@ async def one_mail(peer: PeerConnection, *replies: str) -> None:
 async def test_a_peer_that_talks_when_it_is_idle_loses_the_connection_and_no_mail() -> None:
     async def chatty(peer: PeerConnection) -> None:
         await peer.hello()
-        await one_mail(peer, "250 taken\r\n")
+        await one_mail(peer, "250 taken\r\n" + OK)
         await bench.queues.until(lambda queues: len(queues["success"]) == 1)
         await peer.send("250 and one more thing\r\n")
         while await peer.line():
@@ -246,15 +268,17 @@ async def test_a_peer_that_talks_when_it_is_idle_loses_the_connection_and_no_mai
 @pytest.mark.parametrize(
     ("replies", "queue"),
     [
-        ("250 taken\r\n250 and one more thing\r\n", "retry"),
-        ("250 in the middle of the body\r\n550 the answer to the dot\r\n", "retry"),
-        ("500 what?\r\n250 taken\r\n", "retry"),
-        ("550 no\r\n550 no\r\n", "retry"),
-        ("250 taken\r\n421 enough\r\n", "success"),
-        ("550 no\r\n421 enough\r\n", "failure"),
+        ("250 taken\r\n250 reset\r\n", "success"),
+        ("250 taken\r\n250 and one more thing\r\n250 reset\r\n", "retry"),
+        ("250 in the middle of the body\r\n550 the answer to the dot\r\n250 reset\r\n", "retry"),
+        ("500 what?\r\n250 taken\r\n250 reset\r\n", "retry"),
+        ("550 no\r\n550 no\r\n250 reset\r\n", "retry"),
+        ("250 is it the answer to RSET?\r\n421 enough\r\n", "retry"),
+        ("550 no\r\n421 enough\r\n", "retry"),
+        ("550 no\r\n", "failure"),
     ],
 )
-async def test_a_reply_to_a_body_counts_only_when_nothing_else_comes_with_it(
+async def test_a_reply_to_a_body_counts_only_when_the_one_behind_it_proves_it(
     replies: str, queue: str
 ) -> None:
     async def script(peer: PeerConnection) -> None:
@@ -265,6 +289,60 @@ async def test_a_reply_to_a_body_counts_only_when_nothing_else_comes_with_it(
     async with open_bench(script) as bench:
         bench.send()
         await bench.results(queue)
+
+
+async def closes(peer: PeerConnection) -> None:
+    """A peer that closes with what it was sent unread: the client meets a reset."""
+
+
+async def reads_and_closes(peer: PeerConnection) -> None:
+    await peer.line()
+
+
+async def says_421(peer: PeerConnection) -> None:
+    await peer.send("421 enough\r\n")
+
+
+async def falls_silent(peer: PeerConnection) -> None:
+    while await peer.line():
+        pass
+
+
+@pytest.mark.parametrize("extensions", [("PIPELINING",), ()])
+@pytest.mark.parametrize("leave", [closes, reads_and_closes, says_421, falls_silent])
+@pytest.mark.parametrize("settings", [{}, {"connection_maxmessages": 1}])
+@pytest.mark.parametrize("code", [250, 550])
+async def test_a_peer_that_leaves_behind_each_reply_to_a_body_gets_one_mail_twice_at_most(
+    extensions: tuple[str, ...], leave: Script, settings: Any, code: int
+) -> None:
+    got = 0
+
+    async def script(peer: PeerConnection) -> None:
+        nonlocal got
+        await peer.hello()
+        if extensions:
+            for _ in range(3):
+                await peer.line()
+            await peer.send(OK * 2 + "354 go\r\n")
+        else:
+            for reply in (OK, OK, "354 go\r\n"):
+                await peer.line()
+                await peer.send(reply)
+        await peer.body()
+        got += 1
+        await peer.send(f"{code} done\r\n")
+        await leave(peer)
+
+    settings = {"domain_maxconnections": 1, "smtp_out_timeout": 0.1, **settings}
+    async with open_bench(*[script] * 10, **settings) as bench:
+        bench.peer.extensions = extensions
+        for _ in range(3):
+            bench.send()
+        while len(bench.queues["results"]) < 3:
+            await bench.queues.until(lambda queues: not (queues.leased or queues.due))
+            bench.queues.pass_time(600)
+        assert len(bench.queues["success" if code == 250 else "failure"]) == 3
+        assert 3 <= got <= 4
 
 
 async def test_a_250_in_the_middle_of_a_large_body_keeps_its_end_from_being_sent() -> None:
@@ -292,9 +370,9 @@ async def test_a_250_in_the_middle_of_a_large_body_keeps_its_end_from_being_sent
 async def test_an_unasked_reply_about_a_command_fails_no_mail(code: int) -> None:
     async def script(peer: PeerConnection) -> None:
         await peer.hello()
-        await one_mail(peer, OK)
+        await one_mail(peer, OK * 2)
         await bench.queues.until(lambda queues: len(queues["success"]) == 1)
-        assert await peer.line()
+        assert [await peer.line(), await peer.line()][0] == "RSET"
         await peer.send(f"{code} what?\r\n" + OK * 2 + "354 go\r\n")
         await peer.line()
 
