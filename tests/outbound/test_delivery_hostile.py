@@ -113,7 +113,7 @@ async def test_a_peer_that_misbehaves_is_classified_and_tried_again(
         else:
             assert (result["type"], result["result"]) == ("timeout", "timeout")
         assert result["description"]
-        assert "127.0.0.1" in result["description"]
+        assert result["to"] == "127.0.0.1"
         assert bench.peer.mails == []
         bench.queues.pass_time(600)
         await bench.results("success")
