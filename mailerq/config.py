@@ -49,6 +49,7 @@ from mailerq.settings import (
     Network,
     Setting,
     choice,
+    fixed,
     setting,
     table,
 )
@@ -109,10 +110,10 @@ class Config:
         unset="derived from the host",
         minimum=0,
     )
-    user: str = setting(
+    user: str = fixed(
         "", TEXT, HERE, "Account to change to once the ports are open.", unset="stay as started"
     )
-    lock: str = setting(
+    lock: str = fixed(
         "",
         PATH,
         HERE,
@@ -137,19 +138,19 @@ class Config:
         minimum=0,
     )
 
-    smtp_ip: tuple[str, ...] = setting(
+    smtp_ip: tuple[str, ...] = fixed(
         (), IPS, SERVER, "Addresses to listen on.", unset="all addresses"
     )
-    smtp_port: tuple[int, ...] = setting(
+    smtp_port: tuple[int, ...] = fixed(
         (25,), PORTS, SERVER, "Ports to listen on, as a list with ranges: 25,2525,1024-1026."
     )
-    smtp_secure_port: tuple[int, ...] = setting(
+    smtp_secure_port: tuple[int, ...] = fixed(
         (), PORTS, SERVER, "Ports to listen on that speak TLS from the first byte.", unset="none"
     )
-    lmtp_port: tuple[int, ...] = setting(
+    lmtp_port: tuple[int, ...] = fixed(
         (), PORTS, SERVER, "Ports to listen on that speak LMTP (RFC 2033).", unset="none"
     )
-    smtp_processes: int = setting(
+    smtp_processes: int = fixed(
         1,
         NUMBER,
         SERVER,
@@ -157,7 +158,7 @@ class Config:
         minimum=1,
         maximum=256,
     )
-    smtp_threads: int = setting(
+    smtp_threads: int = fixed(
         1,
         NUMBER,
         SERVER,
@@ -415,17 +416,17 @@ class Config:
     smtp_username: str = setting("", TEXT, TLS, "The one login for incoming mail.", unset="none")
     smtp_password: str = setting("", TEXT, TLS, "Its password.", unset="none", secret=True)
 
-    queue_directory: str = setting(
+    queue_directory: str = fixed(
         "/var/spool/mailerq",
         PATH,
         QUEUES,
         "Where the embedded queue keeps its files; used while rabbitmq-address is not set.",
         needed=True,
     )
-    rabbitmq_address: str = setting(
+    rabbitmq_address: str = fixed(
         "", TEXT, QUEUES, "Address of a RabbitMQ; not supported yet.", unset="the embedded queue"
     )
-    rabbitmq_outbox: str = setting(
+    rabbitmq_outbox: str = fixed(
         "outbox", QUEUE, QUEUES, "The queue of mail to deliver, the only one consumed.", needed=True
     )
     rabbitmq_inbox: str | None = setting(
@@ -468,7 +469,7 @@ class Config:
         unset=f"{FAILURE_SECONDS} while rabbitmq-failure is not set, else no limit",
         unlimited=True,
     )
-    rabbitmq_qos: int = setting(
+    rabbitmq_qos: int = fixed(
         1000,
         NUMBER,
         QUEUES,
@@ -560,7 +561,7 @@ class Config:
         4, NUMBER, DNS, "Questions before a lookup has failed.", minimum=1, maximum=100
     )
 
-    plugin_directory: str = setting(
+    plugin_directory: str = fixed(
         "/usr/share/mailerq/plugins",
         PATH,
         PLUGINS,
@@ -593,6 +594,10 @@ class Config:
 
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Attribute to place of each value that was set; filled by `load`, read by `origin`."""
+    result_queues: Mapping[str, str] = field(init=False, repr=False, compare=False)
+    """The queue for each kind of result; empty where there is none."""
+    report_queue: str = field(init=False, repr=False, compare=False)
+    """The queue for failed mail where nobody has named one: it gets reports without the mail."""
 
     def __post_init__(self) -> None:
         wrong: list[tuple[str, str]] = []
@@ -611,6 +616,12 @@ class Config:
             raise ConfigError.of(
                 [Problem(self._where(name), text, name.replace("_", "-")) for name, text in wrong]
             )
+        queues = {
+            name: getattr(self, f"rabbitmq_{name}") for name in ("results", "success", "retry")
+        }
+        queues["failure"] = self.failure_queue
+        object.__setattr__(self, "result_queues", queues)
+        object.__setattr__(self, "report_queue", "" if self.failure_is_named else queues["failure"])
 
     def _where(self, attribute: str) -> str:
         return self.origins.get(attribute) or attribute.replace("_", "-")

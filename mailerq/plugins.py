@@ -278,6 +278,10 @@ class Plugins:
         for context in tuple(self.contexts):
             context.hurry()
 
+    def set_timeout(self, seconds: float) -> None:
+        """Give events that begin from now on that many seconds; those under way keep theirs."""
+        self._timeout = seconds
+
     def deadline(self) -> float:
         """Until when an event may take that starts now, on the clock of the calling loop."""
         return trio.current_time() + self._timeout if self._timeout else math.inf

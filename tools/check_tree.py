@@ -26,6 +26,7 @@ LAYERS: Final = (
     "sources",
     "consistency",
     "config",
+    "live",
     "spelling",
     "properties",
     "message",
