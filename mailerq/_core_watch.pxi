@@ -282,6 +282,11 @@ cdef void end_overdue(int64_t now) noexcept nogil:
     _exit(OVERDUE_STATUS)
 
 
+def move_deadline(double seconds):
+    """Other `seconds` than `set_deadline` was given."""
+    deadline.seconds = <int64_t> (seconds * 1e9)
+
+
 def set_deadline(double seconds, numbers=(), int parent=-1):
     """End the process `seconds` after it was asked to stop and has not, with status 70.
 

@@ -450,11 +450,14 @@ class Engine:
             notes.append(f"watchdog-seconds: nobody looks, until the next reload: {error}")
         return replace(plan, notes=tuple(notes))
 
-    def check(self, config: Config) -> None:
-        """Whether `reload` would take these settings. Raises `ConfigError`; changes nothing."""
+    def check(self, config: Config) -> Reload:
+        """What `reload` would come to. Raises `ConfigError`; changes nothing."""
         self._check_open()
-        for file in self._prepare(self._live.plan(config), [])[1].values():
+        notes: list[str] = []
+        plan = self._live.plan(config)
+        for file in self._prepare(plan, notes)[1].values():
             os.close(file)
+        return replace(plan, notes=tuple(notes))
 
     def _prepare(self, plan: Reload, notes: list[str]) -> tuple[Terms, dict[str, int]]:
         """All of a reload that can go wrong: what sessions go by, and logs that move, opened."""

@@ -7,6 +7,6 @@ nothing of Python's. It goes to standard error, and to where `report_to` says.
 
 from __future__ import annotations
 
-from mailerq._core import Watch, report_to, set_deadline
+from mailerq._core import Watch, move_deadline, report_to, set_deadline
 
-__all__ = ["Watch", "report_to", "set_deadline"]
+__all__ = ["Watch", "move_deadline", "report_to", "set_deadline"]

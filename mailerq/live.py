@@ -52,14 +52,9 @@ class Reload:
     notes: tuple[str, ...] = ()
 
     @property
-    def lines(self) -> list[str]:
-        """All of that for people."""
-        return [
-            f"settings {self.snapshot.number} are in force",
-            *(f"changed: {change}" for change in self.changed),
-            *(f"needs a restart: {change}" for change in self.pending),
-            *self.notes,
-        ]
+    def warnings(self) -> list[str]:
+        """What did not come to pass."""
+        return [*(f"needs a restart: {change}" for change in self.pending), *self.notes]
 
 
 class Live:

@@ -62,7 +62,7 @@ async def serving() -> AsyncIterator[Bench]:
     bench = Bench()
     started = trio.Event()
     started.set()
-    requests = child._Requests(bench.stream, bench.engine, started, bench.stop)  # type: ignore[arg-type]
+    requests = child._Requests(bench.stream, 0, bench.engine, started, bench.stop)  # type: ignore[arg-type]
     async with bench.parent, bench.stream, trio.open_nursery() as nursery:
         nursery.start_soon(requests.serve)
         with trio.fail_after(20):

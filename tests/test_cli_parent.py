@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 
+from mailerq.cli.reloading import Source
 from mailerq.cli.supervisor.parent import _Parent
 from tests.support import configure
 
@@ -34,7 +35,8 @@ class Child:
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Any:
-    return _Parent(configure(tmp_path, smtp_processes=3))
+    config = configure(tmp_path, smtp_processes=3)
+    return _Parent(config, config, Source([]))
 
 
 async def test_what_a_process_was_asked_to_take_over_is_loose_when_it_ends(

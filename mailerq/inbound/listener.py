@@ -26,7 +26,7 @@ from mailerq.plugins import stray_close
 from mailerq.wire import smtp
 from mailerq.wire.smtp import Reply
 
-__all__ = ["Listener", "Port", "bind", "reserve", "unusable"]
+__all__ = ["PORT_OPTIONS", "Listener", "Port", "bind", "reserve", "unusable"]
 
 log = logging.getLogger("mailerq.server")
 
@@ -91,7 +91,7 @@ def reserve(config: Config) -> Iterator[Config]:
     """
     with ExitStack() as stack:
         changes = {}
-        for option in _PORT_OPTIONS:
+        for option in PORT_OPTIONS:
             if 0 in (asked := getattr(config, option)):
                 changes[option] = tuple(port or _any_port(config, option, stack) for port in asked)
         config = config.replace(**changes) if changes else config
@@ -113,7 +113,7 @@ def unusable(config: Config) -> Iterator[tuple[int, ConfigError]]:
 
 def _wanted(config: Config) -> Iterator[tuple[str, str, int]]:
     """Each port with its setting and an address."""
-    for option in _PORT_OPTIONS:
+    for option in PORT_OPTIONS:
         for port in getattr(config, option):
             for ip in config.smtp_ip or _all_addresses():
                 yield option, ip, port
@@ -359,7 +359,7 @@ class _Spare:
         self._take()
 
 
-_PORT_OPTIONS: Final = ("smtp_port", "smtp_secure_port", "lmtp_port")
+PORT_OPTIONS: Final = ("smtp_port", "smtp_secure_port", "lmtp_port")
 
 
 def _all_addresses() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import sys
 from collections import deque
 from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ import trio
 
 from mailerq import faults
 from mailerq.cli import logs
+from mailerq.cli.reloading import reply, take, wrong_for
 from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, fail, prepare
 from mailerq.cli.supervisor.process import HEAD
 from mailerq.config import Config
@@ -36,6 +38,9 @@ __all__ = ["main"]
 
 READ_BYTES: Final = 1 << 16
 
+FILE: Final = struct.Struct("i")
+"""A descriptor as it goes along with a request."""
+
 
 def main() -> int:
     """Serve until the parent closes its end, or SIGTERM."""
@@ -47,11 +52,11 @@ def main() -> int:
         os.dup2(nothing.fileno(), 0)
     with parent.makefile("rb", buffering=0) as file:
         (length,) = HEAD.unpack(_read(file, HEAD.size))
-        share, config = pickle.loads(_read(file, length))
+        share, config, number = pickle.loads(_read(file, length))
     try:
-        logs.configure(config, f"process {share}: ")
+        logs.configure(config, who(share))
         prepare(config)
-        trio.run(_serve, config, share, parent)
+        trio.run(_serve, config, share, number, parent)
     except EngineError as error:
         fail(error)
     except MailerqError as error:
@@ -61,6 +66,11 @@ def main() -> int:
     except Exception as error:
         fail(error)
     return os.EX_OK
+
+
+def who(share: int) -> str:
+    """What stands before each line of the log."""
+    return f"process {share}: "
 
 
 def _read(file: Any, length: int) -> bytes:
@@ -81,8 +91,8 @@ def _say(parent: socket.socket, document: dict[str, Any]) -> None:
         sys.exit(os.EX_UNAVAILABLE)
 
 
-async def _serve(config: Config, share: int, parent: socket.socket) -> None:
-    engine = Engine(config, share=share)
+async def _serve(config: Config, share: int, number: int, parent: socket.socket) -> None:
+    engine = Engine(config, share=share, number=number)
     failure: MailerqError | None = None
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(parent))
     stop, started = trio.Event(), trio.Event()
@@ -90,7 +100,7 @@ async def _serve(config: Config, share: int, parent: socket.socket) -> None:
         seconds = config.shutdown_timeout + OVERDUE_SECONDS
         faults.set_deadline(seconds, (signal.SIGTERM,), parent.fileno())
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_Requests(stream, engine, started, stop).serve)
+            nursery.start_soon(_Requests(stream, share, engine, started, stop).serve)
             nursery.start_soon(_terminate, signals, engine, started, stop)
             try:
                 async with engine:
@@ -111,9 +121,17 @@ class _Requests:
     """What the parent asks for; it asks once the engine has started."""
 
     def __init__(
-        self, stream: trio.SocketStream, engine: Engine, started: trio.Event, stop: trio.Event
+        self,
+        stream: trio.SocketStream,
+        share: int,
+        engine: Engine,
+        started: trio.Event,
+        stop: trio.Event,
     ) -> None:
         self._stream = stream
+        self._who = who(share)
+        self._files = deque[int]()
+        """What came along with requests to reload, in their order."""
         self._engine = engine
         self._started = started
         self._stop = stop
@@ -126,7 +144,7 @@ class _Requests:
             **engine.commands(),
             "take-over": self._take_over,
             "give-back": partial(_give_back, engine),
-            "reload": partial(_reload, engine),
+            "reload": self._reload,
         }
 
     async def serve(self) -> None:
@@ -141,14 +159,24 @@ class _Requests:
     async def _read(self) -> None:
         lines = b""
         try:
-            while data := await self._stream.receive_some(READ_BYTES):
+            while data := await self._receive():
                 *requests, lines = (lines + data).split(b"\n")
                 self._waiting.extend(requests)
                 self._more.set()
                 if self._taking is not None and self._is_called_back(self._taking):
                     self._attempt.cancel()
-        except trio.BrokenResourceError:
+        except (OSError, trio.ClosedResourceError):
             pass
+
+    async def _receive(self) -> bytes:
+        """What the parent sends, and the files that go along."""
+        data, rights, _, _ = await self._stream.socket.recvmsg(
+            READ_BYTES, socket.CMSG_SPACE(FILE.size), socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, content in rights:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._files.extend(number for (number,) in FILE.iter_unpack(content))
+        return data
 
     async def _execute(self) -> None:
         while True:
@@ -182,6 +210,17 @@ class _Requests:
                 self._taking = None
         raise MailerqError("it is about to stop" if self._stop.is_set() else "it is called back")
 
+    def _reload(self, request: control.Request) -> dict[str, Any]:
+        """Take the settings in the file that came along, or only say what is wrong with them."""
+        with open(self._files.popleft(), "rb") as file:
+            # Not by its position, which all processes share.
+            content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+        config, number, wrong = pickle.loads(content)
+        if request.get("try"):
+            return reply(wrong_for(self._engine, config, wrong))
+        take(self._engine, config, number, self._who)
+        return {}
+
 
 async def _terminate(
     signals: AsyncIterator[int], engine: Engine, started: trio.Event, stop: trio.Event
@@ -198,11 +237,6 @@ def _stop(engine: Engine, started: trio.Event, stop: trio.Event) -> None:
 
 async def _give_back(engine: Engine, request: control.Request) -> dict[str, Any]:
     await engine.give_back(int(request["share"]))
-    return {}
-
-
-def _reload(engine: Engine, request: control.Request) -> dict[str, Any]:
-    engine.reload()
     return {}
 
 
