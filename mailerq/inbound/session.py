@@ -262,6 +262,7 @@ class Session:
         if self._spool is not None:
             self._spool.close()
             self._spool = None
+            self._in_mail = False  # that of a mail which was given up
 
     async def _delay_greeting(self) -> None:
         """Hold the banner back; who speaks before it is no mail server."""
@@ -426,6 +427,8 @@ class Session:
     def _mail(self, event: server.Mail) -> bool:
         """Answer it, or ask the plugins and return False: their answer is to be waited for."""
         services = self._services
+        if self._terms is not services.terms:
+            self._renew()  # it came together with the end of the transaction before
         if not (self._relays or services.clients.may(self._client.standing, "messages")):
             self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
             return True
