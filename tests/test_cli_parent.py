@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import trio
 
 from mailerq.cli.reloading import Source
 from mailerq.cli.supervisor.parent import _Parent
+from mailerq.errors import MailerqError
 from tests.support import configure
 
 
@@ -25,7 +28,9 @@ class Child:
         self.over = trio.Event()
         self.burden = (0, 0)
 
-    async def ask(self, command: str, seconds: float, *, share: int) -> dict[str, Any]:
+    async def ask(
+        self, command: str, seconds: float, *, share: int = -1, **more: Any
+    ) -> dict[str, Any]:
         self.asked.append((command, share))
         return {}
 
@@ -47,6 +52,29 @@ async def test_what_a_process_was_asked_to_take_over_is_loose_when_it_ends(
     assert parent._loose == {1, 7}
     assert "process 0 ended soon after it had taken share 1 over: no other" in caplog.text
     assert "process 0 ended when asked to take share 7 over: no other" in caplog.text
+
+
+async def test_a_process_that_cannot_take_the_settings_ends_to_be_started_with_them(
+    parent: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unable(Child):
+        left = False
+
+        async def ask(
+            self, command: str, seconds: float, *, share: int = -1, **more: Any
+        ) -> dict[str, Any]:
+            content = os.pread(more["file"], 1 << 20, 0)
+            config, number, wrong = pickle.loads(content)
+            assert (config.smtp_processes, number, wrong) == (3, 1, set())
+            raise MailerqError("process 0: smtp-certificate: it is gone")
+
+        def leave(self) -> None:
+            self.left = True
+
+    child = Unable()
+    await parent._bring(child)
+    assert child.left
+    assert "settings 1 are not taken, it is started anew: process 0: smtp-certif" in caplog.text
 
 
 async def test_a_share_whose_own_process_is_there_again_is_not_loose(parent: Any) -> None:

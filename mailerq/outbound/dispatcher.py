@@ -540,7 +540,7 @@ def _shown(value: object) -> str:
 
 
 def _log_line(message: Message, result: Result) -> str:
-    """One line of the send log, without its date. README.md has its form."""
+    """One line of the send log, without its date. docs/operations.md has its form."""
     tags = message.properties.get("tags")
     return " ".join(
         (
