@@ -264,7 +264,7 @@ class Resolver:
         return tuple(Host(name, address) for address in addresses[:MAX_ADDRESSES]), MIN_TTL
 
     async def _look_up_domain(self, domain: str) -> tuple[Found, float | None]:
-        name = _canonical(domain)
+        name, hostname = _canonical(domain), self._hostname
         if len(name) > 253 or not all(0 < len(label) < 64 for label in name.split(".")):
             return NoHosts("", Reply(550, f"5.1.2 {domain} is not a domain")), MIN_TTL
         try:
@@ -277,7 +277,6 @@ class Resolver:
             return NoHosts(str(error)), None
         if not exchanges:
             return NoHosts("", Reply(556, f"5.1.10 {domain} accepts no mail (null MX)")), ttl
-        hostname = self._hostname
         async with trio.open_nursery() as nursery:
             for exchange in exchanges:
                 if exchange.name != hostname:
