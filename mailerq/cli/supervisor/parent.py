@@ -130,6 +130,7 @@ class _Parent:
         self._kills = Counter[int]()
         self._moving = trio.Lock()
         self._reloading = trio.Lock()
+        self._started_all = trio.Event()
         self._exit_status = os.EX_OK
         self._stop = trio.Event()
         self._nursery: trio.Nursery
@@ -179,6 +180,7 @@ class _Parent:
         with as_owner(directory):
             self._loose.update(share for share in shares_in(directory) if share >= self._count)
         self._nursery.start_soon(self._offer_again)
+        self._started_all.set()
         log.info(
             "mailerq %s listens on %s, with %d processes", __version__, join(addresses), self._count
         )
@@ -421,11 +423,15 @@ class _Parent:
     # Other settings
 
     async def _hang_up(self) -> None:
+        await self._started_all.wait()
         with suppress(MailerqError):  # the log has it
             await self._reload("SIGHUP")
 
     async def _answer(self, request: control.Request) -> dict[str, Any]:
-        return reply(await self._reload("mailerq reload"))
+        # Whoever asks may not wait for that; all processes hear of it.
+        with trio.CancelScope(shield=True):
+            done = await self._reload("mailerq reload")
+        return reply(done)
 
     async def _reload(self, cause: str) -> Reload | Sequence[Problem]:
         """Read the settings, have one process try them, and then all take them."""
@@ -456,14 +462,9 @@ class _Parent:
             raise ConfigError.of(problems)
         plan = self._settings.plan(config)
         part = self._part_of(plan.snapshot)
+        if problems := await self._try(part, wrong):
+            raise ConfigError.of(problems)
         handlers = follow(plan.snapshot.config, self._settings.current.config)
-        try:
-            if problems := await self._try(part, wrong):
-                raise ConfigError.of(problems)
-        except BaseException:
-            for handler in handlers or ():
-                handler.close()
-            raise
         if handlers is not None:
             logs.install(handlers, "")
         self._settings.exchange(plan.snapshot)
