@@ -17,6 +17,7 @@ import pytest
 import trio
 
 from mailerq.cli import control
+from mailerq.cli.reloading import Source
 from mailerq.cli.supervisor import parent
 from mailerq.message import Message
 from mailerq.net.stream import Stream, StreamLost
@@ -453,7 +454,7 @@ async def test_a_share_that_nobody_has_is_tried_again_after_a_while(
         async with trio.open_nursery() as nursery:
 
             async def serve() -> None:
-                assert await parent.serve(config) == 0
+                assert await parent.serve(config, Source([])) == 0
 
             nursery.start_soon(serve)
             # The second time it waits twice as long.
