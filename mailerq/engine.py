@@ -450,14 +450,15 @@ class Engine:
             notes.append(f"watchdog-seconds: nobody looks, until the next reload: {error}")
         return replace(plan, notes=tuple(notes))
 
-    def check(self, config: Config) -> Reload:
-        """What `reload` would come to. Raises `ConfigError`; changes nothing."""
+    def plan(self, config: Config) -> Reload:
+        """What `reload` would change, and what it could not; reads nothing."""
+        return self._live.plan(config)
+
+    def check(self, config: Config) -> None:
+        """Whether `reload` could use all that these settings name. Raises `ConfigError`."""
         self._check_open()
-        notes: list[str] = []
-        plan = self._live.plan(config)
-        for file in self._prepare(plan, notes)[1].values():
+        for file in self._prepare(self.plan(config), [])[1].values():
             os.close(file)
-        return replace(plan, notes=tuple(notes))
 
     def _prepare(self, plan: Reload, notes: list[str]) -> tuple[Terms, dict[str, int]]:
         """All of a reload that can go wrong: what sessions go by, and logs that move, opened."""

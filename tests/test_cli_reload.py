@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 
+from mailerq.cli.reloading import Reloader, Source
 from tests.crash.kit import Daemon, daemon, until
 from tests.processes_kit import all_run, marked, rows, send_all, until_rows
 from tests.support import ROOT, Sink, in_thread, mailerq, open_sink
@@ -203,6 +204,19 @@ async def test_sighup_under_load_loses_nothing(tmp_path: Path, processes: int) -
         assert await number(found) > 3
         assert found.log.count("the settings stay as they were") > 0
         assert await found.stop() == 0
+
+
+def test_a_sighup_that_comes_during_the_start_counts_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    causes: list[str] = []
+    monkeypatch.setattr(Reloader, "_reload", lambda self, cause: causes.append(cause))
+    reloader = Reloader(Source([]), None)  # type: ignore[arg-type]
+    reloader.hang_up(now=False)
+    reloader.hang_up(now=False)
+    assert causes == []
+    reloader.started()
+    assert causes == ["SIGHUP"]
 
 
 # Several processes

@@ -1,8 +1,8 @@
 """Settings that change while a daemon runs: what SIGHUP and ``mailerq reload`` do in it.
 
 The daemon alone and the parent of several processes read the layers anew (`Source`), and say what
-came of that (`tell`, `reply`). Each process with an engine finds out whether it can go by the new
-settings (`wrong_for`), with the rights that it has, and takes them (`take`).
+came of that (`tell`, `reply`). A process with an engine takes the settings, with the rights
+that it has (`take`). One of several is asked before whether it could (`wrong_for`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mailerq import faults
 from mailerq.cli import logs
 from mailerq.cli.serving import OVERDUE_SECONDS, make_room
 from mailerq.config import Config
-from mailerq.errors import ConfigError, Problem
+from mailerq.errors import ConfigError, EngineError, Problem
 from mailerq.live import Reload, alike
 
 if TYPE_CHECKING:
@@ -57,21 +57,27 @@ class Reloader:
         """SIGHUP came: reload, or while it is too early for that once the engine has `started`."""
         self._late = not now
         if now:
-            self._reload("SIGHUP")
+            try:
+                self._reload("SIGHUP")
+            except EngineError as error:
+                log.error("SIGHUP: the settings stay as they were: %s", error)
 
     def started(self) -> None:
+        """Make up for a SIGHUP that came too early."""
         if self._late:
-            self._reload("SIGHUP")
+            self.hang_up(now=True)
 
     def answer(self) -> dict[str, Any]:
         """Reload for ``mailerq reload``."""
         return reply(self._reload("mailerq reload"))
 
     def _reload(self, cause: str) -> Reload | Sequence[Problem]:
+        from mailerq.cli.checking import examine_changes
+
         done: Reload | Sequence[Problem]
         problems: list[Problem] = []
         config, wrong = self._source.load(problems)
-        problems += wrong_for(self._engine, config, wrong)
+        problems += examine_changes(config, self._engine.config, wrong)
         try:
             done = problems or take(self._engine, config)
         except ConfigError as error:
@@ -96,7 +102,7 @@ def wrong_for(engine: Engine, config: Config, wrong: set[str]) -> list[Problem]:
 def take(engine: Engine, config: Config, number: int | None = None, who: str = "") -> Reload:
     """Put settings in force in this process. Raises `ConfigError`, and all stays as it was."""
     before = engine.config
-    new = engine.check(config).snapshot.config  # which has the account that this process has
+    new = engine.plan(config).snapshot.config  # which has the account that this process has
     handlers = follow(new, before)
     make_room(new)
     try:
