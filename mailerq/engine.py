@@ -454,11 +454,16 @@ class Engine:
         """What `reload` would change, and what it could not; reads nothing."""
         return self._live.plan(config)
 
-    def check(self, config: Config) -> None:
-        """Whether `reload` could use all that these settings name. Raises `ConfigError`."""
+    def check(self, config: Config) -> list[str]:
+        """Whether `reload` could use all that these settings name: the `notes` that it would have.
+
+        Raises `ConfigError`.
+        """
         self._check_open()
-        for file in self._prepare(self.plan(config), [])[1].values():
+        notes: list[str] = []
+        for file in self._prepare(self.plan(config), notes)[1].values():
             os.close(file)
+        return notes
 
     def _prepare(self, plan: Reload, notes: list[str]) -> tuple[Terms, dict[str, int]]:
         """All of a reload that can go wrong: what sessions go by, and logs that move, opened."""

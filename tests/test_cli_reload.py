@@ -7,6 +7,7 @@ import os
 import signal
 import smtplib
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import trio
 
 from mailerq.cli.reloading import Reloader, Source
 from tests.crash.kit import Daemon, daemon, until
+from tests.engine.kit import Certificate
 from tests.processes_kit import all_run, marked, rows, send_all, until_rows
 from tests.support import ROOT, Sink, in_thread, mailerq, open_sink
 
@@ -217,6 +219,39 @@ def test_a_sighup_that_comes_during_the_start_counts_after_it(
     assert causes == []
     reloader.started()
     assert causes == ["SIGHUP"]
+
+
+@PROCESSES
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has an account to change to")
+async def test_a_key_that_only_root_may_read_stays_and_the_rest_changes(processes: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o777)  # pytest's own are closed to others
+        certificate = Certificate.make(directory)
+        certificate.key.chmod(0o600)
+        file, log = directory / "config.txt", directory / "log"
+        file.write_text("")
+        switches = [
+            *("--hostname=mx.test", "--smtp-ip=127.0.0.1", "--smtp-port=0", "--plugin-directory="),
+            *(f"--queue-directory={directory / 'queue'}", f"--application-log={log}"),
+            *("--user=nobody", f"--smtp-processes={processes}", f"--config-file={file}"),
+            *certificate.switches,
+        ]
+        async with _plain(directory, *switches) as found:
+            await until(lambda: log.exists() and "listens on" in found.log)
+            file.write_text("smtp-maxrecipients: 7\n")
+            done = await reload(found)
+            assert (done.returncode, done.stderr) == (0, b"")
+            first, changed, note = done.stdout.decode().splitlines()
+            assert first == "settings 2 are in force"
+            assert "smtp-maxrecipients: 1000 -> 7" in changed
+            assert note.startswith(f"smtp-key: this account may not read {certificate.key} again")
+            file.write_text("smtp-maxrecipients: 8\nsmtp-ciphers: HIGH\n")
+            done = await reload(found)
+            assert done.returncode == 1
+            assert "Permission denied" in done.stderr.decode()
+            assert await number(found) == 2
+            assert await found.stop() == 0
 
 
 # Several processes

@@ -2,7 +2,7 @@
 
 The daemon alone and the parent of several processes read the layers anew (`Source`), and say what
 came of that (`tell`, `reply`). A process with an engine takes the settings, with the rights
-that it has (`take`). One of several is asked before whether it could (`wrong_for`).
+that it has (`take`). One of several is asked before whether it could (`attempt`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mailerq.live import Reload, alike
 if TYPE_CHECKING:
     from mailerq.engine import Engine
 
-__all__ = ["Reloader", "Source", "follow", "reply", "take", "tell", "wrong_for"]
+__all__ = ["Reloader", "Source", "attempt", "follow", "reply", "take", "tell"]
 
 log = logging.getLogger("mailerq")
 
@@ -86,17 +86,18 @@ class Reloader:
         return done
 
 
-def wrong_for(engine: Engine, config: Config, wrong: set[str]) -> list[Problem]:
-    """What keeps an engine from going by these settings; nothing is known of those in `wrong`."""
+def attempt(engine: Engine, config: Config, wrong: set[str]) -> dict[str, Any]:
+    """What a reload by these settings would come to; nothing is known of those in `wrong`."""
     from mailerq.cli.checking import examine_changes
 
+    notes: list[str] = []
     problems = list(examine_changes(config, engine.config, wrong))
     if not (problems or wrong):
         try:
-            engine.check(config)
+            notes += engine.check(config)
         except ConfigError as error:
             problems += error.problems
-    return problems
+    return {**reply(problems), "notes": notes}
 
 
 def take(engine: Engine, config: Config, number: int | None = None, who: str = "") -> Reload:

@@ -25,7 +25,7 @@ import trio
 
 from mailerq import faults
 from mailerq.cli import logs
-from mailerq.cli.reloading import reply, take, wrong_for
+from mailerq.cli.reloading import attempt, take
 from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, fail, prepare
 from mailerq.cli.supervisor.process import HEAD
 from mailerq.config import Config
@@ -217,7 +217,7 @@ class _Requests:
             content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
         config, number, wrong = pickle.loads(content)
         if request.get("try"):
-            return reply(wrong_for(self._engine, config, wrong))
+            return attempt(self._engine, config, wrong)
         take(self._engine, config, number, self._who)
         return {}
 

@@ -458,28 +458,29 @@ class _Parent:
         if problems:
             with suppress(MailerqError):  # by what has its default, or nobody answers
                 part = self._part_of(self._settings.plan(config).snapshot)
-                problems += await self._try(part, wrong)
+                problems += (await self._try(part, wrong))[0]
             raise ConfigError.of(problems)
         plan = self._settings.plan(config)
         part = self._part_of(plan.snapshot)
-        if problems := await self._try(part, wrong):
+        problems, notes = await self._try(part, wrong)
+        if problems:
             raise ConfigError.of(problems)
         handlers = follow(plan.snapshot.config, self._settings.current.config)
         if handlers is not None:
             logs.install(handlers, "")
         self._settings.exchange(plan.snapshot)
         self._part = part
-        return plan
+        return replace(plan, notes=tuple(notes))
 
-    async def _try(self, part: Snapshot, wrong: set[str]) -> list[Problem]:
-        """What keeps a process, with its rights, from going by these settings."""
+    async def _try(self, part: Snapshot, wrong: set[str]) -> tuple[list[Problem], list[str]]:
+        """What keeps a process, with its rights, from going by these settings, and its notes."""
         with _written(part, wrong) as file:
             for child in sorted(self._children.values(), key=_burden):
                 try:
                     said = await child.ask("reload", RELOAD_SECONDS, file=file, **{"try": True})
                 except Ended:
                     continue
-                return [Problem(**problem) for problem in said["problems"]]
+                return [Problem(**problem) for problem in said["problems"]], said["notes"]
         raise MailerqError("no process answers")
 
     async def _bring(self, child: Process) -> None:
