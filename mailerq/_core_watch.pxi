@@ -282,6 +282,11 @@ cdef void end_overdue(int64_t now) noexcept nogil:
     _exit(OVERDUE_STATUS)
 
 
+def move_deadline(double seconds):
+    """Other `seconds` than `set_deadline` was given."""
+    deadline.limit = <int64_t> (seconds * 1e9)
+
+
 def set_deadline(double seconds, numbers=(), int parent=-1):
     """End the process with status 70 if it has not stopped `seconds` after a request to stop.
 

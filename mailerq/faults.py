@@ -7,6 +7,6 @@ without Python writes the line, to standard error and to the targets of `report_
 
 from __future__ import annotations
 
-from mailerq._core import Watch, report_to, set_deadline
+from mailerq._core import Watch, move_deadline, report_to, set_deadline
 
-__all__ = ["Watch", "report_to", "set_deadline"]
+__all__ = ["Watch", "move_deadline", "report_to", "set_deadline"]

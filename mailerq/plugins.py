@@ -276,6 +276,10 @@ class Plugins:
         for context in tuple(self.contexts):
             context.hurry()
 
+    def set_timeout(self, seconds: float) -> None:
+        """Give events that begin from now on that many seconds; those under way keep theirs."""
+        self._timeout = seconds
+
     def deadline(self) -> float:
         """Return the deadline of an event that starts now, on the clock of the calling loop."""
         return trio.current_time() + self._timeout if self._timeout else math.inf

@@ -21,6 +21,9 @@ Value = TypeVar("Value")
 
 ENVIRON_PREFIX: Final = "MAILERQ_"
 
+HIDDEN: Final = "(hidden)"
+"""What stands for a secret."""
+
 DNS_PORT: Final = 53
 
 
@@ -380,6 +383,8 @@ class Setting:
     """0 is no limit, and so is -1, as older configurations write it."""
     secret: bool = False
     """The value is not for logs and screens."""
+    fixed: bool = False
+    """A running daemon keeps its value until a restart."""
     aliases: tuple[str, ...] = ()
     """Other spellings of `key`."""
 
@@ -401,6 +406,10 @@ class Setting:
     def write(self, value: Any) -> str:
         """The value as a file would hold it; empty where it is unset."""
         return "" if value is None else self.kind.write(value)
+
+    def show(self, value: Any) -> str:
+        """The value for people: what an empty one stands for, and no secrets."""
+        return HIDDEN if self.secret and value else self.write(value) or f"({self.unset})"
 
     def read(self, text: str) -> Any:
         """The checked value that a text stands for. Raises ValueError."""
@@ -432,6 +441,11 @@ def setting(default: Value, kind: Kind, group: str, text: str, **more: Any) -> V
     row = Setting(default, kind, group, text, **more)
     declared: Value = field(default=default, repr=not row.secret, metadata={"setting": row})
     return declared
+
+
+def fixed(default: Value, kind: Kind, group: str, text: str, **more: Any) -> Value:
+    """Declare a setting whose value a running daemon keeps until a restart."""
+    return setting(default, kind, group, text, fixed=True, **more)
 
 
 def table(config: type[Any]) -> tuple[Setting, ...]:

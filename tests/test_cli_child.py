@@ -50,8 +50,9 @@ async def serving() -> AsyncIterator[Bench]:
     bench = Bench()
     started = trio.Event()
     started.set()
+    requests = child._Requests(bench.stream, 0, bench.engine, started, bench.stop)  # type: ignore[arg-type]
     async with bench.parent, bench.stream, trio.open_nursery() as nursery:
-        nursery.start_soon(child._answer, bench.stream, bench.engine, started, bench.stop)
+        nursery.start_soon(requests.serve)
         with trio.fail_after(20):
             yield bench
         nursery.cancel_scope.cancel()

@@ -132,11 +132,19 @@ def settings() -> str:
     parts = []
     for group in dict.fromkeys(setting.group for setting in SETTINGS):
         rows = [
-            (f"`{each.key}`", _value(each), _default_of(each), each.text + "".join(_more(each)))
+            (
+                f"`{each.key}`",
+                _value(each),
+                _default_of(each),
+                "restart" if each.fixed else "",
+                each.text + "".join(_more(each)),
+            )
             for each in SETTINGS
             if each.group == group
         ]
-        parts.append(f"## {group}\n\n{table(('setting', 'value', 'default', 'meaning'), rows)}")
+        parts.append(
+            f"## {group}\n\n{table(('setting', 'value', 'default', 'change', 'meaning'), rows)}"
+        )
     return "\n".join(parts)
 
 

@@ -30,6 +30,7 @@ _COMMANDS: Final = {
     "config": "mailerq.cli.settings",
     "plugin": "mailerq.cli.plugin",
     "queue": "mailerq.cli.queue",
+    "reload": "mailerq.cli.reload",
     "sink": "mailerq.cli.sink",
     "status": "mailerq.cli.status",
 }

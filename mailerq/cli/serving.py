@@ -16,7 +16,15 @@ from typing import Final, NoReturn
 from mailerq.config import Config
 from mailerq.privileges import no_new_privileges
 
-__all__ = ["HURRY_SECONDS", "OVERDUE_SECONDS", "end_at_once", "fail", "join", "prepare"]
+__all__ = [
+    "HURRY_SECONDS",
+    "OVERDUE_SECONDS",
+    "end_at_once",
+    "fail",
+    "join",
+    "make_room",
+    "prepare",
+]
 
 log = logging.getLogger("mailerq")
 
@@ -39,10 +47,14 @@ def prepare(config: Config) -> None:
     """Make the process fit to serve as many connections as it is to have, and no more than that."""
     no_new_privileges()
     gc.set_threshold(*COLLECT_AFTER)
+    make_room(config)
+
+
+def make_room(config: Config) -> None:
+    """Let the process have as many descriptors as the connections need, as far as it may."""
     wanted = config.smtp_connections + OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY not in (soft, hard):
-        # As far as the connections need it and as it may go.
         limits = (max(soft, min(wanted, hard)), hard)
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -24,26 +24,35 @@ class Clients:
     def __init__(
         self, config: Config, access: Access, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._access = access
         self._clock = clock
         self._lock = threading.Lock()
-        self._most = config.smtp_client_maxconnections
-        self._prefixes = config.smtp_client_prefix4, config.smtp_client_prefix6
         self._open: dict[str, int] = {}
-        self._rates = ClientLimits(
-            {
-                "connects": config.smtp_client_connects,
-                "messages": config.smtp_client_messages,
-                "recipients": config.smtp_client_recipients,
-                "errors": config.smtp_client_errors,
-                "logins": config.smtp_client_logins,
-            }
-        )
+        self._rates = ClientLimits({})
+        self.set_limits(config, access)
 
-    def came(self, client: str) -> Reply | None:
-        """Count a connection, or say why there may not be another."""
+    def set_limits(self, config: Config, access: Access) -> None:
+        """Go by these settings from now on; what was counted stays counted."""
+        with self._lock:
+            self._access = access
+            self._most = config.smtp_client_maxconnections
+            self._prefixes = config.smtp_client_prefix4, config.smtp_client_prefix6
+            self._rates.set_bounds(
+                {
+                    "connects": config.smtp_client_connects,
+                    "messages": config.smtp_client_messages,
+                    "recipients": config.smtp_client_recipients,
+                    "errors": config.smtp_client_errors,
+                    "logins": config.smtp_client_logins,
+                }
+            )
+
+    def came(self, client: str) -> Reply | str:
+        """Count a connection, or say why there may not be another.
+
+        Returns the network that it is counted for, which is empty where it is not.
+        """
         if self._access.may_relay(client):
-            return None
+            return ""
         network = network_of(client, *self._prefixes)
         with self._lock:
             now_open = self._open.get(network, 0)
@@ -52,13 +61,12 @@ class Clients:
             if not self._rates.take(network, "connects", self._clock()):
                 return smtp.CONNECTS_TOO_OFTEN
             self._open[network] = now_open + 1
-        return None
+        return network
 
-    def left(self, client: str) -> None:
-        """A connection that `came` let in is over."""
-        if self._access.may_relay(client):
+    def left(self, network: str) -> None:
+        """A connection that `came` has counted for that network is over."""
+        if not network:
             return
-        network = network_of(client, *self._prefixes)
         with self._lock:
             if self._open[network] > 1:
                 self._open[network] -= 1

@@ -26,7 +26,7 @@ from mailerq.plugins import stray_close
 from mailerq.wire import smtp
 from mailerq.wire.smtp import Reply
 
-__all__ = ["Listener", "Port", "bind", "reserve", "unusable"]
+__all__ = ["PORT_OPTIONS", "Listener", "Port", "bind", "reserve", "unusable"]
 
 log = logging.getLogger("mailerq.server")
 
@@ -91,7 +91,7 @@ def reserve(config: Config) -> Iterator[Config]:
     """
     with ExitStack() as stack:
         changes = {}
-        for option in _PORT_OPTIONS:
+        for option in PORT_OPTIONS:
             if 0 in (asked := getattr(config, option)):
                 changes[option] = tuple(port or _any_port(config, option, stack) for port in asked)
         config = config.replace(**changes) if changes else config
@@ -113,7 +113,7 @@ def unusable(config: Config) -> Iterator[tuple[int, ConfigError]]:
 
 def _wanted(config: Config) -> Iterator[tuple[str, str, int]]:
     """Each port with its setting and an address."""
-    for option in _PORT_OPTIONS:
+    for option in PORT_OPTIONS:
         for port in getattr(config, option):
             for ip in config.smtp_ip or _all_addresses():
                 yield option, ip, port
@@ -264,14 +264,16 @@ class Listener:
         """Give the connection to the worker that has the fewest, or send it away."""
         peer = stream.remote[0]
         services = self._services
-        proxied = services.access.is_proxy(peer)
         # A proxy is asked for its client first; then the session decides.
-        refusal = None if proxied else services.admit(peer, peer)
+        proxied = services.terms.access.is_proxy(peer)
+        answer = None if proxied else services.admit(peer, peer)
+        refusal = answer if isinstance(answer, Reply) else None
+        admitted = answer if isinstance(answer, str) else None
         if refusal is None and not self._slots.take():
             refusal = smtp.BUSY
             self._warn(f"connections are refused: {self._slots} are open")
-            if not proxied:
-                services.clients.left(peer)
+            if admitted is not None:
+                services.clients.left(admitted)
         if refusal is not None:
             log.debug("connection from %s refused: %s", peer, refusal.text)
             if services.refused_log is not None:
@@ -283,7 +285,7 @@ class Listener:
         worker = min(self._workers, key=_load)
         worker.load += 1
         self._open += 1
-        worker.spawn(self._session, worker, stream, port, proxied)
+        worker.spawn(self._session, worker, stream, port, admitted)
 
     def _refuse(self, stream: Stream, port: Port, refusal: Reply) -> None:
         self._services.counters.refused_connections += 1
@@ -291,20 +293,22 @@ class Listener:
             stream.send_nowait(refusal.wire)
         stream.close()
 
-    async def _session(self, worker: Worker, stream: Stream, port: Port, proxied: bool) -> None:
+    async def _session(
+        self, worker: Worker, stream: Stream, port: Port, admitted: str | None
+    ) -> None:
         sessions = self._deadlines[worker].sessions
         try:
             session = Session(
                 self._services,
                 worker,
                 stream,
+                admitted=admitted,
                 secure=port.secure,
                 lmtp=port.lmtp,
-                proxied=proxied,
             )
         except OSError:  # The peer has hung up again.
-            if not proxied:
-                self._services.clients.left(stream.remote[0])
+            if admitted is not None:
+                self._services.clients.left(admitted)
             stream.close()
         else:
             sessions[session] = None
@@ -355,7 +359,7 @@ class _Spare:
         self._take()
 
 
-_PORT_OPTIONS: Final = ("smtp_port", "smtp_secure_port", "lmtp_port")
+PORT_OPTIONS: Final = ("smtp_port", "smtp_secure_port", "lmtp_port")
 
 
 def _all_addresses() -> tuple[str, ...]:

@@ -2,6 +2,6 @@
 
 cpdef _all(reply, machine)
 cpdef _split(body)
-cpdef _envelope(services, client, plugin, machine)
+cpdef _envelope(terms, client, plugin, machine)
 cpdef _dsn(mail, rcpt)
 cpdef _received_line(message)

@@ -44,6 +44,7 @@ from mailerq.wire.smtp import Reply, with_status
 if TYPE_CHECKING:
     from mailerq.config import Config
     from mailerq.inbound.services import Services
+    from mailerq.inbound.terms import Terms
 
 __all__ = ["Client", "refusal_reply", "take"]
 
@@ -87,6 +88,7 @@ class Client:
 
 async def take(
     services: Services,
+    terms: Terms,
     client: Client,
     plugin: Connection,
     machine: ServerProtocol,
@@ -104,20 +106,21 @@ async def take(
             return _all(refusal_reply(refusal), machine)
         if not await claim.load():
             return _all(smtp.NO_MEMORY, machine)
-        return await _publish(services, client, plugin, machine, body, claim)
+        return await _publish(services, terms, client, plugin, machine, body, claim)
     finally:
         plugin.deadline = math.inf
 
 
 async def _publish(
     services: Services,
+    terms: Terms,
     client: Client,
     plugin: Connection,
     machine: ServerProtocol,
     body: bytes | memoryview,
     claim: Claim,
 ) -> list[Reply]:
-    envelope = _envelope(services, client, plugin, machine)
+    envelope = _envelope(terms, client, plugin, machine)
     head, rest = _split(body)
     reception = incoming.messages(
         head,
@@ -125,7 +128,7 @@ async def _publish(
         hostname=machine.settings.hostname,
         now=services.clock(),
         next_id=services.plugins.message_id,
-        outbox=services.config.rabbitmq_outbox,
+        outbox=terms.config.rabbitmq_outbox,
     )
     if isinstance(reception, incoming.Problem):
         return _all(_REFUSALS[reception], machine)
@@ -146,17 +149,17 @@ async def _publish(
         if number % TURN_RECIPIENTS == 0:
             await trio.lowlevel.checkpoint()
         sender, recipient = message.envelope, message.recipient
-        message.local = services.is_local(recipient)
+        message.local = terms.is_local(recipient)
         refusal = await claim.ask(plugin.message(message))
-        reply = refusal_reply(refusal) if refusal is not None else _fault(services, message)
+        reply = refusal_reply(refusal) if refusal is not None else _fault(services, terms, message)
         if reply is not None:
             outcomes.append(reply)
             # The sender knows the message by these, whatever plugins made of them.
             message.properties.update(envelope=sender, recipient=recipient)
             continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
-        if queue := reception_queue(services.config, local=message.local):
-            if "@" not in recipient and queue == services.config.rabbitmq_outbox:
+        if queue := reception_queue(terms.config, local=message.local):
+            if "@" not in recipient and queue == terms.config.rabbitmq_outbox:
                 _qualify(message, recipient, machine.settings.hostname)
             taken.append(Publication(queue, message))
     refused = [
@@ -168,7 +171,7 @@ async def _publish(
     if not machine.settings.lmtp and len(refused) < len(messages):
         now = services.clock()
         for message, reply in refused:
-            failure = _failure(services.config, message, reply, now)
+            failure = _failure(terms.config, message, reply, now)
             if not failure and reply.code < 500:
                 return [reply]
             failures += failure
@@ -196,11 +199,11 @@ async def _publish(
     return [reply]
 
 
-def _fault(services: Services, message: Message) -> Reply | None:
+def _fault(services: Services, terms: Terms, message: Message) -> Reply | None:
     """Refuse a message that a plugin has sent where it cannot go."""
-    if message.local and not services.config.keeps_local_mail:
+    if message.local and not terms.config.keeps_local_mail:
         return services.no_way(message.recipient)
-    if problem := loop_problem(message.properties, services.config.rabbitmq_outbox):
+    if problem := loop_problem(message.properties, terms.config.rabbitmq_outbox):
         services.say_untaken("a plugin made a message that cannot be taken: %s", problem)
         return smtp.NO_WAY
     return None
@@ -221,9 +224,8 @@ def _failure(config: Config, message: Message, reply: Reply, now: float) -> list
     )
     properties = {**message.properties, "results": [result.to_dict()]}
     body = message.body if reply.code < 500 or properties.get("keepmime") else None
-    configured = {"results": config.rabbitmq_results, "failure": config.failure_queue}
     queues = result_queues(
-        properties, configured, "results", "failure", outbox=config.rabbitmq_outbox
+        properties, config.result_queues, "results", "failure", outbox=config.rabbitmq_outbox
     )
     return [Publication(queue, Message(dict(properties), body)) for queue in queues]
 
@@ -295,7 +297,7 @@ def _split(body: bytes | memoryview) -> tuple[bytes, memoryview | None]:
 
 
 def _envelope(
-    services: Services, client: Client, plugin: Connection, machine: ServerProtocol
+    terms: Terms, client: Client, plugin: Connection, machine: ServerProtocol
 ) -> incoming.Envelope:
     hello, mail = machine.hello, machine.mail
     assert hello is not None, "the machine asks for EHLO"
@@ -320,7 +322,7 @@ def _envelope(
     protocol = headers.protocol_name(
         extended=hello.extended, secure=machine.secure, authenticated=plugin.authenticated
     )
-    trusted = plugin.authenticated or services.access.may_relay(client.standing)
+    trusted = plugin.authenticated or terms.access.may_relay(client.standing)
     return incoming.Envelope(
         mail.sender,
         machine.recipients,
@@ -331,7 +333,7 @@ def _envelope(
         helo=hello.name,
         client_ip=client.remote[0],
         trusted=trusted,
-        rights=services.steering.rights(
+        rights=terms.steering.rights(
             client.standing, client.user, authenticated=plugin.authenticated
         ),
     )

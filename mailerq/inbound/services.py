@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,11 +11,9 @@ from typing import Final
 
 import trio
 
-from mailerq.config import Config
-from mailerq.inbound.addresses import LocalAddresses
-from mailerq.inbound.auth import Authenticator
 from mailerq.inbound.clients import Clients
 from mailerq.inbound.spool import Memory
+from mailerq.inbound.terms import Terms
 from mailerq.net.logs import LogFile, Ration
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.slots import Slots
@@ -24,10 +21,7 @@ from mailerq.net.tls import Handshakes
 from mailerq.net.worker import Worker
 from mailerq.plugins import Plugins
 from mailerq.queues import Queues
-from mailerq.rules.access import Access
-from mailerq.rules.steering import Steering
 from mailerq.wire import smtp
-from mailerq.wire.server import Settings
 from mailerq.wire.smtp import Reply
 
 __all__ = ["Counters", "Services"]
@@ -65,26 +59,20 @@ class Counters:
 
 @dataclass(slots=True, kw_only=True)
 class Services:
-    """The settings of sessions, and what they have between them. Any thread may read it.
+    """What sessions have between them. Any thread may read it.
 
-    `settings` are those of SMTP, `lmtp` those of LMTP. `tls` may be exchanged at any time, for
-    handshakes to come.
+    `terms` are exchanged as a whole when settings change. A session takes the new ones when no
+    transaction is under way. What counts over sessions (`clients`, `slots`, `memory`, `handshakes`)
+    and the logs are told, and change at once.
     """
 
-    config: Config
-    settings: Settings
-    lmtp: Settings
-    access: Access
-    local_addresses: LocalAddresses
-    steering: Steering
+    terms: Terms
     clients: Clients
-    authenticator: Authenticator
     plugins: Plugins
     queues: Queues
     slots: Slots
     memory: Memory
     handshakes: Handshakes
-    tls: ssl.SSLContext | None = None
     received_log: LogFile | None = None
     refused_log: LogFile | None = None
     clock: Callable[[], float] = time.time
@@ -104,22 +92,15 @@ class Services:
     )
     loaders: dict[Worker, trio.CapacityLimiter] = field(default_factory=dict)
 
-    def admit(self, address: str, standing: str) -> Reply | None:
-        """Let a client in, and count it, or say why not. `Clients.left` undoes it.
+    def admit(self, address: str, standing: str) -> Reply | str:
+        """Let a client in and count it, or say why not.
 
-        It is admitted by its address, and counted by its `standing` (see `Client`).
+        It is admitted by its address, and counted by its `standing` (see `Client`): `Clients.left`
+        gets what this returns, once the client is gone.
         """
-        if not self.access.may_connect(address):
+        if not self.terms.access.may_connect(address):
             return smtp.NOT_ADMITTED
         return self.clients.came(standing)
-
-    def is_local(self, recipient: str) -> bool:
-        """Whether anybody may send to that recipient, whose mail ends here."""
-        return self.access.is_local(recipient) or self.local_addresses.has(recipient)
-
-    def is_ours(self, recipient: str) -> bool:
-        """Whether anybody may send to that recipient."""
-        return self.is_local(recipient) or self.access.is_relayed(recipient)
 
     def no_way(self, recipient: str) -> Reply:
         """Refuse a local recipient where nobody keeps local mail, and let the log say so."""

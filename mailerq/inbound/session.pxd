@@ -14,18 +14,19 @@ cdef class Session:
     cdef public bint _implicit_tls, _proxied, _relays, _stopping, _expired, _mute
     cdef public bint _interruptible, _waiting, _handshaking, _in_mail, _over
     cdef public double _started, _since, _heard
-    cdef public object worker, _services, _client, _admitted, _plugin, _scope, _spool
+    cdef public object worker, _services, _terms, _client, _admitted, _plugin, _scope, _spool
     cdef public object _due
     cdef object __weakref__
 
     cpdef shut_down(self, seconds)
-    cpdef is_overdue(self, now, bounds)
+    cpdef is_overdue(self, now, short)
     cpdef expire(self)
     cpdef hurry(self)
     cpdef _cut_handshake(self)
     cpdef _say_goodbye(self)
     cpdef _admit(self)
     cpdef _know_client(self)
+    cpdef _renew(self)
     cpdef _advance(self)
     cpdef _digest(self, data)
     cpdef _handle(self, event)

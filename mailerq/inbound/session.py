@@ -27,7 +27,6 @@ from mailerq.address import parse_ip
 from mailerq.escaping import escape
 from mailerq.inbound import reception
 from mailerq.inbound.auth import AuthUnavailable
-from mailerq.inbound.deadlines import Bounds
 from mailerq.inbound.reception import UNKNOWN, Client, refusal_reply
 from mailerq.inbound.services import Services
 from mailerq.inbound.spool import Claim, Spool
@@ -61,8 +60,8 @@ CONTENT_MARK: Final = CONTENT_LINE.decode() + " from"
 class Session:
     """One client. `run` is its task; the other methods are for its worker's thread.
 
-    `secure` says that TLS starts with the first byte, `lmtp` that the port speaks LMTP, `proxied`
-    that the peer is a proxy, whose client has yet to be admitted.
+    `admitted` is what `Services.admit` has returned, None for a proxy, whose client has yet to be
+    admitted. `secure` says that TLS starts with the first byte, `lmtp` that the port speaks LMTP.
     """
 
     def __init__(
@@ -71,18 +70,20 @@ class Session:
         worker: Worker,
         stream: Stream,
         *,
+        admitted: str | None,
         secure: bool = False,
         lmtp: bool = False,
-        proxied: bool = False,
     ) -> None:
+        proxied = admitted is None
         self.worker = worker
         self._services = services
+        self._terms = services.terms
         self._stream = stream
         self._implicit_tls = secure
         self._proxied = proxied
         self._client = Client(stream.remote, stream.local)
-        self._admitted = None if proxied else self._client.remote[0]
-        self._machine = server.ServerProtocol(services.lmtp if lmtp else services.settings)
+        self._admitted = admitted
+        self._machine = server.ServerProtocol(self._terms.lmtp if lmtp else self._terms.settings)
         self._due: Due | None = None  # what was found for the task while it slept
         self._over = False
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
@@ -148,10 +149,12 @@ class Session:
             deadline = trio.current_time() + seconds
             self._scope.deadline = min(self._scope.deadline, deadline)
 
-    def is_overdue(self, now: float, bounds: Bounds) -> bool:
-        """Whether the peer takes longer than it may."""
+    def is_overdue(self, now: float, short: bool) -> bool:
+        """Whether the peer takes longer than it may; `short`: connection slots are."""
         if not self._waiting:
             return False
+        terms = self._services.terms if self._machine.sender is None else self._terms
+        bounds = terms.tight if short else terms.bounds
         if now - self._started > bounds.session:
             return True
         waited = now - self._since
@@ -190,14 +193,14 @@ class Session:
 
     async def _introduce(self) -> bool:
         """Do what comes before the banner, and send it; false when the session is over."""
-        services, machine = self._services, self._machine
+        machine = self._machine
         reply: Reply | None = None
         if self._proxied:
             if not await self._read_proxy_header():
                 return False
             reply = self._admit()
         self._mute = self._implicit_tls
-        machine.xclient = services.access.may_xclient(self._client.standing)
+        machine.xclient = self._terms.access.may_xclient(self._client.standing)
         self._know_client()
         if reply is None:
             refusal = await self._plugin.connect()
@@ -210,7 +213,7 @@ class Session:
             refusal = await self._plugin.secured()
             reply = refusal_reply(refusal) if refusal is not None else None
         self._take_output()
-        if reply is None and services.config.smtp_greet_delay and not self._implicit_tls:
+        if reply is None and self._terms.config.smtp_greet_delay and not self._implicit_tls:
             await self._delay_greeting()
         machine.greet(reply)
         return True
@@ -239,26 +242,36 @@ class Session:
     def _admit(self) -> Reply | None:
         """Let the client in that a proxy has named, or say why not."""
         host, standing = self._client.remote[0], self._client.standing
-        reply = self._services.admit(host, standing)
-        if reply is None:
-            self._admitted = standing
-        else:
-            self._services.counters.refused_connections += 1
-            log.debug("connection from %s refused: %s", host, reply.text)
-        return reply
+        answer = self._services.admit(host, standing)
+        if isinstance(answer, str):
+            self._admitted = answer
+            return None
+        self._services.counters.refused_connections += 1
+        log.debug("connection from %s refused: %s", host, answer.text)
+        return answer
 
     def _know_client(self) -> None:
         """Look up once what the client's address allows."""
         self._plugin.address, self._plugin.port = self._client.remote
         host = self._client.standing
-        self._relays = self._services.access.may_relay(host)
+        self._relays = self._terms.access.may_relay(host)
         self._machine.auth_in_clear = is_loopback(host)
+
+    def _renew(self) -> None:
+        """Take the settings that are in force now: no transaction is under way."""
+        terms = self._terms = self._services.terms
+        self._machine.settings = terms.lmtp if self._machine.settings.lmtp else terms.settings
+        self._relays = terms.access.may_relay(self._client.standing)
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
+            self._in_mail = False  # that of a mail which was given up
 
     async def _delay_greeting(self) -> None:
         """Hold the banner back; who speaks before it is no mail server."""
         if self._machine.settings.lmtp or self._relays or not self._client.named:
             return
-        with trio.move_on_after(self._services.config.smtp_greet_delay), self._pause():
+        with trio.move_on_after(self._terms.config.smtp_greet_delay), self._pause():
             self._machine.receive_data(await self._stream.receive())
 
     # The loop.
@@ -318,6 +331,8 @@ class Session:
         """Answer events up to one that the task has to wait for; None: it is the peer's turn."""
         machine = self._machine
         while True:
+            if self._terms is not self._services.terms and machine.sender is None:
+                self._renew()
             event = machine.next_event()
             if event is not server.NEED_DATA:
                 due = self._handle(event)
@@ -419,6 +434,8 @@ class Session:
     def _mail(self, event: server.Mail) -> Due | None:
         """Answer MAIL, or ask the plugins."""
         services = self._services
+        if self._terms is not services.terms:
+            self._renew()  # it came together with the end of the transaction before
         if not (self._relays or services.clients.may(self._client.standing, "messages")):
             self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
             return None
@@ -437,11 +454,11 @@ class Session:
 
     def _objection(self, recipient: str) -> Reply | None:
         """Why a recipient is refused before any plugin is asked, or None."""
-        services = self._services
+        services, terms = self._services, self._terms
         relays = self._relays or self._plugin.authenticated
-        if not (relays or services.is_ours(recipient)):
+        if not (relays or terms.is_ours(recipient)):
             return smtp.NO_RELAY
-        if not services.config.keeps_local_mail and services.is_local(recipient):
+        if not terms.config.keeps_local_mail and terms.is_local(recipient):
             return services.no_way(recipient)
         if not (self._relays or services.clients.may(self._client.standing, "recipients")):
             return smtp.RECIPIENTS_TOO_OFTEN
@@ -487,7 +504,7 @@ class Session:
         self._take_output()
         try:
             if decision is None:
-                decision = await services.authenticator.check(event.credentials)
+                decision = await self._terms.authenticator.check(event.credentials)
         except AuthUnavailable as error:
             log.error("logins cannot be checked: %s", error)
             services.clients.did_not(standing, "logins")
@@ -538,7 +555,7 @@ class Session:
     async def _start_tls(self, before: bytes = b"") -> None:
         """Send the last bytes in clear, and shake hands."""
         services = self._services
-        context = services.tls
+        context = self._terms.tls
         assert context is not None, "TLS is offered only with a certificate"
         try:
             with self._handshake():
@@ -585,7 +602,7 @@ class Session:
             return
         spool = self._spool
         if spool is None:
-            config = services.config
+            config = self._terms.config
             spool = Spool(services.memory, config.queue_directory, config.smtp_spill_size)
             self._spool = spool
         elif self._in_mail:
@@ -642,7 +659,7 @@ class Session:
         claim = Claim(services.memory, len(body), turns)
         try:
             return await reception.take(
-                services, self._client, self._plugin, self._machine, body, claim
+                services, self._terms, self._client, self._plugin, self._machine, body, claim
             )
         finally:
             claim.end()

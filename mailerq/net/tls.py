@@ -127,7 +127,7 @@ class Handshakes:
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = limit
+        self.limit = limit
         self._clock = clock
         self._lock = threading.Lock()
         self._began: dict[Hasty, float] = {}
@@ -137,7 +137,7 @@ class Handshakes:
         with self._lock:
             now = self._clock()
             oldest = None
-            if len(self._began) >= self._limit > 0:
+            if len(self._began) >= self.limit > 0:
                 oldest = next(iter(self._began))
                 if now - self._began[oldest] < GRACE_SECONDS:
                     return False

@@ -66,21 +66,22 @@ class Watchdog:
     """Watches while its context is open. With `seconds` 0 it does nothing."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+        self._seconds = 0.0
+        self._wanted = seconds
         self._watch = Watch()
         self._pulses: list[_Pulse] = []
         self._stalls = 0
         self._longest = 0.0
         self._places: dict[str, int] = {}
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread: threading.Thread
 
     def __enter__(self) -> Self:
-        if self._seconds:
-            self._watch.start(self._seconds)
-            self._watch.beat()
-            self._thread.start()
+        self._start(self._wanted)
         return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
 
     def look_after(self, workers: Iterable[Worker]) -> None:
         """Watch the loops of these workers from now on."""
@@ -88,9 +89,26 @@ class Watchdog:
         if self._seconds:
             self._watch.leave_workers()
 
-    def __exit__(self, *error: object) -> None:
-        self._end.set()
+    def set_seconds(self, seconds: float) -> None:
+        """Another `watchdog-seconds` from now on, while its context is open. Raises OSError."""
+        if seconds != self._seconds:
+            self._stop()
+            self._start(seconds)
+            self.look_after([pulse.worker for pulse in self._pulses])
+
+    def _start(self, seconds: float) -> None:
+        self._seconds = 0.0
+        if seconds:
+            self._end = threading.Event()
+            self._watch.start(seconds)
+            self._seconds = seconds
+            self._watch.beat()
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def _stop(self) -> None:
         if self._seconds:
+            self._end.set()
             self._thread.join()
             self._watch.stop()
 

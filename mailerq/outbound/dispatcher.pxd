@@ -7,11 +7,10 @@ cimport cython
 cdef class Dispatcher:
     cdef public Py_ssize_t _settling
     cdef public list _unsettled
-    cdef public dict _result_queues
-    cdef public object counters, _config, _outbox, _queues, _send_log, _clock, _plugins, _pool
+    cdef public object counters, _live, _outbox, _queues, _send_log, _clock, _plugins, _pool
     cdef public object _settlers, _settled, _consuming, _stopped
     cdef public object _nursery, _say_unread, _say_unwritten, _say_reduced, _say_failure
-    cdef public object _report_queue, _misspelt
+    cdef public object _misspelt
     cdef object __weakref__
 
     cpdef statistics(self)

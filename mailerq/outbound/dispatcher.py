@@ -35,6 +35,7 @@ from mailerq.address import parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError, MessageError, QueueError
 from mailerq.escaping import escape, escape_field
+from mailerq.live import Live
 from mailerq.message import Message, Result, check_nesting, encode_properties, format_time
 from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
 from mailerq.net.misspelt import Misspelt
@@ -106,7 +107,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        config: Config,
+        live: Live,
         queues: Queues,
         workers: Sequence[Worker],
         *,
@@ -118,21 +119,14 @@ class Dispatcher:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.counters = Counters()
-        self._config = config
-        self._outbox = config.rabbitmq_outbox
-        self._result_queues = {
-            "results": config.rabbitmq_results,
-            "success": config.rabbitmq_success,
-            "failure": config.failure_queue,
-            "retry": config.rabbitmq_retry,
-        }
-        self._report_queue = "" if config.failure_is_named else config.failure_queue
+        self._live = live
+        self._outbox = self._config.rabbitmq_outbox  # fixed
         self._queues = queues
         self._send_log = send_log
         self._misspelt = Misspelt() if misspelt is None else misspelt
         self._clock = clock
         self._plugins = plugins
-        self._pool = Pool(config, workers, resolver, slots, self)
+        self._pool = Pool(live, workers, resolver, slots, self)
         self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
         self._say_unwritten = Ration(log.error, 1, "they could not be written %d times more")
         self._say_reduced = Ration(log.error, REDUCED_PER_MINUTE, "and %d messages more")
@@ -146,6 +140,16 @@ class Dispatcher:
         self._consuming = trio.CancelScope()
         self._stopped = trio.Event()
         self._nursery: trio.Nursery | None = None
+
+    @property
+    def _config(self) -> Config:
+        return self._live.current.config
+
+    def reload(self, send_log: LogFile | None, *, reroute: bool) -> None:
+        """Settings have changed; with `reroute` what waits for a connection is judged anew."""
+        self._send_log = send_log
+        if reroute:
+            self._pool.recall()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Deliver until `stop` has done its work."""
@@ -340,6 +344,7 @@ class Dispatcher:
     ) -> None:
         """Append the result, decide what follows, and have it written."""
         now = self._clock()
+        config = self._config
         outcome = report.outcome
         results = message.properties.get("results")
         results = results if isinstance(results, list) else []
@@ -352,8 +357,8 @@ class Dispatcher:
                 attempt=result.attempt,
                 now=now,
                 expires=expires,
-                intervals=self._config.retry_interval,
-                max_attempts=self._config.max_attempts,
+                intervals=config.retry_interval,
+                max_attempts=config.max_attempts,
                 own_fault=outcome.own_fault,
             )
         publications = []
@@ -369,10 +374,10 @@ class Dispatcher:
             kinds = ("results", "failure")
             self.counters.failed += 1
         self.counters.attempts += 1
-        queues = result_queues(properties, self._result_queues, *kinds, outbox=self._outbox)
+        queues = result_queues(properties, config.result_queues, *kinds, outbox=self._outbox)
         for queue in queues:
             # What nobody has named, and is deleted after a while, gets a report and not the mail.
-            body = message.body if queue != self._report_queue else None
+            body = message.body if queue != config.report_queue else None
             publications.append(Publication(queue, _copy(properties, body)))
         if due is None and outcome.fate is not Fate.DELIVERED:
             self._tell_failure(message, result, queues)
@@ -535,7 +540,7 @@ def _shown(value: object) -> str:
 
 
 def _log_line(message: Message, result: Result) -> str:
-    """One line of the send log, without its date. README.md has its form."""
+    """One line of the send log, without its date. docs/operations.md has its form."""
     tags = message.properties.get("tags")
     return " ".join(
         (

@@ -8,8 +8,8 @@ cdef class Pool:
     cdef public Py_ssize_t opened_connections, ahead_jobs
     cdef public bint _stopping
     cdef public dict _destinations, _idle, _starved, _held, _connections
-    cdef public object config, worker, _workers, _resolver, _slots, _office, _doubts, _empty
-    cdef public object _lookups, _tick, _nursery, _aside, _say_own_fault
+    cdef public object _live, worker, _workers, _resolver, _slots, _office, _doubts, _empty
+    cdef public object _lookups, _nursery, _aside, _say_own_fault
     cdef public dict _out_of_step
 
     cpdef _look(self)
@@ -26,6 +26,7 @@ cdef class Pool:
     cpdef closed(self, connection, job, report)
     cpdef _pump(self, destination)
     cpdef _employ(self, connection, destination)
+    cpdef _is_crowded(self, destination)
     cpdef _may_open(self, destination)
     cpdef _open(self, destination)
     cpdef _park_excess(self, destination)
@@ -33,6 +34,7 @@ cdef class Pool:
     cpdef _move(self, job)
     cpdef _feed_starved(self)
     cpdef _forget(self, destination)
+    cpdef recall(self)
     cpdef cut(self)
 
 

@@ -39,6 +39,7 @@ import trio
 
 from mailerq.config import Config
 from mailerq.errors import AddressError
+from mailerq.live import Live
 from mailerq.net.logs import Ration
 from mailerq.net.resolver import Host, NoHosts, Resolver
 from mailerq.net.slots import Slots
@@ -133,13 +134,13 @@ class Pool:
 
     def __init__(
         self,
-        config: Config,
+        live: Live,
         workers: Sequence[Worker],
         resolver: Resolver,
         slots: Slots,
         office: Office,
     ) -> None:
-        self.config = config
+        self._live = live
         self.worker = workers[0]
         self._workers = workers
         self._resolver = resolver
@@ -156,12 +157,20 @@ class Pool:
         self._stopping = False
         self._empty = trio.Event()
         self._lookups: dict[Connection, trio.CancelScope] = {}
-        shortest = min(config.smtp_out_timeout, config.connection_maxidle / 1000)
-        self._tick = min(TICK_SECONDS, max(shortest / 4, 0.02))
         self._nursery: trio.Nursery
         self.opened_connections = 0
         self.ahead_jobs = 0
         self._out_of_step: dict[str, float] = {}
+
+    @property
+    def config(self) -> Config:
+        """The settings in force now."""
+        return self._live.current.config
+
+    def _tick(self) -> float:
+        config = self.config
+        shortest = min(config.smtp_out_timeout, config.connection_maxidle / 1000)
+        return min(TICK_SECONDS, max(shortest / 4, 0.02))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
@@ -169,7 +178,7 @@ class Pool:
             task_status.started()
             try:
                 while True:
-                    await trio.sleep(self._tick)
+                    await trio.sleep(self._tick())
                     self._look()
             finally:
                 self._stopping = True  # no connection is opened any more
@@ -221,7 +230,8 @@ class Pool:
         self._office.done(job, report, connection)
         if reusable:
             destination = self._connections[connection]
-            if self._starved and (report.messages or 0) >= FAIR_MESSAGES:
+            many = report.messages or 0
+            if (self._starved and many >= FAIR_MESSAGES) or self._is_crowded(destination):
                 connection.worker.call(connection.leave)
             else:
                 self._employ(connection, destination)
@@ -231,7 +241,7 @@ class Pool:
         destination = self._connections[connection]
         jobs = destination.jobs
         may = destination.ahead and not (self._stopping or self._starved)
-        if self._was_out_of_step(connection.remote):
+        if self._was_out_of_step(connection.remote) or self._is_crowded(destination):
             may = False
         while may and len(jobs) > len(destination.opening):
             job = jobs.popleft()
@@ -350,6 +360,11 @@ class Pool:
         else:
             destination.idle.append(connection)
             self._idle[connection] = destination
+
+    def _is_crowded(self, destination: Destination) -> bool:
+        """Whether more connections are open than may be, since the settings have changed."""
+        limit = self.config.domain_maxconnections
+        return 0 < limit < len(destination.connections) or self._slots.are_exceeded
 
     def _may_open(self, destination: Destination) -> bool:
         limit = self.config.domain_maxconnections
@@ -482,13 +497,17 @@ class Pool:
 
     # The end, and figures
 
-    async def stop(self, timeout: float) -> None:
-        """Let messages under way end, at most in `timeout` seconds; all others go back."""
-        self._stopping = True
+    def recall(self) -> None:
+        """Give back what waits for a connection: it is judged anew, by other settings."""
         for destination in list(self._destinations.values()):
             while destination.jobs:
                 self._office.give_back(destination.jobs.popleft())
             self._forget(destination)
+
+    async def stop(self, timeout: float) -> None:
+        """Let messages under way end, at most in `timeout` seconds; all others go back."""
+        self._stopping = True
+        self.recall()
         for scope in list(self._lookups.values()):
             scope.cancel()
         for connection, destination in list(self._connections.items()):

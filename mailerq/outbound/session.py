@@ -148,8 +148,11 @@ class Employer(Protocol):
     All methods are called on the thread of `worker`.
     """
 
-    config: Config
     worker: Worker
+
+    @property
+    def config(self) -> Config:
+        """The settings in force now."""
 
     def host_failed(self, host: Host) -> None:
         """That host did not let us in."""
@@ -364,6 +367,7 @@ class Connection:
         try:
             while job := self._job or await self._wait_for_job():
                 begun = self._begun
+                self._timeout = self._pool.config.smtp_out_timeout
                 outcome = await self._deliver(job)
                 if outcome is None:
                     self._job = None

@@ -34,8 +34,12 @@ class ClientLimits:
     """
 
     def __init__(self, per_minute: Mapping[str, int]) -> None:
-        self._bounds = {name: bound for name, bound in per_minute.items() if bound > 0}
         self._levels: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
+        self.set_bounds(per_minute)
+
+    def set_bounds(self, per_minute: Mapping[str, int]) -> None:
+        """Other bounds from now on; what was counted stays counted."""
+        self._bounds = {name: bound for name, bound in per_minute.items() if bound > 0}
 
     def take(self, client: str, what: str, now: float, count: int = 1) -> bool:
         """Take `count` tokens; return False, and take none, if the client has fewer."""

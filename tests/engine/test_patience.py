@@ -19,7 +19,7 @@ import trio
 
 from mailerq.inbound import deadlines as watch
 from mailerq.inbound import session as module
-from mailerq.inbound.deadlines import Bounds
+from mailerq.inbound.terms import Bounds
 from mailerq.wire import server, smtp
 from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until
 from tests.support import ROOT, free_port, send
@@ -151,7 +151,7 @@ async def test_a_plugin_that_thinks_costs_the_client_no_time(tmp_path: Path) -> 
 async def test_deadlines_tighten_when_slots_are_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "STRAINED_SECONDS", 0.2)
+    monkeypatch.setattr("mailerq.inbound.terms.STRAINED_SECONDS", 0.2)
     monkeypatch.setattr(watch, "LOOKS", 10_000)  # look often, though the bounds are long
     settings = {"smtp_connections": 5, "smtp_timeout": 100.0, "smtp_command_timeout": 100.0}
     async with serve(tmp_path, **settings) as engine:

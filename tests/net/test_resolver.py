@@ -432,3 +432,37 @@ def test_a_host_without_ipv6_is_not_the_one_at_an_ipv6_address(
 def test_dnspython_is_imported_late() -> None:
     code = "import sys, mailerq.net.resolver; sys.exit('dns' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
+
+
+async def test_other_settings_hold_for_the_next_lookup() -> None:
+    networks = Config.load(["--smtp-out-forbidden=192.0.2.0/24"], {}, ()).smtp_out_forbidden
+    async with open_dns_server({("d.test", "A"): ["192.0.2.1"]}) as server:
+        resolver = resolver_of(server)
+        assert addresses(await resolver.mail_hosts("d.test")) == ["192.0.2.1"]
+        resolver.configure(Config(hostname="me.test", smtp_out_forbidden=networks))
+        assert reply_to(await resolver.mail_hosts("d.test")) == (550, "5.7.1")
+        assert server.questions["d.test", "A"] == 2  # what was known is asked again
+        resolver.configure(Config(hostname="d.test"))
+        assert reply_to(await resolver.mail_hosts("d.test")) == (554, "5.4.6")
+
+
+async def test_a_lookup_under_way_keeps_its_answer_to_itself() -> None:
+    """Later ones go by other settings: they share neither the lookup nor what it has found."""
+    found: list[Any] = []
+
+    async def look() -> None:
+        found.append(await resolver.mail_hosts("d.test"))
+
+    async with open_dns_server({("d.test", "A"): ["192.0.2.1"]}) as server:
+        resolver = resolver_of(server)
+        server.may_answer = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await trio.testing.wait_all_tasks_blocked()
+            resolver.configure(Config(hostname="d.test"))
+            nursery.start_soon(look)
+            await trio.testing.wait_all_tasks_blocked()
+            server.may_answer.set()
+        kinds = sorted(type(each).__name__ for each in found)
+        assert kinds == ["NoHosts", "tuple"]
+        assert reply_to(await resolver.mail_hosts("d.test")) == (554, "5.4.6")

@@ -14,6 +14,7 @@ import trio
 
 from mailerq.config import Config
 from mailerq.errors import MessageError, QueueError
+from mailerq.live import Live
 from mailerq.message import Message
 from mailerq.net.logs import LogFile
 from mailerq.net.resolver import Host, NoHosts
@@ -410,7 +411,7 @@ async def open_bench(
         workers = [StubWorker(0, nursery, plugins)]
         workers += [await open_thread(nursery, index, plugins) for index in range(1, threads)]
         dispatcher = Dispatcher(
-            config,
+            Live(config),
             queues,
             workers,  # type: ignore[arg-type]
             plugins=plugins,  # type: ignore[arg-type]

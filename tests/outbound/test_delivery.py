@@ -297,7 +297,7 @@ SEND_LINE = re.compile(
     r" <(?P<envelope>[^ ]*)> <(?P<recipient>[^ ]*)> \[(?P<local>[^ ]*)\] \[(?P<remote>[^ ]*)\]"
     r" (?P<tags>[^ ]*) (?P<code>\d*) (?P<status>[\d.]*) (?P<description>.*)"
 )
-"""How README.md says that a line of the send log is read."""
+"""How docs/operations.md says that a line of the send log is read."""
 
 LOGGED = st.text(st.characters() | st.sampled_from(" ,<>[]\\\n"), max_size=20)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mailerq.config import Config
 from mailerq.errors import MessageError
+from mailerq.live import Live
 from mailerq.message import Message
 from mailerq.net.resolver import NoHosts
 from mailerq.net.slots import Slots
@@ -97,7 +98,7 @@ async def publish_and_deliver(documents: list[dict[str, Any]], checked: bool = F
                     continue
                 taken += 1
             dispatcher = Dispatcher(
-                config,
+                Live(config),
                 queues,
                 [StubWorker(0, nursery, StubPlugins())],  # type: ignore[list-item]
                 plugins=StubPlugins(),  # type: ignore[arg-type]
@@ -188,7 +189,7 @@ async def fails_unsent(document: dict[str, Any], config: Config) -> bool:
     now = NOW if due is None else max(NOW, due)
     async with trio.open_nursery() as nursery:
         dispatcher = Dispatcher(
-            config,
+            Live(config),
             MemoryQueues(),
             [StubWorker(0, nursery, StubPlugins())],  # type: ignore[list-item]
             plugins=StubPlugins(),  # type: ignore[arg-type]

@@ -98,5 +98,7 @@ async def test_a_running_queue_keeps_its_bounds_and_says_so(
         await until(lambda: queues.statistics()["trimmed"] == 80)
         left = await queues.browse("failure")
         assert [entry.message.properties["tag"] for entry in left] == list(range(80, 100))
+        queues.set_bounds([Bounds("failure", 5, 0)])
+        await until(lambda: queues.statistics()["trimmed"] == 95)
     assert len(caplog.messages) == 1
     assert "oldest documents were removed; it keeps 20 of them and each for 3600" in caplog.text

@@ -13,16 +13,18 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import sys
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from functools import partial
 from typing import Any, Final
 
 import trio
 
 from mailerq import faults
 from mailerq.cli import logs
+from mailerq.cli.reloading import attempt, take
 from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, fail, prepare
 from mailerq.cli.supervisor.process import HEAD
 from mailerq.config import Config
@@ -35,6 +37,9 @@ __all__ = ["main"]
 
 READ_BYTES: Final = 1 << 16
 
+FILE: Final = struct.Struct("i")
+"""A descriptor as it goes along with a request."""
+
 
 def main() -> int:
     """Serve until the parent closes its end, or SIGTERM."""
@@ -46,11 +51,11 @@ def main() -> int:
         os.dup2(nothing.fileno(), 0)
     with parent.makefile("rb", buffering=0) as file:
         (length,) = HEAD.unpack(_read(file, HEAD.size))
-        share, config = pickle.loads(_read(file, length))
+        share, config, number = pickle.loads(_read(file, length))
     try:
-        logs.configure(config, f"process {share}: ")
+        logs.configure(config, who(share))
         prepare(config)
-        trio.run(_serve, config, share, parent)
+        trio.run(_serve, config, share, number, parent)
     except EngineError as error:
         fail(error)
     except MailerqError as error:
@@ -60,6 +65,11 @@ def main() -> int:
     except Exception as error:
         fail(error)
     return os.EX_OK
+
+
+def who(share: int) -> str:
+    """What stands before each line of the log."""
+    return f"process {share}: "
 
 
 def _read(file: Any, length: int) -> bytes:
@@ -80,8 +90,8 @@ def _say(parent: socket.socket, document: dict[str, Any]) -> None:
         sys.exit(os.EX_UNAVAILABLE)
 
 
-async def _serve(config: Config, share: int, parent: socket.socket) -> None:
-    engine = Engine(config, share=share)
+async def _serve(config: Config, share: int, number: int, parent: socket.socket) -> None:
+    engine = Engine(config, share=share, number=number)
     failure: MailerqError | None = None
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(parent))
     stop, started = trio.Event(), trio.Event()
@@ -89,7 +99,7 @@ async def _serve(config: Config, share: int, parent: socket.socket) -> None:
         seconds = config.shutdown_timeout + OVERDUE_SECONDS
         faults.set_deadline(seconds, (signal.SIGTERM,), parent.fileno())
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_answer, stream, engine, started, stop)
+            nursery.start_soon(_Requests(stream, share, engine, started, stop).serve)
             nursery.start_soon(_terminate, signals, engine, started, stop)
             try:
                 async with engine:
@@ -106,18 +116,56 @@ async def _serve(config: Config, share: int, parent: socket.socket) -> None:
         raise failure
 
 
-async def _answer(
-    stream: trio.SocketStream, engine: Engine, started: trio.Event, stop: trio.Event
-) -> None:
-    """Execute what the parent asks for; have the engine stop when the parent is gone."""
-    commands: control.Commands = {**engine.commands(), "reload": partial(_reload, engine)}
-    lines = b""
-    with suppress(trio.BrokenResourceError):
-        while data := await stream.receive_some(READ_BYTES):
-            *requests, lines = (lines + data).split(b"\n")
-            for request in requests:
-                await stream.send_all(await control.reply_to(request, commands))
-    _stop(engine, started, stop)
+class _Requests:
+    """What the parent asks for, executed in its order; it asks once the engine has started."""
+
+    def __init__(
+        self,
+        stream: trio.SocketStream,
+        share: int,
+        engine: Engine,
+        started: trio.Event,
+        stop: trio.Event,
+    ) -> None:
+        self._stream = stream
+        self._who = who(share)
+        self._files = deque[int]()
+        """What came along with requests to reload, in their order."""
+        self._engine = engine
+        self._started = started
+        self._stop = stop
+        self._commands: control.Commands = {**engine.commands(), "reload": self._reload}
+
+    async def serve(self) -> None:
+        """Execute requests until cancelled; have the engine stop when the parent is gone."""
+        lines = b""
+        with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            while data := await self._receive():
+                *requests, lines = (lines + data).split(b"\n")
+                for request in requests:
+                    await self._stream.send_all(await control.reply_to(request, self._commands))
+        _stop(self._engine, self._started, self._stop)
+
+    async def _receive(self) -> bytes:
+        """What the parent sends, and the files that go along."""
+        data, rights, _, _ = await self._stream.socket.recvmsg(
+            READ_BYTES, socket.CMSG_SPACE(FILE.size), socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, content in rights:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._files.extend(number for (number,) in FILE.iter_unpack(content))
+        return data
+
+    def _reload(self, request: control.Request) -> dict[str, Any]:
+        """Take the settings in the file that came along, or only say what is wrong with them."""
+        with open(self._files.popleft(), "rb") as file:
+            # Not by its position, which all processes share.
+            content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+        config, number, wrong = pickle.loads(content)
+        if request.get("try"):
+            return attempt(self._engine, config, wrong)
+        take(self._engine, config, number, self._who)
+        return {}
 
 
 async def _terminate(
@@ -131,11 +179,6 @@ def _stop(engine: Engine, started: trio.Event, stop: trio.Event) -> None:
     stop.set()
     if not started.is_set():
         engine.plugins.timeout = HURRY_SECONDS
-
-
-def _reload(engine: Engine, request: control.Request) -> dict[str, Any]:
-    engine.reload()
-    return {}
 
 
 if __name__ == "__main__":

@@ -21,21 +21,26 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, Final
 
 import trio
 
 from mailerq import __version__
+from mailerq.cli import logs
 from mailerq.cli.common import complain
+from mailerq.cli.reloading import Source, follow, reply, tell
 from mailerq.cli.serving import OVERDUE_SECONDS, end_at_once, join
 from mailerq.cli.supervisor.process import Ended, NoStart, Process, describe
 from mailerq.config import Config
-from mailerq.errors import MailerqError
-from mailerq.inbound.listener import reserve
+from mailerq.errors import ConfigError, MailerqError, Problem
+from mailerq.inbound.listener import PORT_OPTIONS, reserve
+from mailerq.live import Live, Reload, Snapshot
 from mailerq.message import format_time
 from mailerq.net import control
 from mailerq.net.statistics import total
@@ -64,6 +69,9 @@ MAX_PAUSE_SECONDS: Final = 60.0
 ASK_SECONDS: Final = 2.0
 """How long a process may take to say how it is."""
 
+RELOAD_SECONDS: Final = 5.0
+"""How long a process may take to try settings, and to take them."""
+
 IDS_SECONDS: Final = 0.4
 """How long for ids, before another one is asked: an injector waits for a second at most."""
 
@@ -79,16 +87,20 @@ UNCLEAN: Final = frozenset({
 EX_SOFTWARE."""
 
 
-async def serve(config: Config) -> int:
+async def serve(config: Config, source: Source) -> int:
     """Run `smtp-processes` engines until SIGTERM or SIGINT; the exit status."""
     with reserve(config) as reserved:
         keep_for_ports(account=bool(config.user))
-        return await _Parent(reserved).run()
+        return await _Parent(config, reserved, source).run()
 
 
 class _Parent:
-    def __init__(self, config: Config) -> None:
-        self._config = _divide(config)
+    def __init__(self, config: Config, reserved: Config, source: Source) -> None:
+        self._settings = Live(config)
+        self._ports = {name: getattr(reserved, name) for name in PORT_OPTIONS}
+        self._part = self._part_of(self._settings.current)
+        """The settings in force as each process has them."""
+        self._source = source
         self._count = config.smtp_processes
         self._started = time.time()
         self._starts = dict.fromkeys(range(self._count), 0)
@@ -96,7 +108,8 @@ class _Parent:
         """Those that serve."""
         self._begun: dict[int, Process] = {}
         """Those, and the ones that are about to."""
-        self._reloads = 0
+        self._reloading = trio.Lock()
+        self._started_all = trio.Event()
         self._exit_status = os.EX_OK
         self._stop = trio.Event()
         self._nursery: trio.Nursery
@@ -141,7 +154,9 @@ class _Parent:
             raise failures[0]
         if self._stop.is_set():
             return
-        await self._nursery.start(control.serve, self._config.queue_directory, self._commands())
+        directory = self._settings.current.config.queue_directory
+        await self._nursery.start(control.serve, directory, self._commands())
+        self._started_all.set()
         log.info(
             "mailerq %s listens on %s, with %d processes", __version__, join(addresses), self._count
         )
@@ -150,8 +165,7 @@ class _Parent:
         """The first signal stops all processes in their time, the second one ends them."""
         async for number in signals:
             if number == signal.SIGHUP:
-                self._reloads += 1
-                self._nursery.start_soon(self._reload)
+                self._nursery.start_soon(self._hang_up)
             elif not self._stop.is_set():
                 log.info("%s: stopping", signal.Signals(number).name)
                 self._end()
@@ -167,7 +181,7 @@ class _Parent:
         self._nursery.start_soon(self._kill_late)
 
     async def _kill_late(self) -> None:
-        await trio.sleep(self._config.shutdown_timeout + KILL_SECONDS)
+        await trio.sleep(self._settings.current.config.shutdown_timeout + KILL_SECONDS)
         self._kill()
 
     def _kill(self) -> None:
@@ -214,7 +228,6 @@ class _Parent:
 
     async def _live(self, index: int, ready: Callable[[list[tuple[str, int]]], object]) -> float:
         """One process from its start to its end; the seconds that it served. `NoStart`."""
-        reloads = self._reloads
         child = await Process.start(index)
         self._begun[index] = child
         self._starts[index] += 1
@@ -222,12 +235,13 @@ class _Parent:
         if self._stop.is_set():
             child.leave()
         try:
-            addresses = await child.until_ready(self._config)
+            part = self._part
+            addresses = await child.until_ready(part)
             served = time.monotonic()
             self._children[index] = child
             ready(addresses)
-            if reloads != self._reloads:  # it may have read the certificate before
-                self._nursery.start_soon(self._reload)
+            if part is not self._part:
+                self._nursery.start_soon(self._bring, child)
             status = await child.program.wait()
         finally:
             self._children.pop(index, None)
@@ -247,13 +261,14 @@ class _Parent:
             "status": self._status,
             "wake": self._wake,
             "message-ids": self._message_ids,
+            "reload": self._answer,
         }
 
     async def _status(self, request: control.Request) -> dict[str, Any]:
         """What all processes say together, and a row for each."""
         said = await self._ask_all("status")
         trees = [reply for reply in said.values() if reply is not None]
-        whole = total(trees)
+        whole, snapshot = total(trees), self._settings.current
         rows = []
         for index in range(self._count):
             child, reply = self._children.get(index), said.get(index)
@@ -265,6 +280,7 @@ class _Parent:
                 "starts": self._starts[index],
                 "uptime": reply["uptime"] if reply else None,
                 "connections": reply["incoming"]["open"] if reply else None,
+                "settings": reply["settings"]["number"] if reply else None,
                 "shares": reply["shares"] if reply else [],
             })  # fmt: skip
         return {
@@ -272,6 +288,7 @@ class _Parent:
             "started": format_time(self._started),
             "uptime": time.time() - self._started,
             "pid": os.getpid(),
+            "settings": {"number": snapshot.number, "loaded": format_time(snapshot.loaded)},
             "processes": rows,
         }
 
@@ -287,15 +304,92 @@ class _Parent:
                 return await child.ask("message-ids", IDS_SECONDS, count=count)
         raise MailerqError("no process answers")
 
-    async def _reload(self) -> None:
-        replies = await self._ask_all("reload")
-        if None in replies.values():
-            log.error("SIGHUP: the certificate stays as it was where it could not be read")
-        else:
-            log.info(
-                "SIGHUP: the certificate is read by all; moved log files are opened anew by "
-                "themselves"
-            )
+    # Other settings
+
+    async def _hang_up(self) -> None:
+        await self._started_all.wait()
+        with suppress(MailerqError):  # the log has it
+            await self._reload("SIGHUP")
+
+    async def _answer(self, request: control.Request) -> dict[str, Any]:
+        # Whoever asks may not wait for that; all processes hear of it.
+        with trio.CancelScope(shield=True):
+            done = await self._reload("mailerq reload")
+        return reply(done)
+
+    async def _reload(self, cause: str) -> Reload | Sequence[Problem]:
+        """Read the settings, have one process try them, and then all take them."""
+        done: Reload | Sequence[Problem]
+        async with self._reloading:
+            try:
+                done = await self._exchange()
+            except ConfigError as error:
+                done = error.problems
+            except MailerqError as error:
+                log.error("%s: the settings stay as they were: %s", cause, error)
+                raise
+            tell(cause, done)
+            if isinstance(done, Reload):
+                async with trio.open_nursery() as nursery:
+                    for child in list(self._children.values()):
+                        nursery.start_soon(self._bring, child)
+        return done
+
+    async def _exchange(self) -> Reload:
+        """Have other settings in force here. Raises `ConfigError` for all that is wrong."""
+        problems: list[Problem] = []
+        config, wrong = self._source.load(problems)
+        if problems:
+            with suppress(MailerqError):  # by what has its default, or nobody answers
+                part = self._part_of(self._settings.plan(config).snapshot)
+                problems += (await self._try(part, wrong))[0]
+            raise ConfigError.of(problems)
+        plan = self._settings.plan(config)
+        part = self._part_of(plan.snapshot)
+        problems, notes = await self._try(part, wrong)
+        if problems:
+            raise ConfigError.of(problems)
+        handlers = follow(plan.snapshot.config, self._settings.current.config)
+        if handlers is not None:
+            logs.install(handlers, "")
+        self._settings.exchange(plan.snapshot)
+        self._part = part
+        return replace(plan, notes=tuple(notes))
+
+    async def _try(self, part: Snapshot, wrong: set[str]) -> tuple[list[Problem], list[str]]:
+        """What keeps a process, with its rights, from going by these settings, and its notes."""
+        with _written(part, wrong) as file:
+            for child in sorted(self._children.values(), key=lambda child: len(child.questions)):
+                try:
+                    said = await child.ask("reload", RELOAD_SECONDS, file=file, **{"try": True})
+                except Ended:
+                    continue
+                return [Problem(**problem) for problem in said["problems"]], said["notes"]
+        raise MailerqError("no process answers")
+
+    async def _bring(self, child: Process) -> None:
+        """Have a process take the settings in force. One that cannot is started anew with them."""
+        with _written(self._part, set()) as file:
+            try:
+                await child.ask("reload", RELOAD_SECONDS, file=file)
+            except Ended as error:
+                log.warning(
+                    "settings %d: %s; it takes them when it goes on", self._part.number, error
+                )
+            except MailerqError as error:
+                log.error(
+                    "settings %d are not taken, it is started anew: %s", self._part.number, error
+                )
+                child.leave()
+
+    def _part_of(self, snapshot: Snapshot) -> Snapshot:
+        """The settings of one process: the ports that are reserved, its part of the limits."""
+        ports = {
+            name: ports
+            for name, ports in self._ports.items()
+            if ports != getattr(snapshot.config, name)
+        }
+        return replace(snapshot, config=_divide(snapshot.config.replace(**ports)))
 
     async def _ask_all(self, command: str) -> dict[int, dict[str, Any] | None]:
         """The reply of each process, None of one that does not answer."""
@@ -312,6 +406,15 @@ class _Parent:
             for child in self._children.values():
                 nursery.start_soon(ask, child)
         return replies
+
+
+@contextmanager
+def _written(part: Snapshot, wrong: set[str]) -> Iterator[int]:
+    """A file in memory with settings for processes: a request is too short for them."""
+    with open(os.memfd_create("settings"), "wb") as file:
+        file.write(pickle.dumps((part.config, part.number, wrong)))
+        file.flush()
+        yield file.fileno()
 
 
 def _divide(config: Config) -> Config:

@@ -22,8 +22,8 @@ from typing import Any, Final, Self
 import trio
 
 from mailerq.cli import EX_CONFIGURATION
-from mailerq.config import Config
 from mailerq.errors import MailerqError
+from mailerq.live import Snapshot
 from mailerq.message import decode_properties, encode_properties
 
 __all__ = ["HEAD", "Ended", "NoStart", "Process", "describe"]
@@ -31,7 +31,7 @@ __all__ = ["HEAD", "Ended", "NoStart", "Process", "describe"]
 log = logging.getLogger("mailerq")
 
 HEAD: Final = struct.Struct("!Q")
-"""What the parent sends first: the length of the pickled ``(share, config)`` behind it."""
+"""What the parent sends first: the length of the pickled ``(share, config, number)`` behind it."""
 
 MAX_QUESTIONS: Final = 100
 """Requests that a process may leave without an answer."""
@@ -102,11 +102,11 @@ class Process:
             stack.pop_all()
         return cls(index, program, trio.socket.from_stdlib_socket(ours))
 
-    async def until_ready(self, config: Config) -> list[tuple[str, int]]:
+    async def until_ready(self, snapshot: Snapshot) -> list[tuple[str, int]]:
         """Give it its settings and wait until it serves: where it listens. Raises `NoStart`."""
         question = _Question()
         self.questions.append(question)
-        settings = pickle.dumps((self.index, config))
+        settings = pickle.dumps((self.index, snapshot.config, snapshot.number))
         # It has ended already, or is to.
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await trio.SocketStream(self.sock).send_all(HEAD.pack(len(settings)) + settings)
@@ -123,8 +123,13 @@ class Process:
         except (KeyError, TypeError, ValueError):
             raise NoStart(f"{self} does not say where it listens", os.EX_SOFTWARE) from None
 
-    async def ask(self, command: str, seconds: float, **arguments: object) -> dict[str, Any]:
-        """The reply to a request. Raises `Ended`, and `MailerqError` for what it says is wrong."""
+    async def ask(
+        self, command: str, seconds: float, *, file: int | None = None, **arguments: object
+    ) -> dict[str, Any]:
+        """The reply to a request. Raises `Ended`, and `MailerqError` for what it says is wrong.
+
+        A `file` goes along: what is longer than a request may be.
+        """
         if self.over.is_set() or len(self.questions) >= MAX_QUESTIONS:
             raise Ended(f"{self} does not answer")
         request = encode_properties({"command": command, **arguments}) + b"\n"
@@ -137,7 +142,11 @@ class Process:
             trio.CancelScope(shield=True),
             suppress(OSError, trio.ClosedResourceError),  # its end is about to be noticed
         ):
-            await self.sock.send(request)
+            if file is None:
+                await self.sock.send(request)
+            else:
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", file))
+                await self.sock.sendmsg([request], [rights])
         with trio.move_on_after(seconds):
             await question.answered.wait()
         if question.reply is None:

@@ -80,7 +80,7 @@ class EmbeddedQueues(Queues):
     ) -> None:
         self._store = store
         self._feeds = Feeds(store.path, clock)
-        self._bounds = [each for each in bounds if each.messages or each.seconds]
+        self.set_bounds(bounds)
         self._trimmed = self._trimmed_before = 0
         self._said = -math.inf  # when the log said last that something was, by time.monotonic
         self._closed = False
@@ -224,6 +224,10 @@ class EmbeddedQueues(Queues):
         finally:
             with self._feeds.lock:
                 self._feeds.close(consumer)
+
+    def set_bounds(self, bounds: Sequence[Bounds]) -> None:
+        """Keep other queues, or the same ones within other bounds, from the next minute on."""
+        self._bounds = [each for each in bounds if each.messages or each.seconds]
 
     async def depths(self) -> list[Depth]:
         def look() -> list[Depth]:
