@@ -8,7 +8,10 @@ from mailerq.queues.interface import (
     Lease,
     Publication,
     Queues,
+    Receiver,
     Settlement,
+    Subscription,
+    Taken,
 )
 
 __all__ = [
@@ -19,5 +22,8 @@ __all__ = [
     "Lease",
     "Publication",
     "Queues",
+    "Receiver",
     "Settlement",
+    "Subscription",
+    "Taken",
 ]

@@ -190,8 +190,10 @@ class Fetcher:
                     row.id,
                     row.queue,
                     message,
-                    row.due,
+                    "",
                     len(row.properties) + len(row.data or b""),
+                    True,
+                    row.due,
                     row.body,
                     row.body_crc,
                     message.body,
@@ -221,7 +223,7 @@ class Fetcher:
         logger.error(
             "queue %s: message %d goes to queue %s: %s", feed.queue, row.id, DAMAGED_QUEUE, reason
         )
-        lease = HeldLease(row.id, feed.queue, Message(), 0, 0, None, None, None)
+        lease = HeldLease(row.id, feed.queue, Message())
         feed.held[row.id] = lease
         insert = prepare(aside(row, reason), self._feeds.clock())
         self._write(Request([insert], removals=[lease]))

@@ -64,11 +64,10 @@ would be read in such few otherwise, with two queries each time, and the reader 
 class HeldLease(Lease, eq=False):
     """A lease as this backend knows it: where the message lies, and who has it."""
 
-    due: int
-    size: int
-    reference: int | None
-    body_crc: int | None
-    stored_body: bytes | None
+    due: int = 0
+    reference: int | None = None
+    body_crc: int | None = None
+    stored_body: bytes | None = None
     consumer: EmbeddedConsumer | None = None
     settling: bool = False
 

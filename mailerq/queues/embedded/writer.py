@@ -245,7 +245,7 @@ class Writer:
                 given.add(id(properties))
                 message = Message(properties, insert.body)
                 lease = HeldLease(
-                    insert.id, insert.queue, message, insert.due, insert.size, None, None, None
+                    insert.id, insert.queue, message, "", insert.size, True, insert.due
                 )
                 feed.hold(lease, consumer)
                 reserved[insert.id] = lease
