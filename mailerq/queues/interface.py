@@ -61,7 +61,8 @@ class Lease(msgspec.Struct, eq=False):
     `id` is the backend's own number of the message; it is never used twice. `destination` is
     the key that the message waits under (`mailerq.rules.destinations`), empty in queues that are
     not sorted. While `loaded` is false the body is only in the queue: `message.body` is None, and
-    `Subscription.load` fetches it.
+    `Subscription.load` fetches it. `since` is when the message became due, seconds since 1970;
+    0: the backend does not know.
     """
 
     id: int
@@ -71,6 +72,7 @@ class Lease(msgspec.Struct, eq=False):
     size: int = 0
     """Bytes of properties and body together."""
     loaded: bool = True
+    since: float = 0.0
 
 
 class Settlement(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import trio
+import trio.testing
 
 from mailerq.config import Config
 from mailerq.errors import MessageError, QueueError
@@ -19,7 +20,10 @@ from mailerq.net.logs import LogFile
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.outbound.dispatcher import Dispatcher
-from mailerq.queues import Consumer, Depth, Entry, Lease, Publication, Queues, Settlement
+from mailerq.outbound.openings import Openings
+from mailerq.queues import Depth, Entry, Lease, Publication, Queues, Settlement
+from mailerq.queues.interface import Receiver, Subscription, Taken
+from mailerq.rules.destinations import place_of
 
 NOW = 1_767_268_800.0  # 2026-01-01 12:00:00
 
@@ -38,6 +42,12 @@ class MemoryQueues(Queues):
         self.object_to: Callable[[Settlement], Exception | None] = lambda settlement: None
         self.may_ack = trio.Event()
         self.may_ack.set()
+        self.subscriptions: dict[str, MemorySubscription] = {}
+        self.late_above = 1 << 30
+        """Bodies of more bytes are not loaded when a message is taken."""
+        self.late: dict[int, bytes | None] = {}
+        self.loads = 0
+        self.on_time: Callable[[], None] = lambda: None
         self._ids = 0
         self._changed = trio.Event()
 
@@ -50,6 +60,7 @@ class MemoryQueues(Queues):
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
+        self.on_time()
         self.touch()
 
     def touch(self) -> None:
@@ -62,7 +73,27 @@ class MemoryQueues(Queues):
                 await self._changed.wait()
 
     def put(self, message: Message, due: float | None = None, queue: str = "outbox") -> None:
-        self.queues[queue].append((due or 0.0, message))
+        entry = (due or 0.0, message)
+        subscription = self.subscriptions.get(queue)
+        if subscription is None or not subscription.hand_over(entry):
+            self.queues[queue].append(entry)
+            if subscription is not None:
+                subscription.note(entry)
+
+    def lease(self, queue: str, entry: tuple[float, Message]) -> Lease:
+        """Lease a message that is in no list any more."""
+        self._ids += 1
+        message = entry[1]
+        lease = Lease(self._ids, queue, message, place_of(message.properties).destination)
+        lease.since = entry[0]
+        lease.size = len(message.body or b"")
+        if lease.size > self.late_above:
+            lease.loaded = False
+            lease.message = Message(message.properties)
+            self.late[lease.id] = message.body
+        self.leased[lease.id] = lease
+        self.touch()
+        return lease
 
     async def publish(self, publications: Sequence[Publication]) -> None:
         for publication in publications:
@@ -86,31 +117,38 @@ class MemoryQueues(Queues):
                 raise error
         self.groups.append(len(settlements))
         for settlement in settlements:
-            del self.leased[settlement.lease.id]
-            await self.publish(settlement.publications)
+            lease = settlement.lease
+            del self.leased[lease.id]
+            for each in settlement.publications:
+                message = each.message
+                if each.queue == lease.queue and not lease.loaded:
+                    message = Message(message.properties, self.late[lease.id])
+                self.put(message, each.due, each.queue)
+            self.late.pop(lease.id, None)
         self.touch()
 
     def release(self, lease: Lease) -> None:
         del self.leased[lease.id]
         self.released.append(lease)
-        self.put(lease.message)
+        body = self.late.pop(lease.id, lease.message.body)
+        self.queues[lease.queue].append((lease.since, Message(lease.message.properties, body)))
         self.touch()
 
-    @asynccontextmanager
-    async def consume(self, queue: str, *, prefetch: int) -> AsyncIterator[Consumer]:
-        yield _MemoryConsumer(self, queue, prefetch)
+    def consume(self, queue: str, *, prefetch: int) -> Any:
+        raise NotImplementedError
 
-    def take(self, queue: str, prefetch: int) -> Lease | None:
-        if len(self.leased) >= prefetch:
-            return None
-        for entry in self.queues[queue]:
-            if entry[0] <= self.now:
-                self.queues[queue].remove(entry)
-                self._ids += 1
-                self.leased[self._ids] = Lease(self._ids, queue, entry[1])
-                self.touch()
-                return self.leased[self._ids]
-        return None
+    @asynccontextmanager
+    async def subscribe(
+        self, queue: str, receiver: Receiver, *, prefetch: int, window: int
+    ) -> AsyncIterator[MemorySubscription]:
+        subscription = MemorySubscription(self, queue, receiver, prefetch, window)
+        self.subscriptions[queue] = subscription
+        try:
+            for entry in self.queues[queue]:
+                subscription.note(entry)
+            yield subscription
+        finally:
+            del self.subscriptions[queue]
 
     async def depths(self) -> list[Depth]:
         raise NotImplementedError
@@ -128,15 +166,79 @@ class MemoryQueues(Queues):
         self.touch()
 
 
-class _MemoryConsumer(Consumer):
-    def __init__(self, queues: MemoryQueues, queue: str, prefetch: int) -> None:
-        self.queues, self.queue, self.prefetch = queues, queue, prefetch
+class MemorySubscription(Subscription):
+    """A queue sorted by destination, as `mailerq.queues.interface` describes it."""
 
-    async def receive(self) -> Lease:
+    def __init__(
+        self, queues: MemoryQueues, queue: str, receiver: Receiver, prefetch: int, window: int
+    ) -> None:
+        self.queues, self.queue, self.receiver = queues, queue, receiver
+        self.prefetch, self.window = prefetch, window
+        self.windows: dict[str, int] = {}
+        self.takes: list[tuple[str, int]] = []
+        self.waits: set[str] = set()
+        """Destinations of which the receiver knows that mail is due in the queue."""
+        self.token = trio.lowlevel.current_trio_token()
+
+    def _of(self, destination: str) -> list[tuple[float, Message]]:
+        entries = self.queues.queues[self.queue]
+        return [e for e in entries if place_of(e[1].properties).destination == destination]
+
+    def hand_over(self, entry: tuple[float, Message]) -> bool:
+        """Whether a message goes to the receiver directly."""
+        destination = place_of(entry[1].properties).destination
+        leased = [x for x in self.queues.leased.values() if x.destination == destination]
+        if (
+            entry[0] > self.queues.now
+            or len(self.queues.leased) >= self.prefetch
+            or len(leased) >= self.windows.get(destination, self.window)
+            or any(due <= self.queues.now for due, _ in self._of(destination))
+        ):
+            return False
+        lease = self.queues.lease(self.queue, entry)
+        self.token.run_sync_soon(self.receiver.arrived, [lease])
+        return True
+
+    def note(self, entry: tuple[float, Message]) -> None:
+        """A message lies in the queue from now on; a backlog is mentioned once."""
+        destination = place_of(entry[1].properties).destination
+        if entry[0] > self.queues.now:
+            self.receiver.waiting(destination, entry[0])
+        elif destination not in self.waits:
+            self.waits.add(destination)
+            self.token.run_sync_soon(self.receiver.waiting, destination, entry[0])
+
+    def set_window(self, destination: str, messages: int) -> None:
+        self.windows[destination] = messages
+
+    async def take(self, destination: str, limit: int) -> Taken:
         await trio.lowlevel.checkpoint()
-        while (lease := self.queues.take(self.queue, self.prefetch)) is None:
-            await self.queues._changed.wait()
-        return lease
+        self.takes.append((destination, limit))
+        now = self.queues.now
+        entries = sorted(self._of(destination), key=lambda e: (-priority_of(e[1]), e[0]))
+        due = [entry for entry in entries if entry[0] <= now]
+        for entry in due[:limit]:
+            self.queues.queues[self.queue].remove(entry)
+        leases = [self.queues.lease(self.queue, entry) for entry in due[:limit]]
+        if len(due) <= limit:
+            self.waits.discard(destination)
+        later = [entry[0] for entry in entries if entry[0] > now]
+        return Taken(leases, len(due) > limit, min(later, default=None))
+
+    async def load(self, lease: Lease) -> None:
+        await trio.lowlevel.checkpoint()
+        assert not lease.loaded
+        lease.message.body = self.queues.late[lease.id]
+        lease.loaded = True
+        self.queues.loads += 1
+
+    def forget(self, destination: str) -> None:
+        self.windows.pop(destination, None)
+
+
+def priority_of(message: Message) -> int:
+    priority = message.properties.get("priority")
+    return priority if isinstance(priority, int) else 0
 
 
 class StubPlugins:
@@ -184,7 +286,7 @@ class StubPlugins:
 
 
 class StubWorker:
-    """A worker in the loop of the test, or in a thread of its own."""
+    """A worker in the loop of the test."""
 
     def __init__(self, index: int, nursery: trio.Nursery, context: Any) -> None:
         self.index = index
@@ -348,7 +450,7 @@ class Bench:
     peer: Peer
     port: int
     dispatcher: Dispatcher
-    workers: list[StubWorker]
+    worker: StubWorker
 
     def send(self, recipient: str = "c@d.test", body: str | None = "hi\r\n", **more: Any) -> None:
         message = Message({"envelope": "a@b.test", "recipient": recipient, **more})
@@ -362,6 +464,18 @@ class Bench:
         assert len(self.queues[queue]) == count
         return [message.results[-1] for message in self.queues[queue]]
 
+    async def pass_time(self, seconds: float) -> None:
+        """Let time pass once nothing is under way, for hosts that are down as well."""
+        flows = self.dispatcher._flows
+        await self.queues.until(
+            lambda queues: (
+                not queues.leased and (not queues.due or any(flow.down for flow in flows))
+            )
+        )
+        self.queues.pass_time(seconds)
+        self.dispatcher.flush()
+        await trio.testing.wait_all_tasks_blocked()
+
     async def retried(self) -> dict[str, Any]:
         (result,) = await self.results("retry")
         return result
@@ -373,7 +487,6 @@ async def open_bench(
     plugins: StubPlugins | None = None,
     resolver: StubResolver | None = None,
     address: str = "127.0.0.1",
-    threads: int = 1,
     send_log: LogFile | None = None,
     slots: Slots | None = None,
     **settings: Any,
@@ -398,40 +511,24 @@ async def open_bench(
                 **settings,
             }
         )
-        workers = [StubWorker(0, nursery, plugins)]
-        workers += [await open_thread(nursery, index, plugins) for index in range(1, threads)]
+        worker = StubWorker(0, nursery, plugins)
         dispatcher = Dispatcher(
             config,
             queues,
-            workers,  # type: ignore[arg-type]
+            worker,  # type: ignore[arg-type]
             plugins=plugins,  # type: ignore[arg-type]
             resolver=resolver or StubResolver(),  # type: ignore[arg-type]
-            slots=slots or Slots(100),
+            openings=Openings(slots or Slots(100), worker),  # type: ignore[arg-type]
             send_log=send_log,
             clock=lambda: queues.now,
+            lot=lambda: 0.5,
         )
+        queues.on_time = dispatcher.wake
         await nursery.start(dispatcher.run)
         try:
-            yield Bench(queues, peer, port, dispatcher, workers)
+            yield Bench(queues, peer, port, dispatcher, worker)
         finally:
             with trio.CancelScope(shield=True):
                 with trio.fail_after(20):
                     await dispatcher.stop(0)
-            for worker in workers[1:]:
-                worker.call(worker.nursery.cancel_scope.cancel)
             nursery.cancel_scope.cancel()
-
-
-async def open_thread(nursery: trio.Nursery, index: int, plugins: StubPlugins) -> StubWorker:
-    home = trio.lowlevel.current_trio_token()
-
-    async def main(task_status: trio.TaskStatus[StubWorker]) -> None:
-        async def loop() -> None:
-            async with trio.open_nursery() as inner:
-                home.run_sync_soon(task_status.started, StubWorker(index, inner, plugins))
-                await trio.sleep_forever()
-
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(trio.run, loop)
-
-    return await nursery.start(main)
