@@ -161,7 +161,7 @@ class Config:
         1,
         NUMBER,
         SERVER,
-        "Worker threads, each with its own plugin context, for mail in and out.",
+        "Worker threads, each with its own plugin context, for incoming mail; the first sends.",
         minimum=1,
         maximum=1024,
         aliases=("max-threads",),
@@ -187,7 +187,7 @@ class Config:
         NUMBER,
         SERVER,
         "Outgoing connections at a time.",
-        unset="as smtp-connections",
+        unset="half of smtp-connections",
         minimum=1,
     )
     smtp_timeout: float = setting(
@@ -526,7 +526,7 @@ class Config:
         20,
         NUMBER,
         DELIVERY,
-        "Connections to one domain at a time; 0: no limit.",
+        "Connections to the hosts of a domain at a time; 0: no limit.",
         unlimited=True,
     )
     connection_maxmessages: int = setting(

@@ -40,6 +40,7 @@ from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
 from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
+from mailerq.outbound.openings import Openings
 from mailerq.plugins import (
     Answer,
     Connection,
@@ -123,7 +124,7 @@ class Engine:
         self._listener: Listener
         self._send_log: LogFile | None
         self._resolver: Resolver
-        self._slots: Slots
+        self._openings: Openings
         self._misspelt = Misspelt()
         self._deliveries: dict[int, _Delivery] = {}
         self._watchdog: Watchdog
@@ -242,7 +243,8 @@ class Engine:
         )
         self._send_log = _log_file(config, "send-log-file", stack)
         self._resolver = Resolver(config)
-        self._slots = Slots(_limit(config.smtp_connections_out), within=connections)
+        outgoing = config.smtp_connections_out or max(connections.limit // 2, 1)
+        self._openings = Openings(Slots(outgoing, within=connections), self._workers[0])
         self._listener = Listener(self._server, self._workers, ports, incoming)
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
@@ -267,11 +269,11 @@ class Engine:
         dispatcher = Dispatcher(
             self.config,
             queues,
-            self._workers,
+            self._workers[0],
             plugins=self.plugins,
             resolver=self._resolver,
+            openings=self._openings,
             send_log=self._send_log,
-            slots=self._slots,
             misspelt=self._misspelt,
         )
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
@@ -519,6 +521,8 @@ class Engine:
     def _wake(self, request: control.Request) -> dict[str, bool]:
         for delivery in self._deliveries.values():
             delivery.queues.wake()
+            if request.get("everything"):
+                delivery.dispatcher.flush()
         return {"ok": True}
 
     def _message_ids(self, request: control.Request) -> dict[str, list[str]]:

@@ -304,9 +304,7 @@ class Dispatcher:
             # A defect of ours must not stop the mail behind it.
             log.exception("message %d cannot be handled", lease.id)
             properties.setdefault("seen", format_time(seen))
-            expires = expires_at(
-                properties, now=seen, max_delivertime=self.config.max_delivertime
-            )
+            expires = expires_at(properties, now=seen, max_delivertime=self.config.max_delivertime)
             self._settlements.finish(lease, Report(responses.OWN_FAULT), expires)
             return None
 
@@ -339,7 +337,7 @@ class Dispatcher:
         flows, ips, demands = site.flows, job.plan.local_ips, job.plan.demands
         local_ip = None
         if ips:
-            fitting = [ip for ip in ips if site.fits(ip)] or ips
+            fitting = [ip for ip in ips if site.fits(ip)] or list(ips)
             usable = [ip for ip in fitting if not self.memory.is_aside(ip)] or fitting
             able = [ip for ip in usable if not ((f := flows.get((ip, demands))) and f.down)]
             able = able or usable

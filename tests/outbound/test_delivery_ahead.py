@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from mailerq.outbound import sites
 from mailerq.outbound import session as outgoing
+from mailerq.outbound import sites
 from tests.outbound.kit import Mail, PeerConnection, Script, StubPlugins, open_bench
 from tests.wire.step_kit import TAKEN, Fate, Fault, Server, faults
 

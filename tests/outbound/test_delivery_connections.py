@@ -11,7 +11,6 @@ import trio.testing
 
 from mailerq.message import Message
 from mailerq.net.slots import Slots
-from mailerq.outbound import flow
 from mailerq.rules import routes
 from tests.outbound.kit import (
     Bench,

@@ -193,6 +193,7 @@ class Fetcher:
                     "",
                     len(row.properties) + len(row.data or b""),
                     True,
+                    row.due / 1000,
                     row.due,
                     row.body,
                     row.body_crc,

@@ -245,8 +245,9 @@ class Writer:
                 given.add(id(properties))
                 message = Message(properties, insert.body)
                 lease = HeldLease(
-                    insert.id, insert.queue, message, "", insert.size, True, insert.due
-                )
+                    insert.id, insert.queue, message, "", insert.size, True, insert.due / 1000,
+                    insert.due,
+                )  # fmt: skip
                 feed.hold(lease, consumer)
                 reserved[insert.id] = lease
 
