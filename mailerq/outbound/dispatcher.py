@@ -478,7 +478,7 @@ class Dispatcher:
         if job is not None:
             self._place(job, await self._sites.find(job.plan.route), flow)
         if job is None or job.flow is not flow:
-            flow.nothing_to_ask()
+            flow.not_asked()
 
     def flush(self) -> None:
         """Try now what waits for a host that was down, and look at all times."""

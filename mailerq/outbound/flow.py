@@ -57,6 +57,9 @@ ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
 """The pause after which one message asks whether a site that was down answers."""
 
+NEXT_LOOK_SECONDS: Final = 0.1
+"""How soon more mail is looked at, where what was looked at could not ask."""
+
 FIRST_WINDOW: Final = 32
 MAX_WINDOW: Final = 500
 """Messages of a flow in memory."""
@@ -361,10 +364,14 @@ class Flow:
         self._held_until = self._down_until = 0.0
         self._dispatcher.look_at(self, 0.0)
 
-    def nothing_to_ask(self) -> None:
-        """There was no mail to ask with."""
+    def not_asked(self) -> None:
+        """There was no mail to ask with in what was looked at."""
         self.asking = False
-        if not self.jobs and not self.sessions:
+        if self.ready:
+            # All of it had expired, or it goes elsewhere now.
+            self._down_until = monotonic() + NEXT_LOOK_SECONDS
+            self._dispatcher.look_at(self, self._down_until)
+        elif not self.jobs and not self.sessions:
             self.down = False
             self.pump()
 

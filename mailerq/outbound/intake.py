@@ -30,7 +30,7 @@ from mailerq.errors import QueueError
 from mailerq.net.logs import Ration
 from mailerq.outbound.flow import FIRST_WINDOW
 from mailerq.outbound.timers import Times
-from mailerq.queues import Lease, Receiver, Subscription
+from mailerq.queues import Lease, Subscription
 
 if TYPE_CHECKING:
     from mailerq.outbound.dispatcher import Dispatcher
@@ -53,8 +53,6 @@ READ_AGAIN_SECONDS: Final = 5.0
 class Destination:
     """Mail of the queue that has the same ways to go, and what is known of it."""
 
-    __slots__ = ("flows", "group", "key", "news", "placing", "taking", "waits", "window")
-
     def __init__(self, key: str) -> None:
         self.key = key
         self.flows: dict[Flow, None] = {}
@@ -67,8 +65,8 @@ class Destination:
         self.window = 0  # what the queue was told
 
 
-class Intake(Receiver):
-    """The mail of the outbox, by destination."""
+class Intake:
+    """The mail of the outbox, by destination: the `Receiver` of the queue."""
 
     def __init__(self, dispatcher: Dispatcher, most: int) -> None:
         self.leased = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +28,44 @@ from mailerq.rules.destinations import place_of
 NOW = 1_767_268_800.0  # 2026-01-01 12:00:00
 
 
+Waiting = tuple[float, Message]
+"""When a message is due, and the message."""
+
+
+class ByDestination:
+    """A list of what waits that finds the mail of a destination at once."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Waiting] = {}
+        self._of: dict[str, dict[int, Waiting]] = defaultdict(dict)
+        self._count = 0
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def append(self, entry: Waiting) -> None:
+        self._count += 1
+        self._entries[self._count] = entry
+        self._of[place_of(entry[1].properties).destination][self._count] = entry
+
+    def of(self, destination: str) -> dict[int, Waiting]:
+        return self._of.get(destination, {})
+
+    def pop(self, destination: str, number: int) -> Waiting:
+        del self._entries[number]
+        return self._of[destination].pop(number)
+
+
 class MemoryQueues(Queues):
     """Queues that forget everything with the process, and fail when they are told to."""
 
     def __init__(self) -> None:
         self.now = NOW
-        self.queues: dict[str, list[tuple[float, Message]]] = defaultdict(list)
+        self.outbox = ByDestination()
+        self.queues: dict[str, Any] = defaultdict(list, outbox=self.outbox)
         self.leased: dict[int, Lease] = {}
         self.released: list[Lease] = []
         self.groups: list[int] = []
@@ -67,20 +99,20 @@ class MemoryQueues(Queues):
         self._changed.set()
         self._changed = trio.Event()
 
-    async def until(self, condition: Callable[[MemoryQueues], bool]) -> None:
-        with trio.fail_after(10):
+    async def until(self, condition: Callable[[MemoryQueues], bool], seconds: float = 10) -> None:
+        with trio.fail_after(seconds):
             while not condition(self):
                 await self._changed.wait()
 
     def put(self, message: Message, due: float | None = None, queue: str = "outbox") -> None:
-        entry = (due or 0.0, message)
+        entry = (self.now if due is None else due, message)
         subscription = self.subscriptions.get(queue)
         if subscription is None or not subscription.hand_over(entry):
             self.queues[queue].append(entry)
             if subscription is not None:
                 subscription.note(entry)
 
-    def lease(self, queue: str, entry: tuple[float, Message]) -> Lease:
+    def lease(self, queue: str, entry: Waiting) -> Lease:
         """Lease a message that is in no list any more."""
         self._ids += 1
         message = entry[1]
@@ -173,6 +205,7 @@ class MemorySubscription(Subscription):
         self, queues: MemoryQueues, queue: str, receiver: Receiver, prefetch: int, window: int
     ) -> None:
         self.queues, self.queue, self.receiver = queues, queue, receiver
+        self.entries: ByDestination = queues.queues[queue]
         self.prefetch, self.window = prefetch, window
         self.windows: dict[str, int] = {}
         self.takes: list[tuple[str, int]] = []
@@ -180,26 +213,24 @@ class MemorySubscription(Subscription):
         """Destinations of which the receiver knows that mail is due in the queue."""
         self.token = trio.lowlevel.current_trio_token()
 
-    def _of(self, destination: str) -> list[tuple[float, Message]]:
-        entries = self.queues.queues[self.queue]
-        return [e for e in entries if place_of(e[1].properties).destination == destination]
-
-    def hand_over(self, entry: tuple[float, Message]) -> bool:
+    def hand_over(self, entry: Waiting) -> bool:
         """Whether a message goes to the receiver directly."""
         destination = place_of(entry[1].properties).destination
-        leased = [x for x in self.queues.leased.values() if x.destination == destination]
         if (
             entry[0] > self.queues.now
             or len(self.queues.leased) >= self.prefetch
-            or len(leased) >= self.windows.get(destination, self.window)
-            or any(due <= self.queues.now for due, _ in self._of(destination))
+            or self.held(destination) >= self.windows.get(destination, self.window)
+            or any(due <= self.queues.now for due, _ in self.entries.of(destination).values())
         ):
             return False
         lease = self.queues.lease(self.queue, entry)
         self.token.run_sync_soon(self.receiver.arrived, [lease])
         return True
 
-    def note(self, entry: tuple[float, Message]) -> None:
+    def held(self, destination: str) -> int:
+        return sum(lease.destination == destination for lease in self.queues.leased.values())
+
+    def note(self, entry: Waiting) -> None:
         """A message lies in the queue from now on; a backlog is mentioned once."""
         destination = place_of(entry[1].properties).destination
         if entry[0] > self.queues.now:
@@ -215,15 +246,16 @@ class MemorySubscription(Subscription):
         await trio.lowlevel.checkpoint()
         self.takes.append((destination, limit))
         now = self.queues.now
-        entries = sorted(self._of(destination), key=lambda e: (-priority_of(e[1]), e[0]))
-        due = [entry for entry in entries if entry[0] <= now]
-        for entry in due[:limit]:
-            self.queues.queues[self.queue].remove(entry)
-        leases = [self.queues.lease(self.queue, entry) for entry in due[:limit]]
+        entries = self.entries.of(destination).items()
+        due = sorted((-priority_of(m), due, n) for n, (due, m) in entries if due <= now)
+        later = min((due for _, (due, _) in entries if due > now), default=None)
+        leases = [
+            self.queues.lease(self.queue, self.entries.pop(destination, number))
+            for _, _, number in due[:limit]
+        ]
         if len(due) <= limit:
             self.waits.discard(destination)
-        later = [entry[0] for entry in entries if entry[0] > now]
-        return Taken(leases, len(due) > limit, min(later, default=None))
+        return Taken(leases, len(due) > limit, later)
 
     async def load(self, lease: Lease) -> None:
         await trio.lowlevel.checkpoint()
@@ -463,6 +495,12 @@ class Bench:
         await self.queues.until(lambda queues: len(queues[queue]) >= count)
         assert len(self.queues[queue]) == count
         return [message.results[-1] for message in self.queues[queue]]
+
+    async def until(self, condition: Callable[[dict[str, Any]], bool]) -> None:
+        """Wait until the statistics are as they should be."""
+        with trio.fail_after(10):
+            while not condition(self.dispatcher.statistics()):
+                await trio.testing.wait_all_tasks_blocked(0.002)
 
     async def pass_time(self, seconds: float) -> None:
         """Let time pass once nothing is under way, for hosts that are down as well."""

@@ -58,6 +58,9 @@ class StubFlow:
     def settle(self, session: Session, job: Job, report: Any) -> None:
         session.settled()
 
+    def give_back(self, job: Job, *, ahead: bool = False) -> None:
+        self.jobs.append(job)
+
     def ended(self, session: Session, report: Any) -> None:
         pass
 

@@ -1,0 +1,27 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Settlements:
+    cdef public Py_ssize_t _settling
+    cdef public list _unsettled
+    cdef public dict _result_queues
+    cdef public object nursery, _config, _outbox, _report_queue, _queues, _told, _counters
+    cdef public object _send_log, _clock, _lot, _say_unwritten, _say_reduced, _say_failure
+    cdef public object _settlers, _settled
+    cdef object __weakref__
+
+    cpdef hold(self, lease, until)
+    cpdef finish(self, lease, report, expires=*, job=*, session=*)
+    cpdef _tell_failure(self, message, result, queues)
+    cpdef _add(self, finished)
+    cpdef _is_possible(self, publication)
+
+
+cpdef _result(report, attempt, now)
+cpdef _copy(properties, body)
+cpdef _set_aside(message, error)
+cpdef _shown(value)
+cpdef _log_line(message, result)
