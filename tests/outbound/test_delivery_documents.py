@@ -20,6 +20,7 @@ from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.session import Job
 from mailerq.queues import Lease, Publication
 from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.opening import open_embedded
 from mailerq.rules.documents import examine, problems
 from mailerq.rules.retry import not_before
 from mailerq.wire.smtp import Reply
@@ -83,7 +84,7 @@ async def publish_and_deliver(documents: list[dict[str, Any]], checked: bool = F
     )
     with tempfile.TemporaryDirectory() as directory, trio.fail_after(60):
         async with (
-            EmbeddedQueues.open(directory, clock=lambda: NOW) as queues,
+            open_embedded(directory, clock=lambda: NOW) as queues,
             trio.open_nursery() as nursery,
         ):
             taken = 0
