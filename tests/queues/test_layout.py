@@ -126,7 +126,7 @@ async def test_mail_of_an_old_file_is_sorted_while_it_is_taken(
             # What is due longest is sorted first: mail flows before all is sorted.
             taken = await subscription.take(next(iter(told.due)), 1)
             await queues.ack([Settlement(lease) for lease in taken.leases])
-            while "were sorted by destination" not in caplog.text:
+            while "were sorted by destination" not in caplog.text:  # noqa: ASYNC110
                 await trio.sleep(0.01)
             assert set(told.due) == {
                 place_of(old.properties).destination
