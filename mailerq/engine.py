@@ -53,10 +53,7 @@ from mailerq.plugins import (
     check_handler,
 )
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
-from mailerq.queues.embedded.queue_file import Bounds
-from mailerq.queues.embedded.queues import EmbeddedQueues
-from mailerq.queues.embedded.shares import share_directory, shares_in
-from mailerq.queues.opening import make_directory
+from mailerq.queues.opening import make_directory, open_queues, shares_in
 from mailerq.rules.access import Access
 from mailerq.rules.documents import problems
 from mailerq.rules.steering import Steering
@@ -113,7 +110,7 @@ class Engine:
         """By default it has the queue directory as a whole.
 
         With a `share` it is one of several processes that work in a directory: it has only that
-        one (see `mailerq.queues.embedded.shares`), and lets the others listen on its ports as well.
+        one (see `mailerq.queues.opening`), and lets the others listen on its ports as well.
         """
         self.config = config if config is not None else Config.load()
         self._share = share
@@ -197,8 +194,7 @@ class Engine:
         for event, handler in self._handlers:
             plugins.on(event, handler)
         share = self._share or 0
-        directory = share_directory(config.queue_directory, share)
-        self.queues = await stack.enter_async_context(self._open_queues(directory))
+        self.queues = await stack.enter_async_context(open_queues(config, share))
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
@@ -258,12 +254,6 @@ class Engine:
         await nursery.start(self._listener.run)
         self._started = time.time()
 
-    def _open_queues(self, directory: str) -> AbstractAsyncContextManager[Queues]:
-        config = self.config
-        reports_only = not config.failure_is_named
-        bounds = Bounds(config.failure_queue, *config.failure_bounds, reports_only)
-        return EmbeddedQueues.open(directory, bounds=(bounds,))
-
     def _delivery(self, share: int, queues: Queues) -> _Delivery:
         """What delivers the outbox of a share, once its dispatcher runs."""
         dispatcher = Dispatcher(
@@ -294,10 +284,9 @@ class Engine:
     async def _take_over(
         self, share: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        directory = share_directory(self.config.queue_directory, share)
         delivery: _Delivery | None = None
         try:
-            async with self._open_queues(directory) as queues:
+            async with open_queues(self.config, share) as queues:
                 if self._stopping:
                     raise QueueError("the engine stops")
                 delivery = self._delivery(share, queues)
@@ -520,7 +509,7 @@ class Engine:
 
     def _wake(self, request: control.Request) -> dict[str, bool]:
         for delivery in self._deliveries.values():
-            delivery.queues.wake()
+            delivery.queues.wake(everything=bool(request.get("everything")))
             if request.get("everything"):
                 delivery.dispatcher.flush()
         return {"ok": True}

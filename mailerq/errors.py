@@ -15,6 +15,7 @@ __all__ = [
     "ConfigError",
     "EngineError",
     "MailerqError",
+    "MessageDamaged",
     "MessageError",
     "PluginError",
     "Problem",
@@ -103,3 +104,7 @@ class QueueFull(QueueError):
 
 class QueueDamaged(QueueError):
     """The queue file is damaged; a restart sets it aside and salvages what is readable."""
+
+
+class MessageDamaged(QueueError):
+    """A message in the queue cannot be used any more; it was set aside, and its lease is over."""

@@ -21,7 +21,7 @@ from mailerq.cli.supervisor import parent
 from mailerq.message import Message
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import share_directory
 from tests.crash.kit import (
     BODY,
@@ -126,7 +126,7 @@ async def test_a_mail_from_the_command_line_goes_out_at_once(
 
         # As the injector does it, ten times in a row: unasked, a queue looks once in a second.
         started = time.monotonic()
-        with Store.open(str(running.queue)) as store:
+        with QueueFile.open(str(running.queue)) as store:
             for number in range(10):
                 recipient = f"w{number}@d.test"
                 message = Message({"envelope": "a@b.test", "recipient": recipient}, BODY)
@@ -439,7 +439,7 @@ async def test_a_share_that_nobody_has_is_tried_again_after_a_while(
     compile_plugin(tmp_path / "plugins", "poison.c", POISON)
     cured = tmp_path / "cured"
     monkeypatch.setenv("CURED", str(cured))
-    with Store.open(share_directory(str(tmp_path / "queue"), 5)) as store:
+    with QueueFile.open(share_directory(str(tmp_path / "queue"), 5)) as store:
         message = Message({"envelope": "a@b.test", "recipient": "poison@d.test"}, BODY)
         store.publish([Publication("outbox", message)])
     async with open_sink() as sink:
@@ -509,7 +509,7 @@ async def test_fewer_processes_deliver_what_more_have_left(
 ) -> None:
     queue = tmp_path / "queue"
     for share in range(4):
-        with Store.open(share_directory(str(queue), share)) as store:
+        with QueueFile.open(share_directory(str(queue), share)) as store:
             store.publish([
                 Publication("outbox", Message({"envelope": "a@b.test", "recipient":
                                                f"s{share}-{number}@d.test"}, BODY))

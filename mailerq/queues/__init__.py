@@ -2,8 +2,10 @@
 
 from mailerq.queues.interface import (
     DAMAGED_QUEUE,
+    BrowsableQueues,
     Consumer,
     Depth,
+    DestinationDepth,
     Entry,
     Lease,
     Publication,
@@ -16,8 +18,10 @@ from mailerq.queues.interface import (
 
 __all__ = [
     "DAMAGED_QUEUE",
+    "BrowsableQueues",
     "Consumer",
     "Depth",
+    "DestinationDepth",
     "Entry",
     "Lease",
     "Publication",

@@ -1,4 +1,4 @@
-"""What a queue backend does: publish, consume, subscribe, ack, depth, browse, purge.
+"""What a queue backend does: publish, consume, subscribe, ack, depth, purge.
 
 The engine knows queues only by this page, so that the embedded queue and a broker can
 stand in for each other.
@@ -31,8 +31,10 @@ from mailerq.message import Message
 
 __all__ = [
     "DAMAGED_QUEUE",
+    "BrowsableQueues",
     "Consumer",
     "Depth",
+    "DestinationDepth",
     "Entry",
     "Lease",
     "Publication",
@@ -103,6 +105,18 @@ class Entry:
     queue: str
     due: float
     message: Message
+    size: int | None = None
+    """Bytes of the body, None without one; also where the body itself was not read."""
+
+
+@dataclass(slots=True, frozen=True)
+class DestinationDepth:
+    """How full one destination of a queue is; `first_due` is the earliest of its due times."""
+
+    destination: str
+    due: int
+    delayed: int
+    first_due: float
 
 
 class Consumer(ABC):
@@ -166,7 +180,10 @@ class Subscription(ABC):
 
     @abstractmethod
     async def load(self, lease: Lease) -> None:
-        """Fetch the body of a lease that is not `loaded`. Raises `QueueError`."""
+        """Fetch the body of a lease that is not `loaded`. Raises `QueueError`.
+
+        `MessageDamaged`: the body cannot be used; the message is set aside, and the lease is over.
+        """
 
     @abstractmethod
     def forget(self, destination: str) -> None:
@@ -229,17 +246,28 @@ class Queues(ABC):
         """How full each queue is, in the order of their names; empty ones may be missing."""
 
     @abstractmethod
-    async def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
-        """Read without taking: up to `limit` entries in the order of `id`, above `after`."""
-
-    @abstractmethod
     async def purge(self, queue: str) -> int:
         """Delete what is in a queue and not leased; how many that were."""
 
     @abstractmethod
-    def wake(self) -> None:
-        """Look now for messages that another process has published."""
+    def wake(self, *, everything: bool = False) -> None:
+        """Look now for messages that another process has published.
+
+        With `everything` also for those that it has made due sooner.
+        """
 
     @abstractmethod
     def statistics(self) -> dict[str, Any]:
         """What the backend has done since the start, as a tree of numbers."""
+
+
+class BrowsableQueues(Queues):
+    """Queues that can be looked into: what a broker does not do."""
+
+    @abstractmethod
+    async def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
+        """Read without taking: up to `limit` entries in the order of `id`, above `after`."""
+
+    @abstractmethod
+    async def destinations(self, queue: str) -> list[DestinationDepth]:
+        """How full each destination of a queue is, in the order of their keys."""

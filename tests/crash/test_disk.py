@@ -22,7 +22,7 @@ import trio
 from mailerq.cli import control
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import (
     BODY,
@@ -141,7 +141,7 @@ async def test_a_disk_that_fails_now_and_then(tmp_path: Path) -> None:
 
 
 async def test_a_queue_that_cannot_be_read_at_the_start_is_left_alone(tmp_path: Path) -> None:
-    with Store.open(str(tmp_path / "queue")) as store:
+    with QueueFile.open(str(tmp_path / "queue")) as store:
         store.publish(
             Publication("outbox", Message({"envelope": "a@b.test", "recipient": "c@d.test"}, BIG))
             for _ in range(100)

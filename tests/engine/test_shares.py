@@ -13,8 +13,7 @@ from mailerq import Engine, Message, QueueError
 from mailerq.inbound.listener import bind
 from mailerq.net import control
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queues import EmbeddedQueues
-from mailerq.queues.opening import open_exclusive
+from mailerq.queues.opening import open_embedded, open_exclusive
 from tests.support import configure, in_thread, open_sink
 
 
@@ -61,7 +60,7 @@ async def test_a_share_that_is_taken_over_twice_at_a_time_is_given_back_once(
             nursery.start_soon(take_over)
             nursery.start_soon(take_over)
         await engine.give_back(1)
-        async with EmbeddedQueues.open(str(tmp_path / "queue" / "share-1")):
+        async with open_embedded(str(tmp_path / "queue" / "share-1")):
             pass  # else its lock is still held
         assert refused <= 1
 

@@ -20,6 +20,7 @@ from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.openings import Openings
 from mailerq.queues import Publication
 from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.opening import open_embedded
 from mailerq.rules.documents import examine, problems
 from mailerq.rules.plan import Hold, Refuse, body_problem, plan
 from mailerq.rules.retry import not_before
@@ -84,7 +85,7 @@ async def publish_and_deliver(documents: list[dict[str, Any]], checked: bool = F
     )
     with tempfile.TemporaryDirectory() as directory, trio.fail_after(60):
         async with (
-            EmbeddedQueues.open(directory, clock=lambda: NOW) as queues,
+            open_embedded(directory, clock=lambda: NOW) as queues,
             trio.open_nursery() as nursery,
         ):
             taken = 0
@@ -110,6 +111,7 @@ async def publish_and_deliver(documents: list[dict[str, Any]], checked: bool = F
             await nursery.start(dispatcher.run)
             while not await is_quiet(queues, dispatcher, taken):  # noqa: ASYNC110
                 await trio.sleep(0.002)
+                dispatcher.flush()  # what waits for hosts that are down is tried as well
             await dispatcher.stop(5)
             nursery.cancel_scope.cancel()
             depths = {depth.queue: depth for depth in await queues.depths()}

@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -48,7 +49,7 @@ from mailerq.message import format_time
 from mailerq.net import control
 from mailerq.net.statistics import total
 from mailerq.privileges import as_owner, keep_for_ports
-from mailerq.queues.embedded.shares import shares_in
+from mailerq.queues.opening import shares_in
 
 __all__ = ["serve"]
 
@@ -393,7 +394,9 @@ class _Parent:
         }
 
     def _wake(self, request: control.Request) -> dict[str, bool]:
-        self._nursery.start_soon(self._ask_all, "wake")  # nobody waits for who stands still
+        everything = bool(request.get("everything"))
+        # Nobody waits for one that stands still.
+        self._nursery.start_soon(partial(self._ask_all, "wake", everything=everything))
         return {"ok": True}
 
     async def _message_ids(self, request: control.Request) -> dict[str, Any]:
@@ -414,13 +417,13 @@ class _Parent:
                 "themselves"
             )
 
-    async def _ask_all(self, command: str) -> dict[int, dict[str, Any] | None]:
+    async def _ask_all(self, command: str, **arguments: Any) -> dict[int, dict[str, Any] | None]:
         """The reply of each process, None of one that does not answer."""
         replies: dict[int, dict[str, Any] | None] = {}
 
         async def ask(child: Process) -> None:
             try:
-                replies[child.index] = await child.ask(command, ASK_SECONDS)
+                replies[child.index] = await child.ask(command, ASK_SECONDS, **arguments)
             except (Ended, MailerqError) as error:
                 log.error("%s: %s", command, error)
                 replies[child.index] = None

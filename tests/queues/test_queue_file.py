@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,25 @@ import pytest
 
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import LARGE_BYTES, PIECE_BYTES, Store
+from mailerq.queues.embedded.layout import UNSORTED
+from mailerq.queues.embedded.queue_file import LARGE_BYTES, PIECE_BYTES, QueueFile
 from mailerq.queues.embedded.records import Batch, Insert, Retry
+from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN, Wanted
 
 
-def publication(tag: int, queue: str = "outbox", due: float | None = 1e9) -> Publication:
-    return Publication(queue, Message({"tag": tag}, b"x" * tag), due)
+def publication(
+    tag: int, queue: str = "outbox", due: float | None = 1e9, **more: str
+) -> Publication:
+    return Publication(queue, Message({"tag": tag, **more}, b"x" * tag), due)
+
+
+def wanted(destination: str, limit: int, held: Sequence[int] = ()) -> Wanted:
+    """What a subscription reads of a destination."""
+    return Wanted("outbox", destination, 10**13, limit, held, FIRST_TURN, ANY_SIZE, False)
 
 
 def test_publish_look_take_and_purge(tmp_path: Path) -> None:
-    with Store.open(str(tmp_path / "new" / "directory")) as store:
+    with QueueFile.open(str(tmp_path / "new" / "directory")) as store:
         numbers = store.publish([publication(1), publication(2), publication(3, "other", 2e9)])
         assert [(depth.queue, depth.due, depth.delayed) for depth in store.depths(1.5e9)] == [
             ("other", 0, 1),
@@ -50,7 +59,7 @@ def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
     publications = [
         Publication("outbox", Message({"tag": tag}, body)) for tag, body in enumerate(bodies)
     ]
-    with Store.open(str(tmp_path)) as store:
+    with QueueFile.open(str(tmp_path)) as store:
         numbers = store.publish(publications)
         entries = store.browse("outbox")
         assert [entry.id for entry in entries] == numbers
@@ -64,7 +73,7 @@ def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
 
 
 def test_the_file_is_not_for_everybody(tmp_path: Path) -> None:
-    with Store.open(str(tmp_path / "queue")) as store:
+    with QueueFile.open(str(tmp_path / "queue")) as store:
         store.publish([publication(1)])
         for path in (tmp_path / "queue").iterdir():
             assert path.stat().st_mode & 0o007 == 0
@@ -82,7 +91,7 @@ def test_it_starts_without_an_event_loop() -> None:
     assert not {b"trio", b"ssl", b"asyncio", b"mailerq.queues.recovery.salvage"} & set(output)
 
 
-def steps(store: Store, work: Callable[[], Any]) -> int:
+def steps(store: QueueFile, work: Callable[[], Any]) -> int:
     """How many steps of SQLite's machine something takes."""
     total = 0
 
@@ -96,15 +105,16 @@ def steps(store: Store, work: Callable[[], Any]) -> int:
     return total
 
 
-def retry(store: Store, number: int) -> None:
-    insert = Insert(Message(), "outbox", 10**12, b"{}", None)
+def retry(store: QueueFile, number: int) -> None:
+    insert = Insert(Message(), "outbox", 10**12, *UNSORTED, b"{}", None)
     store.write(Batch(retries=[Retry(number, None, None, insert)]))
 
 
-WORK: dict[str, Callable[[Store], Any]] = {
-    "scan from the start": lambda store: store.scan("outbox", (-1, -1), 10**13, 10),
-    "scan among equal due": lambda store: store.scan("outbox", (10**12, 150), 10**13, 10),
-    "fetch": lambda store: store.fetch("outbox", [151, 152, 199]),
+WORK: dict[str, Callable[[QueueFile], Any]] = {
+    "take": lambda store: store.take(wanted("a.test", 10)),
+    "take behind what is held": lambda store: store.take(wanted("a.test", 10, range(101, 111))),
+    "take from a small one": lambda store: store.take(wanted("b.test", 10)),
+    "find the destinations": lambda store: store.places("outbox", UNSORTED, 100),
     "publish": lambda store: store.publish([publication(1)]),
     "remove": lambda store: store.remove([151]),
     "retry": lambda store: retry(store, 152),
@@ -117,8 +127,9 @@ WORK: dict[str, Callable[[Store], Any]] = {
 def test_a_full_queue_costs_no_more_than_an_empty_one(tmp_path: Path, work: str) -> None:
     costs = []
     for count in (300, 6000):
-        with Store.open(str(tmp_path / str(count))) as store:
+        with QueueFile.open(str(tmp_path / str(count))) as store:
             store.publish(publication(1, "other") for _ in range(100))
-            store.publish(publication(1) for _ in range(count))
+            store.publish(publication(1, recipient="x@a.test") for _ in range(count))
+            store.publish(publication(1, recipient="x@b.test") for _ in range(10))
             costs.append(steps(store, lambda store=store: WORK[work](store)))  # type: ignore[misc]
     assert 0 < costs[1] < 1.5 * costs[0]
