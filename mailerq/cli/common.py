@@ -14,7 +14,7 @@ from mailerq.escaping import escape
 
 __all__ = ["Parser", "complain", "dump_json", "positive", "print_json", "print_table"]
 
-FIRST_ROWS: Final = 1000
+FIRST_ROWS: Final = 200
 """Rows of a table that its columns are made to fit."""
 
 

@@ -32,9 +32,6 @@ __all__ = ["main"]
 Files = Sequence[QueueFile]
 """The shares of the queue directory, in their order."""
 
-PAGE: Final = 100
-"""Messages read at a time; each comes with its body."""
-
 MAX_ID: Final = 2**63 - 1
 
 
@@ -262,28 +259,20 @@ def _flush(files: Files, config: Config, options: Namespace, parser: Parser) -> 
 
 def _listed(files: Files, options: Namespace) -> Iterator[Entry]:
     """The messages that were asked for, in the order of their ids, without their bodies."""
-    left = options.limit
-    for file in files:
-        for entry in file.listed(options.queue, limit=left, after=options.after):
-            yield entry
-            if left is not None:
-                left -= 1
-        if left == 0:
-            break
+    listed = (
+        file.listed(options.queue, limit=options.limit, after=options.after) for file in files
+    )
+    return islice(chain.from_iterable(listed), options.limit)
 
 
 def _entries(files: Files, options: Namespace) -> Iterator[tuple[QueueFile, Entry]]:
     """The messages that were asked for, in the order of their ids, and where each lies."""
-    left = options.limit
-    for file in files:
-        numbers = file.numbers(options.queue, limit=left, after=options.after)
-        for start in range(0, len(numbers), PAGE):
-            for entry in file.entries(options.queue, numbers[start : start + PAGE]):
-                yield file, entry
-                if left is not None:
-                    left -= 1
-        if left == 0:
-            break
+    entries = (
+        (file, entry)
+        for file in files
+        for entry in file.all_entries(options.queue, limit=options.limit, after=options.after)
+    )
+    return islice(entries, options.limit)
 
 
 def _named(files: Files, options: Namespace) -> Iterator[tuple[QueueFile, Entry]]:

@@ -68,6 +68,9 @@ BEFORE_LANES: Final = -2
 PAGE: Final = 100
 """Messages that a listing reads at a time."""
 
+FIRST_NUMBERS: Final = 1000
+"""Messages that a listing looks for before it looks for all of them."""
+
 
 class Waiting(NamedTuple):
     """A message that waits, or the first in its lane: where, and until when (ms)."""
@@ -127,10 +130,30 @@ class QueueReader(SqliteFile):
 
     def listed(self, queue: str, *, limit: int | None = None, after: int = 0) -> Iterator[Entry]:
         """As `browse`, one by one, and without the bodies."""
-        numbers = self.numbers(queue, limit=limit, after=after)
-        for start in range(0, len(numbers), PAGE):
-            for *row, size in self._all(LISTED, (bind(numbers[start : start + PAGE]),)):
+        for numbers in self._pages(queue, limit, after):
+            for *row, size in self._all(LISTED, (bind(numbers),)):
                 yield _entry(Row._make(row), size, loaded=False)
+
+    def all_entries(
+        self, queue: str, *, limit: int | None = None, after: int = 0
+    ) -> Iterator[Entry]:
+        """As `browse`, one by one."""
+        for numbers in self._pages(queue, limit, after):
+            yield from self.entries(queue, numbers)
+
+    def _pages(self, queue: str, limit: int | None, after: int) -> Iterator[array[int]]:
+        """The numbers of a queue, some at a time."""
+        # The first ones are found long before all of a large queue.
+        first = FIRST_NUMBERS if limit is None else min(limit, FIRST_NUMBERS)
+        numbers = self.numbers(queue, limit=first, after=after)
+        while numbers:
+            for start in range(0, len(numbers), PAGE):
+                yield numbers[start : start + PAGE]
+            if limit is not None:
+                limit -= len(numbers)
+            if limit == 0 or len(numbers) < first:
+                return
+            numbers = self.numbers(queue, limit=limit, after=numbers[-1])
 
     def numbers(self, queue: str, *, limit: int | None = None, after: int = 0) -> array[int]:
         """The numbers of the messages of a queue, in order: those above `after`."""

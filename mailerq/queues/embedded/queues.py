@@ -227,6 +227,8 @@ class EmbeddedQueues(BrowsableQueues):
         """A taker for as long as the context lasts."""
         if prefetch < 1:
             raise ValueError(f"prefetch {prefetch}: expected 1 or more")
+        if not self._file.exclusive:
+            raise QueueError(f"{self._file.path}: only its daemon takes messages from it")
         with self._queues.changing():
             if self._closed:
                 raise QueueError("the queue is closed")

@@ -365,7 +365,10 @@ class Reader:
             with queues.lock:
                 queues.look_again()
             return
-        own = [numbers for numbers in list(self._own_numbers) if numbers.stop > self._known]
+        # The writer only adds to them.
+        while len(self._own_numbers) > 1 and self._own_numbers[0].stop <= self._known:
+            del self._own_numbers[0]
+        own = list(self._own_numbers)
         try:
             self._known, found = self._file.new_numbers(self._known, own)
         except QueueError:

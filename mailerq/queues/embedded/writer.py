@@ -153,6 +153,9 @@ class Writer:
                 if lately and all(request.settles for request in group):
                     self._gather(group, works, SETTLE_SECONDS)
                 self._commit(group)
+            if self._ended:
+                # What nobody waits for is done after the next start.
+                works = deque(work for work in works if work.task is not None)
             if works:
                 self._work(works)
 
