@@ -14,8 +14,6 @@ cdef class Settlements:
     cdef object __weakref__
 
     cpdef hold(self, lease, until)
-    cpdef finish(self, lease, report, expires=*, job=*, session=*)
-    cpdef _tell_failure(self, message, result, queues)
     cpdef _add(self, finished)
     cpdef _is_possible(self, publication)
 
