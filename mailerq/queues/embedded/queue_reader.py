@@ -198,7 +198,20 @@ class QueueReader(SqliteFile):
             raise self.failed(error) from error
 
     def row(self, number: int) -> Row | None:
-        """One message, with its body."""
+        """One message, with its body, which is in memory once meanwhile."""
+        found = self._all(ROW.replace("data FROM", "NULL FROM") + "WHERE m.id = ?", (number,))
+        if not found:
+            return None
+        row = Row(*found[0])
+        if not isinstance(row.body, int):
+            return row
+        place = ("body", number) if row.body == 0 else ("shared", row.body)
+        try:
+            # A query would bring a copy of SQLite's and one of ours.
+            with self.connection.blob_open("main", place[0], "data", place[1], False) as blob:
+                return row._replace(data=blob.read())
+        except apsw.Error:
+            pass  # there is none, or it is no blob
         found = self._all(ROW + "WHERE m.id = ?", (number,))
         return Row(*found[0]) if found else None
 

@@ -147,7 +147,8 @@ class Writer:
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         works: deque[Request] = deque()
         while not self._ended or works:
-            group = self._gather([], works)
+            group: list[Request] = []  # the last one's bodies may be large
+            self._gather(group, works)
             if group:
                 lately = time.monotonic() - self._published < PUBLISHED_SECONDS
                 if lately and all(request.settles for request in group):
