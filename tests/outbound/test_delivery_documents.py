@@ -109,7 +109,7 @@ async def publish_and_deliver(documents: list[dict[str, Any]], checked: bool = F
                 clock=lambda: NOW,
             )
             await nursery.start(dispatcher.run)
-            while not await is_quiet(queues, dispatcher, taken):  # noqa: ASYNC110
+            while not await is_quiet(queues, dispatcher, taken):
                 await trio.sleep(0.002)
                 dispatcher.flush()  # what waits for hosts that are down is tried as well
             await dispatcher.stop(5)
