@@ -63,7 +63,7 @@ WINDOW_SHARE: Final = 4
 LOOK_UP_SHARE: Final = 4
 """The part of them that may wait for names."""
 
-TICK_SECONDS: Final = 1.0
+TICK_SECONDS: Final = 0.5
 """How often it is looked whether a session is late; more often where timeouts are that short."""
 
 CLOCK_SECONDS: Final = 60.0
@@ -312,12 +312,25 @@ class Dispatcher:
         return body_problem(lease.message, supplied=self._plugins.listens("out_data"))
 
     async def _find(self, route: Route) -> None:
-        """Find the hosts of a target, and give the messages for it their places."""
-        found = await self._sites.find(route)
+        """Find the hosts of a target, and give the messages for it their places.
+
+        Where that takes long they wait in the queue, and are taken again when it is over.
+        """
+        found = await self._sites.find_quickly(route)
+        destinations = []
         for job in self._looking_up.pop(route, ()):
             self._looked_up -= 1
-            self._place(job, found)
-            self._intake.placed(job.lease.destination)
+            destinations.append(job.lease.destination)
+            if found is None:
+                self.put_back(job)
+            else:
+                self._place(job, found)
+        late = found is None and self._sites.crowded
+        if found is None and not late:
+            self._intake.serve()
+            await self._sites.find(route)
+        for destination in destinations:
+            self._intake.placed(destination, late=late)
 
     def _place(self, job: Job, found: Site | NoHosts, wanted: Flow | None = None) -> None:
         """Give a message to its flow."""
@@ -482,6 +495,7 @@ class Dispatcher:
 
     def flush(self) -> None:
         """Try now what waits for a host that was down, and look at all times."""
+        self._sites.forget_failures()
         for flow in list(self._flows):
             flow.end_holds()
         self.wake()

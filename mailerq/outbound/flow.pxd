@@ -6,7 +6,7 @@ cimport cython
 @cython.final
 cdef class Flow:
     cdef public Py_ssize_t held, window, sent, _allowed, _failures
-    cdef public bint refilling, proven, reserved, down, asking, _ahead
+    cdef public bint refilling, proven, reserved, patient, down, asking, _ahead
     cdef public double _down_until, _held_until
     cdef public object site, local_ip, demands, jobs, destinations, ready, sessions, opening
     cdef public object memory, _dispatcher, _config, _openings

@@ -94,6 +94,8 @@ class Flow:
         """A session was let in, and the flow has not been down since."""
         self.reserved = False
         """It has the right to try its site, and no connection yet; kept by `Openings`."""
+        self.patient = False
+        """Its hosts have not answered at once."""
         self.down = False
         self.asking = False
         self.memory = dispatcher.memory
@@ -215,6 +217,7 @@ class Flow:
         self._failures = 0
         self._allowed = min(2 * self._allowed, 1 << 20)
         self._end_try(session)
+        self.patient = False
         # The session takes the first job itself.
         self.pump(beside=1)
 
@@ -226,7 +229,9 @@ class Flow:
         self.opening.discard(session)
         self._end_try(session)
         self._dispatcher.session_over(session)
-        if was_opening and not self._dispatcher.stopping:
+        if was_opening and session.was_put_off:
+            self._wait_for_try()
+        elif was_opening and not self._dispatcher.stopping:
             self._not_let_in(report or Report(responses.OWN_FAULT))
         self.pump()
 
@@ -238,7 +243,7 @@ class Flow:
     def _end_try(self, session: Session) -> None:
         if session.is_try:
             session.is_try = False
-            self._openings.end_try(self)
+            self._openings.end_try(self, patient=session.patient)
 
     # Connections
 
@@ -307,10 +312,17 @@ class Flow:
         if (report := self._cannot_try()) is not None:
             self._not_let_in(report)
             return False
-        if not self._openings.take(self):
+        openings = self._openings
+        if not self.proven and not openings.reserve_try(self):
+            self._wait_for_try()
+            return False
+        if not openings.take(self):
+            if not self.sessions:
+                self._put_back(keep=1)
             return False
         session = Session(self, dispatcher.config, dispatcher.worker)
         session.is_try, self.reserved = self.reserved, False
+        session.patient = self.patient
         self.sessions.add(session)
         self.opening.add(session)
         dispatcher.start_session(session)
@@ -348,6 +360,30 @@ class Flow:
                 self._dispatcher.put_back(job)
         if report.outcome.own_fault and report.outcome.state != "bind":
             self._dispatcher.say_own_fault(self.site.label, report.outcome)
+
+    def overdue(self, session: Session) -> None:
+        """A session that is a try has no answer yet."""
+        self._openings.overdue(session)
+
+    def put_off(self, session: Session) -> None:
+        """A session has no answer yet, and others wait for the same right."""
+        self.patient = session.was_put_off = True
+        session.cut()
+
+    def _wait_for_try(self) -> None:
+        """Wait, without mail in memory, for the right to find out whether the site answers."""
+        self.down, self.asking, self.proven = True, False, False
+        self._down_until = math.inf
+        self._allowed = 1
+        self._openings.reserve_try(self)
+        self._put_back()
+        if self.reserved:
+            self.resume()
+
+    def _put_back(self, keep: int = 0) -> None:
+        """Let mail that waits go back to the queue as it was."""
+        while len(self.jobs) > keep:
+            self._dispatcher.put_back(self.jobs.pop())
 
     def _go_down(self) -> None:
         self._failures += 1

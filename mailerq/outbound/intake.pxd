@@ -15,7 +15,7 @@ cdef class Destination:
 @cython.final
 cdef class Intake:
     cdef public Py_ssize_t leased, _most, _first_window
-    cdef public bint _begun
+    cdef public bint _begun, _newest
     cdef public list _early
     cdef public dict _destinations
     cdef public object subscription, dues, _dispatcher, _unsorted, _sorters, _memory_line

@@ -50,6 +50,10 @@ READ_AGAIN_SECONDS: Final = 5.0
 """How long a destination is left alone that the queue could not read."""
 
 
+LOOK_AGAIN_SECONDS: Final = 60.0
+"""How long a destination is left alone the hosts of which nobody had the time to find."""
+
+
 class Destination:
     """Mail of the queue that has the same ways to go, and what is known of it."""
 
@@ -82,6 +86,7 @@ class Intake:
         self._destinations: dict[str, Destination] = {}
         self._unsorted: OrderedDict[Destination, None] = OrderedDict()
         self._sorters = trio.lowlevel.ParkingLot()
+        self._newest = True
         self._memory_line: OrderedDict[Flow, None] = OrderedDict()
         self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
 
@@ -303,7 +308,9 @@ class Intake:
         while True:
             while not (self._unsorted and self.leased < self._most and self._may_sort):
                 await self._sorters.park()
-            destination = self._unsorted.popitem(last=False)[0]
+            # The newest and the oldest alternately: a lookup in vain holds up the oldest.
+            self._newest = not self._newest
+            destination = self._unsorted.popitem(last=self._newest)[0]
             leases = await self.take(destination, destination.group)
             destination.group = min(2 * destination.group, MAX_GROUP)
             for lease in leases:
@@ -314,14 +321,25 @@ class Intake:
     def _may_sort(self) -> bool:
         return self._dispatcher.may_look_up and not self._dispatcher.stopping
 
-    def placed(self, key: str) -> None:
-        """The hosts of a message are found, and the message has its place."""
+    def placed(self, key: str, *, late: bool = False) -> None:
+        """The hosts of a message are found, and the message has its place.
+
+        `late`: nobody had the time to find them, and it waits.
+        """
         destination = self.destination(key)
         destination.placing -= 1
+        if late and destination.waits and not destination.flows:
+            destination.waits = False
+            self.mail_at(destination, self._dispatcher.now() + LOOK_AGAIN_SECONDS)
         if destination.waits and not destination.flows:
             self._sort_later(destination)
-        self._sorters.unpark()
+        self.serve()
         self._tidy(destination)
+
+    def serve(self) -> None:
+        """There may be room to sort more."""
+        if self._unsorted:
+            self._sorters.unpark()
 
     # Letting go
 

@@ -8,8 +8,12 @@ take turns. An idle connection is closed for a flow that begins to wait, and whi
 (`contended`) sessions end instead of becoming idle.
 
 A host that never answers keeps its slot until the timeout. So connections of flows that nobody
-has let in yet are *tries*: there are at most `TRY_SHARE` of the slots of them at a time, and
-`SITE_TRIES` to one site. A flow that finds no try waits in a line as well.
+has let in yet are *tries*, at most `SITE_TRIES` to one site. A try is *quick* at first. Where there
+is no answer within `QUICK_SECONDS` it becomes *patient*, and lasts until the timeout. Each kind may
+have a part of the slots, `TRY_SHARE`. Where no more patient ones may be, the try is put off: the
+flow waits in line for a patient one. So any number of silent hosts keeps nobody for long from
+finding out that another answers. Of the flows that wait for a quick try the newest and the oldest
+have their turns alternately.
 
 Everything here runs on the home worker; slots may be released on any thread.
 """
@@ -29,7 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["Openings"]
 
 TRY_SHARE: Final = 4
-"""One slot of so many may be in use for hosts that have not answered yet."""
+"""One slot of so many may be in use for each kind of try."""
+
+QUICK_SECONDS: Final = 0.5
+"""How long a try is quick."""
 
 SITE_TRIES: Final = 2
 """Such connections to one site at a time."""
@@ -40,10 +47,13 @@ class Openings:
 
     def __init__(self, slots: Slots, worker: Worker) -> None:
         self.slots = slots
-        self.tries = 0
         self._worker = worker
         self._line: OrderedDict[Flow, None] = OrderedDict()
-        self._try_line: OrderedDict[Flow, None] = OrderedDict()
+        self._most_tries = max(int(min(slots.limit, 1 << 20)) // TRY_SHARE, 1)
+        self._quick = self._patient = 0
+        self._quick_line: OrderedDict[Flow, None] = OrderedDict()
+        self._patient_line: OrderedDict[Flow, None] = OrderedDict()
+        self._newest = True
         self._idle: OrderedDict[Session, None] = OrderedDict()
         self._turn: Flow | None = None
         self._serving = False
@@ -59,8 +69,6 @@ class Openings:
 
     def take(self, flow: Flow) -> bool:
         """A slot for one more connection of a flow; without one the flow waits for its turn."""
-        if not flow.proven and not self.reserve_try(flow):
-            return False
         if (self._line and self._turn is not flow) or not self.slots.take():
             self._line.setdefault(flow)
             self._close_idle()
@@ -101,25 +109,54 @@ class Openings:
         if site.trying >= SITE_TRIES:
             site.blocked.setdefault(flow)
             return False
-        if self.tries >= max(self.slots.limit // TRY_SHARE, 1):
-            self._try_line.setdefault(flow)
-            return False
-        site.blocked.pop(flow, None)
-        self._try_line.pop(flow, None)
+        if flow.patient:
+            if self._patient >= self._most_tries:
+                self._patient_line.setdefault(flow)
+                return False
+            self._patient += 1
+        else:
+            if self._quick >= self._most_tries:
+                self._quick_line.setdefault(flow)
+                return False
+            self._quick += 1
+        self._leave_lines(flow)
         flow.reserved = True
         site.trying += 1
-        self.tries += 1
         return True
 
-    def end_try(self, flow: Flow) -> None:
+    def overdue(self, session: Session) -> None:
+        """A quick try has had no answer: it becomes a patient one, or is put off."""
+        if self._patient < self._most_tries:
+            session.patient = True
+            self._patient += 1
+            self._quick -= 1
+            self._serve_tries()
+        else:
+            session.flow.put_off(session)
+
+    def end_try(self, flow: Flow, *, patient: bool) -> None:
         """A try is over, whatever came of it: the next one may begin."""
+        if patient:
+            self._patient -= 1
+        else:
+            self._quick -= 1
         site = flow.site
         site.trying -= 1
-        self.tries -= 1
         while site.blocked and site.trying < SITE_TRIES:
             site.blocked.popitem(last=False)[0].resume()
-        while self._try_line and self.tries < max(self.slots.limit // TRY_SHARE, 1):
-            self._try_line.popitem(last=False)[0].resume()
+        self._serve_tries()
+
+    def _serve_tries(self) -> None:
+        while self._patient_line and self._patient < self._most_tries:
+            self._patient_line.popitem(last=False)[0].resume()
+        while self._quick_line and self._quick < self._most_tries:
+            self._newest = not self._newest
+            self._quick_line.popitem(last=self._newest)[0].resume()
+
+    def _leave_lines(self, flow: Flow) -> None:
+        self._quick_line.pop(flow, None)
+        self._patient_line.pop(flow, None)
+        flow.site.blocked.pop(flow, None)
 
     # Idle sessions
 
@@ -138,8 +175,7 @@ class Openings:
     def forget(self, flow: Flow) -> None:
         """A flow needs nothing any more."""
         self._line.pop(flow, None)
-        self._try_line.pop(flow, None)
-        flow.site.blocked.pop(flow, None)
+        self._leave_lines(flow)
         if flow.reserved:
             flow.reserved = False
-            self.end_try(flow)
+            self.end_try(flow, patient=flow.patient)

