@@ -85,7 +85,8 @@ class Flow:
         self.held = 0
         """Messages that are not settled yet, of those that were given to it."""
         self.window = min(FIRST_WINDOW, dispatcher.max_window)
-        self.sent = 0  # since the last refill
+        self.sent = self.window // 2
+        """Messages since the last refill. A new flow begins as if it had used its window."""
         self.refilling = False
         self.sessions: set[Session] = set()
         self.opening: set[Session] = set()
@@ -391,6 +392,7 @@ class Flow:
         self._down_until = monotonic() + pause
         self.down, self.asking, self.proven = True, False, False
         self._allowed = 1
+        self.sent = 0
         if self.reserved:
             self._openings.forget(self)
         self._dispatcher.look_at(self, self._down_until)
