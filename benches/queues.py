@@ -25,8 +25,9 @@ import trio
 
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.opening import open_embedded
 
 
 def resident() -> float:
@@ -116,7 +117,7 @@ async def run(options: argparse.Namespace, directory: str) -> None:
     load = Load(options)
     if options.waiting:
         started = time.perf_counter()
-        with Store.open(directory) as store:
+        with QueueFile.open(directory) as store:
             for first in range(0, options.waiting, 1000):
                 store.publish(
                     Publication("outbox", load.message(number))
@@ -125,7 +126,7 @@ async def run(options: argparse.Namespace, directory: str) -> None:
         size = Path(directory, "queue.db").stat().st_size / 1e6
         print(f"{options.waiting} waiting: {size:.0f} MB, {time.perf_counter() - started:.1f} s")
     started = time.perf_counter()
-    async with EmbeddedQueues.open(directory) as queues:
+    async with open_embedded(directory) as queues:
         print(f"opened in {time.perf_counter() - started:.3f} s")
         for name, busy, consume in (
             ("publish", False, False),

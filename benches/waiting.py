@@ -25,7 +25,7 @@ from relay import Load, compare, measure, summarise
 
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 
 FULL: Final = 1_000_000
 BATCH: Final = 1000
@@ -54,7 +54,7 @@ def fill(directory: Path, count: int, after: float = AFTER_SECONDS) -> None:
     """Make a queue in a directory, with so many messages."""
     start = time.monotonic()
     publications = messages(count, after)
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         for _ in range(0, count, BATCH):
             store.publish(islice(publications, BATCH))
     size = (directory / "queue.db").stat().st_size

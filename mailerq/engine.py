@@ -42,6 +42,7 @@ from mailerq.net.worker import Worker, open_workers
 from mailerq.outbound.adoption import Adoption, own
 from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
+from mailerq.outbound.openings import Openings
 from mailerq.plugins import (
     Answer,
     Connection,
@@ -54,11 +55,8 @@ from mailerq.plugins import (
     check_handler,
     stray_close,
 )
-from mailerq.queues import Consumer, Lease, Publication, Settlement
-from mailerq.queues.embedded.queue_file import Bounds
-from mailerq.queues.embedded.queues import EmbeddedQueues
-from mailerq.queues.embedded.shares import share_directory
-from mailerq.queues.opening import make_directory
+from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
+from mailerq.queues.opening import make_directory, open_queues, share_directory
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.documents import problems
 
@@ -130,7 +128,7 @@ class Engine:
         """By default it has the queue directory as a whole.
 
         With a `share` it is one of several processes that work in a directory: it has only that
-        one (see `mailerq.queues.embedded.shares`), and lets the others listen on its ports as well;
+        one (see `mailerq.queues.opening`), and lets the others listen on its ports as well;
         `number` is that of the settings then. `commands` are answered on the control socket beside
         the own ones.
         """
@@ -138,14 +136,15 @@ class Engine:
         self._share = share
         self._more_commands = commands or {}
         self.plugins: Plugins
-        self.queues: EmbeddedQueues
+        self.queues: Queues
         self._workers: list[Worker] = []
         self._server: Services
         self._listener: Listener
         self._logs: dict[str, LogFile] = {}
         self._connections: Slots
         self._resolver: Resolver
-        self._slots: Slots
+        self._outgoing: Slots
+        self._openings: Openings
         self._misspelt = Misspelt()
         self._deliveries: dict[int, _Delivery] = {}
         self._watchdog: Watchdog
@@ -222,7 +221,7 @@ class Engine:
         share = self._share or 0
         directory = share_directory(config.queue_directory, share)
         lock = None if self._share is None else await own(directory)
-        self.queues = await stack.enter_async_context(EmbeddedQueues.open(directory, lock=lock))
+        self.queues = await stack.enter_async_context(open_queues(config, share, lock))
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
@@ -243,7 +242,8 @@ class Engine:
             refused_log=self._log("refused_log_file"),
         )
         self._resolver = Resolver(config)
-        self._slots = Slots(_limit(config.smtp_connections_out), within=connections)
+        self._outgoing = Slots(_outgoing(config, connections), within=connections)
+        self._openings = Openings(self._outgoing, self._workers[0])
         self._listener = Listener(self._server, self._workers, ports, incoming)
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
@@ -260,17 +260,16 @@ class Engine:
         nursery.start_soon(adoption.run)
         self._started = time.time()
 
-    def _delivery(self, share: int, queues: EmbeddedQueues) -> _Delivery:
+    def _delivery(self, share: int, queues: Queues) -> _Delivery:
         """What delivers the outbox of a share, once its dispatcher runs."""
-        queues.set_bounds(_bounds(self.config))
         dispatcher = Dispatcher(
             self._live,
             queues,
-            self._workers,
+            self._workers[0],
             plugins=self.plugins,
             resolver=self._resolver,
+            openings=self._openings,
             send_log=self._log("send_log_file"),
-            slots=self._slots,
             misspelt=self._misspelt,
         )
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
@@ -286,8 +285,7 @@ class Engine:
 
     async def _adopt(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
         """Deliver what is in another share of the queue directory as well, `until` then."""
-        directory = share_directory(self.config.queue_directory, share)
-        async with EmbeddedQueues.open(directory, lock=lock) as queues:
+        async with open_queues(self.config, share, lock) as queues:
             if self._stopping:
                 return
             delivery = self._delivery(share, queues)
@@ -421,7 +419,7 @@ class Engine:
         services.handshakes.limit = config.smtp_handshakes
         self._connections.limit = _connections(config)
         services.slots.limit = _limit(config.smtp_connections_in)
-        self._slots.limit = _limit(config.smtp_connections_out)
+        self._outgoing.limit = _outgoing(config, self._connections)
         if config.plugin_timeout != before.plugin_timeout:
             self.plugins.set_timeout(config.plugin_timeout)
         if not alike(config, before, "server_id", "hostname"):
@@ -429,7 +427,7 @@ class Engine:
         self._resolver.configure(config)
         reroute = not alike(config, before, *ROUTES)
         for delivery in self._deliveries.values():
-            delivery.queues.set_bounds(_bounds(config))
+            delivery.queues.configure(config)
             delivery.dispatcher.reload(self._log("send_log_file"), reroute=reroute)
         try:
             self._watchdog.set_seconds(config.watchdog_seconds)
@@ -589,7 +587,9 @@ class Engine:
 
     def _wake(self, request: control.Request) -> dict[str, bool]:
         for delivery in self._deliveries.values():
-            delivery.queues.wake()
+            delivery.queues.wake(everything=bool(request.get("everything")))
+            if request.get("everything"):
+                delivery.dispatcher.flush()
         return {"ok": True}
 
     def _message_ids(self, request: control.Request) -> dict[str, list[str]]:
@@ -604,7 +604,7 @@ class Engine:
 class _Delivery:
     """A share of the queue directory that is open, and what empties its outbox."""
 
-    queues: EmbeddedQueues
+    queues: Queues
     dispatcher: Dispatcher
 
 
@@ -634,14 +634,13 @@ def _connections(config: Config) -> int:
     return min(possible, config.smtp_connections)
 
 
+def _outgoing(config: Config, connections: Slots) -> float:
+    """Connections of the way out: half of all unless the settings say otherwise."""
+    return config.smtp_connections_out or max(connections.limit // 2, 1)
+
+
 def _limit(value: int | None) -> float:
     return math.inf if value is None else value
-
-
-def _bounds(config: Config) -> tuple[Bounds, ...]:
-    """How much the queue for failed mail keeps."""
-    reports_only = not config.failure_is_named
-    return (Bounds(config.failure_queue, *config.failure_bounds, reports_only),)
 
 
 def _log_file(config: Config, name: str, stack: AsyncExitStack) -> LogFile:

@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "EngineError",
     "MailerqError",
+    "MessageDamaged",
     "MessageError",
     "PluginError",
     "Problem",
@@ -114,3 +115,7 @@ class QueueFull(QueueError):
 
 class QueueDamaged(QueueError):
     """The queue file is damaged. A restart sets the file aside and salvages the readable part."""
+
+
+class MessageDamaged(QueueError):
+    """A message in the queue cannot be used any more; it was set aside, and its lease is over."""

@@ -128,7 +128,7 @@ class Table:
         1,
         NUMBER,
         SERVER,
-        "Worker threads, each with its own plugin context, for mail in and out.",
+        "Worker threads, each with its own plugin context, for incoming mail; the first sends.",
         minimum=1,
         maximum=1024,
         aliases=("max-threads",),
@@ -154,7 +154,7 @@ class Table:
         NUMBER,
         SERVER,
         "Outgoing connections at a time.",
-        unset="as smtp-connections",
+        unset="half of smtp-connections",
         minimum=1,
     )
     smtp_timeout: float = setting(
@@ -496,7 +496,7 @@ class Table:
         20,
         NUMBER,
         DELIVERY,
-        "Connections to one domain at a time; 0: no limit.",
+        "Connections to the hosts of a domain at a time; 0: no limit.",
         unlimited=True,
     )
     connection_maxmessages: int = setting(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mailerq.message import Message
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from tests.support import ROOT, mailerq, without_received
 from tests.test_cli_daemon import daemon
 
@@ -33,7 +33,7 @@ def speak(queue: Path, said: bytes, *settings: str) -> list[str]:
 
 
 def kept(queue: Path) -> list[Message]:
-    with Store.open(str(queue)) as store:
+    with QueueFile.open(str(queue)) as store:
         return [entry.message for entry in store.browse("outbox")]
 
 
@@ -91,7 +91,7 @@ def test_without_the_right_to_the_queue_it_goes_through_the_port(tmp_path: Path)
         there = ("--smtp-ip=127.0.0.1", f"--smtp-port={running.port}")
         said = head + b"DATA\r\n" + MAIL + b".\r\n"
         assert speak(tmp_path / "missing", said, *there)[-1].startswith("250 ")
-    with Store.open(str(tmp_path / "queue")) as store:
+    with QueueFile.open(str(tmp_path / "queue")) as store:
         (entry,) = store.browse("inbox")
     assert entry.message.properties["connection"]["remote-ip"] == "127.0.0.1"
     assert speak(tmp_path / "missing", said, *there)[-1].startswith("451 4.3.0 the mail cannot")

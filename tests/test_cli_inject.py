@@ -19,7 +19,7 @@ import pytest
 
 from mailerq.cli import main
 from mailerq.message import Message
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from tests.support import ROOT, closed_port, mailerq, without_received
 
 MAIL = b"From: a@b.test\r\nTo: c@d.test\r\nDate: x\r\nMessage-ID: <1@b.test>\r\n\r\nhello\r\n"
@@ -60,7 +60,7 @@ def inject(
 
 
 def kept(queue: Path, name: str = "outbox") -> list[Message]:
-    with Store.open(str(queue)) as store:
+    with QueueFile.open(str(queue)) as store:
         return [entry.message for entry in store.browse(name)]
 
 

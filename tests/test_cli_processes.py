@@ -21,7 +21,7 @@ from mailerq.cli import control
 from mailerq.message import Message
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import share_directory
 from tests.crash.kit import (
     BODY,
@@ -125,7 +125,7 @@ async def test_a_mail_from_the_command_line_goes_out_at_once(
 
         # As the injector does it, ten times in a row: unasked, a queue looks once in a second.
         started = time.monotonic()
-        with Store.open(str(running.queue)) as store:
+        with QueueFile.open(str(running.queue)) as store:
             for number in range(10):
                 recipient = f"w{number}@d.test"
                 message = Message({"envelope": "a@b.test", "recipient": recipient}, BODY)
@@ -469,7 +469,7 @@ async def test_fewer_processes_deliver_what_more_have_left(
 ) -> None:
     queue = tmp_path / "queue"
     for share in range(4):
-        with Store.open(share_directory(str(queue), share)) as store:
+        with QueueFile.open(share_directory(str(queue), share)) as store:
             store.publish([
                 Publication("outbox", Message({"envelope": "a@b.test", "recipient":
                                                f"s{share}-{number}@d.test"}, BODY))

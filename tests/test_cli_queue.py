@@ -18,7 +18,7 @@ import pytest
 from mailerq.cli import main
 from mailerq.message import Message, format_time
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import share_directory
 from mailerq.queues.opening import open_exclusive
 from tests.support import ROOT, mailerq
@@ -36,7 +36,7 @@ def directory(tmp_path: Path) -> Path:
     messages[2].properties["results"] = [
         {"attempt": 1, "type": "error", "code": 450, "status": "4.2.0", "description": "not now"}
     ]
-    with Store.open(str(tmp_path)) as store:
+    with QueueFile.open(str(tmp_path)) as store:
         store.publish(
             [
                 Publication("outbox", messages[0]),
@@ -82,7 +82,7 @@ def test_show_has_a_line_for_each_message(directory: Path) -> None:
 
 def test_nothing_that_is_printed_deceives_a_terminal(tmp_path: Path) -> None:
     nasty = '"\x1b[2J\u202e\u200b\xa0\x7f\\\\"@d.test'
-    with Store.open(str(tmp_path)) as store:
+    with QueueFile.open(str(tmp_path)) as store:
         message = Message({"envelope": nasty, "recipient": nasty, "tags": [nasty]}, MIME)
         store.publish([Publication("outbox", message)])
     plugins = tmp_path / "plugins"
@@ -112,7 +112,7 @@ def test_show_says_why_the_last_attempt_came_to_nothing(directory: Path) -> None
         [{"code": 450}, {"description": "127.0.0.1: Connection refused\x1b[2J"}],
         [{"type": "lost"}],
     ]
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         store.publish(
             Publication("tried", Message({"recipient": "a@b.test", "results": found}))
             for found in results
@@ -185,7 +185,7 @@ def test_a_flush_makes_due_what_was_tried_and_leaves_what_its_sender_delayed(
 
 
 def test_a_flush_leaves_what_is_damaged_to_the_daemon(directory: Path) -> None:
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         store.connection.execute("UPDATE message SET properties = x'7b7d' WHERE due > ?", (2**40,))
         assert sum(store.hasten("outbox", int(time.time() * 1000))) == 0
 
@@ -251,7 +251,7 @@ def test_purge_has_nothing_open_while_it_waits_for_an_answer(
     finally:
         os.close(ours)
         os.close(theirs)
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         assert sum(depth.total for depth in store.depths()) == left
 
 
@@ -259,7 +259,7 @@ def test_purge_has_nothing_open_while_it_waits_for_an_answer(
 def shares(tmp_path: Path) -> Path:
     """A queue directory with three shares, of which each has five messages."""
     for share in (0, 2, 10):
-        with Store.open(share_directory(str(tmp_path / "queue"), share)) as store:
+        with QueueFile.open(share_directory(str(tmp_path / "queue"), share)) as store:
             store.publish(
                 Publication("outbox", Message({"recipient": f"s{share}-{number}@d.test"}, MIME))
                 for number in range(5)

@@ -6,12 +6,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TextIO
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
+from typing import Any, Final, NoReturn, TextIO
 
 from mailerq.escaping import escape
 
 __all__ = ["Parser", "complain", "dump_json", "positive", "print_json", "print_table"]
+
+FIRST_ROWS: Final = 200
+"""Rows of a table that its columns are made to fit."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,28 +62,36 @@ def dump_json(document: object, **options: Any) -> str:
 
 
 def print_table(
-    headings: Sequence[str], rows: Sequence[Sequence[object]], *, file: TextIO | None = None
+    headings: Sequence[str], rows: Iterable[Sequence[object]], *, file: TextIO | None = None
 ) -> None:
     """Print rows in columns, with numbers aligned right.
 
     On a terminal, rich draws the table if it is installed. Otherwise blanks separate the columns,
-    and each row is one line, for grep and awk.
+    and each row is one line, for grep and awk. The columns of a long table fit its first rows;
+    later rows are printed as they come.
     """
     file = sys.stdout if file is None else file
-    cells = [["" if value is None else escape(str(value)) for value in row] for row in rows]
+    rows = iter(rows)
+    first = list(islice(rows, FIRST_ROWS))
+    cells = [_cells(row) for row in first]
     to_right = [
-        bool(rows) and all(isinstance(value, int | float) for value in column)
-        for column in zip(*rows, strict=True)
+        bool(first) and all(isinstance(value, int | float) for value in column)
+        for column in zip(*first, strict=True)
     ] or [False] * len(headings)
-    if file.isatty() and _print_rich(headings, cells, to_right, file):
+    whole = len(first) < FIRST_ROWS
+    if whole and file.isatty() and _print_rich(headings, cells, to_right, file):
         return
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
-    for line in (headings, *cells):
+    for line in chain([headings], cells, map(_cells, rows)):
         aligned = [
             cell.rjust(width) if right else cell.ljust(width)
             for cell, width, right in zip(line, widths, to_right, strict=True)
         ]
         file.write("  ".join(aligned).rstrip() + "\n")
+
+
+def _cells(row: Sequence[object]) -> list[str]:
+    return ["" if value is None else escape(str(value)) for value in row]
 
 
 def _print_rich(

@@ -317,8 +317,10 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
     ]
     if publications:
         try:
-            with open_shared(config.queue_directory, config.user) as store:
-                store.publish(publications)
+            with open_shared(
+                config.queue_directory, config.user, outbox=config.rabbitmq_outbox
+            ) as queue_file:
+                queue_file.publish(publications)
         except QueueError as error:
             raise Refused(os.EX_TEMPFAIL, str(error)) from None
         except MessageError as error:

@@ -7,7 +7,7 @@ import sys
 import time
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from itertools import chain, islice
 from typing import Any, Final
 
 from mailerq.cli import control
@@ -24,18 +24,13 @@ from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.escaping import escape
 from mailerq.message import format_time
-from mailerq.queues.embedded.queue_file import FILE_NAME, Store
-from mailerq.queues.embedded.shares import share_directory, shares_in
 from mailerq.queues.interface import Entry
-from mailerq.queues.opening import open_shared
+from mailerq.queues.opening import QueueFile, compact_files, open_files
 
 __all__ = ["main"]
 
-Stores = Sequence[Store]
+Files = Sequence[QueueFile]
 """The shares of the queue directory, in their order."""
-
-PAGE: Final = 100
-"""Messages read at a time; each comes with its body."""
 
 MAX_ID: Final = 2**63 - 1
 
@@ -49,9 +44,10 @@ def main(settings: list[str], rest: list[str]) -> int:
             return os.EX_DATAERR
         if options.confirm is not None and not options.confirm(config, options, parser):
             return 1
-        with _opened(config) as stores:
-            status: int = options.run(stores, config, options, parser)
-            return status
+        if options.alone:
+            return int(options.run(config, options))
+        with open_files(config) as files:
+            return int(options.run(files, config, options, parser))
     except PermissionError:
         complain(f"you may not use the queue in {config.queue_directory}; its user and root may")
         return os.EX_NOPERM
@@ -66,26 +62,6 @@ def main(settings: list[str], rest: list[str]) -> int:
         return os.EX_UNAVAILABLE
 
 
-@contextmanager
-def _opened(config: Config) -> Iterator[Stores]:
-    """The shares that have a queue. While they are open no process can start that has crashed."""
-    with ExitStack() as stack:
-        stores = []
-        for share in shares_in(config.queue_directory):
-            directory = share_directory(config.queue_directory, share)
-            path = os.path.join(directory, FILE_NAME)
-            try:
-                os.stat(path)  # Looking must not make one.
-            except FileNotFoundError:
-                continue
-            if not os.access(path, os.R_OK | os.W_OK):
-                raise PermissionError
-            stores.append(stack.enter_context(open_shared(directory)))
-        if not stores:
-            raise FileNotFoundError
-        yield stores
-
-
 def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
     parser = command_parser("queue", "Look into the queues, and take messages out of them.")
     commands = parser.add_subparsers(
@@ -94,7 +70,7 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
 
     def command(name: str, text: str, run: Any, json: str, *, queue: bool = True) -> Parser:
         added: Parser = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run, confirm=None, queue=None)
+        added.set_defaults(run=run, confirm=None, queue=None, alone=False)
         added.add_argument("--json", action="store_true", help=f"for programs: {json}")
         if queue:
             added.add_argument("queue", metavar="QUEUE")
@@ -107,6 +83,11 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
     )
     show.add_argument("queue", metavar="QUEUE", nargs="?", help="by default the outbox")
     show.add_argument("--mailq", action="store_true", help=SUPPRESS)
+    show.add_argument(
+        "--destinations",
+        action="store_true",
+        help="a line for each destination that mail waits for",
+    )
     read = command("read", "whole messages, as the JSON documents that they are", _read, documents)
     read.add_argument("id", nargs="*", type=_id, metavar="ID", help="only these, by their ids")
     read.add_argument(
@@ -119,6 +100,14 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
         "flush", "try now what waits after a failed attempt", _flush, "one JSON object", queue=False
     )
     flush.add_argument("--quiet", action="store_true", help="print nothing when it is done")
+    compact = command(
+        "compact",
+        "give the room that is free in the queue files back to the disk; no daemon may run",
+        _compact,
+        "one JSON object a line",
+        queue=False,
+    )
+    compact.set_defaults(alone=True)
     purge = command("purge", "delete all messages of a queue", _purge, "one JSON object")
     purge.set_defaults(confirm=_confirm)
     purge.add_argument("--yes", action="store_true", help="do not ask")
@@ -136,9 +125,9 @@ def _id(text: str) -> int:
     return number
 
 
-def _list(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
+def _list(files: Files, config: Config, options: Namespace, parser: Parser) -> int:
     totals = {name: [0, 0] for name in _configured(config)}
-    for depth in (depth for store in stores for depth in store.depths()):
+    for depth in (depth for file in files for depth in file.depths()):
         total = totals.setdefault(depth.queue, [0, 0])
         total[0] += depth.due
         total[1] += depth.delayed
@@ -161,41 +150,81 @@ def _configured(config: Config) -> Iterator[str]:
 
 def _is_known(config: Config, queue: str) -> bool:
     """Whether there is such a queue: the settings name it, or something is in it."""
-    with _opened(config) as stores:
-        if any(store.browse(queue, limit=1) for store in stores):
+    with open_files(config) as files:
+        if any(file.numbers(queue, limit=1) for file in files):
             return True
-        names = {depth.queue for store in stores for depth in store.depths()}
+        names = {depth.queue for file in files for depth in file.depths()}
     names.update(_configured(config))
     if queue not in names:
         complain(f"there is no queue {queue}; there are {', '.join(sorted(names))}")
     return queue in names
 
 
-def _show(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
+def _show(files: Files, config: Config, options: Namespace, parser: Parser) -> int:
     options.queue = options.queue or config.rabbitmq_outbox
-    rows = []
-    for _, entry in _entries(stores, options):
-        message = entry.message
-        size = len(message.body) if message.body is not None else None
-        results = message.properties.get("results")
-        attempts = len(results) if isinstance(results, list) else 0
-        row = (
-            entry.id, format_time(entry.due), message.envelope, message.recipient, size, attempts,
-            _reason(results),
-        )  # fmt: skip
-        if options.json:
-            keys = ("id", "due", "envelope", "recipient", "size", "attempts", "reason")
-            print_json(dict(zip(keys, row, strict=True)))
-        rows.append(row)
+    if options.destinations:
+        return _show_destinations(files, options)
+    rows = map(_row, _listed(files, options))
     if options.json:
+        keys = ("id", "due", "envelope", "recipient", "size", "attempts", "reason")
+        for row in rows:
+            print_json(dict(zip(keys, row, strict=True)))
         return os.EX_OK
-    if options.mailq and not rows:
+    count = size = 0
+
+    def counted(rows: Iterator[Row]) -> Iterator[Row]:
+        nonlocal count, size
+        for row in rows:
+            count += 1
+            size += row[4] or 0
+            yield row
+
+    first = list(islice(counted(rows), 1))
+    if options.mailq and not first:
         sys.stdout.write("Mail queue is empty\n")  # the words that monitoring looks for
         return os.EX_OK
-    print_table(("ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS", "REASON"), rows)
+    headings = ("ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS", "REASON")
+    print_table(headings, chain(first, counted(rows)))
     if options.mailq:
-        size = sum(row[4] or 0 for row in rows)
-        sys.stdout.write(f"-- {-(-size // 1024)} Kbytes in {len(rows)} Requests.\n")
+        sys.stdout.write(f"-- {-(-size // 1024)} Kbytes in {count} Requests.\n")
+    return os.EX_OK
+
+
+Row = tuple[int, str, str | None, str | None, int | None, int, str | None]
+
+
+def _row(entry: Entry) -> Row:
+    """What a line says of a message."""
+    message = entry.message
+    results = message.properties.get("results")
+    attempts = len(results) if isinstance(results, list) else 0
+    return (
+        entry.id, format_time(entry.due), message.envelope, message.recipient, entry.size,
+        attempts, _reason(results),
+    )  # fmt: skip
+
+
+def _show_destinations(files: Files, options: Namespace) -> int:
+    totals: dict[str, tuple[int, int, float]] = {}
+    for file in files:
+        for depth in file.destinations(options.queue):
+            due, delayed, first = totals.get(depth.destination, (0, 0, depth.first_due))
+            totals[depth.destination] = (
+                due + depth.due, delayed + depth.delayed, min(first, depth.first_due)
+            )  # fmt: skip
+    if options.limit is not None:
+        fullest = sorted(totals, key=lambda key: sum(totals[key][:2]), reverse=True)
+        totals = {key: totals[key] for key in fullest[: options.limit]}
+    rows = [
+        (key, due, delayed, due + delayed, format_time(first))
+        for key, (due, delayed, first) in sorted(totals.items())
+    ]
+    if options.json:
+        keys = ("destination", "due", "delayed", "total", "first")
+        for row in rows:
+            print_json(dict(zip(keys, row, strict=True)))
+    else:
+        print_table(("DESTINATION", "DUE", "DELAYED", "TOTAL", "FIRST"), rows)
     return os.EX_OK
 
 
@@ -209,7 +238,7 @@ def _reason(results: object) -> str | None:
     return None
 
 
-def _flush(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
+def _flush(files: Files, config: Config, options: Namespace, parser: Parser) -> int:
     """Without a daemon nothing would be tried, so nothing is changed."""
     try:
         control.ask(config.queue_directory, "wake")
@@ -219,8 +248,8 @@ def _flush(stores: Stores, config: Config, options: Namespace, parser: Parser) -
         complain(f"no daemon runs on {config.queue_directory}: nothing is tried before one does")
         return os.EX_UNAVAILABLE
     now = int(time.time() * 1000)
-    count = sum(sum(store.hasten(config.rabbitmq_outbox, now)) for store in stores)
-    control.ask(config.queue_directory, "wake")
+    count = sum(sum(file.hasten(config.rabbitmq_outbox, now)) for file in files)
+    control.ask(config.queue_directory, "wake", everything=True)
     if options.json:
         print_json({"queue": config.rabbitmq_outbox, "hastened": count})
     elif not options.quiet:
@@ -228,31 +257,35 @@ def _flush(stores: Stores, config: Config, options: Namespace, parser: Parser) -
     return os.EX_OK
 
 
-def _entries(stores: Stores, options: Namespace) -> Iterator[tuple[Store, Entry]]:
+def _listed(files: Files, options: Namespace) -> Iterator[Entry]:
+    """The messages that were asked for, in the order of their ids, without their bodies."""
+    listed = (
+        file.listed(options.queue, limit=options.limit, after=options.after) for file in files
+    )
+    return islice(chain.from_iterable(listed), options.limit)
+
+
+def _entries(files: Files, options: Namespace) -> Iterator[tuple[QueueFile, Entry]]:
     """The messages that were asked for, in the order of their ids, and where each lies."""
-    left = sys.maxsize if options.limit is None else options.limit
-    for store in stores:
-        after = options.after
-        while left > 0:
-            page = store.browse(options.queue, limit=min(left, PAGE), after=after)
-            if not page:
-                break
-            yield from ((store, entry) for entry in page)
-            left -= len(page)
-            after = page[-1].id
+    entries = (
+        (file, entry)
+        for file in files
+        for entry in file.all_entries(options.queue, limit=options.limit, after=options.after)
+    )
+    return islice(entries, options.limit)
 
 
-def _named(stores: Stores, options: Namespace) -> Iterator[tuple[Store, Entry]]:
+def _named(files: Files, options: Namespace) -> Iterator[tuple[QueueFile, Entry]]:
     """The messages whose ids were given."""
     for number in sorted(set(options.id)):
-        for store in stores:
-            found = store.browse(options.queue, limit=1, after=number - 1)
-            yield from ((store, entry) for entry in found if entry.id == number)
+        for file in files:
+            found = file.browse(options.queue, limit=1, after=number - 1)
+            yield from ((file, entry) for entry in found if entry.id == number)
 
 
-def _read(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
+def _read(files: Files, config: Config, options: Namespace, parser: Parser) -> int:
     missing = set(options.id)
-    for store, entry in _named(stores, options) if options.id else _entries(stores, options):
+    for file, entry in _named(files, options) if options.id else _entries(files, options):
         missing.discard(entry.id)
         document = entry.message.to_dict()
         if options.json or not sys.stdout.isatty():
@@ -262,7 +295,7 @@ def _read(stores: Stores, config: Config, options: Namespace, parser: Parser) ->
         if options.remove:
             # Who reads has it, as far as we can know, before it is gone here.
             sys.stdout.flush()
-            store.remove([entry.id])
+            file.remove([entry.id])
     for number in sorted(missing):
         complain(f"there is no message {number} in {options.queue}")
     return os.EX_DATAERR if missing else os.EX_OK
@@ -272,8 +305,8 @@ def _confirm(config: Config, options: Namespace, parser: Parser) -> bool:
     """Whether to purge. Nothing is open while somebody thinks about it."""
     if options.yes:
         return True
-    with _opened(config) as stores:
-        depths = [depth for store in stores for depth in store.depths()]
+    with open_files(config) as files:
+        depths = [depth for file in files for depth in file.depths()]
     if not sys.stdin.isatty():
         parser.error("purge deletes for good: say --yes, or answer on a terminal")
     total = sum(depth.total for depth in depths if depth.queue == options.queue)
@@ -285,10 +318,19 @@ def _confirm(config: Config, options: Namespace, parser: Parser) -> bool:
     return False
 
 
-def _purge(stores: Stores, config: Config, options: Namespace, parser: Parser) -> int:
-    deleted = sum(store.purge(options.queue) for store in stores)
+def _purge(files: Files, config: Config, options: Namespace, parser: Parser) -> int:
+    deleted = sum(file.purge(options.queue) for file in files)
     if options.json:
         print_json({"queue": options.queue, "deleted": deleted})
     else:
         sys.stdout.write(f"{deleted} messages deleted from {escape(options.queue)}\n")
+    return os.EX_OK
+
+
+def _compact(config: Config, options: Namespace) -> int:
+    for path, before, after in compact_files(config):
+        if options.json:
+            print_json({"file": path, "before": before, "after": after})
+        else:
+            sys.stdout.write(f"{escape(path)}: {before} bytes before, {after} now\n")
     return os.EX_OK

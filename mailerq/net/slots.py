@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Final, Self
 
 __all__ = ["Slots"]
@@ -25,13 +26,15 @@ class Slots:
     def __init__(self, limit: float, *, within: Self | None = None) -> None:
         self.limit = limit
         self.used = 0
-        self._within = within
+        self.within = within
         self._lock = threading.Lock()
+        self.on_release: Callable[[], object] | None = None
+        """Called after each release, of what is within it as well, on the thread of that."""
 
     def take(self) -> bool:
         """Take one, or say that there is none."""
         with self._lock:
-            if self.used >= self.limit or (self._within and not self._within.take()):
+            if self.used >= self.limit or (self.within and not self.within.take()):
                 return False
             self.used += 1
             return True
@@ -39,20 +42,27 @@ class Slots:
     def release(self) -> None:
         with self._lock:
             self.used -= 1
-            if self._within:
-                self._within.release()
+        if self.within:
+            self.within.release()
+        if self.on_release is not None:
+            self.on_release()
+
+    @property
+    def available(self) -> bool:
+        """Whether `take` would get one now."""
+        return self.used < self.limit and (self.within is None or self.within.available)
 
     @property
     def are_short(self) -> bool:
         """Whether most of them are in use."""
         return self.used >= self.limit * SHORT or (
-            self._within is not None and self._within.are_short
+            self.within is not None and self.within.are_short
         )
 
     @property
     def are_exceeded(self) -> bool:
         """Whether more are in use than may be, since `limit` was lowered."""
-        return self.used > self.limit or (self._within is not None and self._within.are_exceeded)
+        return self.used > self.limit or (self.within is not None and self.within.are_exceeded)
 
     def __str__(self) -> str:
         return f"{self.used} of {self.limit}"

@@ -5,31 +5,28 @@ cimport cython
 
 @cython.final
 cdef class Dispatcher:
-    cdef public Py_ssize_t _settling
-    cdef public list _unsettled
-    cdef public object counters, _live, _outbox, _queues, _send_log, _clock, _plugins, _pool
-    cdef public object _settlers, _settled, _consuming, _stopped
-    cdef public object _nursery, _say_unread, _say_unwritten, _say_reduced, _say_failure
-    cdef public object _misspelt
+    cdef public Py_ssize_t max_window, opened_sessions, ahead_jobs, _looked_up
+    cdef public bint stopping
+    cdef public double _next_look, _next_due
+    cdef public dict _flows, _sessions, _looking_up
+    cdef public object queues, worker, openings, counters, memory, now
+    cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies
+    cdef public object _some_session, _no_session, _looks, _times_changed, _say_own_fault
+    cdef public object _stopped, _nursery, _working
     cdef object __weakref__
 
-    cpdef statistics(self)
-    cpdef _admit(self, lease)
-    cpdef _fail_admission(self, lease)
-    cpdef _body_problem(self, message)
-    cpdef done(self, job, report, connection)
-    cpdef give_back(self, job)
-    cpdef park(self, job, seconds)
-    cpdef expired(self, job)
-    cpdef _refuse(self, lease, outcome)
-    cpdef _finish(self, lease, message, report, expires, connection)
-    cpdef _flush_log(self)
-    cpdef _add(self, settlement, connection)
-    cpdef _is_possible(self, publication)
-
-
-cpdef _result(report, attempt, now)
-cpdef _copy(properties, body)
-cpdef _set_aside(message, error)
-cpdef _shown(value)
-cpdef _log_line(message, result)
+    cpdef admit(self, lease, wanted=*)
+    cpdef _judge(self, lease)
+    cpdef _body_problem(self, lease)
+    cpdef _place(self, job, found, wanted=*)
+    cpdef has_expired(self, job)
+    cpdef refill(self, flow)
+    cpdef start_session(self, session)
+    cpdef session_over(self, session)
+    cpdef settle(self, job, report, session)
+    cpdef put_back(self, job)
+    cpdef _gone(self, job)
+    cpdef forget(self, flow)
+    cpdef lease_over(self, lease, job)
+    cpdef ask(self, flow)
+    cpdef look_at(self, flow, when)

@@ -1,61 +1,54 @@
-"""Take messages from the outbox, have them delivered, and say what became of them.
+"""Deliver the outbox: plan, site, flow, session, settlement.
 
 Theory of operation
 -------------------
-One task consumes the outbox, at most `rabbitmq-qos` messages at a time. Each message is
-judged at once: what cannot be sent is finished, what is early goes back until it is due,
-the rest becomes a `Job` for the `Pool`, which finds it a connection. Every message comes
-back through `Dispatcher.done`, exactly once, with what came of the attempt. That turns into
-a settlement: the message leaves the outbox, or goes back to it with a later due time, in
-one step with the copies for the result queues.
+A message that comes from the queue (`mailerq.outbound.intake`) is judged at once, by
+`mailerq.rules.plan`: what cannot be sent is finished, what is early goes back until it is due, the
+rest becomes a `Job`. Its target has a site (`mailerq.outbound.sites`), and the site and the local
+address make the flow that it goes to (`mailerq.outbound.flow`). The flow's sessions pull it
+(`mailerq.outbound.session`), and what came of it is settled (`mailerq.outbound.settlement`). Every
+message that is taken comes to exactly one end: it is settled, or put back as it was.
 
-Settlements are committed in groups by two tasks: while one waits for the queue, the other can
-hand over what has come since, so that it is part of the very next commit. The connection that
-a result came from is told when its group is safe, and sends no further body before that: with
-one task that wait limited deliveries before the processor did. While the queue cannot be
-written a group is tried again and again; deliveries come to a halt by themselves, and nothing
-is forgotten. A settlement that the queue refuses for its own sake is cut out of its group and
-settled with less: without what is impossible of it, at the very last set aside. So no message
-keeps its lease for ever, and none is lost.
+One task looks at all times: at which a flow looks again, and at which mail becomes due. It sleeps
+until the first of them.
 
-Everything here runs on the home worker.
+Everything here runs on the home worker, the sessions too; the other workers have only incoming
+connections.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from mailerq.address import parse_mailbox
 from mailerq.config import Config
-from mailerq.errors import AddressError, MessageError, QueueError
-from mailerq.escaping import escape, escape_field
+from mailerq.errors import QueueError
 from mailerq.live import Live
-from mailerq.message import Message, Result, check_nesting, encode_properties, format_time
+from mailerq.message import format_time
 from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
 from mailerq.net.misspelt import Misspelt
-from mailerq.net.resolver import Resolver
-from mailerq.net.slots import Slots
-from mailerq.outbound.pool import Pool
-from mailerq.outbound.session import Connection, Job, Report
-from mailerq.queues import DAMAGED_QUEUE, Consumer, Lease, Publication, Queues, Settlement
+from mailerq.net.resolver import NoHosts, Resolver
+from mailerq.outbound.bodies import Bodies
+from mailerq.outbound.flow import FIRST_WINDOW, MAX_WINDOW, Flow
+from mailerq.outbound.intake import SORTERS, Destination, Intake
+from mailerq.outbound.jobs import Job, Report
+from mailerq.outbound.openings import Openings
+from mailerq.outbound.session import Session
+from mailerq.outbound.settlement import MIN_BACKOFF_SECONDS, SETTLERS, Counters, Settlements
+from mailerq.outbound.sites import HostMemory, Site, Sites
+from mailerq.outbound.timers import Times
+from mailerq.queues import Lease, Queues
 from mailerq.rules import responses
-from mailerq.rules.documents import MAX_HOPS
-from mailerq.rules.responses import Fate, Outcome
-from mailerq.rules.retry import expires_at, next_attempt, not_before
-from mailerq.rules.routes import (
-    choose_local_ip,
-    count_hops,
-    loop_problem,
-    result_queues,
-    route_of,
-    unmet_promise,
-)
+from mailerq.rules.plan import Hold, Refuse, Send, body_problem, plan
+from mailerq.rules.responses import Outcome
+from mailerq.rules.retry import expires_at
+from mailerq.rules.routes import Route
 
 if TYPE_CHECKING:
     from mailerq.net.worker import Worker
@@ -65,41 +58,26 @@ __all__ = ["Counters", "Dispatcher"]
 
 log = logging.getLogger("mailerq.delivery")
 
-SETTLERS: Final = 2
-"""Groups of settlements that are handed to the queue at a time; more were no faster."""
+WINDOW_SHARE: Final = 4
+"""The part of the messages in memory that one flow may have in its window."""
 
-MIN_BACKOFF_SECONDS: Final = 0.1
-MAX_BACKOFF_SECONDS: Final = 10.0
-"""How long the queue is left alone after an error; twice as long each time."""
+LOOK_UP_SHARE: Final = 4
+"""The part of them that may wait for names."""
 
-FAILURES_PER_MINUTE: Final = 60
-"""Lines about messages that have failed for good; the others are counted."""
+TICK_SECONDS: Final = 0.5
+"""How often it is looked whether a session is late; more often where timeouts are that short."""
 
-MAX_REASON: Final = 300
-"""Characters of an address or a reply in such a line."""
+CLOCK_SECONDS: Final = 60.0
+"""How often the wall clock is looked at, which somebody may set."""
 
-REDUCED_PER_MINUTE: Final = 10
-"""Lines about results that had to be cut down."""
+ASK_MESSAGES: Final = 100
+"""Messages of a flow that is down that are looked at each time it asks: some have expired."""
 
-MAX_REPRESENTATION: Final = 10_000
-"""Characters that are kept of a property which is no JSON."""
+CUT_SECONDS: Final = 5.0
+"""How long sessions that are cut may take to end: a plugin may still hold a message."""
 
-
-@dataclass(slots=True)
-class Counters:
-    """What deliveries have come to since the start.
-
-    `held` messages were delayed by whoever sent them, `parked` ones wait for a slow domain.
-    """
-
-    consumed: int = 0
-    held: int = 0
-    parked: int = 0
-    attempts: int = 0
-    delivered: int = 0
-    failed: int = 0
-    retried: int = 0
-    queue_errors: int = 0
+MAX_NAMED: Final = 20
+"""Flows whose waiting mail `Dispatcher.statistics` names."""
 
 
 class Dispatcher:
@@ -109,47 +87,68 @@ class Dispatcher:
         self,
         live: Live,
         queues: Queues,
-        workers: Sequence[Worker],
+        worker: Worker,
         *,
         plugins: Plugins,
         resolver: Resolver,
-        slots: Slots,
+        openings: Openings,
         send_log: LogFile | None = None,
         misspelt: Misspelt | None = None,
         clock: Callable[[], float] = time.time,
+        lot: Callable[[], float] = random.random,
     ) -> None:
-        self.counters = Counters()
         self._live = live
-        self._outbox = self._config.rabbitmq_outbox  # fixed
-        self._queues = queues
-        self._send_log = send_log
-        self._misspelt = Misspelt() if misspelt is None else misspelt
-        self._clock = clock
+        self.queues = queues
+        self.worker = worker
+        self.openings = openings
+        self.counters = Counters()
+        self.memory = HostMemory()
+        self.now = clock
+        qos = self.config.rabbitmq_qos  # fixed
+        self.max_window = max(min(qos // WINDOW_SHARE, MAX_WINDOW), 1)
+        self.opened_sessions = 0
+        self.ahead_jobs = 0
+        self.stopping = False
         self._plugins = plugins
-        self._pool = Pool(live, workers, resolver, slots, self)
-        self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
-        self._say_unwritten = Ration(log.error, 1, "they could not be written %d times more")
-        self._say_reduced = Ration(log.error, REDUCED_PER_MINUTE, "and %d messages more")
-        self._say_failure = Ration(
-            log.warning, FAILURES_PER_MINUTE, "and %d messages more have failed"
-        )
-        self._unsettled: list[tuple[Settlement, Connection | None]] = []
-        self._settling = 0
-        self._settlers = trio.lowlevel.ParkingLot()
-        self._settled = trio.Event()
-        self._consuming = trio.CancelScope()
+        self._misspelt = Misspelt() if misspelt is None else misspelt
+        self._sites = Sites(resolver)
+        self._intake = Intake(self, qos)
+        self._settlements = Settlements(live, queues, self, send_log=send_log, clock=clock, lot=lot)
+        self._bodies: Bodies
+        self._flows: dict[Flow, None] = {}
+        self._sessions: dict[Session, None] = {}
+        self._some_session = trio.Event()
+        self._no_session = trio.Event()
+        self._looks: Times[Flow] = Times()
+        self._next_look = self._next_due = 0.0
+        self._times_changed = trio.Event()
+        self._looking_up: dict[Route, list[Job]] = {}
+        self._looked_up = 0
+        self._say_own_fault = Ration(log.error, 1, "and %d times more for a fault of this host")
         self._stopped = trio.Event()
-        self._nursery: trio.Nursery | None = None
+        self._nursery: trio.Nursery
+        self._working: trio.Nursery
 
     @property
-    def _config(self) -> Config:
+    def config(self) -> Config:
+        """The settings in force now."""
         return self._live.current.config
 
     def reload(self, send_log: LogFile | None, *, reroute: bool) -> None:
-        """Settings have changed; with `reroute` what waits for a connection is judged anew."""
-        self._send_log = send_log
+        """Settings have changed; with `reroute` all waiting mail is judged anew."""
+        self._settlements.send_log = send_log
         if reroute:
-            self._pool.recall()
+            for flow in list(self._flows):
+                self._recall(flow)
+
+    def _recall(self, flow: Flow) -> None:
+        """Give back what waits in a flow, and forget which mail is the flow's."""
+        self._intake.forget(flow)
+        while flow.jobs:
+            self.put_back(flow.jobs.popleft())
+        flow.pump()
+
+    # The start and the end
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Deliver until `stop` has done its work."""
@@ -157,16 +156,93 @@ class Dispatcher:
             await self._run(task_status)
         finally:
             # However it ends, the leases have gone back, and nobody writes results any more.
+            self.stopping = True
             self._stopped.set()
-            self._pool.cut()
+            for session in list(self._sessions):
+                session.cut()
             self._flush_log()
 
-    def _flush_log(self) -> None:
-        for ration in (
-            self._say_failure, self._say_reduced, self._say_unread, self._say_unwritten
-        ):  # fmt: skip
-            ration.flush()
-        self._misspelt.flush()
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
+        config, intake = self.config, self._intake
+        async with (
+            self.queues.subscribe(
+                config.rabbitmq_outbox,
+                intake,
+                prefetch=config.rabbitmq_qos,
+                window=min(FIRST_WINDOW, self.max_window),
+            ) as subscription,
+            trio.open_nursery() as self._nursery,
+        ):
+            self._bodies = Bodies(subscription)
+            self._settlements.nursery = self._nursery
+            for _ in range(SETTLERS):
+                self._nursery.start_soon(self._settlements.run)
+            self._nursery.start_soon(self._sum_up)
+            self._nursery.start_soon(self._watch_sessions)
+            async with trio.open_nursery() as self._working:
+                for _ in range(SORTERS):
+                    self._working.start_soon(intake.sort)
+                self._working.start_soon(self._watch_times)
+                intake.begin(subscription)
+                task_status.started()
+            await self._stopped.wait()
+            self._nursery.cancel_scope.cancel()
+
+    async def stop(self, timeout: float) -> None:
+        """Take no more messages; what is under way may end, at most in `timeout` seconds."""
+        if self._stopped.is_set():
+            return
+        deadline = trio.current_time() + timeout
+        self.stopping = True
+        self._working.cancel_scope.cancel()
+        for flow in list(self._flows):
+            while flow.jobs:
+                self.put_back(flow.jobs.popleft())
+        for jobs in self._looking_up.values():
+            for job in jobs:
+                self.put_back(job)
+        self._looking_up.clear()
+        for session in list(self._sessions):
+            if session in session.flow.opening:
+                session.cut()
+            else:
+                session.leave()
+        for seconds in (timeout, CUT_SECONDS):
+            with trio.move_on_after(seconds):
+                while self._sessions:
+                    await self._no_session.wait()
+            for session in list(self._sessions):
+                session.cut()
+        with trio.move_on_at(max(deadline, trio.current_time() + MIN_BACKOFF_SECONDS)):
+            await self._settlements.wait_empty()
+        if left := len(self._settlements):
+            log.warning("%d results could not be written; those messages go out again", left)
+        self._stopped.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all leases have gone back."""
+        return self._stopped.is_set()
+
+    def statistics(self) -> dict[str, Any]:
+        """What has happened since the start, and what is under way now."""
+        counters = {name: getattr(self.counters, name) for name in self.counters.__slots__}
+        waiting: dict[str, int] = {}
+        for flow in self._flows:
+            waiting[flow.site.label] = waiting.get(flow.site.label, 0) + len(flow.jobs)
+        longest = sorted(waiting.items(), key=lambda item: -item[1])[:MAX_NAMED]
+        return {
+            **counters,
+            "unsettled": len(self._settlements),
+            "connections": len(self._sessions),
+            "opening": sum(len(flow.opening) for flow in self._flows),
+            "idle": sum(len(flow.idle) for flow in self._flows),
+            "opened": self.opened_sessions,
+            "ahead": self.ahead_jobs,
+            "destinations": len(self._flows),
+            "waiting": sum(waiting.values()) + self._looked_up,
+            "domains": dict(longest),
+        }
 
     async def _sum_up(self) -> None:
         """Say once a minute what the log has left out."""
@@ -174,381 +250,310 @@ class Dispatcher:
             await trio.sleep(RATION_SECONDS)
             self._flush_log()
 
-    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
-        prefetch = self._config.rabbitmq_qos
-        async with (
-            self._queues.consume(self._outbox, prefetch=prefetch) as consumer,
-            trio.open_nursery() as nursery,
-        ):
-            self._nursery = nursery
-            await nursery.start(self._pool.run)
-            for _ in range(SETTLERS):
-                nursery.start_soon(self._settle)
-            nursery.start_soon(self._sum_up)
-            task_status.started()
-            with self._consuming:
-                await self._consume(consumer)
-            await self._stopped.wait()
-            nursery.cancel_scope.cancel()
+    def _flush_log(self) -> None:
+        self._settlements.flush_log()
+        self._intake.flush_log()
+        self._misspelt.flush()
 
-    async def stop(self, timeout: float) -> None:
-        """Take no more messages; what is under way may end, at most in `timeout` seconds."""
-        if self._stopped.is_set():
-            return
-        deadline = trio.current_time() + timeout
-        self._consuming.cancel()
-        await self._pool.stop(timeout)
-        with trio.move_on_at(max(deadline, trio.current_time() + MIN_BACKOFF_SECONDS)):
-            while self._unsettled or self._settling:
-                await self._settled.wait()
-        if left := len(self._unsettled) + self._settling:
-            log.warning("%d results could not be written; those messages go out again", left)
-        self._stopped.set()
-
-    def statistics(self) -> dict[str, Any]:
-        """What has happened since the start, and what is under way now."""
-        counters = {name: getattr(self.counters, name) for name in self.counters.__slots__}
-        return {
-            **counters,
-            "unsettled": len(self._unsettled) + self._settling,
-            **self._pool.statistics(),
-        }
+    def say_own_fault(self, label: str, outcome: Outcome) -> None:
+        """Mail waits for what only the operator of this host can mend."""
+        self._say_own_fault(
+            "mail to %s waits for a fault of this host to end: %s", label, outcome.description
+        )
 
     # Messages in
 
-    async def _consume(self, consumer: Consumer) -> None:
-        backoff = MIN_BACKOFF_SECONDS
-        while True:
-            try:
-                lease = await consumer.receive()
-            except QueueError as error:
-                self.counters.queue_errors += 1
-                self._say_unread("cannot read %s: %s", self._outbox, error)
-                await trio.sleep(backoff)
-                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
-                continue
-            backoff = MIN_BACKOFF_SECONDS
-            self.counters.consumed += 1
-            try:
-                self._admit(lease)
-            except Exception:
-                # A defect of ours must not stop the mail behind it.
-                log.exception("message %d cannot be handled", lease.id)
-                self._fail_admission(lease)
+    @property
+    def may_look_up(self) -> bool:
+        """Whether mail of unknown targets is taken: not too much of it waits for names."""
+        return self._looked_up < max(self.config.rabbitmq_qos // LOOK_UP_SHARE, 1)
 
-    def _admit(self, lease: Lease) -> None:
-        """Send a message on its way, or finish it, or put it back until it is due."""
+    def admit(self, lease: Lease, wanted: Flow | None = None) -> None:
+        """Send a message on its way, finish it, or put it back until it is due.
+
+        `wanted` is the flow that it was taken for.
+        """
+        job = self._judge(lease)
+        if job is None:
+            return
+        route = job.plan.route
+        found = self._sites.known(route)
+        if found is not None:
+            self._place(job, found, wanted)
+            return
+        self._intake.destination(lease.destination).placing += 1
+        self._looked_up += 1
+        jobs = self._looking_up.get(route)
+        if jobs is not None:
+            jobs.append(job)
+        else:
+            self._looking_up[route] = [job]
+            self._working.start_soon(self._find, route)
+
+    def _judge(self, lease: Lease) -> Job | None:
+        """A job for a message that is to be sent now; of any other, None: it is dealt with."""
+        self.counters.consumed += 1
         message = lease.message
-        now = self._clock()
         properties = message.properties
-        if "seen" not in properties:
-            self._misspelt.properties(properties)
-        problem = message.problem() or loop_problem(properties, self._outbox)
-        if problem is not None:
-            return self._refuse(lease, responses.unsendable(problem))
-        due = not_before(properties, now=now)
-        if due is not None and now < due:
-            self.counters.held += 1
-            self._add(Settlement(lease, (Publication(self._outbox, message, due),)), None)
-            return None
+        now = self.now()
+        seen = min(lease.since or now, now)
         try:
-            mailbox = parse_mailbox(message.recipient)
-        except AddressError as error:
-            problem = f"property recipient: {error}"
-            return self._refuse(lease, responses.unsendable(problem, 553, "5.1.3"))
-        envelope, recipient = message.envelope, message.recipient
-        try:
-            # In A-labels a domain passes through servers that know no SMTPUTF8.
-            if not recipient.isascii():
-                recipient = str(mailbox)
-            if envelope:
-                sender = parse_mailbox(envelope)
-                envelope = envelope if envelope.isascii() else str(sender)
-        except AddressError as error:
-            problem = f"property envelope: {error}"
-            return self._refuse(lease, responses.unsendable(problem, 553, "5.1.7"))
-        expires = expires_at(properties, now=now, max_delivertime=self._config.max_delivertime)
-        properties["domain"] = mailbox.domain
-        properties.setdefault("seen", format_time(now))
-        if not properties.get("message-id"):
-            properties["message-id"] = self._plugins.message_id()
-        if now > expires:
-            return self._refuse(lease, responses.EXPIRED)
-        if (outcome := self._body_problem(message)) is not None:
-            return self._refuse(lease, outcome)
-        if (reason := unmet_promise(properties, message.body)) is not None:
-            status, _, text = reason.partition(" ")
-            return self._refuse(lease, responses.unsendable(text, 550, status))
-        try:
-            route = route_of(properties, mailbox.domain, self._config)
-            local_ip = choose_local_ip(properties, avoid=self._pool.unusable_ips())
-        except AddressError as error:
-            return self._refuse(lease, responses.unsendable(str(error)))
-        attempt = len(message.results) + 1
-        self._pool.put(Job(lease, message, route, local_ip, envelope, recipient, attempt, expires))
-        return None
-
-    def _fail_admission(self, lease: Lease) -> None:
-        """Try again later what a defect of ours has kept, as long as it may be tried."""
-        now = self._clock()
-        properties = lease.message.properties
-        properties.setdefault("seen", format_time(now))
-        expires = expires_at(properties, now=now, max_delivertime=self._config.max_delivertime)
-        self._finish(lease, lease.message, Report(responses.OWN_FAULT), expires, None)
-
-    def _body_problem(self, message: Message) -> Outcome | None:
-        body = message.body
-        if body is not None:
-            return responses.TOO_MANY_HOPS if count_hops(body) > MAX_HOPS else None
-        if self._plugins.listens("out_data"):
-            return None  # a plugin may supply one
-        if message.properties.get("mime"):
-            return responses.not_generated()
-        return responses.NO_DATA
-
-    # Messages out: what the pool calls
-
-    def done(self, job: Job, report: Report, connection: Connection | None) -> None:
-        """An attempt is over; `connection` is told when its result is safe."""
-        self._finish(job.lease, job.message, report, job.expires, connection)
-
-    def give_back(self, job: Job) -> None:
-        """The engine stops before this message had its turn."""
-        if not self._stopped.is_set():  # else all leases have gone back with the consumer
-            self._queues.release(job.lease)
-
-    def park(self, job: Job, seconds: float) -> None:
-        """Its destination is too slow to keep this message in memory."""
-        self.counters.parked += 1
-        due = self._clock() + seconds
-        self._add(Settlement(job.lease, (Publication(self._outbox, job.message, due),)), None)
-
-    def expired(self, job: Job) -> bool:
-        """Finish a message that has waited in memory for too long."""
-        if self._clock() <= job.expires:
-            return False
-        self._refuse(job.lease, responses.EXPIRED)
-        return True
-
-    def _refuse(self, lease: Lease, outcome: Outcome) -> None:
-        """Finish a message that is not tried."""
-        self._finish(lease, lease.message, Report(outcome), 0.0, None)
-
-    def _finish(
-        self,
-        lease: Lease,
-        message: Message,
-        report: Report,
-        expires: float,
-        connection: Connection | None,
-    ) -> None:
-        """Append the result, decide what follows, and have it written."""
-        now = self._clock()
-        config = self._config
-        outcome = report.outcome
-        results = message.properties.get("results")
-        results = results if isinstance(results, list) else []
-        result = _result(report, len(results) + 1, now)
-        properties = {**message.properties, "results": [*results, result.to_dict()]}
-        due = None
-        if outcome.fate is Fate.RETRY:
-            due = next_attempt(
-                properties,
-                attempt=result.attempt,
-                now=now,
-                expires=expires,
-                intervals=config.retry_interval,
-                max_attempts=config.max_attempts,
-                own_fault=outcome.own_fault,
-            )
-        publications = []
-        if due is not None:
-            properties["delayed"] = format_time(due)
-            publications.append(Publication(self._outbox, Message(properties, message.body), due))
-            kinds: tuple[str, ...] = ("retry",)
-            self.counters.retried += 1
-        elif outcome.fate is Fate.DELIVERED:
-            kinds = ("results", "success")
-            self.counters.delivered += 1
-        else:
-            kinds = ("results", "failure")
-            self.counters.failed += 1
-        self.counters.attempts += 1
-        queues = result_queues(properties, config.result_queues, *kinds, outbox=self._outbox)
-        for queue in queues:
-            # What nobody has named, and is deleted after a while, gets a report and not the mail.
-            body = message.body if queue != config.report_queue else None
-            publications.append(Publication(queue, _copy(properties, body)))
-        if due is None and outcome.fate is not Fate.DELIVERED:
-            self._tell_failure(message, result, queues)
-        self._add(Settlement(lease, publications), connection)
-        if self._send_log is not None:
-            self._send_log.write(_log_line(message, result))
-
-    def _tell_failure(self, message: Message, result: Result, queues: Sequence[str]) -> None:
-        """Leave a trace in the log of a message that has failed, for nobody else is told."""
-        reply = (result.code, result.status, result.description)
-        words = " ".join(str(part) for part in reply if part)[:MAX_REASON]
-        self._say_failure(
-            "message %s from <%s> to <%s> has failed: %s%s; %s",
-            _shown(message.properties.get("message-id") or "?"),
-            _shown(message.envelope),
-            _shown(message.recipient),
-            f"{result.remote_ip}: " if result.remote_ip else "",
-            words or f"{result.type} ({result.state})",
-            f"'mailerq queue read {queues[-1]}' has its report"
-            if queues
-            else "no queue gets a report of it, see rabbitmq-failure",
-        )
-
-    # Settlements
-
-    def _add(self, settlement: Settlement, connection: Connection | None) -> None:
-        self._unsettled.append((settlement, connection))
-        if len(self._unsettled) == 1:
-            self._settlers.unpark()
-
-    async def _settle(self) -> None:
-        """Commit what has gathered, group after group, and tell the connections."""
-        while True:
-            while not self._unsettled:
-                if not self._settling:
-                    self._settled.set()
-                    self._settled = trio.Event()
-                await self._settlers.park()
-            group, self._unsettled = self._unsettled, []
-            self._settling += len(group)
-            await self._commit([settlement for settlement, _ in group])
-            self._settling -= len(group)
-            for _, connection in group:
-                if connection is not None:
-                    connection.worker.call(connection.settled)
-
-    async def _commit(self, settlements: list[Settlement]) -> None:
-        """Write a group; what is wrong with some of it does not keep the rest."""
-        error = await self._ack(settlements)
-        if error is None:
-            return
-        if len(settlements) == 1:
-            await self._settle_with_less(settlements[0], error)
-            return
-        half = len(settlements) // 2
-        await self._commit(settlements[:half])
-        await self._commit(settlements[half:])
-
-    async def _ack(self, settlements: list[Settlement]) -> Exception | None:
-        """Write settlements, and wait while the queue cannot; what else keeps it from that."""
-        backoff = MIN_BACKOFF_SECONDS
-        while True:
-            try:
-                await self._queues.ack(settlements)
-            except QueueError as error:
-                self.counters.queue_errors += 1
-                self._say_unwritten(
-                    "cannot write %d results, trying again: %s", len(settlements), error
-                )
-                await trio.sleep(backoff)
-                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
-            except Exception as error:
-                return error
-            else:
+            if "seen" not in properties:
+                self._misspelt.properties(properties)
+            decision = plan(message, self.config, now=now, seen=seen)
+            if isinstance(decision, Hold):
+                self._settlements.hold(lease, decision.until)
                 return None
+            if decision.domain:
+                properties["domain"] = decision.domain
+                properties.setdefault("seen", format_time(seen))
+                if not properties.get("message-id"):
+                    properties["message-id"] = self._plugins.message_id()
+            outcome = decision.outcome if isinstance(decision, Refuse) else None
+            if outcome is None and lease.loaded:
+                outcome = self._body_problem(lease)
+            if outcome is not None:
+                self._settlements.finish(lease, Report(outcome))
+                return None
+            assert isinstance(decision, Send)
+            return Job(lease, message, decision, len(message.results) + 1)
+        except Exception:
+            # A defect of ours must not stop the mail behind it.
+            log.exception("message %d cannot be handled", lease.id)
+            properties.setdefault("seen", format_time(seen))
+            expires = expires_at(properties, now=seen, max_delivertime=self.config.max_delivertime)
+            self._settlements.finish(lease, Report(responses.OWN_FAULT), expires)
+            return None
 
-    async def _settle_with_less(self, settlement: Settlement, error: Exception) -> None:
-        """Settle a message, the result of which cannot be written, with less and less of it."""
-        lease = settlement.lease
-        wanted = settlement.publications
-        possible = [each for each in wanted if self._is_possible(each)]
-        forms = [possible, []]
-        if any(each.queue == self._outbox for each in wanted):
-            # It is to go again, so it must be somewhere.
-            again = [each for each in possible if each.queue == self._outbox]
-            aside = [Publication(DAMAGED_QUEUE, _set_aside(lease.message, error))]
-            forms = [possible, again, aside] if again else [aside]
-        for form in forms:
-            problem = await self._ack([Settlement(lease, form)])
-            if problem is None:
-                self._say_reduced(
-                    "message %d: %s; %d of %d documents about it were written, to %s",
-                    lease.id,
-                    error,
-                    len(form),
-                    len(wanted),
-                    ", ".join(each.queue for each in form) or "no queue",
-                )
-                return
-            if type(problem) is ValueError:
-                return  # the lease is over
-        self._say_reduced("message %d cannot be settled, trying later: %s", lease.id, error)
-        assert self._nursery is not None, "it is open while anything is settled"
-        self._nursery.start_soon(self._settle_later, settlement)
+    def _body_problem(self, lease: Lease) -> Outcome | None:
+        return body_problem(lease.message, supplied=self._plugins.listens("out_data"))
 
-    def _is_possible(self, publication: Publication) -> bool:
-        try:
-            self._queues.check(publication)
-        except MessageError:
+    async def _find(self, route: Route) -> None:
+        """Find the hosts of a target, and give the messages for it their places.
+
+        Where that takes long they wait in the queue, and are taken again when it is over.
+        """
+        found = await self._sites.find_quickly(route)
+        destinations = []
+        for job in self._looking_up.pop(route, ()):
+            self._looked_up -= 1
+            destinations.append(job.lease.destination)
+            if found is None:
+                self.put_back(job)
+            else:
+                self._place(job, found)
+        late = found is None and self._sites.crowded
+        if found is None and not late:
+            self._intake.serve()
+            await self._sites.find(route)
+        for destination in destinations:
+            self._intake.placed(destination, late=late)
+
+    def _place(self, job: Job, found: Site | NoHosts, wanted: Flow | None = None) -> None:
+        """Give a message to its flow."""
+        if isinstance(found, NoHosts):
+            outcome = responses.no_hosts(found.description, found.reply)
+            self._settlements.finish(job.lease, Report(outcome), job.plan.expires)
+            return
+        flow = self._flow(job, found, wanted)
+        self._intake.link(self._intake.destination(job.lease.destination), flow)
+        if flow.down and not (flow.asking and flow is wanted):
+            self.put_back(job)
+        else:
+            flow.add(job)
+
+    def _flow(self, job: Job, site: Site, wanted: Flow | None = None) -> Flow:
+        """The flow to a site that a message can leave by; of several, one that is not down."""
+        flows, ips, demands = site.flows, job.plan.local_ips, job.plan.demands
+        local_ip = None
+        if ips:
+            fitting = [ip for ip in ips if site.fits(ip)] or list(ips)
+            usable = [ip for ip in fitting if not self.memory.is_aside(ip)] or fitting
+            able = [ip for ip in usable if not ((f := flows.get((ip, demands))) and f.down)]
+            able = able or usable
+            local_ip = wanted.local_ip if wanted is not None else None
+            if local_ip not in able:
+                local_ip = random.choice(able)
+        flow = flows.get((local_ip, demands))
+        if flow is None:
+            flow = flows[local_ip, demands] = Flow(self, site, local_ip, demands)
+            self._flows[flow] = None
+        return flow
+
+    # What flows ask for
+
+    def place_elsewhere(self, job: Job) -> bool:
+        """Let a message leave from another of its addresses, if it has one that may do."""
+        old = job.flow
+        assert old is not None, "it was placed"
+        if len(job.plan.local_ips) < 2:
             return False
+        flow = self._flow(job, old.site)
+        if flow is old or flow.down:
+            return False
+        old.held -= 1
+        self._intake.link(self._intake.destination(job.lease.destination), flow)
+        flow.add(job)
         return True
 
-    async def _settle_later(self, settlement: Settlement) -> None:
-        await trio.sleep(MAX_BACKOFF_SECONDS)
-        self._add(settlement, None)
+    def has_expired(self, job: Job) -> bool:
+        """Finish a message that has waited for too long."""
+        if self.now() <= job.plan.expires:
+            return False
+        self._settlements.finish(job.lease, Report(responses.EXPIRED), job=job)
+        return True
 
-
-def _result(report: Report, attempt: int, now: float) -> Result:
-    outcome = report.outcome
-    return Result(
-        attempt=attempt,
-        type=outcome.type,
-        state=outcome.state,
-        result=outcome.result,
-        time=format_time(now),
-        local_ip=report.local_ip,
-        remote_ip=report.remote_ip,
-        mta=report.mta,
-        code=outcome.code,
-        status=outcome.status,
-        description=outcome.description,
-        messages=report.messages,
-    )
-
-
-def _copy(properties: dict[str, Any], body: bytes | None) -> Message:
-    """The message as the result queues get it: with a body only where ``keepmime`` says so."""
-    if properties.get("keepmime"):
-        return Message(dict(properties), body)
-    return Message({name: value for name, value in properties.items() if name != "mime"})
-
-
-def _set_aside(message: Message, error: Exception) -> Message:
-    """A message that no queue takes as it is, in a form that any takes."""
-    properties: dict[str, Any] = {}
-    for name, value in message.properties.items():
+    async def load(self, job: Job) -> Outcome | None:
+        """Fetch a body that is only in the queue; what keeps it from being sent."""
         try:
-            check_nesting(value, encode_properties({name: value}))
-        except Exception:
-            properties[ascii(name)[1:-1]] = ascii(value)[:MAX_REPRESENTATION]
-        else:
-            properties[name] = value
-    properties["damaged"] = {"reason": ascii(str(error))[1:-1]}
-    return Message(properties, message.body)
+            await self._bodies.load(job.lease)
+        except QueueError as error:
+            self.counters.queue_errors += 1
+            log.error("cannot read the body of message %d: %s", job.lease.id, error)
+            return responses.OWN_FAULT
+        return self._body_problem(job.lease)
 
+    def refill(self, flow: Flow) -> None:
+        """Take mail for a flow, if that is worth it."""
+        self._intake.refill(flow)
 
-def _shown(value: object) -> str:
-    """A property in a log; of another type it may be of any size."""
-    return value[:MAX_REASON] if isinstance(value, str) else f"({type(value).__name__})"
+    def start_soon(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Start a task that ends when deliveries stop."""
+        self._working.start_soon(function, *args)
 
+    def start_session(self, session: Session) -> None:
+        """Let a session run."""
+        self._sessions[session] = None
+        self.worker.load += 1
+        self._some_session.set()
+        self._nursery.start_soon(session.run)
 
-def _log_line(message: Message, result: Result) -> str:
-    """One line of the send log, without its date. docs/operations.md has its form."""
-    tags = message.properties.get("tags")
-    return " ".join(
-        (
-            f"{result.state}:{result.result}",
-            str(result.attempt),
-            f"<{escape_field(message.envelope)}> <{escape_field(message.recipient)}>",
-            f"[{result.local_ip or ''}] [{result.remote_ip or ''}]",
-            ",".join(map(escape_field, map(str, tags))) if isinstance(tags, list) else "",
-            f"{result.code or ''} {result.status or ''} {escape(result.description or '')}",
-        )
-    )
+    def session_over(self, session: Session) -> None:
+        """A session has ended."""
+        del self._sessions[session]
+        self.worker.load -= 1
+        self.openings.release()
+        if not self._sessions:
+            self._no_session.set()
+            self._no_session = trio.Event()
+
+    def settle(self, job: Job, report: Report, session: Session | None) -> None:
+        """An attempt is over; the session is told when its result is safe."""
+        self._settlements.finish(job.lease, report, job.plan.expires, job, session)
+
+    def put_back(self, job: Job) -> None:
+        """A message was not tried: it waits in the queue as it was."""
+        self._gone(job)
+        self._intake.put_back(job.lease)
+
+    def _gone(self, job: Job) -> None:
+        self._bodies.drop(job.lease)
+        if job.flow is not None:
+            job.flow.held -= 1
+            job.flow = None
+
+    def forget(self, flow: Flow) -> None:
+        """A flow has nothing to do, and nothing worth remembering."""
+        if self._flows.pop(flow, 0) == 0:
+            return
+        del flow.site.flows[flow.local_ip, flow.demands]
+        self._looks.discard(flow)
+        self.openings.forget(flow)
+        self._intake.forget(flow)
+
+    # What settlements ask for
+
+    def lease_over(self, lease: Lease, job: Job | None) -> None:
+        """The settlement of a message is committed."""
+        if job is not None:
+            self._gone(job)
+        self._intake.lease_over()
+
+    def lease_kept(self, lease: Lease) -> None:
+        """The next `lease_over` comes too early: its settlement is committed later."""
+        self._intake.leased += 1
+
+    async def fetch(self, lease: Lease) -> None:
+        """Fetch the body of a lease that is not loaded. Raises `QueueError`."""
+        await self._intake.subscription.load(lease)
+
+    # Flows that are down
+
+    def ask(self, flow: Flow) -> None:
+        """Let one message find out whether a flow that is down can send again."""
+        if flow.asking or self.stopping:
+            return
+        if flow.site.hosts and not self.openings.reserve_try(flow):
+            return  # it is resumed
+        flow.asking = True
+        self.start_soon(self._ask, flow)
+
+    async def _ask(self, flow: Flow) -> None:
+        """Look at some mail of a flow: finish what has expired, and try one message."""
+        job: Job | None = None
+        seen = 0
+        for _ in range(len(flow.ready)):
+            destination = self._intake.next_ready(flow)
+            if destination is None or seen >= ASK_MESSAGES:
+                break
+            leases = await self._intake.take(destination, ASK_MESSAGES - seen)
+            seen += max(len(leases), 1)
+            for lease in leases:
+                each = self._judge(lease)
+                if each is not None and job is None:
+                    job = each
+                elif each is not None:
+                    self.put_back(each)
+            self._intake.taken(destination)
+        if job is not None:
+            self._place(job, await self._sites.find(job.plan.route), flow)
+        if job is None or job.flow is not flow:
+            flow.not_asked()
+
+    def flush(self) -> None:
+        """Try now what waits for a host that was down, and look at all times."""
+        self._sites.forget_failures()
+        for flow in list(self._flows):
+            flow.end_holds()
+        self.wake()
+
+    def wake(self) -> None:
+        """Look at all times now: the clock may have been set."""
+        self._times_changed.set()
+
+    # Times
+
+    def look_at(self, flow: Flow, when: float) -> None:
+        """Have a flow look again at a time of the monotonic clock."""
+        self._looks.set_earlier(flow, when)
+        if when < self._next_look:
+            self._times_changed.set()
+
+    def times_changed(self, wall: float) -> None:
+        """Something is due at a time of the wall clock."""
+        if wall < self._next_due:
+            self._times_changed.set()
+
+    async def _watch_times(self) -> None:
+        while True:
+            self._times_changed = trio.Event()
+            for flow in self._looks.pop_until(monotonic()):
+                flow.look()
+            destination: Destination
+            for destination in self._intake.dues.pop_until(self.now()):
+                self._intake.came_due(destination)
+            self._next_look, self._next_due = self._looks.first, self._intake.dues.first
+            seconds = min(self._next_look - monotonic(), self._next_due - self.now())
+            with trio.move_on_after(min(max(seconds, 0.0), CLOCK_SECONDS)):
+                await self._times_changed.wait()
+
+    async def _watch_sessions(self) -> None:
+        while True:
+            if not self._sessions:
+                self._some_session = trio.Event()
+                await self._some_session.wait()
+            config = self.config
+            shortest = min(config.smtp_out_timeout, config.connection_maxidle / 1000)
+            await trio.sleep(min(TICK_SECONDS, max(shortest / 4, 0.02)))
+            for session in list(self._sessions):
+                session.check()

@@ -7,25 +7,25 @@ from mailerq.wire.client cimport ClientProtocol as _ClientProtocol
 
 
 @cython.final
-cdef class Connection:
-    cdef public Py_ssize_t _unsettled, _messages
+cdef class Session:
+    cdef public Py_ssize_t messages, _unsettled
     cdef public _ClientProtocol _protocol
     cdef public _Stream _stream
-    cdef public bint _idle, _sending, _begun, _prompt, _leaving, _over
+    cdef public bint leaving, is_try, patient, was_put_off, _idle, _sending, _begun, _prompt
     cdef public bytes _held
-    cdef public double _deadline, _asked
-    cdef public object worker, route, local_ip, remote, _pool, _timeout, _life, _scope, _job
-    cdef public object _ahead, _calm, _plugin, _local, _converted, _doubtful
+    cdef public double _deadline, _asked, _started
+    cdef public object flow, worker, remote, _timeout, _life, _scope, _job
+    cdef public object _ahead, _calm, _plugin, _local, _converted
     cdef object __weakref__
 
-    cpdef give(self, job)
+    cpdef wake(self)
     cpdef leave(self)
     cpdef cut(self)
     cpdef check(self)
     cpdef settled(self)
     cpdef _withdraw(self)
-    cpdef _rouse(self)
     cpdef _may_go_on(self)
+    cpdef _finish(self, job, outcome)
     cpdef _report(self, outcome)
     cpdef _begin(self, job)
     cpdef _must_convert(self, job, body)

@@ -2,34 +2,35 @@
 
 Theory of operation
 -------------------
-A connection is one task on one worker. It belongs to a `Pool`, which lives on the home
-worker: the pool hands it jobs with `give`, and it tells the pool what came of them. Each of
-the two calls the other through `Worker.call`, so with a single worker both are plain calls
-and a connection finds its next job in its hand when it has reported the last one.
-
-A connection first goes through the hosts that it was made for until one lets it in; only
-then does it take a job. One body is under way at a time.
+A session is one task on the home worker. It belongs to a `Flow`, and pulls its mail from there:
+`next_job` when it can send one, `settle` with what came of it. It first goes through the hosts of
+the flow until one lets it in; only then does it take a job. One body is under way at a time.
+Without a job it is idle, and waits for `wake` or for what the peer does.
 
 The envelope of the next message may go ahead, in one write with a short body: where one waits that
-no other connection could take now, and the peer pipelines and has answered the body before without
-delay. A message then costs one round trip. It is bound to this connection from then on, but goes
-back to the pool when that ends before its turn, or when the reply to the body takes its time. Only
-connections of the home worker do so, because the pool must answer at once. What plugins send
-outside of an event meanwhile is held until the next dot, or it would be a part of that mail.
+no other session could take now, and the peer pipelines and has answered the body before without
+delay. A message then costs one round trip. It is bound to this session from then on, but goes
+back to the flow when that ends before its turn, or when the reply to the body takes its time.
+What plugins send outside of an event meanwhile is held until the next dot, or it would be a part
+of that mail.
+
+A peer may close, or refuse with 421, before it has answered anything of a mail. Where it took mail
+on this connection before, that costs the message nothing: it goes back to the flow.
 
 A peer may answer out of step; `mailerq.wire.client` states when a reply counts, and has an
 envelope, RSET or QUIT follow each body as proof. The message in doubt is tried again; where its
-body was not sent, at once on another connection. The pool remembers the host for a while: it is
-sent nothing behind a body, and new connections to it end with each mail.
-A peer without 8BITMIME gets a body in ASCII, which is made once for each connection that the
+body was not sent, at once on another connection. The host is remembered for a while: it is sent
+nothing behind a body, and new connections to it end with each mail.
+A body that is only in the queue is loaded when its turn comes, and what its text rules out is found
+then. A peer without 8BITMIME gets a body in ASCII, which is made once for each connection that the
 message is given to (`mailerq.mail.seven_bit`); where it is long, in a thread.
 
-Results are committed in groups by somebody else. A connection sends the next envelope
+Results are committed in groups by somebody else. A session sends the next envelope
 meanwhile, but not the next body before it has heard that its last result is safe
-(`settled`). So if the process dies, at most one message for each connection is sent twice.
+(`settled`). So if the process dies, at most one message for each session is sent twice.
 
 The deadline is a plain number, moved forward for each complete reply and each piece of a
-body, so that a peer that drips bytes gains nothing by it. The pool's watch has it checked
+body, so that a peer that drips bytes gains nothing by it. The dispatcher has it checked
 every now and then (`check`): a deadline of trio's own would cost more than it tells.
 """
 
@@ -37,21 +38,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
-import msgspec
 import trio
 
 from mailerq.mail.seven_bit import to_seven_bit
 from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.net.stream import CannotBind, Stream, StreamLost
-from mailerq.queues import Lease
+from mailerq.outbound.jobs import Job, Report
+from mailerq.outbound.openings import QUICK_SECONDS
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
-from mailerq.rules.routes import Route, has_ascii_header
+from mailerq.rules.routes import has_ascii_header
 from mailerq.wire.client import (
     NEED_DATA,
     Accepted,
@@ -69,17 +70,15 @@ from mailerq.wire.smtp import Reply
 if TYPE_CHECKING:
     from mailerq.config import Config
     from mailerq.net.worker import Worker
+    from mailerq.outbound.flow import Flow
     from mailerq.plugins import Connection as PluginConnection
 
-__all__ = ["Connection", "Job", "Report"]
+__all__ = ["Session"]
 
 log = logging.getLogger("mailerq.delivery")
 
 MAX_HOSTS: Final = 8
 """Hosts that one connection tries before it gives up; RFC 5321 asks for two."""
-
-MAX_MOVES: Final = 3
-"""How often a message goes to another connection because a peer was gone when its turn came."""
 
 SLICE_BYTES: Final = 1 << 18
 """Bytes of a body that are sent under one deadline."""
@@ -97,107 +96,36 @@ PROMPT_SECONDS: Final = 0.1
 wait for the reply to this one, while another connection may become free."""
 
 WITHDRAW_SECONDS: Final = 1.0
-"""Then such a message goes back to the pool, and the connection ends with the reply."""
+"""Then such a message goes back to the flow, and the session ends with the reply."""
 
 CONVERT_BYTES: Final = 1 << 14
 """Bytes of a body that are converted at once; more of it takes its time in a thread."""
 
 CONVERTERS: Final = 2
-"""Such bodies of a worker at a time: each is in memory several times meanwhile."""
-
-MIN_IDLE_SECONDS: Final = 0.05
-"""How long a connection is kept idle at least: a job may be on its way from another thread."""
+"""Such bodies at a time: each is in memory several times meanwhile."""
 
 QUIT_SECONDS: Final = 2.0
 """How long the reply to QUIT is waited for; it decides nothing."""
 
 
-class Job(msgspec.Struct, eq=False):
-    """A message that is to be sent now. `envelope` and `recipient` are as the wire needs them.
+class Session:
+    """A session of a flow; `run` is its task. All methods are for the home worker's thread."""
 
-    `attempt` counts from 1; `expires` is seconds since 1970; `local_ip` is the address to send
-    from, None for any. `moves` counts the connections that it was given to and that ended before
-    its turn. `since` is when it was put into the pool, on the monotonic clock.
-    """
-
-    lease: Lease
-    message: Message
-    route: Route
-    local_ip: str | None
-    envelope: str
-    recipient: str
-    attempt: int
-    expires: float
-    moves: int = 0
-    since: float = 0.0
-
-
-class Report(msgspec.Struct, frozen=True):
-    """What came of an attempt, and over which connection if there was one."""
-
-    outcome: Outcome
-    local_ip: str | None = None
-    remote_ip: str | None = None
-    mta: str | None = None
-    messages: int | None = None
-
-
-class Employer(Protocol):
-    """Who gives a connection its jobs: what it expects of `mailerq.outbound.pool.Pool`.
-
-    All methods are called on the thread of `worker`.
-    """
-
-    worker: Worker
-
-    @property
-    def config(self) -> Config:
-        """The settings in force now."""
-
-    def host_failed(self, host: Host) -> None:
-        """That host did not let us in."""
-
-    def cannot_bind(self, local_ip: str, error: OSError) -> None:
-        """Nothing can be sent from that address of this host."""
-
-    def opened(self, connection: Connection) -> None:
-        """The connection can take its first job."""
-
-    def finished(self, connection: Connection, job: Job, report: Report, reusable: bool) -> None:
-        """A job is over; the connection takes another one only when it is `reusable`."""
-
-    def next_job(self, connection: Connection) -> Job | None:
-        """A job that the connection may begin before it has finished the one in hand."""
-
-    def returned(self, job: Job) -> None:
-        """A job was not tried, because the peer had gone."""
-
-    def withdrawn(self, connection: Connection, job: Job) -> None:
-        """A `next_job` was not tried, because the peer went or was slow."""
-
-    def out_of_step(self, connection: Connection) -> None:
-        """The host of the connection answers in an order that proves nothing."""
-
-    def leaving(self, connection: Connection) -> None:
-        """The connection takes no more jobs."""
-
-    def closed(self, connection: Connection, job: Job | None, report: Report | None) -> None:
-        """The connection has ended; a `report` says why no host let it in."""
-
-
-class Connection:
-    """A connection of a pool; `run` is its task.
-
-    `give`, `leave`, `cut`, `check` and `settled` are for its worker's thread.
-    """
-
-    def __init__(self, pool: Employer, worker: Worker, route: Route, local_ip: str | None) -> None:
+    def __init__(self, flow: Flow, worker: Worker) -> None:
+        self.flow = flow
         self.worker = worker
-        self.route = route
-        self.local_ip = local_ip
         self.remote = ""
-        self._pool = pool
-        self._timeout = pool.config.smtp_out_timeout
+        self.messages = 0
+        """Messages that the connection has taken."""
+        self.leaving = False
+        """It takes no more jobs."""
+        self.is_try = False
+        """It keeps one of the tries of `Openings`, a patient one if it is `patient`."""
+        self.patient = False
+        self.was_put_off = False
+        """It ends without a result: others have their turn to try."""
+        self._started = monotonic()
+        self._timeout = flow.config.smtp_out_timeout
         self._deadline = math.inf
         self._life = trio.CancelScope()
         self._scope = trio.CancelScope()
@@ -209,32 +137,29 @@ class Connection:
         self._begun = False  # an envelope went ahead, and its body has not followed
         self._prompt = False
         self._asked = math.inf  # when the last body was sent
-        self._leaving = False
-        self._over = False
         self._unsettled = 0
         self._calm: trio.Event | None = None
         self._protocol: ClientProtocol
         self._stream: Stream
         self._plugin: PluginConnection
-        self._doubtful: Collection[str] = ()
         self._local = ""
         self._converted: bytes | None = None
-        self._messages = 0
 
-    # Told by the pool
+    # Told by the flow
 
-    def give(self, job: Job) -> None:
-        """Take a job; the connection may just have ended, then the job goes back."""
-        if self._over:
-            self._pool.worker.call(self._pool.returned, job)
-            return
-        self._job = job
-        self._rouse()
+    @property
+    def _config(self) -> Config:
+        return self.flow.config
+
+    def wake(self) -> None:
+        """There may be a job for it."""
+        if self._idle:
+            self._stream.rouse()
 
     def leave(self) -> None:
         """End after the message under way."""
-        self._leaving = True
-        self._rouse()
+        self.leaving = True
+        self.wake()
 
     def cut(self) -> None:
         """End now."""
@@ -243,6 +168,8 @@ class Connection:
     def check(self) -> None:
         """End what has taken too long: the wait for a reply, or for a job."""
         now = monotonic()
+        if self.is_try and not self.patient and now - self._started > QUICK_SECONDS:
+            self.flow.overdue(self)
         if now - self._asked > WITHDRAW_SECONDS:
             self._withdraw()
         if now < self._deadline:
@@ -262,37 +189,30 @@ class Connection:
         """Give back the message whose envelope went ahead; the peer never gets its body."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
-            ahead.moves += 1
-            self._pool.worker.call(self._pool.withdrawn, self, ahead)
-
-    def _rouse(self) -> None:
-        if self._idle:
-            self._stream.rouse()
+            self.flow.give_back(ahead, ahead=True)
 
     # The task
 
-    async def run(self, hosts: Sequence[Host], doubtful: Collection[str] = ()) -> None:
-        """Connect to the first of `hosts` that lets us in and send what the pool gives.
-
-        The addresses in `doubtful` are of hosts that were out of step.
-        """
-        self._doubtful = doubtful
+    async def run(self) -> None:
+        """Connect to the first of the flow's hosts that lets us in and send what the flow has."""
         report = None
         try:
             with self._life:
-                report = await self._try_hosts(hosts)
+                report = await self._try_hosts(self.flow.hosts())
                 await self._wait_settled()
         except Exception:
             # A defect of ours costs a message one attempt, and not the engine its life.
-            log.exception("the connection to %s failed", self.route.name)
+            log.exception("the connection to %s failed", self.flow.site.label)
             if self._job is not None:
-                self._finish(self._job, responses.OWN_FAULT, reusable=False)
+                self._finish(self._job, responses.OWN_FAULT)
             report = Report(responses.OWN_FAULT)
         finally:
-            self._over = True
+            self.leaving = True
             self._withdraw()
             job, self._job = self._job, None
-            self._pool.worker.call(self._pool.closed, self, job, report)
+            if job is not None:
+                self.flow.give_back(job)
+            self.flow.ended(self, report)
 
     async def _try_hosts(self, hosts: Sequence[Host]) -> Report | None:
         """Serve on the first host that lets us in; a report says that none did.
@@ -310,7 +230,7 @@ class Connection:
                 best = report
             if report.outcome.state == "bind":
                 break  # it would be the same for all others
-            self._pool.worker.call(self._pool.host_failed, host)
+            self.flow.memory.kept_out(host.address)
             tried += not report.outcome.own_fault
             if tried == MAX_HOSTS:
                 break
@@ -318,30 +238,31 @@ class Connection:
 
     async def _session(self, host: Host) -> Report | None:
         where = host.address if host.name == host.address else f"{host.name} [{host.address}]"
+        local_ip, memory = self.flow.local_ip, self.flow.memory
         stream = None
         try:
-            with trio.move_on_after(self._pool.config.connect_timeout):
-                stream = await Stream.connect(host.address, self.route.port, local_ip=self.local_ip)
+            with trio.move_on_after(self._config.connect_timeout):
+                stream = await Stream.connect(host.address, self.flow.site.port, local_ip=local_ip)
         except CannotBind as error:
-            assert self.local_ip is not None, "else nothing is bound"
-            self._pool.worker.call(self._pool.cannot_bind, self.local_ip, error)
-            return Report(responses.cannot_bind(error, self.local_ip), self.local_ip)
+            assert local_ip is not None, "else nothing is bound"
+            memory.cannot_bind(local_ip, error)
+            return Report(responses.cannot_bind(error, local_ip), local_ip)
         except OSError as error:
             return Report(responses.connect_failed(error, where))
         if stream is None:
             return Report(responses.connect_timed_out(where))
         self._stream = stream
         self._protocol = ClientProtocol(
-            self._pool.config.hostname, careful=host.address in self._doubtful
+            self._config.hostname, careful=memory.was_out_of_step(host.address)
         )
-        self._messages = 0
+        self.messages = 0
         try:
             self._local, self.remote = stream.local[0], host.address
             return await self._talk()
         finally:
             stream.close()
             if self._protocol.out_of_step:
-                self._pool.worker.call(self._pool.out_of_step, self)
+                memory.out_of_step(host.address, self.flow.site.label)
 
     async def _talk(self) -> Report | None:
         """The whole session; a report says that it was not let in."""
@@ -351,12 +272,12 @@ class Connection:
             event = await self._exchange()
             if isinstance(event, Ready):
                 ready = True
-                self._pool.worker.call(self._pool.opened, self)
+                self.flow.opened(self)
                 await self._serve()
         if self._scope.cancelled_caught:
             event = self._protocol.abort(Problem.TIMEOUT, "no reply in time")
             if self._job is not None:
-                self._finish(self._job, _outcome(event), reusable=False)
+                self._finish(self._job, _outcome(event))
         return None if ready else self._report(_outcome(event))
 
     async def _serve(self) -> None:
@@ -365,25 +286,22 @@ class Connection:
             self._stream.fileno(), on_output=self._output_came, incoming=False
         )
         try:
-            while job := self._job or await self._wait_for_job():
+            while job := self._job or await self._next_job():
+                self._job = job
                 begun = self._begun
-                self._timeout = self._pool.config.smtp_out_timeout
+                self._timeout = self._config.smtp_out_timeout
                 outcome = await self._deliver(job)
                 if outcome is None:
                     self._job = None
-                    if begun:
-                        self._pool.worker.call(self._pool.withdrawn, self, job)
-                    else:
-                        self._pool.worker.call(self._pool.returned, job)
+                    self.flow.give_back(job, ahead=begun)
                     break
-                self._messages += 1
-                ahead = None if self._protocol.ended else self._ahead
-                self._finish(job, outcome, reusable=ahead is None and self._may_go_on())
-                if ahead is not None:
-                    self._job, self._ahead, self._over = ahead, None, False
-                if self._over:
+                self.messages += 1
+                self._finish(job, outcome)
+                if self._ahead is not None and not self._protocol.ended:
+                    self._job, self._ahead = self._ahead, None
+                elif not self._may_go_on():
                     break
-            self._over = True
+            self.leaving = True
             if self._protocol.reusable:
                 self._protocol.quit()
                 with trio.move_on_after(QUIT_SECONDS):
@@ -393,42 +311,43 @@ class Connection:
                 await self._plugin.close()
 
     def _may_go_on(self) -> bool:
-        limit = self._pool.config.connection_maxmessages
-        if self._leaving or 0 < limit <= self._messages:
+        limit = self._config.connection_maxmessages
+        if self.leaving or 0 < limit <= self.messages:
             return False
         return self._protocol.reusable and self._protocol.next_event() is NEED_DATA
 
-    def _finish(self, job: Job, outcome: Outcome, *, reusable: bool) -> None:
-        """Report what came of the job in hand. The pool may put the next one there at once."""
+    def _finish(self, job: Job, outcome: Outcome) -> None:
+        """Report what came of the job in hand."""
         self._job = None
-        self._over = not reusable
         self._unsettled += 1
-        self._pool.worker.call(self._pool.finished, self, job, self._report(outcome), reusable)
+        self.flow.settle(self, job, self._report(outcome))
 
     def _report(self, outcome: Outcome) -> Report:
-        messages = self._messages or None
+        messages = self.messages or None
         return Report(outcome, self._local, self.remote, self._protocol.mta, messages)
 
-    async def _wait_for_job(self) -> Job | None:
-        """Be idle. None: the time is up, the pool says so, or the peer has something to say."""
-        if not self._leaving:
-            self._expect(max(self._pool.config.connection_maxidle / 1000, MIN_IDLE_SECONDS))
-            self._idle = True
-            try:
-                # An event may bring no data, and a job or `leave` come before its turn does.
-                while not (self._job or self._leaving) and await self._stream.wait_for_input():
+    async def _next_job(self) -> Job | None:
+        """Take the next job, or be idle until there is one.
+
+        None: the time is up, the flow says so, or the peer has something to say.
+        """
+        self._expect(self._config.connection_maxidle / 1000)
+        try:
+            while (job := self.flow.next_job(self)) is None and not self.leaving:
+                self._idle = True
+                # It may end without data, and not by `wake` alone.
+                if await self._stream.wait_for_input():
                     if (data := self._stream.receive_nowait()) is not None:
                         self._protocol.receive_data(data)
                         break
-            except StreamLost as error:
-                self._protocol.abort(Problem.LOST, str(error))
-            finally:
-                self._idle = False
-        if self._job is None:
-            self._over = True
+        except StreamLost as error:
+            self._protocol.abort(Problem.LOST, str(error))
+        finally:
+            self._idle = False
+        if job is None:
+            self.leaving = True
             self._protocol.next_event()
-            self._pool.worker.call(self._pool.leaving, self)
-        return self._job
+        return job
 
     async def _wait_settled(self) -> None:
         if self._unsettled:
@@ -446,6 +365,10 @@ class Connection:
         event = protocol.next_event()
         if event is NEED_DATA:
             if not self._begun:
+                if not job.lease.loaded:
+                    self._deadline = math.inf  # it is not the peer who takes time
+                    if (problem := await self.flow.load(job)) is not None:
+                        return problem
                 self._converted = None
                 body = job.message.body
                 if body is not None and self._must_convert(job, body):
@@ -463,8 +386,7 @@ class Connection:
             left = protocol.replies == replies or protocol.out_of_step
         else:
             left = isinstance(event, Refused) and event.reply.code == 421
-        if left and not protocol.reusable and self._messages and job.moves < MAX_MOVES:
-            job.moves += 1
+        if left and not protocol.reusable and self.messages:
             return None
         return _outcome(event)
 
@@ -508,8 +430,7 @@ class Connection:
             and len(body) <= AHEAD_BYTES
             and not self._held
             and self._protocol.may_go_ahead
-            and self.worker is self._pool.worker
-            and (job := self._pool.next_job(self)) is not None
+            and (job := self.flow.job_ahead(self)) is not None
         ):
             self._ahead = job
             self._converted = None
@@ -544,8 +465,8 @@ class Connection:
                 # What comes before the dot is no answer to it.
                 protocol.receive_data(early)
             told = plugin.listens("out_sent")
-            limit = self._pool.config.connection_maxmessages
-            last = self._leaving or 0 < limit <= self._messages + 1
+            limit = self._config.connection_maxmessages
+            last = self.leaving or 0 < limit <= self.messages + 1
             # Nothing that a plugin sends may come behind QUIT.
             protocol.send_body(message.body, last=last and not (told or self._held))
             self._begun = False

@@ -2,22 +2,32 @@
 
 from mailerq.queues.interface import (
     DAMAGED_QUEUE,
+    BrowsableQueues,
     Consumer,
     Depth,
+    DestinationDepth,
     Entry,
     Lease,
     Publication,
     Queues,
+    Receiver,
     Settlement,
+    Subscription,
+    Taken,
 )
 
 __all__ = [
     "DAMAGED_QUEUE",
+    "BrowsableQueues",
     "Consumer",
     "Depth",
+    "DestinationDepth",
     "Entry",
     "Lease",
     "Publication",
     "Queues",
+    "Receiver",
     "Settlement",
+    "Subscription",
+    "Taken",
 ]

@@ -1,4 +1,7 @@
-"""Opens a queue directory, for the one daemon that may have it or beside it.
+"""Opens the queues of a configuration: the one place that knows the backends.
+
+An engine asks for `open_queues`, the command line for `open_files` or, to publish, `open_shared`;
+neither of the last two needs an event loop.
 
 SQLite takes a write-ahead log up to its first broken frame, and throws the rest away. What
 stands behind a broken frame was committed, and a daemon that starts salvages it. So nobody
@@ -8,24 +11,160 @@ may open the file after a crash without having looked at its log.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Final
 
+from mailerq.config import Config
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.privileges import as_owner, give_to
-from mailerq.queues.embedded.queue_file import FILE_NAME, Store, lock_directory
+from mailerq.queues.embedded.queue_file import FILE_NAME, Bounds, QueueFile, lock_directory
+from mailerq.queues.embedded.shares import share_directory, shares_in
 from mailerq.queues.embedded.sqlite_file import translate
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.queues.recovery.salvage import broken_log, recover
 
-__all__ = ["make_directory", "open_exclusive", "open_shared"]
+if TYPE_CHECKING:
+    from mailerq.queues.embedded.queues import EmbeddedQueues
+
+__all__ = [
+    "QueueFile",
+    "compact_files",
+    "make_directory",
+    "open_embedded",
+    "open_exclusive",
+    "open_files",
+    "open_queues",
+    "open_shared",
+    "share_directory",
+    "shares_in",
+]
+
+logger = logging.getLogger("mailerq.queues")
+
+OUTBOX: Final = "outbox"
+"""What the outbox is called unless the configuration says otherwise."""
+
+COMPACT_FREE: Final = 64 << 20
+COMPACT_USED: Final = 256 << 20
+"""A start compacts a file of which so many bytes are free, and more than are in use, while these
+are few enough to be copied in some seconds. ``mailerq queue compact`` does it at any size."""
 
 
-def open_exclusive(directory: str, lock: DirectoryLock | None = None) -> Store:
+def open_queues(
+    config: Config, share: int = 0, lock: DirectoryLock | None = None
+) -> AbstractAsyncContextManager[EmbeddedQueues]:
+    """The queues of a configuration, for the engine that delivers from them.
+
+    `share` is the part of the queue directory that the engine delivers from. A `lock` on that part
+    that was taken before is released at the end.
+    """
+    directory = share_directory(config.queue_directory, share)
+    return open_embedded(
+        directory, bounds=Bounds.of(config), outbox=config.rabbitmq_outbox, lock=lock
+    )
+
+
+@asynccontextmanager
+async def open_embedded(
+    directory: str,
+    *,
+    exclusive: bool = True,
+    clock: Callable[[], float] = time.time,
+    bounds: Sequence[Bounds] = (),
+    outbox: str = OUTBOX,
+    lock: DirectoryLock | None = None,
+) -> AsyncIterator[EmbeddedQueues]:
+    """Open the queues of a directory, which is made if missing; raises `QueueError`.
+
+    `exclusive` refuses a directory that another process has opened so, checks the file, and
+    salvages a damaged one. `clock` is the wall clock, in seconds since 1970. What is beyond
+    `bounds` is deleted once a minute. The mail of the queue `outbox` is sorted by destination. A
+    `lock` on the directory that was taken before is released at the end.
+
+    >>> import tempfile, trio
+    >>> from mailerq.message import Message
+    >>> from mailerq.queues import Publication, Settlement
+    >>> async def example(directory):
+    ...     async with open_embedded(directory) as queues:
+    ...         await queues.publish([Publication("outbox", Message({"recipient": "a@b.test"}))])
+    ...         async with queues.consume("outbox", prefetch=10) as consumer:
+    ...             lease = await consumer.receive()
+    ...             await queues.ack([Settlement(lease)])
+    ...             return lease.message.recipient
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     trio.run(example, directory)
+    'a@b.test'
+    """
+    # The command line does without.
+    import trio
+
+    from mailerq.queues.embedded.queues import EmbeddedQueues
+
+    def opened() -> QueueFile:
+        if exclusive:
+            return open_exclusive(directory, outbox, lock)
+        return open_shared(directory, outbox=outbox)
+
+    file = await trio.to_thread.run_sync(opened)
+    async with EmbeddedQueues.run(file, clock=clock, bounds=bounds) as queues:
+        yield queues
+
+
+@contextmanager
+def open_files(config: Config) -> Iterator[list[QueueFile]]:
+    """The queue files of all shares that have one, for the command line.
+
+    While they are open no process can start that has crashed. Raises `QueueError`,
+    `FileNotFoundError` when there is no queue, and `PermissionError`.
+    """
+    with ExitStack() as stack:
+        files = []
+        for directory in _directories(config):
+            files.append(stack.enter_context(open_shared(directory, outbox=config.rabbitmq_outbox)))
+        if not files:
+            raise FileNotFoundError
+        yield files
+
+
+def compact_files(config: Config) -> Iterator[tuple[str, int, int]]:
+    """Compact the queue files of all shares: the path of each, its bytes before and after.
+
+    Raises `QueueError` while a daemon runs, and as `open_files` does.
+    """
+    directories = list(_directories(config))
+    if not directories:
+        raise FileNotFoundError
+    for directory in directories:
+        with open_exclusive(directory, config.rabbitmq_outbox) as file:
+            yield (file.path, *file.compact())
+
+
+def _directories(config: Config) -> Iterator[str]:
+    """The directories of the shares that have a queue, which this user may use."""
+    for share in shares_in(config.queue_directory):
+        directory = share_directory(config.queue_directory, share)
+        path = os.path.join(directory, FILE_NAME)
+        try:
+            os.stat(path)  # Looking must not make one.
+        except FileNotFoundError:
+            continue
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError
+        yield directory
+
+
+def open_exclusive(
+    directory: str, outbox: str = OUTBOX, lock: DirectoryLock | None = None
+) -> QueueFile:
     """Open the queue of a directory for the one process that may have it.
 
-    A damaged file is set aside and salvaged first. Raises `QueueHeld`, which names the process
-    that has the directory, and `QueueError`. A `lock` that was taken before is released with the
-    queue, or by the error.
+    A damaged file is set aside and salvaged first, one that is mostly air is compacted. Raises
+    `QueueHeld`, which names the process that has the directory, and `QueueError`. A `lock` that was
+    taken before is released with the queue, or by the error.
     """
     path = os.path.join(directory, FILE_NAME)
     try:
@@ -36,6 +175,7 @@ def open_exclusive(directory: str, lock: DirectoryLock | None = None) -> Store:
             alone = lock_directory(directory, fcntl.LOCK_EX)
             try:
                 recover(path)
+                _shrink(path)
             finally:
                 os.close(alone)
         except BaseException:
@@ -43,10 +183,26 @@ def open_exclusive(directory: str, lock: DirectoryLock | None = None) -> Store:
             raise
     except (OSError, QueueError) as error:
         raise translate(error, path) from error
-    return Store.open(directory, daemon_lock=lock)
+    return QueueFile.open(directory, outbox=outbox, daemon_lock=lock)
 
 
-def open_shared(directory: str, user: str = "") -> Store:
+def _shrink(path: str) -> None:
+    """Compact a file that is mostly air. Nobody else has it open."""
+    if not os.path.exists(path) or os.path.getsize(path) < COMPACT_FREE:
+        return
+    with QueueFile(path, [], outbox="") as file:
+        free, used = file.free()
+        if free < COMPACT_FREE or free < used or used > COMPACT_USED:
+            return
+        try:
+            before, after = file.compact()
+        except QueueError as error:
+            logger.warning("%s: %d bytes of it are free and stay so: %s", path, free, error)
+        else:
+            logger.warning("%s: compacted from %d to %d bytes", path, before, after)
+
+
+def open_shared(directory: str, user: str = "", *, outbox: str = OUTBOX) -> QueueFile:
     """Open the queue of a directory beside the others that have it open.
 
     What is missing is made for the `user` of the daemon, also by root. Raises `QueueError`, and
@@ -64,7 +220,7 @@ def open_shared(directory: str, user: str = "") -> Store:
                 finally:
                     os.close(alone)
             # SQLite gives the files that it makes later to the owner of this one.
-            return Store.open(directory)
+            return QueueFile.open(directory, outbox=outbox)
     except (OSError, QueueError) as error:
         raise translate(error, path) from error
 

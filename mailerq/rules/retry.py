@@ -15,6 +15,9 @@ MIN_DELAY: Final = 1
 """Seconds between two attempts at least, whatever ``retries`` says: a delay of 0 would be a
 loop at full speed."""
 
+JITTER: Final = 0.1
+"""The share of a delay that the next attempt may come earlier or later."""
+
 
 def not_before(properties: Mapping[str, Any], *, now: float) -> float | None:
     """The time in ``delayed``, before which a message is not to be sent.
@@ -50,6 +53,7 @@ def next_attempt(
     intervals: Sequence[int],
     max_attempts: int,
     own_fault: bool = False,
+    lot: float = 0.5,
 ) -> float | None:
     """When a message goes again after attempt number `attempt`; None: it has failed.
 
@@ -57,6 +61,9 @@ def next_attempt(
     `max_attempts`; the last delay repeats, and zero attempts is no limit. An attempt that ended
     by a fault of this host, `own_fault`, is never the last one. What would go after it has
     expired has failed now.
+
+    Mail that failed together would come back together, so `lot`, from 0 to 1, moves the delays of
+    `intervals` by up to `JITTER` either way. ``retries`` are kept exactly.
 
     >>> next_attempt({}, attempt=1, now=0, expires=999, intervals=(10, 20), max_attempts=0)
     10
@@ -70,10 +77,13 @@ def next_attempt(
     if 0 < limit <= attempt and not own_fault:
         return None
     delays = properties.get("retries")
+    spread = 0.0
     if not delays or not is_delays(delays):
-        delays = intervals
-    due = now + max(delays[min(attempt, len(delays)) - 1], MIN_DELAY)
-    return due if due <= expires else None
+        delays, spread = intervals, JITTER * (2 * lot - 1)
+    delay = max(delays[min(attempt, len(delays)) - 1], MIN_DELAY)
+    if now + delay > expires:
+        return None
+    return min(now + max(delay * (1 + spread), MIN_DELAY), expires)
 
 
 def _time_in(properties: Mapping[str, Any], name: str) -> float | None:

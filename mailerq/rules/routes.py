@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -16,7 +15,6 @@ from mailerq.wire.framing import has_bare_newline
 __all__ = [
     "SMTP_PORT",
     "Route",
-    "choose_local_ip",
     "count_hops",
     "has_ascii_header",
     "loop_problem",
@@ -81,20 +79,6 @@ def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
         return str(parse_host(host)), port
     except AddressError as error:
         raise AddressError(f"property smarthost: {error}") from None
-
-
-def choose_local_ip(properties: Mapping[str, Any], *, avoid: Collection[str] = ()) -> str | None:
-    """One of the addresses in ``ips``, which the message may leave from; None: any.
-
-    It is none of `avoid` where there is another. Raises `AddressError` for what is no IP address.
-    """
-    ips = properties.get("ips")
-    if not ips:
-        return None
-    address = random.choice([ip for ip in ips if ip not in avoid] or ips if avoid else ips)
-    if isinstance(parse_host(address), str):
-        raise AddressError(f"property ips: {address[:80]!r} is no IP address")
-    return str(address)
 
 
 def result_queues(

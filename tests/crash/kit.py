@@ -25,7 +25,7 @@ import trio
 
 from mailerq.cli import control
 from mailerq.net.stream import Stream, StreamLost
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import share_directory, shares_in
 from tests.support import CC_FLAGS, ROOT, Sink
 
@@ -94,7 +94,7 @@ class Daemon:
         """How many messages of a queue each share has."""
         depths = []
         for share in shares_in(str(self.queue)):
-            with Store.open(share_directory(str(self.queue), share)) as store:
+            with QueueFile.open(share_directory(str(self.queue), share)) as store:
                 depths.append(sum(each.total for each in store.depths() if each.queue == queue))
         return depths
 

@@ -18,8 +18,8 @@ import pytest
 
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import Store
-from mailerq.queues.embedded.sqlite_file import PAGE_SIZE
+from mailerq.queues.embedded.layout import PAGE_SIZE
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.recovery.salvage import ROOTS
 from tests.crash.kit import arrivals, daemon
 from tests.support import open_sink
@@ -91,7 +91,7 @@ def lose_leaf(table: str) -> Callable[[Path], None]:
 
 def lose_entry(queue: Path) -> None:
     """One entry less in a page of the index, as a lost write of it would leave it."""
-    place = (leaves(queue, "message_due")[0] - 1) * PAGE_SIZE + 3
+    place = (leaves(queue, "message_place")[0] - 1) * PAGE_SIZE + 3
     data = (queue / "queue.db").read_bytes()
     count = int.from_bytes(data[place : place + 2], "big")
     overwrite(queue / "queue.db", place, (count - 1).to_bytes(2, "big"))
@@ -161,10 +161,10 @@ KINDS: Final = [
     Kind("root-of-numbers", page(ROOTS["number"], b"\xff" * PAGE_SIZE), ALL),
     Kind("root-of-messages", page(ROOTS["message"], bytes(PAGE_SIZE)), ALL),
     Kind("root-of-bodies", page(ROOTS["body"], b"\xff" * PAGE_SIZE), ALL),
-    Kind("root-of-index", page(ROOTS["message_due"], b"\5" * PAGE_SIZE), ALL),
+    Kind("root-of-index", page(ROOTS["message_place"], b"\5" * PAGE_SIZE), ALL),
     Kind("leaf-of-messages", lose_leaf("message"), SOME),
     Kind("leaf-of-bodies", lose_leaf("body"), MOST),
-    Kind("leaf-of-index", lose_leaf("message_due"), ALL),
+    Kind("leaf-of-index", lose_leaf("message_place"), ALL),
     Kind("entry-of-index", lose_entry, ALL),
     Kind("random-pages", random_pages, SOME),
     Kind("random-bytes", random_bytes, SOME, noticed=None),
@@ -214,7 +214,7 @@ SAMPLE: Final = ("header", "leaf-of-messages", "log-frame", "properties")
 def fill(queue: Path, *, killed: bool) -> None:
     """A queue as a daemon leaves it that was stopped, or killed."""
     there = queue.with_name("there")
-    with Store.open(str(there)) as store:
+    with QueueFile.open(str(there)) as store:
         if killed:
             store.connection.wal_autocheckpoint(0)
         for publication in publications():

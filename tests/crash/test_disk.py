@@ -25,7 +25,7 @@ from mailerq.cli import control
 from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import (
     BODY,
@@ -144,7 +144,7 @@ async def test_a_disk_that_fails_now_and_then(tmp_path: Path) -> None:
 
 
 async def test_a_queue_that_cannot_be_read_at_the_start_is_left_alone(tmp_path: Path) -> None:
-    with Store.open(str(tmp_path / "queue")) as store:
+    with QueueFile.open(str(tmp_path / "queue")) as store:
         store.publish(
             Publication("outbox", Message({"envelope": "a@b.test", "recipient": "c@d.test"}, BIG))
             for _ in range(100)
@@ -285,7 +285,7 @@ def test_no_commit_on_a_disk_that_breaks_beneath_it_is_believed(tmp_path: Path) 
                 disk.breaks()
             disk.repair()
             for place, future in zip(places, written, strict=True):
-                with Store.open(place) as store:
+                with QueueFile.open(place) as store:
                     assert set(future.result()) - store.known(future.result()) == set()
         finally:
             disk.unmount()
@@ -295,7 +295,7 @@ def publish_until_it_fails(directory: str, ready: Barrier) -> list[int]:
     """Publish one message after another: the numbers of those that were taken."""
     properties = {"envelope": "a@b.test", "recipient": "c@d.test"}
     mail = Publication("outbox", Message(properties, 2 * BIG))
-    with Store.open(directory) as store:
+    with QueueFile.open(directory) as store:
         taken = store.publish([mail])
         ready.wait()
         with contextlib.suppress(QueueError):

@@ -15,7 +15,7 @@ import trio
 from mailerq.message import Message
 from mailerq.net.stream import Stream
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import Daemon, command, daemon, until
@@ -164,7 +164,7 @@ async def test_an_hour_of_traffic(tmp_path: Path) -> None:
 
 def fill(directory: Path, count: int) -> None:
     """Mail of 2 KiB that waits for a day."""
-    with Store.open(str(directory / "queue")) as store:
+    with QueueFile.open(str(directory / "queue")) as store:
         for first in range(0, count, 1000):
             store.publish(
                 Publication(

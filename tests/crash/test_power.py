@@ -22,7 +22,7 @@ from typing import Final
 import pytest
 import trio
 
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.opening import open_exclusive
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
@@ -105,7 +105,7 @@ def restore(base: bytes, journal: bytes, end: int, dice: random.Random, target: 
             (target / name).write_bytes(file.data)
 
 
-def ids_in(store: Store) -> list[str]:
+def ids_in(store: QueueFile) -> list[str]:
     return [
         entry.message.recipient.partition("@")[0] for entry in store.browse("outbox", limit=10**6)
     ]
@@ -128,7 +128,7 @@ async def work(
     directory: Path, sink: Sink, ledger: Ledger, seconds: float, *, fail: bool
 ) -> tuple[bytes, bytes, dict[str, int]]:
     """Run a daemon: the file at the start, the journal, and when which id came to the sink."""
-    with Store.open(str(directory / "queue")) as store:
+    with QueueFile.open(str(directory / "queue")) as store:
         assert ids_in(store) == []
     base = (directory / "queue" / "queue.db").read_bytes()
     with open_faults(directory) as faults:

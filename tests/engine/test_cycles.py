@@ -198,7 +198,7 @@ async def test_mail_that_the_queue_does_not_take_leaves_no_cycle(
         def fail(batch: object) -> None:
             raise QueueError("the disk is tired")
 
-        monkeypatch.setattr(engine.queues._store, "write", fail)  # type: ignore[attr-defined]
+        monkeypatch.setattr(engine.queues._file, "write", fail)  # type: ignore[attr-defined]
 
         async def repeat() -> None:
             for _ in range(MAILS):

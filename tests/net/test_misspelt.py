@@ -11,7 +11,7 @@ from mailerq.errors import MessageError
 from mailerq.message import Message
 from mailerq.net.misspelt import AGAIN_SECONDS, NAMES_LIMIT, NAMES_PER_MINUTE, Misspelt
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queue_file import QueueFile
 from tests.engine.kit import inbox, serve
 from tests.support import configure, send
 
@@ -72,7 +72,7 @@ async def test_documents_that_other_programs_left_in_the_outbox_are_looked_at(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = configure(tmp_path, rabbitmq_results="results")
-    with Store.open(config.queue_directory) as store:
+    with QueueFile.open(config.queue_directory) as store:
         store.publish([Publication(config.rabbitmq_outbox, Message({"recipeint": "c@d.test"}))])
     async with Engine(config) as engine, engine.consume("results") as leases:
         await leases.receive()

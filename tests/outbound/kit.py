@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import trio
+import trio.testing
 
 from mailerq.config import Config
 from mailerq.errors import MessageError, QueueError
@@ -20,9 +21,43 @@ from mailerq.net.logs import LogFile
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.outbound.dispatcher import Dispatcher
-from mailerq.queues import Consumer, Depth, Entry, Lease, Publication, Queues, Settlement
+from mailerq.outbound.openings import Openings
+from mailerq.queues import Depth, Entry, Lease, Publication, Queues, Settlement
+from mailerq.queues.interface import Receiver, Subscription, Taken
+from mailerq.rules.destinations import place_of
 
 NOW = 1_767_268_800.0  # 2026-01-01 12:00:00
+
+
+Waiting = tuple[float, Message]
+"""When a message is due, and the message."""
+
+
+class ByDestination:
+    """A list of what waits that finds the mail of a destination at once."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Waiting] = {}
+        self._of: dict[str, dict[int, Waiting]] = defaultdict(dict)
+        self._count = 0
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def append(self, entry: Waiting) -> None:
+        self._count += 1
+        self._entries[self._count] = entry
+        self._of[place_of(entry[1].properties).destination][self._count] = entry
+
+    def of(self, destination: str) -> dict[int, Waiting]:
+        return self._of.get(destination, {})
+
+    def pop(self, destination: str, number: int) -> Waiting:
+        del self._entries[number]
+        return self._of[destination].pop(number)
 
 
 class MemoryQueues(Queues):
@@ -30,7 +65,8 @@ class MemoryQueues(Queues):
 
     def __init__(self) -> None:
         self.now = NOW
-        self.queues: dict[str, list[tuple[float, Message]]] = defaultdict(list)
+        self.outbox = ByDestination()
+        self.queues: dict[str, Any] = defaultdict(list, outbox=self.outbox)
         self.leased: dict[int, Lease] = {}
         self.released: list[Lease] = []
         self.groups: list[int] = []
@@ -39,6 +75,12 @@ class MemoryQueues(Queues):
         self.object_to: Callable[[Settlement], Exception | None] = lambda settlement: None
         self.may_ack = trio.Event()
         self.may_ack.set()
+        self.subscriptions: dict[str, MemorySubscription] = {}
+        self.late_above = 1 << 30
+        """Bodies of more bytes are not loaded when a message is taken."""
+        self.late: dict[int, bytes | None] = {}
+        self.loads = 0
+        self.on_time: Callable[[], None] = lambda: None
         self._ids = 0
         self._changed = trio.Event()
 
@@ -51,24 +93,48 @@ class MemoryQueues(Queues):
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
+        self.on_time()
         self.touch()
 
     def touch(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def until(self, condition: Callable[[MemoryQueues], bool]) -> None:
-        with trio.fail_after(10):
+    async def until(self, condition: Callable[[MemoryQueues], bool], seconds: float = 10) -> None:
+        with trio.fail_after(seconds):
             while not condition(self):
                 await self._changed.wait()
 
     def put(self, message: Message, due: float | None = None, queue: str = "outbox") -> None:
-        self.queues[queue].append((due or 0.0, message))
+        entry = (self.now if due is None else due, message)
+        subscription = self.subscriptions.get(queue)
+        if subscription is None or not subscription.hand_over(entry):
+            self.queues[queue].append(entry)
+            if subscription is not None:
+                subscription.note(entry)
+
+    def lease(self, queue: str, entry: Waiting) -> Lease:
+        """Lease a message that is in no list any more."""
+        self._ids += 1
+        message = entry[1]
+        lease = Lease(self._ids, queue, message, place_of(message.properties).destination)
+        lease.since = entry[0]
+        lease.size = len(message.body or b"")
+        if lease.size > self.late_above:
+            lease.loaded = False
+            lease.message = Message(message.properties)
+            self.late[lease.id] = message.body
+        self.leased[lease.id] = lease
+        self.touch()
+        return lease
 
     async def publish(self, publications: Sequence[Publication]) -> None:
         for publication in publications:
             self.put(publication.message, publication.due, publication.queue)
         self.touch()
+
+    def configure(self, config: Config) -> None:
+        """There is nothing to configure."""
 
     def check(self, publication: Publication) -> None:
         if publication.queue in self.impossible:
@@ -87,31 +153,38 @@ class MemoryQueues(Queues):
                 raise error
         self.groups.append(len(settlements))
         for settlement in settlements:
-            del self.leased[settlement.lease.id]
-            await self.publish(settlement.publications)
+            lease = settlement.lease
+            del self.leased[lease.id]
+            for each in settlement.publications:
+                message = each.message
+                if each.queue == lease.queue and not lease.loaded:
+                    message = Message(message.properties, self.late[lease.id])
+                self.put(message, each.due, each.queue)
+            self.late.pop(lease.id, None)
         self.touch()
 
     def release(self, lease: Lease) -> None:
         del self.leased[lease.id]
         self.released.append(lease)
-        self.put(lease.message)
+        body = self.late.pop(lease.id, lease.message.body)
+        self.queues[lease.queue].append((lease.since, Message(lease.message.properties, body)))
         self.touch()
 
-    @asynccontextmanager
-    async def consume(self, queue: str, *, prefetch: int) -> AsyncIterator[Consumer]:
-        yield _MemoryConsumer(self, queue, prefetch)
+    def consume(self, queue: str, *, prefetch: int) -> Any:
+        raise NotImplementedError
 
-    def take(self, queue: str, prefetch: int) -> Lease | None:
-        if len(self.leased) >= prefetch:
-            return None
-        for entry in self.queues[queue]:
-            if entry[0] <= self.now:
-                self.queues[queue].remove(entry)
-                self._ids += 1
-                self.leased[self._ids] = Lease(self._ids, queue, entry[1])
-                self.touch()
-                return self.leased[self._ids]
-        return None
+    @asynccontextmanager
+    async def subscribe(
+        self, queue: str, receiver: Receiver, *, prefetch: int, window: int
+    ) -> AsyncIterator[MemorySubscription]:
+        subscription = MemorySubscription(self, queue, receiver, prefetch, window)
+        self.subscriptions[queue] = subscription
+        try:
+            for entry in self.queues[queue]:
+                subscription.note(entry)
+            yield subscription
+        finally:
+            del self.subscriptions[queue]
 
     async def depths(self) -> list[Depth]:
         raise NotImplementedError
@@ -129,15 +202,79 @@ class MemoryQueues(Queues):
         self.touch()
 
 
-class _MemoryConsumer(Consumer):
-    def __init__(self, queues: MemoryQueues, queue: str, prefetch: int) -> None:
-        self.queues, self.queue, self.prefetch = queues, queue, prefetch
+class MemorySubscription(Subscription):
+    """A queue sorted by destination, as `mailerq.queues.interface` describes it."""
 
-    async def receive(self) -> Lease:
+    def __init__(
+        self, queues: MemoryQueues, queue: str, receiver: Receiver, prefetch: int, window: int
+    ) -> None:
+        self.queues, self.queue, self.receiver = queues, queue, receiver
+        self.entries: ByDestination = queues.queues[queue]
+        self.prefetch, self.window = prefetch, window
+        self.windows: dict[str, int] = {}
+        self.takes: list[tuple[str, int]] = []
+        self.waits: set[str] = set()
+        """Destinations of which the receiver knows that mail is due in the queue."""
+        self.token = trio.lowlevel.current_trio_token()
+
+    def hand_over(self, entry: Waiting) -> bool:
+        """Whether a message goes to the receiver directly."""
+        destination = place_of(entry[1].properties).destination
+        if (
+            entry[0] > self.queues.now
+            or len(self.queues.leased) >= self.prefetch
+            or self.held(destination) >= self.windows.get(destination, self.window)
+            or any(due <= self.queues.now for due, _ in self.entries.of(destination).values())
+        ):
+            return False
+        lease = self.queues.lease(self.queue, entry)
+        self.token.run_sync_soon(self.receiver.arrived, [lease])
+        return True
+
+    def held(self, destination: str) -> int:
+        return sum(lease.destination == destination for lease in self.queues.leased.values())
+
+    def note(self, entry: Waiting) -> None:
+        """A message lies in the queue from now on; a backlog is mentioned once."""
+        destination = place_of(entry[1].properties).destination
+        if entry[0] > self.queues.now:
+            self.receiver.waiting(destination, entry[0])
+        elif destination not in self.waits:
+            self.waits.add(destination)
+            self.token.run_sync_soon(self.receiver.waiting, destination, entry[0])
+
+    def set_window(self, destination: str, messages: int) -> None:
+        self.windows[destination] = messages
+
+    async def take(self, destination: str, limit: int) -> Taken:
         await trio.lowlevel.checkpoint()
-        while (lease := self.queues.take(self.queue, self.prefetch)) is None:
-            await self.queues._changed.wait()
-        return lease
+        self.takes.append((destination, limit))
+        now = self.queues.now
+        entries = self.entries.of(destination).items()
+        due = sorted((-priority_of(m), due, n) for n, (due, m) in entries if due <= now)
+        later = min((due for _, (due, _) in entries if due > now), default=None)
+        leases = [
+            self.queues.lease(self.queue, self.entries.pop(destination, number))
+            for _, _, number in due[:limit]
+        ]
+        if len(due) <= limit:
+            self.waits.discard(destination)
+        return Taken(leases, len(due) > limit, later)
+
+    async def load(self, lease: Lease) -> None:
+        await trio.lowlevel.checkpoint()
+        assert not lease.loaded
+        lease.message.body = self.queues.late[lease.id]
+        lease.loaded = True
+        self.queues.loads += 1
+
+    def forget(self, destination: str) -> None:
+        self.windows.pop(destination, None)
+
+
+def priority_of(message: Message) -> int:
+    priority = message.properties.get("priority")
+    return priority if isinstance(priority, int) else 0
 
 
 class StubPlugins:
@@ -185,7 +322,7 @@ class StubPlugins:
 
 
 class StubWorker:
-    """A worker in the loop of the test, or in a thread of its own."""
+    """A worker in the loop of the test."""
 
     def __init__(self, index: int, nursery: trio.Nursery, context: Any) -> None:
         self.index = index
@@ -357,7 +494,7 @@ class Bench:
     peer: Peer
     port: int
     dispatcher: Dispatcher
-    workers: list[StubWorker]
+    worker: StubWorker
 
     def send(self, recipient: str = "c@d.test", body: str | None = "hi\r\n", **more: Any) -> None:
         message = Message({"envelope": "a@b.test", "recipient": recipient, **more})
@@ -371,6 +508,24 @@ class Bench:
         assert len(self.queues[queue]) == count
         return [message.results[-1] for message in self.queues[queue]]
 
+    async def until(self, condition: Callable[[dict[str, Any]], bool]) -> None:
+        """Wait until the statistics are as they should be."""
+        with trio.fail_after(10):
+            while not condition(self.dispatcher.statistics()):
+                await trio.testing.wait_all_tasks_blocked(0.002)
+
+    async def pass_time(self, seconds: float) -> None:
+        """Let time pass once nothing is under way, for hosts that are down as well."""
+        flows = self.dispatcher._flows
+        await self.queues.until(
+            lambda queues: (
+                not queues.leased and (not queues.due or any(flow.down for flow in flows))
+            )
+        )
+        self.queues.pass_time(seconds)
+        self.dispatcher.flush()
+        await trio.testing.wait_all_tasks_blocked()
+
     async def retried(self) -> dict[str, Any]:
         (result,) = await self.results("retry")
         return result
@@ -382,7 +537,6 @@ async def open_bench(
     plugins: StubPlugins | None = None,
     resolver: StubResolver | None = None,
     address: str = "127.0.0.1",
-    threads: int = 1,
     send_log: LogFile | None = None,
     slots: Slots | None = None,
     **settings: Any,
@@ -408,40 +562,24 @@ async def open_bench(
                 **settings,
             }
         )
-        workers = [StubWorker(0, nursery, plugins)]
-        workers += [await open_thread(nursery, index, plugins) for index in range(1, threads)]
+        worker = StubWorker(0, nursery, plugins)
         dispatcher = Dispatcher(
             Live(config),
             queues,
-            workers,  # type: ignore[arg-type]
+            worker,  # type: ignore[arg-type]
             plugins=plugins,  # type: ignore[arg-type]
             resolver=resolver or StubResolver(),  # type: ignore[arg-type]
-            slots=slots or Slots(100),
+            openings=Openings(slots or Slots(100), worker),  # type: ignore[arg-type]
             send_log=send_log,
             clock=lambda: queues.now,
+            lot=lambda: 0.5,
         )
+        queues.on_time = dispatcher.wake
         await nursery.start(dispatcher.run)
         try:
-            yield Bench(queues, peer, port, dispatcher, workers)
+            yield Bench(queues, peer, port, dispatcher, worker)
         finally:
             with trio.CancelScope(shield=True):
                 with trio.fail_after(20):
                     await dispatcher.stop(0)
-            for worker in workers[1:]:
-                worker.call(worker.nursery.cancel_scope.cancel)
             nursery.cancel_scope.cancel()
-
-
-async def open_thread(nursery: trio.Nursery, index: int, plugins: StubPlugins) -> StubWorker:
-    home = trio.lowlevel.current_trio_token()
-
-    async def main(task_status: trio.TaskStatus[StubWorker]) -> None:
-        async def loop() -> None:
-            async with trio.open_nursery() as inner:
-                home.run_sync_soon(task_status.started, StubWorker(index, inner, plugins))
-                await trio.sleep_forever()
-
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(trio.run, loop)
-
-    return await nursery.start(main)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mailerq.message import Message, Result
 from mailerq.net.logs import LogFile
 from mailerq.net.resolver import NoHosts
-from mailerq.outbound.dispatcher import _log_line
+from mailerq.outbound.settlement import _log_line
 from mailerq.wire.smtp import Reply
 from tests.outbound.kit import NOW, StubResolver, open_bench
 from tests.support import unescape

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from mailerq.outbound import dispatcher as delivery
+from mailerq.outbound import settlement as delivery
 from mailerq.queues import DAMAGED_QUEUE, Settlement
 from tests.outbound.kit import MemoryQueues, open_bench
 

@@ -1,4 +1,4 @@
-"""One connection without its pool: what it is told while it waits, and what plugins send."""
+"""One session without its dispatcher: what it is told while it waits, and what plugins send."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ import trio.testing
 from mailerq.config import Config
 from mailerq.message import Message
 from mailerq.net.resolver import Host
-from mailerq.outbound.session import Connection, Job
+from mailerq.outbound.jobs import Job
+from mailerq.outbound.session import Session
+from mailerq.outbound.sites import HostMemory, Site
 from mailerq.queues import Lease
+from mailerq.rules.plan import Send
 from mailerq.rules.routes import Route
 from tests.outbound.kit import (
     MemoryQueues,
@@ -28,55 +31,67 @@ from tests.outbound.kit import (
 )
 
 
-class StubPool:
-    """The employer of one connection, who has no more jobs."""
+class StubFlow:
+    """A flow with the jobs of a test and one session."""
 
-    def __init__(self, worker: StubWorker) -> None:
-        self.config = Config(hostname="me.test", connection_maxidle=60_000)
-        self.worker = worker
+    local_ip = None
+
+    def __init__(self, port: int) -> None:
+        self.route = Route("d.test", "d.test", port, mx=False)
+        self.site = Site(self.route, self.route)
+        self.memory = HostMemory()
+        self.jobs: list[Job] = []
         self.open = trio.Event()
 
-    def opened(self, connection: Connection) -> None:
+    def hosts(self) -> list[Host]:
+        return [Host("mx.test", "127.0.0.1")]
+
+    def opened(self, session: Session) -> None:
         self.open.set()
 
-    def finished(self, connection: Connection, job: Job, report: Any, reusable: bool) -> None:
-        connection.settled()
+    def next_job(self, session: Session) -> Job | None:
+        return self.jobs.pop() if self.jobs else None
 
-    def next_job(self, connection: Connection) -> Job | None:
+    def job_ahead(self, session: Session) -> Job | None:
         return None
 
-    def leaving(self, connection: Connection) -> None:
-        pass
+    def settle(self, session: Session, job: Job, report: Any) -> None:
+        session.settled()
 
-    def closed(self, connection: Connection, job: Job | None, report: Any) -> None:
+    def give_back(self, job: Job, *, ahead: bool = False) -> None:
+        self.jobs.append(job)
+
+    def ended(self, session: Session, report: Any) -> None:
         pass
 
 
 class Bench:
-    def __init__(self, peer: Peer, port: int, pool: StubPool) -> None:
+    def __init__(self, peer: Peer, port: int, worker: StubWorker) -> None:
         self.peer = peer
-        self.route = Route("d.test", "d.test", port, mx=False)
-        self.pool = pool
-        self.connection = Connection(pool, pool.worker, self.route, None)  # type: ignore[arg-type]
+        self.flow = StubFlow(port)
+        config = Config(hostname="me.test", connection_maxidle=60_000)
+        self.session = Session(self.flow, config, worker)  # type: ignore[arg-type]
 
     def give(self) -> None:
         message = Message({"envelope": "a@b.test", "recipient": "c@d.test"})
         message.body = b"hi\r\n"
         lease = Lease(1, "outbox", message)
-        self.connection.give(Job(lease, message, self.route, None, "a@b.test", "c@d.test", 1, 1e12))
+        plan = Send(self.flow.route, "d.test", "a@b.test", "c@d.test", 1e12)
+        self.flow.jobs.append(Job(lease, message, plan, 1))
+        self.session.wake()
 
 
 @asynccontextmanager
 async def open_idle(*scripts: Script, plugins: StubPlugins | None = None) -> AsyncIterator[Bench]:
-    """A connection that waits for its first job."""
+    """A session that waits for its first job."""
     async with trio.open_nursery() as nursery:
         peer = Peer(MemoryQueues(), list(scripts))
         listeners = await nursery.start(partial(trio.serve_tcp, peer.handle, 0, host="127.0.0.1"))
-        pool = StubPool(StubWorker(0, nursery, plugins or StubPlugins()))
-        bench = Bench(peer, listeners[0].socket.getsockname()[1], pool)
-        nursery.start_soon(bench.connection.run, [Host("mx.test", "127.0.0.1")])
+        worker = StubWorker(0, nursery, plugins or StubPlugins())
+        bench = Bench(peer, listeners[0].socket.getsockname()[1], worker)
+        nursery.start_soon(bench.session.run)
         with trio.fail_after(10):
-            await pool.open.wait()
+            await bench.flow.open.wait()
             await trio.testing.wait_all_tasks_blocked()
             yield bench
         nursery.cancel_scope.cancel()
@@ -87,10 +102,10 @@ async def test_news_that_come_right_behind_an_event_without_data_are_not_missed(
     leave: bool,
 ) -> None:
     async with open_idle() as bench:
-        bench.connection._stream._socket.notify(select.EPOLLPRI)
-        # Nothing runs in between: the connection is on its way to find that there is no data.
+        bench.session._stream._socket.notify(select.EPOLLPRI)
+        # Nothing runs in between: the session is on its way to find that there is no data.
         if leave:
-            bench.connection.leave()
+            bench.session.leave()
         else:
             bench.give()
         await bench.peer.queues.until(

@@ -17,9 +17,8 @@ import trio
 from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
-from mailerq.queues.embedded.queue_file import Store
-from mailerq.queues.embedded.queues import EmbeddedQueues
-from mailerq.queues.opening import open_exclusive
+from mailerq.queues.embedded.queue_file import QueueFile
+from mailerq.queues.opening import open_embedded, open_exclusive
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,7 +26,7 @@ WORK = """
 import os, sys, trio
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
-from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.opening import open_embedded
 
 async def publish(queues, first):
     for tag in range(first, 10**9, 20):
@@ -44,7 +43,7 @@ async def deliver(queues):
             os.write(1, b"delivered %d\\n" % tag)
 
 async def main():
-    async with EmbeddedQueues.open(sys.argv[1]) as queues, trio.open_nursery() as nursery:
+    async with open_embedded(sys.argv[1]) as queues, trio.open_nursery() as nursery:
         nursery.start_soon(deliver, queues)
         for first in range(20):
             nursery.start_soon(publish, queues, first)
@@ -62,7 +61,7 @@ def start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def tags(store: Store, queue: str) -> list[int]:
+def tags(store: QueueFile, queue: str) -> list[int]:
     return [entry.message.properties["tag"] for entry in store.browse(queue, limit=10**6)]
 
 
@@ -97,11 +96,11 @@ import resource, signal, sys, trio
 from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.opening import open_embedded
 
 async def main():
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    async with EmbeddedQueues.open(sys.argv[1]) as queues:
+    async with open_embedded(sys.argv[1]) as queues:
         published, refused = [], 0
         for tag in range(60):
             if tag == 40:
@@ -185,7 +184,7 @@ async def test_failing_disk_refuses_and_recovers_without_a_restart(
 
     with trio.fail_after(30):
         async with (
-            EmbeddedQueues.open(str(tmp_path)) as queues,
+            open_embedded(str(tmp_path)) as queues,
             queues.consume("outbox", prefetch=100) as consumer,
         ):
             await queues.publish([publication(1), publication(2)])
@@ -209,13 +208,13 @@ async def test_failing_disk_refuses_and_recovers_without_a_restart(
 async def test_unreadable_disk_delays_and_loses_nothing(
     tmp_path: Path, faulty_disk: type[Faults]
 ) -> None:
-    with Store.open(str(tmp_path)) as store:
+    with QueueFile.open(str(tmp_path)) as store:
         store.publish(
             Publication("outbox", Message({"tag": tag}, bytes(20_000))) for tag in range(20)
         )
     with trio.fail_after(30):
         async with (
-            EmbeddedQueues.open(str(tmp_path)) as queues,
+            open_embedded(str(tmp_path)) as queues,
             queues.consume("outbox", prefetch=3) as consumer,
         ):
             received = []

@@ -19,11 +19,10 @@ import trio
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues import DAMAGED_QUEUE, Publication, Settlement
-from mailerq.queues.embedded.queue_file import Store
-from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.embedded.layout import LAYOUT, PAGE_SIZE
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.records import Batch
-from mailerq.queues.embedded.sqlite_file import PAGE_SIZE, SCHEMA_VERSION
-from mailerq.queues.opening import open_exclusive, open_shared
+from mailerq.queues.opening import open_embedded, open_exclusive, open_shared
 from mailerq.queues.recovery.pages import Pages
 from mailerq.queues.recovery.salvage import ROOTS
 
@@ -100,7 +99,7 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
 
 
 def pages_of(directory: Path, table: str) -> list[int]:
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         found = store.connection.execute(
             "SELECT pageno FROM dbstat WHERE name = ? AND pagetype = 'leaf' ORDER BY pageno",
             (table,),
@@ -110,7 +109,7 @@ def pages_of(directory: Path, table: str) -> list[int]:
 
 def content(directory: Path) -> dict[int, tuple[str, float, Body]]:
     """What is in the queues now, without the damaged: queue, due and body by tag."""
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         found = {}
         for queue in ("outbox", "results"):
             for entry in store.browse(queue, limit=10_000):
@@ -171,7 +170,7 @@ def test_the_log_of_a_killed_process_is_taken_over(killed_directory: Path) -> No
 
 
 def test_the_trees_begin_where_salvage_expects_them(directory: Path) -> None:
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         found = store.connection.execute(
             "SELECT name, rootpage FROM sqlite_schema WHERE rootpage > 0"
         ).fetchall()
@@ -197,7 +196,7 @@ def test_whole_first_page_lost(directory: Path) -> None:
 def test_a_file_of_garbage_starts_empty(directory: Path) -> None:
     (directory / "queue.db").write_bytes(random.Random(1).randbytes(100_000))
     assert check_salvaged(directory, 0) == {}
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         assert store.publish([Publication("outbox", Message({"tag": 1}))])[0] >= 1_000_000
 
 
@@ -210,7 +209,7 @@ def test_truncated_file_keeps_what_is_left_and_says_what_is_known(
     os.truncate(directory / "queue.db", left)
     with caplog.at_level(logging.CRITICAL):
         found = check_salvaged(directory, COUNT // 4 if share >= 0.5 else 0)
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         aside = len(store.browse(DAMAGED_QUEUE, limit=10_000))
     gone = COUNT + 2 - len(found) - aside
     assert f"; the last {size - left} bytes of the file are missing; " in caplog.text
@@ -242,12 +241,12 @@ def test_a_lost_root_of_bodies_loses_no_message(directory: Path) -> None:
 
 
 def test_a_lost_index_loses_no_message(directory: Path) -> None:
-    overwrite(directory / "queue.db", (ROOTS["message_due"] - 1) * PAGE_SIZE, b"\5" * PAGE_SIZE)
+    overwrite(directory / "queue.db", (ROOTS["message_place"] - 1) * PAGE_SIZE, b"\5" * PAGE_SIZE)
     check_salvaged(directory, COUNT)
 
 
 def test_an_index_that_lacks_entries_is_rebuilt(directory: Path) -> None:
-    leaf = pages_of(directory, "message_due")[-1]
+    leaf = pages_of(directory, "message_place")[-1]
     # One entry less in a page, as a lost write of it would leave it.
     place = (leaf - 1) * PAGE_SIZE + 3
     data = (directory / "queue.db").read_bytes()
@@ -265,7 +264,7 @@ def test_a_lost_page_of_messages_leaves_their_bodies(
         found = check_salvaged(directory, COUNT // 2)
     lost = [tag for tag in expected() if tag not in found]
     assert lost
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         damaged = store.browse(DAMAGED_QUEUE, limit=1000)
     assert {entry.message.body for entry in damaged} == {
         body_of(tag) for tag in lost if body_of(tag) is not None
@@ -285,7 +284,7 @@ def test_a_lost_page_of_bodies_sets_their_messages_aside(directory: Path) -> Non
     found = check_salvaged(directory, COUNT - 40)
     lost = [tag for tag in expected() if tag not in found]
     assert lost
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         damaged = store.browse(DAMAGED_QUEUE, limit=1000)
     assert len(damaged) == len(lost)
     assert all("body" in entry.message.properties["damaged"]["reason"] for entry in damaged)
@@ -322,7 +321,7 @@ def test_random_bytes_overwritten_is_never_wrong_mail(directory: Path, seed: int
         overwrite(directory / "queue.db", dice.randrange(100, size), dice.randbytes(3))
     start(directory)
     right = expected()
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         entries = [
             entry for queue in ("outbox", "results") for entry in store.browse(queue, limit=10_000)
         ]
@@ -390,32 +389,6 @@ def test_a_sound_log_is_taken_over_by_whoever_comes(killed_directory: Path) -> N
         assert sum(depth.total for depth in store.depths()) == COUNT + 1
 
 
-OLD_INCOMING = """
-DROP VIEW incoming;
-CREATE VIEW incoming (id, queue, due, body, body_crc, crc, properties, data)
-    AS SELECT 0, 0, 0, 0, 0, 0, 0, 0;
-CREATE TRIGGER incoming_message INSTEAD OF INSERT ON incoming
-BEGIN
-    INSERT INTO message VALUES
-        (new.id, new.queue, new.due, new.body, new.body_crc, new.crc, new.properties);
-END;
-PRAGMA user_version = 1;
-"""
-
-
-def test_a_file_of_the_first_layout_is_brought_up_to_date(directory: Path) -> None:
-    with Store.open(str(directory)) as store:
-        store.connection.execute(OLD_INCOMING)
-    start(directory)
-    assert kept(directory) == []
-    with Store.open(str(directory)) as store:
-        numbers = [entry.id for entry in store.browse("outbox", limit=10)]
-        store.remove(numbers)
-        store.publish(publications(1))
-        assert not {entry.id for entry in store.browse("outbox", limit=1000)} & set(numbers)
-        assert store.connection.execute("SELECT count(*) FROM body").get > 0
-
-
 def test_log_cut_in_its_last_commit_is_what_a_crash_leaves(killed_directory: Path) -> None:
     log = killed_directory / "queue.db-wal"
     os.truncate(log, log.stat().st_size - 100)
@@ -476,7 +449,7 @@ def test_what_proves_itself_of_a_damaged_last_commit_is_taken_in(
         assert found.items() <= right.items()
         assert len(found) >= COUNT - 1
         taken_in += len(found) == COUNT
-        with Store.open(str(directory)) as store:
+        with QueueFile.open(str(directory)) as store:
             known = {entry.id for entry in store.browse("outbox", limit=10_000)}
             known |= {entry.id for entry in store.browse("results", limit=10_000)}
             assert store.publish(publications(1))[0] not in known
@@ -559,11 +532,11 @@ def test_a_start_that_was_interrupted_takes_the_last_commit_in_again(
     queue = tmp_path / "queue"
     saved = a_broken_last_commit(tmp_path, queue)
 
-    def interrupt(self: Store, batch: object) -> None:
+    def interrupt(self: QueueFile, batch: object) -> None:
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "write", interrupt)
+        patch.setattr(QueueFile, "write", interrupt)
         with pytest.raises(type(error)):
             start(queue)
     with pytest.raises(QueueDamaged, match=r"interrupted .* start mailerq"):
@@ -571,7 +544,7 @@ def test_a_start_that_was_interrupted_takes_the_last_commit_in_again(
     start(queue)
     assert content(queue).keys() == saved.keys()
     assert len(half_commits(queue)) == 1
-    with Store.open(str(queue)) as store:
+    with QueueFile.open(str(queue)) as store:
         assert store.publish([Publication("outbox", Message({}))])
 
 
@@ -581,15 +554,15 @@ def test_damage_that_is_met_while_the_last_commit_is_taken_in_costs_nothing(
     """The file is salvaged, and then the commit is taken in into the new one."""
     queue = tmp_path / "queue"
     saved = a_broken_last_commit(tmp_path, queue)
-    write, calls = Store.write, []
+    write, calls = QueueFile.write, []
 
-    def meet_damage(self: Store, batch: Batch) -> None:
+    def meet_damage(self: QueueFile, batch: Batch) -> None:
         calls.append(batch)
         if len(calls) == 1:
             raise self.failed(apsw.CorruptError("malformed")) from apsw.CorruptError("malformed")
         write(self, batch)
 
-    monkeypatch.setattr(Store, "write", meet_damage)
+    monkeypatch.setattr(QueueFile, "write", meet_damage)
     start(queue)
     assert kept(queue) != []
     assert len(half_commits(queue)) == 1
@@ -662,9 +635,9 @@ def test_names_of_kept_files_do_not_clash(directory: Path, monkeypatch: pytest.M
 
 def test_a_newer_file_is_refused(directory: Path) -> None:
     connection = apsw.Connection(str(directory / "queue.db"))
-    connection.pragma("user_version", SCHEMA_VERSION + 1)
+    connection.pragma("user_version", LAYOUT + 1)
     connection.close()
-    for opener in (open_exclusive, Store.open):
+    for opener in (open_exclusive, QueueFile.open):
         with pytest.raises(QueueError, match="newer mailerq"):
             opener(str(directory))
 
@@ -674,7 +647,7 @@ def test_a_database_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -
     connection.execute("CREATE TABLE theirs (a); INSERT INTO theirs VALUES (1)")
     connection.close()
     before = (tmp_path / "queue.db").read_bytes()
-    for opener in (open_exclusive, Store.open):
+    for opener in (open_exclusive, QueueFile.open):
         with pytest.raises(QueueError, match="another program"):
             opener(str(tmp_path))
     assert (tmp_path / "queue.db").read_bytes() == before
@@ -683,7 +656,7 @@ def test_a_database_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -
 def test_without_exclusive_a_damaged_file_is_left_alone(directory: Path) -> None:
     overwrite(directory / "queue.db", 0, bytes(100))
     with pytest.raises(QueueDamaged, match="restart salvages"):
-        Store.open(str(directory))
+        QueueFile.open(str(directory))
     assert kept(directory) == []
 
 
@@ -691,7 +664,7 @@ async def test_damaged_record_is_set_aside_and_the_consumer_goes_on(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     start(directory)
-    with Store.open(str(directory)) as store:
+    with QueueFile.open(str(directory)) as store:
         store.connection.execute(
             "UPDATE message SET properties = CAST('{\"tag\":' AS BLOB) WHERE id = 200"
         )
@@ -701,7 +674,7 @@ async def test_damaged_record_is_set_aside_and_the_consumer_goes_on(
         store.connection.execute("UPDATE message SET properties = NULL WHERE id = 208")
     with trio.fail_after(20):
         async with (
-            EmbeddedQueues.open(str(directory)) as queues,
+            open_embedded(str(directory)) as queues,
             queues.consume("outbox", prefetch=1000) as consumer,
             queues.consume(DAMAGED_QUEUE, prefetch=10) as damaged,
         ):
@@ -727,9 +700,9 @@ async def test_damage_at_run_time_stops_the_queue_until_a_restart(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with trio.fail_after(20):
-        async with EmbeddedQueues.open(str(directory)) as queues:
-            leaves = pages_of(directory, "message_due")
-            for leaf in [ROOTS["message_due"], *leaves]:
+        async with open_embedded(str(directory)) as queues:
+            leaves = pages_of(directory, "message_place")
+            for leaf in [ROOTS["message_place"], *leaves]:
                 overwrite(directory / "queue.db", (leaf - 1) * PAGE_SIZE, bytes(PAGE_SIZE))
             async with queues.consume("outbox", prefetch=10) as consumer:
                 with pytest.raises(QueueDamaged, match="a restart salvages it"):

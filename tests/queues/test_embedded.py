@@ -17,11 +17,11 @@ import trio.testing
 from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.message import Message
 from mailerq.queues import Consumer, Lease, Publication, Settlement
-from mailerq.queues.embedded import reader as fetcher
-from mailerq.queues.embedded import subscription as feed
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded import open_queues, reader, takers, taking
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.queues import EmbeddedQueues
 from mailerq.queues.embedded.records import Batch
+from mailerq.queues.opening import open_embedded
 
 
 class Clock:
@@ -41,7 +41,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def queues(tmp_path: Path, clock: Clock) -> AsyncIterator[EmbeddedQueues]:
-    async with EmbeddedQueues.open(str(tmp_path), clock=clock) as queues:
+    async with open_embedded(str(tmp_path), clock=clock) as queues:
         yield queues
 
 
@@ -158,7 +158,7 @@ async def test_what_no_file_can_hold_is_refused_alone(
 async def test_an_error_about_one_request_leaves_the_others_of_its_commit_alone(
     queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = queues._store.write
+    write = queues._file.write
     together = []
 
     def refuse(batch: Batch) -> None:
@@ -167,7 +167,7 @@ async def test_an_error_about_one_request_leaves_the_others_of_its_commit_alone(
             raise OverflowError("Python int too large to convert to SQLite INTEGER")
         write(batch)
 
-    monkeypatch.setattr(queues._store, "write", refuse)
+    monkeypatch.setattr(queues._file, "write", refuse)
     await queues.publish([publication(0)])
     outcomes: list[str] = []
 
@@ -207,8 +207,8 @@ async def test_prefetch_bounds_what_is_leased(queues: EmbeddedQueues) -> None:
 async def test_bytes_bound_what_is_leased(
     queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed, "HELD_BYTES", 25_000)
-    monkeypatch.setattr(fetcher, "READ_BYTES", 25_000)
+    monkeypatch.setattr(open_queues, "HELD_BYTES", 25_000)
+    monkeypatch.setattr(taking, "READ_BYTES", 25_000)
     await queues.publish([publication(tag, bytes(10_000 + tag)) for tag in range(5)])
     await queues.publish([publication(5, bytes(90_000))])
     async with queues.consume("outbox", prefetch=100) as consumer:
@@ -235,8 +235,7 @@ async def test_oldest_first_when_more_waits_than_fits(queues: EmbeddedQueues) ->
 async def test_settling_one_by_one_reads_many_at_a_time(
     queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed, "REST_SECONDS", 1000.0)
-    monkeypatch.setattr(feed, "REST_SHARE", 1_000_000)
+    monkeypatch.setattr(takers, "REST_SECONDS", 1000.0)
     count, prefetch = 300, 40
     await queues.publish([publication(tag) for tag in range(count)])
     async with queues.consume("outbox", prefetch=prefetch) as consumer:
@@ -261,15 +260,15 @@ async def test_settling_one_by_one_reads_many_at_a_time(
 async def test_the_last_bit_of_credit_is_used_after_a_rest(
     queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
-    """Also when the rest ends between the reader's look at its feeds and at the clock."""
-    patience = fetcher.Fetcher._patience
+    """Also when the rest ends between the reader's look at its consumers and at the clock."""
+    timeout = reader.Reader._timeout
 
-    def look(self: fetcher.Fetcher) -> float | None:
-        time.sleep(1.1 * feed.REST_SECONDS if late else 0.0)
-        return patience(self)
+    def look(self: reader.Reader) -> float | None:
+        time.sleep(1.1 * takers.REST_SECONDS if late else 0.0)
+        return timeout(self)
 
-    monkeypatch.setattr(fetcher.Fetcher, "_patience", look)
-    monkeypatch.setattr(fetcher, "POLL_SECONDS", 60.0)
+    monkeypatch.setattr(reader.Reader, "_timeout", look)
+    monkeypatch.setattr(reader, "POLL_SECONDS", 60.0)
     await queues.publish([publication(tag) for tag in range(120)])
     async with queues.consume("outbox", prefetch=100) as consumer:
         leases = await receive(consumer, 100)
@@ -382,7 +381,7 @@ async def test_retry_with_another_body_replaces_it(queues: EmbeddedQueues, clock
 
 async def test_retry_comes_on_time_by_the_real_clock(tmp_path: Path) -> None:
     async with (
-        EmbeddedQueues.open(str(tmp_path)) as queues,
+        open_embedded(str(tmp_path)) as queues,
         queues.consume("outbox", prefetch=2) as consumer,
     ):
         started = time.time()
@@ -407,7 +406,7 @@ async def test_clock_set_back_does_not_delay_what_was_due(
         await queues.publish([publication(3, due=clock.now + 600)])
         leases = await receive(consumer, 1)
         with trio.fail_after(10):
-            while not queues._fetcher._latest:
+            while not queues._reader._latest:
                 await trio.lowlevel.checkpoint()
         clock.now -= 3600
         for _ in range(2):
@@ -431,7 +430,7 @@ async def test_a_mail_to_many_stores_its_body_once(queues: EmbeddedQueues, tmp_p
     [entry] = await queues.browse("outbox")
     assert entry.message.body == body
     assert await queues.purge("outbox") == 1
-    with Store.open(str(tmp_path)) as store:
+    with QueueFile.open(str(tmp_path)) as store:
         for table in ("message", "body", "shared"):
             assert store.connection.execute(f"SELECT count(*) FROM {table}").get == 0
 
@@ -546,7 +545,7 @@ async def test_full_disk_refuses_and_recovers(queues: EmbeddedQueues) -> None:
     await queues.publish([publication(1)])
     async with queues.consume("outbox", prefetch=5) as consumer:
         [lease] = await receive(consumer, 1)
-        connection = queues._store.connection
+        connection = queues._file.connection
         connection.pragma("max_page_count", connection.pragma("page_count"))
         big = publication(2, bytes(1_000_000))
         for _ in range(2):
@@ -555,13 +554,13 @@ async def test_full_disk_refuses_and_recovers(queues: EmbeddedQueues) -> None:
             with pytest.raises(QueueFull, match="no space left"):
                 await queues.ack([Settlement(lease, [big])])
         assert [entry.message.properties["tag"] for entry in await queues.browse("outbox")] == [1]
-        queues._store.connection.pragma("max_page_count", 1_000_000)
+        queues._file.connection.pragma("max_page_count", 1_000_000)
         await queues.ack([Settlement(lease, [big])])
         assert [tag_of(lease) for lease in await receive(consumer, 1)] == [2]
 
 
 async def test_another_writer_is_waited_for(queues: EmbeddedQueues, tmp_path: Path) -> None:
-    with Store.open(str(tmp_path)) as other:
+    with QueueFile.open(str(tmp_path)) as other:
         other.connection.execute("BEGIN IMMEDIATE")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(queues.publish, [publication(1)])
@@ -573,8 +572,8 @@ async def test_another_writer_is_waited_for(queues: EmbeddedQueues, tmp_path: Pa
 async def test_another_writer_is_not_waited_for_forever(
     queues: EmbeddedQueues, tmp_path: Path
 ) -> None:
-    queues._store.connection.set_busy_timeout(50)
-    with Store.open(str(tmp_path)) as other:
+    queues._file.connection.set_busy_timeout(50)
+    with QueueFile.open(str(tmp_path)) as other:
         other.connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(QueueError, match="another process"):
             await queues.publish([publication(1)])
@@ -589,7 +588,7 @@ async def test_messages_of_other_processes_are_noticed(
 ) -> None:
     async with queues.consume("outbox", prefetch=5) as consumer:
         assert await nothing_comes(consumer)
-        with Store.open(str(tmp_path)) as other:
+        with QueueFile.open(str(tmp_path)) as other:
             other.publish([publication(1, due=0)])
         if woken:
             queues.wake()
@@ -605,7 +604,7 @@ async def test_purged_by_another_process_while_it_is_leased(
     await queues.publish([publication(1), publication(2)])
     async with queues.consume("outbox", prefetch=5) as consumer:
         one, two = await receive(consumer, 2)
-        with Store.open(str(tmp_path)) as other:
+        with QueueFile.open(str(tmp_path)) as other:
             assert other.purge("outbox") == 2
         await queues.ack([Settlement(one)])
         await queues.ack([Settlement(two, [publication(2)])])  # not lost
@@ -616,9 +615,9 @@ async def test_purged_by_another_process_while_it_is_leased(
 async def test_numbers_are_never_used_twice(tmp_path: Path) -> None:
     seen: list[int] = []
     for _ in range(3):
-        async with EmbeddedQueues.open(str(tmp_path)) as queues:
+        async with open_embedded(str(tmp_path)) as queues:
             await queues.publish([publication(1), publication(2)])
-            with Store.open(str(tmp_path)) as other:
+            with QueueFile.open(str(tmp_path)) as other:
                 seen += other.publish([publication(3)])
             seen += [entry.id for entry in await queues.browse("outbox")][:2]
             await queues.purge("outbox")
@@ -631,14 +630,14 @@ async def test_a_second_daemon_is_refused_and_told_who(
     import os
 
     with pytest.raises(QueueError, match=rf"queue\.lock: held .* process {os.getpid()}"):
-        async with EmbeddedQueues.open(str(tmp_path)):
+        async with open_embedded(str(tmp_path)):
             raise AssertionError
-    async with EmbeddedQueues.open(str(tmp_path), exclusive=False) as other:
+    async with open_embedded(str(tmp_path), exclusive=False) as other:
         await other.publish([publication(1)])
 
 
 async def test_after_the_end_nothing_is_taken(tmp_path: Path) -> None:
-    async with EmbeddedQueues.open(str(tmp_path)) as queues:
+    async with open_embedded(str(tmp_path)) as queues:
         pass
     with pytest.raises(QueueError, match="closed"):
         await queues.publish([publication(1)])
@@ -653,7 +652,7 @@ async def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path, problem:
     path.write_text("")
     directory = path if problem == "file in the way" else path / "below"
     with pytest.raises(QueueError, match=str(path)):
-        async with EmbeddedQueues.open(str(directory)):
+        async with open_embedded(str(directory)):
             raise AssertionError
 
 
@@ -664,7 +663,7 @@ async def test_error_of_the_writer_itself_reaches_the_tasks(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(queues._store, "write", fail)
+        patch.setattr(queues._file, "write", fail)
         with pytest.raises(QueueError):
             await queues.publish([publication(1)])
     assert "an error in the writer" in caplog.text
@@ -676,15 +675,15 @@ async def test_reader_goes_on_after_an_error(
     queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     await queues.publish([publication(1)])
-    original = queues._fetcher._reader.fetch
+    original = queues._reader._file.take
     failures = iter(range(3))
 
-    def fail(queue: str, numbers: Any) -> Any:
+    def fail(wanted: Any) -> Any:
         if next(failures, None) is not None:
             raise QueueError("the disk is tired")
-        return original(queue, numbers)
+        return original(wanted)
 
-    monkeypatch.setattr(queues._fetcher._reader, "fetch", fail)
+    monkeypatch.setattr(queues._reader._file, "take", fail)
     async with queues.consume("outbox", prefetch=1) as consumer:
         assert tag_of((await receive(consumer, 1))[0]) == 1
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
@@ -710,12 +709,12 @@ async def test_a_loop_that_is_never_idle_still_publishes(queues: EmbeddedQueues)
 
 
 async def test_the_loop_is_left_alone_when_the_queue_is_closed(tmp_path: Path) -> None:
-    async with EmbeddedQueues.open(str(tmp_path)) as queues:
+    async with open_embedded(str(tmp_path)) as queues:
         await queues.publish([publication(1)])
-        (gatherer,) = queues._gatherers.values()
+        (batcher,) = queues._batchers.values()
     await trio.testing.wait_all_tasks_blocked()
     with pytest.raises(KeyError):  # what trio says of an instrument that it does not have
-        trio.lowlevel.remove_instrument(gatherer)
+        trio.lowlevel.remove_instrument(batcher)
 
 
 async def test_statistics_count_commits(queues: EmbeddedQueues) -> None:
@@ -767,7 +766,7 @@ def test_two_loops_publish_and_consume(tmp_path: Path) -> None:
         await work(shared[0], count)
 
     async def first() -> None:
-        async with EmbeddedQueues.open(str(tmp_path)) as queues:
+        async with open_embedded(str(tmp_path)) as queues:
             shared.append(queues)
             thread = threading.Thread(target=trio.run, args=(second,))
             thread.start()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mailerq.message import Message
 from mailerq.queues import Consumer, Lease, Publication, Settlement
-from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.opening import open_embedded
 
 QUEUES = ("outbox", "results")
 BODIES = (None, b"", b"short", b"\xff\x00long" * 1000)
@@ -65,7 +65,7 @@ class Run:
     async def open(self) -> None:
         self.engine = AsyncExitStack()
         self.queues = await self.engine.enter_async_context(
-            EmbeddedQueues.open(self.directory, clock=lambda: self.now)
+            open_embedded(self.directory, clock=lambda: self.now)
         )
         for queue in QUEUES:
             await self.open_consumer(queue)

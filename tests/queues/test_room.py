@@ -12,8 +12,8 @@ from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
 from mailerq.queues.embedded import queue_file as store
 from mailerq.queues.embedded.disk import Room, room
-from mailerq.queues.embedded.queue_file import Store
-from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.embedded.queue_file import QueueFile
+from mailerq.queues.opening import open_embedded
 
 
 def publication(tag: int, due: float | None = None) -> Publication:
@@ -33,7 +33,7 @@ def test_the_reserve_is_a_part_of_the_disk(tmp_path: Path) -> None:
 def test_mail_from_the_command_line_leaves_the_reserve_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Store.open(str(tmp_path)) as queue:
+    with QueueFile.open(str(tmp_path)) as queue:
         pretend(monkeypatch, 1_050_000)
         with pytest.raises(QueueFull, match="no space left for the queue: 1050000 bytes are free"):
             queue.publish([publication(1)])
@@ -47,7 +47,7 @@ async def test_what_is_in_the_queue_leaves_it_and_makes_room(
 ) -> None:
     with trio.fail_after(20):
         async with (
-            EmbeddedQueues.open(str(tmp_path)) as queues,
+            open_embedded(str(tmp_path)) as queues,
             queues.consume("outbox", prefetch=20) as consumer,
         ):
             for tag in range(20):
@@ -72,7 +72,7 @@ async def test_without_room_a_retry_is_a_new_due_time(
 ) -> None:
     with trio.fail_after(20):
         async with (
-            EmbeddedQueues.open(str(tmp_path)) as queues,
+            open_embedded(str(tmp_path)) as queues,
             queues.consume("outbox", prefetch=2) as consumer,
         ):
             await queues.publish([publication(1)])

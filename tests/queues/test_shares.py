@@ -10,12 +10,11 @@ import pytest
 
 from mailerq.message import Message
 from mailerq.queues import DAMAGED_QUEUE, Publication
-from mailerq.queues.embedded.queue_file import Store
-from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.embedded.layout import PAGE_SIZE
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import first_number, share_directory, shares_in
-from mailerq.queues.embedded.sqlite_file import PAGE_SIZE
 from mailerq.queues.interface import Settlement
-from mailerq.queues.opening import open_exclusive
+from mailerq.queues.opening import open_embedded, open_exclusive
 from mailerq.queues.recovery.salvage import ROOTS
 
 SHARE = 2
@@ -41,9 +40,9 @@ def test_shares_are_the_folders_of_that_name_in_order(tmp_path: Path) -> None:
     assert shares_in(str(tmp_path)) == [0, 2, 10]
 
 
-@pytest.mark.parametrize("opener", [Store.open, open_exclusive])
+@pytest.mark.parametrize("opener", [QueueFile.open, open_exclusive])
 def test_a_share_that_is_missing_is_made_and_its_numbers_are_its_own(
-    tmp_path: Path, opener: Callable[[str], Store]
+    tmp_path: Path, opener: Callable[[str], QueueFile]
 ) -> None:
     directory = tmp_path / "queue"
     for share in (0, 1, SHARE):
@@ -61,7 +60,7 @@ def test_a_share_that_is_missing_is_made_and_its_numbers_are_its_own(
 
 async def test_numbers_beyond_a_million_millions_work_as_small_ones(tmp_path: Path) -> None:
     directory = share_directory(str(tmp_path), 999_999)  # the last there can be
-    async with EmbeddedQueues.open(directory) as queues:
+    async with open_embedded(directory) as queues:
         await queues.publish([publication(tag) for tag in range(3)])
         first, second, third = await queues.browse("outbox")
         assert first.id == 999_999 * 10**12 + 1
@@ -72,7 +71,7 @@ async def test_numbers_beyond_a_million_millions_work_as_small_ones(tmp_path: Pa
             leases = [await consumer.receive() for _ in range(3)]
             again = publication(0)
             await queues.ack([Settlement(leases[0], (again,)), Settlement(leases[1])])
-    with Store.open(directory) as store:
+    with QueueFile.open(directory) as store:
         assert [entry.id for entry in store.browse("outbox")] == [first.id, third.id]
         store.remove([third.id])
         assert store.purge("outbox") == 1

@@ -90,3 +90,16 @@ def test_an_attempt_that_this_host_spoiled_is_not_the_last() -> None:
     for properties, limit in (({"maxattempts": 1}, 0), ({}, 1)):
         assert due(properties, max_attempts=limit, attempt=1) is None
         assert due(properties, max_attempts=limit, attempt=1, own_fault=True) == 600
+
+
+def test_a_lot_moves_the_delays_of_the_settings_by_a_tenth_at_most() -> None:
+    assert due(lot=0.0) == 540
+    assert due(lot=0.25) == 570
+    assert due(lot=1.0) == 660
+    assert due({"retries": [600]}, lot=1.0) == 600
+    assert due(intervals=(1,), lot=0.0) == 1
+
+
+def test_a_lot_does_not_move_an_attempt_past_its_expiry() -> None:
+    assert due(lot=1.0, expires=NOON + 610) == 610
+    assert due(lot=0.0, expires=NOON + 590) is None

@@ -10,7 +10,6 @@ from mailerq.rules.access import is_within
 from mailerq.rules.routes import (
     MAX_HEADER,
     Route,
-    choose_local_ip,
     count_hops,
     loop_problem,
     result_queues,
@@ -80,16 +79,6 @@ def test_the_way_of_a_message(
 def test_a_smarthost_that_cannot_be(smarthost: dict[str, Any]) -> None:
     with pytest.raises(AddressError):
         route_of({"smarthost": smarthost}, "d.test", Config())
-
-
-def test_the_local_address_is_one_of_ips() -> None:
-    assert choose_local_ip({}) is choose_local_ip({"ips": []}) is None
-    ips = ["192.0.2.1", "2001:db8::1"]
-    assert {choose_local_ip({"ips": ips}) for _ in range(99)} == set(ips)
-    assert {choose_local_ip({"ips": ips}, avoid={ips[0]}) for _ in range(99)} == {ips[1]}
-    assert {choose_local_ip({"ips": ips}, avoid=set(ips)) for _ in range(99)} == set(ips)
-    with pytest.raises(AddressError):
-        choose_local_ip({"ips": ["localhost"]})
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -293,7 +294,9 @@ class _Parent:
         }
 
     def _wake(self, request: control.Request) -> dict[str, bool]:
-        self._nursery.start_soon(self._ask_all, "wake")  # nobody waits for who stands still
+        everything = bool(request.get("everything"))
+        # Nobody waits for one that stands still.
+        self._nursery.start_soon(partial(self._ask_all, "wake", everything=everything))
         return {"ok": True}
 
     async def _message_ids(self, request: control.Request) -> dict[str, Any]:
@@ -391,13 +394,13 @@ class _Parent:
         }
         return replace(snapshot, config=_divide(snapshot.config.replace(**ports)))
 
-    async def _ask_all(self, command: str) -> dict[int, dict[str, Any] | None]:
+    async def _ask_all(self, command: str, **arguments: Any) -> dict[int, dict[str, Any] | None]:
         """The reply of each process, None of one that does not answer."""
         replies: dict[int, dict[str, Any] | None] = {}
 
         async def ask(child: Process) -> None:
             try:
-                replies[child.index] = await child.ask(command, ASK_SECONDS)
+                replies[child.index] = await child.ask(command, ASK_SECONDS, **arguments)
             except (Ended, MailerqError) as error:
                 log.error("%s: %s", command, error)
                 replies[child.index] = None

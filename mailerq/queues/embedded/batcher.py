@@ -1,4 +1,4 @@
-"""Gathers what the tasks of a trio loop hand to the writer, for as long as the loop is busy.
+"""Batches what the tasks of a trio loop hand to the writer, while the loop is busy.
 
 A thread that wakes beside a busy loop fights with it for Python's lock, and commits little. So
 requests are handed over together when the loop has nothing left to do and is about to sleep: at
@@ -16,14 +16,14 @@ import trio
 
 from mailerq.queues.embedded.writer import Request
 
-__all__ = ["Gatherer"]
+__all__ = ["Batcher"]
 
-PATIENCE_SECONDS: Final = 0.003
+MAX_WAIT_SECONDS: Final = 0.003
 """How long a request waits for a loop that is never idle."""
 
 
-class Gatherer(trio.abc.Instrument):
-    """One for each loop. `lock` is held around `add` and `flush` by who calls them."""
+class Batcher(trio.abc.Instrument):
+    """One for each loop. `lock` is held around `add` and `flush` by their callers."""
 
     def __init__(self, put: Callable[[Request], None], lock: threading.Lock) -> None:
         self._put = put
@@ -38,13 +38,13 @@ class Gatherer(trio.abc.Instrument):
         self._requests.append(request)
 
     def flush(self) -> None:
-        """Hand over what has gathered."""
+        """Hand over the batch."""
         for request in self._requests:
             self._put(request)
         self._requests.clear()
 
     def before_io_wait(self, timeout: float) -> None:
         """What trio calls before it looks for events, or sleeps at most `timeout` seconds."""
-        if self._requests and (timeout or time.monotonic() - self._since > PATIENCE_SECONDS):
+        if self._requests and (timeout or time.monotonic() - self._since > MAX_WAIT_SECONDS):
             with self._lock:
                 self.flush()

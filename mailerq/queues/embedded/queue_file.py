@@ -3,13 +3,14 @@
 Nothing here knows trio: the embedded queue drives it from its threads, the command line
 straight from its own (an injector starts once per message, so this module imports little).
 
-Numbers of messages come in blocks: taking one is a commit of its own, before the first of the
-block is used, and a block is never given back. So no number is used twice, whichever process
-writes.
+Numbers of messages come in order. A daemon takes them in blocks: taking one is a commit of its
+own, before the first of the block is used, and a block is never given back. Others take theirs in
+the commit that brings the messages, so that a daemon finds new mail by the numbers that are not its
+own, once. So no number is used twice, whichever process writes.
 
 Guarantees
 ----------
-- `Store.write` makes all of its batch durable or raises and none of it is. Only where the disk
+- `QueueFile.write` makes all of its batch durable or raises and none of it is. Only where the disk
   fails beneath a commit, what was refused may be found later all the same.
 - An error leaves the object usable: the next call tries again, on a new connection where
   the old one may be spoilt.
@@ -23,16 +24,21 @@ import functools
 import logging
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, Self
 from zlib import crc32
 
 import apsw
 
+from mailerq.config import Config
 from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.message import decode_properties, encode_properties
 from mailerq.queues.embedded.disk import Room, check_sound, room
+from mailerq.queues.embedded.layout import PAGE_SIZE, UNSORTED, prepare_file
+from mailerq.queues.embedded.queue_reader import QueueReader, Waiting
 from mailerq.queues.embedded.records import (
     Batch,
     Insert,
@@ -43,24 +49,18 @@ from mailerq.queues.embedded.records import (
     proven,
     share,
 )
-from mailerq.queues.embedded.shares import first_number
 from mailerq.queues.embedded.sqlite_file import (
-    APPLICATION_ID,
     BUSY_TIMEOUT_MS,
-    INCOMING,
-    PAGE_SIZE,
     ROWS_PER_STATEMENT,
-    SCHEMA,
-    SCHEMA_VERSION,
-    Reader,
     bind,
     connect,
     translate,
 )
 from mailerq.queues.interface import Publication
 from mailerq.queues.ownership import DirectoryLock
+from mailerq.rules.destinations import place_of
 
-__all__ = ["FILE_NAME", "Bounds", "Store", "lock_directory"]
+__all__ = ["FILE_NAME", "Bounds", "QueueFile", "lock_directory"]
 
 logger = logging.getLogger("mailerq.queues")
 
@@ -75,12 +75,22 @@ LARGE_BYTES: Final = 1 << 15
 PIECE_BYTES: Final = 1 << 20
 """A larger body is written in such pieces: SQLite copies what it is given twice."""
 
-NO_ROW: Final = (None,) * 7
+NO_ROW: Final = (None,) * 9
 """What stands behind a number in the view ``incoming`` to delete that message."""
 
 WORK_ROWS: Final = 2_000
 """Rows that one commit of a purge deletes: others are let in between."""
 
+SORT_ROWS: Final = 500
+"""The same for sorting, which reads the properties."""
+
+PLACE: Final = "queue = ? AND destination = ? AND lane = ?"
+
+SORTING: Final = f"""
+SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties, NULL FROM (
+    SELECT id FROM message INDEXED BY message_place WHERE {PLACE} ORDER BY due, id LIMIT ?
+) AS found CROSS JOIN message m NOT INDEXED ON m.id = found.id
+"""
 
 LAST: Final = (2**63 - 1, 2**63 - 1)
 """A due time and a number behind those of all messages."""
@@ -97,17 +107,24 @@ class Bounds(NamedTuple):
     seconds: float
     reports_only: bool = False
 
+    @classmethod
+    def of(cls, config: Config) -> tuple[Self, ...]:
+        """How much the queue for failed mail keeps."""
+        reports_only = not config.failure_is_named
+        return (cls(config.failure_queue, *config.failure_bounds, reports_only),)
+
 
 @functools.cache
 def _insert(rows: int) -> str:
-    return "INSERT INTO incoming VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * rows)
+    return "INSERT INTO incoming VALUES " + ", ".join([f"(?{', ?' * 9})"] * rows)
 
 
 def _message_row(insert: Insert) -> tuple[Any, ...]:
     """The row of a publication in ``message``."""
     body, body_crc, properties = insert.reference, insert.body_crc, insert.properties
     crc = checksum(insert.id, insert.queue, body, body_crc, properties)
-    return (insert.id, insert.queue, insert.due, body, body_crc, crc, properties)
+    place = (insert.destination, insert.lane)
+    return (insert.id, insert.queue, insert.due, body, body_crc, crc, properties, *place)
 
 
 def _write_body(connection: apsw.Connection, table: str, row: tuple[Any, ...], body: bytes) -> None:
@@ -123,14 +140,14 @@ def _write_body(connection: apsw.Connection, table: str, row: tuple[Any, ...], b
             blob.write(view[start : start + PIECE_BYTES])
 
 
-class Store(Reader):
-    """Reads and writes a queue file; what the command line uses, and the embedded queue's writer.
+class QueueFile(QueueReader):
+    """Reads and writes a queue file; for the command line, and for the embedded queue's writer.
 
     >>> import tempfile
     >>> from mailerq.message import Message
-    >>> with tempfile.TemporaryDirectory() as directory, Store.open(directory) as store:
-    ...     numbers = store.publish([Publication("outbox", Message({"recipient": "a@b.test"}))])
-    ...     [entry.message.recipient for entry in store.browse("outbox")]
+    >>> with tempfile.TemporaryDirectory() as directory, QueueFile.open(directory) as file:
+    ...     numbers = file.publish([Publication("outbox", Message({"recipient": "a@b.test"}))])
+    ...     [entry.message.recipient for entry in file.browse("outbox")]
     ['a@b.test']
     """
 
@@ -138,80 +155,58 @@ class Store(Reader):
         self,
         path: str,
         locks: list[int],
-        numbers: int,
+        *,
+        outbox: str,
+        block: int = 0,
         daemon_lock: DirectoryLock | None = None,
     ) -> None:
         super().__init__(path)
         self._directory = os.path.dirname(path) or "."
-        self._locks = locks
         self._daemon_lock = daemon_lock
+        self.outbox = outbox
+        """The queue that is sorted by destination."""
+        self.blocks: list[range] = []
+        """The numbers that were taken here in blocks. Other threads may read the list."""
+        self._locks = locks
         self._inode = 0
-        self._block = numbers
+        self.exclusive = block > 0
+        self._block = block
         self._next = self._end = 0
 
     @classmethod
-    def open(cls, directory: str, *, daemon_lock: DirectoryLock | None = None) -> Self:
+    def open(
+        cls, directory: str, *, outbox: str = "outbox", daemon_lock: DirectoryLock | None = None
+    ) -> Self:
         """Open the queue of a directory; the directory and the file are made if missing.
 
-        Raises `QueueError`; a damaged file is left alone and is `QueueDamaged`. Come by
-        `mailerq.queues.opening`, which looks at the log first: to open the file is to
-        believe its log, and the last one to close it throws away what was not believed.
+        The mail of the queue `outbox` is sorted by destination. Raises `QueueError`; a damaged file
+        is left alone and is `QueueDamaged`. Come by `mailerq.queues.opening`, which looks at the
+        log first: to open the file is to believe its log, and the last one to close it throws away
+        what was not believed.
         """
         path = os.path.join(directory, FILE_NAME)
         locks: list[int] = []
-        store = cls(path, locks, 1 if daemon_lock is None else NUMBERS, daemon_lock)
+        block = 0 if daemon_lock is None else NUMBERS
+        file = cls(path, locks, outbox=outbox, block=block, daemon_lock=daemon_lock)
         try:
             os.makedirs(directory, mode=0o750, exist_ok=True)
             locks.append(lock_directory(directory, fcntl.LOCK_SH))
-            store.create()
+            file.create()
         except (OSError, apsw.Error, QueueError) as error:
-            store.close()
+            file.close()
             raise translate(error, path) from error
-        return store
+        return file
 
     def create(self) -> None:
         """Make the file if there is none. Raises `QueueError`, and what SQLite raises."""
         connection = self._connection = connect(self.path, create=True)
         self._inode = os.stat(self.path).st_ino
-        if self._layout(connection) == SCHEMA_VERSION:
-            return
-        connection.pragma("page_size", PAGE_SIZE)
-        connection.pragma("journal_mode", "wal")
-        connection.execute("BEGIN IMMEDIATE")
-        layout = self._layout(connection)
-        if layout != SCHEMA_VERSION:  # else another process was faster
-            if layout:
-                connection.execute("DROP VIEW incoming")
-            else:
-                connection.execute(SCHEMA)
-                first = first_number(os.path.dirname(self.path))
-                connection.execute("INSERT INTO number VALUES (?)", (first,))
-                connection.pragma("application_id", APPLICATION_ID)
-            connection.execute(INCOMING)
-            connection.pragma("user_version", SCHEMA_VERSION)
-        connection.execute("COMMIT")
-
-    def _layout(self, connection: apsw.Connection) -> int:
-        """The layout of the file, 0 of an empty one. Raises `QueueError` for what is not ours."""
-        found: list[Any] = connection.execute(
-            "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema) "
-            "FROM pragma_user_version, pragma_application_id"
-        ).fetchall()
-        version, application, tables = found[0]
-        if tables and application != APPLICATION_ID:
-            raise QueueError(f"{self.path}: is a database of another program")
-        if version > SCHEMA_VERSION:
-            raise QueueError(
-                f"{self.path}: written by a newer mailerq (layout {version}, this one reads "
-                f"up to {SCHEMA_VERSION}); install that one, or start with another directory"
-            )
-        return int(version)
+        prepare_file(connection, self.path)
 
     def close(self) -> None:
         super().close()
-        closing: list[Callable[[], None]] = [
-            functools.partial(os.close, lock) for lock in self._locks
-        ]
+        closing: list[Callable[[], None]] = []
+        closing += (functools.partial(os.close, lock) for lock in self._locks)
         if self._daemon_lock is not None:
             closing.append(self._daemon_lock.release)
         self._locks, self._daemon_lock = [], None
@@ -229,7 +224,7 @@ class Store(Reader):
     def publish(self, publications: Iterable[Publication]) -> list[int]:
         """Make all of them durable and return their numbers, or raise and none of them is."""
         now = time.time()
-        batch = Batch([prepare(publication, now) for publication in publications])
+        batch = Batch([prepare(publication, now, self.outbox) for publication in publications])
         size = sum(insert.size for insert in batch.inserts)
         if not (found := self.room(size)).holds(size):
             raise self.no_room(found)
@@ -265,46 +260,46 @@ class Store(Reader):
         return sum(self.purge_steps(queue, list))
 
     def purge_steps(self, queue: str, held: Callable[[], Iterable[int]]) -> Iterator[int]:
-        """Delete a queue, some rows a commit; `held` says before each what must stay."""
-        return self._delete_up_to(queue, LAST, held)
+        """Delete a queue, some rows a commit; `held` says before each what must stay.
+
+        What comes in with numbers that are given later stays as well.
+        """
+        try:
+            end = self.connection.execute("SELECT next FROM number").get
+        except apsw.Error as error:
+            raise self.failed(error) from error
+        while numbers := self._numbers(
+            "queue = ? AND id < ? AND id NOT IN (SELECT value FROM carray(?)) LIMIT ?",
+            (queue, end, bind(held()), WORK_ROWS),
+        ):
+            yield self._delete(queue, numbers)
 
     def trim_steps(
         self, bounds: Bounds, now: int, held: Callable[[], Iterable[int]]
     ) -> Iterator[int]:
-        """Delete what is beyond the bounds of a queue, oldest due first; see `purge_steps`.
+        """Delete what is beyond the bounds of a queue that is not sorted; see `purge_steps`.
 
-        It looks along the index once, so it is for now and then, not for each message.
+        Oldest due first. It looks along the index once, so it is for now and then, not for each
+        message.
         """
+        place = (bounds.queue, *UNSORTED)
         end = (-1, -1)
         if bounds.seconds:
             end = (now - int(bounds.seconds * 1000), LAST[1])
         if bounds.messages:
-            try:
-                for due, number in self.connection.execute(
-                    "SELECT due, id FROM message INDEXED BY message_due WHERE queue = ? "
-                    "ORDER BY due DESC, id DESC LIMIT 1 OFFSET ?",
-                    (bounds.queue, bounds.messages),
-                ):
-                    end = max(end, (due, number))
-            except apsw.Error as error:
-                raise self.failed(error) from error
+            for first in self._due(
+                f"{PLACE} ORDER BY due DESC, id DESC LIMIT 1 OFFSET ?", (*place, bounds.messages)
+            ):
+                end = max(end, first)
         only = " AND body IS NULL" if bounds.reports_only else ""
-        yield from self._delete_up_to(bounds.queue, end, held, only)
-
-    def _delete_up_to(
-        self, queue: str, end: tuple[int, int], held: Callable[[], Iterable[int]], only: str = ""
-    ) -> Iterator[int]:
         last = (-1, -1)
-        while found := self._find(
-            "queue = ? AND (due, id) > (?, ?) AND (due, id) <= (?, ?)", (queue, *last, *end)
+        while found := self._due(
+            f"{PLACE} AND (due, id) > (?, ?) AND (due, id) <= (?, ?) ORDER BY due, id LIMIT ?",
+            (*place, *last, *end, WORK_ROWS),
         ):
             last = found[-1]
             numbers = {number for _, number in found}
-            yield self._change(
-                "DELETE FROM message NOT INDEXED "
-                f"WHERE id IN (SELECT value FROM carray(?)) AND queue = ?{only}",
-                (bind(numbers.difference(held())), queue),
-            )
+            yield self._delete(bounds.queue, numbers.difference(held()), only)
 
     def set_back(self, now: int, before: int) -> Iterator[int]:
         """The clock went from `before` back to `now` (ms): due times go back with it.
@@ -314,16 +309,14 @@ class Store(Reader):
         """
         lost = before - now
         for depth in self.depths():
-            last = (now, 0)
-            while found := self._find(
-                "queue = ? AND (due, id) > (?, ?) AND due <= ?",
-                (depth.queue, *last, before + lost),
-            ):
-                last = found[-1]
+            numbers = self._numbers(
+                "queue = ? AND due > ? AND due <= ?", (depth.queue, now, before + lost)
+            )
+            for start in range(0, len(numbers), WORK_ROWS):
                 yield self._change(
                     "UPDATE message SET due = max(due - ?, ?) "
-                    "WHERE id IN (SELECT value FROM carray(?))",
-                    (lost, now, bind(number for _, number in found)),
+                    "WHERE id IN (SELECT value FROM carray(?)) AND due > ?",
+                    (lost, now, bind(numbers[start : start + WORK_ROWS]), now),
                 )
 
     def hasten(self, queue: str, now: int) -> Iterator[int]:
@@ -331,25 +324,64 @@ class Store(Reader):
 
         Some rows a commit. A row that a daemon has changed meanwhile stays as that left it.
         """
-        last = (now, 0)
-        while found := self._find("queue = ? AND (due, id) > (?, ?)", (queue, *last)):
-            last = found[-1]
-            try:
-                self.connection.execute("BEGIN IMMEDIATE")
-                count = 0
-                for _, number in found:
-                    count += self._hasten(number, now)
-                self.connection.execute("COMMIT")
-                check_sound(self._directory)
-            except (apsw.Error, OSError) as error:
-                raise self.failed(error) from error
-            except Exception as error:
-                self.failed(error)
-                raise
+        numbers = self._numbers("queue = ? AND due > ?", (queue, now))
+        for start in range(0, len(numbers), WORK_ROWS):
+            count = 0
+            with self._commit() as connection:
+                for number in numbers[start : start + WORK_ROWS]:
+                    count += self._hasten(connection, number, now)
             yield count
 
-    def _hasten(self, number: int, now: int) -> int:
-        found: list[Any] = self.connection.execute(
+    def sort_steps(self) -> Iterator[list[Waiting]]:
+        """Give the mail of the outbox that is not sorted its place, oldest due first.
+
+        Some rows a commit; says after each what it has sorted.
+        """
+        while True:
+            sorted_rows = []
+            with self._commit() as connection:
+                found: list[Any] = connection.execute(
+                    SORTING, (self.outbox, *UNSORTED, SORT_ROWS)
+                ).fetchall()
+                for row in (Row(*values) for values in found):
+                    place = place_of(_properties(row))
+                    connection.execute(
+                        "UPDATE message SET destination = ?, lane = ? WHERE id = ?",
+                        (*place, row.id),
+                    )
+                    due = row.due if isinstance(row.due, int) else 0
+                    sorted_rows.append(Waiting(row.id, self.outbox, *place, due))
+            if not sorted_rows:
+                return
+            yield sorted_rows
+
+    def compact(self) -> tuple[int, int]:
+        """Write the file anew without what is free in it: its bytes before and after.
+
+        Nobody else may have it open. It takes room for what is in the file twice.
+        """
+        try:
+            connection = self.connection
+            before = os.stat(self.path).st_size
+            connection.pragma("temp_store", "file")
+            connection.execute("VACUUM")
+            connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            connection.pragma("temp_store", "memory")
+            return before, os.stat(self.path).st_size
+        except (apsw.Error, OSError) as error:
+            raise self.failed(error) from error
+
+    def free(self) -> tuple[int, int]:
+        """How many bytes of the file are free, and how many are in use."""
+        try:
+            pages = int(self.connection.pragma("page_count"))
+            free = int(self.connection.pragma("freelist_count"))
+        except apsw.Error as error:
+            raise self.failed(error) from error
+        return free * PAGE_SIZE, (pages - free) * PAGE_SIZE
+
+    def _hasten(self, connection: apsw.Connection, number: int, now: int) -> int:
+        found: list[Any] = connection.execute(
             "SELECT id, queue, due, body, body_crc, crc, properties, NULL FROM message "
             "WHERE id = ? AND due > ?",
             (number, now),
@@ -363,23 +395,55 @@ class Store(Reader):
         properties.pop("delayed", None)
         data = encode_properties(properties)
         crc = checksum(row.id, row.queue, row.body, row.body_crc, data)
-        self.connection.execute(
+        connection.execute(
             "UPDATE message SET due = ?, crc = ?, properties = ? WHERE id = ?",
             (now, crc, data, number),
         )
         return 1
 
-    def _find(self, where: str, values: tuple[Any, ...]) -> list[tuple[int, int]]:
-        """Due time and number of some messages, oldest due first."""
+    def _numbers(self, where: str, values: tuple[Any, ...]) -> array[int]:
+        """The numbers of messages, found along the index."""
         try:
-            found: list[Any] = self.connection.execute(
-                f"SELECT due, id FROM message INDEXED BY message_due WHERE {where} "
-                "ORDER BY due, id LIMIT ?",
-                (*values, WORK_ROWS),
-            ).fetchall()
+            return array(
+                "q",
+                (
+                    number
+                    for (number,) in self.connection.execute(
+                        f"SELECT id FROM message INDEXED BY message_place WHERE {where}", values
+                    )
+                ),
+            )
         except apsw.Error as error:
             raise self.failed(error) from error
-        return found
+
+    def _due(self, where: str, values: tuple[Any, ...]) -> list[tuple[int, int]]:
+        """Due time and number of messages, found along the index."""
+        return self._all(
+            f"SELECT due, id FROM message INDEXED BY message_place WHERE {where}", values
+        )
+
+    def _delete(self, queue: str, numbers: Iterable[int], only: str = "") -> int:
+        return self._change(
+            "DELETE FROM message NOT INDEXED "
+            f"WHERE id IN (SELECT value FROM carray(?)) AND queue = ?{only}",
+            (bind(numbers), queue),
+        )
+
+    @contextmanager
+    def _commit(self) -> Iterator[apsw.Connection]:
+        """A transaction that ends with the block; an error undoes it and is translated."""
+        try:
+            connection = self.connection
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+            check_sound(self._directory)
+        except (apsw.Error, OSError) as error:
+            raise self.failed(error) from error
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.failed(error)
+            raise
 
     def _change(self, statement: str, values: tuple[Any, ...]) -> int:
         try:
@@ -390,19 +454,29 @@ class Store(Reader):
             raise self.failed(error) from error
 
     def number(self, inserts: Sequence[Insert]) -> None:
-        """Give publications their numbers; `QueueError` when the file cannot hold the block."""
+        """Give publications their numbers; `QueueError` when the file cannot hold the block.
+
+        Without blocks it begins the commit that `write` ends.
+        """
         if self._end - self._next < len(inserts):
-            count = max(self._block, len(inserts))
             connection = self._writable()
+            count = max(self._block, len(inserts))
             try:
+                if not self._block:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")  # nothing was written after the last one
+                    connection.execute("BEGIN IMMEDIATE")
                 found = connection.execute(
                     "UPDATE number SET next = next + ? RETURNING next", (count,)
                 ).get
-                check_sound(self._directory)
+                if self._block:
+                    check_sound(self._directory)
             except (apsw.Error, OSError) as error:
                 raise self.failed(error) from error
             self._end = int(found)
             self._next = self._end - count
+            if self._block:
+                self.blocks.append(range(self._next, self._end))
         for insert in inserts:
             insert.id = self._next
             self._next += 1
@@ -425,16 +499,17 @@ class Store(Reader):
                 rows.append((*row, body))
         rows += [(number, *NO_ROW) for number in batch.removals]
         try:
-            if len(rows) <= ROWS_PER_STATEMENT and not (shared or large or batch.retries):
-                self._write_rows(connection, rows)  # a commit of its own
-                check_sound(self._directory)
-                return
-            connection.execute("BEGIN IMMEDIATE")
+            if not connection.in_transaction:
+                if len(rows) <= ROWS_PER_STATEMENT and not (shared or large or batch.retries):
+                    self._write_rows(connection, rows)  # a commit of its own
+                    check_sound(self._directory)
+                    return
+                connection.execute("BEGIN IMMEDIATE")
             for reference, users, body in shared:
                 _write_body(connection, "shared", (reference, users), body)
             for row, body in large:
                 _write_body(connection, "body", row[:1], body)
-                connection.execute("INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                connection.execute(f"INSERT INTO message VALUES (?{', ?' * 8})", row)
             for start in range(0, len(rows), ROWS_PER_STATEMENT):
                 self._write_rows(connection, rows[start : start + ROWS_PER_STATEMENT])
             for retry in batch.retries:
@@ -464,20 +539,28 @@ class Store(Reader):
             if connection.changes():
                 return
         crc = checksum(retry.id, insert.queue, retry.reference, retry.body_crc, insert.properties)
+        place = (insert.destination, insert.lane)
         connection.execute(
-            "UPDATE message SET due = ?, crc = ?, properties = ? WHERE id = ? AND queue = ?",
-            (insert.due, crc, insert.properties, retry.id, insert.queue),
+            "UPDATE message SET due = ?, crc = ?, properties = ?, destination = ?, lane = ? "
+            "WHERE id = ? AND queue = ?",
+            (insert.due, crc, insert.properties, *place, retry.id, insert.queue),
         )
         if connection.changes():
             return
-        # Purged by another process while we held it: a message that is held is kept.
+        # Purged by another process while we held it: a message that is held is kept, unless its
+        # body was only there.
+        if not retry.whole:
+            return
         body = insert.body
         reference = None if body is None else 0
         body_crc = None if body is None else crc32(body)
         crc = checksum(retry.id, insert.queue, reference, body_crc, insert.properties)
         connection.execute(
             _insert(1),
-            (retry.id, insert.queue, insert.due, reference, body_crc, crc, insert.properties, body),
+            (
+                *(retry.id, insert.queue, insert.due, reference, body_crc, crc, insert.properties),
+                *(*place, body),
+            ),
         )
         retry.reference, retry.body_crc = reference, body_crc
 
@@ -489,6 +572,14 @@ class Store(Reader):
         except (OSError, apsw.Error) as error:
             raise self.failed(error) from error
         raise QueueError(f"{self.path}: was replaced while mailerq runs; start it again")
+
+
+def _properties(row: Row) -> dict[str, Any]:
+    """The properties of a row, as far as they can be read."""
+    try:
+        return decode_properties(row.properties)
+    except (MessageError, TypeError):
+        return {}
 
 
 def lock_directory(directory: str, kind: int) -> int:

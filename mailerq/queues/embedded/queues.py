@@ -3,9 +3,9 @@
 Theory of operation
 -------------------
 Tasks hand what they publish and settle to a thread that commits in batches (`writer`). A
-message that is due goes to a consumer straight from memory once it is committed, if the
-consumer has credit and nothing older waits. Otherwise the message stays in the file until a
-second thread (`reader`) fetches it. `subscription` decides who gets which message.
+message that is due goes to a consumer or subscriber straight from memory once it is committed, if
+there is room for it and nothing older of its destination waits. Otherwise it stays in the file
+until a second thread (`reader`) reads it. `open_queues` decides who gets which message.
 
 A published message belongs to the queue: the publisher must not change its properties any
 more, because the consumer may get the very same dict. A consumer may change its message as it
@@ -13,9 +13,10 @@ likes; what is given back comes again as it is in the file.
 
 Guarantees
 ----------
-- What was handed over before the context of `EmbeddedQueues.open` ends is still committed.
-- One process has a directory exclusively; others may publish and look into the same file at
-  any time, which is noticed within a second, or at once by `EmbeddedQueues.wake`.
+- What was handed over before the context of `EmbeddedQueues.run` ends is still committed.
+- One process has a directory exclusively, and only that one takes messages; others may publish and
+  look into the same file at any time, which is noticed within a second, or at once by
+  `EmbeddedQueues.wake`.
 """
 
 from __future__ import annotations
@@ -24,94 +25,85 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import trio
 
+from mailerq.config import Config
 from mailerq.errors import QueueDamaged, QueueError
-from mailerq.queues.embedded.batcher import Gatherer
-from mailerq.queues.embedded.queue_file import Bounds, Store
-from mailerq.queues.embedded.reader import Fetcher
+from mailerq.queues.embedded.batcher import Batcher
+from mailerq.queues.embedded.open_queues import HeldLease, OpenQueues
+from mailerq.queues.embedded.queue_file import Bounds, QueueFile
+from mailerq.queues.embedded.queue_reader import QueueReader
+from mailerq.queues.embedded.reader import Maintenance, Reader
 from mailerq.queues.embedded.records import Insert, Retry, prepare
-from mailerq.queues.embedded.sqlite_file import Reader
-from mailerq.queues.embedded.subscription import Feeds, HeldLease
+from mailerq.queues.embedded.takers import EmbeddedConsumer, EmbeddedSubscription
 from mailerq.queues.embedded.writer import Request, Writer
 from mailerq.queues.interface import (
+    BrowsableQueues,
     Consumer,
     Depth,
+    DestinationDepth,
     Entry,
     Lease,
     Publication,
-    Queues,
+    Receiver,
     Settlement,
+    Subscription,
 )
-from mailerq.queues.opening import open_exclusive, open_shared
-from mailerq.queues.ownership import DirectoryLock
 
 __all__ = ["EmbeddedQueues"]
 
 logger = logging.getLogger("mailerq.queues")
 
+T = TypeVar("T")
+SomeTaker = TypeVar("SomeTaker", EmbeddedConsumer, EmbeddedSubscription)
+
 SAY_SECONDS: Final = 3600.0
 """How often at most the log says that documents beyond the bounds of a queue were removed."""
 
 
-class EmbeddedQueues(Queues):
-    """The queues in one directory.
-
-    >>> import tempfile
-    >>> from mailerq.message import Message
-    >>> async def example(directory):
-    ...     async with EmbeddedQueues.open(directory) as queues:
-    ...         await queues.publish([Publication("outbox", Message({"recipient": "a@b.test"}))])
-    ...         async with queues.consume("outbox", prefetch=10) as consumer:
-    ...             lease = await consumer.receive()
-    ...             await queues.ack([Settlement(lease)])
-    ...             return lease.message.recipient
-    >>> with tempfile.TemporaryDirectory() as directory:
-    ...     trio.run(example, directory)
-    'a@b.test'
-    """
+class EmbeddedQueues(BrowsableQueues):
+    """The queues in one directory, see `mailerq.queues.opening.open_embedded`."""
 
     def __init__(
-        self, store: Store, clock: Callable[[], float], bounds: Sequence[Bounds] = ()
+        self, file: QueueFile, clock: Callable[[], float], bounds: Sequence[Bounds] = ()
     ) -> None:
-        self._store = store
-        self._feeds = Feeds(store.path, clock)
-        self.set_bounds(bounds)
+        self._file = file
+        self._queues = OpenQueues(file.path, clock, file.outbox)
+        self._set_bounds(bounds)
         self._trimmed = self._trimmed_before = 0
         self._said = -math.inf  # when the log said last that something was, by time.monotonic
         self._closed = False
-        self._writer = Writer(store, self._feeds)
-        self._gatherers: dict[trio.lowlevel.TrioToken, Gatherer] = {}
-        self._fetcher = Fetcher(
-            store.path, self._feeds, self._writer.put, store.set_back, self._trim
+        self._writer = Writer(file, self._queues)
+        self._batchers: dict[trio.lowlevel.TrioToken, Batcher] = {}
+        self._reader = Reader(
+            self._queues,
+            self._writer.put,
+            file.blocks,
+            Maintenance(self._set_back, self._trim, self._sort),
         )
 
     @classmethod
     @asynccontextmanager
-    async def open(
+    async def run(
         cls,
-        directory: str,
+        file: QueueFile,
         *,
-        exclusive: bool = True,
         clock: Callable[[], float] = time.time,
         bounds: Sequence[Bounds] = (),
-        lock: DirectoryLock | None = None,
     ) -> AsyncIterator[Self]:
-        """Open the queues of a directory, which is made if missing; raises `QueueError`.
+        """Publish to an open file and take from it; it is closed in the end.
 
-        `exclusive` refuses a directory that another process has opened so, checks the file,
-        and salvages a damaged one. `clock` is the wall clock, in seconds since 1970. What is
-        beyond `bounds` is deleted once a minute. A `lock` on the directory that the caller has
-        taken is released at the end.
+        `clock` is the wall clock, in seconds since 1970. What is beyond `bounds` is deleted once a
+        minute.
         """
-        opener = partial(open_exclusive, lock=lock) if exclusive else open_shared
-        store = await trio.to_thread.run_sync(opener, directory)
-        queues = cls(store, clock, bounds)
+        queues = cls(file, clock, bounds)
         try:
+            if file.exclusive:
+                queues._writer.put(Request(work=queues._sort()))
             yield queues
         finally:
             with trio.CancelScope(shield=True):
@@ -119,35 +111,41 @@ class EmbeddedQueues(Queues):
             queues._retire()
 
     def _close(self) -> None:
-        with self._feeds.lock:
+        with self._queues.lock:
             self._closed = True
-            self._feeds.fetcher_ends = True
-            self._feeds.reads.put(None)
-            for gatherer in self._gatherers.values():
-                gatherer.flush()
+            self._queues.reader_ends = True
+            self._queues.jobs.put(None)
+            for batcher in self._batchers.values():
+                batcher.flush()
             self._writer.put(None)
         self._writer.join()
-        self._fetcher.join()
-        self._store.close()
+        self._reader.join()
+        self._file.close()
 
     def _retire(self) -> None:
         """Leave the loops alone."""
-        for token, gatherer in self._gatherers.items():
+        for token, batcher in self._batchers.items():
             with suppress(trio.RunFinishedError):
-                token.run_sync_soon(trio.lowlevel.remove_instrument, gatherer)
+                token.run_sync_soon(trio.lowlevel.remove_instrument, batcher)
+
+    def configure(self, config: Config) -> None:
+        self._set_bounds(Bounds.of(config))
+
+    def _set_bounds(self, bounds: Sequence[Bounds]) -> None:
+        self._bounds = [each for each in bounds if each.messages or each.seconds]
 
     async def publish(self, publications: Sequence[Publication]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        now = self._feeds.clock()
-        inserts = [prepare(publication, now) for publication in publications]
+        now = self._queues.clock()
+        inserts = [prepare(publication, now, self._file.outbox) for publication in publications]
         await self._hand_over(Request(inserts))
 
     def check(self, publication: Publication) -> None:
-        prepare(publication, 0.0)
+        prepare(publication, 0.0, self._file.outbox)
 
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        now = self._feeds.clock()
+        now = self._queues.clock()
         inserts: list[Insert] = []
         retries: list[tuple[HeldLease, Retry]] = []
         removals: list[HeldLease] = []
@@ -157,10 +155,9 @@ class EmbeddedQueues(Queues):
                 raise ValueError(f"message {lease.id}: not leased by this queue")
             again: Retry | None = None
             for publication in settlement.publications:
-                insert = prepare(publication, now)
-                same = insert.queue == lease.queue and insert.body == lease.stored_body
-                if same and again is None:
-                    again = Retry(lease.id, lease.reference, lease.body_crc, insert)
+                insert = prepare(publication, now, self._file.outbox)
+                if again is None and insert.queue == lease.queue and lease.keeps(insert.body):
+                    again = Retry(lease.id, lease.reference, lease.body_crc, insert, lease.loaded)
                 else:
                     inserts.append(insert)
             if again is None:
@@ -171,9 +168,9 @@ class EmbeddedQueues(Queues):
 
     async def _hand_over(self, request: Request) -> int:
         """Wait until the writer is done with it."""
-        with self._feeds.lock:
-            if self._feeds.damaged is not None:
-                raise QueueDamaged(str(self._feeds.damaged))
+        with self._queues.lock:
+            if self._queues.damaged is not None:
+                raise QueueDamaged(str(self._queues.damaged))
             if self._closed:
                 raise QueueError("the queue is closed")
             leases = request.leases
@@ -185,80 +182,129 @@ class EmbeddedQueues(Queues):
                 lease.settling = True
             request.task = trio.lowlevel.current_task()
             request.token = trio.lowlevel.current_trio_token()
-            self._gatherer(request.token).add(request)
+            self._batcher(request.token).add(request)
         rows: int = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         return rows
 
-    def _gatherer(self, token: trio.lowlevel.TrioToken) -> Gatherer:
-        """The gatherer of the loop that this is called in."""
-        gatherer = self._gatherers.get(token)
-        if gatherer is None:
-            gatherer = self._gatherers[token] = Gatherer(self._writer.put, self._feeds.lock)
-            trio.lowlevel.add_instrument(gatherer)
-        return gatherer
+    def _batcher(self, token: trio.lowlevel.TrioToken) -> Batcher:
+        """The batcher of the loop that this is called in."""
+        batcher = self._batchers.get(token)
+        if batcher is None:
+            batcher = self._batchers[token] = Batcher(self._writer.put, self._queues.lock)
+            trio.lowlevel.add_instrument(batcher)
+        return batcher
 
     def _check_lease(self, lease: HeldLease) -> None:
-        feed = self._feeds.get(lease.queue)
-        if feed is None or feed.held.get(lease.id) is not lease or lease.settling:
+        queue = self._queues.queues.get(lease.queue)
+        if queue is None or queue.held.get(lease.id) is not lease or lease.settling:
             raise ValueError(f"message {lease.id} of queue {lease.queue}: the lease is over")
 
     def release(self, lease: Lease) -> None:
         if not isinstance(lease, HeldLease):
             raise ValueError(f"message {lease.id}: not leased by this queue")
-        with self._feeds.lock:
+        with self._queues.changing():
             self._check_lease(lease)
-            feed = self._feeds.feeds[lease.queue]
-            self._feeds.give_back(feed, lease)
-            self._feeds.pump(feed)
+            queue = self._queues.queues[lease.queue]
+            self._queues.give_back(queue, lease)
+            self._queues.pump(queue)
 
     @asynccontextmanager
     async def consume(self, queue: str, *, prefetch: int) -> AsyncIterator[Consumer]:
+        def make() -> EmbeddedConsumer:
+            return EmbeddedConsumer(self._queues, self._queues.open(queue), prefetch)
+
+        with self._taking(make, prefetch) as consumer:
+            yield consumer
+
+    @asynccontextmanager
+    async def subscribe(
+        self, queue: str, receiver: Receiver, *, prefetch: int, window: int
+    ) -> AsyncIterator[Subscription]:
+        def make() -> EmbeddedSubscription:
+            opened = self._queues.open(queue)
+            return EmbeddedSubscription(
+                self._queues, opened, receiver, prefetch=prefetch, window=window
+            )
+
+        with self._taking(make, prefetch) as subscription:
+            yield subscription
+
+    @contextmanager
+    def _taking(self, make: Callable[[], SomeTaker], prefetch: int) -> Iterator[SomeTaker]:
+        """A taker for as long as the context lasts."""
         if prefetch < 1:
             raise ValueError(f"prefetch {prefetch}: expected 1 or more")
-        with self._feeds.lock:
+        if not self._file.exclusive:
+            raise QueueError(f"{self._file.path}: only its daemon takes messages from it")
+        with self._queues.changing():
             if self._closed:
                 raise QueueError("the queue is closed")
-            consumer = self._feeds.open(queue, prefetch)
+            taker = make()
+            self._queues.begin(taker)
         try:
-            yield consumer
+            yield taker
         finally:
-            with self._feeds.lock:
-                self._feeds.close(consumer)
-
-    def set_bounds(self, bounds: Sequence[Bounds]) -> None:
-        """Keep other queues, or the same ones within other bounds, from the next minute on."""
-        self._bounds = [each for each in bounds if each.messages or each.seconds]
+            with self._queues.changing():
+                self._queues.end(taker)
 
     async def depths(self) -> list[Depth]:
-        def look() -> list[Depth]:
-            with Reader(self._store.path) as reader:
-                return reader.depths(self._feeds.clock())
+        return await self._look(lambda reader: reader.depths(self._queues.clock()))
 
-        return await trio.to_thread.run_sync(look)
+    async def destinations(self, queue: str) -> list[DestinationDepth]:
+        return await self._look(
+            lambda reader: list(reader.destinations(queue, self._queues.clock()))
+        )
 
     async def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
-        def look() -> list[Entry]:
-            with Reader(self._store.path) as reader:
-                return reader.browse(queue, limit=limit, after=after)
+        return await self._look(lambda reader: reader.browse(queue, limit=limit, after=after))
 
-        return await trio.to_thread.run_sync(look)
+    async def _look(self, look: Callable[[QueueReader], T]) -> T:
+        """Look into the file, in a thread and on a connection of its own."""
+
+        def run() -> T:
+            with QueueReader(self._file.path) as reader:
+                return look(reader)
+
+        return await trio.to_thread.run_sync(run)
 
     async def purge(self, queue: str) -> int:
         await trio.lowlevel.checkpoint_if_cancelled()
-        steps = self._store.purge_steps(queue, partial(self._held, queue))
+        steps = self._file.purge_steps(queue, partial(self._held, queue))
         return await self._hand_over(Request(work=steps))
 
     def _held(self, queue: str) -> list[int]:
-        with self._feeds.lock:
-            feed = self._feeds.get(queue)
-            return [] if feed is None else list(feed.held)
+        with self._queues.lock:
+            found = self._queues.queues.get(queue)
+            return [] if found is None else list(found.held)
+
+    def _sort(self) -> Iterator[int]:
+        """Give mail of the outbox its place that has none, some rows a commit; for the writer."""
+        total = 0
+        for places in self._file.sort_steps():
+            with self._queues.changing():
+                now = self._queues.now()
+                queue = self._queues.queues.get(self._file.outbox)
+                if queue is not None:
+                    for place in places:
+                        self._queues.note(queue, place.destination, place.due, now)
+                    self._queues.pump(queue)
+            total += len(places)
+            yield len(places)
+        if total:
+            logger.warning("%d messages of the outbox were sorted by destination", total)
+
+    def _set_back(self, now: int, before: int) -> Iterator[int]:
+        """Set due times back with the clock; for the writer."""
+        yield from self._file.set_back(now, before)
+        with self._queues.lock:
+            self._queues.look_again()
 
     def _trim(self) -> Iterator[int]:
         """Keep queues in their bounds, some rows a commit; on the writer's thread."""
         for bounds in self._bounds:
             queue = bounds.queue
-            now = self._feeds.now()
-            for count in self._store.trim_steps(bounds, now, partial(self._held, queue)):
+            now = self._queues.now()
+            for count in self._file.trim_steps(bounds, now, partial(self._held, queue)):
                 self._trimmed += count
                 yield count
             new = self._trimmed - self._trimmed_before
@@ -271,17 +317,19 @@ class EmbeddedQueues(Queues):
                     _describe(bounds),
                 )
 
-    def wake(self) -> None:
-        with self._feeds.lock:
-            for feed in self._feeds.feeds.values():
-                self._feeds.look_again(feed)
+    def wake(self, *, everything: bool = False) -> None:
+        with self._queues.lock:
+            self._queues.look_now = True
+            if everything:
+                self._queues.look_again()
+            self._queues.jobs.put(None)
 
     def statistics(self) -> dict[str, Any]:
-        with self._feeds.lock:
-            leased = {queue: len(feed.held) for queue, feed in self._feeds.feeds.items()}
+        with self._queues.lock:
+            leased = {name: len(queue.held) for name, queue in self._queues.queues.items()}
         return {
             **self._writer.statistics(),
-            **self._fetcher.statistics(),
+            **self._reader.statistics(),
             "trimmed": self._trimmed,
             "leased": leased,
         }

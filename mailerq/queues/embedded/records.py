@@ -1,8 +1,9 @@
 """What lies in the queue file for a message, and how it proves itself.
 
-Every row carries two checksums, of its body and of all the rest but the due time. They prove
-a record when it is read, and when it is found loose in a damaged file. The due time is moved
-when the clock is set back, and nothing is lost when it is wrong.
+Every row carries two checksums, of its body and of all the rest but its due time and place. They
+prove a record when it is read, and when it is found loose in a damaged file. The due time is moved
+when the clock is set back, the place follows from the properties, and nothing is lost when they are
+wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from mailerq.message import (
     decode_properties,
     encode_properties,
 )
+from mailerq.queues.embedded.layout import UNSORTED
 from mailerq.queues.interface import DAMAGED_QUEUE, Publication
+from mailerq.rules.destinations import place_of
 
 __all__ = [
     "Batch",
@@ -59,11 +62,13 @@ class Row(NamedTuple):
 
 
 class Insert(msgspec.Struct, eq=False):
-    """A publication made ready for the file. `Store` fills in what stands after `body`."""
+    """A publication made ready for the file. `QueueFile` fills in what stands after `body`."""
 
     message: Message
     queue: str
     due: int
+    destination: str
+    lane: int
     properties: bytes
     body: bytes | None
     id: int = 0
@@ -76,15 +81,17 @@ class Insert(msgspec.Struct, eq=False):
 
 
 class Retry(msgspec.Struct, eq=False):
-    """New properties and a new due time for a message that keeps its number and its body.
+    """New properties, due time and place for a message that keeps its number and its body.
 
-    `insert` is the same as a publication: it stands in when somebody deleted the row.
+    `insert` is the same as a publication: it stands in when somebody deleted the row, unless it is
+    not `whole` because the body is only in the file.
     """
 
     id: int
     reference: int | None
     body_crc: int | None
     insert: Insert
+    whole: bool = True
 
 
 class Batch(msgspec.Struct, eq=False):
@@ -96,8 +103,11 @@ class Batch(msgspec.Struct, eq=False):
     tight: bool = False
 
 
-def prepare(publication: Publication, now: float) -> Insert:
-    """Encode and check a publication; `MessageError` says what of it no file can hold."""
+def prepare(publication: Publication, now: float, outbox: str) -> Insert:
+    """Encode and check a publication; `MessageError` says what of it no file can hold.
+
+    Only the mail of the `outbox` is sorted by destination.
+    """
     queue = publication.queue
     message = publication.message
     if (problem := queue_problem(queue)) is not None:
@@ -111,13 +121,14 @@ def prepare(publication: Publication, now: float) -> Insert:
     if len(properties) > MAX_SIZE or (body is not None and len(body) > MAX_SIZE):
         raise MessageError(f"larger than {MAX_SIZE} bytes")
     due = now if publication.due is None else min(max(0.0, publication.due), LAST_SECOND)
-    return Insert(message, queue, int(due * 1000), properties, body)
+    place = place_of(message.properties) if queue == outbox else UNSORTED
+    return Insert(message, queue, int(due * 1000), *place, properties, body)
 
 
 def checksum(
     number: int, queue: str, body: int | None, body_crc: int | None, properties: bytes
 ) -> int:
-    """Prove a row: all of it but the due time, which is moved when the clock is set back."""
+    """Prove a row: all of it but the due time and the place."""
     head = f"{number} {queue} {body} {body_crc} "
     return crc32(properties, crc32(head.encode()))
 
@@ -133,12 +144,15 @@ def proven(row: Row) -> bool:
     )
 
 
-def check(row: Row) -> Message | str:
-    """Decode a row that is as it was written; otherwise say what is wrong with it."""
+def check(row: Row, *, loaded: bool = True) -> Message | str:
+    """Decode a row that is as it was written; otherwise say what is wrong with it.
+
+    One that is not `loaded` has been read without its body.
+    """
     if not proven(row):
         return "the checksum of the properties does not fit"
     data = row.data
-    if row.body is not None:
+    if row.body is not None and loaded:
         if not isinstance(data, bytes):
             return "the body is missing"
         if crc32(data) != row.body_crc:

@@ -1,13 +1,4 @@
-"""The queue file as a SQLite database: its tables, and how it is opened, read and complained of.
-
-A message is one row of ``message``: its queue, its due time in milliseconds since 1970, its
-properties as JSON. Its body lies apart, so that a retry rewrites the small row and never the
-body: in ``body`` under the number of the message, or, when one commit brings the same `bytes`
-object for several recipients, once in ``shared``, which counts its users. Column
-``message.body`` tells which: NULL for no body, 0 for ``body``, else a number in ``shared``.
-Triggers keep these tables together: every deletion is one statement on ``message``, and every
-insertion one on the view ``incoming``, but for large bodies, which it would copy. A row of that
-view without a queue is a deletion too.
+"""How a queue file is opened as a SQLite database, and what its complaints mean.
 
 Statements are few and long, because the interpreter lock is dropped around every step of a
 statement, and a thread beside a busy one may wait a scheduling interval to get it back. So most
@@ -24,7 +15,7 @@ import math
 import os
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self
@@ -34,20 +25,13 @@ import apsw
 from mailerq.errors import QueueDamaged, QueueError, QueueFull
 from mailerq.privileges import as_owner
 from mailerq.queues.embedded.disk import NO_SPACE, room, unreadable
-from mailerq.queues.embedded.records import Row, aside, check
-from mailerq.queues.interface import Depth, Entry
+from mailerq.queues.embedded.layout import PAGE_SIZE
 
 __all__ = [
-    "APPLICATION_ID",
     "BUSY_TIMEOUT_MS",
-    "INCOMING",
     "MARK_SUFFIX",
-    "PAGE_SIZE",
-    "ROW",
     "ROWS_PER_STATEMENT",
-    "SCHEMA",
-    "SCHEMA_VERSION",
-    "Reader",
+    "SqliteFile",
     "bind",
     "connect",
     "mark",
@@ -56,13 +40,6 @@ __all__ = [
 
 MARK_SUFFIX: Final = ".check"
 """A file of this name beside the queue file makes the next start check all of it."""
-
-APPLICATION_ID: Final = 0x4D51_5151
-"""``MQQQ`` in the header of the file: what `file` and SQLite's own tools see."""
-
-SCHEMA_VERSION: Final = 2
-PAGE_SIZE: Final = 8192
-"""Three mails of 2 KiB fit in a page; with 4096 it is one, and half of the file is air."""
 
 LOG_BYTES: Final = 64 << 20
 """To what the write-ahead log is cut when it has grown beyond. As long as it is there, it also
@@ -79,69 +56,6 @@ SUSPICION_SECONDS: Final = 60.0
 
 ROWS_PER_STATEMENT: Final = 32
 
-SCHEMA: Final = """
-CREATE TABLE number (next INTEGER);
-CREATE TABLE message (
-    id INTEGER PRIMARY KEY, queue TEXT, due INTEGER,
-    body INTEGER, body_crc INTEGER, crc INTEGER, properties BLOB);
-CREATE INDEX message_due ON message (queue, due);
-CREATE TABLE body (id INTEGER PRIMARY KEY, data BLOB);
-CREATE TABLE shared (id INTEGER PRIMARY KEY, users INTEGER, data BLOB);
-CREATE TRIGGER message_gone AFTER DELETE ON message WHEN old.body = 0
-BEGIN
-    DELETE FROM body WHERE id = old.id;
-END;
-CREATE TRIGGER message_share_gone AFTER DELETE ON message WHEN old.body > 0
-BEGIN
-    UPDATE shared SET users = users - 1 WHERE id = old.body;
-    DELETE FROM shared WHERE id = old.body AND users <= 0;
-END;
-"""
-
-INCOMING: Final = """
-CREATE VIEW incoming (id, queue, due, body, body_crc, crc, properties, data)
-    AS SELECT 0, 0, 0, 0, 0, 0, 0, 0;
-CREATE TRIGGER incoming_body INSTEAD OF INSERT ON incoming WHEN new.body = 0
-BEGIN
-    INSERT INTO body VALUES (new.id, new.data);
-END;
-CREATE TRIGGER incoming_message INSTEAD OF INSERT ON incoming WHEN new.queue IS NOT NULL
-BEGIN
-    INSERT INTO message VALUES
-        (new.id, new.queue, new.due, new.body, new.body_crc, new.crc, new.properties);
-END;
-CREATE TRIGGER incoming_removal INSTEAD OF INSERT ON incoming WHEN new.queue IS NULL
-BEGIN
-    DELETE FROM message WHERE id = new.id;
-END;
-"""
-"""The way in. A file of an older layout gets it anew: it holds no data."""
-
-ROW: Final = """
-SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties,
-    CASE WHEN m.body = 0 THEN (SELECT data FROM body WHERE id = m.id)
-         WHEN m.body > 0 THEN (SELECT data FROM shared WHERE id = m.body) END
-FROM message m NOT INDEXED
-"""
-"""Rows by their numbers: left alone, SQLite may rather look at all of a queue."""
-
-SCAN: Final = """
-SELECT due, id,
-    coalesce((SELECT length(properties) FROM message WHERE message.id = found.id), 0)
-    + coalesce((SELECT length(data) FROM body WHERE body.id = found.id), 0)
-    + coalesce((SELECT length(data) FROM shared WHERE shared.id = found.body), 0)
-FROM (
-    SELECT * FROM (
-        SELECT due, id, body FROM message INDEXED BY message_due
-        WHERE queue = ?1 AND due = ?3 AND id > ?4 AND due <= ?2 ORDER BY id LIMIT ?5)
-    UNION ALL
-    SELECT * FROM (
-        SELECT due, id, body FROM message INDEXED BY message_due
-        WHERE queue = ?1 AND due > ?3 AND due <= ?2 ORDER BY due, id LIMIT ?5)
-) AS found LIMIT ?5
-"""
-"""What is due above a place. In two parts: a row value would start at the first of equal due."""
-
 
 def translate(error: Exception, path: str) -> QueueError:
     """Say in the words of `mailerq.errors` what SQLite or the system complains about."""
@@ -157,10 +71,6 @@ def translate(error: Exception, path: str) -> QueueError:
     if isinstance(error, apsw.BusyError):
         return QueueError(f"{text}: another process holds the queue for too long")
     return QueueError(text)
-
-
-def _whole(value: object) -> int:
-    return value if isinstance(value, int) else 0
 
 
 def mark(path: str, reason: str) -> None:
@@ -199,8 +109,8 @@ def connect(path: str, *, create: bool = False) -> apsw.Connection:
     return connection
 
 
-class Reader:
-    """Looks into a queue file. One thread at a time; raises `QueueError`."""
+class SqliteFile:
+    """A queue file and a connection to it, for one thread at a time."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -259,92 +169,6 @@ class Reader:
         if self._suspected - before < SUSPICION_SECONDS:
             return problem
         return QueueError(f"{self.path}: it seems damaged, or could not be read for a moment")
-
-    def version(self) -> int:
-        """A number that is another one after any other connection has changed the file."""
-        try:
-            return int(self.connection.pragma("data_version"))
-        except apsw.Error as error:
-            raise self.failed(error) from error
-
-    def depths(self, now: float | None = None) -> list[Depth]:
-        """How full each queue is, in the order of their names."""
-        moment = int((time.time() if now is None else now) * 1000)
-        try:
-            found = self.connection.execute(
-                "SELECT queue, sum(due <= ?1), sum(due > ?1) FROM message GROUP BY queue "
-                "ORDER BY queue",
-                (moment,),
-            ).fetchall()
-        except apsw.Error as error:
-            raise self.failed(error) from error
-        return [Depth(str(row[0]), _whole(row[1]), _whole(row[2])) for row in found]
-
-    def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
-        """Read without taking; what is damaged shows as `aside` would write it."""
-        try:
-            rows = [
-                Row(*row)
-                for row in self.connection.execute(
-                    ROW + "WHERE m.id IN (SELECT id FROM message INDEXED BY message_due "
-                    "WHERE queue = ? AND id > ? ORDER BY id LIMIT ?) ORDER BY m.id",
-                    (queue, after, limit),
-                )
-            ]
-        except apsw.Error as error:
-            raise self.failed(error) from error
-        entries = []
-        for row in rows:
-            message = check(row)
-            if isinstance(message, str):
-                message = aside(row, message).message
-            entries.append(Entry(row.id, queue, _whole(row.due) / 1000, message))
-        return entries
-
-    def scan(
-        self, queue: str, after: tuple[int, int], now: int, limit: int
-    ) -> tuple[list[tuple[int, int, int]], int | None]:
-        """Find what is due: (due, id, size) in that order, above `after`, at most `limit`.
-
-        The second value is when the next message after `now` (ms) becomes due, or None.
-        """
-        try:
-            found: list[Any] = self.connection.execute(SCAN, (queue, now, *after, limit)).fetchall()
-            later = self.connection.execute(
-                "SELECT due FROM message WHERE queue = ? AND due > ? ORDER BY due LIMIT 1",
-                (queue, now),
-            ).get
-        except apsw.Error as error:
-            raise self.failed(error) from error
-        return sorted(found), later
-
-    def known(self, numbers: Iterable[int]) -> set[int]:
-        """Those of these numbers that are messages in the file."""
-        try:
-            found: list[Any] = self.connection.execute(
-                "SELECT id FROM message NOT INDEXED WHERE id IN (SELECT value FROM carray(?))",
-                (bind(numbers),),
-            ).fetchall()
-        except apsw.Error as error:
-            raise self.failed(error) from error
-        return {number for (number,) in found}
-
-    def fetch(self, queue: str, numbers: Sequence[int]) -> list[Row]:
-        """Read the messages with these numbers, in the order of `numbers`.
-
-        What is no longer in that queue is left out.
-        """
-        try:
-            rows = {
-                row[0]: Row(*row)
-                for row in self.connection.execute(
-                    ROW + "WHERE m.id IN (SELECT value FROM carray(?)) AND m.queue = ?",
-                    (bind(numbers), queue),
-                )
-            }
-        except apsw.Error as error:
-            raise self.failed(error) from error
-        return [rows[number] for number in numbers if number in rows]
 
 
 def bind(numbers: Iterable[int]) -> Any:

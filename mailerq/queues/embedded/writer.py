@@ -9,7 +9,7 @@ do (`mailerq.queues.embedded.batcher`): the more load, the larger the group. The
 single client never waits; what became of its last one does, for the next.
 
 Before the commit it leases those messages that can go to a consumer at once (see
-`mailerq.queues.embedded.subscription`), and hands them over after it.
+`mailerq.queues.embedded.open_queues`), and hands them over after it.
 
 A purge is cut into many commits, and groups of other requests go between them.
 
@@ -26,8 +26,8 @@ import logging
 import os
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -38,14 +38,23 @@ import trio
 
 from mailerq.errors import MailerqError, MessageError, QueueDamaged, QueueError
 from mailerq.message import Message, decode_properties
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.open_queues import (
+    HeldLease,
+    OpenQueue,
+    OpenQueues,
+    Wakeable,
+    wake_all,
+)
+from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.records import Batch, Insert, Retry
 from mailerq.queues.embedded.sqlite_file import translate
-from mailerq.queues.embedded.subscription import EmbeddedConsumer, Feed, Feeds, HeldLease
 
-__all__ = ["Request", "Writer"]
+__all__ = ["MAX_BODY_BYTES", "Request", "Writer"]
 
 logger = logging.getLogger("mailerq.queues")
+
+MAX_BODY_BYTES: Final = 1 << 16
+"""A larger body comes only when it is asked for, but to consumers, which cannot ask."""
 
 BATCH_MESSAGES: Final = 1_000
 BATCH_BYTES: Final = 64 << 20
@@ -90,13 +99,21 @@ class Request(msgspec.Struct, eq=False):
     def leases(self) -> list[HeldLease]:
         return [*self.removals, *(lease for lease, _ in self.retries)]
 
+    def wake(self) -> None:
+        """Wake the task, on its loop."""
+        assert self.task is not None
+        # Not to be kept: where it is raised, the request is known, and they would be a cycle.
+        problem, self.problem = self.problem, None
+        result = outcome.Value(self.rows) if problem is None else outcome.Error(problem)
+        trio.lowlevel.reschedule(self.task, result)
+
 
 class Writer:
-    """Commits to a store, which is its own from now on."""
+    """Commits to a file, which is its own from now on."""
 
-    def __init__(self, store: Store, feeds: Feeds) -> None:
-        self._store = store
-        self._feeds = feeds
+    def __init__(self, file: QueueFile, queues: OpenQueues) -> None:
+        self._file = file
+        self._queues = queues
         self._requests: SimpleQueue[Request | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="queue writer")
         self._commits = self._messages = self._largest = 0
@@ -130,12 +147,16 @@ class Writer:
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         works: deque[Request] = deque()
         while not self._ended or works:
-            group = self._gather([], works)
+            group: list[Request] = []  # the last one's bodies may be large
+            self._gather(group, works)
             if group:
                 lately = time.monotonic() - self._published < PUBLISHED_SECONDS
                 if lately and all(request.settles for request in group):
                     self._gather(group, works, SETTLE_SECONDS)
                 self._commit(group)
+            if self._ended:
+                # What nobody waits for is done after the next start.
+                works = deque(work for work in works if work.task is not None)
             if works:
                 self._work(works)
 
@@ -175,11 +196,10 @@ class Writer:
             tight,
         )
         reserved: dict[int, HeldLease] = {}
-        notify: set[EmbeddedConsumer] = set()
         try:
-            self._store.number(inserts)
+            self._file.number(inserts)
             self._reserve(inserts, reserved)
-            self._store.write(batch)
+            self._file.write(batch)
         except (TypeError, ValueError, OverflowError) as error:
             self._withdraw(reserved)
             if len(group) > 1:
@@ -192,10 +212,10 @@ class Writer:
             if not isinstance(error, QueueError):
                 logger.exception("an error in the writer of the queue")
             self._withdraw(reserved)
-            self._refuse(group, translate(error, self._store.path))
+            self._refuse(group, translate(error, self._file.path))
         else:
             try:
-                self._hand_out(group, reserved, notify)
+                self._hand_out(group, reserved)
             except Exception:  # the group is durable all the same
                 logger.exception("an error in the writer of the queue")
             if not all(request.settles for request in group):
@@ -205,7 +225,7 @@ class Writer:
             self._messages += count
             self._largest = max(self._largest, count)
             self._seconds += time.perf_counter() - started
-        self._wake(group, notify)
+        self._wake(group)
 
     def _with_room(self, group: Sequence[Request]) -> tuple[Sequence[Request], bool]:
         """Send new mail away that the disk has no room for.
@@ -215,60 +235,67 @@ class Writer:
         new = [request for request in group if not request.settles]
         size = sum(request.size for request in new)
         try:
-            found = self._store.room(size)
+            found = self._file.room(size)
         except QueueError:
             return group, False  # the commit will tell
         if not new or found.holds(size):
             return group, found.tight
         for request in new:
-            request.problem = self._store.no_room(found)
+            request.problem = self._file.no_room(found)
         self._wake(new)
         return [request for request in group if request.settles], found.tight
 
     def _reserve(self, inserts: Sequence[Insert], reserved: dict[int, HeldLease]) -> None:
-        """Lease what can go to a consumer as soon as it is committed."""
+        """Lease what can go to somebody as soon as it is committed."""
         given: set[int] = set()
-        with self._feeds.lock:
-            if not self._feeds.feeds:
+        with self._queues.lock:
+            if not self._queues.queues:
                 return
-            now = self._feeds.now()
+            now = self._queues.now()
             for insert in inserts:
-                feed = self._feeds.get(insert.queue)
-                if feed is None or insert.due > now or not feed.direct(now):
+                queue = self._queues.queues.get(insert.queue)
+                if queue is None or insert.due > now:
                     continue
-                consumer = feed.choose()
-                if consumer is None:
+                taker = queue.reserve(insert.destination, now)
+                if taker is None:
                     continue
                 properties = insert.message.properties
                 if id(properties) in given:  # one message for two queues: a dict for each
                     properties = decode_properties(insert.properties)
                 given.add(id(properties))
-                message = Message(properties, insert.body)
+                body, size = insert.body, insert.size
+                loaded = body is None or taker.whole or len(body) <= MAX_BODY_BYTES
+                if not loaded:
+                    body = None
                 lease = HeldLease(
-                    insert.id, insert.queue, message, insert.due, insert.size, None, None, None
+                    insert.id,
+                    insert.queue,
+                    Message(properties, body),
+                    insert.destination,
+                    size,
+                    loaded,
+                    insert.due / 1000,
+                    insert.due,
+                    memory=size if loaded else len(insert.properties),
                 )
-                feed.hold(lease, consumer)
+                queue.hold(lease, taker)
                 reserved[insert.id] = lease
 
-    def _hand_out(
-        self,
-        group: Sequence[Request],
-        reserved: dict[int, HeldLease],
-        notify: set[EmbeddedConsumer],
-    ) -> None:
-        """A group is durable: end its leases, and let the consumers have what is theirs."""
-        feeds = self._feeds
-        now = feeds.now()
-        touched: dict[str, Feed] = {}
-        with feeds.lock:
+    def _hand_out(self, group: Sequence[Request], reserved: dict[int, HeldLease]) -> None:
+        """A group is durable: end its leases, and let those have what is theirs who take."""
+        queues = self._queues
+        now = queues.now()
+        touched: dict[str, OpenQueue] = {}
+        with queues.lock:
             for request in group:
                 for lease in request.leases:
-                    feed = touched[lease.queue] = feeds.feeds[lease.queue]
-                    feed.drop(lease)
+                    queue = touched[lease.queue] = queues.queues[lease.queue]
+                    queue.drop(lease)
                 for lease, retry in request.retries:
-                    touched[lease.queue].note(retry.insert.due, lease.id, now)
+                    insert = retry.insert
+                    queues.note(touched[lease.queue], insert.destination, insert.due, now)
                 for insert in request.inserts:
-                    found = feeds.get(insert.queue)
+                    found = queues.queues.get(insert.queue)
                     if found is None:
                         continue
                     touched[insert.queue] = found
@@ -276,40 +303,42 @@ class Writer:
                     if held is not None and found.held.get(insert.id) is held:
                         held.reference = insert.reference
                         held.body_crc = insert.body_crc
-                        held.stored_body = insert.body
-                        feeds.make_ready(held, notify)
+                        held.stored_body = insert.body if held.loaded else None
+                        queues.give(held)
                     else:
-                        found.note(insert.due, insert.id, now)
-            for feed in touched.values():
-                feeds.pump(feed)
-                feeds.tidy(feed)
-                feeds.set_alarm(feed, now)
+                        queues.note(found, insert.destination, insert.due, now)
+            for queue in touched.values():
+                queues.pump(queue)
+                queues.tidy(queue)
+                if queue.timers and queue.timers[0][0] < now + 1000:
+                    queues.jobs.put(None)  # in case the reader sleeps for longer
 
     def _withdraw(self, reserved: dict[int, HeldLease]) -> None:
-        """A group failed: what it would have published goes to no consumer."""
-        feeds = self._feeds
-        with feeds.lock:
+        """A group failed: what it would have published goes to nobody."""
+        queues = self._queues
+        with queues.lock:
             for lease in reserved.values():
-                if (feed := feeds.get(lease.queue)) is not None:
-                    feed.drop(lease)
-                    feeds.tidy(feed)
+                if (queue := queues.queues.get(lease.queue)) is not None:
+                    queue.drop(lease)
+                    queues.tidy(queue)
 
     def _refuse(self, group: Sequence[Request], problem: MailerqError) -> None:
         """Tell the tasks of a group that failed; what was leased still is."""
-        feeds = self._feeds
-        with feeds.lock:
+        queues = self._queues
+        with queues.changing():
             for request in group:
                 request.problem = type(problem)(str(problem))
                 for lease in request.leases:
-                    if lease.consumer is None:
+                    if lease.taker is None:
                         continue  # a damaged record stays out of the way until a restart
                     lease.settling = False
-                    feed = feeds.feeds[lease.queue]
-                    if lease.consumer not in feed.consumers:
-                        feeds.give_back(feed, lease)
-                        feeds.tidy(feed)
+                    if lease.taker.closed:
+                        queue = queues.queues[lease.queue]
+                        queues.give_back(queue, lease)
+                        queues.pump(queue)
+                        queues.tidy(queue)
         if isinstance(problem, QueueDamaged):
-            feeds.damage(problem)
+            queues.damage(problem)
 
     def _work(self, works: deque[Request]) -> None:
         """Do one step of work that takes many."""
@@ -323,35 +352,15 @@ class Writer:
         except Exception as error:
             if not isinstance(error, QueueError):
                 logger.exception("an error in the writer of the queue")
-            problem = request.problem = translate(error, self._store.path)
+            problem = request.problem = translate(error, self._file.path)
             if isinstance(problem, QueueDamaged):
-                self._feeds.damage(problem)
+                self._queues.damage(problem)
         works.popleft()
         self._wake([request])
 
-    def _wake(self, group: Sequence[Request], consumers: Iterable[EmbeddedConsumer] = ()) -> None:
-        """Wake the tasks of a group and what waits for consumers: one call into each loop."""
-        loops: defaultdict[trio.lowlevel.TrioToken, tuple[list[Request], list[EmbeddedConsumer]]]
-        loops = defaultdict(lambda: ([], []))
-        for request in group:
-            if request.token is not None:
-                loops[request.token][0].append(request)
-        for consumer in consumers:
-            loops[consumer.token][1].append(consumer)
-        for token, (requests, waiting) in loops.items():
-            with suppress(trio.RunFinishedError):
-                token.run_sync_soon(_wake_here, self._feeds, requests, waiting)
-
-
-def _wake_here(
-    feeds: Feeds, requests: Sequence[Request], consumers: Sequence[EmbeddedConsumer]
-) -> None:
-    """Wake the tasks of one loop, on that loop."""
-    for request in requests:
-        assert request.task is not None
-        # Not to be kept: where it is raised, the request is known, and they would be a cycle.
-        problem, request.problem = request.problem, None
-        result = outcome.Value(request.rows) if problem is None else outcome.Error(problem)
-        trio.lowlevel.reschedule(request.task, result)
-    for consumer in consumers:
-        feeds.wake(consumer)
+    def _wake(self, group: Sequence[Request]) -> None:
+        """Wake the tasks of a group, and who has got something by it: one call into each loop."""
+        with self._queues.lock:
+            takers = self._queues.to_wake()
+        waiting: list[Wakeable] = [*group, *takers]
+        wake_all(waiting)

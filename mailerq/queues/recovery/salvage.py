@@ -22,7 +22,7 @@ of the file that is not free, and where the log is broken at what stands behind 
 message found with a sound checksum, and a body that fits, is written into a new file under
 its old number. What is there but not sound goes into the queue ``damaged``, with a reason. A
 free page may hold what was deleted: it is not looked at, and when the list of free pages is
-broken as well, the index of due times tells what lives.
+broken as well, the index of messages tells what lives.
 
 The new file takes the place of the old only when it is complete and synced; the old one is
 moved aside, and never deleted.
@@ -52,10 +52,12 @@ import apsw
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues.embedded.disk import unreadable
-from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.layout import PAGE_SIZE, PLACES_LAYOUT, UNSORTED
+from mailerq.queues.embedded.queue_file import QueueFile
+from mailerq.queues.embedded.queue_reader import ROW
 from mailerq.queues.embedded.records import Batch, Insert, Row, aside, check, prepare, proven
 from mailerq.queues.embedded.shares import first_number
-from mailerq.queues.embedded.sqlite_file import MARK_SUFFIX, PAGE_SIZE, ROW, connect, translate
+from mailerq.queues.embedded.sqlite_file import MARK_SUFFIX, connect, translate
 from mailerq.queues.interface import DAMAGED_QUEUE
 from mailerq.queues.recovery.pages import (
     FRAME_HEADER,
@@ -96,11 +98,16 @@ BATCH: Final = 500
 BATCH_BYTES: Final = 32 << 20
 COPY_BYTES: Final = 1 << 20
 
-MESSAGE_COLUMNS: Final = 7
-"""By which a row of messages is known, wherever it lies."""
+MESSAGE_COLUMNS: Final = (9, 7)
+"""By which a row of messages is known, wherever it lies; the second is from before layout 3."""
 
-ROOTS: Final = {"number": 2, "message": 3, "message_due": 4, "body": 5, "shared": 6}
-"""Where the trees begin, as the order in our schema has it; for when the file does not tell."""
+INDEXES: Final = ("message_place", "message_due")
+"""The index of messages, now and before layout 3."""
+
+ROOTS: Final = {"number": 2, "message": 3, "body": 4, "shared": 5, "message_place": 6}
+OLD_ROOTS: Final = {"number": 2, "message": 3, "message_due": 4, "body": 5, "shared": 6}
+"""Where the trees begin, as the order in our schema has it; for when the file does not tell. A file
+that was made before layout 3 keeps its order, and its new index mostly has the place of the old."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -307,7 +314,7 @@ def _broken(believed: int, log: Log) -> str:
 
 def _look(connection: apsw.Connection, log: Log, whole: bool) -> Finding:
     if not int(connection.pragma("user_version")):
-        return Finding()  # not ours, or not finished: `Store` decides
+        return Finding()  # not ours, or not finished: `QueueFile` decides
     believed = _believed(connection)
     unread = [number for number in log.commits if number > believed]
     if len(unread) > 1:
@@ -345,10 +352,8 @@ def _probe(connection: apsw.Connection) -> str | None:
     """Look at the ends of every tree and at some rows in between."""
     for table in ("message", "body", "shared"):
         connection.execute(f"SELECT min(id), max(id) FROM {table}").fetchall()
-    connection.execute("SELECT queue, due FROM message ORDER BY queue, due LIMIT 1").fetchall()
-    connection.execute(
-        "SELECT queue, due FROM message ORDER BY queue DESC, due DESC LIMIT 1"
-    ).fetchall()
+    connection.execute("SELECT queue FROM message ORDER BY queue LIMIT 1").fetchall()
+    connection.execute("SELECT queue FROM message ORDER BY queue DESC LIMIT 1").fetchall()
     ends: list[Any] = connection.execute("SELECT min(id), max(id) FROM message").fetchall()
     lowest, highest = ends[0]
     if lowest is None:
@@ -364,14 +369,23 @@ def _probe(connection: apsw.Connection) -> str | None:
             message = check(row)
             if isinstance(message, str):
                 return f"message {row.id}: {message}"
-            indexed = connection.execute(
-                "SELECT 1 FROM message INDEXED BY message_due "
-                "WHERE queue = ? AND due = ? AND id = ?",
-                (row.queue, row.due, row.id),
-            ).get
-            if indexed is None:
+            if not _is_indexed(connection, row.id):
                 return f"message {row.id} is missing in the index"
     return None
+
+
+def _is_indexed(connection: apsw.Connection, number: int) -> bool:
+    """Whether the index knows a message at the place that its row has."""
+    columns = "queue, destination, lane, due"
+    if int(connection.pragma("user_version")) < PLACES_LAYOUT:
+        columns = "queue, due"
+    index = INDEXES[columns == "queue, due"]
+    found = connection.execute(
+        f"SELECT 1 FROM message INDEXED BY {index} WHERE id = ?1 AND ({columns}) = "
+        f"(SELECT {columns} FROM message NOT INDEXED WHERE id = ?1)",
+        (number,),
+    ).get
+    return found is not None
 
 
 def _copy_log(path: str, size: int) -> None:
@@ -398,10 +412,10 @@ def _take_in(path: str, believed: int = 0) -> str | None:
     """
     pages = Pages(path, PAGE_SIZE, log=path + HALF, believed=believed)
     try:
-        with Store(path, [], 1) as store:
-            store.create()
-            saved = _Salvage(pages, store).take_in()
-            store.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        with QueueFile(path, [], outbox="") as file:
+            file.create()
+            saved = _Salvage(pages, file).take_in()
+            file.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
     except (apsw.Error, QueueError) as error:
         cause = error.__cause__ if isinstance(error, QueueError) else error
         if isinstance(cause, apsw.CorruptError | apsw.NotADBError | apsw.ConstraintError):
@@ -435,15 +449,15 @@ def salvage(path: str, new: str) -> Salvaged:
     """Write every readable record of a damaged file into a new one; raises `QueueError`."""
     pages = Pages(path, PAGE_SIZE)
     try:
-        with Store(new, [], 1) as store:
+        with QueueFile(new, [], outbox="") as file:
             try:
-                store.create()
-                store.connection.execute("PRAGMA synchronous = OFF")
-                found = _Salvage(pages, store).run()
-                store.connection.execute("PRAGMA synchronous = FULL")
-                store.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+                file.create()
+                file.connection.execute("PRAGMA synchronous = OFF")
+                found = _Salvage(pages, file).run()
+                file.connection.execute("PRAGMA synchronous = FULL")
+                file.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.Error as error:
-                raise store.failed(error) from error
+                raise file.failed(error) from error
         _sync(new, os.O_RDWR)
         return found
     except QueueDamaged as error:
@@ -455,9 +469,9 @@ def salvage(path: str, new: str) -> Salvaged:
 class _Salvage:
     """One walk through one damaged file."""
 
-    def __init__(self, pages: Pages, store: Store) -> None:
+    def __init__(self, pages: Pages, file: QueueFile) -> None:
         self.pages = pages
-        self.store = store
+        self.file = file
         self.batch: list[Insert] = []
         self.saved: set[int] = set()
         self.set_aside: set[int] = set()
@@ -468,7 +482,8 @@ class _Salvage:
         self.size = 0
         self.at_once = False  # all that is saved is one commit
         self.damaged = 0
-        self.highest = first_number(os.path.dirname(store.path)) - 1
+        self.guessed = False  # where the index begins
+        self.highest = first_number(os.path.dirname(file.path)) - 1
 
     def run(self) -> Salvaged:
         roots = self.roots()
@@ -476,7 +491,7 @@ class _Salvage:
         messages, whole = self.walk(roots["message"], seen)
         bodies, bodies_whole = self.walk(roots["body"], seen)
         shares, shares_whole = self.walk(roots["shared"], seen)
-        index, index_whole = self.walk(roots["message_due"], seen)
+        index, index_whole = self.walk(roots["index"], seen)
         numbers, _ = self.walk(roots["number"], seen)
         for page in bodies:
             self.note_bodies(page, self.bodies)
@@ -490,10 +505,11 @@ class _Salvage:
             self.note_bodies(page, None)
         for page in messages:
             self.take(page)
-        if loose:
-            living = {number for _, _, number in self.entries(index)} if index_whole else None
-            for page in loose:
-                self.take(page, loose=True, living=living)
+        living = {number for _, _, number in self.entries(index)} if index_whole else None
+        if living is not None and self.guessed and not self.saved <= living:
+            index_whole, living = False, None  # it is another tree, or a part of one
+        for page in loose:
+            self.take(page, loose=True, living=living)
         for page in later:
             self.take(page, loose=True)
         missing = {
@@ -524,28 +540,31 @@ class _Salvage:
         for page in pages:
             self.note_bodies(page, None)
             for cell in self.pages.cells(page)[0]:
-                if len(shape(self.pages.local(cell))) == MESSAGE_COLUMNS:
+                if len(shape(self.pages.local(cell))) in MESSAGE_COLUMNS:
                     numbers.add(cell.rowid)
-        known = self.store.known(numbers)
+        known = self.file.known(numbers)
         self.saved |= known
         self.at_once = True
         for page in pages:
             self.take(page, loose=True)
         following = max(numbers, default=0) + 1
-        self.store.connection.execute("UPDATE number SET next = max(next, ?)", (following,))
+        self.file.connection.execute("UPDATE number SET next = max(next, ?)", (following,))
         self.flush()
         return len(self.saved) - len(known)
 
     def roots(self) -> dict[str, int]:
         """Where the trees begin."""
-        roots = dict(ROOTS)
+        found: dict[str, int] = {}
         cells, _ = self.pages.cells(1)
         for cell in cells:
             match record(self.pages.payload(cell)):
                 case [_, str(name), _, int(root), _] if 1 < root <= self.pages.count:
-                    if name in roots:
-                        roots[name] = root
-        return roots
+                    found[name] = root
+        old = self.pages.kind(OLD_ROOTS["message_due"]) in (INDEX_INTERIOR, INDEX_LEAF)
+        roots = {**(OLD_ROOTS if old else ROOTS), **found}
+        self.guessed = not any(name in found for name in INDEXES)
+        index = next((name for name in INDEXES if name in (found or roots)), INDEXES[0])
+        return {**roots, "index": roots.get(index, ROOTS[INDEXES[0]])}
 
     def walk(self, root: int, seen: set[int]) -> tuple[list[int], bool]:
         """The pages below a root that hold entries, and whether the tree is whole.
@@ -582,10 +601,12 @@ class _Salvage:
         ]
 
     def entries(self, index: list[int]) -> Iterator[tuple[str, int, int]]:
-        """What the index of due times knows: queue, due and number of messages."""
+        """What the index knows: queue, due and number of messages."""
         for page in index:
             for cell in self.pages.cells(page)[0]:
                 match record(self.pages.payload(cell)):
+                    case [str(queue), _, _, int(due), int(number)]:
+                        yield queue, due, number
                     case [str(queue), int(due), int(number)]:
                         yield queue, due, number
 
@@ -605,7 +626,7 @@ class _Salvage:
             number = cell.rowid
             if number in self.saved or (living is not None and number not in living):
                 continue
-            if loose and len(shape(self.pages.local(cell))) != MESSAGE_COLUMNS:
+            if loose and len(shape(self.pages.local(cell))) not in MESSAGE_COLUMNS:
                 continue
             row = self.row(cell)
             if row is None or isinstance(check(row), str):
@@ -614,14 +635,18 @@ class _Salvage:
                 continue
             self.saved.add(number)
             self.highest = max(self.highest, number)
-            self.save(Insert(Message(), row.queue, row.due, row.properties, row.data, id=number))
+            # The start sorts what is found here.
+            insert = Insert(
+                Message(), row.queue, row.due, *UNSORTED, row.properties, row.data, id=number
+            )
+            self.save(insert)
 
     def row(self, cell: Cell) -> Row | None:
         """The row in a cell, with the body that fits it best."""
         values = record(self.pages.payload(cell))
-        if values is None or len(values) != MESSAGE_COLUMNS:
+        if values is None or len(values) not in MESSAGE_COLUMNS:
             return None
-        row = Row._make((cell.rowid, *values[1:], None))
+        row = Row._make((cell.rowid, *values[1:7], None))
         return row._replace(data=self.body(row))
 
     def body(self, row: Row) -> Any:
@@ -674,7 +699,7 @@ class _Salvage:
         )
 
     def save_aside(self, row: Row, reason: str) -> None:
-        insert = prepare(aside(row, reason), time.time())
+        insert = prepare(aside(row, reason), time.time(), self.file.outbox)
         self.highest += 1
         insert.id = self.highest
         self.damaged += 1
@@ -687,7 +712,7 @@ class _Salvage:
             self.flush()
 
     def flush(self) -> None:
-        self.store.write(Batch(self.batch))
+        self.file.write(Batch(self.batch))
         self.batch = []
         self.size = 0
 
@@ -701,6 +726,6 @@ class _Salvage:
                         following = value
         if not following:
             following = self.highest + NUMBER_GAP
-        self.store.connection.execute(
+        self.file.connection.execute(
             "UPDATE number SET next = ?", (max(following, self.highest + 1),)
         )

@@ -6,7 +6,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,25 @@ import pytest
 from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.embedded.queue_file import LARGE_BYTES, PIECE_BYTES, Store
+from mailerq.queues.embedded.layout import UNSORTED
+from mailerq.queues.embedded.queue_file import LARGE_BYTES, PIECE_BYTES, QueueFile
 from mailerq.queues.embedded.records import Batch, Insert, Retry
+from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN, Wanted
 
 
-def publication(tag: int, queue: str = "outbox", due: float | None = 1e9) -> Publication:
-    return Publication(queue, Message({"tag": tag}, b"x" * tag), due)
+def publication(
+    tag: int, queue: str = "outbox", due: float | None = 1e9, **more: str
+) -> Publication:
+    return Publication(queue, Message({"tag": tag, **more}, b"x" * tag), due)
+
+
+def wanted(destination: str, limit: int, held: Sequence[int] = ()) -> Wanted:
+    """What a subscription reads of a destination."""
+    return Wanted("outbox", destination, 10**13, limit, held, FIRST_TURN, ANY_SIZE, False)
 
 
 def test_publish_look_take_and_purge(tmp_path: Path) -> None:
-    with Store.open(str(tmp_path / "new" / "directory")) as store:
+    with QueueFile.open(str(tmp_path / "new" / "directory")) as store:
         numbers = store.publish([publication(1), publication(2), publication(3, "other", 2e9)])
         assert [(depth.queue, depth.due, depth.delayed) for depth in store.depths(1.5e9)] == [
             ("other", 0, 1),
@@ -53,7 +62,7 @@ def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
     publications = [
         Publication("outbox", Message({"tag": tag}, body)) for tag, body in enumerate(bodies)
     ]
-    with Store.open(str(tmp_path)) as store:
+    with QueueFile.open(str(tmp_path)) as store:
         numbers = store.publish(publications)
         entries = store.browse("outbox")
         assert [entry.id for entry in entries] == numbers
@@ -67,7 +76,7 @@ def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
 
 
 def test_the_file_is_not_for_everybody(tmp_path: Path) -> None:
-    with Store.open(str(tmp_path / "queue")) as store:
+    with QueueFile.open(str(tmp_path / "queue")) as store:
         store.publish([publication(1)])
         for path in (tmp_path / "queue").iterdir():
             assert path.stat().st_mode & 0o007 == 0
@@ -85,7 +94,7 @@ def test_it_starts_without_an_event_loop() -> None:
     assert not {b"trio", b"ssl", b"asyncio", b"mailerq.queues.recovery.salvage"} & set(output)
 
 
-def steps(store: Store, work: Callable[[], Any]) -> int:
+def steps(store: QueueFile, work: Callable[[], Any]) -> int:
     """How many steps of SQLite's machine something takes."""
     total = 0
 
@@ -99,15 +108,16 @@ def steps(store: Store, work: Callable[[], Any]) -> int:
     return total
 
 
-def retry(store: Store, number: int) -> None:
-    insert = Insert(Message(), "outbox", 10**12, b"{}", None)
+def retry(store: QueueFile, number: int) -> None:
+    insert = Insert(Message(), "outbox", 10**12, *UNSORTED, b"{}", None)
     store.write(Batch(retries=[Retry(number, None, None, insert)]))
 
 
-WORK: dict[str, Callable[[Store], Any]] = {
-    "scan from the start": lambda store: store.scan("outbox", (-1, -1), 10**13, 10),
-    "scan among equal due": lambda store: store.scan("outbox", (10**12, 150), 10**13, 10),
-    "fetch": lambda store: store.fetch("outbox", [151, 152, 199]),
+WORK: dict[str, Callable[[QueueFile], Any]] = {
+    "take": lambda store: store.take(wanted("a.test", 10)),
+    "take behind what is held": lambda store: store.take(wanted("a.test", 10, range(101, 111))),
+    "take from a small one": lambda store: store.take(wanted("b.test", 10)),
+    "find the destinations": lambda store: store.places("outbox", UNSORTED, 100),
     "publish": lambda store: store.publish([publication(1)]),
     "remove": lambda store: store.remove([151]),
     "retry": lambda store: retry(store, 152),
@@ -120,14 +130,15 @@ WORK: dict[str, Callable[[Store], Any]] = {
 def test_a_full_queue_costs_no_more_than_an_empty_one(tmp_path: Path, work: str) -> None:
     costs = []
     for count in (300, 6000):
-        with Store.open(str(tmp_path / str(count))) as store:
+        with QueueFile.open(str(tmp_path / str(count))) as store:
             store.publish(publication(1, "other") for _ in range(100))
-            store.publish(publication(1) for _ in range(count))
+            store.publish(publication(1, recipient="x@a.test") for _ in range(count))
+            store.publish(publication(1, recipient="x@b.test") for _ in range(10))
             costs.append(steps(store, lambda store=store: WORK[work](store)))  # type: ignore[misc]
     assert 0 < costs[1] < 1.5 * costs[0]
 
 
-CHANGES: list[Callable[[Store], object]] = [
+CHANGES: list[Callable[[QueueFile], object]] = [
     lambda store: store.publish([publication(1)]),
     lambda store: store.publish([publication(LARGE_BYTES)]),
     lambda store: store.remove([1]),
@@ -139,8 +150,8 @@ CHANGE_IDS = ["publish", "large", "remove", "purge", "set_back", "hasten"]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(str(tmp_path)) as store:
+def store(tmp_path: Path) -> Iterator[QueueFile]:
+    with QueueFile.open(str(tmp_path)) as store:
         store.publish([publication(1)])
         yield store
 
@@ -158,7 +169,7 @@ def touches_fail(monkeypatch: pytest.MonkeyPatch, error: int) -> list[str]:
 
 @pytest.mark.parametrize("change", CHANGES, ids=CHANGE_IDS)
 def test_a_commit_is_not_believed_on_a_disk_that_gave_up(
-    store: Store, monkeypatch: pytest.MonkeyPatch, change: Callable[[Store], object]
+    store: QueueFile, monkeypatch: pytest.MonkeyPatch, change: Callable[[QueueFile], object]
 ) -> None:
     with monkeypatch.context() as patch:
         touches_fail(patch, errno.EROFS)
@@ -169,7 +180,7 @@ def test_a_commit_is_not_believed_on_a_disk_that_gave_up(
 
 @pytest.mark.parametrize("change", CHANGES, ids=CHANGE_IDS)
 def test_a_commit_is_believed_on_a_disk_that_is_full(
-    store: Store, monkeypatch: pytest.MonkeyPatch, change: Callable[[Store], object]
+    store: QueueFile, monkeypatch: pytest.MonkeyPatch, change: Callable[[QueueFile], object]
 ) -> None:
     touched = touches_fail(monkeypatch, errno.ENOSPC)
     change(store)

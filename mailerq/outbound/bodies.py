@@ -1,0 +1,49 @@
+"""Large bodies in memory: fetched when they are about to be sent, and not too many at a time."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from mailerq.queues import Lease, Subscription
+
+__all__ = ["Bodies"]
+
+MAX_BYTES: Final = 64 << 20
+"""Bytes of such bodies in memory at a time; one is always allowed."""
+
+
+class Bodies:
+    """Fetches the bodies of leases that are not loaded."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+        self._loaded: dict[int, int] = {}
+        self._bytes = 0
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def load(self, lease: Lease) -> None:
+        """Fetch a body, once there is room for it; raises `QueueError`.
+
+        It counts until `drop`.
+        """
+        while not lease.loaded and lease.id not in self._loaded:
+            if self._bytes == 0 or self._bytes + lease.size <= MAX_BYTES:
+                self._loaded[lease.id] = lease.size
+                self._bytes += lease.size
+            else:
+                await self._waiting.park()
+        if not lease.loaded:
+            try:
+                await self._subscription.load(lease)
+            except BaseException:
+                self.drop(lease)
+                raise
+
+    def drop(self, lease: Lease) -> None:
+        """The lease is over, or its body is not needed any more."""
+        size = self._loaded.pop(lease.id, None)
+        if size is not None:
+            self._bytes -= size
+            self._waiting.unpark_all()

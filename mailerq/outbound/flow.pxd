@@ -1,0 +1,34 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Flow:
+    cdef public Py_ssize_t held, window, sent, _allowed, _failures
+    cdef public bint refilling, proven, reserved, patient, down, asking, _ahead
+    cdef public double _down_until, _held_until
+    cdef public object site, local_ip, demands, jobs, destinations, ready, sessions, opening
+    cdef public object memory, _dispatcher, _openings
+    cdef public list idle
+    cdef object __weakref__
+
+    cpdef add(self, job)
+    cpdef mail_waits(self, destination)
+    cpdef next_window(self)
+    cpdef next_job(self, session)
+    cpdef job_ahead(self, session)
+    cpdef _pop(self)
+    cpdef settle(self, session, job, report)
+    cpdef opened(self, session)
+    cpdef ended(self, session, report)
+    cpdef _busy(self, session)
+    cpdef _end_try(self, session)
+    cpdef resume(self)
+    cpdef look(self)
+    cpdef pump(self, beside=*)
+    cpdef _wants_session(self, beside)
+    cpdef _open(self)
+    cpdef _cannot_try(self)
+    cpdef _not_let_in(self, report)
+    cpdef _go_down(self)

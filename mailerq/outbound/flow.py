@@ -1,0 +1,435 @@
+"""A flow: the mail that goes to one site from one local address, and the sessions that send it.
+
+Theory of operation
+-------------------
+A flow has a small window of its mail in memory (`jobs`); the rest lies in the queue, under the
+destinations in `ready`. Sessions pull: each takes the next job when it has settled the last one,
+and is idle when there is none. Below half of the window the flow has it refilled. The window grows
+with what sessions use and is never more than that needs.
+
+A connection costs more than a message, so not each message that waits gets one:
+`sessions_for` has the curve. Where the first job waits for `STALL_SECONDS` all the same, the
+sessions are slow, and one more is opened, and so on. Idle sessions stay for mail to come, the one
+that was used last is used first, so that the others can time out.
+
+Until a session of a flow was let in nobody knows whether its hosts answer. So a flow begins with
+one connection, and may have twice as many after each that is let in: 1, 2, 4.
+
+Where the last session that could open has failed, the flow is *down*: the first job gets that
+result, and the others go back to the queue as they were, where they cost nothing. After a pause,
+or when a message becomes due by its own schedule, one message asks again. Each time in vain the
+pause doubles. A session that is let in ends that.
+
+A flow has one time at which it looks again (`look`); everything else is told to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from mailerq.outbound.jobs import Job, Report
+from mailerq.outbound.session import Session
+from mailerq.rules import responses
+
+if TYPE_CHECKING:
+    from mailerq.config import Config
+    from mailerq.net.resolver import Host
+    from mailerq.outbound.dispatcher import Dispatcher
+    from mailerq.outbound.intake import Destination
+    from mailerq.outbound.sites import Site
+    from mailerq.rules.responses import Outcome
+
+__all__ = ["FIRST_WINDOW", "Flow", "sessions_for"]
+
+HOLD_SECONDS: Final = 5.0
+"""After a failure to open one more connection, while others work, none is opened for so long:
+the peer may want no more."""
+
+FAIR_MESSAGES: Final = 100
+"""Messages after which a session makes room when another flow waits for a slot."""
+
+STALL_SECONDS: Final = 1.0
+"""How long the first job waits before one more connection is opened for it."""
+
+ASK_SECONDS: Final = 30.0
+MAX_ASK_SECONDS: Final = 600.0
+"""The pause after which one message asks whether a site that was down answers."""
+
+NEXT_LOOK_SECONDS: Final = 0.1
+"""How soon more mail is looked at, where what was looked at could not ask."""
+
+FIRST_WINDOW: Final = 32
+MAX_WINDOW: Final = 500
+"""Messages of a flow in memory."""
+
+
+class Flow:
+    """The mail to one site from one address of this host, over connections that prove `demands`."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        site: Site,
+        local_ip: str | None,
+        demands: tuple[str, ...] = (),
+    ) -> None:
+        self.site = site
+        self.local_ip = local_ip
+        self.demands = demands
+        self.jobs: deque[Job] = deque()
+        self.destinations: set[Destination] = set()
+        self.ready: OrderedDict[Destination, None] = OrderedDict()
+        """Destinations of which mail is due in the queue."""
+        self.held = 0
+        """Messages that are not settled yet, of those that were given to it."""
+        self.window = min(FIRST_WINDOW, dispatcher.max_window)
+        self.sent = self.window // 2
+        """Messages since the last refill. A new flow begins as if it had used its window."""
+        self.refilling = False
+        self.sessions: set[Session] = set()
+        self.opening: set[Session] = set()
+        self.idle: list[Session] = []
+        self.proven = False
+        """A session was let in, and the flow has not been down since."""
+        self.reserved = False
+        """It has the right to try its site, and no connection yet; kept by `Openings`."""
+        self.patient = False
+        """Its hosts have not answered at once."""
+        self.down = False
+        self.asking = False
+        self.memory = dispatcher.memory
+        self._dispatcher = dispatcher
+        self._openings = dispatcher.openings
+        self._allowed = 1  # connections, until it has shown that more are let in
+        self._failures = 0  # times that it was found down in a row
+        self._down_until = 0.0
+        self._held_until = 0.0
+        self._ahead = True
+
+    @property
+    def config(self) -> Config:
+        """The settings in force now."""
+        return self._dispatcher.config
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more connections are open than may be, since the settings have changed."""
+        limit = self.config.domain_maxconnections
+        return 0 < limit < len(self.sessions) or self._openings.slots.are_exceeded
+
+    # Mail in
+
+    @property
+    def may_take(self) -> bool:
+        """Whether mail that is taken for it can be sent, as far as is known."""
+        return not self.down
+
+    @property
+    def room(self) -> int:
+        """Messages that it may have beside those that wait."""
+        return max(self.window - len(self.jobs), 0)
+
+    def add(self, job: Job) -> None:
+        """Send a message as soon as may be."""
+        job.flow = self
+        job.since = monotonic()
+        self.held += 1
+        self.jobs.append(job)
+        self.pump()
+
+    def mail_waits(self, destination: Destination) -> None:
+        """Mail of a destination is due in the queue."""
+        self.ready[destination] = None
+        if not self.down:
+            self.pump()
+
+    def next_window(self) -> int:
+        """The window for the next refill: twice what was sent since the last one."""
+        self.window = max(min(2 * self.sent, self._dispatcher.max_window), 1)
+        self.sent = 0
+        return self.window
+
+    # What sessions call
+
+    def next_job(self, session: Session) -> Job | None:
+        """What a session is to send next. None: nothing now; it is woken when there is."""
+        self._busy(session)
+        openings = self._openings
+        if session.leaving or self._dispatcher.stopping:
+            return None
+        if (openings.contended and session.messages >= FAIR_MESSAGES) or self.is_crowded:
+            session.leave()
+            return None
+        job = self._pop()
+        if job is None:
+            if openings.contended and not self.refilling:
+                session.leave()
+                return None
+            self.idle.append(session)
+            openings.idle(session)
+        return job
+
+    def job_ahead(self, session: Session) -> Job | None:
+        """What a session may begin before it has settled its job, if no other could take it."""
+        if (
+            not self._ahead
+            or len(self.jobs) <= len(self.opening) + len(self.idle)
+            or not self.jobs[0].lease.loaded
+            or self._openings.contended
+            or self._dispatcher.stopping
+            or self.is_crowded
+            or self.memory.was_out_of_step(session.remote)
+        ):
+            return None
+        job = self._pop()
+        if job is not None:
+            self._dispatcher.ahead_jobs += 1
+        return job
+
+    def _pop(self) -> Job | None:
+        job = None
+        while self.jobs:
+            job = self.jobs.popleft()
+            self.sent += 1
+            if not self._dispatcher.has_expired(job):
+                break
+            job = None
+        if self.ready:
+            self._dispatcher.refill(self)
+        return job
+
+    async def load(self, job: Job) -> Outcome | None:
+        """Fetch the body of a job that is only in the queue; what keeps it from being sent."""
+        return await self._dispatcher.load(job)
+
+    def settle(self, session: Session, job: Job, report: Report) -> None:
+        """An attempt is over; the session is told when its result is safe."""
+        self._dispatcher.settle(job, report, session)
+
+    def give_back(self, job: Job, *, ahead: bool = False) -> None:
+        """A session did not try a job: the peer had gone, or was slow after an envelope `ahead`."""
+        if ahead:
+            self._ahead = False
+        if self._dispatcher.stopping or (self.down and not self.asking):
+            self._dispatcher.put_back(job)
+        else:
+            self.jobs.appendleft(job)
+            self.pump()
+
+    def opened(self, session: Session) -> None:
+        """A host let a session in."""
+        dispatcher = self._dispatcher
+        dispatcher.opened_sessions += 1
+        self.memory.let_in(session.remote, self.local_ip)
+        self.opening.discard(session)
+        self.proven = True
+        self.down = self.asking = False
+        self._failures = 0
+        self._allowed = min(2 * self._allowed, 1 << 20)
+        self._end_try(session)
+        self.patient = False
+        # The session takes the first job itself.
+        self.pump(beside=1)
+
+    def ended(self, session: Session, report: Report | None) -> None:
+        """A session is over; a `report` says why no host let it in."""
+        self._busy(session)
+        self.sessions.discard(session)
+        was_opening = session in self.opening
+        self.opening.discard(session)
+        self._end_try(session)
+        self._dispatcher.session_over(session)
+        if was_opening and session.was_put_off:
+            self._wait_for_try()
+        elif was_opening and not self._dispatcher.stopping:
+            self._not_let_in(report or Report(responses.OWN_FAULT))
+        self.pump()
+
+    def _busy(self, session: Session) -> None:
+        if session in self.idle:
+            self.idle.remove(session)
+        self._openings.busy(session)
+
+    def _end_try(self, session: Session) -> None:
+        if session.is_try:
+            session.is_try = False
+            self._openings.end_try(self, patient=session.patient)
+
+    # Connections
+
+    def resume(self) -> None:
+        """What the flow waited for may be there: a slot, a try, memory."""
+        if self.down and not self.asking:
+            self._dispatcher.ask(self)
+        else:
+            self.pump()
+
+    def look(self) -> None:
+        """The time to look has come."""
+        if self.down and not self.asking and monotonic() < self._down_until:
+            self._dispatcher.look_at(self, self._down_until)
+        else:
+            self.resume()
+
+    def pump(self, beside: int = 0) -> None:
+        """Wake idle sessions for what waits, open more where they are of use, and get more mail.
+
+        `beside` counts jobs that somebody takes at once.
+        """
+        if self._dispatcher.stopping:
+            return
+        waiting = len(self.jobs) - beside
+        if waiting > 0:
+            for session in self.idle[-waiting:]:
+                self._openings.busy(session)
+                session.wake()
+            while self._wants_session(beside) and self._open():
+                pass
+        if self.ready and not self.down:
+            self._dispatcher.refill(self)
+        if not self.jobs:
+            if self.idle and not self.refilling and self._openings.contended:
+                for session in list(self.idle):
+                    session.leave()
+            if self.reserved and not self.asking:
+                self._openings.forget(self)
+            if not (self.sessions or self.ready or self.down or self.refilling):
+                self._dispatcher.forget(self)
+
+    def _wants_session(self, beside: int) -> bool:
+        waiting = len(self.jobs) - beside
+        there = len(self.idle) + len(self.opening)
+        if waiting <= there or (self.down and not self.asking):
+            return False
+        count = len(self.sessions)
+        limit = self.config.domain_maxconnections
+        if count >= self._allowed or 0 < limit <= count:
+            return False
+        now = monotonic()
+        if now < self._held_until:
+            self._dispatcher.look_at(self, self._held_until)
+            return False
+        if count < sessions_for(len(self.jobs) + count - there):
+            return True
+        stalled = self.jobs[beside].since + STALL_SECONDS
+        if now < stalled:
+            self._dispatcher.look_at(self, stalled)
+        return now >= stalled and not self.opening
+
+    def _open(self) -> bool:
+        """Open one more connection, or wait for the right to."""
+        dispatcher = self._dispatcher
+        if (report := self._cannot_try()) is not None:
+            self._not_let_in(report)
+            return False
+        openings = self._openings
+        if not self.proven and not openings.reserve_try(self):
+            self._wait_for_try()
+            return False
+        if not openings.take(self):
+            if not self.sessions:
+                self._put_back(keep=1)
+            return False
+        session = Session(self, dispatcher.worker)
+        session.is_try, self.reserved = self.reserved, False
+        session.patient = self.patient
+        self.sessions.add(session)
+        self.opening.add(session)
+        dispatcher.start_session(session)
+        return True
+
+    def _cannot_try(self) -> Report | None:
+        """Why there is no host to connect to."""
+        site = self.site
+        if site.outcome is not None:
+            return Report(site.outcome)
+        if self.local_ip is not None and not site.fits(self.local_ip):
+            return Report(responses.no_fitting_address(site.name, self.local_ip), self.local_ip)
+        return None
+
+    def hosts(self) -> list[Host]:
+        """Where a session is to connect to, best first."""
+        return self.site.in_order(self.local_ip, self.memory)
+
+    def _not_let_in(self, report: Report) -> None:
+        """No host took one more connection."""
+        if self.sessions:
+            self._held_until = monotonic() + HOLD_SECONDS
+            self._allowed = len(self.sessions) + 1
+            return
+        self._go_down()
+        first = True
+        while self.jobs:
+            job = self.jobs.popleft()
+            if self._dispatcher.place_elsewhere(job):
+                continue
+            if first:
+                first = False
+                self._dispatcher.settle(job, report, None)
+            else:
+                self._dispatcher.put_back(job)
+        if report.outcome.own_fault and report.outcome.state != "bind":
+            self._dispatcher.say_own_fault(self.site.label, report.outcome)
+
+    def overdue(self, session: Session) -> None:
+        """A session that is a try has no answer yet."""
+        self._openings.overdue(session)
+
+    def put_off(self, session: Session) -> None:
+        """A session has no answer yet, and others wait for the same right."""
+        self.patient = session.was_put_off = True
+        session.cut()
+
+    def _wait_for_try(self) -> None:
+        """Wait, without mail in memory, for the right to find out whether the site answers."""
+        self.down, self.asking, self.proven = True, False, False
+        self._down_until = math.inf
+        self._allowed = 1
+        self._openings.reserve_try(self)
+        self._put_back()
+        if self.reserved:
+            self.resume()
+
+    def _put_back(self, keep: int = 0) -> None:
+        """Let mail that waits go back to the queue as it was."""
+        while len(self.jobs) > keep:
+            self._dispatcher.put_back(self.jobs.pop())
+
+    def _go_down(self) -> None:
+        self._failures += 1
+        pause = min(ASK_SECONDS * 2 ** min(self._failures - 1, 10), MAX_ASK_SECONDS)
+        self._down_until = monotonic() + pause
+        self.down, self.asking, self.proven = True, False, False
+        self._allowed = 1
+        self.sent = 0
+        if self.reserved:
+            self._openings.forget(self)
+        self._dispatcher.look_at(self, self._down_until)
+
+    def end_holds(self) -> None:
+        """Somebody wants it to be tried now."""
+        self._held_until = self._down_until = 0.0
+        self._dispatcher.look_at(self, 0.0)
+
+    def not_asked(self) -> None:
+        """There was no mail to ask with in what was looked at."""
+        self.asking = False
+        if self.ready:
+            # All of it had expired, or it goes elsewhere now.
+            self._down_until = monotonic() + NEXT_LOOK_SECONDS
+            self._dispatcher.look_at(self, self._down_until)
+        elif not self.jobs and not self.sessions:
+            self.down = False
+            self.pump()
+
+
+def sessions_for(messages: int, most: int = 32) -> int:
+    """How many sessions that many messages are worth, waiting ones and those under way.
+
+    >>> [sessions_for(messages) for messages in (0, 1, 2, 4, 10, 20, 100, 500)]
+    [0, 1, 2, 3, 7, 12, 29, 32]
+    """
+    return math.ceil(min(messages, most * (1 - math.exp(-0.023 * messages))))

@@ -1,0 +1,38 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Destination:
+    cdef public bint waits, taking, news
+    cdef public Py_ssize_t placing, group, window
+    cdef public dict flows
+    cdef public object key
+    cdef object __weakref__
+
+
+@cython.final
+cdef class Intake:
+    cdef public Py_ssize_t leased, _most, _first_window
+    cdef public bint _begun, _newest
+    cdef public list _early
+    cdef public dict _destinations
+    cdef public object subscription, dues, _dispatcher, _unsorted, _sorters, _memory_line
+    cdef public object _say_unread
+    cdef object __weakref__
+
+    cpdef arrived(self, leases)
+    cpdef waiting(self, destination, due)
+    cpdef destination(self, key)
+    cpdef _mail_waits(self, destination)
+    cpdef link(self, destination, flow)
+    cpdef unlink(self, destination, flow)
+    cpdef _tidy(self, destination)
+    cpdef _nothing_waits(self, destination)
+    cpdef _memory_for(self, flow)
+    cpdef next_ready(self, flow)
+    cpdef taken(self, destination)
+    cpdef put_back(self, lease)
+    cpdef lease_over(self)
+    cpdef _serve_memory_line(self)

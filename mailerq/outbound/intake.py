@@ -1,0 +1,377 @@
+"""Mail on its way from the queue into the flows: taken by destination, when it can be sent.
+
+Theory of operation
+-------------------
+The queue sorts its mail by *destination* (`mailerq.rules.destinations`). Which flow the mail of a
+destination belongs to shows when a message of it is looked at: its plan has a target, the target a
+site. From then on the destination is linked to the flow, and the flow takes from it.
+
+Mail comes in two ways. New mail *arrives* directly while its destination has room. All other mail
+*waits*: the queue says for which destination and from when on, and says it once. Mail of a
+destination without a flow is *sorted*: a little of it is taken, to see where it belongs.
+
+What lies in the queue costs nothing but a `Destination`. One heap has the times at which
+destinations become due. The messages in memory are at most `rabbitmq-qos`, and one for each flow
+that has a connection, so that no flow waits for the memory of others.
+
+Everything here runs on the home worker.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from mailerq.errors import QueueError
+from mailerq.net.logs import Ration
+from mailerq.outbound.flow import FIRST_WINDOW
+from mailerq.outbound.timers import Times
+from mailerq.queues import Lease, Subscription
+
+if TYPE_CHECKING:
+    from mailerq.outbound.dispatcher import Dispatcher
+    from mailerq.outbound.flow import Flow
+
+__all__ = ["Destination", "Intake"]
+
+log = logging.getLogger("mailerq.delivery")
+
+SORTERS: Final = 4
+"""Destinations that are sorted at a time."""
+
+MAX_GROUP: Final = 100
+"""Messages that are taken to sort a destination, at most; the first time it is one."""
+
+READ_AGAIN_SECONDS: Final = 5.0
+"""How long a destination is left alone that the queue could not read."""
+
+
+LOOK_AGAIN_SECONDS: Final = 60.0
+"""How long a destination is left alone the hosts of which nobody had the time to find."""
+
+
+class Destination:
+    """Mail of the queue that has the same ways to go, and what is known of it."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.flows: dict[Flow, None] = {}
+        self.waits = False
+        """Mail of it is due in the queue, as far as is known."""
+        self.taking = False
+        self.news = False  # the queue spoke of it during a take
+        self.placing = 0  # messages of it, the hosts of which are looked for
+        self.group = 1  # messages to take when it is sorted
+        self.window = 0  # what the queue was told
+
+
+class Intake:
+    """The mail of the outbox, by destination: the `Receiver` of the queue."""
+
+    def __init__(self, dispatcher: Dispatcher, most: int) -> None:
+        self.leased = 0
+        """Messages in memory, until they are settled."""
+        self.subscription: Subscription
+        self._begun = False
+        self._early: list[Lease | tuple[str, float]] = []
+        self.dues: Times[Destination] = Times()
+        """When mail in the queue becomes due, by the wall clock."""
+        self._dispatcher = dispatcher
+        self._most = most
+        self._first_window = min(FIRST_WINDOW, dispatcher.max_window)
+        self._destinations: dict[str, Destination] = {}
+        self._unsorted: OrderedDict[Destination, None] = OrderedDict()
+        self._sorters = trio.lowlevel.ParkingLot()
+        self._newest = True
+        self._memory_line: OrderedDict[Flow, None] = OrderedDict()
+        self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
+
+    def begin(self, subscription: Subscription) -> None:
+        """Deal with what the queue says, and has said so far."""
+        self.subscription = subscription
+        self._begun = True
+        early, self._early = self._early, []
+        for each in early:
+            if isinstance(each, Lease):
+                self.arrived((each,))
+            else:
+                self.waiting(*each)
+
+    # What the queue says
+
+    def arrived(self, leases: Sequence[Lease]) -> None:
+        """New mail came directly."""
+        if not self._begun:
+            self._early += leases
+            return
+        dispatcher = self._dispatcher
+        self.leased += len(leases)
+        for lease in leases:
+            destination = self.destination(lease.destination)
+            if dispatcher.stopping or not self._has_place(destination):
+                self.put_back(lease)
+            else:
+                dispatcher.admit(lease)
+                self._tidy(destination)
+
+    def _has_place(self, destination: Destination) -> bool:
+        """Whether mail that arrives is kept in memory."""
+        if not destination.flows:
+            return not destination.waits and self._dispatcher.may_look_up
+        return any(
+            not flow.down and len(flow.jobs) < max(flow.window, self._first_window)
+            for flow in destination.flows
+        )
+
+    def waiting(self, destination: str, due: float) -> None:
+        """Mail lies in the queue that nobody has."""
+        if not self._begun:
+            self._early.append((destination, due))
+            return
+        self.mail_at(self.destination(destination), due)
+
+    def mail_at(self, destination: Destination, due: float) -> None:
+        """Mail of a destination is due at a time, seconds since 1970."""
+        if due > self._dispatcher.now():
+            self.dues.set_earlier(destination, due)
+            self._dispatcher.times_changed(wall=due)
+        else:
+            self._mail_waits(destination)
+
+    def came_due(self, destination: Destination) -> None:
+        """A message became due by its own schedule; where all flows are down, one asks with it."""
+        self._mail_waits(destination)
+        if destination.flows and all(flow.down for flow in destination.flows):
+            self._dispatcher.ask(next(iter(destination.flows)))
+
+    def destination(self, key: str) -> Destination:
+        destination = self._destinations.get(key)
+        if destination is None:
+            destination = self._destinations[key] = Destination(key)
+        return destination
+
+    def _mail_waits(self, destination: Destination) -> None:
+        destination.waits = destination.news = True
+        if not destination.flows:
+            self._sort_later(destination)
+        for flow in list(destination.flows):
+            flow.mail_waits(destination)
+
+    # Which destinations belong to which flow
+
+    def link(self, destination: Destination, flow: Flow) -> None:
+        """Mail of a destination goes to a flow, and no more to flows of another site."""
+        if flow in destination.flows:
+            return
+        for other in [f for f in destination.flows if f.site is not flow.site]:
+            self.unlink(destination, other)
+        destination.flows[flow] = None
+        flow.destinations.add(destination)
+        destination.group = 1
+        self._unsorted.pop(destination, None)
+        if destination.waits:
+            flow.ready[destination] = None
+
+    def unlink(self, destination: Destination, flow: Flow) -> None:
+        """Undo `link`."""
+        destination.flows.pop(flow, None)
+        flow.destinations.discard(destination)
+        flow.ready.pop(destination, None)
+        if destination.waits and not destination.flows:
+            self._sort_later(destination)
+        self._tidy(destination)
+
+    def _tidy(self, destination: Destination) -> None:
+        """Forget a destination that nothing is to be done for."""
+        if not (
+            destination.flows
+            or destination.waits
+            or destination.taking
+            or destination.placing
+            or self.dues.get(destination) is not None
+        ):
+            self._destinations.pop(destination.key, None)
+            self.subscription.forget(destination.key)
+
+    # Taking
+
+    async def take(self, destination: Destination, limit: int) -> Sequence[Lease]:
+        """Take mail of a destination, and note what is left there."""
+        destination.taking, destination.news = True, False
+        try:
+            taken = await self.subscription.take(destination.key, limit)
+        except QueueError as error:
+            dispatcher = self._dispatcher
+            dispatcher.counters.queue_errors += 1
+            self._say_unread("cannot read %s: %s", dispatcher.config.rabbitmq_outbox, error)
+            self._nothing_waits(destination)
+            again = dispatcher.now() + READ_AGAIN_SECONDS
+            self.dues.set_earlier(destination, again)
+            dispatcher.times_changed(wall=again)
+            return ()
+        finally:
+            destination.taking = False
+        self.leased += len(taken.leases)
+        if not (taken.more or destination.news):
+            self._nothing_waits(destination)
+        if taken.next_due is not None:
+            self.dues.set_earlier(destination, taken.next_due)
+            self._dispatcher.times_changed(wall=taken.next_due)
+        if self._dispatcher.stopping:
+            for lease in taken.leases:
+                self.put_back(lease)
+            return ()
+        return taken.leases
+
+    def _nothing_waits(self, destination: Destination) -> None:
+        destination.waits = False
+        self._unsorted.pop(destination, None)
+        for flow in destination.flows:
+            flow.ready.pop(destination, None)
+
+    def _set_window(self, destination: Destination) -> None:
+        """Let new mail arrive as its flows use it."""
+        window = max((flow.window for flow in destination.flows), default=0)
+        window = max(window, self._first_window)
+        if destination.flows and window != destination.window:
+            destination.window = window
+            self.subscription.set_window(destination.key, window)
+
+    def refill(self, flow: Flow) -> None:
+        """Get mail for a flow, if that is worth it."""
+        if flow.refilling or flow.down or self._dispatcher.stopping:
+            return
+        if flow.jobs and (len(flow.jobs) > flow.window // 2 or not flow.sessions):
+            return
+        if all(destination.taking for destination in flow.ready):
+            return  # its flows are pumped when that is over
+        if not self._memory_for(flow):
+            self._memory_line.setdefault(flow)
+            return
+        flow.refilling = True
+        self._dispatcher.start_soon(self._refill, flow)
+
+    async def _refill(self, flow: Flow) -> None:
+        try:
+            need = flow.next_window() - len(flow.jobs)
+            while need > 0 and not flow.down and (left := self._memory_for(flow)):
+                destination = self.next_ready(flow)
+                if destination is None:
+                    break
+                share = -(-need // max(len(flow.ready), 1))
+                leases = await self.take(destination, min(share, left))
+                need -= max(len(leases), 1)
+                for lease in leases:
+                    self._dispatcher.admit(lease, flow)
+                self._set_window(destination)
+                self.taken(destination)
+        finally:
+            flow.refilling = False
+        flow.pump()
+        self._serve_memory_line()
+
+    def _memory_for(self, flow: Flow) -> int:
+        """How many messages more a flow may have in memory."""
+        left = self._most - self.leased
+        return max(left, 0) or int(bool(flow.sessions) and not flow.held)
+
+    def next_ready(self, flow: Flow) -> Destination | None:
+        """The destination that a flow takes from next: each in turn."""
+        for destination in flow.ready:
+            if not destination.taking:
+                flow.ready.move_to_end(destination)
+                return destination
+        return None
+
+    def taken(self, destination: Destination) -> None:
+        """A take is over, and what it brought has its place."""
+        if destination.waits:
+            if not destination.flows:
+                self._sort_later(destination)
+            for flow in list(destination.flows):
+                flow.mail_waits(destination)
+        self._tidy(destination)
+
+    # Sorting
+
+    def _sort_later(self, destination: Destination) -> None:
+        if not (destination.placing or destination.taking):
+            self._unsorted.setdefault(destination)
+            self._sorters.unpark()
+
+    async def sort(self) -> None:
+        """Take some mail of destinations without a flow, to see where it goes."""
+        while True:
+            while not (self._unsorted and self.leased < self._most and self._may_sort):
+                await self._sorters.park()
+            # The newest and the oldest alternately: a lookup in vain holds up the oldest.
+            self._newest = not self._newest
+            destination = self._unsorted.popitem(last=self._newest)[0]
+            leases = await self.take(destination, destination.group)
+            destination.group = min(2 * destination.group, MAX_GROUP)
+            for lease in leases:
+                self._dispatcher.admit(lease)
+            self.taken(destination)
+
+    @property
+    def _may_sort(self) -> bool:
+        return self._dispatcher.may_look_up and not self._dispatcher.stopping
+
+    def placed(self, key: str, *, late: bool = False) -> None:
+        """The hosts of a message are found, and the message has its place.
+
+        `late`: nobody had the time to find them, and it waits.
+        """
+        destination = self.destination(key)
+        destination.placing -= 1
+        if late and destination.waits and not destination.flows:
+            destination.waits = False
+            self.mail_at(destination, self._dispatcher.now() + LOOK_AGAIN_SECONDS)
+        if destination.waits and not destination.flows:
+            self._sort_later(destination)
+        self.serve()
+        self._tidy(destination)
+
+    def serve(self) -> None:
+        """There may be room to sort more."""
+        if self._unsorted:
+            self._sorters.unpark()
+
+    # Letting go
+
+    def put_back(self, lease: Lease) -> None:
+        """A message was not tried: it waits in the queue as it was."""
+        if not self._dispatcher.is_over:  # else all leases have gone back
+            self._dispatcher.queues.release(lease)
+            if not self._dispatcher.stopping:
+                self._mail_waits(self.destination(lease.destination))
+        self.lease_over()
+
+    def lease_over(self) -> None:
+        """A message is not in memory any more."""
+        self.leased -= 1
+        if self.leased < self._most:
+            if self._unsorted:
+                self._sorters.unpark()
+            self._serve_memory_line()
+
+    def _serve_memory_line(self) -> None:
+        """Let the flow that has waited longest for memory take some mail."""
+        while self._memory_line and self.leased < self._most:
+            flow = self._memory_line.popitem(last=False)[0]
+            flow.pump()
+            if flow.refilling:
+                return
+
+    def forget(self, flow: Flow) -> None:
+        """A flow is over."""
+        self._memory_line.pop(flow, None)
+        for destination in list(flow.destinations):
+            self.unlink(destination, flow)
+
+    def flush_log(self) -> None:
+        self._say_unread.flush()

@@ -1,0 +1,50 @@
+"""A message that is to be sent now, and what came of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mailerq.message import Message
+from mailerq.queues import Lease
+from mailerq.rules.plan import Send
+from mailerq.rules.responses import Outcome
+
+if TYPE_CHECKING:
+    from mailerq.outbound.flow import Flow
+
+__all__ = ["Job", "Report"]
+
+
+class Job(msgspec.Struct, eq=False):
+    """A message that is to be sent now, as `plan` says.
+
+    `attempt` counts from 1. `flow` is the flow that has it, None while its hosts are looked for;
+    `since` is when the flow got it, on the monotonic clock.
+    """
+
+    lease: Lease
+    message: Message
+    plan: Send
+    attempt: int
+    flow: Flow | None = None
+    since: float = 0.0
+
+    @property
+    def envelope(self) -> str:
+        return self.plan.envelope
+
+    @property
+    def recipient(self) -> str:
+        return self.plan.recipient
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What came of an attempt, and over which connection if there was one."""
+
+    outcome: Outcome
+    local_ip: str | None = None
+    remote_ip: str | None = None
+    mta: str | None = None
+    messages: int | None = None

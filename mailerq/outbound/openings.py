@@ -1,0 +1,184 @@
+"""Who may open a connection: the slots of the way out, and who waits for one.
+
+Theory of operation
+-------------------
+A connection to another host has a slot from its opening to its end. A flow that finds none waits
+in a line; what becomes free goes to the first in the line, one slot at a time, so that all flows
+take turns. An idle connection is closed for a flow that begins to wait, and while anybody waits
+(`contended`) sessions end instead of becoming idle.
+
+A host that never answers keeps its slot until the timeout. So connections of flows that nobody
+has let in yet are *tries*, at most `SITE_TRIES` to one site. A try is *quick* at first. Where there
+is no answer within `QUICK_SECONDS` it becomes *patient*, and lasts until the timeout. Each kind may
+have a part of the slots, `TRY_SHARE`. Where no more patient ones may be, the try is put off: the
+flow waits in line for a patient one. So any number of silent hosts keeps nobody for long from
+finding out that another answers. Of the flows that wait for a quick try the newest and the oldest
+have their turns alternately.
+
+Everything here runs on the home worker; slots may be released on any thread.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+from mailerq.net.slots import Slots
+
+if TYPE_CHECKING:
+    from mailerq.net.worker import Worker
+    from mailerq.outbound.flow import Flow
+    from mailerq.outbound.session import Session
+
+__all__ = ["Openings"]
+
+TRY_SHARE: Final = 4
+"""One slot of so many may be in use for each kind of try."""
+
+QUICK_SECONDS: Final = 0.5
+"""How long a try is quick."""
+
+SITE_TRIES: Final = 2
+"""Such connections to one site at a time."""
+
+
+class Openings:
+    """The right to open connections, of all deliveries of an engine."""
+
+    def __init__(self, slots: Slots, worker: Worker) -> None:
+        self.slots = slots
+        self._worker = worker
+        self._line: OrderedDict[Flow, None] = OrderedDict()
+        self._quick = self._patient = 0
+        self._quick_line: OrderedDict[Flow, None] = OrderedDict()
+        self._patient_line: OrderedDict[Flow, None] = OrderedDict()
+        self._newest = True
+        self._idle: OrderedDict[Session, None] = OrderedDict()
+        self._turn: Flow | None = None
+        self._serving = False
+        outermost = slots
+        while outermost.within is not None:
+            outermost = outermost.within
+        outermost.on_release = self._slot_came
+
+    @property
+    def _most_tries(self) -> int:
+        return max(int(min(self.slots.limit, 1 << 20)) // TRY_SHARE, 1)
+
+    @property
+    def contended(self) -> bool:
+        """Whether flows wait for a slot."""
+        return bool(self._line)
+
+    def take(self, flow: Flow) -> bool:
+        """A slot for one more connection of a flow; without one the flow waits for its turn."""
+        if (self._line and self._turn is not flow) or not self.slots.take():
+            self._line.setdefault(flow)
+            self._close_idle()
+            return False
+        self._turn = None
+        self._line.pop(flow, None)
+        return True
+
+    def release(self) -> None:
+        """A connection has ended."""
+        self.slots.release()
+
+    def _slot_came(self) -> None:
+        if self._line:
+            self._worker.call(self._serve_line)
+
+    def _serve_line(self) -> None:
+        """Give each flow that waits its turn, for as many slots as there are."""
+        if self._serving:
+            return
+        self._serving = True
+        try:
+            while self._line and self.slots.available:
+                flow = self._turn = self._line.popitem(last=False)[0]
+                flow.resume()
+                self._turn = None
+        finally:
+            self._turn = None
+            self._serving = False
+
+    # Tries
+
+    def reserve_try(self, flow: Flow) -> bool:
+        """The right to find out whether a flow's site answers; else the flow waits for it."""
+        if flow.reserved:
+            return True
+        site = flow.site
+        if site.trying >= SITE_TRIES:
+            site.blocked.setdefault(flow)
+            return False
+        if flow.patient:
+            if self._patient >= self._most_tries:
+                self._patient_line.setdefault(flow)
+                return False
+            self._patient += 1
+        else:
+            if self._quick >= self._most_tries:
+                self._quick_line.setdefault(flow)
+                return False
+            self._quick += 1
+        self._leave_lines(flow)
+        flow.reserved = True
+        site.trying += 1
+        return True
+
+    def overdue(self, session: Session) -> None:
+        """A quick try has had no answer: it becomes a patient one, or is put off."""
+        if self._patient < self._most_tries:
+            session.patient = True
+            self._patient += 1
+            self._quick -= 1
+            self._serve_tries()
+        else:
+            session.flow.put_off(session)
+
+    def end_try(self, flow: Flow, *, patient: bool) -> None:
+        """A try is over, whatever came of it: the next one may begin."""
+        if patient:
+            self._patient -= 1
+        else:
+            self._quick -= 1
+        site = flow.site
+        site.trying -= 1
+        while site.blocked and site.trying < SITE_TRIES:
+            site.blocked.popitem(last=False)[0].resume()
+        self._serve_tries()
+
+    def _serve_tries(self) -> None:
+        while self._patient_line and self._patient < self._most_tries:
+            self._patient_line.popitem(last=False)[0].resume()
+        while self._quick_line and self._quick < self._most_tries:
+            self._newest = not self._newest
+            self._quick_line.popitem(last=self._newest)[0].resume()
+
+    def _leave_lines(self, flow: Flow) -> None:
+        self._quick_line.pop(flow, None)
+        self._patient_line.pop(flow, None)
+        flow.site.blocked.pop(flow, None)
+
+    # Idle sessions
+
+    def idle(self, session: Session) -> None:
+        """A session has nothing to do, and may be ended for a flow that waits."""
+        self._idle[session] = None
+
+    def busy(self, session: Session) -> None:
+        """A session is idle no more."""
+        self._idle.pop(session, None)
+
+    def _close_idle(self) -> None:
+        if self._idle:
+            self._idle.popitem(last=False)[0].leave()
+
+    def forget(self, flow: Flow) -> None:
+        """A flow needs nothing any more."""
+        self._line.pop(flow, None)
+        self._leave_lines(flow)
+        if flow.reserved:
+            flow.reserved = False
+            self.end_try(flow, patient=flow.patient)

@@ -1,0 +1,422 @@
+"""What became of messages: their results, and one commit for many of them.
+
+Theory of operation
+-------------------
+An attempt that is over becomes a settlement: the message leaves the outbox, or goes back to it
+with a later due time, in one step with the copies for the result queues.
+
+Settlements are committed in groups by two tasks: while one waits for the queue, the other can
+hand over what has come since, so that it is part of the very next commit. The session that
+a result came from is told when its group is safe, and sends no further body before that: with
+one task that wait limited deliveries before the processor did. While the queue cannot be
+written a group is tried again and again; deliveries come to a halt by themselves, and nothing
+is forgotten. A settlement that the queue refuses for its own sake is cut out of its group and
+settled with less: without what is impossible of it, at the very last set aside. So no message
+keeps its lease for ever, and none is lost.
+
+Everything here runs on the home worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import msgspec
+import trio
+
+from mailerq.config import Config
+from mailerq.errors import MessageError, QueueError
+from mailerq.escaping import escape, escape_field
+from mailerq.live import Live
+from mailerq.message import Message, Result, check_nesting, encode_properties, format_time
+from mailerq.net.logs import LogFile, Ration
+from mailerq.outbound.jobs import Job, Report
+from mailerq.outbound.session import Session
+from mailerq.queues import DAMAGED_QUEUE, Lease, Publication, Queues, Settlement
+from mailerq.rules.responses import Fate
+from mailerq.rules.retry import next_attempt
+from mailerq.rules.routes import result_queues
+
+__all__ = ["Counters", "Settlements"]
+
+log = logging.getLogger("mailerq.delivery")
+
+SETTLERS: Final = 2
+"""Groups of settlements that are handed to the queue at a time; more were no faster."""
+
+MIN_BACKOFF_SECONDS: Final = 0.1
+MAX_BACKOFF_SECONDS: Final = 10.0
+"""How long the queue is left alone after an error; twice as long each time."""
+
+FAILURES_PER_MINUTE: Final = 60
+"""Lines about messages that have failed for good; the others are counted."""
+
+MAX_REASON: Final = 300
+"""Characters of an address or a reply in such a line."""
+
+REDUCED_PER_MINUTE: Final = 10
+"""Lines about results that had to be cut down."""
+
+MAX_REPRESENTATION: Final = 10_000
+"""Characters that are kept of a property which is no JSON."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What deliveries have come to since the start.
+
+    `held` messages were delayed by their senders.
+    """
+
+    consumed: int = 0
+    held: int = 0
+    attempts: int = 0
+    delivered: int = 0
+    failed: int = 0
+    retried: int = 0
+    queue_errors: int = 0
+
+
+class Finished(msgspec.Struct, eq=False):
+    """A settlement on its way; `job` and `session` are None for what was not tried."""
+
+    settlement: Settlement
+    job: Job | None = None
+    session: Session | None = None
+    needs_body: bool = False
+    """The body is to be fetched first: one of the publications has a place for it."""
+
+
+class Settled(Protocol):
+    """What `Settlements` expects of the dispatcher."""
+
+    counters: Counters
+
+    def lease_over(self, lease: Lease, job: Job | None) -> None:
+        """The settlement of a message is committed."""
+
+    def lease_kept(self, lease: Lease) -> None:
+        """The next `lease_over` comes too early: its settlement is committed later."""
+
+    async def fetch(self, lease: Lease) -> None:
+        """Fetch the body of a lease that is not loaded. Raises `QueueError`."""
+
+
+class Settlements:
+    """Writes what became of messages. `run` is a task of `SETTLERS`; see `Dispatcher`."""
+
+    def __init__(
+        self,
+        live: Live,
+        queues: Queues,
+        told: Settled,
+        *,
+        send_log: LogFile | None,
+        clock: Callable[[], float],
+        lot: Callable[[], float] = random.random,
+    ) -> None:
+        self.nursery: trio.Nursery
+        self.send_log = send_log
+        self._live = live
+        self._outbox = live.current.config.rabbitmq_outbox  # fixed
+        self._queues = queues
+        self._told = told
+        self._counters = told.counters
+        self._clock = clock
+        self._lot = lot
+        self._say_unwritten = Ration(log.error, 1, "they could not be written %d times more")
+        self._say_reduced = Ration(log.error, REDUCED_PER_MINUTE, "and %d messages more")
+        self._say_failure = Ration(
+            log.warning, FAILURES_PER_MINUTE, "and %d messages more have failed"
+        )
+        self._unsettled: list[Finished] = []
+        self._settling = 0
+        self._settlers = trio.lowlevel.ParkingLot()
+        self._settled = trio.Event()
+
+    @property
+    def _config(self) -> Config:
+        return self._live.current.config
+
+    def __len__(self) -> int:
+        """Results that are not written yet."""
+        return len(self._unsettled) + self._settling
+
+    def __bool__(self) -> bool:
+        return True
+
+    async def wait_empty(self) -> None:
+        """Wait until all results are written."""
+        while len(self):
+            await self._settled.wait()
+
+    def flush_log(self) -> None:
+        """Say what the log has left out."""
+        for ration in (self._say_failure, self._say_reduced, self._say_unwritten):
+            ration.flush()
+
+    # What became of a message
+
+    def hold(self, lease: Lease, until: float) -> None:
+        """A message is not to be sent before a time."""
+        self._counters.held += 1
+        publication = Publication(self._outbox, lease.message, until)
+        self._add(Finished(Settlement(lease, (publication,))))
+
+    def finish(
+        self,
+        lease: Lease,
+        report: Report,
+        expires: float = 0.0,
+        job: Job | None = None,
+        session: Session | None = None,
+    ) -> None:
+        """Append the result, decide what follows, and have it written."""
+        now = self._clock()
+        message = lease.message
+        outcome = report.outcome
+        results = message.properties.get("results")
+        results = results if isinstance(results, list) else []
+        result = _result(report, len(results) + 1, now)
+        properties = {**message.properties, "results": [*results, result.to_dict()]}
+        due = None
+        if outcome.fate is Fate.RETRY:
+            due = next_attempt(
+                properties,
+                attempt=result.attempt,
+                now=now,
+                expires=expires,
+                intervals=self._config.retry_interval,
+                max_attempts=self._config.max_attempts,
+                own_fault=outcome.own_fault,
+                lot=self._lot(),
+            )
+        publications = []
+        if due is not None:
+            properties["delayed"] = format_time(due)
+            publications.append(Publication(self._outbox, Message(properties, message.body), due))
+            kinds: tuple[str, ...] = ("retry",)
+            self._counters.retried += 1
+        elif outcome.fate is Fate.DELIVERED:
+            kinds = ("results", "success")
+            self._counters.delivered += 1
+        else:
+            kinds = ("results", "failure")
+            self._counters.failed += 1
+        self._counters.attempts += 1
+        queues = result_queues(properties, self._config.result_queues, *kinds, outbox=self._outbox)
+        for queue in queues:
+            # What nobody has named, and is deleted after a while, gets a report and not the mail.
+            body = message.body if queue != self._config.report_queue else None
+            publications.append(Publication(queue, _copy(properties, body)))
+        if due is None and outcome.fate is not Fate.DELIVERED:
+            self._tell_failure(message, result, queues)
+        needs_body = not lease.loaded and any(
+            each.queue != self._config.report_queue and properties.get("keepmime")
+            for each in publications
+            if each.queue != self._outbox
+        )
+        self._add(Finished(Settlement(lease, publications), job, session, needs_body))
+        if self.send_log is not None:
+            self.send_log.write(_log_line(message, result))
+
+    def _tell_failure(self, message: Message, result: Result, queues: Sequence[str]) -> None:
+        """Leave a trace in the log of a message that has failed, for nobody else is told."""
+        reply = (result.code, result.status, result.description)
+        words = " ".join(str(part) for part in reply if part)[:MAX_REASON]
+        self._say_failure(
+            "message %s from <%s> to <%s> has failed: %s%s; %s",
+            _shown(message.properties.get("message-id") or "?"),
+            _shown(message.envelope),
+            _shown(message.recipient),
+            f"{result.remote_ip}: " if result.remote_ip else "",
+            words or f"{result.type} ({result.state})",
+            f"'mailerq queue read {queues[-1]}' has its report"
+            if queues
+            else "no queue gets a report of it, see rabbitmq-failure",
+        )
+
+    # Settlements
+
+    def _add(self, finished: Finished) -> None:
+        self._unsettled.append(finished)
+        if len(self._unsettled) == 1:
+            self._settlers.unpark()
+
+    async def run(self) -> None:
+        """Commit what has gathered, group after group, and tell the sessions."""
+        while True:
+            while not self._unsettled:
+                if not self._settling:
+                    self._settled.set()
+                    self._settled = trio.Event()
+                await self._settlers.park()
+            group, self._unsettled = self._unsettled, []
+            self._settling += len(group)
+            for finished in group:
+                if finished.needs_body:
+                    await self._fetch_body(finished)
+            await self._commit([finished.settlement for finished in group])
+            self._settling -= len(group)
+            for finished in group:
+                self._told.lease_over(finished.settlement.lease, finished.job)
+                if finished.session is not None:
+                    finished.session.settled()
+
+    async def _fetch_body(self, finished: Finished) -> None:
+        """Put the body where a copy of the mail is published."""
+        lease, publications = finished.settlement.lease, []
+        await self._fetch(lease)
+        for each in finished.settlement.publications:
+            if each.queue not in (self._outbox, self._config.report_queue):
+                copy = Message(each.message.properties, lease.message.body)
+                each = Publication(each.queue, copy, each.due)
+            publications.append(each)
+        finished.settlement = Settlement(lease, publications)
+
+    async def _fetch(self, lease: Lease) -> None:
+        """Fetch a body, and wait while the queue cannot be read."""
+        backoff = MIN_BACKOFF_SECONDS
+        while not lease.loaded:
+            try:
+                await self._told.fetch(lease)
+            except QueueError as error:
+                self._counters.queue_errors += 1
+                self._say_unwritten("cannot read the body of %d, trying again: %s", lease.id, error)
+                await trio.sleep(backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+    async def _commit(self, settlements: list[Settlement]) -> None:
+        """Write a group; what is wrong with some of it does not keep the rest."""
+        error = await self._ack(settlements)
+        if error is None:
+            return
+        if len(settlements) == 1:
+            await self._settle_with_less(settlements[0], error)
+            return
+        half = len(settlements) // 2
+        await self._commit(settlements[:half])
+        await self._commit(settlements[half:])
+
+    async def _ack(self, settlements: list[Settlement]) -> Exception | None:
+        """Write settlements, and wait while the queue cannot; what else keeps it from that."""
+        backoff = MIN_BACKOFF_SECONDS
+        while True:
+            try:
+                await self._queues.ack(settlements)
+            except QueueError as error:
+                self._counters.queue_errors += 1
+                self._say_unwritten(
+                    "cannot write %d results, trying again: %s", len(settlements), error
+                )
+                await trio.sleep(backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+            except Exception as error:
+                return error
+            else:
+                return None
+
+    async def _settle_with_less(self, settlement: Settlement, error: Exception) -> None:
+        """Settle a message, the result of which cannot be written, with less and less of it."""
+        lease = settlement.lease
+        wanted = settlement.publications
+        possible = [each for each in wanted if self._is_possible(each)]
+        forms = [possible, []]
+        if any(each.queue == self._outbox for each in wanted):
+            # It is to go again, so it must be somewhere.
+            again = [each for each in possible if each.queue == self._outbox]
+            if not again:
+                await self._fetch(lease)
+            aside = [Publication(DAMAGED_QUEUE, _set_aside(lease.message, error))]
+            forms = [possible, again, aside] if again else [aside]
+        for form in forms:
+            problem = await self._ack([Settlement(lease, form)])
+            if problem is None:
+                self._say_reduced(
+                    "message %d: %s; %d of %d documents about it were written, to %s",
+                    lease.id,
+                    error,
+                    len(form),
+                    len(wanted),
+                    ", ".join(each.queue for each in form) or "no queue",
+                )
+                return
+            if type(problem) is ValueError:
+                return  # the lease is over
+        self._say_reduced("message %d cannot be settled, trying later: %s", lease.id, error)
+        self._told.lease_kept(lease)
+        self.nursery.start_soon(self._settle_later, settlement)
+
+    def _is_possible(self, publication: Publication) -> bool:
+        try:
+            self._queues.check(publication)
+        except MessageError:
+            return False
+        return True
+
+    async def _settle_later(self, settlement: Settlement) -> None:
+        await trio.sleep(MAX_BACKOFF_SECONDS)
+        self._add(Finished(settlement))
+
+
+def _result(report: Report, attempt: int, now: float) -> Result:
+    outcome = report.outcome
+    return Result(
+        attempt=attempt,
+        type=outcome.type,
+        state=outcome.state,
+        result=outcome.result,
+        time=format_time(now),
+        local_ip=report.local_ip,
+        remote_ip=report.remote_ip,
+        mta=report.mta,
+        code=outcome.code,
+        status=outcome.status,
+        description=outcome.description,
+        messages=report.messages,
+    )
+
+
+def _copy(properties: dict[str, Any], body: bytes | None) -> Message:
+    """The message as the result queues get it: with a body only where ``keepmime`` says so."""
+    if properties.get("keepmime"):
+        return Message(dict(properties), body)
+    return Message({name: value for name, value in properties.items() if name != "mime"})
+
+
+def _set_aside(message: Message, error: Exception) -> Message:
+    """A message that no queue takes as it is, in a form that any takes."""
+    properties: dict[str, Any] = {}
+    for name, value in message.properties.items():
+        try:
+            check_nesting(value, encode_properties({name: value}))
+        except Exception:
+            properties[ascii(name)[1:-1]] = ascii(value)[:MAX_REPRESENTATION]
+        else:
+            properties[name] = value
+    properties["damaged"] = {"reason": ascii(str(error))[1:-1]}
+    return Message(properties, message.body)
+
+
+def _shown(value: object) -> str:
+    """A property in a log; of another type it may be of any size."""
+    return value[:MAX_REASON] if isinstance(value, str) else f"({type(value).__name__})"
+
+
+def _log_line(message: Message, result: Result) -> str:
+    """One line of the send log, without its date. README.md has its form."""
+    tags = message.properties.get("tags")
+    return " ".join(
+        (
+            f"{result.state}:{result.result}",
+            str(result.attempt),
+            f"<{escape_field(message.envelope)}> <{escape_field(message.recipient)}>",
+            f"[{result.local_ip or ''}] [{result.remote_ip or ''}]",
+            ",".join(map(escape_field, map(str, tags))) if isinstance(tags, list) else "",
+            f"{result.code or ''} {result.status or ''} {escape(result.description or '')}",
+        )
+    )

@@ -1,0 +1,287 @@
+"""Where mail goes: the hosts of a target, found once, and what is remembered of hosts.
+
+Theory of operation
+-------------------
+A *target* is what a message names: a `Route`. A *site* is the hosts that take its mail. Domains
+whose mail goes to the same set of (preference rank, host) share a site, and so its connections.
+The key of a site is that set, with the port and the operator's trust, and never a label made of
+it: two sets can have the same label. The label is for people.
+
+`Sites.find` asks the resolver, which caches answers as long as their records say and lets several
+who ask for one name share a lookup. What was found is used for `FRESH_SECONDS` without asking. A
+target without hosts for now is a site of its own, with the outcome that its mail meets.
+
+A name server that never answers costs a lookup all of its time. So a lookup is *quick* at first;
+what takes longer begins again as a *patient* one. Each kind has a bound of its own, so that any
+number of dead domains keeps nobody for long from finding the hosts of another.
+
+Everything here runs on the home worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import OrderedDict
+from collections.abc import Collection, Hashable
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+from weakref import WeakValueDictionary
+
+import trio
+
+from mailerq.net.resolver import Host, NoHosts, Resolver
+from mailerq.rules import responses
+from mailerq.rules.responses import Outcome
+from mailerq.rules.routes import Route
+
+if TYPE_CHECKING:
+    from mailerq.outbound.flow import Flow
+
+__all__ = ["HostMemory", "Site", "Sites"]
+
+log = logging.getLogger("mailerq.delivery")
+
+MAX_LOOKUPS: Final = 64
+"""Targets whose hosts are looked for at a time, by either kind of lookup."""
+
+QUICK_SECONDS: Final = 1.0
+"""How long a lookup is quick."""
+
+MAX_WAITING: Final = 1000
+"""Lookups that wait for their turn to be patient."""
+
+FAILED_SECONDS: Final = 5.0
+"""How long it is remembered that a target has no hosts for now: its mail is placed meanwhile."""
+
+FRESH_SECONDS: Final = 60.0
+"""How long what was found is used without asking the resolver, which knows the TTL."""
+
+MAX_TARGETS: Final = 10_000
+"""Targets whose sites are remembered; the one that was found longest ago is forgotten first."""
+
+DOUBT_SECONDS: Final = 300.0
+"""How long a host that did not let us in is tried after the others."""
+
+ASIDE_SECONDS: Final = 300.0
+"""How long a local address that cannot be bound is used only where a message has no other."""
+
+OUT_OF_STEP_SECONDS: Final = 3600.0
+"""How long a host that answered out of step is sent no envelopes ahead, and served carefully."""
+
+MAX_HOSTS: Final = 10_000
+"""Hosts of each kind that are remembered; what was learnt longest ago is forgotten first."""
+
+
+class Site:
+    """Hosts that take the same mail, and the flows to them.
+
+    Without hosts it has an `outcome`: what mail for it meets.
+    """
+
+    __slots__ = (
+        "__weakref__", "blocked", "flows", "hosts", "key", "label", "name", "outcome", "port",
+        "trying",
+    )  # fmt: skip
+
+    def __init__(self, key: Hashable, route: Route) -> None:
+        self.key = key
+        self.label = route.name
+        self.name = route.host
+        self.port = route.port
+        self.hosts: tuple[Host, ...] = ()
+        self.outcome: Outcome | None = None
+        self.flows: dict[tuple[str | None, tuple[str, ...]], Flow] = {}
+        self.trying = 0
+        """Connections that are opening to it and that it may never answer."""
+        self.blocked: OrderedDict[Flow, None] = OrderedDict()
+        """Flows that wait for one of those to come to an end."""
+
+    def fits(self, local_ip: str) -> bool:
+        """Whether one of the hosts can be reached from an address."""
+        six = ":" in local_ip
+        return any((":" in host.address) == six for host in self.hosts)
+
+    def in_order(self, local_ip: str | None, memory: HostMemory) -> list[Host]:
+        """The hosts that can be reached from an address: by preference, doubtful ones last.
+
+        Those of equal preference come in a new random order each time.
+        """
+        hosts: Collection[Host] = self.hosts
+        if local_ip is not None:
+            six = ":" in local_ip
+            hosts = [host for host in hosts if (":" in host.address) == six]
+        if len(hosts) < 2:
+            return list(hosts)
+        lots = {host.name: random.random() for host in hosts}
+        return sorted(
+            hosts,
+            key=lambda h: (memory.is_doubtful(h.address), h.preference, lots[h.name]),
+        )
+
+
+class Sites:
+    """Finds the site of a target."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+        self._quick = trio.CapacityLimiter(MAX_LOOKUPS)
+        self._patient = trio.CapacityLimiter(MAX_LOOKUPS)
+        self._found: OrderedDict[Route, tuple[float, Site | NoHosts]] = OrderedDict()
+        self._sites: WeakValueDictionary[Hashable, Site] = WeakValueDictionary()
+
+    def known(self, route: Route) -> Site | NoHosts | None:
+        """What `find` would return without asking anybody, or None."""
+        found = self._found.get(route)
+        return found[1] if found is not None and monotonic() < found[0] else None
+
+    async def find_quickly(self, route: Route) -> Site | NoHosts | None:
+        """`find`, where that takes no longer than `QUICK_SECONDS`."""
+        async with self._quick:
+            if (found := self.known(route)) is None:
+                with trio.move_on_after(QUICK_SECONDS):
+                    found = await self._look_up(route)
+        return found
+
+    async def find(self, route: Route) -> Site | NoHosts:
+        """The site of a target; or `NoHosts` with a reply, which stands for a refusal of its mail.
+
+        Never raises.
+        """
+        async with self._patient:
+            return self.known(route) or await self._look_up(route)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether too many lookups wait for their turn to be patient."""
+        return self._patient.statistics().tasks_waiting >= MAX_WAITING
+
+    def forget_failures(self) -> None:
+        """Look again for the hosts of targets that had none."""
+        for route, (_, found) in list(self._found.items()):
+            if isinstance(found, Site) and found.outcome is not None:
+                del self._found[route]
+
+    async def _look_up(self, route: Route) -> Site | NoHosts:
+        outcome = responses.OWN_FAULT
+        try:
+            if route.mx:
+                found = await self._resolver.mail_hosts(route.host)
+            else:
+                found = await self._resolver.host(route.host, trusted=route.trusted)
+        except Exception:
+            # What strangers have in their zones must not end the engine.
+            log.exception("looking for the hosts of %s failed", route.name)
+        else:
+            if not isinstance(found, NoHosts):
+                return self._keep(route, self._site_of(route, found))
+            if found.reply is not None:
+                return self._keep(route, found)
+            outcome = responses.no_hosts(found.description, None)
+        site = self._site(("no hosts", route), route)
+        site.outcome = outcome
+        return self._keep(route, site, FAILED_SECONDS)
+
+    def _site_of(self, route: Route, hosts: tuple[Host, ...]) -> Site:
+        if route.mx:
+            ranks = {p: n for n, p in enumerate(sorted({host.preference for host in hosts}))}
+            key: Hashable = (
+                tuple(sorted({(ranks[host.preference], host.name.lower()) for host in hosts})),
+                route.port,
+                route.trusted,
+            )
+        else:
+            key = route
+        site = self._site(key, route)
+        site.hosts = hosts
+        return site
+
+    def _site(self, key: Hashable, route: Route) -> Site:
+        site = self._sites.get(key)
+        if site is None:
+            site = self._sites[key] = Site(key, route)
+        return site
+
+    def _keep(
+        self, route: Route, found: Site | NoHosts, seconds: float = FRESH_SECONDS
+    ) -> Site | NoHosts:
+        self._found.pop(route, None)
+        if len(self._found) >= MAX_TARGETS:
+            self._found.popitem(last=False)
+        self._found[route] = monotonic() + seconds, found
+        return found
+
+
+class _Memory:
+    """Names that something holds of for a while."""
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[str, float] = OrderedDict()
+
+    def __contains__(self, name: str) -> bool:
+        return bool(self._until) and self._until.get(name, 0.0) > monotonic()
+
+    def add(self, name: str, seconds: float) -> bool:
+        """Remember a name for so long from now; True when it was not remembered before."""
+        now = monotonic()
+        new = self._until.pop(name, 0.0) <= now
+        self._until[name] = now + seconds
+        if len(self._until) > MAX_HOSTS:
+            self._until.popitem(last=False)
+        return new
+
+    def discard(self, name: str) -> None:
+        self._until.pop(name, None)
+
+
+class HostMemory:
+    """What is remembered of hosts, and of the addresses of this one."""
+
+    def __init__(self) -> None:
+        self._doubtful = _Memory()
+        self._aside = _Memory()
+        self._out_of_step = _Memory()
+
+    def is_doubtful(self, address: str) -> bool:
+        """Whether a host did not let us in, lately."""
+        return address in self._doubtful
+
+    def let_in(self, address: str, local_ip: str | None) -> None:
+        """A host let us in, from that address."""
+        self._doubtful.discard(address)
+        if local_ip is not None:
+            self._aside.discard(local_ip)
+
+    def kept_out(self, address: str) -> None:
+        """A host did not let us in."""
+        self._doubtful.add(address, DOUBT_SECONDS)
+
+    def is_aside(self, local_ip: str) -> bool:
+        """Whether nothing could be sent from an address of this host, lately."""
+        return local_ip in self._aside
+
+    def cannot_bind(self, local_ip: str, error: OSError) -> None:
+        """Nothing can be sent from an address of this host."""
+        if self._aside.add(local_ip, ASIDE_SECONDS):
+            log.error(
+                "cannot send from %s, which a message names in ips: %s; other addresses of such"
+                " messages are used, and this one is tried again in %d s. Add the address to an"
+                " interface of this host, or remove it from ips",
+                local_ip,
+                error.strerror or error,
+                ASIDE_SECONDS,
+            )
+
+    def was_out_of_step(self, address: str) -> bool:
+        """Whether a host answered in an order that proves nothing, lately."""
+        return address in self._out_of_step
+
+    def out_of_step(self, address: str, label: str) -> None:
+        """A host answers in an order that proves nothing; see `mailerq.wire.client`."""
+        if self._out_of_step.add(address, OUT_OF_STEP_SECONDS):
+            log.warning(
+                "%s [%s] answers SMTP out of step: mail in doubt is tried again, and for an hour"
+                " the host is sent no envelopes ahead, and one mail on each new connection",
+                label,
+                address,
+            )

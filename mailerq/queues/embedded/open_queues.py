@@ -1,0 +1,531 @@
+"""Who gets which message: the bookkeeping between the queue file and those who take from it.
+
+Theory of operation
+-------------------
+An `OpenQueue` is a queue that somebody takes from: consumers, or a subscription by destination. Its
+mail comes in two ways: the writer hands it over as it is committed, while its destination has room
+and nothing older of that destination waits in the file; or the reader reads it from the file, some
+of one destination at a time.
+
+A `Destination` is what is known of the mail in the file that nobody has: `backlog` says that some
+may be due, `next_due` when the next becomes due. Both may say too much, and a read finds out. They
+never say too little: they are set when something is noted (committed, given back, found by a scan
+or by a look at what other processes did) and cleared only when a read begins, which finds anew what
+there is. There is no position in the file to be kept: what is leased lies at the front of its lane,
+and a read walks past it. A destination without mail, leases and a window of its own is forgotten.
+Before the first scan of a queue has ended (`complete`), a destination that is not known may have
+mail in the file; after that it has none.
+
+A subscriber is told of a destination when the first mail is noted there, or one that is due sooner,
+and takes when it likes. Consumers take destinations in turn, and the reader keeps the time for
+them: `turns` are those that may have mail for them, `timers` those that will.
+
+A read sees the file as it was when the read began. What was settled meanwhile is kept in
+`settled` until the read ends, so that it is not handed out a second time.
+
+`OpenQueues` is what the writer, the reader and the tasks share: all open queues, and a lock.
+
+Guarantees
+----------
+- The lock is held around every method that does not say otherwise, and never while the file is read
+  or written, nor while a subscriber is told something.
+- A message is leased (`held`) before its commit, so no read can find it unleased.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from heapq import heappop, heappush
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Final, Protocol
+
+import outcome
+import trio
+
+from mailerq.errors import QueueDamaged
+from mailerq.queues.embedded.layout import UNSORTED
+from mailerq.queues.embedded.queue_reader import BEFORE_LANES
+from mailerq.queues.embedded.sqlite_file import mark
+from mailerq.queues.embedded.taking import FIRST_TURN
+from mailerq.queues.interface import Lease
+
+if TYPE_CHECKING:
+    from mailerq.queues.embedded.takers import EmbeddedConsumer, EmbeddedSubscription
+
+__all__ = [
+    "Destination",
+    "HeldLease",
+    "Job",
+    "Load",
+    "OpenQueue",
+    "OpenQueues",
+    "Scan",
+    "Take",
+    "Taker",
+    "Wakeable",
+    "wake_all",
+]
+
+logger = logging.getLogger("mailerq.queues")
+
+HELD_BYTES: Final = 128 << 20
+"""Bytes of messages that one taker may hold; one message is always allowed."""
+
+
+class Wakeable(Protocol):
+    """What has something for its trio loop."""
+
+    token: trio.lowlevel.TrioToken | None
+
+    def wake(self) -> None:
+        """Called on that loop, without the lock."""
+
+
+def wake_all(waiting: Iterable[Wakeable]) -> None:
+    """Wake all of them, with one call into each loop. Without the lock."""
+    loops: defaultdict[trio.lowlevel.TrioToken, list[Wakeable]] = defaultdict(list)
+    for each in waiting:
+        if each.token is not None:
+            loops[each.token].append(each)
+    for token, those in loops.items():
+        # A loop that has ended took the tasks and the takers in it along.
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(_wake_each, those)
+
+
+def _wake_each(waiting: Sequence[Wakeable]) -> None:
+    for each in waiting:
+        each.wake()
+
+
+class HeldLease(Lease, eq=False):
+    """A lease as this backend knows it: where the message lies, and who has it."""
+
+    due: int = 0
+    reference: int | None = None
+    body_crc: int | None = None
+    stored_body: bytes | None = None
+    memory: int = 0
+    """The bytes of it that are in memory."""
+    taker: Taker | None = None
+    settling: bool = False
+
+    def keeps(self, body: bytes | None) -> bool:
+        """Whether a retry with this body leaves the one that is in the file."""
+        return body == self.stored_body if self.loaded else body is None
+
+
+class Taker:
+    """Who gets messages of one queue, on one loop."""
+
+    whole = True
+    """Whether bodies of any size come along."""
+
+    def __init__(self, queue: OpenQueue, prefetch: int) -> None:
+        self.queue = queue
+        self.prefetch = prefetch
+        self.count = 0
+        """Messages on the way, ready, or leased and not settled."""
+        self.bytes = 0
+        self.error: QueueDamaged | None = None
+        self.closed = False
+        self.token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
+
+    def credit(self) -> int:
+        """How many messages may still come by themselves."""
+        if self.error is not None or (self.bytes >= HELD_BYTES and self.count):
+            return 0
+        return max(self.prefetch - self.count, 0)
+
+    def room(self, destination: Destination) -> int:
+        """How many new messages of a destination may come by themselves."""
+        return self.credit()
+
+    def give(self, lease: HeldLease) -> bool:
+        """A message is its own now; whether its loop must be woken for that."""
+        raise NotImplementedError
+
+    def taken(self) -> None:
+        """A read for it is over."""
+
+    def damaged(self) -> None:
+        """`error` is set, and its loop will be woken."""
+
+    def close(self) -> None:
+        self.closed = True
+
+    def wake(self) -> None:
+        raise NotImplementedError
+
+
+class Destination:
+    """What is known of one destination of an open queue."""
+
+    __slots__ = ("backlog", "held", "key", "next_due", "reading", "turns", "window")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.held: set[int] = set()
+        self.backlog = False
+        self.next_due: int | None = None
+        self.reading = False
+        self.turns = FIRST_TURN
+        self.window: int | None = None
+        """None: the default of the subscription."""
+
+    def has_due(self, now: int) -> bool:
+        """Whether something in the file may be due."""
+        return self.backlog or (self.next_due is not None and self.next_due <= now)
+
+    def note(self, due: int, now: int) -> bool:
+        """A message that nobody holds lies in the file; whether that is news."""
+        if due <= now:
+            news = not self.has_due(now)
+            self.backlog = True
+            return news
+        if self.next_due is not None and self.next_due <= due:
+            return False
+        self.next_due = due
+        return True
+
+    def begin_read(self) -> None:
+        self.reading = True
+        self.backlog = False
+        self.next_due = None
+
+    def end_read(self, more: bool, next_due: int | None) -> bool:
+        """A read has found out; returns whether more is due, with what was noted meanwhile."""
+        self.reading = False
+        self.backlog = self.backlog or more
+        if next_due is not None and (self.next_due is None or next_due < self.next_due):
+            self.next_due = next_due
+        return self.backlog
+
+    @property
+    def empty(self) -> bool:
+        return not (
+            self.held
+            or self.backlog
+            or self.reading
+            or self.next_due is not None
+            or self.window is not None
+        )
+
+
+class OpenQueue:
+    """One queue that somebody takes from."""
+
+    def __init__(self, name: str, *, is_sorted: bool) -> None:
+        self.name = name
+        self.is_sorted = is_sorted
+        self.destinations: dict[str, Destination] = {}
+        self.held: dict[int, HeldLease] = {}
+        self.settled: set[int] = set()
+        self.reading = False
+        self.complete = False
+        self.scanning = False
+        self.scan_again = False
+        self.consumers: list[EmbeddedConsumer] = []
+        self.subscriptions: list[EmbeddedSubscription] = []
+        self.turns: dict[str, None] = {}
+        self.timers: list[tuple[int, str]] = []
+
+    @property
+    def takers(self) -> list[Taker]:
+        return [*self.subscriptions, *self.consumers]
+
+    def destination(self, key: str) -> Destination:
+        found = self.destinations.get(key)
+        if found is None:
+            found = self.destinations[key] = Destination(key)
+        return found
+
+    def tidy(self, destination: Destination) -> None:
+        if destination.empty:
+            self.destinations.pop(destination.key, None)
+
+    def reserve(self, key: str, now: int) -> Taker | None:
+        """Who may have a new message of a destination without reading it from the file."""
+        destination = self.destinations.get(key)
+        if destination is None:
+            if not self.complete:
+                return None
+            destination = Destination(key)
+        elif destination.reading or destination.has_due(now):
+            return None
+        best, most = None, 0
+        for taker in self.takers:
+            room = taker.room(destination)
+            if room > most:
+                best, most = taker, room
+        return best
+
+    def hold(self, lease: HeldLease, taker: Taker | None) -> None:
+        """Lease a message, counted against the one that is to get it."""
+        self.held[lease.id] = lease
+        self.destination(lease.destination).held.add(lease.id)
+        lease.taker = taker
+        if taker is not None:
+            taker.count += 1
+            taker.bytes += lease.memory
+
+    def drop(self, lease: HeldLease) -> None:
+        """End a lease: the message is gone, or goes back."""
+        if self.held.get(lease.id) is not lease:
+            return
+        del self.held[lease.id]
+        if self.reading:
+            self.settled.add(lease.id)
+        if lease.taker is not None:
+            lease.taker.count -= 1
+            lease.taker.bytes -= lease.memory
+        destination = self.destinations[lease.destination]
+        destination.held.discard(lease.id)
+        self.tidy(destination)
+
+    def next_turn(self, now: int) -> Destination | None:
+        """The next destination that consumers may find something in."""
+        while self.timers and self.timers[0][0] <= now:
+            self.turns[heappop(self.timers)[1]] = None
+        while self.turns:
+            key = next(iter(self.turns))
+            del self.turns[key]
+            destination = self.destinations.get(key)
+            if destination is not None and not destination.reading and destination.has_due(now):
+                return destination
+        return None
+
+    def expect(self, key: str, due: int, now: int) -> None:
+        """Consumers will find something in a destination."""
+        if due <= now:
+            self.turns[key] = None
+        else:
+            heappush(self.timers, (due, key))
+
+
+class Job:
+    """Something for the reader to do; `wake` is called when it is done."""
+
+    token: trio.lowlevel.TrioToken | None = None
+
+    def __init__(self, queue: OpenQueue) -> None:
+        self.queue = queue
+        self.result: outcome.Value[object] | outcome.Error | None = None
+        self.task: trio.lowlevel.Task | None = None
+        self.abandoned = False
+
+    def wait_here(self) -> None:
+        """The task that calls this is to be woken."""
+        self.task = trio.lowlevel.current_task()
+        self.token = trio.lowlevel.current_trio_token()
+
+    def abandon(self, _: object) -> trio.lowlevel.Abort:
+        """The task that waits is cancelled."""
+        self.abandoned = True
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def wake(self) -> None:
+        # Not to be kept: an error knows the frame that it is raised in, which knows this.
+        result, self.result = self.result, None
+        assert self.task is not None and result is not None
+        if not self.abandoned:
+            trio.lowlevel.reschedule(self.task, result)
+
+
+class Take(Job):
+    """Lease what is due in a destination, at most `limit` messages."""
+
+    def __init__(
+        self, queue: OpenQueue, destination: str, limit: int, taker: Taker, undo: Undo | None = None
+    ) -> None:
+        super().__init__(queue)
+        self.destination = destination
+        self.limit = limit
+        self.taker = taker
+        self.leases: list[HeldLease] = []
+        self._undo = undo
+
+    def wake(self) -> None:
+        super().wake()
+        if self.abandoned and self._undo is not None:
+            self._undo(self.leases)
+
+
+Undo = Callable[[Sequence[HeldLease]], None]
+
+
+class Load(Job):
+    """Read the body of a lease."""
+
+    def __init__(self, queue: OpenQueue, lease: HeldLease) -> None:
+        super().__init__(queue)
+        self.lease = lease
+
+
+class Scan(Job):
+    """Find the destinations of a queue above a place."""
+
+    def __init__(self, queue: OpenQueue, after: tuple[str, int]) -> None:
+        super().__init__(queue)
+        self.after = after
+
+
+class OpenQueues:
+    """All open queues of one directory, the jobs of the reader, and the lock on both."""
+
+    def __init__(self, path: str, clock: Callable[[], float], outbox: str) -> None:
+        self.path = path
+        self.clock = clock
+        self.outbox = outbox
+        self.lock = threading.Lock()
+        self.queues: dict[str, OpenQueue] = {}
+        self.jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self.reader_ends = False
+        self.look_now = False
+        self.damaged: QueueDamaged | None = None
+        self._to_wake: dict[Taker, None] = {}
+
+    def now(self) -> int:
+        """The wall clock in milliseconds. Needs no lock."""
+        return int(self.clock() * 1000)
+
+    def open(self, name: str) -> OpenQueue:
+        """The queue of that name, for one who will take from it."""
+        queue = self.queues.get(name)
+        if queue is None:
+            queue = self.queues[name] = OpenQueue(name, is_sorted=name == self.outbox)
+        return queue
+
+    def begin(self, taker: Taker) -> None:
+        """Somebody takes from a queue from now on. It has been added there."""
+        taker.error = self.damaged
+        queue = taker.queue
+        now = self.now()
+        for destination in queue.destinations.values():
+            if destination.backlog:
+                self._tell(queue, destination.key, now, now)
+            elif destination.next_due is not None:
+                self._tell(queue, destination.key, destination.next_due, now)
+        if not queue.complete:
+            self.scan(queue)
+        self.pump(queue)
+        self.jobs.put(None)  # the reader sleeps while nobody takes
+
+    def end(self, taker: Taker) -> None:
+        """Take a taker away; what it holds goes back, but what is being settled. On its loop."""
+        queue = taker.queue
+        taker.close()
+        for lease in list(queue.held.values()):
+            if lease.taker is taker and not lease.settling:
+                self.give_back(queue, lease)
+        if not queue.takers:
+            queue.turns.clear()
+            queue.timers.clear()
+        self.pump(queue)
+        self.tidy(queue)
+
+    def tidy(self, queue: OpenQueue) -> None:
+        """Forget a queue that nobody takes from any more."""
+        if not (queue.takers or queue.held or queue.reading or queue.scanning):
+            if self.queues.get(queue.name) is queue:
+                del self.queues[queue.name]
+
+    def scan(self, queue: OpenQueue) -> None:
+        """Have all destinations of a queue looked for in the file."""
+        if queue.scanning:
+            queue.scan_again = True
+            return
+        queue.scanning = True
+        queue.scan_again = False
+        # Unsorted mail of the outbox shows when it is sorted.
+        self.jobs.put(Scan(queue, UNSORTED if queue.is_sorted else ("", BEFORE_LANES)))
+
+    def look_again(self) -> None:
+        """Due times in the file have changed."""
+        for queue in self.queues.values():
+            self.scan(queue)
+
+    def note(self, queue: OpenQueue, key: str, due: int, now: int) -> None:
+        """A message that nobody holds lies in the file from now on."""
+        if queue.destination(key).note(due, now):
+            self._tell(queue, key, due, now)
+
+    def _tell(self, queue: OpenQueue, key: str, due: int, now: int) -> None:
+        for subscription in queue.subscriptions:
+            if subscription.tell(key, due):
+                self._to_wake[subscription] = None
+        if queue.consumers:
+            queue.expect(key, due, now)
+
+    def give(self, lease: HeldLease) -> None:
+        """Let its taker have a message that is committed."""
+        if lease.taker is not None and lease.taker.give(lease):
+            self._to_wake[lease.taker] = None
+
+    def give_back(self, queue: OpenQueue, lease: HeldLease) -> None:
+        """End a lease of a message that stays in the file."""
+        queue.drop(lease)
+        self.note(queue, lease.destination, lease.due, self.now())
+
+    def pump(self, queue: OpenQueue) -> None:
+        """Have the reader read for the consumers of a queue, where that is worth it."""
+        if self.reader_ends or not (queue.turns or queue.timers):
+            return
+        for consumer in queue.consumers:
+            limit = consumer.wants()
+            if limit and (destination := queue.next_turn(self.now())) is not None:
+                consumer.reading = True
+                share = max(limit // (len(queue.turns) + 1), min(limit, consumer.prefetch // 10), 1)
+                self.jobs.put(Take(queue, destination.key, share, consumer))
+
+    def end_take(self, take: Take, more: bool) -> None:
+        """A read of a destination is over."""
+        queue = take.queue
+        destination = queue.destination(take.destination)
+        now = self.now()
+        if queue.consumers:
+            if more:
+                queue.turns[take.destination] = None
+            if destination.next_due is not None:
+                queue.expect(take.destination, destination.next_due, now)
+        take.taker.taken()
+        queue.tidy(destination)
+        self.pump(queue)
+        self.tidy(queue)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the lock, and wake afterwards who has something new. Takes the lock itself."""
+        with self.lock:
+            try:
+                yield
+            finally:
+                takers = self.to_wake()
+        wake_all(takers)
+
+    def to_wake(self) -> list[Taker]:
+        """Whose loops are to be woken, for `wake_all` once the lock is free."""
+        takers = [*self._to_wake]
+        self._to_wake.clear()
+        return takers
+
+    def damage(self, problem: QueueDamaged) -> None:
+        """The file is broken: nothing goes in or out until a restart. Takes the lock itself."""
+        with self.lock:
+            if self.damaged is not None:
+                return
+            self.damaged = problem
+            takers = [taker for queue in self.queues.values() for taker in queue.takers]
+            for taker in takers:
+                taker.error = problem
+                taker.damaged()
+        logger.critical("%s; stop mailerq and start it again", problem)
+        try:
+            mark(self.path, str(problem))
+        except OSError as error:
+            logger.critical("%s", error)
+        wake_all(takers)

@@ -1,0 +1,285 @@
+"""Looks into a queue file: what lies in it, how much of it, and where.
+
+All of it goes along the index (queue, destination, lane, due, id) or fetches rows by their numbers:
+what lies in one queue or destination costs nothing in another.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import apsw
+
+from mailerq.queues.embedded.records import Row, aside, check
+from mailerq.queues.embedded.sqlite_file import SqliteFile, bind
+from mailerq.queues.embedded.taking import Found, Wanted, take
+from mailerq.queues.interface import Depth, DestinationDepth, Entry
+
+__all__ = ["BEFORE_LANES", "ROW", "QueueReader", "Waiting"]
+
+ROW: Final = """
+SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties,
+    CASE WHEN m.body = 0 THEN (SELECT data FROM body WHERE id = m.id)
+         WHEN m.body > 0 THEN (SELECT data FROM shared WHERE id = m.body) END
+FROM message m NOT INDEXED
+"""
+"""Rows by their numbers: left alone, SQLite may rather look at all of a queue."""
+
+LISTED: Final = """
+SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties, NULL,
+    CASE WHEN m.body = 0 THEN (SELECT length(data) FROM body WHERE id = m.id)
+         WHEN m.body > 0 THEN (SELECT length(data) FROM shared WHERE id = m.body) END
+FROM message m NOT INDEXED WHERE m.id IN (SELECT value FROM carray(?)) ORDER BY m.id
+"""
+
+NEXT_LANE: Final = """(
+    SELECT m.lane FROM message m INDEXED BY message_place
+    WHERE m.queue = ?1 AND m.destination = place.destination AND m.lane > place.lane
+    ORDER BY m.lane LIMIT 1)"""
+
+PLACES: Final = f"""
+WITH RECURSIVE place(destination, lane) AS (
+    SELECT ?2, ?3
+    UNION ALL
+    SELECT
+        iif({NEXT_LANE} IS NOT NULL, place.destination,
+            (SELECT m.destination FROM message m INDEXED BY message_place
+             WHERE m.queue = ?1 AND m.destination > place.destination
+             ORDER BY m.destination LIMIT 1)),
+        coalesce({NEXT_LANE}, ?5)
+    FROM place WHERE place.destination IS NOT NULL
+    LIMIT ?4
+)
+SELECT destination, lane,
+    (SELECT m.due FROM message m INDEXED BY message_place
+     WHERE m.queue = ?1 AND m.destination = place.destination AND m.lane = place.lane
+     ORDER BY m.due LIMIT 1)
+FROM place LIMIT -1 OFFSET 1
+"""
+"""The lanes of a queue, each found by steps down the index: the next lane of the same destination,
+or else the next destination, in a lane before all others. Then its lanes come."""
+
+BEFORE_LANES: Final = -2
+"""A lane before all others, the one of unsorted mail among them."""
+
+PAGE: Final = 100
+"""Messages that a listing reads at a time."""
+
+FIRST_NUMBERS: Final = 1000
+"""Messages that a listing looks for before it looks for all of them."""
+
+
+class Waiting(NamedTuple):
+    """A message that waits, or the first in its lane: where, and until when (ms)."""
+
+    id: int
+    queue: str
+    destination: str
+    lane: int
+    due: int
+
+
+class QueueReader(SqliteFile):
+    """Looks into a queue file. One thread at a time; raises `QueueError`."""
+
+    def version(self) -> int:
+        """A number that is another one after any other connection has changed the file."""
+        try:
+            return int(self.connection.pragma("data_version"))
+        except apsw.Error as error:
+            raise self.failed(error) from error
+
+    def depths(self, now: float | None = None) -> list[Depth]:
+        """How full each queue is, in the order of their names."""
+        moment = int((time.time() if now is None else now) * 1000)
+        found = self._all(
+            "SELECT queue, sum(due <= ?1), sum(due > ?1) FROM message INDEXED BY message_place "
+            "GROUP BY queue ORDER BY queue",
+            (moment,),
+        )
+        return [Depth(str(row[0]), _whole(row[1]), _whole(row[2])) for row in found]
+
+    def destinations(self, queue: str, now: float | None = None) -> Iterator[DestinationDepth]:
+        """How full each destination of a queue is, in the order of their keys."""
+        moment = int((time.time() if now is None else now) * 1000)
+        try:
+            for key, due, delayed, first in self.connection.execute(
+                "SELECT destination, sum(due <= ?2), sum(due > ?2), min(due) FROM message "
+                "INDEXED BY message_place WHERE queue = ?1 GROUP BY destination "
+                "ORDER BY destination",
+                (queue, moment),
+            ):
+                yield DestinationDepth(str(key), _whole(due), _whole(delayed), _whole(first) / 1000)
+        except apsw.Error as error:
+            raise self.failed(error) from error
+
+    def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
+        """Read without taking; what is damaged shows as `aside` would write it."""
+        return self.entries(queue, self.numbers(queue, limit=limit, after=after))
+
+    def entries(self, queue: str, numbers: Sequence[int]) -> list[Entry]:
+        """The messages of a queue with these numbers, in the order of those."""
+        found = self._all(
+            ROW + "WHERE m.id IN (SELECT value FROM carray(?)) AND m.queue = ? ORDER BY m.id",
+            (bind(numbers), queue),
+        )
+        return [_entry(Row(*row), _size(row[7]), loaded=True) for row in found]
+
+    def listed(self, queue: str, *, limit: int | None = None, after: int = 0) -> Iterator[Entry]:
+        """As `browse`, one by one, and without the bodies."""
+        for numbers in self._pages(queue, limit, after):
+            for *row, size in self._all(LISTED, (bind(numbers),)):
+                yield _entry(Row._make(row), size, loaded=False)
+
+    def all_entries(
+        self, queue: str, *, limit: int | None = None, after: int = 0
+    ) -> Iterator[Entry]:
+        """As `browse`, one by one."""
+        for numbers in self._pages(queue, limit, after):
+            yield from self.entries(queue, numbers)
+
+    def _pages(self, queue: str, limit: int | None, after: int) -> Iterator[array[int]]:
+        """The numbers of a queue, some at a time."""
+        # The first ones are found long before all of a large queue.
+        first = FIRST_NUMBERS if limit is None else min(limit, FIRST_NUMBERS)
+        numbers = self.numbers(queue, limit=first, after=after)
+        while numbers:
+            for start in range(0, len(numbers), PAGE):
+                yield numbers[start : start + PAGE]
+            if limit is not None:
+                limit -= len(numbers)
+            if limit == 0 or len(numbers) < first:
+                return
+            numbers = self.numbers(queue, limit=limit, after=numbers[-1])
+
+    def numbers(self, queue: str, *, limit: int | None = None, after: int = 0) -> array[int]:
+        """The numbers of the messages of a queue, in order: those above `after`."""
+        try:
+            return array(
+                "q",
+                (
+                    number
+                    for (number,) in self.connection.execute(
+                        "SELECT id FROM message INDEXED BY message_place "
+                        "WHERE queue = ? AND id > ? ORDER BY id LIMIT ?",
+                        (queue, after, -1 if limit is None else limit),
+                    )
+                ),
+            )
+        except apsw.Error as error:
+            raise self.failed(error) from error
+
+    def places(
+        self, queue: str, after: tuple[str, int], limit: int
+    ) -> tuple[list[Waiting], tuple[str, int] | None]:
+        """The first message of each lane of a queue, above a destination and lane, in that order.
+
+        Comes without its number, for rows are not read. A bound is set by `limit`; the second value
+        is where to go on, None when that was all.
+        """
+        found = self._all(PLACES, (queue, *after, limit, BEFORE_LANES))
+        places = [
+            Waiting(0, queue, destination, lane, due)
+            for destination, lane, due in found
+            if isinstance(due, int)
+        ]
+        if len(found) < limit - 1 or found[-1][0] is None:
+            return places, None
+        return places, found[-1][:2]
+
+    def take(self, wanted: Wanted) -> Found:
+        """Read some of a destination, see `mailerq.queues.embedded.taking`."""
+        try:
+            return take(self.connection, wanted)
+        except apsw.Error as error:
+            raise self.failed(error) from error
+
+    def row(self, number: int) -> Row | None:
+        """One message, with its body, which is in memory once meanwhile."""
+        found = self._all(ROW.replace("data FROM", "NULL FROM") + "WHERE m.id = ?", (number,))
+        if not found:
+            return None
+        row = Row(*found[0])
+        if not isinstance(row.body, int):
+            return row
+        place = ("body", number) if row.body == 0 else ("shared", row.body)
+        try:
+            # A query would bring a copy of SQLite's and one of ours.
+            with self.connection.blob_open("main", place[0], "data", place[1], False) as blob:
+                return row._replace(data=blob.read())
+        except apsw.Error:
+            pass  # there is none, or it is no blob
+        found = self._all(ROW + "WHERE m.id = ?", (number,))
+        return Row(*found[0]) if found else None
+
+    def next_number(self) -> int:
+        """The number that is given next."""
+        return int(self._all("SELECT next FROM number", ())[0][0])
+
+    def new_numbers(self, known: int, own: Iterable[range]) -> tuple[int, list[Waiting]]:
+        """The number that is given next, and what others have published from `known` on.
+
+        `own` are the numbers that this process has given itself.
+        """
+        connection = self.connection
+        try:
+            connection.execute("BEGIN")
+            following = int(connection.execute("SELECT next FROM number").get)
+            found: list[Any] = []
+            for numbers in _between(known, following, own):
+                found += connection.execute(
+                    "SELECT id, queue, destination, lane, due FROM message NOT INDEXED "
+                    "WHERE id >= ? AND id < ?",
+                    (numbers.start, numbers.stop),
+                ).fetchall()
+            connection.execute("COMMIT")
+        except apsw.Error as error:
+            raise self.failed(error) from error
+        return following, [Waiting(*row) for row in found]
+
+    def known(self, numbers: Iterable[int]) -> set[int]:
+        """Those of these numbers that are messages in the file."""
+        found = self._all(
+            "SELECT id FROM message NOT INDEXED WHERE id IN (SELECT value FROM carray(?))",
+            (bind(numbers),),
+        )
+        return {number for (number,) in found}
+
+    def _all(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
+        try:
+            return self.connection.execute(statement, values).fetchall()
+        except apsw.Error as error:
+            raise self.failed(error) from error
+
+
+def _entry(row: Row, size: int | None, *, loaded: bool) -> Entry:
+    message = check(row, loaded=loaded)
+    if isinstance(message, str):
+        message = aside(row, message).message
+    return Entry(row.id, str(row.queue), _whole(row.due) / 1000, message, size)
+
+
+def _size(data: object) -> int | None:
+    return len(data) if isinstance(data, bytes | str) else None
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _between(first: int, end: int, own: Iterable[range]) -> Iterator[range]:
+    """What of the numbers from `first` to `end` is not own.
+
+    >>> list(_between(1, 50, [range(10, 20), range(20, 30), range(45, 55)]))
+    [range(1, 10), range(30, 45)]
+    """
+    for numbers in own:
+        if first < numbers.start:
+            yield range(first, min(numbers.start, end))
+        first = max(first, numbers.stop)
+        if first >= end:
+            return
+    yield range(first, end)

@@ -1,0 +1,84 @@
+"""Where a message waits: the key of its destination, and its lane there.
+
+Mail is sorted when it is published, by what its properties say alone, so that neither a change
+of the settings nor a DNS answer moves a row. A key stands for mail that has the same ways to go:
+the domain of the recipient, or the message's own smarthost, and the local addresses that the
+message names. What the settings make of it is decided at each attempt.
+
+A lane is a number that orders the mail of one destination: lanes of a higher priority come first,
+then senders take turns, new mail and retries each in lanes of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any, Final, NamedTuple
+from zlib import crc32
+
+__all__ = ["MAX_KEY", "RETRY_LANE", "SENDER_LANES", "Place", "level_of", "place_of"]
+
+MAX_KEY: Final = 255
+"""Characters of a key; what is longer ends in a digest of all of it."""
+
+SENDER_LANES: Final = 128
+"""Lanes of a priority that senders are spread over. Two senders in one lane wait for each other."""
+
+RETRY_LANE: Final = SENDER_LANES
+"""The bit of a lane that says that the mail in it was tried before."""
+
+_LEVEL: Final = 2 * SENDER_LANES
+_MAX_PRIORITY: Final = 255
+_EXTENSION: Final = re.compile(r"[-+=][^@]*")
+
+
+class Place(NamedTuple):
+    """Where a message waits in a queue that is sorted by destination."""
+
+    destination: str
+    lane: int
+
+
+def place_of(properties: Mapping[str, Any]) -> Place:
+    """The place of a message in the outbox. Takes any properties: what is wrong has a place too.
+
+    >>> place_of({"recipient": "ann@Example.com"}).destination
+    'example.com'
+    >>> place_of({"recipient": "a@b.test", "smarthost": {"hostname": "relay.test"}}).destination
+    'via relay.test:25'
+    >>> place_of({"recipient": "a@b.test", "ips": ["192.0.2.1"]}).destination
+    'b.test from 192.0.2.1'
+    """
+    smarthost = properties.get("smarthost")
+    if isinstance(smarthost, dict):
+        host = smarthost.get("hostname") or smarthost.get("name")
+        key = f"via {host}:{smarthost.get('port') or 25}".lower()
+    else:
+        recipient = properties.get("recipient")
+        key = recipient.rpartition("@")[2].lower() if isinstance(recipient, str) else ""
+    ips = properties.get("ips")
+    if isinstance(ips, list) and ips:
+        key += " from " + ",".join(sorted({str(ip) for ip in ips}))
+    if len(key) > MAX_KEY or not key.isprintable():
+        digest = blake2b(key.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+        key = ascii(key)[1:201] + " " + digest
+    return Place(key, _lane(properties))
+
+
+def _lane(properties: Mapping[str, Any]) -> int:
+    priority = properties.get("priority")
+    level = min(max(priority, 0), _MAX_PRIORITY) if isinstance(priority, int) else 0
+    tags = properties.get("tags")
+    sender = tags[0] if isinstance(tags, list) and tags else properties.get("envelope")
+    if not isinstance(sender, str):
+        sender = ""
+    # VERP and subaddresses make many senders out of one.
+    number = crc32(_EXTENSION.sub("", sender, count=1).lower().encode(errors="surrogatepass"))
+    lane = (_MAX_PRIORITY - level) * _LEVEL + number % SENDER_LANES
+    return lane + RETRY_LANE if properties.get("results") else lane
+
+
+def level_of(lane: int) -> int:
+    """The priority of a lane as a number that is lower the sooner it comes."""
+    return lane // _LEVEL

@@ -1,0 +1,137 @@
+"""What is to be done with a message of the outbox now: refuse it, hold it, or send it.
+
+A plan is made anew at every attempt, from what the message says and the settings of the day, so
+that a changed setting holds for mail that waits already. Where the hosts of the target are is
+found by others.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from mailerq.address import parse_host, parse_mailbox
+from mailerq.config import Config
+from mailerq.errors import AddressError
+from mailerq.message import Message
+from mailerq.rules import responses
+from mailerq.rules.documents import MAX_HOPS
+from mailerq.rules.responses import Outcome
+from mailerq.rules.retry import expires_at, not_before
+from mailerq.rules.routes import Route, count_hops, loop_problem, route_of, unmet_promise
+
+__all__ = ["Hold", "Plan", "Refuse", "Send", "body_problem", "plan"]
+
+
+class Refuse(msgspec.Struct, frozen=True):
+    """The message is finished without an attempt. `domain` is empty where it has none."""
+
+    outcome: Outcome
+    domain: str = ""
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """The message is not to be sent before `until`, seconds since 1970."""
+
+    until: float
+
+
+class Send(msgspec.Struct, frozen=True):
+    """The message is to be sent now.
+
+    `local_ips` are the addresses that it may leave from, none for any; `demands` is what a
+    connection has to prove before the message may use it. `envelope` and `recipient` are as the
+    wire needs them; after `expires` it is not to be sent any more.
+    """
+
+    route: Route
+    domain: str
+    envelope: str
+    recipient: str
+    expires: float
+    local_ips: tuple[str, ...] = ()
+    demands: tuple[str, ...] = ()
+
+
+Plan = Refuse | Hold | Send
+
+
+def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
+    """Decide about a message by its properties; `body_problem` decides about its body.
+
+    `seen` is when the message became due first, for one whose properties do not say it.
+
+    >>> message = Message({"envelope": "a@b.test", "recipient": "c@d.test"})
+    >>> plan(message, Config(hostname="me.test"), now=0.0, seen=0.0).route.host
+    'd.test'
+    """
+    properties = message.properties
+    problem = message.problem() or loop_problem(properties, config.rabbitmq_outbox)
+    if problem is not None:
+        return Refuse(responses.unsendable(problem))
+    due = not_before(properties, now=now)
+    if due is not None and now < due:
+        return Hold(due)
+    envelope, recipient = message.envelope, message.recipient
+    try:
+        mailbox = parse_mailbox(recipient)
+    except AddressError as error:
+        problem = f"property recipient: {error}"
+        return Refuse(responses.unsendable(problem, 553, "5.1.3"))
+    try:
+        # In A-labels a domain passes through servers that know no SMTPUTF8.
+        if not recipient.isascii():
+            recipient = str(mailbox)
+        if envelope:
+            sender = parse_mailbox(envelope)
+            envelope = envelope if envelope.isascii() else str(sender)
+    except AddressError as error:
+        problem = f"property envelope: {error}"
+        return Refuse(responses.unsendable(problem, 553, "5.1.7"))
+    domain = mailbox.domain
+    expires = expires_at(properties, now=seen, max_delivertime=config.max_delivertime)
+    if now > expires:
+        return Refuse(responses.EXPIRED, domain)
+    if (reason := unmet_promise(properties, None)) is not None:
+        return Refuse(_broken_promise(reason), domain)
+    try:
+        route = route_of(properties, domain, config)
+        ips = properties.get("ips")
+        local_ips = _addresses(ips) if ips else ()
+    except AddressError as error:
+        return Refuse(responses.unsendable(str(error)), domain)
+    return Send(route, domain, envelope, recipient, expires, local_ips)
+
+
+def _addresses(ips: list[str]) -> tuple[str, ...]:
+    """The addresses in ``ips`` that are some. Raises `AddressError` where none is."""
+    found = []
+    for ip in ips:
+        try:
+            if not isinstance(parse_host(ip), str):
+                found.append(str(ip))
+        except AddressError:
+            continue
+    if not found:
+        raise AddressError(f"property ips: {str(ips[0])[:80]!r} is no IP address")
+    return tuple(found)
+
+
+def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
+    """Why the body of a message cannot be sent, or None.
+
+    `supplied`: a plugin may supply a body where there is none.
+    """
+    body = message.body
+    if body is None:
+        if supplied:
+            return None
+        return responses.not_generated() if message.properties.get("mime") else responses.NO_DATA
+    if count_hops(body) > MAX_HOPS:
+        return responses.TOO_MANY_HOPS
+    reason = unmet_promise(message.properties, body)
+    return None if reason is None else _broken_promise(reason)
+
+
+def _broken_promise(reason: str) -> Outcome:
+    status, _, text = reason.partition(" ")
+    return responses.unsendable(text, 550, status)

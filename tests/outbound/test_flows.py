@@ -1,0 +1,524 @@
+"""Flows: who sends when, who waits, what waits costs, and how a host that was down comes back."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from time import monotonic
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from mailerq.message import format_time
+from mailerq.net.resolver import Host, NoHosts
+from mailerq.net.slots import Slots
+from mailerq.outbound import bodies, flow, openings
+from mailerq.outbound.sites import Sites
+from mailerq.rules import routes
+from mailerq.rules.routes import Route
+from tests.outbound.kit import (
+    NOW,
+    Bench,
+    MemoryQueues,
+    PeerConnection,
+    StubResolver,
+    open_bench,
+)
+
+Handler = Callable[[trio.SocketStream], Awaitable[None]]
+
+
+@asynccontextmanager
+async def listening(handler: Handler) -> AsyncIterator[dict[str, Any]]:
+    """One more server; yields the property smarthost for it."""
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
+        yield {"hostname": "127.0.0.1", "port": listeners[0].socket.getsockname()[1]}
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_wide(**settings: Any) -> AsyncIterator[Bench]:
+    """A bench that other servers can be reached from too; its own has the mail of quick.test."""
+    resolver = StubResolver(quick_test=["127.0.0.1"])
+    async with open_bench(resolver=resolver, **settings) as bench:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(routes, "SMTP_PORT", bench.port)
+            yield bench
+
+
+async def silent(stream: trio.SocketStream) -> None:
+    await trio.sleep_forever()
+
+
+def flows_of(bench: Bench) -> list[flow.Flow]:
+    return list(bench.dispatcher._flows)
+
+
+def takes(bench: Bench) -> list[tuple[str, int]]:
+    return bench.queues.subscriptions["outbox"].takes
+
+
+class Mailhosts(StubResolver):
+    """Knows the (preference, host) pairs of some domains; all hosts are at 127.0.0.1."""
+
+    def __init__(self, domains: dict[str, list[tuple[int, str]]]) -> None:
+        super().__init__()
+        self.hosts = domains
+        self.lookups: Counter[str] = Counter()
+
+    async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
+        await trio.lowlevel.checkpoint()
+        self.lookups[domain] += 1
+        return tuple(Host(name, "127.0.0.1", rank) for rank, name in self.hosts[domain])
+
+
+# Sites
+
+
+async def test_domains_with_the_same_hosts_share_connections_and_their_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    domains = {
+        "one.test": [(10, "mx1.test"), (20, "mx2.test")],
+        "two.test": [(1, "mx1.test"), (2, "MX2.test")],
+    }
+    resolver = Mailhosts(domains)
+    async with open_bench(resolver=resolver, domain_maxconnections=1) as bench:
+        monkeypatch.setattr(routes, "SMTP_PORT", bench.port)
+        for number in range(20):
+            bench.send(recipient=f"c@{('one', 'two')[number % 2]}.test")
+        await bench.results("success", 20)
+        assert bench.peer.connections == 1
+        assert resolver.lookups == {"one.test": 1, "two.test": 1}
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ([(10, "a.x.test"), (10, "b.y.test")], [(10, "a.y.test"), (10, "b.x.test")]),
+        ([(10, "a.test"), (20, "b.test")], [(10, "b.test"), (20, "a.test")]),
+        ([(10, "a.test"), (20, "b.test")], [(10, "a.test"), (10, "b.test")]),
+        ([(10, "a.test")], [(10, "a.test"), (20, "b.test")]),
+    ],
+)
+async def test_domains_with_other_hosts_or_preferences_share_nothing(
+    one: list[tuple[int, str]], two: list[tuple[int, str]]
+) -> None:
+    sites = Sites(Mailhosts({"one.test": one, "two.test": two}))  # type: ignore[arg-type]
+    first = await sites.find(Route("one.test", "one.test", 25, mx=True))
+    second = await sites.find(Route("two.test", "two.test", 25, mx=True))
+    other_port = await sites.find(Route("one.test", "one.test", 26, mx=True))
+    assert first is not second
+    assert first is not other_port
+    assert first is await sites.find(Route("one.test", "one.test", 25, mx=True))
+
+
+async def test_lookups_are_bounded_in_number() -> None:
+    class Slow(StubResolver):
+        running = most = 0
+
+        async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            await may_end.wait()
+            self.running -= 1
+            return await super().mail_hosts(domain)
+
+    may_end = trio.Event()
+    resolver = Slow()
+    async with open_bench(resolver=resolver) as bench:
+        for number in range(500):
+            bench.send(recipient=f"c@d{number}.test")
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert resolver.most == 64
+        assert len(bench.queues.leased) <= 256  # the others lie in the queue
+        may_end.set()
+        await bench.results("retry", 500)
+
+
+# Hosts that do not answer
+
+
+async def test_a_silent_host_does_not_delay_another() -> None:
+    async with open_wide(slots=Slots(20)) as bench, listening(silent) as smarthost:
+        for number in range(50):
+            bench.send(recipient=f"c{number}@slow.test", smarthost=smarthost)
+        await bench.until(lambda figures: figures["opening"] > 0)
+        for number in range(50):
+            bench.send(recipient=f"c{number}@quick.test")
+        with trio.fail_after(5):
+            await bench.results("success", 50)
+        figures = bench.dispatcher.statistics()
+        assert figures["opening"] == 1
+        assert figures["attempts"] == 50
+
+
+async def test_many_silent_hosts_have_a_part_of_the_slots_and_no_more() -> None:
+    hosts = [f"127.1.0.{number}" for number in range(1, 60)]
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, silent, 0, host="0.0.0.0"))
+        port = listeners[0].socket.getsockname()[1]
+        async with open_wide(slots=Slots(20)) as bench:
+            bench.send(recipient="c@quick.test")
+            await bench.results("success")
+            for host in hosts:
+                bench.send(smarthost={"hostname": host, "port": port})
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert bench.dispatcher.statistics()["opening"] == 20 // openings.TRY_SHARE
+            for number in range(50):
+                bench.send(recipient=f"c{number}@quick.test")
+            await bench.results("success", 51)
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_waits_for_a_host_that_is_down_costs_neither_results_nor_writes() -> None:
+    async with open_wide() as bench, listening(silent) as smarthost:
+        smarthost["port"] = 1  # nobody listens there
+        for number in range(300):
+            bench.send(recipient=f"c{number}@down.test", smarthost=smarthost)
+        await bench.retried()
+        await bench.queues.until(lambda queues: not queues.leased)
+        assert sum(bench.queues.groups) == 1
+        reads = len(takes(bench))
+        for number in range(300):
+            bench.send(recipient=f"d{number}@down.test", smarthost=smarthost)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert sum(bench.queues.groups) == 1
+        assert len(takes(bench)) == reads
+        assert len(bench.queues["outbox"]) == 600
+        untouched = [m for m in bench.queues["outbox"] if not m.results]
+        assert len(untouched) == 599
+
+
+async def test_each_ask_is_one_attempt_and_the_pause_between_doubles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = monotonic()
+    monkeypatch.setattr(flow, "monotonic", lambda: clock)
+    async with open_wide() as bench:
+        for number in range(300):
+            bench.send(
+                recipient=f"c{number}@down.test", smarthost={"hostname": "127.0.0.1", "port": 1}
+            )
+        await bench.retried()
+        (one,) = flows_of(bench)
+        pauses = []
+        for count in range(2, 9):
+            pauses.append(one._down_until - clock)
+            clock = one._down_until
+            one.look()
+            await bench.results("retry", count)
+            await bench.queues.until(lambda queues: not queues.leased)
+        assert pauses == pytest.approx([30, 60, 120, 240, 480, 600, 600])
+        recipients = [message.recipient for message in bench.queues["retry"]]
+        assert len(set(recipients)) == len(recipients)
+
+
+async def test_a_message_that_becomes_due_by_its_own_schedule_asks_at_once() -> None:
+    async with open_wide() as bench, listening(silent) as smarthost:
+        smarthost["port"] = 1
+        bench.send(smarthost=smarthost, retries=[5])
+        bench.send(smarthost=smarthost, priority=0)
+        await bench.retried()
+        await bench.queues.until(lambda queues: not queues.leased)
+        bench.queues.pass_time(5)
+        await bench.results("retry", 2)
+
+
+async def test_mail_of_a_host_that_is_down_expires() -> None:
+    async with open_wide(max_delivertime=600) as bench, listening(silent) as smarthost:
+        smarthost["port"] = 1
+        for number in range(250):
+            bench.send(recipient=f"c{number}@down.test", smarthost=smarthost)
+        await bench.retried()
+        await bench.queues.until(lambda queues: not queues.leased)
+        bench.queues.now += 3600
+        bench.dispatcher.flush()
+        await bench.results("failure", 250)
+        assert bench.queues["outbox"] == []
+        kinds = Counter(message.results[-1]["type"] for message in bench.queues["failure"])
+        assert kinds["expired"] >= 249
+        assert sum(limit > 100 for _, limit in takes(bench)) == 0
+
+
+async def test_a_host_that_comes_back_gets_one_connection_then_two_then_four() -> None:
+    up = False
+    opened: list[int] = []
+    may_greet = [trio.Event() for _ in range(100)]
+
+    async def serve(peer: PeerConnection) -> None:
+        if not up:
+            await peer.send("421 4.3.2 not now\r\n")
+            return
+        opened.append(peer.number)
+        await may_greet[len(opened) - 1].wait()
+        await peer.serve()
+
+    async with open_bench(*[serve] * 100, domain_maxconnections=0) as bench:
+        for _ in range(1000):
+            bench.send()
+        await bench.retried()
+        await bench.queues.until(lambda queues: not queues.leased)
+        up = True
+        bench.dispatcher.flush()
+        for greeted, more in ((0, 1), (1, 2), (2, 4), (4, 8)):
+            # Each that is let in makes two of one; those before are busy or wait.
+            for event in may_greet[:greeted]:
+                event.set()
+            await trio.testing.wait_all_tasks_blocked(0.02)
+            assert len(opened) <= 2 * more
+        for event in may_greet:
+            event.set()
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 999, 60)
+
+
+async def test_flush_ends_the_pause_of_a_host_that_was_down() -> None:
+    async def busy(peer: PeerConnection) -> None:
+        await peer.send("421 4.3.2 not now\r\n")
+
+    async with open_bench(busy) as bench:
+        for _ in range(10):
+            bench.send()
+        await bench.retried()
+        await bench.queues.until(lambda queues: not queues.leased)
+        bench.dispatcher.flush()
+        await bench.results("success", 9)
+
+
+async def test_names_that_are_not_found_are_asked_for_by_one_message() -> None:
+    resolver = StubResolver()
+    async with open_bench(resolver=resolver) as bench:
+        for _ in range(40):
+            bench.send()
+        result = await bench.retried()
+        assert result["type"] == "nohosts"
+        await bench.queues.until(lambda queues: not queues.leased)
+        assert sum(bench.queues.groups) == 1
+        resolver.domains["d.test"] = ["127.0.0.1"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(routes, "SMTP_PORT", bench.port)
+            bench.dispatcher.flush()
+            await bench.results("success", 39)
+
+
+# Many destinations
+
+
+async def test_destinations_of_one_flow_are_served_in_turn() -> None:
+    settings: Any = {"smarthost": "smart.test", "rabbitmq_qos": 100}
+    async with open_bench(domain_maxconnections=2, **settings) as bench:
+        for number in range(2000):
+            bench.send(recipient=f"c{number}@bulk.test")
+        for number in range(5000):
+            bench.send(recipient=f"c@d{number}.test")
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) >= 5500, 60)
+        small = sum(mail.recipient.startswith("c@d") for mail in bench.peer.mails)
+        assert small > 4900  # the bulk has not had more than its turns
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 7000, 60)
+        assert bench.peer.connections <= 4
+        assert not bench.queues.leased
+
+
+async def test_flows_that_wait_for_a_slot_take_turns() -> None:
+    settings: Any = {"rabbitmq_qos": 1000, "connection_maxidle": 60_000}
+    async with open_bench(slots=Slots(4), **settings) as bench:
+        for number in range(1500):
+            bench.send(recipient=f"c{number}@bulk{number % 3}.test")
+        for number in range(300):
+            bench.send(recipient=f"c@d{number}.test")
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 1800, 60)
+        assert bench.peer.most <= 4
+        last = max(i for i, mail in enumerate(bench.peer.mails) if mail.recipient.startswith("c@d"))
+        assert last < 1700 or bench.peer.mails[-1].recipient.startswith("c@d")
+        runs = Counter[tuple[int, str]]()
+        for mail in bench.peer.mails:
+            runs[mail.connection, mail.recipient.partition("@")[2]] += 1
+        assert max(runs.values()) <= 500
+
+
+async def test_a_connection_gives_way_after_its_share_when_others_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flow, "FAIR_MESSAGES", 5)
+    async with open_bench(slots=Slots(1)) as bench:
+        for number in range(60):
+            bench.send(recipient=f"c{number}@d{number % 2}.test")
+        await bench.results("success", 60)
+        runs = Counter(mail.connection for mail in bench.peer.mails)
+        assert max(list(runs.values())[:-1]) == 5
+
+
+async def test_an_idle_connection_is_closed_for_a_flow_that_waits() -> None:
+    async with open_bench(slots=Slots(1), connection_maxidle=60_000) as bench:
+        bench.send(recipient="c@one.test")
+        await bench.results("success")
+        assert bench.dispatcher.statistics()["idle"] == 1
+        bench.send(recipient="c@two.test")
+        await bench.results("success", 2)
+
+
+async def test_no_flow_waits_for_the_memory_of_others() -> None:
+    async with open_wide(rabbitmq_qos=10, smtp_out_timeout=60) as bench:
+        bench.send(recipient="c@quick.test")
+        await bench.results("success")
+        async with listening(silent) as smarthost:
+            for number in range(100):
+                bench.send(recipient=f"c{number}@slow.test", smarthost=smarthost)
+            for number in range(50):
+                bench.send(recipient=f"c{number}@quick.test")
+            await bench.results("success", 51)
+            assert len(bench.queues.leased) <= 10
+
+
+# Connections
+
+
+async def test_not_each_message_that_waits_gets_a_connection() -> None:
+    async with open_bench(domain_maxconnections=0) as bench:
+        for _ in range(500):
+            bench.send()
+        await bench.results("success", 500)
+        assert bench.peer.connections <= 32
+
+
+async def test_a_message_that_waits_behind_a_slow_one_gets_a_connection_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flow, "STALL_SECONDS", 0.05)
+
+    async def stalls(peer: PeerConnection) -> None:
+        await peer.hello()
+        await trio.sleep_forever()
+
+    async with open_bench(*[stalls] * 3, smtp_out_timeout=60) as bench:
+        for _ in range(4):
+            bench.send()
+        await bench.results("success", 1)
+        assert bench.peer.connections == 4
+
+
+async def test_a_peer_that_closes_after_each_mail_costs_no_attempt() -> None:
+    async def closes(peer: PeerConnection) -> None:
+        await peer.hello()
+        for _ in range(3):
+            await peer.line()
+        await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
+        await peer.body()
+        await peer.send("250 taken\r\n")
+
+    async with open_bench(*[closes] * 1000) as bench:
+        for _ in range(200):
+            bench.send()
+        results = await bench.results("success", 200)
+        assert {result["attempt"] for result in results} == {1}
+        assert bench.queues["retry"] == []
+
+
+async def test_mail_leaves_from_the_address_that_can_send() -> None:
+    blocked = "127.0.0.3"
+
+    async def by_address(peer: PeerConnection) -> None:
+        if peer.stream.socket.getpeername()[0] == blocked:
+            await peer.send("554 5.7.1 your address is blocked\r\n")
+        else:
+            await peer.serve()
+
+    async with open_bench(*[by_address] * 100) as bench:
+        for _ in range(60):
+            bench.send(ips=[blocked, "127.0.0.4", "127.0.0.5"])
+        await bench.queues.until(lambda queues: len(queues["success"]) + len(queues["retry"]) >= 60)
+        assert len(bench.queues["retry"]) <= 1
+        used = {message.results[-1]["from"] for message in bench.queues["success"]}
+        assert used
+        assert blocked not in used
+
+
+# Bodies that are fetched late
+
+
+def with_late_bodies(bench: Bench) -> MemoryQueues:
+    bench.queues.late_above = 100
+    return bench.queues
+
+
+async def test_a_large_body_is_fetched_when_it_is_about_to_be_sent() -> None:
+    body = "x" * 70 + "\r\n"
+    async with open_bench() as bench:
+        queues = with_late_bodies(bench)
+        bench.peer.answers["RCPT", "e@d.test"] = ["451 4.2.0 later"]
+        bench.send(body=10 * body)
+        await bench.results("success")
+        assert queues.loads == 1
+        bench.send(body=20 * body, recipient="e@d.test")
+        await bench.retried()
+        bench.queues.pass_time(600)
+        await bench.results("success", 2)
+        sent = [mail.body.decode() for mail in bench.peer.mails if mail.body]
+        assert sent == [10 * body, 20 * body]
+
+
+async def test_what_a_large_body_rules_out_is_found_before_it_is_sent() -> None:
+    async with open_bench() as bench:
+        with_late_bodies(bench)
+        bench.send(body="Received: by a\r\n" * 101 + "\r\nbody\r\n")
+        (result,) = await bench.results("failure")
+        assert result["status"] == "5.4.6"
+        assert "DATA" not in bench.peer.commands
+
+
+async def test_a_result_that_keeps_the_mail_gets_the_large_body_too() -> None:
+    body = "x" * 700 + "\r\n"
+    async with open_bench(max_delivertime=600) as bench:
+        with_late_bodies(bench)
+        bench.send(body=body, keepmime=True, maxdelivertime=format_time(NOW - 1))
+        await bench.results("failure")
+        (message,) = bench.queues["failure"]
+        assert message.body == body.encode()
+
+
+async def test_large_bodies_share_a_bound_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_BYTES", 2500)
+    most = 0
+
+    async with open_bench() as bench:
+        queues = with_late_bodies(bench)
+        load = queues.subscriptions["outbox"].load
+
+        async def watched(lease: Any) -> None:
+            nonlocal most
+            await load(lease)
+            loaded = [x.size for x in queues.leased.values() if x.loaded]
+            most = max(most, sum(loaded))
+
+        monkeypatch.setattr(queues.subscriptions["outbox"], "load", watched)
+        for number in range(30):
+            bench.send(body="x" * 998 + "\r\n", recipient=f"c@d{number % 10}.test")
+        bench.send(body=9 * ("x" * 998 + "\r\n"))
+        await bench.results("success", 31)
+        assert queues.loads == 31
+        assert most <= 9 * 1000
+
+
+# The schedule of retries
+
+
+async def test_what_failed_together_does_not_come_back_together() -> None:
+    lots = random.Random(1)
+    async with open_bench() as bench:
+        bench.dispatcher._settlements._lot = lots.random
+        bench.peer.answers["RCPT", ""] = ["450 no"] * 40
+        for number in range(40):
+            bench.send(recipient=f"c{number}@d.test", **({"retries": [600]} if number < 5 else {}))
+        await bench.results("retry", 40)
+        dues = {m.recipient: due - NOW for due, m in bench.queues.queues["outbox"]}
+        exact = [dues.pop(f"c{number}@d.test") for number in range(5)]
+        assert exact == [600] * 5
+        assert len(set(dues.values())) == 35
+        assert 540 <= min(dues.values()) < 560
+        assert 640 < max(dues.values()) <= 660

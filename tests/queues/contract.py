@@ -1,0 +1,495 @@
+"""What every queue backend does, told by the interface alone.
+
+A backend runs these by a class of its own: ``class TestMine(Contract)`` with a fixture `backend`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+import pytest
+import trio
+import trio.testing
+
+from mailerq.errors import MessageError, QueueError
+from mailerq.message import Message
+from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement, Subscription
+
+__all__ = ["Backend", "Contract", "Recorder"]
+
+LARGE = bytes(range(256)) * 1024
+"""A body that stays in the queue until it is asked for."""
+
+
+class Backend(Protocol):
+    """A backend under test. `durable`: what was published is there when it is opened again."""
+
+    now: float
+    durable: bool
+
+    def open(self) -> AbstractAsyncContextManager[Queues]: ...
+
+
+class Recorder:
+    """A receiver that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.leases: list[Lease] = []
+        self.told: list[tuple[str, float]] = []
+        self._news = trio.Event()
+
+    def arrived(self, leases: Sequence[Lease]) -> None:
+        assert leases
+        self.leases += leases
+        self._notice()
+
+    def waiting(self, destination: str, due: float) -> None:
+        self.told.append((destination, due))
+        self._notice()
+
+    def _notice(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    async def until(self, condition: Callable[[Recorder], bool]) -> None:
+        with trio.fail_after(10):
+            while not condition(self):
+                await self._news.wait()
+
+    @property
+    def tags(self) -> list[int]:
+        return [tag_of(lease) for lease in self.leases]
+
+    @property
+    def destinations(self) -> set[str]:
+        return {destination for destination, _ in self.told}
+
+
+def tag_of(lease: Lease) -> int:
+    tag: int = lease.message.properties["tag"]
+    return tag
+
+
+def mail(
+    tag: int,
+    domain: str = "a.test",
+    *,
+    due: float | None = None,
+    body: bytes | None = b"body",
+    **more: Any,
+) -> Publication:
+    properties = {"tag": tag, "recipient": f"r@{domain}", "envelope": "s@s.test", **more}
+    return Publication("outbox", Message(properties, body), due)
+
+
+def again(lease: Lease, due: float | None = None, **more: Any) -> Publication:
+    """The message of a lease once more, with the body that the lease has."""
+    properties = {**lease.message.properties, **more}
+    return Publication(lease.queue, Message(properties, lease.message.body), due)
+
+
+async def receive(consumer: Consumer, count: int) -> list[Lease]:
+    with trio.fail_after(10):
+        return [await consumer.receive() for _ in range(count)]
+
+
+async def drain(
+    queues: Queues, subscription: Subscription, destination: str, limit: int
+) -> list[Lease]:
+    """All that is due in a destination, some at a time, each settled at once."""
+    leases: list[Lease] = []
+    more = True
+    with trio.fail_after(20):
+        while more:
+            taken = await subscription.take(destination, limit)
+            leases += taken.leases
+            await queues.ack([Settlement(lease) for lease in taken.leases])
+            more = taken.more
+    return leases
+
+
+class Contract:
+    """What a backend has to do."""
+
+    @pytest.fixture
+    def backend(self) -> Backend:
+        raise NotImplementedError
+
+    # Publish, consume, settle
+
+    async def test_what_is_published_comes_once(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(1), mail(2, "b.test")])
+            async with queues.consume("outbox", prefetch=10) as consumer:
+                leases = await receive(consumer, 2)
+                await queues.publish([mail(3, "c.test")])
+                leases += await receive(consumer, 1)
+                assert sorted(map(tag_of, leases)) == [1, 2, 3]
+                await queues.ack([Settlement(lease) for lease in leases])
+                with trio.move_on_after(0.05) as scope:
+                    await consumer.receive()
+                assert scope.cancelled_caught
+
+    async def test_a_consumer_takes_the_destinations_in_turn(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(tag, "full.test") for tag in range(200)])
+            await queues.publish([mail(1000 + tag, f"d{tag}.test") for tag in range(10)])
+            seen: list[int] = []
+            async with queues.consume("outbox", prefetch=20) as consumer:
+                while len(seen) < 210:
+                    leases = await receive(consumer, 5)
+                    seen += map(tag_of, leases)
+                    await queues.ack([Settlement(lease) for lease in leases])
+            assert len(set(seen)) == 210
+            assert max(seen.index(1000 + tag) for tag in range(10)) < 120
+
+    async def test_what_is_durable_is_there_after_a_start(self, backend: Backend) -> None:
+        if not backend.durable:
+            pytest.skip("this backend forgets")
+        async with backend.open() as queues:
+            await queues.publish([mail(1, body=LARGE), mail(2, due=backend.now + 60)])
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription,
+        ):
+            await recorder.until(lambda recorder: bool(recorder.told))
+            assert recorder.told == [("a.test", pytest.approx(backend.now, abs=0.001))]
+            taken = await subscription.take("a.test", 10)
+            assert [tag_of(lease) for lease in taken.leases] == [1]
+            assert taken.next_due == pytest.approx(backend.now + 60, abs=0.001)
+
+    async def test_a_publication_that_cannot_be_refuses_all(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            bad = Publication("", Message({}))
+            with pytest.raises(MessageError):
+                queues.check(bad)
+            with pytest.raises(MessageError):
+                await queues.publish([mail(1), bad])
+            await queues.publish([mail(2)])
+            async with queues.consume("outbox", prefetch=10) as consumer:
+                (lease,) = await receive(consumer, 1)
+                assert tag_of(lease) == 2
+                with pytest.raises(MessageError):
+                    await queues.ack([Settlement(lease, [bad])])
+                await queues.ack([Settlement(lease)])  # it is leased still
+
+    async def test_settling_publishes_in_the_same_step(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(1)])
+            async with (
+                queues.consume("outbox", prefetch=10) as consumer,
+                queues.consume("results", prefetch=10) as results,
+            ):
+                (lease,) = await receive(consumer, 1)
+                document = Publication("results", Message({"tag": 7}))
+                await queues.ack([Settlement(lease, [document])])
+                (result,) = await receive(results, 1)
+                assert (tag_of(result), result.queue) == (7, "results")
+                with pytest.raises(ValueError, match="over"):
+                    await queues.ack([Settlement(lease)])
+
+    async def test_what_is_given_back_comes_again(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(1)])
+            async with queues.consume("outbox", prefetch=1) as consumer:
+                (lease,) = await receive(consumer, 1)
+                queues.release(lease)
+                (lease,) = await receive(consumer, 1)
+            with pytest.raises(ValueError, match="over"):
+                queues.release(lease)
+            async with queues.consume("outbox", prefetch=1) as consumer:
+                (lease,) = await receive(consumer, 1)
+                assert (tag_of(lease), lease.message.body) == (1, b"body")
+
+    # Subscribe: what comes by itself
+
+    async def test_mail_of_a_free_destination_arrives(self, backend: Backend) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=100, window=10),
+        ):
+            await queues.publish([mail(tag, f"d{tag}.test") for tag in range(5)])
+            await recorder.until(lambda recorder: len(recorder.leases) + len(recorder.told) >= 5)
+            await queues.publish([mail(9, "late.test")])
+            await recorder.until(lambda recorder: 9 in recorder.tags)
+            (lease,) = [lease for lease in recorder.leases if tag_of(lease) == 9]
+            assert (lease.destination, lease.queue) == ("late.test", "outbox")
+            assert lease.loaded and lease.message.body == b"body"
+            assert lease.size > len(b"body")
+
+    async def test_a_window_keeps_the_rest_in_the_queue(self, backend: Backend) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=100, window=2) as subscription,
+        ):
+            await self._settle_in(queues, recorder)
+            for tag in range(5):
+                await queues.publish([mail(tag)])
+            await recorder.until(lambda recorder: len(recorder.leases) == 2 and recorder.told != [])
+            assert recorder.tags == [0, 1]
+            assert [key for key, _ in recorder.told] == ["a.test"]  # once for all of them
+            taken = await subscription.take("a.test", 2)
+            assert ([tag_of(lease) for lease in taken.leases], taken.more) == ([2, 3], True)
+            taken = await subscription.take("a.test", 2)
+            assert ([tag_of(lease) for lease in taken.leases], taken.more) == ([4], False)
+
+    async def test_a_closed_window_and_one_that_is_forgotten(self, backend: Backend) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=100, window=10) as subscription,
+        ):
+            await self._settle_in(queues, recorder)
+            subscription.set_window("a.test", 0)
+            await queues.publish([mail(1)])
+            await recorder.until(lambda recorder: recorder.destinations == {"a.test"})
+            # One that waits for one destination keeps nothing from another.
+            await queues.publish([mail(2, "b.test")])
+            await recorder.until(lambda recorder: recorder.tags == [2])
+            taken = await subscription.take("a.test", 10)
+            await queues.ack([Settlement(lease) for lease in taken.leases])
+            subscription.forget("a.test")
+            await queues.publish([mail(3)])
+            await recorder.until(lambda recorder: recorder.tags == [2, 3])
+
+    async def test_prefetch_bounds_what_comes_by_itself(self, backend: Backend) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=3, window=10) as subscription,
+        ):
+            await self._settle_in(queues, recorder)
+            for tag in range(5):
+                await queues.publish([mail(tag, f"d{tag}.test")])
+            await recorder.until(lambda recorder: len(recorder.told) == 2)
+            assert recorder.tags == [0, 1, 2]
+            assert recorder.destinations == {"d3.test", "d4.test"}
+            taken = await subscription.take("d3.test", 1)  # that one is asked for
+            assert len(taken.leases) == 1
+
+    async def test_the_start_tells_of_each_destination_once(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(tag, f"d{tag % 700}.test") for tag in range(2100)])
+            await queues.publish([mail(9999, "later.test", due=backend.now + 60)])
+            recorder = Recorder()
+            async with queues.subscribe("outbox", recorder, prefetch=10, window=10):
+                await recorder.until(lambda recorder: len(recorder.destinations) == 701)
+                assert len(recorder.told) == 701
+                assert dict(recorder.told)["later.test"] == pytest.approx(
+                    backend.now + 60, abs=0.001
+                )
+                assert recorder.leases == []
+
+    # Take
+
+    async def test_what_is_leased_is_not_taken_twice(self, backend: Backend) -> None:
+        recorder = Recorder()
+        async with backend.open() as queues:
+            await queues.publish([mail(tag) for tag in range(10)])
+            async with queues.subscribe("outbox", recorder, prefetch=99, window=99) as subscription:
+                first = await subscription.take("a.test", 4)
+                second = await subscription.take("a.test", 100)
+                tags = [tag_of(lease) for lease in (*first.leases, *second.leases)]
+                assert tags == list(range(10))
+                assert (first.more, second.more) == (True, False)
+                assert (await subscription.take("a.test", 5)).leases == []
+                assert (await subscription.take("nothing.test", 5)).leases == []
+                queues.release(first.leases[2])
+                back = await subscription.take("a.test", 100)
+                assert [tag_of(lease) for lease in back.leases] == [2]
+            # The end of the context has given all of it back.
+            async with queues.subscribe("outbox", recorder, prefetch=99, window=99) as subscription:
+                taken = await subscription.take("a.test", 100)
+                assert [tag_of(lease) for lease in taken.leases] == list(range(10))
+
+    async def test_takes_of_many_destinations_at_once(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(tag, f"d{tag % 50}.test") for tag in range(500)])
+            found: list[int] = []
+            async with (
+                queues.subscribe("outbox", Recorder(), prefetch=9, window=9) as subscription,
+                trio.open_nursery() as nursery,
+            ):
+
+                async def take(destination: str) -> None:
+                    taken = await subscription.take(destination, 10)
+                    assert {lease.destination for lease in taken.leases} == {destination}
+                    found.extend(map(tag_of, taken.leases))
+
+                for number in range(50):
+                    nursery.start_soon(take, f"d{number}.test")
+            assert sorted(found) == list(range(500))
+
+    async def test_a_take_that_is_cancelled_leases_nothing(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(tag) for tag in range(10)])
+            async with queues.subscribe(
+                "outbox", Recorder(), prefetch=99, window=99
+            ) as subscription:
+                for _ in range(5):
+                    with trio.CancelScope() as scope:
+                        async with trio.open_nursery() as nursery:
+                            nursery.start_soon(subscription.take, "a.test", 5)
+                            await trio.testing.wait_all_tasks_blocked()
+                            scope.cancel()
+                with trio.fail_after(10):
+                    leases: list[Lease] = []
+                    while len(leases) < 10:
+                        leases += (await subscription.take("a.test", 10)).leases
+                assert len({lease.id for lease in leases}) == 10
+
+    async def test_a_higher_priority_goes_first(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(tag) for tag in range(5)])
+            await queues.publish([mail(10 + tag, priority=tag % 2 + 1) for tag in range(4)])
+            async with queues.subscribe("outbox", Recorder(), prefetch=9, window=9) as subscription:
+                leases = await drain(queues, subscription, "a.test", 2)
+            assert [tag_of(lease) for lease in leases] == [11, 13, 10, 12, *range(5)]
+
+    @pytest.mark.parametrize("limit", [1, 3, 10, 1000])
+    async def test_senders_take_turns(self, backend: Backend, limit: int) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(tag, envelope="bulk@x.test") for tag in range(500)])
+            singles = [f"s{number}@y.test" for number in range(5)]
+            await queues.publish([mail(1000, envelope=sender) for sender in singles])
+            async with queues.subscribe("outbox", Recorder(), prefetch=9, window=9) as subscription:
+                leases = await drain(queues, subscription, "a.test", limit)
+            tags = [tag_of(lease) for lease in leases]
+            assert Counter(tags)[1000] == 5
+            last = max(index for index, tag in enumerate(tags) if tag == 1000)
+            assert last < 20
+            assert [tag for tag in tags if tag != 1000] == list(range(500))
+
+    @pytest.mark.parametrize("limit", [1, 7, 50])
+    async def test_new_mail_and_retries_share_four_to_one(
+        self, backend: Backend, limit: int
+    ) -> None:
+        async with backend.open() as queues:
+            tried = [{"attempt": 1}]
+            await queues.publish([mail(tag) for tag in range(60)])
+            await queues.publish([mail(100 + tag, results=tried) for tag in range(40)])
+            async with queues.subscribe("outbox", Recorder(), prefetch=9, window=9) as subscription:
+                leases = await drain(queues, subscription, "a.test", limit)
+            tags = [tag_of(lease) for lease in leases]
+            assert sorted(tags) == [*range(60), *range(100, 140)]
+            for end in (25, 50, 75):
+                assert sum(tag >= 100 for tag in tags[:end]) == pytest.approx(end / 5, abs=1)
+            assert all(tag >= 100 for tag in tags[75:])  # either takes all when the other is gone
+
+    # Bodies
+
+    async def test_a_large_body_stays_until_it_is_asked_for(self, backend: Backend) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=9, window=1) as subscription,
+        ):
+            await self._settle_in(queues, recorder)
+            await queues.publish([mail(1, body=LARGE)])
+            await queues.publish([mail(2, body=LARGE), mail(3), mail(4, body=None)])
+            await recorder.until(lambda recorder: bool(recorder.leases and recorder.told))
+            leases = recorder.leases + list((await subscription.take("a.test", 9)).leases)
+            assert [(tag_of(lease), lease.loaded) for lease in leases] == [
+                (1, False), (2, False), (3, True), (4, True)
+            ]  # fmt: skip
+            for lease in leases[:2]:
+                assert lease.message.body is None
+                assert lease.size > len(LARGE)
+                await subscription.load(lease)
+                assert lease.loaded and lease.message.body == LARGE
+            assert [lease.message.body for lease in leases[2:]] == [b"body", None]
+            await queues.ack([Settlement(lease) for lease in leases])
+
+    @pytest.mark.parametrize("loaded", [True, False])
+    async def test_a_retry_keeps_the_body(self, backend: Backend, loaded: bool) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=9, window=0) as subscription,
+        ):
+            await queues.publish([mail(1, body=LARGE)])
+            for attempt in range(3):
+                (lease,) = (await subscription.take("a.test", 9)).leases
+                if loaded:
+                    await subscription.load(lease)
+                document = Publication("results", Message({"tag": attempt}))
+                await queues.ack([Settlement(lease, [document, again(lease, attempt=attempt)])])
+            (lease,) = (await subscription.take("a.test", 9)).leases
+            await subscription.load(lease)
+            assert lease.message.body == LARGE
+            assert lease.message.properties["attempt"] == 2
+
+    # Later
+
+    async def test_a_retry_for_later_tells_when(self, backend: Backend) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription,
+        ):
+            await self._settle_in(queues, recorder)
+            for tag in range(3):
+                await queues.publish([mail(tag)])
+            await recorder.until(lambda recorder: len(recorder.leases) == 3)
+            dues = [backend.now + seconds for seconds in (600, 900, 300)]
+            for lease, due in zip(list(recorder.leases), dues, strict=True):
+                await queues.ack([Settlement(lease, [again(lease, due, results=[1])])])
+            await recorder.until(lambda recorder: len(recorder.told) == 2)
+            assert recorder.told == [
+                ("a.test", pytest.approx(dues[0], abs=0.001)),
+                ("a.test", pytest.approx(dues[2], abs=0.001)),
+            ]
+            # Mail that waits for later is not in the way of new mail.
+            await queues.publish([mail(7)])
+            await recorder.until(lambda recorder: len(recorder.leases) == 4)
+            taken = await subscription.take("a.test", 9)
+            assert (taken.leases, taken.more) == ([], False)
+            assert taken.next_due == pytest.approx(dues[2], abs=0.001)
+            backend.now += 700
+            taken = await subscription.take("a.test", 9)
+            assert [tag_of(lease) for lease in taken.leases] == [2, 0]
+            assert taken.next_due == pytest.approx(dues[1], abs=0.001)
+
+    async def test_a_retry_may_go_elsewhere(self, backend: Backend) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription,
+        ):
+            await self._settle_in(queues, recorder)
+            await queues.publish([mail(1)])
+            await recorder.until(lambda recorder: recorder.tags == [1])
+            (lease,) = recorder.leases
+            await queues.ack([Settlement(lease, [again(lease, recipient="r@b.test")])])
+            await recorder.until(lambda recorder: recorder.destinations == {"b.test"})
+            assert (await subscription.take("a.test", 9)).leases == []
+            (moved,) = (await subscription.take("b.test", 9)).leases
+            assert (moved.destination, moved.message.recipient) == ("b.test", "r@b.test")
+
+    async def test_after_the_end_nothing_is_taken(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            async with queues.subscribe("outbox", Recorder(), prefetch=9, window=9) as subscription:
+                pass
+            with pytest.raises((trio.ClosedResourceError, QueueError)):
+                await subscription.take("a.test", 1)
+            with pytest.raises(ValueError, match="prefetch"):
+                async with queues.subscribe("outbox", Recorder(), prefetch=0, window=1):
+                    raise AssertionError
+
+    async def _settle_in(self, queues: Queues, recorder: Recorder) -> None:
+        """Wait until the subscription knows that the queue is empty: new mail arrives."""
+        with trio.fail_after(10):
+            number = 0
+            while not recorder.leases:
+                await queues.publish([mail(-1, f"first{number}.test")])
+                await recorder.until(lambda recorder: bool(recorder.told or recorder.leases))
+                recorder.told.clear()
+                number += 1
+        await queues.ack([Settlement(lease) for lease in recorder.leases])
+        recorder.leases.clear()

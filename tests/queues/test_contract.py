@@ -1,0 +1,34 @@
+"""The backends do what the interface says."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+
+from mailerq.queues import Queues
+from mailerq.queues.opening import open_embedded
+
+pytest.register_assert_rewrite("tests.queues.contract")
+
+from tests.queues.contract import Backend, Contract  # noqa: E402
+
+
+class Embedded:
+    """The embedded queue, on a clock that the tests move."""
+
+    durable = True
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.now = 1_700_000_000.0
+
+    def open(self) -> AbstractAsyncContextManager[Queues]:
+        return open_embedded(str(self.directory), clock=lambda: self.now)
+
+
+class TestEmbedded(Contract):
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> Backend:
+        return Embedded(tmp_path)

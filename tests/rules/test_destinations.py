@@ -1,0 +1,78 @@
+"""Places of mail: one key for one set of ways to go, and a lane that orders what waits there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mailerq.rules.destinations import MAX_KEY, RETRY_LANE, level_of, place_of
+
+
+def mail(**more: Any) -> dict[str, Any]:
+    return {"recipient": "ann@example.test", "envelope": "news@shop.test", **more}
+
+
+def test_mail_with_the_same_ways_to_go_has_one_key() -> None:
+    key = place_of(mail()).destination
+    assert key == place_of(mail(recipient="bob@EXAMPLE.test", envelope="x@y.test")).destination
+    assert key != place_of(mail(recipient="ann@other.test")).destination
+    assert key != place_of(mail(ips=["192.0.2.1"])).destination
+    assert key != place_of(mail(smarthost={"hostname": "relay.test"})).destination
+
+
+def test_the_order_of_local_addresses_does_not_matter() -> None:
+    first = place_of(mail(ips=["192.0.2.1", "192.0.2.2"])).destination
+    assert first == place_of(mail(ips=["192.0.2.2", "192.0.2.1"])).destination
+
+
+def test_domains_share_the_key_of_their_smarthost() -> None:
+    relay = {"hostname": "Relay.test", "port": 587}
+    one, two = (place_of(mail(recipient=r, smarthost=relay)) for r in ("a@b.test", "c@d.test"))
+    assert one.destination == two.destination
+
+
+def test_higher_priority_comes_first_whatever_else_is_said() -> None:
+    urgent = place_of(mail(priority=9, results=[{}])).lane
+    assert level_of(urgent) < level_of(place_of(mail()).lane)
+    assert urgent < place_of(mail()).lane
+    assert level_of(place_of(mail(priority=10**9)).lane) == 0
+
+
+def test_retries_have_lanes_of_their_own() -> None:
+    new, again = place_of(mail()).lane, place_of(mail(results=[{}])).lane
+    assert again == new + RETRY_LANE
+    assert level_of(again) == level_of(new)
+
+
+def test_a_tag_tells_mail_of_one_sender_apart() -> None:
+    assert place_of(mail(tags=["password"])).lane != place_of(mail(tags=["news"])).lane
+
+
+def test_verp_does_not_make_a_sender_many() -> None:
+    lanes = {place_of(mail(envelope=f"bounce+{n}=x@shop.test")).lane for n in range(100)}
+    assert len(lanes) == 1
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["recipient", "envelope", "smarthost", "ips", "tags", "priority", "results"]
+        ),
+        ANYTHING,
+    )
+)
+def test_whatever_a_message_says_it_has_a_place(properties: dict[str, Any]) -> None:
+    place = place_of(properties)
+    assert len(place.destination) <= MAX_KEY
+    assert place.destination.isprintable()
+    assert place.lane >= 0
+    assert place == place_of(properties)
