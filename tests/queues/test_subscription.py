@@ -153,6 +153,11 @@ async def test_bytes_bound_what_a_take_brings_and_what_comes_by_itself(
             sizes.append(len(taken.leases))
             more = taken.more
         assert sizes == [2, 2, 1]
+        # While so much is leased, bodies stay in the file until they are asked for.
+        (last,) = taken.leases
+        assert not last.loaded
+        await subscription.load(last)
+        assert last.message.body == bytes(10_000)
         recorder.told.clear()
         await queues.publish([mail(9, "b.test")])  # 50 kB are leased
         await recorder.until(lambda recorder: recorder.destinations == {"b.test"})

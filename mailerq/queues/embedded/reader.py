@@ -47,8 +47,8 @@ from mailerq.queues.embedded.open_queues import (
 from mailerq.queues.embedded.queue_reader import QueueReader
 from mailerq.queues.embedded.records import Row, aside, check, prepare
 from mailerq.queues.embedded.sqlite_file import translate
-from mailerq.queues.embedded.taking import ANY_SIZE, Found, Wanted
-from mailerq.queues.embedded.writer import MAX_BODY_BYTES, Request
+from mailerq.queues.embedded.taking import Found, Wanted
+from mailerq.queues.embedded.writer import Request
 from mailerq.queues.interface import DAMAGED_QUEUE, Taken
 
 __all__ = ["Maintenance", "Reader"]
@@ -222,7 +222,7 @@ class Reader:
                 take.limit,
                 tuple(destination.held),
                 destination.turns,
-                ANY_SIZE if take.taker.whole else MAX_BODY_BYTES,
+                take.taker.body_bytes(),
                 not queue.is_sorted,
             )
         checked: list[Checked] = []
@@ -251,7 +251,7 @@ class Reader:
             if isinstance(message, str):
                 self._put_aside(queue, take.destination, row, message)
                 continue
-            if taker.closed or (taker.whole and not taker.credit()):
+            if taker.closed or (take.task is None and not taker.credit()):
                 return False
             body_size = size or 0
             loaded = message.body is not None or row.body is None

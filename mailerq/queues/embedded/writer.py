@@ -49,12 +49,9 @@ from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.records import Batch, Insert, Retry
 from mailerq.queues.embedded.sqlite_file import translate
 
-__all__ = ["MAX_BODY_BYTES", "Request", "Writer"]
+__all__ = ["Request", "Writer"]
 
 logger = logging.getLogger("mailerq.queues")
-
-MAX_BODY_BYTES: Final = 1 << 16
-"""A larger body comes only when it is asked for, but to consumers, which cannot ask."""
 
 BATCH_MESSAGES: Final = 1_000
 BATCH_BYTES: Final = 64 << 20
@@ -263,7 +260,7 @@ class Writer:
                     properties = decode_properties(insert.properties)
                 given.add(id(properties))
                 body, size = insert.body, insert.size
-                loaded = body is None or taker.whole or len(body) <= MAX_BODY_BYTES
+                loaded = body is None or len(body) <= taker.body_bytes()
                 if not loaded:
                     body = None
                 lease = HeldLease(
