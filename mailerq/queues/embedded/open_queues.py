@@ -387,6 +387,8 @@ class OpenQueues:
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self.reader_ends = False
         self.look_now = False
+        self.unsorted = False
+        """Mail of the outbox has no place yet, and nobody is at it."""
         self.damaged: QueueDamaged | None = None
         self._to_wake: dict[Taker, None] = {}
 

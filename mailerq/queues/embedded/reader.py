@@ -3,7 +3,7 @@
 Theory of operation
 -------------------
 The reader serves jobs in turn: some of a destination (`Take`), a body (`Load`), a piece of the list
-of destinations (`Scan`). All jobs that have gathered are served in one go, and what came of them
+of destinations (`Scan`). All jobs that have come are served in one go, and what came of them
 is told with one call into each loop. A take is bounded in messages and in bytes, so a destination
 of a million messages, or of huge ones, costs no more memory than what is leased of it. What nobody
 takes is not read.
@@ -163,7 +163,7 @@ class Reader:
     # Jobs
 
     def _serve(self, job: Job | None) -> None:
-        """Serve a job and all that have gathered, and tell those who wait for them."""
+        """Serve a job and all that have come, and tell those who wait for them."""
         queues = self._queues
         done: list[Wakeable] = []
         began = since = time.monotonic()
@@ -342,9 +342,12 @@ class Reader:
         self._latest = max(self._latest, now)
         if time.monotonic() >= self._trimmed + TRIM_SECONDS:
             self._trimmed = time.monotonic()
-            self._write(Request(work=self._maintenance.trim()))
+            self._write(Request(work=self._maintenance.trim(), can_wait=True))
         queues.look_now = False
         self._try(self._look)
+        if queues.unsorted:
+            queues.unsorted = False
+            self._write(Request(work=self._maintenance.sort(), can_wait=True))
 
     def _try(self, look: Callable[[], None]) -> None:
         try:
@@ -373,7 +376,6 @@ class Reader:
         except QueueError:
             self._version = -1
             raise
-        unsorted = False
         with queues.lock:
             now = queues.now()
             for waiting in found:
@@ -381,11 +383,9 @@ class Reader:
                 if queue is None or waiting.id in queue.held:
                     continue
                 if queue.is_sorted and waiting.lane < 0:
-                    unsorted = True
+                    queues.unsorted = True
                 else:
                     queues.note(queue, waiting.destination, waiting.due, now)
-        if unsorted:
-            self._write(Request(work=self._maintenance.sort()))
         self._tell([])
 
     def _complain(self, problem: QueueError, *, told: bool = False) -> None:
