@@ -418,6 +418,6 @@ def sessions_for(messages: int, most: int = 32) -> int:
     """How many sessions that many messages are worth, waiting ones and those under way.
 
     >>> [sessions_for(messages) for messages in (0, 1, 2, 4, 10, 20, 100, 500)]
-    [0, 1, 2, 3, 7, 12, 29, 32]
+    [0, 1, 1, 2, 4, 7, 22, 32]
     """
-    return math.ceil(min(messages, most * (1 - math.exp(-0.023 * messages))))
+    return math.ceil(most * (1 - math.exp(-0.0115 * messages)))
