@@ -112,14 +112,9 @@ class Flow:
     # Mail in
 
     @property
-    def may_take(self) -> bool:
-        """Whether mail that is taken for it can be sent, as far as is known."""
-        return not self.down
-
-    @property
-    def room(self) -> int:
-        """Messages that it may have beside those that wait."""
-        return max(self.window - len(self.jobs), 0)
+    def failed(self) -> bool:
+        """Whether nobody let it in, the last time."""
+        return self._failures > 0
 
     def add(self, job: Job) -> None:
         """Send a message as soon as may be."""
