@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import QueueError
+from mailerq.errors import MessageDamaged, QueueError
 from mailerq.live import Live
 from mailerq.message import format_time
 from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
@@ -196,6 +196,7 @@ class Dispatcher:
         self.stopping = True
         self._working.cancel_scope.cancel()
         for flow in list(self._flows):
+            self.openings.forget(flow)
             while flow.jobs:
                 self.put_back(flow.jobs.popleft())
         for jobs in self._looking_up.values():
@@ -407,6 +408,8 @@ class Dispatcher:
         """Fetch a body that is only in the queue; what keeps it from being sent."""
         try:
             await self._bodies.load(job.lease)
+        except MessageDamaged:
+            return responses.OWN_FAULT  # the queue has set it aside, and its lease is over
         except QueueError as error:
             self.counters.queue_errors += 1
             log.error("cannot read the body of message %d: %s", job.lease.id, error)
@@ -492,11 +495,12 @@ class Dispatcher:
         """Look at some mail of a flow: finish what has expired, and try one message."""
         job: Job | None = None
         seen = 0
+        most = max(min(ASK_MESSAGES, self._intake.room), 1) if flow.failed else 1
         for _ in range(len(flow.ready)):
             destination = self._intake.next_ready(flow)
-            if destination is None or seen >= ASK_MESSAGES:
+            if destination is None or seen >= most:
                 break
-            leases = await self._intake.take(destination, ASK_MESSAGES - seen)
+            leases = await self._intake.take(destination, most - seen)
             seen += max(len(leases), 1)
             for lease in leases:
                 each = self._judge(lease)

@@ -123,14 +123,9 @@ class Flow:
     # Mail in
 
     @property
-    def may_take(self) -> bool:
-        """Whether mail that is taken for it can be sent, as far as is known."""
-        return not self.down
-
-    @property
-    def room(self) -> int:
-        """Messages that it may have beside those that wait."""
-        return max(self.window - len(self.jobs), 0)
+    def failed(self) -> bool:
+        """Whether nobody let it in, the last time."""
+        return self._failures > 0
 
     def add(self, job: Job) -> None:
         """Send a message as soon as may be."""
@@ -430,6 +425,6 @@ def sessions_for(messages: int, most: int = 32) -> int:
     """How many sessions that many messages are worth, waiting ones and those under way.
 
     >>> [sessions_for(messages) for messages in (0, 1, 2, 4, 10, 20, 100, 500)]
-    [0, 1, 2, 3, 7, 12, 29, 32]
+    [0, 1, 1, 2, 4, 7, 22, 32]
     """
-    return math.ceil(min(messages, most * (1 - math.exp(-0.023 * messages))))
+    return math.ceil(most * (1 - math.exp(-0.0115 * messages)))

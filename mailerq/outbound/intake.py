@@ -101,6 +101,11 @@ class Intake:
             else:
                 self.waiting(*each)
 
+    @property
+    def room(self) -> int:
+        """Messages that may be in memory beside those that are."""
+        return max(self._most - self.leased, 0)
+
     # What the queue says
 
     def arrived(self, leases: Sequence[Lease]) -> None:
@@ -276,8 +281,7 @@ class Intake:
 
     def _memory_for(self, flow: Flow) -> int:
         """How many messages more a flow may have in memory."""
-        left = self._most - self.leased
-        return max(left, 0) or int(bool(flow.sessions) and not flow.held)
+        return self.room or int(bool(flow.sessions) and not flow.held)
 
     def next_ready(self, flow: Flow) -> Destination | None:
         """The destination that a flow takes from next: each in turn."""

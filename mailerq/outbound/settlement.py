@@ -29,7 +29,7 @@ import msgspec
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import MessageError, QueueError
+from mailerq.errors import MessageDamaged, MessageError, QueueError
 from mailerq.escaping import escape, escape_field
 from mailerq.live import Live
 from mailerq.message import Message, Result, check_nesting, encode_properties, format_time
@@ -269,8 +269,9 @@ class Settlements:
 
     async def _fetch_body(self, finished: Finished) -> None:
         """Put the body where a copy of the mail is published."""
-        lease, publications = finished.settlement.lease, []
+        lease = finished.settlement.lease
         await self._fetch(lease)
+        publications = []
         for each in finished.settlement.publications:
             if each.queue not in (self._outbox, self._config.report_queue):
                 copy = Message(each.message.properties, lease.message.body)
@@ -284,6 +285,8 @@ class Settlements:
         while not lease.loaded:
             try:
                 await self._told.fetch(lease)
+            except MessageDamaged:
+                return  # the queue has set it aside, and the lease is over
             except QueueError as error:
                 self._counters.queue_errors += 1
                 self._say_unwritten("cannot read the body of %d, trying again: %s", lease.id, error)

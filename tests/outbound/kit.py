@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from mailerq.config import Config
-from mailerq.errors import MessageError, QueueError
+from mailerq.errors import MessageDamaged, MessageError, QueueError
 from mailerq.live import Live
 from mailerq.message import Message
 from mailerq.net.logs import LogFile
@@ -80,6 +80,8 @@ class MemoryQueues(Queues):
         """Bodies of more bytes are not loaded when a message is taken."""
         self.late: dict[int, bytes | None] = {}
         self.loads = 0
+        self.damaged: set[int] = set()
+        """Leases whose bodies cannot be used."""
         self.on_time: Callable[[], None] = lambda: None
         self._ids = 0
         self._changed = trio.Event()
@@ -147,6 +149,8 @@ class MemoryQueues(Queues):
             self.failures -= 1
             raise QueueError("disk full")
         for settlement in settlements:
+            if settlement.lease.id not in self.leased:
+                raise ValueError(f"lease {settlement.lease.id} is over")
             for publication in settlement.publications:
                 self.check(publication)
             if (error := self.object_to(settlement)) is not None:
@@ -264,6 +268,10 @@ class MemorySubscription(Subscription):
     async def load(self, lease: Lease) -> None:
         await trio.lowlevel.checkpoint()
         assert not lease.loaded
+        if lease.id in self.queues.damaged:
+            self.queues.leased.pop(lease.id, None)
+            self.queues.touch()
+            raise MessageDamaged("the checksum does not fit")
         lease.message.body = self.queues.late[lease.id]
         lease.loaded = True
         self.queues.loads += 1

@@ -376,6 +376,23 @@ async def test_no_flow_waits_for_the_memory_of_others() -> None:
             assert len(bench.queues.leased) <= 10
 
 
+async def test_flows_that_wait_are_forgotten_when_deliveries_stop() -> None:
+    async with open_bench(slots=Slots(1), connection_maxidle=60_000) as bench:
+
+        async def stalls(peer: PeerConnection) -> None:
+            await peer.hello()
+            await trio.sleep_forever()
+
+        bench.peer.scripts += [stalls] * 3
+        for number in range(20):
+            bench.send(recipient=f"c@d{number}.test")
+        await bench.until(lambda figures: figures["connections"] == 1)
+        await bench.dispatcher.stop(0)
+        assert not bench.dispatcher.openings.contended
+        assert bench.dispatcher.openings.slots.used == 0
+        assert not bench.queues.leased
+
+
 # Connections
 
 
@@ -480,6 +497,20 @@ async def test_a_result_that_keeps_the_mail_gets_the_large_body_too() -> None:
         await bench.results("failure")
         (message,) = bench.queues["failure"]
         assert message.body == body.encode()
+
+
+@pytest.mark.parametrize("expired", [False, True])
+async def test_a_large_body_that_is_damaged_costs_its_message_and_no_other(expired: bool) -> None:
+    async with open_bench() as bench:
+        queues = with_late_bodies(bench)
+        queues.damaged.add(1)
+        more = {"maxdelivertime": format_time(NOW - 1)} if expired else {}
+        bench.send(body="x" * 700 + "\r\n", keepmime=True, **more)
+        await queues.until(lambda _: not queues.leased)
+        bench.send(body="y" * 700 + "\r\n")
+        await bench.results("success")
+        assert len(bench.peer.mails) == 1
+        assert queues["outbox"] == queues["failure"] == []
 
 
 async def test_large_bodies_share_a_bound_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
