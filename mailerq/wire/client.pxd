@@ -8,7 +8,7 @@ cdef class ClientProtocol:
     cdef public Py_ssize_t replies, _at
     cdef public bint careful
     cdef public bint out_of_step, _eof, _ahead, _proved, _doubted, _fresh, _transaction_open
-    cdef public bint _body_due, _asked, _undecided, _last, _alone, _farewell
+    cdef public bint _body_due, _asked, _undecided, _last, _farewell
     cdef public bytes _hostname, _input, _code
     cdef public dict extensions
     cdef public list _output, _lines

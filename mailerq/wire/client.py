@@ -28,8 +28,9 @@ is: 354 answers DATA only; 503, or the status 5.5.1 (RFC 3463, section 3.6), ans
 whose predecessor was refused; 221 answers QUIT only. Hence one rule: **a reply that ends a mail
 for good counts only when what follows proves that the session is in step.** So a command follows
 each body: the next envelope, QUIT behind the last mail of a session, else RSET, of which busy
-servers allow one a mail where they count NOOP. RSET and QUIT go out with the body where the peer
-offers PIPELINING, and else when the body is answered.
+servers allow one a mail where they count NOOP. QUIT goes out with the body where the peer offers
+PIPELINING. RSET waits for the reply: many peers close behind their reply to the last mail that
+they take in a session, and a 250 that may be the answer to RSET would then prove nothing.
 
 - *RSET* proves an acceptance. If the 2xx before were not the reply to the body, that one would be
   in the place of the reply to RSET: either it is no 2xx, or the mail was accepted all the same.
@@ -44,8 +45,8 @@ offers PIPELINING, and else when the body is answered.
 - *An envelope is refused with 5xx.* 5xx to all that was pipelined behind proves it: the refusal
   meant for this mail is among them. So does 354. Where nothing was pipelined behind, QUIT must.
   If the session ends before, the refusal counts on a new connection only.
-- *The peer closes instead of answering RSET or QUIT.* That proves a reply to a body that cannot
-  be the one to RSET: QUIT was sent, or RSET after the reply, or the reply is 5xx above 504.
+- *The peer closes instead of answering RSET or QUIT.* That proves the reply to a body, which cannot
+  be the answer to either.
 - *The peer was out of step before* (`careful`), or answered no dot that something went out with.
   Nothing goes out with a body then, and QUIT follows its reply. 421 and silence prove as much as
   the end of the stream: a peer that leaves so each time would get the mail again and again.
@@ -266,7 +267,6 @@ class ClientProtocol:
         self._undecided = False  # what goes out behind the body
         self._last = False  # QUIT does
         self._ahead = False  # an envelope did, and the verdict on the body is not reported
-        self._alone = False  # nothing did before the body was answered
         self._held: Reply | None = None  # the reply to a body, while it is not proved
         self._farewell = False  # 421 ended the session
         self._refusal: Refused | None = None
@@ -388,7 +388,8 @@ class ClientProtocol:
         output = self._output
         if self._undecided:
             self._undecided = False
-            output[-1] += self._ask_for_proof(goodbye=self._last)
+            if self._last:
+                output[-1] += self._ask_for_proof(goodbye=True)
         if not output or (self._at < len(self._input) and self.step is _MESSAGE):
             return b""
         if block := next(self._blocks, b""):
@@ -592,8 +593,7 @@ class ClientProtocol:
                 raise self._invalid(_MESSAGE, reply)
             return None
         temporary = reply.code // 100 == 4
-        self._alone = not self._due
-        if self._alone:
+        if not self._due:
             if temporary:
                 return _verdict(reply)
             if self._more_came():
@@ -689,7 +689,7 @@ class ClientProtocol:
             return False
         clear = reply.code >= 500 and reply.code not in _ABOUT_COMMANDS
         of_body = _ends_body(ending)
-        if self.step is _QUIT or (self.step is _RESET and of_body and (self._alone or clear)):
+        if self.step is _QUIT or (self.step is _RESET and of_body):
             # The end came in place of the reply to the proof, and `reply` cannot be that one.
             closed = problem is Problem.LOST and not self._farewell
             if closed or (self.careful and of_body):

@@ -16,7 +16,7 @@ from tests.outbound.kit import Bench, PeerConnection, open_bench
 def change(bench: Bench, *, reroute: bool = False, **settings: Any) -> None:
     live = bench.dispatcher._live
     live.exchange(Snapshot(live.current.config.replace(**settings), live.current.number + 1))
-    bench.dispatcher.reload(bench.dispatcher._send_log, reroute=reroute)
+    bench.dispatcher.reload(bench.dispatcher._settlements.send_log, reroute=reroute)
 
 
 async def take_mail(peer: PeerConnection) -> None:

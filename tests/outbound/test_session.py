@@ -35,6 +35,7 @@ class StubFlow:
     """A flow with the jobs of a test and one session."""
 
     local_ip = None
+    config = Config(hostname="me.test", connection_maxidle=60_000)
 
     def __init__(self, port: int) -> None:
         self.route = Route("d.test", "d.test", port, mx=False)
@@ -69,8 +70,7 @@ class Bench:
     def __init__(self, peer: Peer, port: int, worker: StubWorker) -> None:
         self.peer = peer
         self.flow = StubFlow(port)
-        config = Config(hostname="me.test", connection_maxidle=60_000)
-        self.session = Session(self.flow, config, worker)  # type: ignore[arg-type]
+        self.session = Session(self.flow, worker)  # type: ignore[arg-type]
 
     def give(self) -> None:
         message = Message({"envelope": "a@b.test", "recipient": "c@d.test"})
