@@ -41,7 +41,7 @@ async def test_a_share_is_delivered_until_its_own_process_wants_it(tmp_path: Pat
             with trio.fail_after(20):
                 lock = await own(directory)
             assert engine.statistics()["shares"] == [0]
-            with open_exclusive(directory, lock) as store:
+            with open_exclusive(directory, lock=lock) as store:
                 assert store.depths() == []
 
 

@@ -22,9 +22,13 @@ ME = "192.0.2.99"
 
 
 def resolver_of(server: DnsServer, **settings: Any) -> Resolver:
-    defaults = {"dns_timeout": 5.0, "dns_attempts": 2, "dns_servers": [server.address]}
-    config = Config(hostname="me.test", **{**defaults, **settings})
+    config = config_of(server, **settings)
     return Resolver(config, leads_here=lambda address: address in (ME, "127.0.0.1", "::1"))
+
+
+def config_of(server: DnsServer, **settings: Any) -> Config:
+    defaults = {"dns_timeout": 5.0, "dns_attempts": 2, "dns_servers": [server.address]}
+    return Config(**{"hostname": "me.test", **defaults, **settings})
 
 
 def addresses(found: tuple[Host, ...] | NoHosts) -> list[str]:
@@ -439,10 +443,10 @@ async def test_other_settings_hold_for_the_next_lookup() -> None:
     async with open_dns_server({("d.test", "A"): ["192.0.2.1"]}) as server:
         resolver = resolver_of(server)
         assert addresses(await resolver.mail_hosts("d.test")) == ["192.0.2.1"]
-        resolver.configure(Config(hostname="me.test", smtp_out_forbidden=networks))
+        resolver.configure(config_of(server, smtp_out_forbidden=networks))
         assert reply_to(await resolver.mail_hosts("d.test")) == (550, "5.7.1")
         assert server.questions["d.test", "A"] == 2  # what was known is asked again
-        resolver.configure(Config(hostname="d.test"))
+        resolver.configure(config_of(server, hostname="d.test"))
         assert reply_to(await resolver.mail_hosts("d.test")) == (554, "5.4.6")
 
 
@@ -459,7 +463,7 @@ async def test_a_lookup_under_way_keeps_its_answer_to_itself() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(look)
             await trio.testing.wait_all_tasks_blocked()
-            resolver.configure(Config(hostname="d.test"))
+            resolver.configure(config_of(server, hostname="d.test"))
             nursery.start_soon(look)
             await trio.testing.wait_all_tasks_blocked()
             server.may_answer.set()
