@@ -86,7 +86,7 @@
  *  THREADS
  *
  *  There are `smtp-threads` worker threads, each with its own context. A connection stays on one of
- *  them. All callbacks for it, and all timers and watchers that were made with that context, run on
+ *  them; outgoing ones are all on the first. All callbacks for it, and all timers and watchers that were made with that context, run on
  *  that thread and one at a time, so data that is kept per context or per connection needs no lock.
  *  Data that is shared by several threads does. Callbacks of different workers do run in parallel,
  *  and no lock of Python's is held. A callback that blocks holds up every session of its worker.

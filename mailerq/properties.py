@@ -142,7 +142,7 @@ PROPERTIES: Final = (
     ),
     Property(
         "maxdelivertime", DELIVERY, "a time",
-        "When it is given up. Absent: `max-delivertime` after it was first seen.", _is_str,
+        "When it is given up. Absent: `max-delivertime` after `seen`.", _is_str,
     ),
     Property(
         "maxattempts", DELIVERY, "a whole number",
@@ -235,7 +235,7 @@ PROPERTIES: Final = (
     Property("domain", WRITTEN, "a string", "The domain of the recipient."),
     Property(
         "seen", WRITTEN, "a time",
-        "When it was first taken from the outbox; from then on `max-delivertime` counts.",
+        "When it became due in the outbox first; from then on `max-delivertime` counts.",
     ),
     Property("received", WRITTEN, "a time", "When the mail came in, by SMTP or a command line."),
     Property("hostname", WRITTEN, "a string", "The name of the server that took the mail."),
