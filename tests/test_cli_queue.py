@@ -104,6 +104,52 @@ def test_nothing_that_is_printed_deceives_a_terminal(tmp_path: Path) -> None:
     assert [output for output in outputs if not output.replace("\n", "").isprintable()] == []
 
 
+def test_show_counts_by_destination(directory: Path) -> None:
+    with QueueFile.open(str(directory)) as file:
+        mail = [{"recipient": f"r@{name}.test"} for name in ("a", "z", "z", "z")]
+        file.publish([Publication("outbox", Message(properties)) for properties in mail])
+    lines = run(directory, "queue", "show", "--destinations").splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["DESTINATION", "DUE", "DELAYED", "TOTAL"],
+        ["a.test", "1", "0", "1"],
+        ["d.test", "2", "1", "3"],
+        ["z.test", "3", "0", "3"],
+    ]
+    (line,) = run(directory, "queue", "show", "--destinations", "--json", "--limit=1").splitlines()
+    found = json.loads(line)
+    assert found.pop("first")
+    assert found == {"destination": "d.test", "due": 2, "delayed": 1, "total": 3}
+
+
+def test_a_long_table_is_printed_as_it_is_read(directory: Path) -> None:
+    with QueueFile.open(str(directory)) as file:
+        file.publish([Publication("long", Message({"recipient": "r@a.test"})) for _ in range(2500)])
+    lines = run(directory, "queue", "show", "long").splitlines()
+    assert len(lines) == 2501
+    assert all("r@a.test" in line for line in lines[1:])
+    some = run(directory, "queue", "show", "long", "--limit=1234", "--json").splitlines()
+    ids = [json.loads(line)["id"] for line in some]
+    assert ids == list(range(ids[0], ids[0] + 1234))
+
+
+def test_compact_gives_free_room_back(directory: Path) -> None:
+    path = directory / "queue.db"
+    with QueueFile.open(str(directory)) as file:
+        numbers = file.publish(
+            [Publication("gone", Message({}, bytes(100_000))) for _ in range(50)]
+        )
+        file.remove(numbers)
+    before = path.stat().st_size
+    reply = json.loads(run(directory, "queue", "compact", "--json"))
+    assert reply == {"file": str(path), "before": before, "after": path.stat().st_size}
+    assert reply["after"] < before // 10
+    assert len(run(directory, "queue", "show", "--json").splitlines()) == 3
+    with open_exclusive(str(directory)):
+        said = run(directory, "queue", "compact", status=os.EX_TEMPFAIL)
+    assert "held by another mailerq" in said
+    assert f"{path}: " in run(directory, "queue", "compact")
+
+
 def test_show_says_why_the_last_attempt_came_to_nothing(directory: Path) -> None:
     results: list[object] = [
         None,

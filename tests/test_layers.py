@@ -52,6 +52,16 @@ def test_no_group_is_possessive(tmp_path: Path) -> None:
         ("__init__.py", "from mailerq import config", "before it is used"),
         ("outbound/a.py", "from mailerq.inbound import b", "outbound may not import inbound"),
         ("inbound/a.py", "from mailerq.outbound import b", "inbound may not import outbound"),
+        (
+            "queues/embedded/a.py",
+            "from mailerq.queues.opening import b",
+            "may not import queues.opening",
+        ),
+        (
+            "queues/recovery/a.py",
+            "import mailerq.queues.opening",
+            "may not import queues.opening",
+        ),
         ("unheard.py", "", "not in the list of layers"),
     ],
 )

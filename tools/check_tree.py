@@ -53,6 +53,11 @@ LAYERS: Final = (
 STRANGERS: Final = (("outbound", "inbound"),)
 """Layers that know nothing of each other, although one stands before the other in the list."""
 
+ROOMS: Final = {
+    "queues": ("interface", "embedded", "recovery", "opening"),
+}
+"""Within a layer as well: what stands first knows nothing of what comes after it."""
+
 WITH_TRIO: Final = frozenset({"plugins", "queues", "net", "inbound", "outbound", "engine", "cli"})
 
 PURE: Final = frozenset({"wire", "mail", "rules"})
@@ -145,6 +150,8 @@ def broken_layers(root: Path = ROOT) -> Iterator[str]:
                 other = rest.split(".")[0]
                 if other in LAYERS and LAYERS.index(other) > LAYERS.index(layer):
                     yield f"{where}:{line}: {layer} may not import {other}, which is above it"
+                if layer == other and _breaks_rooms(layer, path, rest):
+                    yield f"{where}:{line}: may not import {rest}, which is above it"
                 if (layer, other) in STRANGERS:
                     yield f"{where}:{line}: {layer} may not import {other}: neither needs the other"
                 if other == "_core" and layer not in (*DOORS_TO_C, "_core"):
@@ -157,6 +164,16 @@ def broken_layers(root: Path = ROOT) -> Iterator[str]:
                 yield f"{where}:{line}: C is called in _core only"
         if layer in PURE and path.suffix == ".py":
             yield from _clocks(path, where)
+
+
+def _breaks_rooms(layer: str, path: Path, imported: str) -> bool:
+    """Whether a file imports from a room of its own layer that stands above its own."""
+    rooms = ROOMS.get(layer, ())
+    own = [name for name in rooms if name in (*path.parts, path.stem)]
+    other = imported.split(".")[1:2]
+    if not own or not other or other[0] not in rooms:
+        return False
+    return rooms.index(other[0]) > rooms.index(own[-1])
 
 
 def _clocks(path: Path, where: Path) -> Iterator[str]:

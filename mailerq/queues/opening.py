@@ -135,8 +135,12 @@ def compact_files(config: Config) -> Iterator[tuple[str, int, int]]:
     if not directories:
         raise FileNotFoundError
     for directory in directories:
-        with open_exclusive(directory, config.rabbitmq_outbox) as file:
-            yield (file.path, *file.compact())
+        with (
+            as_owner(directory, config.user),
+            open_exclusive(directory, config.rabbitmq_outbox) as file,
+        ):
+            sizes = file.compact()
+        yield (file.path, *sizes)
 
 
 def _directories(config: Config) -> Iterator[str]:

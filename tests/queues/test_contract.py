@@ -9,10 +9,7 @@ import pytest
 
 from mailerq.queues import Queues
 from mailerq.queues.opening import open_embedded
-
-pytest.register_assert_rewrite("tests.queues.contract")
-
-from tests.queues.contract import Backend, Contract  # noqa: E402
+from tests.queues.contract import Backend, Contract
 
 
 class Embedded:

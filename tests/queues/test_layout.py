@@ -17,8 +17,10 @@ import apsw
 import pytest
 import trio
 
+from mailerq.errors import QueueFull
 from mailerq.message import Message
 from mailerq.queues import Lease, Publication, Settlement
+from mailerq.queues.embedded import queue_file, reader
 from mailerq.queues.embedded.layout import LAYOUT, PAGE_SIZE, UNSORTED
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import share_directory
@@ -145,6 +147,30 @@ async def test_mail_of_an_old_file_is_sorted_while_it_is_taken(
     assert all((destination, lane) == places[number] for number, destination, lane in rows)
     counts = Counter(destination for _, destination, _ in rows)
     assert {depth.destination: depth.due + depth.delayed for depth in depths} == counts
+
+
+async def test_sorting_goes_on_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(queue_file, "SORT_ROWS", 100)
+    monkeypatch.setattr(reader, "POLL_SECONDS", 0.01)
+    write_old_file(tmp_path, old_messages(1000))
+    sort_steps, told = QueueFile.sort_steps, Told()
+
+    def fail_once(self: QueueFile) -> Iterator[list[Any]]:
+        yield next(sort_steps(self))
+        monkeypatch.setattr(QueueFile, "sort_steps", sort_steps)
+        raise QueueFull("no space left")
+
+    monkeypatch.setattr(QueueFile, "sort_steps", fail_once)
+    with trio.fail_after(20):
+        async with (
+            open_embedded(str(tmp_path), clock=lambda: NOW) as queues,
+            queues.subscribe("outbox", told, prefetch=100, window=10),
+        ):
+            while len(told.due) < DOMAINS * 9 // 10:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+    assert "cannot be sorted by destination, trying again: no space left" in caplog.text
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.3, 0.8])

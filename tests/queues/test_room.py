@@ -9,11 +9,11 @@ import trio
 
 from mailerq.errors import QueueFull
 from mailerq.message import Message
-from mailerq.queues import Publication, Settlement
+from mailerq.queues import Publication, Settlement, opening
 from mailerq.queues.embedded import queue_file as store
 from mailerq.queues.embedded.disk import Room, room
 from mailerq.queues.embedded.queue_file import QueueFile
-from mailerq.queues.opening import open_embedded
+from mailerq.queues.opening import open_embedded, open_exclusive
 
 
 def publication(tag: int, due: float | None = None) -> Publication:
@@ -83,3 +83,27 @@ async def test_without_room_a_retry_is_a_new_due_time(
             (entry,) = await queues.browse("outbox")
             assert (entry.due, entry.message.properties) == (4e9, kept)
             assert entry.message.body == bytes(20_000)
+
+
+def test_a_start_compacts_a_file_that_is_mostly_air(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(opening, "COMPACT_FREE", 1_000_000)
+    path = tmp_path / "queue.db"
+    with open_exclusive(str(tmp_path)) as file:
+        numbers = file.publish([publication(tag) for tag in range(200)])
+        file.remove(numbers[:80])
+    before = path.stat().st_size
+    with open_exclusive(str(tmp_path)) as file:
+        assert path.stat().st_size == before  # more of it is in use
+        file.remove(numbers[80:190])
+    pretend(monkeypatch, 1000)
+    with open_exclusive(str(tmp_path)):
+        assert path.stat().st_size == before
+    assert "too few to compact it" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(opening, "COMPACT_FREE", 1_000_000)
+    with open_exclusive(str(tmp_path)) as file:
+        assert path.stat().st_size < before // 5
+        assert file.browse("outbox")[0].id == numbers[190]
+        assert len(file.browse("outbox")) == 10

@@ -50,7 +50,7 @@ from mailerq.errors import QueueDamaged
 from mailerq.queues.embedded.layout import UNSORTED
 from mailerq.queues.embedded.queue_reader import BEFORE_LANES
 from mailerq.queues.embedded.sqlite_file import mark
-from mailerq.queues.embedded.taking import FIRST_TURN
+from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN
 from mailerq.queues.interface import Lease
 
 if TYPE_CHECKING:
@@ -122,9 +122,6 @@ class HeldLease(Lease, eq=False):
 class Taker:
     """Who gets messages of one queue, on one loop."""
 
-    whole = True
-    """Whether bodies of any size come along."""
-
     def __init__(self, queue: OpenQueue, prefetch: int) -> None:
         self.queue = queue
         self.prefetch = prefetch
@@ -144,6 +141,10 @@ class Taker:
     def room(self, destination: Destination) -> int:
         """How many new messages of a destination may come by themselves."""
         return self.credit()
+
+    def body_bytes(self) -> int:
+        """The size of the largest body that comes along with its message."""
+        return ANY_SIZE
 
     def give(self, lease: HeldLease) -> bool:
         """A message is its own now; whether its loop must be woken for that."""
@@ -386,6 +387,8 @@ class OpenQueues:
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self.reader_ends = False
         self.look_now = False
+        self.unsorted = False
+        """Mail of the outbox has no place yet, and nobody is at it."""
         self.damaged: QueueDamaged | None = None
         self._to_wake: dict[Taker, None] = {}
 

@@ -334,8 +334,12 @@ class QueueFile(QueueReader):
     def compact(self) -> tuple[int, int]:
         """Write the file anew without what is free in it: its bytes before and after.
 
-        Nobody else may have it open. It takes room for what is in the file twice.
+        Nobody else may have it open. It takes room for what is in the file twice; without that it
+        is `QueueFull`.
         """
+        found = room(self.path)
+        if not found.holds(self.free()[1]):
+            raise QueueFull(f"{self.path}: {found.free} bytes are free, too few to compact it")
         try:
             connection = self.connection
             before = os.stat(self.path).st_size

@@ -75,7 +75,7 @@ class EmbeddedQueues(BrowsableQueues):
         self._bounds = [each for each in bounds if each.messages or each.seconds]
         self._trimmed = self._trimmed_before = 0
         self._said = -math.inf  # when the log said last that something was, by time.monotonic
-        self._closed = False
+        self._closed = self._sort_failed = False
         self._writer = Writer(file, self._queues)
         self._batchers: dict[trio.lowlevel.TrioToken, Batcher] = {}
         self._reader = Reader(
@@ -102,7 +102,7 @@ class EmbeddedQueues(BrowsableQueues):
         queues = cls(file, clock, bounds)
         try:
             if file.exclusive:
-                queues._writer.put(Request(work=queues._sort()))
+                queues._writer.put(Request(work=queues._sort(), can_wait=True))
             yield queues
         finally:
             with trio.CancelScope(shield=True):
@@ -273,16 +273,25 @@ class EmbeddedQueues(BrowsableQueues):
     def _sort(self) -> Iterator[int]:
         """Give mail of the outbox its place that has none, some rows a commit; for the writer."""
         total = 0
-        for places in self._file.sort_steps():
-            with self._queues.changing():
-                now = self._queues.now()
-                queue = self._queues.queues.get(self._file.outbox)
-                if queue is not None:
-                    for place in places:
-                        self._queues.note(queue, place.destination, place.due, now)
-                    self._queues.pump(queue)
-            total += len(places)
-            yield len(places)
+        try:
+            for places in self._file.sort_steps():
+                with self._queues.changing():
+                    now = self._queues.now()
+                    queue = self._queues.queues.get(self._file.outbox)
+                    if queue is not None:
+                        for place in places:
+                            self._queues.note(queue, place.destination, place.due, now)
+                        self._queues.pump(queue)
+                total += len(places)
+                yield len(places)
+        except QueueDamaged:
+            raise
+        except QueueError as error:
+            if not self._sort_failed:
+                logger.error("the outbox cannot be sorted by destination, trying again: %s", error)
+            self._sort_failed = self._queues.unsorted = True
+        else:
+            self._sort_failed = False
         if total:
             logger.warning("%d messages of the outbox were sorted by destination", total)
 

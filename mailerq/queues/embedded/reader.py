@@ -3,7 +3,7 @@
 Theory of operation
 -------------------
 The reader serves jobs in turn: some of a destination (`Take`), a body (`Load`), a piece of the list
-of destinations (`Scan`). All jobs that have gathered are served in one go, and what came of them
+of destinations (`Scan`). All jobs that have come are served in one go, and what came of them
 is told with one call into each loop. A take is bounded in messages and in bytes, so a destination
 of a million messages, or of huge ones, costs no more memory than what is leased of it. What nobody
 takes is not read.
@@ -47,8 +47,8 @@ from mailerq.queues.embedded.open_queues import (
 from mailerq.queues.embedded.queue_reader import QueueReader
 from mailerq.queues.embedded.records import Row, aside, check, prepare
 from mailerq.queues.embedded.sqlite_file import translate
-from mailerq.queues.embedded.taking import ANY_SIZE, Found, Wanted
-from mailerq.queues.embedded.writer import MAX_BODY_BYTES, Request
+from mailerq.queues.embedded.taking import Found, Wanted
+from mailerq.queues.embedded.writer import Request
 from mailerq.queues.interface import DAMAGED_QUEUE, Taken
 
 __all__ = ["Maintenance", "Reader"]
@@ -163,7 +163,7 @@ class Reader:
     # Jobs
 
     def _serve(self, job: Job | None) -> None:
-        """Serve a job and all that have gathered, and tell those who wait for them."""
+        """Serve a job and all that have come, and tell those who wait for them."""
         queues = self._queues
         done: list[Wakeable] = []
         began = since = time.monotonic()
@@ -222,7 +222,7 @@ class Reader:
                 take.limit,
                 tuple(destination.held),
                 destination.turns,
-                ANY_SIZE if take.taker.whole else MAX_BODY_BYTES,
+                take.taker.body_bytes(),
                 not queue.is_sorted,
             )
         checked: list[Checked] = []
@@ -251,7 +251,7 @@ class Reader:
             if isinstance(message, str):
                 self._put_aside(queue, take.destination, row, message)
                 continue
-            if taker.closed or (taker.whole and not taker.credit()):
+            if taker.closed or (take.task is None and not taker.credit()):
                 return False
             body_size = size or 0
             loaded = message.body is not None or row.body is None
@@ -343,9 +343,12 @@ class Reader:
         self._latest = max(self._latest, now)
         if time.monotonic() >= self._trimmed + TRIM_SECONDS:
             self._trimmed = time.monotonic()
-            self._write(Request(work=self._maintenance.trim()))
+            self._write(Request(work=self._maintenance.trim(), can_wait=True))
         queues.look_now = False
         self._try(self._look)
+        if queues.unsorted:
+            queues.unsorted = False
+            self._write(Request(work=self._maintenance.sort(), can_wait=True))
 
     def _try(self, look: Callable[[], None]) -> None:
         try:
@@ -374,7 +377,6 @@ class Reader:
         except QueueError:
             self._version = -1
             raise
-        unsorted = False
         with queues.lock:
             now = queues.now()
             for waiting in found:
@@ -382,11 +384,9 @@ class Reader:
                 if queue is None or waiting.id in queue.held:
                     continue
                 if queue.is_sorted and waiting.lane < 0:
-                    unsorted = True
+                    queues.unsorted = True
                 else:
                     queues.note(queue, waiting.destination, waiting.due, now)
-        if unsorted:
-            self._write(Request(work=self._maintenance.sort()))
         self._tell([])
 
     def _complain(self, problem: QueueError, *, told: bool = False) -> None:

@@ -144,7 +144,7 @@ def proven(row: Row) -> bool:
     )
 
 
-def check(row: Row, *, loaded: bool = True) -> Message | str:
+def check(row: Row, loaded: bool = True) -> Message | str:
     """Decode a row that is as it was written; otherwise say what is wrong with it.
 
     One that is not `loaded` has been read without its body.

@@ -46,7 +46,7 @@ LOG_BYTES: Final = 64 << 20
 is room in which a message can be acked on a full disk."""
 
 CHECKPOINT_BYTES: Final = 8_192_000
-"""How much the write-ahead log gathers before it is written into the file, as SQLite has it."""
+"""How long the write-ahead log grows before it is written into the file, as SQLite has it."""
 
 BUSY_TIMEOUT_MS: Final = 5_000
 """How long to wait for another process that writes."""

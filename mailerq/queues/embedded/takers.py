@@ -12,6 +12,7 @@ import outcome
 import trio
 
 from mailerq.errors import QueueDamaged, QueueError
+from mailerq.queues.embedded import open_queues
 from mailerq.queues.embedded.open_queues import (
     Destination,
     HeldLease,
@@ -24,6 +25,9 @@ from mailerq.queues.embedded.open_queues import (
 from mailerq.queues.interface import Consumer, Lease, Receiver, Subscription, Taken
 
 __all__ = ["EmbeddedConsumer", "EmbeddedSubscription"]
+
+MAX_BODY_BYTES: Final = 1 << 16
+"""A larger body comes to a subscriber only when it is asked for; any does while much is leased."""
 
 REST_SECONDS: Final = 0.01
 """After a read a consumer that can take less than a quarter of its prefetch waits so long for the
@@ -133,8 +137,6 @@ class EmbeddedConsumer(Taker, Consumer):
 class EmbeddedSubscription(Taker, Subscription):
     """A subscription to the embedded queue; all of it is for the loop that subscribed."""
 
-    whole = False
-
     def __init__(
         self,
         queues: OpenQueues,
@@ -155,6 +157,9 @@ class EmbeddedSubscription(Taker, Subscription):
     def room(self, destination: Destination) -> int:
         window = self._window if destination.window is None else destination.window
         return min(self.credit(), window - len(destination.held))
+
+    def body_bytes(self) -> int:
+        return MAX_BODY_BYTES if self.bytes < open_queues.HELD_BYTES else 0
 
     def give(self, lease: HeldLease) -> bool:
         self._arrived.append(lease)

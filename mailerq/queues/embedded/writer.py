@@ -2,9 +2,9 @@
 
 Theory of operation
 -------------------
-The writer takes everything that has gathered since its last commit, up to a bound, commits
+The writer takes everything that has come since its last commit, up to a bound, commits
 it, and wakes all the tasks together, with one call into each trio loop. While it syncs, the
-next group gathers, and a busy loop keeps what its tasks hand over until it has nothing left to
+next group forms, and a busy loop keeps what its tasks hand over until it has nothing left to
 do (`mailerq.queues.embedded.batcher`): the more load, the larger the group. The mail of a
 single client never waits; what became of its last one does, for the next.
 
@@ -49,12 +49,9 @@ from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.records import Batch, Insert, Retry
 from mailerq.queues.embedded.sqlite_file import translate
 
-__all__ = ["MAX_BODY_BYTES", "Request", "Writer"]
+__all__ = ["Request", "Writer"]
 
 logger = logging.getLogger("mailerq.queues")
-
-MAX_BODY_BYTES: Final = 1 << 16
-"""A larger body comes only when it is asked for, but to consumers, which cannot ask."""
 
 BATCH_MESSAGES: Final = 1_000
 BATCH_BYTES: Final = 64 << 20
@@ -75,6 +72,8 @@ class Request(msgspec.Struct, eq=False):
     removals: Sequence[HeldLease] = ()
     work: Iterator[int] | None = None
     """Work of many commits instead: one for each step, which counts its rows."""
+    can_wait: bool = False
+    """Whether that work may be left to the next start."""
     rows: int = 0
     task: trio.lowlevel.Task | None = None
     token: trio.lowlevel.TrioToken | None = None
@@ -141,35 +140,34 @@ class Writer:
 
     def _run(self) -> None:
         # A sync that has ended need not interrupt who runs on this core: until they pause, more
-        # gathers. Where that is not allowed it is only dearer; another policy is somebody's wish.
+        # comes. Where that is not allowed it is only dearer; another policy is somebody's wish.
         with suppress(OSError):
             if os.sched_getscheduler(0) == os.SCHED_OTHER:
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         works: deque[Request] = deque()
         while not self._ended or works:
             group: list[Request] = []  # the last one's bodies may be large
-            self._gather(group, works)
+            self._fill(group, works)
             if group:
                 lately = time.monotonic() - self._published < PUBLISHED_SECONDS
                 if lately and all(request.settles for request in group):
-                    self._gather(group, works, SETTLE_SECONDS)
+                    self._fill(group, works, SETTLE_SECONDS)
                 self._commit(group)
             if self._ended:
-                # What nobody waits for is done after the next start.
-                works = deque(work for work in works if work.task is not None)
+                works = deque(work for work in works if not work.can_wait)
             if works:
                 self._work(works)
 
-    def _gather(
-        self, group: list[Request], works: deque[Request], patience: float | None = None
+    def _fill(
+        self, group: list[Request], works: deque[Request], timeout: float | None = None
     ) -> list[Request]:
         """Add what has come; wait for the first, some seconds or, with nothing to do, for ever."""
         count = sum(request.count for request in group)
         size = sum(request.size for request in group)
         while not self._ended and count < BATCH_MESSAGES and size < BATCH_BYTES:
-            waits = patience is not None or not (group or works)
+            waits = timeout is not None or not (group or works)
             try:
-                request = self._requests.get(block=waits, timeout=patience)
+                request = self._requests.get(block=waits, timeout=timeout)
             except Empty:
                 break
             if request is None:
@@ -178,7 +176,7 @@ class Writer:
                 works.append(request)
             else:
                 group.append(request)
-                patience = None
+                timeout = None
                 count += request.count
                 size += request.size
         return group
@@ -264,7 +262,7 @@ class Writer:
                     properties = decode_properties(insert.properties)
                 given.add(id(properties))
                 body, size = insert.body, insert.size
-                loaded = body is None or taker.whole or len(body) <= MAX_BODY_BYTES
+                loaded = body is None or len(body) <= taker.body_bytes()
                 if not loaded:
                     body = None
                 lease = HeldLease(

@@ -1,0 +1,1 @@
+# The module of this name is compiled; nothing in it has need of types.
