@@ -83,10 +83,11 @@
  *  THREADS
  *
  *  There are `smtp-threads` worker threads, each with its own context. A connection stays on one
- *  worker. Its callbacks, and the timers and watchers of that context, run on the thread of that
- *  worker, one at a time. So data per context or per connection needs no lock; data that several
- *  threads share does. Callbacks of different workers run in parallel, without Python's lock. A
- *  callback that blocks holds up every session of its worker.
+ *  worker; outgoing connections are all on the first. Its callbacks, and the timers and watchers of
+ *  that context, run on the thread of that worker, one at a time. So data per context or per
+ *  connection needs no lock; data that several threads share does. Callbacks of different workers
+ *  run in parallel, without Python's lock. A callback that blocks holds up every session of its
+ *  worker.
  *
  *  Any thread, including a thread of the plugin, may call MQ_Continue, MQ_Complete, MQ_Retry,
  *  MQ_SmtpSend and MQ_Log. All other functions are for the thread of the worker; on another thread

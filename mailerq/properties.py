@@ -237,7 +237,7 @@ PROPERTIES: Final = (
     Property("domain", WRITTEN, "a string", "The domain of the recipient."),
     Property(
         "seen", WRITTEN, "a time",
-        "When the message was first taken from the outbox; `max-delivertime` starts here.",
+        "When the message first became due in the outbox; `max-delivertime` starts here.",
     ),
     Property("received", WRITTEN, "a time", "When the mail was received or injected."),
     Property("hostname", WRITTEN, "a string", "The name of the server that accepted the mail."),

@@ -460,7 +460,7 @@ class Table:
         (600, 600, 1800, 1800, 3600, 3600, 7200),
         NUMBERS,
         DELIVERY,
-        "Delays before attempt 2, 3 and so on; the last one repeats.",
+        "Delays before attempt 2, 3 and so on, give or take a tenth; the last one repeats.",
         unit="s",
         minimum=0,
         needed=True,

@@ -6,6 +6,8 @@ import ipaddress
 import json
 import re
 import smtplib
+import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,23 @@ import pytest
 import trio
 
 from mailerq import Engine
+from mailerq.cli.control import ask
 from mailerq.errors import ConfigError, MessageError
 from mailerq.message import Message
 from mailerq.queues import Publication
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
+from tests.engine.kit import until
 from tests.net.dns_server import open_dns_server
-from tests.support import closed_port, configure, in_thread, open_sink, send, without_received
+from tests.support import (
+    Sink,
+    closed_port,
+    configure,
+    in_thread,
+    open_sink,
+    send,
+    without_received,
+)
 
 
 async def test_a_mail_arrives_byte_for_byte_but_for_the_received_field(tmp_path: Path) -> None:
@@ -353,3 +365,39 @@ async def test_queued_mail_survives_the_engine(tmp_path: Path) -> None:
             assert mail.sender == ""
             (depth,) = await engine.queues.depths()
             assert depth.delayed == 1
+
+
+async def test_flush_ends_the_wait_for_a_host_that_was_down(tmp_path: Path) -> None:
+    up = False
+    document = {"envelope": "a@b.test", "recipient": "c@d.test", "mime": "Subject: x\r\n\r\nhi\r\n"}
+
+    async def accept() -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listening)
+            connection = listening.accept()[0]
+            if up:
+                nursery.start_soon(sink.serve, connection)
+            else:
+                with connection:
+                    connection.send(b"421 4.3.2 not now\r\n")
+
+    with socket.socket() as listening:
+        listening.setblocking(False)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        config = configure(tmp_path, smarthost="127.0.0.1", smarthost_port=port)
+        async with trio.open_nursery() as nursery:
+            sink = Sink(port)
+            nursery.start_soon(accept)
+            async with Engine(config) as engine:
+                for _ in range(5):
+                    await engine.publish(dict(document))
+                await until(lambda: engine.statistics()["outgoing"]["retried"] == 1)
+                up = True
+                flush = partial(ask, config.queue_directory, "wake", everything=True)
+                await in_thread(flush)
+                await sink.wait_for(4)
+                await until(lambda: engine.statistics()["outgoing"]["delivered"] == 4)
+                assert engine.statistics()["outgoing"]["attempts"] == 5
+            nursery.cancel_scope.cancel()

@@ -174,6 +174,11 @@ async def test_many_silent_hosts_have_a_part_of_the_slots_and_no_more() -> None:
             for number in range(50):
                 bench.send(recipient=f"c{number}@quick.test")
             await bench.results("success", 51)
+            # One that nobody knows yet has its turn soon, and then all the silent ones have theirs.
+            bench.send(smarthost={"hostname": "127.0.0.1", "port": bench.port})
+            with trio.fail_after(5):
+                await bench.results("success", 52)
+            assert bench.dispatcher.statistics()["attempts"] == 52
         nursery.cancel_scope.cancel()
 
 
