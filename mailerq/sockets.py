@@ -1,4 +1,4 @@
-"""Python's door to the calls on descriptors that never block.
+"""Python's door to the calls on descriptors that never block, and on memory.
 
 See `_core_sockets.pxi` and `_core_mapping.pxi`.
 """
@@ -11,6 +11,7 @@ from mailerq._core import (
     accept,
     happenings,
     has_input,
+    keep_little,
     receive,
     send,
     socket_name,
@@ -23,6 +24,7 @@ __all__ = [
     "accept",
     "happenings",
     "has_input",
+    "keep_little",
     "receive",
     "send",
     "socket_name",

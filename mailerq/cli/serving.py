@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 
 from mailerq.config import Config
 from mailerq.privileges import no_new_privileges
+from mailerq.sockets import keep_little
 
 __all__ = ["HURRY_SECONDS", "OVERDUE_SECONDS", "end_at_once", "fail", "join", "prepare"]
 
@@ -36,8 +37,12 @@ a twentieth of the processor time of a message."""
 
 
 def prepare(config: Config) -> None:
-    """Make the process fit to serve as many connections as it is to have, and no more than that."""
+    """Make the process fit to serve as many connections as it is to have, and no more than that.
+
+    What mail has taken of memory goes back to the system when the mail has gone.
+    """
     no_new_privileges()
+    keep_little()
     gc.set_threshold(*COLLECT_AFTER)
     wanted = config.smtp_connections + OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

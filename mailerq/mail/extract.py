@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from mailerq.address import parse_mailbox, queue_problem
 from mailerq.errors import MessageError
-from mailerq.mail.headers import HEADER_LIMIT, Field, Header, remove, unfold
+from mailerq.mail.headers import Field, Header, remove, unfold
 from mailerq.message import parse_time
 from mailerq.spelling import Spelling
 
@@ -74,6 +74,7 @@ def extract(
     now: float = 0.0,
     outbox: str = "",
     limit: int = IGNORED_LIMIT,
+    header: Header | None = None,
 ) -> Extraction | None:
     r"""Take every x-mq-* field, and x-normalize, out of `mime`.
 
@@ -82,18 +83,19 @@ def extract(
     or was there before, does not stop the mail: it is ignored and listed. So is a queue for
     results that is the `outbox`, which would send them as mail. All other bytes stay as they are;
     a message without such fields comes back as the same object. None: the fields are longer than
-    `FIELDS_LIMIT` together. At most `limit` ignored fields are named.
+    `FIELDS_LIMIT` together. At most `limit` ignored fields are named. `header` is that of `mime`,
+    where it is known.
 
     >>> extract(b"x-mq-tag: spring\r\nTo: a@b.test\r\n\r\nhi", trusted=True)
     Extraction(properties={'tags': ['spring']}, mime=b'To: a@b.test\r\n\r\nhi', ignored=[])
     """
-    end = mime.find(b"\r\n\r\n", 0, HEADER_LIMIT)  # nothing of the header stands behind this
-    text = mime[: end if end >= 0 else HEADER_LIMIT].lower()
-    if b"x-mq-" not in text and b"x-normalize" not in text:
+    if header is None:
+        header = Header(mime)
+    if not (header.holds(b"x-mq-") or header.holds(b"x-normalize")):
         return Extraction({}, mime)
     found: list[Field] = []
     size = 0
-    for field in Header(mime).found_by(_OURS):
+    for field in header.found_by(_OURS):
         found.append(field)
         size += field.end - field.start
         if size > FIELDS_LIMIT:

@@ -8,7 +8,10 @@ becomes quoted-printable, or base64 where that is shorter or it is no text; the 
 around it are relabelled. Boundaries stay, and so does each part that is ASCII already. In
 header fields 8-bit bytes become encoded words (RFC 2047) and extended parameters (RFC 2231).
 
-The walk goes over the bytes once. Lines that begin with two hyphens are looked at in their
+The walk goes over the bytes once, and finds where what begins and how it is to be encoded. It keeps
+no more than that and the headers: `Converted` encodes block by block, each time it is asked.
+
+Lines that begin with two hyphens are looked at in their
 order, each against the boundaries that are open then, so neither many parts nor deep nesting
 makes it slower than linear.
 
@@ -22,13 +25,15 @@ from __future__ import annotations
 import binascii
 import re
 from base64 import encodebytes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from mailerq.mail.headers import HEADER_LIMIT, unfold
+from mailerq.wire._lines import Buffer
 from mailerq.wire.framing import has_bare_newline
 
-__all__ = ["to_seven_bit"]
+__all__ = ["Converted", "convert", "to_seven_bit"]
 
 MAX_DEPTH: Final = 50
 """Parts within parts. Mail that people write has five."""
@@ -45,7 +50,7 @@ MAX_FIELD: Final = 1 << 17
 MAX_PARAMETERS: Final = 1 << 14
 """Bytes of a field whose parameters are read."""
 
-BLOCK_BYTES: Final = 57 << 10
+BLOCK_BYTES: Final = 57 << 9
 """How much is encoded at a time: other threads have their turn in between. It is a multiple of
 what a line of base64 holds."""
 
@@ -72,11 +77,11 @@ _IN_LIST: Final = re.compile(
     re.DOTALL,
 )
 _ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL).sub
-_HIGH: Final = re.compile(rb"[\x80-\xff]").sub
 
 _HIGH_BYTES: Final = bytes(range(128, 256))
 _QUESTION_MARKS: Final = bytes.maketrans(_HIGH_BYTES, b"?" * 128)
 
+_ESCAPED: Final = [bytes((byte,)) if byte < 128 else b"=%02X" % byte for byte in range(256)]
 _Q_SAFE: Final = frozenset(
     b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+/-"
 )  # what may stand in an encoded word wherever that is (RFC 2047, section 5)
@@ -108,6 +113,43 @@ class _CannotConvert(Exception):
     """There is no way to say this in ASCII."""
 
 
+class Converted:
+    """A mail in ASCII, with CRLF lines, that takes no memory but that of the mail it is made of.
+
+    Its length is that of the bytes which `blocks` gives, as often as it is called.
+    """
+
+    def __init__(self, pieces: Sequence[bytes | _Piece]) -> None:
+        self._pieces = pieces
+        self._size = sum(map(len, pieces))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def blocks(self) -> Iterator[bytes]:
+        """The mail in pieces of any length, each made when it is asked for."""
+        for piece in self._pieces:
+            if isinstance(piece, bytes):
+                yield piece
+            else:
+                yield from piece.encoded()
+
+
+def convert(mime: bytes) -> Converted | None:
+    """The mail in ASCII; None where it cannot be converted."""
+    if has_bare_newline(mime):
+        paired = Buffer()
+        for block in _blocks(mime, 0, len(mime)):
+            paired.add(_with_pairs(block))
+        mime = paired.take()
+    walk = _Walk(mime)
+    try:
+        walk.entity(0, message=True)
+    except _CannotConvert:
+        return None
+    return Converted(walk.out)
+
+
 def to_seven_bit(mime: bytes) -> bytes | None:
     r"""The mail in ASCII, with CRLF lines; None where it cannot be converted.
 
@@ -118,21 +160,20 @@ def to_seven_bit(mime: bytes) -> bytes | None:
     """
     if mime.isascii():
         return mime
-    if has_bare_newline(mime):
-        mime = b"".join(_with_pairs(block) for block in _blocks(mime, 0, len(mime)))
-    walk = _Walk(mime)
-    try:
-        walk.entity(0, message=True)
-    except _CannotConvert:
+    converted = convert(mime)
+    if converted is None:
         return None
-    return b"".join(walk.out)
+    whole = Buffer(len(converted))
+    for block in converted.blocks():
+        whole.add(block)
+    return whole.take()
 
 
 class _Walk:
     """The one pass over a mail; `out` is what came of it so far."""
 
     def __init__(self, mime: bytes) -> None:
-        self.out: list[bytes | memoryview] = []
+        self.out: list[bytes | _Piece] = []
         self._mime = mime
         self._done = 0  # up to here it is in `out`
         self._parts = 0
@@ -178,15 +219,18 @@ class _Walk:
         """Put out all up to the end of the delimiter's line."""
         end = self._mime.find(b"\r\n", self._line)
         end = len(self._mime) if end < 0 else end + 2
-        self.out.append(self._mime[self._done : end])
+        self._put_out(_as_it_is, self._done, end)
         self._done = end
         self._line = self._hyphens(end - 2)
+
+    def _put_out(self, encode: _Encoder, start: int, end: int) -> None:
+        if start < end:
+            self.out.append(_Piece(encode, self._mime, start, end, end - start))
 
     def _junk(self) -> None:
         """Put out what nobody is meant to read: before the first part, and behind the last."""
         self._delimiter(len(self._mime))
-        for block in _blocks(self._mime, self._done, self._line):
-            self.out.append(block.translate(_QUESTION_MARKS))
+        self._put_out(_question_marks, self._done, self._line)
         self._done = self._line
 
     # Entities: each puts out all up to the next delimiter of a boundary that was open before.
@@ -268,7 +312,7 @@ class _Walk:
         self._done = end
         if self._is_ascii(start, end):
             self._put(header, separator, None, message=message)
-            self.out.append(memoryview(self._mime)[start:end])
+            self._put_out(_as_it_is, start, end)
             return
         encoding, encoded = _encode(header, self._mime, start, end)
         if header.encoding in _SEVEN and not header.get(b"content-type"):
@@ -276,7 +320,7 @@ class _Walk:
             charset = b"utf-8" if utf8 else b"unknown-8bit"
             header.set(b"Content-Type", b"text/plain; charset=" + charset)
         self._put(header, b"\r\n", encoding, message=message)
-        self.out += encoded
+        self.out.append(encoded)
 
 
 class _Header:
@@ -334,42 +378,91 @@ def _with_pairs(block: bytes) -> bytes:
     return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
-def _encode(header: _Header, mime: bytes, start: int, end: int) -> tuple[bytes, list[bytes]]:
-    """The name of an encoding, and the content in it, as pieces."""
-    if header.encoding == b"quoted-printable":
-        blocks = _blocks(mime, start, end)
-        return header.encoding, [_HIGH(lambda match: b"=%02X" % match[0][0], b) for b in blocks]
-    if header.encoding == b"base64":  # its readers pass over what is no base64
-        return header.encoding, [b.translate(None, _HIGH_BYTES) for b in _blocks(mime, start, end)]
-    if header.encoding not in _SEVEN:
-        raise _CannotConvert
-    if header.kind.startswith((b"text/", b"message/")) and header.encoding != b"binary":
-        encoded = _quoted_printable(mime, start, end)
-        if encoded is not None:
-            return b"quoted-printable", encoded
-    return b"base64", list(_base64(mime, start, end))
+_Encoder = Callable[[bytes, int, int], Iterator[bytes]]
 
 
-def _quoted_printable(mime: bytes, start: int, end: int) -> list[bytes] | None:
-    """The content in this encoding, or None where base64 suits it better."""
-    encoded = []
-    left = (end - start) * 7 // 5 + SHORT_BYTES
+@dataclass(slots=True, frozen=True)
+class _Piece:
+    """A part of a mail that is encoded when it is asked for, and what its length is then."""
+
+    encode: _Encoder
+    mime: bytes
+    start: int
+    end: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def encoded(self) -> Iterator[bytes]:
+        return self.encode(self.mime, self.start, self.end)
+
+
+def _as_it_is(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    for at in range(start, end, BLOCK_BYTES):
+        yield mime[at : min(at + BLOCK_BYTES, end)]
+
+
+def _question_marks(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    return (block.translate(_QUESTION_MARKS) for block in _as_it_is(mime, start, end))
+
+
+def _escape_high(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    """What is in quoted-printable, and its 8-bit bytes as well."""
+    for block in _as_it_is(mime, start, end):
+        yield block if block.isascii() else b"".join(map(_ESCAPED.__getitem__, block))
+
+
+def _drop_high(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    """What is in base64: its readers pass over what is none."""
+    return (block.translate(None, _HIGH_BYTES) for block in _as_it_is(mime, start, end))
+
+
+def _quoted_printable(mime: bytes, start: int, end: int) -> Iterator[bytes]:
     for block in _blocks(mime, start, end):
-        start += len(block)
-        if b"\0" in block or not (block.endswith(b"\r\n") or start == end):
-            return None  # no text, or a line of it that is longer than a block
         # The line ends take the form of the first one there is.
         line_end = b"" if b"\r\n" in block else b"\r\n"
-        encoded.append(binascii.b2a_qp(block + line_end, istext=True).removesuffix(line_end))
-        left -= len(encoded[-1])
-        if left < 0:
-            return None
-    return encoded
+        yield binascii.b2a_qp(block + line_end, istext=True).removesuffix(line_end)
 
 
 def _base64(mime: bytes, start: int, end: int) -> Iterator[bytes]:
-    for at in range(start, end, BLOCK_BYTES):
-        yield encodebytes(mime[at : min(at + BLOCK_BYTES, end)]).replace(b"\n", b"\r\n")
+    for block in _as_it_is(mime, start, end):
+        yield encodebytes(block).replace(b"\n", b"\r\n")
+
+
+def _encode(header: _Header, mime: bytes, start: int, end: int) -> tuple[bytes, _Piece]:
+    """The name of an encoding, and the content in it."""
+    if header.encoding == b"quoted-printable":
+        return header.encoding, _measured(_escape_high, mime, start, end)
+    if header.encoding == b"base64":
+        return header.encoding, _measured(_drop_high, mime, start, end)
+    if header.encoding not in _SEVEN:
+        raise _CannotConvert
+    if header.kind.startswith((b"text/", b"message/")) and header.encoding != b"binary":
+        size = _size_of_quoted_printable(mime, start, end)
+        if size is not None:
+            return b"quoted-printable", _Piece(_quoted_printable, mime, start, end, size)
+    return b"base64", _measured(_base64, mime, start, end)
+
+
+def _measured(encode: _Encoder, mime: bytes, start: int, end: int) -> _Piece:
+    return _Piece(encode, mime, start, end, sum(map(len, encode(mime, start, end))))
+
+
+def _size_of_quoted_printable(mime: bytes, start: int, end: int) -> int | None:
+    """How long the content is in this encoding, or None where base64 suits it better."""
+    most = (end - start) * 7 // 5 + SHORT_BYTES
+    size, seen = 0, start
+    for block, encoded in zip(
+        _blocks(mime, start, end), _quoted_printable(mime, start, end), strict=True
+    ):
+        seen += len(block)
+        if b"\0" in block or not (block.endswith(b"\r\n") or seen == end):
+            return None  # no text, or a line of it that is longer than a block
+        size += len(encoded)
+        if size > most:
+            return None
+    return size
 
 
 def _is_utf8(text: bytes) -> bool:

@@ -231,6 +231,7 @@ class Dispatcher:
                 # A defect of ours must not stop the mail behind it.
                 log.exception("message %d cannot be handled", lease.id)
                 self._fail_admission(lease)
+            del lease  # it is not kept until the next one comes
 
     def _admit(self, lease: Lease) -> None:
         """Send a message on its way, or finish it, or put it back until it is due."""
@@ -411,13 +412,22 @@ class Dispatcher:
                     self._settled.set()
                     self._settled = trio.Event()
                 await self._settlers.park()
-            group, self._unsettled = self._unsettled, []
-            self._settling += len(group)
-            await self._commit([settlement for settlement, _ in group])
-            self._settling -= len(group)
-            for _, connection in group:
-                if connection is not None:
-                    connection.worker.call(connection.settled)
+            settlements, connections = self._take_unsettled()
+            await self._commit(settlements)
+            self._settling -= len(settlements)
+            settlements.clear()  # what is settled is not kept until more is
+            for connection in connections:
+                connection.worker.call(connection.settled)
+
+    def _take_unsettled(self) -> tuple[list[Settlement], list[Connection]]:
+        """The group to settle next, and the connections that are to be told."""
+        # Not in the task: compiled, it would keep the last of them.
+        group, self._unsettled = self._unsettled, []
+        self._settling += len(group)
+        return (
+            [settlement for settlement, _ in group],
+            [connection for _, connection in group if connection is not None],
+        )
 
     async def _commit(self, settlements: list[Settlement]) -> None:
         """Write a group; what is wrong with some of it does not keep the rest."""

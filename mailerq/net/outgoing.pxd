@@ -28,7 +28,7 @@ cdef class Connection:
     cpdef _may_go_on(self)
     cpdef _report(self, outcome)
     cpdef _begin(self, job)
-    cpdef _must_convert(self, job, body)
+    cpdef _must_convert(self, job, body, ascii)
     cpdef _go_ahead(self, body)
     cpdef _output_came(self)
     cpdef _release(self)

@@ -21,8 +21,9 @@ A peer may answer out of step; `mailerq.wire.client` states when a reply counts.
 doubt is tried again; where its body was not sent, at once on another connection. The pool
 remembers the host for a while: it is sent no envelopes ahead, and new connections to it end with
 each mail, because QUIT proves the reply to a body.
-A peer without 8BITMIME gets a body in ASCII, which is made once for each connection that the
-message is given to (`mailerq.mail.seven_bit`); where it is long, in a thread.
+A peer without 8BITMIME gets a body in ASCII (`mailerq.mail.seven_bit`). How that is to be, and how
+long it gets, is found once for each connection that the message is given to, of a long one in a
+thread; its blocks are made while they are sent.
 
 Results are committed in groups by somebody else. A connection sends the next envelope
 meanwhile, but not the next body before it has heard that its last result is safe
@@ -44,7 +45,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import msgspec
 import trio
 
-from mailerq.mail.seven_bit import to_seven_bit
+from mailerq.mail.seven_bit import Converted, convert, to_seven_bit
 from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.net.stream import CannotBind, Stream, StreamLost
@@ -52,6 +53,7 @@ from mailerq.queues import Lease
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 from mailerq.rules.routes import Route, has_ascii_header
+from mailerq.wire._lines import is_ascii
 from mailerq.wire.client import (
     NEED_DATA,
     Accepted,
@@ -64,6 +66,7 @@ from mailerq.wire.client import (
     SendBody,
     Step,
 )
+from mailerq.wire.framing import BLOCK_BYTES
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
@@ -81,9 +84,6 @@ MAX_HOSTS: Final = 8
 MAX_MOVES: Final = 3
 """How often a message goes to another connection because a peer was gone when its turn came."""
 
-SLICE_BYTES: Final = 1 << 18
-"""Bytes of a body that are sent under one deadline."""
-
 FINAL_REPLY: Final = 5
 """The reply to the final dot may take so many times `smtp-out-timeout`: the peer does its work
 then, and a mail that is given up too early arrives twice (RFC 5321, section 4.5.3.2.6)."""
@@ -99,11 +99,14 @@ wait for the reply to this one, while another connection may become free."""
 WITHDRAW_SECONDS: Final = 1.0
 """Then such a message goes back to the pool, and the connection ends with the reply."""
 
+LOOK_BYTES: Final = 1 << 20
+"""Bytes of a body that are looked at in one turn; a thread looks at more of them."""
+
 CONVERT_BYTES: Final = 1 << 14
 """Bytes of a body that are converted at once; more of it takes its time in a thread."""
 
 CONVERTERS: Final = 2
-"""Such bodies of a worker at a time: each is in memory several times meanwhile."""
+"""Such bodies of a worker at a time."""
 
 MIN_IDLE_SECONDS: Final = 0.05
 """How long a connection is kept idle at least: a job may be on its way from another thread."""
@@ -117,7 +120,8 @@ class Job(msgspec.Struct, eq=False):
 
     `attempt` counts from 1; `expires` is seconds since 1970; `local_ip` is the address to send
     from, None for any. `moves` counts the connections that it was given to and that ended before
-    its turn. `since` is when it was put into the pool, on the monotonic clock.
+    its turn. `since` is when it was put into the pool, on the monotonic clock. `is_ascii` is about
+    the body, None as long as nobody has looked.
     """
 
     lease: Lease
@@ -130,6 +134,7 @@ class Job(msgspec.Struct, eq=False):
     expires: float
     moves: int = 0
     since: float = 0.0
+    is_ascii: bool | None = None
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -215,7 +220,7 @@ class Connection:
         self._plugin: PluginConnection
         self._doubtful: Collection[str] = ()
         self._local = ""
-        self._converted: bytes | None = None
+        self._converted: bytes | Converted | None = None
         self._messages = 0
 
     # Told by the pool
@@ -379,6 +384,7 @@ class Connection:
                     self._job, self._ahead, self._over = ahead, None, False
                 if self._over:
                     break
+                job = ahead = None  # an idle connection holds no mail
             self._over = True
             if self._protocol.reusable:
                 self._protocol.quit()
@@ -444,7 +450,10 @@ class Connection:
             if not self._begun:
                 self._converted = None
                 body = job.message.body
-                if body is not None and self._must_convert(job, body):
+                if body is not None and job.is_ascii is None:
+                    short = len(body) <= LOOK_BYTES
+                    job.is_ascii = body.isascii() if short else await self._is_ascii(body)
+                if body is not None and self._must_convert(job, body, job.is_ascii is True):
                     self._converted = await self._convert(body)
                     if self._converted is None:
                         return responses.NOT_CONVERTIBLE
@@ -472,32 +481,47 @@ class Connection:
             job.envelope,
             job.recipient,
             size=None if body is None else len(body),
-            eight_bit=body is not None and not body.isascii(),
+            eight_bit=stored is not None and self._converted is None and not job.is_ascii,
             utf8=properties.get("smtputf8") is True and not has_ascii_header(stored or b""),
             dsn=properties.get("dsn"),
         )
 
-    def _must_convert(self, job: Job, body: bytes) -> bool:
+    async def _is_ascii(self, body: bytes) -> bool:
+        """Whether a body is ASCII; of a long one that takes its time."""
+        if len(body) <= LOOK_BYTES:
+            return body.isascii()
+        self._deadline = math.inf
+        return await trio.to_thread.run_sync(is_ascii, body)
+
+    def _must_convert(self, job: Job, body: bytes, ascii: bool) -> bool:
         """Whether the peer cannot take a body as it is, but could take it in ASCII.
 
         The header of mail that asks for SMTPUTF8 is not for us to change (RFC 6531, section 3.4).
         """
         return not (
             "8BITMIME" in self._protocol.extensions
-            or body.isascii()
+            or ascii
             or (job.message.properties.get("smtputf8") is True and not has_ascii_header(body))
         )
 
-    async def _convert(self, body: bytes) -> bytes | None:
-        """A body in ASCII; None where that cannot be."""
-        self._deadline = math.inf  # it is not the peer who takes time
+    async def _convert(self, body: bytes) -> bytes | Converted | None:
+        """A body in ASCII; None where that cannot be.
+
+        A long one is encoded block by block when it is sent, unless a plugin may ask for it: then
+        the converted mail is in memory beside the stored one.
+        """
         if len(body) <= CONVERT_BYTES:
             return to_seven_bit(body)
+        self._deadline = math.inf  # it is not the peer who takes time
+        shown = self._plugin.listens("out_data") or self._plugin.listens("out_sent")
         return await trio.to_thread.run_sync(
-            to_seven_bit, body, limiter=_converters(), abandon_on_cancel=True
+            to_seven_bit if shown else convert,
+            body,
+            limiter=_converters(),
+            abandon_on_cancel=True,
         )
 
-    def _go_ahead(self, body: bytes) -> None:
+    def _go_ahead(self, body: bytes | Converted) -> None:
         """Put the next envelope behind the body in hand, where that is of use."""
         limit = self._pool.config.connection_maxmessages
         if (
@@ -511,7 +535,12 @@ class Connection:
             self._ahead = job
             self._converted = None
             ahead = job.message.body
-            self._begun = not (ahead and self._must_convert(job, ahead)) and self._begin(job)
+            if ahead is not None and job.is_ascii is None:
+                if len(ahead) > LOOK_BYTES:
+                    return
+                job.is_ascii = ahead.isascii()
+            convert = ahead and self._must_convert(job, ahead, job.is_ascii is True)
+            self._begun = not convert and self._begin(job)
 
     async def _send_message(self, job: Job) -> Outcome:
         """Answer 354 with the body, or, when there is none to send, not at all.
@@ -519,8 +548,8 @@ class Connection:
         What plugins do to the body holds for this attempt; what they do to the JSON stays.
         """
         protocol, plugin, stored = self._protocol, self._plugin, job.message
-        body = stored.body if self._converted is None else self._converted
-        self._converted = None
+        converted, self._converted = self._converted, None
+        body = converted if isinstance(converted, bytes) else stored.body
         message = Message(dict(stored.properties), body)
         try:
             self._deadline = math.inf
@@ -532,20 +561,25 @@ class Connection:
             if message.body is None:
                 protocol.abort(Problem.LOST, "there is no body")
                 return responses.NO_DATA
-            if message.body is not body and self._must_convert(job, message.body):
-                message.body = await self._convert(message.body)
-                if message.body is None:
+            sent: bytes | Converted = message.body
+            if message.body is body:
+                sent = converted or message.body
+            elif self._must_convert(job, message.body, await self._is_ascii(message.body)):
+                changed = await self._convert(message.body)
+                if changed is None:
                     protocol.abort(Problem.LOST, "the body cannot be converted")
                     return responses.NOT_CONVERTIBLE
+                sent = changed
+                message.body = changed if isinstance(changed, bytes) else message.body
             if (early := self._stream.receive_nowait()) is not None:
                 # What comes before the dot is no answer to it.
                 protocol.receive_data(early)
-            protocol.send_body(message.body)
+            protocol.send_body(sent)
             self._begun = False
             if protocol.step is Step.MESSAGE:
                 told = plugin.listens("out_sent")
                 if not told:  # else what it sends then comes right behind the body
-                    self._go_ahead(message.body)
+                    self._go_ahead(sent)
                 await self._send_due()
                 if told:
                     await self._stream.drain()  # the event says that it has left
@@ -586,12 +620,14 @@ class Connection:
 
     async def _send_due(self) -> None:
         self._sending = True
+        sent = 0
         while data := self._protocol.data_to_send():
-            for at in range(0, len(data), SLICE_BYTES):
-                self._expect(self._timeout)
-                piece = data if len(data) <= SLICE_BYTES else data[at : at + SLICE_BYTES]
-                await self._stream.send_all(piece)
-            if len(data) >= SLICE_BYTES:
+            self._expect(self._timeout)
+            await self._stream.send_all(data)
+            sent += len(data)
+            data = b""  # before the next block is made
+            if sent >= BLOCK_BYTES:
+                sent = 0
                 await trio.lowlevel.checkpoint()  # a fast peer's mail is not alone
                 if (early := self._stream.receive_nowait()) is not None:
                     self._protocol.receive_data(early)  # no answer to the dot, which is still due

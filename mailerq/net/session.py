@@ -27,7 +27,7 @@ from mailerq.address import parse_ip
 from mailerq.escaping import escape
 from mailerq.net import reception
 from mailerq.net.auth import AuthUnavailable
-from mailerq.net.memory import Claim, Spool
+from mailerq.net.memory import Claim, Spool, is_in_file
 from mailerq.net.reception import UNKNOWN, Client, refusal_reply
 from mailerq.net.shared import Server
 from mailerq.net.stream import Stream, StreamLost
@@ -592,7 +592,7 @@ class Session:
         """Turn the mail into messages, let the plugins see them, publish, and only then say 250."""
         shared, machine, spool = self._shared, self._machine, self._spool
         assert spool is not None, "within a mail"
-        body = event.body
+        body, size = event.body, len(event.body)
         if spool.failed is not None:
             shared.say_untaken(
                 "a mail from %s was not taken: %s", self._client.remote[0], spool.failed
@@ -602,7 +602,7 @@ class Session:
             replies = [reply] * (len(machine.rcpts) if machine.settings.lmtp else 1)
         else:
             spool.close()
-            shared.counters.spilled += not isinstance(body, bytes)
+            shared.counters.spilled += is_in_file(body)
             replies = await self._take(body)
         self._in_mail = False
         spool.close()
@@ -611,7 +611,7 @@ class Session:
             shared.counters.refused_messages += 1
         else:
             shared.counters.transactions += 1
-            shared.counters.bytes += len(body)
+            shared.counters.bytes += size
         if machine.settings.lmtp:
             machine.accept(each=replies)
             self._log_refusals()
@@ -622,7 +622,7 @@ class Session:
 
     async def _take(self, body: bytes | memoryview) -> list[Reply]:
         shared = self._shared
-        turns = None if isinstance(body, bytes) else shared.loader(self.worker)
+        turns = shared.loader(self.worker) if is_in_file(body) else None
         claim = Claim(shared.memory, len(body), turns)
         try:
             return await reception.take(

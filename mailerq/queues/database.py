@@ -36,6 +36,7 @@ from mailerq.privileges import as_owner
 from mailerq.queues.interface import Depth, Entry
 from mailerq.queues.medium import NO_SPACE, room, unreadable
 from mailerq.queues.records import Row, aside, check
+from mailerq.wire._lines import Buffer
 
 __all__ = [
     "APPLICATION_ID",
@@ -63,6 +64,10 @@ APPLICATION_ID: Final = 0x4D51_5151
 SCHEMA_VERSION: Final = 2
 PAGE_SIZE: Final = 8192
 """Three mails of 2 KiB fit in a page; with 4096 it is one, and half of the file is air."""
+
+CACHE_KIB: Final = 256
+"""What a connection keeps of the file in memory. The system has it anyway: a message costs as much
+processor time with 2 MB of it, which one large mail fills."""
 
 LOG_BYTES: Final = 64 << 20
 """To what the write-ahead log is cut when it has grown beyond. As long as it is there, it also
@@ -124,6 +129,18 @@ SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties,
 FROM message m NOT INDEXED
 """
 """Rows by their numbers: left alone, SQLite may rather look at all of a queue."""
+
+LARGE_BYTES: Final = 1 << 16
+"""A larger body is read into its place in pieces: else SQLite and the driver hold it once each."""
+
+READ_BYTES: Final = 1 << 18
+"""How much of it is read at a time."""
+
+LEAN_ROW: Final = ROW.replace(
+    "SELECT data",
+    f"SELECT iif(typeof(data) = 'blob' AND length(data) > {LARGE_BYTES}, length(data), data)",
+)
+"""With the length of a large body in its place."""
 
 SCAN: Final = """
 SELECT due, id,
@@ -187,6 +204,7 @@ def connect(path: str, *, create: bool = False) -> apsw.Connection:
         # A long statement keeps what it may have to undo in a file elsewhere otherwise, and one
         # with a LIMIT is compiled anew for each value of it.
         connection.pragma("temp_store", "memory")
+        connection.pragma("cache_size", -CACHE_KIB)
         connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
         connection.pragma("journal_size_limit", LOG_BYTES)
         # On a small disk the log must not take what is kept for it.
@@ -329,22 +347,54 @@ class Reader:
             raise self.failed(error) from error
         return {number for (number,) in found}
 
-    def fetch(self, queue: str, numbers: Sequence[int]) -> list[Row]:
+    def fetch(
+        self, queue: str, numbers: Sequence[int], shared: dict[int, bytes] | None = None
+    ) -> list[Row]:
         """Read the messages with these numbers, in the order of `numbers`.
 
-        What is no longer in that queue is left out.
+        What is no longer in that queue is left out. Large bodies that several messages share are
+        read once; `shared` has those that are in memory already, by their reference.
         """
+        bodies = {} if shared is None else dict(shared)
+        rows: dict[int, Row] = {}
         try:
-            rows = {
-                row[0]: Row(*row)
-                for row in self.connection.execute(
-                    ROW + "WHERE m.id IN (SELECT value FROM carray(?)) AND m.queue = ?",
-                    (bind(numbers), queue),
-                )
-            }
-        except apsw.Error as error:
+            connection = self.connection
+            connection.execute("BEGIN")
+            for values in connection.execute(
+                LEAN_ROW + "WHERE m.id IN (SELECT value FROM carray(?)) AND m.queue = ?",
+                (bind(numbers), queue),
+            ):
+                rows[values[0]] = Row(*values)
+            for number, row in rows.items():
+                if isinstance(row.data, int) and row.data > LARGE_BYTES:
+                    rows[number] = row._replace(data=self._large(connection, row, bodies))
+            connection.execute("COMMIT")
+        except (apsw.Error, MemoryError) as error:
             raise self.failed(error) from error
         return [rows[number] for number in numbers if number in rows]
+
+    def _large(
+        self, connection: apsw.Connection, row: Row, bodies: dict[int, bytes]
+    ) -> bytes | int:
+        """The large body of a row, or the number that damage has left in its place."""
+        if row.body in bodies:
+            return bodies[row.body]
+        table, key = ("shared", row.body) if row.body else ("body", row.id)
+        size: int = row.data
+        try:
+            blob = connection.blob_open("main", table, "data", key, False)
+        except apsw.SQLError:
+            return size
+        body = Buffer()
+        body.extend(size)
+        room: Any = body  # apsw takes what can be written to
+        with blob:
+            for at in range(0, size, READ_BYTES):
+                blob.read_into(room, at, min(READ_BYTES, size - at))
+        whole = body.take()
+        if row.body:
+            bodies[row.body] = whole
+        return whole
 
 
 def bind(numbers: Iterable[int]) -> Any:

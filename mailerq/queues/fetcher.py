@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
-from mailerq.queues.database import Reader, translate
+from mailerq.queues.database import LARGE_BYTES, Reader, translate
 from mailerq.queues.feed import EmbeddedConsumer, Feed, Feeds, HeldLease, Position, Read
 from mailerq.queues.interface import DAMAGED_QUEUE
 from mailerq.queues.records import Row, aside, check, prepare
@@ -152,7 +152,9 @@ class Fetcher:
             found, later = self._reader.scan(feed.queue, read.after, self._feeds.now(), read.limit)
             with self._feeds.lock:
                 wanted, passed = self._choose(feed, found)
-            rows = self._reader.fetch(feed.queue, wanted) if wanted else []
+                shared = _large_bodies(feed) if any(row[2] > LARGE_BYTES for row in found) else {}
+            rows = self._reader.fetch(feed.queue, wanted, shared) if wanted else []
+            del shared
             checked = [(row, check(row)) for row in rows]
         except Exception as error:
             if not isinstance(error, QueueError):
@@ -227,3 +229,12 @@ class Fetcher:
             logger.error("cannot read the queue, trying until it goes: %s", problem)
         self._failed = True
         time.sleep(0.1)
+
+
+def _large_bodies(feed: Feed) -> dict[int, bytes]:
+    """The large bodies of what is leased that other messages may share, by their reference."""
+    return {
+        lease.reference: lease.stored_body
+        for lease in feed.held.values()
+        if lease.reference and lease.stored_body is not None and lease.size > LARGE_BYTES
+    }

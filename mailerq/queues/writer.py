@@ -136,6 +136,7 @@ class Writer:
                 if lately and all(request.settles for request in group):
                     self._gather(group, works, SETTLE_SECONDS)
                 self._commit(group)
+                group = []  # or its mail stays in memory until there is more
             if works:
                 self._work(works)
 

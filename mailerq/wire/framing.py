@@ -12,19 +12,40 @@ newlines looked at in the same way for both, so the result does not depend on th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final, Protocol
 
-from mailerq.wire._lines import BARE, DOTTED, look
+from mailerq.wire._lines import BARE, DOTTED, Buffer, look
 
-__all__ = ["BLOCK_BYTES", "Body", "MemorySink", "Sink", "has_bare_newline", "in_pairs"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Body",
+    "InBlocks",
+    "MemorySink",
+    "Sink",
+    "encode_blocks",
+    "has_bare_newline",
+    "in_pairs",
+]
 
-BLOCK_BYTES: Final = 1 << 18
+BLOCK_BYTES: Final = 1 << 17
 """Bytes from which on what has come in is made ready before the end is there."""
 
 PIECES: Final = 512
 """Pieces that gather before they are joined: one byte alone costs forty."""
 
+PIECE_BYTES: Final = 16384
+"""Pieces of a mail in blocks below this are sent together."""
+
 END: Final = b"\r\n.\r\n"
+
+
+class InBlocks(Protocol):
+    """A mail that is not there as a whole. Its blocks have only CRLF pairs, which may be split."""
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Iterator[bytes]: ...
 
 
 class Sink(Protocol):
@@ -44,16 +65,16 @@ class MemorySink:
     """Keeps a mail in memory."""
 
     def __init__(self) -> None:
-        self._blocks: list[bytes] = []
+        self._buffer = Buffer()
 
     def write(self, block: bytes) -> None:
-        self._blocks.append(block)
+        self._buffer.add(block)
 
     def finish(self) -> bytes:
-        return b"".join(self._blocks)
+        return self._buffer.take()
 
     def discard(self) -> None:
-        self._blocks.clear()
+        self._buffer = Buffer()
 
 
 class Body:
@@ -194,3 +215,33 @@ def in_pairs(text: bytes) -> bytes:
 def has_bare_newline(body: bytes) -> bool:
     """Whether there is a CR or an LF that is not part of a pair."""
     return bool(look(body) & BARE)
+
+
+def encode_blocks(body: InBlocks) -> tuple[Iterator[bytes], bytes]:
+    """A mail as it follows DATA, and what ends it, as `mailerq.wire.client.encode_body` has it."""
+    return _stuffed(_joined(body.blocks())), b".\r\n"
+
+
+def _stuffed(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    before = b"\r\n"  # a dot behind it is doubled
+    for block in blocks:
+        stuffed = (before + block).replace(b"\r\n.", b"\r\n..")
+        yield stuffed[len(before) :]
+        before = block[-2:] if len(block) > 1 else before[-1:] + block
+    if before != b"\r\n":
+        yield b"\r\n"
+
+
+def _joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Small ones together."""
+    gathered: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        gathered.append(piece)
+        size += len(piece)
+        if size >= PIECE_BYTES:
+            yield b"".join(gathered)
+            gathered.clear()
+            size = 0
+    if size:
+        yield b"".join(gathered)

@@ -677,10 +677,10 @@ async def test_reader_goes_on_after_an_error(
     original = queues._fetcher._reader.fetch
     failures = iter(range(3))
 
-    def fail(queue: str, numbers: Any) -> Any:
+    def fail(*arguments: Any) -> Any:
         if next(failures, None) is not None:
             raise QueueError("the disk is tired")
-        return original(queue, numbers)
+        return original(*arguments)
 
     monkeypatch.setattr(queues._fetcher._reader, "fetch", fail)
     async with queues.consume("outbox", prefetch=1) as consumer:

@@ -13,7 +13,7 @@ import pytest
 
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.records import Batch, Insert, Retry
+from mailerq.queues.records import Batch, Insert, Retry, proven
 from mailerq.queues.store import LARGE_BYTES, PIECE_BYTES, Store
 
 
@@ -55,6 +55,12 @@ def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
         entries = store.browse("outbox")
         assert [entry.id for entry in entries] == numbers
         assert [entry.message.body for entry in entries] == bodies
+        rows = store.fetch("outbox", numbers)
+        assert [row.data for row in rows] == bodies
+        assert all(proven(row) for row in rows)
+        assert rows[-1].data is rows[-2].data  # in memory once
+        known = {rows[-1].body: b"known"}
+        assert [row.data for row in store.fetch("outbox", numbers[-2:], known)] == 2 * [b"known"]
         assert [entry.message.properties["tag"] for entry in entries] == [*range(len(bodies))]
         count = "SELECT (SELECT count(*) FROM body), (SELECT count(*) FROM shared)"
         assert store.connection.execute(count).get == (6, 2)
