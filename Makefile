@@ -1,4 +1,4 @@
-# What CI types, you can type. PYTHON=python3.12 make … takes another Python.
+# CI uses these targets too. PYTHON=python3.12 make … selects another Python.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,14 +8,14 @@ PYTEST := $(BIN)/python -m pytest
 
 CORE_SOURCES := setup.py include/mailerq.h \
     $(wildcard mailerq/_core*.p* mailerq/_core*.cpp mailerq/*/_*.pyx)
-HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd))
+HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd mailerq/*/*/*.pxd))
 HOT_SOURCES := $(HOT_MODULES) $(HOT_MODULES:.pxd=.py)
 missing = $(strip $(foreach module,$(1),$(if $(wildcard $(module).*.so),,$(module))))
 CORE_MISSING := $(call missing,mailerq/_core mailerq/wire/_lines)
 HOT_MISSING := $(call missing,$(HOT_MODULES:.pxd=))
 HOT_BUILT := $(wildcard $(HOT_MODULES:.pxd=.*.so))
 HOT_ORPHANS := $(foreach built,$(filter-out $(wildcard mailerq/_*.so mailerq/*/_*.so),\
-    $(wildcard mailerq/*.so mailerq/*/*.so)),\
+    $(wildcard mailerq/*.so mailerq/*/*.so mailerq/*/*/*.so)),\
     $(if $(wildcard $(firstword $(subst ., ,$(built))).pxd),,$(built)))
 BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 PLUGINS := $(patsubst plugins/%.c,build/plugins/%.so,$(wildcard plugins/*.c)) \
@@ -26,46 +26,54 @@ PLUGIN_FLAGS := -O2 -g -fPIC -shared -Wall -Wextra -Iinclude
 export PYTHON PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: run ready test build debug bench soak fuzz lint docs asan clean help python again
+.PHONY: run ready test build debug assertions bench soak fuzz lint docs asan clean help python again
 .DELETE_ON_ERROR:
 
-run: python ## set up what a server to try needs and start it; RUNARGS=--smtp-port=2600 changes settings
+run: python ## set up and start a server to try; RUNARGS=--smtp-port=2600 changes settings
 	@PYTHONPATH=. $(PYTHON) tools/run --check $(RUNARGS)
 	@$(MAKE) --no-print-directory ready
 	@exec $(BIN)/python tools/run $(RUNARGS)
 
-# Where modules were compiled before they would be stale: then all are. Else none is, to be quick.
+# If any module is compiled, compile all, because they could be stale. Otherwise compile none, which
+# is faster.
 ready: $(if $(HOT_BUILT),build,$(VENV)/.core $(VENV)/.installed) $(PLUGINS)
 
 test: $(VENV)/.test build $(PLUGINS) ## run the whole test suite; PYTESTARGS="-k config" runs a part
 	$(PYTEST) $(PYTESTARGS)
 
-build: $(VENV)/.core $(VENV)/.hot $(VENV)/.installed ## leave a working .venv/bin/mailerq, compiled for speed
+build: $(VENV)/.core $(VENV)/.hot $(VENV)/.installed ## make .venv/bin/mailerq, compiled for speed
 
-debug: $(VENV)/.test ## run the suite on an extension with assertions and on uncompiled modules
+debug: $(VENV)/.test ## run the suite on extensions with assertions and on uncompiled modules
 	@rm -f $(VENV)/.core $(VENV)/.hot $(HOT_MODULES:.pxd=.*.so)
 	@mkdir -p build && touch build/debug
 	MQ_DEBUG=1 $(BUILD_EXT) --force
 	$(PYTEST) $(PYTESTARGS)
 
-bench: $(VENV)/.test build ## measure beside the peers that are installed; BENCHARGS=--full takes longer
+assertions: $(VENV)/.test ## run the tests of plugins on a debug build, in a copy of this tree
+	@rm -rf build/copy && mkdir -p build/copy
+	@cp -R $(filter-out build dist var,$(wildcard *)) build/copy
+	@find build/copy -name '*.so' -delete
+	cd build/copy && MQ_DEBUG=1 $(abspath $(BIN))/python setup.py --quiet build_ext --inplace --force
+	cd build/copy && $(abspath $(BIN))/python -m pytest tests/plugins $(PYTESTARGS)
+
+bench: $(VENV)/.test build ## measure, and compare with installed peers; BENCHARGS=--full takes longer
 	$(BIN)/python benches/targets.py --json build/bench.json --plot benches/relay.svg $(BENCHARGS)
 
-soak: $(VENV)/.test build ## run the tests that take their time
+soak: $(VENV)/.test build ## run the tests that take minutes
 	$(PYTEST) -m soak --timeout=3600 $(PYTESTARGS)
 
-fuzz: $(VENV)/.test build ## look for input that breaks the server machine, for FUZZSECONDS=60
+fuzz: $(VENV)/.test build ## search for input that breaks the server machine, for FUZZSECONDS=60
 	-@$(call needs,fuzz) || echo "atheris cannot be installed here"
 	$(BIN)/python tests/fuzz/server.py --seconds $(FUZZSECONDS)
 
-lint: $(VENV)/.lint ## ruff, mypy --strict, cython-lint, layering, size of files
+lint: $(VENV)/.lint ## run ruff, mypy --strict, cython-lint, and check layers and file sizes
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --quiet --check
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint mailerq
 	$(BIN)/python tools/check_tree.py
 
-docs: $(VENV)/.base ## write the tables below docs/ anew, from the tables of the program
+docs: $(VENV)/.base ## update the tables in docs/ from the tables of the program
 	$(BIN)/python tools/docs.py
 
 asan: $(VENV)/.test ## run the tests of the extensions under AddressSanitizer and UBSan
@@ -77,17 +85,16 @@ asan: $(VENV)/.test ## run the tests of the extensions under AddressSanitizer an
 	    $(PYTEST) tests/plugins tests/test_core_sockets.py tests/wire/test_framing.py \
 	        tests/net/test_stream.py tests/engine/test_plugin_events.py $(PYTESTARGS)
 
-clean: ## remove what was built; .venv and what was received in var stay
-	rm -rf build dist *.egg-info mailerq/_core.[ch] mailerq/*.so mailerq/*/*.so \
+clean: ## remove build results; .venv and var stay
+	rm -rf build dist *.egg-info mailerq/_core.[ch] mailerq/*.so mailerq/*/*.so mailerq/*/*/*.so \
 	    $(VENV)/.core $(VENV)/.hot
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find mailerq tests tools benches -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 15
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
-# Set-up. A file in .venv says that a step is done; it is done anew when what it was made
-# from is newer.
+# Set-up. A file in .venv marks a finished step, which is repeated if its inputs are newer.
 
 needs = $(BIN)/python tools/requirements.py $(1) >$(VENV)/needs.txt && \
         $(PIP) install --requirement $(VENV)/needs.txt
@@ -105,7 +112,7 @@ $(VENV)/bin/python: | python
 
 $(VENV)/.base: pyproject.toml tools/packages tools/requirements.py | $(VENV)/bin/python
 	@tools/packages build
-	@echo "Installing what mailerq needs into $(VENV)"
+	@echo "Installing the dependencies of mailerq into $(VENV)"
 	@$(call needs,build-system dependencies terminal)
 	@touch $@
 
@@ -130,7 +137,7 @@ $(VENV)/.installed: pyproject.toml tools/install | $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.base
 	@tools/packages test
-	@echo "Installing what the tests need"
+	@echo "Installing the dependencies of the tests"
 	@$(call needs,test bench)
 	@touch $@
 

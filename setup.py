@@ -1,13 +1,12 @@
-"""Build `mailerq._core` and `mailerq.wire._lines`, and compile the modules that mail goes through.
+"""Build `mailerq._core` and `mailerq.wire._lines`, and compile modules on the path of every mail.
 
-Those are the Python modules with a .pxd of the same name beside them, which says of what type
-the attributes of their classes are; they also run as they are. Everything else is in
-pyproject.toml.
+The compiled modules are the Python modules with a .pxd of the same name, which types the
+attributes of their classes. They also run uncompiled. Everything else is in pyproject.toml.
 
-The compilers get the CFLAGS and LDFLAGS of the environment, CFLAGS after the flags from here.
-``MQ_UNCOMPILED=1`` leaves the Python modules as they are, which builds in half a minute.
-``MQ_DEBUG=1`` does so too, and builds the two extensions for a debugger, with assertions;
-``MQ_SANITIZE=address,undefined`` builds the two for these sanitizers of the compiler.
+The compilers get CFLAGS and LDFLAGS of the environment, CFLAGS after the flags below.
+``MQ_UNCOMPILED=1`` builds only the two extensions, in half a minute. ``MQ_DEBUG=1`` does the same,
+with debug information and assertions. ``MQ_SANITIZE=address,undefined`` builds the extensions with
+these sanitizers.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SANITIZE = (
 )
 
 LIBRARIES = (
-    # pkg-config's name, header, linker option, Debian's package
+    # name in pkg-config, header, linker option, Debian package
     ("libev", "ev.h", "-lev", "libev-dev"),
     ("json-c", "json-c/json.h", "-ljson-c", "libjson-c-dev"),
     ("libcrypt", "crypt.h", "-lcrypt", "libcrypt-dev"),
@@ -46,7 +45,7 @@ LIBRARIES = (
 
 
 def pkg_config(name: str, option: str) -> list[str] | None:
-    """What pkg-config says about a library, or None when it does not know it."""
+    """Return the flags of a library from pkg-config, or None if pkg-config does not know it."""
     program = shutil.which(os.environ.get("PKG_CONFIG", "pkg-config"))
     if program is None:
         return None
@@ -55,7 +54,7 @@ def pkg_config(name: str, option: str) -> list[str] | None:
 
 
 def compiles(header: str, link: str) -> bool:
-    """Whether a program with this header and library can be built; libev ships no .pc file."""
+    """Whether a program with this header and library can be built: libev ships no .pc file."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
     flags = shlex.split(os.environ.get("CFLAGS", ""))
     with tempfile.TemporaryDirectory() as directory:
@@ -69,7 +68,7 @@ def compiles(header: str, link: str) -> bool:
 
 
 def library_flags() -> tuple[list[str], list[str]]:
-    """Compiler and linker flags of the libraries; says what to install when one is missing."""
+    """Return the compiler and linker flags of the libraries; exit if a library is missing."""
     compile_flags: list[str] = []
     link_flags: list[str] = []
     missing: list[str] = []
@@ -112,7 +111,7 @@ def lines() -> Extension:
         "mailerq.wire._lines",
         sources=["mailerq/wire/_lines.pyx"],
         depends=["setup.py"],
-        # At -O2 the compiler makes no vector instructions of its loop.
+        # At -O2 the compiler does not vectorize its loop.
         extra_compile_args=["-O1" if DEBUG else "-O3", "-g1", "-Wno-unused-function", *SANITIZE],
         extra_link_args=SANITIZE,
     )
@@ -124,7 +123,8 @@ def hot_modules() -> list[Extension]:
             ".".join(types.with_suffix("").parts),
             sources=[str(types.with_suffix(".py"))],
             depends=["setup.py"],
-            # Cython makes a wrong call of a cpdef method that is taken from its class as a value.
+            # The -Werror finds cpdef methods used as values of their class, which Cython
+            # calls wrongly.
             extra_compile_args=shlex.split(
                 "-O2 -g1 -Wno-unused-function -Wno-array-bounds -Werror=incompatible-pointer-types"
             ),
@@ -135,7 +135,7 @@ def hot_modules() -> list[Extension]:
 
 
 class Build(build_ext):
-    """Looks for libraries and runs Cython only to compile: a source package needs neither."""
+    """Find libraries and run Cython only to compile, because a source package needs neither."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -148,16 +148,16 @@ class Build(build_ext):
             if extension.name == "mailerq._core":
                 extension.extra_compile_args += compile_flags
                 extension.extra_link_args += link_flags
-            # They are among the flags already, but before ours, which would win.
+            # setuptools has put CFLAGS before our flags, which would take precedence.
             extension.extra_compile_args += shlex.split(os.environ.get("CFLAGS", ""))
             (hot if extension.sources[0].endswith(".py") else written).append(extension)
         self.translate(written)
-        # Annotations are for readers and mypy: Cython would take "bytes" for exactly that.
+        # Annotations are for mypy and readers: Cython would require exactly bytes for "bytes".
         self.translate(hot, annotation_typing=False)
         super().build_extensions()
 
     def translate(self, extensions: list[Extension], **directives: bool) -> None:
-        """Have Cython write the C of some extensions, and build them from that."""
+        """Translate extensions to C with Cython, and build them from the C files."""
         from Cython.Build import cythonize
 
         translated = cythonize(
@@ -173,7 +173,7 @@ class Build(build_ext):
             extension.sources = sources[extension.name]
 
 
-if __name__ == "__main__":  # and not where Cython's helpers import it again
+if __name__ == "__main__":  # not when helper processes of Cython import this file
     setup(
         cmdclass={"build_ext": Build},
         data_files=[

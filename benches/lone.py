@@ -59,6 +59,8 @@ class Catcher:
                 self.when = time.perf_counter()
                 client.sendall(b"250 taken\r\n")
                 self.caught.release()
+                last = next(rest, b"")[:4].upper()
+                client.sendall(b"221 bye\r\n" if last == b"QUIT" else b"250 fine\r\n")
                 return
             else:
                 client.sendall(b"250 fine\r\n")

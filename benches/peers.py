@@ -31,6 +31,8 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 __all__ = [
+    "LOOPBACK",
+    "START_SECONDS",
     "Destination",
     "Failed",
     "Mailerq",

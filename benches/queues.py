@@ -25,8 +25,8 @@ import trio
 
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queues import EmbeddedQueues
 
 
 def resident() -> float:

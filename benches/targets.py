@@ -39,8 +39,12 @@ PROGRAMS: Final = {
     "lone": ["lone.py"],
     "idle": ["idle.py"],
     "waiting": ["waiting.py"],
+    "flows": ["flows.py"],
 }  # fmt: skip
 """What is run, by the name that it has here."""
+
+LONGER: Final = ("waiting", "flows")
+"""The programs that have a ``--full``."""
 
 MORE_IS_BETTER: Final = ("x", "M/s")
 """Units of rates and their ratios; of all others less is better."""
@@ -99,6 +103,28 @@ TARGETS: Final = (
     Target("memory with a full queue", "waiting", "memory", 400, 200),
     Target("start with a full queue", "waiting", "start to banner", 2, 2),
     Target("start after a kill, full queue", "waiting", "start to banner after a kill", 2, 2),
+    *(
+        Target(f"{text}, backlog {kind} / none", "flows", f"behind {kind}, {text}", 2, 1.1)
+        for kind in ("refusing", "silent", "slow", "421", "60 silent")
+        for text in ("a lone message", "1,000")
+    ),
+    Target("clients refused, 60 silent hosts", "flows", "behind 60 silent, refused clients", 0, 0),
+    *(
+        Target(f"{what}, backlog {kind}", "flows", f"idle, {kind}, {what}", must, 0)
+        for kind in ("refusing", "silent")
+        for what, must in (("processor", 1), ("commits", 0), ("reads", 0))
+    ),
+    *(
+        target
+        for count in ("5,000", "50,000")
+        for target in (
+            Target(f"{count} destinations / one", "flows", f"{count} destinations / one", 0.5, 0.8),
+            Target(f"memory of one of {count} destinations", "flows",
+                   f"{count} destinations, memory of one", 2, 0.5),
+        )
+    ),
+    Target("attempts lost to a peer that closes", "flows",
+           "closing, results that cost an attempt", 0, 0),
 )  # fmt: skip
 
 
@@ -147,7 +173,7 @@ def main() -> int:
         command = PROGRAMS.get(name)
         if command is None:
             parser.error(f"--only: there is no {name!r}, only {', '.join(PROGRAMS)}")
-        command = command + ["--full"] * (options.full and name == "waiting")
+        command = command + ["--full"] * (options.full and name in LONGER)
         progress(f"\n{name}: python benches/{' '.join(command)}")
         document = run(command)
         if document is not None:

@@ -25,7 +25,7 @@ from relay import Load, compare, measure, summarise
 
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
 
 FULL: Final = 1_000_000
 BATCH: Final = 1000

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mailerq.errors import QueueDamaged as QueueDamaged
     from mailerq.errors import QueueError as QueueError
     from mailerq.errors import QueueFull as QueueFull
+    from mailerq.errors import QueueHeld as QueueHeld
     from mailerq.message import Message as Message
     from mailerq.message import Result as Result
     from mailerq.plugins import EVENTS as EVENTS
@@ -51,6 +52,7 @@ _HOMES = {
         "QueueDamaged",
         "QueueError",
         "QueueFull",
+        "QueueHeld",
     ),
     "message": ("Message", "Result"),
     "plugins": ("EVENTS", "Connection", "EventName", "Reject"),

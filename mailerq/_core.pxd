@@ -5,8 +5,8 @@ from libc.stdint cimport uint64_t
 cdef extern from "<stdbool.h>":
     ctypedef bint c_bool "bool"
 
-# The public header goes into the generated C, so the compiler holds each function of `_core`
-# against its prototype there.
+# The generated C includes the public header, so the compiler checks each MQ_ function of `_core`
+# against its prototype.
 cdef extern from "mailerq.h" nogil:
     enum:
         MQ_API_VERSION
@@ -133,7 +133,7 @@ cdef extern from "<crypt.h>" nogil:
     char *crypt_r(const char *, const char *, crypt_data *)
 
 
-# What a plugin can be given. Also the kinds of blocks; an unused block is of kind 0.
+# The kinds of handles, and of blocks. An unused block has kind 0.
 cdef enum:
     EVENT = 1
     CONNECTION
@@ -142,8 +142,8 @@ cdef enum:
     WATCHER
     KINDS
 
-# The events, in the order of `EVENTS` in _core.pyx. TIMER_CALL and WATCHER_CALL have no chain;
-# they are there for the statistics.
+# The events, in the order of `EVENTS` in _core.pyx. TIMER_CALL and WATCHER_CALL have no chain and
+# serve the statistics only.
 cdef enum:
     CONTEXT_INITIALIZE
     CONTEXT_CLEANUP
@@ -161,28 +161,28 @@ cdef enum:
     TIMER_CALL = CHAINS
     WATCHER_CALL
     FIGURES
-    RAW_CALL = FIGURES          # of a plugin's own libev watcher: not counted
+    RAW_CALL = FIGURES          # a libev watcher of a plugin; not counted
 
-# The state of a cell: the lowest bits of its word. Only an event has more than two.
+# The state of a cell, in the lowest bits of its word. Only events use states after IDLE.
 cdef enum:
     FREE         # in a pool
-    IDLE         # in use; as an event: no plugin has it
-    RUNNING      # the callback of the plugin in the word is being called
-    WAITING      # that plugin returned true and has not handed back
-    CONTINUED    # that plugin has handed back, with MQ_Continue,
-    COMPLETED    # with MQ_Complete,
-    RETRIED      # with MQ_Retry
-    GIVEN_UP     # nobody waits for it any more, but the plugin has not handed back
+    IDLE         # in use; no plugin has the event
+    RUNNING      # the callback of the plugin in the word is running
+    WAITING      # the plugin returned true and has not handed back
+    CONTINUED    # the plugin handed back with MQ_Continue
+    COMPLETED    # the plugin handed back with MQ_Complete
+    RETRIED      # the plugin handed back with MQ_Retry
+    GIVEN_UP     # the session no longer waits, but the plugin has not handed back
 
-# How an event ended.
+# The outcome of an event.
 cdef enum:
-    UNDECIDED    # every plugin was asked, or there was none
+    UNDECIDED    # all plugins were called, or there was none
     DECIDED      # MQ_Complete
     REJECTED     # MQ_Reject
     TIMED_OUT    # not handed back in time
-    LOOPED       # restarted too often
-    THREW        # a C++ exception came out of a callback
-    MISTYPED     # a property of the message was given a wrong type
+    LOOPED       # retried too often
+    THREW        # a callback threw a C++ exception
+    MISTYPED     # a plugin gave a property of the message a wrong type
 
 
 ctypedef void (*timer_function)(void *data) noexcept nogil
@@ -197,18 +197,18 @@ cdef struct TimerCell
 cdef struct WatcherCell
 
 cdef struct Plugin:
-    Plugin *next                # of all that were ever opened
+    Plugin *next                # list of all plugins ever opened
     int index
     void *library
-    void *base          # where the file is mapped, to know it by an address in it,
-    void *end           # and the first address behind it
+    void *base                  # address range of the mapped file: start
+    void *end                   # and end, to find the plugin of an address
     char name[256]
 
 cdef struct Hook:
     void *function
     int plugin
 
-# What is filled at load and constant afterwards, apart from the bits for Python's handlers.
+# Filled at load and constant afterwards, except python_events.
 cdef struct Table:
     int plugins
     Plugin **plugin
@@ -228,7 +228,7 @@ cdef struct Figures:
     uint64_t nanoseconds
 
 
-# The head of everything that a plugin can be given a handle of.
+# The head of every object that has handles.
 cdef struct Cell:
     uint64_t word
     Cell *next                  # in the pool
@@ -237,18 +237,18 @@ cdef struct Block:
     Worker *owner
     char *cells
     size_t size
-    uint64_t floor              # older generations belong to a former owner
+    uint64_t floor              # older generations belong to a previous owner
     int kind
 
 cdef struct Text:
     const char *data            # NULL: unset
     size_t size
-    char *copy                  # what a setter left, ours to free, or NULL
-    char *lent                  # what the plugin got instead of the inside of `object`; the same
-    void *object                # the str or bytes that data was borrowed from at first; owned
+    char *copy                  # set by a setter, owned, or NULL
+    char *lent                  # a copy of the bytes of `object` for the plugin, owned, or NULL
+    void *object                # the str or bytes that data was first borrowed from, owned
     c_bool changed
 
-# What is known of the client of a connection, for MQ_Client…: see `FACTS` in _core_python.pxi.
+# Facts about the client of a connection, for the MQ_Client… functions.
 cdef enum:
     FACT_ADDRESS
     FACT_HELO
@@ -261,25 +261,25 @@ cdef enum:
 cdef struct Fact:
     Fact *next                  # in ConnectionCell.former
     size_t size
-    char text[1]                # longer, in fact
+    char text[1]                # size + 1 bytes
 
 cdef struct ConnectionCell:
     Cell cell
     Worker *worker
-    EventCell *event            # the one that is going on, or NULL
-    void *python                # the Connection, borrowed; NULL when it is gone
+    EventCell *event            # the current event, or NULL
+    void *python                # the Connection, borrowed; NULL after its end
     void **data                 # by plugin
     int fd
     c_bool secure
     c_bool authenticated
     c_bool decided              # MQ_SetSmtpAuthenticated was called in this event
     c_bool closed
-    c_bool queued               # is in Worker.outputs
-    int kept                    # events that were given up and not handed back
-    int port                    # of the client
-    Fact *facts[FACT_COUNT]     # of the client; NULL: none
+    c_bool queued               # listed in Worker.outputs
+    int kept                    # number of events that were given up and not handed back
+    int port                    # port of the client
+    Fact *facts[FACT_COUNT]     # facts about the client; NULL: unknown
     Fact *former                # facts that were replaced while `kept` was not 0
-    char *output                # from MQ_SmtpSend, under Worker.mutex
+    char *output                # bytes of MQ_SmtpSend, guarded by Worker.mutex
     size_t output_size
     size_t output_room
     ConnectionCell *next_output
@@ -292,12 +292,12 @@ cdef struct MessageCell:
     Text recipient
     Text mime
     c_bool local
-    c_bool touched              # the plugin that has the event asked for the JSON or set something
-    json_object *json           # NULL until a plugin asks
+    c_bool touched              # the current plugin called MQ_Json or a setter
+    json_object *json           # NULL until a plugin calls MQ_Json
     void *message               # the Message that the setters change, owned
-    void *document              # the Message that the JSON is made of, owned
-    void *hidden                # a dict: properties that json-c cannot hold, owned, or NULL
-    void *body                  # the body that the JSON last agreed with, owned, or NULL
+    void *document              # the Message that the JSON shows, owned
+    void *hidden                # a dict of properties that json-c cannot hold, owned, or NULL
+    void *body                  # the body when the JSON was last made or read, owned, or NULL
 
 cdef struct EventCell:
     Cell cell
@@ -307,19 +307,19 @@ cdef struct EventCell:
     int position                # the next hook
     int restarts
     int outcome
-    int culprit                 # the plugin that the outcome is about, or -1
+    int culprit                 # the plugin that caused the outcome, or -1
     c_bool finished
-    c_bool noted                # one of: code is set, message.touched, cancelled
-    c_bool cancelled            # nobody wants the other plugins
-    int code                    # of MQ_Reject; 0: none
+    c_bool noted                # decide() has work: a reject, a touched message, or cancelled
+    c_bool cancelled            # do not call the other plugins
+    int code                    # code of MQ_Reject; 0: no reject
     char *text
     ConnectionCell *connection
     MessageCell *message
-    Text first                  # what the event is about: an address, a login, a whole mail
-    Text second
-    void *call                  # the Call, owned, from the moment that it is suspended
-    EventCell *handed           # next in Worker.handed; whoever hands back writes it
-    EventCell *moved            # next in the list that a turn makes of that
+    Text first                  # the argument: an address, a login, a whole mail
+    Text second                 # the second argument: a password
+    void *call                  # the Call, owned, once the event is suspended
+    EventCell *handed           # next in Worker.handed; written by the thread that hands back
+    EventCell *moved            # next in the list that `resume` makes of Worker.handed
     EventCell *later            # neighbours in Worker.waiting
     EventCell *earlier
 
@@ -348,11 +348,11 @@ cdef struct Line:
     Line *next
     const char *plugin
     int priority
-    char text[1]                # longer, in fact
+    char text[1]                # as long as the line
 
 cdef struct Loop:
     ev_loop *ev
-    ev_async poke               # makes the helper look at the loop again
+    ev_async poke               # makes the helper check the loop again
     pthread_t helper
     pthread_mutex_t lock
     pthread_cond_t invoked
@@ -360,15 +360,15 @@ cdef struct Loop:
 
 # One worker thread, a "context" for plugins. Pooled and never freed: see safety rule 4.
 cdef struct Worker:
-    Worker *next                # of all there ever were
+    Worker *next                # list of all workers ever made
     c_bool open
     pthread_t thread
-    int wakeup                  # an eventfd,
-    int spare                   # and a copy of it, in case that a plugin closes it
+    int wakeup                  # an eventfd
+    int spare                   # a copy of `wakeup`, in case a plugin closes it
     Table *table
-    Figures *figures            # FIGURES rows of one for each plugin
+    Figures *figures            # FIGURES rows, with one entry for each plugin
     void **data                 # context data, by plugin
-    int running_plugin          # what the thread is in just now; -1: no plugin
+    int running_plugin          # the plugin that the thread is in; -1: none
     int running_event
     EventCell *current          # the event that is being called, or NULL
     Cell *pool[KINDS]
@@ -376,17 +376,17 @@ cdef struct Worker:
     EventCell *context          # the event of mq_context_initialize, kept while the worker lives
     uint64_t context_identity
     EventCell *handed           # suspended events that were handed back; any thread pushes
-    pthread_mutex_t mutex       # guards what follows, up to the timers
+    pthread_mutex_t mutex       # guards the fields below, down to `orphans`
     EventCell *waiting          # the suspended events
-    ConnectionCell *outputs     # connections with output that the engine does not know of
+    ConnectionCell *outputs     # connections with output to announce to the engine
     Cell *orphans               # connection cells that were released on another thread
     TimerCell *timers
     WatcherCell *watchers
-    Loop *loop                  # NULL until a plugin asks
-    c_bool inside               # a call into plugins is going on,
-    c_bool locked               # and this thread holds the loop's lock
-    c_bool touched              # the helper must look at the loop again
-    c_bool any_raw              # some plugin has asked for the loop itself:
-    int raw_plugin              # the only one that did; -1: there are more, or none
-    uint64_t crossings          # calls into plugins that began
-    void *stack                 # of the handlers of faults
+    Loop *loop                  # NULL until a plugin needs the loop
+    c_bool inside               # a call into plugins is running
+    c_bool locked               # this thread holds the lock of the loop
+    c_bool touched              # the helper must check the loop again
+    c_bool any_raw              # a plugin has called MQ_ev
+    int raw_plugin              # the only plugin that called MQ_ev; -1: several or none
+    uint64_t crossings          # number of calls into plugins
+    void *stack                 # stack of the fault handlers

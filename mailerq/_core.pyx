@@ -1,28 +1,28 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # cython: initializedcheck=False, nonecheck=False
-"""The C core: opens plugins, calls them, and is what they call.
+"""The C core: load plugins, call them, and implement the MQ_ functions.
 
 Theory of operation
 -------------------
 A *worker* is a thread that runs a trio loop. An *event* (a client connected, a recipient was named,
 a body is about to be sent) goes through the *chain* of the plugins that export its callback. The
-chains are dense arrays of (function, plugin), filled when the plugins are opened and constant from
-then on. A session calls a method of its `Connection`; when nobody listens to that event the method
-tests one bit and returns an awaitable that is ready. Otherwise there is one *crossing*: Python's
-lock is dropped, the whole chain is called, the lock is taken back.
+chains are dense arrays of (function, plugin), filled when the plugins are loaded and constant
+afterwards. A session calls a method of its `Connection`. If no plugin listens to the event, the
+method tests one bit and returns a ready awaitable. Otherwise there is one *crossing*: drop Python's
+lock, call the whole chain, take the lock again.
 
-An event that a plugin suspends stops where it is, and the session awaits a `Call`. The plugin's
-hand-back, on whatever thread, puts the event on a list of its worker and wakes the worker through
-an eventfd. The worker's trio loop then takes a *turn*: it goes on with those chains, again in one
-crossing, and tells plugins.py which calls are over. Turns also run timers, watchers and whatever
-plugins do with libev, and hand over what they logged and sent from other threads.
+An event that a plugin suspends stops in the chain, and the session awaits a `Call`. When the plugin
+hands the event back, on any thread, the event goes on a list of its worker, and an eventfd wakes
+the worker. The trio loop of the worker then takes a *turn*: it continues these chains, again in one
+crossing, and tells plugins.py which calls have finished. A turn also runs timers, watchers and
+libev callbacks, and passes on what plugins logged and sent from other threads.
 
-What a plugin holds is never an address. A context, connection, message, timer or watcher is a
-*handle*, a number that names a *cell* and the generation of what is in it. All plugins share the
-cell of an event; their handles differ in the number of the plugin. A handle that is used too late,
-twice, or by somebody else is recognised by a comparison and does nothing. See "Cells" below.
+Plugins never hold addresses. A context, connection, message, timer or watcher is a *handle*: a
+number that names a *cell* and the generation of its content. All plugins share the cell of an
+event; their handles differ in the number of the plugin. A comparison detects a handle that is used
+late, twice, or by another plugin, and the call does nothing. See "Cells" below.
 
-The parts, in the order in which they are included:
+The parts, in the order of inclusion:
 
     cells        handles, and the cells, blocks and workers behind them
     log          lines from any thread to `logging`
@@ -31,32 +31,32 @@ The parts, in the order in which they are included:
     loop         libev, timers, watchers
     message      MQ_Message and its JSON
     ids          message ids
-    faults       whose fault it was when the process ends
-    watch        who stands still, and for how long
-    load         opening plugins
-    sockets      calls on sockets that do not block
+    faults       naming the plugin that ends the process
+    watch        threads that block, and the deadline of a shutdown
+    load         loading plugins
+    sockets      non-blocking calls on sockets
     privileges   rights that a process gives up
     mapping      a file that is mapped into memory
     python       the classes that plugins.py builds on
 
 Safety rules
 ------------
-1. What a callback can reach is ``noexcept nogil``. Python's lock is taken again in two places only:
-   to make the JSON of a message and to read back what a plugin changed in one.
-2. A cell is taken and given back on its worker's thread. Other threads may change three things: the
-   word of an event's cell, by one compare-and-swap from a state in which its plugin has it; the
-   list of events that were handed back, by pushing; and the output of a connection, under the
-   worker's mutex and after comparing generations there.
-3. After a successful hand-back from WAITING, and until it has pushed the event, the thread that
-   hands back is the only one that touches it.
-4. What a foreign thread can reach at any time is never freed: blocks, workers with their eventfds,
-   tables and plugins. They are used again, or stay. Everything else may only be reached through a
-   comparison of generations.
-5. No plugin code is called while a mutex of ours is held, but for the loop's, which is there for
-   that. Nothing waits for Python's lock while it holds a mutex that a thread with Python's lock
-   may want; the loop's is wanted only by the worker itself and its helper, which has no Python.
+1. Code that a callback can reach is ``noexcept nogil``. It takes Python's lock in two places only:
+   to make the JSON of a message, and to read back the changes of a plugin.
+2. Take a cell and give it back on the thread of its worker. Other threads may change three things:
+   the word of the cell of an event, by one compare-and-swap from a state in which their plugin has
+   the event; the list of events that were handed back, by pushing; and the output of a connection,
+   under the mutex of the worker, after comparing generations there.
+3. From a successful hand-back in WAITING until the event is pushed, only the thread that hands back
+   may touch the event.
+4. Never free what a foreign thread can reach at any time: blocks, workers with their eventfds,
+   tables and plugins. Reuse or keep them. Reach everything else through a comparison of
+   generations.
+5. Call no plugin code while holding one of our mutexes, except the lock of the loop, which is made
+   for that. Never wait for Python's lock while holding a mutex that a thread with Python's lock may
+   want. (Only the worker and its helper, which has no Python, want the lock of the loop.)
 6. An event owns references to the Python objects that its pointers point into, and keeps them until
-   it has been handed back, even when nobody waits for it any more.
+   it is handed back, even if its session no longer waits.
 7. Every crossing is inside `mq_guard`, so that no C++ exception reaches a frame of C or Python.
 """
 
@@ -133,8 +133,8 @@ cdef extern from * nogil:
     int pthread_sigmask(int, const sigset_t *, sigset_t *)
 
 cdef enum:
-    TEXT_LIMIT = 2000           # bytes of a reject's text
-    OUTPUT_LIMIT = 1 << 26      # bytes that MQ_SmtpSend may have waiting on one connection
+    TEXT_LIMIT = 2000           # bytes of the text of a reject
+    OUTPUT_LIMIT = 1 << 26      # bytes of MQ_SmtpSend that may wait on one connection
     DEPTH_LIMIT = 200           # nesting of JSON
 
 EVENTS = ("context_initialize", "context_cleanup", "connect", "secure", "authenticate", "mailfrom",
@@ -168,17 +168,17 @@ pthread_atfork(NULL, NULL, forked)
 
 
 def set_machine(uint64_t number):
-    """Set the number of this machine in message ids; 35 bits of it count."""
+    """Set the number of this machine in message ids; the low 35 bits are used."""
     global machine, epoch
     machine = number
     epoch += 1
 
 
 def crypt(bytes password not None, bytes setting not None):
-    """crypt(3): the hash of a password with the method and salt of `setting`, a hash or its start.
+    """Hash a password with crypt(3); `setting` is a hash, or its start with method and salt.
 
-    None when the method is unknown here or the setting is none. It takes as long as the method is
-    meant to take, without Python's lock.
+    Return None if the method is not supported or the setting is invalid. Runs without Python's
+    lock, as slowly as the method requires.
     """
     cdef const char *key = password
     cdef const char *method = setting
@@ -189,7 +189,7 @@ def crypt(bytes password not None, bytes setting not None):
     try:
         with nogil:
             result = crypt_r(key, method, space)
-        # A hash that starts with an asterisk stands for a failure, and no password has it.
+        # A result that starts with an asterisk means failure, and is no hash of any password.
         return result if result != NULL and result[0] != b"*" else None
     finally:
         explicit_bzero(space, sizeof(crypt_data))

@@ -1,14 +1,14 @@
-# Cells, blocks and pools: what stands behind a handle.
+# Cells, blocks and pools: the memory behind handles.
 #
 # A handle is 64 bits, from the top:
 #
 #     generation 33 | index 20 | plugin 8 | 000
 #
-# The index names a cell in one of the blocks; the generation is counted up each time that the
-# cell goes back to its pool. Generation and index together are the *identity* of the object, so
-# all plugins share one cell for an event, and their handles of it differ only in the plugin.
-# The word of the cell has the same layout, with a state where a handle has zeros: "this handle's
-# plugin has this event, in this state" is one comparison of 64 bits, and can be one atomic step.
+# The index names a cell in a block. The generation increases each time the cell goes back to its
+# pool. Generation and index are the *identity* of the object. All plugins share the cell of an
+# event, and their handles differ only in the plugin. The word of the cell has the same layout, with
+# a state instead of the zeros: so "the plugin of this handle has this event, in this state" is one
+# comparison of 64 bits, or one compare-and-swap.
 
 cdef enum:
     PLUGIN_SHIFT = 3
@@ -26,8 +26,8 @@ cdef uint64_t ONE_GENERATION = <uint64_t> 1 << GENERATION_SHIFT
 
 cdef Block[BLOCK_LIMIT] blocks
 cdef int blocks_used = 1        # block 0 stays empty, so that no handle is NULL
-cdef Worker *workers = NULL     # every worker there ever was
-cdef pthread_mutex_t registry   # guards the three above; taken only to grow, open and close
+cdef Worker *workers = NULL     # all workers ever made
+cdef pthread_mutex_t registry   # guards the three above; locked only to grow, open and close
 
 cdef extern from * nogil:
     """
@@ -73,7 +73,7 @@ cdef inline uint64_t handle_for(uint64_t identity, int plugin) noexcept nogil:
 
 
 cdef inline Block *block_of(uint64_t handle, int kind) noexcept nogil:
-    # The block of a handle, or NULL when it is no handle of that kind at all.
+    # Return the block of a handle, or NULL if it is not a handle of this kind.
     cdef Block *block = &blocks[(handle >> (INDEX_SHIFT + BLOCK_SHIFT)) & (BLOCK_LIMIT - 1)]
     return block if block.kind == kind and not handle & STATE_MASK else NULL
 
@@ -83,8 +83,8 @@ cdef inline Cell *cell_in(Block *block, uint64_t handle) noexcept nogil:
 
 
 cdef inline Cell *cell_of(uint64_t handle, int kind) noexcept nogil:
-    # The cell of a handle, or NULL when the object is gone. The answer lasts only on the worker's
-    # thread or under its mutex.
+    # Return the cell of a handle, or NULL if the object is gone. The result stays valid only on the
+    # thread of the worker or under its mutex.
     cdef Block *block = block_of(handle, kind)
     if block == NULL:
         return NULL
@@ -109,7 +109,7 @@ cdef size_t size_of(int kind) noexcept nogil:
 
 
 cdef bint grow(Worker *worker, int kind) noexcept nogil:
-    # Give the worker another block of free cells: one of a worker that has ended, or a new one.
+    # Give the worker another block of free cells: from an ended worker, or a new one.
     global blocks_used
     cdef Block *block = NULL
     cdef int index, place
@@ -145,7 +145,7 @@ cdef bint grow(Worker *worker, int kind) noexcept nogil:
 
 
 cdef inline Cell *take(Worker *worker, int kind) noexcept nogil:
-    # A cell from the worker's pool, or NULL. What it held before is still in it.
+    # Take a cell from the pool, or return NULL. The cell keeps its old content.
     check(at_home(worker))
     if worker.pool[kind] == NULL and not grow(worker, kind):
         return NULL
@@ -158,7 +158,7 @@ cdef inline Cell *take(Worker *worker, int kind) noexcept nogil:
 
 
 cdef inline void give(Worker *worker, int kind, Cell *cell) noexcept nogil:
-    # Back to the pool. From here on no handle that was made of the cell is valid.
+    # Return a cell to the pool. All existing handles of the cell become invalid.
     check(at_home(worker))
     check(cell.word & STATE_MASK != FREE)
     store(&cell.word, identity_of(cell.word) + ONE_GENERATION)
@@ -168,8 +168,8 @@ cdef inline void give(Worker *worker, int kind, Cell *cell) noexcept nogil:
 
 
 cdef int copy_far_away(int fd) noexcept nogil:
-    # A copy of a descriptor with a high number. One that a plugin closes is not used again soon
-    # then, so that what is written to it does not reach a client.
+    # Duplicate a descriptor to a high number. If a plugin closes it, the number is not reused soon,
+    # so our writes do not reach a client.
     cdef rlimit limit
     cdef int copy = -1
     if getrlimit(RLIMIT_NOFILE, &limit) == 0:
@@ -190,7 +190,7 @@ cdef bint open_wakeup(Worker *worker) noexcept nogil:
 
 
 cdef void mend_wakeup(Worker *worker) noexcept nogil:
-    # The eventfd was closed, by whom has no right to. Its copy has heard of what was missed.
+    # A plugin closed the eventfd. Its copy shares the counter, so no wake-up is lost.
     cdef int fd = copy_far_away(worker.spare)
     if fd >= 0:
         worker.wakeup = fd
@@ -199,8 +199,8 @@ cdef void mend_wakeup(Worker *worker) noexcept nogil:
 
 
 cdef Worker *open_worker(Table *table) noexcept nogil:
-    # A worker for this thread: one that has ended, or a new one. NULL when there is no memory or
-    # no file descriptor for it.
+    # Open a worker for this thread: an ended one, or a new one. Return NULL if memory or file
+    # descriptors are exhausted.
     global workers
     cdef Worker *worker
     cdef int count = table.plugins if table.plugins > 0 else 1
@@ -268,8 +268,8 @@ cdef void free_facts(ConnectionCell *cell) noexcept nogil:
 
 
 cdef void close_worker(Worker *worker) noexcept nogil:
-    # All handles become invalid, also those that still have a generation to go: the floor of each
-    # block rises above every generation that it has given out.
+    # Invalidate all handles of the worker: the floor of each block rises to the highest generation
+    # of its cells, and every cell moves there.
     cdef int index, place
     cdef Block *block
     cdef Cell *cell
@@ -308,7 +308,7 @@ cdef void close_worker(Worker *worker) noexcept nogil:
 
 
 cdef void wake(Worker *worker) noexcept nogil:
-    # Make the worker take a turn. The eventfd lives as long as the worker struct, that is forever.
+    # Make the worker take a turn. The eventfd is never closed, like the worker struct.
     cdef uint64_t one = 1
     if write(worker.wakeup, &one, sizeof(one)) < 0 and errno == EBADF:
         write(worker.spare, &one, sizeof(one))

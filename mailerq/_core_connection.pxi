@@ -1,9 +1,10 @@
-# What a plugin can do with a connection.
+# The MQ_ functions for a connection.
 
 
 cdef ConnectionCell *connection_here(MQ_SmtpConnection *connection,
                                      const char *function) noexcept nogil:
-    # The connection, for a function that only its worker's thread may call; else NULL, logged.
+    # Return the connection, for a function that is only for the thread of the worker. Otherwise log
+    # the call and return NULL.
     cdef uint64_t handle = <uint64_t> connection
     cdef Block *block = block_of(handle, CONNECTION)
     cdef const char *problem = NULL
@@ -137,12 +138,12 @@ cdef public size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *data,
     cdef bint news = False
     if worker == NULL or data == NULL or size == 0:
         return 0
-    # The worker outlives this call whatever happens, and under its mutex so does the connection.
+    # The worker is never freed, and under its mutex the connection is not freed either.
     pthread_mutex_lock(&worker.mutex)
     cell = <ConnectionCell *> cell_of(handle, CONNECTION)
     if cell != NULL and not cell.closed and append_output(cell, <const char *> data, size):
         sent = size
-        # After an event of the connection the engine looks by itself.
+        # After an event of the connection the engine checks for output itself.
         if not (at_home(worker) and worker.current != NULL and worker.current.connection == cell):
             news = announce(cell)
     pthread_mutex_unlock(&worker.mutex)
@@ -152,7 +153,8 @@ cdef public size_t MQ_SmtpSend(MQ_SmtpConnection *connection, const void *data,
 
 
 cdef bint announce(ConnectionCell *cell) noexcept nogil:
-    # Have the engine told that there is output. Under the mutex. False when that is under way.
+    # List a connection with output for the engine. Needs the mutex. Return False if it is listed or
+    # has no output.
     if cell.queued or cell.output_size == 0:
         return False
     cell.queued = True

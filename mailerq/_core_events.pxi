@@ -1,15 +1,15 @@
 # Events: calling the chain, suspending, handing back.
 #
-# An event goes from plugin to plugin by `advance`, which runs without Python's lock and returns
-# when the event is finished or a plugin has it. Which of the two is not decided by a flag but by
-# one atomic step on the word of the event's cell, from (plugin, RUNNING) to (plugin, WAITING): it
-# fails when the plugin, on whatever thread, has handed back before. Who hands back makes the
-# opposite step, from RUNNING or WAITING to the decision, and in the second case pushes the event
-# on its worker's list. So each turn of each plugin is handed back by exactly one call.
+# `advance` calls plugin after plugin, without Python's lock. It returns when the event is finished
+# or a plugin has taken it. One atomic step on the word of the cell decides between the two: from
+# (plugin, RUNNING) to (plugin, WAITING). The step fails if the plugin has already handed back, on
+# any thread. The thread that hands back steps from RUNNING or WAITING to the decision; from WAITING
+# it also pushes the event on the list of the worker. So exactly one call hands back each turn of
+# each plugin.
 
 cdef enum:
     RESTART_LIMIT = 100
-    EXACT_CALLS = 128           # of one plugin for one event: see `time_of`
+    EXACT_CALLS = 128           # exactly timed calls of a plugin for an event: see `time_of`
 
 ctypedef c_bool (*context_hook)(MQ_Context *) noexcept nogil
 ctypedef c_bool (*connection_hook)(MQ_Context *, MQ_SmtpConnection *) noexcept nogil
@@ -46,9 +46,9 @@ cdef inline c_bool call(EventCell *event, Hook *hook, uint64_t handle) noexcept 
 
 
 cdef inline int64_t time_of(bint exact) noexcept nogil:
-    # Nanoseconds of a clock. The exact one costs 20 ns, the coarse one 5 and goes in ticks of some
-    # milliseconds: it is right for a long call, and for many short ones on average, because as
-    # many of them see a tick as took the time of one. The first calls are few, and timed exactly.
+    # Return nanoseconds of a clock. Reading the exact clock costs 20 ns. The coarse clock costs
+    # 5 ns and ticks every few milliseconds: its times are right for a long call, and on average for
+    # many short calls. The first calls are timed exactly, because they are few.
     cdef timespec now
     if exact:
         return monotonic()
@@ -65,7 +65,7 @@ cdef c_bool call_timed(EventCell *event, Hook *hook, uint64_t handle,
 
 
 cdef void advance(void *argument) noexcept nogil:
-    # Call the plugins of an event from where it stands, until it is finished or suspended.
+    # Call the plugins of an event from its position on, until it is finished or suspended.
     cdef EventCell *event = <EventCell *> argument
     cdef Worker *worker = event.worker
     cdef Table *table = event.table
@@ -123,7 +123,7 @@ cdef void advance(void *argument) noexcept nogil:
 
 
 cdef bint decide(EventCell *event, int plugin, int decision) noexcept nogil:
-    # The plugin whose turn it was has decided: move on. False when the event is finished.
+    # Apply the decision of the current plugin. Return False if the event is finished.
     event.noted = event.cancelled
     if event.message != NULL and event.message.touched and not read_back(event, plugin):
         finish(event, MISTYPED, plugin)
@@ -155,7 +155,7 @@ cdef inline void finish(EventCell *event, int outcome, int plugin) noexcept nogi
 
 
 cdef void cross(EventCell *event) noexcept nogil:
-    # Advance with the guard around it: a C++ exception finishes the event.
+    # Call `advance` inside the guard: a C++ exception finishes the event.
     cdef char[300] text
     cdef Worker *worker = event.worker
     worker.current = event
@@ -166,7 +166,7 @@ cdef void cross(EventCell *event) noexcept nogil:
         worker.running_plugin = -1
     if (not event.finished and event.connection != NULL
             and load_size(&event.connection.output_size) > 0):
-        # The session waits now, so it will not look for what was sent.
+        # The session waits now, so it does not check for output itself.
         pthread_mutex_lock(&worker.mutex)
         if announce(event.connection):
             wake(worker)
@@ -175,8 +175,8 @@ cdef void cross(EventCell *event) noexcept nogil:
 
 
 cdef bint suspend(EventCell *event, uint64_t handle) noexcept nogil:
-    # False when it has been handed back in the meantime. Listed before the atomic step, because
-    # from that step on another thread may look for it.
+    # Return False if the event has been handed back in the meantime. The event is listed before the
+    # atomic step, because afterwards another thread may search for it.
     cdef Worker *worker = event.worker
     pthread_mutex_lock(&worker.mutex)
     event.earlier = NULL
@@ -204,8 +204,8 @@ cdef void unlist(EventCell *event) noexcept nogil:
 
 
 cdef bint try_hand_back(Block *block, uint64_t handle, int decision) noexcept nogil:
-    # After a step from WAITING the event is ours until it is pushed, and with it its worker: a
-    # worker does not end before its suspended events are over.
+    # After the step from WAITING, this thread owns the event until it pushes the event. Its worker
+    # stays open as well: a worker ends after its suspended events.
     cdef EventCell *event = <EventCell *> cell_in(block, handle)
     cdef Worker *worker
     cdef EventCell *head
@@ -222,7 +222,7 @@ cdef bint try_hand_back(Block *block, uint64_t handle, int decision) noexcept no
         event.handed = head
         if replace_event(&worker.handed, head, event):
             break
-    # In a crossing the worker looks at the list itself before it goes on.
+    # After a crossing the worker checks the list itself.
     if head == NULL and not (at_home(worker) and worker.inside):
         wake(worker)
     return True
@@ -248,7 +248,7 @@ cdef void hand_back(MQ_Context *context, int decision, const char *function,
 
 cdef void hand_back_only(Worker *worker, int plugin, int decision,
                          const char *function) noexcept nogil:
-    # The context of mq_context_initialize hands back the only event that the plugin has.
+    # Hand back the only event of the plugin, with the context of mq_context_initialize.
     cdef EventCell *event
     cdef uint64_t word, only = 0
     cdef int count = 0
@@ -289,8 +289,8 @@ cdef public void MQ_Retry(MQ_Context *context) noexcept nogil:
 
 
 cdef EventCell *resume(Worker *worker) noexcept nogil:
-    # Go on with the events that were handed back, oldest first. Returns them as a list of its own:
-    # one that is suspended again may be handed back, and be on the worker's list, at any moment.
+    # Continue the events that were handed back, oldest first. Return them in a separate list: an
+    # event that is suspended again may return to the list of the worker at any moment.
     cdef EventCell *event = swap_event(&worker.handed, NULL)
     cdef EventCell *oldest = NULL
     cdef uint64_t word
@@ -310,8 +310,8 @@ cdef EventCell *resume(Worker *worker) noexcept nogil:
 
 
 cdef bint give_up(EventCell *event) noexcept nogil:
-    # False when it has been handed back a moment ago. Otherwise the plugin keeps the event, with
-    # all that it may still read, until it hands back or the worker ends.
+    # Return False if the event has just been handed back. Otherwise the plugin keeps the event and
+    # the memory that it may read, until it hands back or the worker ends.
     cdef uint64_t word = load(&event.cell.word)
     cdef uint64_t handle = word & ~<uint64_t> STATE_MASK
     check(at_home(event.worker))
@@ -326,8 +326,8 @@ cdef bint give_up(EventCell *event) noexcept nogil:
 
 
 cdef Worker *context_here(MQ_Context *context, const char *function) noexcept nogil:
-    # The worker of a context, for a function that only its own thread may call; else NULL, logged.
-    # The event of the context need not be alive.
+    # Return the worker of a context, for a function that is only for the thread of the worker.
+    # Otherwise log the call and return NULL. The event of the context may be over.
     cdef uint64_t handle = <uint64_t> context
     cdef Block *block = block_of(handle, EVENT)
     cdef Worker *worker = block.owner if block != NULL else NULL

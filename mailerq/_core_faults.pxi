@@ -1,25 +1,25 @@
-# Whose fault it was: the last line of a process that a plugin ends.
+# Faults: the last line of a process that a plugin ends.
 #
-# What each thread runs is known at any moment without a lock: a worker notes the plugin and the
-# event before each call, and the calls outside of an event (opening a file, mq_initialize,
-# mq_message_id) take a *mark*. The handlers below only read that, build one line on their stack,
-# and write(2) it: to standard error, and to where the application log goes. Then the action that
-# was there before takes its turn, so core dumps and exit statuses stay what they were.
+# What each thread runs is known without a lock: a worker stores the plugin and the event before
+# each call, and calls outside of events (loading a file, mq_initialize, mq_message_id) set a
+# *mark*. The handlers below read these, build one line on their stack, and write(2) the line to
+# standard error and to the targets of the application log. Then the previous signal action runs, so
+# core dumps and exit statuses do not change.
 #
-# exit() runs what atexit() was given. _exit() runs nothing: a plugin that calls it is made to call
-# a function here instead, which says so and does it.
+# exit() runs the functions of atexit(). _exit() runs nothing, so the calls of plugins to _exit()
+# are redirected to a function here, which writes the line and calls _exit().
 #
-# A crash on a thread that has no mark is a plugin's when the instruction is in its file. Otherwise
-# (a thread of a plugin's own that calls abort, say) the stack is searched for a return address
-# into a plugin. It is read by a system call, which fails where a pointer would crash once more.
+# A crash on a thread without a mark is attributed to the plugin whose file contains the
+# instruction. Otherwise (a plugin's thread calls abort, for example) the stack is searched for a
+# return address in a plugin. A system call reads the stack: a bad pointer must not crash again.
 
 cdef enum:
     MARKS = 64
     SINKS = 8
     SPEAKER_LIMIT = 64
     STACK_SIZE = 1 << 16        # bytes of the stack of the handlers
-    SEARCH_STEPS = 64           # so often is a part of a crashed thread's stack searched,
-    SEARCH_WORDS = 64           # that has so many words
+    SEARCH_STEPS = 64           # parts of a crashed thread's stack to search
+    SEARCH_WORDS = 64           # words of each part
     SAID_LIMIT = 1000
     PREFIX_LIMIT = 8
 
@@ -86,8 +86,8 @@ cdef extern from * nogil:
         return dl_iterate_phdr(mq_match, extent);
     }
 
-    /* Have a library that was just opened call another function than the one of that name. Its
-     * slots may be read-only by now, so they are written as a debugger would. */
+    /* Make a library that was just loaded call another function instead of `name`. Its slots may
+     * already be read-only, so they are written through /proc/self/mem, as by a debugger. */
     static void mq_redirect(void *library, const char *name, void *from, void *to)
     {
         struct link_map *map;
@@ -99,7 +99,7 @@ cdef extern from * nogil:
         if (memory < 0 || dlinfo(library, RTLD_DI_LINKMAP, &map)) goto done;
         for (const ElfW(Dyn) *row = map->l_ld; row->d_tag != DT_NULL; ++row) {
             ElfW(Addr) place = row->d_un.d_ptr;
-            if (place < map->l_addr) place += map->l_addr;  /* where that section is read-only */
+            if (place < map->l_addr) place += map->l_addr;  /* if the section is read-only */
             if (row->d_tag == DT_STRTAB) strings = (const char *)place;
             if (row->d_tag == DT_SYMTAB) symbols = (const ElfW(Sym) *)place;
             if (row->d_tag == DT_RELA) tables[0] = (const ElfW(Rela) *)place;
@@ -167,14 +167,14 @@ cdef extern from "<stdlib.h>" nogil:
     int at_quick_exit(void (*)() noexcept nogil)
 
 
-# A call into a plugin that belongs to no event.
+# A call into a plugin outside of events.
 cdef struct Mark:
     uint64_t state              # FREE_MARK, BEING_SET, SET
     pthread_t thread
     const char *plugin
     const char *function
     int64_t since               # on the monotonic clock
-    int64_t patience            # when the watch speaks of it next, in nanoseconds after that
+    int64_t report_after        # nanoseconds after `since` until the next report; 0: the default
     c_bool reported
 
 cdef enum:
@@ -184,24 +184,24 @@ cdef enum:
 
 cdef Mark[MARKS] marks
 
-# Where last lines go: a descriptor, and what a syslog socket wants before each line.
+# A target of last lines: a descriptor, and the prefix that a syslog socket needs.
 cdef struct Sink:
     int fd
     char prefix[PREFIX_LIMIT]
 
 cdef Sink[SINKS] sinks
 cdef int sinks_used = 0
-cdef char[SPEAKER_LIMIT] speaker    # "process 1: ", where there are several
+cdef char[SPEAKER_LIMIT] speaker    # "process 1: ", if there are several
 
-cdef sigaction_t[65] former         # what was there before, by signal
+cdef sigaction_t[65] former         # the previous actions, by signal
 cdef int crashed = 0
-cdef int home = 0                   # the process that the handlers were made for; not its forks
+cdef int home = 0                   # the process of the handlers; forks must not report
 cdef bint catching = False
 cdef char[STACK_SIZE] first_stack   # for the thread that opened the first plugin
 
 
 cdef Mark *set_mark(const char *plugin, const char *function) noexcept nogil:
-    # NULL when too many threads are in plugins at once: then this call is not watched.
+    # Return NULL if too many threads are in plugins at once: then this call is not watched.
     cdef Mark *mark
     cdef int index
     for index in range(MARKS):
@@ -211,7 +211,7 @@ cdef Mark *set_mark(const char *plugin, const char *function) noexcept nogil:
             mark.plugin = plugin
             mark.function = function
             mark.since = monotonic()
-            mark.patience = 0
+            mark.report_after = 0
             mark.reported = False
             store(&mark.state, SET)
             return mark
@@ -224,7 +224,7 @@ cdef void clear_mark(Mark *mark) noexcept nogil:
 
 
 cdef const char *marked_here() noexcept nogil:
-    # The plugin that this thread is in outside of an event, or NULL.
+    # Return the plugin that this thread is in outside of events, or NULL.
     cdef const char *plugin = NULL
     cdef const char *function
     find_mark(&plugin, &function)
@@ -242,7 +242,8 @@ cdef bint find_mark(const char **plugin, const char **function) noexcept nogil:
 
 
 cdef bint find_running(const char **plugin, const char **function) noexcept nogil:
-    # What this thread is in. False when that is no plugin, or it is not known which.
+    # Find the plugin and function that this thread is in. Return False if there is none, or the
+    # plugin is unknown.
     cdef Worker *worker = workers
     cdef int index
     if find_mark(plugin, function):
@@ -260,7 +261,7 @@ cdef bint find_running(const char **plugin, const char **function) noexcept nogi
 
 
 cdef const char *owner_of(void *address) noexcept nogil:
-    # The plugin whose file an address is in, or NULL.
+    # Return the plugin whose file contains an address, or NULL.
     cdef Plugin *plugin = opened
     while plugin != NULL:
         if <char *> plugin.base <= <char *> address < <char *> plugin.end:
@@ -270,7 +271,7 @@ cdef const char *owner_of(void *address) noexcept nogil:
 
 
 cdef const char *owner_on_stack(char *stack) noexcept nogil:
-    # The plugin of the innermost address on a stack that is in one, or NULL.
+    # Return the plugin of the innermost address of a plugin on a stack, or NULL.
     cdef void *words[SEARCH_WORDS]
     cdef iovec local, remote
     cdef const char *name
@@ -298,7 +299,7 @@ cdef struct Said:
 
 
 cdef void say(Said *line, const char *text) noexcept nogil:
-    # What could end a line is left out: a file may have any name.
+    # Leave out control characters: the name of a file may contain line ends.
     while text[0] and line.size < sizeof(line.text) - 1:
         if not 0 <= text[0] < 32 and text[0] != 127:
             line.text[line.size] = text[0]
@@ -327,7 +328,7 @@ cdef void say_seconds(Said *line, int64_t nanoseconds) noexcept nogil:
 
 
 cdef void say_time(Said *line) noexcept nogil:
-    # The time in UTC, as in all logs. (strftime may take a lock.)
+    # Add the time in UTC, as in all logs. (strftime may take a lock.)
     cdef timespec now
     cdef uint64_t days, seconds, era, day, year, month
     clock_gettime(CLOCK_REALTIME, &now)
@@ -363,7 +364,7 @@ cdef void begin_line(Said *line, const char *level) noexcept nogil:
 
 
 cdef void end_line(Said *line) noexcept nogil:
-    # One write for each place, so lines of others stay whole.
+    # Use one write for each target, so that lines do not mix.
     cdef char[SAID_LIMIT + PREFIX_LIMIT] text
     cdef size_t length
     cdef int index
@@ -403,7 +404,7 @@ cdef const char *signal_name(int number) noexcept nogil:
 
 
 cdef bint known_thread() noexcept nogil:
-    # Whether plugins would have left a mark on this thread.
+    # Whether this is a worker outside of plugins: then no plugin is running here.
     cdef Worker *worker = workers
     while worker != NULL:
         if at_home(worker):
@@ -418,7 +419,7 @@ cdef void on_fault(int number, siginfo_t *info, void *context) noexcept nogil:
     cdef const char *function = NULL
     cdef bint sent = info.si_code == SI_USER and info.si_pid != getpid()
     cdef int before = errno
-    # One line, by who comes first: a second crash may be one in this very function.
+    # Report only the first crash: the second may be a crash of this function.
     if not sent and replace_int(&crashed, 0, 1):
         begin_line(&line, "Critical")
         say(&line, signal_name(number))
@@ -432,8 +433,8 @@ cdef void on_fault(int number, siginfo_t *info, void *context) noexcept nogil:
             say(&line, " outside of callbacks")
             say_suspect(&line, plugin)
         end_line(&line)
-    # Whatever was there before has its turn: the instruction is executed once more, or abort()
-    # goes on. A signal that was sent has to be sent again, as are those of abort() and kill(2).
+    # Let the previous action run. A fault repeats when the instruction executes again. A signal
+    # that was sent, as by abort() and kill(2), must be sent again.
     sigaction(number, &former[number], NULL)
     if info.si_code <= 0:
         c_raise(number)
@@ -461,7 +462,7 @@ cdef void say_exit(const char *what) noexcept nogil:
         say(&line, " was called in ")
         say_place(&line, plugin, function)
         end_line(&line)
-    elif gettid() != home and not known_thread():   # the main thread ends so at a normal end
+    elif gettid() != home and not known_thread():   # the main thread calls exit() at a normal end
         plugin = owner_on_stack(<char *> &line)
         if plugin != NULL:
             say(&line, " was called outside of callbacks")
@@ -470,13 +471,13 @@ cdef void say_exit(const char *what) noexcept nogil:
 
 
 cdef void tell_exits(void *library) noexcept nogil:
-    # Of what a plugin calls itself, not of what the libraries that it is linked with call.
+    # Redirect calls of the plugin itself, not of the libraries that it is linked with.
     redirect(library, "_exit", <void *> _exit, <void *> on_exit_at_once)
     redirect(library, "_Exit", dlsym(NULL, "_Exit"), <void *> on_exit_at_once)
 
 
 cdef void catch_faults():
-    # Once in each process. Whoever has plugins wants to know which of them ended it.
+    # Install the handlers, once in each process that loads plugins.
     global catching, home, sinks_used
     cdef sigaction_t action
     cdef int index
@@ -500,8 +501,8 @@ cdef void catch_faults():
 
 
 cdef void give_stack(Worker *worker) noexcept nogil:
-    # A stack for the handlers on this thread, since it may be its own that is used up. That of a
-    # worker stays with it, for the thread that has it next.
+    # Give the handlers a stack on this thread, because the fault may be a stack overflow. The stack
+    # of a worker is kept for its next thread.
     cdef stack_t stack
     if sigaltstack(NULL, &stack) or not stack.ss_flags & SS_DISABLE:
         return
@@ -525,7 +526,7 @@ cdef void take_stack(Worker *worker) noexcept nogil:
 
 
 def report_to(places, str who=""):
-    """Say where last lines go: ``(descriptor, prefix)`` for each place; `who` stands in front."""
+    """Set the targets of last lines, as ``(descriptor, prefix)``; each line starts with `who`."""
     global sinks_used
     sinks_used = 0
     encoded = who.encode()

@@ -1,10 +1,9 @@
 /*
- *  Keeps the C++ exceptions of plugins away from C.
+ *  Keep C++ exceptions of plugins out of C code.
  *
- *  A plugin may be written in C++, and an exception that leaves one of its callbacks would find
- *  nobody on this side who catches it: the runtime would end the process. Only C++ can catch, so
- *  this one function is C++. It stands around a whole crossing, not around each call, and costs
- *  one call: tables, not code, tell the unwinder where it is.
+ *  An exception that leaves a callback of a C++ plugin would end the process, because C code
+ *  cannot catch it. So this one function is C++. It surrounds a whole crossing, not each call,
+ *  and costs one call: entering a try block executes no code.
  */
 #include <cxxabi.h>
 
@@ -13,8 +12,8 @@
 #include <exception>
 
 /*
- *  Call function(argument). Returns 0, or 1 when an exception came out of it, with what it said
- *  about itself in text. A thread that is being cancelled goes on unwinding.
+ *  Call function(argument). Returns 0, or 1 after an exception, whose message is stored in text.
+ *  A thread that is being cancelled goes on unwinding.
  */
 extern "C" int mq_guard(void (*function)(void *), void *argument, char *text, std::size_t size)
 {

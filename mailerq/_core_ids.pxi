@@ -1,7 +1,7 @@
 # Message ids.
 #
-# An id of the built-in generator is 32 digits of base 32 (0-9, a-v), most significant first, so
-# that ids sort as bytes by the time they were made:
+# An id of the built-in generator has 32 digits of base 32 (0-9, a-v), most significant first, so
+# that ids sort by age:
 #
 #     milliseconds since 1970   9 digits  (until the year 3084)
 #     counter of this thread    8
@@ -9,14 +9,14 @@
 #     process                   5
 #     machine                   7
 #
-# The counter never goes back, not even when the clock does, and it starts at a random number, so
-# that a process which is given the number and the clock of an earlier one does not repeat its ids.
+# The counter never goes back, even if the clock does. It starts at a random number, so a process
+# with the process id and the clock of an earlier process does not repeat its ids.
 
 cdef enum:
     ID_SIZE = 32
     ID_TAIL = 15
     ID_LIMIT = 998              # RFC 5322, section 2.1.1: no line is longer
-    ID_TEXT_LIMIT = 700         # of an id, so that "Message-ID: <id@hostname>" is such a line
+    ID_TEXT_LIMIT = 700         # of an id, so that "Message-ID: <id@hostname>" fits that line
 
 cdef extern from * nogil:
     """
@@ -37,7 +37,7 @@ cdef extern from * nogil:
         char *tail
     Generator own_generator "mq_own_generator"
 
-cdef uint64_t epoch = 1         # goes up in the child of a fork: process and counters are new there
+cdef uint64_t epoch = 1         # increases in a forked child, which needs a new generator
 cdef uint64_t threads = 0
 cdef uint64_t machine = 0
 cdef char[2048] PAIRS           # the two digits of each number below 1024
@@ -107,7 +107,8 @@ cdef void call_id_function(void *argument) noexcept nogil:
 
 
 cdef const char *id_problem(const char *text, size_t size) noexcept nogil:
-    # Why an id cannot be the left side of a Message-ID, a dot-atom-text (RFC 5322, section 3.6.4).
+    # Return why an id cannot be the left side of a Message-ID, or NULL. The left side is
+    # dot-atom-text (RFC 5322, section 3.6.4).
     cdef size_t index
     if size > ID_TEXT_LIMIT:
         return "wrote more than 700 bytes"
@@ -122,7 +123,7 @@ cdef const char *id_problem(const char *text, size_t size) noexcept nogil:
 
 
 cdef size_t plugin_id(Table *table, char *buffer) noexcept nogil:
-    # The id that the plugin makes, or 0, logged, when it cannot be used.
+    # Get an id from the plugin; return its size. If the id cannot be used, log that and return 0.
     cdef IdCall request
     cdef char[300] text
     cdef const char *problem = NULL
@@ -150,7 +151,7 @@ cdef size_t plugin_id(Table *table, char *buffer) noexcept nogil:
 
 
 def generate_ids(uint64_t count):
-    """Make so many ids in C and throw them away, for benches/dispatch.py; returns the last."""
+    """Make `count` ids in C and return the last one, for benches/dispatch.py."""
     cdef char[ID_SIZE] text
     cdef uint64_t index
     with nogil:

@@ -1,4 +1,4 @@
-# Opening plugins.
+# Loading plugins.
 
 cdef Plugin *opened = NULL      # latest first; never closed and never freed: see safety rule 4
 cdef bint promoted = False
@@ -30,7 +30,7 @@ cdef void call_size(void *argument) noexcept nogil:
 
 cdef int call_guarded(PlainCall *request, void (*caller)(void *) noexcept nogil,
                       const char *plugin, str path, const char *name) except -1:
-    # One of the functions without arguments, on the main thread. PluginError when it throws.
+    # Call a function without arguments, on the main thread. Raise PluginError if it throws.
     cdef char[300] text
     cdef int thrown
     cdef Mark *mark = set_mark(plugin, name)
@@ -45,7 +45,7 @@ cdef int call_guarded(PlainCall *request, void (*caller)(void *) noexcept nogil,
 
 
 cdef over(Mark *mark):
-    # The call has returned; say so when the watch had spoken of it.
+    # Clear the mark. If the watch has reported the call, log that it has returned.
     if mark != NULL and mark.reported:
         logger.warning("[%s] %s goes on; it took %.1f s", mark.plugin.decode("utf-8", "replace"),
                        mark.function.decode(), (monotonic() - mark.since) / 1e9)
@@ -53,8 +53,8 @@ cdef over(Mark *mark):
 
 
 cdef promote():
-    # Python loads an extension with local scope; a plugin's undefined MQ_ symbols resolve only
-    # against what is global.
+    # Make our symbols global. Python loads extensions with local scope, and the undefined MQ_
+    # symbols of a plugin resolve only against global symbols.
     global promoted
     cdef Dl_info info
     if promoted:
@@ -71,7 +71,7 @@ cdef str dl_problem():
 
 
 def unresolved(str path, names):
-    """Those of the names that nothing defines which a plugin is linked with, nor this program."""
+    """Return the names that neither this program nor the libraries of the plugin define."""
     cdef void *library
     encoded = os_fsencode(path)
     promote()
@@ -85,7 +85,7 @@ def unresolved(str path, names):
 
 
 def opened_plugins():
-    """The file names of all plugins that this process has opened, the latest first."""
+    """Return the file names of all plugins that this process has loaded, latest first."""
     cdef Plugin *plugin = opened
     names = []
     while plugin != NULL:
@@ -95,7 +95,7 @@ def opened_plugins():
 
 
 cdef class Library:
-    """The plugins of one engine: opened, checked, and their callbacks in one table.
+    """The loaded plugins of one engine, with their callbacks in one table.
 
     `paths` are the files in load order. Raises `PluginError`, whose text names the file.
     """
@@ -115,7 +115,7 @@ cdef class Library:
         self.exports = {}
         if len(self.paths) > PLUGIN_LIMIT:
             raise PluginError(f"{len(self.paths)} plugins; at most {PLUGIN_LIMIT} can be loaded")
-        # Never freed: a foreign thread may look up a name in it at any time.
+        # Never freed: a foreign thread may look up a name in the table at any time.
         self.table = <Table *> calloc(1, sizeof(Table))
         if self.table == NULL:
             raise MemoryError
@@ -151,7 +151,7 @@ cdef class Library:
         if plugin == NULL:
             raise MemoryError
         strncpy(plugin.name, os_fsencode(name), sizeof(plugin.name) - 1)
-        # Noted before: the file may be broken, or a constructor of it end the process.
+        # Mark before dlopen: a broken file or a constructor may end the process.
         file = encoded
         mark = set_mark(plugin.name, "dlopen() or a constructor")
         with nogil:
@@ -191,7 +191,7 @@ cdef class Library:
             [each for each in CALLBACKS if dlsym(plugin.library, each.encode()) != NULL])
 
     cdef find_id_functions(self, Plugin *plugin, str path):
-        # The last plugin that exports mq_message_id owns the ids.
+        # The last plugin that exports mq_message_id supplies the ids.
         cdef PlainCall request
         cdef void *function = dlsym(plugin.library, "mq_message_id")
         request.function = dlsym(plugin.library, "mq_message_id_size")
@@ -208,7 +208,7 @@ cdef class Library:
         self.id_owner = path.rpartition("/")[2]
 
     cdef ask_id_size(self):
-        # Only of the owner: what the others would say is nobody's business.
+        # Ask only the plugin that supplies the ids.
         cdef PlainCall request
         if self.table.id_owner < 0:
             return
@@ -224,7 +224,7 @@ cdef class Library:
     def initialize(self):
         """Call mq_initialize of every plugin that exports it, in load order.
 
-        When one of them fails, those before it are cleaned up.
+        If one fails, clean up the plugins before it and raise `PluginError`.
         """
         try:
             for index, path in enumerate(self.paths):
@@ -235,7 +235,7 @@ cdef class Library:
             raise
 
     def cleanup(self):
-        """Call mq_cleanup of every plugin that was initialized, in load order, whatever happens."""
+        """Call mq_cleanup of every initialized plugin, in load order; log failures."""
         count, self.initialized = self.initialized, 0
         for index, path in enumerate(self.paths[:count]):
             try:
@@ -250,7 +250,7 @@ cdef class Library:
             call_guarded(&request, call_void, self.table.plugin[index].name, path, name)
 
     def message_id(self):
-        """A new message id: the plugin's, or one of the built-in generator. Any thread."""
+        """Return a message id of the plugin or of the built-in generator. Any thread."""
         cdef char[ID_LIMIT + 2] buffer
         cdef size_t size = 0
         if self.table.id_owner >= 0:
@@ -265,19 +265,19 @@ cdef class Library:
 
     @property
     def id_size(self):
-        """Bytes of the ids that a plugin makes, None where none does."""
+        """The buffer size for ids of the plugin; None if no plugin supplies ids."""
         return self.table.id_size if self.table.id_owner >= 0 else None
 
     def listens(self, str event):
-        """Whether a plugin, or a handler of Python's, wants this event."""
+        """Whether a plugin or a Python handler listens to this event."""
         return bool((self.table.c_events | self.table.python_events) >> EVENTS.index(event) & 1)
 
     def set_handled(self, str event):
-        """Note that Python has a handler for this event."""
+        """Record that Python has a handler for this event."""
         self.table.python_events |= <uint64_t> 1 << EVENTS.index(event)
 
     def figures(self):
-        """For each plugin and event that was called: a dict of what `Plugins.statistics` names."""
+        """Return the figures of `Plugins.statistics`, by plugin and called event."""
         cdef Worker *worker = workers
         totals = {key: list(value) for key, value in self.totals.items()}
         while worker != NULL:
@@ -308,7 +308,7 @@ cdef class Library:
         self.add_kept(worker, totals)
 
     cdef add_kept(self, Worker *worker, totals):
-        # Events that were given up and not handed back: how many, and what they keep in memory.
+        # Add the number and the memory of events that were given up and not handed back.
         cdef EventCell *event
         cdef uint64_t word
         pthread_mutex_lock(&worker.mutex)

@@ -1,8 +1,8 @@
-# The log: any thread appends lines without Python's lock, a worker hands them to `logging`.
+# The log: any thread appends lines without Python's lock, and a worker passes them to `logging`.
 
 cdef enum:
     LINE_LIMIT = 4000           # bytes of one line
-    BACKLOG_LIMIT = 10000       # lines that wait; more are counted and dropped
+    BACKLOG_LIMIT = 10000       # waiting lines; more are counted and dropped
 
 cdef Line *lines = NULL         # newest first
 cdef uint64_t backlog = 0
@@ -41,8 +41,8 @@ cdef void append_line(int priority, const char *plugin, const char *text) noexce
 
 
 cdef void wake_for_log() noexcept nogil:
-    # A thread in a crossing writes the log out when it ends. Workers are never freed, so this needs
-    # no lock: one that has just ended is woken in vain, and whoever ended it writes the log out.
+    # A thread in a crossing flushes the log afterwards. Workers are never freed, so this needs no
+    # lock: waking a worker that has just ended does nothing, and its end flushes the log.
     cdef Worker *worker = workers
     cdef Worker *chosen = NULL
     while worker != NULL:
@@ -57,7 +57,7 @@ cdef void wake_for_log() noexcept nogil:
 
 cdef void report(int priority, Worker *worker, int plugin, const char *form,
                  const char *function, const char *detail) noexcept nogil:
-    # A line of ours about a plugin. The form has two %s: the function and the detail.
+    # Log a line about a plugin. The form has two %s: the function and the detail.
     cdef char[500] text
     snprintf(text, sizeof(text), form, function, detail)
     append_line(priority, name_of(worker, plugin), text)
@@ -70,8 +70,8 @@ cdef const char *name_of(Worker *worker, int plugin) noexcept nogil:
 
 
 cdef const char *plugin_at(void *address) noexcept nogil:
-    # Which plugin calls: the one whose callback runs on this thread, or the one whose file the
-    # address is in. (The address alone could mislead: the call may have been a jump.)
+    # Find the calling plugin: the plugin whose callback runs on this thread, or the plugin whose
+    # file contains the address. (The address alone could mislead: the call may have been a jump.)
     cdef Worker *worker = workers
     cdef Dl_info info
     cdef Plugin *plugin
@@ -97,7 +97,7 @@ cdef public void MQ_Log(int priority, const char *message) noexcept nogil:
 
 
 def flush_log():
-    """Hand the lines that wait to `logging`, oldest first."""
+    """Pass the waiting lines to `logging`, oldest first."""
     cdef Line *line = swap_line(&lines, NULL)
     cdef Line *oldest = NULL
     cdef Line *next_line

@@ -1,10 +1,10 @@
 # The libev loop of a worker, its timers and its watchers.
 #
-# The loop is run by a helper thread, which never touches Python: it waits in the kernel, and when
-# something is due it wakes the worker and sleeps on a condition until the worker has invoked what
-# is pending. A mutex that the helper gives up while it waits is held by the worker through every
-# call into a plugin, so plugins may start and stop watchers as if the loop were their thread's.
-# (libev's manual describes this way of sharing a loop in its section on threads.)
+# A helper thread, which never touches Python, runs the loop. The helper waits in the kernel. When
+# a watcher is due, the helper wakes the worker and sleeps on a condition until the worker has
+# invoked the pending watchers. The helper releases a mutex while it waits, and the worker holds the
+# mutex through every call into a plugin, so plugins may start and stop watchers as if the loop ran
+# on their thread. (The manual of libev describes this in its section on threads.)
 
 
 cdef void loop_release(ev_loop *ev) noexcept nogil:
@@ -20,7 +20,7 @@ cdef void loop_poked(ev_loop *ev, ev_async *poke, int events) noexcept nogil:
 
 
 cdef void loop_pending(ev_loop *ev) noexcept nogil:
-    # In the helper, in place of invoking what is pending; the lock is held.
+    # Called by the helper, with the lock held, instead of invoking pending watchers.
     cdef Worker *worker = <Worker *> ev_userdata(ev)
     cdef Loop *loop = worker.loop
     if ev_pending_count(ev) == 1 and ev_is_pending(&loop.poke):
@@ -41,7 +41,7 @@ cdef void *loop_main(void *argument) noexcept nogil:
 
 
 cdef Loop *open_loop(Worker *worker) noexcept nogil:
-    # Make the loop and its helper. The worker then holds the lock, as in any other crossing.
+    # Make the loop and its helper. The worker holds the lock afterwards, as in any crossing.
     cdef Loop *loop = <Loop *> calloc(1, sizeof(Loop))
     cdef sigset_t every, before
     cdef int failed
@@ -61,7 +61,7 @@ cdef Loop *open_loop(Worker *worker) noexcept nogil:
     pthread_mutex_lock(&loop.lock)
     worker.loop = loop
     worker.locked = True
-    # Signals are for Python's threads.
+    # Block all signals in the helper: Python's threads handle them.
     sigfillset(&every)
     pthread_sigmask(SIG_SETMASK, &every, &before)
     failed = pthread_create(&loop.helper, NULL, loop_main, worker)
@@ -96,7 +96,8 @@ cdef void close_loop(Worker *worker) noexcept nogil:
 
 
 cdef inline void enter(Worker *worker) noexcept nogil:
-    # Before a call into plugins. Those with watchers of their own expect the loop's time to be now.
+    # Call before calling plugins. Plugins with their own watchers expect the time of the loop to be
+    # current.
     check(at_home(worker) and not worker.inside)
     worker.inside = True
     worker.crossings += 1
@@ -109,7 +110,7 @@ cdef inline void enter(Worker *worker) noexcept nogil:
 
 
 cdef inline void leave(Worker *worker) noexcept nogil:
-    # After it. The helper sleeps until the time that was right before, so it may need a poke.
+    # Call after calling plugins. The helper sleeps with an old timeout, so it may need a poke.
     worker.inside = False
     if worker.locked:
         if worker.touched:
@@ -124,7 +125,7 @@ cdef void invoke(void *argument) noexcept nogil:
 
 
 cdef void invoke_pending(Worker *worker) noexcept nogil:
-    # What the helper found due, and what that makes due at once.
+    # Invoke the watchers that are due, and those that become due meanwhile.
     cdef char[300] text
     while ev_pending_count(worker.loop.ev) > 0:
         leave_callback(worker)
@@ -136,14 +137,15 @@ cdef void invoke_pending(Worker *worker) noexcept nogil:
 
 
 cdef Loop *loop_of(Worker *worker) noexcept nogil:
-    # NULL when there can be none. Without a crossing (in mq_message_id, say) the lock is not held.
+    # Return the loop, or NULL if it cannot be made or no crossing is running (as in
+    # mq_message_id): then the lock is not held.
     if not worker.inside:
         return NULL
     return worker.loop if worker.loop != NULL else open_loop(worker)
 
 
 cdef Cell *loop_cell(uint64_t handle, int kind, const char *function) noexcept nogil:
-    # A timer or a watcher, or NULL. One that is gone is no mistake of the plugin's.
+    # Return a timer or a watcher, or NULL. An ended timer is not a mistake, so it is not logged.
     cdef Block *block = block_of(handle, kind)
     if block == NULL or block.owner == NULL:
         return NULL
@@ -174,7 +176,7 @@ cdef Figures *figures_of(Worker *worker, int event, int plugin) noexcept nogil:
 
 
 cdef inline void leave_callback(Worker *worker) noexcept nogil:
-    # What comes next on this loop may be a watcher that a plugin made itself.
+    # The next callback of the loop may be a watcher that a plugin made itself.
     worker.running_event = RAW_CALL
     worker.running_plugin = worker.raw_plugin
 

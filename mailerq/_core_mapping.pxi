@@ -1,7 +1,7 @@
-# A file that is mapped into memory, to be read.
+# A file that is mapped into memory for reading.
 #
-# mmap.mmap keeps a descriptor of the file, until Python 3.13 in any case: a plugin that keeps large
-# mails would use up those that connections need.
+# mmap.mmap keeps a descriptor of the file (always, before Python 3.13), so plugins that keep large
+# mails would use up the descriptors for connections.
 
 cdef extern from "<sys/mman.h>":
     void *mmap(void *, size_t, int, int, int, long)
@@ -14,7 +14,7 @@ cdef extern from "<sys/mman.h>":
 cdef class Mapping:
     """The first `size` bytes of a file, for memoryview(). Raises OSError.
 
-    Its descriptor is not needed any more. The file must not become shorter.
+    The descriptor may be closed afterwards. The file must not become shorter.
     """
 
     cdef void *start
@@ -35,11 +35,11 @@ cdef class Mapping:
         PyBuffer_FillInfo(buffer, self, self.start, self.size, 1, flags)
 
     def forget(self):
-        """Take no memory for what was looked at; who looks again has it read from the file."""
+        """Release the memory of pages that were read; the next access reads the file again."""
         madvise(self.start, self.size, MADV_DONTNEED)
 
 
-# What the allocator keeps.
+# The allocator.
 
 cdef extern from *:
     """
@@ -62,14 +62,15 @@ cdef extern from *:
     void mq_keep_little(int, int)
 
 cdef enum:
-    OWN_PAGES = 1 << 18     # bytes of an object from which on it has pages of its own
-    AT_THE_TOP = 1 << 18    # bytes that stay at the end of the heap
+    OWN_PAGES = 1 << 18     # bytes from which on an object has pages of its own
+    AT_THE_TOP = 1 << 18    # free bytes to keep at the end of the heap
 
 
 def keep_little():
-    """Have this process give large objects back to the system as soon as they are gone.
+    """Return the memory of large objects to the system as soon as they are freed.
 
-    The GNU C library takes the largest one that it has seen for usual, up to 32 MB: it then grows
-    by copying, and twice its size stays with the process. Others are left as they are.
+    By default, the GNU C library adapts its thresholds to the largest object so far, up to 32 MB:
+    larger objects then grow by copying, and the process keeps twice their size. With other C
+    libraries this does nothing.
     """
     mq_keep_little(OWN_PAGES, AT_THE_TOP)

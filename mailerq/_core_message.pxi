@@ -1,15 +1,14 @@
-# Messages: what the getters and setters see, the JSON, and reading back what a plugin changed.
+# Messages: getters and setters, the JSON, and reading back the changes of a plugin.
 #
-# A MessageCell stands for a `mailerq.message.Message` during one event. The three texts are
-# borrowed from the Python object until a setter replaces them. The JSON is made only when a plugin
-# asks. What a plugin changed is read back right after its turn, so that a property of the wrong
-# type is blamed on the plugin that set it. Python's lock is taken to make the JSON and to read
-# back, and for nothing else.
+# A MessageCell represents a `mailerq.message.Message` during one event. The three texts are
+# borrowed from the Python object until a setter replaces them. The JSON is made when a plugin first
+# calls MQ_Json. The changes of a plugin are read back right after its turn, so that a mistake is
+# reported for the right plugin. Only making the JSON and reading back take Python's lock.
 
 
 cdef int borrow(Text *text, object value) except -1:
-    # Borrow a str, bytes or memoryview, or unset the text when it is none of them. Behind the last
-    # byte of a memoryview there is a NUL, which its maker promises.
+    # Borrow a str, bytes or memoryview; unset the text for other values. The caller guarantees a
+    # NUL after the last byte of a memoryview.
     cdef Py_ssize_t size
     text.data = NULL
     text.size = 0
@@ -36,7 +35,7 @@ cdef int borrow(Text *text, object value) except -1:
 
 
 cdef inline void own(Text *text) noexcept nogil:
-    # Give a plugin a copy instead of what is inside a Python object: C lets it write there.
+    # Replace the memory of a Python object by a copy, because a plugin could write to it.
     if text.data == NULL or text.copy != NULL or text.lent != NULL:
         return
     text.lent = <char *> malloc(text.size + 1)
@@ -87,7 +86,7 @@ cdef void close_message(MessageCell *cell) noexcept:
     give(cell.worker, MESSAGE, &cell.cell)
 
 
-# ---------------------------------------------------------------- what plugins call
+# ---------------------------------------------------------------- functions for plugins
 
 
 cdef MessageCell *message_here(const MQ_Message *message, const char *function) noexcept nogil:
@@ -108,12 +107,12 @@ cdef MessageCell *message_here(const MQ_Message *message, const char *function) 
 
 
 cdef inline bint is_alias(MessageCell *cell) noexcept nogil:
-    # Whether the getters and setters are aliases of JSON properties, and the JSON exists.
+    # Whether the JSON exists, and the getters and setters are aliases of its properties.
     return cell.json != NULL and cell.event.number == ON_MESSAGE
 
 
 cdef inline void touch(MessageCell *cell) noexcept nogil:
-    # The message has to be read back after this plugin's turn.
+    # Have the message read back after the turn of this plugin.
     cell.touched = True
     cell.event.noted = True
 
@@ -157,7 +156,7 @@ cdef void set_text(MessageCell *cell, Text *text, const char *name, const char *
 
 
 cdef MessageCell *settable(MQ_Message *message, const char *function, int last) noexcept nogil:
-    # The message, when it is not too late for this: later than in event `last`.
+    # Return the message, or NULL if the current event is later than `last`.
     cdef MessageCell *cell = message_here(message, function)
     if cell == NULL or cell.event.number <= last:
         return cell
@@ -242,16 +241,16 @@ cdef public json_object *MQ_Json(MQ_Message *message) noexcept nogil:
     return cell.json
 
 
-# ---------------------------------------------------------------- to json-c and back
+# ---------------------------------------------------------------- json-c
 
 
 class Unrepresentable(Exception):
-    """A value that json-c, or JSON, has no place for."""
+    """A value that json-c or JSON cannot represent."""
 
 
 cdef json_object *make_json(MessageCell *cell) noexcept with gil:
-    # The document as plugins see it. Properties that json-c cannot hold are hidden from them, and
-    # put back when it is read.
+    # Make the document for plugins. Properties that json-c cannot hold are left out, and put back
+    # when the document is read.
     cdef json_object *root = json_object_new_object()
     cdef Text stored
     if root == NULL:
@@ -267,7 +266,7 @@ cdef json_object *make_json(MessageCell *cell) noexcept with gil:
                 hidden[name] = value
         borrow(&stored, document.body)
         if cell.event.number == ON_MESSAGE:
-            # From here on the JSON holds what the setters left.
+            # From here on the JSON holds the values of the setters.
             put_text(root, "envelope", &cell.envelope)
             put_text(root, "recipient", &cell.recipient)
             put_text(root, "mime", &cell.mime)
@@ -313,7 +312,7 @@ cdef int put(json_object *root, object name, object value, int depth) except -1:
 
 
 cdef int add_property(json_object *root, const char *name, json_object *value) except -1:
-    # The reference of the value goes to root.
+    # Steals the reference of the value.
     if value == NULL or json_object_object_add(root, name, value) != 0:
         json_object_put(value)
         raise MemoryError
@@ -321,7 +320,7 @@ cdef int add_property(json_object *root, const char *name, json_object *value) e
 
 
 cdef json_object *to_json(object value, int depth) except? NULL:
-    # A new reference. NULL without an exception is JSON's null.
+    # Return a new reference. NULL without an exception is the null of JSON.
     cdef json_object *result = NULL
     cdef Py_ssize_t size
     cdef const char *text
@@ -340,7 +339,7 @@ cdef json_object *to_json(object value, int depth) except? NULL:
         elif 0 < value <= 0xffffffffffffffff:
             result = json_object_new_uint64(value)
         else:
-            # json-c keeps the digits beside the approximation, as it does when it parses.
+            # json-c keeps the digits beside the approximation, as after parsing.
             digits = b"%d" % value
             result = json_object_new_double_s(float(value), digits)
     elif isinstance(value, float):
@@ -388,7 +387,7 @@ cdef object from_json(json_object *value, int depth):
             return json_object_get_int64(value)
         return json_object_get_uint64(value)
     if kind == json_type_double:
-        # What json-c would print is what counts: it may be a whole number of any size.
+        # Use the text that json-c would print: the value may be an integer of any size.
         text = json_object_to_json_string(value).decode()
         try:
             return int(text)
@@ -411,7 +410,7 @@ cdef object from_json(json_object *value, int depth):
 
 
 cdef bint read_back(EventCell *event, int plugin) noexcept with gil:
-    # Take over what the plugin changed. False, logged, when a property cannot be used.
+    # Apply the changes of the plugin. If a property cannot be used, log that and return False.
     cdef MessageCell *cell = event.message
     cell.touched = False
     try:
@@ -428,7 +427,7 @@ cdef bint read_back(EventCell *event, int plugin) noexcept with gil:
 
 
 cdef object take_json(MessageCell *cell):
-    # The properties and, apart from them, the body. Returns what is wrong with them, or None.
+    # Apply the properties and the body of the JSON. Return what is wrong, or None.
     cdef lh_entry *entry = json_object_get_object(cell.json).head
     cdef json_object *value
     document = <object> cell.document
@@ -463,7 +462,7 @@ cdef object take_json(MessageCell *cell):
 
 
 cdef object take_texts(MessageCell *cell):
-    # What the setters left. Returns what is wrong with it, or None.
+    # Apply the values of the setters. Return what is wrong, or None.
     message = <object> cell.message
     if cell.event.number == ON_MESSAGE:
         message.local = cell.local
@@ -491,11 +490,11 @@ cdef object take_texts(MessageCell *cell):
 
 
 cdef object address_problem(str name, object address):
-    # What is wrong with an address that a plugin has set, or None.
-    if not address:  # the null sender; that a recipient is missing is found elsewhere
+    # Return what is wrong with an address that a plugin has set, or None.
+    if not address:  # the null sender; a missing recipient is detected elsewhere
         return None
     if UNPRINTABLE.search(address):
-        # It could end the SMTP command that carries it.
+        # A control character could end the SMTP command that carries the address.
         return f"property {name}: holds a control character"
     try:
         parse_mailbox(address)

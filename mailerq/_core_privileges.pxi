@@ -1,5 +1,5 @@
-# What a process gives up for good. Each call is for the calling thread and those that it starts, so
-# it comes before there are others.
+# Rights that a process gives up for good. Each call affects the calling thread and the threads that
+# it starts, so call these before starting threads.
 
 cdef extern from *:
     """
@@ -14,13 +14,13 @@ cdef extern from *:
         return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? errno : 0;
     }
 
-    /* Goes on after an error, and returns the first one. */
+    /* Continues after an error, and returns the first error. */
     static int mq_keep_capabilities(uint64_t kept, uint64_t bounding)
     {
         struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
         struct __user_cap_data_struct sets[2];
         int error = 0;
-        /* First, for it needs a capability itself. */
+        /* The bounding set first: dropping from it needs a capability. */
         for (int number = 0; number < 64; number++) {
             int there = prctl(PR_CAPBSET_READ, number, 0, 0, 0) > 0;
             int drop = there && !(bounding >> number & 1);
@@ -45,16 +45,17 @@ cdef extern from *:
 
 
 def no_new_privileges():
-    """Have no program that is executed gain rights by its file. Raises OSError."""
+    """Keep executed programs from gaining rights by setuid and the like. Raises OSError."""
     cdef int error = mq_no_new_privileges()
     if error:
         raise OSError(error, os_strerror(error))
 
 
 def keep_capabilities(uint64_t kept, uint64_t bounding):
-    """Keep these capabilities, bits of their numbers, and let programs have `bounding` at most.
+    """Keep only the capabilities `kept`, and limit executed programs to `bounding`.
 
-    Raises OSError when the system refuses a part of it; the rest is done.
+    Both are bits of capability numbers. Raises OSError if the system refuses a part; the rest is
+    done.
     """
     cdef int error = mq_keep_capabilities(kept, bounding)
     if error:

@@ -1,8 +1,8 @@
-# What plugins.py works with: contexts, connections, and calls that have to be waited for.
+# The classes that plugins.py builds on: contexts, connections, and suspended calls.
 
 
 cdef class Nothing:
-    """The awaitable of an event that has been dealt with and needs no answer. There is one."""
+    """A ready awaitable, for an event that ended without a reject. There is one instance."""
 
     def __await__(self):
         return self
@@ -19,14 +19,14 @@ NOTHING = nothing
 
 
 cdef class Context:
-    """A worker thread as plugins see it. To be made, used and ended on that thread.
+    """A worker thread as plugins see it. Make, use and end it on that thread.
 
-    plugins.py derives from it: `settle` is a coroutine function that finishes a `Call`.
+    plugins.py derives from this class and adds the coroutine `settle`, which finishes a `Call`.
     """
 
     cdef Worker *worker
     cdef Table *table
-    cdef bint ended             # asked instead of worker.open: another context may have it now
+    cdef bint ended             # instead of worker.open: another context may have the worker now
     cdef readonly Library library
 
     def __cinit__(self, Library library, *args, **kwargs):
@@ -37,36 +37,36 @@ cdef class Context:
             raise MemoryError
 
     def __dealloc__(self):
-        # Not by the method: when the interpreter ends, the class may have lost it.
+        # Do not call the method: at the end of the interpreter the class may be torn down.
         if self.worker != NULL and not self.ended:
             self.ended = True
             shut(self)
 
     def fileno(self):
-        """A descriptor that is readable when `turn` has something to do."""
+        """Return a descriptor that is readable when `turn` has work."""
         return self.worker.wakeup
 
     def start(self):
-        """mq_context_initialize of every plugin; to be awaited."""
+        """Call mq_context_initialize of every plugin; await the result."""
         cdef EventCell *event = begin(self, None, CONTEXT_INITIALIZE)
         self.worker.context = event
         self.worker.context_identity = identity_of(event.cell.word)
         return run(self, event, None, None, None)
 
     def stop(self):
-        """mq_context_cleanup of every plugin; to be awaited."""
+        """Call mq_context_cleanup of every plugin; await the result."""
         return run(self, begin(self, None, CONTEXT_CLEANUP), None, None, None)
 
     def end(self):
-        """Free what belongs to the worker. All handles of it become invalid."""
+        """Free the objects of the worker. All of its handles become invalid."""
         if not self.ended:
             self.ended = True
             shut(self)
 
     def turn(self):
-        """Call what is due: timers, watchers, events that were handed back, `on_output`.
+        """Run due timers and watchers, continue events that were handed back, call `on_output`.
 
-        Returns the calls that are finished or are now with another plugin.
+        Returns the calls that have finished or moved to another plugin.
         """
         cdef Worker *worker = self.worker
         cdef uint64_t count
@@ -105,12 +105,12 @@ cdef class Context:
         return moved
 
     def mend(self):
-        """The descriptor of `fileno` is not ours any more: open another."""
+        """Open another descriptor for `fileno`, because a plugin closed it."""
         mend_wakeup(self.worker)
         self.stray()
 
     cdef take_back(self, Call call):
-        # A call that was given up has been handed back after all.
+        # Close a call that was given up and has now been handed back.
         connection = call.connection
         call.abandoned = False
         call.close()
@@ -136,7 +136,7 @@ cdef class Context:
 
     @property
     def running(self):
-        """The plugin and the function that the thread is in just now, or None. Any thread."""
+        """The plugin and function that the thread is in now, or None. Any thread."""
         cdef int plugin = self.worker.running_plugin
         if plugin < 0 or not self.worker.open:
             return None
@@ -144,7 +144,7 @@ cdef class Context:
 
     @property
     def live(self):
-        """How many objects of each kind there are: for tests, which want to see zeros."""
+        """The number of live objects of each kind, for tests that expect zeros."""
         cdef int own = self.worker.context != NULL
         cdef long *live = self.worker.live
         return {"events": live[EVENT] - own, "connections": live[CONNECTION],
@@ -152,7 +152,7 @@ cdef class Context:
 
 
 cdef shut(Context context):
-    # Events that were given up and never handed back end here, with what they kept alive.
+    # Free events that were given up and never handed back, and the memory that they keep.
     cdef Worker *worker = context.worker
     cdef EventCell *event
     with nogil:
@@ -164,7 +164,7 @@ cdef shut(Context context):
         call.event = NULL
         strip(event)
         Py_DECREF(call)
-    if context.library is not None:  # the garbage collector may have taken it
+    if context.library is not None:  # the garbage collector may have cleared it
         context.library.add_figures(worker, context.library.totals)
     close_worker(worker)
     flush_log()
@@ -216,7 +216,7 @@ cdef inline void strip(EventCell *event) noexcept:
 
 
 cdef inline void release(EventCell *event) noexcept:
-    # The event is over, and so are all handles of it. The worker keeps that of its own start.
+    # Free an event and invalidate its handles. The worker keeps its event of mq_context_initialize.
     strip(event)
     if event.connection != NULL:
         event.connection.event = NULL
@@ -226,8 +226,8 @@ cdef inline void release(EventCell *event) noexcept:
 
 
 cdef run(Context context, EventCell *event, Connection connection, object first, object second):
-    # The whole chain in one crossing. What is returned is to be awaited; when no plugin had
-    # anything to say that is `nothing`, and no object was made.
+    # Call the whole chain in one crossing; the caller awaits the result. If no plugin decided
+    # otherwise, return `nothing` and make no object.
     cdef Worker *worker = context.worker
     cdef Call call
     if context.table.length[event.number] == 0:
@@ -259,18 +259,18 @@ cdef run(Context context, EventCell *event, Connection connection, object first,
 
 
 cdef class Call:
-    """An event that was suspended, or that ended in something to tell.
+    """An event that was suspended, or that ended with an outcome to handle.
 
-    `task` and `scope` are for the code that waits for it.
+    `task` and `scope` are for the code that waits for the event.
     """
 
-    cdef EventCell *event       # NULL when it is closed
+    cdef EventCell *event       # NULL after close()
     cdef readonly Context context
     cdef readonly Connection connection
     cdef readonly object first
     cdef readonly object second
-    cdef readonly bint abandoned    # it was given up
-    cdef readonly bint cancelled    # nobody waits for what comes of it
+    cdef readonly bint abandoned    # the event was given up
+    cdef readonly bint cancelled    # the session no longer waits for the outcome
     cdef public object task
     cdef public object scope
 
@@ -281,17 +281,17 @@ cdef class Call:
 
     @property
     def name(self):
-        """The event's name: "rcptto"."""
+        """The name of the event: "rcptto"."""
         return EVENTS[self.open().number]
 
     @property
     def function(self):
-        """The callback's name: "mq_smtp_in_rcptto"."""
+        """The name of the callback: "mq_smtp_in_rcptto"."""
         return FUNCTIONS[self.open().number].decode()
 
     @property
     def finished(self):
-        """Whether no plugin has it any more, or it was given up."""
+        """Whether the event has ended or was given up."""
         return self.open().finished
 
     @property
@@ -300,7 +300,7 @@ cdef class Call:
 
     @property
     def plugin(self):
-        """The plugin that has it or that the outcome is about; None when that is no plugin."""
+        """The plugin that has the event or caused its outcome; None if there is none."""
         cdef EventCell *event = self.open()
         cdef int plugin = event.culprit if event.finished else plugin_of(event.cell.word)
         return self.context.library.names[plugin] if plugin >= 0 else None
@@ -317,21 +317,21 @@ cdef class Call:
         return event.text if event.text != NULL else b""
 
     def give_up(self):
-        """Stop waiting for the plugin. False when it has handed back a moment ago."""
+        """Stop waiting for the plugin. Return False if it has just handed back."""
         if not give_up(self.open()):
             return False
         self.detach()
         return True
 
     def cancel(self):
-        """Nobody waits any more: when it is handed back, call no other plugin and close it."""
+        """Stop waiting for the outcome. When the event is handed back, call no other plugin."""
         if self.event.finished:
             self.close()
         else:
             self.cancelled = self.event.cancelled = self.event.noted = True
 
     cdef detach(self):
-        # The plugin keeps the event, but the connection goes on without it.
+        # The plugin keeps the event, and the connection goes on without the event.
         self.abandoned = True
         self.task = self.scope = None
         if self.event.connection != NULL:
@@ -340,7 +340,7 @@ cdef class Call:
             self.event.connection = NULL
 
     def close(self):
-        """Free the event. One that was given up lives on until a turn finds it handed back."""
+        """Free the event. An event that was given up stays until it is handed back."""
         cdef EventCell *event = self.event
         if event == NULL or self.abandoned:
             return
@@ -354,15 +354,14 @@ cdef class Call:
 cdef class Connection:
     """One SMTP connection, incoming or outgoing, as plugins see it.
 
-    Each event method asks the plugins, and what it returns is to be awaited soon, unless it is
-    `NOTHING`: then the event is over. It comes to None when the session goes on, or to the `Reject`
-    that takes the place of the normal reply. How long a plugin may take counts from the await. When
-    nobody listens it costs one test. Only one event of a connection can go on at a time; all on the
-    worker's thread.
+    Each event method calls the plugins and returns an awaitable. If that is `NOTHING`, the event is
+    over; otherwise await it soon, because the timeout of a plugin starts at the await. Its value is
+    None to go on, or the `Reject` that replaces the normal reply. Without listeners a method costs
+    one test. A connection has one event at a time. Use it on the thread of the worker only.
 
-    The engine sets what `address`, `port`, `helo`, `login` and `tls_…` say of the client. They are
-    None, or 0, while unknown, and for an outgoing connection. No event may take longer than until
-    `deadline`, but see `plugins.MORE_SECONDS`.
+    The engine sets `address`, `port`, `helo`, `login` and `tls_…` of the client. They are None or 0
+    while unknown, and for an outgoing connection. Events end at `deadline`, apart from the extra
+    time of `plugins.MORE_SECONDS`.
     """
 
     cdef ConnectionCell *cell
@@ -370,7 +369,7 @@ cdef class Connection:
     cdef public object on_output
     cdef public double deadline
     cdef bint incoming
-    cdef bint closing           # `close` was called, and waits for an event that was given up
+    cdef bint closing           # `close` was called while a plugin keeps an event
     cdef object __weakref__
 
     def __cinit__(
@@ -417,7 +416,7 @@ cdef class Connection:
         self.incoming = incoming
 
     def __dealloc__(self):
-        # The last reference may go on any thread.
+        # The last reference may be dropped on any thread.
         cdef ConnectionCell *cell = self.cell
         cdef Worker *worker
         cdef ConnectionCell **link
@@ -457,7 +456,7 @@ cdef class Connection:
 
     @property
     def authenticated(self):
-        """Whether the client has logged in; plugins set it too."""
+        """Whether the client has logged in; plugins may set this too."""
         return self.cell.authenticated
 
     @authenticated.setter
@@ -466,12 +465,12 @@ cdef class Connection:
 
     @property
     def decided(self):
-        """Whether a plugin set `authenticated` in the latest event."""
+        """Whether a plugin called MQ_SetSmtpAuthenticated in the latest event."""
         return self.cell.decided
 
     @property
     def address(self):
-        """The client's IP address, as the engine believes it: behind a proxy the proxy's client."""
+        """The IP address of the client; behind a proxy, of the client of the proxy."""
         return self.fact(FACT_ADDRESS)
 
     @address.setter
@@ -480,7 +479,7 @@ cdef class Connection:
 
     @property
     def port(self):
-        """The client's port; 0 when it is unknown."""
+        """The port of the client; 0 if unknown."""
         return self.cell.port
 
     @port.setter
@@ -498,7 +497,7 @@ cdef class Connection:
 
     @property
     def login(self):
-        """The name that the client has logged in with, or that a proxy gave."""
+        """The login name of the client, from AUTH or from a proxy."""
         return self.fact(FACT_LOGIN)
 
     @login.setter
@@ -525,7 +524,7 @@ cdef class Connection:
 
     @property
     def tls_name(self):
-        """The name in the client's certificate, where one was asked for and verified."""
+        """The name in the certificate of the client, if one was requested and verified."""
         return self.fact(FACT_TLS_NAME)
 
     @tls_name.setter
@@ -537,7 +536,7 @@ cdef class Connection:
         return fact.text[:fact.size].decode("utf-8", "surrogateescape") if fact != NULL else None
 
     cdef int set_fact(self, int number, object value) except -1:
-        # A plugin that keeps an event which was given up may still read what it was given.
+        # Keep the old text while a plugin keeps an event, because the plugin may still read it.
         cdef Fact *former = self.cell.facts[number]
         cdef Fact *fact = NULL
         cdef const char *text
@@ -560,15 +559,15 @@ cdef class Connection:
         return 0
 
     def listens(self, str event):
-        """Whether a plugin, or a handler of Python's, wants this event."""
+        """Whether a plugin or a Python handler listens to this event."""
         return self.heard(EVENTS.index(event))
 
     def closed_by_peer(self):
-        """From now on MQ_SmtpSend returns 0."""
+        """Make MQ_SmtpSend return 0 from now on."""
         self.cell.closed = True
 
     def take_output(self):
-        """What plugins queued with MQ_SmtpSend since the last call."""
+        """Return the bytes that plugins queued with MQ_SmtpSend since the last call."""
         cdef ConnectionCell *cell = self.cell
         cdef char *output
         cdef size_t size
@@ -587,7 +586,7 @@ cdef class Connection:
             free(output)
 
     def send(self, bytes data not None):
-        """Queue raw bytes for the peer, as MQ_SmtpSend does; for Python's handlers."""
+        """Queue raw bytes for the peer, like MQ_SmtpSend; for Python handlers."""
         cdef MQ_SmtpConnection *handle = <MQ_SmtpConnection *> identity_of(self.cell.cell.word)
         return MQ_SmtpSend(handle, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
 
@@ -625,16 +624,16 @@ cdef class Connection:
         return run(self.context, event, self, message, document)
 
     def connect(self):
-        """mq_smtp_in_connect: accepted, before the banner. A `Reject` replaces the banner."""
+        """mq_smtp_in_connect, before the banner. A `Reject` replaces the banner."""
         return self.plain(CONNECT)
 
     def secured(self):
-        """mq_smtp_in_secure: the TLS handshake is done. Sets `secure`."""
+        """mq_smtp_in_secure, after the TLS handshake. Sets `secure`."""
         self.cell.secure = True
         return self.plain(SECURE)
 
     def authenticate(self, str login not None, str password not None):
-        """mq_smtp_in_authenticate: True or False if a plugin decided, else None, or a `Reject`."""
+        """mq_smtp_in_authenticate: True or False if a plugin decided, else None or a `Reject`."""
         return self.text(AUTHENTICATE, login, password)
 
     def mailfrom(self, str address not None):
@@ -646,36 +645,36 @@ cdef class Connection:
         return self.text(RCPTTO, address, None)
 
     def data(self, mime not None):
-        """mq_smtp_in_data: the whole text of the mail, once for a transaction.
+        """mq_smtp_in_data: the whole mail, once for each transaction.
 
-        It is bytes, or a memoryview of a large mail in a file, which must have a NUL behind it.
+        `mime` is bytes, or a memoryview of a mail in a file, with a NUL after its last byte.
         """
         return self.text(DATA, mime, None)
 
     def message(self, message not None):
-        """mq_smtp_in_message, once for each recipient; edits the `Message` in place."""
+        """mq_smtp_in_message, once for each recipient; plugins edit the `Message` in place."""
         return self.mail(ON_MESSAGE, message, None)
 
     def out_data(self, message not None, document=None):
-        """mq_smtp_out_data: 354 has come. `message` is what this attempt sends, and is edited.
+        """mq_smtp_out_data, after the reply 354. Plugins edit `message`, which this attempt sends.
 
-        `document` is the stored message, which MQ_Json shows and edits; by default `message`.
+        `document` is the stored message, which MQ_Json shows and edits; `message` by default.
         """
         return self.mail(OUT_DATA, message, message if document is None else document)
 
     def out_sent(self, message not None, document=None):
-        """mq_smtp_out_sent: the final dot is written. Arguments as for `out_data`."""
+        """mq_smtp_out_sent, after the final dot was written. Arguments as for `out_data`."""
         return self.mail(OUT_SENT, message, message if document is None else document)
 
     def close(self):
         """mq_smtp_in_close, after a suspended event of this connection was handed back.
 
-        It waits for such an event until that is given up. When it has been given up, nobody has to
-        wait: the event `close` comes later by itself, when the last of them is handed back. The end
-        of an outgoing connection is no event.
+        Waits for a suspended event until it is given up. While plugins keep events that were given
+        up, returns `NOTHING`: the event `close` follows when the last one is handed back. The end
+        of an outgoing connection is not an event.
         """
         self.cell.closed = True
-        self.on_output = None  # it is most likely a method of what owns this connection
+        self.on_output = None  # breaks a cycle: it is usually a method of our owner
         if self.cell.event != NULL:
             return self.context.close_later(self, <Call> self.cell.event.call)
         if self.cell.kept:
@@ -685,7 +684,7 @@ cdef class Connection:
 
 
 cdef void adopt(Worker *worker) noexcept nogil:
-    # Take back the cells of connections whose last reference went on another thread.
+    # Take back the cells of connections whose last reference was dropped on another thread.
     cdef Cell *cell
     cdef Cell *following
     pthread_mutex_lock(&worker.mutex)

@@ -1,11 +1,10 @@
-# What `Stream` and `Poller` do with sockets: calls that never block, and so may keep Python's lock.
+# Socket calls of `Stream` and `Poller`. They never block, so they keep Python's lock.
 #
-# Where a call drops the lock, another thread that waits for it (the writer of the queue) takes it
-# at once, and the loop sleeps until it gets it back: on a busy relay that happened at every other
-# call and cost more than most of the calls themselves.
+# If a call drops the lock, a waiting thread (the writer of the queue) takes it at once, and the
+# loop sleeps until it has the lock again. On a busy relay this happened at every other call, and
+# cost more than most of the calls.
 #
-# That a descriptor does not block is not relied upon: plugins know it, and can change that. So each
-# call on a connection says so itself.
+# Each call passes MSG_DONTWAIT, because plugins know the descriptor and could make it blocking.
 
 cdef extern from *:
     """
@@ -20,7 +19,7 @@ cdef extern from *:
         struct sockaddr_in6 v6;
     } mq_address;
 
-    /* An address as text and a port; of another family than IP: "" and 0. */
+    /* Write an address as text and port; "" and 0 for families other than IP. */
     static void mq_write_address(const mq_address *address, char *host, int *port)
     {
         host[0] = '\\0';
@@ -80,16 +79,16 @@ cdef extern from * nogil:
     Py_ssize_t c_send "send" (int, const void *, size_t, int)
 
 cdef enum:
-    RECEIVE_LIMIT = 1 << 16     # bytes that one read takes
-    LONG_SEND = 1 << 14         # bytes from which on copying them takes longer than the lock
-    EVENT_LIMIT = 256           # sockets that are looked at in one go; others come in the next
+    RECEIVE_LIMIT = 1 << 16     # bytes of one read
+    LONG_SEND = 1 << 14         # from this size, copying takes longer than dropping the lock
+    EVENT_LIMIT = 256           # sockets of one epoll_wait; others come with the next
 
-# Python's lock guards it: from the read to the copy nobody drops it.
+# Guarded by Python's lock, which is held from the read to the copy.
 cdef char received[RECEIVE_LIMIT]
 
 
 def socket_name(int fd, bint remote):
-    """The host and port of this end of a socket, or of the `remote` one. Raises OSError."""
+    """Return host and port of this end of a socket, or of the `remote` end. Raises OSError."""
     cdef char host[INET6_ADDRSTRLEN]
     cdef int port
     if mq_name(fd, remote, host, &port) < 0:
@@ -98,9 +97,10 @@ def socket_name(int fd, bint remote):
 
 
 def accept(int listening):
-    """The next connection of a listening socket: its descriptor, and the peer's host and port.
+    """Accept a connection; return its descriptor, and the host and port of the peer.
 
-    None when there is none. The descriptor does not block, and is the caller's. Raises OSError.
+    Return None if no connection waits. The descriptor is non-blocking, and the caller owns it.
+    Raises OSError.
     """
     cdef char host[INET6_ADDRSTRLEN]
     cdef int port
@@ -113,9 +113,9 @@ def accept(int listening):
 
 
 def receive(int fd):
-    """What has come in on a socket: b"" when the peer has closed, None when there is nothing.
+    """Receive up to `RECEIVE_BYTES`: b"" at the end of the stream, None if nothing has arrived.
 
-    At most `RECEIVE_BYTES`. Raises OSError.
+    Raises OSError.
     """
     cdef Py_ssize_t size
     while True:
@@ -129,12 +129,12 @@ def receive(int fd):
 
 
 def has_input(int fd):
-    """Whether there are bytes to receive."""
+    """Whether bytes wait to be received."""
     return recv(fd, received, 1, MSG_DONTWAIT | MSG_PEEK) > 0
 
 
 def send(int fd, bytes data not None, Py_ssize_t start=0):
-    """Send what the socket takes of `data[start:]`: the count of bytes, 0 when it takes none.
+    """Send `data[start:]` as far as the socket accepts it; return the number of bytes, maybe 0.
 
     Raises OSError.
     """
@@ -158,7 +158,7 @@ def send(int fd, bytes data not None, Py_ssize_t start=0):
 
 
 def watch(int epoll, int fd, unsigned events, bint known):
-    """Have an epoll descriptor tell these events of another one, which it may have known before.
+    """Register `fd` for `events` with an epoll descriptor. `known`: `fd` is already registered.
 
     Raises OSError.
     """
@@ -167,11 +167,11 @@ def watch(int epoll, int fd, unsigned events, bint known):
 
 
 def happenings(int epoll):
-    """What an epoll descriptor has to tell now: pairs of a descriptor and its events.
+    """Return the current events of an epoll descriptor, as pairs of descriptor and events.
 
     Raises OSError.
     """
-    # Not shared: to make tuples may collect garbage, and that may let another thread in here.
+    # On the stack: making tuples may collect garbage, and so let another thread run this function.
     cdef epoll_event happened[EVENT_LIMIT]
     cdef int index
     cdef int count = epoll_wait(epoll, happened, EVENT_LIMIT, 0)

@@ -1,13 +1,13 @@
-# Who stands still: threads that need nothing of Python's.
+# Threads without Python that report blocked workers and end a process that does not stop.
 #
-# Python cannot say why it stands still. So the `Watch` of a watchdog is a thread of its own, which
-# looks at the marks, at the workers, and at when Python last said that it runs; and the *deadline*
-# is another one, which sleeps until a signal asks the process to end, and ends it when it does not
-# do so by itself. Both write(2) their lines, see "faults".
+# Python cannot report that it is blocked. So the `Watch` of a watchdog has its own thread, which
+# checks the marks, the workers, and the last `beat` of Python. The *deadline* is another thread:
+# it sleeps until a signal asks the process to stop, and ends the process if it does not stop in
+# time. Both write(2) their lines, see "faults".
 
 cdef enum:
     WATCHED = 256               # workers at most
-    HURRY = 1000000000          # nanoseconds from a second signal to the end
+    LAST_SECOND = 1000000000    # nanoseconds from a second signal to the end
     MILLISECOND = 1000000
     OVERDUE_STATUS = 70         # sysexits.h, EX_SOFTWARE
 
@@ -22,30 +22,30 @@ cdef extern from "<poll.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int close_fd "close"(int)
 
-cdef int64_t pulse = 0          # when Python last ran, 0: nobody looks after that
+cdef int64_t pulse = 0          # time of the last `beat`; 0: Python is not watched
 
 
-# What the watch has seen of a worker: since when it is in the same crossing.
+# The current crossing of a worker, as seen by the watch.
 cdef struct Seen:
     Worker *worker
     uint64_t crossing
     int64_t since
-    int64_t patience
+    int64_t report_after        # nanoseconds after `since` until the next report
 
 cdef struct Watching:
     int stop                    # an eventfd
-    int64_t patience            # nanoseconds
-    int64_t late                # how late Python may be before the next line
-    bint busy                   # Python's own watchdog looks after the workers
+    int64_t limit               # nanoseconds until a blocked call is reported
+    int64_t late                # nanoseconds until a late `beat` is reported next
+    bint busy                   # the watchdog in Python watches the workers
     Seen seen[WATCHED]
 
 cdef struct Deadline:
-    int wakeup                  # an eventfd, or -1: there is none
-    int parent                  # a socket; its end is a request to stop. Or -1
-    int64_t seconds             # nanoseconds, in fact
-    int64_t asked               # when the process was first asked to end; 0: never
-    int64_t again               # and the second time
-    int number                  # the signal, 0: the parent has gone
+    int wakeup                  # an eventfd; -1: not set
+    int parent                  # a socket whose end is a request to stop; -1: none
+    int64_t limit               # nanoseconds from the first request to the end
+    int64_t asked               # time of the first request to stop; 0: none
+    int64_t again               # time of the second request; 0: none
+    int number                  # the signal; 0: the parent has gone
 
 cdef Deadline deadline
 deadline.wakeup = -1
@@ -59,7 +59,7 @@ cdef void say_since(Said *line, const char *plugin, const char *function,
 
 
 cdef void say_places(Said *line, int64_t now) noexcept nogil:
-    # All plugins that are being called.
+    # Add all plugins that are being called.
     cdef Worker *worker = workers
     cdef const char *between = ". It is in "
     cdef int index
@@ -85,9 +85,9 @@ cdef void look_at_marks(Watching *watching, int64_t now) noexcept nogil:
         mark = &marks[index]
         if load(&mark.state) != SET:
             continue
-        if now - mark.since < (mark.patience if mark.patience else watching.patience):
+        if now - mark.since < (mark.report_after if mark.report_after else watching.limit):
             continue
-        mark.patience = 2 * (now - mark.since)
+        mark.report_after = 2 * (now - mark.since)
         mark.reported = True
         begin_line(&line, "Warning")
         say(&line, "the process has stood still in ")
@@ -105,7 +105,7 @@ cdef Seen *seen_of(Watching *watching, Worker *worker) noexcept nogil:
 
 
 cdef bint look_at_workers(Watching *watching, int64_t now, Said *line) noexcept nogil:
-    # Note what each worker is in. With a line: add those that have been in it for too long.
+    # Record the crossing of each worker. If `line` is set, add the workers that are blocked.
     cdef Worker *worker = workers
     cdef Seen *seen
     cdef int plugin
@@ -117,12 +117,12 @@ cdef bint look_at_workers(Watching *watching, int64_t now, Said *line) noexcept 
             if plugin < 0 or not worker.open or seen.crossing != worker.crossings:
                 seen.crossing = worker.crossings
                 seen.since = now
-                seen.patience = watching.patience
-            elif now - seen.since >= seen.patience and line != NULL:
+                seen.report_after = watching.limit
+            elif now - seen.since >= seen.report_after and line != NULL:
                 say(line, ", " if found else "")
                 say_since(line, name_of(worker, plugin), FUNCTIONS[worker.running_event],
                           now - seen.since)
-                seen.patience = 2 * (now - seen.since)
+                seen.report_after = 2 * (now - seen.since)
                 found = True
         worker = worker.next
     return found
@@ -142,8 +142,8 @@ cdef void look(Watching *watching) noexcept nogil:
         end_line(&line)
         look_at_workers(watching, now, NULL)
     else:
-        if late < watching.patience:
-            watching.late = watching.patience
+        if late < watching.limit:
+            watching.late = watching.limit
         say(&line, "a worker has stood still in ")
         if look_at_workers(watching, now, NULL if watching.busy else &line):
             end_line(&line)
@@ -152,8 +152,8 @@ cdef void look(Watching *watching) noexcept nogil:
 cdef void *watch_main(void *argument) noexcept nogil:
     cdef Watching *watching = <Watching *> argument
     cdef pollfd stop
-    # A quarter of what is noticed, between 10 ms and a second.
-    cdef int64_t pause = watching.patience // 4 // MILLISECOND
+    # Look four times within the limit, but every 10 ms at most and every second at least.
+    cdef int64_t pause = watching.limit // 4 // MILLISECOND
     pause = 1000 if pause > 1000 else 10 if pause < 10 else pause
     stop.fd = watching.stop
     stop.events = POLLIN
@@ -164,7 +164,7 @@ cdef void *watch_main(void *argument) noexcept nogil:
 
 cdef int start_thread(pthread_t *thread, void *(*function)(void *) noexcept nogil,
                       void *argument) noexcept nogil:
-    # Signals are for Python's threads.
+    # Block all signals in the thread: Python's threads handle them.
     cdef sigset_t every, before
     sigfillset(&every)
     pthread_sigmask(SIG_SETMASK, &every, &before)
@@ -174,7 +174,7 @@ cdef int start_thread(pthread_t *thread, void *(*function)(void *) noexcept nogi
 
 
 cdef class Watch:
-    """Says what stands still for `seconds`: between `start` and `stop`, without Python's lock."""
+    """A thread that reports calls blocked for `seconds`, between `start` and `stop`."""
 
     cdef Watching *watching
     cdef pthread_t thread
@@ -184,18 +184,18 @@ cdef class Watch:
         if self.watching == NULL:
             raise MemoryError
         self.watching.stop = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
-        self.watching.patience = self.watching.late = <int64_t> (seconds * 1e9)
+        self.watching.limit = self.watching.late = <int64_t> (seconds * 1e9)
         if self.watching.stop < 0 or start_thread(&self.thread, watch_main, self.watching):
             self.free()
             raise OSError("the watch cannot be started")
 
     def beat(self):
-        """Note that Python runs. From the first time on it is missed when it does not."""
+        """Record that Python runs. After the first call, a missing beat is reported."""
         global pulse
         pulse = monotonic()
 
     def leave_workers(self):
-        """Somebody else looks after the workers, while Python runs."""
+        """Report workers only while Python does not run: the caller watches them otherwise."""
         self.watching.busy = True
 
     def stop(self):
@@ -221,7 +221,7 @@ cdef class Watch:
 # The deadline
 
 cdef void ask_to_end(int number) noexcept nogil:
-    # From a signal handler as well.
+    # Also called in a signal handler.
     cdef int64_t now = monotonic()
     if not deadline.asked:
         deadline.number = number
@@ -248,14 +248,14 @@ cdef void *deadline_main(void *argument) noexcept nogil:
     cdef int64_t due, now
     polled[0].fd = deadline.wakeup
     polled[0].events = POLLIN
-    polled[1].fd = deadline.parent      # negative ones are passed over
+    polled[1].fd = deadline.parent      # poll ignores -1
     polled[1].events = POLLRDHUP
     while True:
         due = -1
         if deadline.asked:
-            due = deadline.asked + deadline.seconds
-            if deadline.again and deadline.again + HURRY < due:
-                due = deadline.again + HURRY
+            due = deadline.asked + deadline.limit
+            if deadline.again and deadline.again + LAST_SECOND < due:
+                due = deadline.again + LAST_SECOND
             now = monotonic()
             if now >= due:
                 break
@@ -282,17 +282,22 @@ cdef void end_overdue(int64_t now) noexcept nogil:
     _exit(OVERDUE_STATUS)
 
 
-def set_deadline(double seconds, numbers=(), int parent=-1):
-    """End the process `seconds` after it was asked to stop and has not, with status 70.
+def move_deadline(double seconds):
+    """Other `seconds` than `set_deadline` was given."""
+    deadline.limit = <int64_t> (seconds * 1e9)
 
-    It is asked by one of the signals, whose handlers are called as before, or by the end of the
-    socket `parent`. After a second signal it has one more second. To be called once, after the
-    handlers have been set.
+
+def set_deadline(double seconds, numbers=(), int parent=-1):
+    """End the process with status 70 if it has not stopped `seconds` after a request to stop.
+
+    A request is one of the signals, whose handlers still run, or the end of the socket `parent`.
+    After a second request the process has at most one more second. Call this once, after the
+    handlers were installed.
     """
     cdef sigaction_t action
     cdef pthread_t thread
     cdef int number
-    deadline.seconds = <int64_t> (seconds * 1e9)
+    deadline.limit = <int64_t> (seconds * 1e9)
     if deadline.wakeup >= 0:
         raise RuntimeError("the deadline is set already")
     deadline.parent = fcntl(parent, F_DUPFD_CLOEXEC, 3) if parent >= 0 else -1

@@ -1,11 +1,11 @@
-"""The syntax of mailboxes, domains, address literals and queue names: one for everybody.
+"""The syntax of mailboxes, domains, address literals and queue names.
 
-It is that of RFC 5321, sections 4.1.2 and 4.1.3, with the characters that RFC 6531 adds.
-Nothing that passes holds a CR, LF, NUL or other control character, so it may go into a
-command line, a header or a log as it is.
+The grammar is RFC 5321, sections 4.1.2 and 4.1.3, plus the characters of RFC 6531. Accepted text
+holds no CR, LF, NUL or other control character, so it is safe in a command line, a header or a
+log.
 
-Ordinary ASCII addresses, nearly all there are, take one match of one expression; all others
-take the long way, which also knows how to say what is wrong.
+Ordinary ASCII addresses match one expression. All others take a slower path, which also produces
+the error texts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mailerq.errors import AddressError
 
 __all__ = [
     "Mailbox",
+    "host_port",
     "parse_domain",
     "parse_host",
     "parse_ip",
@@ -34,31 +35,30 @@ LOCAL_LIMIT: Final = 64
 """Bytes of a local part (RFC 5321, section 4.5.3.1.1)."""
 
 DOMAIN_LIMIT: Final = 253
-"""Bytes of a domain. RFC 5321 says 255, which is the form on the wire of DNS; written with
-dots that is 253."""
+"""Bytes of a domain. The 255 of RFC 5321 counts DNS wire format, which is 253 with dots."""
 
 MAILBOX_LIMIT: Final = 254
 """Bytes of a mailbox: 256 for a path (RFC 5321, section 4.5.3.1.3) without its brackets."""
 
 QUEUE_LIMIT: Final = 255
-"""Bytes of a queue's name: a short string of AMQP 0-9-1."""
+"""Bytes of a queue name: the short string of AMQP 0-9-1."""
 
 ROUTE_LIMIT: Final = 1024
-"""Bytes of a source route, which nobody has any use for."""
+"""Bytes of a source route. Routes are dropped, so a long one has no use."""
 
-# Every match is linear: runs of characters are possessive where they could give back, and each
-# round of a group begins with what no other part can take. Groups are not possessive, because
-# Python before 3.11.5 gets those wrong.
+# Every match takes linear time. Runs of characters are possessive where backtracking could start,
+# and each repetition of a group begins with a character that no other part matches. Groups are not
+# possessive: Python before 3.11.5 matches possessive groups wrongly.
 _LABEL: Final = r"(?![A-Za-z0-9-]*-(?:\.|\Z))[A-Za-z0-9][A-Za-z0-9-]{0,62}+"
-# A last label of digits only would make a domain of what others read as an IPv4 address.
+# The last label must not be all digits: other software would read an IPv4 address.
 _NAME: Final = rf"(?:{_LABEL}\.)*(?![0-9]+\Z){_LABEL}"
 _ATEXT: Final = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-"
 _ATOMS: Final = rf"[{_ATEXT}]++(?:\.[{_ATEXT}]++)*"
-# RFC 6531 allows every character above ASCII; C1 controls, line and paragraph separators,
-# surrogates and noncharacters can do nothing but harm.
+# RFC 6531 allows every character above ASCII. C1 controls, line and paragraph separators,
+# surrogates and noncharacters are refused: they only do harm.
 _ABOVE: Final = "\u00a0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff"
 
-# These two are compiled when first needed: their large sets take milliseconds.
+# Compiled on first use: the large character sets take milliseconds.
 _LOCAL: Final = (
     rf"[{_ATEXT}{_ABOVE}]++(?:\.[{_ATEXT}{_ABOVE}]++)*"
     rf'|"(?:[ !#-\[\]-~{_ABOVE}]|\\[ -~])*"'
@@ -73,7 +73,7 @@ _match_dotted: Final = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}").fullmatch
 
 
 class Mailbox(NamedTuple):
-    """A mailbox in two parts; `str` puts it together in a form that ASCII can say if any can.
+    """A mailbox in two parts. `str` joins them; the result is ASCII if the local part is.
 
     >>> mailbox = parse_mailbox("Ann@Bücher.Example")
     >>> mailbox.domain, str(mailbox)
@@ -81,7 +81,7 @@ class Mailbox(NamedTuple):
     """
 
     local: str
-    """As it was written, with its quotes if it had any: only its host knows what it means."""
+    """As written, quotes included: only the destination host may interpret a local part."""
 
     domain: str
     """In lower case and A-labels, or a literal as ``[192.0.2.1]`` or ``[IPv6:2001:db8::1]``."""
@@ -95,14 +95,14 @@ class Mailbox(NamedTuple):
     def routed(self) -> bool:
         """Whether the local part may hold a second address: ``a%b``, ``b!a``, ``"a@b"``.
 
-        Some hosts send on what is addressed so (RFC 5321, appendix F.2 and C): who may not
-        relay may not use it to get round that.
+        Some hosts relay such mail (RFC 5321, appendices C and F.2). A client that may not relay
+        must not get round that rule with such an address.
         """
         return not {"%", "!", "@"}.isdisjoint(self.local)
 
     @property
     def unquoted(self) -> str:
-        r"""What the local part says: without quotes and backslashes.
+        r"""The local part without quotes and backslashes.
 
         >>> parse_mailbox(r'"ann \"b\""@example.test').unquoted
         'ann "b"'
@@ -118,14 +118,14 @@ class Mailbox(NamedTuple):
 def parse_mailbox(text: str, *, utf8: bool = True) -> Mailbox:
     """Read ``local@domain``. Raises `AddressError`.
 
-    Without `utf8` only ASCII passes, as in a session without SMTPUTF8.
+    Without `utf8` the address must be ASCII, as in a session without SMTPUTF8.
     """
     if len(text) <= MAILBOX_LIMIT and (mailbox := _parse_ordinary(text)):
         return mailbox
     return _parse_unusual(text, utf8)
 
 
-@lru_cache(maxsize=4096)  # between its command and its delivery an address comes here twice
+@lru_cache(maxsize=4096)  # each address is parsed twice: in its command and at its delivery
 def _parse_ordinary(text: str) -> Mailbox | None:
     if match := _match_ordinary(text):
         local, domain = match.groups()
@@ -164,11 +164,11 @@ def parse_path(
     routes: bool = True,
     utf8: bool = True,
 ) -> str:
-    """Read the ``<local@domain>`` of MAIL and RCPT and give back the mailbox as it is written.
+    """Read the ``<local@domain>`` of MAIL and RCPT; return the mailbox as written.
 
-    `null` allows ``<>``, which is ``""``; `postmaster` allows ``<postmaster>`` (RFC 5321,
-    section 4.1.1.3). A source route is checked and dropped (appendix F.2), or refused without
-    `routes`. Raises `AddressError`.
+    `null` allows ``<>`` and returns ``""``. `postmaster` allows ``<postmaster>`` (RFC 5321,
+    section 4.1.1.3). A source route is checked and dropped (appendix F.2), or refused if `routes`
+    is false. Raises `AddressError`.
 
     >>> parse_path("<@relay.test,@mx.test:ann@example.test>")
     'ann@example.test'
@@ -198,7 +198,7 @@ def _drop_route(path: str, allowed: bool) -> str:
 
 
 def parse_domain(text: str) -> str:
-    """Read a domain name, and give it back in lower case and A-labels (RFC 5890).
+    """Read a domain name; return lower case A-labels (RFC 5890).
 
     No trailing dot, no underscore, no address literal. Raises `AddressError`.
     """
@@ -208,13 +208,13 @@ def parse_domain(text: str) -> str:
         return text.lower()
     if text.isascii() or not re.fullmatch(_NAME_ABOVE, text):
         raise AddressError(f"{_shown(text)} is not a domain")
-    import idna  # its tables are large and few addresses need them
+    import idna  # imported here: the tables are large, and few addresses need them
 
     try:
         name = idna.encode(text, uts46=True).decode()
     except (idna.IDNAError, UnicodeError) as error:
         raise AddressError(f"{_shown(text)} is not a domain: {error}") from None
-    # What the mapping makes of a character may be a dot or worse.
+    # The mapping may turn a character into a dot, or worse.
     if len(name) > DOMAIN_LIMIT or not _match_name(name):
         raise AddressError(f"{_shown(text)} is not a domain")
     return name
@@ -223,7 +223,7 @@ def parse_domain(text: str) -> str:
 def parse_literal(text: str) -> IPAddress:
     """Read an address literal, ``[192.0.2.1]`` or ``[IPv6:2001:db8::1]``.
 
-    Raises `AddressError`, for general address literals (``[tag:…]``) too: none is in use.
+    Raises `AddressError`, also for general address literals (``[tag:…]``): none is in use.
     """
     inner = text[1:-1]
     if text.startswith("[") and text.endswith("]"):
@@ -240,8 +240,8 @@ def parse_literal(text: str) -> IPAddress:
 def parse_ip(text: str) -> IPAddress:
     """Read the address of a host, without a zone. Raises ValueError.
 
-    An IPv4 address written as IPv6 (RFC 4291, section 2.5.5.2) is the IPv4 address: a host has
-    the same rights, limits and name in logs whichever kind of socket it came by.
+    An IPv4-mapped IPv6 address (RFC 4291, section 2.5.5.2) becomes the IPv4 address, so a host has
+    one set of rights, limits and log entries whichever kind of socket accepted it.
 
     >>> str(parse_ip("::ffff:192.0.2.1"))
     '192.0.2.1'
@@ -253,9 +253,9 @@ def parse_ip(text: str) -> IPAddress:
 
 
 def parse_host(text: str) -> str | IPAddress:
-    """Read what a person may name as a host: a domain, an IP address, or it in brackets.
+    """Read a host that a person named: a domain or an IP address, with or without brackets.
 
-    An IPv6 address has no zone. Raises `AddressError`.
+    An IPv6 address must have no zone. Raises `AddressError`.
     """
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if bare[:5].lower() == "ipv6:":
@@ -268,20 +268,29 @@ def parse_host(text: str) -> str | IPAddress:
     return parse_domain(text)
 
 
+def host_port(host: str, port: int) -> str:
+    """Write a host and a port, with an IPv6 address in brackets (RFC 3986, section 3.2.2).
+
+    >>> host_port("192.0.2.1", 25), host_port("2001:db8::1", 25)
+    ('192.0.2.1:25', '[2001:db8::1]:25')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _shown(text: str) -> str:
-    """The text on one line, whatever is in it, and not too long."""
+    """Return the text as printable ASCII, cut to 80 characters."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")
 
 
 def queue_problem(name: str) -> str | None:
-    r"""Say why no queue can have this name, or None.
+    r"""Return why a queue cannot have this name, or None.
 
     >>> queue_problem("bounces"), queue_problem("a\0b")
     (None, 'holds a character that cannot be printed')
     """
     if not name:
         return "is empty"
-    if not name.isprintable():  # which half a surrogate pair is not either
+    if not name.isprintable():  # false for half a surrogate pair, too
         return "holds a character that cannot be printed"
     if len(name.encode()) > QUEUE_LIMIT:
         return f"is longer than {QUEUE_LIMIT} bytes"

@@ -1,9 +1,8 @@
-"""The settings of mailerq: one table, its reader, and the frozen `Config` that it fills.
+"""The settings of mailerq: the reader, and the frozen `Config` that it fills.
 
-*Theory of operation.* The table is the dataclass `Config` itself: each field is one setting
-and carries, through `setting`, what its annotation and default do not say (how its text is
-read, its bounds, its unit, a sentence for people). `SETTINGS` is the table as a tuple; the
-reader, ``--help``, ``mailerq config``, the documentation and the tests read it.
+*Theory of operation.* The fields of `Config` come from `mailerq.table.Table`, one for each setting.
+`SETTINGS` is the table as a tuple; the reader, ``--help``, ``mailerq config``, the documentation
+and the tests read it.
 
 Values come from layers (`mailerq.sources`), a later one over an earlier one: the defaults, the
 file ``/etc/mailerq/config.txt`` where there is one, the file that ``--config-file`` names, the
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import ipaddress
 import math
 import os
 import re
@@ -26,39 +24,16 @@ from typing import Any, Final, Self
 
 from mailerq.consistency import contradictions
 from mailerq.errors import ConfigError, Problem
-from mailerq.settings import (
-    DOMAINS,
-    EXTRACT,
-    FLAG,
-    HOST,
-    HOSTNAME,
-    IPS,
-    NAMES,
-    NETWORKS,
-    NUMBER,
-    NUMBERS,
-    PATH,
-    PORT,
-    PORTS,
-    QUEUE,
-    SECONDS,
-    SINK,
-    SIZE,
-    TEXT,
-    URIS,
-    Network,
-    Setting,
-    choice,
-    setting,
-    table,
-)
+from mailerq.settings import DnsServer, Network, Setting, table
 from mailerq.sources import CONFIG_FILE, NOT_YET, Sources
+from mailerq.table import FAILURE_MESSAGES, FAILURE_QUEUE, FAILURE_SECONDS, Table
 
 __all__ = [
     "DEFAULT_FILES",
     "NOT_YET",
     "SETTINGS",
     "Config",
+    "DnsServer",
     "Network",
     "Setting",
     "split_arguments",
@@ -66,24 +41,9 @@ __all__ = [
 
 DEFAULT_FILES: Final = ("/etc/mailerq/config.txt",)
 
-FAILURE_QUEUE: Final = "failure"
-FAILURE_MESSAGES: Final = 100_000
-FAILURE_SECONDS: Final = 7 * 86400
-"""The failure queue while nobody has named one, and what it keeps: nobody may empty it."""
-
-HERE: Final = "Host"
-SERVER: Final = "SMTP server"
-ACCESS: Final = "Who may send what"
-TLS: Final = "TLS and login"
-QUEUES: Final = "Queues"
-DELIVERY: Final = "Delivery"
-DNS: Final = "DNS"
-PLUGINS: Final = "Plugins"
-LOGS: Final = "Logs"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Config(Table):
     """Every setting of one engine, checked and immutable; `smtp-port` is `config.smtp_port`.
 
     Raises `ConfigError` for all values of a wrong type or out of their bounds, or else for all
@@ -94,505 +54,12 @@ class Config:
     (('example.test',), 'program', 'default')
     """
 
-    hostname: str = setting(
-        "",
-        HOSTNAME,
-        HERE,
-        "The name that the server gives in its greeting, in EHLO and in message ids.",
-        unset="the full name of this host",
-    )
-    server_id: int | None = setting(
-        None,
-        NUMBER,
-        HERE,
-        "Number of this instance, mixed into message ids; different for each instance.",
-        unset="derived from the host",
-        minimum=0,
-    )
-    user: str = setting(
-        "", TEXT, HERE, "Account to change to once the ports are open.", unset="stay as started"
-    )
-    lock: str = setting(
-        "",
-        PATH,
-        HERE,
-        "File with the process id that keeps a second instance from starting.",
-        unset="mailerq.pid in queue-directory",
-    )
-    shutdown_timeout: float = setting(
-        30.0,
-        SECONDS,
-        HERE,
-        "How long a stop waits for running transactions; 5 s later the process ends anyway.",
-        unit="s",
-        minimum=0,
-    )
-
-    watchdog_seconds: float = setting(
-        5.0,
-        SECONDS,
-        HERE,
-        "How long a worker may stand still before the log says in what; 0: nobody looks.",
-        unit="s",
-        minimum=0,
-    )
-
-    smtp_ip: tuple[str, ...] = setting(
-        (), IPS, SERVER, "Addresses to listen on.", unset="all addresses"
-    )
-    smtp_port: tuple[int, ...] = setting(
-        (25,), PORTS, SERVER, "Ports to listen on, as a list with ranges: 25,2525,1024-1026."
-    )
-    smtp_secure_port: tuple[int, ...] = setting(
-        (), PORTS, SERVER, "Ports to listen on that speak TLS from the first byte.", unset="none"
-    )
-    lmtp_port: tuple[int, ...] = setting(
-        (), PORTS, SERVER, "Ports to listen on that speak LMTP (RFC 2033).", unset="none"
-    )
-    smtp_processes: int = setting(
-        1,
-        NUMBER,
-        SERVER,
-        "Processes, each with its own smtp-threads, plugins, and share of the embedded queue.",
-        minimum=1,
-        maximum=256,
-    )
-    smtp_threads: int = setting(
-        1,
-        NUMBER,
-        SERVER,
-        "Worker threads, each with its own plugin context, for mail in and out.",
-        minimum=1,
-        maximum=1024,
-        aliases=("max-threads",),
-    )
-    smtp_connections: int = setting(
-        1000,
-        NUMBER,
-        SERVER,
-        "Connections at a time, in and out together.",
-        minimum=1,
-        aliases=("max-connections",),
-    )
-    smtp_connections_in: int | None = setting(
-        None,
-        NUMBER,
-        SERVER,
-        "Incoming connections at a time.",
-        unset="as smtp-connections",
-        minimum=1,
-    )
-    smtp_connections_out: int | None = setting(
-        None,
-        NUMBER,
-        SERVER,
-        "Outgoing connections at a time.",
-        unset="as smtp-connections",
-        minimum=1,
-    )
-    smtp_timeout: float = setting(
-        300.0, SECONDS, SERVER, "How long a client may be idle.", unit="s", minimum=0.001
-    )
-    smtp_command_timeout: float = setting(
-        60.0,
-        SECONDS,
-        SERVER,
-        "How long a client may take for one command, from its first byte to its last.",
-        unit="s",
-        minimum=0.001,
-    )
-    smtp_data_minrate: int = setting(
-        500,
-        NUMBER,
-        SERVER,
-        "How fast a client must send a mail once smtp-timeout has passed; 0: no limit.",
-        unit="bytes/s",
-        unlimited=True,
-    )
-    smtp_session_timeout: float = setting(
-        3600.0,
-        SECONDS,
-        SERVER,
-        "How long a session may last, whatever it does; 0: no limit.",
-        unit="s",
-        unlimited=True,
-    )
-    smtp_maxsize: int = setting(
-        100 << 20, SIZE, SERVER, "Largest message that is taken; announced with SIZE.", minimum=1
-    )
-    smtp_maxrecipients: int = setting(
-        1000, NUMBER, SERVER, "Recipients of one transaction.", minimum=1
-    )
-    smtp_bare_newline: str = setting(
-        "normalize",
-        choice("normalize", "reject"),
-        SERVER,
-        "A bare CR or LF in a mail: make it CR LF, or refuse the mail.",
-    )
-    dsn_advertise: bool = setting(
-        False,
-        FLAG,
-        SERVER,
-        "Offer DSN, and pass on to peers which reports a client wants; mailerq itself makes none.",
-    )
-    smtp_spill_size: int = setting(
-        1 << 20,
-        SIZE,
-        SERVER,
-        "A mail that is larger waits in a file while it comes in; 0: never.",
-        unlimited=True,
-    )
-    max_memory: int = setting(
-        1 << 30,
-        SIZE,
-        SERVER,
-        "Memory that mail on its way in may take before new mail gets 452; 0: no limit.",
-        unlimited=True,
-    )
-    smtp_extract: tuple[str, ...] = setting(
-        ("safe",),
-        EXTRACT,
-        SERVER,
-        "Which x-mq-* fields of clients that may relay become properties: safe ones (tags, delays"
-        " up to max-delivertime, DSN wishes and the like), none, all, or names such as ips.",
-        needed=True,
-    )
-    smtp_extract_range: tuple[Network, ...] = setting(
-        (),
-        NETWORKS,
-        SERVER,
-        "Networks of clients that may relay in whose mail all x-mq-* fields count.",
-        unset="none",
-    )
-    smtp_extract_logins: tuple[str, ...] = setting(
-        (),
-        NAMES,
-        SERVER,
-        "Logins in whose mail all x-mq-* fields count; * is every login.",
-        unset="none",
-    )
-
-    smtp_range: tuple[Network, ...] = setting(
-        (),
-        NETWORKS,
-        ACCESS,
-        "Networks whose clients may connect.",
-        unset="everybody",
-        aliases=("smtp-ranges",),
-    )
-    smtp_relay_range: tuple[Network, ...] = setting(
-        (ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128")),
-        NETWORKS,
-        ACCESS,
-        "Networks whose clients may send to any recipient without a login.",
-    )
-    smtp_local_domains: tuple[str, ...] = setting(
-        (),
-        DOMAINS,
-        ACCESS,
-        "Domains that anybody may send to and whose mail ends here: in rabbitmq-local, another"
-        " inbox than the outbox, or at smarthost.",
-        unset="none",
-    )
-    smtp_relay_domains: tuple[str, ...] = setting(
-        (),
-        DOMAINS,
-        ACCESS,
-        "Domains that anybody may send to and whose mail other hosts keep: it goes on by MX.",
-        unset="none",
-    )
-    smtp_local_addresses: str = setting(
-        "",
-        PATH,
-        ACCESS,
-        "File of addresses that anybody may send to: exact, with * and ?, or /expressions/.",
-        unset="none",
-    )
-    smtp_proxy: tuple[Network, ...] = setting(
-        (),
-        NETWORKS,
-        ACCESS,
-        "Networks of proxies, which must say with a PROXY header who their client is; where one "
-        "names none, as in a health check, it is greeted and has no other right.",
-        unset="none",
-    )
-    smtp_xclient_range: tuple[Network, ...] = setting(
-        (),
-        NETWORKS,
-        ACCESS,
-        "Networks whose clients may say with XCLIENT, once, who their client is.",
-        unset="none",
-    )
-    smtp_greet_delay: float = setting(
-        0.0,
-        SECONDS,
-        ACCESS,
-        "How long the banner waits for those who speak before it; not for clients that may relay.",
-        unit="s",
-        minimum=0,
-        maximum=60,
-    )
-    smtp_client_maxconnections: int = setting(
-        100,
-        NUMBER,
-        ACCESS,
-        "Connections of one client at a time; like all limits of a client, none for those that"
-        " may relay by their address. 0: no limit.",
-        unlimited=True,
-    )
-    smtp_client_prefix4: int = setting(
-        32,
-        NUMBER,
-        ACCESS,
-        "IPv4 clients of one network of this prefix length are one client to its limits.",
-        unit="bits",
-        minimum=8,
-        maximum=32,
-    )
-    smtp_client_prefix6: int = setting(
-        64,
-        NUMBER,
-        ACCESS,
-        "IPv6 clients of one network of this prefix length are one client to its limits: 64, or "
-        "56 or 48 as providers hand them out.",
-        unit="bits",
-        minimum=16,
-        maximum=128,
-    )
-    smtp_client_connects: int = setting(
-        600, NUMBER, ACCESS, "Connections of one client in a minute; 0: no limit.", unlimited=True
-    )
-    smtp_client_messages: int = setting(
-        0, NUMBER, ACCESS, "Messages of one client in a minute; 0: no limit.", unlimited=True
-    )
-    smtp_client_recipients: int = setting(
-        0, NUMBER, ACCESS, "Recipients of one client in a minute; 0: no limit.", unlimited=True
-    )
-    smtp_client_errors: int = setting(
-        100, NUMBER, ACCESS, "Errors of one client in a minute; 0: no limit.", unlimited=True
-    )
-    smtp_client_logins: int = setting(
-        10, NUMBER, ACCESS, "Failed logins of one client in a minute; 0: no limit.", unlimited=True
-    )
-
-    smtp_certificate: str = setting(
-        "", PATH, TLS, "PEM file with the certificate chain; offers STARTTLS.", unset="no TLS"
-    )
-    smtp_key: str = setting(
-        "",
-        PATH,
-        TLS,
-        "PEM file with the private key.",
-        unset="in smtp-certificate",
-        aliases=("smtp-privatekey",),
-    )
-    smtp_ciphers: str = setting(
-        "", TEXT, TLS, "Ciphers, with colons between them.", unset="the library's choice"
-    )
-    smtp_handshakes: int = setting(
-        100,
-        NUMBER,
-        TLS,
-        "TLS handshakes at a time; 0: no limit.",
-        unlimited=True,
-    )
-    smtp_handshake_timeout: float = setting(
-        30.0,
-        SECONDS,
-        TLS,
-        "How long a TLS handshake or a PROXY header may take.",
-        unit="s",
-        minimum=0.001,
-    )
-    smtp_auth: tuple[str, ...] = setting(
-        (),
-        URIS,
-        TLS,
-        "Who knows the logins for incoming mail: hardcoded://, file://, exec:// and http:// URIs.",
-        unset="none",
-        secret=True,
-    )
-    smtp_username: str = setting("", TEXT, TLS, "The one login for incoming mail.", unset="none")
-    smtp_password: str = setting("", TEXT, TLS, "Its password.", unset="none", secret=True)
-
-    queue_directory: str = setting(
-        "/var/spool/mailerq",
-        PATH,
-        QUEUES,
-        "Where the embedded queue keeps its files; used while rabbitmq-address is not set.",
-        needed=True,
-    )
-    rabbitmq_address: str = setting(
-        "", TEXT, QUEUES, "Address of a RabbitMQ; not supported yet.", unset="the embedded queue"
-    )
-    rabbitmq_outbox: str = setting(
-        "outbox", QUEUE, QUEUES, "The queue of mail to deliver, the only one consumed.", needed=True
-    )
-    rabbitmq_inbox: str | None = setting(
-        None,
-        QUEUE,
-        QUEUES,
-        "The queue that received mail goes to; empty drops it.",
-        unset="as rabbitmq-outbox",
-    )
-    rabbitmq_results: str = setting("", QUEUE, QUEUES, "Gets every final result.", unset="off")
-    rabbitmq_success: str = setting("", QUEUE, QUEUES, "Gets every delivered mail.", unset="off")
-    rabbitmq_failure: str | None = setting(
-        None,
-        QUEUE,
-        QUEUES,
-        "Gets every failed mail; empty: off.",
-        unset=f"{FAILURE_QUEUE}, for reports without the text of the mail",
-    )
-    rabbitmq_retry: str = setting(
-        "", QUEUE, QUEUES, "Gets a copy of each mail that is tried again later.", unset="off"
-    )
-    rabbitmq_local: str = setting(
-        "", QUEUE, QUEUES, "Gets received mail for local recipients.", unset="off"
-    )
-    failure_maxmessages: int | None = setting(
-        None,
-        NUMBER,
-        QUEUES,
-        "Documents that the queue of rabbitmq-failure keeps, looked at once a minute; the oldest go"
-        " first, but no mail while rabbitmq-failure is not set. 0: no limit.",
-        unset=f"{FAILURE_MESSAGES} while rabbitmq-failure is not set, else no limit",
-        unlimited=True,
-    )
-    failure_maxage: float | None = setting(
-        None,
-        SECONDS,
-        QUEUES,
-        "How long the queue of rabbitmq-failure keeps a document; 0: no limit.",
-        unit="s",
-        unset=f"{FAILURE_SECONDS} while rabbitmq-failure is not set, else no limit",
-        unlimited=True,
-    )
-    rabbitmq_qos: int = setting(
-        1000,
-        NUMBER,
-        QUEUES,
-        "Messages held in memory at a time.",
-        minimum=1,
-        aliases=("max-messages",),
-    )
-
-    max_attempts: int = setting(
-        0, NUMBER, DELIVERY, "Attempts before a message has failed; 0: no limit.", unlimited=True
-    )
-    max_delivertime: float = setting(
-        86400.0,
-        SECONDS,
-        DELIVERY,
-        "Time from the first sight of a message until it has failed.",
-        unit="s",
-        minimum=0,
-        aliases=("max-deliver-time",),
-    )
-    retry_interval: tuple[int, ...] = setting(
-        (600, 600, 1800, 1800, 3600, 3600, 7200),
-        NUMBERS,
-        DELIVERY,
-        "Delays before attempt 2, 3 and so on; the last one repeats.",
-        unit="s",
-        minimum=0,
-        needed=True,
-    )
-    smarthost: str = setting("", HOST, DELIVERY, "Host that takes all mail.", unset="none")
-    smarthost_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
-    smtp_sink_address: str = setting(
-        "",
-        SINK,
-        DELIVERY,
-        "For trying out: connect here instead of to the real hosts.",
-        unset="off",
-        aliases=("smtp-sink-ip",),
-    )
-    smtp_sink_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
-    smtp_out_forbidden: tuple[Network, ...] = setting(
-        tuple(
-            map(
-                ipaddress.ip_network,
-                ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/128", "::1/128", "fe80::/10"),
-            )
-        ),
-        NETWORKS,
-        DELIVERY,
-        "Networks that no mail is sent to, whatever MX records, recipients and smarthosts of"
-        " messages say; not for smarthost and smtp-sink-address.",
-        unset="none",
-    )
-    domain_maxconnections: int = setting(
-        20,
-        NUMBER,
-        DELIVERY,
-        "Connections to one domain at a time; 0: no limit.",
-        unlimited=True,
-    )
-    connection_maxmessages: int = setting(
-        0, NUMBER, DELIVERY, "Messages on one connection; 0: no limit.", unlimited=True
-    )
-    connection_maxidle: float = setting(
-        5000.0, SECONDS, DELIVERY, "How long an idle connection is kept.", unit="ms", minimum=0
-    )
-    connect_timeout: float = setting(
-        30.0, SECONDS, DELIVERY, "How long to wait for a connection.", unit="s", minimum=0.001
-    )
-    smtp_out_timeout: float = setting(
-        60.0,
-        SECONDS,
-        DELIVERY,
-        "How long to wait for a reply; five times as long after the message.",
-        unit="s",
-        minimum=0.001,
-    )
-
-    dns_timeout: float = setting(
-        5.0,
-        SECONDS,
-        DNS,
-        "How long to wait for one answer.",
-        unit="s (older configurations: ms)",
-        minimum=0.001,
-        maximum=300,
-    )
-    dns_attempts: int = setting(
-        4, NUMBER, DNS, "Questions before a lookup has failed.", minimum=1, maximum=100
-    )
-
-    plugin_directory: str = setting(
-        "/usr/share/mailerq/plugins",
-        PATH,
-        PLUGINS,
-        "Every *.so in it is loaded, in the order of names; it may be missing.",
-        unset="none",
-    )
-    plugin_timeout: float = setting(
-        300.0,
-        SECONDS,
-        PLUGINS,
-        "How long a plugin may hold an event, and all those at the end of a mail together, before "
-        "it is given up with 451; 0: for ever.",
-        unit="s",
-        minimum=0,
-    )
-
-    application_log: str = setting(
-        "stderr",
-        TEXT,
-        LOGS,
-        "Where messages about the program go: stdout, stderr, syslog or files, as a list.",
-        unset="nowhere",
-        aliases=("error-log",),
-    )
-    send_log_file: str = setting("", PATH, LOGS, "A line for each attempt.", unset="off")
-    received_log_file: str = setting("", PATH, LOGS, "A line for each mail taken.", unset="off")
-    refused_log_file: str = setting(
-        "", PATH, LOGS, "A line for each command that is refused.", unset="off"
-    )
-
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Attribute to place of each value that was set; filled by `load`, read by `origin`."""
+    result_queues: Mapping[str, str] = field(init=False, repr=False, compare=False)
+    """The queue for each kind of result; empty where there is none."""
+    report_queue: str = field(init=False, repr=False, compare=False)
+    """The queue for failed mail where nobody has named one: it gets reports without the mail."""
 
     def __post_init__(self) -> None:
         wrong: list[tuple[str, str]] = []
@@ -611,6 +78,12 @@ class Config:
             raise ConfigError.of(
                 [Problem(self._where(name), text, name.replace("_", "-")) for name, text in wrong]
             )
+        queues = {
+            name: getattr(self, f"rabbitmq_{name}") for name in ("results", "success", "retry")
+        }
+        queues["failure"] = self.failure_queue
+        object.__setattr__(self, "result_queues", queues)
+        object.__setattr__(self, "report_queue", "" if self.failure_is_named else queues["failure"])
 
     def _where(self, attribute: str) -> str:
         return self.origins.get(attribute) or attribute.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Which settings contradict each other."""
+"""Find settings that contradict each other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["contradictions"]
 
 
 def contradictions(config: Config) -> Iterator[tuple[str, str]]:
-    """Pairs of the attribute to change and what is wrong with it."""
+    """Yield the attribute to change and the mistake, for each contradiction."""
     if config.rabbitmq_address:
-        yield "rabbitmq_address", "rabbitmq-address is not supported yet; leave it away"
+        yield "rabbitmq_address", "rabbitmq-address is not supported yet; remove it"
     for key in ("smtp_key", "smtp_ciphers", "smtp_secure_port"):
         if getattr(config, key) and not config.smtp_certificate:
             yield key, f"{key.replace('_', '-')} needs smtp-certificate, which is not set"

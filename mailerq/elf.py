@@ -1,9 +1,9 @@
-"""What a shared object says about itself, read from the file without loading it.
+"""Read the symbols of a shared object from its file, without loading it.
 
-Only what the loader goes by is trusted: the header, the program headers, and the dynamic section
-that they name. Section headers are asked for one thing, the symbols that are not exported. A file
-may hold anything: every offset is checked, every table has a limit, and what makes no sense is
-`NotElf`, or is left out. (ELF-64, System V ABI.)
+The reader uses what the loader uses: the header, the program headers and the dynamic section.
+Section headers serve one purpose, to find symbols that are not exported. The file is not trusted:
+every offset is checked, every table has a limit, and nonsense is left out or raises `NotElf`.
+(ELF-64, System V ABI.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_HEADERS: Final = 4096
 MAX_TABLE_BYTES: Final = 16 << 20
 MAX_SYMBOLS: Final = 50_000
 MAX_NAME_BYTES: Final = 2048
-"""Far beyond what compilers make, and little enough to be read at once."""
+"""Limits far above the output of compilers, and small enough to read at once."""
 
 SHARED: Final = 3
 """`Header.kind` of a shared object."""
@@ -46,12 +46,12 @@ KINDS: Final = {1: "an object file, not linked yet", 2: "a program", 4: "a core 
 
 
 class NotElf(ValueError):
-    """A file that is none, or whose tables make no sense; the text says what it is."""
+    """The file is not ELF, or its tables make no sense. The text says what it is instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """For which machine a file is, and what kind of file."""
+    """The machine that a file is for, and the kind of file."""
 
     bits: int
     big_endian: bool
@@ -60,7 +60,7 @@ class Header:
 
     @property
     def target(self) -> tuple[int, bool, int]:
-        """What two files must have in common to be in one process."""
+        """Equal for two files that can be loaded into one process."""
         return self.bits, self.big_endian, self.machine
 
     def __str__(self) -> str:
@@ -78,25 +78,26 @@ class Symbol:
     defined: bool
     weak: bool
     local: bool
-    """Not to be seen from outside: static, or hidden."""
+    """Not visible outside the file: static or hidden."""
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A shared object: what it needs, offers and asks for."""
+    """A shared object: the libraries it needs, and the symbols it defines and imports."""
 
     header: Header
     program: bool
-    """It can be started; a position-independent program is a shared object by its header."""
+    """An executable. The header alone cannot tell: a position-independent executable has the kind
+    of a shared object."""
     needed: tuple[str, ...]
     symbols: tuple[Symbol, ...]
-    """The dynamic ones: exported, or to be found elsewhere."""
+    """Dynamic symbols: exported ones and imported ones."""
     private: tuple[Symbol, ...]
-    """Functions that are defined and not exported; none when the file was stripped."""
+    """Functions that are defined but not exported; empty if the file was stripped."""
 
 
 def read_header(source: Source) -> Header:
-    """The header of a file of any machine. Raises `NotElf`."""
+    """Read the header of a file for any machine. Raises `NotElf`."""
     start = source(0, 20)
     if start[:4] != b"\x7fELF":
         raise NotElf(_describe(start))
@@ -123,7 +124,7 @@ def _describe(start: bytes) -> str:
 
 
 def read(source: Source) -> Image:
-    """A 64-bit file. Raises `NotElf`."""
+    """Read a 64-bit file. Raises `NotElf`."""
     header = read_header(source)
     if header.bits != 64:
         raise NotElf(f"it is for {header}")
@@ -136,7 +137,7 @@ class _Reader:
         self._header = header
         self._order = ">" if header.big_endian else "<"
         self._loads: list[tuple[int, int, int]] = []
-        """Address, offset and size of each part that is mapped."""
+        """Address, offset and size of each mapped segment."""
 
     def image(self) -> Image:
         dynamic: dict[int, int] = {}
@@ -174,7 +175,7 @@ class _Reader:
             yield kind, place, address, length
 
     def _table(self, offset_at: int, size_at: int) -> tuple[int, int, int]:
-        """Offset, size of a row, and rows of a table that the file's header names."""
+        """Return the offset, row size and row count of a table that the file header names."""
         header = self._source(0, 64)
         if len(header) < 64:
             raise NotElf("the header of this ELF file is damaged or cut off")
@@ -188,7 +189,7 @@ class _Reader:
         yield from row.iter_unpack(data[: len(data) // row.size * row.size])
 
     def _at(self, address: int, size: int) -> bytes:
-        """What is mapped at an address, as far as the file has it."""
+        """Read the bytes that are mapped at an address; fewer where the file ends."""
         for start, offset, length in self._loads:
             if start <= address < start + length:
                 size = min(size, start + length - address, MAX_TABLE_BYTES)
@@ -205,7 +206,7 @@ class _Reader:
         yield from self._symbols(table, strings)
 
     def _count_symbols(self, dynamic: dict[int, int]) -> int:
-        """How many there are, as the loader sees it: nothing says so but the hash tables."""
+        """Count the dynamic symbols as the loader does: only the hash tables tell."""
         if _HASH in dynamic and len(words := self._words(dynamic[_HASH], 2)) == 2:
             return words[1]
         if _GNU_HASH in dynamic and len(words := self._words(dynamic[_GNU_HASH], 4)) == 4:

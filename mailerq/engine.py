@@ -11,35 +11,37 @@ import os
 import pwd
 import resource
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Literal, Self, overload
 
 import trio
 
+from mailerq import ids
 from mailerq.config import Config
-from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError, QueueError
+from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError, Problem
+from mailerq.inbound.clients import Clients
+from mailerq.inbound.listener import Listener, bind
+from mailerq.inbound.services import Counters as SessionCounters
+from mailerq.inbound.services import Services
+from mailerq.inbound.spool import Memory
+from mailerq.inbound.terms import Terms
+from mailerq.live import Live, Reload, alike
 from mailerq.message import Message, format_time
 from mailerq.net import control
-from mailerq.net.addresses import LocalAddresses
-from mailerq.net.auth import Authenticator
-from mailerq.net.clients import Clients
-from mailerq.net.delivery import Counters as DeliveryCounters
-from mailerq.net.delivery import Dispatcher
-from mailerq.net.listener import Listener, bind
-from mailerq.net.logs import LogFile
-from mailerq.net.memory import Memory
+from mailerq.net.logs import LogFile, open_log
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import Resolver
-from mailerq.net.shared import Counters as SessionCounters
-from mailerq.net.shared import Server
 from mailerq.net.slots import Slots
 from mailerq.net.statistics import total
-from mailerq.net.tls import Handshakes, tls_context
+from mailerq.net.tls import Handshakes
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
+from mailerq.outbound.adoption import Adoption, own
+from mailerq.outbound.dispatcher import Counters as DeliveryCounters
+from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.plugins import (
     Answer,
     Connection,
@@ -50,16 +52,15 @@ from mailerq.plugins import (
     Plugins,
     Reject,
     check_handler,
+    stray_close,
 )
-from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.exclusive import make_directory
-from mailerq.queues.shares import share_directory, shares_in
-from mailerq.queues.store import Bounds
-from mailerq.rules.access import Access
+from mailerq.queues import Consumer, Lease, Publication, Settlement
+from mailerq.queues.embedded.queue_file import Bounds
+from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.embedded.shares import share_directory
+from mailerq.queues.opening import make_directory
+from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.documents import problems
-from mailerq.rules.steering import Steering
-from mailerq.wire import server
 
 __all__ = ["Engine"]
 
@@ -69,13 +70,23 @@ MIN_PLUGIN_SECONDS: Final = 1.0
 """How long plugins may hold an event when the engine ends in a hurry."""
 
 GIVE_BACK_SECONDS: Final = 5.0
-"""How long deliveries from a share may take that is to be given back."""
+"""How long deliveries from a share may take that goes back to its own process."""
+
+STEADY_SECONDS: Final = 10.0
+"""A process that delivers from a share this long does not die of what is in the share."""
 
 MAX_IDS: Final = 10_000
 """Message ids that another program may ask for at once."""
 
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors that are for other things than connections: queue, logs, plugins."""
+
+LOGS: Final = ("send_log_file", "received_log_file", "refused_log_file")
+
+ROUTES: Final = (
+    "smarthost", "smarthost_port", "smtp_sink_address", "smtp_sink_port", "max_delivertime",
+)  # fmt: skip
+"""Settings that say where and how long mail goes which waits in memory."""
 
 PREFETCH: Final = 100
 """Messages that `Engine.consume` holds at a time, unless it is told otherwise."""
@@ -108,20 +119,31 @@ class Engine:
     'c@d.test'
     """
 
-    def __init__(self, config: Config | None = None, *, share: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        share: int | None = None,
+        number: int = 1,
+        commands: control.Commands | None = None,
+    ) -> None:
         """By default it has the queue directory as a whole.
 
         With a `share` it is one of several processes that work in a directory: it has only that
-        one (see `mailerq.queues.shares`), and lets the others listen on its ports as well.
+        one (see `mailerq.queues.embedded.shares`), and lets the others listen on its ports as well;
+        `number` is that of the settings then. `commands` are answered on the control socket beside
+        the own ones.
         """
-        self.config = config if config is not None else Config.load()
+        self._live = Live(config if config is not None else Config.load(), number)
         self._share = share
+        self._more_commands = commands or {}
         self.plugins: Plugins
-        self.queues: Queues
+        self.queues: EmbeddedQueues
         self._workers: list[Worker] = []
-        self._server: Server
+        self._server: Services
         self._listener: Listener
-        self._send_log: LogFile | None
+        self._logs: dict[str, LogFile] = {}
+        self._connections: Slots
         self._resolver: Resolver
         self._slots: Slots
         self._misspelt = Misspelt()
@@ -135,6 +157,11 @@ class Engine:
         self._ended: float | None = None
         self._failed = False
         self._stack = AsyncExitStack()
+
+    @property
+    def config(self) -> Config:
+        """The settings that are in force."""
+        return self._live.current.config
 
     async def __aenter__(self) -> Self:
         self._started = self._ended = None
@@ -174,10 +201,7 @@ class Engine:
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config = self.config
-        tls = tls_context(config)
-        authenticator = Authenticator.of(config)
-        local_addresses = LocalAddresses.of(config)
-        steering = Steering.of(config)
+        terms = Terms.of(config)
         ports = bind(config, shared=self._share is not None)
         for port in ports:
             stack.callback(port.sock.close)
@@ -197,124 +221,85 @@ class Engine:
             plugins.on(event, handler)
         share = self._share or 0
         directory = share_directory(config.queue_directory, share)
-        self.queues = await stack.enter_async_context(self._open_queues(directory))
+        lock = None if self._share is None else await own(directory)
+        self.queues = await stack.enter_async_context(EmbeddedQueues.open(directory, lock=lock))
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
         self._watchdog.look_after(self._workers)
-        connections = Slots(_connections(config))
+        self._logs = {name: _log_file(config, name, stack) for name in LOGS}
+        connections = self._connections = Slots(_connections(config))
         incoming = Slots(_limit(config.smtp_connections_in), within=connections)
-        settings = server.Settings(
-            hostname=config.hostname,
-            max_size=config.smtp_maxsize,
-            max_recipients=config.smtp_maxrecipients,
-            starttls=tls is not None,
-            mechanisms=_mechanisms(authenticator, plugins),
-            normalize=config.smtp_bare_newline == "normalize",
-            dsn=config.dsn_advertise,
-        )
-        access = Access(
-            config.smtp_range,
-            config.smtp_relay_range,
-            config.smtp_local_domains,
-            relay_domains=config.smtp_relay_domains,
-            proxies=config.smtp_proxy,
-            xclients=config.smtp_xclient_range,
-        )
-        self._server = Server(
-            config=config,
-            settings=settings,
-            lmtp=replace(settings, lmtp=True),
-            access=access,
-            local_addresses=local_addresses,
-            steering=steering,
-            clients=Clients(config, access),
-            authenticator=authenticator,
+        self._server = Services(
+            terms=terms.asking_plugins(plugins.listens("authenticate")),
+            clients=Clients(config, terms.access),
             plugins=plugins,
             queues=self.queues,
             slots=incoming,
             memory=Memory(config.max_memory),
             misspelt=self._misspelt,
             handshakes=Handshakes(config.smtp_handshakes),
-            tls=tls,
-            received_log=_log_file(config, "received-log-file", stack),
-            refused_log=_log_file(config, "refused-log-file", stack),
+            received_log=self._log("received_log_file"),
+            refused_log=self._log("refused_log_file"),
         )
-        self._send_log = _log_file(config, "send-log-file", stack)
         self._resolver = Resolver(config)
         self._slots = Slots(_limit(config.smtp_connections_out), within=connections)
         self._listener = Listener(self._server, self._workers, ports, incoming)
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
         if self._share is None:
-            await nursery.start(control.serve, config.queue_directory, self.commands())
+            await nursery.start(
+                control.serve, config.queue_directory, {**self.commands(), **self._more_commands}
+            )
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
-        if self._share is None:
-            # Mail from when there were more processes.
-            for left in shares_in(config.queue_directory)[1:]:
-                await self.take_over(left)
+        if lock is not None:
+            nursery.start_soon(self._prove, lock)
         await nursery.start(self._listener.run)
+        processes = 1 if self._share is None else config.smtp_processes
+        adoption = Adoption(config.queue_directory, share, processes, self._adopt)
+        nursery.start_soon(adoption.run)
         self._started = time.time()
 
-    def _open_queues(self, directory: str) -> AbstractAsyncContextManager[Queues]:
-        config = self.config
-        reports_only = not config.failure_is_named
-        bounds = Bounds(config.failure_queue, *config.failure_bounds, reports_only)
-        return EmbeddedQueues.open(directory, bounds=(bounds,))
-
-    def _delivery(self, share: int, queues: Queues) -> _Delivery:
+    def _delivery(self, share: int, queues: EmbeddedQueues) -> _Delivery:
         """What delivers the outbox of a share, once its dispatcher runs."""
+        queues.set_bounds(_bounds(self.config))
         dispatcher = Dispatcher(
-            self.config,
+            self._live,
             queues,
             self._workers,
             plugins=self.plugins,
             resolver=self._resolver,
-            send_log=self._send_log,
+            send_log=self._log("send_log_file"),
             slots=self._slots,
             misspelt=self._misspelt,
         )
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
         return delivery
 
-    async def take_over(self, share: int) -> None:
-        """Deliver what is in another share of the queue directory as well, beside the own one.
-
-        Until `give_back`, or to the end. Raises `QueueError`, also when another process has it.
-        """
-        if self._stopping:
-            raise QueueError("the engine stops")
-        if share in self._deliveries:
-            return
-        await self._nursery.start(self._take_over, share)
-        log.info("share %d of the queue is delivered from here as well", share)
-
-    async def _take_over(
-        self, share: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        directory = share_directory(self.config.queue_directory, share)
-        delivery: _Delivery | None = None
+    async def _prove(self, lock: DirectoryLock) -> None:
+        """What is in the own share lets this process live."""
+        await trio.sleep(STEADY_SECONDS)
         try:
-            async with self._open_queues(directory) as queues:
-                if self._stopping:
-                    raise QueueError("the engine stops")
-                delivery = self._delivery(share, queues)
-                await delivery.dispatcher.run(task_status=task_status)
-        finally:
-            if delivery is not None:
+            lock.prove()
+        except OSError:
+            stray_close("the lock of a queue directory")
+
+    async def _adopt(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
+        """Deliver what is in another share of the queue directory as well, `until` then."""
+        directory = share_directory(self.config.queue_directory, share)
+        async with EmbeddedQueues.open(directory, lock=lock) as queues:
+            if self._stopping:
+                return
+            delivery = self._delivery(share, queues)
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(delivery.dispatcher.run)
+                    nursery.start_soon(self._prove, lock)
+                    await until.wait()
+                    await delivery.dispatcher.stop(GIVE_BACK_SECONDS)
+                    nursery.cancel_scope.cancel()
+            finally:
                 del self._deliveries[share]
-                delivery.over.set()
-
-    async def give_back(self, share: int) -> None:
-        """Undo `take_over`: when this returns, another process can open that share.
-
-        What is under way there has `GIVE_BACK_SECONDS`; what is not done goes back.
-        """
-        delivery = self._deliveries.get(share)
-        if delivery is None or share == (self._share or 0):
-            return
-        await delivery.dispatcher.stop(GIVE_BACK_SECONDS)
-        await delivery.over.wait()
 
     async def _stop(self) -> None:
         """End what is under way: in its own time, or at once after an error."""
@@ -403,14 +388,95 @@ class Engine:
         self._check_open()
         await self.queues.ack([Settlement(lease)])
 
-    def reload(self) -> None:
-        """Read the certificate anew, for the handshakes to come; no session ends by it.
+    def reload(self, config: Config | None = None, *, number: int | None = None) -> Reload:
+        """Put other settings in force, or read again what the same ones name: a new snapshot.
 
-        Raises `ConfigError`, and the one that was there before stays. Files of logins and of local
-        addresses need no such call: they are looked at when they are used.
+        A transaction and an attempt that are under way end by the settings that they began with;
+        what is counted over many of them (connections, memory, limits of clients) follows at once.
+        No session ends. What is fixed until a restart keeps its value, and `Reload.pending` has it.
+        `number` is that of the snapshot where several engines are one server.
+
+        Raises `ConfigError` for all that is wrong, and everything stays as it was. Files of logins
+        and of local addresses need no such call: they are looked at when they are used.
         """
         self._check_open()
-        self._server.tls = tls_context(self.config)
+        if self._stopping:
+            raise EngineError("the engine stops")
+        notes: list[str] = []
+        plan = self._live.plan(self.config if config is None else config, number)
+        terms, logs = self._prepare(plan, notes)
+        # From here on nothing can go wrong.
+        before, config = self.config, plan.snapshot.config
+        self._live.exchange(plan.snapshot)
+        for name, file in logs.items():
+            self._logs[name].move(config.text(name) or os.devnull, file)
+        for log_file in self._logs.values():
+            log_file.check_soon()
+        services = self._server
+        services.received_log = self._log("received_log_file")
+        services.refused_log = self._log("refused_log_file")
+        services.terms = terms.asking_plugins(self.plugins.listens("authenticate"))
+        services.clients.set_limits(config, terms.access)
+        services.memory.limit = config.max_memory
+        services.handshakes.limit = config.smtp_handshakes
+        self._connections.limit = _connections(config)
+        services.slots.limit = _limit(config.smtp_connections_in)
+        self._slots.limit = _limit(config.smtp_connections_out)
+        if config.plugin_timeout != before.plugin_timeout:
+            self.plugins.set_timeout(config.plugin_timeout)
+        if not alike(config, before, "server_id", "hostname"):
+            ids.set_machine(config.server_id, config.hostname)
+        self._resolver.configure(config)
+        reroute = not alike(config, before, *ROUTES)
+        for delivery in self._deliveries.values():
+            delivery.queues.set_bounds(_bounds(config))
+            delivery.dispatcher.reload(self._log("send_log_file"), reroute=reroute)
+        try:
+            self._watchdog.set_seconds(config.watchdog_seconds)
+        except OSError as error:
+            notes.append(f"watchdog-seconds: nobody looks, until the next reload: {error}")
+        return replace(plan, notes=tuple(notes))
+
+    def plan(self, config: Config) -> Reload:
+        """What `reload` would change, and what it could not; reads nothing."""
+        return self._live.plan(config)
+
+    def check(self, config: Config) -> list[str]:
+        """Whether `reload` could use all that these settings name: the `notes` that it would have.
+
+        Raises `ConfigError`.
+        """
+        self._check_open()
+        notes: list[str] = []
+        for file in self._prepare(self.plan(config), notes)[1].values():
+            os.close(file)
+        return notes
+
+    def _prepare(self, plan: Reload, notes: list[str]) -> tuple[Terms, dict[str, int]]:
+        """All of a reload that can go wrong: what sessions go by, and logs that move, opened."""
+        config = plan.snapshot.config
+        terms: Terms | None = None
+        logs: dict[str, int] = {}
+        wrong: list[Problem] = []
+        try:
+            terms = Terms.of(config, self._server.terms, notes)
+        except ConfigError as error:
+            wrong += error.problems
+        for name in LOGS:
+            if not alike(config, self.config, name):
+                try:
+                    with _writable(config, name):
+                        logs[name] = open_log(config.text(name) or os.devnull)
+                except ConfigError as error:
+                    wrong += error.problems
+        if terms is None or wrong:
+            for file in logs.values():
+                os.close(file)
+            raise ConfigError.of(wrong)
+        return terms, logs
+
+    def _log(self, name: str) -> LogFile | None:
+        return self._logs[name] if getattr(self.config, name) else None
 
     def statistics(self) -> dict[str, Any]:
         """What has happened since the start, as a tree of numbers that can become JSON.
@@ -428,6 +494,8 @@ class Engine:
             "hostname": self.config.hostname,
             "listening": [f"{ip}:{port}" for ip, port in self.addresses],
             "workers": len(self._workers),
+            "shares": sorted(self._deliveries),
+            "settings": self._settings(),
             "incoming": {
                 "open": self._listener.open_sessions,
                 "memory": self._server.memory.used,
@@ -440,6 +508,10 @@ class Engine:
             "watchdog": self._watchdog.statistics(),
         }
 
+    def _settings(self) -> dict[str, Any]:
+        snapshot = self._live.current
+        return {"number": snapshot.number, "loaded": format_time(snapshot.loaded)}
+
     def _nothing_yet(self) -> dict[str, Any]:
         return {
             "started": None,
@@ -448,6 +520,8 @@ class Engine:
             "hostname": self.config.hostname,
             "listening": [],
             "workers": 0,
+            "shares": [],
+            "settings": self._settings(),
             "incoming": {"open": 0, "memory": 0, "held": 0, **asdict(SessionCounters())},
             "outgoing": asdict(DeliveryCounters()),
             "queue": {},
@@ -503,10 +577,7 @@ class Engine:
             return
         self.plugins.on(event, handler)
         if event == "authenticate":
-            server = self._server
-            mechanisms = _mechanisms(server.authenticator, self.plugins)
-            server.settings = replace(server.settings, mechanisms=mechanisms)
-            server.lmtp = replace(server.lmtp, mechanisms=mechanisms)
+            self._server.terms = self._server.terms.asking_plugins(True)
 
     def commands(self) -> control.Commands:
         """What other programs of this host may ask for, see `mailerq.net.control`."""
@@ -533,9 +604,8 @@ class Engine:
 class _Delivery:
     """A share of the queue directory that is open, and what empties its outbox."""
 
-    queues: Queues
+    queues: EmbeddedQueues
     dispatcher: Dispatcher
-    over: trio.Event = field(default_factory=trio.Event)
 
 
 def _plain(group: ExceptionGroup[Exception]) -> MailerqError:
@@ -546,11 +616,6 @@ def _plain(group: ExceptionGroup[Exception]) -> MailerqError:
     if isinstance(error, MailerqError):
         return error
     return EngineError(f"the engine had to end: {type(error).__name__}: {error}")
-
-
-def _mechanisms(authenticator: Authenticator, plugins: Plugins) -> tuple[str, ...]:
-    """The ways to log in: CRAM-MD5 proves a password only to who knows it, so not to plugins."""
-    return ("PLAIN", "LOGIN") if plugins.listens("authenticate") else authenticator.mechanisms
 
 
 def _connections(config: Config) -> int:
@@ -573,18 +638,28 @@ def _limit(value: int | None) -> float:
     return math.inf if value is None else value
 
 
-def _log_file(config: Config, name: str, stack: AsyncExitStack) -> LogFile | None:
-    path = config.text(name)
-    if not path:
-        return None
-    try:
-        log_file = LogFile(path)
-    except OSError as error:
-        raise ConfigError(
-            config.origin(name), f"{name}: cannot write {path}: {error.strerror}"
-        ) from None
+def _bounds(config: Config) -> tuple[Bounds, ...]:
+    """How much the queue for failed mail keeps."""
+    reports_only = not config.failure_is_named
+    return (Bounds(config.failure_queue, *config.failure_bounds, reports_only),)
+
+
+def _log_file(config: Config, name: str, stack: AsyncExitStack) -> LogFile:
+    """A log, which goes nowhere while its setting is empty."""
+    with _writable(config, name):
+        log_file = LogFile(config.text(name) or os.devnull)
     stack.callback(log_file.close)
     return log_file
+
+
+@contextmanager
+def _writable(config: Config, name: str) -> Iterator[None]:
+    """Raises `ConfigError` for a log that cannot be opened."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{name.replace('_', '-')}: cannot write {config.text(name)}: {error.strerror}"
+        raise ConfigError(config.origin(name), problem) from None
 
 
 def _become(config: Config) -> None:

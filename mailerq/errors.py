@@ -1,8 +1,7 @@
-"""The exceptions of mailerq, on one screen.
+"""The exceptions of mailerq.
 
-Few on purpose: a delivery that failed is a `mailerq.message.Result`, a command that a
-client got wrong is a reply. An exception is for what the caller did wrong or what this
-host cannot do.
+There are few on purpose. A failed delivery is a `mailerq.message.Result`, and a wrong command of
+a client is a reply. Exceptions are for mistakes of the caller and for failures of this host.
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ __all__ = [
     "QueueDamaged",
     "QueueError",
     "QueueFull",
+    "QueueHeld",
 ]
 
 
 class MailerqError(Exception):
-    """Anything that mailerq raises on purpose. Its text tells a person what to do."""
+    """The base of all errors that mailerq raises on purpose. The text tells a person what to do."""
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with a configuration.
+    """One mistake in a configuration.
 
     `where` is the place that set the value: ``file:line``, ``--option`` or an environment
-    variable. `key` is the setting that cannot be used, empty where none is known.
+    variable. `key` is the setting that cannot be used, or empty.
     """
 
     where: str
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 class ConfigError(MailerqError):
     """The configuration cannot be used; raised before anything is opened.
 
-    `problems` is all that is known to be wrong, `where` and `problem` are the first of them.
+    `problems` has every known mistake; `where` and `problem` are the first one's.
     """
 
     def __init__(self, where: str, problem: str) -> None:
@@ -55,7 +55,7 @@ class ConfigError(MailerqError):
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> Self:
-        """One error for one problem or more."""
+        """Make one error of one or more problems."""
         error = cls(problems[0].where, problems[0].text)
         error.problems = tuple(problems)
         error.args = ("; ".join(map(str, problems)),)
@@ -71,13 +71,13 @@ class ConfigError(MailerqError):
 
 
 class PluginError(MailerqError):
-    """A plugin cannot be used; the text names its file. Raised before a client is served."""
+    """A plugin cannot be used; the text names the file. Raised before any client is served."""
 
 
 class EngineError(MailerqError):
-    """By a defect of ours the engine had to end, or could not start; `__cause__` has what it was.
+    """A defect in mailerq ended the engine, or kept it from starting; see `__cause__`.
 
-    What was accepted is on disk. The queue's own errors come as `QueueError`, not as this.
+    Accepted mail is on disk. Errors of the queue are `QueueError`.
     """
 
 
@@ -86,20 +86,31 @@ class AddressError(MailerqError, ValueError):
 
 
 class MessageError(MailerqError, ValueError):
-    """A JSON message cannot be used: the text names the property and what is wrong with it."""
+    """A JSON message cannot be used; the text names the property and the mistake."""
 
 
 class QueueError(MailerqError):
-    """The queue could not do it now: a full disk, an I/O error, a broker that is away.
+    """The queue failed for now: a full disk, an I/O error, an unreachable broker.
 
-    Nothing was published. What was waiting stays where it is; the caller answers 4xx or
-    tries again.
+    Nothing was published, and waiting messages keep their place. The caller answers 4xx or tries
+    again.
     """
 
 
+class QueueHeld(QueueError):
+    """Another process has the queue directory open for deliveries.
+
+    `adopted` is true when the directory belongs to a process that was not there.
+    """
+
+    def __init__(self, text: str, *, adopted: bool) -> None:
+        super().__init__(text)
+        self.adopted = adopted
+
+
 class QueueFull(QueueError):
-    """The disk has no room for new mail, until mail has left or somebody makes some."""
+    """The disk has no room for new mail until mail leaves or somebody frees space."""
 
 
 class QueueDamaged(QueueError):
-    """The queue file is damaged; a restart sets it aside and salvages what is readable."""
+    """The queue file is damaged. A restart sets the file aside and salvages the readable part."""

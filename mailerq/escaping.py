@@ -1,12 +1,12 @@
-r"""How text from outside stands in a log or on a terminal: the one escaping of both.
+r"""Escape text from outside for logs and terminals.
 
-What could end a line, steer a terminal, turn the direction of text or hide in it becomes ``\x1b``,
-``\u202e`` or ``\U000e0001``: control and format characters, separators but the plain space,
-surrogates, and the few letters and marks that show nothing. A backslash is ``\\``, so what was
-written can be told from what was escaped. All other text stays as it is, in any script.
+Characters that could end a line, control a terminal, change the direction of text or be invisible
+become ``\x1b``, ``\u202e`` or ``\U000e0001``. These are control and format characters, separators
+other than the plain space, surrogates, and the few letters and marks that show nothing. A
+backslash becomes ``\\``, so the escaping is unambiguous. All other text of any script is kept.
 
-A field stands between blanks, commas or brackets: these are escaped in it too, so nobody can
-write a mail whose line in a log says something else.
+In a field, blanks, commas and brackets are escaped too: they separate the fields of a log line,
+and a mail must not be able to forge one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["escape", "escape_field"]
 INVISIBLE: Final = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
 ) | frozenset(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
-"""Fillers, joiners and variation selectors, which are letters and marks to Unicode."""
+"""Fillers, joiners and variation selectors, which Unicode classes as letters and marks."""
 
 
 class _Escapes:
-    """What `str.translate` puts in place of a character. Nothing is kept: there are a million."""
+    """A table for `str.translate`, computed on demand: Unicode has a million characters."""
 
     def __init__(self, more: str = "") -> None:
         self._more = frozenset(more)
@@ -40,16 +40,16 @@ class _Escapes:
 
 
 BETWEEN: Final = " ,<>[]"
-"""What stands between the fields of a line."""
+"""Characters that separate the fields of a line."""
 
 _TEXT: Final = _Escapes()
 _FIELD: Final = _Escapes(BETWEEN)
 
-_is_plain: Final = re.compile(r"[!-+\--;=?-Z^-~]*+").fullmatch  # ASCII that stays as it is in both
+_is_plain: Final = re.compile(r"[!-+\--;=?-Z^-~]*+").fullmatch  # ASCII that neither table changes
 
 
 def escape(text: str) -> str:
-    r"""Text as it may stand at the end of a line.
+    r"""Escape text for the end of a line, where blanks need no escaping.
 
     >>> print(escape("caf\xe9 \x1b[31m \\ \u202e"))
     café \x1b[31m \\ \u202e
@@ -60,7 +60,7 @@ def escape(text: str) -> str:
 
 
 def escape_field(text: str) -> str:
-    r"""Text as it may stand within a line.
+    r"""Escape a field within a line.
 
     >>> print(escape_field('"a> <b"@c.test'))
     "a\x3e\x20\x3cb"@c.test

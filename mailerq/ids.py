@@ -1,7 +1,6 @@
-"""Message ids of the built-in generator, for a program that loads no plugins.
+"""Message ids of the built-in generator, for programs that load no plugins.
 
-An engine takes its ids from `mailerq.plugins.Plugins.message_id`, which asks the plugin that
-owns them.
+An engine calls `mailerq.plugins.Plugins.message_id`, where a plugin may supply the ids.
 """
 
 from __future__ import annotations
@@ -16,7 +15,10 @@ __all__ = ["machine_number", "new_id", "set_machine"]
 
 
 def machine_number(server_id: int | None, hostname: str) -> int:
-    """The 35 bits that stand for this machine in message ids; the top one says "derived"."""
+    """Return the 35 bits that identify this machine in message ids.
+
+    The top bit is set if the number is derived from the machine id and the host name.
+    """
     if server_id is not None:
         return server_id & (1 << 34) - 1
     try:
@@ -28,10 +30,10 @@ def machine_number(server_id: int | None, hostname: str) -> int:
 
 
 def set_machine(server_id: int | None, hostname: str) -> None:
-    """Say which machine stands in the ids of this process from now on."""
+    """Set the machine number in the message ids of this process."""
     _core.set_machine(machine_number(server_id, hostname))
 
 
 def new_id() -> str:
-    """A new message id, different from all others of this machine."""
+    """Return a message id that is unique on this machine."""
     return _core.generate_ids(1)

@@ -1,9 +1,9 @@
-"""What is wrong with a plugin, or may be: read from its file, and tried in a process of its own.
+"""Find mistakes in a plugin: read its file, then load it in a child process.
 
-Most mistakes can be seen in the file: a function whose name is misspelt, has C++ linkage or is
-hidden is never called, and nothing says so. The rest shows when the file is opened, which runs its
-code. `examine` does that in a child process with a deadline, so what crashes or hangs there ends
-the child, and what the core says of it (`mailerq.faults`) becomes a finding.
+Most mistakes show in the file: a function that is misspelt, hidden or has C++ linkage would never
+be called, without any message. Other mistakes show when the file is loaded, which runs its code.
+`examine` does that in a child process with a deadline. A crash or hang ends only the child, and the
+report of the core (`mailerq.faults`) becomes a finding.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = ["Finding", "Report", "announce", "examine", "plugins_in"]
 log = logging.getLogger("mailerq")
 
 SECONDS: Final = 10.0
-"""How long a plugin may take to be opened; it delays each start as long."""
+"""Deadline for loading a plugin, because loading delays each start."""
 
 MAX_REPORT_BYTES: Final = 1 << 20
-"""Of what the child says."""
+"""Limit for the output of the child."""
 
 _REPORT: Final = re.compile(rb"^report (.*)\n", re.MULTILINE)
-"""The line with its report; what the core or the plugin writes there begins otherwise."""
+"""The line with the report; lines of the core or of the plugin start differently."""
 
 CLOSE: Final = 0.7
-"""How alike two names must be for one to be meant by the other."""
+"""Similarity, of at most 1, at which a name counts as a misspelling of another."""
 
 _MANGLED: Final = re.compile(r"_Z(?:N\w*?)?(\d+)(mq_\w+)")
 
@@ -65,7 +65,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Report:
-    """What is known of a plugin. `version` and `id_size` are None when it was not opened."""
+    """The facts about a plugin. `version` and `id_size` are None if it was not loaded."""
 
     path: str
     version: int | None = None
@@ -75,16 +75,16 @@ class Report:
 
     @property
     def status(self) -> int:
-        """0: nothing was found; 1: warnings; 2: it cannot be used."""
+        """0: no findings; 1: warnings only; 2: errors."""
         levels = {finding.level for finding in self.findings}
         return 2 if "error" in levels else 1 if levels else 0
 
 
 def plugins_in(directory: str) -> list[str]:
-    """The files of a directory that are plugins: every ``*.so``, in byte order of the names.
+    """List the plugins of a directory: every ``*.so``, in byte order of the names.
 
-    A name that starts with a dot is not one of them: it is what editors and copies in progress
-    leave. Raises OSError.
+    Names that start with a dot are skipped: editors and unfinished copies leave them. Raises
+    OSError.
     """
     names = sorted(os.listdir(os.fsencode(directory)))
     return [
@@ -97,9 +97,9 @@ def plugins_in(directory: str) -> list[str]:
 def examine(
     path: str, *, seconds: float = SECONDS, opens: bool = True, owners: Collection[int] = ()
 ) -> Report:
-    """Look at a file and, if nothing speaks against it, open it in a child process.
+    """Examine a file; if it has no errors and `opens` is true, load it in a child process.
 
-    `owners` are accounts that may own it beside root and the one of this process.
+    The file may belong to root, to the account of this process, or to one of `owners`.
     """
     report = Report(path)
     image = _look(report, owners)
@@ -109,7 +109,7 @@ def examine(
 
 
 def announce(library: _core.Library) -> None:
-    """Log what each plugin that was opened is, and what may be wrong with it; a line for each."""
+    """Log the version, functions and warnings of each loaded plugin."""
     for path, name in zip(library.paths, library.names, strict=True):
         version, functions = library.exports[name]
         used = ", ".join(functions[1:]) or "no function that is called"
@@ -128,7 +128,7 @@ def _look(report: Report, owners: Collection[int]) -> elf.Image | None:
         report.findings.append(Finding("error", text))
 
     try:
-        # Not as a pipe or a device, which could keep us waiting.
+        # O_NONBLOCK: opening a pipe or a device must not block.
         file = os.open(report.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as problem:
         error(f"cannot be opened: {problem.strerror}")
@@ -181,8 +181,8 @@ def _own_header() -> elf.Header:
         return elf.read_header(lambda offset, size: file.read(size))
 
 
-def _offered() -> list[str]:
-    """The functions that plugins may call."""
+def _api_functions() -> list[str]:
+    """List the functions that plugins may call."""
     with open(_core.__file__, "rb") as file:
         image = elf.read(lambda offset, size: os.pread(file.fileno(), size, offset))
     return [each.name for each in image.symbols if each.defined and each.name.startswith("MQ_")]
@@ -226,25 +226,25 @@ def _meant(name: str, known: Collection[str]) -> str:
 
 
 def _access(path: str, facts: os.stat_result, owners: Collection[int]) -> Iterator[str]:
-    """Whoever may change a plugin may do all that the server may."""
+    """Yield warnings about accounts that can change the plugin, and so control the server."""
     trusted = {0, os.geteuid(), *owners}
     folder = os.path.dirname(os.path.realpath(path))
-    for what, it in (("", facts), (f"its directory {folder} ", os.stat(folder))):
-        # In a directory such as /tmp nobody replaces the files of others.
-        mode = 0 if what and it.st_mode & stat.S_ISVTX else it.st_mode
+    for what, entry in (("", facts), (f"its directory {folder} ", os.stat(folder))):
+        # In a sticky directory such as /tmp, accounts cannot replace files of others.
+        mode = 0 if what and entry.st_mode & stat.S_ISVTX else entry.st_mode
         if mode & stat.S_IWOTH:
             yield f"{what}can be changed by everybody: chmod o-w"
-        elif mode & stat.S_IWGRP and it.st_gid not in (0, os.getegid()):
-            yield f"{what}can be changed by group {it.st_gid}: chmod g-w"
-        if it.st_uid not in trusted:
-            yield f"{what}belongs to account {it.st_uid}, not to root or the account of mailerq"
+        elif mode & stat.S_IWGRP and entry.st_gid not in (0, os.getegid()):
+            yield f"{what}can be changed by group {entry.st_gid}: chmod g-w"
+        if entry.st_uid not in trusted:
+            yield f"{what}belongs to account {entry.st_uid}, not to root or the account of mailerq"
 
 
-# The trial
+# Loading
 
 
 def _try(report: Report, image: elf.Image, seconds: float) -> None:
-    path = os.path.abspath(report.path)  # the loader looks elsewhere for a name without a slash
+    path = os.path.abspath(report.path)  # the loader searches its own path for a bare name
     said, status = _run(path, seconds)
     if (match := _REPORT.search(said)) is None:
         lines = said.decode("utf-8", "replace").splitlines()
@@ -256,7 +256,7 @@ def _try(report: Report, image: elf.Image, seconds: float) -> None:
         report.version, report.id_size = told["version"], told["id_size"]
         report.functions = tuple(told["functions"])
     elif told["unresolved"]:
-        offered = _offered()
+        offered = _api_functions()
         for name in told["unresolved"]:
             hint = f"{name} is defined nowhere{_hint(name, offered)}"
             report.findings.append(Finding("error", hint))
@@ -271,7 +271,7 @@ def _hint(name: str, offered: Collection[str]) -> str:
 
 
 def _failure(lines: list[str], status: int | None, seconds: float) -> str:
-    """Why there is no report: what the core said last, or what is known of the end."""
+    """Explain a missing report by the last line of the core or by the exit status."""
     said = [line.split("] ", 2)[2] for line in lines if line.count("] ") >= 2]
     about = f": {said[-1]}" if said else ""
     if status is None:
@@ -284,7 +284,7 @@ def _failure(lines: list[str], status: int | None, seconds: float) -> str:
 
 
 def _run(path: str, seconds: float) -> tuple[bytes, int | None]:
-    """What a child says that opens the file, and its exit status, None when it takes too long."""
+    """Load the file in a child. Return its output and its exit status, None after a timeout."""
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as output:
         try:
@@ -311,14 +311,14 @@ def _run(path: str, seconds: float) -> tuple[bytes, int | None]:
                 child.wait(max(end - time.monotonic(), 1.0))
             return said, child.returncode
         finally:
-            # Whatever it has started goes with it.
+            # The whole process group: the plugin may have started processes.
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
 
 
 class _Lines(logging.Handler):
-    """Collects what is logged."""
+    """A handler that collects log messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ class _Lines(logging.Handler):
 
 
 def _trial(writing: int, path: str) -> int:
-    """The child: open one plugin, and tell what came of it in JSON, on a line of its own."""
+    """Run as the child: load one plugin, and write the outcome as a line with JSON."""
     faults.report_to([(writing, b"")])
     watch = faults.Watch()
     watch.start(SECONDS / 10)
@@ -350,7 +350,7 @@ def _trial(writing: int, path: str) -> int:
         told |= {"version": version, "functions": functions, "id_size": library.id_size}
     watch.stop()
     os.write(writing, f"\nreport {json.dumps(told)}\n".encode())
-    os._exit(0)  # what the plugin does at the end of a process is not our question
+    os._exit(0)  # do not run the exit code of the plugin
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""The JSON document that is a message, and the results that delivery appends to it.
+"""The JSON document of a message, and the results that delivery appends.
 
-A message is one JSON object per recipient. Its body, the whole MIME text, is held apart
-as bytes, because most of what handles a message never looks into the body, and because a
-JSON string cannot hold every byte that mail may carry. `Message.from_json` and
-`Message.to_json` are the document as applications see it: there the body is the property
-``mime``, or ``mime-base64`` when it is not valid UTF-8.
+A message is one JSON object per recipient. The body, the whole MIME text, is kept apart as bytes:
+most code never looks into the body, and a JSON string cannot hold every byte of a mail.
+`Message.from_json` and `Message.to_json` convert the document of applications, where the body is
+the property ``mime``, or ``mime-base64`` if it is not valid UTF-8.
 
-Which properties there are stands in `mailerq.properties`; all others travel untouched.
+`mailerq.properties` lists the known properties; all others travel untouched.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ __all__ = [
 ]
 
 PROPERTIES_LIMIT: Final = 1 << 20
-"""Bytes of a document beside its body: all of them are read again at each attempt."""
+"""Bytes of a document beside its body. Each attempt reads all of them again."""
 
 TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
 LAST_SECOND: Final = 253_402_300_799
-"""The end of the year 9999, behind which there is no time of that form; seconds since 1970."""
+"""The end of the year 9999 in seconds since 1970: `TIME_FORMAT` has no later time."""
 
 NESTING_LIMIT: Final = 200
-"""Objects and arrays within each other: a document has to be written and read at any depth of the
-stack, and by plugins, whose limit this is."""
+"""Depth of nested objects and arrays. Plugins have this limit, and a document must be readable at
+any stack depth."""
 
 encode_properties: Final = msgspec.json.Encoder().encode
-"""Turn a dict of properties into UTF-8 JSON; the counterpart of `decode_properties`."""
+"""Encode a dict of properties as UTF-8 JSON; the inverse of `decode_properties`."""
 
 _decode: Final = msgspec.json.Decoder().decode
 
@@ -56,7 +55,7 @@ _last_second: tuple[int, str] = (-1, "")
 
 
 def format_time(now: float) -> str:
-    """Write seconds since 1970 as ``YYYY-MM-DD HH:MM:SS`` in UTC, the form of every timestamp."""
+    """Format seconds since 1970 as ``YYYY-MM-DD HH:MM:SS`` in UTC, like every timestamp."""
     global _last_second
     second = min(int(now), LAST_SECOND)
     known, text = _last_second
@@ -67,10 +66,7 @@ def format_time(now: float) -> str:
 
 
 def parse_time(text: str) -> float:
-    """Read a timestamp of exactly the form that `format_time` writes, as seconds since 1970.
-
-    Raises `MessageError` for any other form.
-    """
+    """Parse a timestamp of `format_time`; return seconds since 1970. Raises `MessageError`."""
     try:
         if len(text) != 19:
             raise ValueError
@@ -81,7 +77,7 @@ def parse_time(text: str) -> float:
 
 
 def decode_properties(data: bytes | str) -> dict[str, Any]:
-    """Decode a JSON object; `MessageError` says where it is broken, or that it is no object."""
+    """Decode a JSON object. Raises `MessageError` for broken JSON and for other values."""
     try:
         value = _decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
@@ -93,7 +89,7 @@ def decode_properties(data: bytes | str) -> dict[str, Any]:
 
 
 def check_nesting(value: object, encoded: bytes | str) -> None:
-    """Raise `MessageError` for a value, of which the JSON is at hand, that is nested too deeply."""
+    """Raise `MessageError` if `value`, decoded from `encoded`, is nested too deeply."""
     if isinstance(encoded, bytes):
         opened = encoded.count(b"{") + encoded.count(b"[")
     else:
@@ -114,7 +110,7 @@ def check_nesting(value: object, encoded: bytes | str) -> None:
 
 
 class _Bodies(msgspec.Struct):
-    """The raw values in a document that may be its body; all others are passed over."""
+    """The raw values of a document that may be its body; other values are skipped."""
 
     mime: msgspec.Raw = msgspec.Raw()
     base64: msgspec.Raw = msgspec.field(name="mime-base64", default=msgspec.Raw())
@@ -124,7 +120,7 @@ _decode_bodies: Final = msgspec.json.Decoder(_Bodies).decode
 
 
 def _check_size(data: bytes) -> None:
-    """Raise `MessageError` for a document with too much beside its body, before all is decoded."""
+    """Raise `MessageError`, before the document is decoded, if its properties are too large."""
     try:
         bodies = _decode_bodies(data)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
@@ -138,9 +134,9 @@ def _check_size(data: bytes) -> None:
 class Message(msgspec.Struct, eq=False):
     """One mail to one recipient.
 
-    `properties` is the JSON object without the body, `body` the MIME text as it goes on
-    the wire (CRLF lines, no dot-stuffing), or None where there is none: then ``key`` or an
-    object in ``mime`` may stand for it, or a plugin supplies it.
+    `properties` is the JSON object without the body. `body` is the MIME text as sent (CRLF lines,
+    no dot-stuffing). If `body` is None, ``key`` or an object in ``mime`` stands for it, or a plugin
+    supplies it.
 
     >>> message = Message.from_json('{"envelope":"a@b.test","recipient":"c@d.test","mime":"x"}')
     >>> message.recipient, message.body
@@ -150,14 +146,14 @@ class Message(msgspec.Struct, eq=False):
     properties: dict[str, Any] = {}
     body: bytes | None = None
     local: bool = False
-    """For the local queue (`MQ_SetLocal`). A route while it comes in, no part of the JSON."""
+    """Publish to the local queue (`MQ_SetLocal`). Used during reception; not part of the JSON."""
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Self:
-        """Read the document as applications write it. Raises `MessageError`.
+        """Decode the document of an application. Raises `MessageError`.
 
-        That takes 2 ms for a MB of body, in one step: a `Message` that is made of its properties
-        and the bytes of its body takes none.
+        This takes 2 ms per MB of body and blocks the loop. Making a `Message` of properties and a
+        bytes body avoids that.
         """
         if len(data) > PROPERTIES_LIMIT:
             _check_size(data if isinstance(data, bytes) else data.encode(errors="replace"))
@@ -165,10 +161,10 @@ class Message(msgspec.Struct, eq=False):
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Self:
-        """Take the document as a dict, in which ``mime`` may be bytes; the dict is left as it was.
+        """Make a message of a dict, in which ``mime`` may be bytes. The dict is not changed.
 
-        Raises `MessageError` when the body cannot be read; properties of a wrong type are
-        found later, by `problem`.
+        Raises `MessageError` if the body cannot be read. `problem` finds properties of a wrong
+        type.
         """
         properties = dict(document)
         body: bytes | None = None
@@ -190,7 +186,7 @@ class Message(msgspec.Struct, eq=False):
         return cls(properties, body)
 
     def to_dict(self) -> dict[str, Any]:
-        """The document as applications read it, as a new dict."""
+        """Return the document for applications, as a new dict."""
         document = dict(self.properties)
         if self.body is not None:
             try:
@@ -200,7 +196,7 @@ class Message(msgspec.Struct, eq=False):
         return document
 
     def to_json(self) -> bytes:
-        """The document as applications read it, as UTF-8 JSON on one line."""
+        """Return the document for applications, as UTF-8 JSON on one line."""
         return encode_properties(self.to_dict())
 
     @property
@@ -215,18 +211,18 @@ class Message(msgspec.Struct, eq=False):
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """What the attempts so far came to, oldest first (a new list where there is none)."""
+        """The results of the attempts so far, oldest first (a new list if there are none)."""
         return self.properties.get("results") or []
 
     def problem(self) -> str | None:
-        """Say which known property has a wrong type or form, or None.
+        """Return what is wrong with the type or form of a known property, or None.
 
-        Such a message cannot be sent: it goes to the failure queue with this text.
+        Such a message cannot be sent. It goes to the failure queue with this text.
         """
         return next(self.problems(), None)
 
     def problems(self) -> Iterator[str]:
-        """All that `problem` could say, a text for each property."""
+        """Yield one text for each property that `problem` would report."""
         properties = self.properties
         wrong = set()
         for name, check, expected in CHECKS:
@@ -259,12 +255,12 @@ def _kind(value: object) -> str:
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What one attempt to deliver came to: one element of the property ``results``.
+    """The outcome of one delivery attempt: an element of the property ``results``.
 
-    `type` and `state` are the 2.1 vocabulary (``success``, ``error``, ``lost`` … and
-    ``mail from``, ``rcpt to``, ``data`` …), `result` is the newer one (``accepted``,
-    ``error``, ``lost``, ``timeout``, ``invalid``). `code`, `status` and `description` are
-    the peer's reply. Fields that belong to a TCP connection are None when there was none.
+    `type` and `state` use the words of version 2.1 (``success``, ``error``, ``lost`` … and
+    ``mail from``, ``rcpt to``, ``data`` …). `result` uses the newer words (``accepted``,
+    ``error``, ``lost``, ``timeout``, ``invalid``). `code`, `status` and `description` are the reply
+    of the peer. The fields of a TCP connection are None if there was none.
     """
 
     attempt: int
@@ -281,7 +277,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     messages: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The element as it stands in the JSON, without what is unknown."""
+        """Return the element for the JSON, without unknown fields."""
         fields = {
             "attempt": self.attempt,
             "type": self.type,

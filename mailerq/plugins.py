@@ -1,26 +1,26 @@
-"""Plugins: loading them, a context for each worker thread, and waiting for those that suspend.
+"""Load plugins, give each worker thread a context, and wait for suspended plugins.
 
 Theory of operation
 -------------------
-The work is done in `mailerq._core`, which calls a whole chain of C plugins in one crossing and
-without Python's lock. `Connection` lives there too: ``await connection.rcptto(address)`` is one
-test when nobody listens, and one crossing and no task switch when the plugins decide at once.
+`mailerq._core` calls the whole chain of C plugins in one call, without Python's lock. `Connection`
+is part of the core: ``await connection.rcptto(address)`` costs one test if no plugin listens, and
+one call without a task switch if the plugins decide at once.
 
-What is left for this module is the exception: an event that a plugin has suspended, rejected or
-spoilt, and handlers in Python. Then the core makes a `Call` and awaits `Context.settle`. A
-suspended call puts its task to sleep; a plugin that hands back, on any thread, makes the context's
-eventfd readable, and the listener of the context takes a turn in the core and wakes the tasks
-whose calls have come to an end. The same turn runs timers and watchers and asks the engine to send
-what plugins have queued.
+This module handles the other cases: a plugin suspended, rejected or spoilt an event, or a handler
+in Python listens. The core then makes a `Call` and awaits `Context.settle`. A suspended call puts
+its task to sleep. When a plugin hands the event back, on any thread, the eventfd of the context
+becomes readable. The listener of the context then takes a turn in the core and wakes the tasks of
+finished calls. The same turn runs timers and watchers, and asks the engine to send what plugins
+have queued.
 
 Guarantees
 ----------
-- A `Context` and its connections are used on one thread only, the worker's; `Plugins` on any.
-- An event ends: handed back, or given up after the timeout. A cancelled one stays with its plugin,
-  and `Connection.close` waits for that.
-- No plugin sees the end of a connection while it, or another one, still has an event of it. Nobody
-  waits for events that were given up: `close` then comes when the last of them is handed back.
-- An error in a handler is a 451 for its event and a logged traceback, never more.
+- A `Context` and its connections are used on the thread of their worker only; `Plugins` on any.
+- Every event ends: it is handed back, or given up after the timeout. A cancelled event stays with
+  its plugin, and `Connection.close` waits for the plugin.
+- No plugin sees the end of a connection while a plugin still has an event of the connection. Events
+  that were given up are not waited for: `close` follows when the last one is handed back.
+- An error in a handler costs its event a 451 and a logged traceback, and nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import inspect
 import logging
 import math
 import os
-import re
 import textwrap
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -44,6 +43,7 @@ from mailerq.address import parse_mailbox
 from mailerq.errors import AddressError, PluginError
 from mailerq.inspection import announce, plugins_in
 from mailerq.message import Message, decode_properties, encode_properties
+from mailerq.wire import smtp
 
 __all__ = [
     "EVENTS",
@@ -66,15 +66,15 @@ __all__ = [
 logger: Final = logging.getLogger("mailerq.plugins")
 
 Statistics = dict[str, dict[str, dict[str, float]]]
-"""Plugin, event, then calls, suspensions, rejects, timeouts and seconds.
+"""Figures by plugin and event: calls, suspensions, rejects, timeouts, seconds, kept, kept_bytes.
 
-And kept: events that were given up and that the plugin has not handed back, with kept_bytes, the
-mail that they hold in memory or on disk.
+`kept` counts events that were given up and not handed back. `kept_bytes` is the mail that they hold
+in memory or on disk.
 """
 
 
 class Reject(NamedTuple):
-    """The reply that takes the place of the normal one; `text` begins with an enhanced code."""
+    """The reply to send instead of the normal one; `text` starts with an enhanced status code."""
 
     code: int
     text: str
@@ -84,42 +84,40 @@ EventName = Literal[
     "connect", "secure", "authenticate", "mailfrom", "rcptto", "data", "message", "close",
     "out_data", "out_sent",
 ]  # fmt: skip
-"""The events that a handler in Python may be given for; `Engine.on` says what each gets."""
+"""The events for which Python handlers can be added; `Engine.on` lists their arguments."""
 
 EVENTS: Final[tuple[EventName, ...]] = get_args(EventName)
 
 Answer: TypeAlias = Reject | Awaitable[Reject | None] | None
-"""What the handler of an event that can be refused returns, at once or as a coroutine."""
+"""The result of a handler for an event that can be refused: plain or awaitable."""
 
 Done: TypeAlias = Awaitable[None] | None
-"""What the handler of an event returns in which there is nothing left to refuse."""
+"""The result of a handler for an event that cannot be refused."""
 
 
 class EachHandler(Protocol):
-    """A handler that can be given for any event, because it takes whatever there is."""
+    """A handler for any event, because it accepts any arguments."""
 
     def __call__(self, *arguments: object) -> Done: ...
 
 
 Handler = Callable[..., "Reject | bool | Awaitable[Reject | bool | None] | None"]
-"""A function, plain or async, that gets the `Connection` and what the event is about."""
+"""A function, plain or async, that gets the `Connection` and the arguments of the event."""
 
-GIVEN_UP: Final = Reject(451, "4.3.0 Local problem, please try again later")
+GIVEN_UP: Final = Reject(smtp.GIVEN_UP.code, smtp.GIVEN_UP.text)
 
 MORE_SECONDS: Final = 10.0
-"""What events may take in sum after the `deadline` of their connection. Without it a plugin that
-failed at one recipient would fail at all that come behind."""
+"""Total time for events after the `deadline` of their connection. Without it, a plugin that timed
+out at one recipient would fail at all later recipients too."""
 
 EACH_SECONDS: Final = 1.0
-"""How long one of these may take."""
+"""Time for one event after the `deadline` of its connection."""
 
 TEXT_LIMIT: Final = 2000
-"""Characters of a reject's text; the core cuts that of MQ_Reject at the same length."""
+"""Characters of the text of a reject. The core cuts the text of MQ_Reject at the same length."""
 
 LINE_LIMIT: Final = 480
-"""Characters of one line of a reply: 512 with the code and CRLF (RFC 5321, section 4.5.3.1.5)."""
-
-_STATUS: Final = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?= |$)")
+"""Characters of one reply line. RFC 5321, section 4.5.3.1.5, allows 512 with code and CRLF."""
 
 _STATUS_OF: Final = {
     421: "4.3.2",  # RFC 3463, section 3.4: system not accepting messages
@@ -130,11 +128,11 @@ _STATUS_OF: Final = {
     550: "5.7.1",  # section 3.8: delivery not authorised
     552: "5.2.2",  # section 3.3: mailbox full
 }
-"""An enhanced status code for a reply without one; else x.7.1, refused by policy."""
+"""The enhanced status code for a reply without one. Other codes get x.7.1, refused by policy."""
 
 
 def clean_reject(code: int, text: str) -> Reject:
-    r"""Make a plugin's reject fit for the wire: lines of printable ASCII, a status code that fits.
+    r"""Make a reject valid on the wire: lines of printable ASCII, and a matching status code.
 
     >>> clean_reject(550, "No\r\nmailbox")
     Reject(code=550, text='5.7.1 No\nmailbox')
@@ -148,7 +146,7 @@ def clean_reject(code: int, text: str) -> Reject:
         lines += textwrap.wrap(words, LINE_LIMIT)
     text = "\n".join(lines)
     family = str(code)[0]
-    status = _STATUS.match(text)
+    status = smtp.STATUS.match(text)
     if status is None:
         default = _STATUS_OF.get(code, f"{family}.7.1")
         return Reject(code, f"{default} {text or 'Refused'}")
@@ -157,7 +155,7 @@ def clean_reject(code: int, text: str) -> Reject:
 
 
 class _Guarded:
-    """A message while a handler has it: what cannot be used afterwards is put back as it was."""
+    """Restore a message that a handler leaves in an unusable state."""
 
     def __init__(self, message: Message) -> None:
         self._message = message
@@ -165,7 +163,7 @@ class _Guarded:
         self._body = message.body
 
     def problem(self) -> str | None:
-        """What is wrong with what the handler left, or None."""
+        """Return what is wrong with the message, after restoring it, or None."""
         message = self._message
         try:
             problem = _problem(message) or self._address_problem()
@@ -177,7 +175,7 @@ class _Guarded:
         return problem
 
     def _address_problem(self) -> str | None:
-        """What is wrong with an address that the handler has changed, or None."""
+        """Return what is wrong with an address that the handler changed, or None."""
         for name in ("envelope", "recipient"):
             address = self._message.properties.get(name)
             try:
@@ -190,20 +188,20 @@ class _Guarded:
 
 
 def _problem(message: Message) -> str | None:
-    # A queue must be able to hold it, and no address may end the SMTP command that carries it.
-    encode_properties(message.properties)
+    encode_properties(message.properties)  # raises for a value that no queue can hold
     body: object = message.body
     if body is not None and not isinstance(body, bytes):
         return f"the body is no bytes but {type(body).__name__}"
     for name in ("envelope", "recipient"):
         value = message.properties.get(name)
+        # A control character could end the SMTP command that carries the address.
         if isinstance(value, str) and _core.UNPRINTABLE.search(value):
             return f"property {name}: holds a control character"
     return message.problem()
 
 
 def check_handler(event: str, handler: object) -> None:
-    """Raise ValueError when there is no such event, TypeError when that cannot be called for it."""
+    """Raise ValueError for an unknown event, TypeError for a handler that cannot be called."""
     if event not in EVENTS:
         raise ValueError(f"no event {event!r}: there are {', '.join(EVENTS)}")
     if not callable(handler):
@@ -211,7 +209,7 @@ def check_handler(event: str, handler: object) -> None:
 
 
 def stray_close(what: str) -> None:
-    """Log that a descriptor of ours is closed, or another file by now, and not by us."""
+    """Log that foreign code closed one of our descriptors, or closed and reused it."""
     names = ", ".join(dict.fromkeys(_core.opened_plugins())) or "none is loaded"
     logger.error(
         "%s was closed, and not by mailerq: a plugin closes descriptors that are not its own (%s)",
@@ -221,7 +219,7 @@ def stray_close(what: str) -> None:
 
 
 def describe(handler: Handler) -> str:
-    """The name of a handler in logs and statistics."""
+    """Return the name of a handler for logs and statistics."""
     return f"{handler.__module__}.{getattr(handler, '__qualname__', type(handler).__name__)}"
 
 
@@ -231,7 +229,7 @@ class Plugins:
     def __init__(self, library: _core.Library, timeout: float) -> None:
         self.handlers: dict[str, list[Handler]] = {}
         self.contexts: set[Context] = set()
-        """Those that are open."""
+        """The open contexts."""
         self._timeout = timeout
         self._library = library
         self._figures: Statistics = {}
@@ -245,9 +243,9 @@ class Plugins:
         hostname: str = "",
         server_id: int | None = None,
     ) -> Self:
-        """Open every plugin of a directory; a missing one is empty.
+        """Load every plugin of a directory. A missing directory has no plugins.
 
-        Raises `PluginError` when one of them cannot be used.
+        Raises `PluginError` if a plugin cannot be used.
         """
         paths: list[str] = []
         if directory:
@@ -265,9 +263,9 @@ class Plugins:
 
     @property
     def timeout(self) -> float:
-        """Seconds until an event that is suspended is given up; 0 is never.
+        """Seconds until a suspended event is given up; 0: never.
 
-        Setting it, on any thread, gives no event that is suspended now more time than that from
+        May be set on any thread. Events that are suspended now then get at most the new time from
         now on.
         """
         return self._timeout
@@ -278,8 +276,12 @@ class Plugins:
         for context in tuple(self.contexts):
             context.hurry()
 
+    def set_timeout(self, seconds: float) -> None:
+        """Give events that begin from now on that many seconds; those under way keep theirs."""
+        self._timeout = seconds
+
     def deadline(self) -> float:
-        """Until when an event may take that starts now, on the clock of the calling loop."""
+        """Return the deadline of an event that starts now, on the clock of the calling loop."""
         return trio.current_time() + self._timeout if self._timeout else math.inf
 
     @property
@@ -288,25 +290,25 @@ class Plugins:
         return self._library.names
 
     def listens(self, event: str) -> bool:
-        """Whether anybody wants this event: "rcptto", "message", "out_data" and so on."""
+        """Whether a plugin or handler wants an event: "rcptto", "message", "out_data" and so on."""
         return self._library.listens(event)
 
     def initialize(self) -> None:
-        """Call mq_initialize of each plugin; after it contexts may be opened.
+        """Call mq_initialize of each plugin. Contexts may be opened afterwards.
 
-        Raises `PluginError` when one fails; those before it have been cleaned up then.
+        Raises `PluginError` if one fails, after cleaning up the plugins before it.
         """
         self._library.initialize()
 
     def cleanup(self) -> None:
-        """Call mq_cleanup of each initialized plugin, after the last context was closed."""
+        """Call mq_cleanup of each initialized plugin. The last context must be closed."""
         self._library.cleanup()
 
     async def open_context(self, worker: int = 0) -> Context:
-        """Make the calling thread a worker, and wait until every plugin has taken note.
+        """Make the calling thread a worker; wait until every plugin has initialized its context.
 
-        To be called within the thread's trio loop. Raises `PluginError` when a plugin does not
-        hand back in time.
+        Call it in the trio loop of the thread. Raises `PluginError` if a plugin does not hand back
+        in time.
         """
         context = Context(self, worker)
         try:
@@ -317,31 +319,30 @@ class Plugins:
         return context
 
     def message_id(self) -> str:
-        """A new message id, of the plugin that owns them or of the built-in generator."""
+        """Return a message id of the plugin that supplies ids, or of the built-in generator."""
         return self._library.message_id()
 
     def statistics(self) -> Statistics:
-        """What each plugin, and each handler of Python's, did and cost so far."""
+        """Return the figures of each plugin and each Python handler so far."""
         figures: Statistics = dict(self._library.figures())
         return figures | {name: dict(rows) for name, rows in self._figures.items()}
 
     def figures_of(self, handler: Handler, event: str) -> dict[str, float]:
-        """The row of a handler in `statistics`, to count in."""
+        """Return the row of a handler in `statistics`, for updating."""
         row: dict[str, float] = dict.fromkeys(
             ("calls", "suspensions", "rejects", "timeouts", "kept", "kept_bytes", "seconds"), 0
         )
         return self._figures.setdefault(describe(handler), {}).setdefault(event, row)
 
     def on(self, event: str, handler: Handler) -> None:
-        """Call a handler for an event, after the C plugins and the handlers before it.
+        """Add a handler for an event. It runs after the C plugins and after earlier handlers.
 
-        `event` is a name such as "rcptto", the `handler` a plain or async function. It gets the
-        `Connection` and then what the event is about: the address; login and password; the text
-        of the mail, which is good until the handler ends; the `Message`, which it may edit; for
-        "out_data" and "out_sent" the `Message` that is sent now and the one that is stored. It
-        returns None to go on, or a `Reject`; for "authenticate" also True or False. An exception in
-        it is a 451 and logged, and so is a `Message` that it leaves in a state which no queue could
-        hold.
+        `event` is a name such as "rcptto"; `handler` is a plain or async function. The handler gets
+        the `Connection` and the arguments of the event: the address; login and password; the text
+        of the mail, valid until the handler ends; the `Message`, which it may edit. For "out_data"
+        and "out_sent", the arguments are the `Message` to send and the stored one. The handler
+        returns None to go on, or a `Reject`; for "authenticate" also True or False. If it raises,
+        or leaves a `Message` that no queue could hold, the event gets a 451 and the log says why.
         """
         check_handler(event, handler)
         self.handlers.setdefault(event, []).append(handler)
@@ -349,7 +350,7 @@ class Plugins:
 
 
 class Context(_core.Context):
-    """A worker thread, as plugins know it. Made by `Plugins.open_context`."""
+    """A worker thread, as plugins see it. Made by `Plugins.open_context`."""
 
     def __new__(cls, plugins: Plugins, worker: int) -> Self:
         return super().__new__(cls, plugins._library)
@@ -359,7 +360,7 @@ class Context(_core.Context):
         self.worker = worker
         self._scope = trio.CancelScope()
         self._ended: trio.Event | None = None
-        self._patient: set[trio.CancelScope] = set()
+        self._scopes: set[trio.CancelScope] = set()
         self._late: set[Connection] = set()
         self._late_over = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -373,7 +374,7 @@ class Context(_core.Context):
         await self.start()
 
     async def close(self) -> None:
-        """Call mq_context_cleanup, wait for the hand-backs, and end the worker.
+        """Call mq_context_cleanup, wait until all plugins have handed back, and end the worker.
 
         All connections of the context must have been closed.
         """
@@ -385,7 +386,7 @@ class Context(_core.Context):
             await self.abort()
 
     async def abort(self) -> None:
-        """End the worker without a word to the plugins; cannot be cancelled."""
+        """End the worker without telling the plugins; cannot be cancelled."""
         self.plugins.contexts.discard(self)
         if self._ended is None:
             self.end()
@@ -402,18 +403,19 @@ class Context(_core.Context):
         on_output: Callable[[], None] | None = None,
         incoming: bool = True,
     ) -> Connection:
-        """The plugins' side of a new SMTP connection.
+        """Make the plugins' side of a new SMTP connection.
 
-        `incoming` says who opened it: only the end of an incoming one is an event.
+        `incoming`: the client opened the connection. Only the end of an incoming connection is an
+        event.
 
-        `on_output` is called, on the worker's thread, when a plugin has queued bytes at another
-        time than in an event of the connection; after each event the engine looks for itself.
+        `on_output` is called on the thread of the worker when a plugin queues bytes outside an
+        event of the connection. After an event the engine checks for output itself.
         """
         return Connection(self, fd, secure, on_output, incoming)
 
     async def _listen(self) -> None:
-        # It alone waits for the eventfd, so it also ends the worker: who opens one later may be
-        # given the same eventfd.
+        # Only this task waits for the eventfd, so it must end the worker: a context that is opened
+        # later may get the same descriptor.
         assert self._ended is not None
         try:
             with self._scope:
@@ -447,11 +449,11 @@ class Context(_core.Context):
                 call.scope.deadline = self._deadline(call.connection)
 
     def stray(self) -> None:
-        """A plugin has closed the descriptor that wakes us, and the core has opened another."""
+        """Log that a plugin closed the eventfd; the core has opened another."""
         stray_close(f"the descriptor that wakes worker {self.worker}")
 
     def close_now(self, connection: Connection) -> None:
-        """The last event that a closed connection waited for has been handed back."""
+        """Close a connection whose last outstanding event has been handed back."""
         closing = connection.close()
         if closing is not NOTHING and self._nursery is not None:
             self._late.add(connection)
@@ -475,27 +477,27 @@ class Context(_core.Context):
         return min(deadline, max(end, min(now + EACH_SECONDS, end + MORE_SECONDS)))
 
     @contextmanager
-    def _patience(self, deadline: float) -> Iterator[trio.CancelScope]:
-        """A scope that ends at the deadline, or earlier when there is a hurry."""
+    def _until(self, deadline: float) -> Iterator[trio.CancelScope]:
+        """Open a cancel scope whose deadline `hurry` may bring forward."""
         with trio.CancelScope(deadline=deadline) as scope:
-            self._patient.add(scope)
+            self._scopes.add(scope)
             try:
                 yield scope
             finally:
-                self._patient.discard(scope)
+                self._scopes.discard(scope)
 
     def hurry(self) -> None:
-        """Let no event that is suspended now take longer than `Plugins.timeout`. Any thread."""
+        """Limit events that are suspended now to `Plugins.timeout` from now. Any thread."""
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self._hurry)
 
     def _hurry(self) -> None:
         deadline = self.plugins.deadline()
-        for scope in self._patient:
+        for scope in self._scopes:
             scope.deadline = min(scope.deadline, deadline)
 
     async def settle(self, call: Call) -> Reject | bool | None:
-        """Wait until a call is over, ask the handlers in Python, and say what came of it."""
+        """Wait for a call to finish, ask the Python handlers, and return the outcome."""
         await self._wait(call)
         outcome, plugin, code, text = call.outcome, call.plugin, call.code, call.text
         function, name = call.function, call.name
@@ -519,14 +521,14 @@ class Context(_core.Context):
         return None
 
     async def close_later(self, connection: Connection, call: Call) -> None:
-        """Close a connection of which an event was cancelled, when that is handed back."""
+        """Close a connection once its cancelled event is handed back."""
         await self._wait(call)
         call.close()
         await connection.close()
 
     async def _wait(self, call: Call) -> None:
-        # Sleep until the call is over. When the task is cancelled, the call lives on without it,
-        # and who waits for it then waits no longer than this one would have.
+        # Sleep until the call is over. If the task is cancelled, the call lives on, and a later
+        # waiter has the same deadline.
         fresh = call.scope is None
         deadline = self._deadline(call.connection) if fresh else call.scope.deadline
         try:
@@ -547,12 +549,12 @@ class Context(_core.Context):
         return f"{self.plugins.timeout:g} seconds{whole}"
 
     async def _sleep(self, call: Call, deadline: float) -> bool:
-        # False when the deadline passed. It moves when another plugin has its turn.
+        # Return False at the deadline, which moves when the next plugin of the chain is called.
         def abort(raise_cancel: object) -> trio.lowlevel.Abort:
             call.task = None
             return trio.lowlevel.Abort.SUCCEEDED
 
-        with self._patience(deadline) as call.scope:
+        with self._until(deadline) as call.scope:
             call.task = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(abort)
         return not call.scope.cancelled_caught
@@ -567,7 +569,7 @@ class Context(_core.Context):
             figures["calls"] += 1
             start = time.perf_counter()
             try:
-                with self._patience(self._deadline(call.connection)) as scope:
+                with self._until(self._deadline(call.connection)) as scope:
                     answer = handler(call.connection, *arguments)
                     if inspect.isawaitable(answer):
                         figures["suspensions"] += 1

@@ -1,7 +1,8 @@
-"""The rights of the process: what it gives up for good, and in whose name it touches files.
+"""Drop rights of the process for good, and act as another account on files.
 
-Root must not trust a directory that an account may write to: there may be links in it, and files
-that root makes there the account could not open. So what root does there it does as that account.
+Root must not work as root in a directory that another account may write to: the directory may
+contain links, and the account could not open files that root creates there. Root acts as that
+account instead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["as_account", "as_owner", "give_to", "keep_for_ports", "no_new_privil
 log = logging.getLogger("mailerq")
 
 _acting: Final = threading.RLock()
-"""Held while the process acts as an account: all of its threads do then."""
+"""Held while the process acts as an account, because this applies to all threads."""
 
 CHOWN: Final = 1 << 0
 DAC_READ_SEARCH: Final = 1 << 2
@@ -32,14 +33,14 @@ NET_BIND_SERVICE: Final = 1 << 10
 """Capabilities, as bits of their numbers in linux/capability.h."""
 
 KEPT: Final = NET_BIND_SERVICE | SETUID | SETGID | KILL | CHOWN
-"""What a parent needs: for the ports and the account of its processes, to end them, and to give
-a new log file to the account."""
+"""The parent needs these to open ports, to change the account of its processes, to end them, and to
+give that account a new log file."""
 
 EVERYTHING: Final = (1 << 64) - 1
 
 
 def no_new_privileges() -> None:
-    """Have no program that this process starts gain rights by its file, as setuid does."""
+    """Keep programs that this process starts from gaining rights by setuid."""
     try:
         _core.no_new_privileges()
     except OSError as error:
@@ -47,11 +48,11 @@ def no_new_privileges() -> None:
 
 
 def keep_for_ports(*, account: bool) -> None:
-    """Drop all capabilities but those that a parent of several processes needs.
+    """Drop all capabilities except those that the parent of several processes needs.
 
-    With an `account` that they change to, its processes start with no more than these and the
-    right to read what the settings name, as a key that is another account's. Where a container
-    does not allow that, the log says so.
+    With `account`, the processes change to another account. They start with the same capabilities
+    plus the right to read any file, for keys that belong to a third account. If a container does
+    not allow this, the log says so.
     """
     bounding = KEPT | DAC_READ_SEARCH if account and os.geteuid() == 0 else EVERYTHING
     try:
@@ -62,7 +63,7 @@ def keep_for_ports(*, account: bool) -> None:
 
 @contextmanager
 def as_account(uid: int, gid: int) -> Iterator[None]:
-    """Act as an account, where this process is root and the account is not."""
+    """Act as an account, if this process is root and the account is not."""
     with _acting:
         if os.geteuid() != 0 or uid == 0:
             yield
@@ -81,7 +82,7 @@ def as_account(uid: int, gid: int) -> Iterator[None]:
 
 @contextmanager
 def as_owner(directory: str, user: str = "") -> Iterator[None]:
-    """Act as the account that owns a directory; as `user` where that is root. Raises OSError."""
+    """Act as the owner of a directory, or as `user` if the owner is root. Raises OSError."""
     owner = os.stat(directory)
     uid, gid = owner.st_uid, owner.st_gid
     if uid == 0 and (account := _account(user)):
@@ -91,13 +92,13 @@ def as_owner(directory: str, user: str = "") -> Iterator[None]:
 
 
 def give_to(user: str, path: str) -> None:
-    """Give what root has made to the account that will use it. Raises OSError."""
+    """Change the owner of a file from root to the account that will use it. Raises OSError."""
     if os.geteuid() == 0 and (account := _account(user)):
         os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
 
 
 def _account(user: str) -> pwd.struct_passwd | None:
-    """The account of a name; None for one that is not there, which the engine complains of."""
+    """Return the account of a name. None if there is none, which the engine reports."""
     try:
         return pwd.getpwnam(user) if user else None
     except KeyError:

@@ -1,8 +1,8 @@
-"""The properties of a message: one table that checks them and documents them.
+"""The table of message properties.
 
-`PROPERTIES` is the table. `mailerq.message` checks documents by it, ``mailerq check`` and the log
-tell misspelt names by it, and ``docs/messages.md`` is made from it. Properties that are not in it
-travel untouched.
+`mailerq.message` checks documents against `PROPERTIES`, ``mailerq check`` and the log use the table
+to find misspelt names, and ``docs/messages.md`` is generated from it. Other properties travel
+untouched.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from mailerq.spelling import Spelling
 __all__ = ["KNOWN", "PROPERTIES", "SECONDS_LIMIT", "Key", "Property", "is_delays", "misspellings"]
 
 SECONDS_LIMIT: Final = 10**9
-"""Of one delay in ``retries``: 31 years."""
+"""The longest delay in ``retries``: 31 years."""
 
 UNKNOWN_LIMIT: Final = 100
-"""Unknown names of a message that are looked at; a message can have 100,000 of them."""
+"""Unknown names to check for misspelling: a message can have 100,000."""
 
 
 class Key(NamedTuple):
-    """What an object that is a property may hold. `used`: it has an effect."""
+    """A key of a property that is an object. `used`: the key has an effect."""
 
     name: str
     meaning: str
@@ -31,11 +31,11 @@ class Key(NamedTuple):
 
 
 class Property(NamedTuple):
-    """What is known of a property.
+    """A known property.
 
-    `expected` is its type in words. `check` says whether a value has it; None: nobody relies on it.
-    `keys` are those of an object, or of each object in an array. A property that is not `used`
-    is one of the reference that has no effect yet.
+    `expected` is the type in words. `check` tests the type of a value; None if no code relies on
+    the type. `keys` are the keys of an object, or of each object in an array. `used` is false for
+    properties of MailerQ 2.1 that have no effect yet.
     """
 
     name: str
@@ -72,7 +72,7 @@ def _is_flag(value: object) -> bool:
 
 
 def _kinds(values: Iterable[object]) -> set[type]:
-    return set(map(type, values))  # a long array is looked at in C
+    return set(map(type, values))  # loops in C, for long arrays
 
 
 def _is_strings(value: object) -> bool:
@@ -80,7 +80,7 @@ def _is_strings(value: object) -> bool:
 
 
 def is_delays(value: object) -> bool:
-    """Whether it is what ``retries`` may be."""
+    """Whether a value is valid for ``retries``."""
     return (
         isinstance(value, list)
         and _kinds(value) <= {int}
@@ -100,9 +100,9 @@ def _is_queues(value: object) -> bool:
 
 
 MAIL: Final = "The mail"
-DELIVERY: Final = "How it is delivered"
-RESULTS: Final = "What becomes of it"
-WRITTEN: Final = "What the server writes"
+DELIVERY: Final = "Delivery"
+RESULTS: Final = "Results and reports"
+WRITTEN: Final = "Written by the server"
 UNUSED: Final = "Without effect yet"
 
 PROPERTIES: Final = (
@@ -129,24 +129,26 @@ PROPERTIES: Final = (
     ),
     Property(
         "requiretls", MAIL, "true or false",
-        "The mail must not travel without TLS (RFC 8689). It fails, because deliveries do not use"
-        " TLS yet.", _is_bool,
+        "The mail must not travel without TLS (RFC 8689). The message fails, because deliveries do"
+        " not use TLS yet.", _is_bool,
     ),
     Property(
         "binarymime", MAIL, "true or false",
-        "The mail may be binary (RFC 3030). It fails where lines cannot carry it.", _is_bool,
+        "The mail may be binary (RFC 3030). The message fails if the mail cannot be sent as lines.",
+        _is_bool,
     ),
     Property(
         "delayed", DELIVERY, "a time",
-        "Not to be sent before. The server writes here when a failed attempt is repeated.", _is_str,
+        "The time before which the message is not sent. The server sets it to the time of the next"
+        " attempt.", _is_str,
     ),
     Property(
         "maxdelivertime", DELIVERY, "a time",
-        "When it is given up. Absent: `max-delivertime` after it was first seen.", _is_str,
+        "The time when the message is given up. Absent: `max-delivertime` after `seen`.", _is_str,
     ),
     Property(
         "maxattempts", DELIVERY, "a whole number",
-        "Attempts before it has failed; 0: no limit. Absent: `max-attempts`.", _is_int,
+        "Attempts before the message fails; 0: no limit. Absent: `max-attempts`.", _is_int,
     ),
     Property(
         "retries", DELIVERY, "an array of seconds",
@@ -155,15 +157,15 @@ PROPERTIES: Final = (
     ),
     Property(
         "ips", DELIVERY, "an array of strings",
-        "Addresses of this host to send from; each attempt takes one of them by chance.",
+        "Addresses of this host to send from; each attempt uses one at random.",
         _is_strings,
     ),
     Property(
         "smarthost", DELIVERY, "an object",
-        "The host that takes the mail, in place of the MX of its domain and of the setting"
-        " `smarthost`.", _is_dict,
+        "The host to deliver to, in place of the MX of the domain and of the setting `smarthost`.",
+        _is_dict,
         (
-            Key("hostname", "Its name or address. It must be there."),
+            Key("hostname", "Its name or address. Required."),
             Key("name", "The older name of `hostname`."),
             Key("port", "Its port, a number or a string. Absent: 25."),
             Key("username", "The login there.", used=False),
@@ -172,8 +174,8 @@ PROPERTIES: Final = (
     ),
     Property(
         "dsn", DELIVERY, "an object",
-        "Which reports the sender wants (RFC 3461). It is passed on to peers that offer DSN; what"
-        " has no valid form is left out.", _is_dict,
+        "The reports that the sender wants (RFC 3461). Peers that offer DSN get these values;"
+        " invalid values are left out.", _is_dict,
         (
             Key("notify", "NOTIFY of RCPT: `NEVER`, or of `SUCCESS,FAILURE,DELAY`."),
             Key("ret", "RET of MAIL: `FULL` or `HDRS`."),
@@ -185,62 +187,62 @@ PROPERTIES: Final = (
     ),
     Property(
         "security", DELIVERY, "optional, opportunistic, required or verified",
-        "The last two demand TLS: the message fails, because deliveries do not use it yet. The"
-        " first two change nothing.", _is_security,
+        "The last two require TLS: the message fails, because deliveries do not use TLS yet. The"
+        " first two have no effect.", _is_security,
     ),
     Property(
         "queues", RESULTS, "an object of queue names",
-        "Queues for what becomes of this message, in place of the configured ones. An absent name"
+        "Queues for the results of this message, in place of the configured ones. An absent name"
         " leaves the configured queue; null or an empty name: none. The outbox is refused.",
         _is_queues,
         (
             Key("results", "Gets every final result, in place of `rabbitmq-results`."),
             Key("success", "Gets the delivered mail, in place of `rabbitmq-success`."),
             Key("failure", "Gets the failed mail, in place of `rabbitmq-failure`."),
-            Key("retry", "Gets a copy when it is tried again, in place of `rabbitmq-retry`."),
+            Key("retry", "Gets a copy for each retry, in place of `rabbitmq-retry`."),
             Key("dsn", "Gets bounces.", used=False),
         ),
     ),
     Property(
         "keepmime", RESULTS, "true or false",
-        "Result documents keep `mime`. Only the queue `failure` that nobody has configured never"
-        " gets it.", _is_flag,
+        "Result documents keep `mime`, except in the queue `failure` where `rabbitmq-failure` is"
+        " not set.", _is_flag,
     ),
     Property(
         "tags", RESULTS, "an array of strings",
-        "Labels. They stand in the send log and travel into the results.", _is_strings,
+        "Labels. They appear in the send log and in the results.", _is_strings,
     ),
     Property(
         "results", WRITTEN, "an array of objects",
-        "What each attempt came to, the oldest first.", _is_objects,
+        "The outcome of each attempt, oldest first.", _is_objects,
         (
             Key("attempt", "The number of the attempt, from 1."),
             Key("type", "What happened, in the words of version 2.1; see below."),
             Key("state", "How far the attempt came, in the words of version 2.1; see below."),
             Key("result", "What happened, in the newer words; see below."),
-            Key("time", "When it ended."),
+            Key("time", "When the attempt ended."),
             Key("mta", "The name in the peer's banner."),
-            Key("from", "The address of this host that it was sent from."),
+            Key("from", "The address of this host."),
             Key("to", "The address of the peer."),
-            Key("messages", "The messages on that connection so far, with this one."),
-            Key("code", "The code of the reply, of the peer or in its place."),
+            Key("messages", "The messages on that connection so far, including this one."),
+            Key("code", "The code of the reply, from the peer or generated here."),
             Key("status", "The enhanced status code of the reply."),
             Key("description", "The text of the reply, or what went wrong."),
         ),
     ),
     Property(
         "message-id", WRITTEN, "a string",
-        "The id of the message in logs and replies. One that is there already stays.",
+        "The id of the message in logs and replies. An existing id is kept.",
     ),
     Property("domain", WRITTEN, "a string", "The domain of the recipient."),
     Property(
         "seen", WRITTEN, "a time",
-        "When it was first taken from the outbox; from then on `max-delivertime` counts.",
+        "When the message was first taken from the outbox; `max-delivertime` starts here.",
     ),
-    Property("received", WRITTEN, "a time", "When the mail came in, by SMTP or a command line."),
-    Property("hostname", WRITTEN, "a string", "The name of the server that took the mail."),
+    Property("received", WRITTEN, "a time", "When the mail was received or injected."),
+    Property("hostname", WRITTEN, "a string", "The name of the server that accepted the mail."),
     Property(
-        "connection", WRITTEN, "an object", "The SMTP connection by which the mail came in.",
+        "connection", WRITTEN, "an object", "The SMTP connection that brought the mail.",
         keys=(
             Key("local-ip", "The address of the server."),
             Key("local-port", "The port of the server."),
@@ -251,17 +253,17 @@ PROPERTIES: Final = (
         ),
     ),
     Property(
-        "cli", WRITTEN, "an object", "The command line by which the mail came in.",
+        "cli", WRITTEN, "an object", "The command line that injected the mail.",
         keys=(
             Key("command", "The program."),
             Key("arguments", "Its arguments."),
-            Key("user", "The account that called it."),
+            Key("user", "The account that ran it."),
         ),
     ),
     Property(
         "damaged", WRITTEN, "an object",
         "Why the message was set aside, in the queue for damaged messages.",
-        keys=(Key("reason", "The reason in words."),),
+        keys=(Key("reason", "The reason as text."),),
     ),
     Property(
         "key", UNUSED, "a string", "The key of the body in a message store.", _is_str, used=False
@@ -276,19 +278,19 @@ PROPERTIES: Final = (
     Property("inlinecss", UNUSED, "true or false", "Moves style sheets into the elements.",
              used=False),
     Property("normalize", UNUSED, "true or false",
-             "Makes CRLF of bare CRs and LFs. On the wire they become CRLF without it.",
+             "Turns bare CRs and LFs into CRLF. On the wire that happens anyway.",
              used=False),
     Property("priority", UNUSED, "a whole number", "The place in the queue.", used=False),
     Property("nextattempt", UNUSED, "an object", "A newer form of `delayed`.", used=False),
-    Property("force", UNUSED, "true or false", "Attempts in spite of errors.", used=False),
-    Property("checks", UNUSED, "an array of objects", "What checks of received mail found.",
+    Property("force", UNUSED, "true or false", "Attempts delivery despite errors.", used=False),
+    Property("checks", UNUSED, "an array of objects", "The findings of checks on received mail.",
              used=False),
     Property("extracted", UNUSED, "an object", "Parts of the header, in results.", used=False),
-    Property("spool", UNUSED, "an object", "The file by which the mail came in.", used=False),
-    Property("http", UNUSED, "an object", "The request by which the mail came in.", used=False),
+    Property("spool", UNUSED, "an object", "The file that brought the mail.", used=False),
+    Property("http", UNUSED, "an object", "The HTTP request that brought the mail.", used=False),
     Property("forcedip", UNUSED, "a string", "The address that all attempts use.", used=False),
 )  # fmt: skip
-"""The table, in the order in which people read it; properties of a group stand together."""
+"""The table in reading order. The properties of a group are adjacent."""
 
 KNOWN: Final = {known.name: known for known in PROPERTIES}
 
@@ -305,10 +307,10 @@ _OBJECTS: Final = tuple(
 
 
 def misspellings(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names that are not known but one slip away from one that is, and that one.
+    """Yield each unknown name that is one slip away from a known name, with the known name.
 
-    A key in an object, such as ``queues``, has a dot before it. `UNKNOWN_LIMIT` of each are
-    looked at.
+    Keys of an object such as ``queues`` are written ``queues.success``. At most `UNKNOWN_LIMIT`
+    names of each object are checked.
 
     >>> list(misspellings({"recipeint": "a@b.test", "my-id": 7, "queues": {"sucess": None}}))
     [('recipeint', 'recipient'), ('queues.sucess', 'queues.success')]

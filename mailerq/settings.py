@@ -13,13 +13,32 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
-from mailerq.address import parse_domain, parse_host, queue_problem
+from mailerq.address import parse_domain, parse_host, parse_ip, queue_problem
 from mailerq.errors import AddressError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Value = TypeVar("Value")
 
 ENVIRON_PREFIX: Final = "MAILERQ_"
+
+HIDDEN: Final = "(hidden)"
+"""What stands for a secret."""
+
+DNS_PORT: Final = 53
+
+
+@dataclass(frozen=True, slots=True)
+class DnsServer:
+    """A DNS server to ask. As text an IPv6 address with a port is in brackets: ``[::1]:5353``."""
+
+    address: str
+    port: int = DNS_PORT
+
+    def __str__(self) -> str:
+        if self.port == DNS_PORT:
+            return self.address
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}"
 
 
 # -- kinds: how the text of a value is read, checked and written ---------------------------
@@ -228,6 +247,29 @@ def _check_ip(value: Any) -> str:
         raise ValueError(f"{text!r} is not an IP address") from None
 
 
+def _read_dns_server(item: str) -> DnsServer:
+    host, colon, port = item, "", ""
+    if item.startswith("["):
+        host, bracket, rest = item[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")):
+            raise ValueError(f"{item!r} is not of the form [IPv6 address]:port")
+        colon, port = rest[:1], rest[1:]
+    elif item.count(":") == 1:
+        host, colon, port = item.partition(":")
+    try:
+        address = str(parse_ip(host))
+    except ValueError:
+        raise ValueError(f"{item!r} is not an IP address such as 192.0.2.1:53") from None
+    number = _check_port(_read_number(port)) if colon else DNS_PORT
+    if not number:
+        raise ValueError("0 is not a port of a server (1 to 65535)")
+    return DnsServer(address, number)
+
+
+def _check_dns_server(value: Any) -> DnsServer:
+    return _read_dns_server(str(value) if isinstance(value, DnsServer) else _check_text(value))
+
+
 def _check_domain(value: Any) -> str:
     return parse_domain(_syntax(parse_domain, value))
 
@@ -300,6 +342,12 @@ NUMBERS: Final = _list_kind(
     "numbers", lambda item: (_read_number(item),), _check_number, repeats=True
 )
 IPS: Final = _list_kind("addresses", lambda item: (item,), _check_ip, separator=";")
+DNS_SERVERS: Final = _list_kind(
+    "addresses with ports",
+    lambda item: (_read_dns_server(item),),
+    _check_dns_server,
+    separator=", ",
+)
 NETWORKS: Final = _list_kind(
     "networks", lambda item: (_read_network(item),), _check_network, separator=";"
 )
@@ -335,6 +383,8 @@ class Setting:
     """0 is no limit, and so is -1, as older configurations write it."""
     secret: bool = False
     """The value is not for logs and screens."""
+    fixed: bool = False
+    """A running daemon keeps its value until a restart."""
     aliases: tuple[str, ...] = ()
     """Other spellings of `key`."""
 
@@ -356,6 +406,10 @@ class Setting:
     def write(self, value: Any) -> str:
         """The value as a file would hold it; empty where it is unset."""
         return "" if value is None else self.kind.write(value)
+
+    def show(self, value: Any) -> str:
+        """The value for people: what an empty one stands for, and no secrets."""
+        return HIDDEN if self.secret and value else self.write(value) or f"({self.unset})"
 
     def read(self, text: str) -> Any:
         """The checked value that a text stands for. Raises ValueError."""
@@ -387,6 +441,11 @@ def setting(default: Value, kind: Kind, group: str, text: str, **more: Any) -> V
     row = Setting(default, kind, group, text, **more)
     declared: Value = field(default=default, repr=not row.secret, metadata={"setting": row})
     return declared
+
+
+def fixed(default: Value, kind: Kind, group: str, text: str, **more: Any) -> Value:
+    """Declare a setting whose value a running daemon keeps until a restart."""
+    return setting(default, kind, group, text, fixed=True, **more)
 
 
 def table(config: type[Any]) -> tuple[Setting, ...]:

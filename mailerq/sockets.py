@@ -1,4 +1,4 @@
-"""Python's door to the calls on descriptors that never block, and on memory.
+"""Non-blocking calls on descriptors, and memory: two parts of the core for Python.
 
 See `_core_sockets.pxi` and `_core_mapping.pxi`.
 """

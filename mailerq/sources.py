@@ -1,8 +1,8 @@
-"""Where the text of settings comes from: files, the environment, the command line.
+"""Read settings as text from files, the environment and the command line.
 
-A file holds one ``key: value`` on a line. ``#`` starts a comment at the start of a line or
-after white space. There is no quoting; a value goes to the end of its line. What is read is a
-layer: the text of each key that is given there, and the place where it stands.
+A file has one ``key: value`` on a line. ``#`` starts a comment at the start of a line or after
+white space. There is no quoting; a value ends with its line. Each source becomes a layer: a map
+from keys to their text and its place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mailerq.settings import ENVIRON_PREFIX, Setting
 __all__ = ["CONFIG_FILE", "NOT_YET", "Given", "Layer", "Sources"]
 
 FILE_SIZE_LIMIT: Final = 1 << 20
-"""In bytes. A configuration is a few hundred lines; what is larger is some other file."""
+"""In bytes. A configuration has a few hundred lines; a larger file is something else."""
 
 CONFIG_FILE: Final = "config-file"
 
@@ -51,11 +51,11 @@ NOT_YET: Final = frozenset(
     www-secure-port www-url
     """.split()
 )
-"""Settings of the reference that are not implemented: an error of their own, no typo."""
+"""Settings of MailerQ 2.1 that are not implemented. They get an error text of their own."""
 
 
 class Given(NamedTuple):
-    """The text of a value and where it stands."""
+    """The text of a value, and its place."""
 
     text: str
     where: str
@@ -63,14 +63,14 @@ class Given(NamedTuple):
 
 Layer = dict[str, Given]
 
-# Kubernetes and Docker set such variables by themselves next to a service named mailerq.
+# Kubernetes and Docker set these variables beside a service named mailerq.
 _NOT_OURS: Final = re.compile(r"MAILERQ_(SERVICE_(HOST|PORT.*)|PORT(_[0-9]+_.*)?)", re.DOTALL)
 
 
 class Sources:
-    """Reads layers of the settings that `known` has, by every name that they go by.
+    """Read layers of settings. `known` maps every name and alias to its setting.
 
-    What cannot be read is left out of its layer, and added to `problems`.
+    A text that cannot be read is left out of its layer and added to `problems`.
     """
 
     def __init__(self, known: Mapping[str, Setting], problems: list[Problem]) -> None:
@@ -142,7 +142,7 @@ class Sources:
         return layer
 
     def _add(self, layer: Layer, name: str, text: str, where: str) -> None:
-        """Put a value under its key, whatever its spelling."""
+        """Store a value under the key of its setting, whichever alias `name` is."""
         if name == CONFIG_FILE:
             key = name
         elif known := self._known.get(name):
@@ -159,8 +159,8 @@ class Sources:
         return None
 
     def _meant(self, name: str) -> str:
-        """The setting that somebody may have meant, or nothing."""
-        import difflib  # only for a text about an error
+        """Return the closest name of a setting, or an empty string."""
+        import difflib  # imported here: only errors need it
 
         name = name.lower().replace("_", "-")
         close = difflib.get_close_matches(name, self._known, n=1, cutoff=0.75)

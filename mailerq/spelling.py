@@ -1,7 +1,7 @@
-"""Which of the known names a misspelt one was meant to be.
+"""Find the known name that a misspelt name was meant to be.
 
-The names come from messages, so a look-up is bounded by the length of the name and takes no
-longer where more names are known. The last ones are remembered, for most messages have the same.
+The names come from messages, so the cost of a look-up depends on the length of the name only, not
+on the number of known names. Recent look-ups are cached: most messages have the same names.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Final
 __all__ = ["Spelling"]
 
 LENGTH_LIMIT: Final = 40
-"""Characters of a name that is looked at; no known one is as long."""
+"""Longer names are not looked up: no known name is this long."""
 
 REMEMBERED: Final = 1024
-"""Names that a look-up was made for."""
+"""Cached look-ups."""
 
 LETTERS: Final = 6
-"""Below this length a wrong letter may well be another word: date is not data."""
+"""In a name shorter than this, one different letter often makes another word: date is not data."""
 
 _SEPARATORS: Final = str.maketrans("", "", "-_. ")
 
 
 class Spelling:
-    """Knows names, and finds the one that is a single slip away from another.
+    """Find known names at a distance of one slip.
 
-    A slip is a letter that is missing, one too many, in the wrong place or wrong; letter case and
-    separators do not count.
+    A slip is one letter that is missing, extra, misplaced or wrong. Letter case and separators are
+    ignored.
 
     >>> spelling = Spelling(["maxattempts", "tags", "data"])
     >>> spelling.meant("Max_Attempt"), spelling.meant("date"), spelling.meant("tags")
@@ -45,7 +45,7 @@ class Spelling:
         self._find = functools.lru_cache(REMEMBERED)(self._look_up)
 
     def meant(self, name: str) -> str | None:
-        """The known name that was meant; None for one that is known itself, or like none."""
+        """Return the known name that was meant; None if `name` is known or resembles none."""
         if name in self._exact or len(name) > LENGTH_LIMIT:
             return None
         return self._find(name)
@@ -74,5 +74,5 @@ def _plain(name: str) -> str:
 
 
 def _shorter(plain: str) -> Iterator[str]:
-    """The name without one of its letters, for each of them."""
+    """Yield the name without its first letter, without its second letter, and so on."""
     return (plain[:at] + plain[at + 1 :] for at in range(len(plain)))

@@ -1,29 +1,28 @@
 /*
- *  auth - checks logins against a file of password hashes.
+ *  auth - check logins against a file of password hashes.
  *
  *      cc -shared -fPIC -O2 -fvisibility=hidden -pthread -I../include -o auth.so auth.c -lcrypt
  *
- *  Each line of the file is "login:hash", the hash as crypt(3) makes it; further fields
- *  behind a second colon, empty lines, and lines that start with # are ignored. To add one:
+ *  Each line of the file is "login:hash", with a hash of crypt(3). Further fields after a
+ *  second colon, empty lines, and lines that start with # are ignored. To add a login:
  *
  *      echo "ann:$(openssl passwd -6)" >> /etc/mailerq/passwd
  *
- *      AUTH_FILE=/etc/mailerq/passwd       read anew for every login, so edits count at once
- *      AUTH_THREADS=2                      how many hashes are computed at the same time
+ *      AUTH_FILE=/etc/mailerq/passwd       read for every login, so changes apply at once
+ *      AUTH_THREADS=2                      number of threads that compute hashes
  *
- *  A login that is not in the file is left to other plugins and to the configuration.
+ *  Logins that are not in the file are left to other plugins and to the configuration.
  *
- *  The pattern: slow work on threads of our own. A good password hash takes a tenth of a
- *  second on purpose, and reading a file may take longer than anybody thinks; on the worker
- *  that would hold up every session. So the callback puts a job into a queue and returns
- *  true. A thread of ours does the job. From there only MQ_Continue, MQ_Complete, MQ_Retry,
- *  MQ_SmtpSend and MQ_Log may be called, and not MQ_SetSmtpAuthenticated. Hence the thread
- *  leaves its verdict in the job and calls MQ_Retry: the callback runs again, on the worker,
- *  finds the verdict and gives the answer.
+ *  The pattern: slow work on threads of the plugin. A good password hash takes a tenth of a
+ *  second on purpose, and reading a file may be slow too. On the worker, both would hold up
+ *  every session. So the callback queues a job and returns true, and a thread runs the job.
+ *  A thread may call only MQ_Continue, MQ_Complete, MQ_Retry, MQ_SmtpSend and MQ_Log, not
+ *  MQ_SetSmtpAuthenticated. So the thread stores its verdict in the job and calls MQ_Retry.
+ *  The callback then runs again on the worker, finds the verdict and answers.
  *
- *  Who frees a job? It is held by its connection and by the thread; `holders` counts them,
- *  and the last one frees it. So nothing happens to the thread when the event is given up
- *  (plugin-timeout) and the connection ends meanwhile.
+ *  The connection and the thread hold a job; `holders` counts them, and the last one frees
+ *  the job. So the thread is safe when the event is given up (plugin-timeout) and the
+ *  connection ends.
  */
 #define _GNU_SOURCE             /* crypt_r, explicit_bzero */
 #include <mailerq.h>
@@ -34,20 +33,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LONGEST_QUEUE 1000      /* jobs; more logins than that are answered with 454 */
+#define LONGEST_QUEUE 1000      /* jobs; when the queue is full, logins get 454 */
 #define MOST_THREADS 64
 #define LINE_SIZE 1024
 
 enum verdict { RUNNING, ACCEPTED, REFUSED, UNKNOWN, FAILED };
 
-/** The check of one login. All but the mutable last part is written before it is queued. */
+/** The check of one login. Only the last part changes after the job was queued. */
 struct job
 {
     MQ_Context *context;
-    char *login, *password;     /* copies: those of the event end when it is given up */
+    char *login, *password;     /* copies, because the thread may outlive the event */
     size_t login_size, password_size;
 
-    struct job *next;           /* guarded by the mutex, as the rest */
+    struct job *next;           /* from here on guarded by the mutex */
     int holders;
     enum verdict verdict;
 };
@@ -62,7 +61,7 @@ static pthread_t threads[MOST_THREADS];
 static int thread_count;
 static const char *path;
 
-/** Somebody to compare with who does not exist, so that an unknown login takes as long. */
+/** A salt for unknown logins, so that they take as long as known ones. */
 static const char nobody[] = "$6$mailerq.nobody$";
 
 static char *copy(const char *bytes, size_t size)
@@ -82,7 +81,7 @@ static void free_job(struct job *job)
     free(job);
 }
 
-/** Give up one hold on a job. */
+/** Release one hold on a job. */
 static void release(struct job *job)
 {
     pthread_mutex_lock(&mutex);
@@ -92,8 +91,8 @@ static void release(struct job *job)
 }
 
 /**
- *  Find the hash of a login. Returns FAILED when the file cannot be read, UNKNOWN when the
- *  login is not in it, otherwise RUNNING with the hash in `hash`.
+ *  Find the hash of a login. Returns FAILED if the file cannot be read, UNKNOWN if the login
+ *  is not in the file, otherwise RUNNING with the hash in `hash`.
  */
 static enum verdict find_hash(const char *login, char *hash, size_t size)
 {
@@ -116,7 +115,7 @@ static enum verdict find_hash(const char *login, char *hash, size_t size)
     return result;
 }
 
-/** Compare without telling by the time it takes where the difference is. */
+/** Compare in constant time. */
 static bool equal(const char *a, const char *b)
 {
     size_t size = strlen(a);
@@ -128,7 +127,7 @@ static bool equal(const char *a, const char *b)
 
 static enum verdict check(const struct job *job, struct crypt_data *space)
 {
-    /* NUL and colon are in no login of the file; one that is cut there is another one. */
+    /* A login with NUL or colon cannot be in the file, and must not match a shorter login. */
     bool possible = job->login_size > 0 && job->login_size < LINE_SIZE - 1 &&
                     strlen(job->login) == job->login_size && !strchr(job->login, ':') &&
                     strlen(job->password) == job->password_size;
@@ -139,7 +138,7 @@ static enum verdict check(const struct job *job, struct crypt_data *space)
     memset(space, 0, sizeof *space);
     const char *result = crypt_r(job->password, salt, space);
     if (found == UNKNOWN) return UNKNOWN;
-    /* crypt_r gives NULL, or a text that starts with *, for a hash that it does not know. */
+    /* For an unknown kind of hash, crypt_r returns NULL or a text that starts with *. */
     if (!result || *result == '*') return REFUSED;
     return equal(result, hash) ? ACCEPTED : REFUSED;
 }
@@ -147,7 +146,7 @@ static enum verdict check(const struct job *job, struct crypt_data *space)
 static void *run(void *unused)
 {
     (void)unused;
-    /* Too large for the stack of a thread. */
+    /* On the heap: too large for the stack of a thread. */
     struct crypt_data *space = malloc(sizeof *space);
     pthread_mutex_lock(&mutex);
     while (!stopping)
@@ -202,7 +201,7 @@ MQ_EXPORT void mq_initialize(void)
 
 MQ_EXPORT void mq_cleanup(void)
 {
-    /* All contexts have ended, so nobody waits for the jobs that may still be there. */
+    /* All contexts have ended, so no event waits for the remaining jobs. */
     pthread_mutex_lock(&mutex);
     stopping = true;
     pthread_cond_broadcast(&work);
@@ -218,7 +217,7 @@ MQ_EXPORT void mq_cleanup(void)
 }
 
 /**
- *  Put a login into the queue; NULL when it is full, or memory is.
+ *  Queue the check of a login. Returns NULL if the queue is full or memory is short.
  */
 static struct job *submit(MQ_Context *context, const char *login, size_t loginsize,
                           const char *passwd, size_t passwdsize)
@@ -252,8 +251,8 @@ static struct job *submit(MQ_Context *context, const char *login, size_t loginsi
 }
 
 /**
- *  Take the verdict about this very login and password from the connection; false when there
- *  is none. One about others is of an earlier attempt, which was given up meanwhile.
+ *  Take the verdict on this login and password from the connection; false if there is none.
+ *  A verdict on another login belongs to an earlier event that was given up.
  */
 static bool take_verdict(MQ_SmtpConnection *connection, const char *login, size_t loginsize,
                          const char *passwd, size_t passwdsize, enum verdict *verdict)
@@ -298,7 +297,7 @@ MQ_EXPORT bool mq_smtp_in_authenticate(MQ_Context *context, MQ_SmtpConnection *c
             MQ_Reject(connection, 454, "4.7.0 Temporary authentication failure");
             return false;
     }
-    /* We know this login: the other plugins need not be asked. */
+    /* The login is known: skip the other plugins. */
     MQ_Complete(context);
     return true;
 }

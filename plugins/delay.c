@@ -1,19 +1,19 @@
 /*
- *  delay - lets strangers wait for the answer to each recipient.
+ *  delay - delay the reply to each recipient of clients without a login.
  *
  *      cc -shared -fPIC -O2 -fvisibility=hidden -I../include -o delay.so delay.c
  *
- *  A mail server has time; a program that sends spam to a million addresses has not, and
- *  often hangs up. Who has logged in does not wait.
+ *  A mail server waits. A program that sends spam to a million addresses often hangs up. A
+ *  client that has logged in is not delayed.
  *
- *      DELAY_SECONDS=1.0       how long, up to 60 (a client waits some minutes at most)
+ *      DELAY_SECONDS=1.0       the delay, at most 60 (clients time out after some minutes)
  *
- *  The pattern: taking control of an event, and giving it back from a timer. The callback
- *  returns true: "this event is mine". From then on this session stands still, and only this
- *  one; the worker goes on with all the others, so a plugin can wait without blocking.
- *  Later, exactly once, the plugin calls MQ_Continue (or MQ_Complete, or MQ_Retry) with the
- *  context that it was given. That pointer belongs to this one event: it is all that a timer
- *  has to carry, however many events wait at the same time.
+ *  The pattern: take control of an event, and hand it back from a timer. The callback returns
+ *  true to take the event. Then only this session waits, and the worker goes on with all
+ *  others, so a plugin can wait without blocking. Later the plugin calls MQ_Continue,
+ *  MQ_Complete or MQ_Retry, exactly once, with the context that it received. The context
+ *  identifies this one event, so it is the only data that the timer needs, however many
+ *  events wait.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <mailerq.h>
@@ -36,10 +36,10 @@ MQ_EXPORT void mq_initialize(void)
     char *end;
     double value = strtod(setting, &end);
     if (!*end && value >= 0 && value <= LONGEST_SECONDS) seconds = (float)value;
-    else MQ_Log(MQ_WARN, "DELAY_SECONDS is no number from 0 to 60, taking 1.0");
+    else MQ_Log(MQ_WARN, "DELAY_SECONDS must be a number from 0 to 60; using 1.0");
 }
 
-/** Runs on the worker of the session; the timer is gone after it. */
+/** Called on the worker of the session. The timer ends with this call. */
 static void on_time(void *data)
 {
     MQ_Context *context = data;
@@ -52,11 +52,11 @@ MQ_EXPORT bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connect
     (void)rcptto;
     (void)size;
     if (seconds <= 0 || MQ_SmtpAuthenticated(connection)) return false;
-    /* Without a timer nobody would hand the event back: then it is not taken. */
+    /* Do not take the event without a timer: nothing would hand it back. */
     if (!MQ_TimerStart(context, seconds, on_time, context)) return false;
     /*
-     *  The client may hang up while it waits. That needs no care here: mq_smtp_in_close
-     *  comes only after this event has been handed back.
+     *  The client may hang up in the meantime. That needs no care here: mq_smtp_in_close is
+     *  called only after this event has been handed back.
      */
     return true;
 }

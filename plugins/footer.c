@@ -1,26 +1,23 @@
 /*
- *  footer - adds a few lines to the end of every plain text mail that goes out.
+ *  footer - add a few lines to the end of each outgoing plain text mail.
  *
  *      cc -shared -fPIC -O2 -fvisibility=hidden -I../include -o footer.so footer.c
  *
- *  The pattern: changing the body of outgoing mail. In mq_smtp_out_data MQ_Mime is the mail
- *  as it would be sent, and MQ_SetMime replaces it for this attempt only; the message in the
- *  queue keeps its own body, so a retry starts from there and the footer is added once.
- *  mailerq signs (DKIM) and dot-stuffs after the plugins, what they add included.
+ *  The pattern: change the body of outgoing mail. In mq_smtp_out_data, MQ_Mime is the mail to
+ *  send, and MQ_SetMime replaces it for this attempt only. The message in the queue keeps its
+ *  body, so a retry starts from there and the footer is added once. mailerq signs (DKIM) and
+ *  dot-stuffs the mail after the plugins changed it.
  *
- *      FOOTER_TEXT="line\nline"    what to add ("\n" starts a new line); empty: nothing
+ *      FOOTER_TEXT="line\nline"    the text to add ("\n" starts a new line); empty: nothing
  *
- *  Left alone, because a change by somebody who does not fully understand a mail breaks it:
+ *  Some mail is left unchanged, because an edit could break it:
  *
- *  - all that is not text/plain, multipart mails above all: which part would it be?
+ *  - mail that is not text/plain, above all multipart mail: the right part is unknown
  *  - base64 and quoted-printable: the text would have to be decoded first
- *  - mail that carries a signature already (DKIM, ARC, or PGP in the text): it would no
- *    longer be valid
- *  - mail whose charset or encoding cannot hold the footer: a footer in ASCII fits into all
- *    charsets of plain text mail, any other is taken for UTF-8 and needs a mail in UTF-8 that
- *    is sent as 8bit
- *  - mail that ends in this footer already, so that a second round (MQ_Retry of another
- *    plugin) adds nothing
+ *  - signed mail (DKIM, ARC, or PGP in the text): the signature would become invalid
+ *  - mail whose charset or encoding cannot hold the footer: an ASCII footer fits all charsets
+ *    of plain text; any other footer is UTF-8 and needs a mail in UTF-8 that is sent as 8bit
+ *  - mail that already ends with this footer, as after MQ_Retry of another plugin
  */
 #define _POSIX_C_SOURCE 200809L
 #include <mailerq.h>
@@ -35,7 +32,7 @@ static char *footer;            /* with CRLF at the end of each line; NULL: noth
 static size_t footer_size;
 static bool footer_is_ascii;
 
-/** A piece of a string that somebody else owns. */
+/** A borrowed piece of a string. */
 struct slice
 {
     const char *start;
@@ -52,7 +49,7 @@ MQ_EXPORT void mq_initialize(void)
     const char *text = getenv("FOOTER_TEXT");
     if (!text) text = standard;
     if (!*text) return;
-    /* At worst every character is a line end, and gets two; then the last line end and NUL. */
+    /* At worst each character becomes CRLF; then follow the last CRLF and NUL. */
     footer = malloc(2 * strlen(text) + 3);
     if (!footer) return;
     footer_is_ascii = true;
@@ -85,7 +82,7 @@ MQ_EXPORT void mq_cleanup(void)
 }
 
 /**
- *  The end of the line that starts here: one behind its LF, or the end of everything.
+ *  The end of the line that starts here: the byte after its LF, or the end of the text.
  */
 static const char *line_end(const char *start, const char *end)
 {
@@ -100,7 +97,7 @@ static bool is_empty_line(const char *start, const char *end)
 }
 
 /**
- *  Where the body starts: behind the first empty line; NULL when there is none.
+ *  The start of the body, after the first empty line; NULL if there is none.
  */
 static const char *find_body(const char *mime, const char *end)
 {
@@ -112,8 +109,8 @@ static const char *find_body(const char *mime, const char *end)
 }
 
 /**
- *  The value of the first header field of this name, its continuation lines included; one
- *  with start NULL when there is no such field.
+ *  The value of the first header field of this name, including continuation lines. `start` is
+ *  NULL if there is no such field.
  */
 static struct slice find_header(const char *mime, const char *body, const char *name)
 {
@@ -138,7 +135,7 @@ static bool is_space(char byte)
 }
 
 /**
- *  Does a value start with this token? "text/plain; charset=utf-8" does with "text/plain".
+ *  Whether a value starts with a token: "text/plain; charset=utf-8" starts with "text/plain".
  */
 static bool starts_with_token(struct slice value, const char *token)
 {
@@ -149,7 +146,7 @@ static bool starts_with_token(struct slice value, const char *token)
 }
 
 /**
- *  Does the content type name UTF-8 as its charset?
+ *  Whether the content type names the charset UTF-8.
  */
 static bool is_utf8(struct slice type)
 {
@@ -177,7 +174,7 @@ static bool contains_line(const char *start, const char *end, const char *text)
 }
 
 /**
- *  May we add to this mail? The reasons are listed at the top.
+ *  Whether the footer may be added; the comment at the top lists the conditions.
  */
 static bool may_add(const char *mime, const char *body, const char *end)
 {
@@ -185,7 +182,7 @@ static bool may_add(const char *mime, const char *body, const char *end)
     if (find_header(mime, body, "ARC-Message-Signature").start) return false;
     if (contains_line(body, end, "-----BEGIN PGP")) return false;
 
-    /* Without these two fields mail is plain text in 7-bit ASCII (RFC 2045, 5.2 and 6.1). */
+    /* Mail without these fields is plain text in 7-bit ASCII (RFC 2045, 5.2 and 6.1). */
     struct slice type = find_header(mime, body, "Content-Type");
     struct slice encoding = find_header(mime, body, "Content-Transfer-Encoding");
     if (type.start && !starts_with_token(type, "text/plain")) return false;
@@ -209,7 +206,7 @@ MQ_EXPORT bool mq_smtp_out_data(MQ_Context *context, MQ_SmtpConnection *connecti
     const char *body = find_body(mime, end);
     if (!body || !may_add(mime, body, end)) return false;
 
-    /* The last line of a body may lack its end; an empty body needs none. */
+    /* The last line of a body may lack its CRLF. */
     bool complete = end == body || end[-1] == '\n';
     size_t total = size + (complete ? 0 : 2) + footer_size;
     char *changed = malloc(total);
@@ -227,7 +224,7 @@ MQ_EXPORT bool mq_smtp_out_data(MQ_Context *context, MQ_SmtpConnection *connecti
         next += 2;
     }
     memcpy(next, footer, footer_size);
-    /* MQ_SetMime copies; what "mime" points to is gone after it. */
+    /* MQ_SetMime copies. Afterwards `mime` is no longer valid. */
     MQ_SetMime(message, changed, total);
     free(changed);
     return false;

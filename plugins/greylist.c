@@ -1,26 +1,26 @@
 /*
- *  greylist - refuses the first try of a client that nobody knows yet.
+ *  greylist - refuse the first attempt of an unknown client.
  *
  *      cc -shared -fPIC -O2 -fvisibility=hidden -pthread -I../include -o greylist.so greylist.c
  *
- *  A mail server that is told 451 tries again some minutes later; most programs that send
- *  spam never do. So each triplet (network of the client, envelope, recipient) is refused
- *  when it is seen for the first time, and let through when it comes back.
+ *  After a 451 a mail server tries again some minutes later; most programs that send spam do
+ *  not. So each triplet (network of the client, envelope, recipient) is refused when first
+ *  seen, and accepted on the next attempt.
  *
- *      GREYLIST_DELAY=0            seconds before a second try counts (300 is usual on the
- *                                  open internet: it stops those who try twice at once)
- *      GREYLIST_WINDOW=172800      seconds within which it has to come (2 days)
+ *      GREYLIST_DELAY=0            minimum seconds until the next attempt (300 is usual on the
+ *                                  open internet, against clients that try twice at once)
+ *      GREYLIST_WINDOW=172800      maximum seconds until the next attempt (2 days)
  *      GREYLIST_KEEP=3024000       seconds that a known triplet stays known (35 days)
- *      GREYLIST_SLOTS=65536        triplets that are remembered, 24 bytes each
+ *      GREYLIST_SLOTS=65536        number of remembered triplets, 24 bytes each
  *      GREYLIST_LOOPBACK=1         0: clients on this machine are never refused
  *
- *  Who has logged in is never refused.
+ *  A client that has logged in is never refused.
  *
- *  The pattern: MQ_Reject, and memory that all workers share. The table has a fixed size: a
- *  flood of new triplets pushes out the oldest ones and takes no memory. It is kept in
- *  memory only; after a restart everybody is unknown again, and is let through at the second
- *  try. The lock is held for a few dozen instructions; a plugin must never wait for anything
- *  else in a callback, because everything on its worker waits with it.
+ *  The pattern: MQ_Reject, and memory that all workers share. The table has a fixed size, so
+ *  a flood of new triplets replaces the oldest ones and takes no memory. The table is lost on
+ *  a restart; then each triplet is refused once more. The lock is held for a few dozen
+ *  instructions. A callback must not wait for anything longer, because every session of its
+ *  worker waits too.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <mailerq.h>
@@ -38,15 +38,15 @@
 
 #define WAYS 8                  /* slots that a triplet may be in */
 
-/** A triplet that was seen, by its hash. `id` is 0 when the slot is free. */
+/** A triplet, by its hash. `id` is 0 in a free slot. */
 struct slot
 {
     uint64_t id;
-    uint64_t seen;              /* seconds: the first time, or the last when known */
+    uint64_t seen;              /* seconds; the last time if known, else the first */
     bool known;
 };
 
-/** What we keep with a connection: the hash of the client, and of client and envelope. */
+/** The data of a connection: the hash of the client, and of client and envelope. */
 struct session
 {
     bool exempt;
@@ -55,14 +55,14 @@ struct session
 };
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static struct slot *table;      /* guarded by the mutex, as all that it points to */
+static struct slot *table;      /* guarded by the mutex, including its slots */
 static size_t groups;           /* of WAYS slots each; a power of two */
-static uint64_t secret;         /* so that nobody can compute what pushes out what */
+static uint64_t secret;         /* keeps clients from computing collisions */
 
 static uint64_t delay_seconds, window_seconds, keep_seconds;
 static bool loopback_too;
 
-/** Seconds of a clock that nobody can set. */
+/** Seconds of the monotonic clock. */
 static uint64_t now_seconds(void)
 {
     struct timespec now;
@@ -79,13 +79,13 @@ static uint64_t number_setting(const char *name, uint64_t otherwise, uint64_t li
     unsigned long long value = strtoull(text, &end, 10);
     if (!errno && !*end && isdigit((unsigned char)*text) && value <= limit) return value;
     char line[128];
-    snprintf(line, sizeof line, "%s is no number up to %llu, taking %llu", name,
+    snprintf(line, sizeof line, "%s must be a number up to %llu; using %llu", name,
              (unsigned long long)limit, (unsigned long long)otherwise);
     MQ_Log(MQ_WARN, line);
     return otherwise;
 }
 
-/** Add bytes to a hash (FNV-1a); those of an address with letters in lower case. */
+/** Add bytes to a hash (FNV-1a). The letters of an address are hashed in lower case. */
 static uint64_t hash(uint64_t state, const void *bytes, size_t size, bool address)
 {
     const unsigned char *byte = bytes;
@@ -94,9 +94,9 @@ static uint64_t hash(uint64_t state, const void *bytes, size_t size, bool addres
         uint64_t value = address ? (uint64_t)tolower(byte[i]) : byte[i];
         state = (state ^ value) * UINT64_C(0x100000001b3);
     }
-    /* One step with a byte that no address holds, so that "a" "bc" differs from "ab" "c". */
+    /* Add a byte that no address holds, so that "a" "bc" differs from "ab" "c". */
     state = (state ^ 0xff) * UINT64_C(0x100000001b3);
-    /* The low bits choose the group: let the high ones take part. */
+    /* The low bits select the group: mix in the high ones. */
     return state ^ (state >> 32);
 }
 
@@ -126,7 +126,7 @@ MQ_EXPORT void mq_initialize(void)
     }
 
     table = calloc(groups * WAYS, sizeof *table);
-    if (!table) MQ_Log(MQ_CRIT, "no memory for the table, nobody is refused");
+    if (!table) MQ_Log(MQ_CRIT, "no memory for the table: no client is refused");
 }
 
 MQ_EXPORT void mq_cleanup(void)
@@ -136,8 +136,8 @@ MQ_EXPORT void mq_cleanup(void)
 }
 
 /**
- *  Look at the other end of a connection. Servers of one operator share a network, and a
- *  second try may come from the neighbour: a client is its /24 (IPv4) or /64 (IPv6).
+ *  Identify the client of a connection by its network, /24 (IPv4) or /64 (IPv6): the next
+ *  attempt may come from another server of the same operator.
  */
 static void identify(struct session *session, int fd)
 {
@@ -169,7 +169,7 @@ static void identify(struct session *session, int fd)
 }
 
 /**
- *  Note a triplet, and say whether it may pass now.
+ *  Record a triplet; return whether it may pass now.
  */
 static bool pass(uint64_t id)
 {
@@ -181,7 +181,7 @@ static bool pass(uint64_t id)
     for (struct slot *next = group; next < group + WAYS; next++)
     {
         if (next->id == id) slot = next;
-        /* The oldest goes first, and a stranger before somebody we know. */
+        /* Replace unknown triplets before known ones, and the oldest first. */
         bool older = next->known == victim->known ? next->seen < victim->seen : !next->known;
         if (next->id == 0 || (victim->id != 0 && older)) victim = next;
     }
@@ -228,7 +228,7 @@ MQ_EXPORT bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connect
     if (MQ_SmtpAuthenticated(connection)) return false;
     uint64_t id = hash(session->sender, rcptto, size, true);
     if (pass(id ? id : 1)) return false;
-    /* This is the reply to RCPT; the other recipients of the mail are not affected. */
+    /* The reply to this RCPT. Other recipients of the mail are not affected. */
     MQ_Reject(connection, 451, "4.7.1 Greylisted, please try again later");
     return false;
 }

@@ -1,31 +1,31 @@
 /*
- *  lookup - asks a policy server about each recipient.
+ *  lookup - ask a policy server about each recipient.
  *
  *      cc -shared -fPIC -O2 -fvisibility=hidden -I../include -o lookup.so lookup.c
  *
- *  It speaks Postfix's policy delegation protocol, which greylisting daemons, rate limiters
- *  and the like understand: lines "name=value" and an empty line, answered by "action=..."
- *  and an empty line. The answers that we understand:
+ *  The plugin uses the policy delegation protocol of Postfix, which greylisting daemons and
+ *  rate limiters support: lines "name=value" and an empty line, answered by "action=..." and
+ *  an empty line. These answers have an effect:
  *
- *      DUNNO, and all that is not listed here      the next plugin is asked
- *      OK, PERMIT                                  the other plugins are skipped
+ *      DUNNO, and any other answer                 call the next plugin
+ *      OK, PERMIT                                  skip the other plugins
  *      REJECT text                                 554 5.7.1 text
  *      DEFER text, DEFER_IF_PERMIT text            451 4.7.1 text
  *      4xx text, 5xx text                          that reply
  *
  *      LOOKUP_SERVER=127.0.0.1:10031   address:port, [IPv6 address]:port or /path/of/socket
- *      LOOKUP_TIMEOUT=5                seconds for connecting, asking and the answer
- *      LOOKUP_FALLBACK=451             when there is no answer: 451 refuses the recipient
- *                                      for now, 0 lets it pass
+ *      LOOKUP_TIMEOUT=5                seconds for the whole query
+ *      LOOKUP_FALLBACK=451             without an answer, 451 refuses the recipient for now,
+ *                                      and 0 accepts it
  *
- *  The pattern: talking to a server without ever waiting for it. The socket is non-blocking,
- *  a watcher tells when it is ready, a timer bounds the whole, and all that belongs to one
- *  question is in one struct, which the callbacks get as their data. Whatever happens,
- *  `finish` runs exactly once: it ends watcher, timer and socket and hands the event back.
- *  The server is named by address: looking up a name would block the worker.
+ *  The pattern: talk to a server without blocking. The socket is non-blocking, a watcher
+ *  reports when it is ready, and a timer limits the whole query. One struct holds the state
+ *  of a query and is passed to the callbacks. Whatever happens, `finish` runs exactly once:
+ *  it ends the watcher, the timer and the socket, and hands the event back. The server is
+ *  given by address, because a name look-up would block the worker.
  *
- *  Each question has a connection of its own. A server nearby takes that easily; for a
- *  distant one, keep connections with MQ_SetContextData, where no lock is needed.
+ *  Each query opens a connection, which is cheap for a server nearby. For a distant server,
+ *  keep connections in MQ_SetContextData, where they need no lock.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <mailerq.h>
@@ -50,16 +50,16 @@
 
 #define ADDRESS_SIZE 512        /* an SMTP address is shorter: 254 bytes (RFC 5321, 4.5.3.1.3) */
 #define REQUEST_SIZE 2048
-#define ANSWER_SIZE 2048        /* a longer answer is none */
+#define ANSWER_SIZE 2048        /* a longer answer is an error */
 
-/** What we keep with a connection. */
+/** The data of a connection. */
 struct session
 {
     char client[INET6_ADDRSTRLEN];
     char sender[ADDRESS_SIZE];
 };
 
-/** One question that is under way. */
+/** One running query. */
 struct query
 {
     MQ_Context *context;
@@ -124,7 +124,7 @@ MQ_EXPORT void mq_initialize(void)
     const char *setting = getenv("LOOKUP_SERVER");
     if (!parse_server(setting ? setting : "127.0.0.1:10031"))
     {
-        MQ_Log(MQ_CRIT, "LOOKUP_SERVER is no address:port and no /path, nobody is asked");
+        MQ_Log(MQ_CRIT, "LOOKUP_SERVER must be address:port or /path; no server is asked");
         server_size = 0;
     }
     setting = getenv("LOOKUP_TIMEOUT");
@@ -135,8 +135,8 @@ MQ_EXPORT void mq_initialize(void)
 }
 
 /**
- *  Answer the event as the action says, or let it go on. MQ_Reject is no hand-back: that is
- *  the caller's, with MQ_Complete when this returns true, else with MQ_Continue.
+ *  Apply an action of the server. The caller hands the event back, with MQ_Complete if this
+ *  returns true, else with MQ_Continue.
  */
 static bool act(MQ_SmtpConnection *connection, const char *action)
 {
@@ -169,7 +169,7 @@ static bool act(MQ_SmtpConnection *connection, const char *action)
 }
 
 /**
- *  End a query with the action of the server, or with a reason why there is none.
+ *  End a query with the action of the server, or with the reason for a missing action.
  */
 static void finish(struct query *query, const char *action, const char *reason)
 {
@@ -194,14 +194,14 @@ static void finish(struct query *query, const char *action, const char *reason)
     }
     MQ_Context *context = query->context;
     free(query);
-    /* The hand-back is the last thing: from here on the event is not ours. */
+    /* Hand back last: afterwards the event no longer belongs to the plugin. */
     if (decided) MQ_Complete(context);
     else MQ_Continue(context);
 }
 
 /**
- *  Look for a complete answer in what has been read; NULL when there is none yet. Lines may
- *  end in LF or CRLF.
+ *  Find the action of a complete answer; NULL if the answer is incomplete. Lines may end in
+ *  LF or CRLF.
  */
 static char *find_action(struct query *query)
 {
@@ -222,7 +222,7 @@ static char *find_action(struct query *query)
     return NULL;
 }
 
-/** The socket has something to read. */
+/** The socket is readable. */
 static void on_readable(MQ_IOWatcher *watcher, int fd, int events, void *data)
 {
     (void)watcher;
@@ -242,14 +242,14 @@ static void on_readable(MQ_IOWatcher *watcher, int fd, int events, void *data)
     else if ((size_t)size == room) finish(query, NULL, "it talks too much");
 }
 
-/** The socket is connected, or is not going to be, or has room for more of the request. */
+/** The socket has connected, has failed to connect, or has room for more of the request. */
 static void on_writable(MQ_IOWatcher *watcher, int fd, int events, void *data)
 {
     (void)events;
     struct query *query = data;
     while (query->sent < query->request_size)
     {
-        /* After a connect that failed this gives its error. */
+        /* After a failed connect, send returns the error of the connect. */
         ssize_t size = send(fd, query->request + query->sent, query->request_size - query->sent,
                             MSG_NOSIGNAL);
         if (size < 0)
@@ -267,7 +267,7 @@ static void on_writable(MQ_IOWatcher *watcher, int fd, int events, void *data)
 static void on_timeout(void *data)
 {
     struct query *query = data;
-    query->timer = NULL;        /* gone with this call */
+    query->timer = NULL;        /* a timer ends with its callback */
     finish(query, NULL, "timeout");
 }
 
@@ -285,7 +285,7 @@ static int open_socket(void)
     return -1;
 }
 
-/** Copy a string of a known size, without what could end a line of the request. */
+/** Copy a string without control characters, which could end a line of the request. */
 static void copy(char *target, size_t room, const char *source, size_t size)
 {
     size_t used = 0;
@@ -342,8 +342,8 @@ MQ_EXPORT bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connect
         session->client, session->sender, recipient, MQ_SmtpSecure(connection) ? "TLS" : "");
 
     /*
-     *  From here on the event is taken. `finish` may run before we return: that is allowed,
-     *  MQ_Continue does not call anything from within, so it does not recurse.
+     *  From here on the event is taken. `finish` may run before this function returns:
+     *  MQ_Continue does not call the next plugin itself, so there is no recursion.
      */
     query->fd = open_socket();
     if (query->fd < 0)
@@ -360,7 +360,7 @@ MQ_EXPORT bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connect
 MQ_EXPORT bool mq_smtp_in_close(MQ_Context *context, MQ_SmtpConnection *connection)
 {
     (void)context;
-    /* No question is under way: this event comes after every other one was handed back. */
+    /* No query is running: this event comes after all others were handed back. */
     free(MQ_SmtpData(connection));
     MQ_SetSmtpData(connection, NULL);
     return false;

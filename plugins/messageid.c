@@ -1,21 +1,20 @@
 /*
- *  messageid - makes the message ids instead of mailerq.
+ *  messageid - supply the message ids.
  *
  *      cc -shared -fPIC -O2 -fvisibility=hidden -I../include -o messageid.so messageid.c
  *
- *  The pattern: a function that several threads call at once. Everything else that a plugin
- *  exports is called on one thread for one worker, but an id may be asked for on any thread,
- *  so what they share must be safe to change from all of them: here one counter, with an
- *  atomic instruction, and nothing else.
+ *  The pattern: a function that several threads call at once. All other callbacks of a worker
+ *  run on its thread, but mq_message_id may be called on any thread. So shared state must be
+ *  safe to change from all threads: here one counter, with an atomic instruction.
  *
  *      MESSAGEID_PREFIX=name       starts every id (mq); letters, digits, "-", "_" and "."
  *
  *  An id is PREFIX-time-process-number, such as mq-19a1f2c3d4e-5f60718293a4b5c6-2a: the
- *  milliseconds since 1970, a random number drawn when the process starts, and a counter,
- *  all hexadecimal. The random number keeps processes and machines apart, the counter the
- *  ids of one process; the time makes ids sort by age.
+ *  milliseconds since 1970, a random number of the process, and a counter, all hexadecimal.
+ *  The random number keeps processes and machines apart, the counter keeps the ids of one
+ *  process apart, and the time makes ids sort by age.
  *
- *  Where several plugins export mq_message_id the last one in load order owns the ids.
+ *  If several plugins export mq_message_id, only the last one in load order is called.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <mailerq.h>
@@ -42,8 +41,8 @@ static uint64_t milliseconds(void)
 }
 
 /**
- *  A number that no other process has: from the kernel, or, in a jail without /dev, from
- *  what is at hand.
+ *  A number that is unique to this process: random, or made of time and process id in a jail
+ *  without /dev.
  */
 static uint64_t draw(void)
 {
@@ -79,17 +78,17 @@ MQ_EXPORT void mq_initialize(void)
     }
 }
 
-/** How large the buffer has to be. Called once, at start. */
+/** The size of the buffer for an id. Called once, at start. */
 MQ_EXPORT size_t mq_message_id_size(void)
 {
     return ID_SIZE;
 }
 
-/** Write an id without NUL and return its size; 0 means that there is none. */
+/** Write an id without NUL and return its size, or 0 for no id. */
 MQ_EXPORT size_t mq_message_id(char *buffer, size_t size)
 {
     uint64_t number = __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
-    /* snprintf ends with NUL: it needs one byte more than the id. */
+    /* snprintf needs one more byte, for NUL. */
     char id[ID_SIZE + 1];
     int length = snprintf(id, sizeof id, "%s-%" PRIx64 "-%016" PRIx64 "-%" PRIx64,
                           prefix, milliseconds(), process, number);

@@ -1,5 +1,5 @@
 /*
- *  mimegen - writes the mail of a message that comes without one, from its JSON properties.
+ *  mimegen - generate the mail of a message without a body from its JSON properties.
  *
  *      c++ -shared -fPIC -O2 -fvisibility=hidden -I../include -o mimegen.so mimegen.cpp -ljson-c
  *
@@ -10,17 +10,17 @@
  *                    "text": "Dear {name}, ...", "html": "<p>Dear {name}, ...</p>"},
  *       "values": {"name": "Ann"}}
  *
- *  and the body is made when the remote server waits for it, so the queue never holds it.
- *  "from" and one of "text" and "html" must be there; "to" is the recipient unless it is
- *  given. {name} stands for a property of "values", in "html" with its <, > and & escaped;
- *  what "values" does not have stays as it is written. A message that has a body, or nothing
- *  to generate one from, is left alone.
+ *  and the plugin makes the body when the peer waits for it, so the queue never holds it.
+ *  "from" and one of "text" and "html" are required; "to" defaults to the recipient. {name}
+ *  is replaced by a property of "values", in "html" with its <, >, & and " escaped. Names that
+ *  are not in "values" are kept as written. Messages with a body, or without the property to
+ *  generate one from, are left unchanged.
  *
  *      MIMEGEN_PROPERTY=generate       the name of the property
  *
- *  The pattern: a plugin in C++. mailerq.h gives the functions the right linkage. What C++
- *  brings of its own must not leave them: an exception that did would be caught, and the
- *  event would fail. We turn it into a refusal that says what is wrong with the message.
+ *  The pattern: a plugin in C++. mailerq.h gives the functions the right linkage. Exceptions
+ *  must not leave the functions: mailerq would catch them and fail the event. This plugin
+ *  turns an exception into a reject that names the mistake in the message.
  */
 #include <mailerq.h>
 
@@ -42,7 +42,7 @@ constexpr std::size_t word_bytes = 39;      // in one encoded word, of at most 7
 
 const char *property = "generate";
 
-/** A property that must be a string; empty when it is not there. */
+/** A string property; empty if it is absent. Throws std::invalid_argument for other types. */
 std::string text_of(json_object *object, const char *name)
 {
     json_object *value = nullptr;
@@ -91,8 +91,8 @@ bool is_ascii(std::string_view text)
 }
 
 /**
- *  The value of a header field: without line ends, which would start another field, and as
- *  encoded words where it is not ASCII.
+ *  The value of a header field. Control characters become blanks, because a line end would
+ *  start another field. Text that is not ASCII becomes encoded words.
  */
 std::string header_value(std::string text)
 {
@@ -102,7 +102,7 @@ std::string header_value(std::string text)
     for (std::size_t start = 0; start < text.size();)
     {
         std::size_t end = std::min(start + word_bytes, text.size());
-        // A character must not be split between two words.
+        // Do not split a character between two words.
         while (end < text.size() && end > start + 1 && (text[end] & 0xC0) == 0x80) end--;
         if (start) result += "\r\n ";
         result += "=?utf-8?B?" + base64(text.substr(start, end - start), 0) + "?=";
@@ -111,7 +111,7 @@ std::string header_value(std::string text)
     return result;
 }
 
-/** An address field: in "Name <address>" only the name may be encoded. */
+/** The value of an address field: in "Name <address>" only the name may be encoded. */
 std::string address_value(const std::string &text)
 {
     std::size_t open = text.rfind('<');
@@ -135,7 +135,7 @@ std::string escape(std::string_view text)
     return result;
 }
 
-/** Put values in the place of {names}. */
+/** Replace {names} with values. */
 std::string fill(const std::string &text, json_object *values, bool html)
 {
     std::string result;
@@ -168,7 +168,7 @@ std::string fill(const std::string &text, json_object *values, bool html)
 
 std::string date()
 {
-    // strftime would name day and month in the language of the machine.
+    // strftime would use day and month names of the locale.
     static const char days[] = "SunMonTueWedThuFriSat";
     static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
     std::time_t now = std::time(nullptr);
@@ -183,7 +183,7 @@ std::string date()
 
 std::string part(const char *type, std::string_view text)
 {
-    std::string lines;          // with CRLF, which is the form of text that base64 encodes
+    std::string lines;          // with CRLF, the canonical form of text in base64
     for (char byte : text)
     {
         if (byte == '\n') lines += '\r';
@@ -193,7 +193,7 @@ std::string part(const char *type, std::string_view text)
            "Content-Transfer-Encoding: base64\r\n\r\n" + base64(lines, base64_line) + "\r\n";
 }
 
-/** The whole mail. Throws std::invalid_argument where the JSON does not tell what it needs. */
+/** Generate the whole mail. Throws std::invalid_argument if the JSON is not sufficient. */
 std::string generate(json_object *json, json_object *source, const char *recipient)
 {
     json_object *values = nullptr;
@@ -222,7 +222,7 @@ std::string generate(json_object *json, json_object *source, const char *recipie
     mail += "MIME-Version: 1.0\r\n";
     if (html.empty()) return mail + part("text/plain", text);
     if (text.empty()) return mail + part("text/html", html);
-    // Both parts are base64, which holds no "=_": no part can contain the boundary.
+    // Both parts are base64, which cannot contain the "=_" of the boundary.
     const std::string boundary = "=_mimegen";
     mail += "Content-Type: multipart/alternative; boundary=\"" + boundary + "\"\r\n\r\n";
     mail += "--" + boundary + "\r\n" + part("text/plain", text);
@@ -245,7 +245,7 @@ MQ_EXPORT void mq_initialize()
 
 MQ_EXPORT bool mq_smtp_out_data(MQ_Context *, MQ_SmtpConnection *connection, MQ_Message *message)
 {
-    // The cheap question first: MQ_Json builds an object, and most mail has a body.
+    // MQ_Mime is cheap, MQ_Json builds an object, and most mail has a body.
     if (MQ_Mime(message)) return false;
     json_object *json = MQ_Json(message);
     json_object *source = nullptr;
@@ -258,7 +258,7 @@ MQ_EXPORT bool mq_smtp_out_data(MQ_Context *, MQ_SmtpConnection *connection, MQ_
     }
     catch (const std::invalid_argument &error)
     {
-        // No later attempt will find it better: final.
+        // A later attempt would fail too, so this is final.
         std::string reply = std::string("5.6.0 Property ") + property + ": " + error.what();
         MQ_Reject(connection, 554, reply.c_str());
     }

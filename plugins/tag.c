@@ -1,26 +1,25 @@
 /*
- *  tag - notes in the JSON of each incoming mail what only the SMTP session knew.
+ *  tag - add facts about the SMTP session to the JSON of each incoming mail.
  *
  *      cc -shared -fPIC -O2 -fvisibility=hidden -I../include -o tag.so tag.c -ljson-c
  *
- *  Every message that is published gets
+ *  Every published message gets
  *
  *      "tags": [..., "smtp"]
  *      "transaction": {"recipients": 3, "size": 2345, "seconds": 0.8}
  *
- *  and keeps them on its whole way: through the queues, in every result, and in whatever
- *  reads the queues. That is how a plugin tells an application something; here, how many
- *  recipients the mail was sent to at once, how large it came in, and how long the client
- *  took from MAIL to the final dot.
+ *  and keeps them in the queues, in every result, and in the programs that read the queues.
+ *  In this way a plugin passes facts to applications: here the number of recipients, the size
+ *  of the mail as received, and the time from MAIL to the final dot.
  *
- *      TAG_NAME=smtp               the tag that is added; empty: none
+ *      TAG_NAME=smtp               the tag to add; empty: none
  *      TAG_PROPERTY=transaction    the name of the property; empty: none
  *
- *  The pattern: MQ_Json, a live object of the json-c library. It is borrowed: mailerq owns
- *  it, and reads it back after this callback. What is added to it belongs to it from then
- *  on. Properties that mailerq does not know may hold anything; a known one must keep its
- *  type, or the mail is refused and the log names the plugin and the property. So "tags",
- *  which an x-mq-tag header may have filled already, is looked at before it is changed.
+ *  The pattern: MQ_Json, a live object of the json-c library. mailerq owns the object, and
+ *  reads it back after this callback. Values that are added belong to the object. Properties
+ *  that mailerq does not know may hold anything. A known property must keep its type, or the
+ *  mail is refused and the log names the plugin and the property. So "tags", which an
+ *  x-mq-tag header field may have set, is checked before it is changed.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <mailerq.h>
@@ -31,7 +30,7 @@
 #include <string.h>
 #include <time.h>
 
-/** What we keep with a connection: the transaction that is under way. */
+/** The data of a connection: its current transaction. */
 struct session
 {
     struct timespec start;
@@ -79,7 +78,7 @@ MQ_EXPORT bool mq_smtp_in_mailfrom(MQ_Context *context, MQ_SmtpConnection *conne
         MQ_SetSmtpData(connection, session);
         if (!session) return false;
     }
-    /* MAIL starts a transaction, whatever became of the one before. */
+    /* MAIL starts a new transaction, however the previous one ended. */
     clock_gettime(CLOCK_MONOTONIC, &session->start);
     session->recipients = 0;
     session->size = 0;
@@ -107,7 +106,7 @@ MQ_EXPORT bool mq_smtp_in_data(MQ_Context *context, MQ_SmtpConnection *connectio
     return false;
 }
 
-/** Add our tag to the list of tags, once. */
+/** Add the tag to the list of tags, once. */
 static void add_tag(struct json_object *json)
 {
     struct json_object *tags;
@@ -135,7 +134,7 @@ static void add_transaction(struct json_object *json, const struct session *sess
     json_object_object_add(json, property, facts);
 }
 
-/** Called once for each recipient: each has a JSON object of its own. */
+/** Called for each recipient, which has its own JSON object. */
 MQ_EXPORT bool mq_smtp_in_message(MQ_Context *context, MQ_SmtpConnection *connection,
                                   MQ_Message *message)
 {

@@ -1,18 +1,18 @@
 /*
- *  trace - logs every event, with what it is about.
+ *  trace - log every event with its arguments.
  *
  *      cc -shared -fPIC -O2 -fvisibility=hidden -I../include -o trace.so trace.c
  *
- *  The pattern: the order of calls. Load it, send a mail, and read in the application log
- *  what is called when, on which worker and on which connection. It changes nothing: every
- *  function returns false, "go on". To write a plugin, copy this file and delete.
+ *  The pattern: the order of calls. Load the plugin, send a mail, and read in the application
+ *  log which function is called when, on which worker and on which connection. The plugin
+ *  changes nothing: every function returns false. To write a plugin, start with a copy of
+ *  this file.
  *
- *      TRACE_QUIET=1       log only what starts and stops, no mail
+ *      TRACE_QUIET=1       log only start and stop, no mail
  *
- *  Also shown here: data of our own for each worker and for each connection. A worker is a
- *  thread, and everything about one connection happens on the thread of its worker. So
- *  neither kind of data needs a lock; only the number of the next worker does, because all
- *  workers start at once.
+ *  The plugin also shows data for each worker and for each connection. A worker is a thread,
+ *  and all events of a connection happen on the thread of its worker, so neither needs a
+ *  lock. The number of the next worker does, because all workers start at once.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <mailerq.h>
@@ -23,7 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LINE_SIZE 1024          /* of a log line; a longer one is cut */
+#define LINE_SIZE 1024          /* of a log line; longer lines are cut */
 #define SHOWN_BYTES 256         /* of an address or a login */
 
 struct worker
@@ -43,8 +43,8 @@ static int workers;
 static bool quiet;
 
 /**
- *  Log one line. What a client sent can stand in it as it is: MQ_Log escapes control
- *  characters, so that nobody can forge a line of our log.
+ *  Log one line. It may contain text of the client: MQ_Log escapes control characters, so a
+ *  client cannot forge log lines.
  */
 static void say(const char *format, ...)
 {
@@ -57,8 +57,8 @@ static void say(const char *format, ...)
 }
 
 /**
- *  Log one line about a connection, with the numbers of worker and connection in front.
- *  Both data may be missing when memory ran out, and an outgoing connection has none.
+ *  Log one line about a connection, starting with the numbers of worker and connection. The
+ *  data may be missing if memory ran out, and an outgoing connection has none.
  */
 static void say_on(MQ_Context *context, MQ_SmtpConnection *connection, const char *format, ...)
 {
@@ -75,8 +75,8 @@ static void say_on(MQ_Context *context, MQ_SmtpConnection *connection, const cha
 }
 
 /**
- *  How much of a string to print with "%.*s". Strings come with their size, because they may
- *  hold any byte; they end in NUL as well, which printf stops at.
+ *  The size to print with "%.*s". Strings come with their size, because they may hold any
+ *  byte; printf stops at the first NUL.
  */
 static int shown(size_t size)
 {
@@ -89,8 +89,8 @@ static const char *text_or(const char *text, const char *otherwise)
 }
 
 /*
- *  Start and stop of the process. mq_initialize runs when all plugins are loaded and no
- *  worker exists yet, mq_cleanup when the last worker has ended: neither needs a lock.
+ *  Start and stop of the process. mq_initialize runs after all plugins were loaded and before
+ *  any worker exists; mq_cleanup runs after the last worker ended. Neither needs a lock.
  */
 
 MQ_EXPORT int mq_version(void)
@@ -112,8 +112,8 @@ MQ_EXPORT void mq_cleanup(void)
 }
 
 /*
- *  Start and stop of a worker, on its own thread. Data set with MQ_SetContextData comes back
- *  from MQ_ContextData with every context of this worker; it is ours to free.
+ *  Start and stop of a worker, on its thread. MQ_ContextData returns the data that was set
+ *  with MQ_SetContextData, for every context of the worker. The plugin must free the data.
  */
 
 MQ_EXPORT bool mq_context_initialize(MQ_Context *context)
@@ -139,9 +139,9 @@ MQ_EXPORT bool mq_context_cleanup(MQ_Context *context)
 }
 
 /*
- *  Incoming mail, in the order in which it happens. Between connect and close there may be
- *  any number of transactions; each has one mailfrom, rcptto for each recipient, data once
- *  the mail is in, and then message for each recipient that was accepted.
+ *  Incoming mail, in the order of events. Between connect and close there may be any number
+ *  of transactions. Each has one mailfrom, one rcptto for each recipient, data after the mail
+ *  was received, and then message for each accepted recipient.
  */
 
 MQ_EXPORT bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connection)
@@ -151,7 +151,7 @@ MQ_EXPORT bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connec
     if (session) session->number = worker ? ++worker->connections : 0;
     MQ_SetSmtpData(connection, session);
 
-    /* Behind a proxy this is the proxy's client; the descriptor would lead to the proxy. */
+    /* Behind a proxy this is the client of the proxy; the socket's peer is the proxy. */
     say_on(context, connection, "in_connect from %s port %d%s",
            text_or(MQ_ClientAddress(connection, NULL), "?"), MQ_ClientPort(connection),
            MQ_SmtpSecure(connection) ? ", secure" : "");
@@ -171,7 +171,7 @@ MQ_EXPORT bool mq_smtp_in_authenticate(MQ_Context *context, MQ_SmtpConnection *c
                                        const char *login, size_t loginsize,
                                        const char *passwd, size_t passwdsize)
 {
-    /* A log is read by more people than may know a password. */
+    /* Never log a password. */
     (void)passwd;
     say_on(context, connection, "in_authenticate login=%.*s, a password of %lu bytes",
            shown(loginsize), login, (unsigned long)passwdsize);
@@ -218,16 +218,16 @@ MQ_EXPORT bool mq_smtp_in_close(MQ_Context *context, MQ_SmtpConnection *connecti
 {
     struct session *session = MQ_SmtpData(connection);
     say_on(context, connection, "in_close after %u messages", session ? session->messages : 0);
-    /* The last time that we see this connection. */
+    /* This is the last event of the connection. */
     MQ_SetSmtpData(connection, NULL);
     free(session);
     return false;
 }
 
 /*
- *  Outgoing mail, once for every attempt: out_data when the remote server waits for the
- *  body, out_sent when it has the body and has not answered yet. There is no event for the
- *  end of an outgoing connection, so we keep no data with it.
+ *  Outgoing mail, once for each attempt: out_data when the peer waits for the body, out_sent
+ *  when the body was sent and the reply has not arrived. The end of an outgoing connection
+ *  has no event, so the plugin keeps no data with it.
  */
 
 MQ_EXPORT bool mq_smtp_out_data(MQ_Context *context, MQ_SmtpConnection *connection,
@@ -247,9 +247,9 @@ MQ_EXPORT bool mq_smtp_out_sent(MQ_Context *context, MQ_SmtpConnection *connecti
 }
 
 /*
- *  Message ids. One plugin owns them, and a plugin that exports mq_message_id takes them
- *  over from mailerq's own generator. That is more than a trace should do unasked, so these
- *  two are compiled only with -DTRACE_MESSAGE_ID; messageid.c is the example for the purpose.
+ *  Message ids. A plugin that exports mq_message_id replaces the generator of mailerq. A
+ *  trace should not do that by default, so these functions are compiled only with
+ *  -DTRACE_MESSAGE_ID; messageid.c is the real example.
  */
 
 #ifdef TRACE_MESSAGE_ID
@@ -262,12 +262,12 @@ MQ_EXPORT size_t mq_message_id_size(void)
 
 MQ_EXPORT size_t mq_message_id(char *buffer, size_t size)
 {
-    /* May run on any thread, and on several at once: even a counter needs the lock. */
+    /* Runs on any thread, and on several at once: even a counter needs the lock. */
     static unsigned long counter;
     pthread_mutex_lock(&mutex);
     unsigned long number = ++counter;
     pthread_mutex_unlock(&mutex);
-    /* No NUL belongs to an id, but snprintf wants room for one. */
+    /* An id has no NUL, but snprintf writes one. */
     char id[32];
     int length = snprintf(id, sizeof id, "trace%lu", number);
     if (length < 0 || (size_t)length > size) return 0;

@@ -1,4 +1,4 @@
-"""What tests of the whole engine share: a receiving server, clients, and plugins to compile."""
+"""Helpers for tests of the whole engine: a receiving server, clients, and compiled plugins."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CC_FLAGS = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'incl
 
 @dataclass
 class Mail:
-    """A mail as the sink took it."""
+    """A mail that the sink accepted."""
 
     sender: str
     recipients: list[str]
@@ -42,13 +42,13 @@ Decide = Callable[[server.Event], Reply | None]
 
 @dataclass
 class Sink:
-    """A receiving server inside the test. `decide` may answer an event with a refusal."""
+    """A receiving server inside the test. `decide` may refuse an event with a reply."""
 
     port: int
     mails: list[Mail] = field(default_factory=list)
     connections: int = 0
     last_mails: dict[int, str] = field(default_factory=dict)
-    """The recipient of the last mail on each connection, by the connection's number."""
+    """The recipient of the last mail, by the number of the connection."""
     decide: Decide = lambda event: None
     arrived: trio.Event = field(default_factory=trio.Event)
 
@@ -98,7 +98,7 @@ class Sink:
 
 @asynccontextmanager
 async def open_sink() -> AsyncIterator[Sink]:
-    """A sink on a port of its own, for as long as the context lasts."""
+    """Open a sink on a free port, for the duration of the context."""
     with socket.socket() as listening:
         listening.setblocking(False)
         listening.bind(("127.0.0.1", 0))
@@ -118,20 +118,20 @@ async def open_sink() -> AsyncIterator[Sink]:
 
 @contextmanager
 def closed_port() -> Iterator[int]:
-    """A port that refuses connections for as long as the context lasts."""
+    """Reserve a port that refuses connections, for the duration of the context."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         yield sock.getsockname()[1]
 
 
 def free_port() -> int:
-    """A port that was free a moment ago, for a program that must be told one."""
+    """Return a port that was free a moment ago, for a program that needs a number."""
     with closed_port() as port:
         return port
 
 
 def configure(directory: Path, **settings: Any) -> Config:
-    """A configuration for a test: one port of the kernel's choice, and no plugins."""
+    """Make a configuration for a test: one port that the kernel chooses, and no plugins."""
     defaults: dict[str, Any] = {
         "hostname": "mx.test",
         "queue_directory": str(directory / "queue"),
@@ -144,7 +144,7 @@ def configure(directory: Path, **settings: Any) -> Config:
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run what blocks (a client of the standard library) beside the engine."""
+    """Run a blocking function, such as a client of the standard library, beside the engine."""
     return await trio.to_thread.run_sync(function, *args)
 
 
@@ -155,7 +155,7 @@ async def send(
     sender: str = "a@b.test",
     recipients: tuple[str, ...] = ("c@d.test",),
 ) -> tuple[int, str]:
-    """Send one mail by smtplib: the reply to its final dot. Raises what smtplib raises."""
+    """Send one mail with smtplib; return the reply to its final dot. Raises as smtplib."""
 
     def work() -> tuple[int, str]:
         with smtplib.SMTP(*address, timeout=20) as client:
@@ -174,7 +174,7 @@ async def send(
 
 
 def without_received(body: bytes) -> bytes:
-    """A mail without the Received field on top of it."""
+    """Return a mail without its first Received field."""
     assert body.startswith(b"Received: ")
     lines = body.split(b"\r\n")
     end = 1
@@ -184,7 +184,7 @@ def without_received(body: bytes) -> bytes:
 
 
 def compile_plugin(directory: Path, name: str, source: str) -> Path:
-    """Compile a plugin with one cc line; the name's ending (.c, .cpp) says which language."""
+    """Compile a plugin. The suffix of its name (.c, .cpp) selects the language."""
     directory.mkdir(exist_ok=True)
     file = directory.parent / name
     file.write_text(source)
@@ -195,7 +195,7 @@ def compile_plugin(directory: Path, name: str, source: str) -> Path:
 
 
 def mailerq(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run the command line to its end, with nothing of this process's environment but PATH."""
+    """Run a command to its end, with an environment of PATH only."""
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-m", "mailerq", *arguments],
@@ -208,6 +208,6 @@ def mailerq(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byte
 
 
 def unescape(text: str) -> str:
-    """Read back what was escaped."""
+    """Undo `mailerq.escaping`."""
     codes = r"\\(?:\\|x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))"
     return re.sub(codes, lambda match: chr(int(next(filter(None, match.groups()), "5c"), 16)), text)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mailerq.address import (
     Mailbox,
+    host_port,
     parse_domain,
     parse_host,
     parse_literal,
@@ -298,3 +299,13 @@ def test_a_host_may_be_a_domain() -> None:
 def test_what_is_no_host_is_refused(text: str) -> None:
     with pytest.raises(AddressError):
         parse_host(text)
+
+
+@given(st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)), st.integers(0, 65535))
+def test_an_address_with_its_port_can_be_split_again(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int
+) -> None:
+    host, _, number = host_port(str(address), port).rpartition(":")
+    assert parse_host(host) == address
+    assert int(number) == port
+    assert host.startswith("[") == (address.version == 6)

@@ -71,6 +71,7 @@ def test_every_mistake_of_every_layer_is_listed(tmp_path: Path) -> None:
         "smtp-username: ann\n"
         "rabbitmq-results: outbox\n"
         "www-port: 80\n"
+        "dns-servers: 127.0.0.1:5353, ns.test\n"
     )
     said = check(
         tmp_path,
@@ -91,6 +92,7 @@ def test_every_mistake_of_every_layer_is_listed(tmp_path: Path) -> None:
         (f"{file}:9", "www-port is not supported yet"),
         (f"{file}:2", "smtp-threads: 'many' is not a whole number"),
         (f"{file}:3", "smtp-range: '10.0.0.1/8' is not a network"),
+        (f"{file}:10", "dns-servers: 'ns.test' is not an IP address"),
         ("MAILERQ_DNS_ATTEMPTS", "dns-attempts: 0 is less than 1"),
         ("--smtp-maxsize", "smtp-maxsize: '5X' is not a size"),
         (f"{file}:7", "smtp-username needs smtp-password"),
@@ -101,7 +103,7 @@ def test_every_mistake_of_every_layer_is_listed(tmp_path: Path) -> None:
     for line, (where, problem) in zip(said, expected, strict=False):
         assert line.startswith(f"mailerq: {where}: "), said
         assert problem in line
-    assert said[len(expected) :] == ["mailerq: 16 mistakes: a daemon would not start"]
+    assert said[len(expected) :] == ["mailerq: 17 mistakes: a daemon would not start"]
 
 
 def test_a_value_that_is_wrong_contradicts_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One process of several: what its parent asks for while it is at something that takes long."""
+"""One process of several: it answers its parent in order, and stops when the parent is gone."""
 
 from __future__ import annotations
 
@@ -10,31 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import trio
-import trio.testing
 
-from mailerq.cli import child
+from mailerq.cli.supervisor import child
 
 
 class Engine:
-    """Takes over only shares below 5: the others take for ever."""
+    """What a process needs of its engine to answer."""
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(shutdown_timeout=5.0)
         self.plugins = SimpleNamespace(timeout=5.0)
-        self.shares: set[int] = set()
-        self.tried: list[int] = []
 
     def commands(self) -> dict[str, Any]:
-        return {"status": lambda request: {"shares": sorted(self.shares)}}
-
-    async def take_over(self, share: int) -> None:
-        self.tried.append(share)
-        if share >= 5:
-            await trio.sleep_forever()
-        self.shares.add(share)
-
-    async def give_back(self, share: int) -> None:
-        self.shares.discard(share)
+        return {"status": lambda request: {"number": request["number"]}}
 
 
 class Bench:
@@ -62,7 +50,7 @@ async def serving() -> AsyncIterator[Bench]:
     bench = Bench()
     started = trio.Event()
     started.set()
-    requests = child._Requests(bench.stream, bench.engine, started, bench.stop)  # type: ignore[arg-type]
+    requests = child._Requests(bench.stream, 0, bench.engine, started, bench.stop)  # type: ignore[arg-type]
     async with bench.parent, bench.stream, trio.open_nursery() as nursery:
         nursery.start_soon(requests.serve)
         with trio.fail_after(20):
@@ -70,42 +58,24 @@ async def serving() -> AsyncIterator[Bench]:
         nursery.cancel_scope.cancel()
 
 
-async def test_the_end_of_the_parent_does_not_wait_for_a_share() -> None:
+async def test_requests_are_answered_in_their_order() -> None:
     async with serving() as bench:
-        await bench.ask("take-over", share=7)
-        await bench.ask("take-over", share=1)
-        await trio.testing.wait_all_tasks_blocked()
-        assert bench.engine.tried == [7]
+        for number in range(3):
+            await bench.ask("status", number=number)
+        assert [(await bench.reply())["number"] for _ in range(3)] == [0, 1, 2]
+
+
+async def test_what_cannot_be_done_is_said_and_the_next_request_is_answered() -> None:
+    async with serving() as bench:
+        await bench.ask("nonsense")
+        await bench.ask("status", number=7)
+        assert "unknown command" in (await bench.reply())["error"]
+        assert await bench.reply() == {"number": 7}
+
+
+async def test_the_end_of_the_parent_stops_the_engine() -> None:
+    async with serving() as bench:
+        await bench.ask("status", number=1)
         await bench.parent.send_eof()
         await bench.stop.wait()
-        assert "about to stop" in (await bench.reply())["error"]
-        await trio.testing.wait_all_tasks_blocked()
-        assert bench.engine.tried == [7]
-
-
-async def test_an_engine_that_stops_takes_no_share_over() -> None:
-    async with serving() as bench:
-        await bench.ask("take-over", share=7)
-        await trio.testing.wait_all_tasks_blocked()
-        bench.stop.set()
-        assert "about to stop" in (await bench.reply())["error"]
-        await bench.ask("take-over", share=1)
-        assert "about to stop" in (await bench.reply())["error"]
-        await bench.ask("status")
-        assert await bench.reply() == {"shares": []}
-
-
-async def test_a_share_that_is_called_back_is_not_taken_over_first() -> None:
-    async with serving() as bench:
-        await bench.ask("take-over", share=7)
-        await trio.testing.wait_all_tasks_blocked()
-        await bench.ask("take-over", share=1)
-        await bench.ask("take-over", share=2)
-        await bench.ask("give-back", share=1)
-        await bench.ask("give-back", share=7)
-        replies = [await bench.reply() for _ in range(5)]
-        assert bench.engine.tried == [7, 2]
-        assert bench.engine.shares == {2}
-        assert [reply.get("error", "") for reply in replies] == [
-            "it is called back", "it is called back", "", "", ""
-        ]  # fmt: skip
+        assert await bench.reply() == {"number": 1}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mailerq.message import Message
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
 from tests.support import ROOT, mailerq, without_received
 from tests.test_cli_daemon import daemon
 

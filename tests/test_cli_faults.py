@@ -9,9 +9,11 @@ import smtplib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,11 +70,14 @@ class Running:
         return status, time.monotonic() - start
 
 
+def fault() -> Path:
+    return build(SOURCES / "fault.c", "-lev", "-lpthread", "-ldl", "-Wno-infinite-recursion")
+
+
 @contextmanager
 def daemon(directory: Path, where: str, what: str, *more: str) -> Iterator[Running]:
-    file = build(SOURCES / "fault.c", "-lev", "-lpthread", "-ldl", "-Wno-infinite-recursion")
     (directory / "plugins").mkdir()
-    install(directory / "plugins", faulty=file)
+    install(directory / "plugins", faulty=fault())
     command = [
         sys.executable, "-m", "mailerq", "--hostname=mx.test", "--smtp-ip=127.0.0.1",
         "--smtp-port=0", f"--plugin-directory={directory / 'plugins'}", "--watchdog-seconds=0.2",
@@ -143,56 +148,12 @@ def test_a_start_that_hangs_is_said_and_can_be_ended(tmp_path: Path, where: str)
         assert f"It is in {place}" in running.lines[-1]
 
 
-@pytest.mark.parametrize(
-    ("where", "what", "threads"),
-    [
-        ("mq_smtp_in_rcptto", "lock", 1),
-        ("mq_smtp_in_rcptto", "deadlock", 3),
-        ("a libev callback", "deadlock", 1),
-    ],
-)
-def test_a_deadlock_ends_within_the_timeout_and_a_little(
-    tmp_path: Path, where: str, what: str, threads: int
-) -> None:
-    with daemon(tmp_path, where, what, f"--smtp-threads={threads}") as running:
-        running.talk(*MAIL)
-        line = running.wait_for(f"{where} of plugin")
-        if what == "lock":
-            assert "Python's lock has been held for" in line
-        status, seconds = running.stop()
-        assert status == os.EX_SOFTWARE
-        assert SHUTDOWN < seconds < SHUTDOWN + 8
-        assert f"It is in {where} of plugin faulty.so" in running.lines[-1]
-
-
-@pytest.mark.parametrize("what", ["deadlock", "lock"])
-def test_the_processes_of_a_parent_end_with_it(tmp_path: Path, what: str) -> None:
-    with daemon(tmp_path, "mq_smtp_in_rcptto", what, "--smtp-processes=2") as running:
-        running.talk(*MAIL)
-        running.wait_for(RCPTTO)
-        status, seconds = running.stop()
-        assert status == os.EX_SOFTWARE
-        assert SHUTDOWN < seconds < SHUTDOWN + 12
-        assert re.search(rf"process [01]: asked to stop .* It is in {RCPTTO}", running.wait_for(
-            "asked to stop"))  # fmt: skip
-        running.wait_for("ended with status 70")
-
-
 def test_a_crash_at_the_end_is_the_exit_status_of_the_parent(tmp_path: Path) -> None:
     with daemon(tmp_path, "mq_cleanup", "SIGSEGV", "--smtp-processes=2") as running:
         running.wait_for("listens on")
         assert running.stop()[0] == os.EX_SOFTWARE
         running.wait_for("SIGSEGV in mq_cleanup of plugin faulty.so")
         running.wait_for("was ended by SIGSEGV")
-
-
-def test_a_cleanup_that_hangs_is_said_and_ends(tmp_path: Path) -> None:
-    with daemon(tmp_path, "mq_cleanup", "deadlock") as running:
-        running.wait_for("listens on")
-        status, _ = running.stop()
-        assert status == os.EX_SOFTWARE
-        assert any("has stood still in mq_cleanup" in line for line in running.lines)
-        assert "It is in mq_cleanup of plugin faulty.so for " in running.lines[-1]
 
 
 def test_an_initialize_that_takes_long_is_said_to_be_over(tmp_path: Path) -> None:
@@ -204,9 +165,83 @@ def test_an_initialize_that_takes_long_is_said_to_be_over(tmp_path: Path) -> Non
         assert running.lines[-1].endswith("stopped")
 
 
-def test_a_process_whose_parent_is_killed_ends_in_spite_of_a_deadlock(tmp_path: Path) -> None:
-    with daemon(tmp_path, "mq_smtp_in_rcptto", "lock", "--smtp-processes=2") as running:
+# What ends only some seconds behind `shutdown-timeout` does so all at the same time.
+
+
+def ends_within_the_timeout_and_a_little(
+    directory: Path, where: str, what: str, threads: int
+) -> None:
+    with daemon(directory, where, what, f"--smtp-threads={threads}") as running:
+        running.talk(*MAIL)
+        line = running.wait_for(f"{where} of plugin")
+        if what == "lock":
+            assert "Python's lock has been held for" in line
+        status, seconds = running.stop()
+        assert status == os.EX_SOFTWARE
+        assert SHUTDOWN < seconds < SHUTDOWN + 8
+        assert f"It is in {where} of plugin faulty.so" in running.lines[-1]
+
+
+def ends_with_its_parent(directory: Path, what: str) -> None:
+    with daemon(directory, "mq_smtp_in_rcptto", what, "--smtp-processes=2") as running:
+        running.talk(*MAIL)
+        running.wait_for(RCPTTO)
+        status, seconds = running.stop()
+        assert status == os.EX_SOFTWARE
+        assert SHUTDOWN < seconds < SHUTDOWN + 12
+        line = running.wait_for("asked to stop")
+        assert re.search(rf"process [01]: asked to stop .* It is in {RCPTTO}", line)
+        running.wait_for("ended with status 70")
+
+
+def ends_when_its_parent_is_killed(directory: Path) -> None:
+    with daemon(directory, "mq_smtp_in_rcptto", "lock", "--smtp-processes=2") as running:
         running.talk(*MAIL)
         running.wait_for(RCPTTO)
         running.process.kill()
         running.wait_for("asked to stop")
+
+
+def ends_and_says_that_a_cleanup_hangs(directory: Path) -> None:
+    with daemon(directory, "mq_cleanup", "deadlock") as running:
+        running.wait_for("listens on")
+        status, _ = running.stop()
+        assert status == os.EX_SOFTWARE
+        assert any("has stood still in mq_cleanup" in line for line in running.lines)
+        assert "It is in mq_cleanup of plugin faulty.so for " in running.lines[-1]
+
+
+HANGING: dict[str, Callable[[Path], None]] = {
+    "deadlock in a callback": partial(
+        ends_within_the_timeout_and_a_little,
+        where="mq_smtp_in_rcptto", what="deadlock", threads=3,
+    ),
+    "deadlock in libev": partial(
+        ends_within_the_timeout_and_a_little,
+        where="a libev callback", what="deadlock", threads=1,
+    ),
+    "lock": partial(
+        ends_within_the_timeout_and_a_little, where="mq_smtp_in_rcptto", what="lock", threads=1
+    ),
+    "deadlock below a parent": partial(ends_with_its_parent, what="deadlock"),
+    "lock below a parent": partial(ends_with_its_parent, what="lock"),
+    "a parent that is killed": ends_when_its_parent_is_killed,
+    "cleanup": ends_and_says_that_a_cleanup_hangs,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
+    fault()  # compiled by one thread
+    with ThreadPoolExecutor(len(HANGING)) as pool:
+        yield {
+            name: pool.submit(case, tmp_path_factory.mktemp("hanging"))
+            for name, case in HANGING.items()
+        }
+
+
+@pytest.mark.parametrize("name", HANGING)
+def test_a_process_that_hangs_ends_all_the_same(
+    hanging: dict[str, Future[None]], name: str
+) -> None:
+    hanging[name].result()

@@ -19,7 +19,7 @@ import pytest
 
 from mailerq.cli import main
 from mailerq.message import Message
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
 from tests.support import ROOT, closed_port, mailerq, without_received
 
 MAIL = b"From: a@b.test\r\nTo: c@d.test\r\nDate: x\r\nMessage-ID: <1@b.test>\r\n\r\nhello\r\n"
@@ -375,7 +375,7 @@ def test_with_neither_queue_nor_port_it_is_to_be_tried_again(
 
 def test_an_injector_does_not_load_the_event_loop() -> None:
     source = (
-        "import sys\nfrom mailerq.cli import inject, control\nfrom mailerq.queues import store\n"
+        "import sys\nfrom mailerq.cli import inject, control\nfrom mailerq.queues import opening\n"
         "print([name for name in ('trio', 'dns', 'ssl', 'asyncio') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, cwd=ROOT, check=True)

@@ -272,8 +272,15 @@ def test_what_ends_the_child_is_reported(
     assert errors(tmp_path / "tried.so") == [text]
 
 
-@pytest.mark.parametrize("where", ["constructor", "mq_version"])
-@pytest.mark.parametrize("what", ["deadlock", "lock"])
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("constructor", "deadlock"),
+        ("mq_version", "lock"),
+        pytest.param("constructor", "lock", marks=pytest.mark.soak),
+        pytest.param("mq_version", "deadlock", marks=pytest.mark.soak),
+    ],
+)
 def test_what_hangs_the_child_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: str
 ) -> None:

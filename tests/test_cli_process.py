@@ -14,9 +14,10 @@ import pytest
 import trio
 import trio.testing
 
-from mailerq.cli import process
-from mailerq.cli.process import Ended, NoStart, Process, describe
+from mailerq.cli.supervisor import process
+from mailerq.cli.supervisor.process import Ended, NoStart, Process, describe
 from mailerq.config import Config
+from mailerq.live import Snapshot
 
 READY = b'{"addresses": [["192.0.2.1", 25]]}\n'
 
@@ -52,7 +53,7 @@ async def test_a_process_that_says_what_is_no_reply_is_killed(
     monkeypatch.setattr(process, "MAX_REPLY_BYTES", 100_000)
     async with listening() as (child, stream):
         await stream.send_all(READY)
-        assert await child.until_ready(Config()) == [("192.0.2.1", 25)]
+        assert await child.until_ready(Snapshot(Config())) == [("192.0.2.1", 25)]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.send_all, line)
             with pytest.raises(Ended):
@@ -69,7 +70,7 @@ async def test_a_process_that_does_not_say_where_it_listens_has_not_started(line
     async with listening() as (child, stream):
         await stream.send_all(line)
         with pytest.raises(NoStart, match="does not say where it listens"):
-            await child.until_ready(Config())
+            await child.until_ready(Snapshot(Config()))
 
 
 async def test_why_a_process_ends_is_no_answer_and_then_it_has_to(
@@ -78,33 +79,13 @@ async def test_why_a_process_ends_is_no_answer_and_then_it_has_to(
     monkeypatch.setattr(process, "EXIT_SECONDS", 0.05)
     async with listening() as (child, stream):
         await stream.send_all(READY)
-        await child.until_ready(Config())
+        await child.until_ready(Snapshot(Config()))
         await stream.send_all(b'{"failed": "the disk is gone", "temporary": true}\n')
         with pytest.raises(Ended):
             await child.ask("status", 20)
         assert child.over.is_set()
         assert await child.program.wait() == -signal.SIGKILL
     assert "the disk is gone" in caplog.text
-
-
-async def test_a_share_counts_as_taken_over_also_when_that_is_said_late() -> None:
-    async with listening() as (child, stream):
-        await stream.send_all(READY)
-        await child.until_ready(Config())
-        for share in (5, 6):
-            with pytest.raises(Ended):
-                await child.ask("take-over", 0.01, share=share)
-        assert child.offered == {5, 6}
-        await stream.send_all(b'{}\n{"error": "somebody else has it"}\n')
-        await trio.testing.wait_all_tasks_blocked()
-        assert child.offered == set()
-        assert set(child.took) == {5}
-        with pytest.raises(Ended):
-            await child.ask("give-back", 0.01, share=5)
-        assert set(child.took) == {5}
-        await stream.send_all(b"{}\n")
-        await trio.testing.wait_all_tasks_blocked()
-        assert child.took == {}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import smtplib
 import time
@@ -16,12 +17,12 @@ from typing import Any
 import pytest
 import trio
 
-from mailerq.cli import control, parent
+from mailerq.cli import control
 from mailerq.message import Message
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.queues import Publication
-from mailerq.queues.shares import share_directory
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.shares import share_directory
 from tests.crash.kit import (
     BODY,
     Daemon,
@@ -50,7 +51,6 @@ from tests.processes_kit import (
 from tests.support import (
     closed_port,
     compile_plugin,
-    configure,
     in_thread,
     mailerq,
     open_sink,
@@ -195,13 +195,13 @@ async def test_sighup_has_all_processes_read_the_certificate(
             (before,) = await certificates(running, certificate)
             certificate.issue()
             running.process.send_signal(signal.SIGHUP)
-            await until(lambda: "SIGHUP: the certificate is read" in running.log)
+            await until_rows(running, lambda found: [row["settings"] for row in found] == [2, 2])
             (after,) = await certificates(running, certificate)
             assert before != after
             certificate.chain.write_text("nonsense")
             running.process.send_signal(signal.SIGHUP)
-            await until(lambda: "the certificate stays as it was" in running.log)
-            assert running.log.count("chain.pem") == 2  # once for each
+            await until(lambda: "the settings stay as they were" in running.log)
+            assert running.log.count("chain.pem") == 1  # one process has tried
             assert await certificates(running, certificate) == {after}
 
 
@@ -236,10 +236,9 @@ async def test_sighup_reaches_a_process_that_is_about_to_start(
             await until(waiting.exists)  # it has read the certificate
             certificate.issue()
             running.process.send_signal(signal.SIGHUP)
-            await until(lambda: "SIGHUP: the certificate is read" in running.log)
+            await until(lambda: "SIGHUP: settings 2 are in force" in running.log)
             waits.unlink()
-            await until_rows(running, all_run)
-            await until(lambda: running.log.count("SIGHUP: the certificate is read") == 2)
+            await until_rows(running, lambda found: [row["settings"] for row in found] == [2, 2])
             assert len(await certificates(running, certificate)) == 1
 
 
@@ -324,7 +323,6 @@ async def test_a_share_that_nobody_can_open_waits_until_its_process_can(
         await until(lambda: not is_alive(victim["pid"]))
         with trouble(running.queue / "share-1"):
             running.process.send_signal(signal.SIGCONT)
-            await until(lambda: "share 1 of the queue is not taken over" in running.log)
             await until_rows(running, lambda found: found[1]["starts"] > 1)
             gate.closed = False
             more = await send_all(running.port, "b")
@@ -363,8 +361,9 @@ async def test_a_share_that_kills_who_delivers_it_does_not_take_the_others_along
     async with open_sink() as sink, daemon(tmp_path, sink.port, *switches, env=env) as running:
         async with connected(running.port) as stream:
             assert await put(stream, "poison") == 250
-        await until(lambda: "no other process does so for 60 seconds" in running.log)
-        marked = 1 if "share 1 over: no other" in running.log else 0
+        said = re.compile(r"share (\d) of the queue is not adopted: 1 processes ended soon")
+        await until(lambda: said.search(running.log) is not None)
+        marked = int(said.findall(running.log)[0])
         healthy = 1 - marked
         found = await until_rows(running, lambda found: found[healthy]["state"] == "runs")
         starts, deaths = found[healthy]["starts"], found[marked]["starts"]
@@ -421,48 +420,11 @@ async def test_a_share_that_kills_before_it_is_open_is_not_given_to_one_after_th
     switches = ["--smtp-processes=3", f"--plugin-directory={tmp_path}/plugins"]
     with closed_port() as port:
         async with daemon(tmp_path, port, *switches, env=env) as running:
-            await until_rows(running, lambda found: sum(row["starts"] for row in found) == 4)
+            await until(lambda: running.log.count("was ended by SIGABRT") == 1)
             await until_rows(running, all_run)
-            assert "ended when asked to take share 7 over: no other process does" in running.log
+            await until(lambda: "share 7 of the queue is not adopted: 1 processes" in running.log)
             assert running.log.count("was ended by SIGABRT") == 1
             assert await running.stop() == 0
-
-
-async def test_a_share_that_nobody_has_is_tried_again_after_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The parent in this process: nobody waits a minute for a test."""
-    monkeypatch.setattr(parent, "MIN_QUARANTINE_SECONDS", 0.5)
-    monkeypatch.setattr(parent, "MAX_PAUSE_SECONDS", 0.5)
-    monkeypatch.setattr(parent, "keep_for_ports", lambda **_: None)  # this process needs its rights
-    compile_plugin(tmp_path / "plugins", "poison.c", POISON)
-    cured = tmp_path / "cured"
-    monkeypatch.setenv("CURED", str(cured))
-    with Store.open(share_directory(str(tmp_path / "queue"), 5)) as store:
-        message = Message({"envelope": "a@b.test", "recipient": "poison@d.test"}, BODY)
-        store.publish([Publication("outbox", message)])
-    async with open_sink() as sink:
-        config = configure(
-            tmp_path,
-            smtp_processes=2,
-            plugin_directory=str(tmp_path / "plugins"),
-            smtp_sink_address="127.0.0.1",
-            smtp_sink_port=sink.port,
-            application_log=str(tmp_path / "log"),
-        )
-        async with trio.open_nursery() as nursery:
-
-            async def serve() -> None:
-                assert await parent.serve(config) == 0
-
-            nursery.start_soon(serve)
-            # The second time it waits twice as long.
-            again = "share 5 over: no other process does so for 1 "
-            await until(lambda: again in caplog.text)
-            cured.touch()
-            await all_arrive(sink, {"poison"})
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 async def test_a_process_that_stands_still_holds_up_neither_status_nor_restarts(
@@ -474,7 +436,6 @@ async def test_a_process_that_stands_still_holds_up_neither_status_nor_restarts(
             os.kill(pids[0], signal.SIGSTOP)
             try:
                 os.kill(pids[2], signal.SIGKILL)
-                # The third one's share is offered to the first one; its restart does not wait.
                 await until(lambda: len({*running.children, *pids}) == 4, 5)
                 switches = switches_in(tmp_path, port)
                 shown: dict[str, bytes] = {}
@@ -527,20 +488,14 @@ async def test_fewer_processes_deliver_what_more_have_left(
 async def test_a_share_left_by_more_processes_may_be_out_of_reach(
     tmp_path: Path, mark: dict[str, str], count: int
 ) -> None:
-    """One process says so and does not start; several serve without it, and say so."""
+    """The daemon serves without the share, and says so."""
     (tmp_path / "queue" / "share-2").mkdir(parents=True)
     (tmp_path / "queue" / "share-2" / "queue.lock").touch()
     with locked(tmp_path / "queue" / "share-2"), closed_port() as port:
-        if count == 1:
-            done = await in_thread(lambda: mailerq(*switches_in(tmp_path, port), env=mark))
-            assert done.returncode == os.EX_TEMPFAIL
-            assert done.stderr.count(b"\n") == 1
-            assert b"share-2/queue.lock: held by another mailerq" in done.stderr
-        else:
-            async with daemon(tmp_path, port, TWO, env=mark) as running:
-                await until(lambda: "share 2 of the queue is not taken over" in running.log)
-                assert all_run(await rows(running))
-                assert await running.stop() == 0
+        async with daemon(tmp_path, port, f"--smtp-processes={count}", env=mark) as running:
+            await until(lambda: "share 2 of the queue is not adopted" in running.log)
+            assert "share-2/queue.lock: held by another mailerq" in running.log
+            assert await running.stop() == 0
 
 
 async def test_queue_commands_work_beside_the_processes(

@@ -18,9 +18,9 @@ import pytest
 from mailerq.cli import main
 from mailerq.message import Message, format_time
 from mailerq.queues import Publication
-from mailerq.queues.exclusive import open_exclusive
-from mailerq.queues.shares import share_directory
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.shares import share_directory
+from mailerq.queues.opening import open_exclusive
 from tests.support import ROOT, mailerq
 
 MIME = b"Subject: hi\r\n\r\nhello\r\n"

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mailerq.config import NOT_YET, SETTINGS, Config, Setting, split_arguments
+from mailerq.config import NOT_YET, SETTINGS, Config, DnsServer, Setting, split_arguments
 from mailerq.errors import ConfigError, Problem
 from mailerq.settings import SECONDS, SIZE
 
@@ -72,7 +72,7 @@ def test_settings_of_a_group_stand_together() -> None:
 
 
 def test_every_field_but_the_origins_is_a_setting() -> None:
-    names = {declared.name for declared in dataclasses.fields(Config)}
+    names = {declared.name for declared in dataclasses.fields(Config) if declared.init}
     assert names - {row.attribute for row in SETTINGS} == {"origins"}
 
 
@@ -171,6 +171,8 @@ def test_text_is_what_a_file_would_hold() -> None:
     assert config.text("dns-timeout") == "2.5"
     assert config.text("server-id") == ""
     assert config.text("smtp-relay-range") == "127.0.0.0/8;::1/128"
+    text = "192.0.2.53, ::1, 127.0.0.1:5353, [::1]:54"
+    assert load("--dns-servers", text).text("dns-servers") == text
 
 
 # -- the text of values -------------------------------------------------------------------
@@ -193,6 +195,14 @@ def test_text_is_what_a_file_would_hold() -> None:
         ("smtp-timeout", "300", 300.0),
         ("smtp-ip", "127.0.0.1;::1", ("127.0.0.1", "::1")),
         ("smtp-ip", "[::1],192.0.2.1", ("::1", "192.0.2.1")),
+        ("dns-servers", "192.0.2.53; ::1", (DnsServer("192.0.2.53"), DnsServer("::1"))),
+        (
+            "dns-servers",
+            "127.0.0.1:5353,[::1]:54",
+            (DnsServer("127.0.0.1", 5353), DnsServer("::1", 54)),
+        ),
+        ("dns-servers", "[::1]:53", (DnsServer("::1", 53),)),
+        ("dns-servers", "", ()),
         ("smtp-range", "192.0.2.0/24", (ipaddress.ip_network("192.0.2.0/24"),)),
         ("smtp-range", "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
         ("smtp-relay-range", "", ()),
@@ -272,6 +282,14 @@ def test_extraction_that_is_off_is_none(text: str) -> None:
         ("dns-timeout", "5000", "more than 300 s"),
         ("smtp-ip", "localhost", "not an IP address"),
         ("smtp-ip", "::1;::1", "stands twice"),
+        ("dns-servers", "ns.test", "not an IP address"),
+        ("dns-servers", "192.0.2.1:", "not a whole number"),
+        ("dns-servers", "192.0.2.1:0", "not a port of a server"),
+        ("dns-servers", "192.0.2.1:65536", "not a port"),
+        ("dns-servers", "[::1", "not of the form"),
+        ("dns-servers", "[::1]5353", "not of the form"),
+        ("dns-servers", "fe80::1%eth0", "not an IP address"),
+        ("dns-servers", "192.0.2.1, 192.0.2.1:53", "stands twice"),
         ("smtp-range", "192.0.2.1/24", "host bits set"),
         ("smtp-range", "10.0.0.0/33", "not a network"),
         ("smtp-local-domains", "a_b", "not a domain"),

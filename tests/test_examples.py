@@ -261,11 +261,11 @@ async def test_delay_holds_a_stranger_and_nobody_else(
         async with connected(context) as connection:
             connection.authenticated = True
             assert await connection.rcptto("c@d.test") is None
-            assert trio.current_time() - start < 0.2
+            assert len(nursery.child_tasks) == 20
         with trio.fail_after(10):
             while nursery.child_tasks:
                 await trio.testing.wait_all_tasks_blocked(0.001)
-        assert 0.2 <= trio.current_time() - start < 2
+        assert trio.current_time() - start >= 0.2
 
 
 async def policy_server(

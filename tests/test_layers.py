@@ -50,6 +50,8 @@ def test_no_group_is_possessive(tmp_path: Path) -> None:
         ("_core.pyx", "    import trio", "_core may not import trio"),
         ("_core_ids.pxi", "from mailerq import engine", "_core may not import engine"),
         ("__init__.py", "from mailerq import config", "before it is used"),
+        ("outbound/a.py", "from mailerq.inbound import b", "outbound may not import inbound"),
+        ("inbound/a.py", "from mailerq.outbound import b", "inbound may not import outbound"),
         ("unheard.py", "", "not in the list of layers"),
     ],
 )

@@ -1,8 +1,7 @@
-"""Check what no linter knows: which module may import which, and how long a file may be.
+"""Check rules that no linter knows: the layers of modules, and the length of files.
 
-The rules are those of CONTRIBUTING.md. ``python tools/check_tree.py`` prints what breaks
-them, one ``file:line: text`` on a line, and fails if there is anything; the test suite runs
-the same checks.
+CONTRIBUTING.md has the rules. ``python tools/check_tree.py`` prints violations, one
+``file:line: text`` on each line, and fails if there are any. The test suite runs the same checks.
 """
 
 from __future__ import annotations
@@ -25,7 +24,9 @@ LAYERS: Final = (
     "settings",
     "sources",
     "consistency",
+    "table",
     "config",
+    "live",
     "spelling",
     "properties",
     "message",
@@ -42,16 +43,21 @@ LAYERS: Final = (
     "plugins",
     "queues",
     "net",
+    "inbound",
+    "outbound",
     "engine",
     "cli",
     "__main__",
 )
-"""A module may import from its own layer and from the ones before it."""
+"""A module may import from its own layer and from earlier ones."""
 
-WITH_TRIO: Final = frozenset({"plugins", "queues", "net", "engine", "cli"})
+STRANGERS: Final = (("outbound", "inbound"),)
+"""Pairs of layers that may not import each other, whatever their order."""
+
+WITH_TRIO: Final = frozenset({"plugins", "queues", "net", "inbound", "outbound", "engine", "cli"})
 
 PURE: Final = frozenset({"wire", "mail", "rules"})
-"""Layers without I/O and clock: what they need to know, they are told."""
+"""Layers without I/O and clock: facts and the time are arguments."""
 
 IO_MODULES: Final = frozenset(
     "apsw asyncio dns multiprocessing select selectors signal socket ssl subprocess "
@@ -66,7 +72,7 @@ DOORS_TO_C: Final = ("plugins", "ids", "sockets", "privileges", "faults", "inspe
 
 LINES_LIMIT: Final = 800
 CYTHON: Final = (".pyx", ".pxd", ".pxi")
-# Stubs are for type checkers only: nothing is imported by them.
+# Stubs are for type checkers only, and import nothing at run time.
 MODULES: Final = (".py", *CYTHON)
 SOURCES: Final = (*MODULES, ".pyi", ".c", ".cpp", ".h", ".sh", ".toml", ".md")
 SKIPPED: Final = frozenset({"__pycache__", "build", "dist", "var"})
@@ -84,20 +90,20 @@ class Import(NamedTuple):
 
 
 def layer_of(path: Path, root: Path = ROOT) -> str:
-    """The layer of a file: its first name below the package, and one for all of `_core`."""
+    """Return the layer of a file: its first name below the package; `_core` for all its parts."""
     name = path.relative_to(root / PACKAGE).parts[0].partition(".")[0]
     return "_core" if name.startswith("_core_") else name
 
 
 def files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """The files below a folder that end so, without what is hidden or generated."""
+    """Yield the files below a folder with these suffixes, except hidden and generated ones."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in SKIPPED and name[0] != ".")
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(suffixes))
 
 
 def imports_of(path: Path, root: Path = ROOT) -> Iterator[Import]:
-    """Every import of a file, those within functions too, but not those for type checkers."""
+    """Yield every import of a file, also within functions, except those for type checkers."""
     text = path.read_text()
     if path.suffix in CYTHON:
         for number, line in enumerate(text.splitlines(), start=1):
@@ -122,7 +128,7 @@ def imports_of(path: Path, root: Path = ROOT) -> Iterator[Import]:
 
 
 def broken_layers(root: Path = ROOT) -> Iterator[str]:
-    """Imports that point upwards, trio and I/O where they do not belong, ways round a door."""
+    """Yield imports of higher layers, misplaced trio and I/O, and imports of `_core`."""
     for path in files(root / PACKAGE, MODULES):
         where = path.relative_to(root)
         layer = layer_of(path, root)
@@ -140,6 +146,8 @@ def broken_layers(root: Path = ROOT) -> Iterator[str]:
                 other = rest.split(".")[0]
                 if other in LAYERS and LAYERS.index(other) > LAYERS.index(layer):
                     yield f"{where}:{line}: {layer} may not import {other}, which is above it"
+                if (layer, other) in STRANGERS:
+                    yield f"{where}:{line}: {layer} may not import {other}: neither needs the other"
                 if other == "_core" and layer not in (*DOORS_TO_C, "_core"):
                     yield f"{where}:{line}: _core is imported by {', '.join(DOORS_TO_C)} only"
             if top == "trio" and layer not in WITH_TRIO:
@@ -166,7 +174,7 @@ def _clocks(path: Path, where: Path) -> Iterator[str]:
 
 
 def long_files(root: Path = ROOT) -> Iterator[str]:
-    """Files of people's own writing that are longer than `LINES_LIMIT`."""
+    """Yield hand-written files that are longer than `LINES_LIMIT`."""
     for path in files(root, SOURCES):
         if not GENERATED.fullmatch(path.name):
             lines = len(path.read_bytes().splitlines())
@@ -176,7 +184,7 @@ def long_files(root: Path = ROOT) -> Iterator[str]:
 
 
 def possessive_groups(root: Path = ROOT) -> Iterator[str]:
-    """Regular expressions that Python before 3.11.5 gets wrong: it loses its place in a group."""
+    """Yield possessive groups in regular expressions, which Python before 3.11.5 gets wrong."""
     for path in files(root / PACKAGE, (".py",)):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if POSSESSIVE_GROUP.search(line):
@@ -185,7 +193,7 @@ def possessive_groups(root: Path = ROOT) -> Iterator[str]:
 
 
 def main() -> int:
-    """Run all checks; the exit status."""
+    """Run all checks; return the exit status."""
     problems = [*broken_layers(), *long_files(), *possessive_groups()]
     for problem in problems:
         print(problem)

@@ -1,8 +1,7 @@
-"""Fill in what the pages below docs/ take from the tables of the program.
+"""Generate the tables in the pages of docs/ from the tables of the program.
 
-``python tools/docs.py`` (or ``make docs``) writes what stands between ``<!-- made: NAME -->`` and
-``<!-- /made -->`` anew; all else there is written by hand. A test fails while a page is not what
-this would make of it.
+``python tools/docs.py`` (or ``make docs``) rewrites the text between ``<!-- made: NAME -->`` and
+``<!-- /made -->``; all other text is written by hand. A test fails if a page is out of date.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ Row = Sequence[object]
 
 
 def table(headings: Sequence[str], rows: Iterable[Row]) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
 
@@ -50,7 +49,7 @@ def _cell(value: object) -> str:
 
 
 def properties() -> str:
-    """The properties by their groups, each object with its keys."""
+    """The properties, by group, with the keys of objects."""
     parts = []
     for group, known in groupby(PROPERTIES, key=lambda each: each.group):
         rows: list[Row] = []
@@ -64,7 +63,7 @@ def properties() -> str:
 
 
 def fields() -> str:
-    """The x-mq-* fields, and the property that each becomes."""
+    """The x-mq-* fields, and their properties."""
     rows: list[Row] = []
     for name, known in FIELDS.items():
         field = name if name.startswith("x-") else f"x-mq-{name}"
@@ -75,25 +74,25 @@ def fields() -> str:
         rows.append(
             (f"`{field}`", f"`{'.'.join(known.path)}`", "yes" if known.safe else "", meaning)
         )
-    own = "A property of your own, a string. The names of known properties are taken."
+    own = "Your own property, a string. Names of known properties are not allowed."
     rows.append(("`x-mq-anything`", "`anything`", "yes", own))
     return table(("field", "property", "harmless", "meaning"), rows)
 
 
 def queues() -> str:
-    """The queues, by the settings that name them."""
+    """The queues, by their settings."""
     keys = "outbox inbox local results success failure retry".split()
     known = {setting.key: setting for setting in SETTINGS}
     rows = [
         (f"`{setting.key}`", setting.default_text, setting.text)
         for setting in (known[f"rabbitmq-{key}"] for key in keys)
     ]
-    aside = "Messages that cannot be read or kept, set aside with the reason in `damaged`."
+    aside = "Messages that cannot be read or stored, set aside with the reason in `damaged`."
     return table(("setting", "default", "documents"), [*rows, ("", DAMAGED_QUEUE, aside)])
 
 
 def results() -> str:
-    """The words in results."""
+    """The words of results."""
     vocabularies = (("type", TYPES), ("state", STATES), ("result", RESULTS))
     return "\n".join(
         table((f"`{name}`", "meaning"), ((f"`{word}`", text) for word, text in words.items()))
@@ -105,7 +104,7 @@ def limits() -> str:
     """The limits of documents and mails."""
     rows: list[Row] = [
         ("properties of a document beside its body", f"{PROPERTIES_LIMIT} bytes", "refused"),
-        ("objects and arrays within each other", NESTING_LIMIT, "refused"),
+        ("nested objects and arrays", NESTING_LIMIT, "refused"),
         ("a delay in `retries`", f"{SECONDS_LIMIT} s", "unsendable"),
         ("the name of a queue", f"{QUEUE_LIMIT} bytes, printable", "refused"),
         ("an address", f"{MAILBOX_LIMIT} bytes", "unsendable"),
@@ -113,10 +112,10 @@ def limits() -> str:
         ("its domain", f"{DOMAIN_LIMIT} bytes", "unsendable"),
         ("`dsn.envid`", f"{ENVID_LIMIT} characters", "left out"),
         ("`dsn.orcpt`", f"{ORCPT_LIMIT} characters", "left out"),
-        ("Received fields of a mail", HOP_LIMIT, "looping: refused, or it fails"),
-        ("header of a mail that comes in", f"{HEADER_LIMIT} bytes", "refused (552)"),
+        ("Received fields of a mail, with ours", HOP_LIMIT, "looping: refused (554), or fails"),
+        ("header of a received mail", f"{HEADER_LIMIT} bytes", "refused (552)"),
         ("all x-mq-* fields of a mail", f"{FIELDS_LIMIT} bytes", "refused (552)"),
-        ("a mail that comes in", f"`smtp-maxsize` ({_default('smtp-maxsize')})", "refused (552)"),
+        ("a received mail", f"`smtp-maxsize` ({_default('smtp-maxsize')})", "refused (552)"),
         ("recipients of a mail", f"`smtp-maxrecipients` ({_default('smtp-maxrecipients')})",
          "refused (452)"),
     ]  # fmt: skip
@@ -129,15 +128,23 @@ def _default(key: str) -> str:
 
 
 def settings() -> str:
-    """All settings, by their groups."""
+    """All settings, by group."""
     parts = []
     for group in dict.fromkeys(setting.group for setting in SETTINGS):
         rows = [
-            (f"`{each.key}`", _value(each), _default_of(each), each.text + "".join(_more(each)))
+            (
+                f"`{each.key}`",
+                _value(each),
+                _default_of(each),
+                "restart" if each.fixed else "",
+                each.text + "".join(_more(each)),
+            )
             for each in SETTINGS
             if each.group == group
         ]
-        parts.append(f"## {group}\n\n{table(('setting', 'value', 'default', 'meaning'), rows)}")
+        parts.append(
+            f"## {group}\n\n{table(('setting', 'value', 'default', 'change', 'meaning'), rows)}"
+        )
     return "\n".join(parts)
 
 
@@ -151,7 +158,7 @@ def _default_of(setting: Setting) -> str:
 
 
 def _more(setting: Setting) -> Iterator[str]:
-    """What its sentence does not say: bounds and other names."""
+    """Add the limits and the other names of a setting."""
     least, most = setting.minimum, setting.maximum
     if least is not None and most is not None:
         yield f" From {least:g} to {most:g}."
@@ -167,12 +174,12 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
 
 
 def filled(page: str) -> str:
-    """The page with all that is made for it. Raises KeyError for a table that there is not."""
+    """Return the page with its tables. Raises KeyError for an unknown table."""
     return MADE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", page)
 
 
 def main() -> None:
-    """Write the pages anew."""
+    """Update all pages."""
     for path in sorted((ROOT / "docs").glob("*.md")):
         text = path.read_text()
         if (made := filled(text)) != text:

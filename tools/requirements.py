@@ -1,7 +1,7 @@
 """Print requirements of pyproject.toml for pip, by name.
 
-A name is ``build-system``, ``dependencies`` or that of an extra. pip installs these only
-together with the project, and would then build the extension each time.
+A name is ``build-system``, ``dependencies`` or the name of an extra. pip itself installs these only
+with the project, and would build the extensions each time.
 """
 
 from __future__ import annotations

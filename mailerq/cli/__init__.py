@@ -1,11 +1,11 @@
-"""The command line: the daemon, the injector that stands in for sendmail, and the tools.
+"""The command line: the daemon, the injector that replaces sendmail, and the tools.
 
-``mailerq`` alone is the daemon. A first word that names a command is that command; an
-argument with an @ in it, or a switch of sendmail's, makes it the injector, and so do the
-names ``sendmail``, ``mailq`` and ``newaliases`` of the program.
+``mailerq`` alone is the daemon. If the first word is a command, that command runs. An argument with
+an @, a switch of sendmail, or the program names ``sendmail``, ``mailq`` and ``newaliases`` select
+the injector.
 
-An injector runs once for each mail, so nothing here imports more than all commands need:
-the module of a command is imported when it is its turn.
+The injector runs once for each mail and must start fast, so the module of a command is imported
+only when the command runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mailerq.errors import ConfigError, PluginError
 __all__ = ["EX_CONFIGURATION", "main"]
 
 EX_CONFIGURATION: Final = 2
-"""Exit status for settings or plugins that cannot be used; the others are sysexits.h's."""
+"""Exit status for settings or plugins that cannot be used; others are those of sysexits.h."""
 
 _COMMANDS: Final = {
     "check": "mailerq.cli.check",
@@ -30,12 +30,13 @@ _COMMANDS: Final = {
     "config": "mailerq.cli.settings",
     "plugin": "mailerq.cli.plugin",
     "queue": "mailerq.cli.queue",
+    "reload": "mailerq.cli.reload",
     "sink": "mailerq.cli.sink",
     "status": "mailerq.cli.status",
 }
 
 _NAMES: Final = {"sendmail": (), "mailq": ("-bp",), "newaliases": ("-bi",)}
-"""What the program may be called instead, and the switch that stands for it."""
+"""Other names of the program, and the switch that each means."""
 
 _INJECTING: Final = frozenset({"--envelope", "--extract-recipients", "--ignore-dot"})
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read has gone; Python must not try to flush what is left for it.
+        # The reader has gone: keep Python from flushing the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return os.EX_OK
 

@@ -1,4 +1,4 @@
-"""``mailerq check``: what is wrong with a document or a mail, and what is ignored of it."""
+"""``mailerq check``: report mistakes in documents and mails, and parts that are ignored."""
 
 from __future__ import annotations
 
@@ -21,44 +21,45 @@ from mailerq.rules.steering import Steering
 __all__ = ["main"]
 
 DESCRIPTION: Final = """\
-Say what is wrong with JSON documents for the outbox, or with the x-mq-* fields of mail,
-and what is ignored there. What begins with { is a document, or several of one line each;
-what does not is a mail. Nothing is queued. docs/messages.md explains all properties and fields.
+Report mistakes in JSON documents for the outbox or in the x-mq-* fields of mail, and
+properties and fields that are ignored. Input that starts with { is one document, or one on
+each line; other input is a mail. Nothing is queued. docs/messages.md explains all properties
+and fields.
 
 exit status:
-  0  nothing is wrong (notes are only for people)
+  0  no mistakes (notes are information only)
   1  something is ignored or has no effect
-  2  it would be refused or fail, or a file cannot be read
+  2  the message would be refused or fail, or a file cannot be read
 """
 
 STATUS: Final = {"note": 0, "warning": 1, "error": 2}
 VERDICTS: Final = ("good", "can be sent, but", "cannot be sent")
 
 BEFORE_JSON: Final = b"\xef\xbb\xbf \t\r\n"
-"""What may stand before a document: a byte order mark is wrong there, and makes it no mail."""
+"""Bytes before a document. A byte order mark is a mistake, but does not make the input a mail."""
 
 
 class Report(NamedTuple):
-    """What was found in one document or mail."""
+    """The findings about one document or mail."""
 
     where: str
     findings: list[Finding]
 
     @property
     def status(self) -> int:
-        """As the exit status, for this one."""
+        """The exit status for this document or mail."""
         return max((STATUS[finding.level] for finding in self.findings), default=0)
 
 
 def main(settings: list[str], rest: list[str]) -> int:
-    """Check the files that are named, or stdin; see DESCRIPTION."""
+    """Check the given files, or stdin; see DESCRIPTION."""
     parser = command_parser("check", DESCRIPTION)
-    parser.add_argument("files", metavar="FILE", nargs="*", help="by default, and for -: stdin")
-    parser.add_argument("--json", action="store_true", help="for programs: one JSON array")
+    parser.add_argument("files", metavar="FILE", nargs="*", help="default, and -: stdin")
+    parser.add_argument("--json", action="store_true", help="print one JSON array, for programs")
     parser.add_argument(
         "--client", action="store_true",
-        help="mail as from a client that may relay, whose fields smtp-extract limits; by"
-        " default as from the command line, where all fields count",
+        help="check mail as from a client that may relay, whose fields smtp-extract limits; by"
+        " default as from the command line, where all fields have an effect",
     )  # fmt: skip
     options = parser.parse_args(rest)
     config = Config.load(settings)
@@ -123,7 +124,7 @@ def _document(data: bytes, config: Config, now: float) -> Iterator[Finding]:
 
 
 def _mail(data: bytes, config: Config, rights: Rights, now: float) -> Iterator[Finding]:
-    """What is to be said of a mail that comes in, whoever it is for."""
+    """Yield the findings about a mail, for any recipient."""
     if len(data) > config.smtp_maxsize:
         text = f"the mail is larger than smtp-maxsize ({config.smtp_maxsize} bytes)"
         yield Finding("error", text)
@@ -149,7 +150,7 @@ def _mail(data: bytes, config: Config, rights: Rights, now: float) -> Iterator[F
         del properties[field.removeprefix("x-mq-")]
         text = f"{field}: is not known and changes nothing; is {meant} meant?"
         yield Finding("warning", text)
-    # The recipient is in the envelope, and in no field.
+    # The recipient comes with the envelope, not with a field.
     properties["recipient"] = f"recipient@{config.hostname}"
     yield from examine(Message(properties, extraction.mime), config, now=now)
     if extraction.mime is mime:

@@ -27,17 +27,18 @@ from mailerq.cli.logs import account_of, names
 from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem
 from mailerq.escaping import escape
-from mailerq.net.addresses import LocalAddresses
-from mailerq.net.auth import parse_backend
-from mailerq.net.listener import unusable
+from mailerq.inbound.addresses import LocalAddresses
+from mailerq.inbound.auth import parse_backend
+from mailerq.inbound.listener import unusable
+from mailerq.live import alike
 from mailerq.net.tls import tls_context, try_handshake
 from mailerq.privileges import as_owner
-from mailerq.queues.exclusive import LOCK_NAME
-from mailerq.queues.shares import share_directory, shares_in
-from mailerq.queues.store import FILE_NAME
+from mailerq.queues.embedded.queue_file import FILE_NAME
+from mailerq.queues.embedded.shares import share_directory, shares_in
+from mailerq.queues.ownership import LOCK_NAME
 from mailerq.rules.steering import Steering
 
-__all__ = ["main"]
+__all__ = ["examine_changes", "main", "unset"]
 
 log = logging.getLogger("mailerq")
 
@@ -58,7 +59,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     problems: list[Problem] = []
     config = Config.load([*settings, *unknown], problems=problems)
     with _warnings() as notes:
-        problems += _examine(config, _unset(config, problems))
+        problems += _examine(config, unset(config, problems))
         notes += _notes(config)
     if options.json:
         print_json({
@@ -79,7 +80,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     return 1 if problems else os.EX_OK
 
 
-def _unset(config: Config, problems: list[Problem]) -> set[str]:
+def unset(config: Config, problems: list[Problem]) -> set[str]:
     """The settings that are wrong everywhere, so what they name is not known."""
     keys = {problem.key for problem in problems if problem.key}
     return {key for key in keys if config.origin(key) == "default"}
@@ -113,6 +114,14 @@ def _examine(config: Config, wrong: set[str]) -> Iterator[Problem]:
         text = f"cannot become {config.user}: {error.strerror}"
         problems = [_problem(config, "user", text)]
     yield from problems
+
+
+def examine_changes(config: Config, before: Config, wrong: set[str]) -> Iterator[Problem]:
+    """What a daemon that runs could not use of settings that are not as `before`."""
+    for keys, check in (*AS_STARTED, *AS_USER):
+        names = [key.replace("-", "_") for key in keys]
+        if check in AS_RUNNING and wrong.isdisjoint(keys) and not alike(config, before, *names):
+            yield from check(config, None)
 
 
 def _running(config: Config) -> dict[str, Any] | None:
@@ -214,6 +223,10 @@ def _reads(read: Callable[[Config], object]) -> Check:
             yield from error.problems
 
     return check
+
+
+_check_addresses: Final = _reads(LocalAddresses.of)
+_check_steering: Final = _reads(Steering.of)
 
 
 def _check_ports(config: Config, running: Running) -> Iterator[Problem]:
@@ -318,8 +331,8 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("plugin-directory",), _check_plugins),
     (("smtp-certificate", "smtp-key", "smtp-ciphers"), _check_tls),
     (("smtp-auth",), _check_auth),
-    (("smtp-local-addresses",), _reads(LocalAddresses.of)),
-    (("smtp-extract", "smtp-extract-range", "smtp-extract-logins"), _reads(Steering.of)),
+    (("smtp-local-addresses",), _check_addresses),
+    (("smtp-extract", "smtp-extract-range", "smtp-extract-logins"), _check_steering),
     (("smtp-ip", "smtp-port", "smtp-secure-port", "lmtp-port"), _check_ports),
     (("lock",), _check_lock),
     (("application-log", "user"), _check_application_log),
@@ -330,6 +343,11 @@ AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("queue-directory",), _check_queue),
     (LOG_FILES, _check_logs),
 )
+
+AS_RUNNING: Final = frozenset({
+    _check_tls, _check_auth, _check_addresses, _check_steering, _check_application_log, _check_logs,
+})  # fmt: skip
+"""The checks that make sense for a daemon that runs: it opens the rest at its start only."""
 
 
 # Files

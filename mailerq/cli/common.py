@@ -1,4 +1,4 @@
-"""What the commands share: how they take arguments, complain, and show tables."""
+"""Helpers of the commands: parse arguments, print errors, tables and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Parser", "complain", "dump_json", "positive", "print_json", "print_t
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors exit with EX_USAGE, as sysexits.h has it."""
+    """An argument parser whose errors exit with EX_USAGE of sysexits.h."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -26,24 +26,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_parser(name: str, description: str, **options: Any) -> Parser:
-    """The parser of a command of ``mailerq``; its ``--help`` mentions the settings."""
+    """Make the parser of a command of ``mailerq``; its ``--help`` mentions the settings."""
     return Parser(
         prog=f"mailerq {name}",
         description=description,
-        epilog="Settings may be given as well, as --key=value; see 'mailerq --help'.",
+        epilog="Settings may be given too, as --key=value; see 'mailerq --help'.",
         **options,
     )
 
 
 def positive(text: str) -> int:
-    """The type of an argument that is a number above zero."""
+    """Parse an argument that is a number above zero."""
     if text.isdecimal() and (number := int(text)) > 0:
         return number
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 def complain(text: str) -> None:
-    """Tell the user what is wrong."""
+    """Print an error to the user."""
     sys.stderr.write(f"mailerq: {escape(text)}\n")
 
 
@@ -53,17 +53,17 @@ def print_json(document: object, *, default: Callable[[Any], object] = str) -> N
 
 
 def dump_json(document: object, **options: Any) -> str:
-    """JSON that may go to a terminal: printable ASCII. Only DEL passes `json.dumps` as it is."""
+    """Dump printable ASCII, safe for a terminal. `json.dumps` escapes all the rest except DEL."""
     return json.dumps(document, **options).replace("\x7f", "\\u007f")
 
 
 def print_table(
     headings: Sequence[str], rows: Sequence[Sequence[object]], *, file: TextIO | None = None
 ) -> None:
-    """Print rows in columns, numbers to the right.
+    """Print rows in columns, with numbers aligned right.
 
-    On a terminal where rich is installed it draws the table; elsewhere columns are set with
-    blanks, one line for each row, so that grep and awk can work on it.
+    On a terminal, rich draws the table if it is installed. Otherwise blanks separate the columns,
+    and each row is one line, for grep and awk.
     """
     file = sys.stdout if file is None else file
     cells = [["" if value is None else escape(str(value)) for value in row] for row in rows]

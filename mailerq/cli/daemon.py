@@ -21,11 +21,12 @@ from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, fai
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 from mailerq.privileges import as_owner
-from mailerq.queues.exclusive import make_directory
+from mailerq.queues.opening import make_directory
 
 if TYPE_CHECKING:
     import trio
 
+    from mailerq.cli.reloading import Reloader, Source
     from mailerq.engine import Engine
 
 __all__ = ["lock_place", "main", "open_lock"]
@@ -40,6 +41,7 @@ commands:
                          take one mail from stdin; sendmail's -t -i -f A -bs -bp -q work too
   mailerq queue …        look into the queues and take messages out of them
   mailerq status         how the running daemon is
+  mailerq reload         have the running daemon read its settings anew
   mailerq config         all settings, their values, and where each was set
   mailerq check-config   whether a daemon would start with these settings
   mailerq check          what is wrong with a document or a mail, and what of it is ignored
@@ -86,7 +88,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     try:
         with _lock(config):
             logs.configure(config)
-            return _run(config)
+            return _run(config, settings)
     except QueueError as error:
         complain(str(error))
         return os.EX_TEMPFAIL
@@ -217,39 +219,46 @@ def _locked(path: str, where: str, key: str) -> int:
         os.close(file)
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, settings: list[str]) -> int:
     import trio
+
+    from mailerq.cli.reloading import Source
+
+    source = Source(settings)
 
     try:
         if config.smtp_processes > 1:
-            from mailerq.cli import parent
+            from mailerq.cli.supervisor import parent
 
-            return trio.run(parent.serve, config)
+            return trio.run(parent.serve, config, source)
         prepare(config)
-        return trio.run(_serve, config)
+        return trio.run(_serve, config, source)
     except (ConfigError, PluginError, QueueError):
         raise
     except Exception as error:
         fail(error)
 
 
-async def _serve(config: Config) -> int:
+async def _serve(config: Config, source: Source) -> int:
     import trio
 
+    from mailerq.cli.reloading import Reloader
     from mailerq.engine import Engine
 
     stop = trio.Event()
     failure: Exception | None = None
-    engine = Engine(config)
+    engine = Engine(config, commands={"reload": lambda request: reloader.answer()})
+    reloader = Reloader(source, engine)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         seconds = config.shutdown_timeout + OVERDUE_SECONDS
         faults.set_deadline(seconds, (signal.SIGINT, signal.SIGTERM))
         async with trio.open_nursery() as nursery:
             started = trio.Event()
-            nursery.start_soon(_watch, signals, engine, started, stop)
+            nursery.start_soon(_watch, signals, engine, reloader, started, stop)
             try:
                 async with engine:
                     started.set()
+                    reloader.started()
                     log.info("mailerq %s listens on %s", __version__, join(engine.addresses))
                     await stop.wait()
                 log.info("stopped")
@@ -262,17 +271,21 @@ async def _serve(config: Config) -> int:
 
 
 async def _watch(
-    signals: AsyncIterator[int], engine: Engine, started: trio.Event, stop: trio.Event
+    signals: AsyncIterator[int],
+    engine: Engine,
+    reloader: Reloader,
+    started: trio.Event,
+    stop: trio.Event,
 ) -> None:
     """The first signal stops the engine in its time, the second one ends the process.
 
-    That is safe at any moment: what was accepted is on disk. SIGHUP reloads certificates.
+    That is safe at any moment: what was accepted is on disk. SIGHUP reloads the settings.
     """
     async for number in signals:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
-            if started.is_set():
-                _reload(name, engine)
+            if not stop.is_set():
+                reloader.hang_up(now=started.is_set())
         elif not stop.is_set():
             log.info("%s: stopping", name)
             stop.set()
@@ -280,12 +293,3 @@ async def _watch(
                 engine.plugins.timeout = HURRY_SECONDS
         else:
             end_at_once(number)
-
-
-def _reload(name: str, engine: Engine) -> None:
-    try:
-        engine.reload()
-    except ConfigError as error:
-        log.error("%s: the certificate stays as it was: %s", name, error)
-    else:
-        log.info("%s: the certificate is read; moved log files are opened anew by themselves", name)

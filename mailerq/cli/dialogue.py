@@ -1,12 +1,12 @@
-"""``sendmail -bs``: SMTP on standard input and output, for programs that speak it to a pipe.
+"""``sendmail -bs``: SMTP on standard input and output, for programs that write to a pipe.
 
-Whoever starts this is a user of this host, as with ``mailerq rcpt@…``, and the mail goes the
-same ways: into the queue when this user may write there, through the port of the configuration
-otherwise. So there is no login and no TLS, any recipient is taken, and plugins see the mail only
-where it goes through the port. A 250 after the mail means that it is safe.
+The caller is a user of this host, as with ``mailerq rcpt@…``, and the mail takes the same ways:
+into the queue if this user may write there, otherwise through the configured port. So there is no
+login and no TLS, any recipient is accepted, and plugins see only mail that goes through the port.
+A 250 after the mail means that the mail is safe.
 
-A program may write all it has to say at once, in lines that end with LF: nobody is between it and
-us who could be misled about where a mail ends.
+A program may write all commands at once, in lines that end with LF. No other host is involved that
+could disagree about the end of a mail.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ __all__ = ["serve"]
 READ_BYTES: Final = 1 << 16
 
 Take = Callable[[Buffer, str, Sequence[str]], dict[str, Any]]
-"""Keeps a mail: content, sender, recipients. Raises `Refused`."""
+"""Stores a mail: content, which is taken, sender, recipients. Raises `Refused`."""
 
 
 def serve(config: Config, take: Take) -> int:
-    """Speak until the peer says QUIT or closes; the exit status."""
+    """Serve until the peer sends QUIT or closes; return the exit status."""
     machine = server.ServerProtocol(
         server.Settings(
             hostname=config.hostname,
             max_size=config.smtp_maxsize,
             max_recipients=config.smtp_maxrecipients,
-            extended=False,  # what the port may not offer
+            extended=False,  # extensions that the port may not offer
             normalize=True,
         )
     )
@@ -57,7 +57,7 @@ def serve(config: Config, take: Take) -> int:
 
 
 def _read(machine: server.ServerProtocol, file: BinaryIO) -> bytes:
-    """One command, or many lines of a mail, but nothing behind it."""
+    """Read one command, or many lines of a mail, but no byte after them."""
     lines = [_line(file)]
     size = len(lines[0])
     while machine.in_content and lines[-1] not in (b"", b".\r\n") and size < READ_BYTES:

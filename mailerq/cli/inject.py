@@ -1,9 +1,8 @@
-"""``mailerq rcpt@…``: take one mail from stdin, as sendmail does.
+"""``mailerq rcpt@…``: inject one mail from stdin, as sendmail does.
 
-It goes straight into the queue when this user may write there, and through the SMTP port of
-the configuration otherwise. Either way it is safe when the exit status is 0, and nothing was
-taken when it is another one. Of sendmail's switches the common ones are understood; those that
-ask for something else (-bs, -bp, -bi, -q) lead to it from here.
+The mail goes straight into the queue if this user may write there, otherwise through the configured
+SMTP port. With exit status 0 the mail is safe; with any other status nothing was accepted. The
+common switches of sendmail work; -bs, -bp, -bi and -q select other commands.
 """
 
 from __future__ import annotations
@@ -40,26 +39,26 @@ LINE_END: Final = re.compile(rb"\r\n").search
 LINE_END_BYTE: Final = re.compile(rb"[\r\n]").search
 
 ASK_SECONDS: Final = 1.0
-"""How long to wait for the daemon, for ids and to let it know. The mail does not need it."""
+"""Timeout for asking the daemon for ids and for waking it; the mail does not depend on it."""
 
 SMTP_SECONDS: Final = 300.0
-"""How long to wait for one reply."""
+"""Timeout of one reply."""
 
 DESCRIPTION: Final = """\
-Take one mail from stdin and put it into the queue. Its lines may end with LF or CRLF; it
-ends with a line that holds a single dot, or with --ignore-dot at the end of the input.
-The switches of sendmail that programs use work too, and instead of a recipient
--bs (SMTP on stdin and stdout), -bp (list what waits, as mailq does) and -q (try that now).
+Read one mail from stdin and put it into the queue. Its lines may end with LF or CRLF. The
+mail ends with a line that holds a single dot, or with --ignore-dot at the end of the input.
+The common switches of sendmail work too. Instead of a recipient: -bs (SMTP on stdin and
+stdout), -bp (list waiting mail, as mailq does) and -q (try waiting mail now).
 """
 
 EXITS: Final = """\
-exit status: 0 it is safe, 64 wrong usage, 65 the mail cannot be used, 67 a recipient was
-refused, 69 it was refused, 75 try again later, 77 not allowed, 78 wrong configuration
+exit status: 0 the mail is safe, 64 wrong usage, 65 the mail cannot be used, 67 a recipient was
+refused, 69 the mail was refused, 75 try again later, 77 not allowed, 78 wrong configuration
 """
 
 
 class Refused(Exception):
-    """The mail was not taken. The text says why, `status` is the exit status."""
+    """The mail was not accepted. The text says why; `status` is the exit status."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -67,7 +66,7 @@ class Refused(Exception):
 
 
 def main(settings: list[str], rest: list[str]) -> int:
-    """Take one mail."""
+    """Inject one mail, or run the command that a switch selects."""
     options = _parse(rest)
     if options.mode == "p" or options.flush:
         from mailerq.cli import queue
@@ -75,7 +74,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         words = ["show", "--mailq"] if options.mode == "p" else ["flush", "--quiet"]
         return queue.main(settings, [*words, *(["--json"] if options.json else [])])
     if options.mode == "i":
-        return os.EX_OK  # There are no aliases here that could be new.
+        return os.EX_OK  # mailerq has no aliases to rebuild
     try:
         config = Config.load(settings)
     except ConfigError as error:
@@ -103,13 +102,14 @@ def _parse(rest: list[str]) -> Namespace:
     )
     add = parser.add_argument
     # fmt: off
-    add("recipients", nargs="*", metavar="recipient", help="whom it is for")
+    add("recipients", nargs="*", metavar="recipient", help="a recipient of the mail")
     add("--envelope", "-f", "-r", metavar="A", help="address for MAIL FROM; <> for none")
     add("--extract-recipients", "-t", action="store_true",
-        help="send it to whom its To, Cc and Bcc name, too")
-    add("--ignore-dot", "-i", action="store_true", help="a line with a single dot is no end")
-    add("--json", action="store_true", help="say in JSON what became of it")
-    # What programs give sendmail and what changes nothing here.
+        help="also send the mail to the addresses in To, Cc and Bcc")
+    add("--ignore-dot", "-i", action="store_true",
+        help="do not end the mail at a line with a single dot")
+    add("--json", action="store_true", help="print the result as JSON")
+    # Switches of sendmail that have no effect here.
     add("-o", action="append", default=[], help=SUPPRESS)
     add("-F", dest="full_name", help=SUPPRESS)
     add("-b", dest="mode", choices="mspi", default="m", help=SUPPRESS)
@@ -150,9 +150,10 @@ def _inject(config: Config, options: Namespace, rest: Sequence[str]) -> None:
 def hand_over(
     config: Config, words: Sequence[str], mail: Buffer, sender: str, recipients: Sequence[str]
 ) -> dict[str, Any]:
-    """Keep a mail, by the way that is open to this user: what became of it.
+    """Store a mail in the queue, or send it to the port; return the result for --json.
 
-    `words` is the command line, for the record; the `mail` is taken. Raises `Refused`.
+    `words` is the command line, which is recorded in the message. `mail` is empty afterwards.
+    Raises `Refused`.
     """
     if not os.access(config.queue_directory, os.W_OK | os.X_OK):
         return _by_smtp(config, mail.take(), sender, recipients)
@@ -171,21 +172,20 @@ def _user() -> str:
 
 
 def _printable(word: str) -> str:
-    """An argument as JSON can hold it: bytes that are no UTF-8 come as lone surrogates."""
+    """Make an argument valid for JSON: bytes that are not UTF-8 arrive as lone surrogates."""
     return word.encode(errors="surrogateescape").decode(errors="replace")
 
 
-# What is sent, and to whom.
+# The mail and its envelope.
 
 
 def _read(file: BinaryIO, limit: int, *, ignore_dot: bool) -> Buffer:
-    """The mail as it goes on the wire: every line ends with CRLF, and dots are unstuffed.
+    """Read the mail up to the final dot, convert line ends to CRLF and unstuff dots.
 
-    It comes without the dot that ends it, and without a first line "From …", which mailboxes have
-    and mails have not.
+    A first line "From …", which belongs to mailbox files, is removed.
     """
     mail = Buffer()
-    window = b"\n"  # as if there were a line before the first one
+    window = b"\n"  # so that a dot on the first line follows a line end, too
     size = 0
     ended = False
     while not ended:
@@ -206,14 +206,14 @@ def _read(file: BinaryIO, limit: int, *, ignore_dot: bool) -> Buffer:
                 cut = min(end for end in ends if end >= 0) + 1
                 size += cut
             else:
-                cut = _settled(window)
+                cut = _certain(window)
         if size > limit:
             raise Refused(os.EX_DATAERR, f"the mail is larger than smtp-maxsize ({limit} bytes)")
         _add_lines(mail, window[:cut], ignore_dot=ignore_dot)
         window = window[cut:]
     with memoryview(mail) as view:
         first, last = bytes(view[2:8]), bytes(view[-2:])
-        start = 2  # the first line end is ours
+        start = 2  # after the line end that `window` started with
         if first.startswith((b"From ", b">From ")):
             found = LINE_END(view, 2)
             start = found.end() if found else len(mail)
@@ -225,8 +225,8 @@ def _read(file: BinaryIO, limit: int, *, ignore_dot: bool) -> Buffer:
     return mail
 
 
-def _settled(window: bytes) -> int:
-    """How much there is before the last line end, where that could begin the end of the mail."""
+def _certain(window: bytes) -> int:
+    """Return the size of `window` without a last line end that could start the final dot."""
     found = LINE_END_BYTE(window, max(len(window) - 4, 0))
     if found is None:
         return len(window)
@@ -235,7 +235,7 @@ def _settled(window: bytes) -> int:
 
 
 def _add_lines(mail: Buffer, text: bytes, *, ignore_dot: bool) -> None:
-    """Add lines, of which the first one has begun before, or its line end comes first."""
+    """Convert and add text that starts with a line end, or continues a line."""
     text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     if not ignore_dot:
         text = text.replace(b"\n..", b"\n.")
@@ -267,7 +267,7 @@ def _recipients(header: Header, options: Namespace, config: Config) -> list[str]
 
 
 def _sender(header: Header, options: Namespace, config: Config, user: str) -> str:
-    """The address for MAIL FROM: the one that was asked for, or the header's, or the user's."""
+    """Return the address for MAIL FROM: from --envelope, the header, or the user."""
     if options.envelope is not None:
         address = options.envelope.strip().removeprefix("<").removesuffix(">")
         status = os.EX_USAGE
@@ -282,7 +282,7 @@ def _sender(header: Header, options: Namespace, config: Config, user: str) -> st
 
 
 def _qualified(address: str, config: Config) -> str:
-    """The address, with this host as its domain where it has none. Raises `AddressError`."""
+    """Add this host as the domain if an address has none. Raises `AddressError`."""
     if "@" not in address:
         address = f"{address}@{config.hostname}"
     parse_mailbox(address)
@@ -290,10 +290,10 @@ def _qualified(address: str, config: Config) -> str:
 
 
 def _complete(mime: bytes, header: Header, sender: str, options: Namespace) -> bytes:
-    """Put on top what a mail must have (RFC 5322, section 3.6), take out what is not for all."""
+    """Add required fields (RFC 5322, section 3.6), and remove private ones."""
     private = {b"bcc", b"resent-bcc", b"return-path"}
     if options.envelope is not None:
-        private.add(b"x-mq-envelope")  # The one that was asked for counts.
+        private.add(b"x-mq-envelope")  # --envelope takes precedence
     fields = []
     if not header.has(b"from") and sender:
         fields.append(_from_field(sender, options.full_name or ""))
@@ -312,22 +312,22 @@ def _from_field(sender: str, full_name: str) -> bytes:
     return f"From: {text}\r\n".encode(errors="replace")
 
 
-# The two ways in.
+# The two ways to the queue.
 
 
 def _ids(config: Config, count: int) -> Iterator[str]:
-    """Message ids: of the daemon, whose plugins may own them, or else of the core itself."""
+    """Return message ids of the daemon, whose plugins may supply them, or of the core."""
     try:
         reply = control.ask(config.queue_directory, "message-ids", timeout=ASK_SECONDS, count=count)
         return iter(reply["ids"])
-    except (OSError, KeyError):  # no daemon runs, or one that does not know the question
+    except (OSError, KeyError):  # no daemon runs, or an older one without this request
         ids.set_machine(config.server_id, config.hostname)
         return iter(ids.new_id, None)
 
 
 def _into_queue(config: Config, mail: Buffer, envelope: incoming.Envelope) -> dict[str, Any]:
-    """Keep the mail, one message for each recipient, and tell the daemon."""
-    from mailerq.queues.exclusive import open_shared
+    """Store the mail, one message for each recipient, and wake the daemon."""
+    from mailerq.queues.opening import open_shared
 
     with memoryview(mail) as view:
         head = headers.head_of(view)
@@ -366,7 +366,7 @@ def _into_queue(config: Config, mail: Buffer, envelope: incoming.Envelope) -> di
         try:
             control.ask(config.queue_directory, "wake", timeout=ASK_SECONDS)
         except OSError:
-            pass  # No daemon runs. The next one that does will find the mail.
+            pass  # no daemon runs; the next one finds the mail
     return {
         "via": "queue",
         "messages": [
@@ -377,10 +377,10 @@ def _into_queue(config: Config, mail: Buffer, envelope: incoming.Envelope) -> di
 
 
 def _locals(config: Config) -> Callable[[str], bool]:
-    """What tells local recipients from others, where there is a queue for their mail."""
+    """Return a test for local recipients; false for all without a queue for local mail."""
     if not config.rabbitmq_local:
         return lambda recipient: False
-    from mailerq.net.addresses import LocalAddresses
+    from mailerq.inbound.addresses import LocalAddresses
 
     access = Access(config.smtp_range, config.smtp_relay_range, config.smtp_local_domains)
     try:
@@ -391,7 +391,7 @@ def _locals(config: Config) -> Callable[[str], bool]:
 
 
 def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]) -> dict[str, Any]:
-    """Hand the mail to the port of the configuration. It goes to all recipients or to none."""
+    """Send the mail to the configured port. Either all recipients are accepted, or none."""
     import smtplib
 
     from mailerq.wire.client import encode_body
@@ -432,7 +432,7 @@ def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]
 
 
 def _path(address: str) -> str:
-    """The address in ASCII as far as that can say it."""
+    """Return the address, with its domain in ASCII."""
     return str(parse_mailbox(address)) if address else ""
 
 

@@ -21,7 +21,7 @@ from mailerq.escaping import escape
 from mailerq.message import format_time
 from mailerq.privileges import as_account
 
-__all__ = ["account_of", "configure", "names"]
+__all__ = ["account_of", "configure", "handlers", "install", "names"]
 
 _LEVELS: Final = {
     logging.WARNING: "Warning",
@@ -135,16 +135,36 @@ def configure(config: Config, who: str = "") -> None:
 
     `who` stands before each text.
     """
-    handlers: list[logging.Handler] = [logging.NullHandler()]
-    handlers += [_handler(name, config) for name in names(config.application_log)]
-    for handler in handlers:
+    install(handlers(config), who)
+
+
+def handlers(config: Config) -> list[logging.Handler]:
+    """Open the places that `application-log` names, for `install`. Raises `ConfigError`."""
+    opened: list[logging.Handler] = [logging.NullHandler()]
+    try:
+        for name in names(config.application_log):
+            opened.append(_handler(name, config))
+    except ConfigError:
+        for handler in opened:
+            handler.close()
+        raise
+    return opened
+
+
+def install(opened: list[logging.Handler], who: str) -> None:
+    """Log to these places, and close the ones before."""
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    before = root.handlers[:]
+    for handler in opened:
         handler.setFormatter(_Formatter(who))
-    logging.basicConfig(
-        level=logging.INFO, handlers=handlers or [logging.NullHandler()], force=True
-    )
+        root.addHandler(handler)
     # A full disk or a reader that went away costs log lines; a traceback to nowhere helps nobody.
     logging.raiseExceptions = False
-    faults.report_to(_last_lines(handlers), who)
+    faults.report_to(_last_lines(opened), who)
+    for handler in before:
+        root.removeHandler(handler)
+        handler.close()
 
 
 def _last_lines(handlers: list[logging.Handler]) -> Iterator[tuple[int, bytes]]:

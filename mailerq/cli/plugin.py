@@ -1,4 +1,4 @@
-"""``mailerq plugin check``: whether plugins can be used, and what is wrong with them."""
+"""``mailerq plugin check``: report whether plugins can be used, and their mistakes."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from mailerq.inspection import SECONDS, Report, examine, plugins_in
 __all__ = ["main"]
 
 DESCRIPTION: Final = """\
-Look at each file without running it, then open it in a process of its own.
-That process runs the plugin's constructors, mq_version and mq_message_id_size, and ends.
+Examine each file without running it, then load it in a separate process. That process runs
+the constructors of the plugin, mq_version and mq_message_id_size, and ends.
 
 exit status:
-  0  all can be used, and nothing was found
-  1  all can be used, but something may be wrong
-  2  one cannot be used: mailerq would not start with it
+  0  all plugins can be used, without findings
+  1  all plugins can be used, with warnings
+  2  mailerq would not start with one of the plugins
 """
 
 
 def main(settings: list[str], rest: list[str]) -> int:
-    """Check the files that are named, or those of `plugin-directory`; see DESCRIPTION."""
+    """Check the given files, or those of `plugin-directory`; see DESCRIPTION."""
     parser = command_parser("plugin", "Work with plugins.")
     commands = parser.add_subparsers(
         required=True, metavar="COMMAND", parser_class=Parser, prog=parser.prog
     )
     check = commands.add_parser(
-        "check", help="whether plugins can be used, and what is wrong", description=DESCRIPTION
+        "check", help="report whether plugins can be used", description=DESCRIPTION
     )
     check.add_argument(
         "files", metavar="FILE", nargs="*",
-        help="a plugin or a directory of them; by default plugin-directory",
+        help="a plugin or a directory of plugins; default: plugin-directory",
     )  # fmt: skip
-    check.add_argument("--json", action="store_true", help="for programs: one JSON array")
+    check.add_argument("--json", action="store_true", help="print one JSON array, for programs")
     check.add_argument(
-        "--no-open", dest="opens", action="store_false", help="only read the files: run nothing"
+        "--no-open", dest="opens", action="store_false", help="only read the files; run nothing"
     )
     check.add_argument(
         "--timeout", metavar="SECONDS", type=float, default=SECONDS,
-        help="how long a plugin may take to be opened [%(default)g]",
+        help="deadline for loading a plugin [%(default)g]",
     )  # fmt: skip
     options = parser.parse_args(rest)
     config = Config.load(settings)
@@ -70,7 +70,7 @@ def main(settings: list[str], rest: list[str]) -> int:
 
 
 def _files(name: str) -> list[str]:
-    """The file itself, or the plugins of a directory. Raises OSError."""
+    """Return the file itself, or the plugins of a directory. Raises OSError."""
     if os.path.isdir(name):
         return plugins_in(name)
     return [name] if name else []

@@ -24,10 +24,10 @@ from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.escaping import escape
 from mailerq.message import format_time
-from mailerq.queues.exclusive import open_shared
+from mailerq.queues.embedded.queue_file import FILE_NAME, Store
+from mailerq.queues.embedded.shares import share_directory, shares_in
 from mailerq.queues.interface import Entry
-from mailerq.queues.shares import share_directory, shares_in
-from mailerq.queues.store import FILE_NAME, Store
+from mailerq.queues.opening import open_shared
 
 __all__ = ["main"]
 

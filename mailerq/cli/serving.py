@@ -17,7 +17,15 @@ from mailerq.config import Config
 from mailerq.privileges import no_new_privileges
 from mailerq.sockets import keep_little
 
-__all__ = ["HURRY_SECONDS", "OVERDUE_SECONDS", "end_at_once", "fail", "join", "prepare"]
+__all__ = [
+    "HURRY_SECONDS",
+    "OVERDUE_SECONDS",
+    "end_at_once",
+    "fail",
+    "join",
+    "make_room",
+    "prepare",
+]
 
 log = logging.getLogger("mailerq")
 
@@ -39,15 +47,19 @@ a twentieth of the processor time of a message."""
 def prepare(config: Config) -> None:
     """Make the process fit to serve as many connections as it is to have, and no more than that.
 
-    What mail has taken of memory goes back to the system when the mail has gone.
+    The memory of a large mail returns to the system when the mail is gone.
     """
     no_new_privileges()
     keep_little()
     gc.set_threshold(*COLLECT_AFTER)
+    make_room(config)
+
+
+def make_room(config: Config) -> None:
+    """Let the process have as many descriptors as the connections need, as far as it may."""
     wanted = config.smtp_connections + OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY not in (soft, hard):
-        # As far as the connections need it and as it may go.
         limits = (max(soft, min(wanted, hard)), hard)
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)

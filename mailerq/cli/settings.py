@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from typing import Any
 
 from mailerq.cli.common import command_parser, print_json, print_table
 from mailerq.config import SETTINGS, Config, Setting
+from mailerq.settings import HIDDEN
 
 __all__ = ["main"]
-
-HIDDEN: Final = "(hidden)"
 
 
 def main(settings: list[str], rest: list[str]) -> int:
@@ -33,16 +32,16 @@ def main(settings: list[str], rest: list[str]) -> int:
         return os.EX_OK
     print_table(
         ("SETTING", "VALUE", "FROM"),
-        [(setting.key, _text(config, setting), config.origin(setting.key)) for setting in shown],
+        [
+            (
+                setting.key,
+                setting.show(getattr(config, setting.attribute)),
+                config.origin(setting.key),
+            )
+            for setting in shown
+        ],
     )
     return os.EX_OK
-
-
-def _text(config: Config, setting: Setting) -> str:
-    text = config.text(setting.key)
-    if not text:
-        return f"({setting.unset})" if setting.unset else ""
-    return HIDDEN if setting.secret else text
 
 
 def _value(config: Config, setting: Setting) -> Any:

@@ -1,8 +1,7 @@
-"""``mailerq sink``: a receiving server for trying and testing, which misbehaves on demand.
+"""``mailerq sink``: a receiving server for tests, which misbehaves on demand.
 
-It speaks through the same protocol machine as the real server and knows neither plugins nor
-queues. Each mail becomes a file of exactly the bytes that came, and beside it one with its
-envelope as JSON.
+The sink uses the protocol machine of the real server, without plugins and queues. Each mail becomes
+a file with the exact bytes, and a second file with the envelope as JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
+from mailerq.address import host_port
 from mailerq.cli.common import Parser, complain, dump_json, positive
 from mailerq.escaping import escape, escape_field
 from mailerq.message import format_time
@@ -34,14 +34,14 @@ __all__ = ["EVENTS", "Options", "main", "run"]
 log = logging.getLogger("mailerq.sink")
 
 EVENTS: Final = ("connect", "ehlo", "mail", "rcpt", "data", "message")
-"""The moments at which a sink can misbehave; ``message`` is the reply to the final dot."""
+"""The events at which a sink can misbehave; ``message`` is the reply to the final dot."""
 
 DEFAULT_ADDRESS: Final = ("127.0.0.1", 2526)
 
 DEFAULT_MAX_SIZE: Final = 1 << 30
 
 BUSY_SECONDS: Final = 0.1
-"""How long no connection is accepted when the process has run out of descriptors."""
+"""Pause before the next accept when the process has run out of descriptors."""
 
 _EVENTS: Final = {
     server.Hello: "ehlo",
@@ -56,12 +56,11 @@ FAILED: Final = Reply(451, "4.3.0 This sink fails some mails on purpose")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How a sink behaves.
+    """The behaviour of a sink.
 
-    `replies`, `delays` (in seconds) and `drops` say for an event of `EVENTS` what it answers,
-    how long it thinks before, and whether it closes the connection instead. `fail_rate` is
-    the share of mails, 0 to 1, that get a 451 after their final dot. After `count` mails the
-    sink ends.
+    `replies`, `delays` (in seconds) and `drops` give, for events of `EVENTS`, the reply, the delay
+    before it, and whether to close the connection instead. `fail_rate` is the share of mails, 0 to
+    1, that get a 451 after the final dot. The sink ends after `count` mails.
     """
 
     address: tuple[str, int] = DEFAULT_ADDRESS
@@ -77,7 +76,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Serve until SIGINT or SIGTERM, or until `Options.count` mails are in. Raises OSError."""
+    """Serve until SIGINT, SIGTERM, or `Options.count` mails. Raises OSError."""
     if options.directory is not None:
         os.makedirs(options.directory, exist_ok=True)
     host, port = options.address
@@ -90,7 +89,7 @@ def run(options: Options) -> None:
 
 
 class _Dropped(Exception):
-    """The connection is to be closed without another word."""
+    """Close the connection without a reply."""
 
 
 class _Sink:
@@ -109,8 +108,7 @@ class _Sink:
         if self._options.as_json:
             self._print({"listening": [host, port]}, "")
         else:
-            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            self._print({}, f"listening on {where}, Ctrl-C ends it")
+            self._print({}, f"listening on {host_port(host, port)}, Ctrl-C ends it")
 
     def _print(self, document: dict[str, Any], text: str) -> None:
         if self._options.quiet:
@@ -151,7 +149,7 @@ class _Sink:
             machine.greet(reply)
             await self._converse(machine, stream)
         except (StreamLost, _Dropped):
-            return  # In a sink that is all in the day's work.
+            return  # not an error in a sink
         finally:
             stream.close()
 
@@ -186,10 +184,10 @@ class _Sink:
     async def _misbehave(
         self, event: str, machine: server.ServerProtocol, stream: Stream
     ) -> Reply | None:
-        """Wait or drop the connection where that was asked for; the reply that was asked for."""
+        """Wait or drop the connection as the options say; return their reply, or None."""
         options = self._options
         if delay := options.delays.get(event):
-            await self._flush(machine, stream)  # What is due for earlier commands is not late.
+            await self._flush(machine, stream)  # do not delay earlier replies
             await trio.sleep(delay)
         if event in options.drops:
             raise _Dropped
@@ -200,7 +198,7 @@ class _Sink:
     def _take(
         self, body: bytes, machine: server.ServerProtocol, stream: Stream, reply: Reply | None
     ) -> Reply | None:
-        """File a mail that is not refused, and say what happened to it."""
+        """File a mail unless it is refused, print its line, and return the reply."""
         if machine.hello is None or machine.sender is None:
             raise RuntimeError("a mail came without EHLO or MAIL")
         now = time.time()
@@ -265,24 +263,24 @@ def main(settings: Sequence[str], rest: Sequence[str]) -> int:
     """Run a sink until it is interrupted."""
     parser = Parser(
         prog="mailerq sink",
-        description="A receiving server for trying and testing: takes every mail there is.",
+        description="A receiving server for tests, which accepts every mail.",
         epilog=EXAMPLES,
     )
     add = parser.add_argument
     # fmt: off
     add("--listen", type=_address, default=DEFAULT_ADDRESS, metavar="HOST:PORT",
-        help="where to listen; port 0 is any free one [127.0.0.1:2526]")
+        help="address to listen on; port 0: any free port [127.0.0.1:2526]")
     add("--directory", metavar="DIR",
         help="write each mail to DIR as NAME.eml, its envelope to NAME.json")
     add("--count", type=positive, metavar="N", help="end after N mails")
     add("--max-size", type=positive, default=DEFAULT_MAX_SIZE, metavar="BYTES",
-        help="largest mail that is taken [1 GiB]")
+        help="size of the largest accepted mail [1 GiB]")
     add("--reply", type=_event(_reply), action="append", default=[], metavar="EVENT=CODE TEXT",
-        help="answer an event so; may be given once for each event")
+        help="reply to an event; may be given once for each event")
     add("--delay", type=_event(_seconds), action="append", default=[], metavar="EVENT=SECONDS",
         help="wait before answering an event")
     add("--drop", choices=EVENTS, action="append", default=[], metavar="EVENT",
-        help="close the connection in place of answering an event")
+        help="close the connection instead of answering an event")
     add("--fail-rate", type=_share, default=0.0, metavar="P",
         help="refuse this share of the mails, 0 to 1, with a 451")
     add("--quiet", action="store_true", help="print nothing")

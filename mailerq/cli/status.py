@@ -18,8 +18,10 @@ FIGURES: Final = (
 )  # fmt: skip
 """What is counted for each event of a plugin, see `mailerq.plugins.Plugins.statistics`."""
 
-PROCESS: Final = ("process", "pid", "state", "starts", "uptime", "connections", "shares")
-"""What is said of each process where there are several, see `mailerq.cli.parent`."""
+PROCESS: Final = (
+    "process", "pid", "state", "starts", "uptime", "connections", "settings", "shares",
+)  # fmt: skip
+"""What is said of each process where there are several, see `mailerq.cli.supervisor.parent`."""
 
 WORDS: Final = {
     "started": "when the daemon started (UTC)",
@@ -28,6 +30,9 @@ WORDS: Final = {
     "hostname": "the name that it gives itself",
     "listening": "the addresses and ports that clients can connect to",
     "workers": "worker threads (smtp-threads)",
+    "shares": "the shares of the queue directory that are delivered",
+    "settings.number": "which settings are in force: one more by each reload",
+    "settings.loaded": "when they were read (UTC)",
     "incoming.open": "sessions with clients that are open now",
     "incoming.memory": "bytes of memory that mail on its way in takes now",
     "incoming.held": "of these, the ones of mail that plugins hold",

@@ -1,1 +1,1 @@
-"""Mail as bytes in, bytes out: header fields, x-mq-* extraction."""
+"""Pure functions from bytes to bytes: header fields, x-mq-* fields, messages of a received mail."""

@@ -1,4 +1,4 @@
-# The types of what is in the module of this name, for the compiler.
+# Types for the compiler, of the module with this name.
 
 cpdef _printable(name)
 cpdef _flag(text)

@@ -1,8 +1,8 @@
-"""Take the x-mq-* fields out of a header and turn them into properties of the message.
+"""Remove the x-mq-* fields of a header and turn them into properties of the message.
 
-What stands in them steers delivery, so they count only in mail from somebody who may relay, and
-of those only the fields that `Rights` allow; all others are taken out and ignored. They never go
-out to the world. `FIELDS` is the table of what there is.
+The fields control delivery, so they have an effect only in mail of clients that may relay, and
+only if `Rights` allow the field. Other x-mq-* fields are removed and ignored, so none ever leaves
+this server. `FIELDS` is the table of known fields.
 """
 
 from __future__ import annotations
@@ -32,23 +32,22 @@ __all__ = [
 ]
 
 OTHERS: Final = "custom"
-"""Stands for all fields that are not in the table, in `Rights` and in `smtp-extract`."""
+"""The name, in `Rights` and in `smtp-extract`, for all fields that are not in the table."""
 
 FIELDS_LIMIT: Final = 1 << 13
-"""Bytes of all x-mq-* fields of a mail. Each recipient's message has what they say."""
+"""Bytes of all x-mq-* fields of a mail. The message of each recipient has a copy."""
 
 IGNORED_LIMIT: Final = 10
-"""Fields that are named when they cannot be used; of more only the number is said."""
+"""Ignored fields that are listed by name; the rest is a number."""
 
 _OURS: Final = re.compile(rb"\nx-(?:mq-[^\r\n:]*+|normalize[ \t]*+):").finditer
 
 
 class Extraction(NamedTuple):
-    """What `extract` found.
+    """The result of `extract`.
 
-    `ignored` has one sentence for each field that was taken out and did not become a
-    property, with its name, up to `IGNORED_LIMIT`; it is for a log and holds nothing that
-    could end a line.
+    `ignored` has a text with name and reason for each field that did not become a property, up to
+    `IGNORED_LIMIT`. The texts are safe for a log line.
     """
 
     properties: dict[str, Any]
@@ -57,9 +56,9 @@ class Extraction(NamedTuple):
 
 
 class Rights(NamedTuple):
-    """What the fields of somebody may do.
+    """The fields that a client may use.
 
-    `fields` are names of `FIELDS`, and `OTHERS`; times may lie `longest` seconds ahead.
+    `fields` are names of `FIELDS`, and `OTHERS`. Times may be at most `longest` seconds ahead.
     """
 
     fields: frozenset[str]
@@ -76,15 +75,14 @@ def extract(
     limit: int = IGNORED_LIMIT,
     header: Header | None = None,
 ) -> Extraction | None:
-    r"""Take every x-mq-* field, and x-normalize, out of `mime`.
+    r"""Remove every x-mq-* field, and x-normalize, from `mime`.
 
-    When `trusted`, those that `rights` allow (by default all) become properties. A field that
-    is not allowed or cannot be used, because its value has a wrong form, or its name is reserved
-    or was there before, does not stop the mail: it is ignored and listed. So is a queue for
-    results that is the `outbox`, which would send them as mail. All other bytes stay as they are;
-    a message without such fields comes back as the same object. None: the fields are longer than
-    `FIELDS_LIMIT` together. At most `limit` ignored fields are named. `header` is that of `mime`,
-    where it is known.
+    If `trusted`, the fields that `rights` allow (by default all) become properties. A field is
+    ignored and listed if it is not allowed, has an invalid value or a reserved name, or is
+    repeated; so is a result queue that is the `outbox`, which would send results as mail. All other
+    bytes are kept, and a mail without such fields is returned as the same object. At most `limit`
+    ignored fields are named. `header` is the header of `mime`, if the caller has parsed it. Return
+    None if the fields exceed `FIELDS_LIMIT` together.
 
     >>> extract(b"x-mq-tag: spring\r\nTo: a@b.test\r\n\r\nhi", trusted=True)
     Extraction(properties={'tags': ['spring']}, mime=b'To: a@b.test\r\n\r\nhi', ignored=[])
@@ -119,9 +117,9 @@ def extract(
 
 
 def doubts(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The fields of unknown names that may be misspelt, each with the one that is meant.
+    """Yield unknown fields that may be misspelt, each with the name that was probably meant.
 
-    `properties` is what `extract` found.
+    `properties` is the result of `extract`.
 
     >>> list(doubts({"tags": ["a"], "maxattempt": "7", "my-id": "x"}))
     [('x-mq-maxattempt', 'x-mq-maxattempts')]
@@ -139,7 +137,7 @@ def _printable(name: bytes) -> str:
 def _take(
     field: Field, properties: dict[str, Any], rights: Rights, now: float, outbox: str
 ) -> str | None:
-    """Put one field into `properties`, or say why not."""
+    """Store one field in `properties`; return None, or why the field is ignored."""
     try:
         name = field.name.decode("ascii")
         text = unfold(field.value).decode()
@@ -181,7 +179,7 @@ def _take(
     return None
 
 
-_SKIP: Final = object()  # a switch that is off is not written down
+_SKIP: Final = object()  # the value of a flag that is off, which gets no property
 
 
 def _flag(text: str) -> Any:
@@ -236,7 +234,7 @@ def _tag(text: str) -> list[str]:
 
 def _queue(text: str) -> str | None:
     if not text:
-        return None  # an empty name switches this queue off for this message
+        return None  # an empty name disables this queue for this message
     if (problem := queue_problem(text)) is not None:
         raise ValueError(problem)
     return text
@@ -251,11 +249,10 @@ def _envelope(text: str) -> str:
 
 
 class Known(NamedTuple):
-    """A field that is known: where its value goes, how it is read, and who may use it.
+    """A known field: the path of its property, the function that reads it, and its risk.
 
-    `safe` fields are for everybody who may relay: they change nothing but the sender's own
-    mail. `meaning` says what the field does, and where it is not safe what that could do to
-    others.
+    `safe` fields affect only the mail of their sender, so all clients that may relay may use them.
+    `meaning` describes the field and, if it is not safe, the harm that it could do.
     """
 
     path: tuple[str, ...]
@@ -275,7 +272,7 @@ FIELDS: Final[dict[str, Known]] = {
     ),
     "pool": Known(
         ("pool",), _word, False,
-        "The pool of such addresses.",
+        "A pool of such addresses.",
     ),
     "tag": Known(
         ("tags",), _tag, True,
@@ -283,31 +280,31 @@ FIELDS: Final[dict[str, Known]] = {
     ),
     "delayed": Known(
         ("delayed",), _time, True,
-        "Not to be sent before this time, which is bounded by max-delivertime.",
+        "The time before which the mail is not sent, at most max-delivertime ahead.",
     ),
     "maxdelivertime": Known(
         ("maxdelivertime",), _time, True,
-        "When it is given up; not later than max-delivertime says.",
+        "The time when the mail is given up, at most max-delivertime ahead.",
     ),
     "maxattempts": Known(
         ("maxattempts",), _number, False,
-        "How often it is tried. More attempts than the operator's cost peers and reputation.",
+        "The number of attempts. More attempts burden peers and cost reputation.",
     ),
     "retries": Known(
         ("retries",), _numbers, False,
-        "Seconds between attempts. More attempts cost peers and reputation.",
+        "Seconds between attempts. More attempts burden peers and cost reputation.",
     ),
     "inlinecss": Known(
         ("inlinecss",), _flag, True,
-        "Move style sheets into the elements, in the sender's own text.",
+        "Move style sheets into the elements.",
     ),
     "keepmime": Known(
         ("keepmime",), _flag, False,
-        "Keep the text in results. It fills queues that are meant for small documents.",
+        "Keep the mail in results. It fills queues that are meant for small documents.",
     ),
     "normalize": Known(
         ("normalize",), _flag, True,
-        "Make pairs of bare CRs and LFs, in the sender's own text.",
+        "Turn bare CRs and LFs into CRLF.",
     ),
     "x-normalize": Known(
         ("normalize",), _flag, True,
@@ -319,15 +316,15 @@ FIELDS: Final[dict[str, Known]] = {
     ),
     "failure-queue": Known(
         ("queues", "failure"), _queue, False,
-        "The queue for failures. As with x-mq-results-queue.",
+        "The queue for failures; see x-mq-results-queue.",
     ),
     "success-queue": Known(
         ("queues", "success"), _queue, False,
-        "The queue for deliveries. As with x-mq-results-queue.",
+        "The queue for deliveries; see x-mq-results-queue.",
     ),
     "retry-queue": Known(
         ("queues", "retry"), _queue, False,
-        "The queue for a copy of each attempt that is repeated. As with x-mq-results-queue.",
+        "The queue for a copy at each retry; see x-mq-results-queue.",
     ),
     "smarthost-name": Known(
         ("smarthost", "name"), _word, False,
@@ -335,11 +332,11 @@ FIELDS: Final[dict[str, Known]] = {
     ),
     "smarthost-hostname": Known(
         ("smarthost", "hostname"), _word, False,
-        "The host that takes this mail. It could be one in the operator's network.",
+        "The host to deliver to. It could be a host in the operator's network.",
     ),
     "smarthost-port": Known(
         ("smarthost", "port"), _port, False,
-        "Its port. Any service could be spoken to.",
+        "Its port. Any service could be contacted.",
     ),
     "smarthost-username": Known(
         ("smarthost", "username"), _word, False,
@@ -351,65 +348,65 @@ FIELDS: Final[dict[str, Known]] = {
     ),
     "dsn-notify": Known(
         ("dsn", "notify"), _word, True,
-        "When the sender wants to hear of it, as NOTIFY of RCPT.",
+        "The events that the sender wants reports of, as NOTIFY of RCPT.",
     ),
     "dsn-ret": Known(
         ("dsn", "ret"), _word, True,
-        "How much of the mail a report has, as RET of MAIL.",
+        "The part of the mail that reports contain, as RET of MAIL.",
     ),
     "dsn-orcpt": Known(
         ("dsn", "orcpt"), _word, True,
-        "Whom the mail was for at first, as ORCPT of RCPT.",
+        "The original recipient, as ORCPT of RCPT.",
     ),
     "dsn-envid": Known(
         ("dsn", "envid"), _word, True,
-        "The sender's name for the mail, as ENVID of MAIL.",
+        "The sender's id of the mail, as ENVID of MAIL.",
     ),
     "dsn-envelope": Known(
         ("dsn", "envelope"), _word, False,
-        "The sender of a report: somebody else's name.",
+        "The sender of reports. It could name somebody else.",
     ),
     "dsn-mta": Known(
         ("dsn", "mta"), _word, False,
-        "The reporting host: somebody else's name.",
+        "The reporting host. It could name somebody else.",
     ),
 }  # fmt: skip
-"""Name of the field without "x-mq-" -> what is known of it.
+"""The known fields, by name without "x-mq-".
 
-A field that is not here becomes a property of its own name, a string. That is safe: applications
-find their own names in the results by it, and nothing in mailerq reads them (`_RESERVED`).
+Any other field becomes a string property of its own name, for applications that read the results.
+That is safe, because nothing in mailerq reads such properties (`_RESERVED`).
 """
 
 _PATHS: Final = frozenset(known.path[0] for known in FIELDS.values())
 _SPELLING: Final = Spelling(name for name in FIELDS if name != "x-normalize")
 
 EVERYTHING: Final = Rights(frozenset((*FIELDS, OTHERS)))
-"""For whoever may write the queue as well: the command line, documents, plugins."""
+"""For the command line, documents and plugins, which could also write to the queue."""
 
 _WORDS: Final[dict[str, frozenset[str]]] = {
     "none": frozenset(),
     "all": EVERYTHING.fields,
     "safe": frozenset((OTHERS, *(name for name, known in FIELDS.items() if known.safe))),
     OTHERS: frozenset((OTHERS,)),
-    # a property stands for all of its fields
+    # a property means all of its fields
     **{
         known.path[0]: frozenset(n for n, other in FIELDS.items() if other.path[0] == known.path[0])
         for known in FIELDS.values()
     },
 }
-"""What may stand in `smtp-extract` -> the fields that it allows."""
+"""The words of `smtp-extract`, and the fields that each allows."""
 
 
 def rights_of(words: Sequence[str], *, longest: float) -> Rights:
-    """What the words of `smtp-extract` allow; times lie `longest` seconds ahead, but for ``all``.
+    """Return the rights that words of `smtp-extract` give, with times at most `longest` ahead.
 
-    Raises ValueError for a word that is none.
+    ``all`` has no limit for times. Raises ValueError for an unknown word.
     """
     for word in words:
         if word not in _WORDS:
             raise ValueError(f"{word!r} is none of {', '.join(sorted(_WORDS))}")
     if "none" in words and len(words) > 1:
-        raise ValueError("none stands alone")
+        raise ValueError("none must be the only word")
     if "all" in words:
         return EVERYTHING
     return Rights(frozenset().union(*(_WORDS[word] for word in words)), longest)
@@ -418,10 +415,10 @@ def rights_of(words: Sequence[str], *, longest: float) -> Rights:
 _REPEATABLE: Final = frozenset({"ips", "tags"})
 
 _RESERVED: Final = frozenset({
-    # what the server says about a message is not the sender's to say
+    # set by the server only
     "recipient", "message-id", "received", "hostname", "connection", "cli", "spool", "http",
     "checks", "results", "seen", "forcedip", "domain", "nextattempt", "extracted",
-    # what the client has asked for in MAIL
+    # parameters of MAIL
     "smtputf8", "requiretls", "binarymime",
     # the body, and properties of a type that a field cannot carry
     "mime", "mime-base64", "key", "data", "dkim", "dsn", "headers", "ips",

@@ -1,19 +1,18 @@
-"""Find, count, add and take out header fields, without looking at more than they need.
+"""Find, count, add and remove header fields.
 
-Every message that passes comes through here, so nothing below walks the header in Python
-unless something was found in it: the questions are answered by `bytes.find` on one copy of
-the header, and a body is copied only when fields are really added or taken out.
+Every mail passes through here, so the code searches one copy of the header with expressions that
+run in C, and loops in Python only over fields that were found. A body is copied only when fields
+are added or removed.
 
 Theory of operation
 -------------------
-A line ends with CRLF, and also with a CR or an LF alone: that is what such a byte turns
-into when the message is sent on, and a field that is hidden behind one must not be seen for
-the first time by the next server. The header ends at the first empty line, which is where two
-line ends meet. A message whose first line is no field has no header, it is all body.
+A line ends with CRLF, or with a CR or LF alone, because a bare CR or LF becomes CRLF when the mail
+is sent: otherwise the next server would see fields that this one missed. The header ends at the
+first empty line, where two line ends meet. A mail whose first line is not a field has no header.
 
-A header ends within `HEADER_LIMIT`, or the mail is refused: so no question costs more than some
-milliseconds, whatever was sent, and only the first bytes of a large mail are read as a header.
-Every expression below reads a byte once: runs are possessive, and a search starts at a line end.
+A header must end within `HEADER_LIMIT`, or the mail is refused. So a search takes a few
+milliseconds at most, and only the start of a large mail is read as a header. Every expression below
+reads each byte once: runs are possessive, and a search starts at a line end.
 """
 
 from __future__ import annotations
@@ -40,33 +39,33 @@ __all__ = [
     "unfold",
 ]
 
-# A field name is printable ASCII without the colon (RFC 5322, section 3.6.8); blanks before
-# the colon are obsolete syntax that must be read (section 4.5).
+# A field name is printable ASCII without a colon (RFC 5322, section 3.6.8). Blanks before the
+# colon are obsolete syntax that must be accepted (section 4.5).
 _FIRST_FIELD: Final = re.compile(rb"[!-9;-~]++[ \t]*+:").match
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r").match
 _NAME: Final = re.compile(rb"([^\r\n:]*+)(:?)").match
 _END: Final = re.compile(rb"\r\n\r\n").search
-# In `Header._lines`, where CR LF may have become two LF.
+# For `Header._lines`, where CRLF may have become two LFs.
 _FIELD_END: Final = re.compile(rb"\n(?![ \t\n])").search
 
 Finder = Callable[[bytes], Iterator[re.Match[bytes]]]
 """The `finditer` of an expression."""
 
 HEADER_LIMIT: Final = 1 << 20
-"""Bytes in which a header must end. The longest that mail programs write have some 100 kB."""
+"""Bytes of a header. The longest headers of mail programs have some 100 kB."""
 
 LINE_LIMIT: Final = 78
-"""Longest line, without its CRLF, of a field that is made here (RFC 5322, section 2.1.1)."""
+"""Length of a line, without CRLF, of fields that are made here (RFC 5322, section 2.1.1)."""
 
 NAME_LIMIT: Final = 255
-"""Longest name that is copied into a Received field; a domain cannot be longer."""
+"""Length of a name in a Received field; a domain cannot be longer."""
 
 
 class Field(NamedTuple):
-    """One header field as it stands in the message.
+    """One header field of a mail.
 
-    `name` is in lower case, `value` is what follows the colon with its folding and without
-    its last line end, `start` and `end` are the offsets of the whole field in the message.
+    `name` is in lower case. `value` is the text after the colon, still folded, without the last
+    line end. `start` and `end` are the offsets of the whole field in the mail.
     """
 
     name: bytes
@@ -76,7 +75,7 @@ class Field(NamedTuple):
 
 
 class Header:
-    r"""The header of a message: where it ends and what stands in it.
+    r"""The header of a mail: its fields and its end.
 
     >>> header = Header(b"To: a@b.test\r\nSubject: x\r\n\r\nbody")
     >>> header.has(b"subject"), header.has(b"from")
@@ -86,22 +85,21 @@ class Header:
     __slots__ = ("_lines", "_mime", "body", "end", "is_whole")
 
     end: int
-    """Offset behind the last field."""
+    """Offset of the end of the last field."""
 
     body: int
-    """Offset of the body: behind the empty line, or the length of a message without one."""
+    """Offset of the body, after the empty line; the length of a mail without an empty line."""
 
     is_whole: bool
-    """Whether it ends within `HEADER_LIMIT`; otherwise `raw` is cut off there."""
+    """Whether the header ends within `HEADER_LIMIT`; otherwise `raw` is cut off there."""
 
-    # The header in lower case, where an LF stands before each line: the byte that is at n in `raw`
-    # is at n + 1 here.
+    # The header in lower case, with an LF before each line: byte n of `raw` is byte n + 1 here.
     _lines: bytes
 
     def __init__(self, mime: bytes) -> None:
         self.end, self.body, self.is_whole = _boundaries(mime)
         self._mime = mime
-        # In this order no more than two copies of a long one are there at a time.
+        # This order keeps at most two copies of a long header in memory at a time.
         lines = (b"\n" + mime[: self.end]).lower()
         if mime.count(b"\r", 0, self.end) != mime.count(b"\r\n", 0, self.end):
             lines = lines.replace(b"\r", b"\n")
@@ -113,22 +111,22 @@ class Header:
         return self._mime[: self.end]
 
     def holds(self, text: bytes) -> bool:
-        """Whether that stands anywhere in it, written in lower case and without line ends."""
+        """Whether the header contains `text` (in lower case, without line ends)."""
         return text in self._lines
 
     def has(self, name: bytes) -> bool:
-        """Whether there is a field of that name, which is given in lower case."""
+        """Whether there is a field with this name (in lower case)."""
         return self.count(name, limit=1) == 1
 
     def count(self, name: bytes, *, limit: int) -> int:
-        """How many fields have that name (in lower case), counting no further than `limit`."""
+        """Count the fields with this name (in lower case), up to `limit`."""
         found = 0
         for _ in islice(_field_named(name)(self._lines), limit):
             found += 1
         return found
 
     def fields(self) -> Iterator[Field]:
-        """Walk the fields from the top. A line that is no field comes with an empty name."""
+        """Yield the fields from the top. A line that is not a field has an empty name."""
         end = 0
         while end < self.end:
             field = self._field(end)
@@ -136,10 +134,10 @@ class Header:
             yield field
 
     def found_by(self, find: Finder) -> Iterator[Field]:
-        r"""The fields whose beginning an expression finds, from the top.
+        r"""Yield the fields whose start matches an expression, from the top.
 
-        It is for lower case, starts with the ``\n`` that stands before each line, and should go
-        on to the colon: other lines then cost nothing in Python.
+        The expression is in lower case and starts with the ``\n`` before each line. It should
+        include the colon, so that other lines cost nothing in Python.
         """
         for match in find(self._lines):
             yield self._field(match.start())
@@ -158,10 +156,10 @@ class Header:
 
 
 def head_of(mail: bytes | memoryview) -> bytes:
-    """The part of a mail that is edited: all of a small one, of a view the header.
+    """Return the part of a mail that is edited: the header of a view, or all of a small mail.
 
-    Where no header ends within `HEADER_LIMIT`, it is a byte longer than that: so its `Header` is
-    not whole.
+    If no header ends within `HEADER_LIMIT`, the part is one byte longer than the limit, so its
+    `Header` is not whole.
     """
     if isinstance(mail, bytes):
         return mail
@@ -171,12 +169,12 @@ def head_of(mail: bytes | memoryview) -> bytes:
 
 @lru_cache(maxsize=16)
 def _field_named(name: bytes) -> Finder:
-    """What finds the fields of a name, which is in lower case, in `Header._lines`."""
+    """Return a finder for fields with this name (in lower case) in `Header._lines`."""
     return re.compile(rb"\n%b[ \t]*+:" % re.escape(name)).finditer
 
 
 def _boundaries(mime: bytes) -> tuple[int, int, bool]:
-    """Where the header ends, where the body starts, and whether that is within the limit."""
+    """Return the end of the header, the start of the body, and whether that is within the limit."""
     if not _FIRST_FIELD(mime, 0, HEADER_LIMIT):
         empty = _LINE_END(mime)
         return 0, empty.end() if empty else 0, True
@@ -191,7 +189,7 @@ def _boundaries(mime: bytes) -> tuple[int, int, bool]:
 
 
 def unfold(value: bytes) -> bytes:
-    """Make a field's value one line: each fold becomes one space, outer blanks go."""
+    """Unfold a value into one line: each fold becomes one space, and outer blanks are removed."""
     if b"\n" in value or b"\r" in value:
         lines = value.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         value = b" ".join([line.strip(b" \t") for line in lines])
@@ -199,10 +197,10 @@ def unfold(value: bytes) -> bytes:
 
 
 def prepend(mime: bytes, *fields: bytes) -> bytes:
-    """Put complete fields, each with its CRLF, on top of a message.
+    """Add complete fields, each with its CRLF, at the top of a mail.
 
-    A message that has no header gets the empty line as well, so that its text does not
-    become part of what is added.
+    A mail without a header also gets an empty line, so that its text does not become part of the
+    header.
     """
     if mime and not _FIRST_FIELD(mime, 0, HEADER_LIMIT) and not _LINE_END(mime):
         return b"".join((*fields, b"\r\n", mime))
@@ -210,11 +208,10 @@ def prepend(mime: bytes, *fields: bytes) -> bytes:
 
 
 def remove(mime: bytes, fields: Iterable[Field]) -> bytes:
-    """Take fields, given from the top, out of a message; all other bytes stay as they are.
+    """Remove fields, given from the top, from a mail; keep all other bytes.
 
-    One byte can be added: a CR that ended a line alone and would come to stand before an LF
-    gets an LF of its own. Together they would be one line end where there were two, and an
-    empty line, so the end of the header, would be lost.
+    One byte may be added: if a bare CR would be followed by an LF, it gets its own LF first.
+    Otherwise the two line ends would become one, and the empty line after the header would be lost.
     """
     view = memoryview(mime)
     pieces: list[bytes | memoryview] = []
@@ -238,12 +235,12 @@ _last_date: tuple[int, str] = (-1, "")
 
 
 def format_date(now: float) -> str:
-    """Write seconds since 1970 as RFC 5322 section 3.3 wants it, in UTC."""
+    """Format seconds since 1970 in UTC as a date of RFC 5322, section 3.3."""
     global _last_date
     second = int(now)
     known, text = _last_date
     if second != known:
-        # Not strftime: the names in a message are English whatever the locale is.
+        # strftime would use names of the locale.
         year, month, day, hour, minute, sec, weekday, *_ = time.gmtime(second)
         text = (
             f"{_DAYS[weekday]}, {day} {_MONTHS[month - 1]} {year:04}"
@@ -254,17 +251,17 @@ def format_date(now: float) -> str:
 
 
 def date_field(now: float) -> bytes:
-    """A complete Date field."""
+    """Make a complete Date field."""
     return f"Date: {format_date(now)}\r\n".encode("ascii")
 
 
 def message_id_field(id: str, hostname: str) -> bytes:
-    """A complete Message-ID field for a message that came without one."""
+    """Make a complete Message-ID field for a mail without one."""
     return f"Message-ID: <{_clean_id(id)}@{_clean(hostname)}>\r\n".encode("ascii")
 
 
 def protocol_name(*, extended: bool, secure: bool, authenticated: bool) -> str:
-    """What stands behind "with" in a Received field (RFC 3848)."""
+    """Return the protocol after "with" in a Received field (RFC 3848)."""
     if not extended:
         return "SMTP"
     return f"ESMTP{'S' if secure else ''}{'A' if authenticated else ''}"
@@ -277,7 +274,7 @@ _PLAIN_MAILBOX: Final = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~@:\[\]-]+").fu
 
 @lru_cache(maxsize=1024)
 def _clean(name: str) -> str:
-    """A name from outside in which nothing can end a line, a clause or a comment."""
+    """Replace characters of a name that could end a line, a clause or a comment."""
     return _UNCLEAN.sub("?", name[:NAME_LIMIT]) or "unknown"
 
 
@@ -296,12 +293,12 @@ def received(
     recipient: str | None = None,
     user: str | None = None,
 ) -> bytes:
-    r"""A complete Received field (RFC 5321, section 4.4), folded below `LINE_LIMIT`.
+    r"""Make a complete Received field (RFC 5321, section 4.4), folded to `LINE_LIMIT`.
 
-    `helo` is what the client called itself and `client_ip` its address; both are None for
-    mail that did not come through a socket, and `user` says whose it was then. `recipient`
-    is for the only recipient of a transaction; who the others are is nobody's business.
-    One with a quoted or an international local part is left out.
+    `helo` and `client_ip` are the name and the address of the client. Both are None for mail that
+    did not come over a socket; `user` is then its account. Pass `recipient` only for the single
+    recipient of a transaction, because the field would disclose recipients to each other. A
+    recipient with a quoted or international local part is left out.
 
     >>> received(hostname="mx.test", id="7f", now=0, user="ann")
     b'Received: by mx.test (from user ann) id 7f; Thu, 1 Jan 1970 00:00:00 +0000\r\n'
@@ -328,7 +325,7 @@ def received(
 
 
 def _fold(line: str, words: list[str]) -> str:
-    """Join words; break the line at an LF, and before a word that would make it too long."""
+    """Join words. Break the line at an LF, and before a word that would make the line too long."""
     text = ""
     for word in words:
         if word == "\n" or (len(line) + len(word) > LINE_LIMIT and not line.endswith(("\t", ": "))):

@@ -1,1 +1,1 @@
-# The module of this name is compiled; nothing in it has need of types.
+# Marks the module of this name for compilation; it needs no types.

@@ -1,4 +1,4 @@
-"""Turn a mail that came in into messages: one JSON document for each recipient."""
+"""Turn a received mail into messages: one JSON document for each recipient."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from mailerq.message import Message, format_time
 __all__ = ["HOP_LIMIT", "Envelope", "Problem", "Reception", "messages"]
 
 HOP_LIMIT: Final = 100
-"""Received fields from which on a mail is taken to be looping (RFC 5321, section 6.3)."""
+"""Received fields of a mail, including the one that is added here (RFC 5321, section 6.3).
+
+A mail with more is looping. So a mail that arrives with this number is refused.
+"""
 
 
 class Problem(StrEnum):
-    """Why a mail cannot be taken. The values go on from "the mail"."""
+    """Why a mail is refused. The values continue a sentence that starts with "the mail"."""
 
     HEADER = f"has a header of more than {headers.HEADER_LIMIT} bytes"
     FIELDS = f"has more than {FIELDS_LIMIT} bytes of x-mq-* fields"
@@ -28,13 +31,12 @@ class Problem(StrEnum):
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """Where a mail came from and where it shall go, apart from its content.
+    """The origin and the recipients of a mail, apart from its content.
 
-    `properties` is what stands in every message beside that: the object ``connection`` of
-    mail by SMTP, ``cli`` of mail from the command line; `recipient_properties`, where it is
-    given, has what belongs to each recipient alone. `protocol`, `helo`, `client_ip` and
-    `user` are for the Received field, see `mailerq.mail.headers.received`. `trusted` says
-    that x-mq-* fields count, `rights` which of them.
+    `properties` go into every message: the object ``connection`` for SMTP, ``cli`` for the command
+    line. `recipient_properties`, if given, has the properties of each recipient. `protocol`,
+    `helo`, `client_ip` and `user` are for the Received field, see `mailerq.mail.headers.received`.
+    If `trusted`, the x-mq-* fields that `rights` allow have an effect.
     """
 
     sender: str
@@ -50,9 +52,9 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class Reception(msgspec.Struct, frozen=True):
-    """What `messages` made. `ignored` says which x-mq-* fields were unusable, for the log.
+    """The result of `messages`. `ignored` has a log text for each x-mq-* field without effect.
 
-    `doubtful` has the names of those that may be misspelt, each with the one that is meant.
+    `doubtful` has the fields that may be misspelt, each with the name that was probably meant.
     """
 
     messages: list[Message]
@@ -69,11 +71,11 @@ def messages(
     next_id: Callable[[], str],
     outbox: str = "",
 ) -> Reception | Problem:
-    """Build the messages, in the order of the recipients, or say why the mail cannot be taken.
+    """Build the messages, in the order of the recipients, or return why the mail is refused.
 
-    x-mq-* fields are taken out, a Received field is put on top, and a Message-ID where there
-    is none. All messages share one body; each has its own id and properties of its own,
-    down to the last object in them. No x-mq-* field has results go to the `outbox`.
+    The body loses its x-mq-* fields, and gets a Received field and, if missing, a Message-ID. All
+    messages share one body. Each has its own id and a deep copy of the properties. No x-mq-* field
+    can send results to the `outbox`.
     """
     header = headers.Header(mime)
     if not header.is_whole:
@@ -89,7 +91,7 @@ def messages(
         outbox=outbox,
         header=header,
     )
-    del header  # a long one is not kept beside what becomes of it
+    del header  # a long header is not kept beside the edited one
     if extraction is None:
         return Problem.FIELDS
     if extraction.mime is not mime:
@@ -137,14 +139,14 @@ def messages(
 
 
 def _copies(properties: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The properties themselves, for the one recipient that most mails have, then copies."""
+    """Yield the properties themselves for the first recipient, then copies."""
     yield properties
     while True:
         yield _copy(properties)
 
 
 def _copy(value: Any) -> Any:
-    """A copy down to the last object; the arrays hold texts and numbers only."""
+    """Copy all objects; arrays are copied shallowly, because they hold texts and numbers only."""
     if isinstance(value, dict):
         return {name: _copy(item) for name, item in value.items()}
     return value[:] if isinstance(value, list) else value

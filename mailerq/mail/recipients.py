@@ -1,8 +1,8 @@
-"""Read from its header who a mail is from and whom it is for (RFC 5322, sections 3.4 and 4.4).
+"""Read the sender and the recipients of a mail from its header (RFC 5322, sections 3.4 and 4.4).
 
-For mail that comes without an envelope: from the command line. Addresses come back as they
-are written, without names and comments; whether they can be used is `mailerq.address`'s to
-say. A name without a domain comes back as such.
+This is for mail without an envelope, from the command line. Addresses are returned as written,
+without names and comments. They are not checked: `mailerq.address` does that. A name without a
+domain is returned as it is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mailerq.mail.headers import Header, unfold
 
 __all__ = ["addresses", "recipients", "sender"]
 
-# One token: blanks, a word (a run of characters, a quoted text, a domain literal), or a
-# special character. A dot is part of a word, so that "a..b" stays in one piece.
+# One token: blanks, a word (a run of characters, a quoted text or a domain literal), or a special
+# character. A dot is part of a word, so "a..b" is one word.
 _TOKEN: Final = re.compile(
     r"""[ \t\r\n]+
     |   (?P<word> [^ \t\r\n()<>\[\]:;@\\,"]+ | "[^"\\]*+(?:\\.[^"\\]*+)*"
@@ -30,9 +30,9 @@ _IN_COMMENT: Final = re.compile(r"\\.|[()]", re.DOTALL).search
 
 
 def recipients(header: Header) -> list[str]:
-    """Whom To, Cc and Bcc name, each address once. Raises `AddressError`, which names the field.
+    """List the addresses in To, Cc and Bcc, each once. Raises `AddressError`, naming the field.
 
-    Of a mail that was sent on with Resent-* fields their topmost block counts instead (3.6.6).
+    In a mail with Resent-* fields, the topmost Resent-* block is used instead (section 3.6.6).
     """
     fields = _fields(header)
     found: dict[str, None] = {}
@@ -46,10 +46,10 @@ def recipients(header: Header) -> list[str]:
 
 
 def sender(header: Header) -> str | None:
-    """Who a mail is from: empty for the null sender, None where nobody is named.
+    """Return the sender of a mail: empty for the null sender, None if no field names one.
 
-    It is the first address in X-Mq-Envelope, Return-Path, Sender and From (or Resent-Sender
-    and Resent-From), in this order; a field that holds none is passed over.
+    The sender is the first address in X-Mq-Envelope, Return-Path, Sender and From (or Resent-Sender
+    and Resent-From), in this order. A field without an address is skipped.
     """
     fields = _fields(header)
     for name in (b"x-mq-envelope", b"return-path", b"sender", b"from"):
@@ -65,7 +65,7 @@ def sender(header: Header) -> str | None:
 
 
 def _fields(header: Header) -> dict[bytes, list[bytes]]:
-    """The unfolded values of all fields, where a Resent-* block stands in for the first ones."""
+    """Return the unfolded values of all fields. A Resent-* block replaces the original ones."""
     fields: dict[bytes, list[bytes]] = {}
     for field in header.fields():
         fields.setdefault(field.name, []).append(unfold(field.value))
@@ -79,7 +79,7 @@ _REPLACED: Final = (b"sender", b"from", b"to", b"cc", b"bcc")
 
 
 def _resent(header: Header) -> dict[bytes, list[bytes]]:
-    """The topmost block of Resent-* fields, by their names without Resent-."""
+    """Return the topmost block of Resent-* fields, by name without "resent-"."""
     block: dict[bytes, list[bytes]] = {}
     for field in header.fields():
         name = field.name.removeprefix(b"resent-")
@@ -95,22 +95,22 @@ def _text(value: bytes) -> str:
 
 
 def addresses(text: str) -> Iterator[str]:
-    """Each address of an address list, out of groups and obsolete source routes as well.
+    """Yield each address of an address list, also in groups and after obsolete source routes.
 
-    Raises `AddressError` where the text is no such list.
+    Raises `AddressError` if the text is not an address list.
 
     >>> list(addresses('Ann <ann@a.test>, "b, b"@b.test (Bob), list: c@c.test, root;'))
     ['ann@a.test', '"b, b"@b.test', 'c@c.test', 'root']
     """
-    words: list[str] = []  # what was read of the current address, or of the name before it
-    inside: list[str] | None = None  # the same between < and >
-    mailbox: str | None = None  # what stood there
+    words: list[str] = []  # words so far of the current address, or of the name before it
+    inside: list[str] | None = None  # words so far after a <
+    mailbox: str | None = None  # the address between < and >
     for token in _tokens(text):
         if inside is not None:
             if token == ">":
                 mailbox, inside = _mailbox(inside), None
             elif token == ":":
-                inside = []  # that was a source route
+                inside = []  # the words were a source route
             else:
                 inside.append(token)
         elif token == "<" and mailbox is None:
@@ -120,7 +120,7 @@ def addresses(text: str) -> Iterator[str]:
                 yield mailbox or _mailbox(words)
             words, mailbox = [], None
         elif token == ":" and mailbox is None and words:
-            words = []  # that was the name of a group
+            words = []  # the words were the name of a group
         elif mailbox is None and token not in (":", ">"):
             words.append(token)
         else:
@@ -132,7 +132,7 @@ def addresses(text: str) -> Iterator[str]:
 
 
 def _mailbox(words: Sequence[str]) -> str:
-    """Put an address together: words with dots between them, one @, a domain or a literal."""
+    """Join the words of an address: words with dots between them, one @, a domain or a literal."""
     previous = "."
     at = False
     for word in words:
@@ -158,7 +158,7 @@ _SPECIALS: Final = frozenset("()<>:;@,")
 
 
 def _tokens(text: str) -> Iterator[str]:
-    """Words and special characters, without blanks and comments."""
+    """Yield words and special characters, without blanks and comments."""
     position = 0
     while position < len(text):
         match = _TOKEN(text, position)
@@ -172,7 +172,7 @@ def _tokens(text: str) -> Iterator[str]:
 
 
 def _comment_end(text: str, position: int) -> int:
-    """Where the comment ends whose parenthesis is open before `position`."""
+    """Return the end of the comment that was opened before `position`."""
     depth = 1
     while depth:
         match = _IN_COMMENT(text, position)

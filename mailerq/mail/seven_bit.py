@@ -1,23 +1,21 @@
-"""Turn a mail with 8-bit bytes in it into one of ASCII, for a peer without 8BITMIME.
+"""Convert a mail with 8-bit bytes to ASCII, for a peer without 8BITMIME.
 
 Theory of operation
 -------------------
-RFC 6152, section 3, has a client convert such a mail or return it. Only the leaves of a mail
-can be encoded (RFC 2045, section 6.4), so it is walked as a tree: a leaf with 8-bit bytes
-becomes quoted-printable, or base64 where that is shorter or it is no text; the containers
-around it are relabelled. Boundaries stay, and so does each part that is ASCII already. In
-header fields 8-bit bytes become encoded words (RFC 2047) and extended parameters (RFC 2231).
+RFC 6152, section 3, requires a client to convert such a mail or to return it. Only the leaves of a
+mail can be encoded (RFC 2045, section 6.4), so the converter walks the mail as a tree. A leaf with
+8-bit bytes becomes quoted-printable, or base64 if that is shorter or the leaf is not text. The
+containers around a leaf get a new Content-Transfer-Encoding. Boundaries and ASCII parts are kept.
+In header fields, 8-bit bytes become encoded words (RFC 2047) and extended parameters (RFC 2231).
 
-The walk goes over the bytes once, and finds where what begins and how it is to be encoded. It keeps
-no more than that and the headers: `Converted` encodes block by block, each time it is asked.
+The walk reads the bytes once, and finds where each part starts and how to encode the part. It keeps
+the headers and these decisions only: `Converted` encodes the parts block by block on each request.
 
-Lines that begin with two hyphens are looked at in their
-order, each against the boundaries that are open then, so neither many parts nor deep nesting
-makes it slower than linear.
+Each line that starts with two hyphens is compared with the boundaries that are open there, so many
+parts or deep nesting cannot make the walk slower than linear.
 
-What cannot be said in ASCII, an address for example, makes a mail that cannot be converted.
-A signature over what is converted does not hold any more; without conversion nobody would
-get to see it either.
+A mail cannot be converted if ASCII cannot express a part of it, for example an address. Conversion
+breaks signatures over the converted parts; without it the mail would not be delivered at all.
 """
 
 from __future__ import annotations
@@ -31,37 +29,37 @@ from typing import Final
 
 from mailerq.mail.headers import HEADER_LIMIT, unfold
 from mailerq.wire._lines import Buffer
-from mailerq.wire.framing import has_bare_newline
+from mailerq.wire.framing import has_bare_newline, in_pairs
 
 __all__ = ["Converted", "convert", "to_seven_bit"]
 
 MAX_DEPTH: Final = 50
-"""Parts within parts. Mail that people write has five."""
+"""Depth of nested parts. Real mail has about five levels."""
 
 MAX_PARTS: Final = 10_000
-"""Parts of one mail. A digest of a busy list has some hundred; each takes time and memory."""
+"""Parts of one mail. A digest of a busy list has some hundred; each part takes time and memory."""
 
 MAX_BOUNDARY: Final = 200
 """Bytes of a boundary. RFC 2046 allows 70."""
 
 MAX_FIELD: Final = 1 << 17
-"""Bytes of a field with 8-bit bytes. One expression reads all of it, and holds Python's lock."""
+"""Bytes of a field with 8-bit bytes: one expression reads the whole field under Python's lock."""
 
 MAX_PARAMETERS: Final = 1 << 14
-"""Bytes of a field whose parameters are read."""
+"""Bytes of a field that are searched for parameters."""
 
 BLOCK_BYTES: Final = 57 << 9
-"""How much is encoded at a time: other threads have their turn in between. It is a multiple of
-what a line of base64 holds."""
+"""Bytes to encode at a time, so that other threads can run in between. A multiple of the 57 bytes
+in a line of base64."""
 
 SHORT_BYTES: Final = 60
-"""By so much quoted-printable may be longer than base64, which nobody can read."""
+"""Quoted-printable may be this much longer than base64, because people can read it."""
 
 SEARCH_BYTES: Final = 1 << 20
-"""How much is searched at a time."""
+"""Bytes to search at a time."""
 
 WORD_CHARS: Final = 48
-"""Characters of an encoded word without its frame: a line may have 76 (RFC 2047, section 2)."""
+"""Encoded characters of an encoded word: its line has at most 76 (RFC 2047, section 2)."""
 
 _FIELD: Final = re.compile(rb"[!-9;-~]++[ \t]*+:").match
 _FIELDS: Final = re.compile(rb"\r\n(?![ \t])").split
@@ -70,7 +68,7 @@ _TYPE: Final = re.compile(rb"\s*+([\w!#$&^.+-]++)\s*+/\s*+([\w!#$&^.+-]++)").mat
 _PARAMETER: Final = re.compile(
     rb';(\s*+)([^\s=;"]++)(\s*+=\s*+)("[^"\\]*+(?:\\.[^"\\]*+)*"|[^\s;"]*+)', re.DOTALL
 )
-# In an address list: what is quoted, what stands in angle brackets, words with blanks between.
+# In an address list: quoted text, text in angle brackets, or words with blanks between them.
 _IN_LIST: Final = re.compile(
     rb'(?P<quoted>"[^"\\]*+(?:\\.[^"\\]*+)*(?:"|\\?\Z))|(?P<angle><[^>]*+>?)'
     rb'|(?P<words>[^\s"(),:;<>@\[\]\\]++(?:\s++[^\s"(),:;<>@\[\]\\]++)*)|.',
@@ -84,7 +82,7 @@ _QUESTION_MARKS: Final = bytes.maketrans(_HIGH_BYTES, b"?" * 128)
 _ESCAPED: Final = [bytes((byte,)) if byte < 128 else b"=%02X" % byte for byte in range(256)]
 _Q_SAFE: Final = frozenset(
     b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+/-"
-)  # what may stand in an encoded word wherever that is (RFC 2047, section 5)
+)  # bytes that an encoded word may contain in every place (RFC 2047, section 5)
 _Q: Final = [
     bytes((byte,)) if byte in _Q_SAFE else b"_" if byte == 32 else b"=%02X" % byte
     for byte in range(256)
@@ -104,19 +102,19 @@ _RIGID: Final = frozenset(
     b" content-transfer-encoding content-id dkim-signature arc-seal arc-message-signature"
     b" arc-authentication-results authentication-results".split()
 )
-"""Fields whose grammar has no place for encoded words, and in which 8-bit bytes are junk."""
+"""Fields whose grammar does not allow encoded words; 8-bit bytes in them are junk."""
 
 _SEVEN: Final = frozenset((b"", b"7bit", b"8bit", b"binary"))
 
 
 class _CannotConvert(Exception):
-    """There is no way to say this in ASCII."""
+    """ASCII cannot express a part of the mail, or the mail exceeds a limit."""
 
 
 class Converted:
-    """A mail in ASCII, with CRLF lines, that takes no memory but that of the mail it is made of.
+    """A mail in ASCII with CRLF lines, which is encoded on request from the mail it refers to.
 
-    Its length is that of the bytes which `blocks` gives, as often as it is called.
+    Its length is the total length of its blocks.
     """
 
     def __init__(self, pieces: Sequence[bytes | _Piece]) -> None:
@@ -127,7 +125,7 @@ class Converted:
         return self._size
 
     def blocks(self) -> Iterator[bytes]:
-        """The mail in pieces of any length, each made when it is asked for."""
+        """Yield the mail in pieces of any length, each encoded on request. Callable again."""
         for piece in self._pieces:
             if isinstance(piece, bytes):
                 yield piece
@@ -136,11 +134,11 @@ class Converted:
 
 
 def convert(mime: bytes) -> Converted | None:
-    """The mail in ASCII; None where it cannot be converted."""
+    """Convert a mail with 8-bit bytes to ASCII; return None if that is impossible."""
     if has_bare_newline(mime):
         paired = Buffer()
         for block in _blocks(mime, 0, len(mime)):
-            paired.add(_with_pairs(block))
+            paired.add(in_pairs(block))
         mime = paired.take()
     walk = _Walk(mime)
     try:
@@ -151,9 +149,9 @@ def convert(mime: bytes) -> Converted | None:
 
 
 def to_seven_bit(mime: bytes) -> bytes | None:
-    r"""The mail in ASCII, with CRLF lines; None where it cannot be converted.
+    r"""Convert a mail to ASCII with CRLF lines; return None if that is impossible.
 
-    A mail that is ASCII comes back as it is.
+    An ASCII mail is returned unchanged.
 
     >>> to_seven_bit("Subject: Gr\u00fc\u00dfe\r\n\r\nhi".encode())
     b'Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n\r\nhi'
@@ -170,25 +168,25 @@ def to_seven_bit(mime: bytes) -> bytes | None:
 
 
 class _Walk:
-    """The one pass over a mail; `out` is what came of it so far."""
+    """One pass over a mail; `out` is the output so far."""
 
     def __init__(self, mime: bytes) -> None:
         self.out: list[bytes | _Piece] = []
         self._mime = mime
-        self._done = 0  # up to here it is in `out`
+        self._done = 0  # end of the input that is in `out`
         self._parts = 0
-        self._headers = 0  # bytes of all of them so far
-        self._open: list[bytes] = []  # boundaries, the outermost first
-        self._blank = -1  # an empty line: the CRLF before it
+        self._headers = 0  # bytes of all headers so far
+        self._open: list[bytes] = []  # boundaries, outermost first
+        self._blank = -1  # the CRLF before the next empty line
         self._line = 0 if mime.startswith(b"--") else self._hyphens(0)
 
-    # Lines that begin with two hyphens: `_line` is the next one.
+    # Lines that start with two hyphens: `_line` is the next one.
 
     def _hyphens(self, start: int) -> int:
         return min(self._find(b"\r\n--", start) + 2, len(self._mime))
 
     def _find(self, what: bytes, start: int) -> int:
-        """Where that is, or the end of the mail; without holding up other threads for long."""
+        """Return the offset of `what`, or the end of the mail; let other threads run meanwhile."""
         mime, overlap = self._mime, len(what) - 1
         while start < len(mime):
             found = mime.find(what, start, start + SEARCH_BYTES + overlap)
@@ -201,9 +199,9 @@ class _Walk:
         return all(block.isascii() for block in _blocks(self._mime, start, end))
 
     def _delimiter(self, limit: int) -> tuple[int, bool] | None:
-        """The next delimiter before `limit`, which `_line` is at then.
+        """Move `_line` to the next delimiter before `limit`.
 
-        It comes as the place of its boundary in `_open`, and whether it is the last of it.
+        Return the index of its boundary in `_open`, and whether it is the closing delimiter.
         """
         while self._line < limit:
             line = self._mime[self._line + 2 : self._line + 6 + MAX_BOUNDARY]
@@ -216,7 +214,7 @@ class _Walk:
         return None
 
     def _pass(self) -> None:
-        """Put out all up to the end of the delimiter's line."""
+        """Copy the input up to the end of the line of the delimiter."""
         end = self._mime.find(b"\r\n", self._line)
         end = len(self._mime) if end < 0 else end + 2
         self._put_out(_as_it_is, self._done, end)
@@ -228,15 +226,15 @@ class _Walk:
             self.out.append(_Piece(encode, self._mime, start, end, end - start))
 
     def _junk(self) -> None:
-        """Put out what nobody is meant to read: before the first part, and behind the last."""
+        """Copy the text before the first part or after the last; nobody is meant to read it."""
         self._delimiter(len(self._mime))
         self._put_out(_question_marks, self._done, self._line)
         self._done = self._line
 
-    # Entities: each puts out all up to the next delimiter of a boundary that was open before.
+    # Entities: each method converts the input up to the next delimiter of an enclosing boundary.
 
     def entity(self, depth: int, *, message: bool, kind: bytes = b"text/plain") -> None:
-        """A message, or a part that is of `kind` where it does not say what it is."""
+        """Convert a message or a part. `kind` is its type if it has no Content-Type."""
         self._parts += 1
         if depth > MAX_DEPTH or self._parts > MAX_PARTS:
             raise _CannotConvert
@@ -250,7 +248,7 @@ class _Walk:
                 self._blank = self._find(b"\r\n\r\n", start)
             end, self._done = self._blank, min(self._blank + 4, len(mime))
             if self._delimiter(self._blank) is not None:
-                end = self._done = self._line  # it ends within its header
+                end = self._done = self._line  # the part ends within its header
             self._headers += end - start
             if self._headers > HEADER_LIMIT:
                 raise _CannotConvert
@@ -272,9 +270,9 @@ class _Walk:
     def _put(
         self, header: _Header, separator: bytes, encoding: bytes | None, *, message: bool
     ) -> None:
-        """A header, and what stands between it and what comes behind it."""
+        """Write a header and the separator after it."""
         if encoding is not None and header.encoding != encoding:
-            if not (encoding == b"7bit" and not header.encoding):  # that goes without saying
+            if not (encoding == b"7bit" and not header.encoding):  # 7bit is the default
                 header.set(b"Content-Transfer-Encoding", encoding)
             if message and not header.get(b"mime-version"):
                 header.set(b"MIME-Version", b"1.0")
@@ -292,7 +290,7 @@ class _Walk:
         found = self._delimiter(len(self._mime))
         text = found is None or found[0] != level
         if text and not self._is_ascii(before, self._line):
-            raise _CannotConvert  # no part, but text
+            raise _CannotConvert  # 8-bit text outside of parts
         self._junk()
         while found is not None and found[0] == level:
             self._pass()
@@ -308,7 +306,7 @@ class _Walk:
         self._delimiter(len(self._mime))
         start, end = self._done, self._line
         if end < len(self._mime):
-            end = max(start, end - 2)  # the CRLF before it is the delimiter's
+            end = max(start, end - 2)  # the CRLF before a delimiter belongs to the delimiter
         self._done = end
         if self._is_ascii(start, end):
             self._put(header, separator, None, message=message)
@@ -324,7 +322,7 @@ class _Walk:
 
 
 class _Header:
-    """The fields of a message or a part. Bytes that cannot stay are gone from them."""
+    """The fields of a message or a part, converted to ASCII."""
 
     def __init__(self, fields: list[bytes], kind: bytes) -> None:
         self._fields = [field if field.isascii() else _field(field) for field in fields]
@@ -340,14 +338,14 @@ class _Header:
                 self.boundary = _unquote(parameter[4]).rstrip(b" ")[:MAX_BOUNDARY]
 
     def get(self, name: bytes) -> bytes:
-        """The value of the first field of that name on one line, or nothing."""
+        """Return the unfolded value of the first field with this name, or b""."""
         if name not in self._names:
             return b""
         field = self._fields[self._names.index(name)]
         return unfold(field.partition(b":")[2])
 
     def set(self, name: bytes, value: bytes) -> None:
-        """Put a field in the place of the first of its name, or behind all others."""
+        """Replace the first field with this name, or add the field at the end."""
         field, key = name + b": " + value, name.lower()
         if key in self._names:
             self._fields[self._names.index(key)] = field
@@ -364,7 +362,7 @@ class _Header:
 
 
 def _blocks(mime: bytes, start: int, end: int) -> Iterator[bytes]:
-    """Pieces of what lies between, cut behind line ends where there are any."""
+    """Yield pieces of the input, cut after line ends where possible."""
     while start < end:
         stop = mime.find(b"\r\n", start + BLOCK_BYTES, min(start + 2 * BLOCK_BYTES, end))
         stop = min(start + 2 * BLOCK_BYTES, end) if stop < 0 else stop + 2
@@ -374,16 +372,12 @@ def _blocks(mime: bytes, start: int, end: int) -> Iterator[bytes]:
         start = stop
 
 
-def _with_pairs(block: bytes) -> bytes:
-    return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
-
-
 _Encoder = Callable[[bytes, int, int], Iterator[bytes]]
 
 
 @dataclass(slots=True, frozen=True)
 class _Piece:
-    """A part of a mail that is encoded when it is asked for, and what its length is then."""
+    """A part of a mail that is encoded on request, and its encoded size."""
 
     encode: _Encoder
     mime: bytes
@@ -408,19 +402,19 @@ def _question_marks(mime: bytes, start: int, end: int) -> Iterator[bytes]:
 
 
 def _escape_high(mime: bytes, start: int, end: int) -> Iterator[bytes]:
-    """What is in quoted-printable, and its 8-bit bytes as well."""
+    """Escape the 8-bit bytes of quoted-printable content."""
     for block in _as_it_is(mime, start, end):
         yield block if block.isascii() else b"".join(map(_ESCAPED.__getitem__, block))
 
 
 def _drop_high(mime: bytes, start: int, end: int) -> Iterator[bytes]:
-    """What is in base64: its readers pass over what is none."""
+    """Remove the 8-bit bytes of base64 content: decoders ignore them."""
     return (block.translate(None, _HIGH_BYTES) for block in _as_it_is(mime, start, end))
 
 
 def _quoted_printable(mime: bytes, start: int, end: int) -> Iterator[bytes]:
     for block in _blocks(mime, start, end):
-        # The line ends take the form of the first one there is.
+        # b2a_qp writes line ends in the form of the first one in the block.
         line_end = b"" if b"\r\n" in block else b"\r\n"
         yield binascii.b2a_qp(block + line_end, istext=True).removesuffix(line_end)
 
@@ -431,7 +425,7 @@ def _base64(mime: bytes, start: int, end: int) -> Iterator[bytes]:
 
 
 def _encode(header: _Header, mime: bytes, start: int, end: int) -> tuple[bytes, _Piece]:
-    """The name of an encoding, and the content in it."""
+    """Return an encoding, and the content in this encoding."""
     if header.encoding == b"quoted-printable":
         return header.encoding, _measured(_escape_high, mime, start, end)
     if header.encoding == b"base64":
@@ -450,7 +444,7 @@ def _measured(encode: _Encoder, mime: bytes, start: int, end: int) -> _Piece:
 
 
 def _size_of_quoted_printable(mime: bytes, start: int, end: int) -> int | None:
-    """How long the content is in this encoding, or None where base64 suits it better."""
+    """Return the size of the content as quoted-printable, or None if base64 is better."""
     most = (end - start) * 7 // 5 + SHORT_BYTES
     size, seen = 0, start
     for block, encoded in zip(
@@ -458,7 +452,7 @@ def _size_of_quoted_printable(mime: bytes, start: int, end: int) -> int | None:
     ):
         seen += len(block)
         if b"\0" in block or not (block.endswith(b"\r\n") or seen == end):
-            return None  # no text, or a line of it that is longer than a block
+            return None  # not text, or a line longer than a block
         size += len(encoded)
         if size > most:
             return None
@@ -477,7 +471,7 @@ def _is_utf8(text: bytes) -> bool:
 
 
 def _field(field: bytes) -> bytes:
-    """A field that has 8-bit bytes, without them."""
+    """Convert a field with 8-bit bytes."""
     if len(field) > MAX_FIELD:
         raise _CannotConvert
     label, colon, value = field.partition(b":")
@@ -494,7 +488,7 @@ def _field(field: bytes) -> bytes:
 
 
 def _words(text: bytes) -> bytes:
-    """Text in which runs of words with 8-bit bytes are encoded words."""
+    """Turn runs of words with 8-bit bytes into encoded words."""
     pieces: list[bytes] = []
     run: list[bytes] = []
     for index, piece in enumerate(_BLANKS(text)):
@@ -510,7 +504,7 @@ def _words(text: bytes) -> bytes:
 
 
 def _close(run: list[bytes]) -> list[bytes]:
-    """A run of words and the blanks between and behind them."""
+    """Encode a run of words with the blanks between them; keep the blanks after it."""
     if not run:
         return []
     behind = run.pop() if len(run) % 2 == 0 else b""
@@ -518,7 +512,7 @@ def _close(run: list[bytes]) -> list[bytes]:
 
 
 def _encoded_words(text: bytes) -> bytes:
-    """A text as encoded words (RFC 2047), each on a line of its own, in quoted-printable."""
+    """Turn text into encoded words (RFC 2047), in quoted-printable, one on each line."""
     utf8 = _is_utf8(text)
     characters: Iterator[bytes] = (
         (character.encode() for character in text.decode())
@@ -541,7 +535,7 @@ def _encoded_words(text: bytes) -> bytes:
 
 
 def _address_list(value: bytes) -> bytes:
-    """A list of addresses in which names and comments are encoded words."""
+    """Turn names and comments of an address list into encoded words."""
     pieces: list[bytes] = []
     for match in _IN_LIST.finditer(value):
         piece = match[0]
@@ -550,7 +544,7 @@ def _address_list(value: bytes) -> bytes:
             continue
         after = value[match.end() : match.end() + 1]
         if match["angle"] or after == b"@" or (pieces and pieces[-1] == b"@"):
-            raise _CannotConvert  # an address, which is what it is
+            raise _CannotConvert  # an address must not be changed
         if match["quoted"]:
             pieces.append(_encoded_words(unfold(_unquote(piece))))
         else:
@@ -559,7 +553,7 @@ def _address_list(value: bytes) -> bytes:
 
 
 def _parameter(match: re.Match[bytes]) -> bytes:
-    """A parameter, where its value has 8-bit bytes as an extended one (RFC 2231)."""
+    """Turn a parameter with 8-bit bytes into an extended parameter (RFC 2231)."""
     before, name, _, value = match.groups()
     if value.isascii() or not name.isascii() or b"*" in name:
         return match[0]

@@ -1,1 +1,1 @@
-"""Sockets, TLS, DNS, tasks and deadlines: where the protocol machines meet trio."""
+"""Sockets, TLS, DNS, workers and logs: the parts that connect the protocol machines to trio."""

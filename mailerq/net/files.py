@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class WatchedFile(Generic[T]):
-    """What `parse` makes of a text file, made anew when the file has changed.
+    """The parsed content of a text file, parsed again when the file changes.
 
-    Looking costs one stat. A file that is written in place may be seen half written, one that
-    is renamed into its place never is.
+    A check costs one stat. A file that is written in place may be read half written; a file that is
+    renamed into place is always read whole.
     """
 
     def __init__(self, path: str, parse: Callable[[str], T]) -> None:
@@ -25,7 +25,7 @@ class WatchedFile(Generic[T]):
         self._value: T
 
     def read(self) -> T:
-        """The newest content. Raises OSError, and ValueError when it is no text or `parse` does.
+        """Return the current content. Raises OSError, ValueError for invalid text, or as `parse`.
 
         After an error the next call tries again.
         """

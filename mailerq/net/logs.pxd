@@ -12,9 +12,12 @@ cdef class LogFile:
     cdef object __weakref__
 
     cpdef write(self, text)
+    cpdef move(self, path, file)
+    cpdef check_soon(self)
     cpdef close(self)
     cpdef _reopen_if_gone(self)
+    cpdef _replace(self, file)
 
 
-cpdef _open(path)
+cpdef open_log(path)
 cpdef _identity(int file)

@@ -12,7 +12,7 @@ from mailerq.escaping import escape
 from mailerq.message import format_time
 from mailerq.plugins import stray_close
 
-__all__ = ["RATION_SECONDS", "LogFile", "Ration"]
+__all__ = ["RATION_SECONDS", "LogFile", "Ration", "open_log"]
 
 CHECK_SECONDS: Final = 1.0
 """How often a log looks whether its file is still there."""
@@ -31,7 +31,7 @@ class LogFile:
     def __init__(self, path: str, *, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
-        self._file = _open(path)
+        self._file = open_log(path)
         self._opened = _identity(self._file)
         self._checked = 0.0
         self.lost_lines = 0
@@ -53,6 +53,15 @@ class LogFile:
         except OSError:
             self.lost_lines += 1
 
+    def move(self, path: str, file: int) -> None:
+        """Go on in another file, which `open_log` has opened. Any thread may write meanwhile."""
+        self._path = path
+        self._replace(file)
+
+    def check_soon(self) -> None:
+        """Look for the file before the next line."""
+        self._checked = 0.0
+
     def close(self) -> None:
         if _identity(self._file) == self._opened:
             os.close(self._file)
@@ -60,10 +69,12 @@ class LogFile:
             stray_close(f"the log {self._path}")
 
     def _reopen_if_gone(self) -> None:
-        is_ours = _identity(self._file) == self._opened
         try:
             there = os.stat(self._path)
-            gone = not is_ours or (there.st_dev, there.st_ino) != self._opened
+            gone = (
+                _identity(self._file) != self._opened
+                or (there.st_dev, there.st_ino) != self._opened
+            )
         except FileNotFoundError:
             gone = True
         except OSError:
@@ -71,10 +82,14 @@ class LogFile:
         if not gone:
             return
         try:
-            file = _open(self._path)
+            file = open_log(self._path)
         except OSError:
             return
-        if is_ours:
+        self._replace(file)
+
+    def _replace(self, file: int) -> None:
+        """Write to a new file from now on."""
+        if _identity(self._file) == self._opened:
             # The number stays: another thread may be about to write to it.
             os.dup2(file, self._file, inheritable=False)
             os.close(file)
@@ -145,7 +160,8 @@ class Ration:
             self._say(self._summary, left_out)
 
 
-def _open(path: str) -> int:
+def open_log(path: str) -> int:
+    """The descriptor of a log, which is made where there is none. Raises OSError."""
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
 

@@ -1,4 +1,4 @@
-"""Tell the log which properties and x-mq-* fields of messages may be misspelt."""
+"""Log properties and x-mq-* fields of messages that may be misspelt."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["Misspelt"]
 log = logging.getLogger("mailerq")
 
 AGAIN_SECONDS: Final = 3600.0
-"""A name is told once in this time: who misspells it does so in each message."""
+"""Each name is logged once in this time, because all messages of a sender have the same mistake."""
 
 NAMES_PER_MINUTE: Final = 10
 
 NAMES_LIMIT: Final = 1000
-"""Names that are remembered. Where there are more the ration alone bounds the log."""
+"""Names that are remembered. With more, only `NAMES_PER_MINUTE` limits the log."""
 
 MAX_ADDRESS: Final = 300
-"""Characters of an address in a line; it has not been checked yet."""
+"""Characters of an address in a line, because the address has not been checked."""
 
 
 class Misspelt:
-    """Names that are not known but close to one that is: what a sender meant has no effect.
+    """Logs unknown names that are close to a known name, and so have no effect.
 
-    Each name is told once in `AGAIN_SECONDS`, whichever way its messages come. Any thread.
+    Each name is logged once in `AGAIN_SECONDS`, whatever the source of its messages. Any thread.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,13 +40,13 @@ class Misspelt:
         )
 
     def properties(self, properties: Mapping[str, Any]) -> None:
-        """Look at the properties of a message."""
+        """Log the misspelt properties of a message."""
         self.names(properties, misspellings(properties), "property")
 
     def names(
         self, properties: Mapping[str, Any], found: Iterable[tuple[str, str]], kind: str
     ) -> None:
-        """Tell the names that were found in a message, each with the one that is meant."""
+        """Log names that were found in a message, each with the name that was meant."""
         envelope = properties.get("envelope")
         sender = envelope[:MAX_ADDRESS] if isinstance(envelope, str) else ""
         for name, meant in found:
@@ -65,5 +65,5 @@ class Misspelt:
             )
 
     def flush(self) -> None:
-        """Say how many names were left out, if any were."""
+        """Log the number of suppressed names, if any."""
         self._say.flush()

@@ -1,25 +1,24 @@
-"""Waiting for sockets: each is made known to the kernel once, and not again for each wait.
+"""Wait for sockets that are registered with the kernel once, not for each wait.
 
 Theory of operation
 -------------------
-Every trio loop that uses streams has one `Poller`, an epoll descriptor of its own with a system
-task that waits for it the usual way. A socket is added when it is waited for the first time, edge
-triggered: the kernel tells each time that something new has come. `Socket` notes that, wakes who
-waits for it, and otherwise the next wait finds the note and is none. trio's own way is one shot:
-each wait costs a system call to arm it and some bookkeeping, eight times for each message of a
-busy relay.
+Every trio loop with streams has one `Poller`: an epoll descriptor, and a system task that waits for
+it in the usual way. The first wait for a socket registers it, edge triggered: the kernel reports
+each new event. `Socket` stores the event and wakes the waiting task. Without a waiting task, the
+next wait finds the stored event and returns at once. trio itself uses one-shot waits: each wait
+costs a system call to arm it and some bookkeeping, eight times for each message of a busy relay.
 
-An edge must not be lost: a socket counts as readable until a read has emptied it. A read that
-found nothing proves that, and so does one that got less than it asked for (epoll(7)), unless the
-peer has closed or sent urgent data, at which a read stops short: from then on only the former.
+No edge may be lost, so a socket counts as readable until a read has emptied it. A read without
+input proves that, and so does a read that got less than its size (epoll(7)). But after the peer has
+closed or sent urgent data, a read may stop short, and then only a read without input counts.
 
 Guarantees
 ----------
 - A `Socket` is used in one loop, by one reader and one writer at a time.
-- A descriptor that a plugin closes, a socket's or the poller's own, ends one wait with `StreamLost`
-  at most: the poller has a copy of its descriptor.
-- A wait that is cancelled loses nothing: what comes is noted for the next one. A socket that was
-  full once stays registered for output, whose edges cost little and end no other wait.
+- If a plugin closes the descriptor of a socket or of the poller, at most one wait ends with
+  `StreamLost`: the poller has a copy of its descriptor.
+- A cancelled wait loses no event: it is stored for the next wait. A socket that was full once stays
+  registered for output, whose edges cost little and end no other wait.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ _END: Final = select.EPOLLHUP | select.EPOLLERR
 
 
 class StreamLost(Exception):
-    """The connection broke: reset, timed out by the kernel, or TLS that makes no sense."""
+    """The connection broke: reset, timed out by the kernel, or invalid TLS."""
 
 
 class Socket:
-    """What is known of a descriptor. `readable` and `empties` are for who reads from it."""
+    """The events of a descriptor. The reader uses `readable` and `empties`."""
 
     __slots__ = (
         "_attendant",
@@ -70,9 +69,9 @@ class Socket:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.readable = False
-        """Whether a read may find something; who finds nothing sets it to False."""
+        """Whether a read may find input. A reader that finds none sets this to False."""
         self.empties = True
-        """Whether a read that got less than it asked for has left nothing."""
+        """Whether a short read proves that the socket is empty."""
         self._poller: Poller | None = None
         self._reader: trio.lowlevel.Task | None = None
         self._writer: trio.lowlevel.Task | None = None
@@ -81,10 +80,10 @@ class Socket:
         self._rousable = False
 
     async def wait_readable(self, *, rousable: bool = False) -> bool:
-        """Wait until a read may find something; False when `rouse` ended the wait.
+        """Wait until a read may find input; return False if `rouse` ended the wait.
 
-        Only a wait that is `rousable` can be ended so. It is no checkpoint when something is there
-        already: who reads in a loop has to let others run.
+        `rouse` ends only a `rousable` wait. If there is input already, this is not a checkpoint, so
+        a loop of reads must let other tasks run.
         """
         if self.readable:
             return True
@@ -94,17 +93,17 @@ class Socket:
         return came
 
     async def attend(self, attendant: Callable[[], bool]) -> None:
-        """Have `attendant` called each time that a read may find something, until it returns True.
+        """Sleep, and call `attendant` each time a read may find input, until it returns True.
 
-        Meanwhile the task sleeps: where it is not needed for what came in, it is not woken for
-        that. What `attendant` raises, when it is called, is raised here. `alarm` ends it as well.
+        The task wakes only when `attendant` returns True or raises, or on `alarm`. An exception of
+        `attendant` is raised here.
         """
         self._begin_to_read()
         self._attendant = attendant
         await trio.lowlevel.wait_task_rescheduled(self._abort_reader)
 
     async def wait_writable(self) -> None:
-        """Wait until the socket takes more, after it took less than it was given."""
+        """Wait until a full socket takes more output."""
         if self._writer is not None:
             raise trio.BusyResourceError("another task writes to this socket")
         self._ask_for_output()
@@ -112,9 +111,9 @@ class Socket:
         await trio.lowlevel.wait_task_rescheduled(self._abort_writer)
 
     def call_when_writable(self, function: Callable[[], None]) -> None:
-        """Have `function` called once, as `wait_writable` would end; it must not raise.
+        """Call `function` once when a full socket takes more output; it must not raise.
 
-        There is one for each socket. A task may wait at the same time, and is woken as well.
+        Each socket has one such function. A task in `wait_writable` is woken as well.
         """
         self._ask_for_output()
         self._call = function
@@ -125,13 +124,13 @@ class Socket:
             self._wake_reader(outcome.Value(False))
 
     def alarm(self) -> None:
-        """Let who reads look: there is something that the kernel does not tell."""
+        """Wake the reader for a reason that the kernel does not report."""
         self.readable = True
         if self._reader is not None:
             self._wake_reader(outcome.Value(True))
 
     def stray(self) -> None:
-        """Another file has the number of the descriptor by now. Wake who waits. Any thread."""
+        """Wake the waiting tasks, because another file has this descriptor now. Any thread."""
         poller, self._poller = self._poller, None
         self._call = None
         if poller is not None:
@@ -140,13 +139,13 @@ class Socket:
                 poller.token.run_sync_soon(self.notify, _END)
 
     def forget(self) -> None:
-        """The descriptor is about to be closed."""
+        """Unregister the descriptor before it is closed."""
         self._call = None
         if self._poller is not None:
             self._poller.remove(self)
 
     def notify(self, events: int) -> None:
-        """The kernel has seen these."""
+        """Handle events of the kernel."""
         if events & ~_OUTPUT:
             if events & _USUAL:
                 self.empties = False
@@ -181,10 +180,10 @@ class Socket:
         if self._reader is not None:
             self._wake_reader(result)
         elif isinstance(result, outcome.Error):
-            log.error("nobody waits for this any more", exc_info=result.error)
+            log.error("an attendant failed while no task waits", exc_info=result.error)
 
     def _ask_for_output(self) -> None:
-        # Only few sockets are ever full. To ask anew also tells when it is not any more.
+        # Few sockets are ever full. Registering again also reports a socket that has room by now.
         if self._poller is None:
             self._poller = Poller.add(self, _INPUT | _OUTPUT)
         else:
@@ -220,7 +219,7 @@ class Poller:
 
     @classmethod
     def add(cls, socket: Socket, events: int) -> Poller:
-        """Have this loop's poller tell `socket` what comes, and what is there already."""
+        """Register a socket with the poller of this loop; existing events are reported too."""
         poller = _pollers.get(None)
         if poller is None:
             poller = cls()
@@ -231,7 +230,7 @@ class Poller:
         return poller
 
     def modify(self, socket: Socket, events: int) -> None:
-        """Tell it these from now on, and what of them is there already."""
+        """Change the events of a socket; existing events are reported too."""
         self._watch(socket, events, known=True)
 
     def _watch(self, socket: Socket, events: int, *, known: bool) -> None:
@@ -246,12 +245,12 @@ class Poller:
             raise StreamLost(f"cannot be waited for: {error.strerror}") from error
 
     def _mend(self, error: OSError) -> bool:
-        """Replace the poller's own descriptor, if that is what an error of `watch` is about."""
+        """Replace the descriptor of the poller if it caused an error of `watch`."""
         if error.errno == errno.EBADF:
             with suppress(OSError):
                 os.fstat(self._fd)
                 return False
-        elif error.errno != errno.EINVAL:  # what the kernel says of a number that is another file
+        elif error.errno != errno.EINVAL:  # EINVAL: the descriptor is another file, not an epoll
             return False
         self._reopen()
         return True
@@ -261,16 +260,16 @@ class Poller:
         stray_close("a descriptor that watches connections")
 
     def remove(self, socket: Socket) -> None:
-        """Tell it no more; closing the descriptor does the rest.
+        """Stop reporting events to a socket. Closing its descriptor unregisters it.
 
-        A plugin may keep a copy of it. Then its events are told to whoever has the same number
-        next, who finds that there is nothing.
+        If a plugin keeps a copy of the descriptor, its events go to the next socket with the same
+        number, whose read then finds nothing.
         """
         if self._sockets.get(socket.fd) is socket:
             del self._sockets[socket.fd]
 
     async def _run(self) -> None:
-        # Ends with the loop.
+        # Runs until the end of the loop.
         sockets = self._sockets
         try:
             while True:
@@ -278,7 +277,7 @@ class Poller:
                     await trio.lowlevel.wait_readable(self._fd)
                     happened = happenings(self._fd)
                 except (OSError, trio.ClosedResourceError):
-                    # Whatever it says: the number is not the poller's any more.
+                    # Any error means that a plugin closed the descriptor.
                     self._reopen()
                     continue
                 for fd, events in happened:

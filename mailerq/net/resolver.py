@@ -10,7 +10,9 @@ time share one lookup.
 
 Records belong to strangers, so all of it is bounded, and this host is never a host to send
 to: where one of the records leads here, it and all of no better preference are left out. Nor
-is an address in `smtp-out-forbidden`, which also goes for the smarthost of a message.
+is an address in `smtp-out-forbidden`, which also goes for the smarthost of a message. Where
+`smtp-out-port` is neither 25 nor a port of ours, another server has it: then an address of this
+host does not lead here.
 
 A domain that does not exist fails at once (RFC 5321, section 5.1), but a resolver that has lost
 its way says so of every domain. So it is believed only when it knows, at that moment, who serves
@@ -42,6 +44,7 @@ from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.net.logs import Ration
 from mailerq.rules.access import is_within
+from mailerq.rules.routes import SMTP_PORT
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
@@ -123,29 +126,27 @@ class _Exchange:
 
 
 class Resolver:
-    """Looks up where mail goes, with the patience of `dns-timeout` and `dns-attempts`.
+    """Looks up where mail goes: asks `dns-servers`, within `dns-timeout` and `dns-attempts`.
 
-    `nameservers` are addresses to ask on `port` in place of the system's; `leads_here` says
-    which addresses are this host's.
+    `leads_here` says which addresses are this host's.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        nameservers: Sequence[str] = (),
-        port: int = 53,
-        leads_here: Callable[[str], bool] | None = None,
-    ) -> None:
+    def __init__(self, config: Config, *, leads_here: Callable[[str], bool] | None = None) -> None:
+        self._say_ours_to_mend = Ration(log.error, 1, "and %d times more for a relay domain")
+        self._given_leads_here = leads_here
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Go by these settings from now on. What is known is asked again."""
         self._hostname = _canonical(config.hostname)
         self._forbidden = config.smtp_out_forbidden
         self._relay_domains = frozenset(config.smtp_relay_domains)
-        self._say_ours_to_mend = Ration(log.error, 1, "and %d times more for a relay domain")
         self._timeout = config.dns_timeout
         self._lifetime = config.dns_timeout * config.dns_attempts
-        self._nameservers = list(nameservers)
-        self._port = port
-        self._is_here = leads_here or is_this_host
+        self._servers = config.dns_servers
+        ours = config.smtp_out_port in (SMTP_PORT, *config.smtp_port)
+        self._is_here = self._given_leads_here or (is_this_host if ours else _is_nowhere)
+        # A lookup that is under way goes by what it began with, and keeps its answer to itself.
         self._dns: dns.asyncresolver.Resolver | None = None
         self._cache: dict[tuple[str, bool], tuple[float, Found]] = {}
         self._flights: dict[tuple[str, bool], _Flight] = {}
@@ -218,7 +219,8 @@ class Resolver:
             await flight.landed.wait()
             if flight.found is not None:
                 return flight.found
-        flight = self._flights[key] = _Flight()
+        cache, flights = self._cache, self._flights
+        flight = flights[key] = _Flight()
         try:
             found: Found = NoHosts(f"{key[0]}: no answer in time")
             ttl: float | None = None
@@ -226,13 +228,13 @@ class Resolver:
                 found, ttl = await look_up(key[0])
             flight.found = found
         finally:
-            del self._flights[key]
+            del flights[key]
             flight.landed.set()
-        self._cache.pop(key, None)
+        cache.pop(key, None)
         if ttl is not None:
-            if len(self._cache) >= MAX_ENTRIES:
-                del self._cache[next(iter(self._cache))]
-            self._cache[key] = (trio.current_time() + min(max(ttl, MIN_TTL), MAX_TTL), found)
+            if len(cache) >= MAX_ENTRIES:
+                del cache[next(iter(cache))]
+            cache[key] = (trio.current_time() + min(max(ttl, MIN_TTL), MAX_TTL), found)
         return found
 
     def _literal(self, domain: str) -> Found:
@@ -258,7 +260,7 @@ class Resolver:
         return tuple(Host(name, address) for address in addresses[:MAX_ADDRESSES]), MIN_TTL
 
     async def _look_up_domain(self, domain: str) -> tuple[Found, float | None]:
-        name = _canonical(domain)
+        name, hostname = _canonical(domain), self._hostname
         if len(name) > 253 or not all(0 < len(label) < 64 for label in name.split(".")):
             return NoHosts("", Reply(550, f"5.1.2 {domain} is not a domain")), MIN_TTL
         try:
@@ -273,9 +275,10 @@ class Resolver:
             return NoHosts("", Reply(556, f"5.1.10 {domain} accepts no mail (null MX)")), ttl
         async with trio.open_nursery() as nursery:
             for exchange in exchanges:
-                if exchange.name != self._hostname:
+                if exchange.name != hostname:
                     nursery.start_soon(self._look_up_addresses, exchange)
-        cut = min((e.preference for e in exchanges if self._leads_here(e)), default=1 << 16)
+        here = (e.preference for e in exchanges if self._leads_here(e, hostname))
+        cut = min(here, default=1 << 16)
         exchanges = [exchange for exchange in exchanges if exchange.preference < cut]
         if not exchanges:
             return _loop(domain), MIN_TTL
@@ -292,8 +295,8 @@ class Resolver:
         except (_NoRecords, _NoAnswer):
             return False
 
-    def _leads_here(self, exchange: _Exchange) -> bool:
-        return exchange.name == self._hostname or any(
+    def _leads_here(self, exchange: _Exchange, hostname: str) -> bool:
+        return exchange.name == hostname or any(
             map(self._is_here, exchange.addresses[:MAX_ADDRESSES])
         )
 
@@ -356,11 +359,14 @@ class Resolver:
 
     def _open_dns(self) -> dns.asyncresolver.Resolver:
         import dns.asyncresolver
+        import dns.nameserver
 
-        resolver = dns.asyncresolver.Resolver(configure=not self._nameservers)
-        if self._nameservers:
-            resolver.nameservers = list(self._nameservers)
-            resolver.port = self._port
+        resolver = dns.asyncresolver.Resolver(configure=not self._servers)
+        if self._servers:
+            resolver.nameservers = [
+                dns.nameserver.Do53Nameserver(server.address, server.port)
+                for server in self._servers
+            ]
         resolver.timeout = self._timeout
         resolver.lifetime = self._lifetime
         return resolver
@@ -390,6 +396,10 @@ def is_this_host(address: str) -> bool:
             return ipaddress.ip_address(probe.getsockname()[0]) == ip
         except OSError:
             return False  # There is no way there.
+
+
+def _is_nowhere(address: str) -> bool:
+    return False
 
 
 def _canonical(name: str) -> str:

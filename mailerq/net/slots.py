@@ -14,6 +14,8 @@ SHORT: Final = 0.8
 class Slots:
     """At most `limit` of something, and no more than `within` has left. Any thread may ask.
 
+    `limit` may be set at any time; what is in use stays.
+
     >>> both = Slots(2)
     >>> incoming, outgoing = Slots(2, within=both), Slots(1, within=both)
     >>> incoming.take(), incoming.take(), outgoing.take()
@@ -46,6 +48,11 @@ class Slots:
         return self.used >= self.limit * SHORT or (
             self._within is not None and self._within.are_short
         )
+
+    @property
+    def are_exceeded(self) -> bool:
+        """Whether more are in use than may be, since `limit` was lowered."""
+        return self.used > self.limit or (self._within is not None and self._within.are_exceeded)
 
     def __str__(self) -> str:
         return f"{self.used} of {self.limit}"

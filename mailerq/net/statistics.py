@@ -1,4 +1,4 @@
-"""The statistics of several parts of a whole, as one tree."""
+"""Merge statistics of several parts into one tree."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Final
 __all__ = ["total"]
 
 LARGEST: Final = frozenset({"largest_commit", "longest", "uptime"})
-"""Figures of which the largest stands for all; others are added up."""
+"""Figures whose maximum is the total; other figures are added."""
 
 
 def total(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Trees of the same kind as one: numbers are added, lists joined, of texts the first stays.
+    """Merge trees of the same kind: add numbers, join lists, keep the first of other values.
 
     >>> total([{"sent": 1, "longest": 3.0, "at": ["a"]}, {"sent": 2, "longest": 2.0, "at": ["b"]}])
     {'sent': 3, 'longest': 3.0, 'at': ['a', 'b']}

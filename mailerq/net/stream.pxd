@@ -1,4 +1,4 @@
-# The types of what is in the module of this name, for the compiler.
+# Types for the compiler, of the module with this name.
 
 cimport cython
 
@@ -20,7 +20,7 @@ cdef class Stream:
     cpdef receive_nowait(self)
     cpdef rouse(self)
     cpdef _look(self)
-    cpdef _lags(self)
+    cpdef _must_flush(self)
     cpdef send_soon(self, data)
     cpdef _depart_soon(self)
     cpdef unread(self, data)
@@ -28,8 +28,8 @@ cdef class Stream:
     cpdef send_nowait(self, data)
     cpdef close(self)
     cpdef stray(self)
-    cpdef _suspect(self, error)
-    cpdef _tell_lost(self)
+    cpdef _check_stray(self, error)
+    cpdef _raise_lost(self)
     cpdef _send_unsent(self)
     cpdef _lose(self, why)
     cpdef _take_unsent(self)

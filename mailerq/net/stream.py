@@ -1,21 +1,18 @@
-"""A TCP connection as trio tasks use it here: plain or TLS, and cheap in task switches.
+"""A TCP connection for trio tasks, plain or TLS, with few task switches.
 
 Theory of operation
 -------------------
-The socket is non-blocking. A write waits only for what does not fit; a read is tried when
-`mailerq.net.readiness` has heard that there is something. What `send_nowait` cannot place goes
-out when the socket takes more, whatever the task does then. So on a busy server most of them
-are one system call each, none to arm a wait, and they keep Python's lock (see
-`_core_sockets.pxi`). So that a peer that always has more to say cannot keep the loop for itself,
-a stream that was served for `FAIR_SECONDS` lets the others run.
+The socket is non-blocking. A write waits only for the rest that does not fit. A read is tried when
+`mailerq.net.readiness` has reported input. Bytes that `send_nowait` cannot send leave when the
+socket takes more, whatever the task does then. So on a busy server most reads and writes are one
+system call without arming a wait, and they keep Python's lock (see `_core_sockets.pxi`). A stream
+that has been served for `FAIR_SECONDS` lets other tasks run, so that no peer can occupy the loop.
 
-A short write leaves when all tasks have had their turn, together with those of other streams
-(`Departures`). A reply that is sent in the middle of a turn wakes a peer for itself; when many
-leave one after the other, it is awake already, has more to say at once when it pauses, and so
-has the next turn more to do.
+Short writes wait until all tasks have had their turn, and leave together with those of other
+streams (`Departures`). A reply that leaves in the middle of a turn wakes its peer alone. Replies
+that leave together find peers awake, which answer at once, so the next turn has more work.
 
-TLS works on two memory buffers between `ssl` and the same socket, so that it shares all of
-this.
+TLS uses two memory buffers between `ssl` and the same socket, so all of this applies to TLS too.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from typing import Any, Final, Self
 
 import trio
 
-from mailerq.address import parse_ip
+from mailerq.address import host_port, parse_ip
 from mailerq.net.readiness import Socket, StreamLost
 from mailerq.plugins import stray_close
 from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
@@ -42,18 +39,18 @@ __all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
 log = logging.getLogger("mailerq.net")
 
 FAIR_SECONDS: Final = 0.005
-"""How long reads are served at once before others get a turn."""
+"""A stream may read this long without waiting before other tasks run."""
 
 LONG_BYTES: Final = 1 << 14
-"""What is not shorter is sent at once: it is work enough for its peer."""
+"""Writes from this size on leave at once: they are work enough for the peer."""
 
 
 class CannotBind(OSError):
-    """Nothing can be sent from the local address that was asked for."""
+    """The requested local address cannot be used."""
 
 
 class Departures(trio.abc.Instrument):
-    """The streams of a loop that have something to send when its tasks have had their turn."""
+    """The streams of a loop with bytes to send after all tasks have had their turn."""
 
     def __init__(self) -> None:
         self._streams: list[Stream] = []
@@ -72,12 +69,12 @@ class Departures(trio.abc.Instrument):
         self._streams.append(stream)
 
     def before_io_wait(self, timeout: float) -> None:
-        """What trio calls before it looks for events, or sleeps for them."""
+        """Called by trio before it polls or sleeps."""
         if self._streams:
             streams, self._streams = self._streams, []
             smooth = [stream.depart() for stream in streams]
             if not all(smooth):
-                # Some task has got something to do, after trio has looked whether any has.
+                # A task may have become ready after trio checked, so trio must not sleep.
                 self._token.run_sync_soon(_nothing)
 
 
@@ -93,14 +90,14 @@ _departures: Final = trio.lowlevel.RunVar[Departures | None]("departures", None)
 
 
 class Stream:
-    """One connected TCP socket, or its descriptor, which the stream owns from now on.
+    """A connected TCP socket or descriptor, which the stream owns from now on.
 
-    It lives in one trio loop. One task at a time reads and one sends, with TLS the same one, and it
-    is closed when none waits in it. `send_nowait`, `rouse`, `has_input` and `is_stuck` are for all
-    tasks of the loop, at any time; `send_soon` for who would send. A `send_all` or `drain` that was
-    cancelled has cut off what was to be sent; after that, close. That the peer has gone may be told
-    by a later operation than the one that sent to it. `local` and `remote` save a question to the
-    kernel where the addresses are known already.
+    Use a stream in one trio loop. One task at a time may read and one may send; with TLS, the same
+    task does both. Close the stream when no task waits in it. Any task of the loop may call
+    `send_nowait`, `rouse`, `has_input` and `is_stuck` at any time; only the sending task may call
+    `send_soon`. After a cancelled `send_all` or `drain` the output is cut off: close the stream.
+    The loss of the peer may be raised by a later operation than the send. Pass `local` and `remote`
+    if they are known, to save system calls.
     """
 
     def __init__(
@@ -117,24 +114,24 @@ class Stream:
         self._socket = Socket(self._fd)
         self._local = local
         self._remote = remote
-        self._served_since = 0.0  # when reads began to be served at once, 0: not now
+        self._served_since = 0.0  # start of a run of reads without waiting; 0: none
         self._sending = False
-        self._departing = False  # `depart` is called soon
-        # Not empty: it departs, or the socket is asked to call, or a `send_all` is under way.
+        self._departing = False  # `depart` will be called soon
+        # If not empty: `depart`, `call_when_writable` or a running `send_all` will send it.
         self._unsent = b""
-        self._placed = 0  # bytes of `_unsent` that have been sent nevertheless
+        self._placed = 0  # bytes of `_unsent` that are already sent
         self._departures: Departures | None = None
-        self._lost: str | None = None  # what a send met, and the next operation is to raise
+        self._lost: str | None = None  # the error of a send, for the next operation to raise
         self._unread = b""
         self._take: Callable[[bytes], bool] | None = None
         self._digested = False
         self._tls: ssl.SSLObject | None = None
-        self._incoming: ssl.MemoryBIO  # those two from the handshake on
+        self._incoming: ssl.MemoryBIO  # set by the handshake, as the next one
         self._outgoing: ssl.MemoryBIO
 
     @classmethod
     def accept(cls, listening: int, *, local: tuple[str, int] | None = None) -> Self | None:
-        """The next connection of a listening socket, None when there is none. Raises OSError."""
+        """Accept a connection; return None if no connection waits. Raises OSError."""
         accepted = accept(listening)
         if accepted is None:
             return None
@@ -143,9 +140,9 @@ class Stream:
 
     @classmethod
     async def connect(cls, host: str, port: int, *, local_ip: str | None = None) -> Self:
-        """Connect to an IP address, from `local_ip` where it is given.
+        """Connect to an IP address, from `local_ip` if given.
 
-        Raises OSError, which is `CannotBind` where `local_ip` is the cause.
+        Raises OSError; `CannotBind` if `local_ip` is the cause.
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -170,31 +167,31 @@ class Stream:
 
     @property
     def local(self) -> tuple[str, int]:
-        """This end's address and port."""
+        """The address and port of this end."""
         if self._local is None:
             self._local = address_of(socket_name(self._fd, remote=False))
         return self._local
 
     @property
     def remote(self) -> tuple[str, int]:
-        """The peer's address and port. Raises OSError when it is gone already."""
+        """The address and port of the peer. Raises OSError if the peer is already gone."""
         if self._remote is None:
             self._remote = address_of(socket_name(self._fd, remote=True))
         return self._remote
 
     @property
     def cipher(self) -> tuple[str, str, int] | None:
-        """Name, protocol and secret bits of the cipher, or None without TLS."""
+        """The name, protocol and secret bits of the cipher; None without TLS."""
         return self._tls.cipher() if self._tls is not None else None
 
     @property
     def tls_version(self) -> str | None:
-        """What the peers agreed on, such as "TLSv1.3", or None without TLS."""
+        """The version of TLS, such as "TLSv1.3"; None without TLS."""
         return self._tls.version() if self._tls is not None else None
 
     @property
     def peer_name(self) -> str | None:
-        """The first name in the peer's certificate, if one was asked for and verified."""
+        """The first name in the certificate of the peer, if one was requested and verified."""
         certificate: Mapping[str, Any] | None = None
         if self._tls is not None:
             certificate = self._tls.getpeercert()
@@ -206,10 +203,7 @@ class Stream:
         return names[0] if names else None
 
     async def receive(self) -> bytes:
-        """What has come in; waits for at least one byte, empty when the peer has closed.
-
-        Raises `StreamLost`.
-        """
+        """Wait for input and return it; b"" when the peer has closed. Raises `StreamLost`."""
         if self._tls is None:
             return await self._receive_raw()
         while True:
@@ -227,15 +221,14 @@ class Stream:
                 raise StreamLost(str(error)) from error
 
     async def digest(self, take: Callable[[bytes], bool]) -> None:
-        """Have `take` called with all that comes in, b"" at its end, until it returns True.
+        """Call `take` with all input, and with b"" at the end, until `take` returns True.
 
-        It may answer with `send_soon`, and is called in another task of the loop while this one
-        sleeps, unless there is TLS: what it can deal with costs no switch of tasks. From a peer
-        that does not read what it is sent, nothing more is taken. Raises `StreamLost`, and what
-        `take` raises.
+        `take` may answer with `send_soon`. Without TLS, `take` runs in another task of the loop
+        while this task sleeps, so its input costs no task switch. Reading stops while the peer does
+        not read its replies. Raises `StreamLost`, and the exceptions of `take`.
         """
         while True:
-            if self._lags():
+            if self._must_flush():
                 await self._send_now(b"")
             if self._tls is None and not (self._socket.readable or self._unread):
                 self._take, self._digested = take, False
@@ -247,14 +240,14 @@ class Stream:
                     return
                 continue
             came = await self.receive()
-            if self._lags():  # a turn has ended meanwhile
+            if self._must_flush():  # a turn may have ended meanwhile
                 await self._send_now(b"")
             if take(came):
                 return
 
     def _look(self) -> bool:
-        """Something came in, or the end: whether the task is needed."""
-        if self._lags():
+        """Read input and pass it to `take`; return whether the task must wake."""
+        if self._must_flush():
             return True
         came = self.receive_nowait()
         if came is None:
@@ -263,51 +256,51 @@ class Stream:
         self._digested = self._take(came)
         return self._digested or self._socket.readable
 
-    def _lags(self) -> bool:
-        """Whether what was sent has to leave before there is more of it."""
+    def _must_flush(self) -> bool:
+        """Whether pending output must leave before more input is read."""
         return bool(self._unsent) and (not self._departing or len(self._unsent) >= LONG_BYTES)
 
     def receive_nowait(self) -> bytes | None:
-        """What a plain stream has now: None is nothing, b"" the end. Raises `StreamLost`."""
-        self._tell_lost()
+        """Read from a plain stream now: None without input, b"" at the end. Raises `StreamLost`."""
+        self._raise_lost()
         if self._unread:
             data, self._unread = self._unread, b""
             return data
         try:
             came = receive(self._fd)
         except OSError as error:
-            self._suspect(error)
+            self._check_stray(error)
             raise StreamLost(str(error)) from error
         if came is None or (0 < len(came) < RECEIVE_BYTES and self._socket.empties):
             self._socket.readable = False
         return came
 
     async def wait_for_input(self) -> bool:
-        """Wait until a plain stream has something to receive, or `rouse` is called: then False."""
+        """Wait for input on a plain stream; return False if `rouse` ended the wait."""
         return bool(self._unread) or await self._socket.wait_readable(rousable=True)
 
     def rouse(self) -> None:
-        """End `wait_for_input`. On the thread of who waits."""
+        """End `wait_for_input`. Call this on the thread of the waiting task."""
         self._socket.rouse()
 
     @property
     def has_input(self) -> bool:
-        """Whether bytes of the peer wait to be read."""
+        """Whether the socket has bytes to read."""
         return has_input(self._fd)
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the peer has yet to read before it can be sent more."""
+        """Whether output waits because the peer does not read."""
         return self._sending or (bool(self._unsent) and not self._departing)
 
     def unread(self, data: bytes) -> None:
-        """Put back what was received and is somebody else's: the next read, or TLS, gets it."""
+        """Put received bytes back, for the next read or for TLS."""
         self._unread = data
 
     async def send_all(self, data: bytes) -> None:
-        """Send all of it, at the latest when the other tasks have had their turn.
+        """Send all bytes, at the latest when the other tasks have had their turn.
 
-        Raises `StreamLost`; how much has arrived is then unknown.
+        Raises `StreamLost`; how many bytes have arrived is then unknown.
         """
         if self._tls is None:
             await self._send_raw(data)
@@ -321,8 +314,8 @@ class Stream:
     def send_soon(self, data: bytes) -> None:
         """Send when the other tasks have had their turn.
 
-        What the socket does not take then goes out when it does, or with the next `send_all` or
-        `drain`. That the peer has gone is told by the next operation.
+        Bytes that the socket does not take then leave when it does, or with the next `send_all` or
+        `drain`. The next operation raises the loss of the peer.
         """
         if self._tls is not None:
             try:
@@ -335,28 +328,28 @@ class Stream:
         self._depart_soon()
 
     async def drain(self) -> None:
-        """Wait until the socket has taken all that was sent. Raises `StreamLost`."""
-        self._tell_lost()
+        """Wait until the socket has taken all output. Raises `StreamLost`."""
+        self._raise_lost()
         if self._unsent:
             await self._send_now(b"")
 
     def depart(self) -> bool:
-        """The turn is over: what has waited for that goes now; whether all of it has gone."""
+        """Send pending output at the end of a turn; return whether all of it was sent."""
         if self._departing:
             self._departing = False
             try:
                 self._send_unsent()
-            except Exception as error:  # trio would never call again
+            except Exception as error:  # trio would remove the instrument
                 log.exception("sending failed")
                 self._lose(f"sending failed: {error!r}")
             return not self._unsent and self._lost is None
         return True
 
     def send_nowait(self, data: bytes) -> None:
-        """Send what the socket takes at once, and the rest as soon as it takes more.
+        """Send what the socket takes now, and the rest when it takes more.
 
-        Where a `send_all` is under way, in another task, it comes behind that. A connection that
-        is broken is not told here, but by the next operation. Closing drops what is left.
+        While another task runs `send_all`, the bytes follow its bytes. The next operation raises
+        the loss of the connection. Closing drops unsent bytes.
         """
         try:
             if self._tls is not None:
@@ -371,7 +364,7 @@ class Stream:
     async def start_tls(
         self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
     ) -> None:
-        """Shake hands; everything after that is encrypted. Raises `StreamLost`."""
+        """Do the TLS handshake; everything afterwards is encrypted. Raises `StreamLost`."""
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
@@ -388,25 +381,25 @@ class Stream:
                 self._incoming.write(data)
             except ssl.SSLError as error:
                 if self._outgoing.pending:
-                    await self._flush_tls()  # the alert that tells the peer why
+                    await self._flush_tls()  # the alert with the reason
                 raise StreamLost(f"TLS handshake failed: {error.reason or error}") from error
         await self._flush_tls()
         self._tls = tls
 
     def close(self) -> None:
-        """Close the socket; in TLS with a word of goodbye where it fits and nothing was cut off."""
+        """Close the socket; with TLS, send close_notify if no output was cut off and it fits."""
         if self._fd < 0:
             return
         self.depart()
         if self._tls is not None and not (self._sending or self._unsent):
-            with suppress(ssl.SSLError, OSError):  # The peer's own goodbye is not waited for.
+            with suppress(ssl.SSLError, OSError):  # do not wait for close_notify of the peer
                 self._tls.unwrap()
             with suppress(OSError):
                 send(self._fd, self._outgoing.read())
         try:
             socket_name(self._fd, remote=False)
         except OSError as error:
-            self._suspect(error)
+            self._check_stray(error)
         self._socket.forget()
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -414,16 +407,16 @@ class Stream:
             os.close(fd)
 
     def stray(self) -> None:
-        """Somebody else has closed the descriptor: what has its number now is not to be touched."""
+        """Drop the descriptor, which foreign code has closed: another file may have its number."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             del _streams[fd]
             self._socket.stray()
-            peer = f"{self._remote[0]}:{self._remote[1]}" if self._remote else "a host"
+            peer = host_port(*self._remote) if self._remote else "a host"
             stray_close(f"the connection with {peer}")
 
-    def _suspect(self, error: OSError) -> None:
-        """An error may say that the descriptor is not ours any more."""
+    def _check_stray(self, error: OSError) -> None:
+        """Drop the descriptor if an error shows that foreign code has closed it."""
         if error.errno in (errno.EBADF, errno.ENOTSOCK):
             self.stray()
 
@@ -443,7 +436,7 @@ class Stream:
                 return data
 
     async def _send_raw(self, data: bytes) -> None:
-        self._tell_lost()
+        self._raise_lost()
         if not self._departing:
             if len(data) >= LONG_BYTES or self._unsent or self._sending:
                 await self._send_now(data)
@@ -469,17 +462,17 @@ class Stream:
             if sent < len(data):
                 await self._send_rest(data, sent)
         except OSError as error:
-            self._suspect(error)
+            self._check_stray(error)
             raise StreamLost(str(error)) from error
 
-    def _tell_lost(self) -> None:
-        """Raise what an earlier send met; once, because a read may find what came before that."""
+    def _raise_lost(self) -> None:
+        """Raise the error of an earlier send, once: a later read may still find earlier input."""
         if self._lost is not None:
             lost, self._lost = self._lost, None
             raise StreamLost(lost)
 
     async def _send_rest(self, data: bytes, sent: int) -> None:
-        """Send what did not fit, and then what `send_nowait` was given meanwhile."""
+        """Send the rest that did not fit, and then the bytes of `send_nowait` calls meanwhile."""
         self._sending = True
         while True:
             while sent < len(data):
@@ -491,23 +484,23 @@ class Stream:
         self._sending = False
 
     def _send_unsent(self) -> None:
-        """Send what waits for it, unless a `send_all` has taken it over or will."""
+        """Send pending output, unless a running `send_all` will."""
         if self._sending or not self._unsent:
             return
         try:
             self._placed += send(self._fd, self._unsent, self._placed)
         except OSError as error:
-            self._suspect(error)
+            self._check_stray(error)
             self._lose(str(error))
         if self._placed == len(self._unsent):
             self._take_unsent()
             return
-        # Where the kernel watches no more sockets, a `send_all` takes it along.
+        # If the kernel cannot watch another socket, the next `send_all` sends the rest.
         with suppress(StreamLost):
             self._socket.call_when_writable(self._send_unsent)
 
     def _lose(self, why: str) -> None:
-        """Give up what was to be sent, and let the next operation say so."""
+        """Drop pending output, and let the next operation raise the reason."""
         self._take_unsent()
         self._lost = why
         self._socket.alarm()
@@ -523,12 +516,12 @@ class Stream:
 
 
 def _descriptor(sock: socket.socket) -> int:
-    """Take the descriptor of a socket over."""
+    """Take over the descriptor of a socket."""
     sock.setblocking(False)
     return sock.detach()
 
 
 def address_of(name: tuple[str, int] | tuple[str, int, int, int]) -> tuple[str, int]:
-    """The address and port in a socket's name; one of IPv4 that came in by IPv6 as it is."""
+    """Return the address and port of a socket name; an IPv4-mapped address becomes IPv4."""
     host, port = name[:2]
     return (str(parse_ip(host)) if host.startswith("::ffff:") else host), port

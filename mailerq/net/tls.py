@@ -1,4 +1,4 @@
-"""The server's side of TLS: its context, and bounds on handshakes."""
+"""The server side of TLS: its context, and a limit on handshakes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mailerq.errors import ConfigError, Problem
 __all__ = ["Handshakes", "Hasty", "tls_context", "try_handshake"]
 
 GRACE_SECONDS: Final = 2.0
-"""How long a handshake may take when others wait for their turn; an honest one takes far less."""
+"""Time that a handshake always has, even if others wait. A normal handshake takes far less."""
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
-    """The server's side of TLS (1.2 and up), or None where no certificate is configured.
+    """Make the TLS context of the server (1.2 and up), or return None without a certificate.
 
     Raises `ConfigError`.
     """
@@ -28,7 +28,7 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
         raise ConfigError.of(problems)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A peer that may ask for one handshake after another on one connection has work done for it.
+    # Renegotiation would let a peer cause one expensive handshake after another.
     context.options |= ssl.OP_NO_RENEGOTIATION
     if problem := _load(context, config):
         raise ConfigError(
@@ -50,16 +50,16 @@ _REASONS: Final = {
     "KEY_TYPE_MISMATCH": "the key in KEY is that of another certificate",
     "PEM_LIB": "it has no certificate in PEM, or KEY has no key in PEM",
 }
-"""What OpenSSL calls by these names; KEY stands for the file of the key."""
+"""Texts for reasons of OpenSSL. KEY stands for the file of the key."""
 
 
 def _load(context: ssl.SSLContext, config: Config) -> str | None:
-    """Load certificate and key; what is wrong with them, or None."""
+    """Load certificate and key; return what is wrong with them, or None."""
     key = config.smtp_key or config.smtp_certificate
     try:
         context.load_cert_chain(config.smtp_certificate, config.smtp_key or None, _password)
     except OSError as error:
-        # The PEM library has no words of its own for what is not in its form.
+        # The PEM library gives no reason for a file that is not PEM.
         reason = getattr(error, "reason", "") or "PEM_LIB"
         return _REASONS.get(reason, str(error)).replace("KEY", key)
     except ValueError:
@@ -68,12 +68,12 @@ def _load(context: ssl.SSLContext, config: Config) -> str | None:
 
 
 def _password() -> str:
-    """What OpenSSL calls for an encrypted key; it would ask at the terminal otherwise."""
+    """Called for an encrypted key. Without this, OpenSSL would ask on the terminal."""
     raise ValueError("there is no password")
 
 
 def _unreadable(config: Config) -> Iterator[Problem]:
-    """OpenSSL does not say which of two files it is."""
+    """Yield the files that cannot be read, because OpenSSL does not name the file."""
     for key in ("smtp-certificate", "smtp-key"):
         if path := config.text(key):
             try:
@@ -85,10 +85,13 @@ def _unreadable(config: Config) -> Iterator[Problem]:
 
 
 def try_handshake(context: ssl.SSLContext, certificate: str) -> str | None:
-    """What a client that trusts this certificate, but looks at its dates, has against it."""
+    """Do a handshake with a client that trusts the certificate; return its complaint, or None.
+
+    The client checks the dates of the certificate, and neither host name nor issuer.
+    """
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
-    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # who signed it is not asked
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # do not check the issuer
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
         client.load_verify_locations(certificate)
@@ -111,30 +114,30 @@ def try_handshake(context: ssl.SSLContext, certificate: str) -> str | None:
 
 
 class Hasty(Protocol):
-    """Who shakes hands, and can be told that its time is up. From any thread."""
+    """A session in a handshake, which any thread can tell to hurry."""
 
     def hurry(self) -> None: ...
 
 
 class Handshakes:
-    """At most `limit` handshakes at a time; 0 is no limit. Any thread may use it.
+    """A limit on concurrent handshakes; 0 means no limit. Any thread.
 
-    When there are as many, the one that began first gives way, unless it began just now: slow
-    ones keep nobody out.
+    At the limit, the oldest handshake is ended to make room, unless it is younger than
+    `GRACE_SECONDS`. So slow handshakes keep nobody out.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = limit
+        self.limit = limit
         self._clock = clock
         self._lock = threading.Lock()
         self._began: dict[Hasty, float] = {}
 
     def begin(self, who: Hasty) -> bool:
-        """Take a place; `end` gives it back. False when there is none."""
+        """Take a place, to be returned with `end`. Return False if there is none."""
         with self._lock:
             now = self._clock()
             oldest = None
-            if len(self._began) >= self._limit > 0:
+            if len(self._began) >= self.limit > 0:
                 oldest = next(iter(self._began))
                 if now - self._began[oldest] < GRACE_SECONDS:
                     return False

@@ -1,20 +1,18 @@
-"""Notice a worker whose loop has stood still, and say what it is in.
+"""Detect a worker whose loop is blocked, and log what it is doing.
 
 Theory of operation
 -------------------
-One thread looks after all workers. Once a second it asks each loop to run a function of its
-soon, which a loop that turns does at once. As long as the answer is due nothing else is asked;
-when it has been due for `watchdog-seconds` the worker stands still: a plugin blocks instead of
-giving control back, or something of ours does. Then the log has what the worker's thread is in
-at that moment, and again each time that it has stood twice as long.
+One thread watches all workers. Once a second it asks each loop to run a function, which a running
+loop does at once. If the function has not run after `watchdog-seconds`, the loop is blocked, by a
+plugin or by our code. Then the log names what the thread of the worker is doing, and again each
+time that the blockage has lasted twice as long.
 
-A call that holds Python's lock keeps this thread from looking as well, as does a process that
-is stopped. The thread sees afterwards how late it is. What happens meanwhile, and before there are
-workers and after, a thread of the core says, which needs no lock (`mailerq.faults`): it looks at
-the calls into plugins, those while they are opened, initialized and cleaned up among them. Its
-lines go to the application log without passing through `logging`.
+A call that holds Python's lock blocks this thread as well, and so does a stopped process; this
+thread logs the delay afterwards. In the meantime, and before and after the workers exist, a thread
+of the core watches, which needs no lock (`mailerq.faults`). It also sees calls that load,
+initialize and clean up plugins. Its lines bypass `logging` and go straight to the application log.
 
-A worker pays one function call a second for all this.
+The watchdog costs a worker one function call a second.
 """
 
 from __future__ import annotations
@@ -40,63 +38,82 @@ log = logging.getLogger("mailerq.watchdog")
 LOOK_SECONDS: Final = 1.0
 MIN_LOOK_SECONDS: Final = 0.01
 LOOKS: Final = 4
-"""Workers are looked at once a second, and at least so often in `watchdog-seconds`."""
+"""Workers are checked once a second, and at least this often within `watchdog-seconds`."""
 
 FRAMES: Final = 3
-"""Python functions that are named when it is no plugin; who called them is seldom the cause."""
+"""Python functions to log if no plugin is running; outer callers are rarely the cause."""
 
 PROCESS: Final = "process"
-"""The place where all threads stood still."""
+"""The place in the statistics for a blockage of all threads."""
 
 
 @dataclass(slots=True, eq=False)
 class _Pulse:
-    """A worker, and what is known of its loop. Times are on the monotonic clock."""
+    """A worker and the state of its loop. Times are on the monotonic clock."""
 
     worker: Worker
     asked: float | None = None
-    """Since when the loop has been asked, None when it has answered."""
+    """Time of the unanswered request, None without one."""
     took: float = 0.0
-    """How long the last answer took."""
-    patience: float = 0.0
+    """Seconds that the last answer took."""
+    report_after: float = 0.0
+    """Seconds after `asked` until the next report."""
     where: str | None = None
-    """What it stands still in, None while it turns."""
+    """The place where the worker is blocked, None while its loop runs."""
 
 
 class Watchdog:
-    """Looks while its context is open; `seconds` 0 is not at all."""
+    """Watches while its context is open. With `seconds` 0 it does nothing."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+        self._seconds = 0.0
+        self._wanted = seconds
         self._watch = Watch()
         self._pulses: list[_Pulse] = []
         self._stalls = 0
         self._longest = 0.0
         self._places: dict[str, int] = {}
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread: threading.Thread
 
     def __enter__(self) -> Self:
-        if self._seconds:
-            self._watch.start(self._seconds)
-            self._watch.beat()
-            self._thread.start()
+        self._start(self._wanted)
         return self
 
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
     def look_after(self, workers: Iterable[Worker]) -> None:
-        """From now on, see that the loops of these turn."""
+        """Watch the loops of these workers from now on."""
         self._pulses = [_Pulse(worker) for worker in workers]
         if self._seconds:
             self._watch.leave_workers()
 
-    def __exit__(self, *error: object) -> None:
-        self._end.set()
+    def set_seconds(self, seconds: float) -> None:
+        """Another `watchdog-seconds` from now on, while its context is open. Raises OSError."""
+        if seconds != self._seconds:
+            self._stop()
+            self._start(seconds)
+            self.look_after([pulse.worker for pulse in self._pulses])
+
+    def _start(self, seconds: float) -> None:
+        self._seconds = 0.0
+        if seconds:
+            self._end = threading.Event()
+            self._watch.start(seconds)
+            self._seconds = seconds
+            self._watch.beat()
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def _stop(self) -> None:
         if self._seconds:
+            self._end.set()
             self._thread.join()
             self._watch.stop()
 
     def statistics(self) -> dict[str, Any]:
-        """How often a worker stood still, in what, for how many seconds at most; who does now."""
+        """Return the number of stalls and of blocked workers, the longest stall, and the places."""
         return {
             "stalls": self._stalls,
             "standing": sum(pulse.where is not None for pulse in self._pulses),
@@ -126,18 +143,18 @@ class Watchdog:
         asked = pulse.asked
         if asked is None:
             if pulse.where is not None:
-                self._goes_on(pulse)
-            pulse.patience = self._seconds
+                self._recovered(pulse)
+            pulse.report_after = self._seconds
             pulse.asked = now
             try:
                 pulse.worker.call(_answer, pulse)
             except trio.RunFinishedError:
                 pulse.asked = None
-        elif now - asked >= pulse.patience:
-            pulse.patience *= 2
-            self._stands(pulse, now - asked)
+        elif now - asked >= pulse.report_after:
+            pulse.report_after *= 2
+            self._report(pulse, now - asked)
 
-    def _stands(self, pulse: _Pulse, seconds: float) -> None:
+    def _report(self, pulse: _Pulse, seconds: float) -> None:
         where, detail = _what_runs(pulse.worker)
         if pulse.where is None:
             pulse.where = where
@@ -146,7 +163,7 @@ class Watchdog:
             "worker %d has stood still for %.1f s, in %s", pulse.worker.index, seconds, detail
         )
 
-    def _goes_on(self, pulse: _Pulse) -> None:
+    def _recovered(self, pulse: _Pulse) -> None:
         self._longest = max(self._longest, pulse.took)
         log.warning(
             "worker %d goes on; it stood still for %.1f s, in %s",
@@ -163,14 +180,14 @@ class Watchdog:
 
 
 def _answer(pulse: _Pulse) -> None:
-    """On the worker's loop: it turns."""
+    """Called on the loop of the worker, which therefore runs."""
     assert pulse.asked is not None
     pulse.took = time.monotonic() - pulse.asked
     pulse.asked = None
 
 
 def _what_runs(worker: Worker) -> tuple[str, str]:
-    """What a worker's thread is in: a name to count by, and a text for people."""
+    """Return what a worker is doing: a name for the statistics, and a text for people."""
     running = worker.context.running
     if running is not None:
         plugin, function = running

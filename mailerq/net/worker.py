@@ -1,15 +1,14 @@
-"""A worker: one thread, one trio loop, one plugin context, and the sessions that live there.
+"""A worker: one thread, one trio loop, one plugin context, and their sessions.
 
-Worker 0 is the loop that the engine itself runs in, called *home* here; with
-``smtp-threads`` above one the others have threads of their own. With a single worker every
-call below is a plain function call.
+Worker 0 is the loop of the engine, called *home* here. With ``smtp-threads`` above one, the other
+workers have their own threads. With one worker, every call below is a plain function call.
 
 Guarantees
 ----------
-- `Worker.call` and `Worker.spawn` may be used from every thread. What is called from one
-  thread for one worker runs in the order of the calls.
-- Sessions stay on their worker from beginning to end, so a plugin's data of a context or of
-  a connection is only ever touched by one thread.
+- `Worker.call` and `Worker.spawn` may be used from any thread. Calls from one thread to one worker
+  run in order.
+- A session stays on its worker, so plugin data of a context or of a connection is used by one
+  thread only.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ Ts = TypeVarTuple("Ts")
 
 
 class Worker:
-    """Where sessions run. `context` and `nursery` belong to its thread."""
+    """A worker. Use `context` and `nursery` on its thread only."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.load = 0
-        """Sessions that were given to it and have not ended; kept by whoever gives them."""
+        """The number of its sessions; the code that assigns sessions maintains this."""
         self.context: Context
         self.nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
         self.thread = 0
-        """The identity of its thread, once it runs."""
+        """The identity of its thread, once the worker runs."""
         self._stop: trio.Event
 
     def call(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
-        """Run a plain function on this worker's thread: now when called there, else soon."""
+        """Run a plain function on the thread of this worker: now if called there, else soon."""
         if threading.get_ident() == self.thread:
             function(*args)
         else:
@@ -54,7 +53,7 @@ class Worker:
     def spawn(self, function: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
         """Start a task on this worker.
 
-        It must handle its own errors: what escapes from it ends the engine.
+        The task must handle its own errors: an exception that escapes ends the engine.
         """
         self.call(self.nursery.start_soon, function, *args)
 
@@ -64,7 +63,7 @@ class Worker:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve until `stop`, then wait for the tasks that are still there."""
+        """Serve until `stop`, then wait for the remaining tasks."""
         await self._serve(plugins, task_status.started)
 
     async def _serve(self, plugins: Plugins, started: Callable[[], object]) -> None:
@@ -86,7 +85,7 @@ class Worker:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """`run` in a thread and a trio loop of its own."""
+        """Like `run`, in another thread with its own trio loop."""
         home = trio.lowlevel.current_trio_token()
         started = partial(home.run_sync_soon, task_status.started)
         run = partial(trio.run, self._serve, plugins, started)
@@ -94,7 +93,7 @@ class Worker:
             await trio.to_thread.run_sync(run, limiter=trio.CapacityLimiter(math.inf))
 
     def stop(self, *, cancel: bool = False) -> None:
-        """Let `run` end once its tasks have; `cancel` ends them now."""
+        """Let `run` end after its tasks; `cancel` ends the tasks now."""
         self.call(self._cancel if cancel else self._finish)
 
     def _finish(self) -> None:
@@ -106,7 +105,7 @@ class Worker:
 
 @asynccontextmanager
 async def open_workers(count: int, plugins: Plugins) -> AsyncIterator[list[Worker]]:
-    """Start `count` workers, the first one in this very loop; stop them in reverse order."""
+    """Start `count` workers, the first in this loop; stop them in reverse order."""
     workers = [Worker(index) for index in range(count)]
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
@@ -120,7 +119,7 @@ async def open_workers(count: int, plugins: Plugins) -> AsyncIterator[list[Worke
             yield workers
             cancel = False
         except Exception as error:
-            failure = error  # Around the nursery, which would make a group of it.
+            failure = error  # raised outside of the nursery, which would make a group of it
         finally:
             for worker in reversed(started):
                 worker.stop(cancel=cancel)

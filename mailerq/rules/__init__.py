@@ -1,1 +1,1 @@
-"""Facts and the time in, a decision out: pure functions without I/O."""
+"""Pure functions from facts and the time to a decision, without I/O."""

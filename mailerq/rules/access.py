@@ -1,4 +1,4 @@
-"""Who may connect, and who may send to whom."""
+"""The access rules: which clients may connect, and to which recipients they may send."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def domain_of(address: str) -> str:
-    """What stands behind the last "@", in lower case and without a closing dot."""
+    """Return the text after the last "@", in lower case and without a trailing dot."""
     return address.rpartition("@")[2].lower().rstrip(".")
 
 
@@ -31,7 +31,7 @@ def _ascii(domain: str) -> str:
 class Access:
     """The access rules of one server, from the settings of networks and domains.
 
-    An empty `clients` admits everybody, an empty `relays` lets nobody relay without a login.
+    With empty `clients`, everybody may connect. With empty `relays`, relaying needs a login.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Access:
     ) -> None:
         self._clients = tuple(clients)
         self._relays = tuple(relays)
-        # Asked several times for each mail; a key that holds networks is slow to hash.
+        # Cached by client only: called several times for each mail, and networks hash slowly.
         self._may_relay = lru_cache(maxsize=4096)(self._look_up_relay)
         self._proxies = tuple(proxies)
         self._xclients = tuple(xclients)
@@ -57,31 +57,31 @@ class Access:
         return not self._clients or is_within(client, self._clients)
 
     def may_relay(self, client: str) -> bool:
-        """Whether that client may send to anybody without a login."""
+        """Whether a client may send to any recipient without a login."""
         return self._may_relay(client)
 
     def _look_up_relay(self, client: str) -> bool:
         return is_within(client, self._relays)
 
     def is_proxy(self, peer: str) -> bool:
-        """Whether that peer must send a PROXY header."""
+        """Whether a peer must send a PROXY header."""
         return bool(self._proxies) and is_within(peer, self._proxies)
 
     def may_xclient(self, client: str) -> bool:
-        """Whether that client may say with XCLIENT whom it speaks for."""
+        """Whether a client may name its own client with XCLIENT."""
         return bool(self._xclients) and is_within(client, self._xclients)
 
     def is_local(self, recipient: str) -> bool:
-        """Whether anybody may send to that recipient, whose mail ends here.
+        """Whether a recipient is in a local domain, so that anybody may send to it.
 
-        The domain counts. A route that hides in the local part is refused: to us
-        ``victim%elsewhere.test@local.test`` is a mailbox of local.test, but a host behind us may
-        see more in it. The bare ``postmaster`` is always at home (RFC 5321, section 4.5.1).
+        A route in the local part is refused: here, ``victim%elsewhere.test@local.test`` is a
+        mailbox of local.test, but the next host may relay it. The bare ``postmaster`` is always
+        local (RFC 5321, section 4.5.1).
         """
         return "@" not in recipient or _is_in(recipient, self._local_domains)
 
     def is_relayed(self, recipient: str) -> bool:
-        """Whether anybody may send to that recipient, whose mail goes on to other hosts."""
+        """Whether a recipient is in a relay domain, so that anybody may send to it."""
         return _is_in(recipient, self._relay_domains)
 
 
@@ -90,12 +90,12 @@ def _names(domains: Collection[str]) -> frozenset[str]:
 
 
 def _is_in(recipient: str, domains: Collection[str]) -> bool:
-    """Whether a recipient is of one of the domains, and of no other behind them."""
+    """Whether a recipient is in one of the domains and holds no route to another."""
     if _ascii(domain_of(recipient)) not in domains:
         return False
     try:
         return not parse_mailbox(recipient).routed
-    except AddressError:  # a plugin may have made anything of it
+    except AddressError:  # a plugin may have set any text
         return False
 
 
@@ -108,5 +108,5 @@ def is_within(client: str, networks: tuple[Network, ...]) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_loopback(client: str) -> bool:
-    """Whether that address is this host's own."""
+    """Whether an address is a loopback address."""
     return parse_ip(client.partition("%")[0]).is_loopback

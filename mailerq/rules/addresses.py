@@ -1,4 +1,4 @@
-"""Addresses that anybody may send to, one by one or by patterns."""
+"""Lists of addresses and patterns, for recipients that anybody may send to."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _WILDCARDS: Final = {"*": ".*", "?": "."}
 
 
 class AddressList:
-    r"""A list of addresses. Case counts nowhere in it.
+    r"""A list of addresses and patterns, without regard to case.
 
-    ``ann@example.test`` is that address; ``*@example.test`` and ``sales-?@example.test`` are all
-    that fit, where ``*`` stands for any characters and ``?`` for one; ``/(ann|bob)@.+\.test/`` is
-    a regular expression, which must fit the whole address. A pattern never takes an address that
-    may hide a route in its local part (`Mailbox.routed`); an exact entry may be such an address.
+    ``ann@example.test`` is one address. In ``*@example.test`` and ``sales-?@example.test``, ``*``
+    matches any characters and ``?`` matches one. ``/(ann|bob)@.+\.test/`` is a regular expression
+    that must match the whole address. A pattern never matches an address that may hold a route in
+    its local part (`Mailbox.routed`); an exact entry may be such an address.
 
     >>> addresses = AddressList.parse("Ann@b.test\n*@c.test\n/[a-z]+@d\\.test/\n")
     >>> [addresses.has(name) for name in ("ann@B.test", "x@c.test", "x@d.test", "1@d.test")]
@@ -33,7 +33,7 @@ class AddressList:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a list: an entry on each line, ``#`` starts a comment.
+        """Parse a list with one entry on each line; ``#`` starts a comment line.
 
         Raises ValueError, which names the line.
         """
@@ -56,7 +56,7 @@ class AddressList:
         return cls(exact, patterns)
 
     def has(self, address: str) -> bool:
-        """Whether an address, as it comes in RCPT, is in the list."""
+        """Whether an address, as given in RCPT, is in the list."""
         if not self._exact and not self._patterns:
             return False
         try:

@@ -1,4 +1,4 @@
-"""What is wrong with a message, or without effect in it: all that can be said before it is sent."""
+"""Find mistakes in a message, and properties without effect, before the message is sent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from mailerq.address import parse_host, parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.mail.extract import extract
+from mailerq.mail.incoming import HOP_LIMIT
 from mailerq.message import Message
 from mailerq.properties import KNOWN, misspellings
 from mailerq.rules.retry import expires_at, not_before
@@ -17,17 +18,19 @@ from mailerq.wire.parameters import dsn_parameters
 
 __all__ = ["MAX_HOPS", "Finding", "examine", "problems"]
 
-MAX_HOPS: Final = 100
-"""Received lines of a message that is still believed not to run in circles (RFC 5321, 6.3)."""
+MAX_HOPS: Final = HOP_LIMIT
+"""Received fields of a message. Reception counts its own field too, so a mail that was accepted
+never exceeds this."""
 
 SHOWN: Final = 80
-"""Characters of a name or a value of a message that are shown."""
+"""Characters of a name or a value of a message to show."""
 
 
 class Finding(NamedTuple):
-    """With an error the message is refused or fails; a warning is something that is not done.
+    """A fact about a message.
 
-    A note is for people: there nothing is wrong.
+    With an error, the message is refused or fails. A warning names a property without effect. A
+    note is information only.
     """
 
     level: Literal["error", "warning", "note"]
@@ -35,9 +38,9 @@ class Finding(NamedTuple):
 
 
 def examine(message: Message, config: Config, *, now: float) -> Iterator[Finding]:
-    """All that is to be said of a message for the outbox, which is left as it is.
+    """Yield all findings about a message for the outbox.
 
-    The errors are those of `problems`. What plugins would do to the message is not known here.
+    The errors are those of `problems`. Changes by plugins are not considered.
     """
     yield from (Finding("error", text) for text in problems(message, config, now=now))
     misspelt = dict(misspellings(message.properties))
@@ -53,10 +56,9 @@ def examine(message: Message, config: Config, *, now: float) -> Iterator[Finding
 def problems(
     message: Message, config: Config, *, now: float, supplied: bool = False
 ) -> Iterator[str]:
-    """What keeps a message for the outbox from ever being sent, each with its property.
+    """Yield the mistakes, each with its property, that would make every delivery fail.
 
-    A delivery would fail for the same reasons, later. `supplied` says whether a plugin may supply
-    a body.
+    `supplied`: a plugin may supply a body.
     """
     body: object = message.body
     if body is not None and not isinstance(body, bytes):
@@ -69,7 +71,7 @@ def problems(
 
 
 def _unusable(message: Message, config: Config, now: float, supplied: bool) -> Iterator[str]:
-    """What has the right types and cannot be used."""
+    """Yield properties whose type is right and whose value cannot be used."""
     properties = message.properties
     for name in ("recipient", "envelope"):
         address = properties.get(name)
@@ -98,7 +100,7 @@ def _unusable(message: Message, config: Config, now: float, supplied: bool) -> I
 
 
 def _late(properties: Mapping[str, Any], config: Config, now: float) -> Iterator[str]:
-    """What has no time left."""
+    """Yield times that leave no time for an attempt."""
     due = not_before(properties, now=now)
     first = now if due is None else max(now, due)
     if first <= expires_at(properties, now=first, max_delivertime=config.max_delivertime):
@@ -113,7 +115,7 @@ def _late(properties: Mapping[str, Any], config: Config, now: float) -> Iterator
 
 
 def _no_body(message: Message, supplied: bool) -> Iterator[str]:
-    """What is wrong with the mail itself."""
+    """Yield mistakes in the mail itself."""
     if message.body is not None:
         if count_hops(message.body) > MAX_HOPS:
             yield f"property mime: has more than {MAX_HOPS} Received lines: a mail loop"
@@ -126,7 +128,7 @@ def _no_body(message: Message, supplied: bool) -> Iterator[str]:
 
 
 def _without_effect(message: Message, misspelt: Collection[str]) -> Iterator[str]:
-    """What is known and changes nothing, or stands where only known keys do."""
+    """Yield known properties without effect, and unknown keys of known properties."""
     properties = message.properties
     for name, value in properties.items():
         known = KNOWN.get(name)
@@ -154,7 +156,7 @@ def _without_effect(message: Message, misspelt: Collection[str]) -> Iterator[str
 
 
 def _reports(dsn: object) -> Iterator[str]:
-    """What of the property ``dsn`` has no place in a command."""
+    """Yield keys of the property ``dsn`` whose value cannot be sent in a command."""
     if isinstance(dsn, Mapping):
         parts: Mapping[str, Any] = dsn
         for name in ("notify", "ret", "orcpt", "envid"):
@@ -163,6 +165,6 @@ def _reports(dsn: object) -> Iterator[str]:
 
 
 def _shown(text: str) -> str:
-    """A name or a value in a line, in quotes where else nobody could see what it is."""
+    """Shorten a name or a value for a line; quote it if it is empty or has blanks."""
     shown = text[:SHOWN]
     return f"'{shown}'" if not shown or " " in shown else shown

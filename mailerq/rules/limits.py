@@ -1,4 +1,4 @@
-"""What one client may do in a minute, and how many connections it may hold at a time."""
+"""Rate limits for each client."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from mailerq.address import parse_ip
 __all__ = ["ClientLimits", "network_of"]
 
 MAX_CLIENTS: Final = 100_000
-"""Clients that are remembered; the one that was quiet for longest is forgotten first."""
+"""Counters of clients that are kept; the least recently used one is dropped first."""
 
 SECONDS: Final = 60.0
-"""The length of the interval that all rates are given for."""
+"""The interval of all rates."""
 
 
 class ClientLimits:
-    """Rates for each client, as token buckets that fill evenly over a minute.
+    """Rates for each client, as token buckets that refill evenly over a minute.
 
-    `per_minute` maps the name of what is counted to its bound; 0 or a missing name is no bound.
-    A client that was quiet may use a whole minute's worth at once, and then as much as
-    flows in. `now` is in seconds on a clock that does not jump. A client is what `network_of` its
-    address gives.
+    `per_minute` maps the name of a counter to its limit; 0 or a missing name means no limit. A
+    client may use the limit of a whole minute at once, and then as much as refills. `now` is in
+    seconds of a monotonic clock. A client is named by the `network_of` its address.
 
     >>> limits = ClientLimits({"messages": 2})
     >>> [limits.take("192.0.2.1", "messages", now=0.0) for _ in range(3)]
@@ -35,11 +34,15 @@ class ClientLimits:
     """
 
     def __init__(self, per_minute: Mapping[str, int]) -> None:
-        self._bounds = {name: bound for name, bound in per_minute.items() if bound > 0}
         self._levels: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
+        self.set_bounds(per_minute)
+
+    def set_bounds(self, per_minute: Mapping[str, int]) -> None:
+        """Other bounds from now on; what was counted stays counted."""
+        self._bounds = {name: bound for name, bound in per_minute.items() if bound > 0}
 
     def take(self, client: str, what: str, now: float, count: int = 1) -> bool:
-        """Count `count` of something; False when that is more than the client may do."""
+        """Take `count` tokens; return False, and take none, if the client has fewer."""
         bound = self._bounds.get(what)
         if bound is None:
             return True
@@ -63,7 +66,7 @@ class ClientLimits:
             self._levels[key] = (max(0.0, used - 1), since)
 
     def is_exhausted(self, client: str, what: str, now: float) -> bool:
-        """Whether `take` would say no; counts nothing."""
+        """Whether `take` would return False; takes nothing."""
         bound = self._bounds.get(what)
         if bound is None:
             return False
@@ -73,9 +76,9 @@ class ClientLimits:
 
 @lru_cache(maxsize=4096)
 def network_of(address: str, prefix4: int = 32, prefix6: int = 64) -> str:
-    """What stands for an address in counting: the network that one client may have.
+    """Return the network that counts as one client.
 
-    A host has a /64 of IPv6 at least, and many providers hand out a /56 or a /48.
+    An IPv6 host has at least a /64, and many providers assign a /56 or a /48.
 
     >>> network_of("192.0.2.1"), network_of("2001:db8:1:2::3", prefix6=48)
     ('192.0.2.1/32', '2001:db8:1::/48')

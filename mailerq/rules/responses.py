@@ -1,10 +1,9 @@
-"""What became of an attempt, and what follows from it.
+"""Turn the end of an attempt into an outcome, and decide what follows.
 
-Everything that can end an attempt, from a name that does not exist to the reply to the
-final dot, is turned into an `Outcome` here. Its words are those of the results that
-applications read: `type` and `state` as version 2.1 has them, `result` as the newer ones.
-States that 2.1 has no word for (``process``, ``dns``, ``bind``, ``storage``) are the newer
-ones.
+Everything that can end an attempt, from a missing domain to the reply to the final dot, becomes an
+`Outcome` here. Its words appear in the results that applications read: `type` and `state` use the
+words of version 2.1, `result` uses the newer words. The states ``process``, ``dns``, ``bind`` and
+``storage`` are newer words too, because 2.1 has none for them.
 """
 
 from __future__ import annotations
@@ -46,55 +45,56 @@ __all__ = [
 ]
 
 MAX_DESCRIPTION: Final = 1000
-"""Characters of a description; it is kept with every result of a message."""
+"""Characters of a description, which is stored in every result of a message."""
 
 TYPES: Final = {
-    "success": "The peer has the mail.",
-    "nohosts": "The domain of the recipient has no host that can be found.",
-    "bind": "The mail cannot be sent from the addresses that it may leave from.",
+    "success": "The peer accepted the mail.",
+    "nohosts": "No host was found for the domain of the recipient.",
+    "bind": "The mail could not be sent from any address that it may use.",
     "refused": "The host refused the connection.",
-    "connect": "There is no connection to the host.",
-    "noaccess": "The session ended before it could take mail, at the banner, EHLO or HELO.",
-    "error": "The peer or this server refused the mail: for now by a `code` of 4xx, else for good.",
+    "connect": "The connection to the host failed.",
+    "noaccess": "The session ended at the banner, EHLO or HELO.",
+    "error": "The peer or this server refused the mail: for now with a `code` of 4xx, else for"
+    " good.",
     "lost": "The connection broke, or the peer answered out of step.",
     "timeout": "The peer did not answer in time.",
     "overflow": "A reply of the peer was too long.",
-    "idle": "The peer ended the connection before the mail had its turn.",
-    "nodata": "There is no mail to send: neither the document nor a plugin has it.",
-    "expired": "It was past its time before an attempt.",
+    "idle": "The peer closed the connection before the mail's turn.",
+    "nodata": "There was no mail to send: neither the document nor a plugin supplied it.",
+    "expired": "The mail expired before an attempt.",
     "responsive": "The mail would have to be generated, which is not supported.",
 }
-"""The words of ``type`` in results, and what they mean."""
+"""The words of ``type`` in results, and their meanings."""
 
 STATES: Final = {
-    "process": "Before anything was tried.",
-    "storage": "The mail was to be fetched.",
-    "responsive": "The mail was to be generated.",
-    "dns": "The hosts of the domain were looked for.",
-    "bind": "The address to send from was chosen.",
-    "connect": "The connection was made.",
-    "init": "The banner was awaited.",
+    "process": "Before the first step.",
+    "storage": "Fetching the mail.",
+    "responsive": "Generating the mail.",
+    "dns": "Looking up the hosts of the domain.",
+    "bind": "Choosing the address to send from.",
+    "connect": "Connecting.",
+    "init": "Waiting for the banner.",
     "ehlo": "EHLO was sent.",
     "helo": "HELO was sent.",
     "reset": "RSET was sent.",
     "mail from": "MAIL FROM was sent.",
     "rcpt to": "RCPT TO was sent.",
-    "data": "DATA was sent, or a plugin stopped the mail there.",
+    "data": "DATA was sent, or a plugin rejected the mail there.",
     "received": "The whole mail was sent.",
-    "accept": "The peer has taken the mail.",
+    "accept": "The peer accepted the mail.",
     "idle": "The connection waited for mail.",
     "close": "QUIT was sent.",
 }
-"""The words of ``state`` in results: how far an attempt came."""
+"""The words of ``state`` in results: the last step of an attempt."""
 
 RESULTS: Final = {
-    "accepted": "The peer has the mail.",
-    "error": "The peer refused in a reply, or this host could not go on.",
+    "accepted": "The peer accepted the mail.",
+    "error": "The peer refused the mail, or this host could not continue.",
     "lost": "The connection broke.",
-    "timeout": "Nobody answered in time, or the mail is past its time.",
-    "invalid": "A reply, or the message itself, has no valid form.",
+    "timeout": "The peer did not answer in time, or the mail expired.",
+    "invalid": "A reply or the message itself was not valid.",
 }
-"""The words of ``result`` in results, which newer versions have in place of ``type``."""
+"""The words of ``result`` in results, which newer versions use instead of ``type``."""
 
 _STATES: Final = {
     Step.INTRO: "init",
@@ -116,18 +116,18 @@ _OWN_ERRORS: Final = frozenset({
     errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
     # no address to send from, or no free port
     errno.EADDRNOTAVAIL, errno.EADDRINUSE,
-    # no such family here, no way there, an address that means something on one link only
+    # no such family here, no route, or a link-local address
     errno.EAFNOSUPPORT, errno.ENETDOWN, errno.ENETUNREACH, errno.EINVAL,
     # a firewall or a sandbox of this host
     errno.EACCES, errno.EPERM,
 })  # fmt: skip
-"""Errors of connecting that are faults of this host and say nothing of the peer.
+"""Errors of connect() that are faults of this host, not of the peer.
 
-EHOSTUNREACH is none: firewalls of peers and routers before them answer so."""
+EHOSTUNREACH is not one of them: firewalls of peers, and routers before peers, answer with it."""
 
 
 class Fate(Enum):
-    """What follows from an outcome."""
+    """The consequence of an outcome."""
 
     DELIVERED = auto()
     RETRY = auto()
@@ -135,9 +135,9 @@ class Fate(Enum):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How an attempt ended, without when and where.
+    """The end of an attempt, without its time and place.
 
-    `own_fault`: this host is what kept the message from being sent. That is never final.
+    `own_fault`: a fault of this host kept the message from being sent. That is never final.
     """
 
     type: str
@@ -181,12 +181,12 @@ OWN_FAULT: Final = Outcome(
 
 
 def accepted(event: Accepted) -> Outcome:
-    """The peer has the message."""
+    """The peer accepted the message."""
     return _answered("success", "accept", "accepted", Fate.DELIVERED, event.reply)
 
 
 def refused(event: Refused) -> Outcome:
-    """The peer said no: to the message, for now (4xx) or for ever, or to the session."""
+    """The peer refused the message, for now (4xx) or for good, or refused the session."""
     state = _STATES[event.step]
     if event.step in _HELLO:
         return _answered("noaccess", state, "error", Fate.RETRY, event.reply)
@@ -213,7 +213,7 @@ def failed(event: Failed) -> Outcome:
 
 
 def connect_failed(error: OSError, host: str) -> Outcome:
-    """There is no connection to `host`; `error` says why."""
+    """Connecting to `host` failed with `error`."""
     text = os.strerror(error.errno) if error.errno else str(error)
     description = f"{host}: {text}"
     if error.errno == errno.ECONNREFUSED:
@@ -224,7 +224,7 @@ def connect_failed(error: OSError, host: str) -> Outcome:
 
 
 def cannot_bind(error: OSError, local_ip: str) -> Outcome:
-    """Nothing can be sent from `local_ip`; `error` says why."""
+    """Binding to `local_ip` failed with `error`."""
     text = os.strerror(error.errno) if error.errno else str(error)
     return _bind(f"cannot send from {local_ip}: {text}")
 
@@ -240,10 +240,10 @@ def _bind(description: str) -> Outcome:
 
 
 def outweighs(outcome: Outcome, other: Outcome) -> bool:
-    """Whether `outcome` says no less than `other`, which an earlier host of a domain met.
+    """Whether to report `outcome` rather than `other`, the outcome of an earlier host.
 
-    What a peer answered comes before what kept us from reaching one, and a fault of this
-    host comes last: it must not hide either.
+    The answer of a peer outweighs a failure to reach one. A fault of this host weighs least, so
+    that it hides neither.
     """
     return _weight(outcome) >= _weight(other)
 
@@ -257,37 +257,37 @@ def _weight(outcome: Outcome) -> int:
 
 
 def connect_timed_out(host: str) -> Outcome:
-    """Nobody answered at `host`."""
+    """`host` did not answer in time."""
     return Outcome(
         "connect", "connect", "timeout", Fate.RETRY, description=f"{host}: no answer in time"
     )
 
 
 def no_hosts(description: str, reply: Reply | None) -> Outcome:
-    """The domain has no host; with a `reply` that will not change."""
+    """No host was found for the domain. A `reply` decides whether that is final."""
     if reply is not None:
         return _answered("error", "dns", "error", _fate(reply), reply)
     return Outcome("nohosts", "dns", "error", Fate.RETRY, description=description[:MAX_DESCRIPTION])
 
 
 def unsendable(problem: str, code: int | None = None, status: str | None = None) -> Outcome:
-    """Something is wrong with the message itself: it is never tried."""
+    """The message itself has a mistake, and is never tried."""
     return Outcome("error", "process", "invalid", Fate.FAILED, code, status, problem)
 
 
 def not_generated() -> Outcome:
-    """``mime`` describes a mail that would have to be generated."""
+    """``mime`` is an object, a mail that would have to be generated."""
     text = "the property mime is an object, and generating mail is not supported"
     return Outcome("responsive", "responsive", "error", Fate.FAILED, description=text)
 
 
 def rejected_by_plugin(reply: Reply) -> Outcome:
-    """A plugin stopped the message when its body was about to be sent."""
+    """A plugin rejected the message before its body was sent."""
     return _answered("error", "data", "error", _fate(reply), reply)
 
 
 def refused_on_arrival(reply: Reply) -> Outcome:
-    """Plugins refused the message, or failed at it, when others of the same mail were taken."""
+    """A plugin rejected the message on arrival, while others of the same mail were accepted."""
     return _answered("error", "process", "error", Fate.FAILED, reply)
 
 

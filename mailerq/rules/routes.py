@@ -53,7 +53,7 @@ def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Rout
     The message's own smarthost comes before the configured one. A sink takes the
     connections of either, and those of each domain, which keep their queues.
     """
-    name, host, port, mx, trusted = domain, domain, SMTP_PORT, True, False
+    name, host, port, mx, trusted = domain, domain, config.smtp_out_port, True, False
     smarthost = properties.get("smarthost")
     if smarthost:
         host, port = _smarthost(smarthost)

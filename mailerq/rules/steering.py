@@ -1,4 +1,4 @@
-"""Whose x-mq-* fields count, and which."""
+"""Decide which x-mq-* fields of a client have an effect."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ EVERY_LOGIN: Final = "*"
 class Steering:
     """The settings `smtp-extract`, `smtp-extract-range` and `smtp-extract-logins`.
 
-    To relay and to steer are two things: a client that may send to anybody has no say by that
-    in the queues, addresses and relays of its operator.
+    The right to relay gives no control over the queues, addresses and smarthosts of the operator:
+    that is a separate right.
     """
 
     def __init__(self, config: Config, rights: Rights) -> None:
         self.others = rights
-        """For clients that may relay and are in neither list."""
+        """The rights of clients that may relay and are in neither list."""
         self._networks = config.smtp_extract_range
         self._logins = frozenset(config.smtp_extract_logins)
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """What the settings say. Raises `ConfigError` for a name that no field has."""
+        """Read the settings. Raises `ConfigError` for an unknown field."""
         try:
             rights = rights_of(config.smtp_extract, longest=config.max_delivertime)
         except ValueError as error:
@@ -37,7 +37,7 @@ class Steering:
         return cls(config, rights)
 
     def rights(self, client: str, login: str, *, authenticated: bool) -> Rights:
-        """What the fields of a client may do that may relay; without a login it is empty."""
+        """Return the rights of a client that may relay. `login` is empty without a login."""
         if self._logins and authenticated:
             if EVERY_LOGIN in self._logins or login in self._logins:
                 return EVERYTHING

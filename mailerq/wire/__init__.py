@@ -1,1 +1,1 @@
-"""Bytes on the wire against events: SMTP as pure state, with no I/O and no clock."""
+"""SMTP as pure state machines between bytes and events, without I/O and clock."""

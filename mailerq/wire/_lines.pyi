@@ -1,4 +1,4 @@
-"""The bytes of a mail, as Python sees what is compiled."""
+"""Types of `_lines`, for type checkers."""
 
 BARE: int
 DOTTED: int

@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The bytes of a mail: each is looked at when it comes in and when it leaves, and kept once.
+"""Check the bytes of a mail when it arrives and when it is sent, and keep them in one place.
 
-For what lines are like two neighbours at a time are enough, and nothing is kept from one to the next: so the compiler
-makes vector instructions of it, which look at 12 GB/s. To take all pairs out of a copy and look for
-the rest, the fastest way in Python, needs ten times as long.
+The check of line ends compares two neighbours and keeps no state, so the compiler makes vector
+instructions, which read 12 GB/s. The fastest way in Python, removing all CR LF from a copy and
+searching the rest, takes ten times as long.
 """
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
@@ -17,8 +17,8 @@ cdef extern from "Python.h":
     int _PyBytes_Resize(PyObject **, Py_ssize_t) except -1
 
 cdef enum:
-    LONG_COPY = 1 << 18     # bytes from which on a copy goes without Python's lock,
-    LONG_LOOK = 1 << 20     # and a look at them
+    LONG_COPY = 1 << 18     # bytes from which on a copy releases Python's lock
+    LONG_LOOK = 1 << 20     # bytes from which on a check releases Python's lock
     BARE_NEWLINE = 1
     DOT_AFTER_LF = 2
 
@@ -37,9 +37,9 @@ cdef int neighbours(const unsigned char *mail, Py_ssize_t size) noexcept nogil:
 
 
 def look(bytes mail not None):
-    """Whether a CR or LF is not part of a pair (`BARE`), and a dot stands behind an LF (`DOTTED`).
+    """Return the sum of two flags: `BARE`, a bare CR or LF; `DOTTED`, a dot after an LF.
 
-    The flags of both, added. The first byte has nothing before it, the last one nothing behind it.
+    A leading LF and a trailing CR count as bare.
     """
     cdef const unsigned char *first = mail
     cdef Py_ssize_t size = len(mail)
@@ -57,7 +57,7 @@ def look(bytes mail not None):
 
 
 def is_ascii(bytes mail not None):
-    """Whether no byte is above 127; without Python's lock, so a thread may ask it of a long mail."""
+    """Whether no byte is above 127. Releases Python's lock, so a thread may check a long mail."""
     cdef const unsigned char *first = mail
     cdef Py_ssize_t size = len(mail)
     cdef Py_ssize_t i
@@ -69,18 +69,18 @@ def is_ascii(bytes mail not None):
 
 
 cdef class Buffer:
-    """Bytes that come piece by piece, and become one object without being there twice.
+    """Collects bytes piece by piece, and turns them into one object without a copy.
 
-    It grows where it lies: the system moves the pages of a large one, and room that was not used
-    takes none. `room` is how many bytes are expected. Behind the last byte is a NUL.
+    A buffer grows in place: the system moves the pages of a large buffer, and unused room takes no
+    memory. `room` is the number of bytes to expect. A NUL follows the last byte of a view.
 
-    `memoryview` shows what is there; while there is a view, nothing can be added or taken, which is
-    a BufferError. One thread at a time may change it.
+    `memoryview` shows the bytes. While a view exists, changes raise BufferError. Only one thread at
+    a time may change a buffer.
     """
 
-    cdef PyObject *whole   # bytes that nobody else has, or NULL; freed by `take` or __dealloc__
-    cdef Py_ssize_t room   # how many of them there are
-    cdef Py_ssize_t size   # how many are used
+    cdef PyObject *whole   # bytes without another owner, or NULL; freed by `take` or __dealloc__
+    cdef Py_ssize_t room   # bytes of `whole`
+    cdef Py_ssize_t size   # bytes in use
     cdef readonly Py_ssize_t views
 
     def __cinit__(self, Py_ssize_t room=0):
@@ -107,7 +107,7 @@ cdef class Buffer:
         self.views -= 1
 
     def add(self, const unsigned char[::1] piece not None):
-        """Put it behind what is there."""
+        """Append bytes."""
         cdef Py_ssize_t count = piece.shape[0]
         cdef char *to
         if not count:
@@ -122,12 +122,12 @@ cdef class Buffer:
         self.size += count
 
     def extend(self, Py_ssize_t count):
-        """Make it longer by bytes that say nothing yet; a view for writing fills them."""
+        """Append undefined bytes; a writable view fills them."""
         self._extend(count)
         self.size += count
 
     def replace(self, Py_ssize_t count, bytes head not None):
-        """Put `head` in the place of the first `count` bytes."""
+        """Replace the first `count` bytes by `head`."""
         cdef Py_ssize_t more = len(head), rest = self.size - count
         cdef char *start
         if not 0 <= count <= self.size:
@@ -145,7 +145,7 @@ cdef class Buffer:
         self.size = more + rest
 
     def take(self):
-        """All of it as one object; it is empty then."""
+        """Return all bytes as one object, and leave the buffer empty."""
         cdef bytes taken
         if self.views:
             raise BufferError("somebody looks at it")
@@ -159,13 +159,13 @@ cdef class Buffer:
         return taken
 
     def clear(self):
-        """Forget what is there, and keep the room."""
+        """Drop the bytes, and keep the room."""
         if self.views:
             raise BufferError("somebody looks at it")
         self.size = 0
 
     cdef int _extend(self, Py_ssize_t count, bint exact=False) except -1:
-        # Room for more bytes, and some to spare for those behind them.
+        # Make room for `count` bytes, and unless `exact` for half as much again.
         cdef Py_ssize_t size = self.size + count
         if count < 0:
             raise ValueError("a negative count")
@@ -187,7 +187,7 @@ cdef class Buffer:
         return 0
 
     cdef int _resize(self, Py_ssize_t room) except -1:
-        # Where there is no memory for it, all is lost.
+        # Without memory the bytes are lost.
         cdef Py_ssize_t size = min(self.size, room)
         if room != self.room:
             self.room = self.size = 0

@@ -8,14 +8,13 @@ cdef class ClientProtocol:
     cdef public Py_ssize_t replies, _at
     cdef public bint careful
     cdef public bint out_of_step, _eof, _ahead, _proved, _doubted, _fresh, _transaction_open
-    cdef public bint _body_due, _asked
+    cdef public bint _body_due, _asked, _undecided, _last, _alone, _farewell
     cdef public bytes _hostname, _input, _code
     cdef public dict extensions
     cdef public list _output, _lines
     cdef public object mta, _due, _later, _held, _refusal, _over, _blocks
     cdef public object _sender, _known_sender
 
-    cpdef send_body(self, body)
     cpdef quit(self)
     cpdef data_to_send(self)
     cpdef _send_commands(self)
@@ -34,12 +33,14 @@ cdef class ClientProtocol:
     cpdef _take_unasked(self, reply)
     cpdef _take_early(self, reply)
     cpdef _report(self)
-    cpdef _ask_for_goodbye(self)
-    cpdef _has_left_after_quit(self)
+    cpdef _unproved(self)
+    cpdef _stands(self, ending, problem)
+    cpdef _more_came(self)
     cpdef _is_no_answer_to_mail(self, reply)
     cpdef _invalid(self, step, reply)
     cpdef _too_early(self)
 
 
 cpdef _verdict(reply)
+cpdef _ends_body(ending)
 cpdef _is_safe(address)

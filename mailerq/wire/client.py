@@ -26,42 +26,48 @@ Nothing in a reply says which command it answers. A peer that answers one comman
 not at all, or that speaks unasked, shifts every reply behind. Three replies show where the peer
 is: 354 answers DATA only; 503, or the status 5.5.1 (RFC 3463, section 3.6), answers a command
 whose predecessor was refused; 221 answers QUIT only. Hence one rule: **a reply that ends a mail
-for good counts only when what follows proves that the session is in step.**
+for good counts only when what follows proves that the session is in step.** So a command follows
+each body: the next envelope, QUIT behind the last mail of a session, else RSET, of which busy
+servers allow one a mail where they count NOOP. RSET and QUIT go out with the body where the peer
+offers PIPELINING, and else when the body is answered.
 
+- *RSET* proves an acceptance. If the 2xx before were not the reply to the body, that one would be
+  in the place of the reply to RSET: either it is no 2xx, or the mail was accepted all the same.
+- *QUIT* proves any reply: 221 in its place shows that none was left over. It follows RSET when a
+  body is refused with 5xx.
 - *An envelope is ahead.* The reply to the dot is held until MAIL, RCPT and DATA are answered, for
   it may be the reply to MAIL. Four sequences prove that it is not: MAIL and RCPT accepted, and 354
   to DATA; MAIL and RCPT accepted, and DATA refused; RCPT refused, and 503 to DATA; MAIL refused
-  behind a body that was accepted, and 503 to RCPT and DATA. If the session ends before, a status
-  unlike the one that MAIL got before proves it: 2.0.0 where that was 2.1.0.
+  behind a body that was accepted, and 503 to RCPT and DATA. Of these only the first one proves a
+  5xx; behind the others it needs QUIT. If the session ends before, a status unlike the one that
+  MAIL got before proves an acceptance: 2.0.0 where that was 2.1.0.
 - *An envelope is refused with 5xx.* 5xx to all that was pipelined behind proves it: the refusal
-  meant for this mail is among them. So does 354. Where nothing was pipelined behind, the machine
-  says QUIT: 221 in its place, or the end of the stream, proves that no reply was left over. If the
-  session ends before, the refusal counts on a new connection only.
-- *A body without an envelope ahead.* 354 has proved the session, so the reply counts when the
-  whole body was sent before and no other input has come with it. 500 to 504 are about commands:
-  as the reply to a body they need the proof by QUIT.
-- *The peer was out of step before* (`careful`). A body needs the proof by QUIT, whatever its reply.
-- *What cannot be* ends the session: 354 for anything but DATA, 2xx for DATA, 503 for a command
-  whose predecessors were accepted, RCPT accepted or 354 after MAIL was refused, 4xx behind 5xx,
-  RSET refused, a reply when none is due.
+  meant for this mail is among them. So does 354. Where nothing was pipelined behind, QUIT must.
+  If the session ends before, the refusal counts on a new connection only.
+- *The peer closes instead of answering RSET or QUIT.* That proves a reply to a body that cannot
+  be the one to RSET: QUIT was sent, or RSET after the reply, or the reply is 5xx above 504.
+- *The peer was out of step before* (`careful`), or answered no dot that something went out with.
+  Nothing goes out with a body then, and QUIT follows its reply. 421 and silence prove as much as
+  the end of the stream: a peer that leaves so each time would get the mail again and again.
+- *What cannot be* ends the session: 354 for anything but DATA, 2xx for DATA, 221 for anything but
+  QUIT, 503 for a command whose predecessors were accepted, RCPT accepted or 354 after MAIL was
+  refused, 4xx behind 5xx, RSET refused, a reply when none is due.
 
 Without proof the mail ends in `Failed`, and the driver tries it again: a duplicate is better than
-a loss. `out_of_step` says that the host should not be sent envelopes ahead for a while. 4xx needs
-no proof: the mail is tried again anyway.
+a loss. `out_of_step` says that the host should be served with care for a while. 4xx needs no
+proof: the mail is tried again anyway.
 
 Guarantees
 ----------
 Take a peer that does one thing wrong: it answers a command late, twice or not at all, or speaks
-unasked, anywhere. Then
-
-- a mail is `Accepted` only if the peer accepted it, and `Refused` with 5xx only if the peer
-  refused it with 5xx, though perhaps at another step;
-- except where the peer says 2xx, or 5xx above 504, unasked between 354 and its reply to the dot.
-  Nobody can tell that from the reply. An envelope ahead finds out the 2xx all the same; without
-  one, the reply to the dot comes when none is due, and ends the session before it ends a mail.
-  From then on the host is served by a `careful` machine, which finds out both.
-
+unasked, anywhere. Then a mail is `Accepted` only if the peer accepted it, and `Refused` with 5xx
+only if the peer refused it with 5xx, though perhaps at another step.
 ``tests/wire/test_client_step.py`` enumerates this.
+
+No client can tell a peer that says something unasked *in the place* of its reply to the dot, and
+never gives that one: it goes on in step, or leaves as the rule above allows for. Every byte is
+then what a peer in step would say. ``tests/wire/test_client_proof.py`` has the whole of what is
+believed, and shows for each case of this that it is so.
 
 A driver does this::
 
@@ -238,7 +244,7 @@ class ClientProtocol:
 
     def __init__(self, hostname: str, *, careful: bool = False) -> None:
         self.careful = careful
-        """True to have QUIT prove the reply to each body: the peer was out of step before."""
+        """True where the peer was out of step before: QUIT follows the reply to each body."""
         self.mta: str | None = None
         """The name in the peer's banner."""
         self.extensions: dict[str, str] = {}
@@ -246,7 +252,7 @@ class ClientProtocol:
         self.replies = 0
         """Complete replies so far; a deadline per reply starts anew when it grows."""
         self.out_of_step = False
-        """True when the session ended with replies of which it is in doubt what they answer."""
+        """True when it is in doubt what replies answer, or none came to a dot with more behind."""
         self._hostname = hostname.encode()
         self._due: deque[Step] = deque((_INTRO,))
         self._later: deque[tuple[Step, bytes]] = deque()
@@ -257,8 +263,12 @@ class ClientProtocol:
         self._lines: list[str] = []
         self._code = b""
         self._eof = False
-        self._ahead = False  # an envelope went out behind the body, whose verdict is not reported
-        self._held: Reply | None = None  # the reply to that body
+        self._undecided = False  # what goes out behind the body
+        self._last = False  # QUIT does
+        self._ahead = False  # an envelope did, and the verdict on the body is not reported
+        self._alone = False  # nothing did before the body was answered
+        self._held: Reply | None = None  # the reply to a body, while it is not proved
+        self._farewell = False  # 421 ended the session
         self._refusal: Refused | None = None
         self._proved = False  # what came behind the refusal proves it, if nothing is missing
         self._doubted = False  # and if something is missing, it proves nothing
@@ -289,13 +299,8 @@ class ClientProtocol:
 
     @property
     def may_go_ahead(self) -> bool:
-        """True when only the reply to a body is due, and the peer pipelines: so `mail` may, too."""
-        return (
-            len(self._due) == 1
-            and self._due[0] is _MESSAGE
-            and self._refusal is None
-            and "PIPELINING" in self.extensions
-        )
+        """True from `send_body` to `data_to_send` where an envelope may go out behind the body."""
+        return self._undecided and not self._last
 
     # Output
 
@@ -339,6 +344,7 @@ class ClientProtocol:
             self._later.append((_RESET, b"RSET\r\n"))
         self._transaction_open = False
         self._ahead = ahead
+        self._undecided = False
         self._later.append((_MAILFROM, f"MAIL FROM:<{envelope}>{parameters}\r\n".encode()))
         rcpt = f"RCPT TO:<{recipient}>{recipient_parameters}\r\n"
         self._later.append((_RCPTTO, rcpt.encode()))
@@ -346,8 +352,11 @@ class ClientProtocol:
         self._send_commands()
         return True
 
-    def send_body(self, body: bytes | InBlocks) -> None:
-        """Send the mail itself and the dot that ends it; answers `SendBody`."""
+    def send_body(self, body: bytes | InBlocks, *, last: bool = False) -> None:
+        """Send the mail itself and the dot that ends it; answers `SendBody`.
+
+        `last` says that the session ends with this mail: then QUIT proves the reply.
+        """
         if not self._body_due:
             raise LocalProtocolError("the peer has not asked for a body")
         if len(self._input) > self._at:
@@ -360,6 +369,8 @@ class ClientProtocol:
             self._blocks = blocks
         self._output.append(end)
         self._due.append(_MESSAGE)
+        self._last = last
+        self._undecided = "PIPELINING" in self.extensions and not self.careful
 
     def quit(self) -> None:
         """Say QUIT; the session then ends in `CLOSED`."""
@@ -375,6 +386,9 @@ class ClientProtocol:
         The end of a body is kept back when the peer has answered before it.
         """
         output = self._output
+        if self._undecided:
+            self._undecided = False
+            output[-1] += self._ask_for_proof(goodbye=self._last)
         if not output or (self._at < len(self._input) and self.step is _MESSAGE):
             return b""
         if block := next(self._blocks, b""):
@@ -455,28 +469,23 @@ class ClientProtocol:
         the peer's answer, unless the replies leave in doubt whose answer.
         """
         if self._over is None:
-            event: Event = Failed(self.step, problem, description)
-            if self._held is not None:
-                event = Accepted(self._held)
-                proved = problem is not Problem.INVALID and (
-                    self._has_left_after_quit() or self._is_no_answer_to_mail(self._held)
-                )
-                if not proved:
-                    event = self._doubt(_MESSAGE, self._held, problem, description)
-            elif self._refusal is not None:
-                event = self._refusal
-                if not self._stands(lost=problem is Problem.LOST):
-                    event = self._doubt(event.step, event.reply, problem, description)
-            elif self.step is _QUIT:
-                event = CLOSED
-            self._finish(event)
+            ending = self._unproved()
+            if ending is None:
+                # It may be that the peer cannot take what went out behind the body.
+                behind = self.step is _MESSAGE and len(self._due) > 1
+                self.out_of_step = self.out_of_step or (behind and problem is Problem.TIMEOUT)
+                closed = self.step is _QUIT
+                self._finish(CLOSED if closed else Failed(self.step, problem, description))
+            elif self._stands(ending, problem):
+                self._finish(ending)
+            else:
+                self.out_of_step = True
+                reply = ending.reply
+                step = _MESSAGE if isinstance(ending, Accepted) else ending.step
+                text = f"{reply.code} may answer another command: {reply.description}"
+                self._finish(Failed(step, problem, f"{description}; {text}"))
         assert self._over is not None
         return self._over
-
-    def _doubt(self, step: Step, reply: Reply, problem: Problem, description: str) -> Failed:
-        self.out_of_step = True
-        text = f"{description}; {reply.code} may answer another command: {reply.description}"
-        return Failed(step, problem, text)
 
     def _finish(self, event: Event) -> Event:
         self._over = event
@@ -484,7 +493,7 @@ class ClientProtocol:
         self._blocks = iter(())
         self._later.clear()
         self._due.clear()
-        self._body_due = self._asked = False
+        self._body_due = self._asked = self._undecided = False
         return event
 
     def _next_reply(self) -> Reply | None:
@@ -523,7 +532,7 @@ class ClientProtocol:
             return self._take_goodbye(reply)
         if reply.code == 421:
             return self._take_farewell(step, reply)
-        if kind == 3 and (step is not _DATA or reply.code != 354):
+        if reply.code == 221 or (kind == 3 and (step is not _DATA or reply.code != 354)):
             raise self._invalid(step, reply)
         if step is _MESSAGE:
             self._transaction_open = False
@@ -543,7 +552,7 @@ class ClientProtocol:
             if kind == 2 and self._refusal is not None:
                 raise self._invalid(step, reply)
         elif step is _RESET:
-            if kind != 2:
+            if kind != 2 or (not self._due and self._more_came()):
                 raise self._invalid(step, reply)
         else:
             return self._take_hello(step, reply, kind)
@@ -582,16 +591,20 @@ class ClientProtocol:
             if reply.code in _ABOUT_COMMANDS:
                 raise self._invalid(_MESSAGE, reply)
             return None
-        if reply.code // 100 != 4 and not b"421".startswith(self._input[self._at :][:3]):
-            raise self._invalid(_MESSAGE, reply)
-        if self.careful and reply.code < 300:
+        temporary = reply.code // 100 == 4
+        self._alone = not self._due
+        if self._alone:
+            if temporary:
+                return _verdict(reply)
+            if self._more_came():
+                raise self._invalid(_MESSAGE, reply)
+            goodbye = self._last or self.careful or reply.code >= 500
+            self._output.append(self._ask_for_proof(goodbye=goodbye))
+        if reply.code < 300:
             self._held = reply
-            self._ask_for_goodbye()
-            return None
-        if reply.code in _ABOUT_COMMANDS or (self.careful and reply.code >= 500):
-            self._refuse(Refused(_MESSAGE, reply), proved=False)
-            return self._report()
-        return _verdict(reply)
+        else:
+            self._refuse(Refused(_MESSAGE, reply), proved=temporary)
+        return None
 
     def _take_go(self, reply: Reply) -> Event | None:
         """The peer said 354."""
@@ -608,20 +621,23 @@ class ClientProtocol:
         return None
 
     def _take_goodbye(self, reply: Reply) -> Event:
-        """QUIT is answered, which we also say to prove a refusal."""
-        proved = Accepted(self._held) if self._held is not None else self._refusal
-        if proved is None:
+        """QUIT is answered, which we also say to prove the reply to a command before."""
+        ending = self._unproved()
+        if ending is None:
             return self._finish(CLOSED)
-        if reply.code != 221:
+        if reply.code == 421 and _ends_body(ending):
+            return self._take_farewell(_QUIT, reply)
+        if reply.code != 221 or self._more_came():
             raise self._invalid(_QUIT, reply)
-        return self._finish(proved)
+        return self._finish(ending)
 
     def _take_farewell(self, step: Step, reply: Reply) -> Event:
         """421: the peer ends the session, whatever was due."""
-        if self._held is not None or (self._refusal is not None and not self._stands(lost=True)):
-            self._due.appendleft(step)
-            return self.abort(Problem.LOST, f"{reply.code} {reply.description}")
-        return self._finish(self._refusal or Refused(step, reply))
+        if self._unproved() is None:
+            return self._finish(Refused(step, reply))
+        self._farewell = True
+        self._due.appendleft(step)
+        return self.abort(Problem.LOST, f"{reply.code} {reply.description}")
 
     def _take_hello(self, step: Step, reply: Reply, kind: int) -> Event | None:
         if kind == 2 and step is _INTRO:
@@ -660,24 +676,30 @@ class ClientProtocol:
         self._proved = proved
         self._doubted = False
 
-    def _stands(self, *, lost: bool) -> bool:
-        """Whether a refusal counts though the session ends, and proves nothing any more.
+    def _unproved(self) -> Accepted | Refused | None:
+        """What the reply says that waits for its proof."""
+        return self._refusal if self._held is None else _verdict(self._held)
 
-        A peer that refuses and closes may do so on a new connection: no reply to an earlier mail
-        can be left over there.
-        """
-        assert self._refusal is not None
-        code = self._refusal.reply.code
-        if code < 500:
+    def _stands(self, ending: Accepted | Refused, problem: Problem) -> bool:
+        """Whether what waits for its proof counts, though the session ends before."""
+        reply = ending.reply
+        if self._held is None and reply.code < 500:
             return True
-        if lost and self._has_left_after_quit():
-            return True
-        shown = self._proved or (lost and self._fresh and code not in _ABOUT_COMMANDS)
+        if problem not in (Problem.LOST, Problem.TIMEOUT):
+            return False
+        clear = reply.code >= 500 and reply.code not in _ABOUT_COMMANDS
+        of_body = _ends_body(ending)
+        if self.step is _QUIT or (self.step is _RESET and of_body and (self._alone or clear)):
+            # The end came in place of the reply to the proof, and `reply` cannot be that one.
+            closed = problem is Problem.LOST and not self._farewell
+            if closed or (self.careful and of_body):
+                return True
+        if self._held is not None:
+            return self._ahead and self._is_no_answer_to_mail(reply)
+        # A peer that refuses and closes may do so on a new connection: no reply to an earlier
+        # mail can be left over there.
+        shown = self._proved or (problem is Problem.LOST and self._fresh and clear)
         return shown and not self._doubted
-
-    def _has_left_after_quit(self) -> bool:
-        """Whether the peer closed in place of a reply to QUIT: then none was left over."""
-        return self._eof and self.step is _QUIT
 
     def _is_no_answer_to_mail(self, reply: Reply) -> bool:
         """Whether the status of an acceptance is unlike the one that MAIL got in this session."""
@@ -689,6 +711,9 @@ class ClientProtocol:
         if self._due:
             return None
         if self._held is not None:
+            if self._held.code >= 500 and self._refusal is not None:
+                self._output.append(self._ask_for_proof(goodbye=True))
+                return None
             reply, self._held, self._ahead = self._held, None, False
             return _verdict(reply)
         if self._asked:
@@ -700,15 +725,19 @@ class ClientProtocol:
         if refusal is None:
             return None
         if refusal.reply.code >= 500 and not self._proved:
-            self._ask_for_goodbye()
+            self._output.append(self._ask_for_proof(goodbye=True))
             return None
         self._refusal = None
         return refusal
 
-    def _ask_for_goodbye(self) -> None:
-        """Say QUIT: 221 proves that no reply was left over."""
-        self._output.append(b"QUIT\r\n")
-        self._due.append(_QUIT)
+    def _ask_for_proof(self, *, goodbye: bool) -> bytes:
+        """The command whose reply proves the one before it."""
+        self._due.append(_QUIT if goodbye else _RESET)
+        return b"QUIT\r\n" if goodbye else b"RSET\r\n"
+
+    def _more_came(self) -> bool:
+        """Whether the peer said more than was due, and not 421, which it may say at any time."""
+        return not b"421".startswith(self._input[self._at :][:3])
 
     def _invalid(self, step: Step, reply: Reply) -> _Violation:
         self._due.appendleft(step)
@@ -721,8 +750,12 @@ class ClientProtocol:
         return _Violation(Problem.INVALID, "answered before the end of the message")
 
 
-def _verdict(reply: Reply) -> Event:
+def _verdict(reply: Reply) -> Accepted | Refused:
     return Accepted(reply) if reply.code // 100 == 2 else Refused(_MESSAGE, reply)
+
+
+def _ends_body(ending: Accepted | Refused) -> bool:
+    return isinstance(ending, Accepted) or ending.step is _MESSAGE
 
 
 def _is_safe(address: str) -> bool:

@@ -1,7 +1,7 @@
-"""What the server machine asks its adapter: the commands that need a decision.
+"""The events of the server machine: commands that need a decision of the session.
 
-Each is answered with `ServerProtocol.accept` or `ServerProtocol.reject`; `Closing` and the
-members of `NoEvent` are told and need no answer.
+The session answers each event with `ServerProtocol.accept` or `ServerProtocol.reject`. `Closing`
+and the members of `NoEvent` need no answer.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Hello(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class StartTls:
-    """STARTTLS. After `accept` send what is due, shake hands, then call `tls_started`."""
+    """STARTTLS. After `accept`, send the reply, do the handshake, then call `tls_started`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Auth:
-    """Credentials of an AUTH exchange, complete. `reject` without a reply is 535."""
+    """The credentials of a complete AUTH exchange."""
 
     mechanism: str
     credentials: Credentials = field(repr=False)
@@ -55,7 +55,7 @@ class Auth:
 
 @dataclass(frozen=True, slots=True)
 class XClient:
-    """XCLIENT: who the client really is, from a proxy. After `accept` it starts anew."""
+    """XCLIENT: a proxy names its client. After `accept` the session starts over."""
 
     attributes: Mapping[str, str | None]
 
@@ -80,32 +80,32 @@ class Data(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The whole mail, its dots unstuffed; `ServerProtocol.mail` and `rcpts` say whose it is.
+    """The whole mail, without dot-stuffing. `ServerProtocol.mail` and `rcpts` are its envelope.
 
-    Whatever the answer is, the transaction is over with it.
+    Any answer ends the transaction.
     """
 
     body: bytes | memoryview = field(repr=False)
-    """A view only where `ServerProtocol.accept` was given a sink that makes one."""
+    """A view only if `ServerProtocol.accept` was given a sink that returns one."""
 
 
 class Closing(msgspec.Struct, frozen=True):
-    """The last bytes are due: send them, then close. `reason` is for the log."""
+    """The session ends: send the last bytes, then close. `reason` is for the log."""
 
     reason: str
 
 
 class NoEvent(Enum):
-    """There is nothing to decide now."""
+    """No event needs a decision now."""
 
     NEED_DATA = auto()
     CLOSED = auto()
 
 
 NEED_DATA: Final = NoEvent.NEED_DATA
-"""Everything received has been dealt with: send what is due, then read."""
+"""All received bytes are processed: send the replies, then read."""
 
 CLOSED: Final = NoEvent.CLOSED
-"""The peer has closed, in the middle of whatever it was."""
+"""The peer has closed the connection, perhaps in the middle of a mail."""
 
 Event = Hello | StartTls | Auth | XClient | Mail | Rcpt | Data | Content | Closing | NoEvent

@@ -1,4 +1,4 @@
-# The types of what is in the module of this name, for the compiler.
+# Types for the compiler, of the module with this name.
 
 cimport cython
 
@@ -6,7 +6,7 @@ cimport cython
 @cython.final
 cdef class Body:
     cdef public Py_ssize_t _waiting
-    cdef public bint is_bare, _normalize, _binary, _settled, _stuffed
+    cdef public bint is_bare, _normalize, _binary, _spilled, _stuffed
     cdef public bytes _held
     cdef public list _pieces
     cdef public object size, _limit, _sink
@@ -15,7 +15,7 @@ cdef class Body:
     cpdef receive_stuffed(self, data)
     cpdef finish(self)
     cpdef discard(self)
-    cpdef _ready(self, block)
+    cpdef _decode(self, block)
 
 
 cpdef _overlap(data)

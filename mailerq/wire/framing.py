@@ -1,13 +1,13 @@
-"""Where a mail ends, and what its bytes are, when it comes in pieces of any size.
+"""Find the end of a mail that arrives in pieces of any size, and decode its bytes.
 
 Theory of operation
 -------------------
-What a DATA brings is looked at once. The last bytes that could begin CR LF "." CR LF are held
-back until more is there, so an end that is split over reads is found, and what has been taken
-never ends within something that must be seen whole. Taken bytes gather raw; a mail of ordinary
-size is made ready in one piece at its end. A large one is made ready block by block, and each
-block goes to a `Sink`, which may keep it elsewhere than in memory. Dots are unstuffed and
-newlines looked at in the same way for both, so the result does not depend on the pieces.
+Each byte of DATA is searched once. The last bytes that could start CR LF "." CR LF are held back
+until more bytes arrive, so an end that is split over reads is found, and accepted pieces never cut
+such a sequence. Pieces are collected unchanged. An ordinary mail is decoded in one step at its end.
+A large mail is decoded block by block, and each block goes to a `Sink`, which may store it outside
+of memory. Both cases unstuff dots and check newlines in the same way, so the result does not depend
+on the pieces.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ __all__ = [
 ]
 
 BLOCK_BYTES: Final = 1 << 17
-"""Bytes from which on what has come in is made ready before the end is there."""
+"""Bytes to collect before a block is decoded ahead of the end."""
 
 PIECES: Final = 512
-"""Pieces that gather before they are joined: one byte alone costs forty."""
+"""Pieces to collect before they are joined: a piece of one byte takes forty bytes of memory."""
 
 PIECE_BYTES: Final = 16384
-"""Pieces of a mail in blocks below this are sent together."""
+"""Bytes to collect of small pieces before they are sent."""
 
 END: Final = b"\r\n.\r\n"
 
 
 class InBlocks(Protocol):
-    """A mail that is not there as a whole. Its blocks have only CRLF pairs, which may be split."""
+    """A mail that is made block by block. All CRs and LFs are pairs, which blocks may split."""
 
     def __len__(self) -> int: ...
 
@@ -49,20 +49,20 @@ class InBlocks(Protocol):
 
 
 class Sink(Protocol):
-    """Takes a large mail block by block. The last call is `finish` or `discard`."""
+    """Receives a large mail block by block. The last call is `finish` or `discard`."""
 
     def write(self, block: bytes) -> None:
-        """Take a block, which is ready."""
+        """Append a decoded block."""
 
     def finish(self) -> bytes | memoryview:
-        """All that was written."""
+        """Return everything that was written."""
 
     def discard(self) -> None:
-        """Forget it: the mail is refused. May be called more than once."""
+        """Drop everything: the mail is refused. May be called more than once."""
 
 
 class MemorySink:
-    """Keeps a mail in memory."""
+    """A sink in memory."""
 
     def __init__(self) -> None:
         self._buffer = Buffer()
@@ -78,16 +78,16 @@ class MemorySink:
 
 
 class Body:
-    """The bytes of one mail as they come in, up to `limit`; beyond it they are only counted.
+    """The bytes of one mail as they arrive, up to `limit`; further bytes are only counted.
 
-    It is fed either by `receive_stuffed` (DATA: lines that end with a dot alone) or by
-    `add` (BDAT: bytes whose number was told before). A bare CR or LF is made a pair where
-    `normalize` says so, and the bytes that this adds count towards the limit; otherwise it makes
-    the mail `is_bare`, and no more of it is kept. `binary` allows them.
+    Bytes arrive by `receive_stuffed` (DATA: lines up to a lone dot) or by `add` (BDAT: a known
+    number of bytes). With `normalize`, a bare CR or LF becomes CRLF, and the added byte counts
+    towards the limit. Otherwise it makes the mail `is_bare`, and the mail is dropped. `binary`
+    allows bare CRs and LFs.
     """
 
     __slots__ = (
-        "_binary", "_held", "_limit", "_normalize", "_pieces", "_settled", "_sink", "_stuffed",
+        "_binary", "_held", "_limit", "_normalize", "_pieces", "_sink", "_spilled", "_stuffed",
         "_waiting", "is_bare", "size",
     )  # fmt: skip
 
@@ -107,9 +107,9 @@ class Body:
         self._binary = binary
         self._pieces: list[bytes] = []
         self._waiting = 0  # bytes in `_pieces`
-        self._settled = False
+        self._spilled = False
         self._stuffed = False
-        self._held = b"\r\n"  # the CR LF that ended DATA: an end may begin with it
+        self._held = b"\r\n"  # the CR LF after DATA, which may start the end of the mail
 
     @property
     def is_too_big(self) -> bool:
@@ -117,11 +117,11 @@ class Body:
 
     @property
     def kept(self) -> int:
-        """Bytes that are not forgotten."""
+        """The number of bytes that are kept."""
         return 0 if self.is_too_big or self.is_bare else self.size
 
     def add(self, data: bytes) -> None:
-        """Take bytes as they are."""
+        """Append bytes without unstuffing."""
         self.size += len(data)
         if self.is_too_big or self.is_bare:
             self.discard()
@@ -129,22 +129,22 @@ class Body:
         self._pieces.append(data)
         self._waiting += len(data)
         if self._waiting >= BLOCK_BYTES:
-            self._settle()
+            self._write_block()
         elif len(self._pieces) >= PIECES:
             self._pieces = [b"".join(self._pieces)]
 
     def receive_stuffed(self, data: bytes) -> bytes | None:
-        """Take bytes up to CR LF "." CR LF: what lies behind it, or None while it is not there."""
+        """Append bytes up to CR LF "." CR LF; return the bytes after it, or None without an end."""
         window = self._held + data
-        # Five bytes are not looked for where two of them are not, which is seen much faster.
+        # `look` is much faster than find(), so check for a dot after an LF first.
         end = window.find(END) if look(window) & DOTTED else -1
         if end >= 0:
-            taken, rest = end + 2, window[end + 5 :]  # the CR LF before the dot is the mail's
+            taken, rest = end + 2, window[end + 5 :]  # the mail includes the CR LF before the dot
         else:
             taken, rest = len(window) - _overlap(window), None
         start = 0
         if not self._stuffed and taken:
-            # All but the CR LF that ended DATA, and a first line may be stuffed as well.
+            # Skip the CR LF after DATA, and the stuffed dot of the first line.
             self._stuffed = True
             start = 3 if taken > 2 and window[2] == 46 else 2
         self._held = window[taken:] if rest is None else b""
@@ -153,41 +153,41 @@ class Body:
         return rest
 
     def finish(self) -> bytes | memoryview:
-        """All bytes of the mail, without the dots that stuffing put in; once."""
-        if self._settled and self._sink is not None and not (self.is_too_big or self.is_bare):
-            self._settle(last=True)
+        """Return the decoded mail. Call this once."""
+        if self._spilled and self._sink is not None and not (self.is_too_big or self.is_bare):
+            self._write_block(last=True)
             return self._sink.finish()
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
-        return self._ready(body)
+        return self._decode(body)
 
     def discard(self) -> None:
-        """Forget what was taken."""
+        """Drop the bytes so far."""
         self._pieces.clear()
         self._waiting = 0
-        if self._settled and self._sink is not None:
+        if self._spilled and self._sink is not None:
             self._sink.discard()
 
-    def _settle(self, *, last: bool = False) -> None:
+    def _write_block(self, *, last: bool = False) -> None:
         block = b"".join(self._pieces)
         self._pieces.clear()
         self._waiting = 0
         if block.endswith(b"\r") and not last:
-            self._pieces.append(b"\r")  # perhaps half of a pair
+            self._pieces.append(b"\r")  # perhaps half of a CR LF
             self._waiting = 1
             block = block[:-1]
-        block = self._ready(block)
+        block = self._decode(block)
         if self.is_bare or self.is_too_big:
             self.discard()
             return
         if self._sink is None:
             self._sink = MemorySink()
-        self._settled = True
+        self._spilled = True
         self._sink.write(block)
 
-    def _ready(self, block: bytes) -> bytes:
+    def _decode(self, block: bytes) -> bytes:
         found = look(block)
-        # The first dot of each line that starts with one goes (RFC 5321, section 4.5.2).
+        # Remove the first dot of each line that starts with a dot (RFC 5321, section 4.5.2).
         if self._stuffed and found & DOTTED:
             block = block.replace(b"\r\n.", b"\r\n")
         if found & BARE and not self._binary:
@@ -200,7 +200,7 @@ class Body:
 
 
 def _overlap(data: bytes) -> int:
-    """How many of the last bytes could begin the end of a mail."""
+    """Return the number of last bytes that could start the end of a mail."""
     for size in (4, 3, 2, 1):
         if data.endswith(END[:size]):
             return size
@@ -208,22 +208,22 @@ def _overlap(data: bytes) -> int:
 
 
 def in_pairs(text: bytes) -> bytes:
-    """Each CR LF, bare CR and bare LF as one CR LF."""
+    """Turn each bare CR and bare LF into CR LF."""
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
 def has_bare_newline(body: bytes) -> bool:
-    """Whether there is a CR or an LF that is not part of a pair."""
+    """Whether a CR or LF is not part of a CR LF."""
     return bool(look(body) & BARE)
 
 
 def encode_blocks(body: InBlocks) -> tuple[Iterator[bytes], bytes]:
-    """A mail as it follows DATA, and what ends it, as `mailerq.wire.client.encode_body` has it."""
+    """Return the blocks to send after DATA, and the end, as `mailerq.wire.client.encode_body`."""
     return _stuffed(_joined(body.blocks())), b".\r\n"
 
 
 def _stuffed(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    before = b"\r\n"  # a dot behind it is doubled
+    before = b"\r\n"  # a dot after a CR LF is doubled
     for block in blocks:
         stuffed = (before + block).replace(b"\r\n.", b"\r\n..")
         yield stuffed[len(before) :]
@@ -233,7 +233,7 @@ def _stuffed(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Small ones together."""
+    """Join small pieces."""
     gathered: list[bytes] = []
     size = 0
     for piece in pieces:

@@ -1,7 +1,7 @@
-"""The parameters of MAIL and RCPT, from the text of a command to what they mean.
+"""Parse and write the parameters of MAIL and RCPT, and the attributes of XCLIENT.
 
-Each extension brings its own: SIZE (RFC 1870), BODY (RFC 6152 and 3030), SMTPUTF8 (RFC 6531), AUTH
-(RFC 4954), RET, ENVID, NOTIFY and ORCPT (RFC 3461), REQUIRETLS (RFC 8689).
+Parameters come from extensions: SIZE (RFC 1870), BODY (RFC 6152 and 3030), SMTPUTF8 (RFC 6531),
+AUTH (RFC 4954), RET, ENVID, NOTIFY and ORCPT (RFC 3461), REQUIRETLS (RFC 8689).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RCPT_KEYWORDS: Final = frozenset(("NOTIFY", "ORCPT"))
 XCLIENT_ATTRIBUTES: Final = (
     "NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT",
 )  # fmt: skip
-"""What a proxy may say of its client, as Postfix defines it."""
+"""The facts about a client that a proxy may give, as defined by Postfix."""
 
 
 class ParameterError(Exception):
@@ -56,7 +56,7 @@ class ParameterError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MailParameters:
-    """What stood behind the path of MAIL. `body` is 7BIT, 8BITMIME or BINARYMIME."""
+    """The parameters of MAIL. `body` is 7BIT, 8BITMIME or BINARYMIME."""
 
     size: int = 0
     body: str = "7BIT"
@@ -67,7 +67,7 @@ class MailParameters:
 
     @classmethod
     def parse(cls, text: str, offered: Collection[str]) -> MailParameters:
-        """Read them; a keyword that is not `offered` is 555. Raises `ParameterError`."""
+        """Parse the text after the path. Raises `ParameterError`: 555 if not `offered`."""
         if not text:
             return NO_MAIL_PARAMETERS
         values = _split(text, offered)
@@ -96,14 +96,14 @@ class MailParameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RcptParameters:
-    """What stood behind the path of RCPT. `orcpt` is ``type;address``, decoded."""
+    """The parameters of RCPT. `orcpt` is ``type;address``, decoded."""
 
     notify: tuple[str, ...] = ()
     orcpt: str | None = None
 
     @classmethod
     def parse(cls, text: str, offered: Collection[str]) -> RcptParameters:
-        """Read them; a keyword that is not `offered` is 555. Raises `ParameterError`."""
+        """Parse the text after the path. Raises `ParameterError`: 555 if not `offered`."""
         if not text:
             return NO_RCPT_PARAMETERS
         values = _split(text, offered)
@@ -149,7 +149,7 @@ def _split(text: str, offered: Collection[str]) -> dict[str, str]:
 
 
 def _words(text: str) -> list[str]:
-    """What stands between spaces. No other blank separates (RFC 5321, section 4.1.2)."""
+    """Split text at spaces. Other blanks do not separate (RFC 5321, section 4.1.2)."""
     if not text.isprintable():
         raise ParameterError(smtp.BAD_PARAMETER_VALUE)
     return [word for word in text.split(" ") if word]
@@ -162,7 +162,7 @@ def _size(text: str) -> int:
 
 
 def decode_xtext(text: str) -> str:
-    """Decode xtext (RFC 3461, section 4). What it hides must still be printable ASCII."""
+    """Decode xtext (RFC 3461, section 4). The result must be printable ASCII."""
     if not _XTEXT(text):
         raise ParameterError(smtp.BAD_PARAMETER_VALUE)
     decoded = _HEX.sub(lambda match: chr(int(match[1], 16)), text)
@@ -172,14 +172,14 @@ def decode_xtext(text: str) -> str:
 
 
 def encode_xtext(text: str) -> str:
-    """Encode what `decode_xtext` reads; ASCII only."""
+    """Encode ASCII text as xtext, for `decode_xtext`."""
     return _NOT_XTEXT.sub(lambda match: f"+{ord(match[0]):02X}", text)
 
 
 def dsn_parameters(dsn: Mapping[str, object]) -> tuple[str, str]:
-    """What MAIL and RCPT say of the property ``dsn``, each with a space before it.
+    """Make the parameters of MAIL and RCPT from the property ``dsn``, each after a space.
 
-    The property may come from anywhere: what has no place in a parameter is left out.
+    The property is not trusted: invalid values are left out.
     """
     mail = rcpt = ""
     ret, envid = dsn.get("ret"), dsn.get("envid")
@@ -206,19 +206,19 @@ _DSN_KEYWORDS: Final = frozenset(("RET", "ENVID"))
 
 @lru_cache(maxsize=8)
 def mail_keywords(*, extended: bool, secure: bool, dsn: bool) -> frozenset[str]:
-    """What may stand behind the path of MAIL."""
+    """Return the keywords that MAIL may use."""
     if not extended:
         return _BASIC_MAIL_KEYWORDS
     keywords = _MAIL_KEYWORDS | {"REQUIRETLS"} if secure else _MAIL_KEYWORDS
     return keywords | _DSN_KEYWORDS if dsn else keywords
 
 
-# A quoted local part may hold ">". What each step takes no other one can, so none is tried twice.
+# A quoted local part may hold ">". No two parts match the same byte, so there is no backtracking.
 _PATH: Final = re.compile(r'\ ?(<(?:"(?:[^"\\]|\\.)*"|[^">])*>)(?:\ ++(.*))?', re.DOTALL)
 
 
 def split_path(argument: str, keyword: str) -> tuple[str, str] | None:
-    """Split ``FROM:<path> parameters``; a space before the path is forgiven, as is common."""
+    """Split ``FROM:<path> parameters``. A space before the path is accepted, as is common."""
     if argument[: len(keyword)].upper() != keyword:
         return None
     match = _PATH.fullmatch(argument, len(keyword))
@@ -226,7 +226,7 @@ def split_path(argument: str, keyword: str) -> tuple[str, str] | None:
 
 
 def parse_xclient(text: str) -> dict[str, str | None]:
-    """Read the attributes of XCLIENT; None for one that is unknown. Raises `ParameterError`."""
+    """Parse the attributes of XCLIENT; unknown values become None. Raises `ParameterError`."""
     attributes: dict[str, str | None] = {}
     for word in _words(text):
         name, separator, value = word.partition("=")

@@ -1,7 +1,7 @@
-"""The PROXY protocol, versions 1 and 2: what a load balancer says of the client behind it.
+"""The PROXY protocol, versions 1 and 2, by which a load balancer names its client.
 
-Only a peer that is configured as a proxy is asked for a header, and such a peer must send
-one: whoever else could send it could choose its own address.
+A header is read only from peers that are configured as proxies, because its sender can choose any
+address. These peers must send a header.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from mailerq.address import parse_ip
 __all__ = ["Header", "ProxyError", "parse"]
 
 V1_LIMIT: Final = 107
-"""Bytes of a version 1 line with its CR LF, as its specification computes them."""
+"""Bytes of a version 1 line with its CR LF, from the specification."""
 
 V2_LIMIT: Final = 4096
-"""Bytes of a version 2 body. Addresses need 36; the rest is for extensions that we skip."""
+"""Bytes of a version 2 body. Addresses need 36; extensions, which are skipped, need the rest."""
 
 SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
 
@@ -28,13 +28,16 @@ _FAMILIES: Final = {0x11: struct.Struct("!4s4sHH"), 0x21: struct.Struct("!16s16s
 
 
 class ProxyError(Exception):
-    """The peer is no proxy, or says what cannot be; the connection is closed."""
+    """The peer sent no valid header; the connection is closed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A whole header. Without `source` it names no client: the proxy speaks for itself (a health
-    check), or knows none. Its own address then gives no rights."""
+    """A complete header.
+
+    Without `source`, the proxy speaks for itself (a health check) or does not know its client. The
+    address of the proxy then gives no rights.
+    """
 
     length: int
     source: tuple[str, int] | None = None
@@ -42,7 +45,7 @@ class Header:
 
 
 def parse(data: bytes) -> Header | None:
-    """Read the header at the start of `data`; None when there is more to come.
+    """Parse the header at the start of `data`; return None if it is incomplete.
 
     Raises `ProxyError`.
     """

@@ -1,4 +1,4 @@
-"""What a server refused, as a log may show it."""
+"""Describe refused commands and mails for a log."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from mailerq.wire.smtp import Reply
 __all__ = ["CONTENT_LINE", "Refusals", "shown_command", "shown_mail"]
 
 CONTENT_LINE: Final = b"(mail)"
-"""Stands for what is refused of a mail; no line is like it, for each has its end."""
+"""Replaces the command line for a refused mail. A command line differs: it has a line end."""
 
 SHOWN_RECIPIENTS: Final = 3
-"""Recipients of a refused mail that are named."""
+"""Recipients of a refused mail to list."""
 
 Refusals = list[tuple[str, Reply]]
-"""What was refused, and the reply: a command, or `CONTENT_LINE` and the envelope."""
+"""Pairs of a refused command, or of `CONTENT_LINE` with an envelope, and the reply."""
 
 
 def shown_command(line: bytes, known: Container[bytes]) -> str:
-    """A command line; `known` are the verbs, in upper case.
+    """Return a command line without secrets; `known` are the verbs, in upper case.
 
-    Secrets may stand behind AUTH, in each line of its exchange, and in what only looks like
-    a command because the peer did not notice that AUTH was refused.
+    Secrets may follow AUTH, be in each line of its exchange, and be in lines of a peer that did
+    not notice the refusal of AUTH.
     """
     if not line:
         return "(connection)"
@@ -42,7 +42,7 @@ def shown_command(line: bytes, known: Container[bytes]) -> str:
 
 
 def shown_mail(mail: Mail | None, rcpts: Sequence[Rcpt]) -> str:
-    """A mail, with its envelope where there is one."""
+    """Describe a mail, with its envelope if there is one."""
     shown = CONTENT_LINE.decode()
     if mail is None:
         return shown

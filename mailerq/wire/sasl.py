@@ -1,7 +1,7 @@
-"""The server's side of SASL: challenges out, a login and its proof in.
+"""The server side of SASL.
 
-A mechanism is a generator: it yields each challenge, is sent each response, both without
-their base64, and returns the credentials. `BadResponse` ends the exchange with 501.
+A mechanism is a generator: it yields challenges, is sent responses, both without base64, and
+returns the credentials. `BadResponse` ends the exchange with 501.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ __all__ = ["MECHANISMS", "BadResponse", "Credentials", "Mechanism"]
 
 
 class Credentials(NamedTuple):
-    """What an exchange comes to."""
+    """The result of an exchange."""
 
     login: str
     password: str | None
-    """None for a mechanism that proves the password without telling it: see `proves`."""
+    """None for a mechanism that proves the password without sending it: see `proves`."""
     challenge: bytes = b""
     response: bytes = b""
 
@@ -28,9 +28,9 @@ class Credentials(NamedTuple):
         return f"Credentials({self.login!r})"
 
     def proves(self, password: str) -> bool:
-        """Whether the client knows that password. Takes the same time for each answer."""
+        """Whether the client knows `password`. Takes constant time."""
         if self.password is not None:
-            # Digests, for passwords of another length would be told apart sooner.
+            # Compare digests: compare_digest returns earlier for different lengths.
             given, known = (
                 hashlib.sha256(each.encode()).digest() for each in (self.password, password)
             )
@@ -40,7 +40,7 @@ class Credentials(NamedTuple):
 
 
 class BadResponse(Exception):
-    """The client's response does not follow its mechanism."""
+    """The response of the client does not follow the mechanism."""
 
 
 Mechanism = Generator[bytes, bytes, Credentials]
@@ -59,7 +59,7 @@ def plain(hostname: str) -> Mechanism:
 
 
 def login(hostname: str) -> Mechanism:
-    """The obsolete LOGIN, still what many clients speak first: two prompts."""
+    """The obsolete LOGIN with two prompts, which many clients still try first."""
     name = _text((yield b"Username:"))
     password = _text((yield b"Password:"))
     if not name:
@@ -68,7 +68,7 @@ def login(hostname: str) -> Mechanism:
 
 
 def cram_md5(hostname: str) -> Mechanism:
-    """RFC 2195: a keyed digest of a challenge that is never the same."""
+    """RFC 2195: a keyed digest of a unique challenge."""
     challenge = f"<{secrets.token_hex(16)}@{hostname}>".encode()
     response = yield challenge
     name, separator, digest = response.rpartition(b" ")
@@ -92,4 +92,4 @@ MECHANISMS: Final[dict[str, Callable[[str], Mechanism]]] = {
     "LOGIN": login,
     "CRAM-MD5": cram_md5,
 }
-"""Each is started with the server's name, which a challenge may hold."""
+"""Mechanisms by name. Each is called with the host name, for its challenges."""

@@ -1,27 +1,22 @@
-"""The server's half of SMTP (RFC 5321) as a state machine: bytes in, events and bytes out.
+"""The server side of SMTP (RFC 5321) as a state machine: bytes in, events and bytes out.
 
 Theory of operation
 -------------------
-Feed `ServerProtocol.receive_data` with what the socket gives, call `next_event` until it
-says NEED_DATA, and send what `data_to_send` has gathered: all replies to one read leave
-in one write.
+Pass the bytes of the socket to `ServerProtocol.receive_data`, call `next_event` until it returns
+NEED_DATA, and send the bytes of `data_to_send`: all replies to one read leave in one write.
 
-Events come in two kinds. Commands that need no decision (NOOP, RSET, HELP, a syntax error, a
-command out of turn) are answered within `next_event` and never seen outside. Everything
-else is an event that **pauses** the machine until it is answered with `accept` or
-`reject`, each of which knows the normal reply to what is being asked. So a session may
-wait as long as it likes for a plugin or a disk, with commands pipelined behind it
-(RFC 2920) waiting unread in the buffer.
+`next_event` itself answers commands that need no decision (NOOP, RSET, HELP, a syntax error, a
+command out of turn). Every other command is an event that **pauses** the machine until the session
+calls `accept` or `reject`. `accept` knows the normal reply to each event. So a session may wait for
+a plugin or a disk without limit, while pipelined commands (RFC 2920) wait unread in the buffer.
 
-What may follow a command in the same segment is what keeps two parties agreed on where a
-mail ends, so the rules are strict: only CR LF "." CR LF ends data; nothing may come behind
-DATA before its 354, and nothing before the greeting; what came in clear behind STARTTLS is
-thrown away (RFC 3207, section 4.2); a BDAT whose size cannot be read or will not be read ends
-the session, because nobody knows where its chunk ends. A chunk that is refused is still read
-to its end, and its reply follows it.
+Client and server must agree on the end of a mail, so the rules for pipelining are strict. Only
+CR LF "." CR LF ends data. Nothing may follow DATA before the 354, and nothing may precede the
+greeting. Clear text after STARTTLS is discarded (RFC 3207, section 4.2). A BDAT whose size is
+unreadable or too large ends the session, because the end of its chunk is unknown or too far. A
+refused chunk is read to its end before the reply.
 
-The state is one of the names in `State`; what a command needs and leads to stands beside
-its method.
+`State` has the states of a session. The method of each command checks what the command needs.
 """
 
 from __future__ import annotations
@@ -50,8 +45,8 @@ from mailerq.wire.events import (
     StartTls,
     XClient,
 )
+from mailerq.wire.extensions import Settings, hello_reply
 from mailerq.wire.framing import Body, Sink
-from mailerq.wire.offers import Settings, hello_reply
 from mailerq.wire.parameters import (
     RCPT_KEYWORDS,
     MailParameters,
@@ -83,43 +78,43 @@ __all__ = [
 ]
 
 ERROR_LIMIT: Final = 20
-"""Errors in a row before the session is closed; Postfix closes after as many."""
+"""Errors in a row before the session is closed, as in Postfix."""
 
 IDLE_COMMAND_LIMIT: Final = 100
-"""Commands in a row that bring no mail forward (NOOP, RSET, VRFY, a second EHLO, a tiny BDAT …)."""
+"""Commands in a row without progress of a mail (NOOP, RSET, VRFY, a second EHLO, a tiny BDAT …)."""
 
 TINY_CHUNK: Final = 64
-"""Bytes of a chunk, but for the last one, below which most of what the peer sends is commands."""
+"""Bytes of a chunk. A smaller one, except the last, counts as a command without progress."""
 
 SOFT_ERROR_LIMIT: Final = ERROR_LIMIT // 2
 SOFT_IDLE_COMMAND_LIMIT: Final = IDLE_COMMAND_LIMIT // 2
-"""Beyond either of these a session is a `nuisance`."""
+"""A session beyond one of these limits is a `nuisance`."""
 
 DISCARD_LIMIT: Final = 1 << 20
-"""Bytes of an endless line that are read on for the sake of a reply to it."""
+"""Bytes of a line that is too long. The session closes if the line does not end before."""
 
 
 class State(Enum):
-    """Where a session stands; that of a mail within it is `sender` and `recipients`."""
+    """The state of a session. The state of its transaction is `mail` and `rcpts`."""
 
-    GREETING = auto()  # connected, the banner not sent
+    GREETING = auto()  # connected, banner not sent
     COMMAND = auto()
-    AUTH = auto()  # within an exchange of AUTH
+    AUTH = auto()  # within an AUTH exchange
     CONTENT = auto()  # after 354
     CHUNK = auto()  # within the bytes of a BDAT
-    TLS = auto()  # 220 sent to STARTTLS, the handshake not done
+    TLS = auto()  # STARTTLS accepted, handshake not done
     CLOSED = auto()
 
 
-# Each is asked for a dozen times a mail, and as an attribute of an Enum costs ten times as much.
+# Used a dozen times for each mail; an attribute of an Enum costs ten times as much.
 _GREETING, _COMMAND, _AUTH, _CONTENT, _CHUNK, _TLS, _CLOSED = State
 
 
 class ServerProtocol:
     """One session.
 
-    `secure` says that TLS is in use already when it begins, `auth_in_clear` that AUTH is
-    offered without TLS too, `xclient` that the peer may say, once, who its client is.
+    `secure`: the session starts with TLS. `auth_in_clear`: AUTH is offered without TLS, too.
+    `xclient`: the peer may name its client with XCLIENT, once.
     """
 
     def __init__(
@@ -144,9 +139,9 @@ class ServerProtocol:
         self.failures = 0
         """All errors so far."""
         self.steps = 0
-        """Lines and mails that came in whole so far; a mail by BDAT is one with its commands."""
+        """Complete lines and mails so far; a mail by BDAT and its commands count once."""
         self.refusals: Refusals | None = None
-        """Set to a list to gather what is refused."""
+        """Set this to a list to collect refused commands and mails."""
         self._line = b""
         self._idle_commands = 0
         self._refused_recipients = 0
@@ -167,38 +162,38 @@ class ServerProtocol:
 
     @property
     def sender(self) -> str | None:
-        """The sender of the transaction, None where there is none under way."""
+        """The sender of the current transaction, None without a transaction."""
         return self.mail.sender if self.mail is not None else None
 
     @property
     def recipients(self) -> list[str]:
-        """The recipients that were accepted so far, in their order."""
+        """The accepted recipients so far, in order."""
         return [rcpt.recipient for rcpt in self.rcpts]
 
     @property
     def in_content(self) -> bool:
-        """Whether a mail is coming in: between the chunks of one as well."""
+        """Whether a mail is arriving; also true between its chunks."""
         return self.state is _CONTENT or self.state is _CHUNK or self._chunking
 
     @property
     def content_size(self) -> int:
-        """Bytes of the mail that have come in and are kept: none of one that is refused."""
+        """Bytes of the current mail that are kept; 0 for a refused mail."""
         return self._body.kept
 
     @property
     def unfinished(self) -> bool:
-        """Whether the peer is in the middle of a line or of a mail."""
+        """Whether the peer has sent a part of a line or of a mail."""
         return self._position < len(self._buffer) or self._discarding > 0 or self.in_content
 
     @property
     def nuisance(self) -> bool:
-        """Whether the peer is well on its way to a limit: it may as well be answered slowly."""
+        """Whether the peer is beyond a soft limit, and should be answered slowly."""
         return self.errors > SOFT_ERROR_LIMIT or self._idle_commands > SOFT_IDLE_COMMAND_LIMIT
 
-    # What the adapter does.
+    # Methods for the session.
 
     def receive_data(self, data: bytes) -> None:
-        """Take what the socket gave; empty means that the peer has closed."""
+        """Add received bytes; b"" means that the peer has closed."""
         if not data:
             self._eof = True
             return
@@ -207,21 +202,21 @@ class ServerProtocol:
         self._position = 0
 
     def data_to_send(self) -> bytes:
-        """All that is due to the peer; it counts as sent with this call."""
+        """Return the bytes to send to the peer, each once."""
         out = b"".join(self._out)
         self._out.clear()
         return out
 
     def write(self, data: bytes) -> None:
-        """Put raw bytes behind what is due (`MQ_SmtpSend`)."""
+        """Queue raw bytes (`MQ_SmtpSend`)."""
         self._out.append(data)
 
     def send(self, reply: Reply) -> None:
-        """Put a reply behind what is due, without answering an event."""
+        """Queue a reply without answering an event."""
         self._out.append(reply.wire)
 
     def greet(self, reply: Reply | None = None) -> None:
-        """Send the banner, or the refusal that takes its place: then `Closing` follows."""
+        """Send the banner, or `reply` to refuse the connection: then `Closing` follows."""
         if self.state is not _GREETING:
             raise LocalProtocolError("the banner has been sent")
         self.state = _COMMAND
@@ -233,12 +228,12 @@ class ServerProtocol:
             self.send(smtp.greeting(self.settings.hostname, lmtp=self.settings.lmtp))
 
     def close(self, reply: Reply, reason: str) -> None:
-        """End the session with a last reply, whatever it was doing; `Closing` is next."""
+        """End the session in any state with a last reply; `Closing` follows."""
         self._event = None
         self._close(reply, reason)
 
     def tls_started(self) -> None:
-        """The handshake is done: the session is as new (RFC 3207, section 4.2)."""
+        """Start the session over after the handshake (RFC 3207, section 4.2)."""
         if self.state is not _TLS:
             raise LocalProtocolError("no STARTTLS was accepted")
         self.state = _COMMAND
@@ -250,7 +245,7 @@ class ServerProtocol:
         self._reset()
 
     def next_event(self) -> Event:
-        """The next thing that needs a decision, or NEED_DATA, CLOSED or Closing."""
+        """Return the next event that needs a decision, or NEED_DATA, CLOSED or Closing."""
         if self._event is not None:
             raise LocalProtocolError(f"{self._event} has not been answered")
         while self._closing is None:
@@ -274,10 +269,10 @@ class ServerProtocol:
         each: Sequence[Reply] = (),
         sink: Sink | None = None,
     ) -> None:
-        """Answer the event with yes; `reply` takes the place of the normal text.
+        """Accept the event; `reply` replaces the normal reply.
 
-        `Content` in LMTP is answered with `each`, a reply for each recipient in their order,
-        good or bad. With `Data` may come where the mail goes when it is large.
+        For `Content`, `each` may hold one reply for each recipient in order, good or bad (LMTP).
+        For `Data`, `sink` may receive the mail if it is large.
         """
         event, self._event = self._event, None
         if isinstance(event, Rcpt):
@@ -309,7 +304,7 @@ class ServerProtocol:
             self.state = _TLS
             self.send(reply or smtp.TLS_READY)
         elif isinstance(event, XClient):
-            # Once: what follows may be the words of the client, whom the proxy passes on.
+            # Only once: from now on the proxy may pass on commands of the client.
             self.xclient = False
             self.hello = None
             self.authenticated = False
@@ -330,11 +325,11 @@ class ServerProtocol:
             self.state = _CHUNK
         else:
             self.state = _CONTENT
-            self._chunk_is_last = True  # of one
+            self._chunk_is_last = True  # a mail by DATA is one chunk
             self.send(reply or smtp.START_DATA)
 
     def reject(self, reply: Reply) -> None:
-        """Answer the event with no. A 421 closes the session (RFC 5321, section 3.8)."""
+        """Refuse the event with a reply. A 421 closes the session (RFC 5321, section 3.8)."""
         event, self._event = self._event, None
         if event is None:
             raise LocalProtocolError("there is nothing to reject")
@@ -358,7 +353,7 @@ class ServerProtocol:
     # Commands.
 
     def _next_command(self) -> Event | None:
-        """Deal with one line; None means that it was answered here."""
+        """Process one line; return None if the line was answered here."""
         if self.state is _TLS:
             raise LocalProtocolError("call tls_started after the handshake")
         limit = smtp.AUTH_LIMIT if self.state is _AUTH else smtp.COMMAND_LIMIT
@@ -525,7 +520,7 @@ class ServerProtocol:
         if split is None:
             return self._fail(smtp.RCPT_SYNTAX)
         if len(self.rcpts) >= self.settings.max_recipients:
-            # No error of the client's: it finds the limit out by meeting it.
+            # Not an error: clients find the limit by reaching it.
             self.send(smtp.TOO_MANY_RECIPIENTS)
             return None
         try:
@@ -546,7 +541,7 @@ class ServerProtocol:
         return self._fail(reply)
 
     def _why_not_data(self) -> Reply | None:
-        """What keeps a mail from being sent now."""
+        """Return the reply if DATA or BDAT is out of turn, or None."""
         if self.mail is None:
             return smtp.MAIL_FIRST
         if not self.rcpts:
@@ -568,7 +563,7 @@ class ServerProtocol:
         return Data()
 
     def _bdat(self, argument: str) -> Event | None:
-        """BDAT (RFC 3030, section 2). The chunk lies behind the line, whatever the reply is."""
+        """BDAT (RFC 3030, section 2). The chunk follows the line even if BDAT is refused."""
         match = _CHUNK_SIZE(argument) if self.settings.extended else None
         if match is None:
             return self._close(smtp.BDAT_SYNTAX, "sent a BDAT whose size cannot be read")
@@ -590,7 +585,7 @@ class ServerProtocol:
         return Data()
 
     def _refuse_chunk(self, reply: Reply) -> Event | None:
-        """Read on to the end of the chunk, then give the reply."""
+        """Read to the end of the chunk, then send the reply."""
         self._chunk_refusal = reply
         self.state = _CHUNK
         return None
@@ -634,7 +629,7 @@ class ServerProtocol:
     # Content.
 
     def _next_content(self) -> Event | None:
-        """Take what there is of a mail by DATA; hand it out when its end is there."""
+        """Read the buffered bytes of a mail by DATA; return the mail at its end."""
         data = self._take_buffer()
         if not data:
             return self._need_data()
@@ -645,7 +640,7 @@ class ServerProtocol:
         return self._finish_content()
 
     def _next_chunk(self) -> Event | None:
-        """Take what there is of a chunk; at its end reply, or hand out the mail."""
+        """Read the buffered bytes of a chunk; at its end reply, or return the mail."""
         if self._chunk_left:
             data = self._buffer[self._position : self._position + self._chunk_left]
             if not data:
@@ -689,29 +684,29 @@ class ServerProtocol:
         return CLOSED
 
     def _content_failed(self, reply: Reply) -> Event | None:
-        """Refuse the mail, and all of it, whatever chunk it is that is refused."""
+        """Refuse the whole mail, whichever chunk failed."""
         self._line = shown_mail(self.mail, self.rcpts).encode()
         self._repeat(reply)
         self._reset()
         return self._fail(reply)
 
     def _repeat(self, reply: Reply) -> None:
-        """Send a refusal of the mail for each recipient but one.
+        """Send a refusal of the mail for all recipients except one.
 
-        In LMTP the end of a mail is answered for each of them, and a chunk that is not the last
-        once (RFC 2033, sections 4.2 and 4.3).
+        In LMTP the end of a mail has a reply for each recipient, and a chunk that is not the last
+        has one (RFC 2033, sections 4.2 and 4.3).
         """
         if self.settings.lmtp and self._chunk_is_last:
             for _ in self.rcpts[1:]:
                 self.send(reply)
 
-    # What commands share.
+    # Helpers of commands.
 
     def _may_authenticate(self) -> bool:
         return self.secure or self.auth_in_clear
 
     def _idled_out(self) -> bool:
-        """Count a command that brings no mail forward; true when there were too many."""
+        """Count a command without progress; return True, and close, if there were too many."""
         self._idle_commands += 1
         if self._idle_commands <= IDLE_COMMAND_LIMIT:
             return False
@@ -727,7 +722,7 @@ class ServerProtocol:
             self.steps += 1
 
     def _fail(self, reply: Reply) -> Event | None:
-        """Answer with an error. There is no event to it, so a command can end with this."""
+        """Answer with an error. Returns None, so that commands can end with this call."""
         self.errors += 1
         self.failures += 1
         if self.refusals is not None:
@@ -740,7 +735,7 @@ class ServerProtocol:
         return None
 
     def _close(self, reply: Reply, reason: str) -> Event | None:
-        """Answer with the last reply; `next_event` then says Closing."""
+        """Answer with the last reply; `next_event` then returns Closing."""
         if self.refusals is not None and reply.code >= 400:
             self.refusals.append((shown_command(self._line, _VERBS), reply))
         self.send(reply)

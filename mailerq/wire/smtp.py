@@ -1,7 +1,7 @@
-"""What client and server share of SMTP: replies, their one table, and the size of things.
+"""SMTP replies, the table of all replies of the server, and the limits of lines.
 
-A reply is a code and lines of text (RFC 5321, section 4.2). Where the server speaks
-enhanced status codes (RFC 2034, RFC 3463) they stand at the start of the text.
+A reply is a code and lines of text (RFC 5321, section 4.2). An enhanced status code (RFC 2034,
+RFC 3463), if any, starts the text.
 """
 
 from __future__ import annotations
@@ -13,37 +13,39 @@ from typing import Final
 import msgspec
 
 __all__ = [
+    "STATUS",
     "LocalProtocolError",
     "Reply",
     "with_status",
 ]
 
 COMMAND_LIMIT: Final = 4096
-"""Bytes of a command line with CRLF. RFC 5321 asks for 512, its extensions add some 2,000."""
+"""Bytes of a command line with CRLF. RFC 5321 requires 512; extensions add about 2,000."""
 
 AUTH_LIMIT: Final = 12288 + 2
 """Bytes of a line of an AUTH exchange (RFC 4954, section 4)."""
 
 REPLY_LINE_LIMIT: Final = 998
-"""Bytes of a line that we send; RFC 5321, section 4.5.3.1.5 asks for 512, peers take more."""
+"""Bytes of a reply line. RFC 5321, section 4.5.3.1.5, allows 512; peers accept more."""
 
 CACHED_TEXT: Final = 200
-"""Characters of a reply whose bytes are kept: a thousand recipients make one of 70 kB."""
+"""Longer replies are not cached: the reply to a thousand recipients has 70 kB."""
 
-_STATUS: Final = re.compile(r"([245])\.\d{1,3}\.\d{1,3}(?= |$)")
+STATUS: Final = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?= |$)")
+"""An enhanced status code at the start of a text: its class, and the rest of it."""
+
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class LocalProtocolError(RuntimeError):
-    """The caller used a protocol machine out of turn: a defect here, not at the peer."""
+    """The caller used a protocol machine out of turn: a defect of this program."""
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """A reply, as it goes on the wire or came from it.
+    """A reply of the server or of a peer.
 
-    Lines of `text` are separated by a line feed. Whatever else in it could end a line or
-    steer a terminal is replaced by a question mark, so that text from a plugin or from a
-    peer can always be sent and logged.
+    A line feed separates the lines of `text`. Other control characters become question marks, so
+    text of plugins and peers is safe to send and to log.
     """
 
     code: int
@@ -64,7 +66,7 @@ class Reply(msgspec.Struct, frozen=True):
     @property
     def status(self) -> str | None:
         """The enhanced status code at the start of the text, or None."""
-        match = _STATUS.match(self.text)
+        match = STATUS.match(self.text)
         return match[0] if match else None
 
     @property
@@ -85,16 +87,15 @@ def _wire(code: int, text: str) -> bytes:
 
 
 def with_status(code: int, text: str, status: str) -> str:
-    """Put `status` before every line of `text`, unless it starts with one that fits `code`."""
+    """Put `status` before every line of `text`, unless the text has a status that fits `code`."""
     lines = text.replace("\r\n", "\n").split("\n")
-    match = _STATUS.match(lines[0])
+    match = STATUS.match(lines[0])
     if match and match[1] == str(code)[0]:
         return "\n".join(lines)
     return "\n".join(f"{status} {line}" for line in lines)
 
 
-# The replies of the server, in the order in which a session meets them. Texts that hold a
-# value are functions of it.
+# The replies of the server, in the order of a session. A text with a value is a function.
 
 CLOSING = Reply(421, "4.3.2 Service shutting down, try again later")
 LOCAL_FAILURE = Reply(421, "4.3.0 Local error, closing connection")
@@ -162,6 +163,7 @@ BARE_NEWLINE_IN_DATA = Reply(550, "5.6.0 Message holds a bare CR or LF, lines en
 TOO_MANY_HOPS = Reply(554, "5.4.6 Too many Received lines, mail is looping")
 HEADER_TOO_BIG = Reply(552, "5.3.4 Header too big")
 TOO_MANY_FIELDS = Reply(552, "5.3.4 Too many x-mq-* fields")
+GIVEN_UP = Reply(451, "4.3.0 Local problem, please try again later")
 QUEUE_UNAVAILABLE = Reply(451, "4.3.0 Queue not available, try again later")
 
 

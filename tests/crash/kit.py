@@ -25,8 +25,8 @@ import trio
 
 from mailerq.cli import control
 from mailerq.net.stream import Stream, StreamLost
-from mailerq.queues.shares import share_directory, shares_in
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.shares import share_directory, shares_in
 from tests.support import CC_FLAGS, ROOT, Sink
 
 HERE: Final = Path(__file__).parent
@@ -106,7 +106,7 @@ class Daemon:
             with suppress(OSError):  # the thread, or the process, has just gone
                 for pid in task.read_text().split():
                     # Libraries start programs of their own, as ctypes does.
-                    if b"mailerq.cli.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    if b"mailerq.cli.supervisor.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
                         found.append(int(pid))
         return sorted(found)
 

@@ -234,6 +234,7 @@ async def storms(directory: Path, rounds: int, clients: int) -> None:
         nursery.cancel_scope.cancel()
         assert await running.stop() == 0
     ledger.check(arrivals(sink))
+    assert "smtp-connections: there will be 192, not 1000" in running.log
     assert "Traceback" not in running.log
 
 

@@ -18,9 +18,9 @@ import pytest
 
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.database import PAGE_SIZE
-from mailerq.queues.salvage import ROOTS
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.sqlite_file import PAGE_SIZE
+from mailerq.queues.recovery.salvage import ROOTS
 from tests.crash.kit import arrivals, daemon
 from tests.support import open_sink
 

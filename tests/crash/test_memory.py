@@ -15,7 +15,7 @@ import trio
 from mailerq.message import Message
 from mailerq.net.stream import Stream
 from mailerq.queues import Publication
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import Daemon, command, daemon, until

@@ -22,8 +22,8 @@ from typing import Final
 import pytest
 import trio
 
-from mailerq.queues.exclusive import open_exclusive
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.opening import open_exclusive
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import Call, Ledger, Load, daemon, open_faults, until

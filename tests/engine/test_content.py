@@ -15,9 +15,9 @@ import pytest
 import trio
 
 from mailerq import plugins as plugins_module
+from mailerq.inbound import spool as memory
+from mailerq.inbound.services import LOADERS
 from mailerq.mail.incoming import HOP_LIMIT
-from mailerq.net import memory
-from mailerq.net.shared import LOADERS
 from mailerq.plugins import Reject
 from mailerq.queues import Publication
 from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until
@@ -42,17 +42,16 @@ HEADER = b"Subject: large\r\nMessage-ID: <1@b.test>\r\n\r\n"
         b"\n.\r",
     ],
 )
-@pytest.mark.parametrize("policy", ["reject", "normalize", None])
+@pytest.mark.parametrize("policy", ["reject", "normalize"])
 async def test_what_looks_like_an_end_smuggles_nothing(
-    tmp_path: Path, end: bytes, policy: str | None
+    tmp_path: Path, end: bytes, policy: str
 ) -> None:
-    """CVE-2023-51764, -51765, -51766, at every split of the stream."""
+    """CVE-2023-51764, -51765, -51766, at every split around what looks like an end."""
     evil = b"MAIL FROM:<evil@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\nsecond\r\n.\r\n"
     sent = b"first" + end + evil
     taken = 0
-    settings = {} if policy is None else {"smtp_bare_newline": policy}
-    async with serve(tmp_path, **settings) as engine:
-        for cut in range(len(sent)):
+    async with serve(tmp_path, smtp_bare_newline=policy) as engine:
+        for cut in range(sent.index(end), sent.index(evil) + 6):
             async with open_dialog(engine.addresses[0]) as dialog:
                 assert await dialog.codes("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA") == [
                     250,

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from mailerq.errors import ConfigError
-from mailerq.net import session as module
+from mailerq.inbound import session as module
 from mailerq.plugins import crypt
 from tests.engine.kit import Certificate, Dialog, converse, inbox, open_dialog, serve, until
 from tests.support import in_thread

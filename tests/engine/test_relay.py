@@ -18,6 +18,7 @@ from mailerq.message import Message
 from mailerq.queues import Publication
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
+from tests.net.dns_server import open_dns_server
 from tests.support import closed_port, configure, in_thread, open_sink, send, without_received
 
 
@@ -47,6 +48,33 @@ async def test_each_recipient_gets_a_message_and_an_id_of_its_own(tmp_path: Path
     assert [line[-1] for line in lines] == list(recipients)
     assert len({line[1] for line in lines}) == 3
     assert sorted(mail.recipients[0] for mail in mails) == sorted(recipients)
+
+
+async def test_the_way_out_asks_the_configured_dns_servers(tmp_path: Path) -> None:
+    async with open_dns_server({("d.test", "MX"): ["0 ."]}) as dns:
+        config = configure(tmp_path, dns_servers=(dns.address,), rabbitmq_results="results")
+        async with Engine(config) as engine:
+            await send(engine.addresses[0])
+            async with engine.consume("results") as leases:
+                with trio.fail_after(10):
+                    lease = await leases.receive()
+    assert "d.test accepts no mail (null MX)" in str(lease.message.results[-1])
+
+
+async def test_mail_goes_to_the_hosts_of_each_domain_on_another_port(tmp_path: Path) -> None:
+    def zone(name: str, kind: str) -> list[str]:
+        return {"MX": [f"10 mx.{name}."], "A": ["127.0.0.1"]}.get(kind, [])
+
+    recipients = tuple(f"c@d{number}.test" for number in range(100))
+    async with open_sink() as sink, open_dns_server(zone) as dns:
+        config = configure(
+            tmp_path, dns_servers=(dns.address,), smtp_out_port=sink.port, smtp_out_forbidden=()
+        )
+        async with Engine(config) as engine:
+            await send(engine.addresses[0], recipients=recipients)
+            mails = await sink.wait_for(100)
+    assert sorted(mail.recipients[0] for mail in mails) == sorted(recipients)
+    assert dns.questions["d99.test", "MX"] == 1
 
 
 async def test_a_received_mail_is_one_json_document(tmp_path: Path) -> None:

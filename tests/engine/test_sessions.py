@@ -14,9 +14,9 @@ import trustme
 
 from mailerq import Engine
 from mailerq.errors import ConfigError
+from mailerq.inbound.listener import Listener
 from mailerq.net import control
-from mailerq.net.delivery import Dispatcher
-from mailerq.net.listener import Listener
+from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.wire import smtp
 from tests.support import configure, in_thread, send
 

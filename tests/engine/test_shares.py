@@ -1,21 +1,24 @@
-"""An engine that has one share of a queue directory, and takes others over for a while."""
+"""An engine that has one share of a queue directory, and adopts others for a while."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
 import trio
 
 from mailerq import Engine, Message, QueueError
+from mailerq.inbound.listener import bind
 from mailerq.net import control
-from mailerq.net.listener import bind
+from mailerq.outbound.adoption import MOMENT_SECONDS, own
 from mailerq.queues import Publication
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.exclusive import open_exclusive
-from tests.support import configure, in_thread, open_sink
+from mailerq.queues.opening import open_exclusive
+from mailerq.queues.ownership import DirectoryLock
+from tests.engine.kit import until
+from tests.support import configure, open_sink
 
 
 def leave_mail(directory: Path, share: int, recipient: str) -> None:
@@ -25,71 +28,72 @@ def leave_mail(directory: Path, share: int, recipient: str) -> None:
         store.publish([Publication("outbox", Message(properties, b"Subject: x\r\n\r\nx\r\n"))])
 
 
-async def test_a_share_is_delivered_until_it_is_given_back(tmp_path: Path) -> None:
+async def test_a_share_is_delivered_until_its_own_process_wants_it(tmp_path: Path) -> None:
     leave_mail(tmp_path, 1, "one@d.test")
+    directory = str(tmp_path / "queue" / "share-1")
     async with open_sink() as sink:
         config = configure(
             tmp_path, smtp_sink_address="127.0.0.1", smtp_sink_port=sink.port, smtp_processes=2
         )
         async with Engine(config, share=0) as engine:
-            await engine.take_over(1)
             assert [mail.recipients for mail in await sink.wait_for(1)] == [["one@d.test"]]
-            with pytest.raises(QueueError, match="held by another mailerq"):
-                await in_thread(leave_mail, tmp_path, 1, "two@d.test")
-            await engine.give_back(1)
-            await in_thread(leave_mail, tmp_path, 1, "two@d.test")
-            await engine.take_over(1)
-            await sink.wait_for(2)
-            assert engine.statistics()["outgoing"]["delivered"] <= 2
+            assert engine.statistics()["shares"] == [0, 1]
+            with trio.fail_after(20):
+                lock = await own(directory)
+            assert engine.statistics()["shares"] == [0]
+            with open_exclusive(directory, lock) as store:
+                assert store.depths() == []
 
 
-async def test_a_share_that_is_taken_over_twice_at_a_time_is_given_back_once(
-    tmp_path: Path,
+async def test_a_share_from_when_there_were_more_processes_stays_adopted(tmp_path: Path) -> None:
+    leave_mail(tmp_path, 2, "one@d.test")
+    async with open_sink() as sink:
+        config = configure(
+            tmp_path, smtp_sink_address="127.0.0.1", smtp_sink_port=sink.port, smtp_processes=2
+        )
+        async with Engine(config, share=0) as first, Engine(config, share=1) as second:
+            await sink.wait_for(1)
+            shares = [first.statistics()["shares"], second.statistics()["shares"]]
+            assert shares in ([[0, 2], [1]], [[0], [1, 2]])
+
+
+async def test_a_process_waits_for_its_share_but_not_for_another_daemon(tmp_path: Path) -> None:
+    directory = tmp_path / "queue"
+    directory.mkdir()
+    taken = DirectoryLock.take(str(directory))
+    with trio.fail_after(20), pytest.raises(QueueError, match="held by another mailerq"):
+        await own(str(directory))
+    taken.release()
+    adopted = DirectoryLock.adopt(str(directory), time.time())
+    async with trio.open_nursery() as nursery:
+
+        async def give_back() -> None:
+            while not adopted.is_wanted():  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            await trio.sleep(1.5 * MOMENT_SECONDS)
+            adopted.release()
+
+        nursery.start_soon(give_back)
+        with trio.fail_after(20):
+            (await own(str(directory))).release()
+
+
+async def test_a_share_that_cannot_be_opened_is_said_and_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     leave_mail(tmp_path, 1, "one@d.test")
-    async with Engine(configure(tmp_path, smtp_processes=2), share=0) as engine:
-        refused = 0
-
-        async def take_over() -> None:
-            nonlocal refused
-            try:
-                await engine.take_over(1)
-            except QueueError:
-                refused += 1
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(take_over)
-            nursery.start_soon(take_over)
-        await engine.give_back(1)
-        async with EmbeddedQueues.open(str(tmp_path / "queue" / "share-1")):
-            pass  # else its lock is still held
-        assert refused <= 1
-
-
-async def test_an_engine_that_stops_takes_nothing_over(tmp_path: Path) -> None:
-    leave_mail(tmp_path, 1, "one@d.test")
-    config = configure(tmp_path, smtp_processes=2, shutdown_timeout=1.0)
-    engine = Engine(config, share=0)
-    answers: list[object] = []
-
-    async def late() -> None:
-        while not engine._stopping:  # noqa: ASYNC110
-            await trio.sleep(0.01)
-        try:
-            await engine.take_over(1)
-        except QueueError as error:
-            answers.append(str(error))
-
-    with trio.fail_after(20):
-        async with trio.open_nursery() as nursery, engine:
-            client = await trio.open_tcp_stream(*engine.addresses[0])
-            for command in (b"", b"EHLO c.test\r\n", b"MAIL FROM:<a@b.test>\r\n"):
-                await client.send_all(command)
-                await client.receive_some()
-            nursery.start_soon(late)
-            # A transaction is under way, so the engine does not end at once.
-    await client.aclose()
-    assert answers == ["the engine stops"]
+    share = tmp_path / "queue" / "share-1"
+    share.rename(tmp_path / "aside")
+    share.mkdir()
+    (share / "queue.lock").mkdir()
+    async with open_sink() as sink:
+        config = configure(tmp_path, smtp_sink_address="127.0.0.1", smtp_sink_port=sink.port)
+        async with Engine(config):
+            await until(lambda: "share 1 of the queue is not adopted" in caplog.text)
+            (share / "queue.lock").rmdir()
+            share.rmdir()
+            (tmp_path / "aside").rename(share)
+            await sink.wait_for(1)
 
 
 async def test_an_engine_that_is_cancelled_ends_in_spite_of_a_peer_that_does_not_answer(

@@ -12,7 +12,7 @@ import trio
 
 from mailerq import Engine
 from mailerq.message import Message
-from mailerq.net import outgoing
+from mailerq.outbound import session as outgoing
 from mailerq.queues import Publication
 from tests.engine.kit import Certificate, inbox, open_dialog, serve
 from tests.interop.kit import LOGIN, Exim, authority_file, postfix

@@ -7,9 +7,11 @@ from itertools import count
 import pytest
 from msgspec.structs import replace
 
+from mailerq.config import Config
 from mailerq.mail.extract import FIELDS_LIMIT
 from mailerq.mail.headers import HEADER_LIMIT
 from mailerq.mail.incoming import HOP_LIMIT, Envelope, Problem, Reception, messages
+from mailerq.rules.documents import problems
 
 ENVELOPE = Envelope(
     "a@b.test",
@@ -103,6 +105,16 @@ def test_mail_that_is_looping_is_not_taken() -> None:
     hops = HOP_LIMIT * b"Received: from x by y; z\r\n"
     assert refusal(hops + MIME) is Problem.LOOP
     assert build(hops[: -len(b"Received: from x by y; z\r\n")] + MIME)
+
+
+def test_a_mail_that_was_accepted_is_not_looping_when_it_is_sent() -> None:
+    field = b"Received: from x by y; z\r\n"
+    (message,) = build((HOP_LIMIT - 1) * field + MIME).messages
+    config = Config(hostname="mx.test")
+    assert not [*problems(message, config, now=0)]
+    assert message.body is not None
+    message.body = field + message.body
+    assert "a mail loop" in "".join(problems(message, config, now=0))
 
 
 def test_a_header_ends_within_its_limit() -> None:

@@ -105,13 +105,13 @@ def test_any_text_ends_in_addresses_or_an_error(text: str) -> None:
     ],
 )
 def test_long_lists_take_linear_time(text: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     try:
         count = sum(1 for _ in addresses(text))
     except AddressError:
         count = 100_000
     assert count == 100_000
-    assert time.perf_counter() - started < 20  # seconds; it takes less than one
+    assert time.thread_time() - started < 20  # seconds; it takes less than one
 
 
 def test_recipients_are_those_of_to_cc_and_bcc_once_each() -> None:

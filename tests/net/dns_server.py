@@ -1,11 +1,17 @@
-"""A DNS server for tests: it answers from a zone on a port of its own, by UDP and TCP."""
+"""A DNS server for tests: it answers from a zone on a port of its own, by UDP and TCP.
+
+A zone maps a name and type to records, to an rcode, or to None, which is silence. A dict knows all
+its names: one that is there with another type has no such record, any other does not exist. A
+function has any number of names, and answers `NXDOMAIN` for those that do not exist.
+"""
 
 from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any, Final
 
 import dns.flags
 import dns.message
@@ -15,15 +21,19 @@ import dns.rcode
 import dns.rrset
 import trio
 
+NXDOMAIN: Final = int(dns.rcode.NXDOMAIN)
+
+Records = list[str] | int | None
+Table = dict[tuple[str, str], Records]
+Zone = Table | Callable[[str, str], Records]
+
 
 class DnsServer:
-    """`zone` maps a name and type to records, to an rcode, or to None, which is silence.
+    """Answers at `address`, a value for `dns-servers`, and counts `questions`."""
 
-    A name that is there with another type has no such record, any other name does not exist.
-    """
-
-    def __init__(self, zone: dict[tuple[str, str], list[str] | int | None]) -> None:
-        self.zone = zone
+    def __init__(self, zone: Zone, host: str = "127.0.0.1") -> None:
+        self.zone: Any = zone
+        self.host = host
         self.ttl = 300
         self.truncate = False
         self.questions: Counter[tuple[str, str]] = Counter()
@@ -31,6 +41,19 @@ class DnsServer:
         self.port = 0
         self.may_answer = trio.Event()
         self.may_answer.set()
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def records(self, name: str, kind: str) -> Records:
+        if callable(self.zone):
+            made: Records = self.zone(name, kind)
+            return made
+        records: Records = self.zone.get((name, kind), [])
+        if records == [] and (name, "CNAME") not in self.zone:
+            return [] if name in {known for known, _ in self.zone} else NXDOMAIN
+        return records
 
     def answer(self, wire: bytes, *, tcp: bool = False) -> bytes | None:
         query = dns.message.from_wire(wire)
@@ -45,24 +68,21 @@ class DnsServer:
             reply.flags |= dns.flags.TC
             return reply.to_wire()
         for _ in range(20):
-            records = self.zone.get((name, kind), [])
+            records = self.records(name, kind)
             if records is None:
                 return None
             if isinstance(records, int):
                 reply.set_rcode(dns.rcode.Rcode(records))
                 break
-            alias = self.zone.get((name, "CNAME"))
-            if records or not isinstance(alias, list):
-                if records:
-                    reply.answer.append(
-                        dns.rrset.from_text(name + ".", self.ttl, "IN", kind, *records)
-                    )
-                elif name not in {known for known, _ in self.zone}:
-                    reply.set_rcode(dns.rcode.NXDOMAIN)
+            if records:
+                reply.answer.append(dns.rrset.from_text(name + ".", self.ttl, "IN", kind, *records))
+                break
+            alias = self.records(name, "CNAME")
+            if not isinstance(alias, list) or not alias:
                 break
             reply.answer.append(dns.rrset.from_text(name + ".", self.ttl, "IN", "CNAME", *alias))
             name = alias[0].rstrip(".").lower()
-            if (name, "CUT") in self.zone:
+            if isinstance(self.zone, dict) and (name, "CUT") in self.zone:
                 break  # as servers do that are not told about the alias's zone
         return reply.to_wire()
 
@@ -86,16 +106,15 @@ class DnsServer:
 
 
 @asynccontextmanager
-async def open_dns_server(
-    zone: dict[tuple[str, str], list[str] | int | None],
-) -> AsyncIterator[DnsServer]:
-    server = DnsServer(zone)
+async def open_dns_server(zone: Zone, host: str = "127.0.0.1") -> AsyncIterator[DnsServer]:
+    server = DnsServer(zone, host)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
-        udp = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        await udp.bind(("127.0.0.1", 0))
+        udp = trio.socket.socket(family, socket.SOCK_DGRAM)
+        await udp.bind((host, 0))
         server.port = udp.getsockname()[1]
         try:
-            listeners = await trio.open_tcp_listeners(server.port, host="127.0.0.1")
+            listeners = await trio.open_tcp_listeners(server.port, host=host)
             break
         except OSError:
             udp.close()  # The port is free for UDP only.

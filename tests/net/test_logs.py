@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from mailerq.net.logs import LogFile
+from mailerq.net.logs import LogFile, open_log
 
 
 def test_a_line_has_its_date(tmp_path: Path) -> None:
@@ -42,3 +43,18 @@ def test_a_log_that_cannot_be_written_counts_and_goes_on(tmp_path: Path) -> None
     log.write("lost")
     assert log.lost_lines == 1
     log.close()
+
+
+def test_a_log_goes_on_in_another_file_under_the_same_descriptor(tmp_path: Path) -> None:
+    """Another thread may be about to write to it."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    log = LogFile(str(one))
+    descriptor = log._file
+    for text, path in (("a", str(two)), ("b", os.devnull), ("c", str(one)), ("d", str(one))):
+        log.write(text)
+        log.move(path, open_log(path))
+        assert log._file == descriptor
+    log.write("e")
+    log.close()
+    assert [line[-1] for line in one.read_text().splitlines()] == ["a", "d", "e"]
+    assert [line[-1] for line in two.read_text().splitlines()] == ["b"]

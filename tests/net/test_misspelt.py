@@ -11,7 +11,7 @@ from mailerq.errors import MessageError
 from mailerq.message import Message
 from mailerq.net.misspelt import AGAIN_SECONDS, NAMES_LIMIT, NAMES_PER_MINUTE, Misspelt
 from mailerq.queues import Publication
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
 from tests.engine.kit import inbox, serve
 from tests.support import configure, send
 

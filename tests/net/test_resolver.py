@@ -15,20 +15,16 @@ import trio
 
 from mailerq.config import Config
 from mailerq.net.resolver import MAX_ADDRESSES, MAX_EXCHANGES, Host, NoHosts, Resolver, is_this_host
-from tests.net.dns_server import DnsServer, open_dns_server
+from tests.net.dns_server import NXDOMAIN, DnsServer, open_dns_server
 
 SERVFAIL, REFUSED = 2, 5
 ME = "192.0.2.99"
 
 
 def resolver_of(server: DnsServer, **settings: Any) -> Resolver:
-    config = Config(hostname="me.test", **{"dns_timeout": 5.0, "dns_attempts": 2, **settings})
-    return Resolver(
-        config,
-        nameservers=["127.0.0.1"],
-        port=server.port,
-        leads_here=lambda address: address in (ME, "127.0.0.1", "::1"),
-    )
+    defaults = {"dns_timeout": 5.0, "dns_attempts": 2, "dns_servers": [server.address]}
+    config = Config(hostname="me.test", **{**defaults, **settings})
+    return Resolver(config, leads_here=lambda address: address in (ME, "127.0.0.1", "::1"))
 
 
 def addresses(found: tuple[Host, ...] | NoHosts) -> list[str]:
@@ -173,13 +169,8 @@ async def test_without_descriptors_a_lookup_waits() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
     async with open_dns_server({("d.test", "A"): ["192.0.2.1"]}) as server:
-        config = Config(hostname="me.test")
-        resolver = Resolver(
-            config,
-            nameservers=["127.0.0.1"],
-            port=server.port,
-            leads_here=without_descriptors,
-        )
+        config = Config(hostname="me.test", dns_servers=[server.address])  # type: ignore[arg-type]
+        resolver = Resolver(config, leads_here=without_descriptors)
         for name in ("d.test", "[192.0.2.1]"):
             assert "Too many open files" in temporary(await resolver.mail_hosts(name))
 
@@ -360,6 +351,58 @@ async def test_an_answer_that_was_cut_short_is_asked_for_again_by_tcp() -> None:
         assert server.tcp_questions > 0
 
 
+async def test_the_next_dns_server_is_asked_where_one_does_not_know() -> None:
+    zone: dict[tuple[str, str], Any] = {("d.test", "A"): ["192.0.2.1"]}
+    async with (
+        open_dns_server(lambda name, kind: None) as silent,
+        open_dns_server(lambda name, kind: SERVFAIL) as broken,
+        open_dns_server(zone, "::1" if socket.has_ipv6 else "127.0.0.1") as good,
+        open_dns_server(lambda name, kind: ["192.0.2.2"]) as spare,
+    ):
+        servers = [each.address for each in (silent, broken, good, spare)]
+        resolver = resolver_of(good, dns_servers=servers, dns_timeout=0.1, dns_attempts=50)
+        with trio.fail_after(10):
+            found = await resolver.mail_hosts("d.test")
+    assert addresses(found) == ["192.0.2.1"]
+    assert silent.questions["d.test", "MX"] == broken.questions["d.test", "MX"] == 1
+    assert not spare.questions
+
+
+async def test_a_zone_may_have_any_number_of_domains() -> None:
+    def zone(name: str, kind: str) -> list[str] | int:
+        first, _, rest = name.partition(".")
+        if rest != "flow.test":
+            return NXDOMAIN
+        return {"MX": [f"10 mx{first[1:]}.flow.test."], "A": ["192.0.2.1"]}.get(kind, [])
+
+    async with open_dns_server(zone) as server:
+        resolver = resolver_of(server)
+        for number in (0, 4999):
+            found = await resolver.mail_hosts(f"d{number}.flow.test")
+            assert found == (Host(f"mx{number}.flow.test", "192.0.2.1", 10),)
+
+
+@pytest.mark.parametrize(
+    ("settings", "loops"),
+    [
+        ({}, True),
+        ({"smtp_out_port": 2525, "smtp_port": (25, 2525)}, True),
+        ({"smtp_out_port": 2525, "smtp_port": (25,)}, False),
+    ],
+)
+async def test_an_address_of_this_host_leads_here_by_a_port_that_is_ours(
+    settings: dict[str, Any], loops: bool
+) -> None:
+    async with open_dns_server({("d.test", "A"): ["127.0.0.1"]}) as server:
+        config = Config(dns_servers=(server.address,), smtp_out_forbidden=(), **settings)
+        for name in ("d.test", "[127.0.0.1]"):
+            found = await Resolver(config).mail_hosts(name)
+            if loops:
+                assert reply_to(found) == (554, "5.4.6")
+            else:
+                assert addresses(found) == ["127.0.0.1"]
+
+
 async def test_a_configured_host_may_be_this_one() -> None:
     resolver = Resolver(Config(hostname="me.test"))
     assert addresses(await resolver.host("127.0.0.1", trusted=True)) == ["127.0.0.1"]
@@ -389,3 +432,37 @@ def test_a_host_without_ipv6_is_not_the_one_at_an_ipv6_address(
 def test_dnspython_is_imported_late() -> None:
     code = "import sys, mailerq.net.resolver; sys.exit('dns' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
+
+
+async def test_other_settings_hold_for_the_next_lookup() -> None:
+    networks = Config.load(["--smtp-out-forbidden=192.0.2.0/24"], {}, ()).smtp_out_forbidden
+    async with open_dns_server({("d.test", "A"): ["192.0.2.1"]}) as server:
+        resolver = resolver_of(server)
+        assert addresses(await resolver.mail_hosts("d.test")) == ["192.0.2.1"]
+        resolver.configure(Config(hostname="me.test", smtp_out_forbidden=networks))
+        assert reply_to(await resolver.mail_hosts("d.test")) == (550, "5.7.1")
+        assert server.questions["d.test", "A"] == 2  # what was known is asked again
+        resolver.configure(Config(hostname="d.test"))
+        assert reply_to(await resolver.mail_hosts("d.test")) == (554, "5.4.6")
+
+
+async def test_a_lookup_under_way_keeps_its_answer_to_itself() -> None:
+    """Later ones go by other settings: they share neither the lookup nor what it has found."""
+    found: list[Any] = []
+
+    async def look() -> None:
+        found.append(await resolver.mail_hosts("d.test"))
+
+    async with open_dns_server({("d.test", "A"): ["192.0.2.1"]}) as server:
+        resolver = resolver_of(server)
+        server.may_answer = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await trio.testing.wait_all_tasks_blocked()
+            resolver.configure(Config(hostname="d.test"))
+            nursery.start_soon(look)
+            await trio.testing.wait_all_tasks_blocked()
+            server.may_answer.set()
+        kinds = sorted(type(each).__name__ for each in found)
+        assert kinds == ["NoHosts", "tuple"]
+        assert reply_to(await resolver.mail_hosts("d.test")) == (554, "5.4.6")

@@ -124,7 +124,7 @@ async def test_a_certificate_of_the_client_that_was_verified_is_named(
     certificate = Certificate.make(tmp_path)
     authority = trustme.CA()
     async with serve(tmp_path, plugin_directory=trace, **certificate.settings) as engine:
-        context = engine._server.tls
+        context = engine._server.terms.tls
         assert context is not None
         authority.configure_trust(context)
         context.verify_mode = ssl.CERT_REQUIRED

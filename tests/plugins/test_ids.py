@@ -91,10 +91,9 @@ def test_machine_is_the_server_id_or_derived_from_the_host() -> None:
 
 
 def test_ids_are_made_in_no_time() -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     _core.generate_ids(100_000)
-    # The target is 5 million in a second; a busy machine must not fail the test.
-    assert time.perf_counter() - start < 0.2
+    assert time.thread_time() - start < 0.2  # the target is 5 million in a second
 
 
 def test_last_plugin_that_exports_both_owns_the_ids(tmp_path: Path) -> None:

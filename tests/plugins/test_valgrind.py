@@ -7,20 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.plugins.kit import ROOT, build, build_text, install
 
 PROGRAM = """
+import logging
 import sys
 import trio
 from mailerq.message import Message
-from mailerq.plugins import Plugins
+from mailerq.plugins import GIVEN_UP, Plugins
 
-async def main():
-    plugins = Plugins.load(sys.argv[1])
+async def everything(directory):
+    plugins = Plugins.load(directory)
     plugins.initialize()
     context = await plugins.open_context()
     for _ in range(20):
@@ -40,9 +40,25 @@ async def main():
         plugins.message_id()
     await context.close()
     plugins.cleanup()
-    print(sum(row["calls"] for row in plugins.statistics()["trace.so"].values()))
+    print("calls:", sum(row["calls"] for row in plugins.statistics()["trace.so"].values()))
 
-trio.run(main)
+async def late(directory):
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    plugins = Plugins.load(directory, timeout=0.1)
+    context = await plugins.open_context()
+    connection = context.connection(0)
+    await connection.connect()
+    assert await connection.rcptto("c@d.test") == GIVEN_UP
+    await connection.close()
+    del connection
+    with trio.fail_after(60):
+        while context.live["events"] or context.live["connections"]:
+            await trio.sleep(0.01)
+    await context.close()
+    plugins.cleanup()
+
+trio.run(everything, sys.argv[1])
+trio.run(late, sys.argv[2])
 """
 
 LOST = re.compile(r"^==\d+== [\d,]+ .*bytes in .* are (?:definitely|indirectly) lost", re.MULTILINE)
@@ -90,63 +106,44 @@ MQ_EXPORT bool mq_smtp_in_close(MQ_Context *context, MQ_SmtpConnection *connecti
 }
 """
 
-LATE_PROGRAM = """
-import logging
-import sys
-import trio
-from mailerq.plugins import GIVEN_UP, Plugins
-
-async def main():
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-    plugins = Plugins.load(sys.argv[1], timeout=0.1)
-    context = await plugins.open_context()
-    connection = context.connection(0)
-    await connection.connect()
-    assert await connection.rcptto("c@d.test") == GIVEN_UP
-    await connection.close()
-    del connection
-    with trio.fail_after(60):
-        while context.live["events"] or context.live["connections"]:
-            await trio.sleep(0.01)
-    await context.close()
-
-trio.run(main)
-"""
-
 pytestmark = [
     pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed"),
     pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="either of the two"),
 ]
 
 
-def run(program: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program under valgrind, which must find no wrong access."""
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """What valgrind says of one process, which takes it half a minute to start."""
+    plugins = {"trace": build(ROOT / "plugins" / "trace.c"), "late": build_text(LATE)}
+    directories = [
+        install(tmp_path_factory.mktemp(name), **{name: file}) for name, file in plugins.items()
+    ]
     options = ["--leak-check=full", "--num-callers=30"]
-    done = subprocess.run(
-        ["valgrind", *options, sys.executable, "-c", program, directory],
+    return subprocess.run(
+        ["valgrind", *options, sys.executable, "-c", PROGRAM, *directories],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": str(ROOT)},
         check=False,
     )
+
+
+def test_nothing_is_used_that_is_not_there(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr
     assert re.findall(r"Invalid (?:read|write|free).*", done.stderr) == [], done.stderr
-    return done
+    assert f"calls: {20 * 10 + 2}\n" in done.stdout
+    assert "[late.so] still here\n" in done.stdout
 
 
-def test_trace_under_valgrind_loses_nothing(tmp_path: Path) -> None:
-    install(tmp_path, trace=build(ROOT / "plugins" / "trace.c"))
-    done = run(PROGRAM, tmp_path)
-    assert done.stdout.strip() == str(20 * 10 + 2), done.stderr
+def test_nothing_is_lost(done: subprocess.CompletedProcess[str]) -> None:
     losses = [
         block
         for block in re.split(r"==\d+== \n", done.stderr)
-        if LOST.search(block) and ("_core" in block or "trace.so" in block)
+        if LOST.search(block)
+        and re.search(r"_core|trace\.so|late\.so", block)
+        # The table of hooks stays: a thread of a plugin may look into it at any time.
+        and "Library___cinit__" not in block
     ]
+    assert "definitely lost" in done.stderr
     assert losses == []
-
-
-def test_what_a_plugin_frees_at_the_end_is_not_used_after_it(tmp_path: Path) -> None:
-    install(tmp_path, late=build_text(LATE))
-    done = run(LATE_PROGRAM, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "[late.so] still here\n" in done.stdout

@@ -17,9 +17,9 @@ import trio
 from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.exclusive import open_exclusive
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.opening import open_exclusive
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,7 +27,7 @@ WORK = """
 import os, sys, trio
 from mailerq.message import Message
 from mailerq.queues import Publication, Settlement
-from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.embedded.queues import EmbeddedQueues
 
 async def publish(queues, first):
     for tag in range(first, 10**9, 20):
@@ -97,7 +97,7 @@ import resource, signal, sys, trio
 from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.embedded.queues import EmbeddedQueues
 
 async def main():
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

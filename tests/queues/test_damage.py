@@ -19,13 +19,13 @@ import trio
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues import DAMAGED_QUEUE, Publication, Settlement
-from mailerq.queues.database import PAGE_SIZE, SCHEMA_VERSION
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.exclusive import open_exclusive, open_shared
-from mailerq.queues.pages import Pages
-from mailerq.queues.records import Batch
-from mailerq.queues.salvage import ROOTS
-from mailerq.queues.store import Store
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.embedded.records import Batch
+from mailerq.queues.embedded.sqlite_file import PAGE_SIZE, SCHEMA_VERSION
+from mailerq.queues.opening import open_exclusive, open_shared
+from mailerq.queues.recovery.pages import Pages
+from mailerq.queues.recovery.salvage import ROOTS
 
 COUNT = 400
 

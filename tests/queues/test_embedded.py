@@ -16,10 +16,12 @@ import trio.testing
 
 from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.message import Message
-from mailerq.queues import Consumer, Lease, Publication, Settlement, feed, fetcher
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.records import Batch
-from mailerq.queues.store import Store
+from mailerq.queues import Consumer, Lease, Publication, Settlement
+from mailerq.queues.embedded import reader as fetcher
+from mailerq.queues.embedded import subscription as feed
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.embedded.records import Batch
 
 
 class Clock:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mailerq.message import Message
 from mailerq.queues import Consumer, Lease, Publication, Settlement
-from mailerq.queues.embedded import EmbeddedQueues
+from mailerq.queues.embedded.queues import EmbeddedQueues
 
 QUEUES = ("outbox", "results")
 BODIES = (None, b"", b"short", b"\xff\x00long" * 1000)

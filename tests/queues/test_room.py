@@ -9,10 +9,11 @@ import trio
 
 from mailerq.errors import QueueFull
 from mailerq.message import Message
-from mailerq.queues import Publication, Settlement, store
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.medium import Room, room
-from mailerq.queues.store import Store
+from mailerq.queues import Publication, Settlement
+from mailerq.queues.embedded import queue_file as store
+from mailerq.queues.embedded.disk import Room, room
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queues import EmbeddedQueues
 
 
 def publication(tag: int, due: float | None = None) -> Publication:

@@ -10,13 +10,13 @@ import pytest
 
 from mailerq.message import Message
 from mailerq.queues import DAMAGED_QUEUE, Publication
-from mailerq.queues.database import PAGE_SIZE
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.exclusive import open_exclusive
+from mailerq.queues.embedded.queue_file import Store
+from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.embedded.shares import first_number, share_directory, shares_in
+from mailerq.queues.embedded.sqlite_file import PAGE_SIZE
 from mailerq.queues.interface import Settlement
-from mailerq.queues.salvage import ROOTS
-from mailerq.queues.shares import first_number, share_directory, shares_in
-from mailerq.queues.store import Store
+from mailerq.queues.opening import open_exclusive
+from mailerq.queues.recovery.salvage import ROOTS
 
 SHARE = 2
 OWN = range(first_number("share-2"), first_number("share-3"))

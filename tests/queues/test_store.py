@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
 
+from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.records import Batch, Insert, Retry, proven
-from mailerq.queues.store import LARGE_BYTES, PIECE_BYTES, Store
+from mailerq.queues.embedded.queue_file import LARGE_BYTES, PIECE_BYTES, Store
+from mailerq.queues.embedded.records import Batch, Insert, Retry, proven
 
 
 def publication(tag: int, queue: str = "outbox", due: float | None = 1e9) -> Publication:
@@ -78,14 +81,14 @@ def test_the_file_is_not_for_everybody(tmp_path: Path) -> None:
 
 def test_it_starts_without_an_event_loop() -> None:
     """An injector starts once for each mail."""
-    program = "import sys, mailerq.queues.store; print(*sys.modules)"
+    program = "import sys, mailerq.queues.embedded.queue_file; print(*sys.modules)"
     output = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parent.parent.parent,
         stdout=subprocess.PIPE,
         check=True,
     ).stdout.split()
-    assert not {b"trio", b"ssl", b"asyncio", b"mailerq.queues.salvage"} & set(output)
+    assert not {b"trio", b"ssl", b"asyncio", b"mailerq.queues.recovery.salvage"} & set(output)
 
 
 def steps(store: Store, work: Callable[[], Any]) -> int:
@@ -128,3 +131,52 @@ def test_a_full_queue_costs_no_more_than_an_empty_one(tmp_path: Path, work: str)
             store.publish(publication(1) for _ in range(count))
             costs.append(steps(store, lambda store=store: WORK[work](store)))  # type: ignore[misc]
     assert 0 < costs[1] < 1.5 * costs[0]
+
+
+CHANGES: list[Callable[[Store], object]] = [
+    lambda store: store.publish([publication(1)]),
+    lambda store: store.publish([publication(LARGE_BYTES)]),
+    lambda store: store.remove([1]),
+    lambda store: store.purge("outbox"),
+    lambda store: sum(store.set_back(0, 10**12)),
+    lambda store: sum(store.hasten("outbox", 0)),
+]
+CHANGE_IDS = ["publish", "large", "remove", "purge", "set_back", "hasten"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(str(tmp_path)) as store:
+        store.publish([publication(1)])
+        yield store
+
+
+def touches_fail(monkeypatch: pytest.MonkeyPatch, error: int) -> list[str]:
+    touched: list[str] = []
+
+    def fail(path: str) -> None:
+        touched.append(path)
+        raise OSError(error, os.strerror(error), path)
+
+    monkeypatch.setattr(os, "utime", fail)
+    return touched
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=CHANGE_IDS)
+def test_a_commit_is_not_believed_on_a_disk_that_gave_up(
+    store: Store, monkeypatch: pytest.MonkeyPatch, change: Callable[[Store], object]
+) -> None:
+    with monkeypatch.context() as patch:
+        touches_fail(patch, errno.EROFS)
+        with pytest.raises(QueueError, match="Read-only file system"):
+            change(store)
+    store.publish([publication(2)])  # it was repaired
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=CHANGE_IDS)
+def test_a_commit_is_believed_on_a_disk_that_is_full(
+    store: Store, monkeypatch: pytest.MonkeyPatch, change: Callable[[Store], object]
+) -> None:
+    touched = touches_fail(monkeypatch, errno.ENOSPC)
+    change(store)
+    assert set(touched) == {os.path.dirname(store.path)}

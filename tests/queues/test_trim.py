@@ -9,9 +9,11 @@ import pytest
 import trio
 
 from mailerq.message import Message
-from mailerq.queues import Publication, Settlement, fetcher, store
-from mailerq.queues.embedded import EmbeddedQueues
-from mailerq.queues.store import Bounds, Store
+from mailerq.queues import Publication, Settlement
+from mailerq.queues.embedded import queue_file as store
+from mailerq.queues.embedded import reader as fetcher
+from mailerq.queues.embedded.queue_file import Bounds, Store
+from mailerq.queues.embedded.queues import EmbeddedQueues
 
 NOW = 1_700_000_000.0
 
@@ -96,5 +98,7 @@ async def test_a_running_queue_keeps_its_bounds_and_says_so(
         await until(lambda: queues.statistics()["trimmed"] == 80)
         left = await queues.browse("failure")
         assert [entry.message.properties["tag"] for entry in left] == list(range(80, 100))
+        queues.set_bounds([Bounds("failure", 5, 0)])
+        await until(lambda: queues.statistics()["trimmed"] == 95)
     assert len(caplog.messages) == 1
     assert "oldest documents were removed; it keeps 20 of them and each for 3600" in caplog.text

@@ -81,3 +81,13 @@ def test_nothing_is_compiled_a_second_time_to_install_it(tree: Path) -> None:
     assert said.count("setup.py") == 2
     assert ".venv/bin/python tools/install" in said
     assert "--editable" not in said
+
+
+def test_assertions_are_compiled_in_a_copy(tree: Path) -> None:
+    built(tree, "_core", "wire/_lines")
+    (tree / ".venv/.test").touch()
+    lines = would(tree, "assertions").splitlines()
+    compiling = [line for line in lines if "build_ext" in line]
+    assert [line.partition(" && ")[0] for line in compiling] == ["cd build/copy"]
+    assert "MQ_DEBUG=1" in compiling[0]
+    assert [line for line in lines if "rm " in line] == ["rm -rf build/copy && mkdir -p build/copy"]

@@ -1,10 +1,21 @@
-"""A peer that is honest about mail and does one thing wrong with its replies."""
+"""A peer that is honest about mail and does one thing wrong with its replies, and its client."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+
+from mailerq.wire.client import (
+    NEED_DATA,
+    Accepted,
+    ClientProtocol,
+    Failed,
+    Problem,
+    Ready,
+    Refused,
+    SendBody,
+)
 
 Fate = tuple[str, int]
 """The step at which a mail gets its last reply, and the code of that."""
@@ -35,16 +46,15 @@ class Fault:
     ``early`` says `value` as soon as the reply before has left, which may be within a body.
     ``mute`` answers no dot. ``cut`` closes the connection instead of replying, and has all dots
     answered late by `value` before.
+
+    What no client can tell is no part of `faults`. ``lie`` says `value`, or nothing where that is
+    0, in the place of the reply; ``lie and close`` closes the connection then, ``lie and bye``
+    says 421 before, and ``lie and hush`` never says a word again.
     """
 
     kind: str = "none"
     number: int = -1
     value: int = 0
-
-    def lies(self, steps: Sequence[str], code: int) -> bool:
-        """Whether `code` is said in the place of the reply to a dot: nobody can tell."""
-        place = steps[self.number : self.number + 1]
-        return self.kind in ("insert", "early") and self.value == code and place == ["dot"]
 
 
 @dataclass
@@ -59,6 +69,7 @@ class Server:
     steps: list[str] = field(default_factory=list)
     replies: list[bytes] = field(default_factory=list)
     closed: bool = False
+    hushed: bool = False
     _input: bytes = b""
     _mail: int = -1
     _state: str = ""
@@ -92,7 +103,7 @@ class Server:
             self._say("ehlo", "250-mx.test\r\n250 PIPELINING" if self.pipelining else "250 mx.test")
         elif verb == b"QUIT":
             self._say("quit", "221 bye")
-            self.closed = True
+            self.closed = not self.hushed
         elif verb == b"RSET":
             self._state = ""
             self._say("rset", "250 ok")
@@ -146,6 +157,14 @@ class Server:
         unasked = b"%d unasked\r\n" % fault.value
         mine = number == fault.number
         late = fault.kind in ("lates", "cut")
+        if mine and fault.kind.startswith("lie"):
+            if fault.value:
+                self._leave(unasked)
+            if fault.kind == "lie and bye":
+                self._leave(b"421 bye\r\n")
+            self.closed = fault.kind in ("lie and close", "lie and bye")
+            self.hushed = fault.kind == "lie and hush"
+            return
         if mine and (fault.kind == "insert" or (fault.kind == "early" and number == 0)):
             self._leave(unasked)
         if (step == "dot" and fault.kind == "mute") or (mine and fault.kind == "omit"):
@@ -162,7 +181,7 @@ class Server:
             self._leave(unasked)
 
     def _leave(self, reply: bytes) -> None:
-        if self.closed:
+        if self.closed or self.hushed:
             return
         self.replies.append(reply)
         self._late = [(count - 1, late) for count, late in self._late]
@@ -191,3 +210,124 @@ def faults(replies: int) -> Iterator[Fault]:
         yield Fault("lates", value=value)
         for number in range(replies):
             yield Fault("late", number, value)
+
+
+Cut = Callable[[list[bytes]], Iterator[bytes]]
+"""How the replies that leave together arrive: the pieces, between which the client acts."""
+
+
+def whole(replies: list[bytes]) -> Iterator[bytes]:
+    yield b"".join(replies)
+
+
+def bytewise(replies: list[bytes]) -> Iterator[bytes]:
+    for byte in b"".join(replies):
+        yield bytes((byte,))
+
+
+def behind(mask: int) -> Cut:
+    """A cut behind each reply whose bit is set."""
+
+    def cut(replies: list[bytes]) -> Iterator[bytes]:
+        piece = b""
+        for number, reply in enumerate(replies):
+            piece += reply
+            if mask >> number & 1:
+                yield piece
+                piece = b""
+        yield piece
+
+    return cut
+
+
+one_by_one = behind(-1)
+
+
+@dataclass
+class Client:
+    """Sends mail 0, 1, 2 … as a connection does, and keeps what became of each."""
+
+    server: Server
+    ahead: bool
+    last: bool = False
+    results: dict[int, object] = field(default_factory=dict)
+    heard: bytes = b""
+    protocol: ClientProtocol = field(default_factory=lambda: ClientProtocol("me.test"))
+    _mail: int = -1
+    _next: int = 0
+    _went_ahead: bool = False
+
+    def run(self, cut: Cut) -> None:
+        server = self.server
+        server.greet()
+        while True:
+            replies, server.replies = server.replies, []
+            for piece in filter(None, cut(replies)):
+                self.heard += piece
+                self.protocol.receive_data(piece)
+                self.act()
+            if not server.replies and not server.say_late():
+                break
+        if server.closed:
+            self.protocol.receive_data(b"")
+        else:
+            self.protocol.abort(Problem.TIMEOUT, "no reply in time")
+        self.act()
+        assert self._mail < 0, "the mail under way is neither reported nor given back"
+
+    def act(self) -> None:
+        while (event := self.protocol.next_event()) is not NEED_DATA:
+            if isinstance(event, SendBody):
+                more = self._next < len(self.server.fates)
+                self.protocol.send_body(b"%d\r\n" % self._mail, last=self.last and not more)
+                if self.ahead and more and self.protocol.may_go_ahead:
+                    self._went_ahead = self._begin(self._next)
+            elif isinstance(event, Ready):
+                self._take_next()
+            elif isinstance(event, Accepted | Refused | Failed):
+                if self._mail >= 0:
+                    assert self._mail not in self.results
+                    self.results[self._mail] = event
+                    self._mail = -1
+                if self.protocol.ended:
+                    return
+                self._take_next()
+            else:
+                return
+        self._send()
+
+    def _take_next(self) -> None:
+        if self._next < len(self.server.fates):
+            self._mail, self._next = self._next, self._next + 1
+            # What a driver does: an input that makes no sense ends the session before a mail.
+            if not self._went_ahead and self.protocol.reusable:
+                self._begin(self._mail)
+            self._went_ahead = False
+
+    def _begin(self, number: int) -> bool:
+        return self.protocol.mail(f"{number}@a.test", "c@d.test")
+
+    def _send(self) -> None:
+        while data := self.protocol.data_to_send():
+            self.server.feed(data)
+
+
+MODES = ("lock-step", "lock-step, last", "pipelined", "pipelined, last", "ahead", "ahead, last")
+"""How a client sends: with "last" it says with the last mail that the session ends."""
+
+
+def play(
+    fates: Sequence[Fate],
+    fault: Fault,
+    mode: str,
+    manner: str = "503",
+    cut: Cut = whole,
+    *,
+    careful: bool = False,
+) -> tuple[Client, Server]:
+    way, _, last = mode.partition(", ")
+    server = Server(fates, fault, pipelining=way != "lock-step", manner=manner)
+    protocol = ClientProtocol("me.test", careful=careful)
+    client = Client(server, way == "ahead", last == "last", protocol=protocol)
+    client.run(cut)
+    return client, server

@@ -1,4 +1,4 @@
-"""A body on the wire: what encodes it, whatever is in it, and that it goes out in blocks."""
+"""Bodies on the wire: dot-stuffing and line ends for any content, and sending in blocks."""
 
 import re
 from collections.abc import Iterator
@@ -81,7 +81,7 @@ def test_of_a_large_body_no_more_than_a_block_is_encoded_at_a_time() -> None:
         sizes.append(len(piece))
         sent += piece
     assert max(sizes) <= 3 * client.BLOCK_BYTES
-    assert sent == 300_000 * b"..\r\n" + b".\r\n"
+    assert sent == 300_000 * b"..\r\n" + b".\r\nRSET\r\n"
 
 
 @given(BODIES)

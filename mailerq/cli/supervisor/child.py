@@ -1,0 +1,185 @@
+"""One process of several: an engine with a share of the queue, for `mailerq.cli.supervisor.parent`.
+
+Standard input is the socket of the parent. It gives the number of the share and the settings
+first, and then requests, a line each, as on the control socket. When it closes, or the parent is
+gone, the engine stops in its time.
+
+Requests are executed one after another, in their order.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any, Final
+
+import trio
+
+from mailerq import faults
+from mailerq.cli import logs
+from mailerq.cli.reloading import attempt, take
+from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, fail, prepare
+from mailerq.cli.supervisor.process import HEAD
+from mailerq.config import Config
+from mailerq.engine import Engine
+from mailerq.errors import ConfigError, EngineError, MailerqError, PluginError
+from mailerq.message import encode_properties
+from mailerq.net import control
+
+__all__ = ["main"]
+
+READ_BYTES: Final = 1 << 16
+
+FILE: Final = struct.Struct("i")
+"""A descriptor as it goes along with a request."""
+
+
+def main() -> int:
+    """Serve until the parent closes its end, or SIGTERM."""
+    # Ctrl-C and a hang-up go to all processes of a terminal; the parent says what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    parent = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    with parent.makefile("rb", buffering=0) as file:
+        (length,) = HEAD.unpack(_read(file, HEAD.size))
+        share, config, number = pickle.loads(_read(file, length))
+    try:
+        logs.configure(config, who(share))
+        prepare(config)
+        trio.run(_serve, config, share, number, parent)
+    except EngineError as error:
+        fail(error)
+    except MailerqError as error:
+        settings = isinstance(error, ConfigError | PluginError)
+        _say(parent, {"failed": str(error), "temporary": not settings})
+        return os.EX_CONFIG if settings else os.EX_TEMPFAIL
+    except Exception as error:
+        fail(error)
+    return os.EX_OK
+
+
+def who(share: int) -> str:
+    """What stands before each line of the log."""
+    return f"process {share}: "
+
+
+def _read(file: Any, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        more = file.read(length - len(data))
+        if not more:
+            raise SystemExit(os.EX_UNAVAILABLE)  # The parent is gone.
+        data += more
+    return data
+
+
+def _say(parent: socket.socket, document: dict[str, Any]) -> None:
+    parent.setblocking(True)
+    try:
+        parent.sendall(encode_properties(document) + b"\n")
+    except BrokenPipeError:
+        sys.exit(os.EX_UNAVAILABLE)
+
+
+async def _serve(config: Config, share: int, number: int, parent: socket.socket) -> None:
+    engine = Engine(config, share=share, number=number)
+    failure: MailerqError | None = None
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(parent))
+    stop, started = trio.Event(), trio.Event()
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        seconds = config.shutdown_timeout + OVERDUE_SECONDS
+        faults.set_deadline(seconds, (signal.SIGTERM,), parent.fileno())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_Requests(stream, share, engine, started, stop).serve)
+            nursery.start_soon(_terminate, signals, engine, started, stop)
+            try:
+                async with engine:
+                    started.set()
+                    ready = encode_properties({"addresses": engine.addresses})
+                    await stream.send_all(ready + b"\n")
+                    await stop.wait()
+            except MailerqError as error:
+                failure = error  # Out of the nursery as it is, not as a group.
+            except trio.BrokenResourceError:
+                pass  # The parent went while we started.
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+class _Requests:
+    """What the parent asks for, executed in its order; it asks once the engine has started."""
+
+    def __init__(
+        self,
+        stream: trio.SocketStream,
+        share: int,
+        engine: Engine,
+        started: trio.Event,
+        stop: trio.Event,
+    ) -> None:
+        self._stream = stream
+        self._who = who(share)
+        self._files = deque[int]()
+        """What came along with requests to reload, in their order."""
+        self._engine = engine
+        self._started = started
+        self._stop = stop
+        self._commands: control.Commands = {**engine.commands(), "reload": self._reload}
+
+    async def serve(self) -> None:
+        """Execute requests until cancelled; have the engine stop when the parent is gone."""
+        lines = b""
+        with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            while data := await self._receive():
+                *requests, lines = (lines + data).split(b"\n")
+                for request in requests:
+                    await self._stream.send_all(await control.reply_to(request, self._commands))
+        _stop(self._engine, self._started, self._stop)
+
+    async def _receive(self) -> bytes:
+        """What the parent sends, and the files that go along."""
+        data, rights, _, _ = await self._stream.socket.recvmsg(
+            READ_BYTES, socket.CMSG_SPACE(FILE.size), socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, content in rights:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._files.extend(number for (number,) in FILE.iter_unpack(content))
+        return data
+
+    def _reload(self, request: control.Request) -> dict[str, Any]:
+        """Take the settings in the file that came along, or only say what is wrong with them."""
+        with open(self._files.popleft(), "rb") as file:
+            # Not by its position, which all processes share.
+            content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+        config, number, wrong = pickle.loads(content)
+        if request.get("try"):
+            return attempt(self._engine, config, wrong)
+        take(self._engine, config, number, self._who)
+        return {}
+
+
+async def _terminate(
+    signals: AsyncIterator[int], engine: Engine, started: trio.Event, stop: trio.Event
+) -> None:
+    async for _ in signals:
+        _stop(engine, started, stop)
+
+
+def _stop(engine: Engine, started: trio.Event, stop: trio.Event) -> None:
+    stop.set()
+    if not started.is_set():
+        engine.plugins.timeout = HURRY_SECONDS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

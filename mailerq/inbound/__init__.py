@@ -1,0 +1,1 @@
+"""Mail that comes in: listeners, sessions, and the reception of each mail."""

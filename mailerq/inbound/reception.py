@@ -1,0 +1,355 @@
+"""From the content of one mail to messages in a queue, and what to reply to it.
+
+Theory of operation
+-------------------
+Plugins see the mail once, and then one message for each recipient. They may refuse each of these,
+or fail at it, which counts as a 451. LMTP has a reply for each recipient. SMTP has one for all:
+
+- Nobody's message was taken: a 4xx if there was any, else the first 5xx. Nothing is written.
+- Some were: 250, and each of the others becomes a *failure*: a document with its result, in the
+  queues for failures, in the same commit. After a 4xx it keeps its body, which nobody else has.
+- Some were, one of the others is a 4xx, and no queue is there for its failure: that 4xx is the
+  reply, and nothing is written. The client tries all of them again.
+
+So behind a 250 each recipient's message is in some queue, or was refused for good with no queue
+configured to say so; the application log names it in either case.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from mailerq.errors import MessageError, QueueError, QueueFull
+from mailerq.escaping import escape_field
+from mailerq.inbound.spool import Claim, load
+from mailerq.mail import headers, incoming
+from mailerq.message import Message, Result, format_time
+from mailerq.plugins import Connection, Reject
+from mailerq.queues import Publication
+from mailerq.rules import responses
+from mailerq.rules.routes import loop_problem, reception_queue, result_queues
+from mailerq.wire import smtp
+from mailerq.wire.parameters import MailParameters, RcptParameters
+from mailerq.wire.server import ServerProtocol
+from mailerq.wire.smtp import Reply, with_status
+
+if TYPE_CHECKING:
+    from mailerq.config import Config
+    from mailerq.inbound.services import Services
+    from mailerq.inbound.terms import Terms
+
+__all__ = ["Client", "refusal_reply", "take"]
+
+log = logging.getLogger("mailerq.server")
+
+TURN_RECIPIENTS: Final = 100
+"""Messages of a mail that are dealt with before the loop serves others."""
+
+THREAD_BYTES: Final = 1 << 20
+"""The bodies of larger mails are made in a thread: moving the bytes takes a millisecond."""
+
+LOGGED_FAILURES: Final = 10
+"""Recipients that the log names of one mail that was taken only for others."""
+
+UNKNOWN: Final = "0.0.0.0"
+"""The address of a client that a proxy does not know: one that is in nobody's network."""
+
+_REFUSALS: Final = {
+    incoming.Problem.HEADER: smtp.HEADER_TOO_BIG,
+    incoming.Problem.FIELDS: smtp.TOO_MANY_FIELDS,
+    incoming.Problem.LOOP: smtp.TOO_MANY_HOPS,
+}
+
+
+@dataclass(slots=True)
+class Client:
+    """Who a session is with: the peer, or whom a proxy says that it speaks for.
+
+    A proxy that names no client is not `named`: it may be asking after our health, or pass on
+    somebody that it cannot describe. Such a client is admitted and greeted by the proxy's
+    address, which gives it no other right.
+    """
+
+    remote: tuple[str, int]
+    local: tuple[str, int]
+    user: str = ""
+    named: bool = True
+
+    @property
+    def standing(self) -> str:
+        """The address that rights and limits go by."""
+        return self.remote[0] if self.named else UNKNOWN
+
+
+async def take(
+    services: Services,
+    terms: Terms,
+    client: Client,
+    plugin: Connection,
+    machine: ServerProtocol,
+    body: bytes | memoryview,
+    claim: Claim,
+) -> list[Reply]:
+    """Let the plugins see a mail, and publish it: the reply, in LMTP one for each recipient.
+
+    A good reply means that it is safe. `plugin-timeout` holds for all events of the mail together.
+    """
+    plugin.deadline = services.plugins.deadline()
+    try:
+        refusal = await plugin.data(body)
+        if refusal is not None:
+            return _all(refusal_reply(refusal), machine)
+        if not await claim.load():
+            return _all(smtp.NO_MEMORY, machine)
+        return await _publish(services, terms, client, plugin, machine, body, claim)
+    finally:
+        plugin.deadline = math.inf
+
+
+async def _publish(
+    services: Services,
+    terms: Terms,
+    client: Client,
+    plugin: Connection,
+    machine: ServerProtocol,
+    body: bytes | memoryview,
+    claim: Claim,
+) -> list[Reply]:
+    envelope = _envelope(terms, client, plugin, machine)
+    head = headers.head_of(body)
+    reception = incoming.messages(
+        head,
+        envelope,
+        hostname=machine.settings.hostname,
+        now=services.clock(),
+        next_id=services.plugins.message_id,
+        outbox=terms.config.rabbitmq_outbox,
+    )
+    if isinstance(reception, incoming.Problem):
+        return _all(_REFUSALS[reception], machine)
+    for reason in reception.ignored:
+        services.say_ignored("mail from %s: ignored %s", client.remote[0], reason)
+    services.say_ignored.flush_late()
+    if reception.doubtful:
+        services.misspelt.names(reception.messages[0].properties, reception.doubtful, "field")
+    if isinstance(body, memoryview):
+        first = reception.messages[0].body or b""
+        if len(body) < THREAD_BYTES:
+            whole = load(body, len(head), first)
+        else:
+            whole = await trio.to_thread.run_sync(load, body, len(head), first)
+        for message in reception.messages:
+            message.body = whole
+    messages = reception.messages
+    outcomes: list[Reply | str] = []  # a refusal, or what to say of the recipient
+    taken: list[Publication] = []
+    for number, message in enumerate(messages, 1):
+        if number % TURN_RECIPIENTS == 0:
+            await trio.lowlevel.checkpoint()
+        sender, recipient = message.envelope, message.recipient
+        message.local = terms.is_local(recipient)
+        refusal = await claim.ask(plugin.message(message))
+        reply = refusal_reply(refusal) if refusal is not None else _fault(services, terms, message)
+        if reply is not None:
+            outcomes.append(reply)
+            # The sender knows the message by these, whatever plugins made of them.
+            message.properties.update(envelope=sender, recipient=recipient)
+            continue
+        outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
+        if queue := reception_queue(terms.config, local=message.local):
+            if "@" not in recipient and queue == terms.config.rabbitmq_outbox:
+                _qualify(message, recipient, machine.settings.hostname)
+            taken.append(Publication(queue, message))
+    refused = [
+        (message, outcome)
+        for message, outcome in zip(messages, outcomes, strict=True)
+        if isinstance(outcome, Reply)
+    ]
+    failures: list[Publication] = []
+    if not machine.settings.lmtp and len(refused) < len(messages):
+        now = services.clock()
+        for message, reply in refused:
+            failure = _failure(terms.config, message, reply, now)
+            if not failure and reply.code < 500:
+                return [reply]
+            failures += failure
+    try:
+        if taken or failures:
+            await services.queues.publish(taken + failures)
+    except (MessageError, QueueError) as error:
+        services.counters.queue_errors += 1
+        services.say_untaken("a mail from %s was not taken: %s", client.remote[0], error)
+        reply = smtp.NO_MEMORY if isinstance(error, QueueFull) else smtp.QUEUE_UNAVAILABLE
+        outcomes = [reply if isinstance(one, str) else one for one in outcomes]
+        taken.clear()
+    else:
+        services.say_untaken.flush_late()
+    services.counters.messages += sum(isinstance(outcome, str) for outcome in outcomes)
+    if services.received_log is not None:
+        for publication in taken:
+            services.received_log.write(_received_line(publication.message))
+    if machine.settings.lmtp:
+        return [Reply(250, one) if isinstance(one, str) else one for one in outcomes]
+    reply = _sum_up(messages, outcomes)
+    if reply.code < 400 and refused:
+        services.counters.failed_recipients += len(refused)
+        _log_failures(client, refused, len(messages))
+    return [reply]
+
+
+def _fault(services: Services, terms: Terms, message: Message) -> Reply | None:
+    """Refuse a message that a plugin has sent where it cannot go."""
+    if message.local and not terms.config.keeps_local_mail:
+        return services.no_way(message.recipient)
+    if problem := loop_problem(message.properties, terms.config.rabbitmq_outbox):
+        services.say_untaken("a plugin made a message that cannot be taken: %s", problem)
+        return smtp.NO_WAY
+    return None
+
+
+def _failure(config: Config, message: Message, reply: Reply, now: float) -> list[Publication]:
+    """What the result queues get of a message that plugins refused when others were taken."""
+    outcome = responses.refused_on_arrival(reply)
+    result = Result(
+        attempt=1,
+        type=outcome.type,
+        state=outcome.state,
+        result=outcome.result,
+        time=format_time(now),
+        code=outcome.code,
+        status=outcome.status,
+        description=outcome.description,
+    )
+    properties = {**message.properties, "results": [result.to_dict()]}
+    body = message.body if reply.code < 500 or properties.get("keepmime") else None
+    queues = result_queues(
+        properties, config.result_queues, "results", "failure", outbox=config.rabbitmq_outbox
+    )
+    return [Publication(queue, Message(dict(properties), body)) for queue in queues]
+
+
+def _log_failures(client: Client, refused: Sequence[tuple[Message, Reply]], count: int) -> None:
+    named = []
+    for message, reply in refused[:LOGGED_FAILURES]:
+        identifier, text = message.properties.get("message-id", ""), reply.text.replace("\n", " ")
+        named.append(f"{identifier} <{escape_field(message.recipient)}> {reply.code} {text}")
+    if len(refused) > LOGGED_FAILURES:
+        named.append(f"and {len(refused) - LOGGED_FAILURES} more")
+    log.warning(
+        "mail from %s: plugins failed it for %d of %d recipients after others were taken: %s",
+        client.remote[0],
+        len(refused),
+        count,
+        "; ".join(named),
+    )
+
+
+def _qualify(message: Message, recipient: str, hostname: str) -> None:
+    """Give the bare postmaster a domain, unless a plugin has: others know none without one."""
+    if message.recipient == recipient:
+        message.properties["recipient"] = f"{recipient}@{hostname}"
+
+
+def _sum_up(messages: Sequence[Message], outcomes: Sequence[Reply | str]) -> Reply:
+    """One reply for all recipients: good when the mail was taken for one of them.
+
+    When it was taken for none, one that may be tried again speaks for all of them.
+    """
+    lines = ["2.0.0 Message accepted"]
+    refused: list[Reply] = []
+    for message, outcome in zip(messages, outcomes, strict=True):
+        if isinstance(outcome, str):
+            lines.append(outcome)
+        else:
+            refused.append(outcome)
+            lines.append(f"{outcome.code} {message.recipient}: {outcome.text}")
+    if len(refused) == len(outcomes):
+        return next((reply for reply in refused if reply.code < 500), refused[0])
+    if refused:
+        lines[0] += " for some recipients"
+    return Reply(250, "\n".join(lines))
+
+
+def refusal_reply(refusal: Reject, *, permanent: str = "5.7.1") -> Reply:
+    """A plugin's refusal as a reply, with a status code where its text has none."""
+    status = "4.7.1" if refusal.code < 500 else permanent
+    return Reply(refusal.code, with_status(refusal.code, refusal.text, status))
+
+
+def _all(reply: Reply, machine: ServerProtocol) -> list[Reply]:
+    return [reply] * (len(machine.rcpts) if machine.settings.lmtp else 1)
+
+
+def _envelope(
+    terms: Terms, client: Client, plugin: Connection, machine: ServerProtocol
+) -> incoming.Envelope:
+    hello, mail = machine.hello, machine.mail
+    assert hello is not None, "the machine asks for EHLO"
+    assert mail is not None, "the machine asks for MAIL"
+    connection: dict[str, object] = {
+        "local-ip": client.local[0],
+        "local-port": client.local[1],
+        "remote-ip": client.remote[0],
+        "remote-port": client.remote[1],
+        "secure": machine.secure,
+    }
+    if client.user:
+        connection["user"] = client.user
+    properties: dict[str, object] = {"connection": connection}
+    parameters = mail.parameters
+    if parameters.utf8:
+        properties["smtputf8"] = True
+    if parameters.require_tls:
+        properties["requiretls"] = True
+    if parameters.body == "BINARYMIME":
+        properties["binarymime"] = True
+    protocol = headers.protocol_name(
+        extended=hello.extended, secure=machine.secure, authenticated=plugin.authenticated
+    )
+    trusted = plugin.authenticated or terms.access.may_relay(client.standing)
+    return incoming.Envelope(
+        mail.sender,
+        machine.recipients,
+        properties,
+        [_dsn(parameters, rcpt.parameters) for rcpt in machine.rcpts],
+        # RFC 3848 has the same names for LMTP, with an L.
+        protocol=protocol.replace("ESMTP", "LMTP") if machine.settings.lmtp else protocol,
+        helo=hello.name,
+        client_ip=client.remote[0],
+        trusted=trusted,
+        rights=terms.steering.rights(
+            client.standing, client.user, authenticated=plugin.authenticated
+        ),
+    )
+
+
+def _dsn(mail: MailParameters, rcpt: RcptParameters) -> dict[str, object]:
+    """The property ``dsn`` from the parameters of RFC 3461, where there are any."""
+    dsn: dict[str, object] = {}
+    if mail.ret:
+        dsn["ret"] = mail.ret
+    if mail.envid:
+        dsn["envid"] = mail.envid
+    if rcpt.notify:
+        dsn["notify"] = ",".join(rcpt.notify)
+    if rcpt.orcpt:
+        dsn["orcpt"] = rcpt.orcpt
+    return {"dsn": dsn} if dsn else {}
+
+
+def _received_line(message: Message) -> str:
+    connection = message.properties.get("connection")
+    if not isinstance(connection, dict):  # A plugin may have made something else of it.
+        connection = {}
+    return (
+        f"{escape_field(str(message.properties.get('message-id', '')))}"
+        f" <{escape_field(message.envelope)}> <{escape_field(message.recipient)}>"
+        f" [{escape_field(str(connection.get('remote-ip', '')))}]"
+        f" [{escape_field(str(connection.get('local-ip', '')))}]"
+    )

@@ -1,0 +1,51 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+from mailerq.net.stream cimport Stream as _Stream
+from mailerq.wire.server cimport ServerProtocol as _ServerProtocol
+
+
+@cython.final
+cdef class Session:
+    cdef public Py_ssize_t _steps, _bytes, _failures, _failed_logins
+    cdef public _ServerProtocol _machine
+    cdef public _Stream _stream
+    cdef public bint _implicit_tls, _proxied, _relays, _stopping, _expired, _mute
+    cdef public bint _interruptible, _waiting, _handshaking, _in_mail, _over
+    cdef public double _started, _since, _heard
+    cdef public object worker, _services, _terms, _client, _admitted, _plugin, _scope, _spool
+    cdef public object _due
+    cdef object __weakref__
+
+    cpdef shut_down(self, seconds)
+    cpdef is_overdue(self, now, short)
+    cpdef expire(self)
+    cpdef hurry(self)
+    cpdef _cut_handshake(self)
+    cpdef _say_goodbye(self)
+    cpdef _admit(self)
+    cpdef _know_client(self)
+    cpdef _renew(self)
+    cpdef _advance(self)
+    cpdef _digest(self, data)
+    cpdef _handle(self, event)
+    cpdef _wait(self)
+    cpdef _failed(self)
+    cpdef _log_refusals(self)
+    cpdef _mail(self, event)
+    cpdef _rcpt(self, event)
+    cpdef _objection(self, recipient)
+    cpdef _ask(self, event, asked)
+    cpdef _answer(self, event, refusal)
+    cpdef _refuse_sender(self, reply)
+    cpdef _refuse_recipient(self, reply)
+    cpdef _may_shake_hands(self)
+    cpdef _xclient(self, event)
+    cpdef _data(self)
+    cpdef _content_came(self)
+    cpdef _take_output(self)
+    cpdef _send_output(self)
+
+
+cpdef _endpoint(attributes, name, port_name, known)

@@ -1,0 +1,185 @@
+"""What the settings in force come to for sessions: one `Terms` for a transaction."""
+
+from __future__ import annotations
+
+import math
+import os
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final, Self
+
+from mailerq.config import Config
+from mailerq.errors import ConfigError, Problem
+from mailerq.inbound.addresses import LocalAddresses
+from mailerq.inbound.auth import Authenticator
+from mailerq.live import alike
+from mailerq.net.tls import tls_context
+from mailerq.rules.access import Access
+from mailerq.rules.steering import Steering
+from mailerq.wire.server import Settings
+
+__all__ = ["Bounds", "Terms"]
+
+STRAINED_SECONDS: Final = 10.0
+"""How long a peer may take for anything when connection slots are short."""
+
+BY_PLUGINS: Final = ("PLAIN", "LOGIN")
+"""The ways to log in where plugins are asked, who learn no password by CRAM-MD5."""
+
+ACCESS: Final = (
+    "smtp_range",
+    "smtp_relay_range",
+    "smtp_local_domains",
+    "smtp_relay_domains",
+    "smtp_proxy",
+    "smtp_xclient_range",
+)
+STEERING: Final = ("smtp_extract", "smtp_extract_range", "smtp_extract_logins", "max_delivertime")
+LOGINS: Final = ("smtp_auth", "smtp_username", "smtp_password")
+CERTIFICATE: Final = ("smtp_certificate", "smtp_key", "smtp_ciphers")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of a session, in seconds; `rate` is bytes/s of a mail, beyond the time that `idle` gives."""
+
+    idle: float
+    command: float
+    handshake: float
+    session: float
+    rate: float
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        return cls(
+            config.smtp_timeout,
+            config.smtp_command_timeout,
+            config.smtp_handshake_timeout,
+            config.smtp_session_timeout or math.inf,
+            config.smtp_data_minrate,
+        )
+
+    def tightened(self) -> Self:
+        return replace(
+            self,
+            idle=min(self.idle, STRAINED_SECONDS),
+            command=min(self.command, STRAINED_SECONDS),
+            handshake=min(self.handshake, STRAINED_SECONDS),
+        )
+
+    @property
+    def shortest(self) -> float:
+        return min(self.idle, self.command, self.handshake, self.session)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """One snapshot of the settings, and what is made of them for sessions. Any thread may use it.
+
+    `settings` are those of SMTP, `lmtp` those of LMTP. `tight` bounds are for when connection slots
+    are short.
+    """
+
+    config: Config
+    settings: Settings
+    lmtp: Settings
+    access: Access
+    local_addresses: LocalAddresses
+    steering: Steering
+    authenticator: Authenticator
+    tls: ssl.SSLContext | None
+    bounds: Bounds
+    tight: Bounds
+
+    @classmethod
+    def of(cls, config: Config, before: Self | None = None, notes: list[str] | None = None) -> Self:
+        """Read what the settings name. Raises `ConfigError` for all that cannot be used.
+
+        What was made of the same settings `before` is kept, but for the certificate. One that this
+        account may not read again is kept as well, with a line in `notes`: root has read it.
+        """
+        problems: list[Problem] = []
+
+        def part(name: str, make: Callable[[Config], Any], *names: str) -> Any:
+            if before is not None and names and alike(config, before.config, *names):
+                return getattr(before, name)
+            try:
+                return make(config)
+            except ConfigError as error:
+                note = _hidden_certificate(config, before) if name == "tls" else None
+                if note is None or before is None or notes is None:
+                    problems.extend(error.problems)
+                    return None
+                notes.append(note)
+                return before.tls
+
+        parts = {
+            "tls": part("tls", tls_context),
+            "authenticator": part("authenticator", Authenticator.of, *LOGINS),
+            "local_addresses": part("local_addresses", LocalAddresses.of, "smtp_local_addresses"),
+            "steering": part("steering", Steering.of, *STEERING),
+            "access": part("access", _access, *ACCESS),
+        }
+        if problems:
+            raise ConfigError.of(problems)
+        settings = Settings(
+            hostname=config.hostname,
+            max_size=config.smtp_maxsize,
+            max_recipients=config.smtp_maxrecipients,
+            starttls=parts["tls"] is not None,
+            mechanisms=parts["authenticator"].mechanisms,
+            normalize=config.smtp_bare_newline == "normalize",
+            dsn=config.dsn_advertise,
+        )
+        bounds = Bounds.of(config)
+        return cls(
+            config=config,
+            settings=settings,
+            lmtp=replace(settings, lmtp=True),
+            bounds=bounds,
+            tight=bounds.tightened(),
+            **parts,
+        )
+
+    def asking_plugins(self, asking: bool) -> Self:
+        """These terms with the ways to log in that there are where plugins are asked."""
+        if not asking:
+            return self
+        return replace(
+            self,
+            settings=replace(self.settings, mechanisms=BY_PLUGINS),
+            lmtp=replace(self.lmtp, mechanisms=BY_PLUGINS),
+        )
+
+    def is_local(self, recipient: str) -> bool:
+        """Whether anybody may send to that recipient, whose mail ends here."""
+        return self.access.is_local(recipient) or self.local_addresses.has(recipient)
+
+    def is_ours(self, recipient: str) -> bool:
+        """Whether anybody may send to that recipient."""
+        return self.is_local(recipient) or self.access.is_relayed(recipient)
+
+
+def _access(config: Config) -> Access:
+    return Access(
+        config.smtp_range,
+        config.smtp_relay_range,
+        config.smtp_local_domains,
+        relay_domains=config.smtp_relay_domains,
+        proxies=config.smtp_proxy,
+        xclients=config.smtp_xclient_range,
+    )
+
+
+def _hidden_certificate(config: Config, before: Terms | None) -> str | None:
+    """What to say where the same files as before are there, and not for this account."""
+    if before is None or not alike(config, before.config, *CERTIFICATE):
+        return None
+    for key in ("smtp-certificate", "smtp-key"):
+        path = config.text(key)
+        if path and os.path.exists(path) and not os.access(path, os.R_OK, effective_ids=True):
+            return (
+                f"{key}: this account may not read {path} again: it stays as it was until a restart"
+            )
+    return None

@@ -1,0 +1,1 @@
+"""Mail that goes out: dispatcher, flows, and the sessions with other hosts."""

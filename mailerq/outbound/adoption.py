@@ -1,0 +1,151 @@
+"""Deliver what lies in shares of the queue directory that no process has.
+
+Theory of operation
+-------------------
+The lock of a share decides which process delivers from it (`mailerq.queues.ownership`). Each
+process looks every second, and adopts a share that was free at two looks in a row: the share's own
+process, which starts anew within a second after a crash, comes first. When that process wants its
+share, the share goes back within seconds. A share left from when there were more processes stays
+adopted.
+
+A share that kills its adopters is adopted less and less often. What else keeps a share from being
+adopted is logged once a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from mailerq.errors import QueueError, QueueHeld
+from mailerq.queues.embedded.shares import share_directory, shares_in
+from mailerq.queues.opening import make_directory
+from mailerq.queues.ownership import DirectoryLock, wanted
+
+__all__ = ["Adoption", "own"]
+
+log = logging.getLogger("mailerq")
+
+LOOK_SECONDS: Final = 1.0
+"""How often free shares are looked for, and whether an adopted one is wanted."""
+
+SAY_SECONDS: Final = 60.0
+"""How often the log says of a share that it cannot be adopted."""
+
+OWN_SECONDS: Final = 60.0
+"""How long a process waits for its own share, which another one delivers from."""
+
+MOMENT_SECONDS: Final = 1.0
+RETRY_SECONDS: Final = 0.05
+
+
+async def own(directory: str) -> DirectoryLock:
+    """Lock the share that belongs to this process, which may have been adopted.
+
+    Raises `QueueError`, at once where another daemon has it.
+    """
+    start = trio.current_time()
+    end = start + OWN_SECONDS
+    make_directory(directory)
+    try:
+        with wanted(directory):
+            while True:
+                try:
+                    return DirectoryLock.take(directory)
+                except QueueHeld as held:
+                    # Others look for a moment whether the share is free.
+                    if trio.current_time() > (end if held.adopted else start + MOMENT_SECONDS):
+                        raise
+                await trio.sleep(RETRY_SECONDS)
+    except OSError as error:
+        raise QueueError(f"{directory}: cannot be locked: {error.strerror}") from error
+
+
+class Adoption:
+    """Adopts shares for a process: the one with the share `own`, of so many `processes`.
+
+    `deliver` opens a share, delivers from it until the event, and releases the lock.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        own: int,
+        processes: int,
+        deliver: Callable[[int, DirectoryLock, trio.Event], Awaitable[None]],
+    ) -> None:
+        self._directory = directory
+        self._own = own
+        self._processes = processes
+        self._deliver = deliver
+        self._adopted: dict[int, tuple[DirectoryLock, trio.Event]] = {}
+        self._free: set[int] = set()
+        self._said: dict[int, float] = {}
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                # First of all, so that what is in a share does not end a start.
+                await trio.sleep(LOOK_SECONDS)
+                for share in shares_in(self._directory):
+                    if share != self._own and self._look(share, nursery):
+                        break  # one at a time: other processes look as well
+
+    def _look(self, share: int, nursery: trio.Nursery) -> bool:
+        """See to one share; true when it has been adopted."""
+        if (adopted := self._adopted.get(share)) is not None:
+            lock, until = adopted
+            if lock.is_wanted():
+                until.set()
+            return False
+        directory = share_directory(self._directory, share)
+        left = share >= self._processes  # it has no process of its own
+        try:
+            if not (left or share in self._free):
+                self._probe(share, directory)
+                return False
+            lock = DirectoryLock.adopt(directory, time.time())
+        except QueueHeld as held:
+            self._free.discard(share)
+            if left and not held.adopted:
+                self._complain(share, held)
+        except (QueueError, OSError) as error:
+            self._complain(share, error)
+        else:
+            self._free.discard(share)
+            until = trio.Event()
+            self._adopted[share] = lock, until
+            nursery.start_soon(self._keep, share, lock, until)
+            return True
+        return False
+
+    def _probe(self, share: int, directory: str) -> None:
+        """Note whether a share is free now."""
+        if not os.path.exists(directory):
+            return  # its process has never started
+        DirectoryLock(directory).release()
+        self._free.add(share)
+
+    async def _keep(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
+        """Deliver from a share that is adopted, until its own process wants it."""
+        log.info("share %d of the queue is delivered from here as well", share)
+        try:
+            await self._deliver(share, lock, until)
+        except QueueError as error:
+            self._complain(share, error)
+        finally:
+            del self._adopted[share]
+            lock.release()
+        log.info("share %d of the queue is left to its own process", share)
+
+    def _complain(self, share: int, error: Exception) -> None:
+        now = time.monotonic()
+        if now >= self._said.get(share, 0.0):
+            self._said[share] = now + SAY_SECONDS
+            log.error("share %d of the queue is not adopted: %s", share, error)

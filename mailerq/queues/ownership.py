@@ -1,0 +1,188 @@
+"""Which process has a queue directory: a lock that also remembers what became of its holders.
+
+Theory of operation
+-------------------
+A process holds an exclusive lock on ``queue.lock`` while it has the directory open for deliveries.
+The kernel releases the lock when the process ends, however it ends. The text of the file is for
+the next holder: the process id, and for a share that another process has adopted when that was and
+how many such processes ended soon after it.
+
+A message can kill every process that touches it. So each adoption counts as a death until `prove`
+says that it lasted, and the next one waits twice as long as the one before. The share's own process
+starts as often as its parent lets it, and keeps the count.
+
+The own process says that it wants its share by a lock on ``queue.wanted``. The holder of an adopted
+share looks for that (`is_wanted`) and lets go.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final, Self
+
+from mailerq.errors import QueueError, QueueHeld
+
+__all__ = ["LOCK_NAME", "DirectoryLock", "wanted"]
+
+LOCK_NAME: Final = "queue.lock"
+WANTED_NAME: Final = "queue.wanted"
+
+MIN_QUARANTINE_SECONDS: Final = 60.0
+MAX_QUARANTINE_SECONDS: Final = 3600.0
+"""How long a share is not adopted after one adopter has ended soon; twice as long each time."""
+
+MAX_TEXT: Final = 100
+"""Bytes of the file that are looked at."""
+
+
+class DirectoryLock:
+    """The lock of one directory, held from `take` or `adopt` to `release`."""
+
+    def __init__(self, directory: str) -> None:
+        """Take the lock. Raises `QueueHeld`, and `OSError`."""
+        path = os.path.join(directory, LOCK_NAME)
+        self._directory = directory
+        self.deaths = 0
+        """Processes that ended soon after they had adopted the directory, this one included."""
+        self._since = 0.0
+        self._before = (0, 0.0)
+        self._noted = False
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder, adopted, _, _ = self._read()
+            os.close(self.fd)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise QueueHeld(
+                    f"{path}: held by another mailerq, process {holder or 'unknown'}; stop it or "
+                    "use another queue-directory",
+                    adopted=adopted,
+                ) from None
+            raise
+        self._file = _identity(self.fd)
+        _, _, self.deaths, self._since = self._read()
+        self._before = self.deaths, self._since
+
+    @classmethod
+    def take(cls, directory: str) -> Self:
+        """Lock a directory for the process that it belongs to. Raises `QueueHeld`, `OSError`."""
+        lock = cls(directory)
+        lock._write("own")
+        return lock
+
+    @classmethod
+    def adopt(cls, directory: str, now: float) -> Self:
+        """Lock a directory for a process that it does not belong to.
+
+        Raises `QueueHeld`, `OSError`, and `QueueError` while the directory is in quarantine.
+        """
+        lock = cls(directory)
+        seconds = quarantine_seconds(lock.deaths)
+        if 0 <= now - lock._since < seconds:
+            deaths = lock.deaths
+            lock.release()
+            raise QueueError(
+                f"{deaths} processes ended soon after they had adopted {directory}: no process "
+                f"adopts it for {seconds:.0f} seconds"
+            )
+        lock.deaths += 1
+        lock._since = now
+        lock._write("adopted")
+        return lock
+
+    def prove(self) -> None:
+        """The holder has lasted: what is in the directory kills nobody. Raises `OSError`."""
+        if self.deaths and self.fd >= 0:
+            self._check()
+            self.deaths, self._since = 0, 0.0
+            self._before = 0, 0.0
+            self._write("adopted" if self._read()[1] else "own")
+
+    def is_wanted(self) -> bool:
+        """Whether the process that the directory belongs to waits for it."""
+        return _is_locked(os.path.join(self._directory, WANTED_NAME))
+
+    def release(self) -> None:
+        """Let go, once: an adoption that ends in order was no death. Raises `OSError`."""
+        if self.fd < 0:
+            return
+        self.deaths, self._since = self._before
+        try:
+            self._check()
+            with suppress(OSError):  # a lock file on a disk that is read-only now keeps its text
+                if self._noted:
+                    self._write("free")
+            os.close(self.fd)
+        finally:
+            self.fd = -1
+
+    def _check(self) -> None:
+        """A plugin may have closed the descriptor, whose number is another file's then."""
+        if _identity(self.fd) != self._file:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def _read(self) -> tuple[int, bool, int, float]:
+        """Process id, whether it has adopted the directory, deaths, and when it was adopted."""
+        words = os.pread(self.fd, MAX_TEXT, 0).decode(errors="replace").split()
+        words += ["0", "own", "0", "0"][len(words) :]
+        try:
+            return int(words[0]), words[1] == "adopted", int(words[2]), float(words[3])
+        except ValueError:
+            return 0, False, 0, 0.0
+
+    def _write(self, role: str) -> None:
+        text = f"{os.getpid()}"
+        if self.deaths or role != "own":
+            text += f" {role} {self.deaths} {self._since!r}"
+        self._noted = True
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, text.encode() + b"\n", 0)
+
+
+def _identity(file: int) -> tuple[int, int]:
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino
+
+
+def quarantine_seconds(deaths: int) -> float:
+    """How long after the last of so many deaths nobody adopts a directory.
+
+    >>> [quarantine_seconds(deaths) for deaths in (0, 1, 2, 3, 100)]
+    [0.0, 60.0, 120.0, 240.0, 3600.0]
+    """
+    if not deaths:
+        return 0.0
+    return min(MIN_QUARANTINE_SECONDS * 2.0 ** min(deaths - 1, 30), MAX_QUARANTINE_SECONDS)
+
+
+@contextmanager
+def wanted(directory: str) -> Iterator[None]:
+    """Say that the process which a directory belongs to waits for it. Raises `OSError`."""
+    file = os.open(
+        os.path.join(directory, WANTED_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640
+    )
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(file)
+
+
+def _is_locked(path: str) -> bool:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(file)

@@ -1,0 +1,1 @@
+"""What a damaged queue file still holds, and how it is saved."""

@@ -1,0 +1,61 @@
+"""The extensions that a server offers, and its reply to EHLO or HELO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mailerq.wire.parameters import XCLIENT_ATTRIBUTES
+from mailerq.wire.smtp import Reply
+
+__all__ = ["Settings", "hello_reply"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # a fast key of `hello_reply`
+class Settings:
+    """The settings of a server, shared by all of its sessions.
+
+    `max_size` is in bytes and announced as SIZE (RFC 1870). `starttls` offers STARTTLS on
+    connections without TLS. `mechanisms` are the `sasl.MECHANISMS` that AUTH offers; without TLS
+    only in sessions with `auth_in_clear`. `lmtp` speaks LMTP (RFC 2033). `extended` offers the
+    extensions that deliveries can pass on. `dsn` offers DSN (RFC 3461), a promise to send reports.
+    `normalize` turns bare CRs and LFs in a mail into CRLF instead of refusing the mail.
+    """
+
+    hostname: str
+    max_size: int = 100_000_000
+    max_recipients: int = 1000
+    starttls: bool = False
+    mechanisms: tuple[str, ...] = ()
+    lmtp: bool = False
+    extended: bool = True
+    dsn: bool = True
+    normalize: bool = False
+
+
+@lru_cache(maxsize=64)
+def hello_reply(
+    settings: Settings, extended: bool, secure: bool, auth: bool, xclient: bool
+) -> Reply:
+    """Make the reply to EHLO (`extended`) or HELO in the current state of a session.
+
+    `auth`: AUTH may be used now.
+    """
+    if not extended:
+        return Reply(250, settings.hostname)
+    lines = ["PIPELINING", f"SIZE {settings.max_size}"]
+    if settings.starttls and not secure:
+        lines.append("STARTTLS")
+    if settings.mechanisms and auth:
+        lines.append("AUTH " + " ".join(settings.mechanisms))
+    lines += ["8BITMIME", "ENHANCEDSTATUSCODES"]
+    if settings.extended:
+        lines += ["SMTPUTF8", "CHUNKING", "BINARYMIME"]
+        if settings.dsn:
+            lines.append("DSN")
+        if secure:
+            lines.append("REQUIRETLS")
+        lines.append(f"LIMITS RCPTMAX={settings.max_recipients}")
+    if xclient:
+        lines.append("XCLIENT " + " ".join(XCLIENT_ATTRIBUTES))
+    return Reply(250, "\n".join([settings.hostname, *lines]))

@@ -1,0 +1,447 @@
+"""What the tests of deliveries run against: a scriptable peer, a queue in memory, a worker."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import trio
+
+from mailerq.config import Config
+from mailerq.errors import MessageError, QueueError
+from mailerq.live import Live
+from mailerq.message import Message
+from mailerq.net.logs import LogFile
+from mailerq.net.resolver import Host, NoHosts
+from mailerq.net.slots import Slots
+from mailerq.outbound.dispatcher import Dispatcher
+from mailerq.queues import Consumer, Depth, Entry, Lease, Publication, Queues, Settlement
+
+NOW = 1_767_268_800.0  # 2026-01-01 12:00:00
+
+
+class MemoryQueues(Queues):
+    """Queues that forget everything with the process, and fail when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+        self.queues: dict[str, list[tuple[float, Message]]] = defaultdict(list)
+        self.leased: dict[int, Lease] = {}
+        self.released: list[Lease] = []
+        self.groups: list[int] = []
+        self.failures = 0
+        self.impossible: set[str] = set()
+        self.object_to: Callable[[Settlement], Exception | None] = lambda settlement: None
+        self.may_ack = trio.Event()
+        self.may_ack.set()
+        self._ids = 0
+        self._changed = trio.Event()
+
+    def __getitem__(self, queue: str) -> list[Message]:
+        return [message for _, message in self.queues[queue]]
+
+    @property
+    def due(self) -> int:
+        return sum(due <= self.now for due, _ in self.queues["outbox"])
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.touch()
+
+    def touch(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def until(self, condition: Callable[[MemoryQueues], bool]) -> None:
+        with trio.fail_after(10):
+            while not condition(self):
+                await self._changed.wait()
+
+    def put(self, message: Message, due: float | None = None, queue: str = "outbox") -> None:
+        self.queues[queue].append((due or 0.0, message))
+
+    async def publish(self, publications: Sequence[Publication]) -> None:
+        for publication in publications:
+            self.put(publication.message, publication.due, publication.queue)
+        self.touch()
+
+    def check(self, publication: Publication) -> None:
+        if publication.queue in self.impossible:
+            raise MessageError(f"{publication.queue} is impossible")
+
+    async def ack(self, settlements: Sequence[Settlement]) -> None:
+        await self.may_ack.wait()
+        await trio.lowlevel.checkpoint()
+        if self.failures:
+            self.failures -= 1
+            raise QueueError("disk full")
+        for settlement in settlements:
+            for publication in settlement.publications:
+                self.check(publication)
+            if (error := self.object_to(settlement)) is not None:
+                raise error
+        self.groups.append(len(settlements))
+        for settlement in settlements:
+            del self.leased[settlement.lease.id]
+            await self.publish(settlement.publications)
+        self.touch()
+
+    def release(self, lease: Lease) -> None:
+        del self.leased[lease.id]
+        self.released.append(lease)
+        self.put(lease.message)
+        self.touch()
+
+    @asynccontextmanager
+    async def consume(self, queue: str, *, prefetch: int) -> AsyncIterator[Consumer]:
+        yield _MemoryConsumer(self, queue, prefetch)
+
+    def take(self, queue: str, prefetch: int) -> Lease | None:
+        if len(self.leased) >= prefetch:
+            return None
+        for entry in self.queues[queue]:
+            if entry[0] <= self.now:
+                self.queues[queue].remove(entry)
+                self._ids += 1
+                self.leased[self._ids] = Lease(self._ids, queue, entry[1])
+                self.touch()
+                return self.leased[self._ids]
+        return None
+
+    async def depths(self) -> list[Depth]:
+        raise NotImplementedError
+
+    async def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
+        raise NotImplementedError
+
+    async def purge(self, queue: str) -> int:
+        raise NotImplementedError
+
+    def statistics(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        self.touch()
+
+
+class _MemoryConsumer(Consumer):
+    def __init__(self, queues: MemoryQueues, queue: str, prefetch: int) -> None:
+        self.queues, self.queue, self.prefetch = queues, queue, prefetch
+
+    async def receive(self) -> Lease:
+        await trio.lowlevel.checkpoint()
+        while (lease := self.queues.take(self.queue, self.prefetch)) is None:
+            await self.queues._changed.wait()
+        return lease
+
+
+class StubPlugins:
+    """Plugins of which each event may have one handler, and its end of a connection."""
+
+    def __init__(self, **handlers: Callable[[Message], Any]) -> None:
+        self.handlers = handlers
+        self.open = 0
+        self.output = b""
+        self.on_output: Callable[[], None] = lambda: None
+
+    def send(self, output: bytes) -> None:
+        """What the core does when a plugin sends outside of an event."""
+        self.output += output
+        self.on_output()
+
+    def message_id(self) -> str:
+        return "stub-id"
+
+    def listens(self, event: str) -> bool:
+        return event in self.handlers
+
+    def connection(self, fd: int, **options: Any) -> StubPlugins:
+        assert fd > 0
+        self.on_output = options["on_output"]
+        self.open += 1
+        return self
+
+    async def out_data(self, message: Message, document: Message) -> Any:
+        return await self._call("out_data", message)
+
+    async def out_sent(self, message: Message, document: Message) -> None:
+        await self._call("out_sent", message)
+
+    async def _call(self, event: str, message: Message) -> Any:
+        answer = self.handlers.get(event, lambda message: None)(message)
+        return await answer if isinstance(answer, Awaitable) else answer
+
+    def take_output(self) -> bytes:
+        output, self.output = self.output, b""
+        return output
+
+    async def close(self) -> None:
+        self.open -= 1
+
+
+class StubWorker:
+    """A worker in the loop of the test, or in a thread of its own."""
+
+    def __init__(self, index: int, nursery: trio.Nursery, context: Any) -> None:
+        self.index = index
+        self.load = 0
+        self.context = context
+        self.nursery = nursery
+        self.token = trio.lowlevel.current_trio_token()
+        self.thread = threading.get_ident()
+
+    def call(self, function: Callable[..., object], *args: Any) -> None:
+        if threading.get_ident() == self.thread:
+            function(*args)
+        else:
+            self.token.run_sync_soon(function, *args)
+
+    def spawn(self, function: Callable[..., Awaitable[object]], *args: Any) -> None:
+        self.call(self.nursery.start_soon, function, *args)
+
+
+Script = Callable[["PeerConnection"], Awaitable[None]]
+
+
+@dataclass
+class Mail:
+    connection: int
+    envelope: str
+    recipient: str
+    body: bytes
+
+
+class PeerConnection:
+    """The peer's end of one connection; a script plays it."""
+
+    def __init__(self, peer: Peer, stream: trio.SocketStream, number: int) -> None:
+        self.peer = peer
+        self.stream = stream
+        self.number = number
+        self._buffer = b""
+
+    async def send(self, data: str | bytes) -> None:
+        await self.stream.send_all(data.encode() if isinstance(data, str) else data)
+
+    async def line(self) -> str:
+        """The next command; empty when the client has closed."""
+        while b"\r\n" not in self._buffer:
+            data = await self.stream.receive_some()
+            if not data:
+                return ""
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\r\n")
+        self.peer.commands.append(line.decode())
+        self.peer.queues.touch()
+        return line.decode()
+
+    async def body(self) -> bytes:
+        while not (self._buffer.startswith(b".\r\n") or b"\r\n.\r\n" in self._buffer):
+            data = await self.stream.receive_some()
+            if not data:
+                raise trio.BrokenResourceError
+            self._buffer += data
+        if self._buffer.startswith(b".\r\n"):
+            body, self._buffer = b"", self._buffer[3:]
+        else:
+            body, _, self._buffer = self._buffer.partition(b"\r\n.\r\n")
+            body += b"\r\n"
+        return body.replace(b"\r\n..", b"\r\n.").removeprefix(b".")
+
+    async def take(self, reply: str = "250 taken\r\n") -> bytes:
+        """Answer a body that no envelope follows, and the RSET or QUIT that does."""
+        body = await self.body()
+        await self.send(reply)
+        proof = await self.line()
+        await self.send({"RSET": "250 reset\r\n", "QUIT": "221 bye\r\n"}[proof])
+        return body
+
+    async def hello(self) -> None:
+        await self.send("220 mx.test ESMTP\r\n")
+        await self.line()
+        extensions = "".join(f"250-{name}\r\n" for name in self.peer.extensions)
+        await self.send(f"250-mx.test\r\n{extensions}250 HELP\r\n")
+
+    async def serve(self) -> None:
+        """Play a server that takes what `Peer.answers` does not refuse."""
+        await self.hello()
+        envelope = recipient = ""
+        sender_stands = False
+        while line := await self.line():
+            verb = line.split()[0].partition(":")[0]
+            if verb == "MAIL":
+                envelope = line.partition("<")[2].partition(">")[0]
+            elif verb == "RCPT":
+                recipient = line.partition("<")[2].partition(">")[0]
+            reply = self.answer(verb, envelope, recipient)
+            if verb == "MAIL":
+                sender_stands = reply.startswith("250")
+            elif verb in ("RCPT", "DATA") and not sender_stands:
+                reply = "503 MAIL first"
+            await self.send(reply + "\r\n")
+            if reply.startswith(("421", "221")):
+                return
+            if reply.startswith("354"):
+                body = await self.body()
+                reply = self.answer(".", envelope, recipient)
+                if reply.startswith("250"):
+                    self.peer.mails.append(Mail(self.number, envelope, recipient, body))
+                await self.send(reply + "\r\n")
+                self.peer.queues.touch()
+                if reply.startswith("421"):
+                    return
+
+    def answer(self, verb: str, envelope: str, recipient: str) -> str:
+        answers = self.peer.answers.get((verb, recipient)) or self.peer.answers.get((verb, ""))
+        if answers:
+            return answers.pop(0)
+        return {"DATA": "354 go", "QUIT": "221 bye", ".": "250 2.0.0 taken"}.get(verb, "250 ok")
+
+
+@dataclass
+class Peer:
+    """A server for mail. `scripts` play its first connections, the last one all others."""
+
+    queues: MemoryQueues
+    scripts: list[Script] = field(default_factory=list)
+    extensions: Sequence[str] = ("PIPELINING", "8BITMIME", "SIZE 1000000")
+    answers: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    connections: int = 0
+    open: int = 0
+    most: int = 0
+    commands: list[str] = field(default_factory=list)
+    mails: list[Mail] = field(default_factory=list)
+
+    async def handle(self, stream: trio.SocketStream) -> None:
+        self.connections += 1
+        self.open += 1
+        self.most = max(self.most, self.open)
+        script = self.scripts.pop(0) if self.scripts else PeerConnection.serve
+        try:
+            async with stream:
+                await script(PeerConnection(self, stream, self.connections))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # Clients do what they want.
+        finally:
+            self.open -= 1
+            self.queues.touch()
+
+
+class StubResolver:
+    """Knows the hosts of some domains; all others do not exist."""
+
+    def __init__(self, **domains: list[str] | NoHosts) -> None:
+        self.domains = {name.replace("_", "."): hosts for name, hosts in domains.items()}
+
+    async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
+        await trio.lowlevel.checkpoint()
+        found = self.domains.get(domain, NoHosts(f"{domain} does not exist"))
+        if isinstance(found, NoHosts):
+            return found
+        return tuple(Host(f"mx{i}.{domain}", address, i) for i, address in enumerate(found))
+
+    async def host(self, name: str, *, trusted: bool) -> tuple[Host, ...] | NoHosts:
+        return (Host(name, name),)
+
+
+@dataclass
+class Bench:
+    """A dispatcher with everything around it."""
+
+    queues: MemoryQueues
+    peer: Peer
+    port: int
+    dispatcher: Dispatcher
+    workers: list[StubWorker]
+
+    def send(self, recipient: str = "c@d.test", body: str | None = "hi\r\n", **more: Any) -> None:
+        message = Message({"envelope": "a@b.test", "recipient": recipient, **more})
+        message.body = None if body is None else body.encode()
+        self.queues.put(message)
+        self.queues.touch()
+
+    async def results(self, queue: str = "results", count: int = 1) -> list[dict[str, Any]]:
+        """The last result of each of `count` messages, once they are there."""
+        await self.queues.until(lambda queues: len(queues[queue]) >= count)
+        assert len(self.queues[queue]) == count
+        return [message.results[-1] for message in self.queues[queue]]
+
+    async def retried(self) -> dict[str, Any]:
+        (result,) = await self.results("retry")
+        return result
+
+
+@asynccontextmanager
+async def open_bench(
+    *scripts: Script,
+    plugins: StubPlugins | None = None,
+    resolver: StubResolver | None = None,
+    address: str = "127.0.0.1",
+    threads: int = 1,
+    send_log: LogFile | None = None,
+    slots: Slots | None = None,
+    **settings: Any,
+) -> AsyncIterator[Bench]:
+    queues = MemoryQueues()
+    peer = Peer(queues, list(scripts))
+    plugins = plugins or StubPlugins()
+    async with trio.open_nursery() as nursery:
+        serve = partial(trio.serve_tcp, peer.handle, 0, host=address)
+        listeners = await nursery.start(serve)
+        port = listeners[0].socket.getsockname()[1]
+        settings.setdefault("smtp_out_port", port)
+        if resolver is None:
+            settings |= {"smtp_sink_address": address, "smtp_sink_port": port}
+        config = Config(
+            **{
+                "hostname": "me.test",
+                "rabbitmq_results": "results",
+                "rabbitmq_success": "success",
+                "rabbitmq_failure": "failure",
+                "rabbitmq_retry": "retry",
+                "retry_interval": (600,),
+                **settings,
+            }
+        )
+        workers = [StubWorker(0, nursery, plugins)]
+        workers += [await open_thread(nursery, index, plugins) for index in range(1, threads)]
+        dispatcher = Dispatcher(
+            Live(config),
+            queues,
+            workers,  # type: ignore[arg-type]
+            plugins=plugins,  # type: ignore[arg-type]
+            resolver=resolver or StubResolver(),  # type: ignore[arg-type]
+            slots=slots or Slots(100),
+            send_log=send_log,
+            clock=lambda: queues.now,
+        )
+        await nursery.start(dispatcher.run)
+        try:
+            yield Bench(queues, peer, port, dispatcher, workers)
+        finally:
+            with trio.CancelScope(shield=True):
+                with trio.fail_after(20):
+                    await dispatcher.stop(0)
+            for worker in workers[1:]:
+                worker.call(worker.nursery.cancel_scope.cancel)
+            nursery.cancel_scope.cancel()
+
+
+async def open_thread(nursery: trio.Nursery, index: int, plugins: StubPlugins) -> StubWorker:
+    home = trio.lowlevel.current_trio_token()
+
+    async def main(task_status: trio.TaskStatus[StubWorker]) -> None:
+        async def loop() -> None:
+            async with trio.open_nursery() as inner:
+                home.run_sync_soon(task_status.started, StubWorker(index, inner, plugins))
+                await trio.sleep_forever()
+
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(trio.run, loop)
+
+    return await nursery.start(main)

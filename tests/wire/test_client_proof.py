@@ -1,0 +1,164 @@
+"""What is said behind a body, and what it proves: the whole rule, and what no client can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+
+from mailerq.wire.client import (
+    NEED_DATA,
+    Accepted,
+    ClientProtocol,
+    Event,
+    Problem,
+    Ready,
+    Refused,
+    Step,
+)
+from mailerq.wire.smtp import Reply
+from tests.wire.step_kit import MODES, TAKEN, Fate, Fault, play
+
+Said = tuple[int | str, ...]
+"""The codes that a peer says behind a body, and how the session ends where it does."""
+
+CODES = (221, 250, 354, 421, 451, 500, 503, 550)
+ENDS = ("closes", "falls silent")
+REFUSALS = (500, 503, 550)
+
+SESSIONS = [(mode, False) for mode in MODES] + [("lock-step", True), ("pipelined", True)]
+"""How the client sends, and whether it is careful."""
+
+
+def sending(mode: str, careful: bool) -> ClientProtocol:
+    """A client whose body is due to be sent."""
+    way, _, last = mode.partition(", ")
+    protocol = ClientProtocol("me.test", careful=careful)
+    offer = "250-PIPELINING\r\n" if way != "lock-step" else ""
+    greeting = f"220 mx.test\r\n250-mx.test\r\n{offer}250 HELP\r\n".encode()
+    for replies in (greeting, b"250 ok\r\n", b"250 ok\r\n", b"354 go\r\n"):
+        protocol.receive_data(replies)
+        event = protocol.next_event()
+        if isinstance(event, Ready):
+            protocol.mail("a@b.test", "c@d.test")
+        while protocol.data_to_send():
+            pass
+    protocol.send_body(b"hi\r\n", last=last == "last")
+    return protocol
+
+
+@pytest.mark.parametrize(("mode", "careful"), SESSIONS)
+def test_rset_or_quit_goes_out_with_a_body_or_behind_its_reply(mode: str, careful: bool) -> None:
+    protocol = sending(mode, careful)
+    assert protocol.may_go_ahead is (mode in ("pipelined", "ahead") and not careful)
+    proof = b"QUIT\r\n" if careful or mode.endswith("last") else b"RSET\r\n"
+    sent = protocol.data_to_send()
+    assert not protocol.may_go_ahead
+    protocol.receive_data(b"250 taken\r\n")
+    assert protocol.next_event() is NEED_DATA
+    sent_behind = protocol.data_to_send()
+    if careful or mode.startswith("lock-step"):
+        assert (sent, sent_behind) == (b"hi\r\n.\r\n", proof)
+    else:
+        assert (sent, sent_behind) == (b"hi\r\n.\r\n" + proof, b"")
+    protocol.receive_data(b"221 bye\r\n" if proof == b"QUIT\r\n" else b"250 reset\r\n")
+    assert isinstance(protocol.next_event(), Accepted)
+    assert protocol.reusable is (proof == b"RSET\r\n")
+
+
+@pytest.mark.parametrize("mode", ["lock-step", "pipelined"])
+@pytest.mark.parametrize("code", [451, 554])
+def test_only_a_body_that_is_refused_for_good_is_followed_by_quit(mode: str, code: int) -> None:
+    protocol = sending(mode, careful=False)
+    protocol.data_to_send()
+    protocol.receive_data(b"%d no\r\n" % code + (b"250 reset\r\n" if mode == "pipelined" else b""))
+    event = protocol.next_event()
+    if code == 554:
+        assert event is NEED_DATA
+        assert protocol.data_to_send() == b"QUIT\r\n"
+        protocol.receive_data(b"221 bye\r\n")
+        event = protocol.next_event()
+    assert event == Refused(Step.MESSAGE, Reply(code, "no"))
+    assert protocol.reusable is (code == 451)
+    assert not protocol.out_of_step
+    if code == 451:
+        protocol.mail("a@b.test", "c@d.test")
+        assert protocol.data_to_send().startswith(b"MAIL")
+
+
+def judge(mode: str, careful: bool, said: Said) -> Event:
+    """What a client makes of that, each reply by itself; NEED_DATA before all of it: nothing."""
+    protocol = sending(mode, careful)
+    for number, word in enumerate(said, 1):
+        while protocol.data_to_send():
+            pass
+        if word == "falls silent":
+            event = protocol.abort(Problem.TIMEOUT, "no reply in time")
+        else:
+            protocol.receive_data(b"" if word == "closes" else b"%d text\r\n" % word)
+            event = protocol.next_event()
+        if event is not NEED_DATA:
+            return event if number == len(said) else NEED_DATA
+    return NEED_DATA
+
+
+def everything() -> Iterator[Said]:
+    for count in range(4):
+        for codes in product(CODES, repeat=count):
+            if codes:
+                yield codes
+            for end in ENDS:
+                yield (*codes, end)
+
+
+@pytest.mark.parametrize(("mode", "careful"), SESSIONS)
+def test_a_lone_body_is_credited_after_these_replies_and_no_others(
+    mode: str, careful: bool
+) -> None:
+    accepted: set[Said] = {(250, 250)}
+    refused: set[Said] = {(code, last) for code in REFUSALS for last in (221, "closes")}
+    if careful:
+        accepted = {(250, last) for last in (221, 421, *ENDS)}
+        refused |= {(code, last) for code in REFUSALS for last in (421, "falls silent")}
+    elif mode.endswith("last"):
+        accepted = {(250, 221), (250, "closes")}
+    elif mode == "lock-step":
+        accepted |= {(250, "closes")}
+    else:  # RSET goes out with the body, and QUIT when both are answered.
+        refused = {(code, 250, last) for code in REFUSALS for last in (221, "closes")}
+        refused |= {(550, "closes")}
+    judged = {said: judge(mode, careful, said) for said in everything()}
+    assert {said for said, event in judged.items() if isinstance(event, Accepted)} == accepted
+    assert {
+        said
+        for said, event in judged.items()
+        if isinstance(event, Refused) and event.reply.code >= 500
+    } == refused
+
+
+@pytest.mark.parametrize(("mode", "careful"), SESSIONS)
+@pytest.mark.parametrize("leaves", ["", " and close", " and bye", " and hush"])
+@pytest.mark.parametrize(("said", "fate"), [(250, ("dot", 451)), (250, ("dot", 550)), (550, TAKEN)])
+def test_a_lie_is_believed_only_where_an_honest_peer_says_the_same(
+    mode: str, careful: bool, leaves: str, said: int, fate: Fate
+) -> None:
+    """Two peers say the same, and one of them means it: a client that believes it believes both."""
+    liar, lied = play([fate], Fault(f"lie{leaves}", 5, said), mode, careful=careful)
+    assert lied.steps[5] == "dot"
+    honesty = Fault(f"lie{leaves}", 6) if leaves else Fault()
+    honest, meant = play([("dot", said)], honesty, mode, careful=careful)
+    assert (lied.truth, meant.truth) == ({0: fate[1]}, {0: said})
+    assert codes(liar.heard) == codes(honest.heard)
+    believed = isinstance(liar.results[0], Accepted | Refused)
+    assert believed is isinstance(honest.results[0], Accepted | Refused)
+    if leaves in (" and bye", " and hush"):
+        assert believed is careful
+    elif leaves == " and close" and said == 250:
+        assert believed is (careful or mode.startswith("lock-step") or mode.endswith("last"))
+    else:
+        assert believed
+
+
+def codes(heard: bytes) -> list[bytes]:
+    return [line[:3] for line in heard.split(b"\r\n")]
