@@ -1,4 +1,7 @@
-"""Non-blocking calls on descriptors: `_core_sockets.pxi` and `_core_mapping.pxi` for Python."""
+"""Non-blocking calls on descriptors, and memory: two parts of the core for Python.
+
+See `_core_sockets.pxi` and `_core_mapping.pxi`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from mailerq._core import (
     accept,
     happenings,
     has_input,
+    keep_little,
     receive,
     send,
     socket_name,
@@ -20,6 +24,7 @@ __all__ = [
     "accept",
     "happenings",
     "has_input",
+    "keep_little",
     "receive",
     "send",
     "socket_name",

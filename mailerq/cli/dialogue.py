@@ -19,14 +19,15 @@ from typing import Any, BinaryIO, Final
 from mailerq.cli.inject import Refused
 from mailerq.config import Config
 from mailerq.wire import server, smtp
+from mailerq.wire._lines import Buffer
 from mailerq.wire.smtp import Reply
 
 __all__ = ["serve"]
 
 READ_BYTES: Final = 1 << 16
 
-Take = Callable[[bytes, str, Sequence[str]], dict[str, Any]]
-"""Stores a mail: content, sender, recipients. Raises `Refused`."""
+Take = Callable[[Buffer, str, Sequence[str]], dict[str, Any]]
+"""Stores a mail: content, which is taken, sender, recipients. Raises `Refused`."""
 
 
 def serve(config: Config, take: Take) -> int:
@@ -79,8 +80,10 @@ def _send(machine: server.ServerProtocol) -> None:
 
 def _answer(machine: server.ServerProtocol, event: server.Content, take: Take) -> None:
     assert machine.sender is not None, "the machine asks for MAIL"
+    mail = Buffer()
+    mail.add(event.body)
     try:
-        take(bytes(event.body), machine.sender, machine.recipients)
+        take(mail, machine.sender, machine.recipients)
     except Refused as refused:
         later = refused.status in (os.EX_TEMPFAIL, os.EX_CONFIG)
         code, status = (451, "4.3.0") if later else (554, "5.6.0")

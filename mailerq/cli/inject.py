@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import sys
 import time
 from argparse import SUPPRESS, Namespace
@@ -28,10 +29,14 @@ from mailerq.mail.recipients import addresses, recipients, sender
 from mailerq.queues import Publication
 from mailerq.rules.access import Access
 from mailerq.rules.routes import reception_queue
+from mailerq.wire._lines import Buffer
 
 __all__ = ["Refused", "hand_over", "main"]
 
 READ_BYTES: Final = 1 << 16
+
+LINE_END: Final = re.compile(rb"\r\n").search
+LINE_END_BYTE: Final = re.compile(rb"[\r\n]").search
 
 ASK_SECONDS: Final = 1.0
 """Timeout for asking the daemon for ids and for waking it; the mail does not depend on it."""
@@ -127,33 +132,36 @@ def _parse(rest: list[str]) -> Namespace:
 
 def _inject(config: Config, options: Namespace, rest: Sequence[str]) -> None:
     user = _user()
-    text = _read(sys.stdin.buffer, config.smtp_maxsize, ignore_dot=options.ignore_dot)
-    mime = _lines(text, ignore_dot=options.ignore_dot)
-    header = Header(mime)
+    mail = _read(sys.stdin.buffer, config.smtp_maxsize, ignore_dot=options.ignore_dot)
+    with memoryview(mail) as view:
+        head = headers.head_of(view)
+    header = Header(head)
     if not header.is_whole:
         raise Refused(os.EX_DATAERR, f"the mail {incoming.Problem.HEADER}")
     recipients = _recipients(header, options, config)
     sender = _sender(header, options, config, user)
-    mime = _complete(mime, header, sender, options)
-    result = hand_over(config, rest, mime, sender, recipients)
+    mail.replace(len(head), _complete(head, header, sender, options))
+    del head, header
+    result = hand_over(config, rest, mail, sender, recipients)
     if options.json:
         print_json(result)
 
 
 def hand_over(
-    config: Config, words: Sequence[str], mime: bytes, sender: str, recipients: Sequence[str]
+    config: Config, words: Sequence[str], mail: Buffer, sender: str, recipients: Sequence[str]
 ) -> dict[str, Any]:
     """Store a mail in the queue, or send it to the port; return the result for --json.
 
-    `words` is the command line, which is recorded in the message. Raises `Refused`.
+    `words` is the command line, which is recorded in the message. `mail` is empty afterwards.
+    Raises `Refused`.
     """
     if not os.access(config.queue_directory, os.W_OK | os.X_OK):
-        return _by_smtp(config, mime, sender, recipients)
+        return _by_smtp(config, mail.take(), sender, recipients)
     user = _user()
     command, *arguments = [_printable(word) for word in (sys.argv[0], *words)]
     cli = {"command": command, "arguments": arguments, "user": user}
     envelope = incoming.Envelope(sender, recipients, {"cli": cli}, user=user, trusted=True)
-    return _into_queue(config, mime, envelope)
+    return _into_queue(config, mail, envelope)
 
 
 def _user() -> str:
@@ -171,41 +179,67 @@ def _printable(word: str) -> str:
 # The mail and its envelope.
 
 
-def _read(file: BinaryIO, limit: int, *, ignore_dot: bool) -> bytes:
-    """Read the mail, without the final dot."""
-    text = bytearray(b"\n")  # so that a dot on the first line follows a line end, too
-    while data := os.read(file.fileno(), READ_BYTES):
-        seen = max(0, len(text) - 3)
-        text += data
-        if not ignore_dot:
-            ends = [text.find(mark, seen) for mark in (b"\n.\n", b"\n.\r\n")]
-            if max(ends) >= 0:
-                del text[min(end for end in ends if end >= 0) + 1 :]
-                break
-        if len(text) > limit + 1:
-            break
-    else:
-        if not ignore_dot and text.endswith(b"\n."):
-            del text[-1]
-    if len(text) > limit + 1:
-        raise Refused(os.EX_DATAERR, f"the mail is larger than smtp-maxsize ({limit} bytes)")
-    return bytes(memoryview(text)[1:])
-
-
-def _lines(text: bytes, *, ignore_dot: bool) -> bytes:
-    """Convert line ends to CRLF and unstuff dots.
+def _read(file: BinaryIO, limit: int, *, ignore_dot: bool) -> Buffer:
+    """Read the mail up to the final dot, convert line ends to CRLF and unstuff dots.
 
     A first line "From …", which belongs to mailbox files, is removed.
     """
+    mail = Buffer()
+    window = b"\n"  # so that a dot on the first line follows a line end, too
+    size = 0
+    ended = False
+    while not ended:
+        data = os.read(file.fileno(), READ_BYTES)
+        window += data
+        size += len(data)
+        cut = len(window)
+        if not data:
+            ended = True
+            if not ignore_dot and window.endswith(b"\n."):
+                cut -= 1
+                size -= 1
+        else:
+            ends = [] if ignore_dot else [window.find(mark) for mark in (b"\n.\n", b"\n.\r\n")]
+            if max(ends, default=-1) >= 0:
+                ended = True
+                size -= cut
+                cut = min(end for end in ends if end >= 0) + 1
+                size += cut
+            else:
+                cut = _certain(window)
+        if size > limit:
+            raise Refused(os.EX_DATAERR, f"the mail is larger than smtp-maxsize ({limit} bytes)")
+        _add_lines(mail, window[:cut], ignore_dot=ignore_dot)
+        window = window[cut:]
+    with memoryview(mail) as view:
+        first, last = bytes(view[2:8]), bytes(view[-2:])
+        start = 2  # after the line end that `window` started with
+        if first.startswith((b"From ", b">From ")):
+            found = LINE_END(view, 2)
+            start = found.end() if found else len(mail)
+            del found
+    is_open = last != b"\r\n"
+    mail.replace(start, b"")
+    if is_open and len(mail):
+        mail.add(b"\r\n")
+    return mail
+
+
+def _certain(window: bytes) -> int:
+    """Return the size of `window` without a last line end that could start the final dot."""
+    found = LINE_END_BYTE(window, max(len(window) - 4, 0))
+    if found is None:
+        return len(window)
+    cut = found.start()
+    return cut - 1 if window[cut - 1 : cut] == b"\r" else cut
+
+
+def _add_lines(mail: Buffer, text: bytes, *, ignore_dot: bool) -> None:
+    """Convert and add text that starts with a line end, or continues a line."""
     text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    if text.startswith((b"From ", b">From ")):
-        text = text.partition(b"\n")[2]
     if not ignore_dot:
-        text = text.removeprefix(b".") if text.startswith(b"..") else text
         text = text.replace(b"\n..", b"\n.")
-    if text and not text.endswith(b"\n"):
-        text += b"\n"
-    return text.replace(b"\n", b"\r\n")
+    mail.add(text.replace(b"\n", b"\r\n"))
 
 
 def _recipients(header: Header, options: Namespace, config: Config) -> list[str]:
@@ -291,12 +325,14 @@ def _ids(config: Config, count: int) -> Iterator[str]:
         return iter(ids.new_id, None)
 
 
-def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dict[str, Any]:
+def _into_queue(config: Config, mail: Buffer, envelope: incoming.Envelope) -> dict[str, Any]:
     """Store the mail, one message for each recipient, and wake the daemon."""
     from mailerq.queues.opening import open_shared
 
+    with memoryview(mail) as view:
+        head = headers.head_of(view)
     reception = incoming.messages(
-        mime,
+        head,
         envelope,
         hostname=config.hostname,
         now=time.time(),
@@ -309,6 +345,10 @@ def _into_queue(config: Config, mime: bytes, envelope: incoming.Envelope) -> dic
         complain(f"ignored {reason}")
     for name, meant in reception.doubtful:
         complain(f"{name} is not known and changes nothing; is {meant} meant?")
+    mail.replace(len(head), reception.messages[0].body or b"")
+    body = mail.take()
+    for message in reception.messages:
+        message.body = body
     is_local = _locals(config)
     publications = [
         Publication(queue, message)
@@ -356,6 +396,8 @@ def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]
     """Send the mail to the configured port. Either all recipients are accepted, or none."""
     import smtplib
 
+    from mailerq.wire.client import encode_body
+
     host = next((ip for ip in config.smtp_ip if ip not in ("0.0.0.0", "::")), "127.0.0.1")
     port = config.smtp_port[0] if config.smtp_port else 0
     where = f"{host} port {port}"
@@ -372,7 +414,12 @@ def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]
             _expect(250, client.mail(paths[0], options), where, os.EX_UNAVAILABLE)
             for path in paths[1:]:
                 _expect(250, client.rcpt(path), f"{where}: <{path}>", os.EX_NOUSER)
-            code, text = client.data(mime)
+            _expect(354, client.docmd("DATA"), where, os.EX_UNAVAILABLE)
+            blocks, end = encode_body(mime)
+            for block in blocks:
+                client.send(block)
+            client.send(end)
+            code, text = client.getreply()
             _expect(250, (code, text), where, os.EX_UNAVAILABLE)
     except smtplib.SMTPResponseException as error:
         reply = (error.smtp_code, error.smtp_error)

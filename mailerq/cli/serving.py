@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 
 from mailerq.config import Config
 from mailerq.privileges import no_new_privileges
+from mailerq.sockets import keep_little
 
 __all__ = [
     "HURRY_SECONDS",
@@ -44,8 +45,12 @@ a twentieth of the processor time of a message."""
 
 
 def prepare(config: Config) -> None:
-    """Make the process fit to serve as many connections as it is to have, and no more than that."""
+    """Make the process fit to serve as many connections as it is to have, and no more than that.
+
+    The memory of a large mail returns to the system when the mail is gone.
+    """
     no_new_privileges()
+    keep_little()
     gc.set_threshold(*COLLECT_AFTER)
     make_room(config)
 

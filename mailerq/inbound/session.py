@@ -29,7 +29,7 @@ from mailerq.inbound import reception
 from mailerq.inbound.auth import AuthUnavailable
 from mailerq.inbound.reception import UNKNOWN, Client, refusal_reply
 from mailerq.inbound.services import Services
-from mailerq.inbound.spool import Claim, Spool
+from mailerq.inbound.spool import Claim, Spool, is_in_file
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.net.worker import Worker
 from mailerq.plugins import NOTHING, Reject
@@ -625,7 +625,7 @@ class Session:
         """Turn the mail into messages, let the plugins see them, publish, and only then say 250."""
         services, machine, spool = self._services, self._machine, self._spool
         assert spool is not None, "within a mail"
-        body = event.body
+        body, size = event.body, len(event.body)
         if spool.failed is not None:
             services.say_untaken(
                 "a mail from %s was not taken: %s", self._client.remote[0], spool.failed
@@ -635,7 +635,7 @@ class Session:
             replies = [reply] * (len(machine.rcpts) if machine.settings.lmtp else 1)
         else:
             spool.close()
-            services.counters.spilled += not isinstance(body, bytes)
+            services.counters.spilled += is_in_file(body)
             replies = await self._take(body)
         self._in_mail = False
         spool.close()
@@ -644,7 +644,7 @@ class Session:
             services.counters.refused_messages += 1
         else:
             services.counters.transactions += 1
-            services.counters.bytes += len(body)
+            services.counters.bytes += size
         if machine.settings.lmtp:
             machine.accept(each=replies)
             self._log_refusals()
@@ -655,7 +655,7 @@ class Session:
 
     async def _take(self, body: bytes | memoryview) -> list[Reply]:
         services = self._services
-        turns = None if isinstance(body, bytes) else services.loader(self.worker)
+        turns = services.loader(self.worker) if is_in_file(body) else None
         claim = Claim(services.memory, len(body), turns)
         try:
             return await reception.take(

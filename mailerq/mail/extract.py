@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from mailerq.address import parse_mailbox, queue_problem
 from mailerq.errors import MessageError
-from mailerq.mail.headers import HEADER_LIMIT, Field, Header, remove, unfold
+from mailerq.mail.headers import Field, Header, remove, unfold
 from mailerq.message import parse_time
 from mailerq.spelling import Spelling
 
@@ -73,6 +73,7 @@ def extract(
     now: float = 0.0,
     outbox: str = "",
     limit: int = IGNORED_LIMIT,
+    header: Header | None = None,
 ) -> Extraction | None:
     r"""Remove every x-mq-* field, and x-normalize, from `mime`.
 
@@ -80,18 +81,19 @@ def extract(
     ignored and listed if it is not allowed, has an invalid value or a reserved name, or is
     repeated; so is a result queue that is the `outbox`, which would send results as mail. All other
     bytes are kept, and a mail without such fields is returned as the same object. At most `limit`
-    ignored fields are named. Return None if the fields exceed `FIELDS_LIMIT` together.
+    ignored fields are named. `header` is the header of `mime`, if the caller has parsed it. Return
+    None if the fields exceed `FIELDS_LIMIT` together.
 
     >>> extract(b"x-mq-tag: spring\r\nTo: a@b.test\r\n\r\nhi", trusted=True)
     Extraction(properties={'tags': ['spring']}, mime=b'To: a@b.test\r\n\r\nhi', ignored=[])
     """
-    end = mime.find(b"\r\n\r\n", 0, HEADER_LIMIT)  # the header ends here or before
-    text = mime[: end if end >= 0 else HEADER_LIMIT].lower()
-    if b"x-mq-" not in text and b"x-normalize" not in text:
+    if header is None:
+        header = Header(mime)
+    if not (header.holds(b"x-mq-") or header.holds(b"x-normalize")):
         return Extraction({}, mime)
     found: list[Field] = []
     size = 0
-    for field in Header(mime).found_by(_OURS):
+    for field in header.found_by(_OURS):
         found.append(field)
         size += field.end - field.start
         if size > FIELDS_LIMIT:

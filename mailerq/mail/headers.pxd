@@ -7,10 +7,11 @@ cimport cython
 cdef class Header:
     cdef public Py_ssize_t end, body
     cdef public bint is_whole
-    cdef public bytes raw, _lines
+    cdef public bytes _mime, _lines
     cdef object __weakref__
 
     cpdef has(self, name)
+    cpdef holds(self, text)
 
 
 cpdef _boundaries(mime)

@@ -30,6 +30,7 @@ __all__ = [
     "Header",
     "date_field",
     "format_date",
+    "head_of",
     "message_id_field",
     "prepend",
     "protocol_name",
@@ -43,6 +44,7 @@ __all__ = [
 _FIRST_FIELD: Final = re.compile(rb"[!-9;-~]++[ \t]*+:").match
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r").match
 _NAME: Final = re.compile(rb"([^\r\n:]*+)(:?)").match
+_END: Final = re.compile(rb"\r\n\r\n").search
 # For `Header._lines`, where CRLF may have become two LFs.
 _FIELD_END: Final = re.compile(rb"\n(?![ \t\n])").search
 
@@ -80,10 +82,7 @@ class Header:
     (True, False)
     """
 
-    __slots__ = ("_lines", "body", "end", "is_whole", "raw")
-
-    raw: bytes
-    """The fields, each with its line end."""
+    __slots__ = ("_lines", "_mime", "body", "end", "is_whole")
 
     end: int
     """Offset of the end of the last field."""
@@ -99,11 +98,21 @@ class Header:
 
     def __init__(self, mime: bytes) -> None:
         self.end, self.body, self.is_whole = _boundaries(mime)
-        raw = self.raw = mime[: self.end]
-        lines = b"\n" + raw.lower()
-        if raw.count(b"\r") != raw.count(b"\r\n"):
+        self._mime = mime
+        # This order keeps at most two copies of a long header in memory at a time.
+        lines = (b"\n" + mime[: self.end]).lower()
+        if mime.count(b"\r", 0, self.end) != mime.count(b"\r\n", 0, self.end):
             lines = lines.replace(b"\r", b"\n")
         self._lines = lines
+
+    @property
+    def raw(self) -> bytes:
+        """The fields, each with its line end."""
+        return self._mime[: self.end]
+
+    def holds(self, text: bytes) -> bool:
+        """Whether the header contains `text` (in lower case, without line ends)."""
+        return text in self._lines
 
     def has(self, name: bytes) -> bool:
         """Whether there is a field with this name (in lower case)."""
@@ -119,7 +128,7 @@ class Header:
     def fields(self) -> Iterator[Field]:
         """Yield the fields from the top. A line that is not a field has an empty name."""
         end = 0
-        while end < len(self.raw):
+        while end < self.end:
             field = self._field(end)
             end = field.end
             yield field
@@ -134,16 +143,28 @@ class Header:
             yield self._field(match.start())
 
     def _field(self, start: int) -> Field:
-        raw = self.raw
+        raw = self._mime
         if last := _FIELD_END(self._lines, start + 1):
             end = last.start()
             stop = end - 2 if raw.startswith(b"\r\n", end - 2) else end - 1
         else:
-            end = stop = len(raw)
-        name = _NAME(raw, start)
+            end = stop = self.end
+        name = _NAME(raw, start, self.end)
         assert name is not None, "it may be empty"
         label = name[1].rstrip(b" \t").lower() if name[2] else b""
         return Field(label, raw[name.end() : stop], start, end)
+
+
+def head_of(mail: bytes | memoryview) -> bytes:
+    """Return the part of a mail that is edited: the header of a view, or all of a small mail.
+
+    If no header ends within `HEADER_LIMIT`, the part is one byte longer than the limit, so its
+    `Header` is not whole.
+    """
+    if isinstance(mail, bytes):
+        return mail
+    found = _END(mail, 0, HEADER_LIMIT + 1)
+    return bytes(mail[: found.end() if found else HEADER_LIMIT + 1])
 
 
 @lru_cache(maxsize=16)

@@ -82,13 +82,20 @@ def messages(
         return Problem.HEADER
     if header.count(b"received", limit=HOP_LIMIT) >= HOP_LIMIT:
         return Problem.LOOP
+    has_id = header.has(b"message-id")
     extraction = extract(
-        mime, trusted=envelope.trusted, rights=envelope.rights, now=now, outbox=outbox
+        mime,
+        trusted=envelope.trusted,
+        rights=envelope.rights,
+        now=now,
+        outbox=outbox,
+        header=header,
     )
+    del header  # a long header is not kept beside the edited one
     if extraction is None:
         return Problem.FIELDS
     if extraction.mime is not mime:
-        header = headers.Header(extraction.mime)
+        has_id = headers.Header(extraction.mime).has(b"message-id")
     ids = [next_id() for _ in envelope.recipients]
     fields = [
         headers.received(
@@ -102,7 +109,7 @@ def messages(
             user=envelope.user,
         )
     ]
-    if not header.has(b"message-id"):
+    if not has_id:
         fields.append(headers.message_id_field(ids[0], hostname))
     body = headers.prepend(extraction.mime, *fields)
     received = format_time(now)

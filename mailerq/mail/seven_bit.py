@@ -8,9 +8,11 @@ mail can be encoded (RFC 2045, section 6.4), so the converter walks the mail as 
 containers around a leaf get a new Content-Transfer-Encoding. Boundaries and ASCII parts are kept.
 In header fields, 8-bit bytes become encoded words (RFC 2047) and extended parameters (RFC 2231).
 
-The walk reads the bytes once. Each line that starts with two hyphens is compared with the
-boundaries that are open there, so many parts or deep nesting cannot make the walk slower than
-linear.
+The walk reads the bytes once, and finds where each part starts and how to encode the part. It keeps
+the headers and these decisions only: `Converted` encodes the parts block by block on each request.
+
+Each line that starts with two hyphens is compared with the boundaries that are open there, so many
+parts or deep nesting cannot make the walk slower than linear.
 
 A mail cannot be converted if ASCII cannot express a part of it, for example an address. Conversion
 breaks signatures over the converted parts; without it the mail would not be delivered at all.
@@ -21,13 +23,15 @@ from __future__ import annotations
 import binascii
 import re
 from base64 import encodebytes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from mailerq.mail.headers import HEADER_LIMIT, unfold
+from mailerq.wire._lines import Buffer
 from mailerq.wire.framing import has_bare_newline, in_pairs
 
-__all__ = ["to_seven_bit"]
+__all__ = ["Converted", "convert", "to_seven_bit"]
 
 MAX_DEPTH: Final = 50
 """Depth of nested parts. Real mail has about five levels."""
@@ -44,7 +48,7 @@ MAX_FIELD: Final = 1 << 17
 MAX_PARAMETERS: Final = 1 << 14
 """Bytes of a field that are searched for parameters."""
 
-BLOCK_BYTES: Final = 57 << 10
+BLOCK_BYTES: Final = 57 << 9
 """Bytes to encode at a time, so that other threads can run in between. A multiple of the 57 bytes
 in a line of base64."""
 
@@ -71,11 +75,11 @@ _IN_LIST: Final = re.compile(
     re.DOTALL,
 )
 _ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL).sub
-_HIGH: Final = re.compile(rb"[\x80-\xff]").sub
 
 _HIGH_BYTES: Final = bytes(range(128, 256))
 _QUESTION_MARKS: Final = bytes.maketrans(_HIGH_BYTES, b"?" * 128)
 
+_ESCAPED: Final = [bytes((byte,)) if byte < 128 else b"=%02X" % byte for byte in range(256)]
 _Q_SAFE: Final = frozenset(
     b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+/-"
 )  # bytes that an encoded word may contain in every place (RFC 2047, section 5)
@@ -107,6 +111,43 @@ class _CannotConvert(Exception):
     """ASCII cannot express a part of the mail, or the mail exceeds a limit."""
 
 
+class Converted:
+    """A mail in ASCII with CRLF lines, which is encoded on request from the mail it refers to.
+
+    Its length is the total length of its blocks.
+    """
+
+    def __init__(self, pieces: Sequence[bytes | _Piece]) -> None:
+        self._pieces = pieces
+        self._size = sum(map(len, pieces))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the mail in pieces of any length, each encoded on request. Callable again."""
+        for piece in self._pieces:
+            if isinstance(piece, bytes):
+                yield piece
+            else:
+                yield from piece.encoded()
+
+
+def convert(mime: bytes) -> Converted | None:
+    """Convert a mail with 8-bit bytes to ASCII; return None if that is impossible."""
+    if has_bare_newline(mime):
+        paired = Buffer()
+        for block in _blocks(mime, 0, len(mime)):
+            paired.add(in_pairs(block))
+        mime = paired.take()
+    walk = _Walk(mime)
+    try:
+        walk.entity(0, message=True)
+    except _CannotConvert:
+        return None
+    return Converted(walk.out)
+
+
 def to_seven_bit(mime: bytes) -> bytes | None:
     r"""Convert a mail to ASCII with CRLF lines; return None if that is impossible.
 
@@ -117,21 +158,20 @@ def to_seven_bit(mime: bytes) -> bytes | None:
     """
     if mime.isascii():
         return mime
-    if has_bare_newline(mime):
-        mime = b"".join(in_pairs(block) for block in _blocks(mime, 0, len(mime)))
-    walk = _Walk(mime)
-    try:
-        walk.entity(0, message=True)
-    except _CannotConvert:
+    converted = convert(mime)
+    if converted is None:
         return None
-    return b"".join(walk.out)
+    whole = Buffer(len(converted))
+    for block in converted.blocks():
+        whole.add(block)
+    return whole.take()
 
 
 class _Walk:
     """One pass over a mail; `out` is the output so far."""
 
     def __init__(self, mime: bytes) -> None:
-        self.out: list[bytes | memoryview] = []
+        self.out: list[bytes | _Piece] = []
         self._mime = mime
         self._done = 0  # end of the input that is in `out`
         self._parts = 0
@@ -177,15 +217,18 @@ class _Walk:
         """Copy the input up to the end of the line of the delimiter."""
         end = self._mime.find(b"\r\n", self._line)
         end = len(self._mime) if end < 0 else end + 2
-        self.out.append(self._mime[self._done : end])
+        self._put_out(_as_it_is, self._done, end)
         self._done = end
         self._line = self._hyphens(end - 2)
+
+    def _put_out(self, encode: _Encoder, start: int, end: int) -> None:
+        if start < end:
+            self.out.append(_Piece(encode, self._mime, start, end, end - start))
 
     def _junk(self) -> None:
         """Copy the text before the first part or after the last; nobody is meant to read it."""
         self._delimiter(len(self._mime))
-        for block in _blocks(self._mime, self._done, self._line):
-            self.out.append(block.translate(_QUESTION_MARKS))
+        self._put_out(_question_marks, self._done, self._line)
         self._done = self._line
 
     # Entities: each method converts the input up to the next delimiter of an enclosing boundary.
@@ -267,7 +310,7 @@ class _Walk:
         self._done = end
         if self._is_ascii(start, end):
             self._put(header, separator, None, message=message)
-            self.out.append(memoryview(self._mime)[start:end])
+            self._put_out(_as_it_is, start, end)
             return
         encoding, encoded = _encode(header, self._mime, start, end)
         if header.encoding in _SEVEN and not header.get(b"content-type"):
@@ -275,7 +318,7 @@ class _Walk:
             charset = b"utf-8" if utf8 else b"unknown-8bit"
             header.set(b"Content-Type", b"text/plain; charset=" + charset)
         self._put(header, b"\r\n", encoding, message=message)
-        self.out += encoded
+        self.out.append(encoded)
 
 
 class _Header:
@@ -329,42 +372,91 @@ def _blocks(mime: bytes, start: int, end: int) -> Iterator[bytes]:
         start = stop
 
 
-def _encode(header: _Header, mime: bytes, start: int, end: int) -> tuple[bytes, list[bytes]]:
-    """Return an encoding and the encoded content, as pieces."""
-    if header.encoding == b"quoted-printable":
-        blocks = _blocks(mime, start, end)
-        return header.encoding, [_HIGH(lambda match: b"=%02X" % match[0][0], b) for b in blocks]
-    if header.encoding == b"base64":  # decoders ignore other bytes, so removing them is safe
-        return header.encoding, [b.translate(None, _HIGH_BYTES) for b in _blocks(mime, start, end)]
-    if header.encoding not in _SEVEN:
-        raise _CannotConvert
-    if header.kind.startswith((b"text/", b"message/")) and header.encoding != b"binary":
-        encoded = _quoted_printable(mime, start, end)
-        if encoded is not None:
-            return b"quoted-printable", encoded
-    return b"base64", list(_base64(mime, start, end))
+_Encoder = Callable[[bytes, int, int], Iterator[bytes]]
 
 
-def _quoted_printable(mime: bytes, start: int, end: int) -> list[bytes] | None:
-    """Encode the content as quoted-printable; return None if base64 is better."""
-    encoded = []
-    left = (end - start) * 7 // 5 + SHORT_BYTES
+@dataclass(slots=True, frozen=True)
+class _Piece:
+    """A part of a mail that is encoded on request, and its encoded size."""
+
+    encode: _Encoder
+    mime: bytes
+    start: int
+    end: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def encoded(self) -> Iterator[bytes]:
+        return self.encode(self.mime, self.start, self.end)
+
+
+def _as_it_is(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    for at in range(start, end, BLOCK_BYTES):
+        yield mime[at : min(at + BLOCK_BYTES, end)]
+
+
+def _question_marks(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    return (block.translate(_QUESTION_MARKS) for block in _as_it_is(mime, start, end))
+
+
+def _escape_high(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    """Escape the 8-bit bytes of quoted-printable content."""
+    for block in _as_it_is(mime, start, end):
+        yield block if block.isascii() else b"".join(map(_ESCAPED.__getitem__, block))
+
+
+def _drop_high(mime: bytes, start: int, end: int) -> Iterator[bytes]:
+    """Remove the 8-bit bytes of base64 content: decoders ignore them."""
+    return (block.translate(None, _HIGH_BYTES) for block in _as_it_is(mime, start, end))
+
+
+def _quoted_printable(mime: bytes, start: int, end: int) -> Iterator[bytes]:
     for block in _blocks(mime, start, end):
-        start += len(block)
-        if b"\0" in block or not (block.endswith(b"\r\n") or start == end):
-            return None  # not text, or a line longer than a block
         # b2a_qp writes line ends in the form of the first one in the block.
         line_end = b"" if b"\r\n" in block else b"\r\n"
-        encoded.append(binascii.b2a_qp(block + line_end, istext=True).removesuffix(line_end))
-        left -= len(encoded[-1])
-        if left < 0:
-            return None
-    return encoded
+        yield binascii.b2a_qp(block + line_end, istext=True).removesuffix(line_end)
 
 
 def _base64(mime: bytes, start: int, end: int) -> Iterator[bytes]:
-    for at in range(start, end, BLOCK_BYTES):
-        yield encodebytes(mime[at : min(at + BLOCK_BYTES, end)]).replace(b"\n", b"\r\n")
+    for block in _as_it_is(mime, start, end):
+        yield encodebytes(block).replace(b"\n", b"\r\n")
+
+
+def _encode(header: _Header, mime: bytes, start: int, end: int) -> tuple[bytes, _Piece]:
+    """Return an encoding, and the content in this encoding."""
+    if header.encoding == b"quoted-printable":
+        return header.encoding, _measured(_escape_high, mime, start, end)
+    if header.encoding == b"base64":
+        return header.encoding, _measured(_drop_high, mime, start, end)
+    if header.encoding not in _SEVEN:
+        raise _CannotConvert
+    if header.kind.startswith((b"text/", b"message/")) and header.encoding != b"binary":
+        size = _size_of_quoted_printable(mime, start, end)
+        if size is not None:
+            return b"quoted-printable", _Piece(_quoted_printable, mime, start, end, size)
+    return b"base64", _measured(_base64, mime, start, end)
+
+
+def _measured(encode: _Encoder, mime: bytes, start: int, end: int) -> _Piece:
+    return _Piece(encode, mime, start, end, sum(map(len, encode(mime, start, end))))
+
+
+def _size_of_quoted_printable(mime: bytes, start: int, end: int) -> int | None:
+    """Return the size of the content as quoted-printable, or None if base64 is better."""
+    most = (end - start) * 7 // 5 + SHORT_BYTES
+    size, seen = 0, start
+    for block, encoded in zip(
+        _blocks(mime, start, end), _quoted_printable(mime, start, end), strict=True
+    ):
+        seen += len(block)
+        if b"\0" in block or not (block.endswith(b"\r\n") or seen == end):
+            return None  # not text, or a line longer than a block
+        size += len(encoded)
+        if size > most:
+            return None
+    return size
 
 
 def _is_utf8(text: bytes) -> bool:

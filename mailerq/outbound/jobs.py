@@ -21,7 +21,8 @@ class Job(msgspec.Struct, eq=False):
     """A message that is to be sent now, as `plan` says.
 
     `attempt` counts from 1. `flow` is the flow that has it, None while its hosts are looked for;
-    `since` is when the flow got it, on the monotonic clock.
+    `since` is when the flow got it, on the monotonic clock. `is_ascii` is about the body, None
+    while nobody has looked.
     """
 
     lease: Lease
@@ -30,6 +31,7 @@ class Job(msgspec.Struct, eq=False):
     attempt: int
     flow: Flow | None = None
     since: float = 0.0
+    is_ascii: bool | None = None
 
     @property
     def envelope(self) -> str:

@@ -22,8 +22,9 @@ envelope, RSET or QUIT follow each body as proof. The message in doubt is tried 
 body was not sent, at once on another connection. The host is remembered for a while: it is sent
 nothing behind a body, and new connections to it end with each mail.
 A body that is only in the queue is loaded when its turn comes, and what its text rules out is found
-then. A peer without 8BITMIME gets a body in ASCII, which is made once for each connection that the
-message is given to (`mailerq.mail.seven_bit`); where it is long, in a thread.
+then. A peer without 8BITMIME gets a body in ASCII (`mailerq.mail.seven_bit`). Each session that the
+message is given to finds the encodings and the size once, in a thread if the body is long. The
+blocks of a long body are encoded while they are sent.
 
 Results are committed in groups by somebody else. A session sends the next envelope
 meanwhile, but not the next body before it has heard that its last result is safe
@@ -44,7 +45,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from mailerq.mail.seven_bit import to_seven_bit
+from mailerq.mail.seven_bit import Converted, convert, to_seven_bit
 from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.net.stream import CannotBind, Stream, StreamLost
@@ -53,6 +54,7 @@ from mailerq.outbound.openings import QUICK_SECONDS
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 from mailerq.rules.routes import has_ascii_header
+from mailerq.wire._lines import is_ascii
 from mailerq.wire.client import (
     NEED_DATA,
     Accepted,
@@ -65,6 +67,7 @@ from mailerq.wire.client import (
     SendBody,
     Step,
 )
+from mailerq.wire.framing import BLOCK_BYTES
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
@@ -80,8 +83,6 @@ log = logging.getLogger("mailerq.delivery")
 MAX_HOSTS: Final = 8
 """Hosts that one connection tries before it gives up; RFC 5321 asks for two."""
 
-SLICE_BYTES: Final = 1 << 18
-"""Bytes of a body that are sent under one deadline."""
 
 FINAL_REPLY: Final = 5
 """The reply to the final dot may take so many times `smtp-out-timeout`: the peer does its work
@@ -98,11 +99,14 @@ wait for the reply to this one, while another connection may become free."""
 WITHDRAW_SECONDS: Final = 1.0
 """Then such a message goes back to the flow, and the session ends with the reply."""
 
+LOOK_BYTES: Final = 1 << 20
+"""Above this size a thread checks whether a body is ASCII."""
+
 CONVERT_BYTES: Final = 1 << 14
 """Bytes of a body that are converted at once; more of it takes its time in a thread."""
 
 CONVERTERS: Final = 2
-"""Such bodies at a time: each is in memory several times meanwhile."""
+"""Such bodies at a time."""
 
 QUIT_SECONDS: Final = 2.0
 """How long the reply to QUIT is waited for; it decides nothing."""
@@ -143,7 +147,7 @@ class Session:
         self._stream: Stream
         self._plugin: PluginConnection
         self._local = ""
-        self._converted: bytes | None = None
+        self._converted: bytes | Converted | None = None
 
     # Told by the flow
 
@@ -301,6 +305,7 @@ class Session:
                     self._job, self._ahead = self._ahead, None
                 elif not self._may_go_on():
                     break
+                job = None  # an idle session holds no mail
             self.leaving = True
             if self._protocol.reusable:
                 self._protocol.quit()
@@ -371,7 +376,10 @@ class Session:
                         return problem
                 self._converted = None
                 body = job.message.body
-                if body is not None and self._must_convert(job, body):
+                if body is not None and job.is_ascii is None:
+                    short = len(body) <= LOOK_BYTES
+                    job.is_ascii = body.isascii() if short else await self._is_ascii(body)
+                if body is not None and self._must_convert(job, body, job.is_ascii is True):
                     self._converted = await self._convert(body)
                     if self._converted is None:
                         return responses.NOT_CONVERTIBLE
@@ -398,32 +406,47 @@ class Session:
             job.envelope,
             job.recipient,
             size=None if body is None else len(body),
-            eight_bit=body is not None and not body.isascii(),
+            eight_bit=stored is not None and self._converted is None and not job.is_ascii,
             utf8=properties.get("smtputf8") is True and not has_ascii_header(stored or b""),
             dsn=properties.get("dsn"),
         )
 
-    def _must_convert(self, job: Job, body: bytes) -> bool:
+    async def _is_ascii(self, body: bytes) -> bool:
+        """Whether a body is ASCII; a thread reads a long one."""
+        if len(body) <= LOOK_BYTES:
+            return body.isascii()
+        self._deadline = math.inf
+        return await trio.to_thread.run_sync(is_ascii, body)
+
+    def _must_convert(self, job: Job, body: bytes, ascii: bool) -> bool:
         """Whether the peer cannot take a body as it is, but could take it in ASCII.
 
         The header of mail that asks for SMTPUTF8 is not for us to change (RFC 6531, section 3.4).
         """
         return not (
             "8BITMIME" in self._protocol.extensions
-            or body.isascii()
+            or ascii
             or (job.message.properties.get("smtputf8") is True and not has_ascii_header(body))
         )
 
-    async def _convert(self, body: bytes) -> bytes | None:
-        """A body in ASCII; None where that cannot be."""
-        self._deadline = math.inf  # it is not the peer who takes time
+    async def _convert(self, body: bytes) -> bytes | Converted | None:
+        """A body in ASCII; None where that cannot be.
+
+        A long body is encoded block by block while it is sent. If a plugin may read the body, the
+        converted mail is in memory beside the stored one instead.
+        """
         if len(body) <= CONVERT_BYTES:
             return to_seven_bit(body)
+        self._deadline = math.inf  # it is not the peer who takes time
+        shown = self._plugin.listens("out_data") or self._plugin.listens("out_sent")
         return await trio.to_thread.run_sync(
-            to_seven_bit, body, limiter=_converters(), abandon_on_cancel=True
+            to_seven_bit if shown else convert,
+            body,
+            limiter=_converters(),
+            abandon_on_cancel=True,
         )
 
-    def _go_ahead(self, body: bytes) -> None:
+    def _go_ahead(self, body: bytes | Converted) -> None:
         """Put the next envelope behind the body in hand, where that is of use."""
         if (
             self._prompt
@@ -435,7 +458,12 @@ class Session:
             self._ahead = job
             self._converted = None
             ahead = job.message.body
-            self._begun = not (ahead and self._must_convert(job, ahead)) and self._begin(job)
+            if ahead is not None and job.is_ascii is None:
+                if len(ahead) > LOOK_BYTES:
+                    return
+                job.is_ascii = ahead.isascii()
+            convert = ahead and self._must_convert(job, ahead, job.is_ascii is True)
+            self._begun = not convert and self._begin(job)
 
     async def _send_message(self, job: Job) -> Outcome:
         """Answer 354 with the body, or, when there is none to send, not at all.
@@ -443,8 +471,8 @@ class Session:
         What plugins do to the body holds for this attempt; what they do to the JSON stays.
         """
         protocol, plugin, stored = self._protocol, self._plugin, job.message
-        body = stored.body if self._converted is None else self._converted
-        self._converted = None
+        converted, self._converted = self._converted, None
+        body = converted if isinstance(converted, bytes) else stored.body
         message = Message(dict(stored.properties), body)
         try:
             self._deadline = math.inf
@@ -456,11 +484,16 @@ class Session:
             if message.body is None:
                 protocol.abort(Problem.LOST, "there is no body")
                 return responses.NO_DATA
-            if message.body is not body and self._must_convert(job, message.body):
-                message.body = await self._convert(message.body)
-                if message.body is None:
+            sent: bytes | Converted = message.body
+            if message.body is body:
+                sent = converted or message.body
+            elif self._must_convert(job, message.body, await self._is_ascii(message.body)):
+                changed = await self._convert(message.body)
+                if changed is None:
                     protocol.abort(Problem.LOST, "the body cannot be converted")
                     return responses.NOT_CONVERTIBLE
+                sent = changed
+                message.body = changed if isinstance(changed, bytes) else message.body
             if (early := self._stream.receive_nowait()) is not None:
                 # What comes before the dot is no answer to it.
                 protocol.receive_data(early)
@@ -468,11 +501,11 @@ class Session:
             limit = self._config.connection_maxmessages
             last = self.leaving or 0 < limit <= self.messages + 1
             # Nothing that a plugin sends may come behind QUIT.
-            protocol.send_body(message.body, last=last and not (told or self._held))
+            protocol.send_body(sent, last=last and not (told or self._held))
             self._begun = False
             if protocol.step is Step.MESSAGE:
                 if not (last or told):  # what a plugin sends may not come behind an envelope
-                    self._go_ahead(message.body)
+                    self._go_ahead(sent)
                 await self._send_due()
                 if told:
                     await self._stream.drain()  # the event says that it has left
@@ -513,12 +546,14 @@ class Session:
 
     async def _send_due(self) -> None:
         self._sending = True
+        sent = 0
         while data := self._protocol.data_to_send():
-            for at in range(0, len(data), SLICE_BYTES):
-                self._expect(self._timeout)
-                piece = data if len(data) <= SLICE_BYTES else data[at : at + SLICE_BYTES]
-                await self._stream.send_all(piece)
-            if len(data) >= SLICE_BYTES:
+            self._expect(self._timeout)
+            await self._stream.send_all(data)
+            sent += len(data)
+            data = b""  # before the next block is made
+            if sent >= BLOCK_BYTES:
+                sent = 0
                 await trio.lowlevel.checkpoint()  # a fast peer's mail is not alone
                 if (early := self._stream.receive_nowait()) is not None:
                     self._protocol.receive_data(early)  # no answer to the dot, which is still due

@@ -255,17 +255,26 @@ class Settlements:
                     self._settled.set()
                     self._settled = trio.Event()
                 await self._settlers.park()
-            group, self._unsettled = self._unsettled, []
-            self._settling += len(group)
-            for finished in group:
-                if finished.needs_body:
-                    await self._fetch_body(finished)
-            await self._commit([finished.settlement for finished in group])
-            self._settling -= len(group)
-            for finished in group:
-                self._told.lease_over(finished.settlement.lease, finished.job)
-                if finished.session is not None:
-                    finished.session.settled()
+            await self._write(self._take())
+
+    # Functions of their own: compiled, a loop in the task would hold the last mail while it waits.
+
+    def _take(self) -> list[Finished]:
+        """Take what is to be settled next."""
+        group, self._unsettled = self._unsettled, []
+        self._settling += len(group)
+        return group
+
+    async def _write(self, group: list[Finished]) -> None:
+        for finished in group:
+            if finished.needs_body:
+                await self._fetch_body(finished)
+        await self._commit([finished.settlement for finished in group])
+        self._settling -= len(group)
+        for finished in group:
+            self._told.lease_over(finished.settlement.lease, finished.job)
+            if finished.session is not None:
+                finished.session.settled()
 
     async def _fetch_body(self, finished: Finished) -> None:
         """Put the body where a copy of the mail is published."""

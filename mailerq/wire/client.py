@@ -91,7 +91,7 @@ from typing import Final
 import msgspec
 
 from mailerq.wire._lines import BARE, look
-from mailerq.wire.framing import BLOCK_BYTES, in_pairs
+from mailerq.wire.framing import BLOCK_BYTES, InBlocks, encode_blocks, in_pairs
 from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
@@ -352,7 +352,7 @@ class ClientProtocol:
         self._send_commands()
         return True
 
-    def send_body(self, body: bytes, *, last: bool = False) -> None:
+    def send_body(self, body: bytes | InBlocks, *, last: bool = False) -> None:
         """Send the mail itself and the dot that ends it; answers `SendBody`.
 
         `last` says that the session ends with this mail: then QUIT proves the reply.
@@ -362,7 +362,7 @@ class ClientProtocol:
         if len(self._input) > self._at:
             return  # It answers already: `next_event` finds out that this is too early.
         self._body_due = self._fresh = False
-        blocks, end = encode_body(body)
+        blocks, end = encode_body(body) if isinstance(body, bytes) else encode_blocks(body)
         if len(body) <= BLOCK_BYTES:
             self._output += blocks
         else:

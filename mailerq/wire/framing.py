@@ -12,19 +12,40 @@ on the pieces.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final, Protocol
 
-from mailerq.wire._lines import BARE, DOTTED, look
+from mailerq.wire._lines import BARE, DOTTED, Buffer, look
 
-__all__ = ["BLOCK_BYTES", "Body", "MemorySink", "Sink", "has_bare_newline", "in_pairs"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Body",
+    "InBlocks",
+    "MemorySink",
+    "Sink",
+    "encode_blocks",
+    "has_bare_newline",
+    "in_pairs",
+]
 
-BLOCK_BYTES: Final = 1 << 18
+BLOCK_BYTES: Final = 1 << 17
 """Bytes to collect before a block is decoded ahead of the end."""
 
 PIECES: Final = 512
 """Pieces to collect before they are joined: a piece of one byte takes forty bytes of memory."""
 
+PIECE_BYTES: Final = 16384
+"""Bytes to collect of small pieces before they are sent."""
+
 END: Final = b"\r\n.\r\n"
+
+
+class InBlocks(Protocol):
+    """A mail that is made block by block. All CRs and LFs are pairs, which blocks may split."""
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Iterator[bytes]: ...
 
 
 class Sink(Protocol):
@@ -44,16 +65,16 @@ class MemorySink:
     """A sink in memory."""
 
     def __init__(self) -> None:
-        self._blocks: list[bytes] = []
+        self._buffer = Buffer()
 
     def write(self, block: bytes) -> None:
-        self._blocks.append(block)
+        self._buffer.add(block)
 
     def finish(self) -> bytes:
-        return b"".join(self._blocks)
+        return self._buffer.take()
 
     def discard(self) -> None:
-        self._blocks.clear()
+        self._buffer = Buffer()
 
 
 class Body:
@@ -194,3 +215,33 @@ def in_pairs(text: bytes) -> bytes:
 def has_bare_newline(body: bytes) -> bool:
     """Whether a CR or LF is not part of a CR LF."""
     return bool(look(body) & BARE)
+
+
+def encode_blocks(body: InBlocks) -> tuple[Iterator[bytes], bytes]:
+    """Return the blocks to send after DATA, and the end, as `mailerq.wire.client.encode_body`."""
+    return _stuffed(_joined(body.blocks())), b".\r\n"
+
+
+def _stuffed(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    before = b"\r\n"  # a dot after a CR LF is doubled
+    for block in blocks:
+        stuffed = (before + block).replace(b"\r\n.", b"\r\n..")
+        yield stuffed[len(before) :]
+        before = block[-2:] if len(block) > 1 else before[-1:] + block
+    if before != b"\r\n":
+        yield b"\r\n"
+
+
+def _joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Join small pieces."""
+    gathered: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        gathered.append(piece)
+        size += len(piece)
+        if size >= PIECE_BYTES:
+            yield b"".join(gathered)
+            gathered.clear()
+            size = 0
+    if size:
+        yield b"".join(gathered)

@@ -120,16 +120,31 @@ def document(properties: dict[str, Any]) -> bytes:
 
 
 class Peer:
-    """A mail server in threads: it takes everything, or says what a script has it say."""
+    """A mail server in threads: it takes everything, or says what a script has it say.
 
-    def __init__(self, script: Callable[[socket.socket], None] | None = None) -> None:
+    `eight_bit` says whether it offers 8BITMIME.
+    """
+
+    def __init__(
+        self,
+        script: Callable[[socket.socket], None] | None = None,
+        *,
+        eight_bit: bool = True,
+    ) -> None:
         self.taken = 0
         """Mails."""
         self.bytes = 0
+        self._refused = 0
+        self._eight_bit = eight_bit
         self._script = script or self._serve
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listening.getsockname()[1]
         self._lock = threading.Lock()
+
+    def refuse(self, count: int) -> None:
+        """Say 451 to so many mails from now on."""
+        with self._lock:
+            self._refused = count
 
     def __enter__(self) -> Peer:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -164,8 +179,9 @@ class Peer:
                 continue
             verb = line[:4].upper()
             if verb == b"EHLO":
+                offers = b"250-8BITMIME\r\n" if self._eight_bit else b""
                 connection.sendall(
-                    b"250-mx.test\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 SMTPUTF8\r\n"
+                    b"250-mx.test\r\n250-PIPELINING\r\n" + offers + b"250 SMTPUTF8\r\n"
                 )
             elif verb == b"DATA":
                 connection.sendall(b"354 go on\r\n")
@@ -183,9 +199,13 @@ class Peer:
                     if not received:
                         return
                 with self._lock:
-                    self.taken += 1
-                    self.bytes += count
-                connection.sendall(b"250 taken\r\n")
+                    refused = self._refused > 0
+                    if refused:
+                        self._refused -= 1
+                    else:
+                        self.taken += 1
+                        self.bytes += count
+                connection.sendall(b"451 later\r\n" if refused else b"250 taken\r\n")
             elif verb == b"QUIT":
                 connection.sendall(b"221 bye\r\n")
                 return

@@ -427,7 +427,7 @@ async def test_above_max_memory_new_mail_waits(tmp_path: Path) -> None:
         address = engine.addresses[0]
         async with open_dialog(address) as first, open_dialog(address) as second:
             await first.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
-            await first.send(HEADER + 2000 * LINE)
+            await first.send(HEADER + 1500 * LINE)
             await until(lambda: engine.statistics()["incoming"]["memory"] >= 100_000)
             await second.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>")
             assert (await second.say("DATA")).startswith("452 4.3.1")

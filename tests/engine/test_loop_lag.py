@@ -86,15 +86,22 @@ MAILS: dict[str, tuple[Any, bytes]] = {
     "only dots": (repeated(b"..\r\n", 20 * MB), b"250"),
     "dots behind LF": (repeated(b"\n.", 20 * MB), b"250"),
     "8-bit text": (repeated(76 * b"\xe9" + b"\r\n", 80 * MB), b"250"),
+    "text": (repeated(76 * b"x" + b"\r\n", 95 * MB), b"250"),
 }
 """What is sent, and how the reply begins."""
 
 
 async def pass_through(
-    tmp_path: Path, pieces: Any, expected: bytes, *, recipients: int = 1, **settings: Any
+    tmp_path: Path,
+    pieces: Any,
+    expected: bytes,
+    *,
+    recipients: int = 1,
+    eight_bit: bool = True,
+    **settings: Any,
 ) -> kit.Meter:
     """Send a mail in and, where it is taken, out again, and measure the loop meanwhile."""
-    with kit.Peer() as peer:
+    with kit.Peer(eight_bit=eight_bit) as peer:
         config = configure(tmp_path, **RELAYED, smarthost_port=peer.port, **settings)
         async with Engine(config) as engine:
             with kit.meter() as meter:
@@ -110,6 +117,44 @@ async def pass_through(
 @pytest.mark.parametrize("name", MAILS)
 async def test_a_mail_that_was_made_to_be_slow_stops_nobody(tmp_path: Path, name: str) -> None:
     meter = await pass_through(tmp_path, *MAILS[name])
+    assert meter.longest < LONGEST_TURN
+
+
+@pytest.mark.parametrize("name", ["a line without a colon", "only LF", "8-bit text", "text"])
+async def test_a_large_mail_in_memory_stops_nobody(tmp_path: Path, name: str) -> None:
+    meter = await pass_through(tmp_path, *MAILS[name], smtp_spill_size=0)
+    assert meter.longest < LONGEST_TURN
+
+
+@pytest.mark.parametrize("name", ["8-bit text", "text"])
+async def test_a_mail_of_half_a_gigabyte_stops_nobody(tmp_path: Path, name: str) -> None:
+    """Whatever looks at all of it in one turn takes longer than that."""
+    unit = {"8-bit text": 76 * b"\xe9" + b"\r\n", "text": 76 * b"x" + b"\r\n"}[name]
+    settings = {"smtp_spill_size": 0, "smtp_maxsize": 1 << 30}
+    meter = await pass_through(tmp_path, repeated(unit, 512 * MB), b"250", **settings)
+    assert meter.longest < LONGEST_TURN / 2
+
+
+CONVERTED: dict[str, Any] = {
+    "text": MAILS["8-bit text"][0],
+    "many parts": repeated(
+        PART + b"\xe9\r\n",
+        9_000 * (len(PART) + 3),
+        b"Content-Type: multipart/mixed; boundary=b\r\n\r\n",
+    ),
+    "quoted-printable with 8-bit bytes": repeated(
+        76 * b"\xe9" + b"\r\n",
+        40 * MB,
+        b"Content-Transfer-Encoding: quoted-printable\r\n\r\n",
+    ),
+    "words": repeated(b"\xe9 x ", 100_000, b"Subject: ", b"\r\n\r\nhi"),
+}
+"""Mails with 8-bit bytes, for a peer that cannot take them."""
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+async def test_a_mail_that_is_converted_stops_nobody(tmp_path: Path, name: str) -> None:
+    meter = await pass_through(tmp_path, CONVERTED[name], b"250", eight_bit=False)
     assert meter.longest < LONGEST_TURN
 
 
@@ -225,6 +270,18 @@ async def test_documents_that_were_made_to_be_slow_stop_nobody(tmp_path: Path, n
                     await engine.queues.publish([Publication("outbox", message)])
                 if fate != "too big":
                     await until(lambda: bool(engine.statistics()["outgoing"]["attempts"]))
+    assert meter.longest < LONGEST_TURN
+
+
+async def test_a_large_body_that_a_program_publishes_stops_nobody(tmp_path: Path) -> None:
+    """In a dict, where it need not be decoded."""
+    body = HEADER + b"\r\n" + 95 * MB // 78 * (76 * b"x" + b"\r\n")
+    with kit.Peer() as peer:
+        config = configure(tmp_path, **RELAYED, smarthost_port=peer.port)
+        async with Engine(config) as engine:
+            with kit.meter() as meter:
+                await engine.publish({**BASE, "mime": body})
+                await until(lambda: peer.taken == 1)
     assert meter.longest < LONGEST_TURN
 
 

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from mailerq.inbound import spool as module
-from mailerq.inbound.spool import Claim, Memory, Spool
+from mailerq.inbound.spool import Claim, Memory, Spool, is_in_file, load
 
 BLOCK = 1000 * b"0123456789"
 
@@ -84,6 +84,24 @@ async def test_when_memory_is_short_all_large_mail_spills(tmp_path: Path) -> Non
     assert spool.spilled
     assert spool.finish() == content
     spool.close()
+
+
+@pytest.mark.parametrize("threshold", [0, 1])
+@pytest.mark.parametrize("head", [b"", b"new\r\n", 40 * BLOCK])
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_body_is_made_of_what_has_come_in(
+    tmp_path: Path, threshold: int, head: bytes, kept: bool
+) -> None:
+    """A view that somebody has kept still shows what it did."""
+    spool = Spool(Memory(), str(tmp_path), threshold)
+    content = await fill(spool, 100)
+    body = spool.finish()
+    spool.close()
+    assert is_in_file(body) == bool(threshold)
+    slice = body[5:] if kept else None
+    assert load(body, 5, head) == head + content[5:]
+    if slice is not None:
+        assert slice == content[5:]
 
 
 async def test_what_is_discarded_leaves_nothing_open(tmp_path: Path) -> None:

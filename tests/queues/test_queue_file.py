@@ -18,7 +18,7 @@ from mailerq.message import Message
 from mailerq.queues import Publication
 from mailerq.queues.embedded.layout import UNSORTED
 from mailerq.queues.embedded.queue_file import LARGE_BYTES, PIECE_BYTES, QueueFile
-from mailerq.queues.embedded.records import Batch, Insert, Retry
+from mailerq.queues.embedded.records import Batch, Insert, Retry, proven
 from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN, Wanted
 
 
@@ -67,6 +67,9 @@ def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
         entries = store.browse("outbox")
         assert [entry.id for entry in entries] == numbers
         assert [entry.message.body for entry in entries] == bodies
+        rows = [store.row(number) for number in numbers]
+        assert [row and row.data for row in rows] == bodies
+        assert all(row and proven(row) for row in rows)
         assert [entry.message.properties["tag"] for entry in entries] == [*range(len(bodies))]
         count = "SELECT (SELECT count(*) FROM body), (SELECT count(*) FROM shared)"
         assert store.connection.execute(count).get == (6, 2)

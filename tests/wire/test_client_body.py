@@ -1,13 +1,15 @@
 """Bodies on the wire: dot-stuffing and line ends for any content, and sending in blocks."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mailerq.wire import client
+from mailerq.wire import client, framing
 from mailerq.wire.client import ClientProtocol, SendBody, encode_body
+from mailerq.wire.framing import encode_blocks
 
 ENDINGS = (b"\n.\n", b"\n.\r\n", b"\r.\r", b"\r\n.\n", b"\r\r.\r\r", b"\r\n.\r", b"\n\n.\n\n")
 
@@ -33,6 +35,34 @@ def test_a_body_is_the_same_in_blocks_of_any_size(body: bytes, size: int) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "BLOCK_BYTES", size)
         assert encoded(body) == expected
+
+
+class Pieces:
+    """A mail that is not there as a whole."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+
+    def __len__(self) -> int:
+        return sum(map(len, self._pieces))
+
+    def blocks(self) -> Iterator[bytes]:
+        return iter(self._pieces)
+
+
+@given(
+    st.lists(st.sampled_from([b"\r\n", b".", b"a", b"..", b"\r\n.\r\n"])).map(b"".join),
+    st.integers(1, 5),
+    st.integers(1, 5),
+)
+def test_a_mail_that_comes_in_blocks_goes_out_like_any_other(
+    body: bytes, size: int, least: int
+) -> None:
+    pieces = Pieces([body[at : at + size] for at in range(0, len(body), size)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(framing, "PIECE_BYTES", least)
+        blocks, end = encode_blocks(pieces)
+        assert b"".join((*blocks, end)) == encoded(body)
 
 
 def test_of_a_large_body_no_more_than_a_block_is_encoded_at_a_time() -> None:

@@ -278,6 +278,9 @@ class Reader:
 
     def _load(self, load: Load) -> None:
         lease, queue = load.lease, load.queue
+        if (body := self._shared_body(load)) is not None:
+            load.result = outcome.Value(body)
+            return
         row = self._file.row(lease.id)
         message = "another process has deleted it" if row is None else check(row)
         if isinstance(message, Message):
@@ -289,6 +292,16 @@ class Reader:
                 if row is not None:
                     self._put_aside(queue, lease.destination, row, message)
         load.result = outcome.Error(MessageDamaged(f"message {lease.id}: {message}"))
+
+    def _shared_body(self, load: Load) -> bytes | None:
+        """The body that a message shares with another one which has it in memory."""
+        if not load.lease.reference:
+            return None
+        with self._queues.lock:
+            for other in load.queue.held.values():
+                if other.reference == load.lease.reference and other.stored_body is not None:
+                    return other.stored_body
+        return None
 
     def _scan(self, scan: Scan) -> None:
         queues, queue = self._queues, scan.queue
