@@ -18,7 +18,8 @@ one connection, and may have twice as many after each that is let in: 1, 2, 4.
 Where the last session that could open has failed, the flow is *down*: the first job gets that
 result, and the others go back to the queue as they were, where they cost nothing. After a pause,
 or when a message becomes due by its own schedule, one message asks again. Each time in vain the
-pause doubles. A session that is let in ends that.
+pause doubles. A session that is let in ends that. What fails for good, such as a local address
+that fits no host, fails for all mail of the flow.
 
 A flow has one time at which it looks again (`look`); everything else is told to it.
 """
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Final
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.session import Session
 from mailerq.rules import responses
+from mailerq.rules.responses import Fate
 
 if TYPE_CHECKING:
     from mailerq.config import Config
@@ -355,14 +357,17 @@ class Flow:
             self._held_until = monotonic() + HOLD_SECONDS
             self._allowed = len(self.sessions) + 1
             return
-        self._go_down()
+        final = report.outcome.fate is Fate.FAILED
+        if not final:
+            self._go_down()
         first = True
         while self.jobs:
             job = self.jobs.popleft()
             if self._dispatcher.place_elsewhere(job):
                 continue
-            if first:
+            if first or final:
                 first = False
+                self.sent += 1
                 self._dispatcher.settle(job, report, None)
             else:
                 self._dispatcher.put_back(job)

@@ -18,7 +18,7 @@ cdef class Intake:
     cdef public bint _begun, _newest
     cdef public list _early
     cdef public dict _destinations
-    cdef public object subscription, dues, _dispatcher, _unsorted, _sorters, _memory_line
+    cdef public object subscription, dues, _dispatcher, _unsorted, _sorters, _memory_line, _new_line
     cdef public object _say_unread
     cdef object __weakref__
 

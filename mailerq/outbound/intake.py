@@ -13,6 +13,7 @@ destination without a flow is *sorted*: a little of it is taken, to see where it
 What lies in the queue costs nothing but a `Destination`. One heap has the times at which
 destinations become due. The messages in memory are at most `rabbitmq-qos`, and one for each flow
 that has a connection, so that no flow waits for the memory of others.
+Flows that no host has let in yet share one half of the memory.
 
 Everything here runs on the home worker.
 """
@@ -88,6 +89,7 @@ class Intake:
         self._sorters = trio.lowlevel.ParkingLot()
         self._newest = True
         self._memory_line: OrderedDict[Flow, None] = OrderedDict()
+        self._new_line: OrderedDict[Flow, None] = OrderedDict()
         self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
 
     def begin(self, subscription: Subscription) -> None:
@@ -128,7 +130,9 @@ class Intake:
         if not destination.flows:
             return not destination.waits and self._dispatcher.may_look_up
         return any(
-            not flow.down and len(flow.jobs) < max(flow.window, self._first_window)
+            not flow.down
+            and len(flow.jobs) < max(flow.window, self._first_window)
+            and (not flow.jobs or self.leased < self._share_of(flow))
             for flow in destination.flows
         )
 
@@ -255,7 +259,7 @@ class Intake:
         if all(destination.taking for destination in flow.ready):
             return  # its flows are pumped when that is over
         if not self._memory_for(flow):
-            self._memory_line.setdefault(flow)
+            (self._memory_line if flow.proven else self._new_line).setdefault(flow)
             return
         flow.refilling = True
         self._dispatcher.start_soon(self._refill, flow)
@@ -281,7 +285,15 @@ class Intake:
 
     def _memory_for(self, flow: Flow) -> int:
         """How many messages more a flow may have in memory."""
-        return self.room or int(bool(flow.sessions) and not flow.held)
+        left = max(self._share_of(flow) - self.leased, 0)
+        return left or int(bool(flow.sessions) and not flow.held)
+
+    def _share_of(self, flow: Flow) -> int:
+        """How full the memory may be when a flow takes more than one message.
+
+        Flows that no host has let in yet leave a half to the others: their hosts may be silent.
+        """
+        return self._most if flow.proven else self._most // 2
 
     def next_ready(self, flow: Flow) -> Destination | None:
         """The destination that a flow takes from next: each in turn."""
@@ -365,15 +377,17 @@ class Intake:
 
     def _serve_memory_line(self) -> None:
         """Let the flow that has waited longest for memory take some mail."""
-        while self._memory_line and self.leased < self._most:
-            flow = self._memory_line.popitem(last=False)[0]
-            flow.pump()
-            if flow.refilling:
-                return
+        for line, most in ((self._memory_line, self._most), (self._new_line, self._most // 2)):
+            while line and self.leased < most:
+                flow = line.popitem(last=False)[0]
+                flow.pump()
+                if flow.refilling:
+                    return
 
     def forget(self, flow: Flow) -> None:
         """A flow is over."""
         self._memory_line.pop(flow, None)
+        self._new_line.pop(flow, None)
         for destination in list(flow.destinations):
             self.unlink(destination, flow)
 
