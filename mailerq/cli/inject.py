@@ -396,7 +396,7 @@ def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]
     """Send the mail to the configured port. Either all recipients are accepted, or none."""
     import smtplib
 
-    from mailerq.wire.client import encode_body
+    from mailerq.wire.framing import encode_body
 
     host = next((ip for ip in config.smtp_ip if ip not in ("0.0.0.0", "::")), "127.0.0.1")
     port = config.smtp_port[0] if config.smtp_port else 0

@@ -6,9 +6,9 @@ cimport cython
 @cython.final
 cdef class ClientProtocol:
     cdef public Py_ssize_t replies, _at
-    cdef public bint careful
+    cdef public bint careful, may_go_ahead
     cdef public bint out_of_step, _eof, _ahead, _proved, _doubted, _fresh, _transaction_open
-    cdef public bint _body_due, _asked, _undecided, _last, _farewell
+    cdef public bint _body_due, _asked, _last, _farewell
     cdef public bytes _hostname, _input, _code
     cdef public dict extensions
     cdef public list _output, _lines
@@ -33,6 +33,7 @@ cdef class ClientProtocol:
     cpdef _take_unasked(self, reply)
     cpdef _take_early(self, reply)
     cpdef _report(self)
+    cpdef _say(self, step)
     cpdef _unproved(self)
     cpdef _stands(self, ending, problem)
     cpdef _more_came(self)

@@ -34,8 +34,8 @@ they take in a session, and a 250 that may be the answer to RSET would then prov
 
 - *RSET* proves an acceptance. If the 2xx before were not the reply to the body, that one would be
   in the place of the reply to RSET: either it is no 2xx, or the mail was accepted all the same.
-- *QUIT* proves any reply: 221 in its place shows that none was left over. It follows RSET when a
-  body is refused with 5xx.
+- *QUIT* proves any reply: 221 in its place shows that none was left over. It follows a body that
+  is refused with 5xx.
 - *An envelope is ahead.* The reply to the dot is held until MAIL, RCPT and DATA are answered, for
   it may be the reply to MAIL. Four sequences prove that it is not: MAIL and RCPT accepted, and 354
   to DATA; MAIL and RCPT accepted, and DATA refused; RCPT refused, and 503 to DATA; MAIL refused
@@ -90,8 +90,7 @@ from typing import Final
 
 import msgspec
 
-from mailerq.wire._lines import BARE, look
-from mailerq.wire.framing import BLOCK_BYTES, InBlocks, encode_blocks, in_pairs
+from mailerq.wire.framing import BLOCK_BYTES, InBlocks, encode_blocks, encode_body
 from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
@@ -108,7 +107,6 @@ __all__ = [
     "Refused",
     "SendBody",
     "Step",
-    "encode_body",
 ]
 
 MAX_REPLY_LINE: Final = 2048
@@ -254,6 +252,8 @@ class ClientProtocol:
         """Complete replies so far; a deadline per reply starts anew when it grows."""
         self.out_of_step = False
         """True when it is in doubt what replies answer, or none came to a dot with more behind."""
+        self.may_go_ahead = False
+        """True from `send_body` to `data_to_send` where an envelope may go out behind the body."""
         self._hostname = hostname.encode()
         self._due: deque[Step] = deque((_INTRO,))
         self._later: deque[tuple[Step, bytes]] = deque()
@@ -264,9 +264,8 @@ class ClientProtocol:
         self._lines: list[str] = []
         self._code = b""
         self._eof = False
-        self._undecided = False  # what goes out behind the body
-        self._last = False  # QUIT does
-        self._ahead = False  # an envelope did, and the verdict on the body is not reported
+        self._last = False  # QUIT proves the reply to the body
+        self._ahead = False  # an envelope went out behind it, and the verdict is not reported
         self._held: Reply | None = None  # the reply to a body, while it is not proved
         self._farewell = False  # 421 ended the session
         self._refusal: Refused | None = None
@@ -296,11 +295,6 @@ class ClientProtocol:
     def ended(self) -> bool:
         """True when the session is of no more use."""
         return self._over is not None
-
-    @property
-    def may_go_ahead(self) -> bool:
-        """True from `send_body` to `data_to_send` where an envelope may go out behind the body."""
-        return self._undecided and not self._last
 
     # Output
 
@@ -344,7 +338,7 @@ class ClientProtocol:
             self._later.append((_RESET, b"RSET\r\n"))
         self._transaction_open = False
         self._ahead = ahead
-        self._undecided = False
+        self.may_go_ahead = False
         self._later.append((_MAILFROM, f"MAIL FROM:<{envelope}>{parameters}\r\n".encode()))
         rcpt = f"RCPT TO:<{recipient}>{recipient_parameters}\r\n"
         self._later.append((_RCPTTO, rcpt.encode()))
@@ -367,18 +361,21 @@ class ClientProtocol:
             self._output += blocks
         else:
             self._blocks = blocks
-        self._output.append(end)
         self._due.append(_MESSAGE)
         self._last = last
-        self._undecided = "PIPELINING" in self.extensions and not self.careful
+        pipelining = "PIPELINING" in self.extensions and not self.careful
+        self.may_go_ahead = pipelining and not last
+        if pipelining and last:
+            end += b"QUIT\r\n"
+            self._due.append(_QUIT)
+        self._output.append(end)
 
     def quit(self) -> None:
         """Say QUIT; the session then ends in `CLOSED`."""
         if self._body_due or self._over or _QUIT in self._due:
             raise LocalProtocolError("QUIT cannot be sent now")
         self._later.clear()
-        self._output.append(b"QUIT\r\n")
-        self._due.append(_QUIT)
+        self._say(_QUIT)
 
     def data_to_send(self) -> bytes:
         """Take the next piece of output; empty when there is none.
@@ -386,10 +383,7 @@ class ClientProtocol:
         The end of a body is kept back when the peer has answered before it.
         """
         output = self._output
-        if self._undecided:
-            self._undecided = False
-            if self._last:
-                output[-1] += self._ask_for_proof(goodbye=True)
+        self.may_go_ahead = False
         if not output or (self._at < len(self._input) and self.step is _MESSAGE):
             return b""
         if block := next(self._blocks, b""):
@@ -494,7 +488,7 @@ class ClientProtocol:
         self._blocks = iter(())
         self._later.clear()
         self._due.clear()
-        self._body_due = self._asked = self._undecided = False
+        self._body_due = self._asked = self.may_go_ahead = False
         return event
 
     def _next_reply(self) -> Reply | None:
@@ -592,18 +586,17 @@ class ClientProtocol:
             if reply.code in _ABOUT_COMMANDS:
                 raise self._invalid(_MESSAGE, reply)
             return None
-        temporary = reply.code // 100 == 4
         if not self._due:
-            if temporary:
+            if reply.code // 100 == 4:
                 return _verdict(reply)
             if self._more_came():
                 raise self._invalid(_MESSAGE, reply)
             goodbye = self._last or self.careful or reply.code >= 500
-            self._output.append(self._ask_for_proof(goodbye=goodbye))
+            self._say(_QUIT if goodbye else _RESET)
         if reply.code < 300:
             self._held = reply
         else:
-            self._refuse(Refused(_MESSAGE, reply), proved=temporary)
+            self._refuse(Refused(_MESSAGE, reply), proved=False)
         return None
 
     def _take_go(self, reply: Reply) -> Event | None:
@@ -687,18 +680,17 @@ class ClientProtocol:
             return True
         if problem not in (Problem.LOST, Problem.TIMEOUT):
             return False
-        clear = reply.code >= 500 and reply.code not in _ABOUT_COMMANDS
-        of_body = _ends_body(ending)
-        if self.step is _QUIT or (self.step is _RESET and of_body):
+        if self.step in (_RESET, _QUIT):
             # The end came in place of the reply to the proof, and `reply` cannot be that one.
             closed = problem is Problem.LOST and not self._farewell
-            if closed or (self.careful and of_body):
+            if closed or (self.careful and _ends_body(ending)):
                 return True
         if self._held is not None:
             return self._ahead and self._is_no_answer_to_mail(reply)
         # A peer that refuses and closes may do so on a new connection: no reply to an earlier
         # mail can be left over there.
-        shown = self._proved or (problem is Problem.LOST and self._fresh and clear)
+        clear = problem is Problem.LOST and self._fresh and reply.code not in _ABOUT_COMMANDS
+        shown = self._proved or clear
         return shown and not self._doubted
 
     def _is_no_answer_to_mail(self, reply: Reply) -> bool:
@@ -712,7 +704,7 @@ class ClientProtocol:
             return None
         if self._held is not None:
             if self._held.code >= 500 and self._refusal is not None:
-                self._output.append(self._ask_for_proof(goodbye=True))
+                self._say(_QUIT)
                 return None
             reply, self._held, self._ahead = self._held, None, False
             return _verdict(reply)
@@ -725,15 +717,15 @@ class ClientProtocol:
         if refusal is None:
             return None
         if refusal.reply.code >= 500 and not self._proved:
-            self._output.append(self._ask_for_proof(goodbye=True))
+            self._say(_QUIT)
             return None
         self._refusal = None
         return refusal
 
-    def _ask_for_proof(self, *, goodbye: bool) -> bytes:
-        """The command whose reply proves the one before it."""
-        self._due.append(_QUIT if goodbye else _RESET)
-        return b"QUIT\r\n" if goodbye else b"RSET\r\n"
+    def _say(self, step: Step) -> None:
+        """Send RSET or QUIT, whose reply proves the one before it."""
+        self._output.append(b"QUIT\r\n" if step is _QUIT else b"RSET\r\n")
+        self._due.append(step)
 
     def _more_came(self) -> bool:
         """Whether the peer said more than was due, and not 421, which it may say at any time."""
@@ -760,37 +752,3 @@ def _ends_body(ending: Accepted | Refused) -> bool:
 
 def _is_safe(address: str) -> bool:
     return len(address) <= MAX_ADDRESS and _SAFE_ADDRESS.fullmatch(address) is not None
-
-
-def encode_body(body: bytes) -> tuple[Iterator[bytes], bytes]:
-    r"""A message as it follows DATA (RFC 5321, section 4.5.2): its blocks, and what ends it.
-
-    A bare CR or LF becomes CRLF, a dot that begins a line is doubled, and the last line is
-    ended, so that only the final CRLF.CRLF can end the mail. Each block, of `BLOCK_BYTES`, is
-    made when it is asked for: so neither time nor memory grows with the mail.
-
-    >>> blocks, end = encode_body(b".a\n.b")
-    >>> list(blocks), end
-    ([b'..a\r\n..b'], b'\r\n.\r\n')
-    """
-    ended = not body or body.endswith((b"\r", b"\n"))
-    return _encode(body), b".\r\n" if ended else b"\r\n.\r\n"
-
-
-def _encode(body: bytes) -> Iterator[bytes]:
-    end = 0
-    begins_line = True
-    while end < len(body):
-        start, end = end, end + BLOCK_BYTES
-        if body.startswith(b"\r\n", end - 1):
-            end += 1  # a pair stays whole
-        block = body[start:end]
-        found = look(block)
-        if found & BARE:
-            block = in_pairs(block)
-        if found:
-            block = block.replace(b"\r\n.", b"\r\n..")
-        if begins_line and block.startswith(b"."):
-            block = b"." + block
-        begins_line = block.endswith(b"\r\n")
-        yield block

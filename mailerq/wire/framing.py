@@ -1,13 +1,13 @@
-"""Find the end of a mail that arrives in pieces of any size, and decode its bytes.
+"""Bodies on the wire: find the end of one that arrives, and decode it; encode one that leaves.
 
 Theory of operation
 -------------------
-Each byte of DATA is searched once. The last bytes that could start CR LF "." CR LF are held back
-until more bytes arrive, so an end that is split over reads is found, and accepted pieces never cut
-such a sequence. Pieces are collected unchanged. An ordinary mail is decoded in one step at its end.
-A large mail is decoded block by block, and each block goes to a `Sink`, which may store it outside
-of memory. Both cases unstuff dots and check newlines in the same way, so the result does not depend
-on the pieces.
+Each byte of DATA that arrives is searched once. The last bytes that could start CR LF "." CR LF are
+held back until more bytes arrive, so an end that is split over reads is found, and accepted pieces
+never cut such a sequence. Pieces are collected unchanged. An ordinary mail is decoded in one step
+at its end. A large mail is decoded block by block, and each block goes to a `Sink`, which may store
+it outside of memory. Both cases unstuff dots and check newlines in the same way, so the result does
+not depend on the pieces. What leaves is encoded in blocks as well.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = [
     "MemorySink",
     "Sink",
     "encode_blocks",
+    "encode_body",
     "has_bare_newline",
     "in_pairs",
 ]
@@ -217,8 +218,42 @@ def has_bare_newline(body: bytes) -> bool:
     return bool(look(body) & BARE)
 
 
+def encode_body(body: bytes) -> tuple[Iterator[bytes], bytes]:
+    r"""A message as it follows DATA (RFC 5321, section 4.5.2): its blocks, and what ends it.
+
+    A bare CR or LF becomes CRLF, a dot that begins a line is doubled, and the last line is
+    ended, so that only the final CRLF.CRLF can end the mail. Each block, of `BLOCK_BYTES`, is
+    made when it is asked for: so neither time nor memory grows with the mail.
+
+    >>> blocks, end = encode_body(b".a\n.b")
+    >>> list(blocks), end
+    ([b'..a\r\n..b'], b'\r\n.\r\n')
+    """
+    ended = not body or body.endswith((b"\r", b"\n"))
+    return _encode(body), b".\r\n" if ended else b"\r\n.\r\n"
+
+
+def _encode(body: bytes) -> Iterator[bytes]:
+    end = 0
+    begins_line = True
+    while end < len(body):
+        start, end = end, end + BLOCK_BYTES
+        if body.startswith(b"\r\n", end - 1):
+            end += 1  # a pair stays whole
+        block = body[start:end]
+        found = look(block)
+        if found & BARE:
+            block = in_pairs(block)
+        if found:
+            block = block.replace(b"\r\n.", b"\r\n..")
+        if begins_line and block.startswith(b"."):
+            block = b"." + block
+        begins_line = block.endswith(b"\r\n")
+        yield block
+
+
 def encode_blocks(body: InBlocks) -> tuple[Iterator[bytes], bytes]:
-    """Return the blocks to send after DATA, and the end, as `mailerq.wire.client.encode_body`."""
+    """Return the blocks to send after DATA, and the end, as `encode_body`."""
     return _stuffed(_joined(body.blocks())), b".\r\n"
 
 

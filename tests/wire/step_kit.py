@@ -213,11 +213,7 @@ def faults(replies: int) -> Iterator[Fault]:
 
 
 Cut = Callable[[list[bytes]], Iterator[bytes]]
-"""How the replies that leave together arrive: the pieces, between which the client acts."""
-
-
-def whole(replies: list[bytes]) -> Iterator[bytes]:
-    yield b"".join(replies)
+"""How the replies of a batch, which leave together, arrive: the client acts on each piece."""
 
 
 def bytewise(replies: list[bytes]) -> Iterator[bytes]:
@@ -240,6 +236,7 @@ def behind(mask: int) -> Cut:
     return cut
 
 
+whole = behind(0)
 one_by_one = behind(-1)
 
 
@@ -252,6 +249,8 @@ class Client:
     last: bool = False
     results: dict[int, object] = field(default_factory=dict)
     heard: bytes = b""
+    longest: int = 0
+    """Replies of the longest batch that left together."""
     protocol: ClientProtocol = field(default_factory=lambda: ClientProtocol("me.test"))
     _mail: int = -1
     _next: int = 0
@@ -262,6 +261,7 @@ class Client:
         server.greet()
         while True:
             replies, server.replies = server.replies, []
+            self.longest = max(self.longest, len(replies))
             for piece in filter(None, cut(replies)):
                 self.heard += piece
                 self.protocol.receive_data(piece)
