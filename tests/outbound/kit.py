@@ -399,12 +399,16 @@ class PeerConnection:
         return body.replace(b"\r\n..", b"\r\n.").removeprefix(b".")
 
     async def take(self, reply: str = "250 taken\r\n") -> bytes:
-        """Answer a body that no envelope follows, and the RSET or QUIT that does."""
+        """Answer a body that no envelope follows, and the RSET or QUIT that proves the reply."""
         body = await self.body()
+        await self.prove(reply)
+        return body
+
+    async def prove(self, reply: str = "250 taken\r\n") -> None:
+        """Answer the body that was read, and the RSET or QUIT that proves the reply."""
         await self.send(reply)
         proof = await self.line()
         await self.send({"RSET": "250 reset\r\n", "QUIT": "221 bye\r\n"}[proof])
-        return body
 
     async def hello(self) -> None:
         await self.send("220 mx.test ESMTP\r\n")

@@ -180,10 +180,10 @@ async def test_a_peer_that_takes_a_large_body_slowly_is_given_the_time() -> None
             await peer.line()
         await peer.send("250 ok\r\n250 ok\r\n354 go\r\n")
         taken = b""
-        while not taken.endswith(b"\r\n.\r\nRSET\r\n"):
-            taken = taken[-11:] + await peer.stream.receive_some(1 << 19)
+        while not taken.endswith(b"\r\n.\r\n"):
+            taken = taken[-4:] + await peer.stream.receive_some(1 << 19)
             await trio.sleep(0.02)
-        await peer.send("250 at last\r\n250 reset\r\n")
+        await peer.prove("250 at last\r\n")
 
     async with open_bench(slow, smtp_out_timeout=0.4) as bench:
         bench.peer.extensions = ("PIPELINING",)
@@ -205,7 +205,8 @@ async def test_a_peer_that_hears_no_dot_with_a_command_behind_it_gets_the_next_o
         assert await peer.line() == "QUIT"
         await peer.send("221 bye\r\n")
 
-    async with open_bench(naive, naive, smtp_out_timeout=0.1) as bench:
+    settings: Any = {"connection_maxmessages": 1, "smtp_out_timeout": 0.1}
+    async with open_bench(naive, naive, **settings) as bench:
         bench.send()
         result = await bench.retried()
         assert (result["type"], result["state"]) == ("timeout", "received")
@@ -240,19 +241,18 @@ async def test_a_lookup_that_fails_by_a_defect_costs_an_attempt_and_not_the_engi
     assert "ZeroDivisionError: d.test" in caplog.text
 
 
-async def one_mail(peer: PeerConnection, *replies: str) -> None:
+async def one_mail(peer: PeerConnection) -> None:
     for _ in range(3):
         await peer.line()
     await peer.send(OK * 2 + "354 go\r\n")
     await peer.body()
-    for reply in replies:
-        await peer.send(reply)
 
 
 async def test_a_peer_that_talks_when_it_is_idle_loses_the_connection_and_no_mail() -> None:
     async def chatty(peer: PeerConnection) -> None:
         await peer.hello()
-        await one_mail(peer, "250 taken\r\n" + OK)
+        await one_mail(peer)
+        await peer.prove()
         await bench.queues.until(lambda queues: len(queues["success"]) == 1)
         await peer.send("250 and one more thing\r\n")
         while await peer.line():
@@ -270,23 +270,31 @@ async def test_a_peer_that_talks_when_it_is_idle_loses_the_connection_and_no_mai
 @pytest.mark.parametrize(
     ("replies", "queue"),
     [
-        ("250 taken\r\n250 reset\r\n", "success"),
-        ("250 taken\r\n250 and one more thing\r\n250 reset\r\n", "retry"),
-        ("250 in the middle of the body\r\n550 the answer to the dot\r\n250 reset\r\n", "retry"),
-        ("500 what?\r\n250 taken\r\n250 reset\r\n", "retry"),
-        ("550 no\r\n550 no\r\n250 reset\r\n", "retry"),
-        ("250 is it the answer to RSET?\r\n421 enough\r\n", "retry"),
-        ("550 no\r\n421 enough\r\n", "retry"),
-        ("550 no\r\n", "failure"),
+        (["250 taken\r\n", "250 reset\r\n"], "success"),
+        (["250 taken\r\n"], "success"),
+        (["250 taken\r\n250 before RSET is there\r\n"], "retry"),
+        (["250 taken\r\n250 and one more thing\r\n", "250 reset\r\n"], "retry"),
+        (["250 taken\r\n", "250 and one more thing\r\n250 reset\r\n"], "retry"),
+        (["250 in the middle of the body\r\n550 the answer to the dot\r\n"], "retry"),
+        (["250 in the middle of the body\r\n", "550 the answer to the dot\r\n"], "retry"),
+        (["500 what?\r\n250 taken\r\n", "250 reset\r\n"], "retry"),
+        (["500 what?\r\n", "250 taken\r\n221 bye\r\n"], "retry"),
+        (["550 no\r\n550 no\r\n", "221 bye\r\n"], "retry"),
+        (["550 no\r\n", "550 no\r\n221 bye\r\n"], "retry"),
+        (["250 taken\r\n421 enough\r\n"], "retry"),
+        (["550 no\r\n421 enough\r\n"], "retry"),
+        (["550 no\r\n"], "failure"),
     ],
 )
 async def test_a_reply_to_a_body_counts_only_when_the_one_behind_it_proves_it(
-    replies: str, queue: str
+    replies: list[str], queue: str
 ) -> None:
     async def script(peer: PeerConnection) -> None:
         await peer.hello()
-        await one_mail(peer, replies)
-        await peer.line()
+        await one_mail(peer)
+        for reply in replies:
+            await peer.send(reply)
+            await peer.line()
 
     async with open_bench(script) as bench:
         bench.send()
@@ -344,7 +352,7 @@ async def test_a_peer_that_leaves_behind_each_reply_to_a_body_gets_one_mail_twic
             await bench.queues.until(lambda queues: not (queues.leased or queues.due))
             bench.queues.pass_time(600)
         assert len(bench.queues["success" if code == 250 else "failure"]) == 3
-        assert 3 <= got <= 4
+        assert 3 <= got <= (3 if leave in (closes, reads_and_closes) else 4)
 
 
 async def test_a_250_in_the_middle_of_a_large_body_keeps_its_end_from_being_sent() -> None:
@@ -372,9 +380,10 @@ async def test_a_250_in_the_middle_of_a_large_body_keeps_its_end_from_being_sent
 async def test_an_unasked_reply_about_a_command_fails_no_mail(code: int) -> None:
     async def script(peer: PeerConnection) -> None:
         await peer.hello()
-        await one_mail(peer, OK * 2)
+        await one_mail(peer)
+        await peer.prove(OK)
         await bench.queues.until(lambda queues: len(queues["success"]) == 1)
-        assert [await peer.line(), await peer.line()][0] == "RSET"
+        assert (await peer.line()).startswith("MAIL")
         await peer.send(f"{code} what?\r\n" + OK * 2 + "354 go\r\n")
         await peer.line()
 
