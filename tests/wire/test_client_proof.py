@@ -12,6 +12,7 @@ from mailerq.wire.client import (
     Accepted,
     ClientProtocol,
     Event,
+    Failed,
     Problem,
     Ready,
     Refused,
@@ -87,6 +88,22 @@ def test_only_a_body_that_is_refused_for_good_is_followed_by_quit(mode: str, cod
     if code == 451:
         protocol.mail("a@b.test", "c@d.test")
         assert protocol.data_to_send().startswith(b"MAIL")
+
+
+@pytest.mark.parametrize(("mode", "careful"), SESSIONS)
+@pytest.mark.parametrize("code", [250, 550])
+def test_more_than_was_due_proves_nothing(mode: str, careful: bool, code: int) -> None:
+    protocol = sending(mode, careful)
+    protocol.data_to_send()
+    protocol.receive_data(b"%d done\r\n" % code)
+    assert protocol.next_event() is NEED_DATA
+    protocol.data_to_send()
+    proof = b"221 bye\r\n" if protocol.step is Step.QUIT else b"250 reset\r\n"
+    protocol.receive_data(proof + b"550 left over\r\n")
+    event = protocol.next_event()
+    assert isinstance(event, Failed)
+    assert event.problem is Problem.INVALID
+    assert protocol.out_of_step
 
 
 def judge(mode: str, careful: bool, said: Said) -> Event:
