@@ -164,7 +164,9 @@ async def test_a_message_leaves_at_once_while_others_wait_for_a_bad_peer(
 async def test_what_waits_is_neither_read_nor_written_nor_tried(
     tmp_path: Path, script: Callable[[Host, trio.SocketStream], Awaitable[None]] | None
 ) -> None:
-    async with open_hosts(script, BAD_HOST) as (bad,), open_engine(tmp_path) as engine:
+    # One connection: each further one, a second later, takes a message of those in memory.
+    settings = {"domain_maxconnections": 1}
+    async with open_hosts(script, BAD_HOST) as (bad,), open_engine(tmp_path, **settings) as engine:
         await publish(engine, [bad.mail(number) for number in range(WAITING)])
         await until(lambda: bad.connections > 0 or results_of(engine)["attempts"] > 0)
         before = await settled(engine)
