@@ -25,6 +25,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include <mailerq.h>
 
+#include <arpa/inet.h>
 #include <ctype.h>
 #include <errno.h>
 #include <netinet/in.h>
@@ -33,7 +34,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <time.h>
 
 #define WAYS 8                  /* slots that a triplet may be in */
@@ -137,32 +137,29 @@ MQ_EXPORT void mq_cleanup(void)
 
 /**
  *  Identify the client of a connection by its network, /24 (IPv4) or /64 (IPv6): the next
- *  attempt may come from another server of the same operator.
+ *  attempt may come from another server of the same operator. Behind a proxy this is the client
+ *  of the proxy.
  */
-static void identify(struct session *session, int fd)
+static void identify(struct session *session, const char *client)
 {
-    struct sockaddr_storage address;
-    socklen_t size = sizeof address;
+    unsigned char address[16];
     const unsigned char *bytes = NULL;
     size_t network = 0;
     bool loopback = false;
-    memset(&address, 0, sizeof address);
-    if (getpeername(fd, (struct sockaddr *)&address, &size) == 0)
+    if (client && inet_pton(AF_INET, client, address) == 1)
     {
-        if (address.ss_family == AF_INET)
-        {
-            bytes = (const unsigned char *)&((struct sockaddr_in *)&address)->sin_addr;
-            network = 3;
-            loopback = bytes[0] == 127;
-        }
-        else if (address.ss_family == AF_INET6)
-        {
-            const struct in6_addr *ip = &((struct sockaddr_in6 *)&address)->sin6_addr;
-            bool mapped = IN6_IS_ADDR_V4MAPPED(ip);
-            bytes = ip->s6_addr + (mapped ? 12 : 0);
-            network = mapped ? 3 : 8;
-            loopback = mapped ? bytes[0] == 127 : IN6_IS_ADDR_LOOPBACK(ip);
-        }
+        bytes = address;
+        network = 3;
+        loopback = bytes[0] == 127;
+    }
+    else if (client && inet_pton(AF_INET6, client, address) == 1)
+    {
+        struct in6_addr ip;
+        memcpy(&ip, address, sizeof ip);
+        bool mapped = IN6_IS_ADDR_V4MAPPED(&ip);
+        bytes = address + (mapped ? 12 : 0);
+        network = mapped ? 3 : 8;
+        loopback = mapped ? bytes[0] == 127 : IN6_IS_ADDR_LOOPBACK(&ip);
     }
     session->exempt = loopback && !loopback_too;
     session->client = hash(secret, bytes, network, false);
@@ -205,7 +202,7 @@ MQ_EXPORT bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connec
 {
     (void)context;
     struct session *session = calloc(1, sizeof *session);
-    if (session) identify(session, MQ_SmtpFileDescriptor(connection));
+    if (session) identify(session, MQ_ClientAddress(connection, NULL));
     MQ_SetSmtpData(connection, session);
     return false;
 }

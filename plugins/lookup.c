@@ -302,14 +302,8 @@ MQ_EXPORT bool mq_smtp_in_connect(MQ_Context *context, MQ_SmtpConnection *connec
     struct session *session = calloc(1, sizeof *session);
     MQ_SetSmtpData(connection, session);
     if (!session) return false;
-    struct sockaddr_storage address;
-    socklen_t size = sizeof address;
-    if (getpeername(MQ_SmtpFileDescriptor(connection), (struct sockaddr *)&address, &size) != 0 ||
-        getnameinfo((struct sockaddr *)&address, size, session->client, sizeof session->client,
-                    NULL, 0, NI_NUMERICHOST) != 0)
-    {
-        strcpy(session->client, "unknown");
-    }
+    const char *client = MQ_ClientAddress(connection, NULL);  /* behind a proxy, its client */
+    snprintf(session->client, sizeof session->client, "%s", client ? client : "unknown");
     return false;
 }
 

@@ -118,15 +118,16 @@ async def loaded(directory: Path, *sources: str) -> AsyncIterator[Context]:
 
 
 @asynccontextmanager
-async def connected(context: Context) -> AsyncIterator[Connection]:
-    """A client's connection over loopback, from connect to close."""
+async def connected(context: Context, client: str = "127.0.0.1") -> AsyncIterator[Connection]:
+    """A connection over loopback, from connect to close; another `client` is behind a proxy."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        with socket.create_connection(listening.getsockname()) as client:
+        with socket.create_connection(listening.getsockname()) as peer:
             server, _ = listening.accept()
-            with server, client:
+            with server, peer:
                 connection = context.connection(server.fileno())
+                connection.address = client
                 assert await connection.connect() is None
                 try:
                     yield connection
@@ -135,9 +136,12 @@ async def connected(context: Context) -> AsyncIterator[Connection]:
 
 
 async def try_recipient(
-    context: Context, sender: str = "a@b.test", recipient: str = "c@d.test"
+    context: Context,
+    sender: str = "a@b.test",
+    recipient: str = "c@d.test",
+    client: str = "127.0.0.1",
 ) -> Reject | None:
-    async with connected(context) as connection:
+    async with connected(context, client) as connection:
         assert await connection.mailfrom(sender) is None
         return await connection.rcptto(recipient)
 
@@ -207,6 +211,14 @@ async def test_greylist_refuses_the_first_try_of_each_triplet(tmp_path: Path) ->
         assert await try_recipient(context, recipient="C@D.test") is None
         assert await try_recipient(context, recipient="e@d.test") is not None
         assert await try_recipient(context, sender="") is not None
+
+
+async def test_greylist_tells_the_clients_of_a_proxy_apart(tmp_path: Path) -> None:
+    async with loaded(tmp_path / "p", "greylist.c") as context:
+        for client in ("192.0.2.1", "198.51.100.1", "2001:db8::1"):
+            assert await try_recipient(context, client=client) is not None
+        for client in ("192.0.2.99", "::ffff:198.51.100.2", "2001:db8::2"):
+            assert await try_recipient(context, client=client) is None
 
 
 async def test_greylist_waits_its_delay_and_spares_who_has_logged_in(
@@ -318,12 +330,12 @@ async def test_lookup_does_what_the_policy_server_says(
     port = await nursery.start(policy_server, answer)
     monkeypatch.setenv("LOOKUP_SERVER", f"127.0.0.1:{port}")
     async with loaded(tmp_path / "p", "lookup.c") as context:
-        assert await try_recipient(context) == expected
+        assert await try_recipient(context, client="192.0.2.9") == expected
     (request,) = requests
     assert request["request"] == "smtpd_access_policy"
     assert request["protocol_state"] == "RCPT"
     assert (request["sender"], request["recipient"]) == ("a@b.test", "c@d.test")
-    assert request["client_address"] == "127.0.0.1"
+    assert request["client_address"] == "192.0.2.9"
 
 
 @pytest.mark.parametrize(("fallback", "code"), [("451", 451), ("0", None)])
