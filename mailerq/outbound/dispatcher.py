@@ -145,7 +145,7 @@ class Dispatcher:
         """Give back what waits in a flow, and forget which mail is the flow's."""
         self._intake.forget(flow)
         while flow.jobs:
-            self.put_back(flow.jobs.popleft())
+            self.put_back(flow.jobs.pop(0))
         flow.pump()
 
     # The start and the end
@@ -198,7 +198,7 @@ class Dispatcher:
         for flow in list(self._flows):
             self.openings.forget(flow)
             while flow.jobs:
-                self.put_back(flow.jobs.popleft())
+                self.put_back(flow.jobs.pop(0))
         for jobs in self._looking_up.values():
             for job in jobs:
                 self.put_back(job)

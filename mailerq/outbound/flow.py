@@ -27,7 +27,6 @@ A flow has one time at which it looks again (`look`); everything else is told to
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -81,9 +80,10 @@ class Flow:
         self.site = site
         self.local_ip = local_ip
         self.demands = demands
-        self.jobs: deque[Job] = deque()
-        self.destinations: set[Destination] = set()
-        self.ready: OrderedDict[Destination, None] = OrderedDict()
+        # Lists and dicts, because there are many flows: an empty deque takes ten times a list.
+        self.jobs: list[Job] = []
+        self.destinations: dict[Destination, None] = {}
+        self.ready: dict[Destination, None] = {}
         """Destinations of which mail is due in the queue."""
         self.held = 0
         """Messages that are not settled yet, of those that were given to it."""
@@ -91,8 +91,8 @@ class Flow:
         self.sent = self.window // 2
         """Messages since the last refill. A new flow begins as if it had used its window."""
         self.refilling = False
-        self.sessions: set[Session] = set()
-        self.opening: set[Session] = set()
+        self.sessions: dict[Session, None] = {}
+        self.opening: dict[Session, None] = {}
         self.idle: list[Session] = []
         self.proven = False
         """A session was let in, and the flow has not been down since."""
@@ -189,7 +189,7 @@ class Flow:
     def _pop(self) -> Job | None:
         job = None
         while self.jobs:
-            job = self.jobs.popleft()
+            job = self.jobs.pop(0)
             self.sent += 1
             if not self._dispatcher.has_expired(job):
                 break
@@ -213,7 +213,7 @@ class Flow:
         if self._dispatcher.stopping or (self.down and not self.asking):
             self._dispatcher.put_back(job)
         else:
-            self.jobs.appendleft(job)
+            self.jobs.insert(0, job)
             self.pump()
 
     def opened(self, session: Session) -> None:
@@ -221,7 +221,7 @@ class Flow:
         dispatcher = self._dispatcher
         dispatcher.opened_sessions += 1
         self.memory.let_in(session.remote, self.local_ip)
-        self.opening.discard(session)
+        self.opening.pop(session, None)
         self.proven = True
         self.down = self.asking = False
         self._failures = 0
@@ -234,9 +234,9 @@ class Flow:
     def ended(self, session: Session, report: Report | None) -> None:
         """A session is over; a `report` says why no host let it in."""
         self._busy(session)
-        self.sessions.discard(session)
+        self.sessions.pop(session, None)
         was_opening = session in self.opening
-        self.opening.discard(session)
+        self.opening.pop(session, None)
         self._end_try(session)
         self._dispatcher.session_over(session)
         if was_opening and session.was_put_off:
@@ -333,8 +333,8 @@ class Flow:
         session = Session(self, dispatcher.worker)
         session.is_try, self.reserved = self.reserved, False
         session.patient = self.patient
-        self.sessions.add(session)
-        self.opening.add(session)
+        self.sessions[session] = None
+        self.opening[session] = None
         dispatcher.start_session(session)
         return True
 
@@ -362,7 +362,7 @@ class Flow:
             self._go_down()
         first = True
         while self.jobs:
-            job = self.jobs.popleft()
+            job = self.jobs.pop(0)
             if self._dispatcher.place_elsewhere(job):
                 continue
             if first or final:

@@ -179,7 +179,7 @@ class Intake:
         for other in [f for f in destination.flows if f.site is not flow.site]:
             self.unlink(destination, other)
         destination.flows[flow] = None
-        flow.destinations.add(destination)
+        flow.destinations[destination] = None
         destination.group = 1
         self._unsorted.pop(destination, None)
         if destination.waits:
@@ -188,7 +188,7 @@ class Intake:
     def unlink(self, destination: Destination, flow: Flow) -> None:
         """Undo `link`."""
         destination.flows.pop(flow, None)
-        flow.destinations.discard(destination)
+        flow.destinations.pop(destination, None)
         flow.ready.pop(destination, None)
         if destination.waits and not destination.flows:
             self._sort_later(destination)
@@ -299,7 +299,8 @@ class Intake:
         """The destination that a flow takes from next: each in turn."""
         for destination in flow.ready:
             if not destination.taking:
-                flow.ready.move_to_end(destination)
+                del flow.ready[destination]  # to the end
+                flow.ready[destination] = None
                 return destination
         return None
 

@@ -146,7 +146,9 @@ class Openings:
         site = flow.site
         site.trying -= 1
         while site.blocked and site.trying < SITE_TRIES:
-            site.blocked.popitem(last=False)[0].resume()
+            flow = next(iter(site.blocked))
+            del site.blocked[flow]
+            flow.resume()
         self._serve_tries()
 
     def _serve_tries(self) -> None:

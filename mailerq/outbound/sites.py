@@ -94,7 +94,7 @@ class Site:
         self.flows: dict[tuple[str | None, tuple[str, ...]], Flow] = {}
         self.trying = 0
         """Connections that are opening to it and that it may never answer."""
-        self.blocked: OrderedDict[Flow, None] = OrderedDict()
+        self.blocked: dict[Flow, None] = {}
         """Flows that wait for one of those to come to an end."""
 
     def fits(self, local_ip: str) -> bool:

@@ -6,7 +6,7 @@ cimport cython
 @cython.final
 cdef class Destination:
     cdef public object key, next_due, turns, window
-    cdef public set held
+    cdef public dict held
     cdef public bint backlog, reading
 
     cpdef has_due(self, now)

@@ -170,7 +170,7 @@ class Destination:
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.held: set[int] = set()
+        self.held: dict[int, None] = {}
         self.backlog = False
         self.next_due: int | None = None
         self.reading = False
@@ -268,7 +268,7 @@ class OpenQueue:
     def hold(self, lease: HeldLease, taker: Taker | None) -> None:
         """Lease a message, counted against the one that is to get it."""
         self.held[lease.id] = lease
-        self.destination(lease.destination).held.add(lease.id)
+        self.destination(lease.destination).held[lease.id] = None
         lease.taker = taker
         if taker is not None:
             taker.count += 1
@@ -285,7 +285,7 @@ class OpenQueue:
             lease.taker.count -= 1
             lease.taker.bytes -= lease.memory
         destination = self.destinations[lease.destination]
-        destination.held.discard(lease.id)
+        destination.held.pop(lease.id, None)
         self.tidy(destination)
 
     def next_turn(self, now: int) -> Destination | None:
