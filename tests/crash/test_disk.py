@@ -26,6 +26,7 @@ from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Publication
 from mailerq.queues.embedded.queue_file import QueueFile
+from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import (
     BODY,
@@ -45,7 +46,7 @@ from tests.support import Sink, open_sink
 
 SESSIONS = 10
 
-DOWN = Reply(451, "4.3.2 Not now")
+LATER = Reply(451, "4.3.2 Not now")
 
 FAILURES = 5
 """Calls that fail before the disk is sound again."""
@@ -183,11 +184,11 @@ def is_full(running: Daemon) -> bool:
 
 
 async def test_a_queue_that_has_filled_its_disk_empties_itself(tmp_path: Path) -> None:
-    """The peer is down, mail piles up, and nobody makes room but the mail that goes out."""
+    """The peer takes no mail now; mail piles up, and only mail that goes out makes room."""
     ledger = Ledger()
     with small_disk(tmp_path / "queue", "16m"):
         async with open_sink() as sink:
-            sink.decide = lambda event: DOWN
+            sink.decide = lambda event: LATER if isinstance(event, server.Mail) else None
             async with daemon(tmp_path, sink.port) as running:
                 async with under_load(running, ledger):
                     began = time.monotonic()
