@@ -144,8 +144,11 @@ class Dispatcher:
     def _recall(self, flow: Flow) -> None:
         """Give back what waits in a flow, and forget which mail is the flow's."""
         self._intake.forget(flow)
+        asked = flow.asking and bool(flow.jobs)
         while flow.jobs:
             self.put_back(flow.jobs.pop(0))
+        if asked and not flow.sessions:
+            flow.not_asked()  # the message that asked, and waited for a slot, has gone
         flow.pump()
 
     # The start and the end

@@ -166,3 +166,21 @@ def test_a_snapshot_has_the_queues_for_results() -> None:
     }
     assert config.report_queue == "failure"
     assert config.replace(rabbitmq_failure="failure").report_queue == ""
+
+
+async def test_mail_that_asks_and_waits_for_a_slot_goes_after_a_reroute() -> None:
+    async def refuse(peer: PeerConnection) -> None:
+        await peer.send("421 not now\r\n")
+
+    slots = Slots(1)
+    async with open_bench(refuse, slots=slots) as bench:
+        bench.send()
+        await bench.retried()
+        bench.send()
+        await bench.until(lambda found: found["connections"] == 0)
+        assert slots.take()
+        bench.dispatcher.flush()
+        await bench.until(lambda found: found["waiting"] == 1)
+        change(bench, reroute=True)
+        slots.release()
+        await bench.results("success", 1)
