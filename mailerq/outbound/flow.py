@@ -239,10 +239,11 @@ class Flow:
         self.opening.pop(session, None)
         self._end_try(session)
         self._dispatcher.session_over(session)
-        if was_opening and session.was_put_off:
-            self._wait_for_try()
-        elif was_opening and not self._dispatcher.stopping:
-            self._not_let_in(report or Report(responses.OWN_FAULT))
+        if was_opening and not self._dispatcher.stopping:
+            if session.was_put_off:
+                self._wait_for_try()
+            else:
+                self._not_let_in(report or Report(responses.OWN_FAULT))
         self.pump()
 
     def _busy(self, session: Session) -> None:

@@ -558,3 +558,17 @@ async def test_what_failed_together_does_not_come_back_together() -> None:
         assert len(set(dues.values())) == 35
         assert 540 <= min(dues.values()) < 560
         assert 640 < max(dues.values()) <= 660
+
+
+async def test_a_try_that_is_put_off_at_a_stop_leaves_its_right_to_others() -> None:
+    async with open_wide(smtp_out_timeout=60.0) as bench, listening(silent) as target:
+        bench.send(smarthost=target)
+        await bench.until(lambda found: found["opening"] == 1)
+        (flow,) = flows_of(bench)
+        (session,) = flow.opening
+        flow.put_off(session)
+        await bench.dispatcher.stop(0)
+        openings = bench.dispatcher.openings
+        assert (openings._quick, openings._patient) == (0, 0)
+        assert flow.site.trying == 0
+        assert not openings._patient_line
