@@ -256,7 +256,7 @@ class Intake:
             return
         if flow.jobs and (len(flow.jobs) > flow.window // 2 or not flow.sessions):
             return
-        if all(destination.taking for destination in flow.ready):
+        if all(destination.taking or destination.placing for destination in flow.ready):
             return  # its flows are pumped when that is over
         if not self._memory_for(flow):
             (self._memory_line if flow.proven else self._new_line).setdefault(flow)
@@ -298,7 +298,7 @@ class Intake:
     def next_ready(self, flow: Flow) -> Destination | None:
         """The destination that a flow takes from next: each in turn."""
         for destination in flow.ready:
-            if not destination.taking:
+            if not (destination.taking or destination.placing):
                 del flow.ready[destination]  # to the end
                 flow.ready[destination] = None
                 return destination
@@ -348,8 +348,11 @@ class Intake:
         if late and destination.waits and not destination.flows:
             destination.waits = False
             self.mail_at(destination, self._dispatcher.now() + LOOK_AGAIN_SECONDS)
-        if destination.waits and not destination.flows:
-            self._sort_later(destination)
+        if destination.waits and not destination.placing:
+            if not destination.flows:
+                self._sort_later(destination)
+            for flow in list(destination.flows):
+                flow.mail_waits(destination)
         self.serve()
         self._tidy(destination)
 

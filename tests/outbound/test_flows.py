@@ -17,7 +17,7 @@ import trio.testing
 from mailerq.message import format_time
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
-from mailerq.outbound import bodies, flow, openings
+from mailerq.outbound import bodies, flow, openings, sites
 from mailerq.outbound.sites import Sites
 from mailerq.rules import routes
 from mailerq.rules.routes import Route
@@ -572,3 +572,33 @@ async def test_a_try_that_is_put_off_at_a_stop_leaves_its_right_to_others() -> N
         assert (openings._quick, openings._patient) == (0, 0)
         assert flow.site.trying == 0
         assert not openings._patient_line
+
+
+async def test_a_backlog_stays_in_the_queue_while_its_hosts_are_looked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sites, "QUICK_SECONDS", 0.05)
+    may_answer = trio.Event()
+
+    class Slow(StubResolver):
+        lookups = 0
+
+        async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
+            self.lookups += 1
+            if self.lookups > 1:
+                await may_answer.wait()
+            return await super().mail_hosts(domain)
+
+    resolver = Slow(quick_test=["127.0.0.1"])
+    async with open_bench(resolver=resolver) as bench:
+        monkeypatch.setattr(routes, "SMTP_PORT", bench.port)
+        bench.send("c@quick.test")
+        await bench.results("success", 1)
+        bench.dispatcher._sites._found.clear()
+        for _ in range(400):
+            bench.send("c@quick.test")
+        await trio.sleep(0.5)
+        assert len(bench.queues.leased) <= 100
+        assert len(takes(bench)) < 10
+        may_answer.set()
+        await bench.results("success", 401)
