@@ -419,6 +419,13 @@ class Dispatcher:
             return responses.OWN_FAULT
         return self._body_problem(job.lease)
 
+    def body_waits(self, job: Job) -> None:
+        """A body is in memory and in no session: sessions that wait for room go first.
+
+        Such sessions have slots, and the job may need one of those.
+        """
+        self._bodies.drop(job.lease)
+
     def refill(self, flow: Flow) -> None:
         """Take mail for a flow, if that is worth it."""
         self._intake.refill(flow)

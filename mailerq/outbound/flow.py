@@ -213,6 +213,7 @@ class Flow:
         if self._dispatcher.stopping or (self.down and not self.asking):
             self._dispatcher.put_back(job)
         else:
+            self._dispatcher.body_waits(job)
             self.jobs.insert(0, job)
             self.pump()
 

@@ -602,3 +602,41 @@ async def test_a_backlog_stays_in_the_queue_while_its_hosts_are_looked_for_again
         assert len(takes(bench)) < 10
         may_answer.set()
         await bench.results("success", 401)
+
+
+async def test_large_bodies_that_were_given_back_keep_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bodies, "MAX_BYTES", 1500)
+    reading, go = trio.Event(), trio.Event()
+
+    async def leaves(peer: PeerConnection) -> None:
+        await peer.hello()
+        for reply in ("250 ok", "250 ok", "354 go"):
+            await peer.line()
+            await peer.send(f"{reply}\r\n")
+        await peer.body()
+        reading.set()
+        await go.wait()
+        await peer.send("250 taken\r\n")
+        line = await peer.line()
+        while line == "RSET":
+            await peer.send("250 reset\r\n")
+            line = await peer.line()
+        await peer.send("421 bye\r\n")
+
+    async def other(stream: trio.SocketStream) -> None:
+        await PeerConnection(bench.peer, stream, 99).serve()
+
+    large = "x" * 998 + "\r\n"
+    slots = Slots(1)
+    async with open_wide(slots=slots) as bench, listening(other) as target:
+        bench.peer.scripts.append(leaves)
+        with_late_bodies(bench)
+        bench.send("c@quick.test")
+        await reading.wait()
+        bench.send("d@quick.test", body=large)
+        bench.send("e@f.test", body=large, smarthost=target)
+        await bench.until(lambda found: found["waiting"] == 2)
+        go.set()
+        await bench.results("success", 3)
