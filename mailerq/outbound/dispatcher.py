@@ -137,9 +137,12 @@ class Dispatcher:
     def reload(self, send_log: LogFile | None, *, reroute: bool) -> None:
         """Settings have changed; with `reroute` all waiting mail is judged anew."""
         self._settlements.send_log = send_log
-        if reroute:
-            for flow in list(self._flows):
+        for flow in list(self._flows):
+            if reroute:
                 self._recall(flow)
+            else:
+                flow.pump()  # there may be more connections now
+        self.openings.serve()
 
     def _recall(self, flow: Flow) -> None:
         """Give back what waits in a flow, and forget which mail is the flow's."""

@@ -84,6 +84,11 @@ class Openings:
         """A connection has ended."""
         self.slots.release()
 
+    def serve(self) -> None:
+        """There may be more slots now, and more tries."""
+        self._serve_line()
+        self._serve_tries()
+
     def _slot_came(self) -> None:
         if self._line:
             self._worker.call(self._serve_line)

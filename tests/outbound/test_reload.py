@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import trio
+import trio.testing
 
 from mailerq.config import Config
 from mailerq.live import Snapshot
 from mailerq.net.logs import LogFile
 from mailerq.net.slots import Slots
 from tests.outbound.kit import Bench, PeerConnection, open_bench
+from tests.outbound.test_flows import listening, open_wide, silent
 
 
 def change(bench: Bench, *, reroute: bool = False, **settings: Any) -> None:
@@ -183,4 +185,31 @@ async def test_mail_that_asks_and_waits_for_a_slot_goes_after_a_reroute() -> Non
         await bench.until(lambda found: found["waiting"] == 1)
         change(bench, reroute=True)
         slots.release()
+        await bench.results("success", 1)
+
+
+async def test_more_connections_are_opened_at_once_when_more_may_be() -> None:
+    go = trio.Event()
+
+    async def slow(peer: PeerConnection) -> None:
+        await peer.hello()
+        await go.wait()
+
+    async with open_bench(slow, domain_maxconnections=1) as bench:
+        for _ in range(6):
+            bench.send()
+        await bench.until(lambda found: found["opened"] == 1)
+        change(bench, domain_maxconnections=0)
+        await bench.results("success", 5)
+
+
+async def test_who_waits_for_a_slot_has_it_when_there_are_more() -> None:
+    slots = Slots(1)
+    async with open_wide(slots=slots, smtp_out_timeout=60.0) as bench, listening(silent) as target:
+        bench.send(smarthost=target)
+        await bench.until(lambda found: found["opening"] == 1)
+        bench.send("c@quick.test")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        slots.limit = 10
+        change(bench)
         await bench.results("success", 1)
