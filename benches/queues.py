@@ -5,7 +5,7 @@
 
 Each line is one use of the queue; all of them sync before they report. With "busy" the loop does 60
 µs of Python, a write and a read on a socket between two steps of a publisher, like a session. "ms"
-is the wait of a publisher, the median and the worst of 100.
+is the wait of a publisher: the median and the 99th percentile.
 """
 
 from __future__ import annotations
