@@ -4,7 +4,7 @@
 
 Clients in another process connect, say EHLO, and then nothing. The figure is the growth of the
 server's memory per client. Pages that its processes share count once (PSS); kernel memory (sockets)
-does not count. A few connections are open before, so that one-time loading does not count.
+is left out. A few connections are opened first, so that one-time loading does not count.
 """
 
 from __future__ import annotations

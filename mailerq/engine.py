@@ -275,7 +275,7 @@ class Engine:
         return delivery
 
     async def _prove(self, lock: DirectoryLock) -> None:
-        """Record that the content of the own share does not kill this process."""
+        """Record that the content of a share does not kill this process."""
         await trio.sleep(STEADY_SECONDS)
         try:
             lock.prove()

@@ -1,4 +1,4 @@
-"""The file of `smtp-local-addresses`."""
+"""The address list in the file of `smtp-local-addresses`."""
 
 from __future__ import annotations
 

@@ -101,10 +101,10 @@ class LogFile:
 
 
 class Ration:
-    """Lines of one kind for a log of the program: at most so many in a minute. Any thread.
+    """Lines of one kind in the program's log, at most `per_minute`. Any thread may use it.
 
-    What is left out is counted. The count stands in a line of its own before the next line;
-    `flush` and `flush_late` write it where there may be no next one.
+    Further lines are counted. The count is a line of its own before the next line; `flush` and
+    `flush_late` write the count if no next line may come.
 
     >>> seconds, said = 0.0, []
     >>> ration = Ration(lambda form, *values: said.append(form % values), 2,
