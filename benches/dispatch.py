@@ -1,10 +1,10 @@
-"""What the plugin interface costs: an event, a plugin in its chain, a suspension, a timer, an id.
+"""The costs of the plugin interface: an event, a plugin in its chain, a suspension, a timer, an id.
 
     python benches/dispatch.py [--rounds N]
 
 Compiles plugins that do nothing, loads 0, 1, 3 and 10 of them, and calls them as the engine does.
-Each figure is the fastest of some rounds, because whatever else runs can only add to it; "one more
-plugin" is the slope from 1 to 10 plugins, which is C to C.
+Each figure is the fastest of several rounds, because other load can only add time. "One more
+plugin" is the slope from 1 to 10 plugins, in C only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ bool mq_smtp_in_close(MQ_Context *context, MQ_SmtpConnection *connection)
 
 
 def compile_plugins(directory: Path, count: int) -> None:
-    """Put so many copies of the plugin in a directory; copies, or the linker would share them."""
+    """Put copies of the plugin in a directory; the linker would share a single file."""
     source = directory / "plugin.c"
     source.write_text(SOURCE)
     compile_plugin(source, directory / "0.so")
@@ -65,7 +65,7 @@ def compile_plugins(directory: Path, count: int) -> None:
 async def fastest(
     rounds: int, count: int, event: Callable[..., Awaitable[object]], *address: str
 ) -> float:
-    """Nanoseconds for one await of an event, without those of the loop around it."""
+    """Nanoseconds for one await of an event, without the loop around it."""
     figures = []
     for _ in range(rounds):
         start = time.perf_counter_ns()
@@ -86,7 +86,7 @@ async def fastest(
 
 
 async def measure(count: int, rounds: int) -> dict[str, float]:
-    """The costs of events with so many plugins."""
+    """The costs of events with this number of plugins."""
     with tempfile.TemporaryDirectory() as directory:
         if count:
             compile_plugins(Path(directory), count)

@@ -1,9 +1,9 @@
-"""Measure how fast a queue empties: all that waits when the project starts, until the sink has it.
+"""Measure how fast a queue empties: from the start of the project until the sink has every message.
 
     python benches/drain.py [--waiting N] [--rounds N]
 
-Fills a queue with messages of 2 KiB that are due, once, and starts the project with a copy of it
-in each round.
+Fills a queue once with messages of 2 KiB that are due, and starts the project on a copy in each
+round.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ TIMEOUT_SECONDS: Final = 300.0
 
 
 def drain(queue: Path, directory: Path, count: int) -> tuple[float, float]:
-    """Empty a copy of a queue: messages a second, and CPU milliseconds of a message."""
+    """Empty a copy of a queue; messages per second, and CPU milliseconds per message."""
     shutil.copytree(queue, directory / "mailerq" / "queue")
     with Sink(directory / "sink") as sink, Mailerq(directory / "mailerq", sink) as system:
-        # What went out before the banner was there is not counted.
+        # Messages sent before the banner appeared are not counted.
         start, before, cpu_before = time.monotonic(), sink.count(), system.cpu()
         messages = count - before
         if messages <= 0:

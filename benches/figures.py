@@ -1,4 +1,4 @@
-"""What a benchmark has found: figures with names, as a table for people or JSON for programs."""
+"""The results of a benchmark: named figures, as a table for people or JSON for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Figure", "print_document", "progress", "table"]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure. `detail` is what it was made of, for people."""
+    """One figure. `detail` is its origin, for people."""
 
     name: str
     value: float
@@ -27,12 +27,12 @@ class Figure:
 
 
 def progress(text: str) -> None:
-    """Tell people what goes on."""
+    """Show progress to people."""
     print(text, file=sys.stderr, flush=True)
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as columns."""
+    """Lines of cells, aligned in columns."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -41,7 +41,7 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def print_document(figures: Sequence[Figure], *, as_json: bool, **others: Any) -> None:
-    """Print figures and whatever else there is to know, or as a table the figures alone."""
+    """Print figures and further facts as JSON, or only the figures as a table."""
     if as_json:
         found = [asdict(figure) for figure in figures]
         print(json.dumps({"figures": found, **others}, indent=1))

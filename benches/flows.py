@@ -1,23 +1,24 @@
-"""Measure whether mail that cannot go costs the mail that can, or anything at all.
+"""Measure the cost of undeliverable mail, for other mail and for the host.
 
     python benches/flows.py [--full] [--only SCENARIO,…] [--rounds N] [--json]
 
-Every scenario starts the project on a queue that was filled before, beside peers that behave as
-they are told (scripted.py). Fresh mail comes in by SMTP and goes to a healthy peer; its time is
-compared with the time on an empty queue, measured right before. The backlog's messages name their
-peer as their own smarthost, so no port below 1024 and no DNS is needed.
+Every scenario starts the project on a filled queue, beside peers with scripted behaviour
+(scripted.py). Fresh mail comes in by SMTP and goes to a healthy peer; its time is compared with the
+time on an empty queue, measured right before. Messages of the backlog name their peer as their
+smarthost, so no port below 1024 and no DNS is needed.
 
 - ``behind``: 100,000 wait for one peer that is refusing, silent, slow, or says 421 at the banner.
-  How long 1,000 fresh messages take until the healthy peer has the last, and how long a lone one.
-- ``idle``: the same without fresh mail, for half a minute with a refusing and half a minute with a
-  silent peer: processor time, commits, reads, bytes.
+  Measures the time until the healthy peer has the last of 1,000 fresh messages, and the time of a
+  lone message.
+- ``idle``: no fresh mail, half a minute with a refusing and half a minute with a silent peer:
+  processor time, commits, reads, bytes.
 - ``many``: 5,000 destinations with 10 messages each, interleaved, against one destination with
-  as many: the rate, and the memory for each destination while none can be reached.
+  as many: the rate, and the memory per destination while none can be reached.
 - ``silent``: 60 silent hosts with 1,000 each. Fresh mail as above, and 300 clients that connect at
   once: how many of them get the banner 220.
-- ``closing``: a peer that closes after each 250: how many messages that costs an attempt.
+- ``closing``: a peer that closes after each 250: how many messages lose an attempt by that.
 
-What does not come to its end within --timeout is given up, and its figure is a lower bound.
+A measurement that exceeds --timeout is given up, and its figure is a lower bound.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ FRESH: Final = 1000
 CLIENTS: Final = 10
 LONE: Final = 5
 FILL_MARGIN: Final = 2.0
-"""Times as long as the sample says: others may use the machine meanwhile."""
+"""Factor on the time of the sample: other load may slow the machine."""
 
 PAUSE_SECONDS: Final = 0.1
 SILENT_HOSTS: Final = 60
 NEW_CLIENTS: Final = 300
 PUBLISHERS: Final = 500
 SAMPLE: Final = 5000
-"""Messages that show how fast a queue can be filled."""
+"""Sample size for the fill rate of a queue."""
 
 MEET_SECONDS: Final = 5.0
-"""From the banner until fresh mail comes: time for the backlog to meet its peer."""
+"""From the banner until fresh mail arrives: time for the backlog to meet its peer."""
 
 BANNER_SECONDS: Final = 10.0
 POLL_SECONDS: Final = 0.002
@@ -84,14 +85,14 @@ def to_host(number: int, host: str, port: int) -> dict[str, Any]:
 
 
 def to_domain(number: int, domains: int) -> dict[str, Any]:
-    """A message to one of some domains, in turns."""
+    """A message to one of several domains, in turns."""
     return document(number, recipient=f"r{number}@b{number % domains}.test")
 
 
 def fill(directory: Path, count: int, make: Callable[[int], dict[str, Any]]) -> None:
     """Publish messages to the outbox of a queue directory, and wait until all are due.
 
-    The engine that publishes them must deliver none. A sample shows how long it takes.
+    The publishing engine must deliver none. A sample shows how long publishing takes.
     """
     sample = directory.with_name(directory.name + "-sample")
     took = trio.run(_publish, sample, min(SAMPLE, count), make, time.time() + 3600.0)
@@ -108,7 +109,7 @@ def fill(directory: Path, count: int, make: Callable[[int], dict[str, Any]]) -> 
 async def _publish(
     directory: Path, count: int, make: Callable[[int], dict[str, Any]], due: float
 ) -> float:
-    """Publish with a due time; returns the seconds it took."""
+    """Publish with a due time; returns the seconds taken."""
     config = Config(
         queue_directory=str(directory), plugin_directory="", smtp_ip=(LOOPBACK,), smtp_port=(0,)
     )
@@ -130,7 +131,7 @@ async def _publish(
 
 
 def relay(directory: Path, healthy: Destination, *, queue: Path | None = None) -> Mailerq:
-    """The project: mail that names no smarthost goes to a healthy peer, on a copy of a queue."""
+    """The project on a copy of a queue; mail without a smarthost goes to a healthy peer."""
     if queue is not None:
         copytree(queue, directory / "queue")
     options = [
@@ -143,7 +144,7 @@ def relay(directory: Path, healthy: Destination, *, queue: Path | None = None) -
 
 
 def send(system: Mailerq, count: int, deadline: float) -> None:
-    """Send messages over one connection; while the banner is not 220, over another one.
+    """Send messages over one connection; retry on another one until the banner is 220.
 
     The server sees a pipelined envelope and then a body. Raises OSError, also at the deadline.
     """
@@ -182,7 +183,7 @@ def _left(deadline: float) -> float:
 
 
 class Backlog:
-    """A queue full of messages for one peer, made when it is needed first."""
+    """A queue full of messages for one peer, made on first use."""
 
     def __init__(self, directory: Path, count: int) -> None:
         self.directory = directory
@@ -198,14 +199,14 @@ class Backlog:
 
 @dataclass(slots=True)
 class Taken:
-    """How long messages took, all together; `lost`: why that is only what we waited."""
+    """The time of all messages together; `lost`: why the time is only a lower bound."""
 
     seconds: float
     lost: str = ""
 
 
 def burst(system: Mailerq, healthy: Scripted, count: int, clients: int, timeout: float) -> Taken:
-    """Send fresh messages; the time until the healthy peer has the last."""
+    """Send fresh messages; returns the time until the healthy peer has the last."""
     start, before = time.monotonic(), healthy.mails
     deadline = start + timeout
     problem = ""
@@ -226,7 +227,7 @@ def burst(system: Mailerq, healthy: Scripted, count: int, clients: int, timeout:
 
 
 def fresh(system: Mailerq, healthy: Scripted, options: argparse.Namespace) -> list[Taken]:
-    """Send fresh messages one by one, then many at once; the medians of each."""
+    """Send fresh messages one by one, then many at once; returns the medians of each."""
     found = []
     for count, clients, rounds in ((1, 1, LONE), (FRESH, CLIENTS, options.rounds)):
         taken: list[Taken] = []
@@ -246,7 +247,7 @@ def fresh_alone(directory: Path, options: argparse.Namespace) -> list[Taken]:
 
 
 def compare(behind: Sequence[Taken], alone: Sequence[Taken], what: str) -> list[Figure]:
-    """How many times as long as alone fresh mail took; a lower bound where it was given up."""
+    """The ratio of fresh mail to fresh mail alone; a lower bound if a measurement was given up."""
     figures = []
     for text, one, other in zip(("a lone message", f"{FRESH:,}"), behind, alone, strict=True):
         if other.lost:
@@ -287,7 +288,7 @@ def behind(options: argparse.Namespace, directory: Path) -> list[Figure]:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a system has done so far."""
+    """The work of a system so far."""
 
     cpu: float
     commits: int
@@ -307,7 +308,7 @@ class Cost:
 
 
 def idle(options: argparse.Namespace, directory: Path) -> list[Figure]:
-    """What a backlog costs that cannot go."""
+    """The cost of a backlog that cannot go."""
     backlog = options.backlog
     figures = []
     for kind in ("refusing", "silent"):
@@ -340,7 +341,7 @@ def idle(options: argparse.Namespace, directory: Path) -> list[Figure]:
 
 
 def drain(directory: Path, queue: Path, count: int, timeout: float) -> tuple[float, str]:
-    """Messages a second that a healthy sink gets of a full queue, and what to know of that."""
+    """Messages per second from a full queue to a healthy sink, and details."""
     copytree(queue, directory / "system" / "queue")
     with (
         Scripted(directory / "sink", "healthy") as sink,
@@ -359,7 +360,7 @@ def drain(directory: Path, queue: Path, count: int, timeout: float) -> tuple[flo
 
 
 def peak(directory: Path, queue: Path) -> int:
-    """Bytes that the project has had at most, a while after it met a sink that refuses."""
+    """Peak memory of the project in bytes, some time after it met a sink that refuses."""
     copytree(queue, directory / "system" / "queue")
     with Refusing() as sink, Mailerq(directory / "system", sink) as system:
         time.sleep(2 * MEET_SECONDS)
@@ -371,7 +372,7 @@ def peak(directory: Path, queue: Path) -> int:
 
 
 def many(options: argparse.Namespace, directory: Path) -> list[Figure]:
-    """Many destinations against one with as many messages."""
+    """Many destinations against one with the same number of messages."""
     figures = []
     for domains, each, rounds in options.crowds:
         count = domains * each
@@ -399,7 +400,7 @@ def many(options: argparse.Namespace, directory: Path) -> list[Figure]:
 
 
 def greeted(system: Mailerq, clients: int) -> int:
-    """How many of some clients that connect at once get the banner 220, in time."""
+    """How many clients, connecting at once, get the banner 220 in time."""
     deadline = time.monotonic() + BANNER_SECONDS
     count = 0
     with ExitStack() as stack:
@@ -416,7 +417,7 @@ def greeted(system: Mailerq, clients: int) -> int:
 
 
 def silent(options: argparse.Namespace, directory: Path) -> list[Figure]:
-    """Hosts that never say anything must take no place that others need."""
+    """Silent hosts must not take places that others need."""
     hosts = [f"127.0.3.{number}" for number in range(1, SILENT_HOSTS + 1)]
     port = reserve(hosts)
     fill(
@@ -441,7 +442,7 @@ def silent(options: argparse.Namespace, directory: Path) -> list[Figure]:
 
 
 def closing(options: argparse.Namespace, directory: Path) -> list[Figure]:
-    """A peer that closes after each 250: nothing that was not answered cost an attempt."""
+    """A peer that closes after each 250: unanswered messages must not lose an attempt."""
     port = reserve([BAD_HOST])
     count = options.closing
     fill(directory / "full", count, lambda number: to_host(number, BAD_HOST, port))

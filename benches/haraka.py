@@ -1,6 +1,7 @@
 """Haraka as a peer: fetched with npm into a temporary directory, with its outbound queue.
 
-Like the project it is durable before 250: it writes each mail to a queue file and fsyncs that.
+Haraka is as durable as the project before 250: it writes each mail to a queue file and fsyncs the
+file.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ exports.hook_connect_init = (next, connection) => { connection.relaying = true; 
 exports.hook_rcpt = (next) => next(OK)
 exports.hook_get_mx = (next) => next(OK, { exchange: 'HOST', port: PORT })
 """
-"""What relays all mail to the sink; everything else is as Haraka comes."""
+"""Relays all mail to the sink; everything else keeps Haraka's defaults."""
 
 
 class Haraka(Program):
-    """Haraka without any plugin but the one that names the sink; one process, as the project."""
+    """Haraka with only the plugin that names the sink; one process, like the project."""
 
     name = "haraka"
 
@@ -46,7 +47,7 @@ class Haraka(Program):
             ("config/plugins", "to_sink\n"),
             ("config/me", "relay.test\n"),
             ("config/smtp.ini", f"listen={self.host}:{self.port}\n"),
-            # A line for each mail and delivery, as the others log them.
+            # A log line for each mail and delivery, like the others.
             ("config/log.ini", "level=notice\n"),
             ("config/outbound.ini", "enable_tls=false\nlocal_mx_ok=true\n"),
         ):
@@ -57,7 +58,7 @@ class Haraka(Program):
         return [node, str(package / "bin" / "haraka"), "-c", str(self.directory)]
 
     def _install(self) -> Path:
-        """Fetch Haraka; the path of the package."""
+        """Fetch Haraka; returns the path of the package."""
         npm = find_program("npm", "npm")
         command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "haraka"]
         place = self.directory / "npm"

@@ -1,11 +1,10 @@
-"""Measure what an idle connection costs in memory.
+"""Measure the memory of an idle connection.
 
     python benches/idle.py [--connections N] [--systems mailerq,postfix]
 
-Clients in another process connect, say EHLO, and then nothing. The figure is what the memory of
-the server grows by, over their number; pages that its processes share count once (PSS), those
-of the kernel (sockets) not at all. Some more connections are open before, so that what the
-first ones load does not count.
+Clients in another process connect, say EHLO, and then nothing. The figure is the growth of the
+server's memory per client. Pages that its processes share count once (PSS); kernel memory (sockets)
+is left out. A few connections are opened first, so that one-time loading does not count.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from peers import Destination, Failed, Mailerq, Postfix, Program, Unavailable, f
 
 WARM_UP: Final = 50
 POSTFIX_MOST: Final = 150
-"""One process for each connection: this many show what it is."""
+"""Postfix runs one process per connection: this number gives a clear figure."""
 SPARE_FILES: Final = 200
 
 
 def hold(host: str, port: int, count: int) -> None:
-    """Be the clients: open so many connections, say so, and hold them until stdin ends."""
+    """The clients: open the connections, report, and hold them until stdin ends."""
     clients = []
     for _ in range(count):
         client = socket.create_connection((host, port), timeout=30)
@@ -49,7 +48,7 @@ def hold(host: str, port: int, count: int) -> None:
 
 @contextmanager
 def idle(system: Program, count: int) -> Iterator[None]:
-    """So many idle connections, for as long as the context lasts."""
+    """Idle connections, open while the context lasts."""
     command = [sys.executable, __file__, "--hold", f"{system.host}:{system.port}"]
     with subprocess.Popen(
         [*command, "--connections", str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -1,9 +1,9 @@
-"""Measure how long a lone message is under way: from the connect of its client to the sink.
+"""Measure the latency of a lone message: from the client's connect to the sink.
 
     python benches/lone.py [--messages N] [--systems mailerq,postfix]
 
-One message at a time, each over a connection of its own in and, because the sink closes after
-each, out, with a pause before it in which the server does nothing. The client does not
+One message at a time, each on a new connection in and a new one out, since the sink closes after
+each message. Before each message is a pause in which the server does nothing. The client does not
 pipeline. The systems take turns, message by message.
 """
 
@@ -30,7 +30,7 @@ BODY: Final = b"Subject: lone\r\n\r\n" + 32 * (b"x" * 62 + b"\r\n")
 
 
 class Catcher:
-    """A sink that takes one message a connection, and notes when it was complete."""
+    """A sink that takes one message per connection, and notes the time of its end."""
 
     def __init__(self) -> None:
         self.listening = socket.create_server(("127.0.0.1", 0))
@@ -67,7 +67,9 @@ class Catcher:
 
 
 def send(system: Program, catcher: Catcher) -> tuple[float, float]:
-    """Send one message; milliseconds until the client has its 250, and the sink the message."""
+    """Send one message; milliseconds until the client has its 250, and until the sink has the
+    message.
+    """
     start = time.perf_counter()
     with (
         socket.create_connection((system.host, system.port), TIMEOUT_SECONDS) as client,

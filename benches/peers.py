@@ -1,12 +1,12 @@
 """Start the systems that a benchmark compares, on ports and in directories of their own.
 
-Each system here is a context manager that runs one program with its children: `Sink` takes
-mail and counts it, `Mailerq` is the project, `Postfix` a peer that it is measured against, and
-`Running` stands for a server that somebody else started. Nothing that belongs to the
-machine is touched: not its Postfix configuration, not its spool, not its service.
+Each system here is a context manager that runs one program with its children: `Sink` takes mail and
+counts it, `Mailerq` is the project, `Postfix` is a peer for comparison, and `Running` stands for a
+server that already runs. Nothing that belongs to the machine is touched: not its Postfix
+configuration, not its spool, not its service.
 
-A system that is stopped is gone with all its children, and dies with the benchmark when
-that is killed.
+A stopped system leaves no children behind, and a system dies with the benchmark when the benchmark
+is killed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Failed(Exception):
 
 
 def find_program(name: str, package: str) -> str:
-    """The path of a program, also of one that only root has in its PATH."""
+    """The path of a program, also of one that is only in root's PATH."""
     path = os.environ.get("PATH", os.defpath) + os.pathsep + "/usr/sbin" + os.pathsep + "/sbin"
     found = shutil.which(name, path=path)
     if found is None:
@@ -79,7 +79,7 @@ def find_program(name: str, package: str) -> str:
 
 
 def compile_plugin(source: Path, target: Path) -> None:
-    """Make a plugin of a C file. Raises `Unavailable` where there is no compiler."""
+    """Compile a C file to a plugin. Raises `Unavailable` without a compiler."""
     command = [os.environ.get("CC", "cc"), "-std=c99", "-O2", "-fPIC", "-shared"]
     command += [f"-I{PROJECT / 'include'}", "-o", str(target), str(source)]
     try:
@@ -89,7 +89,7 @@ def compile_plugin(source: Path, target: Path) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader must know of the machine to make sense of the figures."""
+    """Facts about the machine that explain the figures."""
     model = ""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -105,7 +105,7 @@ def machine() -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on now."""
+    """A TCP port of the loopback interface on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
@@ -128,12 +128,12 @@ def file_system(directory: Path) -> str:
 
 
 def _processes() -> dict[int, tuple[int, int]]:
-    """Every process: id -> (parent, CPU ticks, those of its dead children included)."""
+    """Every process: id -> (parent, CPU ticks, including dead children)."""
     table = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                # The name in parentheses may hold anything: fields are counted behind it.
+                # The name in parentheses may hold anything: count the fields after it.
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 table[int(entry.name)] = (int(fields[1]), sum(map(int, fields[11:15])))
     return table
@@ -147,27 +147,27 @@ def _tree(root: int, table: dict[int, tuple[int, int]]) -> list[int]:
 
 
 def cpu_seconds(root: int) -> float:
-    """CPU time of a process and all its descendants, the dead ones included, in seconds."""
+    """CPU time of a process and all its descendants, including dead ones, in seconds."""
     table = _processes()
     return sum(table[process][1] for process in _tree(root, table)) / TICKS_PER_SECOND
 
 
 def busy_seconds() -> float:
-    """CPU time that this machine has spent on anything since it started, in seconds."""
+    """CPU time of the whole machine since its start, in seconds."""
     # proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal.
     fields = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / TICKS_PER_SECOND
 
 
 def _adopt_orphans() -> None:
-    """Make the grandchildren whose parent ends our children, so that we can see them end."""
+    """Become the parent of orphaned grandchildren, so that we see their end."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _guard(process: int) -> subprocess.Popen[bytes]:
-    """Start a shell that ends a process when we are gone, however we went.
+    """Start a shell that ends a process when we are gone, for whatever reason.
 
-    It reads from a pipe that only we hold. PR_SET_PDEATHSIG would be shorter, but the kernel
+    The shell reads from a pipe that only we hold. PR_SET_PDEATHSIG would be shorter, but the kernel
     forgets it when a process changes its user, as Postfix's programs do.
     """
     return subprocess.Popen(
@@ -197,23 +197,23 @@ class System(ABC):
 
     @abstractmethod
     def waiting(self) -> int:
-        """How many messages the system has accepted and not got rid of yet."""
+        """Messages that the system has accepted and still holds."""
 
     @abstractmethod
     def cpu(self) -> float | None:
-        """CPU seconds that the system has used since it started; None where nobody knows."""
+        """CPU seconds of the system since it started; None if unknown."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise `Failed` when the server has ended."""
+        """Raise `Failed` if the server has ended."""
 
     def tail(self) -> str:
-        """The last lines of what it logged."""
+        """The last lines of its log."""
         return ""
 
 
 class Program(System):
-    """A system that is a child process of ours; what it prints goes to a log file."""
+    """A system that is our child process; its output goes to a log file."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -223,7 +223,7 @@ class Program(System):
 
     @abstractmethod
     def prepare(self) -> list[str]:
-        """Write what the program needs below `directory`, and return its command."""
+        """Write the program's files below `directory`, and return its command."""
 
     def cwd(self) -> Path:
         return self.directory
@@ -275,14 +275,14 @@ class Program(System):
                 os.waitpid(member, 0)
 
     def kill(self) -> None:
-        """End it as a power cut would; it may be entered again."""
+        """End the program like a power cut; it may be entered again."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
         self.__exit__(None, None, None)
 
     def memory(self, kind: str = "Pss") -> int:
-        """Bytes in memory of all its processes; with "Pss" what they share counts once."""
+        """Bytes in memory of all its processes; with "Pss" shared pages count once."""
         assert self.process is not None
         total = 0
         for process in _tree(self.process.pid, _processes()):
@@ -326,8 +326,8 @@ class Program(System):
 class Sink(Program):
     """Postfix's `smtp-sink`: takes every mail, throws it away, and counts.
 
-    It writes its counters to a file at every message. We read the end of the file when we
-    want to know, so that counting wakes up nobody.
+    The sink writes its counters to a file at every message. We read the end of the file when
+    needed, so that counting wakes no process.
     """
 
     name = "smtp-sink"
@@ -358,14 +358,14 @@ class Sink(Program):
 
 
 class Destination(Protocol):
-    """Where a system sends what it has accepted."""
+    """The place where a system sends accepted mail."""
 
     host: str
     port: int
 
 
 class Running(System):
-    """A server that somebody else started, known by its address only."""
+    """A server that already runs, known by its address only."""
 
     def __init__(self, host: str, port: int, pid: int | None = None) -> None:
         self.name = f"{host}:{port}"
@@ -399,10 +399,10 @@ class Running(System):
 
 
 class Mailerq(Program):
-    """The project, with its embedded queue, sending all that it takes to a sink.
+    """The project with its embedded queue; all mail goes to a sink.
 
-    Both logs are on, because the peers log each message as well. `processes` is what
-    `smtp-processes` is set to.
+    Both logs are on, because the peers log each message too. `processes` is the value of
+    `smtp-processes`.
     """
 
     def __init__(
@@ -466,8 +466,8 @@ class Mailerq(Program):
             time.sleep(0.02)
 
     def waiting(self) -> int:
-        """Those of the next day: what waiting.py puts into the queue is due later."""
-        # The SQLite of the project, not the older one of Python: both would share a WAL.
+        """Also counts the next day: waiting.py queues messages that are due later."""
+        # The project's SQLite, not Python's older one: two versions would share a WAL.
         import apsw
 
         due = int(1000 * time.time()) + DAY_MS
@@ -486,9 +486,8 @@ class Mailerq(Program):
 class Postfix(Program):
     """Postfix with a configuration, a queue and processes of its own.
 
-    It gives the guarantee that is its default: the queue file is fsynced before 250. Limits
-    that would keep it below what the machine can do are raised, DNS is off, and it looks
-    into no mail.
+    It gives its default guarantee: the queue file is fsynced before 250. Limits below the capacity
+    of the machine are raised, DNS is off, and no mail is inspected.
     """
 
     name = "postfix"
@@ -552,7 +551,7 @@ class Postfix(Program):
         return [f"{daemons}/master", "-c", str(configuration)]
 
     def _ask(self, postconf: str, parameter: str) -> str:
-        # -d: what was compiled in; the configuration of the machine is none of our business.
+        # -d: the compiled-in defaults, not the configuration of the machine.
         answer = subprocess.run(
             [postconf, "-dh", parameter], capture_output=True, text=True, check=False
         )
@@ -579,7 +578,7 @@ class Postfix(Program):
         path.chmod(mode)
 
     def _services(self) -> str:
-        """master.cf: what is needed to relay, nothing in a chroot."""
+        """master.cf: the services for relaying, nothing in a chroot."""
         table = [
             (f"{self.host}:{self.port}", "inet", "n", "-", "-", "smtpd"),
             ("pickup", "unix", "n", "60", "1", "pickup"),

@@ -1,4 +1,4 @@
-"""Draw what targets.py has found as SVG: messages a second and CPU time, system by system.
+"""Draw the results of targets.py as SVG: messages per second and CPU time, by system.
 
 python benches/plot.py RESULT.json > benches/relay.svg
 """

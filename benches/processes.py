@@ -1,12 +1,12 @@
-"""Measure how the work of the processor grows with the number of processes.
+"""Measure how throughput grows with the number of processes.
 
     python benches/processes.py [--processes N]
 
 Clients pipeline transactions of a hundred recipients each, and take them back (RSET); every
-fortieth is a mail, to one recipient, that is kept and not delivered. So it is the processor that
-works (parsing, addresses, rules, replies) and not the disk. A server of one process and one of N
-take turns. Where the clients, which do next to nothing, and others leave each process a core of
-its own, the ratio is what processes gain.
+fortieth is a mail to one recipient, which is kept and not delivered. So the load is on the
+processor (parsing, addresses, rules, replies) and not on the disk. A server of one process and one
+of N take turns. If clients, which do almost nothing, and other load leave each process a core of
+its own, the ratio is the gain from processes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Client(threading.Thread):
             self.failure = error
 
     def _read(self, sock: socket.socket, last: bytes, count: int) -> None:
-        """Read so many replies, the last of which begins so."""
+        """Read this number of replies; the last one starts with `last`."""
         data = b""
         while count > 0:
             data = sock.recv(1 << 16)
@@ -78,7 +78,7 @@ class Client(threading.Thread):
 
 
 def rate(server: Mailerq, seconds: float) -> tuple[float, float]:
-    """Recipients a second, and milliseconds of the processor for one of them."""
+    """Recipients per second, and processor milliseconds per recipient."""
     end = threading.Event()
     clients = [Client(server, end) for _ in range(CLIENTS)]
     for client in clients:
@@ -118,7 +118,7 @@ def main() -> None:
         with Sink(Path(root, "sink")) as sink:
             for number in options.rounds * numbers:
                 progress(f"{number} processes")
-                # A new one each time: the queue is empty again.
+                # A new directory each time, so that the queue is empty.
                 directory = Path(root, f"{number}-{len(runs[number])}")
                 with Mailerq(directory, sink, processes=number, options=settings) as server:
                     runs[number].append(rate(server, options.seconds))

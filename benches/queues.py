@@ -1,11 +1,11 @@
-"""What the embedded queue costs: publish, ack, with a million waiting, beside busy Python.
+"""The costs of the embedded queue: publish, ack, with a million waiting, beside busy Python.
 
     python benches/queues.py [--messages N] [--tasks N] [--size BYTES] [--directory DIR]
     python benches/queues.py --waiting 1000000          how much a full queue costs
 
-Each line is one way of using the queue; all of them sync before they report. "busy" has the
-loop do 60 µs of Python and a write and a read on a socket between two steps of a publisher,
-as a session does. "ms" are those that a publisher waits, in the middle and at worst 1 of 100.
+Each line is one use of the queue; all of them sync before they report. With "busy" the loop does 60
+µs of Python, a write and a read on a socket between two steps of a publisher, like a session. "ms"
+is the wait of a publisher: the median and the 99th percentile.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def resident() -> float:
 
 
 class Load:
-    """Publishers and consumers of so many messages of a size."""
+    """Publishers and consumers of messages of one size."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.messages: int = options.messages
@@ -73,7 +73,7 @@ class Load:
                 end.close()
 
     async def consume(self, queues: EmbeddedQueues, workers: int) -> None:
-        """Take and ack everything, in as many tasks as there are connections in a delivery."""
+        """Take and ack everything, in as many tasks as a delivery has connections."""
         left = self.messages
         async with queues.consume("outbox", prefetch=1000) as consumer:
 

@@ -1,19 +1,18 @@
 """Measure how fast mail goes through a server: in, safely kept, and out again.
 
-`smtp-source` sends N messages over a number of sessions to the server under test, which
-relays all of them to one `smtp-sink`. *Accept* is N over the time until the last 250, *end
-to end* is N over the time until the last message is in the sink and the queue of the server
-is empty. The whole is done twice: with a new connection for each message, and with
-connections that are kept.
+`smtp-source` sends N messages over several sessions to the server under test, which relays all of
+them to one `smtp-sink`. *Accept* is N over the time until the last 250. *End to end* is N over the
+time until the last message is in the sink and the server's queue is empty. Everything is measured
+twice: with a new connection for each message, and with kept connections.
 
     python benches/relay.py                     the project, and Postfix beside it
     python benches/relay.py --systems mailerq+plugins,mailerq-1 --base mailerq-1
     python benches/relay.py --target HOST:PORT  a server that runs already
 
-"mailerq" is the project with a process for each core, as Postfix has one for each connection;
-"mailerq-1" with a single process, and "mailerq+plugins" that with one C plugin that handles each
-of the six events of an incoming mail. The systems take turns within one run, because only figures
-from one run on one machine can be compared. benches/README.md says what each figure means.
+"mailerq" is the project with a process for each core, as Postfix has one for each connection.
+"mailerq-1" is a single process. "mailerq+plugins" is a single process with one C plugin that
+handles each of the six events of an incoming mail. The systems take turns within one run, because
+only figures of one run on one machine can be compared. benches/README.md explains each figure.
 """
 
 from __future__ import annotations
@@ -55,17 +54,18 @@ from peers import (
 )
 
 POLL_SECONDS: Final = 0.002
-"""How often we look: fine enough for a run of a second, and 1 % of a core."""
+"""Poll interval: fine enough for a run of a second, and costs 1 % of a core."""
 
 WARM_UP_MESSAGES: Final = 10_000
-"""What each system relays before it is measured: a night of load is what counts. Where a file
-system has no journal, files that were deleted lately make new ones dear, and a system that keeps
-each mail in a file is twice as fast for its first two thousand as from some eight thousand on."""
+"""Messages that each system relays before measurement: sustained load is what counts. On a file
+system without a journal, recently deleted files make new ones expensive: a system that keeps
+each mail in a file is twice as fast for its first two thousand as from some eight thousand on.
+"""
 
 WARM_UP_SESSIONS: Final = 20
 WARM_UP_BYTES: Final = 2048
 QUIET: Final = 0.1
-"""The share of the machine that others may take; above it the rates mean little."""
+"""The share of the machine that other load may take; above it the rates mean little."""
 
 COLUMNS: Final = {
     "accept": ("accept/s", ".0f"),
@@ -73,20 +73,20 @@ COLUMNS: Final = {
     "cpu": ("CPU ms/message", ".2f"),
     "peers": ("of client and sink", ".2f"),
 }
-"""What is printed: attribute of a run -> its heading and format for people."""
+"""Printed columns: attribute of a run -> heading and format."""
 
 COMPARED: Final = {"accept": "accept", "end_to_end": "end to end", "cpu": "CPU"}
-"""What is compared: attribute of a run -> the name of the ratio."""
+"""Compared figures: attribute of a run -> name of the ratio."""
 
 SYSTEMS: Final = ("mailerq", "mailerq-1", "mailerq+plugins", "postfix", "haraka")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of one system. Rates in messages/s; CPU in milliseconds for one message.
+    """One run of one system. Rates in messages/s; CPU in milliseconds per message.
 
-    `peers` is the CPU of what works beside the system: client and sink, and we who look at them.
-    `others` is the share of the machine, from 0 to 1, that went to what is none of ours.
+    `peers` is the CPU of the programs beside the system: client, sink and this benchmark. `others`
+    is the share of the machine, from 0 to 1, that other programs took.
     """
 
     system: str
@@ -100,7 +100,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is sent. `size` is the body in bytes, `timeout` the seconds that a run may take."""
+    """The load to send. `size` is the body in bytes, `timeout` the limit of a run in seconds."""
 
     messages: int
     sessions: int
@@ -139,7 +139,7 @@ def relay(system: System, sink: Sink | None, load: Load, *, kept: bool) -> Run:
     cpu_after, ours = system.cpu(), cpu_seconds(os.getpid()) - ours_before
     used = None if cpu_after is None or cpu_before is None else cpu_after - cpu_before
     if used is not None and isinstance(system, Program):
-        ours -= used  # it is a child of ours as well
+        ours -= used  # a child of ours too
     return Run(
         system=system.name,
         kept=kept,
@@ -156,7 +156,7 @@ def _cores() -> int:
 
 
 def _others_seconds() -> float:
-    """CPU time of everything but us and what we have started."""
+    """CPU time of everything except this benchmark and its children."""
     return busy_seconds() - cpu_seconds(os.getpid())
 
 
@@ -196,7 +196,7 @@ def measure(
     ways: Sequence[bool],
     warm_up: int = WARM_UP_MESSAGES,
 ) -> list[Run]:
-    """Warm every system up; run it `rounds` times in each way of connecting, taking turns."""
+    """Warm every system up; run each `rounds` times in each way of connecting, in turns."""
     runs = []
     for system, sink in systems:
         if warm_up:
@@ -218,7 +218,7 @@ def measure(
 
 
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Medians, with the lowest and the highest, for each system and way of connecting."""
+    """Medians, lowest and highest, for each system, with new and with kept connections."""
     groups: dict[tuple[str, bool], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.system, run.kept), []).append(run)
@@ -234,7 +234,7 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def compare(rows: Sequence[dict[str, Any]], base: str) -> list[Figure]:
-    """The medians of each system over those of the base, way by way."""
+    """The medians of each system over those of the base, new and kept."""
     bases = {row["kept"]: row for row in rows if row["system"] == base}
     figures = []
     for row in rows:
@@ -322,7 +322,7 @@ def _names(options: argparse.Namespace) -> list[str]:
 def _systems(
     options: argparse.Namespace, directory: Path
 ) -> Iterator[list[tuple[System, Sink | None]]]:
-    """Start what is to be measured; a system that this machine lacks is left out, and said."""
+    """Start the systems to measure; report and leave out a system that this machine lacks."""
     with contextlib.ExitStack() as stack:
         found: list[tuple[System, Sink | None]] = []
         if options.target:
@@ -367,14 +367,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit code is 0 when every system did its work."""
+    """Run the benchmark; the exit code is 0 if every system did its work."""
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, _stop)
     load = Load(options.messages, options.sessions, options.size, options.timeout)
     ways = {"both": (False, True), "new": (False,), "kept": (True,)}[options.ways]
 
     directory = Path(tempfile.mkdtemp(prefix="relay-", dir=options.directory))
-    # smtp-sink and the daemons of Postfix work as other users.
+    # smtp-sink and the daemons of Postfix run as other users.
     directory.chmod(0o755)
     kind = file_system(directory)
     if kind in ("tmpfs", "ramfs"):

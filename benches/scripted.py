@@ -1,4 +1,4 @@
-"""Peers that behave as they are told, for flows.py: healthy, silent, slow, and worse.
+"""Peers with scripted behaviour, for flows.py: healthy, silent, slow, and worse.
 
     python benches/scripted.py KIND COUNTERS ADDRESS:PORT …
 
@@ -10,9 +10,9 @@ Each kind answers SMTP with PIPELINING, but:
 - ``421`` says 421 in the place of the banner, and closes;
 - ``closing`` closes after each 250 to a mail.
 
-A peer writes to the file COUNTERS how many mails and connections it has had, and when the first and
-the last mail were complete; `Scripted` maps that file, so counting wakes up nobody. `Refusing`
-keeps ports on which nothing listens.
+A peer writes its numbers of mails and connections to the file COUNTERS, and the times at which the
+first and the last mail were complete. `Scripted` maps the file, so counting wakes no process.
+`Refusing` keeps ports on which nothing listens.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Peer(asyncio.Protocol):
     """The peer's end of one connection."""
 
     next_mail = 0.0
-    """When a slow peer takes its next mail, on the loop's clock."""
+    """The time of a slow peer's next mail, on the loop's clock."""
 
     def __init__(self, kind: str, counters: memoryview[float]) -> None:
         self.kind = kind
@@ -83,7 +83,7 @@ class Peer(asyncio.Protocol):
             self.transport.close()
 
     def _step(self, replies: list[bytes]) -> bool:
-        """Answer one command or body; False when there is no whole one, or no more are wanted."""
+        """Answer one command or body; False if none is complete, or no more are wanted."""
         if self.in_body:
             _, end, rest = self.buffer.partition(b"\r\n.\r\n")
             if not end:
@@ -116,7 +116,7 @@ class Peer(asyncio.Protocol):
         return not self.ends
 
     def _answer_slowly(self) -> None:
-        """Answer a mail when its turn comes; what follows on this connection waits until then."""
+        """Answer a mail in its turn; later input on this connection waits."""
         loop = asyncio.get_running_loop()
         when = Peer.next_mail = max(loop.time(), Peer.next_mail) + SLOW_SECONDS
         self.transport.pause_reading()
@@ -187,7 +187,7 @@ class Scripted(Program):
 
     @property
     def mails(self) -> int:
-        """Mails that were complete since it started."""
+        """Complete mails since the start."""
         return int(self._counters[MAILS])
 
     @property
@@ -196,12 +196,12 @@ class Scripted(Program):
 
     @property
     def first(self) -> float:
-        """When the first mail was complete, as `last`."""
+        """The time of the first complete mail, in the form of `last`."""
         return self._counters[FIRST]
 
     @property
     def last(self) -> float:
-        """When the last mail was complete, on the monotonic clock of this machine."""
+        """The time of the last complete mail, on the monotonic clock of this machine."""
         return self._counters[LAST]
 
     def waiting(self) -> int:
@@ -222,7 +222,7 @@ class Refusing:
     def __enter__(self) -> Self:
         for address in self.addresses:
             sock = self._stack.enter_context(socket.socket())
-            # The connections of the peer that had this port before may linger.
+            # Connections to the port's previous peer may linger.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((address, self.port))
         return self

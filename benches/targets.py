@@ -1,10 +1,10 @@
-"""Measure all that the project wants to be good at, beside its peers, and say how good it is.
+"""Measure the project against its targets and its peers, and judge the results.
 
     python benches/targets.py [--full] [--only PROGRAM,…] [--json FILE] [--plot FILE]
 
-Runs the other programs here one after the other; each starts the peers that are installed
-and takes turns with them. Prints the rates and the processor time of all systems, then a table of
-what was found against what it must be and what we go for, and draws the rates.
+Runs the other programs here one after the other; each starts the installed peers and takes turns
+with them. Prints the rates and the processor time of all systems, then a table of results against
+minimum and goal, and draws the rates.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ PROGRAMS: Final = {
     "waiting": ["waiting.py"],
     "flows": ["flows.py"],
 }  # fmt: skip
-"""What is run, by the name that it has here."""
+"""The programs to run, by their names here."""
 
 LONGER: Final = ("waiting", "flows")
-"""The programs that have a ``--full``."""
+"""The programs with a ``--full`` option."""
 
 MORE_IS_BETTER: Final = ("x", "M/s")
-"""Units of rates and their ratios; of all others less is better."""
+"""Units of rates and their ratios; for all others less is better."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a figure of a program must be, and what we go for.
+    """The minimum and the goal for a figure of a program.
 
-    Where the project was measured with one process and with several, the better one counts: who
-    runs it chooses as well.
+    If the project was measured with one process and with several, the better figure counts:
+    operators choose too.
     """
 
     text: str
@@ -65,7 +65,7 @@ class Target:
     goal: float
 
     def best(self, found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        """The figure that counts, if the program has found one."""
+        """The figure that counts, if the program has one."""
         names = (self.figure, self.figure.replace("mailerq / postfix", "mailerq-1 / postfix"))
         ours = [figure for figure in found if figure["name"] in names]
         if len(ours) < 2:
@@ -129,7 +129,7 @@ TARGETS: Final = (
 
 
 def run(command: Sequence[str]) -> dict[str, Any] | None:
-    """What a program has found, and the share of the machine that others took; None: nothing."""
+    """The results of a program, and the share of the machine that others took; None: no results."""
     start, busy, ours = time.monotonic(), busy_seconds(), cpu_seconds(os.getpid())
     program = subprocess.run(
         [sys.executable, HERE / command[0], *command[1:], "--json"],
@@ -145,7 +145,7 @@ def run(command: Sequence[str]) -> dict[str, Any] | None:
 
 
 def judge(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The targets whose program has run."""
+    """The targets of the programs that have run."""
     rows = []
     for target in TARGETS:
         figure = target.best(found.get(target.program, {}).get("figures", ()))

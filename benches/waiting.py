@@ -1,10 +1,10 @@
-"""Measure what a full queue costs: time to start, memory, and the rate at which mail is accepted.
+"""Measure the costs of a full queue: time to start, memory, and the rate of accepting mail.
 
     python benches/waiting.py [--waiting N | --full]
 
-Fills a queue with messages of 2 KiB that are due from the day after tomorrow on, one every
-10 ms, and starts the project on it, and once more on an empty queue. Both accept and relay
-the load of relay.py, in turns. Then the full one is killed as by a power cut, and started again.
+Fills a queue with messages of 2 KiB that are due from the day after tomorrow on, one every 10 ms.
+Starts the project on this queue, and once more on an empty queue. Both accept and relay the load of
+relay.py, in turns. Then the full one is killed as by a power cut, and started again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ APART_SECONDS: Final = 0.01
 
 
 def messages(count: int, after: float) -> Iterator[Publication]:
-    """Messages that are due one after the other, from `after` seconds from now on."""
+    """Messages that are due one after another, starting `after` seconds from now."""
     start = time.time() + after
     for number in range(count):
         properties = {
@@ -45,13 +45,13 @@ def messages(count: int, after: float) -> Iterator[Publication]:
             "time": "2026-01-01 00:00:00",
             "ip": "127.0.0.1",
         }
-        # Random, so that nothing below us can make it smaller.
+        # Random, so that no layer below can compress it.
         message = Message(properties, os.urandom(SIZE_BYTES // 2).hex().encode())
         yield Publication("outbox", message, start + number * APART_SECONDS)
 
 
 def fill(directory: Path, count: int, after: float = AFTER_SECONDS) -> None:
-    """Make a queue in a directory, with so many messages."""
+    """Make a queue in a directory, with this number of messages."""
     start = time.monotonic()
     publications = messages(count, after)
     with QueueFile.open(str(directory)) as store:
@@ -62,7 +62,7 @@ def fill(directory: Path, count: int, after: float = AFTER_SECONDS) -> None:
 
 
 def start_seconds(system: Mailerq) -> float:
-    """Start it; seconds until its banner."""
+    """Start the system; returns the seconds until its banner."""
     start = time.monotonic()
     system.__enter__()
     return time.monotonic() - start

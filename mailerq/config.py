@@ -4,10 +4,10 @@
 `SETTINGS` is the table as a tuple; the reader, ``--help``, ``mailerq config``, the documentation
 and the tests read it.
 
-Values come from layers (`mailerq.sources`), a later one over an earlier one: the defaults, the
-file ``/etc/mailerq/config.txt`` where there is one, the file that ``--config-file`` names, the
-environment (``MAILERQ_SMTP_PORT``), the command line (``--smtp-port=2525``). Every value
-remembers its place, see `Config.origin`.
+Values come from layers (`mailerq.sources`). Later layers override earlier ones: the defaults, the
+file ``/etc/mailerq/config.txt`` if it exists, the file of ``--config-file``, the environment
+(``MAILERQ_SMTP_PORT``), the command line (``--smtp-port=2525``). Every value remembers its place,
+see `Config.origin`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ DEFAULT_FILES: Final = ("/etc/mailerq/config.txt",)
 class Config(Table):
     """Every setting of one engine, checked and immutable; `smtp-port` is `config.smtp_port`.
 
-    Raises `ConfigError` for all values of a wrong type or out of their bounds, or else for all
-    values that contradict each other.
+    Raises `ConfigError` with all values of a wrong type or out of bounds; if there are none, with
+    all values that contradict each other.
 
     >>> config = Config(smtp_port=(2525,), smtp_relay_domains=("Example.TEST",))
     >>> config.smtp_relay_domains, config.origin("smtp-port"), config.origin("smtp-maxsize")
@@ -55,11 +55,11 @@ class Config(Table):
     """
 
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """Attribute to place of each value that was set; filled by `load`, read by `origin`."""
+    """Attribute -> place of each value that was set; filled by `load`, read by `origin`."""
     result_queues: Mapping[str, str] = field(init=False, repr=False, compare=False)
-    """The queue for each kind of result; empty where there is none."""
+    """The queue for each kind of result; empty if there is none."""
     report_queue: str = field(init=False, repr=False, compare=False)
-    """The queue for failed mail where nobody has named one: it gets reports without the mail."""
+    """The queue for failed mail if no setting names one: it gets reports without the mail."""
 
     def __post_init__(self) -> None:
         wrong: list[tuple[str, str]] = []
@@ -99,9 +99,9 @@ class Config(Table):
     ) -> Self:
         """Read all layers: `files` that exist, ``--config-file``, `environ`, `arguments`.
 
-        `arguments` holds nothing but settings (see `split_arguments`); `environ` is
-        `os.environ` where it is None. Raises `ConfigError` for all that is wrong; with a list of
-        `problems` it is added there, and what is wrong has its default.
+        `arguments` holds only settings (see `split_arguments`); `environ` None means `os.environ`.
+        Raises `ConfigError` with all mistakes. If a list of `problems` is given, they are added
+        there instead, and wrong settings have their defaults.
         """
         found: list[Problem] = []
         sources = Sources(_BY_KEY, found)
@@ -133,9 +133,9 @@ class Config(Table):
     def _consistent(
         cls, values: dict[str, Any], origins: dict[str, str], found: list[Problem]
     ) -> Self:
-        """The settings without those that contradict others; they are added to `found`.
+        """The settings without those that contradict others; these are added to `found`.
 
-        What contradicts a value that is wrong itself may not, once that is right.
+        A contradiction with a wrong value may disappear once that value is right.
         """
         wrong = {problem.key for problem in found}
         while True:
@@ -151,11 +151,11 @@ class Config(Table):
             wrong |= keys
             left_out = {key.replace("-", "_") for key in keys}
             if left_out.isdisjoint(values):
-                left_out = {*values}  # it contradicts what is not set
+                left_out = {*values}  # contradicts a default
             values = {name: value for name, value in values.items() if name not in left_out}
 
     def replace(self, **changes: Any) -> Self:
-        """The same settings with some changed, checked again.
+        """A copy with some settings changed, checked again.
 
         >>> Config().replace(smtp_threads=4).smtp_threads
         4
@@ -165,7 +165,7 @@ class Config(Table):
 
     @property
     def keeps_local_mail(self) -> bool:
-        """Whether mail for local recipients gets to somebody, and not back here by MX."""
+        """Whether mail for local recipients reaches somebody, and does not return here by MX."""
         outbox = self.rabbitmq_outbox
         inbox = outbox if self.rabbitmq_inbox is None else self.rabbitmq_inbox
         return (self.rabbitmq_local or inbox) != outbox or bool(
@@ -186,12 +186,12 @@ class Config(Table):
 
     @property
     def failure_queue(self) -> str:
-        """The queue for failed mail; empty where there is none."""
+        """The queue for failed mail; empty if there is none."""
         return FAILURE_QUEUE if self.rabbitmq_failure is None else self.rabbitmq_failure
 
     @property
     def failure_is_named(self) -> bool:
-        """Whether somebody has named that queue, if only for something else."""
+        """Whether a setting names this queue, if only for another purpose."""
         others = (getattr(self, f"rabbitmq_{name}") for name in _SHARED_WITH_FAILURE)
         return self.rabbitmq_failure is not None or FAILURE_QUEUE in others
 
@@ -211,14 +211,14 @@ class Config(Table):
     def text(self, name: str) -> str:
         """The value of a setting (key or attribute) as a file would hold it; empty: unset.
 
-        A secret comes back as it is: ask `Setting.secret` before showing it.
+        Secrets are in clear: ask `Setting.secret` before showing one.
         """
         known = _BY_KEY[name.replace("_", "-")]
         return known.write(getattr(self, known.attribute))
 
 
 SETTINGS: Final = table(Config)
-"""The table, in the order in which people read it; settings of a group stand together."""
+"""The table in reading order; settings of a group stand together."""
 
 _SHARED_WITH_FAILURE: Final = ("inbox", "local", "results", "success", "retry")
 
@@ -232,10 +232,10 @@ def _this_host() -> str:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the settings for `Config.load` and all the rest, in order.
+    """Split a command line into the settings for `Config.load` and the rest, in order.
 
-    A setting is a switch whose name is in the table (or known and not supported yet), with
-    the value that follows it where it has no ``=``. After ``--`` everything is rest.
+    A setting is a switch whose name is in the table (or known and not yet supported), with the
+    following value if it has no ``=``. After ``--`` everything is rest.
 
     >>> split_arguments(["queue", "--smtp-port", "25", "list", "--json"])
     (['--smtp-port', '25'], ['queue', 'list', '--json'])

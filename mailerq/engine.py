@@ -1,6 +1,6 @@
 """The embeddable engine: a whole mail transfer agent inside a trio program.
 
-The daemon is a thin shell around it; `Engine` has the example.
+The daemon is a thin shell around the engine; `Engine` has an example.
 """
 
 from __future__ import annotations
@@ -65,39 +65,39 @@ __all__ = ["Engine"]
 log = logging.getLogger("mailerq")
 
 MIN_PLUGIN_SECONDS: Final = 1.0
-"""How long plugins may hold an event when the engine ends in a hurry."""
+"""Minimum time for plugins with an event when the engine must end quickly."""
 
 GIVE_BACK_SECONDS: Final = 5.0
-"""How long deliveries from a share may take that goes back to its own process."""
+"""Time for deliveries from a share that returns to its own process."""
 
 STEADY_SECONDS: Final = 10.0
-"""A process that delivers from a share this long does not die of what is in the share."""
+"""A process that delivers from a share this long is not killed by the content of the share."""
 
 MAX_IDS: Final = 10_000
-"""Message ids that another program may ask for at once."""
+"""Message ids in one request of another program."""
 
 SPARE_DESCRIPTORS: Final = 64
-"""Descriptors that are for other things than connections: queue, logs, plugins."""
+"""Descriptors reserved for the queue, logs and plugins."""
 
 LOGS: Final = ("send_log_file", "received_log_file", "refused_log_file")
 
 ROUTES: Final = (
     "smarthost", "smarthost_port", "smtp_sink_address", "smtp_sink_port", "max_delivertime",
 )  # fmt: skip
-"""Settings that say where and how long mail goes which waits in memory."""
+"""Settings that decide where, and how long, mail waiting in memory goes."""
 
 PREFETCH: Final = 100
-"""Messages that `Engine.consume` holds at a time, unless it is told otherwise."""
+"""Default number of messages that `Engine.consume` holds at a time."""
 
 
 class Engine:
     """A mail transfer agent that runs while its context is open.
 
-    What it needs is opened in order (ports, plugins, queues, workers, deliveries) and
-    closed in the opposite one; leaving the context takes at most `shutdown-timeout` for
-    the transactions that are under way. Entering raises `ConfigError`, `PluginError` or
-    `QueueError`, each of which says what to do. When the engine has to end by itself, the body of
-    the context is cancelled, and leaving raises `QueueError`, or `EngineError` for any other cause.
+    Entering opens ports, plugins, queues, workers and deliveries, in this order; leaving closes
+    them in reverse order, and gives transactions under way at most `shutdown-timeout`. Entering
+    raises `ConfigError`, `PluginError` or `QueueError`, each with a remedy. If the engine must end
+    by itself, the body of the context is cancelled, and leaving raises `QueueError`, or
+    `EngineError` for any other cause.
 
     >>> import tempfile, trio, mailerq
     >>> async def main(directory):
@@ -125,12 +125,11 @@ class Engine:
         number: int = 1,
         commands: control.Commands | None = None,
     ) -> None:
-        """By default it has the queue directory as a whole.
+        """By default the engine has the whole queue directory.
 
-        With a `share` it is one of several processes that work in a directory: it has only that
-        one (see `mailerq.queues.opening`), and lets the others listen on its ports as well;
-        `number` is that of the settings then. `commands` are answered on the control socket beside
-        the own ones.
+        With a `share` the engine is one of several processes on a directory: it opens only this
+        share (see `mailerq.queues.opening`), and shares its ports with the others; `number` is the
+        number of the settings. The control socket answers `commands` beside the engine's own.
         """
         self._live = Live(config if config is not None else Config.load(), number)
         self._share = share
@@ -159,7 +158,7 @@ class Engine:
 
     @property
     def config(self) -> Config:
-        """The settings that are in force."""
+        """The settings in force."""
         return self._live.current.config
 
     async def __aenter__(self) -> Self:
@@ -188,7 +187,7 @@ class Engine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        # The error goes around the nurseries, not through them: it leaves as it came.
+        # Pass the error around the nurseries, not through them, so that it stays as it is.
         self._failed = error is not None
         try:
             await self._stack.aclose()
@@ -261,7 +260,7 @@ class Engine:
         self._started = time.time()
 
     def _delivery(self, share: int, queues: Queues) -> _Delivery:
-        """What delivers the outbox of a share, once its dispatcher runs."""
+        """The delivery of a share's outbox, once its dispatcher runs."""
         dispatcher = Dispatcher(
             self._live,
             queues,
@@ -276,7 +275,7 @@ class Engine:
         return delivery
 
     async def _prove(self, lock: DirectoryLock) -> None:
-        """What is in the own share lets this process live."""
+        """Record that the content of a share does not kill this process."""
         await trio.sleep(STEADY_SECONDS)
         try:
             lock.prove()
@@ -284,7 +283,7 @@ class Engine:
             stray_close("the lock of a queue directory")
 
     async def _adopt(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
-        """Deliver what is in another share of the queue directory as well, `until` then."""
+        """Deliver from another share of the queue directory too, until `until` is set."""
         async with open_queues(self.config, share, lock) as queues:
             if self._stopping:
                 return
@@ -300,7 +299,7 @@ class Engine:
                 del self._deliveries[share]
 
     async def _stop(self) -> None:
-        """End what is under way: in its own time, or at once after an error."""
+        """End work under way: in its own time, or at once after an error."""
         self._stopping = True
         timeout = 0.0 if self._failed else self.config.shutdown_timeout
         if timeout < self.plugins.timeout or not self.plugins.timeout:
@@ -311,14 +310,14 @@ class Engine:
                 nursery.start_soon(self._listener.stop, timeout)
                 for delivery in self._deliveries.values():
                     nursery.start_soon(delivery.dispatcher.stop, timeout)
-        # What is left of it is for mq_context_cleanup.
+        # mq_context_cleanup gets the rest of the time.
         left = max(end - trio.current_time(), MIN_PLUGIN_SECONDS)
         self.plugins.timeout = min(self.plugins.timeout, left)
         self._nursery.cancel_scope.cancel()
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """The addresses and ports that SMTP clients can connect to; none but while it runs."""
+        """The addresses and ports for SMTP clients; empty unless the engine runs."""
         running = self._started is not None and self._ended is None
         return self._listener.addresses if running else []
 
@@ -329,22 +328,22 @@ class Engine:
         queue: str | None = None,
         due: float | None = None,
     ) -> None:
-        """Put a message into a queue, by default the outbox; it is safe when this returns.
+        """Put a message into a queue, by default the outbox; the message is safe when this returns.
 
         A message is a `Message`, the JSON document, or that document as a dict, in which "mime" may
         also be bytes. `due` is seconds since 1970. The engine owns a `Message` from here on.
 
-        Raises `QueueError` when it cannot be kept now, and `MessageError`, which names the
-        property, for a document that cannot be read or kept. A document for the outbox must be fit
-        to be sent, too: known properties have the right types and forms, recipient and envelope are
-        addresses, smarthost and ips can be read, there is a body (or a plugin or handler listens to
-        "out_data" and may supply one), its time has not passed, no result goes back to the outbox,
-        the mail does not run in circles, and asks for nothing that deliveries cannot do.
+        Raises `QueueError` when the message cannot be kept now, and `MessageError`, which names the
+        property, for a document that cannot be read or kept. A document for the outbox must also be
+        fit to send: known properties have the right types and forms, recipient and envelope are
+        addresses, smarthost and ips are readable, there is a body (or a plugin or handler listens
+        to "out_data" and may supply one), its time has not passed, no result goes back to the
+        outbox, the mail does not loop, and it asks for nothing that deliveries cannot do.
 
-        What depends on others is found when it is delivered, and stands in its result: whether
-        the domain exists and takes mail, whether `smtp-out-forbidden` allows the smarthost, whether
-        this host has the address in ips, and what a plugin or handler makes of it. A property for
-        the outbox that may be misspelt is a warning in the log, see ``docs/messages.md``.
+        Other mistakes are found at delivery, and are in the result: whether the domain exists and
+        takes mail, whether `smtp-out-forbidden` allows the smarthost, whether this host has the
+        address in ips, and what a plugin or handler makes of the message. A property for the outbox
+        that may be misspelt is a warning in the log, see ``docs/messages.md``.
         """
         self._check_open()
         if isinstance(message, dict):
@@ -374,28 +373,28 @@ class Engine:
     ) -> AbstractAsyncContextManager[Consumer]:
         """Consume a queue: ``async for lease in leases`` within the context.
 
-        What is not given to `ack` by the end of the context goes back into the queue. What several
-        processes have left in other shares of the queue directory does not come this way: the
-        outbox there is delivered, other queues are for ``mailerq queue``.
+        Messages not given to `ack` by the end of the context go back into the queue. Messages that
+        other processes left in other shares of the queue directory do not arrive here: the engine
+        delivers the outbox there; for other queues use ``mailerq queue``.
         """
         self._check_open()
         return self.queues.consume(queue, prefetch=prefetch)
 
     async def ack(self, lease: Lease) -> None:
-        """Take a consumed message away for good. Raises `QueueError`."""
+        """Remove a consumed message for good. Raises `QueueError`."""
         self._check_open()
         await self.queues.ack([Settlement(lease)])
 
     def reload(self, config: Config | None = None, *, number: int | None = None) -> Reload:
-        """Put other settings in force, or read again what the same ones name: a new snapshot.
+        """Put settings in force, or read again what the current ones name: a new snapshot.
 
-        A transaction and an attempt that are under way end by the settings that they began with;
-        what is counted over many of them (connections, memory, limits of clients) follows at once.
-        No session ends. What is fixed until a restart keeps its value, and `Reload.pending` has it.
-        `number` is that of the snapshot where several engines are one server.
+        Transactions and attempts under way end with their old settings; totals across them
+        (connections, memory, client limits) follow at once. No session ends. Settings that are
+        fixed until a restart keep their values, and are in `Reload.pending`. `number` is the
+        snapshot's number where several engines are one server.
 
-        Raises `ConfigError` for all that is wrong, and everything stays as it was. Files of logins
-        and of local addresses need no such call: they are looked at when they are used.
+        Raises `ConfigError` with all mistakes, and then nothing changes. Files of logins and of
+        local addresses need no reload: they are checked when used.
         """
         self._check_open()
         if self._stopping:
@@ -403,7 +402,7 @@ class Engine:
         notes: list[str] = []
         plan = self._live.plan(self.config if config is None else config, number)
         terms, logs = self._prepare(plan, notes)
-        # From here on nothing can go wrong.
+        # From here on nothing can fail.
         before, config = self.config, plan.snapshot.config
         self._live.exchange(plan.snapshot)
         for name, file in logs.items():
@@ -440,7 +439,7 @@ class Engine:
         return self._live.plan(config)
 
     def check(self, config: Config) -> list[str]:
-        """Whether `reload` could use all that these settings name: the `notes` that it would have.
+        """Whether `reload` could use all that these settings name; returns its `notes`.
 
         Raises `ConfigError`.
         """
@@ -451,7 +450,9 @@ class Engine:
         return notes
 
     def _prepare(self, plan: Reload, notes: list[str]) -> tuple[Terms, dict[str, int]]:
-        """All of a reload that can go wrong: what sessions go by, and logs that move, opened."""
+        """Every step of a reload that can fail: the terms of sessions, and the opening of moved
+        logs.
+        """
         config = plan.snapshot.config
         terms: Terms | None = None
         logs: dict[str, int] = {}
@@ -477,10 +478,10 @@ class Engine:
         return self._logs[name] if getattr(self.config, name) else None
 
     def statistics(self) -> dict[str, Any]:
-        """What has happened since the start, as a tree of numbers that can become JSON.
+        """Counters since the start, as a tree of numbers that can become JSON.
 
-        Before the start, and after one that failed, nothing has: "started" is None, counters are 0,
-        and what has no parts yet is empty. After the end the figures are the last ones.
+        Before the start, and after a failed one, "started" is None, counters are 0, and parts that
+        do not exist are empty. After the end the figures are the last ones.
         """
         if self._started is None:
             return self._nothing_yet()
@@ -566,8 +567,8 @@ class Engine:
     def on(self, event: str, handler: Handler) -> None:
         """Call `handler` for an event, after the C plugins; see `Plugins.on`.
 
-        Given before the context is entered it misses none. Logins are offered to the connections
-        that come when somebody listens to "authenticate".
+        A handler added before the context is entered misses no event. New connections offer logins
+        while somebody listens to "authenticate".
         """
         check_handler(event, handler)
         self._handlers.append((event, handler))
@@ -578,7 +579,7 @@ class Engine:
             self._server.terms = self._server.terms.asking_plugins(True)
 
     def commands(self) -> control.Commands:
-        """What other programs of this host may ask for, see `mailerq.net.control`."""
+        """The requests of other programs on this host, see `mailerq.net.control`."""
         return {
             "status": lambda request: self.statistics(),
             "wake": self._wake,
@@ -593,7 +594,7 @@ class Engine:
         return {"ok": True}
 
     def _message_ids(self, request: control.Request) -> dict[str, list[str]]:
-        """Ids for what a program without plugins is about to publish."""
+        """Ids for messages that a program without plugins is about to publish."""
         count = request.get("count", 1)
         if not isinstance(count, int) or not 0 < count <= MAX_IDS:
             raise MailerqError(f"count: expected a number from 1 to {MAX_IDS}")
@@ -602,14 +603,14 @@ class Engine:
 
 @dataclass(slots=True, eq=False)
 class _Delivery:
-    """A share of the queue directory that is open, and what empties its outbox."""
+    """An open share of the queue directory, and the dispatcher that empties its outbox."""
 
     queues: Queues
     dispatcher: Dispatcher
 
 
 def _plain(group: ExceptionGroup[Exception]) -> MailerqError:
-    """One error to catch for all that ended the tasks of an engine."""
+    """One error to catch for all errors that ended the tasks of an engine."""
     error: Exception = group
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
@@ -619,7 +620,7 @@ def _plain(group: ExceptionGroup[Exception]) -> MailerqError:
 
 
 def _connections(config: Config) -> int:
-    """The connections that there may be, as far as this process has descriptors for them."""
+    """The number of connections, limited by the descriptors of this process."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         return config.smtp_connections
@@ -635,7 +636,7 @@ def _connections(config: Config) -> int:
 
 
 def _outgoing(config: Config, connections: Slots) -> float:
-    """Connections of the way out: half of all unless the settings say otherwise."""
+    """Outgoing connections: half of all unless the settings say otherwise."""
     return config.smtp_connections_out or max(connections.limit // 2, 1)
 
 
@@ -644,7 +645,7 @@ def _limit(value: int | None) -> float:
 
 
 def _log_file(config: Config, name: str, stack: AsyncExitStack) -> LogFile:
-    """A log, which goes nowhere while its setting is empty."""
+    """A log; it writes nothing while its setting is empty."""
     with _writable(config, name):
         log_file = LogFile(config.text(name) or os.devnull)
     stack.callback(log_file.close)
@@ -662,7 +663,7 @@ def _writable(config: Config, name: str) -> Iterator[None]:
 
 
 def _become(config: Config) -> None:
-    """Change to the account that `user` names, for good."""
+    """Change to the account in `user`, for good."""
     try:
         account = pwd.getpwnam(config.user)
         os.initgroups(config.user, account.pw_gid)

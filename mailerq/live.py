@@ -1,7 +1,7 @@
-"""The settings in force: one immutable, numbered snapshot, which a reload exchanges as a whole.
+"""The settings in force: one immutable, numbered snapshot, which a reload replaces as a whole.
 
-Whoever needs a setting reads it from `Live.current` when it is needed, once for a transaction or an
-attempt, and keeps no copy for longer. Settings that are `fixed` have one value until a restart.
+Code reads a setting from `Live.current` when needed, once for a transaction or an attempt, and
+keeps no copy for longer. `fixed` settings keep their value until a restart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Change", "Live", "Reload", "Snapshot", "alike"]
 
 
 class Change(NamedTuple):
-    """A setting whose value is another now, in words; `where` is the place of the new one."""
+    """A changed setting, in words; `where` is the place of the new value."""
 
     key: str
     old: str
@@ -31,7 +31,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All settings, the number of this version of them, and when it came (seconds since 1970)."""
+    """All settings, their version number, and when they took effect (seconds since 1970)."""
 
     config: Config
     number: int = 1
@@ -40,10 +40,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """What new settings come to: the snapshot, what it changes, and what it cannot change.
+    """The outcome of a reload: the snapshot, its changes, and what it cannot change.
 
-    `pending` are changes that need a restart; the snapshot has the old values. `notes` is what
-    could not be read again and stays as it was.
+    `pending` are changes that need a restart; the snapshot has the old values. `notes` lists what
+    could not be read again and stays as before.
     """
 
     snapshot: Snapshot
@@ -53,12 +53,12 @@ class Reload:
 
     @property
     def warnings(self) -> list[str]:
-        """What did not come to pass."""
+        """Changes that did not take effect."""
         return [*(f"needs a restart: {change}" for change in self.pending), *self.notes]
 
 
 class Live:
-    """Where the current snapshot is. Any thread may read it; one exchanges it."""
+    """Holds the current snapshot. Any thread may read it; one thread replaces it."""
 
     __slots__ = ("current",)
 
@@ -66,9 +66,9 @@ class Live:
         self.current = Snapshot(config, number)
 
     def plan(self, config: Config, number: int | None = None) -> Reload:
-        """What an exchange for `config` would come to. Raises `ConfigError`.
+        """What an exchange for `config` would change.
 
-        That is when `config` contradicts what cannot be changed.
+        Raises `ConfigError` if `config` contradicts a fixed setting.
         """
         before = self.current.config
         pending = tuple(_changes(config, before, fixed=True))
@@ -82,7 +82,7 @@ class Live:
 
 
 def alike(one: Config, other: Config, *names: str) -> bool:
-    """Whether all of these settings (attributes) are the same in both."""
+    """Whether all of these settings (attributes) are equal in both."""
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
@@ -98,7 +98,7 @@ def _shown(setting: Setting, config: Config) -> str:
 
 
 def _with_fixed(config: Config, before: Config) -> Config:
-    """The new settings with the old values, and their places, of those that are fixed."""
+    """The new settings, with old values and places for the fixed ones."""
     fixed = {setting.attribute for setting in SETTINGS if setting.fixed}
     kept: dict[str, Any] = {name: getattr(before, name) for name in fixed}
     origins = {name: where for name, where in config.origins.items() if name not in fixed}

@@ -150,7 +150,7 @@ def _mail(data: bytes, config: Config, rights: Rights, now: float) -> Iterator[F
         del properties[field.removeprefix("x-mq-")]
         text = f"{field}: is not known and changes nothing; is {meant} meant?"
         yield Finding("warning", text)
-    # The recipient comes with the envelope, not with a field.
+    # The recipient comes from the envelope, not from a field.
     properties["recipient"] = f"recipient@{config.hostname}"
     yield from examine(Message(properties, extraction.mime), config, now=now)
     if extraction.mime is mime:

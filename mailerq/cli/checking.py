@@ -1,8 +1,8 @@
 """``mailerq check-config``: whether a daemon would start with these settings.
 
-It looks at all that a start opens, as the account that would open it, and says everything that
-is wrong, not the first thing. Nothing is made, changed or left open, and a daemon that runs with
-these settings goes on: what that one has in use is no mistake.
+It checks everything that a start opens, as the account that opens it, and reports all mistakes, not
+only the first. It makes, changes and keeps open nothing. A daemon that runs with these settings
+goes on, and what it has in use is no mistake.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def main(settings: list[str], rest: list[str]) -> int:
 
 
 def unset(config: Config, problems: list[Problem]) -> set[str]:
-    """The settings that are wrong everywhere, so what they name is not known."""
+    """The settings that are wrong in every layer, so their targets are unknown."""
     keys = {problem.key for problem in problems if problem.key}
     return {key for key in keys if config.origin(key) == "default"}
 
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What a start would warn of in its log."""
+    """The log warnings of a start."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
@@ -101,7 +101,7 @@ def _warnings() -> Iterator[list[str]]:
 
 
 def _examine(config: Config, wrong: set[str]) -> Iterator[Problem]:
-    """Make every check whose settings can be used."""
+    """Run every check whose settings can be used."""
     running = _running(config)
     for keys, check in AS_STARTED:
         if wrong.isdisjoint(keys):
@@ -117,7 +117,7 @@ def _examine(config: Config, wrong: set[str]) -> Iterator[Problem]:
 
 
 def examine_changes(config: Config, before: Config, wrong: set[str]) -> Iterator[Problem]:
-    """What a daemon that runs could not use of settings that are not as `before`."""
+    """Settings changed since `before` that a running daemon could not use."""
     for keys, check in (*AS_STARTED, *AS_USER):
         names = [key.replace("-", "_") for key in keys]
         if check in AS_RUNNING and wrong.isdisjoint(keys) and not alike(config, before, *names):
@@ -125,7 +125,7 @@ def examine_changes(config: Config, before: Config, wrong: set[str]) -> Iterator
 
 
 def _running(config: Config) -> dict[str, Any] | None:
-    """The status of the daemon that has this queue directory, None where none answers."""
+    """The status of the daemon on this queue directory; None if none answers."""
     try:
         reply = control.ask(config.queue_directory, "status")
     except OSError:
@@ -135,9 +135,9 @@ def _running(config: Config) -> dict[str, Any] | None:
 
 @contextmanager
 def _as_user(config: Config) -> Iterator[None]:
-    """Have the rights that the daemon has once it has changed to the account of `user`.
+    """Take the rights of the daemon after its change to the account of `user`.
 
-    Raises OSError where this process may not.
+    Raises OSError if this process may not.
     """
     account = account_of(config)
     with ExitStack() as stack:
@@ -159,7 +159,7 @@ def _problem(config: Config, key: str, text: str) -> Problem:
     return Problem(config.origin(key), f"{key}: {text}", key)
 
 
-# What a start does before it changes its account
+# Steps of a start before it changes its account
 
 
 def _check_user(config: Config, running: Running) -> Iterator[Problem]:
@@ -175,7 +175,7 @@ def _check_user(config: Config, running: Running) -> Iterator[Problem]:
 
 
 def _check_plugins(config: Config, running: Running) -> Iterator[Problem]:
-    """Examine each plugin in a process of its own: what it does there is its own."""
+    """Examine each plugin in a process of its own, which contains its side effects."""
     try:
         paths = inspection.plugins_in(config.plugin_directory)
     except FileNotFoundError:
@@ -240,7 +240,7 @@ def _check_lock(config: Config, running: Running) -> Iterator[Problem]:
     path, key, user = lock_place(config)
     directory = os.path.dirname(path) or "."
     if not config.lock and not os.path.isdir(directory):
-        return  # The start makes it, or `_check_queue` says why not.
+        return  # The start creates it, or `_check_queue` reports the reason.
     try:
         with as_owner(directory, user):
             lock = open_lock(path)
@@ -278,7 +278,7 @@ def _no_syslog() -> str | None:
     return None
 
 
-# What a start does after it has changed its account
+# Steps of a start after it has changed its account
 
 
 def _check_queue(config: Config, running: Running) -> Iterator[Problem]:
@@ -310,7 +310,7 @@ def _check_queue(config: Config, running: Running) -> Iterator[Problem]:
 
 
 def _holder(path: str) -> str | None:
-    """Who holds the lock of a queue directory."""
+    """The holder of a queue directory's lock."""
     try:
         with open(path, "rb") as file:
             pid = file.read(32).decode("ascii", "replace").strip()
@@ -337,7 +337,7 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("lock",), _check_lock),
     (("application-log", "user"), _check_application_log),
 )
-"""Each check with the settings that it looks at."""
+"""Each check with the settings it reads."""
 
 AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("queue-directory",), _check_queue),
@@ -347,7 +347,7 @@ AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
 AS_RUNNING: Final = frozenset({
     _check_tls, _check_auth, _check_addresses, _check_steering, _check_application_log, _check_logs,
 })  # fmt: skip
-"""The checks that make sense for a daemon that runs: it opens the rest at its start only."""
+"""The checks that apply to a running daemon: it opens the rest only at its start."""
 
 
 # Files
@@ -363,7 +363,7 @@ def _is_locked(file: int) -> bool:
 
 
 def _cannot_append(path: str, flags: int = 0) -> str | None:
-    """Why no line can be added to a file, or None. A new file is not made."""
+    """Why no line can be appended to a file, or None. A new file is not created."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | flags))
     except FileNotFoundError:
@@ -374,7 +374,7 @@ def _cannot_append(path: str, flags: int = 0) -> str | None:
 
 
 def _cannot_make(path: str, *, parents: bool = False) -> str | None:
-    """Why something new cannot be made there, or None; with `parents` these are made as well."""
+    """Why nothing new can be created there, or None; with `parents` those are created too."""
     above = os.path.dirname(os.path.abspath(path))
     while True:
         try:
@@ -400,11 +400,11 @@ def _who() -> str:
         return str(os.geteuid())
 
 
-# What is no mistake
+# Notes, which are no mistakes
 
 
 def _unreadable(config: Config) -> Iterator[str]:
-    """Files that root reads at the start, and the account of `user` cannot read again."""
+    """Files that root reads at the start, and that the account of `user` cannot read again."""
     for key in ("smtp-certificate", "smtp-key", "smtp-local-addresses"):
         path = config.text(key)
         if path and not os.access(path, os.R_OK, effective_ids=True):
@@ -412,14 +412,14 @@ def _unreadable(config: Config) -> Iterator[str]:
 
 
 def _notes(config: Config) -> Iterator[str]:
-    """What is no error and may still surprise."""
+    """No errors, but possible surprises."""
     directory = config.plugin_directory
     if not directory:
         yield "plugin-directory is empty: no plugins are loaded"
     elif not os.path.exists(directory):
         yield f"plugin-directory {directory} is missing: no plugins are loaded"
     else:
-        with suppress(OSError):  # that it cannot be read has been said
+        with suppress(OSError):  # reported before: it cannot be read
             names = map(os.path.basename, inspection.plugins_in(directory))
             found = ", ".join(names) or "no *.so in it: no plugins are loaded"
             yield f"plugin-directory {directory} has {found}"
@@ -427,7 +427,7 @@ def _notes(config: Config) -> Iterator[str]:
         yield f"queue-directory {config.queue_directory} is missing: the daemon will make it"
     if account_of(config) is not None:
         unreadable: list[str] = []
-        with suppress(OSError), _as_user(config):  # that it cannot be has been said
+        with suppress(OSError), _as_user(config):  # reported before: the account cannot be taken
             unreadable += _unreadable(config)
         yield from unreadable
     if config.smtp_sink_address:

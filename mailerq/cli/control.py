@@ -1,4 +1,4 @@
-"""Ask a running engine something, without an event loop (see `mailerq.net.control`)."""
+"""Send a request to a running engine, without an event loop (see `mailerq.net.control`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ASK_SECONDS: Final = 10.0
 def ask(
     directory: str, command: str, *, timeout: float = ASK_SECONDS, **arguments: object
 ) -> dict[str, Any]:
-    """Ask the engine on that queue directory. Raises OSError when none answers."""
-    # By a descriptor of the directory: its path may be longer than a socket's address can be.
+    """Ask the engine on that queue directory. Raises OSError if none answers."""
+    # Through a descriptor of the directory: its path may be too long for a socket address.
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:

@@ -68,7 +68,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
     parser.add_argument("--version", action="version", version=f"mailerq {__version__}")
     parser.add_argument("--include-dir", action="store_true", help="show where mailerq.h is")
-    # The switch of the reference that says what we are anyway.
+    # The reference's switch for what this program already is.
     parser.add_argument("--daemon", action="store_true", help="be the daemon, as without it")
     parser.add_argument("--config-file", metavar="FILE", help="more settings, over those in /etc")
     options, unknown = parser.parse_known_args(rest)
@@ -95,7 +95,7 @@ def main(settings: list[str], rest: list[str]) -> int:
 
 
 def _include_directory() -> str | None:
-    """Where ``mailerq.h`` is: beside this package in a source tree, or where pip put it."""
+    """The place of ``mailerq.h``: beside this package in a source tree, or where pip put it."""
     package = os.path.dirname(os.path.abspath(mailerq.__file__))
     directory = os.path.join(os.path.dirname(package), "include")
     if os.path.exists(os.path.join(directory, "mailerq.h")):
@@ -110,8 +110,8 @@ def _include_directory() -> str | None:
 
 
 def _meant(switch: str) -> str:
-    """A hint at what somebody may have meant."""
-    import difflib  # only for a text about an error
+    """A hint at the switch that may be meant."""
+    import difflib  # only for an error text
 
     name = switch.removeprefix("--").partition("=")[0]
     known = [setting.key for setting in SETTINGS]
@@ -120,7 +120,7 @@ def _meant(switch: str) -> str:
 
 
 def _print_help(parser: Parser) -> None:
-    """The settings come from their table, by groups."""
+    """Print the settings from their table, by groups."""
     groups = {setting.group: parser.add_argument_group(setting.group) for setting in SETTINGS}
     for setting in SETTINGS:
         unit = f" ({setting.unit})" if setting.unit else ""
@@ -134,14 +134,14 @@ def _print_help(parser: Parser) -> None:
 
 
 def lock_place(config: Config) -> tuple[str, str, str]:
-    """The pid file, the setting that says where it is, and the account that has it beside root."""
+    """The pid file, the setting that names it, and the account that owns it beside root."""
     if config.lock:
         return config.lock, "lock", ""
     return os.path.join(config.queue_directory, "mailerq.pid"), "queue-directory", config.user
 
 
 def open_lock(path: str, flags: int = 0) -> int:
-    """Open the pid file. Raises OSError, also for one that others may have planted."""
+    """Open the pid file. Raises OSError, also for a file that others may have planted."""
     flags |= os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     file = os.open(path, flags, 0o644)
     found = os.fstat(file)
@@ -157,10 +157,10 @@ def open_lock(path: str, flags: int = 0) -> int:
 
 @contextmanager
 def _lock(config: Config) -> Iterator[None]:
-    """Hold the pid file. Raises `ConfigError` when another process does.
+    """Hold the pid file. Raises `ConfigError` if another process holds it.
 
-    The queue has locks of its own, one for each share. This one stands for the whole daemon: it
-    is taken before anything else is opened, and says which process to ask or to stop.
+    The queue has a lock for each share. The pid file stands for the whole daemon: it is taken
+    before anything else is opened, and names the process to ask or to stop.
     """
     make_directory(config.queue_directory, config.user)
     path, key, user = lock_place(config)
@@ -178,19 +178,19 @@ def _lock(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        # A plugin may have closed it, and another file have its number by now.
+        # A plugin may have closed the file, and another file may have its number by now.
         with suppress(OSError):
             if os.path.samestat(os.fstat(file), ours):
                 _give_up(file, path, directory)
 
 
 def _give_up(file: int, path: str, directory: str) -> None:
-    """Release the lock and leave nobody's process id behind."""
+    """Release the lock and leave no stale process id behind."""
     try:
         with as_owner(directory):
             os.unlink(path)
     except OSError:
-        # No longer root, perhaps, or the disk is read-only.
+        # Perhaps no longer root, or the disk is read-only.
         with suppress(OSError):
             os.ftruncate(file, 0)
     os.close(file)
@@ -210,7 +210,7 @@ def _locked(path: str, where: str, key: str) -> int:
                 f"{key}: another mailerq is running (process {holder}), {path} is locked; "
                 f"stop it, or give this one a {key} of its own",
             ) from None
-        # The holder before us may have removed the file between our open and our lock.
+        # The previous holder may have removed the file between our open and our lock.
         try:
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
@@ -263,7 +263,7 @@ async def _serve(config: Config, source: Source) -> int:
                     await stop.wait()
                 log.info("stopped")
             except (ConfigError, PluginError, QueueError) as error:
-                failure = error  # Out of the nursery as it is, not as a group.
+                failure = error  # Leave the nursery as the error itself, not as a group.
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
@@ -279,7 +279,7 @@ async def _watch(
 ) -> None:
     """The first signal stops the engine in its time, the second one ends the process.
 
-    That is safe at any moment: what was accepted is on disk. SIGHUP reloads the settings.
+    The second is safe at any moment: accepted mail is on disk. SIGHUP reloads the settings.
     """
     async for number in signals:
         name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""The application log of the daemon: what the program has to say about itself."""
+"""The application log of the daemon: messages of the program about itself."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _LEVELS: Final = {
 class _Formatter(logging.Formatter):
     """``[Level] [YYYY-MM-DD HH:MM:SS] text``, the text escaped to one line.
 
-    The lines of a traceback follow it, indented, so that none of them looks like a record.
-    What plugins have to say starts with their name in brackets. Before the text stands who says it
-    where there are several.
+    Traceback lines follow indented, so that none of them looks like a record. Texts of plugins
+    start with the plugin's name in brackets. With several processes, the name of the process comes
+    before the text.
     """
 
     def __init__(self, who: str) -> None:
@@ -53,11 +53,11 @@ class _Formatter(logging.Formatter):
 
 
 class _File(logging.FileHandler):
-    """A file that lines are appended to; when logrotate has moved it, a new one is opened.
+    """A file for appended lines; when logrotate has moved it, a new one is opened.
 
-    With an `account`, root writes where that account may write, and processes with both write
-    into one file. So a new file belongs to the account, a symbolic link is not followed, a pipe
-    is not waited for, and the directory stays the one that it was at the start.
+    With an `account`, root writes where that account may write, and processes with both accounts
+    write into one file. So a new file belongs to the account, symbolic links are not followed,
+    pipes are not waited for, and the directory stays the one of the start.
     """
 
     def __init__(self, path: str, account: pwd.struct_passwd | None) -> None:
@@ -75,7 +75,7 @@ class _File(logging.FileHandler):
             raise
 
     def _open(self) -> TextIOWrapper:
-        # What was there before may be of somebody else: only a new file gets its owner from us.
+        # An old file may belong to another account: only a new file gets its owner from us.
         if self._account is None:
             return open(self._path, "a", encoding="utf-8")
         try:
@@ -86,7 +86,7 @@ class _File(logging.FileHandler):
         return open(file, "a", encoding="utf-8")
 
     def _open_new(self, account: pwd.struct_passwd) -> int:
-        """Open the file, and give it to the account where it is new."""
+        """Open the file, and give it to the account if it is new."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             new = flags | os.O_CREAT | os.O_EXCL
@@ -98,7 +98,7 @@ class _File(logging.FileHandler):
         return file
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line. Into the old file while the new one cannot be opened."""
+        """Write a line; into the old file while the new one cannot be opened."""
         with suppress(OSError):
             self._follow()
         with suppress(OSError):
@@ -116,7 +116,7 @@ class _File(logging.FileHandler):
         else:
             if os.path.samestat(there, os.fstat(self.stream.fileno())):
                 return
-        # The number stays: another thread may be about to write to it, and last lines go there.
+        # Keep the number: another thread may be about to write to it, and last lines go there.
         with self._open() as fresh:
             os.dup2(fresh.fileno(), self.stream.fileno(), inheritable=False)
 
@@ -131,7 +131,7 @@ class _File(logging.FileHandler):
 
 
 def configure(config: Config, who: str = "") -> None:
-    """Send what the program logs to where `application-log` says. Raises `ConfigError`.
+    """Send the program's log to the places in `application-log`. Raises `ConfigError`.
 
     `who` stands before each text.
     """
@@ -139,7 +139,7 @@ def configure(config: Config, who: str = "") -> None:
 
 
 def handlers(config: Config) -> list[logging.Handler]:
-    """Open the places that `application-log` names, for `install`. Raises `ConfigError`."""
+    """Open the places in `application-log`, for `install`. Raises `ConfigError`."""
     opened: list[logging.Handler] = [logging.NullHandler()]
     try:
         for name in names(config.application_log):
@@ -152,14 +152,14 @@ def handlers(config: Config) -> list[logging.Handler]:
 
 
 def install(opened: list[logging.Handler], who: str) -> None:
-    """Log to these places, and close the ones before."""
+    """Log to these places, and close the previous ones."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     before = root.handlers[:]
     for handler in opened:
         handler.setFormatter(_Formatter(who))
         root.addHandler(handler)
-    # A full disk or a reader that went away costs log lines; a traceback to nowhere helps nobody.
+    # A full disk or a lost reader costs log lines; a traceback to nowhere helps nobody.
     logging.raiseExceptions = False
     faults.report_to(_last_lines(opened), who)
     for handler in before:
@@ -168,7 +168,7 @@ def install(opened: list[logging.Handler], who: str) -> None:
 
 
 def _last_lines(handlers: list[logging.Handler]) -> Iterator[tuple[int, bytes]]:
-    """Where the core writes what this process can no longer log, with what syslog wants before."""
+    """Where the core writes last lines when this process can no longer log, and their prefixes."""
     stderr = -1 if sys.__stderr__ is None else sys.__stderr__.fileno()
     if stderr >= 0:
         yield stderr, b""
@@ -182,7 +182,7 @@ def _last_lines(handlers: list[logging.Handler]) -> Iterator[tuple[int, bytes]]:
 
 
 def names(text: str) -> list[str]:
-    """The places that `application-log` names."""
+    """The places named in `application-log`."""
     return [name for part in re.split("[;,]", text) if (name := part.strip())]
 
 
@@ -213,11 +213,11 @@ def _handler(name: str, config: Config) -> logging.Handler:
 
 
 def account_of(config: Config) -> pwd.struct_passwd | None:
-    """The account that a process of root is to have; None where it is another's, or root's."""
+    """The account that a root process changes to; None if not root, or if that account is root."""
     if not config.user or os.geteuid() != 0:
         return None
     try:
         account = pwd.getpwnam(config.user)
     except KeyError:
-        return None  # The engine says so.
+        return None  # The engine reports it.
     return account if account.pw_uid else None

@@ -30,13 +30,13 @@ from mailerq.queues.opening import QueueFile, compact_files, open_files
 __all__ = ["main"]
 
 Files = Sequence[QueueFile]
-"""The shares of the queue directory, in their order."""
+"""The shares of the queue directory, in order."""
 
 MAX_ID: Final = 2**63 - 1
 
 
 def main(settings: list[str], rest: list[str]) -> int:
-    """Run one of the commands on the queue directory of the configuration, all shares of it."""
+    """Run one of the commands on the configured queue directory, all shares of it."""
     options, parser = _parse(rest)
     config = Config.load(settings)
     try:
@@ -57,7 +57,7 @@ def main(settings: list[str], rest: list[str]) -> int:
     except QueueError as error:
         complain(str(error))
         return os.EX_TEMPFAIL
-    except OSError as error:  # a daemon that does not answer
+    except OSError as error:  # the daemon does not answer
         complain(f"{config.queue_directory}: {error.strerror or error}")
         return os.EX_UNAVAILABLE
 
@@ -115,7 +115,7 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
 
 
 def _id(text: str) -> int:
-    """The type of an argument that is the id of a message, as far as SQLite can have it."""
+    """The argument type for message ids, within SQLite's range."""
     try:
         number = int(text)
     except ValueError:
@@ -149,7 +149,7 @@ def _configured(config: Config) -> Iterator[str]:
 
 
 def _is_known(config: Config, queue: str) -> bool:
-    """Whether there is such a queue: the settings name it, or something is in it."""
+    """Whether the queue exists: a setting names it, or it holds something."""
     with open_files(config) as files:
         if any(file.numbers(queue, limit=1) for file in files):
             return True
@@ -181,7 +181,7 @@ def _show(files: Files, config: Config, options: Namespace, parser: Parser) -> i
 
     first = list(islice(counted(rows), 1))
     if options.mailq and not first:
-        sys.stdout.write("Mail queue is empty\n")  # the words that monitoring looks for
+        sys.stdout.write("Mail queue is empty\n")  # monitoring looks for these words
         return os.EX_OK
     headings = ("ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS", "REASON")
     print_table(headings, chain(first, counted(rows)))
@@ -194,7 +194,7 @@ Row = tuple[int, str, str | None, str | None, int | None, int, str | None]
 
 
 def _row(entry: Entry) -> Row:
-    """What a line says of a message."""
+    """The columns of a message."""
     message = entry.message
     results = message.properties.get("results")
     attempts = len(results) if isinstance(results, list) else 0
@@ -229,7 +229,7 @@ def _show_destinations(files: Files, options: Namespace) -> int:
 
 
 def _reason(results: object) -> str | None:
-    """Why the last attempt came to nothing: what the peer said, or what we say of it."""
+    """Why the last attempt failed: the peer's words, or ours."""
     match results:
         case [*_, {} as last]:
             said = [last.get(name) for name in ("code", "status", "description")]
@@ -258,7 +258,7 @@ def _flush(files: Files, config: Config, options: Namespace, parser: Parser) -> 
 
 
 def _listed(files: Files, options: Namespace) -> Iterator[Entry]:
-    """The messages that were asked for, in the order of their ids, without their bodies."""
+    """The requested messages in the order of their ids, without bodies."""
     listed = (
         file.listed(options.queue, limit=options.limit, after=options.after) for file in files
     )
@@ -266,7 +266,7 @@ def _listed(files: Files, options: Namespace) -> Iterator[Entry]:
 
 
 def _entries(files: Files, options: Namespace) -> Iterator[tuple[QueueFile, Entry]]:
-    """The messages that were asked for, in the order of their ids, and where each lies."""
+    """The requested messages in the order of their ids, with the file of each."""
     entries = (
         (file, entry)
         for file in files
@@ -276,7 +276,7 @@ def _entries(files: Files, options: Namespace) -> Iterator[tuple[QueueFile, Entr
 
 
 def _named(files: Files, options: Namespace) -> Iterator[tuple[QueueFile, Entry]]:
-    """The messages whose ids were given."""
+    """The messages with the given ids."""
     for number in sorted(set(options.id)):
         for file in files:
             found = file.browse(options.queue, limit=1, after=number - 1)
@@ -293,7 +293,7 @@ def _read(files: Files, config: Config, options: Namespace, parser: Parser) -> i
         else:
             sys.stdout.write(dump_json(document, indent=2) + "\n")
         if options.remove:
-            # Who reads has it, as far as we can know, before it is gone here.
+            # As far as we can know, the reader has it before it is removed here.
             sys.stdout.flush()
             file.remove([entry.id])
     for number in sorted(missing):
@@ -302,7 +302,7 @@ def _read(files: Files, config: Config, options: Namespace, parser: Parser) -> i
 
 
 def _confirm(config: Config, options: Namespace, parser: Parser) -> bool:
-    """Whether to purge. Nothing is open while somebody thinks about it."""
+    """Whether to purge. No file is open while the user decides."""
     if options.yes:
         return True
     with open_files(config) as files:

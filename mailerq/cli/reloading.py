@@ -1,8 +1,8 @@
-"""Settings that change while a daemon runs: what SIGHUP and ``mailerq reload`` do in it.
+"""Settings that change while a daemon runs: SIGHUP and ``mailerq reload`` inside the daemon.
 
-The daemon alone and the parent of several processes read the layers anew (`Source`), and say what
-came of that (`tell`, `reply`). A process with an engine takes the settings, with the rights
-that it has (`take`). One of several is asked before whether it could (`attempt`).
+A single daemon and the parent of several processes read the layers again (`Source`), and report the
+outcome (`tell`, `reply`). A process with an engine takes the settings with its own rights (`take`).
+One of several processes is first asked whether it could (`attempt`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class Source:
         self._environ = dict(os.environ)
 
     def load(self, problems: list[Problem]) -> tuple[Config, set[str]]:
-        """The settings as they are now; what is wrong goes to `problems`, and has its default.
+        """The current settings; mistakes go to `problems`, and wrong settings have their defaults.
 
-        The second part is the settings that are wrong everywhere, so nothing is known of them.
+        The second part lists the settings that are wrong in every layer, so nothing is known of
+        them.
         """
         from mailerq.cli.checking import unset
 
@@ -46,7 +47,7 @@ class Source:
 
 
 class Reloader:
-    """Reloads a daemon that has its engine in this process."""
+    """Reloads a daemon whose engine is in this process."""
 
     def __init__(self, source: Source, engine: Engine) -> None:
         self._source = source
@@ -54,7 +55,7 @@ class Reloader:
         self._late = False
 
     def hang_up(self, *, now: bool) -> None:
-        """SIGHUP came: reload, or while it is too early for that once the engine has `started`."""
+        """Reload on SIGHUP; if it is too early, reload once the engine has `started`."""
         self._late = not now
         if now:
             try:
@@ -63,7 +64,7 @@ class Reloader:
                 log.error("SIGHUP: the settings stay as they were: %s", error)
 
     def started(self) -> None:
-        """Make up for a SIGHUP that came too early."""
+        """Reload if a SIGHUP came too early."""
         if self._late:
             self.hang_up(now=True)
 
@@ -87,7 +88,7 @@ class Reloader:
 
 
 def attempt(engine: Engine, config: Config, wrong: set[str]) -> dict[str, Any]:
-    """What a reload by these settings would come to; nothing is known of those in `wrong`."""
+    """The outcome of a reload with these settings; nothing is known of those in `wrong`."""
     from mailerq.cli.checking import examine_changes
 
     notes: list[str] = []
@@ -101,9 +102,9 @@ def attempt(engine: Engine, config: Config, wrong: set[str]) -> dict[str, Any]:
 
 
 def take(engine: Engine, config: Config, number: int | None = None, who: str = "") -> Reload:
-    """Put settings in force in this process. Raises `ConfigError`, and all stays as it was."""
+    """Put settings in force in this process. Raises `ConfigError`, and then nothing changes."""
     before = engine.config
-    new = engine.plan(config).snapshot.config  # which has the account that this process has
+    new = engine.plan(config).snapshot.config  # with the account of this process
     handlers = follow(new, before)
     make_room(new)
     try:
@@ -119,12 +120,12 @@ def take(engine: Engine, config: Config, number: int | None = None, who: str = "
 
 
 def follow(config: Config, before: Config) -> list[logging.Handler] | None:
-    """The handlers of another `application-log`, for `logs.install`. Raises `ConfigError`."""
+    """The handlers of a changed `application-log`, for `logs.install`. Raises `ConfigError`."""
     return None if alike(config, before, "application_log") else logs.handlers(config)
 
 
 def tell(cause: str, done: Reload | Iterable[Problem]) -> None:
-    """Say in the log what came of a reload."""
+    """Log the outcome of a reload."""
     if isinstance(done, Reload):
         log.info("%s: settings %d are in force", cause, done.snapshot.number)
         for change in done.changed:
@@ -137,7 +138,7 @@ def tell(cause: str, done: Reload | Iterable[Problem]) -> None:
 
 
 def reply(done: Reload | Iterable[Problem]) -> dict[str, Any]:
-    """What ``mailerq reload`` is told."""
+    """The reply to ``mailerq reload``."""
     if not isinstance(done, Reload):
         return {"problems": [problem._asdict() for problem in done]}
     return {

@@ -1,4 +1,4 @@
-"""What every process that serves does alike: the daemon alone, a parent, its processes."""
+"""Shared by every serving process: a single daemon, a parent, its processes."""
 
 from __future__ import annotations
 
@@ -30,22 +30,24 @@ __all__ = [
 log = logging.getLogger("mailerq")
 
 OTHER_DESCRIPTORS: Final = 256
-"""What the process may have open beside connections: queue, logs, plugins, mail in files."""
+"""Descriptors beside connections: queue, logs, plugins, mail in files."""
 
 HURRY_SECONDS: Final = 1.0
-"""How long plugins may hold up a start that is to end."""
+"""How long plugins may delay a start that is to end."""
 
 OVERDUE_SECONDS: Final = 5.0
-"""How long after `shutdown-timeout` a process ends that cannot end by itself: a plugin is in a
-deadlock, say. Its exit status is then EX_SOFTWARE."""
+"""Time after `shutdown-timeout` before a process ends that cannot end by itself, for example
+because a plugin is in a deadlock. The exit status is then EX_SOFTWARE.
+"""
 
 COLLECT_AFTER: Final = (10_000, 20, 50)
-"""When Python looks for cycles. There are next to none, and at its own thresholds the search took
-a twentieth of the processor time of a message."""
+"""Thresholds of Python's search for cycles. There are almost none, and at the default thresholds
+the search took a twentieth of the processor time of a message.
+"""
 
 
 def prepare(config: Config) -> None:
-    """Make the process fit to serve as many connections as it is to have, and no more than that.
+    """Prepare the process for its number of connections, and no more.
 
     The memory of a large mail returns to the system when the mail is gone.
     """
@@ -56,7 +58,7 @@ def prepare(config: Config) -> None:
 
 
 def make_room(config: Config) -> None:
-    """Let the process have as many descriptors as the connections need, as far as it may."""
+    """Raise the descriptor limit to what the connections need, as far as allowed."""
     wanted = config.smtp_connections + OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY not in (soft, hard):
@@ -75,9 +77,9 @@ def end_at_once(number: int) -> None:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Log what has ended the engine, and end the process: threads of it may wait for ever.
+    """Log the error that ended the engine, and end the process: its threads may wait for ever.
 
-    That is safe: what was accepted is on disk. A descriptor that is closed is a plugin's doing.
+    That is safe: accepted mail is on disk. If a descriptor is closed, a plugin did it.
     """
     from mailerq.plugins import stray_close
 
@@ -90,7 +92,7 @@ def fail(error: BaseException) -> NoReturn:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and all that led to it."""
+    """An exception and all its causes."""
     if error is None:
         return
     yield error

@@ -1,4 +1,4 @@
-"""``mailerq config``: every setting, its value, and where that came from."""
+"""``mailerq config``: every setting, its value, and its origin."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main(settings: list[str], rest: list[str]) -> int:
 
 
 def _value(config: Config, setting: Setting) -> Any:
-    """The value as JSON has it: numbers as numbers, lists as arrays."""
+    """The value in JSON: numbers as numbers, lists as arrays."""
     value = getattr(config, setting.attribute)
     if setting.secret and value:
         return HIDDEN

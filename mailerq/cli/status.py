@@ -1,4 +1,4 @@
-"""``mailerq status``: how a running daemon is."""
+"""``mailerq status``: the state of a running daemon."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["main"]
 FIGURES: Final = (
     "calls", "suspensions", "rejects", "timeouts", "kept", "kept_bytes", "seconds",
 )  # fmt: skip
-"""What is counted for each event of a plugin, see `mailerq.plugins.Plugins.statistics`."""
+"""Counters for each event of a plugin, see `mailerq.plugins.Plugins.statistics`."""
 
 PROCESS: Final = (
     "process", "pid", "state", "starts", "uptime", "connections", "settings", "shares",
 )  # fmt: skip
-"""What is said of each process where there are several, see `mailerq.cli.supervisor.parent`."""
+"""Fields for each of several processes, see `mailerq.cli.supervisor.parent`."""
 
 WORDS: Final = {
     "started": "when the daemon started (UTC)",
@@ -89,7 +89,7 @@ WORDS: Final = {
     "kept_bytes": "bytes of mail that these keep in memory or on disk",
     "seconds": "seconds that the calls took",
 }
-"""What each figure is; those of a domain, a queue or a place have its name behind."""
+"""The meaning of each figure; names of domains, queues or places come behind."""
 
 
 def _legend() -> str:
@@ -98,7 +98,7 @@ def _legend() -> str:
 
 
 def main(settings: list[str], rest: list[str]) -> int:
-    """Ask the daemon on this queue directory and show what it says."""
+    """Ask the daemon on this queue directory and show its answer."""
     parser = command_parser(
         "status", f"Show how the daemon that runs on this host is.\n\n{_legend()}"
     )
@@ -140,7 +140,7 @@ def _process(row: dict[str, Any]) -> list[Any]:
 
 
 def _rows(plugins: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-    """What each plugin did in each event."""
+    """The counters of each plugin in each event."""
     for plugin, events in plugins.items():
         for event, row in events.items():
             figures = [row.get(name, 0) for name in FIGURES]
@@ -148,7 +148,7 @@ def _rows(plugins: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
 
 
 def _flatten(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a tree of numbers, each with its way from the root."""
+    """The leaves of a tree of numbers, each with its path from the root."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{path}{name}.")

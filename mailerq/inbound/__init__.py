@@ -1,1 +1,1 @@
-"""Mail that comes in: listeners, sessions, and the reception of each mail."""
+"""Incoming mail: listeners, sessions, and the reception of each mail."""

@@ -1,4 +1,4 @@
-"""The file of `smtp-local-addresses`."""
+"""The address list in the file of `smtp-local-addresses`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = logging.getLogger("mailerq.server")
 
 
 class LocalAddresses:
-    """An `AddressList` in a file, read again when it changes; without a path it is empty.
+    """An `AddressList` in a file, read again when the file changes; empty without a path.
 
-    A file that cannot be read counts as it was before. Raises ValueError when it cannot be read
-    at first.
+    If the file can no longer be read, the last list stays in force. Raises ValueError if the first
+    read fails.
     """
 
     def __init__(self, path: str = "") -> None:
@@ -42,7 +42,7 @@ class LocalAddresses:
             raise ConfigError(where, f"smtp-local-addresses: {error}") from None
 
     def has(self, address: str) -> bool:
-        """Whether an address is in the list as it stands now."""
+        """Whether the list has an address now."""
         if self._file is None:
             return False
         try:

@@ -1,28 +1,27 @@
-"""The back ends of ``smtp-auth``: whether a login and its password belong together.
+"""The back ends of ``smtp-auth``: they check logins and passwords.
 
-Each URI of the setting is a back end; they are asked in order, and the first one that knows
-the login decides. Plugins are asked before all of them.
+Each URI of the setting is a back end. They are asked in order, and the first one that knows the
+login decides. Plugins are asked before all of them.
 
 ``hardcoded://ann:secret,bob:other``
     Logins in the configuration itself.
 ``file:///path``
-    Lines ``login:hash``, read again when the file changes. A hash is one of crypt(3), in any
-    form that the system's library knows, or of argon2.
+    Lines ``login:hash``, read again when the file changes. A hash is an argon2 hash, or one of
+    crypt(3) in any form that the system's library knows.
 ``exec:///path``
-    A program that gets login and password on two lines of its standard input, never as
-    arguments, which other users could see. Exit status 0 admits, 1 refuses, anything else
-    is a fault.
+    A program that reads login and password from two lines of standard input. Other users could
+    see arguments. Exit status 0 admits, 1 refuses, anything else is a fault.
 ``http://host/path`` and ``https://…``
     Login and password as Basic authentication (RFC 7617); 2xx admits, 401, 403 and 404
     refuse, anything else is a fault.
 
-A back end that cannot tell raises `AuthUnavailable`, and the client is told to come again. No
-text of an error or of a log line holds a password or a URI, which may hold one.
+A back end that cannot decide raises `AuthUnavailable`, and the client is told to try again. Errors
+and log lines hold no password, and no URI, since a URI may hold a password.
 
-Nobody learns from the time of an answer, or from its kind, which logins exist. A wrong password is
-checked by the back ends behind the one that knows the login too, as that of an unknown login is,
-and a file hashes for each login that it is asked about. The session gives a failed login a fixed
-time (`LOGIN_DELAY_SECONDS`), which covers what a program or a web server takes, within reason.
+Neither the time nor the kind of an answer reveals which logins exist. The back ends behind the one
+that knows the login check a wrong password too, as they do for an unknown login. A file computes a
+hash for every login. The session answers a failed login after a fixed time
+(`LOGIN_DELAY_SECONDS`), which covers the usual time of a program or a web server.
 """
 
 from __future__ import annotations
@@ -52,32 +51,32 @@ __all__ = ["AuthUnavailable", "Authenticator", "parse_backend", "verify_hash"]
 log = logging.getLogger("mailerq.auth")
 
 HASHERS: Final = 4
-"""Hashes and foreign services that are asked at a time; hashing is meant to be slow."""
+"""Hashes or external services at a time; hashing is slow by design."""
 
 ASK_SECONDS: Final = 10.0
-"""How long a program or a server may take."""
+"""Timeout for a program or a server."""
 
 
 class AuthUnavailable(Exception):
-    """A back end cannot tell now; its text is for the log."""
+    """A back end cannot decide now; the text is for the log."""
 
 
 class Backend(Protocol):
-    """One source of logins. `reveals` says that it has passwords in clear, for CRAM-MD5."""
+    """One source of logins. `reveals`: it has passwords in clear, as CRAM-MD5 needs."""
 
     reveals: bool
 
     async def check(self, credentials: Credentials) -> bool | None:
-        """Whether they are right; None for a login that it does not know.
+        """Whether the credentials are right; None for an unknown login.
 
         Raises `AuthUnavailable`.
         """
 
 
 class Authenticator:
-    """All back ends of a server: `logins`, which are those of the settings, and then `uris`.
+    """All back ends of a server: `logins` from the settings first, then `uris`.
 
-    Raises ValueError with what is wrong.
+    Raises ValueError with the mistake.
     """
 
     def __init__(self, uris: Sequence[str] = (), logins: Mapping[str, str] | None = None) -> None:
@@ -98,7 +97,7 @@ class Authenticator:
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
-        """What AUTH may offer. CRAM-MD5 needs the password in clear here."""
+        """The mechanisms that AUTH may offer. CRAM-MD5 needs passwords in clear."""
         if not self._backends:
             return ()
         all_reveal = all(backend.reveals for backend in self._backends)
@@ -117,7 +116,7 @@ class Authenticator:
 
 
 def parse_backend(uri: str) -> Backend:
-    """Make the back end of a URI. Raises ValueError with what is wrong."""
+    """Make the back end of a URI. Raises ValueError with the mistake."""
     scheme, separator, rest = uri.partition("://")
     if not separator:
         raise ValueError("a back end is a URI such as file:///etc/mailerq/logins")
@@ -162,20 +161,20 @@ class Hardcoded:
 
     async def check(self, credentials: Credentials) -> bool | None:
         password = self._passwords.get(credentials.login)
-        # A login that is unknown takes as long as one that is known.
+        # An unknown login takes as long as a known one.
         proven = credentials.proves(password if password is not None else "")
         return None if password is None else proven
 
 
 class _Logins(NamedTuple):
-    """What a file says: the hash of each login, and those that a password can have."""
+    """The content of a file: the hash of each login, and the hashes that a password can have."""
 
     hashes: dict[str, str]
     usable: list[str]
 
 
 class PasswordFile:
-    """Lines ``login:hash``; empty lines and such that start with ``#`` are skipped."""
+    """Lines ``login:hash``; empty lines and lines that start with ``#`` are skipped."""
 
     reveals = False
 
@@ -207,10 +206,10 @@ class PasswordFile:
         return None if stored is None else proven and model == stored
 
     def _dummy(self, login: str, usable: Sequence[str]) -> str:
-        """The hash to try in place of one that is not there, always the same for a login.
+        """The hash to try for an unknown login, always the same one for a login.
 
-        It is one of the file's, which may hold several kinds: an unknown login takes as long as
-        some that is known.
+        The hash comes from the file, which may hold several kinds: an unknown login takes as long
+        as some known login.
         """
         if not usable:
             return ""
@@ -230,20 +229,20 @@ class PasswordFile:
         return _Logins(hashes, [stored for stored in hashes.values() if _is_hash(stored)])
 
 
-# What begins otherwise locks its login, as in /etc/shadow: crypt(3) gives up on it at once.
+# Any other start locks the login, as in /etc/shadow: crypt(3) gives up at once.
 _is_hash: Final = re.compile(r"[$_./0-9A-Za-z].{10,}", re.DOTALL).fullmatch
 
 
 def verify_hash(password: str, stored: str) -> bool:
-    """Whether a hash is that of a password. Slow, and meant to be."""
+    """Whether a hash is that of a password. Slow by design."""
     if stored.startswith("$argon2"):
-        import argon2  # late: few have such hashes
+        import argon2  # late: few hashes are argon2
 
         try:
             return argon2.PasswordHasher().verify(stored, password)
         except (argon2.exceptions.VerificationError, argon2.exceptions.InvalidHashError):
             return False
-    # An empty hash would ask for a way to hash, and be no hash of anything.
+    # crypt(3) would take an empty hash as a choice of method; no password has it.
     if not stored or "\0" in password or "\0" in stored:
         return False
     computed = crypt(password.encode(), stored.encode())
@@ -251,7 +250,7 @@ def verify_hash(password: str, stored: str) -> bool:
 
 
 class Program:
-    """A program that is run for each login."""
+    """A program, run for each login."""
 
     reveals = False
 
@@ -287,7 +286,7 @@ class Program:
 
 
 class WebServer:
-    """A server that is asked with Basic authentication."""
+    """A web server, asked with Basic authentication."""
 
     reveals = False
 

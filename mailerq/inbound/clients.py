@@ -1,4 +1,4 @@
-"""What each client does: its connections, and what it sent and got wrong in the last minute."""
+"""Counters per client: connections, and the mail and errors of the last minute."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Clients"]
 
 
 class Clients:
-    """The limits of clients by their address. Clients that may relay by it have none.
+    """Limits per client address. Clients that may relay by their address have none.
 
     May be used from any thread.
     """
@@ -31,7 +31,7 @@ class Clients:
         self.set_limits(config, access)
 
     def set_limits(self, config: Config, access: Access) -> None:
-        """Go by these settings from now on; what was counted stays counted."""
+        """Apply these settings from now on; counts are kept."""
         with self._lock:
             self._access = access
             self._most = config.smtp_client_maxconnections
@@ -47,9 +47,9 @@ class Clients:
             )
 
     def came(self, client: str) -> Reply | str:
-        """Count a connection, or say why there may not be another.
+        """Count a connection, or return the refusal.
 
-        Returns the network that it is counted for, which is empty where it is not.
+        Returns the network that the connection counts for, empty if it does not count.
         """
         if self._access.may_relay(client):
             return ""
@@ -64,7 +64,7 @@ class Clients:
         return network
 
     def left(self, network: str) -> None:
-        """A connection that `came` has counted for that network is over."""
+        """End a connection that `came` counted for this network."""
         if not network:
             return
         with self._lock:
@@ -74,7 +74,7 @@ class Clients:
                 del self._open[network]
 
     def may(self, client: str, what: str, count: int = 1) -> bool:
-        """Count "messages", "recipients", "errors" or "logins"; False when they are too many."""
+        """Count "messages", "recipients", "errors" or "logins"; False above the limit."""
         if self._access.may_relay(client):
             return True
         network = network_of(client, *self._prefixes)
@@ -82,7 +82,7 @@ class Clients:
             return self._rates.take(network, what, self._clock(), count)
 
     def did_not(self, client: str, what: str) -> None:
-        """Take back what `may` has counted."""
+        """Take back a count of `may`."""
         network = network_of(client, *self._prefixes)
         with self._lock:
             self._rates.give_back(network, what)

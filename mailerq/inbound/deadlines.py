@@ -1,16 +1,14 @@
-"""Deadlines of sessions: how long a peer may take for what it is doing.
+"""Deadlines of sessions: how long a peer may take for its current step.
 
 Theory of operation
 -------------------
-A session notes, with plain numbers, since when it waits for its peer and how much has come. One
-task for each worker looks at all of its sessions every second at most. That costs less than a
-deadline of trio's that is moved at each read, and since the bounds are looked up anew each
-time, they follow the settings, and tighten by themselves when most connection slots are in use,
-for sessions that are open already too.
+A session notes as plain numbers when its wait for the peer began and how much has arrived. One
+task per worker looks at all its sessions, at least once a second. That costs less than moving a
+trio deadline at each read. The bounds are looked up each time, so they follow the settings, and
+they tighten when most connection slots are in use, for open sessions too.
 
-What is bounded is always a whole: a command from its first byte to its last, a mail from its
-first byte to its dot, a handshake, a session. So a peer that sends a byte now and then gains
-nothing by it.
+Each bound is for a whole: a command from its first byte to its last, a mail from its first byte to
+its dot, a handshake, a session. A peer gains nothing by sending a byte now and then.
 """
 
 from __future__ import annotations
@@ -25,24 +23,24 @@ from mailerq.inbound.services import Services
 __all__ = ["Deadlines", "Watched"]
 
 LOOKS: Final = 4
-"""The shortest bound is looked at so many times before it is over."""
+"""Checks within the shortest bound."""
 
 
 class Watched(Protocol):
-    """What a session is to its deadlines."""
+    """A session as its deadlines see it."""
 
     def is_overdue(self, now: float, short: bool) -> bool:
-        """Whether the peer takes longer than it may; `short`: connection slots are."""
+        """Whether the peer has run out of time; `short`: connection slots are short."""
 
     def expire(self) -> None:
-        """The time is up."""
+        """End the session: its time is up."""
 
     def shut_down(self, seconds: float) -> None:
-        """The engine stops, and waits so long."""
+        """End the session within `seconds`: the engine stops."""
 
 
 class Deadlines:
-    """Looks at the sessions of one worker; `sessions` is for its thread."""
+    """Watches the sessions of one worker; only the worker's thread uses `sessions`."""
 
     def __init__(self, services: Services) -> None:
         self.sessions: dict[Watched, None] = {}
@@ -59,7 +57,7 @@ class Deadlines:
                     session.expire()
 
     def shut_down(self, seconds: float) -> None:
-        """End all sessions, in their own time but at most in `seconds`."""
+        """End all sessions in their own time, within `seconds`."""
         for session in list(self.sessions):
             session.shut_down(seconds)
 

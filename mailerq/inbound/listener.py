@@ -1,4 +1,4 @@
-"""Listening sockets: they accept, bound what is open, and give each connection to a worker."""
+"""Listening sockets: accept connections, limit them, and hand each one to a worker."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ __all__ = ["PORT_OPTIONS", "Listener", "Port", "bind", "reserve", "unusable"]
 log = logging.getLogger("mailerq.server")
 
 BACKLOG: Final = 4096
-"""Connections that wait in the kernel; it takes the lesser of this and its own bound."""
+"""Connections that wait in the kernel, which may have a lower limit."""
 
 ACCEPTS_IN_A_ROW: Final = 64
 """Connections accepted before the sessions get a turn."""
 
 EXHAUSTED_SECONDS: Final = 0.1
-"""How long no connection is accepted after the process ran out of descriptors or memory."""
+"""Pause before the next accept when the process has no descriptors or memory left."""
 
 REMIND_SECONDS: Final = 60.0
-"""How often the same trouble is logged."""
+"""Log the same trouble once in this time."""
 
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _STRAY: Final = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL)
-"""What accept(2) says of a descriptor that is closed, or no listening socket any more."""
+"""Errors of accept(2) for a descriptor that is closed or no longer a listening socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +58,16 @@ class Port:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens; a port that was asked for as 0 has its real number."""
+        """The address it listens on; port 0 in the settings is the real number here."""
         return address_of(self.sock.getsockname())
 
 
 def bind(config: Config, *, shared: bool = False) -> list[Port]:
-    """Open all listening sockets: those of SMTP, then the secure ones, then those of LMTP.
+    """Open all listening sockets: SMTP first, then the secure ones, then LMTP.
 
-    `shared` lets other processes of the same user listen on them as well; the kernel gives each
-    its part of the connections, so these listen only once the `Listener` runs. Raises
-    `ConfigError` that names the setting and the address which cannot be had.
+    `shared` lets other processes of the same user listen on them too. The kernel spreads
+    connections over the processes, so these sockets listen only once the `Listener` runs. Raises
+    `ConfigError` with the setting and the address that cannot be used.
     """
     ports: list[Port] = []
     try:
@@ -84,10 +84,10 @@ def bind(config: Config, *, shared: bool = False) -> list[Port]:
 
 @contextmanager
 def reserve(config: Config) -> Iterator[Config]:
-    """Keep the addresses for processes that will share them; nothing listens on them yet.
+    """Keep the addresses for processes that will share them; the sockets do not listen yet.
 
-    A port 0 has become a real number in what it gives. Raises `ConfigError`, also when another
-    program listens on one of them.
+    Yields the settings with real numbers instead of port 0. Raises `ConfigError`, also if another
+    program listens on one of the addresses.
     """
     with ExitStack() as stack:
         changes = {}
@@ -95,7 +95,7 @@ def reserve(config: Config) -> Iterator[Config]:
             if 0 in (asked := getattr(config, option)):
                 changes[option] = tuple(port or _any_port(config, option, stack) for port in asked)
         config = config.replace(**changes) if changes else config
-        for port in bind(config):  # as if alone: where somebody listens, that cannot be
+        for port in bind(config):  # not shared: fails where another program listens
             port.sock.close()
         for sock, _ in _open(config, shared=True, listening=False):
             stack.enter_context(sock)
@@ -103,7 +103,7 @@ def reserve(config: Config) -> Iterator[Config]:
 
 
 def unusable(config: Config) -> Iterator[tuple[int, ConfigError]]:
-    """Each port that `bind` could not open, and why. Who listens there does not notice."""
+    """Each port that `bind` could not open, and the reason. Programs that listen notice nothing."""
     for option, ip, port in _wanted(config):
         try:
             _socket(ip, port, shared=False, listening=False).close()
@@ -120,7 +120,7 @@ def _wanted(config: Config) -> Iterator[tuple[str, str, int]]:
 
 
 def _open(config: Config, *, shared: bool, listening: bool) -> Iterator[tuple[socket.socket, str]]:
-    """A socket for each port and address, with the setting that has the port."""
+    """A socket for each port and address, with the setting of the port."""
     for option, ip, port in _wanted(config):
         try:
             yield _socket(ip, port, shared=shared, listening=listening), option
@@ -131,7 +131,7 @@ def _open(config: Config, *, shared: bool, listening: bool) -> Iterator[tuple[so
 def _no_port(config: Config, option: str, ip: str, port: int, error: OSError) -> ConfigError:
     key = option.replace("_", "-")
     if error.errno == errno.EADDRNOTAVAIL:
-        key = "smtp-ip"  # no port of an address that is not ours can be had
+        key = "smtp-ip"  # foreign addresses have no free port
     reason = error.strerror or str(error)
     hint = " (ports below 1024 need root)" if error.errno == errno.EACCES else ""
     return ConfigError(
@@ -140,7 +140,7 @@ def _no_port(config: Config, option: str, ip: str, port: int, error: OSError) ->
 
 
 class Listener:
-    """Accepts on all sockets and keeps account of the sessions. It lives on the home loop."""
+    """Accepts on all sockets and tracks the sessions. It runs on the home loop."""
 
     def __init__(
         self,
@@ -154,14 +154,14 @@ class Listener:
         self._home = workers[0]
         self._ports = ports
         self.addresses = [port.address for port in ports]
-        """Where it listens, in the order of the ports."""
+        """Its addresses, in the order of the ports."""
         self._slots = slots
         self._spare = _Spare()
         self._reminded = -REMIND_SECONDS
         self._open = 0
         self._idle = trio.Event()
         self._deadlines = {worker: Deadlines(services) for worker in workers}
-        self._stop_at: float | None = None  # by time.monotonic: each loop has its own clock
+        self._stop_at: float | None = None  # in time.monotonic: each loop has its own clock
         self._scope = trio.CancelScope()
 
     @property
@@ -170,7 +170,7 @@ class Listener:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accept until `stop`."""
-        await trio.lowlevel.checkpoint_if_cancelled()  # then the workers take no more tasks
+        await trio.lowlevel.checkpoint_if_cancelled()  # cancelled: the workers take no more tasks
         for worker, deadlines in self._deadlines.items():
             worker.spawn(deadlines.run)
         for port in self._ports:
@@ -182,7 +182,7 @@ class Listener:
                 task_status.started()
 
     async def stop(self, seconds: float) -> None:
-        """Close the ports and end the sessions: the idle ones now, the others within `seconds`."""
+        """Close the ports and end the sessions: idle ones now, the others within `seconds`."""
         self._scope.cancel()
         for port in self._ports:
             with suppress(OSError):
@@ -205,14 +205,14 @@ class Listener:
 
     async def _accept(self, port: Port) -> None:
         local = None if port.address[0] in ("0.0.0.0", "::") else port.address
-        # The copy keeps the port open, and known to the loop, when a plugin closes the other one.
+        # The copy keeps the port open, and known to the loop, if a plugin closes the original.
         with port.sock.dup() as copy:
             while True:
                 try:
                     await trio.lowlevel.wait_readable(port.sock)
                     await self._accept_some(port, local)
                 except (OSError, trio.ClosedResourceError) as error:
-                    # EPERM: a file that cannot be waited for has the number now.
+                    # EPERM: the number now belongs to a file that cannot be waited for.
                     if isinstance(error, OSError) and error.errno not in (*_STRAY, errno.EPERM):
                         raise
                     port = self._mend(port, copy)
@@ -228,21 +228,21 @@ class Listener:
                 if error.errno in _EXHAUSTED:
                     self._turn_away(port, error)
                     await trio.sleep(EXHAUSTED_SECONDS)
-                return  # Otherwise the peer hung up before it was its turn.
+                return  # The peer hung up while it waited.
             if stream is None:
                 return
             self._admit(stream, port)
 
     def _mend(self, port: Port, copy: socket.socket) -> Port:
-        """The same port with a descriptor that is open. Raises OSError."""
+        """The same port with an open descriptor. Raises OSError."""
         mended = replace(port, sock=copy.dup())
         self._ports[self._ports.index(port)] = mended
-        port.sock.detach()  # whatever has that number now
+        port.sock.detach()  # another file may have the number now
         stray_close(f"the port {_join(*mended.address)}")
         return mended
 
     def _turn_away(self, port: Port, error: OSError) -> None:
-        """There is no descriptor left: tell those who wait, with the one that was kept for it."""
+        """No descriptor is left: answer waiting clients with the spare one."""
         self._warn(f"cannot accept connections: {error.strerror}")
         with self._spare:
             for _ in range(ACCEPTS_IN_A_ROW):
@@ -255,16 +255,16 @@ class Listener:
                 self._refuse(stream, port, smtp.BUSY)
 
     def _warn(self, text: str) -> None:
-        """Log what may be so for each of thousands of connections, now and then."""
+        """Log trouble that may concern thousands of connections, but not for each one."""
         if time.monotonic() - self._reminded > REMIND_SECONDS:
             self._reminded = time.monotonic()
             log.warning("%s", text)
 
     def _admit(self, stream: Stream, port: Port) -> None:
-        """Give the connection to the worker that has the fewest, or send it away."""
+        """Give the connection to the worker with the fewest, or refuse it."""
         peer = stream.remote[0]
         services = self._services
-        # A proxy is asked for its client first; then the session decides.
+        # A proxy first names its client; then the session decides.
         proxied = services.terms.access.is_proxy(peer)
         answer = None if proxied else services.admit(peer, peer)
         refusal = answer if isinstance(answer, Reply) else None
@@ -306,7 +306,7 @@ class Listener:
                 secure=port.secure,
                 lmtp=port.lmtp,
             )
-        except OSError:  # The peer has hung up again.
+        except OSError:  # The peer hung up.
             if admitted is not None:
                 self._services.clients.left(admitted)
             stream.close()
@@ -336,7 +336,7 @@ def _load(worker: Worker) -> int:
 
 
 class _Spare:
-    """A descriptor that is kept to be able to say that there is none left."""
+    """A spare descriptor, to refuse clients when no other is left."""
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
@@ -371,7 +371,7 @@ def _socket(ip: str, port: int, *, shared: bool, listening: bool) -> socket.sock
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit the option
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
@@ -386,7 +386,7 @@ def _socket(ip: str, port: int, *, shared: bool, listening: bool) -> socket.sock
 
 
 def _any_port(config: Config, option: str, stack: ExitStack) -> int:
-    """A port that nobody has on the first address, and nobody is given until `stack` ends."""
+    """A port that is free on the first address; it stays reserved until `stack` ends."""
     ip = (config.smtp_ip or _all_addresses())[0]
     try:
         sock = stack.enter_context(_socket(ip, 0, shared=True, listening=False))

@@ -1,18 +1,19 @@
-"""From the content of one mail to messages in a queue, and what to reply to it.
+"""From the content of one mail to messages in a queue, and the reply.
 
 Theory of operation
 -------------------
 Plugins see the mail once, and then one message for each recipient. They may refuse each of these,
-or fail at it, which counts as a 451. LMTP has a reply for each recipient. SMTP has one for all:
+or fail, which counts as a 451. LMTP has a reply for each recipient. SMTP has one for all:
 
-- Nobody's message was taken: a 4xx if there was any, else the first 5xx. Nothing is written.
-- Some were: 250, and each of the others becomes a *failure*: a document with its result, in the
-  queues for failures, in the same commit. After a 4xx it keeps its body, which nobody else has.
-- Some were, one of the others is a 4xx, and no queue is there for its failure: that 4xx is the
-  reply, and nothing is written. The client tries all of them again.
+- No message was taken: the reply is a 4xx if there was any, else the first 5xx. Nothing is written.
+- Some were taken: the reply is 250. Each refused message becomes a *failure*: a document with its
+  result, in the failure queues, in the same commit. After a 4xx the failure keeps the body, since
+  nobody else has a copy.
+- Some were taken, another got a 4xx, and no queue takes its failure: the reply is that 4xx, and
+  nothing is written. The client tries all of them again.
 
-So behind a 250 each recipient's message is in some queue, or was refused for good with no queue
-configured to say so; the application log names it in either case.
+So after a 250 each recipient's message is in some queue, or was refused for good with no queue for
+failures; the application log names the recipient in either case.
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ __all__ = ["Client", "refusal_reply", "take"]
 log = logging.getLogger("mailerq.server")
 
 TURN_RECIPIENTS: Final = 100
-"""Messages of a mail that are dealt with before the loop serves others."""
+"""Messages of a mail handled before the loop serves others."""
 
 THREAD_BYTES: Final = 1 << 20
-"""The bodies of larger mails are made in a thread: moving the bytes takes a millisecond."""
+"""The bodies of larger mails are made in a thread: copying the bytes takes a millisecond."""
 
 LOGGED_FAILURES: Final = 10
-"""Recipients that the log names of one mail that was taken only for others."""
+"""Failed recipients of one mail that the log names."""
 
 UNKNOWN: Final = "0.0.0.0"
-"""The address of a client that a proxy does not know: one that is in nobody's network."""
+"""Stands for a client that its proxy cannot name; no network contains this address."""
 
 _REFUSALS: Final = {
     incoming.Problem.HEADER: smtp.HEADER_TOO_BIG,
@@ -69,11 +70,11 @@ _REFUSALS: Final = {
 
 @dataclass(slots=True)
 class Client:
-    """Who a session is with: the peer, or whom a proxy says that it speaks for.
+    """The client of a session: the peer, or the client that a proxy names.
 
-    A proxy that names no client is not `named`: it may be asking after our health, or pass on
-    somebody that it cannot describe. Such a client is admitted and greeted by the proxy's
-    address, which gives it no other right.
+    A proxy that names no client is not `named`: the connection may be a health check, or the proxy
+    cannot describe its client. Such a client is admitted and greeted by the proxy's address, and
+    gets no other right from that.
     """
 
     remote: tuple[str, int]
@@ -83,7 +84,7 @@ class Client:
 
     @property
     def standing(self) -> str:
-        """The address that rights and limits go by."""
+        """The address that decides rights and limits."""
         return self.remote[0] if self.named else UNKNOWN
 
 
@@ -96,9 +97,9 @@ async def take(
     body: bytes | memoryview,
     claim: Claim,
 ) -> list[Reply]:
-    """Let the plugins see a mail, and publish it: the reply, in LMTP one for each recipient.
+    """Show a mail to the plugins, publish it, and return the reply; LMTP has one per recipient.
 
-    A good reply means that it is safe. `plugin-timeout` holds for all events of the mail together.
+    After a good reply the mail is safe. `plugin-timeout` covers all events of the mail together.
     """
     plugin.deadline = services.plugins.deadline()
     try:
@@ -147,7 +148,7 @@ async def _publish(
         for message in reception.messages:
             message.body = whole
     messages = reception.messages
-    outcomes: list[Reply | str] = []  # a refusal, or what to say of the recipient
+    outcomes: list[Reply | str] = []  # a refusal, or the reply for the recipient
     taken: list[Publication] = []
     for number, message in enumerate(messages, 1):
         if number % TURN_RECIPIENTS == 0:
@@ -158,7 +159,7 @@ async def _publish(
         reply = refusal_reply(refusal) if refusal is not None else _fault(services, terms, message)
         if reply is not None:
             outcomes.append(reply)
-            # The sender knows the message by these, whatever plugins made of them.
+            # The sender knows the message by these, even if plugins changed them.
             message.properties.update(envelope=sender, recipient=recipient)
             continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
@@ -204,7 +205,7 @@ async def _publish(
 
 
 def _fault(services: Services, terms: Terms, message: Message) -> Reply | None:
-    """Refuse a message that a plugin has sent where it cannot go."""
+    """Refuse a message that a plugin has sent to a wrong place."""
     if message.local and not terms.config.keeps_local_mail:
         return services.no_way(message.recipient)
     if problem := loop_problem(message.properties, terms.config.rabbitmq_outbox):
@@ -214,7 +215,7 @@ def _fault(services: Services, terms: Terms, message: Message) -> Reply | None:
 
 
 def _failure(config: Config, message: Message, reply: Reply, now: float) -> list[Publication]:
-    """What the result queues get of a message that plugins refused when others were taken."""
+    """The document for the result queues about a refused message, when others were taken."""
     outcome = responses.refused_on_arrival(reply)
     result = Result(
         attempt=1,
@@ -251,15 +252,15 @@ def _log_failures(client: Client, refused: Sequence[tuple[Message, Reply]], coun
 
 
 def _qualify(message: Message, recipient: str, hostname: str) -> None:
-    """Give the bare postmaster a domain, unless a plugin has: others know none without one."""
+    """Give the bare postmaster a domain, unless a plugin has: other servers need one."""
     if message.recipient == recipient:
         message.properties["recipient"] = f"{recipient}@{hostname}"
 
 
 def _sum_up(messages: Sequence[Message], outcomes: Sequence[Reply | str]) -> Reply:
-    """One reply for all recipients: good when the mail was taken for one of them.
+    """One reply for all recipients: good if the mail was taken for one of them.
 
-    When it was taken for none, one that may be tried again speaks for all of them.
+    If it was taken for none, a temporary refusal comes before a permanent one.
     """
     lines = ["2.0.0 Message accepted"]
     refused: list[Reply] = []
@@ -277,7 +278,7 @@ def _sum_up(messages: Sequence[Message], outcomes: Sequence[Reply | str]) -> Rep
 
 
 def refusal_reply(refusal: Reject, *, permanent: str = "5.7.1") -> Reply:
-    """A plugin's refusal as a reply, with a status code where its text has none."""
+    """A plugin's refusal as a reply; adds a status code if the text has none."""
     status = "4.7.1" if refusal.code < 500 else permanent
     return Reply(refusal.code, with_status(refusal.code, refusal.text, status))
 
@@ -318,7 +319,7 @@ def _envelope(
         machine.recipients,
         properties,
         [_dsn(parameters, rcpt.parameters) for rcpt in machine.rcpts],
-        # RFC 3848 has the same names for LMTP, with an L.
+        # RFC 3848 has the same names with an L for LMTP.
         protocol=protocol.replace("ESMTP", "LMTP") if machine.settings.lmtp else protocol,
         helo=hello.name,
         client_ip=client.remote[0],
@@ -330,7 +331,7 @@ def _envelope(
 
 
 def _dsn(mail: MailParameters, rcpt: RcptParameters) -> dict[str, object]:
-    """The property ``dsn`` from the parameters of RFC 3461, where there are any."""
+    """The property ``dsn`` from the parameters of RFC 3461, if there are any."""
     dsn: dict[str, object] = {}
     if mail.ret:
         dsn["ret"] = mail.ret
@@ -345,7 +346,7 @@ def _dsn(mail: MailParameters, rcpt: RcptParameters) -> dict[str, object]:
 
 def _received_line(message: Message) -> str:
     connection = message.properties.get("connection")
-    if not isinstance(connection, dict):  # A plugin may have made something else of it.
+    if not isinstance(connection, dict):  # A plugin may have replaced the object.
         connection = {}
     return (
         f"{escape_field(str(message.properties.get('message-id', '')))}"

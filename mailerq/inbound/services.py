@@ -1,4 +1,4 @@
-"""What all sessions of an engine share."""
+"""The services that all sessions of an engine share."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ __all__ = ["Counters", "Services"]
 log = logging.getLogger("mailerq.server")
 
 IGNORED_PER_MINUTE: Final = 60
-"""Lines about x-mq-* fields that were ignored; the others are counted."""
+"""Log lines about ignored x-mq-* fields; further ones are counted."""
 
 LOADERS: Final = 4
-"""Mails of a worker that are read from their files at a time."""
+"""Mails that one worker reads from their files at a time."""
 
 
 @dataclass(slots=True)
 class Counters:
-    """What sessions have seen since the start."""
+    """Counters of all sessions since the start."""
 
     connections: int = 0
     refused_connections: int = 0
@@ -59,11 +59,11 @@ class Counters:
 
 @dataclass(slots=True, kw_only=True)
 class Services:
-    """What sessions have between them. Any thread may read it.
+    """Services that sessions share. Any thread may read them.
 
-    `terms` are exchanged as a whole when settings change. A session takes the new ones when no
-    transaction is under way. What counts over sessions (`clients`, `slots`, `memory`, `handshakes`)
-    and the logs are told, and change at once.
+    A reload replaces `terms` as a whole; a session takes the new ones between transactions.
+    Counters across sessions (`clients`, `slots`, `memory`, `handshakes`) and the logs change at
+    once.
     """
 
     terms: Terms
@@ -81,7 +81,7 @@ class Services:
     say_untaken: Ration = field(
         default_factory=partial(Ration, log.error, 1, "and %d mails more were not taken")
     )
-    """A full disk must not fill the log as well."""
+    """A full disk must not fill the log too."""
     say_no_way: Ration = field(
         default_factory=partial(Ration, log.error, 1, "and %d local recipients more were refused")
     )
@@ -93,17 +93,17 @@ class Services:
     loaders: dict[Worker, trio.CapacityLimiter] = field(default_factory=dict)
 
     def admit(self, address: str, standing: str) -> Reply | str:
-        """Let a client in and count it, or say why not.
+        """Admit and count a client, or return the refusal.
 
-        It is admitted by its address, and counted by its `standing` (see `Client`): `Clients.left`
-        gets what this returns, once the client is gone.
+        The client is admitted by `address` and counted by `standing` (see `Client`). Give the
+        result to `Clients.left` when the client is gone.
         """
         if not self.terms.access.may_connect(address):
             return smtp.NOT_ADMITTED
         return self.clients.came(standing)
 
     def no_way(self, recipient: str) -> Reply:
-        """Refuse a local recipient where nobody keeps local mail, and let the log say so."""
+        """Refuse a local recipient when nobody keeps local mail, and log that."""
         self.say_no_way(
             "mail for %s is refused: it is local, and neither rabbitmq-local nor another inbox"
             " than the outbox nor smarthost is set",
@@ -112,7 +112,7 @@ class Services:
         return smtp.NO_WAY
 
     def loader(self, worker: Worker) -> trio.CapacityLimiter:
-        """The turns of that worker's mails in files to be in memory as a whole; for its thread."""
+        """Limits the mails that the worker loads from files at a time; for the worker's thread."""
         limiter = self.loaders.get(worker)
         if limiter is None:
             limiter = self.loaders[worker] = trio.CapacityLimiter(LOADERS)

@@ -3,13 +3,13 @@
 Theory of operation
 -------------------
 One task runs one session. It waits for three things only: the peer, a plugin that has taken
-control, and the queue. While the task waits for the peer, input is dealt with where it is
-noticed (`_digest`): the machine finds the events, `_handle` answers each, and the replies leave
-together. An event whose answer takes time gives back what the task has to wait for, and wakes the
-task. The `Deadlines` of the worker bound how long the peer may take.
+control, and the queue. While the task waits for the peer, input is handled where it arrives
+(`_digest`): the machine finds the events, `_handle` answers each, and the replies leave together.
+If an answer takes time, the handler returns what the task must wait for, and wakes the task. The
+worker's `Deadlines` limit how long the peer may take.
 
-The final reply to a mail is given only after `Queues.publish` has returned. A local fault
-of any kind is a 451, and the peer keeps the mail.
+The final reply to a mail is given only after `Queues.publish` has returned. A local fault of any
+kind is a 451, and the peer keeps the mail.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ __all__ = ["Session"]
 log = logging.getLogger("mailerq.server")
 
 TARPIT_SECONDS: Final = 1.0
-"""How long a reply to a nuisance is held back."""
+"""Delay of a reply to a nuisance."""
 
 LOGIN_DELAY_SECONDS: Final = 0.5
-"""How long the reply to a failed login takes at least; doubled for each one, up to the maximum."""
+"""Minimum delay of the reply to a failed login; doubles each time, up to the maximum."""
 
 LOGIN_DELAY_MAXIMUM: Final = 8.0
 
 Due = Callable[[], Awaitable[None]]
-"""What a session's task has to wait for."""
+"""What a session's task must wait for."""
 
 CONTENT_MARK: Final = CONTENT_LINE.decode() + " from"
 
 
 class Session:
-    """One client. `run` is its task; the other methods are for its worker's thread.
+    """One client. `run` is its task; the other methods are for the worker's thread.
 
-    `admitted` is what `Services.admit` has returned, None for a proxy, whose client has yet to be
-    admitted. `secure` says that TLS starts with the first byte, `lmtp` that the port speaks LMTP.
+    `admitted` is the result of `Services.admit`; None for a proxy, whose client is not admitted
+    yet. `secure`: TLS starts with the first byte; `lmtp`: the port speaks LMTP.
     """
 
     def __init__(
@@ -84,16 +84,16 @@ class Session:
         self._client = Client(stream.remote, stream.local)
         self._admitted = admitted
         self._machine = server.ServerProtocol(self._terms.lmtp if lmtp else self._terms.settings)
-        self._due: Due | None = None  # what was found for the task while it slept
+        self._due: Due | None = None  # found for the task while it slept
         self._over = False
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
         self._scope = trio.CancelScope()
-        self._relays = False  # by its address; a login is another matter
+        self._relays = False  # by address; logins are separate
         self._stopping = False
         self._expired = False
-        self._mute = proxied or secure  # no SMTP is spoken now
+        self._mute = proxied or secure  # not speaking SMTP now
         self._interruptible = False
-        # For the deadlines: since when the peer has been at something, and how much came of it.
+        # For the deadlines: when the peer's current step began, and how much has arrived.
         self._started = monotonic()
         self._waiting = False
         self._handshaking = False
@@ -121,14 +121,14 @@ class Session:
             services.counters.lost_connections += 1
             log.debug("connection from %s lost: %s", self._client.remote[0], error)
         except Exception:
-            # A defect of ours must not end the engine, nor cost the peer its mail.
+            # Our defect must not end the engine, nor cost the peer its mail.
             log.exception("the session with %s failed", self._client.remote[0])
             if not self._mute:
                 self._stream.send_nowait(smtp.LOCAL_FAILURE.wire)
         finally:
             if self._spool is not None:
                 self._spool.close()
-            # The descriptor is free before plugins are waited for, which may take their time.
+            # Free the descriptor before waiting for plugins, which may take their time.
             try:
                 closing = self._plugin.close()
             finally:
@@ -140,7 +140,7 @@ class Session:
                 services.clients.left(self._admitted)
 
     def shut_down(self, seconds: float) -> None:
-        """End with 421: now when no mail is under way, else after it, at most in `seconds`."""
+        """End with 421: now if no mail is under way, else after the mail, within `seconds`."""
         self._stopping = True
         idle = self._waiting or self._interruptible
         if idle and self._machine.sender is None:
@@ -150,7 +150,7 @@ class Session:
             self._scope.deadline = min(self._scope.deadline, deadline)
 
     def is_overdue(self, now: float, short: bool) -> bool:
-        """Whether the peer takes longer than it may; `short`: connection slots are."""
+        """Whether the peer has run out of time; `short`: connection slots are short."""
         if not self._waiting:
             return False
         terms = self._services.terms if self._machine.sender is None else self._terms
@@ -165,16 +165,16 @@ class Session:
             late = now - self._heard > bounds.idle or waited > fair
         else:
             late = waited > (bounds.command if self._machine.unfinished else bounds.idle)
-        # What it has sent and we had no time to read is no fault of its, unless it does not read.
+        # Unread input is our delay, not the peer's, unless the peer does not read.
         return late and (self._stream.is_stuck or not self._stream.has_input)
 
     def expire(self) -> None:
-        """The time is up."""
+        """End the session: its time is up."""
         self._expired = True
         self._scope.cancel()
 
     def hurry(self) -> None:
-        """Others wait for a place to shake hands. From any thread."""
+        """Other sessions wait for a handshake place. From any thread."""
         self.worker.call(self._cut_handshake)
 
     def _cut_handshake(self) -> None:
@@ -182,7 +182,7 @@ class Session:
             self.expire()
 
     def _say_goodbye(self) -> None:
-        """Last words after the scope was cancelled: the time was up, or the engine stops."""
+        """Send last words after the scope was cancelled: a timeout, or the engine stops."""
         if self._expired:
             self._services.counters.timeouts += 1
         reply = smtp.TIMED_OUT if self._expired else smtp.CLOSING
@@ -192,7 +192,7 @@ class Session:
     # Before the first command.
 
     async def _introduce(self) -> bool:
-        """Do what comes before the banner, and send it; false when the session is over."""
+        """Do what comes before the banner, and send the banner; False if the session is over."""
         machine = self._machine
         reply: Reply | None = None
         if self._proxied:
@@ -219,7 +219,7 @@ class Session:
         return True
 
     async def _read_proxy_header(self) -> bool:
-        """Learn from the proxy who its client is."""
+        """Read the client's address from the proxy."""
         received = b""
         try:
             with self._handshake():
@@ -240,7 +240,7 @@ class Session:
         return True
 
     def _admit(self) -> Reply | None:
-        """Let the client in that a proxy has named, or say why not."""
+        """Admit the client that a proxy named, or return the refusal."""
         host, standing = self._client.remote[0], self._client.standing
         answer = self._services.admit(host, standing)
         if isinstance(answer, str):
@@ -258,17 +258,17 @@ class Session:
         self._machine.auth_in_clear = is_loopback(host)
 
     def _renew(self) -> None:
-        """Take the settings that are in force now: no transaction is under way."""
+        """Take the current settings; no transaction is under way."""
         terms = self._terms = self._services.terms
         self._machine.settings = terms.lmtp if self._machine.settings.lmtp else terms.settings
         self._relays = terms.access.may_relay(self._client.standing)
         if self._spool is not None:
             self._spool.close()
             self._spool = None
-            self._in_mail = False  # that of a mail which was given up
+            self._in_mail = False  # left from an abandoned mail
 
     async def _delay_greeting(self) -> None:
-        """Hold the banner back; who speaks before it is no mail server."""
+        """Delay the banner; a client that speaks first is no mail server."""
         if self._machine.settings.lmtp or self._relays or not self._client.named:
             return
         with trio.move_on_after(self._terms.config.smtp_greet_delay), self._pause():
@@ -277,7 +277,7 @@ class Session:
     # The loop.
 
     async def _serve(self) -> None:
-        """Wait for whatever the session has to wait for, until it is over."""
+        """Wait for whatever is due, until the session is over."""
         while not self._over:
             due, self._due = self._due, None
             if due is None:
@@ -293,7 +293,7 @@ class Session:
         self._waiting = False
 
     async def _listen_later(self) -> None:
-        """Do what comes before the peer's turn and takes time."""
+        """Do slow work that comes before the peer's turn."""
         machine = self._machine
         if machine.nuisance:
             await self._sleep(TARPIT_SECONDS)
@@ -315,7 +315,7 @@ class Session:
         self._over = True
 
     def _digest(self, data: bytes) -> bool:
-        """Deal with input as far as possible without the task; True: wake the task."""
+        """Handle input as far as possible without the task; True: wake the task."""
         self._waiting = False
         self._bytes += len(data)
         self._machine.receive_data(data)
@@ -328,7 +328,7 @@ class Session:
         return False
 
     def _advance(self) -> Due | None:
-        """Answer events up to one that the task has to wait for; None: it is the peer's turn."""
+        """Answer events up to one that the task must wait for; None: the peer's turn."""
         machine = self._machine
         while True:
             if self._terms is not self._services.terms and machine.sender is None:
@@ -348,7 +348,7 @@ class Session:
                 return None
 
     def _handle(self, event: server.Event) -> Due | None:
-        """Answer an event, or say what does and has to be waited for."""
+        """Answer an event, or return what the task must wait for."""
         if isinstance(event, server.Rcpt):
             return self._rcpt(event)
         if isinstance(event, server.Mail):
@@ -374,7 +374,7 @@ class Session:
         return None
 
     def _wait(self) -> None:
-        """From now on it is the peer's turn; what it had begun goes on from when it began."""
+        """Start the peer's turn; a step already begun keeps its start time."""
         machine = self._machine
         if machine.steps != self._steps or not machine.unfinished:
             self._steps = machine.steps
@@ -386,7 +386,7 @@ class Session:
 
     @contextmanager
     def _handshake(self) -> Iterator[None]:
-        """The peer's turn, in what is no SMTP."""
+        """The peer's turn outside SMTP."""
         self._since = monotonic()
         self._waiting = self._handshaking = self._mute = True
         yield
@@ -401,20 +401,20 @@ class Session:
             self._interruptible = False
 
     async def _sleep(self, seconds: float) -> None:
-        """Let the peer wait; an engine that stops does not."""
+        """Let the peer wait, but end early if the engine stops."""
         with self._pause():
             if not self._stopping:
                 await trio.sleep(seconds)
 
     def _failed(self) -> bool:
-        """Account for errors of the client; false when they were too many for a minute."""
+        """Count errors of the client; False above the limit per minute."""
         count = self._machine.failures - self._failures
         self._failures = self._machine.failures
         self._log_refusals()
         return self._services.clients.may(self._client.standing, "errors", count)
 
     def _log_refusals(self) -> None:
-        """Write what was refused into the log for that; a whole mail is told in both logs."""
+        """Write refusals to their log; a whole mail is in both logs."""
         refusals, refused_log = self._machine.refusals, self._services.refused_log
         if not refusals:
             return
@@ -422,7 +422,7 @@ class Session:
         for command, reply in refusals:
             text = reply.text.replace("\n", " ")
             if refused_log is not None:
-                # The first arrow is ours.
+                # Escape arrows in the command: the first one must be ours.
                 shown = escape(command).replace(" -> ", "\\x20->\\x20")
                 refused_log.write(f"[{host}] {shown} -> {reply.code} {escape(text)}")
             if command.startswith(CONTENT_MARK):
@@ -435,7 +435,7 @@ class Session:
         """Answer MAIL, or ask the plugins."""
         services = self._services
         if self._terms is not services.terms:
-            self._renew()  # it came together with the end of the transaction before
+            self._renew()  # arrived together with the end of the transaction before
         if not (self._relays or services.clients.may(self._client.standing, "messages")):
             self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
             return None
@@ -453,7 +453,7 @@ class Session:
         return self._ask(event, self._plugin.rcptto(event.recipient))
 
     def _objection(self, recipient: str) -> Reply | None:
-        """Why a recipient is refused before any plugin is asked, or None."""
+        """The refusal of a recipient before any plugin is asked, or None."""
         services, terms = self._services, self._terms
         relays = self._relays or self._plugin.authenticated
         if not (relays or terms.is_ours(recipient)):
@@ -465,7 +465,7 @@ class Session:
         return None
 
     def _ask(self, event: server.Mail | server.Rcpt, asked: Awaitable[Reject | None]) -> Due | None:
-        """Answer what no plugin wants to see; else the task waits for the plugins."""
+        """Answer if no plugin subscribes to the event; else the task waits for the plugins."""
         if asked is NOTHING:
             self._answer(event, None)
             return None
@@ -493,7 +493,7 @@ class Session:
         services, host, standing = self._services, self._client.remote[0], self._client.standing
         asked = trio.current_time()
         login, password, *_ = event.credentials
-        # Counted before it is tried: a hundred at the same time are a hundred.
+        # Count before the check: a hundred logins at once are a hundred.
         if not services.clients.may(standing, "logins"):
             log.warning("too many failed logins from %s", host)
             self._machine.reject(smtp.LOGINS_TOO_OFTEN)
@@ -520,7 +520,7 @@ class Session:
         services.counters.failed_logins += 1
         log.info("login of %s from %s failed", ascii(login[:80]), host)
         self._plugin.authenticated = False
-        # From when it was asked: how long the check took tells nothing of the name.
+        # Counted from the request: the duration of the check reveals nothing about the name.
         delay = min(LOGIN_DELAY_SECONDS * 2**self._failed_logins, LOGIN_DELAY_MAXIMUM)
         await self._sleep(max(0.0, asked + delay - trio.current_time()))
         self._failed_logins += 1
@@ -546,7 +546,7 @@ class Session:
             machine.close(refusal_reply(refusal), "refused after STARTTLS")
 
     def _may_shake_hands(self) -> bool:
-        """Take a place among the handshakes, which `_start_tls` gives back."""
+        """Take a handshake place; `_start_tls` gives it back."""
         if self._services.handshakes.begin(self):
             return True
         log.info("no place for a TLS handshake with %s", self._client.remote[0])
@@ -572,7 +572,7 @@ class Session:
         services.counters.tls += 1
 
     def _xclient(self, event: server.XClient) -> None:
-        """Believe a trusted peer who its client is; what was known of the last one is void."""
+        """Take the client from a trusted peer; what was known of the client before is void."""
         attributes, client = event.attributes, self._client
         try:
             remote = _endpoint(attributes, "ADDR", "PORT", client.remote)
@@ -606,12 +606,12 @@ class Session:
             spool = Spool(services.memory, config.queue_directory, config.smtp_spill_size)
             self._spool = spool
         elif self._in_mail:
-            spool.close()  # that of a mail which was refused or given up
+            spool.close()  # left from a refused or abandoned mail
         self._in_mail = True
         self._machine.accept(sink=spool)
 
     def _content_came(self) -> Spool | None:
-        """Account for what has come of a mail; its spool when that is to be written out."""
+        """Count the mail that has arrived; return its spool if that is due to be written."""
         spool, machine = self._spool, self._machine
         assert spool is not None, "within a mail"
         if machine.mail is None:
@@ -622,7 +622,7 @@ class Session:
         return spool if spool.is_due else None
 
     async def _content(self, event: server.Content) -> None:
-        """Turn the mail into messages, let the plugins see them, publish, and only then say 250."""
+        """Turn the mail into messages, show them to the plugins, publish, then reply 250."""
         services, machine, spool = self._services, self._machine, self._spool
         assert spool is not None, "within a mail"
         body, size = event.body, len(event.body)
@@ -664,15 +664,15 @@ class Session:
         finally:
             claim.end()
 
-    # What plugins send raw.
+    # Raw output of plugins.
 
     def _take_output(self) -> None:
-        """Put what plugins sent raw behind what the server has said."""
+        """Queue raw plugin output behind the server's replies."""
         if output := self._plugin.take_output():
             self._machine.write(output)
 
     def _send_output(self) -> None:
-        """A plugin sent something at another time: it goes out now, behind what is due."""
+        """A plugin sent output at another time: send it now, behind what is due."""
         if not self._mute and (output := self._plugin.take_output()):
             self._stream.send_nowait(self._machine.data_to_send() + output)
 
@@ -680,7 +680,7 @@ class Session:
 def _endpoint(
     attributes: Mapping[str, str | None], name: str, port_name: str, known: tuple[str, int]
 ) -> tuple[str, int]:
-    """An address and a port as XCLIENT gives them. Raises ValueError."""
+    """An address and a port in XCLIENT form. Raises ValueError."""
     host, port = known
     if name in attributes:
         given = attributes[name] or UNKNOWN

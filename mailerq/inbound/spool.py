@@ -1,11 +1,11 @@
-"""Where mail is while it comes in: in memory, which is counted, or in a file.
+"""Where incoming mail is kept: in memory, which is counted, or in a file.
 
-A mail above `smtp-spill-size`, or any large one while memory is short, is written to a file of
-the queue directory that has no name, so nothing is left of it when the process dies. What it is
-at the end is a view of that file, mapped into memory. To be published it is read into memory once
-more (`load`), a few at a time; a plugin may hold any number of them, as far as `max-memory` goes
-(`Claim`). Other large mail is collected in a `Buffer`. Plugins get a view of the buffer, which then
-becomes the body of the messages. A NUL follows the last byte of either view, as plugins expect.
+A mail above `smtp-spill-size`, or any large one while memory is short, goes to an unnamed file in
+the queue directory, so nothing is left of it when the process dies. The finished mail is a view of
+the file, mapped into memory. To publish it, `load` reads it into memory, a few mails at a time.
+Plugins may hold any number of mails, within `max-memory` (`Claim`). Other large mail is collected
+in a `Buffer`. Plugins get a view of the buffer, which then becomes the body of the messages. A NUL
+follows the last byte of either view, as plugins expect.
 
 A mail is in memory once: `load` releases the pages of the file as it copies them.
 """
@@ -33,23 +33,23 @@ T = TypeVar("T")
 log = logging.getLogger("mailerq.server")
 
 WRITE_BYTES: Final = 1 << 19
-"""Bytes that gather before they are written in one go: handing that to a thread costs 0.1 ms."""
+"""Bytes collected for one write: handing it to a thread costs 0.1 ms."""
 
 COPY_BYTES: Final = 1 << 17
-"""Bytes to copy out of a file at a time: they are in memory twice."""
+"""Bytes copied out of a file at a time; they are in memory twice."""
 
 HELD_SHARE: Final = 0.5
-"""The part of the memory for large mails that plugins hold; the rest is for other mail."""
+"""The share of memory for large mails that plugins hold; the rest is for other mail."""
 
 
 class Memory:
-    """The bytes of mail that all sessions hold. `limit` 0 is none. Any thread may use it."""
+    """The bytes of mail that all sessions hold. `limit` 0: none. Any thread may use it."""
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
         self.used = 0
         self.held = 0
-        """The part of `used` that plugins hold of mails that were read from files."""
+        """The part of `used` that plugins hold of mails read from files."""
         self._lock = threading.Lock()
 
     @property
@@ -57,26 +57,25 @@ class Memory:
         return self.used >= self.limit > 0
 
     def add(self, count: int) -> None:
-        """Count bytes that are held from now on, or with a minus sign no longer."""
+        """Count bytes that are held from now on; negative: no longer held."""
         with self._lock:
             self.used += count
 
     def hold(self, count: int) -> None:
-        """Count bytes as held by a plugin, or with a minus sign no longer."""
+        """Count bytes that a plugin holds; negative: no longer holds."""
         with self._lock:
             self.held += count
 
     def has_room(self, count: int) -> bool:
-        """Whether a mail of that size may be read from its file."""
+        """Whether a mail of this size may be read from its file."""
         return not self.held or self.held + count <= self.limit * HELD_SHARE or not self.limit
 
 
 class Claim:
-    """What one mail takes of memory while plugins see it and it is published.
+    """The memory of one mail while plugins see it and it is published.
 
-    A mail that is in memory is counted from the beginning. One in a file is counted from `load` on,
-    and has one of the worker's few `turns` then, but for the time that a plugin holds it. `end` is
-    due in any case.
+    A mail in memory counts from the beginning. A mail in a file counts from `load` on; it then has
+    one of the worker's few `turns`, except while a plugin holds it. Call `end` in any case.
     """
 
     __slots__ = ("_counted", "_has_turn", "_memory", "_size", "_turns")
@@ -91,7 +90,7 @@ class Claim:
             self._count(size)
 
     async def load(self) -> bool:
-        """Wait until the mail may be in memory as a whole; False when that is too full for it."""
+        """Wait until the whole mail may be in memory; False if memory is too full."""
         if self._turns is not None:
             await self._take_turn()
             if not self._memory.has_room(self._size):
@@ -100,7 +99,7 @@ class Claim:
         return True
 
     async def ask(self, asked: Awaitable[T]) -> T:
-        """Wait for what plugins say, and let other mails have the turn meanwhile."""
+        """Wait for the plugins, and lend the turn to other mails meanwhile."""
         if asked is NOTHING or not self._has_turn:
             return await asked
         self._give_turn()
@@ -135,9 +134,9 @@ class Claim:
 class Spool:
     """A `mailerq.wire.framing.Sink` for one mail at a time.
 
-    The task that feeds the machine tells it by `came` how much has come in, and awaits `flush`
-    when it `is_due`, so that no more than `WRITE_BYTES` and what the machine itself has
-    wait in memory. `close` ends a mail in any case, and makes it ready for the next.
+    The task that feeds the machine reports to `came` how much has arrived, and awaits `flush` when
+    `is_due`. So memory holds no more than `WRITE_BYTES` and the machine's own data. `close` ends a
+    mail in any case, and makes the spool ready for the next.
     """
 
     __slots__ = (
@@ -146,37 +145,37 @@ class Spool:
     )  # fmt: skip
 
     def __init__(self, memory: Memory, directory: str, threshold: int) -> None:
-        self.failed: OSError | None = None  # why the mail could not be kept, which then is lost
+        self.failed: OSError | None = None  # why the mail could not be kept and is lost
         self._memory = memory
         self._directory = directory
         self._limit = self._threshold = threshold or float("inf")
         self._file: FileIO | None = None
-        self._buffer = Buffer()  # bytes that are not in the file
+        self._buffer = Buffer()  # bytes not in the file
         self._written = 0
-        self._counted = 0  # bytes that `_memory` knows of
+        self._counted = 0  # bytes counted in `_memory`
 
     @property
     def spilled(self) -> bool:
-        """Whether it is in a file."""
+        """Whether the mail is in a file."""
         return self._file is not None
 
     @property
     def is_due(self) -> bool:
-        """Whether there is enough to write."""
+        """Whether a flush is due."""
         if self._file is not None:
             return len(self._buffer) >= WRITE_BYTES
         waiting = len(self._buffer)
         return waiting > self._threshold or (self._memory.is_full and waiting > 0)
 
     def came(self, size: int) -> None:
-        """Of the mail `size` bytes have come in; those that are in memory are counted."""
+        """`size` bytes of the mail have arrived; count those in memory."""
         held = max(size - self._written, 0)
         if held != self._counted:
             self._memory.add(held - self._counted)
             self._counted = held
 
     async def flush(self) -> None:
-        """Write what waits. Errors show in `failed`."""
+        """Write the buffer out. Errors show in `failed`."""
         if self._file is None and self.failed is None:
             try:
                 self._file = tempfile.TemporaryFile(  # noqa: SIM115 - `close` closes it
@@ -184,7 +183,7 @@ class Spool:
                 )
             except OSError as error:
                 log.warning("%s: no file for a large mail: %s", self._directory, error.strerror)
-                self._threshold = float("inf")  # there may be memory for it
+                self._threshold = float("inf")  # memory may still have room
                 return
         await trio.to_thread.run_sync(self._write_out)
 
@@ -215,7 +214,7 @@ class Spool:
             self._threshold = float("inf")
 
     def close(self) -> None:
-        """Let go of everything but what `finish` gave."""
+        """Release everything except the result of `finish`."""
         if self._counted:
             self._memory.add(-self._counted)
             self._counted = 0

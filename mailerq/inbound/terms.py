@@ -1,4 +1,4 @@
-"""What the settings in force come to for sessions: one `Terms` for a transaction."""
+"""The settings in force, prepared for sessions: one `Terms` for a transaction."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mailerq.wire.server import Settings
 __all__ = ["Bounds", "Terms"]
 
 STRAINED_SECONDS: Final = 10.0
-"""How long a peer may take for anything when connection slots are short."""
+"""Timeout of every step while connection slots are short."""
 
 BY_PLUGINS: Final = ("PLAIN", "LOGIN")
-"""The ways to log in where plugins are asked, who learn no password by CRAM-MD5."""
+"""The login mechanisms where plugins are asked; CRAM-MD5 gives them no password."""
 
 ACCESS: Final = (
     "smtp_range",
@@ -42,7 +42,7 @@ CERTIFICATE: Final = ("smtp_certificate", "smtp_key", "smtp_ciphers")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Of a session, in seconds; `rate` is bytes/s of a mail, beyond the time that `idle` gives."""
+    """Bounds of a session in seconds; `rate` is bytes/s of a mail, beyond the `idle` time."""
 
     idle: float
     command: float
@@ -75,10 +75,9 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """One snapshot of the settings, and what is made of them for sessions. Any thread may use it.
+    """One snapshot of the settings, and the objects that sessions need. Any thread may use it.
 
-    `settings` are those of SMTP, `lmtp` those of LMTP. `tight` bounds are for when connection slots
-    are short.
+    `settings` are for SMTP, `lmtp` for LMTP. `tight` bounds apply while connection slots are short.
     """
 
     config: Config
@@ -94,10 +93,10 @@ class Terms:
 
     @classmethod
     def of(cls, config: Config, before: Self | None = None, notes: list[str] | None = None) -> Self:
-        """Read what the settings name. Raises `ConfigError` for all that cannot be used.
+        """Read what the settings name. Raises `ConfigError` with all mistakes.
 
-        What was made of the same settings `before` is kept, but for the certificate. One that this
-        account may not read again is kept as well, with a line in `notes`: root has read it.
+        Parts whose settings are as in `before` are kept, except the certificate. A certificate that
+        this account can no longer read is kept too, with a line in `notes`: root has read it.
         """
         problems: list[Problem] = []
 
@@ -143,7 +142,7 @@ class Terms:
         )
 
     def asking_plugins(self, asking: bool) -> Self:
-        """These terms with the ways to log in that there are where plugins are asked."""
+        """These terms with the login mechanisms for plugins."""
         if not asking:
             return self
         return replace(
@@ -153,11 +152,11 @@ class Terms:
         )
 
     def is_local(self, recipient: str) -> bool:
-        """Whether anybody may send to that recipient, whose mail ends here."""
+        """Whether anybody may send to this recipient, whose mail ends here."""
         return self.access.is_local(recipient) or self.local_addresses.has(recipient)
 
     def is_ours(self, recipient: str) -> bool:
-        """Whether anybody may send to that recipient."""
+        """Whether anybody may send to this recipient."""
         return self.is_local(recipient) or self.access.is_relayed(recipient)
 
 
@@ -173,7 +172,7 @@ def _access(config: Config) -> Access:
 
 
 def _hidden_certificate(config: Config, before: Terms | None) -> str | None:
-    """What to say where the same files as before are there, and not for this account."""
+    """The note when the same files exist but this account may not read them."""
     if before is None or not alike(config, before.config, *CERTIFICATE):
         return None
     for key in ("smtp-certificate", "smtp-key"):

@@ -1,7 +1,7 @@
-"""The socket by which the command line asks a running engine how it is.
+"""The socket on which the command line talks to a running engine.
 
-One JSON object on a line is a request, one on a line is its reply. The socket lies in the
-queue directory, so who may read the queue may ask.
+A request and its reply are one JSON object on a line each. The socket is in the queue directory:
+users that may read the queue may ask.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ ASK_SECONDS: Final = 10.0
 
 EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
 EXHAUSTED_SECONDS: Final = 0.1
-"""How long nobody is answered after the process ran out of descriptors or memory."""
+"""Pause when the process has no descriptors or memory left."""
 
 Request = dict[str, Any]
 Commands = Mapping[str, Callable[[Request], Awaitable[object] | object]]
-"""Each command gets its whole request, and returns what becomes the reply, or will."""
+"""Each command gets the whole request, and returns the reply or an awaitable of the reply."""
 
 
 @contextmanager
 def _address(directory: str) -> Iterator[str]:
-    """The socket's address by a descriptor of its directory.
+    """The socket's address through a descriptor of its directory.
 
-    A path may be longer than the 108 bytes that a socket address holds.
+    A path may be longer than the 108 bytes of a socket address.
     """
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     try:
@@ -62,7 +62,7 @@ async def serve(
 ) -> None:
     """Answer requests until cancelled."""
     original = _listen(directory)
-    # A plugin may close the descriptor. With the original open the loop notices that.
+    # A plugin may close the descriptor. With the original open the loop notices.
     sock = original.dup()
     try:
         async with trio.open_nursery() as nursery:
@@ -86,7 +86,7 @@ async def serve(
 
 
 def _remove(directory: str) -> None:
-    """Take the socket away. On a disk that is read-only now it stays, and the next start does."""
+    """Remove the socket. On a read-only disk it stays, and the next start removes it."""
     try:
         with as_owner(directory):
             os.unlink(os.path.join(directory, SOCKET_NAME))
@@ -97,7 +97,7 @@ def _remove(directory: str) -> None:
 
 
 def _listen(directory: str) -> trio.socket.SocketType:
-    """The listening socket. One that a killed process has left is in nobody's use."""
+    """The listening socket. One left by a killed process is not in use."""
     path = os.path.join(directory, SOCKET_NAME)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -114,7 +114,7 @@ def _listen(directory: str) -> trio.socket.SocketType:
 
 
 async def _serve_one(stream: trio.SocketStream, commands: Commands) -> None:
-    with suppress(OSError):  # at the end of one whose descriptor a plugin has closed
+    with suppress(OSError):  # a plugin may have closed the descriptor
         async with stream:
             with trio.move_on_after(ASK_SECONDS):
                 await _answer(stream, commands)
@@ -134,7 +134,7 @@ async def _answer(stream: trio.SocketStream, commands: Commands) -> None:
 
 
 async def reply_to(request: bytes, commands: Commands) -> bytes:
-    """The line that answers a request. What goes wrong is in it, as ``error``."""
+    """The line that answers a request; a failure is its ``error``."""
     reply: object
     try:
         document = decode_properties(request)

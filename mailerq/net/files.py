@@ -14,8 +14,8 @@ T = TypeVar("T")
 class WatchedFile(Generic[T]):
     """The parsed content of a text file, parsed again when the file changes.
 
-    A check costs one stat. A file that is written in place may be read half written; a file that is
-    renamed into place is always read whole.
+    A check costs one stat. A file written in place may be read half written; a file renamed into
+    place is always read whole.
     """
 
     def __init__(self, path: str, parse: Callable[[str], T]) -> None:
@@ -25,7 +25,8 @@ class WatchedFile(Generic[T]):
         self._value: T
 
     def read(self) -> T:
-        """Return the current content. Raises OSError, ValueError for invalid text, or as `parse`.
+        """Return the current content. Raises OSError, ValueError for invalid text, or errors of
+        `parse`.
 
         After an error the next call tries again.
         """

@@ -1,4 +1,4 @@
-"""Log files with one line for each event, which survive logrotate, and lines that are rationed."""
+"""Log files with one line per event, which survive logrotate, and rate limits for log lines."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mailerq.plugins import stray_close
 __all__ = ["RATION_SECONDS", "LogFile", "Ration", "open_log"]
 
 CHECK_SECONDS: Final = 1.0
-"""How often a log looks whether its file is still there."""
+"""How often a log checks that its file still exists."""
 
 RATION_SECONDS: Final = 60.0
 
 
 class LogFile:
-    """A file that lines are appended to.
+    """A file for appended lines.
 
-    Each line is one write to a file opened for appending, so threads and processes can
-    share it. When the file is gone (logrotate has moved it) a new one is opened. A disk
-    that is full costs log lines, never mail: `lost_lines` counts them.
+    Each line is one write to a file opened for appending, so threads and processes can share it.
+    When logrotate has moved the file, a new one is opened. A full disk costs log lines, never mail:
+    `lost_lines` counts them.
     """
 
     def __init__(self, path: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -39,8 +39,8 @@ class LogFile:
     def write(self, text: str) -> None:
         """Write one line, with the date before it.
 
-        What comes from outside has been escaped (see `mailerq.escaping`), which makes it
-        printable. A line that is not printable is escaped as a whole.
+        Callers escape foreign text (see `mailerq.escaping`), so it is printable. A line that is not
+        printable is escaped as a whole.
         """
         now = self._clock()
         if abs(now - self._checked) > CHECK_SECONDS:
@@ -54,12 +54,12 @@ class LogFile:
             self.lost_lines += 1
 
     def move(self, path: str, file: int) -> None:
-        """Go on in another file, which `open_log` has opened. Any thread may write meanwhile."""
+        """Continue in another file, which `open_log` has opened. Any thread may write meanwhile."""
         self._path = path
         self._replace(file)
 
     def check_soon(self) -> None:
-        """Look for the file before the next line."""
+        """Check the file before the next line."""
         self._checked = 0.0
 
     def close(self) -> None:
@@ -90,21 +90,21 @@ class LogFile:
     def _replace(self, file: int) -> None:
         """Write to a new file from now on."""
         if _identity(self._file) == self._opened:
-            # The number stays: another thread may be about to write to it.
+            # Keep the number: another thread may be about to write to it.
             os.dup2(file, self._file, inheritable=False)
             os.close(file)
         else:
-            # The number may be somebody else's by now.
+            # A plugin may have closed the number, and another file may have it.
             self._file = file
             stray_close(f"the log {self._path}")
         self._opened = _identity(self._file)
 
 
 class Ration:
-    """Lines of one kind for a log of the program: at most so many in a minute. Any thread.
+    """Lines of one kind in the program's log, at most `per_minute`. Any thread may use it.
 
-    What is left out is counted. The count stands in a line of its own before the next line;
-    `flush` and `flush_late` write it where there may be no next one.
+    Further lines are counted. The count is a line of its own before the next line; `flush` and
+    `flush_late` write the count if no next line may come.
 
     >>> seconds, said = 0.0, []
     >>> ration = Ration(lambda form, *values: said.append(form % values), 2,
@@ -148,12 +148,12 @@ class Ration:
         self._say(form, *values)
 
     def flush_late(self) -> None:
-        """Say so once the minute is over; cheap when nothing was left out."""
+        """Log the count if the minute is over; cheap if nothing was left out."""
         if self.left_out and self._clock() - self._began >= RATION_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Say how many lines were left out, if any were."""
+        """Log how many lines were left out, if any."""
         with self._lock:
             left_out, self.left_out = self.left_out, 0
         if left_out:
@@ -161,12 +161,12 @@ class Ration:
 
 
 def open_log(path: str) -> int:
-    """The descriptor of a log, which is made where there is none. Raises OSError."""
+    """The descriptor of a log, created if missing. Raises OSError."""
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
 
 def _identity(file: int) -> tuple[int, int] | None:
-    """Which file a descriptor is of, None when it is closed."""
+    """The file behind a descriptor; None if closed."""
     try:
         status = os.fstat(file)
     except OSError:

@@ -2,28 +2,27 @@
 
 Theory of operation
 -------------------
-A domain's hosts are those of its MX records in the order of their preference, or the domain
-itself where it has none (RFC 5321, section 5.1). The answer is cached as the records have
-it, for as long as the shortest of their TTLs says, within bounds; hosts of equal preference
-are put in a new random order at each call. Several tasks that ask for the same domain at a
-time share one lookup.
+A domain's hosts come from its MX records in order of preference; without MX records the domain
+itself is the host (RFC 5321, section 5.1). Answers are cached for the shortest of their TTLs,
+within bounds. Hosts of equal preference are put in a new random order at each call. Tasks that ask
+for the same domain at the same time share one lookup.
 
-Records belong to strangers, so all of it is bounded, and this host is never a host to send
-to: where one of the records leads here, it and all of no better preference are left out. Nor
-is an address in `smtp-out-forbidden`, which also goes for the smarthost of a message. Where
-`smtp-out-port` is neither 25 nor a port of ours, another server has it: then an address of this
-host does not lead here.
+Strangers write the records, so everything is bounded. This host is never a host to send to: if a
+record leads here, that record and all of no better preference are left out. Addresses in
+`smtp-out-forbidden` are left out too, also for the smarthost of a message. If `smtp-out-port` is
+neither 25 nor a port of ours, it belongs to another server: an address of this host then does not
+lead here.
 
-A domain that does not exist fails at once (RFC 5321, section 5.1), but a resolver that has lost
-its way says so of every domain. So it is believed only when it knows, at that moment, who serves
-the root of all names; otherwise the mail is tried again.
+A domain that does not exist fails at once (RFC 5321, section 5.1). But a broken resolver says so of
+every domain. So a resolver is believed only if it can name the servers of the root zone at that
+moment; otherwise the mail is tried again.
 
-Domains that this host takes mail for and passes on, `smtp-relay-domains`, never fail here: when
-their records lead nowhere, or back to this host, its operator has something to mend, which the
-log says, and the mail waits for that.
+Domains in `smtp-relay-domains`, for which this host takes mail and passes it on, never fail here.
+If their records lead nowhere, or back to this host, the mail waits, and the log asks the operator
+for a remedy.
 
-A resolver belongs to one trio loop. dnspython is imported with the first lookup, since a
-process that only injects a mail never gets that far.
+A resolver belongs to one trio loop. dnspython is imported with the first lookup: a process that
+only injects a mail never needs it.
 """
 
 from __future__ import annotations
@@ -55,27 +54,27 @@ __all__ = ["Host", "NoHosts", "Resolver", "is_this_host"]
 log = logging.getLogger("mailerq.delivery")
 
 MIN_TTL: Final = 60.0
-"""Seconds that an answer is kept at least, also one that says no; tiny TTLs hurt."""
+"""Minimum cache time of an answer, also of a negative one; tiny TTLs hurt."""
 
 MAX_TTL: Final = 3600.0
-"""Seconds that an answer is kept at most, so that a mistake of theirs does not stay for long."""
+"""Maximum cache time of an answer, so that a mistake does not stay for long."""
 
 MAX_ENTRIES: Final = 10_000
 """Domains in the cache."""
 
 MAX_EXCHANGES: Final = 16
-"""MX records that are looked at, best preference first. RFC 5321 asks for two."""
+"""MX records considered, best preference first. RFC 5321 asks for two."""
 
 MAX_ADDRESSES: Final = 32
-"""Addresses of a domain that are tried."""
+"""Addresses tried for one domain."""
 
 MAX_ALIASES: Final = 8
-"""CNAME records that are followed."""
+"""CNAME records followed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One address of a host that takes mail. `preference` is lower where it is better."""
+    """One address of a host that takes mail. A lower `preference` is better."""
 
     name: str
     address: str
@@ -84,7 +83,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class NoHosts:
-    """There is no host now, or, with a `reply`, none ever: it stands for a refusal."""
+    """There is no host now; with a `reply`, which stands for a refusal, there never is."""
 
     description: str
     reply: Reply | None = None
@@ -102,12 +101,12 @@ class _NoRecords(Exception):
 
 
 class _NoAnswer(Exception):
-    """Nobody could say: a timeout, a refusal or a broken answer."""
+    """No answer: a timeout, a refusal or a broken reply."""
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A lookup under way; `found` stays None when the task that does it is cancelled."""
+    """A lookup under way; `found` stays None if its task is cancelled."""
 
     landed: trio.Event = field(default_factory=trio.Event)
     found: Found | None = None
@@ -115,7 +114,7 @@ class _Flight:
 
 @dataclass(slots=True)
 class _Exchange:
-    """One host of a domain, and what its lookups brought so far."""
+    """One host of a domain, and the results of its lookups."""
 
     name: str
     preference: int
@@ -128,7 +127,7 @@ class _Exchange:
 class Resolver:
     """Looks up where mail goes: asks `dns-servers`, within `dns-timeout` and `dns-attempts`.
 
-    `leads_here` says which addresses are this host's.
+    `leads_here` says whether an address belongs to this host.
     """
 
     def __init__(self, config: Config, *, leads_here: Callable[[str], bool] | None = None) -> None:
@@ -137,7 +136,7 @@ class Resolver:
         self.configure(config)
 
     def configure(self, config: Config) -> None:
-        """Go by these settings from now on. What is known is asked again."""
+        """Apply these settings from now on, and drop the cache."""
         self._hostname = _canonical(config.hostname)
         self._forbidden = config.smtp_out_forbidden
         self._relay_domains = frozenset(config.smtp_relay_domains)
@@ -146,7 +145,7 @@ class Resolver:
         self._servers = config.dns_servers
         ours = config.smtp_out_port in (SMTP_PORT, *config.smtp_port)
         self._is_here = self._given_leads_here or (is_this_host if ours else _is_nowhere)
-        # A lookup that is under way goes by what it began with, and keeps its answer to itself.
+        # A lookup under way ends with its old settings, and does not cache its answer.
         self._dns: dns.asyncresolver.Resolver | None = None
         self._cache: dict[tuple[str, bool], tuple[float, Found]] = {}
         self._flights: dict[tuple[str, bool], _Flight] = {}
@@ -157,7 +156,7 @@ class Resolver:
             if domain.startswith("["):
                 return self._permitted(domain, self._literal(domain))
             found = await self._cached((domain, True), self._look_up_domain)
-        except OSError as error:  # no descriptor to look with
+        except OSError as error:  # no descriptor for the check
             return NoHosts(f"{domain}: {error.strerror or error}")
         found = self._permitted(domain, found)
         if isinstance(found, tuple):
@@ -167,10 +166,10 @@ class Resolver:
         return found
 
     async def host(self, name: str, *, trusted: bool) -> Found:
-        """The addresses of a smarthost or a sink; it may be this host.
+        """The addresses of a smarthost or a sink; this host is allowed.
 
-        A name is looked up as the system does it, so ``/etc/hosts`` counts. One that is not
-        `trusted` has no address in `smtp-out-forbidden`.
+        The system looks the name up, so ``/etc/hosts`` counts. Unless `trusted`, addresses in
+        `smtp-out-forbidden` are left out.
         """
         found = await self._addresses_of(name)
         return found if trusted else self._permitted(name, found)
@@ -185,7 +184,7 @@ class Resolver:
         return await self._cached((name, False), self._look_up_host)
 
     def _permitted(self, name: str, found: Found) -> Found:
-        """What was found without the addresses that nothing is sent to."""
+        """The result without forbidden addresses."""
         if isinstance(found, NoHosts):
             return found
         hosts = tuple(h for h in found if not is_within(h.address, self._forbidden))
@@ -246,7 +245,7 @@ class Resolver:
             return _loop(domain)
         return (Host(domain, address),)
 
-    # A lookup returns the answer and for how many seconds it holds, None when it is not kept.
+    # A lookup returns the answer and its cache time in seconds; None: not cached.
 
     async def _look_up_host(self, name: str) -> tuple[Found, float | None]:
         try:
@@ -301,9 +300,9 @@ class Resolver:
         )
 
     async def _exchanges(self, name: str) -> tuple[list[_Exchange], float]:
-        """The hosts of a domain, best first and still without addresses; none is a null MX.
+        """The hosts of a domain, best first, without addresses yet; none is a null MX.
 
-        Raises `_NoRecords` when the domain does not exist.
+        Raises `_NoRecords` if the domain does not exist.
         """
         try:
             records, ttl = await self._query(name, "MX")
@@ -373,10 +372,10 @@ class Resolver:
 
 
 def is_this_host(address: str) -> bool:
-    """True when what is sent to the IP address arrives at this host.
+    """True if data sent to the IP address arrives at this host.
 
-    The system is asked which source address it would use: for an address of its own it is
-    that address. Nothing is sent. Raises OSError when there is no descriptor to ask with.
+    Asks the system for the source address: an address of this host is its own source. Nothing is
+    sent. Raises OSError if no descriptor is left.
     """
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
@@ -388,14 +387,14 @@ def is_this_host(address: str) -> bool:
         probe = socket.socket(family, socket.SOCK_DGRAM)
     except OSError as error:
         if error.errno == errno.EAFNOSUPPORT:
-            return False  # Nothing of that family is here.
+            return False  # This host has no address of that family.
         raise
     with probe:
         try:
             probe.connect((str(ip), 25))
             return ipaddress.ip_address(probe.getsockname()[0]) == ip
         except OSError:
-            return False  # There is no way there.
+            return False  # No route.
 
 
 def _is_nowhere(address: str) -> bool:
@@ -403,7 +402,7 @@ def _is_nowhere(address: str) -> bool:
 
 
 def _canonical(name: str) -> str:
-    """A domain in lower case, as A-labels, without the dot of the root; or what was given."""
+    """A domain in lower case, as A-labels, without the root dot; else the input."""
     name = name.rstrip(".").lower()
     if not name.isascii():
         import idna
@@ -416,7 +415,7 @@ def _canonical(name: str) -> str:
 
 
 def _in_order(hosts: Sequence[Host]) -> tuple[Host, ...]:
-    """By preference, and those of equal preference in a random order."""
+    """By preference; equal ones in random order."""
     lots = {host.name: random.random() for host in hosts}
     return tuple(sorted(hosts, key=lambda host: (host.preference, lots[host.name])))
 

@@ -1,4 +1,4 @@
-"""Bounds on what is open at a time, one within another."""
+"""Limits on what is open at a time, one within another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, Self
 __all__ = ["Slots"]
 
 SHORT: Final = 0.8
-"""The share that is in use when they begin to be short."""
+"""Slots are short above this share in use."""
 
 
 class Slots:
@@ -29,10 +29,10 @@ class Slots:
         self.within = within
         self._lock = threading.Lock()
         self.on_release: Callable[[], object] | None = None
-        """Called after each release, of what is within it as well, on the thread of that."""
+        """Called after each release, also of slots within these, on the releasing thread."""
 
     def take(self) -> bool:
-        """Take one, or say that there is none."""
+        """Take one; False if none is left."""
         with self._lock:
             if self.used >= self.limit or (self.within and not self.within.take()):
                 return False
@@ -49,7 +49,7 @@ class Slots:
 
     @property
     def available(self) -> bool:
-        """Whether `take` would get one now."""
+        """Whether `take` would succeed now."""
         return self.used < self.limit and (self.within is None or self.within.available)
 
     @property
@@ -61,7 +61,7 @@ class Slots:
 
     @property
     def are_exceeded(self) -> bool:
-        """Whether more are in use than may be, since `limit` was lowered."""
+        """Whether more are in use than allowed, after `limit` was lowered."""
         return self.used > self.limit or (self.within is not None and self.within.are_exceeded)
 
     def __str__(self) -> str:

@@ -2,82 +2,84 @@
 
 Theory of operation
 -------------------
-`ClientProtocol` knows which replies are due, in order; that queue is its state. A complete
-reply takes the first of them off and may put a command into the output and its reply onto
-the queue. Where the peer offers PIPELINING (RFC 2920), RSET, MAIL, RCPT and DATA go out
-together; otherwise the reply to each calls for the next.
+The state of `ClientProtocol` is the queue of replies that are due. A complete reply removes the
+first of them, and may add a command to the output and its reply to the queue. If the peer offers
+PIPELINING (RFC 2920), RSET, MAIL, RCPT and DATA go out together; otherwise each waits for the reply
+to the one before.
 
-A mail ends in exactly one event: `Accepted`, `Refused` or `Failed`. The first refusal of a
-mail counts; what was pipelined behind it is read before `Refused` is reported, so that the
-session can take the next mail. If the peer answers DATA with 354 although it refused the
-recipient, a lone dot ends a mail that goes to nobody.
+A mail ends in exactly one event: `Accepted`, `Refused` or `Failed`. The first refusal of a mail
+counts. The replies to commands pipelined behind the refused one are read before `Refused` is
+reported, so that the session can take the next mail. If the peer answers DATA with 354 although the
+recipient was refused, a lone dot ends a mail without recipients.
 
-A transaction that the peer may still hold open is ended by RSET, sent with the next mail
-and not before: many sessions see no next mail.
+RSET ends a transaction that the peer may still hold open. RSET goes out with the next mail and not
+before: many sessions see no next mail.
 
-Where the peer offers PIPELINING the commands of the next mail may go out right behind the body
-(RFC 2920, section 3.1, allows a body to begin a group): `mail` while `may_go_ahead`. A mail then
-costs one round trip. What ends the session before the reply to the body is reported is the end of
-the first mail only; the driver must give the next one again elsewhere.
+If the peer offers PIPELINING, the commands of the next mail may go out right behind the body (RFC
+2920, section 3.1, allows a body to begin a group): call `mail` while `may_go_ahead`. A mail then
+costs one round trip. If the session ends before the reply to the body is reported, only the first
+mail ends; the driver must send the next one elsewhere.
 
 In step
 -------
-Nothing in a reply says which command it answers. A peer that answers one command twice, late or
-not at all, or that speaks unasked, shifts every reply behind. Three replies show where the peer
-is: 354 answers DATA only; 503, or the status 5.5.1 (RFC 3463, section 3.6), answers a command
-whose predecessor was refused; 221 answers QUIT only. Hence one rule: **a reply that ends a mail
-for good counts only when what follows proves that the session is in step.** So a command follows
-each body: the next envelope, QUIT behind the last mail of a session, else RSET, of which busy
-servers allow one a mail where they count NOOP. QUIT goes out with the body where the peer offers
-PIPELINING. RSET waits for the reply: many peers close behind their reply to the last mail that
-they take in a session, and a 250 that may be the answer to RSET would then prove nothing.
+Replies do not name their command. A peer that answers one command twice, late or not at all, or
+that speaks unasked, shifts every later reply. Three replies show the peer's position: 354 answers
+DATA only; 503, or the status 5.5.1 (RFC 3463, section 3.6), answers a command whose predecessor was
+refused; 221 answers QUIT only. Hence one rule: **a reply that ends a mail for good counts only when
+later replies prove that the session is in step.** So a command follows each body: the next
+envelope, QUIT behind the last mail of a session, else RSET; busy servers that limit NOOP allow one
+RSET a mail. QUIT goes out with the body if the peer offers PIPELINING. RSET waits for the reply:
+many peers close after their reply to the last mail of a session, and a 250 that may be the answer
+to RSET would then prove nothing.
 
-- *RSET* proves an acceptance. If the 2xx before were not the reply to the body, that one would be
-  in the place of the reply to RSET: either it is no 2xx, or the mail was accepted all the same.
-- *QUIT* proves any reply: 221 in its place shows that none was left over. It follows a body that
-  is refused with 5xx.
+- *RSET* proves an acceptance. If the 2xx before were not the reply to the body, the reply to the
+  body would be in the place of the reply to RSET: either it is no 2xx, or the mail was accepted all
+  the same.
+- *QUIT* proves any reply: 221 in its place shows that no reply was left over. QUIT follows a body
+  that is refused with 5xx.
 - *An envelope is ahead.* The reply to the dot is held until MAIL, RCPT and DATA are answered, for
-  it may be the reply to MAIL. Four sequences prove that it is not: MAIL and RCPT accepted, and 354
+  that reply may answer MAIL. Four sequences prove that it does not: MAIL and RCPT accepted, and 354
   to DATA; MAIL and RCPT accepted, and DATA refused; RCPT refused, and 503 to DATA; MAIL refused
-  behind a body that was accepted, and 503 to RCPT and DATA. Of these only the first one proves a
-  5xx; behind the others it needs QUIT. If the session ends before, a status unlike the one that
-  MAIL got before proves an acceptance: 2.0.0 where that was 2.1.0.
-- *An envelope is refused with 5xx.* 5xx to all that was pipelined behind proves it: the refusal
-  meant for this mail is among them. So does 354. Where nothing was pipelined behind, QUIT must.
-  If the session ends before, the refusal counts on a new connection only.
+  behind a body that was accepted, and 503 to RCPT and DATA. Only the first sequence proves a 5xx;
+  after the others a 5xx needs QUIT. If the session ends earlier, a status other than that of an
+  earlier MAIL proves an acceptance: for example 2.0.0 after 2.1.0.
+- *An envelope is refused with 5xx.* 5xx to every command pipelined behind proves the refusal: the
+  one meant for this mail is among them. 354 proves it too. If nothing was pipelined behind, QUIT
+  must prove it. If the session ends earlier, the refusal counts on a new connection only.
 - *The peer closes instead of answering RSET or QUIT.* That proves the reply to a body, which cannot
   be the answer to either.
-- *The peer was out of step before* (`careful`), or answered no dot that something went out with.
-  Nothing goes out with a body then, and QUIT follows its reply. 421 and silence prove as much as
-  the end of the stream: a peer that leaves so each time would get the mail again and again.
-- *What cannot be* ends the session: 354 for anything but DATA, 2xx for DATA, 221 for anything but
-  QUIT, 503 for a command whose predecessors were accepted, RCPT accepted or 354 after MAIL was
+- *The peer was out of step before* (`careful`), or answered no dot that had output behind it.
+  Nothing goes out with a body then, and QUIT follows the reply to the body. 421 and silence prove
+  as much as the end of the stream: otherwise a peer that always leaves this way would get the mail
+  again and again.
+- *Impossible replies* end the session: 354 for anything but DATA, 2xx for DATA, 221 for anything
+  but QUIT, 503 for a command whose predecessors were accepted, RCPT accepted or 354 after MAIL was
   refused, 4xx behind 5xx, RSET refused, a reply when none is due.
 
-Without proof the mail ends in `Failed`, and the driver tries it again: a duplicate is better than
-a loss. `out_of_step` says that the host should be served with care for a while. 4xx needs no
-proof: the mail is tried again anyway.
+Without proof the mail ends in `Failed`, and the driver tries again: a duplicate is better than a
+loss. `out_of_step` asks the driver to be careful with the host for a while. 4xx needs no proof: the
+mail is tried again anyway.
 
 Guarantees
 ----------
-Take a peer that does one thing wrong: it answers a command late, twice or not at all, or speaks
+Assume a peer that does one thing wrong: it answers a command late, twice or not at all, or speaks
 unasked, anywhere. Then a mail is `Accepted` only if the peer accepted it, and `Refused` with 5xx
 only if the peer refused it with 5xx, though perhaps at another step.
 ``tests/wire/test_client_step.py`` enumerates this.
 
-No client can tell a peer that says something unasked *in the place* of its reply to the dot, and
-never gives that one: it goes on in step, or leaves as the rule above allows for. Every byte is
-then what a peer in step would say. ``tests/wire/test_client_proof.py`` has the whole of what is
-believed, and shows for each case of this that it is so.
+No client can detect a peer that says something unasked *in the place* of its reply to the dot, and
+never sends that reply: the peer continues in step, or leaves as the rules above allow. Every byte
+is then that of a peer in step. ``tests/wire/test_client_proof.py`` lists all sequences that are
+believed, and shows this for each such case.
 
-A driver does this::
+The loop of a driver::
 
     while (event := protocol.next_event()) is NEED_DATA:
         while data := protocol.data_to_send():
             send(data)
         protocol.receive_data(receive())
 
-Everything that a peer can make grow is bounded by the constants below.
+The constants below bound everything that a peer can make grow.
 """
 
 from __future__ import annotations
@@ -113,32 +115,32 @@ MAX_REPLY_LINE: Final = 2048
 """Bytes of a reply line. RFC 5321 allows 512, some servers send long links; more is abuse."""
 
 MAX_REPLY_LINES: Final = 128
-"""Lines of one reply. The longest EHLO replies that are seen have two dozen."""
+"""Lines of one reply. The longest EHLO replies seen have two dozen."""
 
 JOIN_BYTES: Final = 65536
-"""Pieces of output below this are joined into one write; larger ones are not copied."""
+"""Smaller pieces of output are joined into one write; larger ones are not copied."""
 
 MAX_MTA_NAME: Final = 255
-"""Characters of a host name; it is kept with every result."""
+"""Characters of a host name; every result keeps it."""
 
 _REPLY_LINE: Final = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 
-# What may stand between the angle brackets without ending them or the line: no controls,
-# no space or bracket outside a quoted local part. Stricter rules are made elsewhere; this
-# is what keeps an address from becoming a command.
+# Characters between the angle brackets that end neither them nor the line: no controls, no space or
+# bracket outside a quoted local part. Stricter rules are elsewhere; this one keeps an address from
+# becoming a command.
 _SAFE_ADDRESS: Final = re.compile(
     r'[^\x00-\x20\x7f-\x9f<>"]*|"(?:[^"\\\x00-\x1f\x7f-\x9f]|\\[^\x00-\x1f\x7f-\x9f])*"@[^\x00-\x20\x7f-\x9f<>"]+'
 )
 
 _ABOUT_COMMANDS: Final = range(500, 505)
-"""Codes that say that the peer did not understand a command, or not then; no verdict on a body."""
+"""Codes for a command that the peer did not understand or expect; no verdict on a body."""
 
 MAX_ADDRESS: Final = 1024
 """Characters of an address. The standard's limit is 254; the peer may judge that."""
 
 
 class Step(StrEnum):
-    """What the reply that is due answers; the values are the states of the newer results."""
+    """The step whose reply is due; the values are the states of the newer results."""
 
     INTRO = "intro"
     EHLO = "ehlo"
@@ -152,12 +154,12 @@ class Step(StrEnum):
     IDLE = "idle"
 
 
-# Each is asked for several times a mail, and as an attribute of an Enum costs ten times as much.
+# Each is read several times a mail; the attribute of an Enum costs ten times as much.
 _INTRO, _EHLO, _HELO, _RESET, _MAILFROM, _RCPTTO, _DATA, _MESSAGE, _QUIT, _IDLE = Step
 
 
 class Problem(StrEnum):
-    """Why a session is of no more use. The driver, who has a clock, finds `TIMEOUT`."""
+    """Why a session cannot continue. The driver has the clock and finds `TIMEOUT`."""
 
     LOST = "lost"
     INVALID = "invalid"
@@ -176,15 +178,15 @@ class SendBody(msgspec.Struct, frozen=True):
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """The peer took the mail over; it is its duty now."""
+    """The peer accepted the mail and is responsible for it now."""
 
     reply: Reply
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """The peer said no to `step`; at INTRO, EHLO and HELO to the whole session.
+    """The peer refused `step`; at INTRO, EHLO and HELO it refused the whole session.
 
-    `reply` is our own where nothing was sent because the peer could not take it.
+    `reply` is our own if nothing was sent because the peer could not take the mail.
     """
 
     step: Step
@@ -192,7 +194,7 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The session broke, or left its step, while the reply to `step` was due; IDLE: none was."""
+    """The session broke or lost its step while the reply to `step` was due; IDLE: none was due."""
 
     step: Step
     problem: Problem
@@ -200,14 +202,14 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class NoEvent(Enum):
-    """Nothing happened, or nothing more will."""
+    """Nothing happened, or nothing more will happen."""
 
     NEED_DATA = auto()
     CLOSED = auto()
 
 
 NEED_DATA: Final = NoEvent.NEED_DATA
-"""Nothing to report: send what `ClientProtocol.data_to_send` has, then feed what comes in."""
+"""Nothing to report: send the output of `ClientProtocol.data_to_send`, then feed the input."""
 
 CLOSED: Final = NoEvent.CLOSED
 """The session ended after QUIT."""
@@ -243,57 +245,57 @@ class ClientProtocol:
 
     def __init__(self, hostname: str, *, careful: bool = False) -> None:
         self.careful = careful
-        """True where the peer was out of step before: QUIT follows the reply to each body."""
+        """True if the peer was out of step before: QUIT follows the reply to each body."""
         self.mta: str | None = None
         """The name in the peer's banner."""
         self.extensions: dict[str, str] = {}
-        """What the peer's EHLO reply offered: upper-case keyword -> its parameters."""
+        """The peer's EHLO offers: upper-case keyword -> its parameters."""
         self.replies = 0
-        """Complete replies so far; a deadline per reply starts anew when it grows."""
+        """Complete replies so far; a deadline per reply restarts when this grows."""
         self.out_of_step = False
-        """True when it is in doubt what replies answer, or none came to a dot with more behind."""
+        """True if replies may answer something else, or no reply came to a dot with more behind."""
         self.may_go_ahead = False
-        """True from `send_body` to `data_to_send` where an envelope may go out behind the body."""
+        """True from `send_body` to `data_to_send` if an envelope may go out behind the body."""
         self._hostname = hostname.encode()
         self._due: deque[Step] = deque((_INTRO,))
         self._later: deque[tuple[Step, bytes]] = deque()
         self._output: list[bytes] = []
-        self._blocks: Iterator[bytes] = iter(())  # of a large body, whose end is in `_output`
+        self._blocks: Iterator[bytes] = iter(())  # of a large body; its end is in `_output`
         self._input = b""
         self._at = 0
         self._lines: list[str] = []
         self._code = b""
         self._eof = False
         self._last = False  # QUIT proves the reply to the body
-        self._ahead = False  # an envelope went out behind it, and the verdict is not reported
-        self._held: Reply | None = None  # the reply to a body, while it is not proved
+        self._ahead = False  # an envelope went out behind the body; no verdict is reported yet
+        self._held: Reply | None = None  # the reply to a body, not yet proved
         self._farewell = False  # 421 ended the session
         self._refusal: Refused | None = None
-        self._proved = False  # what came behind the refusal proves it, if nothing is missing
-        self._doubted = False  # and if something is missing, it proves nothing
+        self._proved = False  # the replies behind the refusal prove it, if none is missing
+        self._doubted = False  # if one is missing, they prove nothing
         self._sender: Reply | None = None  # the reply to the last MAIL
         self._known_sender: Reply | None = None  # one to MAIL that was proved
-        self._fresh = True  # no body was sent, so no reply to an earlier mail is left over
+        self._fresh = True  # no body was sent, so no earlier reply to a mail can be left over
         self._transaction_open = False
         self._body_due = False
-        self._asked = False  # 354 came, and `SendBody` is to be reported
+        self._asked = False  # 354 came; `SendBody` is to be reported
         self._over: Event | None = None
 
     @property
     def step(self) -> Step:
-        """The step whose reply is due, DATA while the body is; IDLE when nothing is."""
+        """The step whose reply is due, DATA while the body is due; IDLE if nothing is."""
         if self._due:
             return self._due[0]
         return _DATA if self._body_due else _IDLE
 
     @property
     def reusable(self) -> bool:
-        """True when the session is open and nothing is under way: `mail` may be called."""
+        """True if the session is open and nothing is under way: `mail` may be called."""
         return not (self._due or self._body_due or self._refusal or self._over)
 
     @property
     def ended(self) -> bool:
-        """True when the session is of no more use."""
+        """True if the session cannot continue."""
         return self._over is not None
 
     # Output
@@ -308,13 +310,13 @@ class ClientProtocol:
         utf8: bool = False,
         dsn: Mapping[str, object] | None = None,
     ) -> bool:
-        """Begin to send a mail of `size` bytes; one recipient.
+        """Begin to send a mail of `size` bytes to one recipient.
 
-        `eight_bit` is about all of it, `utf8` about its header. `dsn` is the property of that
-        name, which goes on to a peer that knows what to do with it. What the peer cannot
-        take, or what would not be one command on the wire, ends in `Refused` without a byte
-        sent. A mail that would end so is not begun while the reply to another one is due: False,
-        and it is to be given again after that reply.
+        `eight_bit` describes the whole mail, `utf8` its header. `dsn` is the property of that name;
+        peers that support it get it. A mail that the peer cannot take, or that would not be one
+        command on the wire, ends in `Refused`, and no byte is sent. While the reply to another mail
+        is due, such a mail is not begun: the result is False, and the driver gives the mail again
+        after that reply.
         """
         ahead = self.may_go_ahead
         if not (ahead or self.reusable):
@@ -349,12 +351,12 @@ class ClientProtocol:
     def send_body(self, body: bytes | InBlocks, *, last: bool = False) -> None:
         """Send the mail itself and the dot that ends it; answers `SendBody`.
 
-        `last` says that the session ends with this mail: then QUIT proves the reply.
+        `last`: the session ends with this mail, and QUIT proves the reply.
         """
         if not self._body_due:
             raise LocalProtocolError("the peer has not asked for a body")
         if len(self._input) > self._at:
-            return  # It answers already: `next_event` finds out that this is too early.
+            return  # The peer has already replied: `next_event` finds that this is too early.
         self._body_due = self._fresh = False
         blocks, end = encode_body(body) if isinstance(body, bytes) else encode_blocks(body)
         if len(body) <= BLOCK_BYTES:
@@ -378,9 +380,9 @@ class ClientProtocol:
         self._say(_QUIT)
 
     def data_to_send(self) -> bytes:
-        """Take the next piece of output; empty when there is none.
+        """Take the next piece of output; empty if there is none.
 
-        The end of a body is kept back when the peer has answered before it.
+        The end of a body is held back if the peer has already answered.
         """
         output = self._output
         self.may_go_ahead = False
@@ -398,7 +400,7 @@ class ClientProtocol:
     def _objection(
         self, envelope: str, recipient: str, size: int | None, *, utf8: bool
     ) -> Refused | None:
-        """What speaks against sending this mail, found before anything is on the wire."""
+        """The objection to sending this mail, found before anything is on the wire."""
         if not _is_safe(envelope):
             return Refused(_MAILFROM, Reply(553, "5.1.7 Sender address is malformed"))
         if not recipient or not _is_safe(recipient):
@@ -429,7 +431,7 @@ class ClientProtocol:
     # Input
 
     def receive_data(self, data: bytes) -> None:
-        """Feed what the peer sent; empty when it has closed the connection."""
+        """Feed bytes from the peer; empty when the peer has closed the connection."""
         if not data:
             self._eof = True
         elif self._at == len(self._input):
@@ -440,7 +442,7 @@ class ClientProtocol:
             self._at = 0
 
     def next_event(self) -> Event:
-        """What has happened since the last call."""
+        """The next event since the last call."""
         if self._over is not None:
             return self._over
         try:
@@ -458,15 +460,15 @@ class ClientProtocol:
         return NEED_DATA
 
     def abort(self, problem: Problem, description: str) -> Event:
-        """The session is over, for a reason that the machine or its driver found.
+        """End the session, for a reason that the machine or its driver found.
 
-        Returns what that means for the mail under way: a refusal that was seen before is still
-        the peer's answer, unless the replies leave in doubt whose answer.
+        Returns the event for the mail under way: an earlier refusal is still the peer's answer,
+        unless the replies leave in doubt what they answer.
         """
         if self._over is None:
             ending = self._unproved()
             if ending is None:
-                # It may be that the peer cannot take what went out behind the body.
+                # The peer may not support output behind the body.
                 behind = self.step is _MESSAGE and len(self._due) > 1
                 self.out_of_step = self.out_of_step or (behind and problem is Problem.TIMEOUT)
                 closed = self.step is _QUIT
@@ -492,7 +494,7 @@ class ClientProtocol:
         return event
 
     def _next_reply(self) -> Reply | None:
-        """Take a complete reply off the input."""
+        """Take a complete reply from the input."""
         while True:
             end = self._input.find(b"\n", self._at, self._at + MAX_REPLY_LINE)
             if end < 0:
@@ -518,7 +520,7 @@ class ClientProtocol:
                 raise _Violation(Problem.OVERFLOW, f"reply of more than {MAX_REPLY_LINES} lines")
 
     def _take(self, reply: Reply) -> Event | None:
-        """Let the reply to the first step that is due do what it does."""
+        """Handle the reply to the first step that is due."""
         if not self._due:
             return self._take_unasked(reply)
         step = self._due.popleft()
@@ -560,7 +562,7 @@ class ClientProtocol:
         return self._report()
 
     def _take_refusal(self, step: Step, reply: Reply) -> None:
-        """A command is refused, or the lone dot."""
+        """The peer refused a command or the lone dot."""
         if step is _MESSAGE:
             return
         out_of_sequence = reply.code == 503 or reply.status == "5.5.1"
@@ -580,7 +582,7 @@ class ClientProtocol:
             raise self._invalid(step, reply)
 
     def _take_verdict(self, reply: Reply) -> Event | None:
-        """The body is answered."""
+        """The peer answered the body."""
         if self._ahead:
             self._held = reply
             if reply.code in _ABOUT_COMMANDS:
@@ -614,7 +616,7 @@ class ClientProtocol:
         return None
 
     def _take_goodbye(self, reply: Reply) -> Event:
-        """QUIT is answered, which we also say to prove the reply to a command before."""
+        """The peer answered QUIT, which we also send to prove the reply before."""
         ending = self._unproved()
         if ending is None:
             return self._finish(CLOSED)
@@ -658,7 +660,7 @@ class ClientProtocol:
         raise _Violation(problem, f"spoke unasked: {reply.code} {reply.description}")
 
     def _take_early(self, reply: Reply) -> Event:
-        """The body is answered before its end was sent."""
+        """The peer answered the body before its end was sent."""
         if reply.code >= 400 and self._refusal is None and reply.code not in _ABOUT_COMMANDS:
             return self._finish(Refused(_DATA, reply))
         self._due.appendleft(_DATA)
@@ -670,36 +672,36 @@ class ClientProtocol:
         self._doubted = False
 
     def _unproved(self) -> Accepted | Refused | None:
-        """What the reply says that waits for its proof."""
+        """The meaning of the reply that waits for proof."""
         return self._refusal if self._held is None else _verdict(self._held)
 
     def _stands(self, ending: Accepted | Refused, problem: Problem) -> bool:
-        """Whether what waits for its proof counts, though the session ends before."""
+        """Whether the reply that waits for proof counts if the session ends now."""
         reply = ending.reply
         if self._held is None and reply.code < 500:
             return True
         if problem not in (Problem.LOST, Problem.TIMEOUT):
             return False
         if self.step in (_RESET, _QUIT):
-            # The end came in place of the reply to the proof, and `reply` cannot be that one.
+            # The end came in place of the reply to the proof, and `reply` cannot be that reply.
             closed = problem is Problem.LOST and not self._farewell
             if closed or (self.careful and _ends_body(ending)):
                 return True
         if self._held is not None:
             return self._ahead and self._is_no_answer_to_mail(reply)
-        # A peer that refuses and closes may do so on a new connection: no reply to an earlier
-        # mail can be left over there.
+        # A peer that refuses and closes may do so on a new connection: no reply to an earlier mail
+        # can be left over there.
         clear = problem is Problem.LOST and self._fresh and reply.code not in _ABOUT_COMMANDS
         shown = self._proved or clear
         return shown and not self._doubted
 
     def _is_no_answer_to_mail(self, reply: Reply) -> bool:
-        """Whether the status of an acceptance is unlike the one that MAIL got in this session."""
+        """Whether the status of an acceptance differs from that of MAIL in this session."""
         known = self._known_sender.status if self._known_sender is not None else None
         return reply.code < 300 and None not in (known, reply.status) and known != reply.status
 
     def _report(self) -> Event | None:
-        """What the replies so far have decided: of a mail, and then of the one behind it."""
+        """The events that the replies have decided: for a mail, then for the next one."""
         if self._due:
             return None
         if self._held is not None:
@@ -723,12 +725,12 @@ class ClientProtocol:
         return refusal
 
     def _say(self, step: Step) -> None:
-        """Send RSET or QUIT, whose reply proves the one before it."""
+        """Send RSET or QUIT; its reply proves the reply before."""
         self._output.append(b"QUIT\r\n" if step is _QUIT else b"RSET\r\n")
         self._due.append(step)
 
     def _more_came(self) -> bool:
-        """Whether the peer said more than was due, and not 421, which it may say at any time."""
+        """Whether the peer sent more than was due, other than 421, which is allowed at any time."""
         return not b"421".startswith(self._input[self._at :][:3])
 
     def _invalid(self, step: Step, reply: Reply) -> _Violation:

@@ -1,4 +1,4 @@
-"""What the crash tests share: a daemon, load with a ledger of what was taken, faults below it."""
+"""Helpers for crash tests: a daemon, load with a ledger of accepted mail, and faults below it."""
 
 from __future__ import annotations
 

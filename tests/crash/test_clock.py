@@ -1,4 +1,4 @@
-"""A wall clock that jumps an hour: retries stay sane, nothing is lost, and nothing spins."""
+"""A wall clock that jumps an hour: retries stay sane, nothing is lost, no loop spins."""
 
 from __future__ import annotations
 

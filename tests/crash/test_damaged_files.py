@@ -1,6 +1,6 @@
-"""Queue files that are damaged in many ways, through the daemon.
+"""Queue files with many kinds of damage, through the daemon.
 
-It starts, sets aside what is damaged, delivers the rest, says so in its log, and deletes nothing.
+The daemon starts, sets damaged data aside, delivers the rest, logs this, and deletes nothing.
 """
 
 from __future__ import annotations

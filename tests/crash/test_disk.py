@@ -1,7 +1,7 @@
 """A disk that fails or is full, below a daemon under load.
 
-While it does, mail gets 4xx and never 250; when the cause is gone the daemon goes on without a
-restart; and all that ever got a 250 arrives, once.
+During the fault mail gets 4xx and never 250. After the fault the daemon goes on without a restart.
+All mail that ever got a 250 arrives, once.
 """
 
 from __future__ import annotations

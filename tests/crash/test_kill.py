@@ -1,7 +1,7 @@
 """kill -9 at random moments under load.
 
-What got a 250 arrives; what arrives twice was in flight; nothing else arrives. Of several processes
-one is killed and then all stop, or the parent is, or all are.
+Mail that got a 250 arrives; mail that arrives twice was in flight; nothing else arrives. With
+several processes, one is killed and then all stop, or the parent is killed, or all are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory does not grow with what has gone through, nor start-up with what waits."""
+"""Memory does not grow with past mail, nor start-up time with waiting mail."""
 
 from __future__ import annotations
 

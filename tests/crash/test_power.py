@@ -1,10 +1,10 @@
-"""The power fails: what was synced is on the disk, and of the rest whatever the disk liked.
+"""The power fails: synced data is on the disk; of the rest, any part may be.
 
-kill -9 leaves everything to the kernel, which still writes it; so it cannot tell a mail that was
-synced from one that was not. Here every write and sync of a daemon under load is written down, in
-order. From that the files are made anew as they may be after a power cut at any moment: each write
-that no sync followed is there, or not, or in part. Some syncs fail as well, after which the kernel
-forgets what it could not write.
+After kill -9 the kernel still writes everything, so that test cannot tell synced mail from mail
+that was not synced. Here every write and sync of a daemon under load is recorded, in order. From
+the record the files are rebuilt as they may be after a power cut at any moment: each write that no
+sync followed is there, or not, or in part. Some syncs fail too; the kernel then forgets what it
+could not write.
 """
 
 from __future__ import annotations

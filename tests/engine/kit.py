@@ -1,4 +1,4 @@
-"""A client for tests of sessions: it says exactly what it is told, and reads whole replies."""
+"""A client for session tests: sends exactly the given bytes, and reads whole replies."""
 
 from __future__ import annotations
 

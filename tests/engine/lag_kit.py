@@ -1,4 +1,4 @@
-"""What tests of the loop's lag share: a meter, and clients and peers in their own threads."""
+"""Helpers for tests of the loop's lag: a meter, and clients and peers in their own threads."""
 
 from __future__ import annotations
 

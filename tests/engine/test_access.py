@@ -1,4 +1,4 @@
-"""Who gets in, whom they may send to, and how a proxy speaks for its client."""
+"""Access: admitted clients, permitted recipients, and proxies that name their clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No mail is part of a cycle: what is done with is free at once, not when Python looks for it."""
+"""No mail is part of a reference cycle: its objects are freed at once, not by Python's search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program sees that has an engine inside: its checks, its errors, its figures."""
+"""A program with an embedded engine: its checks, its errors, its figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mail that cannot go now costs the mail that can, and this host, next to nothing."""
+"""Mail that cannot go costs this host, and other mail, almost nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handlers in Python, given to an engine that runs: they see the same events as plugins."""
+"""Python handlers of a running engine: they see the same events as plugins."""
 
 from __future__ import annotations
 

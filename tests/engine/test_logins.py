@@ -1,4 +1,4 @@
-"""TLS and logins of sessions: what is offered when, what is refused, and what is slowed."""
+"""TLS and logins in sessions: offers, refusals, and delays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No turn of the loop takes long, and no mail more memory than its size, whatever comes.
+"""Under any input no turn of the loop takes long, and no mail takes more memory than its size.
 
 Clients and peers are threads with sockets of their own. The loop is measured in processor time of
 its thread, so that other work of the machine does not count.

@@ -1,7 +1,6 @@
-"""No mail costs more memory than its size and a MB, on no way through a process of its own.
+"""A mail costs at most its size and a MB of memory, on every path through a separate process.
 
-What counts is the peak of all that is resident, mapped files included, over what the process has
-when it has dealt with small mail.
+The measure is the peak of resident memory, mapped files included, above the level after small mail.
 """
 
 from __future__ import annotations

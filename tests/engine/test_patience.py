@@ -1,4 +1,4 @@
-"""How long a client may take, and how much it may get wrong: deadlines, slowing, and storms."""
+"""Timeouts and error limits of clients: deadlines, delays, and storms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plugins in the whole engine: every callback at its moment, and what each may change."""
+"""Plugins in the whole engine: every callback at its time, and what each may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plugins that fail for some recipients of a mail: behind a 250 no message is in no queue."""
+"""Plugins that fail for some recipients of a mail: after a 250 every message is in a queue."""
 
 from __future__ import annotations
 

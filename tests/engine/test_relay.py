@@ -1,4 +1,4 @@
-"""The way of a message: in by SMTP, into the queue, and out to another server."""
+"""The path of a message: in by SMTP, into the queue, and out to another server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that change while the engine runs: for the next transaction, not the one under way."""
+"""Settings that change while the engine runs apply from the next transaction on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions of the whole engine: TLS, logins, shutting down, several workers."""
+"""Sessions of the whole engine: TLS, logins, shutdown, several workers."""
 
 from __future__ import annotations
 

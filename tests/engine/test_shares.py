@@ -1,4 +1,4 @@
-"""An engine that has one share of a queue directory, and adopts others for a while."""
+"""An engine with one share of a queue directory, which adopts others for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients may say of how their mail is delivered, and where no message gets anybody to go."""
+"""Delivery instructions of clients, and limits on where messages may send the engine."""
 
 from __future__ import annotations
 

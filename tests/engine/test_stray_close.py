@@ -1,4 +1,4 @@
-"""A plugin that closes descriptors of others: a session may end by it, the engine does not."""
+"""A plugin that closes foreign descriptors: a session may end, the engine does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Back ends of logins: what each knows, what it cannot tell, and that none tells a secret."""
+"""Back ends of logins: decisions, faults, and secrets that no text reveals."""
 
 from __future__ import annotations
 

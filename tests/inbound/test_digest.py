@@ -1,4 +1,4 @@
-"""What comes in is dealt with while the task of a stream sleeps."""
+"""Input is handled while the task of a stream sleeps."""
 
 from __future__ import annotations
 

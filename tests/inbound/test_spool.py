@@ -1,4 +1,4 @@
-"""Mail on its way in: what is counted, what goes to a file, and what is left of it."""
+"""Incoming mail: memory counts, files, and cleanup."""
 
 from __future__ import annotations
 

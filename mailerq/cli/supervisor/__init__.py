@@ -1,1 +1,1 @@
-"""Several processes: the parent that starts and watches them, and what each child does."""
+"""Several processes: the parent starts and watches them; each child runs an engine."""

@@ -1,10 +1,10 @@
 """One process of several: an engine with a share of the queue, for `mailerq.cli.supervisor.parent`.
 
-Standard input is the socket of the parent. It gives the number of the share and the settings
-first, and then requests, a line each, as on the control socket. When it closes, or the parent is
-gone, the engine stops in its time.
+Standard input is the parent's socket. The parent first sends the number of the share and the
+settings, then requests, one per line, as on the control socket. When the socket closes, or the
+parent is gone, the engine stops in its time.
 
-Requests are executed one after another, in their order.
+Requests are executed one after another, in order.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ __all__ = ["main"]
 READ_BYTES: Final = 1 << 16
 
 FILE: Final = struct.Struct("i")
-"""A descriptor as it goes along with a request."""
+"""A descriptor sent along with a request."""
 
 
 def main() -> int:
     """Serve until the parent closes its end, or SIGTERM."""
-    # Ctrl-C and a hang-up go to all processes of a terminal; the parent says what follows.
+    # Ctrl-C and hang-ups reach all processes of a terminal; the parent decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     parent = socket.socket(fileno=os.dup(0))
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def who(share: int) -> str:
-    """What stands before each line of the log."""
+    """The prefix of each log line."""
     return f"process {share}: "
 
 
@@ -108,16 +108,16 @@ async def _serve(config: Config, share: int, number: int, parent: socket.socket)
                     await stream.send_all(ready + b"\n")
                     await stop.wait()
             except MailerqError as error:
-                failure = error  # Out of the nursery as it is, not as a group.
+                failure = error  # Leave the nursery as the error itself, not as a group.
             except trio.BrokenResourceError:
-                pass  # The parent went while we started.
+                pass  # The parent ended while this process started.
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
 
 
 class _Requests:
-    """What the parent asks for, executed in its order; it asks once the engine has started."""
+    """The parent's requests, executed in order; the parent asks once the engine has started."""
 
     def __init__(
         self,
@@ -130,14 +130,14 @@ class _Requests:
         self._stream = stream
         self._who = who(share)
         self._files = deque[int]()
-        """What came along with requests to reload, in their order."""
+        """Files that came along with reload requests, in order."""
         self._engine = engine
         self._started = started
         self._stop = stop
         self._commands: control.Commands = {**engine.commands(), "reload": self._reload}
 
     async def serve(self) -> None:
-        """Execute requests until cancelled; have the engine stop when the parent is gone."""
+        """Execute requests until cancelled; stop the engine when the parent is gone."""
         lines = b""
         with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             while data := await self._receive():
@@ -147,7 +147,7 @@ class _Requests:
         _stop(self._engine, self._started, self._stop)
 
     async def _receive(self) -> bytes:
-        """What the parent sends, and the files that go along."""
+        """The parent's input, and the files that come along."""
         data, rights, _, _ = await self._stream.socket.recvmsg(
             READ_BYTES, socket.CMSG_SPACE(FILE.size), socket.MSG_CMSG_CLOEXEC
         )
@@ -157,9 +157,9 @@ class _Requests:
         return data
 
     def _reload(self, request: control.Request) -> dict[str, Any]:
-        """Take the settings in the file that came along, or only say what is wrong with them."""
+        """Take the settings in the file that came along, or only report what is wrong with them."""
         with open(self._files.popleft(), "rb") as file:
-            # Not by its position, which all processes share.
+            # Not from its position, which all processes share.
             content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
         config, number, wrong = pickle.loads(content)
         if request.get("try"):

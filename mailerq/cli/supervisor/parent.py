@@ -1,18 +1,18 @@
-"""The parent of several processes: it starts them, looks after them, and answers for them.
+"""The parent of several processes: it starts them, watches them, and answers for them.
 
 Theory of operation
 -------------------
 Each process (`mailerq.cli.supervisor.child`) is a whole engine with a share of the queue
 directory. The processes listen on the same addresses, and the kernel spreads connections over
 them. The parent takes no mail. It keeps the addresses reserved, answers on the control socket
-with what all say together, and starts a process anew when it has ended.
+for all processes together, and starts a process again when one has ended.
 
-A process that ends soon after its start again and again is started later each time. Meanwhile
-another process adopts its share (`mailerq.outbound.adoption`); the parent has no part in that.
+A process that repeatedly ends soon after its start is started later each time. Meanwhile another
+process adopts its share (`mailerq.outbound.adoption`); the parent has no part in that.
 
 Guarantees
 ----------
-- A share is open in at most one process: its lock sees to that, whatever happens here.
+- A share is open in at most one process: its lock ensures that, whatever happens here.
 - When the parent is gone its processes stop in their time.
 """
 
@@ -59,33 +59,33 @@ DIVIDED: Final = (
     "max_memory",
     "domain_maxconnections",
 )
-"""Limits of the whole, of which each process gets its part."""
+"""Limits of the whole server; each process gets its part."""
 
 STEADY_SECONDS: Final = 10.0
-"""A process that ran for so long has not ended because of how it was started."""
+"""A process that ran this long did not end because of its start."""
 
 MAX_PAUSE_SECONDS: Final = 60.0
-"""How long at most a process stays away that ends soon after each start."""
+"""Maximum pause before the restart of a process that ends soon after each start."""
 
 ASK_SECONDS: Final = 2.0
-"""How long a process may take to say how it is."""
+"""Timeout for the status of a process."""
 
 RELOAD_SECONDS: Final = 5.0
-"""How long a process may take to try settings, and to take them."""
+"""Timeout for a process to try settings, and to take them."""
 
 IDS_SECONDS: Final = 0.4
-"""How long for ids, before another one is asked: an injector waits for a second at most."""
+"""Timeout for ids before another process is asked: an injector waits at most a second."""
 
 KILL_SECONDS: Final = 2 * OVERDUE_SECONDS
-"""How long after `shutdown-timeout` a process is killed that has not stopped. Before that it ends
-itself, and says which plugin it was in."""
+"""Time after `shutdown-timeout` before a process that has not stopped is killed. Earlier the
+process ends itself, and names the plugin it was in.
+"""
 
 UNCLEAN: Final = frozenset({
     os.EX_SOFTWARE, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGFPE,
     -signal.SIGILL, -signal.SIGABRT,
 })  # fmt: skip
-"""How a process ends that crashes or hangs when it is to stop: the parent then ends with
-EX_SOFTWARE."""
+"""Exits of a process that crashes or hangs during a stop: the parent then ends with EX_SOFTWARE."""
 
 
 async def serve(config: Config, source: Source) -> int:
@@ -100,15 +100,15 @@ class _Parent:
         self._settings = Live(config)
         self._ports = {name: getattr(reserved, name) for name in PORT_OPTIONS}
         self._part = self._part_of(self._settings.current)
-        """The settings in force as each process has them."""
+        """The settings in force in the form for each process."""
         self._source = source
         self._count = config.smtp_processes
         self._started = time.time()
         self._starts = dict.fromkeys(range(self._count), 0)
         self._children: dict[int, Process] = {}
-        """Those that serve."""
+        """The serving processes."""
         self._begun: dict[int, Process] = {}
-        """Those, and the ones that are about to."""
+        """The serving processes and the starting ones."""
         self._reloading = trio.Lock()
         self._started_all = trio.Event()
         self._exit_status = os.EX_OK
@@ -136,7 +136,7 @@ class _Parent:
         return self._exit_status
 
     async def _start(self, keepers: trio.Nursery) -> None:
-        """Start all processes, the first one first: what it says is wrong is said once."""
+        """Start all processes, the first one first, so that each mistake is reported once."""
         addresses = await keepers.start(self._keep, 0)
         if self._stop.is_set():
             return
@@ -175,7 +175,7 @@ class _Parent:
                 end_at_once(number)
 
     def _end(self) -> None:
-        """Have all processes stop; their keepers wait for them."""
+        """Tell all processes to stop; their keepers wait for them."""
         self._stop.set()
         for child in self._begun.values():
             child.leave()
@@ -198,7 +198,7 @@ class _Parent:
         *,
         task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Have a process for a share, one after another. Raises `NoStart` for the first."""
+        """Keep a process for a share, one after another. Raises `NoStart` for the first."""
         failures = 0
         first = True
 
@@ -228,7 +228,7 @@ class _Parent:
                 return None
 
     async def _live(self, index: int, ready: Callable[[list[tuple[str, int]]], object]) -> float:
-        """One process from its start to its end; the seconds that it served. `NoStart`."""
+        """One process from its start to its end; the seconds it served. Raises `NoStart`."""
         child = await Process.start(index)
         self._begun[index] = child
         self._starts[index] += 1
@@ -255,7 +255,7 @@ class _Parent:
             log.critical("%s %s; another one is started", child, describe(status))
         return time.monotonic() - served
 
-    # What others ask for
+    # Requests of others
 
     def _commands(self) -> control.Commands:
         return {
@@ -266,7 +266,7 @@ class _Parent:
         }
 
     async def _status(self, request: control.Request) -> dict[str, Any]:
-        """What all processes say together, and a row for each."""
+        """The totals of all processes, and a row for each."""
         said = await self._ask_all("status")
         trees = [reply for reply in said.values() if reply is not None]
         whole, snapshot = total(trees), self._settings.current
@@ -295,12 +295,12 @@ class _Parent:
 
     def _wake(self, request: control.Request) -> dict[str, bool]:
         everything = bool(request.get("everything"))
-        # Nobody waits for one that stands still.
+        # Nobody waits for a process that hangs.
         self._nursery.start_soon(partial(self._ask_all, "wake", everything=everything))
         return {"ok": True}
 
     async def _message_ids(self, request: control.Request) -> dict[str, Any]:
-        """Of one process; those that owe an answer are asked last."""
+        """Ids from one process; those that owe an answer are asked last."""
         count = request.get("count", 1)
         for child in sorted(self._children.values(), key=lambda child: len(child.questions)):
             with suppress(Ended):
@@ -311,17 +311,17 @@ class _Parent:
 
     async def _hang_up(self) -> None:
         await self._started_all.wait()
-        with suppress(MailerqError):  # the log has it
+        with suppress(MailerqError):  # logged already
             await self._reload("SIGHUP")
 
     async def _answer(self, request: control.Request) -> dict[str, Any]:
-        # Whoever asks may not wait for that; all processes hear of it.
+        # The client may not wait for the outcome; all processes must still hear of the settings.
         with trio.CancelScope(shield=True):
             done = await self._reload("mailerq reload")
         return reply(done)
 
     async def _reload(self, cause: str) -> Reload | Sequence[Problem]:
-        """Read the settings, have one process try them, and then all take them."""
+        """Read the settings, let one process try them, then let all take them."""
         done: Reload | Sequence[Problem]
         async with self._reloading:
             try:
@@ -339,11 +339,11 @@ class _Parent:
         return done
 
     async def _exchange(self) -> Reload:
-        """Have other settings in force here. Raises `ConfigError` for all that is wrong."""
+        """Put other settings in force here. Raises `ConfigError` with all mistakes."""
         problems: list[Problem] = []
         config, wrong = self._source.load(problems)
         if problems:
-            with suppress(MailerqError):  # by what has its default, or nobody answers
+            with suppress(MailerqError):  # wrong settings have defaults; nobody may answer
                 part = self._part_of(self._settings.plan(config).snapshot)
                 problems += (await self._try(part, wrong))[0]
             raise ConfigError.of(problems)
@@ -360,7 +360,7 @@ class _Parent:
         return replace(plan, notes=tuple(notes))
 
     async def _try(self, part: Snapshot, wrong: set[str]) -> tuple[list[Problem], list[str]]:
-        """What keeps a process, with its rights, from going by these settings, and its notes."""
+        """What prevents a process, with its rights, from using these settings, and its notes."""
         with _written(part, wrong) as file:
             for child in sorted(self._children.values(), key=lambda child: len(child.questions)):
                 try:
@@ -371,7 +371,7 @@ class _Parent:
         raise MailerqError("no process answers")
 
     async def _bring(self, child: Process) -> None:
-        """Have a process take the settings in force. One that cannot is started anew with them."""
+        """Let a process take the settings in force. One that cannot is restarted with them."""
         with _written(self._part, set()) as file:
             try:
                 await child.ask("reload", RELOAD_SECONDS, file=file)
@@ -386,7 +386,7 @@ class _Parent:
                 child.leave()
 
     def _part_of(self, snapshot: Snapshot) -> Snapshot:
-        """The settings of one process: the ports that are reserved, its part of the limits."""
+        """The settings of one process: the reserved ports, its part of the limits."""
         ports = {
             name: ports
             for name, ports in self._ports.items()
@@ -395,7 +395,7 @@ class _Parent:
         return replace(snapshot, config=_divide(snapshot.config.replace(**ports)))
 
     async def _ask_all(self, command: str, **arguments: Any) -> dict[int, dict[str, Any] | None]:
-        """The reply of each process, None of one that does not answer."""
+        """The reply of each process, None if it does not answer."""
         replies: dict[int, dict[str, Any] | None] = {}
 
         async def ask(child: Process) -> None:
@@ -413,7 +413,7 @@ class _Parent:
 
 @contextmanager
 def _written(part: Snapshot, wrong: set[str]) -> Iterator[int]:
-    """A file in memory with settings for processes: a request is too short for them."""
+    """A file in memory with settings for processes, which do not fit into a request."""
     with open(os.memfd_create("settings"), "wb") as file:
         file.write(pickle.dumps((part.config, part.number, wrong)))
         file.flush()

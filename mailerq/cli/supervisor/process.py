@@ -1,8 +1,8 @@
-"""A process of several as its parent knows it: it is started, asked, and heard.
+"""A process of several as its parent sees it: start it, send requests, read replies.
 
-Standard input of the process is a socket. What the parent sends on it is a head and the settings,
-and then requests, a line each; what comes back is a line when it serves or cannot, and then a
-reply to each request, in their order.
+The standard input of the process is a socket. The parent sends a head and the settings, then
+requests, one per line. The process sends a line when it serves or cannot serve, and then a reply to
+each request, in order.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ __all__ = ["HEAD", "Ended", "NoStart", "Process", "describe"]
 log = logging.getLogger("mailerq")
 
 HEAD: Final = struct.Struct("!Q")
-"""What the parent sends first: the length of the pickled ``(share, config, number)`` behind it."""
+"""The parent's first bytes: the length of the pickled ``(share, config, number)`` behind them."""
 
 MAX_QUESTIONS: Final = 100
-"""Requests that a process may leave without an answer."""
+"""Unanswered requests per process."""
 
 MAX_REQUEST_BYTES: Final = 256
-"""Of one of them: so few and short ones always fit into the buffer of a socket."""
+"""Bytes of a request: so few and short requests always fit into a socket's buffer."""
 
 READ_BYTES: Final = 1 << 16
 
 MAX_REPLY_BYTES: Final = 16 << 20
-"""Of one reply; who says more without an end has lost its mind."""
+"""Bytes of one reply; a process that sends more without an end is broken."""
 
 EXIT_SECONDS: Final = 5.0
-"""How long it may take to end after it has said that it cannot start, or go on."""
+"""How long a process may take to end after it has said that it cannot start, or continue."""
 
 
 class Ended(Exception):
-    """A process went away, or does not answer."""
+    """A process ended, or does not answer."""
 
 
 class NoStart(Exception):
-    """A process says why it cannot start. `status` is the exit status for that."""
+    """A process says why it cannot start. `status` is its exit status."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -62,7 +62,7 @@ class NoStart(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Question:
-    """What a process was asked; its reply is None when it has ended."""
+    """A request; its reply is None if the process has ended."""
 
     answered: trio.Event = field(default_factory=trio.Event)
     reply: dict[str, Any] | None = None
@@ -70,7 +70,7 @@ class _Question:
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """A process, the socket to it, and the questions that it owes an answer to."""
+    """A process, its socket, and the requests that it has not answered."""
 
     index: int
     program: trio.Process
@@ -80,18 +80,18 @@ class Process:
 
     @classmethod
     async def start(cls, index: int) -> Self:
-        """Start one for a share. Raises `NoStart`."""
+        """Start a process for a share. Raises `NoStart`."""
         with ExitStack() as stack:
             try:
                 ours, theirs = socket.socketpair()
                 stack.enter_context(theirs)
                 stack.callback(ours.close)
                 program = await trio.lowlevel.open_process(
-                    # -P: what lies in the working directory is not ours.
+                    # -P: do not import from the working directory.
                     [sys.executable, "-P", "-m", "mailerq.cli.supervisor.child", str(index)],
                     stdin=theirs.fileno(),
-                    # What a terminal says to all (Ctrl-C, it hangs up) is for the parent, also
-                    # before the process can say that it does not listen.
+                    # Signals of a terminal (Ctrl-C, hang-up) are for the parent, even before the
+                    # process can ignore them.
                     process_group=0,
                 )
             except OSError as error:
@@ -103,11 +103,13 @@ class Process:
         return cls(index, program, trio.socket.from_stdlib_socket(ours))
 
     async def until_ready(self, snapshot: Snapshot) -> list[tuple[str, int]]:
-        """Give it its settings and wait until it serves: where it listens. Raises `NoStart`."""
+        """Send the settings and wait until the process serves; returns its addresses. Raises
+        `NoStart`.
+        """
         question = _Question()
         self.questions.append(question)
         settings = pickle.dumps((self.index, snapshot.config, snapshot.number))
-        # It has ended already, or is to.
+        # The process has ended or is about to.
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await trio.SocketStream(self.sock).send_all(HEAD.pack(len(settings)) + settings)
         await question.answered.wait()
@@ -126,9 +128,9 @@ class Process:
     async def ask(
         self, command: str, seconds: float, *, file: int | None = None, **arguments: object
     ) -> dict[str, Any]:
-        """The reply to a request. Raises `Ended`, and `MailerqError` for what it says is wrong.
+        """The reply to a request. Raises `Ended`, or `MailerqError` with the error of the process.
 
-        A `file` goes along: what is longer than a request may be.
+        A `file` goes along, for data longer than a request.
         """
         if self.over.is_set() or len(self.questions) >= MAX_QUESTIONS:
             raise Ended(f"{self} does not answer")
@@ -137,10 +139,10 @@ class Process:
             raise MailerqError(f"{command}: the request is too long")
         question = _Question()
         self.questions.append(question)
-        # Shielded: replies are told apart by their order, so what is in the list is sent.
+        # Shielded: replies are matched by order, so every listed request must be sent.
         with (
             trio.CancelScope(shield=True),
-            suppress(OSError, trio.ClosedResourceError),  # its end is about to be noticed
+            suppress(OSError, trio.ClosedResourceError),  # its end will be noticed
         ):
             if file is None:
                 await self.sock.send(request)
@@ -156,7 +158,7 @@ class Process:
         return question.reply
 
     async def listen(self) -> None:
-        """Give each reply to the question that was first, until the process ends."""
+        """Give each reply to the oldest request, until the process ends."""
         failed = False
         try:
             failed = await self._hear()
@@ -174,9 +176,10 @@ class Process:
             self.program.kill()
 
     async def _hear(self) -> bool:
-        """Whether it has said that it ends, and not just ended.
+        """Whether the process announced its end, instead of just ending.
 
-        Raises `MailerqError` for what is no reply: a plugin, say, has written on the socket.
+        Raises `MailerqError` for an invalid reply: a plugin may have written on the socket, for
+        example.
         """
         unread = b""
         serves = False
@@ -186,7 +189,7 @@ class Process:
                 raise MailerqError("a line that does not end")
             for line in lines:
                 reply = decode_properties(line)
-                if serves and "failed" in reply:  # it says why it ends, and answers nothing more
+                if serves and "failed" in reply:  # it explains its end, and answers no more
                     log.critical("%s: %s", self, reply["failed"])
                     return True
                 serves = True
@@ -197,12 +200,12 @@ class Process:
         return False
 
     def leave(self) -> None:
-        """Have it stop in its time."""
+        """Tell the process to stop in its time."""
         with suppress(OSError):  # it has ended already
             self.sock.shutdown(socket.SHUT_WR)
 
     async def end(self) -> None:
-        """Hear no more from it, and make sure that it ends."""
+        """Stop listening, and make sure that the process ends."""
         self.over.set()
         self.sock.close()
         with trio.move_on_after(EXIT_SECONDS, shield=True):
