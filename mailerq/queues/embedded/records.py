@@ -83,8 +83,8 @@ class Insert(msgspec.Struct, eq=False):
 class Retry(msgspec.Struct, eq=False):
     """New properties, due time and place for a message that keeps its number and its body.
 
-    `insert` is the publication to use if the row has been deleted. It is not `whole` if the body
-    is only in the file.
+    `insert` is the equivalent publication, used if the row has been deleted. `whole` is False if
+    the body is only in the file; then a deleted row stays deleted.
     """
 
     id: int
