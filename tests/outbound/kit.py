@@ -1,4 +1,4 @@
-"""What the tests of deliveries run against: a scriptable peer, a queue in memory, a worker."""
+"""Test kit for deliveries: a scriptable peer, a queue in memory, a worker."""
 
 from __future__ import annotations
 

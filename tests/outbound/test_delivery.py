@@ -1,4 +1,4 @@
-"""Messages on their way: what is sent, what becomes of it, and what is said of it."""
+"""Deliveries: what is sent, how each message ends, and the results."""
 
 from __future__ import annotations
 

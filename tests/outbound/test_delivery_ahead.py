@@ -1,4 +1,4 @@
-"""An envelope goes out right behind the body before it: when, and what becomes of it."""
+"""Envelopes sent ahead, right behind a body: when, and how they end."""
 
 from __future__ import annotations
 

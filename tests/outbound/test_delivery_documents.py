@@ -1,4 +1,4 @@
-"""Whatever a document says, the queue takes it or says no, and delivery comes to an end with it."""
+"""The queue accepts or refuses any document, and delivery finishes every accepted one."""
 
 from __future__ import annotations
 

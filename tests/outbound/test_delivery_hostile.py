@@ -1,4 +1,4 @@
-"""Peers that break, stall, overflow or lie: bounded, classified, tried again."""
+"""Peers that break, stall, overflow or lie: bounded, classified, retried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flows: who sends when, who waits, what waits costs, and how a host that was down comes back."""
+"""Flows: order of sending, waiting and its cost, and recovery of a host that was down."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What every queue backend does, told by the interface alone.
+"""The contract of every queue backend, tested through the interface alone.
 
-A backend runs these by a class of its own: ``class TestMine(Contract)`` with a fixture `backend`.
+A backend runs these tests in its own class: ``class TestMine(Contract)`` with a fixture `backend`.
 """
 
 from __future__ import annotations

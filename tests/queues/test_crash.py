@@ -1,4 +1,4 @@
-"""kill -9, a full disk and disks that fail: what was reported as published is there."""
+"""kill -9, a full disk and failing disks: messages reported as published are there."""
 
 from __future__ import annotations
 

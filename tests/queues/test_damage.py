@@ -1,4 +1,4 @@
-"""Damaged queue files: the start goes on with what is readable and deletes nothing."""
+"""Damaged queue files: the start continues with the readable part and deletes nothing."""
 
 from __future__ import annotations
 

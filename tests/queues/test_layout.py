@@ -1,4 +1,4 @@
-"""Files of older layouts: taken over in place with all that is in them, also after kill -9."""
+"""Files of older layouts: upgraded in place with all contents, also after kill -9."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded queue against a model of it: dicts, no file, no threads."""
+"""The embedded queue against a model: dicts, no file, no threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks of queue directories: one holder, and a memory of holders that died."""
+"""Locks of queue directories: one holder, and a record of holders that died."""
 
 from __future__ import annotations
 

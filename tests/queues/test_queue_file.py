@@ -1,4 +1,4 @@
-"""The queue file from a program without an event loop, and what its statements cost."""
+"""The queue file in a program without an event loop, and the cost of its statements."""
 
 from __future__ import annotations
 

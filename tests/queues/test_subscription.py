@@ -1,4 +1,4 @@
-"""A subscription to the embedded queue: what only a real file can do to it."""
+"""A subscription to the embedded queue: effects that only a real file can have."""
 
 from __future__ import annotations
 

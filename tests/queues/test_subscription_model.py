@@ -1,4 +1,4 @@
-"""A subscription to the embedded queue against a model of it: dicts, no file, no threads."""
+"""A subscription to the embedded queue against a model: dicts, no file, no threads."""
 
 from __future__ import annotations
 
