@@ -135,7 +135,7 @@ SOUND_DISK = apsw.vfs_names()[0]
 
 
 class Faults:
-    """What the disk refuses at the moment."""
+    """The operations that the disk refuses at the moment."""
 
     sync = write = read = False
 

@@ -14,7 +14,7 @@ NOW = 1_700_000_000.0
 
 
 def die(lock: DirectoryLock) -> None:
-    """What the kernel does when a holder dies: nothing is written."""
+    """Release as the kernel does when a holder dies: nothing is written."""
     os.close(lock.fd)
 
 
