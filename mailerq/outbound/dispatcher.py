@@ -59,10 +59,10 @@ __all__ = ["Counters", "Dispatcher"]
 log = logging.getLogger("mailerq.delivery")
 
 WINDOW_SHARE: Final = 4
-"""One flow's window is at most this fraction of the messages in memory."""
+"""One flow's window is at most 1/`WINDOW_SHARE` of the messages in memory."""
 
 LOOK_UP_SHARE: Final = 4
-"""At most this fraction of the messages in memory may wait for DNS."""
+"""At most 1/`LOOK_UP_SHARE` of the messages in memory may wait for DNS."""
 
 TICK_SECONDS: Final = 0.5
 """Interval of the check for late sessions; shorter if the timeouts are shorter."""

@@ -10,9 +10,9 @@ Mail comes in two ways. New mail *arrives* directly while its destination has ro
 *waits*: the queue reports once which destination has mail, and from when. A destination without
 a flow is *sorted*: a few messages are taken to find the flow.
 
-Mail in the queue costs one `Destination` in memory. One heap holds the times at which destinations
-become due. Messages in memory are at most `rabbitmq-qos`, plus one for each flow that has
-a connection, so that no flow waits for the memory of others. Flows that no host has let in yet
+Queued mail costs only one `Destination` for all of its messages. One heap holds the times at which
+destinations become due. Messages in memory are at most `rabbitmq-qos`, plus one for each flow that
+has a connection, so that no flow waits for the memory of others. Flows that no host has let in yet
 share half of the memory.
 
 Everything here runs on the home worker.

@@ -50,8 +50,9 @@ OUTBOX: Final = "outbox"
 
 COMPACT_FREE: Final = 64 << 20
 COMPACT_USED: Final = 256 << 20
-"""A start compacts a file with at least this many free bytes, if fewer bytes than that are in use
-and the copy takes seconds. ``mailerq queue compact`` compacts at any size."""
+"""A start compacts a file with at least `COMPACT_FREE` free bytes, if no more bytes are in use than
+free, nor more than `COMPACT_USED`, which takes seconds to copy. ``mailerq queue compact`` compacts
+at any size."""
 
 
 def open_queues(

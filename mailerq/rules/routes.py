@@ -109,7 +109,7 @@ def _is_usable(name: object, outbox: str) -> bool:
 
 
 def loop_problem(properties: Mapping[str, Any], outbox: str) -> str | None:
-    """Return the result queue of a message that is the outbox, or None.
+    """Return an error if a result queue of a message is the outbox, or None.
 
     Mail published there would be delivered: in an endless loop, or to the recipient twice.
     """

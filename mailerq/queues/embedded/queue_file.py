@@ -260,7 +260,7 @@ class QueueFile(QueueReader):
         return sum(self.purge_steps(queue, list))
 
     def purge_steps(self, queue: str, held: Callable[[], Iterable[int]]) -> Iterator[int]:
-        """Delete a queue, some rows per commit; `held` names before each the messages to keep.
+        """Delete a queue, some rows per commit; before each, `held` names the messages to keep.
 
         Messages with later numbers, which come in meanwhile, stay too.
         """

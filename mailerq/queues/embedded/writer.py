@@ -71,7 +71,7 @@ class Request(msgspec.Struct, eq=False):
     retries: Sequence[tuple[HeldLease, Retry]] = ()
     removals: Sequence[HeldLease] = ()
     work: Iterator[int] | None = None
-    """Work in many commits instead: one for each step, which returns its number of rows."""
+    """Work in many commits instead: each step is one, and yields its number of rows."""
     can_wait: bool = False
     """Whether the work may be left to the next start."""
     rows: int = 0
