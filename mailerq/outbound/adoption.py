@@ -1,15 +1,15 @@
-"""Deliver what lies in shares of the queue directory that no process has.
+"""Delivers from shares of the queue directory that no process holds.
 
 Theory of operation
 -------------------
 The lock of a share decides which process delivers from it (`mailerq.queues.ownership`). Each
-process looks every second, and adopts a share that was free at two looks in a row: the share's own
-process, which starts anew within a second after a crash, comes first. When that process wants its
-share, the share goes back within seconds. A share left from when there were more processes stays
+process looks every second, and adopts a share that was free at two looks in a row. So the share's
+own process, which restarts within a second after a crash, comes first. When that process wants its
+share, the share goes back within seconds. A share left over from a larger number of processes stays
 adopted.
 
-A share that kills its adopters is adopted less and less often. What else keeps a share from being
-adopted is logged once a minute.
+A share that kills its adopters is adopted less and less often. Any other obstacle to an adoption is
+logged once a minute.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ __all__ = ["Adoption", "own"]
 log = logging.getLogger("mailerq")
 
 LOOK_SECONDS: Final = 1.0
-"""How often free shares are looked for, and whether an adopted one is wanted."""
+"""Interval between looks for free shares, and for owners that want an adopted one back."""
 
 SAY_SECONDS: Final = 60.0
-"""How often the log says of a share that it cannot be adopted."""
+"""Interval of log lines about a share that cannot be adopted."""
 
 OWN_SECONDS: Final = 60.0
-"""How long a process waits for its own share, which another one delivers from."""
+"""How long a process waits for its own share while another delivers from it."""
 
 MOMENT_SECONDS: Final = 1.0
 RETRY_SECONDS: Final = 0.05
 
 
 async def own(directory: str) -> DirectoryLock:
-    """Lock the share that belongs to this process, which may have been adopted.
+    """Lock the share of this process, which another process may have adopted.
 
-    Raises `QueueError`, at once where another daemon has it.
+    Raises `QueueError`, at once if another daemon owns the share.
     """
     start = trio.current_time()
     end = start + OWN_SECONDS
@@ -58,7 +58,7 @@ async def own(directory: str) -> DirectoryLock:
                 try:
                     return DirectoryLock.take(directory)
                 except QueueHeld as held:
-                    # Others look for a moment whether the share is free.
+                    # Other processes hold the lock briefly to see whether the share is free.
                     if trio.current_time() > (end if held.adopted else start + MOMENT_SECONDS):
                         raise
                 await trio.sleep(RETRY_SECONDS)
@@ -67,7 +67,7 @@ async def own(directory: str) -> DirectoryLock:
 
 
 class Adoption:
-    """Adopts shares for a process: the one with the share `own`, of so many `processes`.
+    """Adopts shares for one of `processes` processes, the one with the share `own`.
 
     `deliver` opens a share, delivers from it until the event, and releases the lock.
     """
@@ -91,14 +91,14 @@ class Adoption:
         """Look until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
-                # First of all, so that what is in a share does not end a start.
+                # Sleep first: the contents of a share must not end the start.
                 await trio.sleep(LOOK_SECONDS)
                 for share in shares_in(self._directory):
                     if share != self._own and self._look(share, nursery):
-                        break  # one at a time: other processes look as well
+                        break  # one at a time: other processes look too
 
     def _look(self, share: int, nursery: trio.Nursery) -> bool:
-        """See to one share; true when it has been adopted."""
+        """Check one share; return True if it has been adopted."""
         if (adopted := self._adopted.get(share)) is not None:
             lock, until = adopted
             if lock.is_wanted():
@@ -128,12 +128,12 @@ class Adoption:
     def _probe(self, share: int, directory: str) -> None:
         """Note whether a share is free now."""
         if not os.path.exists(directory):
-            return  # its process has never started
+            return  # the share's process has never started
         DirectoryLock(directory).release()
         self._free.add(share)
 
     async def _keep(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
-        """Deliver from a share that is adopted, until its own process wants it."""
+        """Deliver from an adopted share until its own process wants it."""
         log.info("share %d of the queue is delivered from here as well", share)
         try:
             await self._deliver(share, lock, until)

@@ -1,4 +1,4 @@
-"""Large bodies in memory: fetched when they are about to be sent, and not too many at a time."""
+"""Large bodies in memory: fetched shortly before they are sent, within a limit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mailerq.queues import Lease, Subscription
 __all__ = ["Bodies"]
 
 MAX_BYTES: Final = 64 << 20
-"""Bytes of such bodies in memory at a time; one is always allowed."""
+"""Bytes of large bodies in memory at a time; one body is always allowed."""
 
 
 class Bodies:
-    """Fetches the bodies of leases that are not loaded."""
+    """Fetches bodies that are not loaded with their leases."""
 
     def __init__(self, subscription: Subscription) -> None:
         self._subscription = subscription
@@ -24,9 +24,9 @@ class Bodies:
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def load(self, lease: Lease) -> None:
-        """Fetch a body, once there is room for it; raises `QueueError`.
+        """Fetch a body once there is room; raises `QueueError`.
 
-        It counts until `drop`.
+        The body counts until `drop`.
         """
         while not lease.loaded and lease.id not in self._loaded:
             if self._bytes == 0 or self._bytes + lease.size <= MAX_BYTES:
@@ -42,7 +42,7 @@ class Bodies:
                 raise
 
     def drop(self, lease: Lease) -> None:
-        """The lease is over, or its body is not needed any more."""
+        """The lease is over, or its body is no longer needed."""
         size = self._loaded.pop(lease.id, None)
         if size is not None:
             self._bytes -= size

@@ -2,18 +2,18 @@
 
 Theory of operation
 -------------------
-A message that comes from the queue (`mailerq.outbound.intake`) is judged at once, by
-`mailerq.rules.plan`: what cannot be sent is finished, what is early goes back until it is due, the
-rest becomes a `Job`. Its target has a site (`mailerq.outbound.sites`), and the site and the local
-address make the flow that it goes to (`mailerq.outbound.flow`). The flow's sessions pull it
-(`mailerq.outbound.session`), and what came of it is settled (`mailerq.outbound.settlement`). Every
-message that is taken comes to exactly one end: it is settled, or put back as it was.
+`mailerq.rules.plan` judges each message from the queue (`mailerq.outbound.intake`). A message that
+cannot be sent is finished, an early one goes back until it is due, the rest become `Job`s. The
+target of a job has a site (`mailerq.outbound.sites`). The site and the local address select the
+flow (`mailerq.outbound.flow`). The flow's sessions (`mailerq.outbound.session`) pull jobs, and
+`mailerq.outbound.settlement` settles the results. Each message taken is either settled or put back
+unchanged.
 
-One task looks at all times: at which a flow looks again, and at which mail becomes due. It sleeps
-until the first of them.
+One task serves all times: when flows look again, and when mail becomes due. The task sleeps until
+the earliest of them.
 
-Everything here runs on the home worker, the sessions too; the other workers have only incoming
-connections.
+Everything here runs on the home worker, sessions included. Other workers have incoming connections
+only.
 """
 
 from __future__ import annotations
@@ -59,29 +59,29 @@ __all__ = ["Counters", "Dispatcher"]
 log = logging.getLogger("mailerq.delivery")
 
 WINDOW_SHARE: Final = 4
-"""The part of the messages in memory that one flow may have in its window."""
+"""One flow's window is at most 1/`WINDOW_SHARE` of the messages in memory."""
 
 LOOK_UP_SHARE: Final = 4
-"""The part of them that may wait for names."""
+"""At most 1/`LOOK_UP_SHARE` of the messages in memory may wait for DNS."""
 
 TICK_SECONDS: Final = 0.5
-"""How often it is looked whether a session is late; more often where timeouts are that short."""
+"""Interval of the check for late sessions; shorter if the timeouts are shorter."""
 
 CLOCK_SECONDS: Final = 60.0
-"""How often the wall clock is looked at, which somebody may set."""
+"""Interval of the check of the wall clock, which may be set at any time."""
 
 ASK_MESSAGES: Final = 100
-"""Messages of a flow that is down that are looked at each time it asks: some have expired."""
+"""Messages examined each time a flow that is down asks; some have expired."""
 
 CUT_SECONDS: Final = 5.0
-"""How long sessions that are cut may take to end: a plugin may still hold a message."""
+"""Grace period for sessions that are cut: a plugin may still hold a message."""
 
 MAX_NAMED: Final = 20
-"""Flows whose waiting mail `Dispatcher.statistics` names."""
+"""Flows with waiting mail that `Dispatcher.statistics` names."""
 
 
 class Dispatcher:
-    """Delivers what is in the outbox. `run` is its task; `stop` ends it in order."""
+    """Delivers the outbox. `run` is its task; `stop` shuts down in order."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class Dispatcher:
         return self._live.current.config
 
     def reload(self, send_log: LogFile | None, *, reroute: bool) -> None:
-        """Settings have changed; with `reroute` all waiting mail is judged anew."""
+        """Apply changed settings; with `reroute` judge all waiting mail anew."""
         self._settlements.send_log = send_log
         for flow in list(self._flows):
             if reroute:
@@ -145,7 +145,7 @@ class Dispatcher:
         self.openings.serve()
 
     def _recall(self, flow: Flow) -> None:
-        """Give back what waits in a flow, and forget which mail is the flow's."""
+        """Give back a flow's waiting mail, and unlink its destinations."""
         self._intake.forget(flow)
         asked = flow.asking and bool(flow.jobs)
         while flow.jobs:
@@ -157,11 +157,11 @@ class Dispatcher:
     # The start and the end
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Deliver until `stop` has done its work."""
+        """Deliver until `stop` has finished."""
         try:
             await self._run(task_status)
         finally:
-            # However it ends, the leases have gone back, and nobody writes results any more.
+            # Whatever ended deliveries, the leases have gone back and no more results are written.
             self.stopping = True
             self._stopped.set()
             for session in list(self._sessions):
@@ -195,7 +195,7 @@ class Dispatcher:
             self._nursery.cancel_scope.cancel()
 
     async def stop(self, timeout: float) -> None:
-        """Take no more messages; what is under way may end, at most in `timeout` seconds."""
+        """Take no more messages; give those under way at most `timeout` seconds to end."""
         if self._stopped.is_set():
             return
         deadline = trio.current_time() + timeout
@@ -228,11 +228,11 @@ class Dispatcher:
 
     @property
     def is_over(self) -> bool:
-        """Whether all leases have gone back."""
+        """Whether all leases have been returned."""
         return self._stopped.is_set()
 
     def statistics(self) -> dict[str, Any]:
-        """What has happened since the start, and what is under way now."""
+        """Totals since the start, and the current state."""
         counters = {name: getattr(self.counters, name) for name in self.counters.__slots__}
         waiting: dict[str, int] = {}
         for flow in self._flows:
@@ -252,7 +252,7 @@ class Dispatcher:
         }
 
     async def _sum_up(self) -> None:
-        """Say once a minute what the log has left out."""
+        """Summarise suppressed log lines once a minute."""
         while True:
             await trio.sleep(RATION_SECONDS)
             self._flush_log()
@@ -263,7 +263,7 @@ class Dispatcher:
         self._misspelt.flush()
 
     def say_own_fault(self, label: str, outcome: Outcome) -> None:
-        """Mail waits for what only the operator of this host can mend."""
+        """Log that mail waits for a fault that only the operator of this host can fix."""
         self._say_own_fault(
             "mail to %s waits for a fault of this host to end: %s", label, outcome.description
         )
@@ -272,13 +272,13 @@ class Dispatcher:
 
     @property
     def may_look_up(self) -> bool:
-        """Whether mail of unknown targets is taken: not too much of it waits for names."""
+        """Whether to take mail for unknown targets: only while little mail waits for DNS."""
         return self._looked_up < max(self.config.rabbitmq_qos // LOOK_UP_SHARE, 1)
 
     def admit(self, lease: Lease, wanted: Flow | None = None) -> None:
         """Send a message on its way, finish it, or put it back until it is due.
 
-        `wanted` is the flow that it was taken for.
+        `wanted` is the flow that the message was taken for.
         """
         job = self._judge(lease)
         if job is None:
@@ -298,7 +298,7 @@ class Dispatcher:
             self._working.start_soon(self._find, route)
 
     def _judge(self, lease: Lease) -> Job | None:
-        """A job for a message that is to be sent now; of any other, None: it is dealt with."""
+        """Return a job if the message goes now; else finish it or put it back, and return None."""
         self.counters.consumed += 1
         message = lease.message
         properties = message.properties
@@ -325,7 +325,7 @@ class Dispatcher:
             assert isinstance(decision, Send)
             return Job(lease, message, decision, len(message.results) + 1)
         except Exception:
-            # A defect of ours must not stop the mail behind it.
+            # Our own defect must not stop the mail behind this message.
             log.exception("message %d cannot be handled", lease.id)
             properties.setdefault("seen", format_time(seen))
             expires = expires_at(properties, now=seen, max_delivertime=self.config.max_delivertime)
@@ -336,9 +336,9 @@ class Dispatcher:
         return body_problem(lease.message, supplied=self._plugins.listens("out_data"))
 
     async def _find(self, route: Route) -> None:
-        """Find the hosts of a target, and give the messages for it their places.
+        """Find the hosts of a target, and place its messages.
 
-        Where that takes long they wait in the queue, and are taken again when it is over.
+        If the lookup takes long, the messages wait in the queue, and are taken again after it.
         """
         found = await self._sites.find_quickly(route)
         destinations = []
@@ -370,7 +370,7 @@ class Dispatcher:
             flow.add(job)
 
     def _flow(self, job: Job, site: Site, wanted: Flow | None = None) -> Flow:
-        """The flow to a site that a message can leave by; of several, one that is not down."""
+        """Return a flow to the site that may send the message; prefer one that is not down."""
         flows, ips, demands = site.flows, job.plan.local_ips, job.plan.demands
         local_ip = None
         if ips:
@@ -390,7 +390,7 @@ class Dispatcher:
     # What flows ask for
 
     def place_elsewhere(self, job: Job) -> bool:
-        """Let a message leave from another of its addresses, if it has one that may do."""
+        """Move a message to another of its local addresses, if one may send it."""
         old = job.flow
         assert old is not None, "it was placed"
         if len(job.plan.local_ips) < 2:
@@ -404,18 +404,18 @@ class Dispatcher:
         return True
 
     def has_expired(self, job: Job) -> bool:
-        """Finish a message that has waited for too long."""
+        """Finish a message that has expired; return whether it had."""
         if self.now() <= job.plan.expires:
             return False
         self._settlements.finish(job.lease, Report(responses.EXPIRED), job=job)
         return True
 
     async def load(self, job: Job) -> Outcome | None:
-        """Fetch a body that is only in the queue; what keeps it from being sent."""
+        """Fetch a body that is only in the queue; return the outcome if the fetch fails."""
         try:
             await self._bodies.load(job.lease)
         except MessageDamaged:
-            return responses.OWN_FAULT  # the queue has set it aside, and its lease is over
+            return responses.OWN_FAULT  # the queue has set the message aside, and its lease is over
         except QueueError as error:
             self.counters.queue_errors += 1
             log.error("cannot read the body of message %d: %s", job.lease.id, error)
@@ -430,22 +430,22 @@ class Dispatcher:
         self._bodies.drop(job.lease)
 
     def refill(self, flow: Flow) -> None:
-        """Take mail for a flow, if that is worth it."""
+        """Take mail for a flow if the flow needs more."""
         self._intake.refill(flow)
 
     def start_soon(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
-        """Start a task that ends when deliveries stop."""
+        """Start a task that is cancelled when deliveries stop."""
         self._working.start_soon(function, *args)
 
     def start_session(self, session: Session) -> None:
-        """Let a session run."""
+        """Start a session's task."""
         self._sessions[session] = None
         self.worker.load += 1
         self._some_session.set()
         self._nursery.start_soon(session.run)
 
     def session_over(self, session: Session) -> None:
-        """A session has ended."""
+        """Note that a session has ended."""
         del self._sessions[session]
         self.worker.load -= 1
         self.openings.release()
@@ -454,11 +454,11 @@ class Dispatcher:
             self._no_session = trio.Event()
 
     def settle(self, job: Job, report: Report, session: Session | None) -> None:
-        """An attempt is over; the session is told when its result is safe."""
+        """Settle an attempt; the session is told when the result is safe."""
         self._settlements.finish(job.lease, report, job.plan.expires, job, session)
 
     def put_back(self, job: Job) -> None:
-        """A message was not tried: it waits in the queue as it was."""
+        """Return an untried message to the queue unchanged."""
         self._gone(job)
         self._intake.put_back(job.lease)
 
@@ -469,7 +469,7 @@ class Dispatcher:
             job.flow = None
 
     def forget(self, flow: Flow) -> None:
-        """A flow has nothing to do, and nothing worth remembering."""
+        """Drop a flow that has no mail and no state worth keeping."""
         if self._flows.pop(flow, 0) == 0:
             return
         del flow.site.flows[flow.local_ip, flow.demands]
@@ -480,32 +480,32 @@ class Dispatcher:
     # What settlements ask for
 
     def lease_over(self, lease: Lease, job: Job | None) -> None:
-        """The settlement of a message is committed."""
+        """Note that the settlement of a message is committed."""
         if job is not None:
             self._gone(job)
         self._intake.lease_over()
 
     def lease_kept(self, lease: Lease) -> None:
-        """The next `lease_over` comes too early: its settlement is committed later."""
+        """Ignore the next `lease_over`: the settlement is committed later."""
         self._intake.leased += 1
 
     async def fetch(self, lease: Lease) -> None:
-        """Fetch the body of a lease that is not loaded. Raises `QueueError`."""
+        """Fetch a body that is not loaded. Raises `QueueError`."""
         await self._intake.subscription.load(lease)
 
     # Flows that are down
 
     def ask(self, flow: Flow) -> None:
-        """Let one message find out whether a flow that is down can send again."""
+        """Let one message test whether a flow that is down can send again."""
         if flow.asking or self.stopping:
             return
         if flow.site.hosts and not self.openings.reserve_try(flow):
-            return  # it is resumed
+            return  # the flow is resumed
         flow.asking = True
         self.start_soon(self._ask, flow)
 
     async def _ask(self, flow: Flow) -> None:
-        """Look at some mail of a flow: finish what has expired, and try one message."""
+        """Examine some mail of a flow: finish expired messages, and try one."""
         job: Job | None = None
         seen = 0
         most = max(min(ASK_MESSAGES, self._intake.room), 1) if flow.failed else 1
@@ -528,26 +528,26 @@ class Dispatcher:
             flow.not_asked()
 
     def flush(self) -> None:
-        """Try now what waits for a host that was down, and look at all times."""
+        """Retry hosts that were down now, and check all times."""
         self._sites.forget_failures()
         for flow in list(self._flows):
             flow.end_holds()
         self.wake()
 
     def wake(self) -> None:
-        """Look at all times now: the clock may have been set."""
+        """Check all times now: the clock may have been set."""
         self._times_changed.set()
 
     # Times
 
     def look_at(self, flow: Flow, when: float) -> None:
-        """Have a flow look again at a time of the monotonic clock."""
+        """Have a flow look again at `when`, on the monotonic clock."""
         self._looks.set_earlier(flow, when)
         if when < self._next_look:
             self._times_changed.set()
 
     def times_changed(self, wall: float) -> None:
-        """Something is due at a time of the wall clock."""
+        """Note that something is due at `wall`, on the wall clock."""
         if wall < self._next_due:
             self._times_changed.set()
 

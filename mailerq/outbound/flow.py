@@ -2,26 +2,26 @@
 
 Theory of operation
 -------------------
-A flow has a small window of its mail in memory (`jobs`); the rest lies in the queue, under the
-destinations in `ready`. Sessions pull: each takes the next job when it has settled the last one,
-and is idle when there is none. Below half of the window the flow has it refilled. The window grows
-with what sessions use and is never more than that needs.
+A flow keeps a small window of its mail in memory (`jobs`). The rest stays in the queue, under the
+destinations in `ready`. Sessions pull: each takes the next job after settling the last one, and is
+idle when there is none. Below half of the window the flow is refilled. The window follows what the
+sessions use.
 
-A connection costs more than a message, so not each message that waits gets one:
-`sessions_for` has the curve. Where the first job waits for `STALL_SECONDS` all the same, the
-sessions are slow, and one more is opened, and so on. Idle sessions stay for mail to come, the one
-that was used last is used first, so that the others can time out.
+A connection costs more than a message, so not every waiting message gets one: `sessions_for` has
+the curve. If the first job still waits for `STALL_SECONDS`, the sessions are slow, and one more is
+opened, and so on. Idle sessions stay open for more mail. The session used last is used first, so
+that the others can time out.
 
-Until a session of a flow was let in nobody knows whether its hosts answer. So a flow begins with
-one connection, and may have twice as many after each that is let in: 1, 2, 4.
+Until a session is let in, the flow does not know whether its hosts answer. So a flow begins with
+one connection, and may double them after each that is let in: 1, 2, 4.
 
-Where the last session that could open has failed, the flow is *down*: the first job gets that
-result, and the others go back to the queue as they were, where they cost nothing. After a pause,
-or when a message becomes due by its own schedule, one message asks again. Each time in vain the
-pause doubles. A session that is let in ends that. What fails for good, such as a local address
-that fits no host, fails for all mail of the flow.
+When the last session that could open has failed, the flow is *down*. The first job gets the
+failure as its result, and the others go back to the queue unchanged. After a pause, or when
+a message's own retry time comes, one message asks again. Each failure doubles the pause.
+A session that is let in ends the down state. A permanent failure, such as a local address that fits
+no host, fails all mail of the flow.
 
-A flow has one time at which it looks again (`look`); everything else is told to it.
+A flow has one time at which it looks again (`look`); all other events are reported to it.
 """
 
 from __future__ import annotations
@@ -46,29 +46,29 @@ if TYPE_CHECKING:
 __all__ = ["FIRST_WINDOW", "Flow", "sessions_for"]
 
 HOLD_SECONDS: Final = 5.0
-"""After a failure to open one more connection, while others work, none is opened for so long:
-the peer may want no more."""
+"""Open no further connection for this long after one failed while others work: the peer may want
+no more."""
 
 FAIR_MESSAGES: Final = 100
-"""Messages after which a session makes room when another flow waits for a slot."""
+"""After this many messages a session ends if another flow waits for a slot."""
 
 STALL_SECONDS: Final = 1.0
-"""How long the first job waits before one more connection is opened for it."""
+"""Open one more connection when the first job has waited this long."""
 
 ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
-"""The pause after which one message asks whether a site that was down answers."""
+"""Longest pause before one message asks again whether a site that was down answers."""
 
 NEXT_LOOK_SECONDS: Final = 0.1
-"""How soon more mail is looked at, where what was looked at could not ask."""
+"""Pause before more mail is examined, if none of the last could ask."""
 
 FIRST_WINDOW: Final = 32
 MAX_WINDOW: Final = 500
-"""Messages of a flow in memory."""
+"""Most messages of one flow in memory."""
 
 
 class Flow:
-    """The mail to one site from one address of this host, over connections that prove `demands`."""
+    """The mail to one site from one local address, over connections that prove `demands`."""
 
     def __init__(
         self,
@@ -84,29 +84,29 @@ class Flow:
         self.jobs: list[Job] = []
         self.destinations: dict[Destination, None] = {}
         self.ready: dict[Destination, None] = {}
-        """Destinations of which mail is due in the queue."""
+        """Destinations with due mail in the queue."""
         self.held = 0
-        """Messages that are not settled yet, of those that were given to it."""
+        """Messages given to the flow and not settled yet."""
         self.window = min(FIRST_WINDOW, dispatcher.max_window)
         self.sent = self.window // 2
-        """Messages since the last refill. A new flow begins as if it had used its window."""
+        """Messages since the last refill. A new flow starts as if it had used its window."""
         self.refilling = False
         self.sessions: dict[Session, None] = {}
         self.opening: dict[Session, None] = {}
         self.idle: list[Session] = []
         self.proven = False
-        """A session was let in, and the flow has not been down since."""
+        """A session has been let in since the flow was last down."""
         self.reserved = False
-        """It has the right to try its site, and no connection yet; kept by `Openings`."""
+        """The flow may try its site, and has no connection yet; kept by `Openings`."""
         self.patient = False
-        """Its hosts have not answered at once."""
+        """The hosts have not answered quickly."""
         self.down = False
         self.asking = False
         self.memory = dispatcher.memory
         self._dispatcher = dispatcher
         self._openings = dispatcher.openings
-        self._allowed = 1  # connections, until it has shown that more are let in
-        self._failures = 0  # times that it was found down in a row
+        self._allowed = 1  # connections allowed until more are let in
+        self._failures = 0  # consecutive times that the flow went down
         self._down_until = 0.0
         self._held_until = 0.0
         self._ahead = True
@@ -118,7 +118,7 @@ class Flow:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether more connections are open than may be, since the settings have changed."""
+        """Whether more connections are open than the changed settings allow."""
         limit = self.config.domain_maxconnections
         return 0 < limit < len(self.sessions) or self._openings.slots.are_exceeded
 
@@ -126,11 +126,11 @@ class Flow:
 
     @property
     def failed(self) -> bool:
-        """Whether nobody let it in, the last time."""
+        """Whether the last attempt to be let in failed."""
         return self._failures > 0
 
     def add(self, job: Job) -> None:
-        """Send a message as soon as may be."""
+        """Send a message as soon as possible."""
         job.flow = self
         job.since = monotonic()
         self.held += 1
@@ -144,7 +144,7 @@ class Flow:
             self.pump()
 
     def next_window(self) -> int:
-        """The window for the next refill: twice what was sent since the last one."""
+        """The window for the next refill: twice the messages sent since the last one."""
         self.window = max(min(2 * self.sent, self._dispatcher.max_window), 1)
         self.sent = 0
         return self.window
@@ -152,7 +152,7 @@ class Flow:
     # What sessions call
 
     def next_job(self, session: Session) -> Job | None:
-        """What a session is to send next. None: nothing now; it is woken when there is."""
+        """The next job for a session. None: no job now; the session is woken when there is one."""
         self._busy(session)
         openings = self._openings
         if session.leaving or self._dispatcher.stopping:
@@ -170,7 +170,7 @@ class Flow:
         return job
 
     def job_ahead(self, session: Session) -> Job | None:
-        """What a session may begin before it has settled its job, if no other could take it."""
+        """A job to begin before the current one is settled, if no other session could take it."""
         if (
             not self._ahead
             or len(self.jobs) <= len(self.opening) + len(self.idle)
@@ -199,15 +199,15 @@ class Flow:
         return job
 
     async def load(self, job: Job) -> Outcome | None:
-        """Fetch the body of a job that is only in the queue; what keeps it from being sent."""
+        """Fetch a body that is only in the queue; return the outcome if the fetch fails."""
         return await self._dispatcher.load(job)
 
     def settle(self, session: Session, job: Job, report: Report) -> None:
-        """An attempt is over; the session is told when its result is safe."""
+        """Settle an attempt; the session is told when the result is safe."""
         self._dispatcher.settle(job, report, session)
 
     def give_back(self, job: Job, *, ahead: bool = False) -> None:
-        """A session did not try a job: the peer had gone, or was slow after an envelope `ahead`."""
+        """Take back an untried job: the peer had gone, or was slow after an envelope `ahead`."""
         if ahead:
             self._ahead = False
         if self._dispatcher.stopping or (self.down and not self.asking):
@@ -229,11 +229,11 @@ class Flow:
         self._allowed = min(2 * self._allowed, 1 << 20)
         self._end_try(session)
         self.patient = False
-        # The session takes the first job itself.
+        # The session itself takes the first job.
         self.pump(beside=1)
 
     def ended(self, session: Session, report: Report | None) -> None:
-        """A session is over; a `report` says why no host let it in."""
+        """A session has ended; `report` says why no host let the session in."""
         self._busy(session)
         self.sessions.pop(session, None)
         was_opening = session in self.opening
@@ -260,7 +260,7 @@ class Flow:
     # Connections
 
     def resume(self) -> None:
-        """What the flow waited for may be there: a slot, a try, memory."""
+        """A slot, a try or memory that the flow waited for may be available."""
         if self.down and not self.asking:
             self._dispatcher.ask(self)
         else:
@@ -274,9 +274,9 @@ class Flow:
             self.resume()
 
     def pump(self, beside: int = 0) -> None:
-        """Wake idle sessions for what waits, open more where they are of use, and get more mail.
+        """Wake idle sessions for waiting mail, open more if useful, and refill.
 
-        `beside` counts jobs that somebody takes at once.
+        `beside` counts jobs that are about to be taken.
         """
         if self._dispatcher.stopping:
             return
@@ -319,7 +319,7 @@ class Flow:
         return now >= stalled and not self.opening
 
     def _open(self) -> bool:
-        """Open one more connection, or wait for the right to."""
+        """Open one more connection, or wait for the right to open one."""
         dispatcher = self._dispatcher
         if (report := self._cannot_try()) is not None:
             self._not_let_in(report)
@@ -341,7 +341,7 @@ class Flow:
         return True
 
     def _cannot_try(self) -> Report | None:
-        """Why there is no host to connect to."""
+        """Report why there is no host to connect to; None if there is one."""
         site = self.site
         if site.outcome is not None:
             return Report(site.outcome)
@@ -350,11 +350,11 @@ class Flow:
         return None
 
     def hosts(self) -> list[Host]:
-        """Where a session is to connect to, best first."""
+        """The hosts for a session to try, best first."""
         return self.site.in_order(self.local_ip, self.memory)
 
     def _not_let_in(self, report: Report) -> None:
-        """No host took one more connection."""
+        """No host accepted one more connection."""
         if self.sessions:
             self._held_until = monotonic() + HOLD_SECONDS
             self._allowed = len(self.sessions) + 1
@@ -377,16 +377,16 @@ class Flow:
             self._dispatcher.say_own_fault(self.site.label, report.outcome)
 
     def overdue(self, session: Session) -> None:
-        """A session that is a try has no answer yet."""
+        """A session that is a try has had no answer yet."""
         self._openings.overdue(session)
 
     def put_off(self, session: Session) -> None:
-        """A session has no answer yet, and others wait for the same right."""
+        """A session has had no answer yet, and other flows wait to try."""
         self.patient = session.was_put_off = True
         session.cut()
 
     def _wait_for_try(self) -> None:
-        """Wait, without mail in memory, for the right to find out whether the site answers."""
+        """Wait, without mail in memory, for the right to try the site."""
         self.down, self.asking, self.proven = True, False, False
         self._down_until = math.inf
         self._allowed = 1
@@ -396,7 +396,7 @@ class Flow:
             self.resume()
 
     def _put_back(self, keep: int = 0) -> None:
-        """Let mail that waits go back to the queue as it was."""
+        """Return waiting mail to the queue unchanged."""
         while len(self.jobs) > keep:
             self._dispatcher.put_back(self.jobs.pop())
 
@@ -412,15 +412,15 @@ class Flow:
         self._dispatcher.look_at(self, self._down_until)
 
     def end_holds(self) -> None:
-        """Somebody wants it to be tried now."""
+        """Try now instead of waiting for a pause to end."""
         self._held_until = self._down_until = 0.0
         self._dispatcher.look_at(self, 0.0)
 
     def not_asked(self) -> None:
-        """There was no mail to ask with in what was looked at."""
+        """None of the examined mail could be used to ask."""
         self.asking = False
         if self.ready:
-            # All of it had expired, or it goes elsewhere now.
+            # All of that mail had expired, or now goes elsewhere.
             self._down_until = monotonic() + NEXT_LOOK_SECONDS
             self._dispatcher.look_at(self, self._down_until)
         elif not self.jobs and not self.sessions:
@@ -429,7 +429,7 @@ class Flow:
 
 
 def sessions_for(messages: int, most: int = 32) -> int:
-    """How many sessions that many messages are worth, waiting ones and those under way.
+    """How many sessions suit this number of messages, waiting and under way.
 
     >>> [sessions_for(messages) for messages in (0, 1, 2, 4, 10, 20, 100, 500)]
     [0, 1, 1, 2, 4, 7, 22, 32]

@@ -1,19 +1,19 @@
-"""Mail on its way from the queue into the flows: taken by destination, when it can be sent.
+"""Takes mail from the queue into the flows, by destination, when it can be sent.
 
 Theory of operation
 -------------------
-The queue sorts its mail by *destination* (`mailerq.rules.destinations`). Which flow the mail of a
-destination belongs to shows when a message of it is looked at: its plan has a target, the target a
-site. From then on the destination is linked to the flow, and the flow takes from it.
+The queue sorts its mail by *destination* (`mailerq.rules.destinations`). The flow of a destination
+is known once one of its messages has been judged: the plan gives a target, the target a site. From
+then on the destination is linked to the flow, and the flow takes from the destination.
 
 Mail comes in two ways. New mail *arrives* directly while its destination has room. All other mail
-*waits*: the queue says for which destination and from when on, and says it once. Mail of a
-destination without a flow is *sorted*: a little of it is taken, to see where it belongs.
+*waits*: the queue reports once which destination has mail, and from when. A destination without
+a flow is *sorted*: a few messages are taken to find the flow.
 
-What lies in the queue costs nothing but a `Destination`. One heap has the times at which
-destinations become due. The messages in memory are at most `rabbitmq-qos`, and one for each flow
-that has a connection, so that no flow waits for the memory of others.
-Flows that no host has let in yet share one half of the memory.
+Queued mail costs only one `Destination` for all of its messages. One heap holds the times at which
+destinations become due. Messages in memory are at most `rabbitmq-qos`, plus one for each flow that
+has a connection, so that no flow waits for the memory of others. Flows that no host has let in yet
+share half of the memory.
 
 Everything here runs on the home worker.
 """
@@ -42,32 +42,32 @@ __all__ = ["Destination", "Intake"]
 log = logging.getLogger("mailerq.delivery")
 
 SORTERS: Final = 4
-"""Destinations that are sorted at a time."""
+"""Destinations sorted at a time."""
 
 MAX_GROUP: Final = 100
-"""Messages that are taken to sort a destination, at most; the first time it is one."""
+"""Messages taken to sort a destination, at most; the first time one is taken."""
 
 READ_AGAIN_SECONDS: Final = 5.0
-"""How long a destination is left alone that the queue could not read."""
+"""Pause before the next read of a destination that the queue could not read."""
 
 
 LOOK_AGAIN_SECONDS: Final = 60.0
-"""How long a destination is left alone the hosts of which nobody had the time to find."""
+"""Pause for a destination whose hosts could not be looked up for lack of time."""
 
 
 class Destination:
-    """Mail of the queue that has the same ways to go, and what is known of it."""
+    """Queued mail with the same possible routes, and its state."""
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.flows: dict[Flow, None] = {}
         self.waits = False
-        """Mail of it is due in the queue, as far as is known."""
+        """Mail of this destination is due in the queue, as far as is known."""
         self.taking = False
-        self.news = False  # the queue spoke of it during a take
-        self.placing = 0  # messages of it, the hosts of which are looked for
-        self.group = 1  # messages to take when it is sorted
-        self.window = 0  # what the queue was told
+        self.news = False  # the queue reported mail during a take
+        self.placing = 0  # messages whose hosts are being looked up
+        self.group = 1  # messages to take at the next sorting
+        self.window = 0  # the window last set in the queue
 
 
 class Intake:
@@ -75,12 +75,12 @@ class Intake:
 
     def __init__(self, dispatcher: Dispatcher, most: int) -> None:
         self.leased = 0
-        """Messages in memory, until they are settled."""
+        """Messages in memory that are not settled yet."""
         self.subscription: Subscription
         self._begun = False
         self._early: list[Lease | tuple[str, float]] = []
         self.dues: Times[Destination] = Times()
-        """When mail in the queue becomes due, by the wall clock."""
+        """When mail in the queue becomes due, on the wall clock."""
         self._dispatcher = dispatcher
         self._most = most
         self._first_window = min(FIRST_WINDOW, dispatcher.max_window)
@@ -93,7 +93,7 @@ class Intake:
         self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
 
     def begin(self, subscription: Subscription) -> None:
-        """Deal with what the queue says, and has said so far."""
+        """Process what the queue reports, and has reported so far."""
         self.subscription = subscription
         self._begun = True
         early, self._early = self._early, []
@@ -105,13 +105,13 @@ class Intake:
 
     @property
     def room(self) -> int:
-        """Messages that may be in memory beside those that are."""
+        """Messages that still fit into memory."""
         return max(self._most - self.leased, 0)
 
     # What the queue says
 
     def arrived(self, leases: Sequence[Lease]) -> None:
-        """New mail came directly."""
+        """New mail came directly from the queue."""
         if not self._begun:
             self._early += leases
             return
@@ -126,7 +126,7 @@ class Intake:
                 self._tidy(destination)
 
     def _has_place(self, destination: Destination) -> bool:
-        """Whether mail that arrives is kept in memory."""
+        """Whether arriving mail is kept in memory."""
         if not destination.flows:
             return not destination.waits and self._dispatcher.may_look_up
         return any(
@@ -137,14 +137,14 @@ class Intake:
         )
 
     def waiting(self, destination: str, due: float) -> None:
-        """Mail lies in the queue that nobody has."""
+        """The queue has mail for a destination that is not leased."""
         if not self._begun:
             self._early.append((destination, due))
             return
         self.mail_at(self.destination(destination), due)
 
     def mail_at(self, destination: Destination, due: float) -> None:
-        """Mail of a destination is due at a time, seconds since 1970."""
+        """Mail of a destination is due at `due`, seconds since 1970."""
         if due > self._dispatcher.now():
             self.dues.set_earlier(destination, due)
             self._dispatcher.times_changed(wall=due)
@@ -152,7 +152,7 @@ class Intake:
             self._mail_waits(destination)
 
     def came_due(self, destination: Destination) -> None:
-        """A message became due by its own schedule; where all flows are down, one asks with it."""
+        """A message's own retry time has come; if all its flows are down, one asks with it."""
         self._mail_waits(destination)
         if destination.flows and all(flow.down for flow in destination.flows):
             self._dispatcher.ask(next(iter(destination.flows)))
@@ -173,7 +173,7 @@ class Intake:
     # Which destinations belong to which flow
 
     def link(self, destination: Destination, flow: Flow) -> None:
-        """Mail of a destination goes to a flow, and no more to flows of another site."""
+        """Send a destination's mail to a flow, and unlink flows of other sites."""
         if flow in destination.flows:
             return
         for other in [f for f in destination.flows if f.site is not flow.site]:
@@ -195,7 +195,7 @@ class Intake:
         self._tidy(destination)
 
     def _tidy(self, destination: Destination) -> None:
-        """Forget a destination that nothing is to be done for."""
+        """Drop a destination that needs no more work."""
         if not (
             destination.flows
             or destination.waits
@@ -209,7 +209,7 @@ class Intake:
     # Taking
 
     async def take(self, destination: Destination, limit: int) -> Sequence[Lease]:
-        """Take mail of a destination, and note what is left there."""
+        """Take mail of a destination, and note what is left in the queue."""
         destination.taking, destination.news = True, False
         try:
             taken = await self.subscription.take(destination.key, limit)
@@ -243,7 +243,7 @@ class Intake:
             flow.ready.pop(destination, None)
 
     def _set_window(self, destination: Destination) -> None:
-        """Let new mail arrive as its flows use it."""
+        """Set the window for arriving mail to what the destination's flows use."""
         window = max((flow.window for flow in destination.flows), default=0)
         window = max(window, self._first_window)
         if destination.flows and window != destination.window:
@@ -251,13 +251,13 @@ class Intake:
             self.subscription.set_window(destination.key, window)
 
     def refill(self, flow: Flow) -> None:
-        """Get mail for a flow, if that is worth it."""
+        """Get mail for a flow if the flow needs more."""
         if flow.refilling or flow.down or self._dispatcher.stopping:
             return
         if flow.jobs and (len(flow.jobs) > flow.window // 2 or not flow.sessions):
             return
         if all(destination.taking or destination.placing for destination in flow.ready):
-            return  # its flows are pumped when that is over
+            return  # the flows are pumped afterwards
         if not self._memory_for(flow):
             (self._memory_line if flow.proven else self._new_line).setdefault(flow)
             return
@@ -284,19 +284,19 @@ class Intake:
         self._serve_memory_line()
 
     def _memory_for(self, flow: Flow) -> int:
-        """How many messages more a flow may have in memory."""
+        """How many more messages a flow may have in memory."""
         left = max(self._share_of(flow) - self.leased, 0)
         return left or int(bool(flow.sessions) and not flow.held)
 
     def _share_of(self, flow: Flow) -> int:
-        """How full the memory may be when a flow takes more than one message.
+        """How full memory may be when a flow takes more than one message.
 
-        Flows that no host has let in yet leave a half to the others: their hosts may be silent.
+        Flows that no host has let in yet leave half to the others: their hosts may be silent.
         """
         return self._most if flow.proven else self._most // 2
 
     def next_ready(self, flow: Flow) -> Destination | None:
-        """The destination that a flow takes from next: each in turn."""
+        """The destination that a flow takes from next, in turn."""
         for destination in flow.ready:
             if not (destination.taking or destination.placing):
                 del flow.ready[destination]  # to the end
@@ -305,7 +305,7 @@ class Intake:
         return None
 
     def taken(self, destination: Destination) -> None:
-        """A take is over, and what it brought has its place."""
+        """A take is over, and its messages are placed."""
         if destination.waits:
             if not destination.flows:
                 self._sort_later(destination)
@@ -321,11 +321,11 @@ class Intake:
             self._sorters.unpark()
 
     async def sort(self) -> None:
-        """Take some mail of destinations without a flow, to see where it goes."""
+        """Take some mail of destinations without a flow, to find the flow."""
         while True:
             while not (self._unsorted and self.leased < self._most and self._may_sort):
                 await self._sorters.park()
-            # The newest and the oldest alternately: a lookup in vain holds up the oldest.
+            # Alternate newest and oldest: failing lookups hold up the oldest.
             self._newest = not self._newest
             destination = self._unsorted.popitem(last=self._newest)[0]
             leases = await self.take(destination, destination.group)
@@ -339,9 +339,9 @@ class Intake:
         return self._dispatcher.may_look_up and not self._dispatcher.stopping
 
     def placed(self, key: str, *, late: bool = False) -> None:
-        """The hosts of a message are found, and the message has its place.
+        """A message's hosts are found, and the message is placed.
 
-        `late`: nobody had the time to find them, and it waits.
+        `late`: the lookup did not fit in time, and the message waits.
         """
         destination = self.destination(key)
         destination.placing -= 1
@@ -357,22 +357,22 @@ class Intake:
         self._tidy(destination)
 
     def serve(self) -> None:
-        """There may be room to sort more."""
+        """Sort more, if there is room."""
         if self._unsorted:
             self._sorters.unpark()
 
     # Letting go
 
     def put_back(self, lease: Lease) -> None:
-        """A message was not tried: it waits in the queue as it was."""
-        if not self._dispatcher.is_over:  # else all leases have gone back
+        """Return an untried message to the queue unchanged."""
+        if not self._dispatcher.is_over:  # else all leases have been returned
             self._dispatcher.queues.release(lease)
             if not self._dispatcher.stopping:
                 self._mail_waits(self.destination(lease.destination))
         self.lease_over()
 
     def lease_over(self) -> None:
-        """A message is not in memory any more."""
+        """A message has left memory."""
         self.leased -= 1
         if self.leased < self._most:
             if self._unsorted:
@@ -380,7 +380,7 @@ class Intake:
             self._serve_memory_line()
 
     def _serve_memory_line(self) -> None:
-        """Let the flow that has waited longest for memory take some mail."""
+        """Let the flow that has waited longest for memory take mail."""
         for line, most in ((self._memory_line, self._most), (self._new_line, self._most // 2)):
             while line and self.leased < most:
                 flow = line.popitem(last=False)[0]

@@ -1,4 +1,4 @@
-"""A message that is to be sent now, and what came of it."""
+"""A message to be sent now, and the report of an attempt."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ __all__ = ["Job", "Report"]
 
 
 class Job(msgspec.Struct, eq=False):
-    """A message that is to be sent now, as `plan` says.
+    """A message to be sent now, as `plan` decided.
 
-    `attempt` counts from 1. `flow` is the flow that has it, None while its hosts are looked for;
-    `since` is when the flow got it, on the monotonic clock. `is_ascii` is about the body, None
-    while nobody has looked.
+    `attempt` counts from 1. `flow` is None while the hosts are being looked up; `since` is when the
+    flow got the job, on the monotonic clock. `is_ascii` describes the body, None until checked.
     """
 
     lease: Lease
@@ -43,7 +42,7 @@ class Job(msgspec.Struct, eq=False):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What came of an attempt, and over which connection if there was one."""
+    """The outcome of an attempt, and its connection if there was one."""
 
     outcome: Outcome
     local_ip: str | None = None

@@ -1,19 +1,18 @@
-"""Who may open a connection: the slots of the way out, and who waits for one.
+"""The right to open connections: outgoing slots, and the flows that wait for one.
 
 Theory of operation
 -------------------
-A connection to another host has a slot from its opening to its end. A flow that finds none waits
-in a line; what becomes free goes to the first in the line, one slot at a time, so that all flows
-take turns. An idle connection is closed for a flow that begins to wait, and while anybody waits
-(`contended`) sessions end instead of becoming idle.
+A connection to another host holds a slot from its opening to its end. A flow without a slot waits
+in line. A free slot goes to the first in line, one at a time, so that all flows take turns. When
+a flow begins to wait, an idle connection is closed. While flows wait (`contended`), sessions end
+instead of becoming idle.
 
-A host that never answers keeps its slot until the timeout. So connections of flows that nobody
-has let in yet are *tries*, at most `SITE_TRIES` to one site. A try is *quick* at first. Where there
-is no answer within `QUICK_SECONDS` it becomes *patient*, and lasts until the timeout. Each kind may
-have a part of the slots, `TRY_SHARE`. Where no more patient ones may be, the try is put off: the
-flow waits in line for a patient one. So any number of silent hosts keeps nobody for long from
-finding out that another answers. Of the flows that wait for a quick try the newest and the oldest
-have their turns alternately.
+A host that never answers keeps its slot until the timeout. So connections of flows that no host has
+let in yet are *tries*, at most `SITE_TRIES` to one site. A try is *quick* at first. Without an
+answer within `QUICK_SECONDS` the try becomes *patient*, and lasts until the timeout. Each kind may
+use 1/`TRY_SHARE` of the slots. At the limit of patient tries the try is put off, and the flow waits
+in line for a patient one. So silent hosts, however many, do not hold up tries of live hosts for
+long. Among flows that wait for a quick try, the newest and the oldest take turns.
 
 Everything here runs on the home worker; slots may be released on any thread.
 """
@@ -33,17 +32,17 @@ if TYPE_CHECKING:
 __all__ = ["Openings"]
 
 TRY_SHARE: Final = 4
-"""One slot of so many may be in use for each kind of try."""
+"""Each kind of try may use one slot in `TRY_SHARE`."""
 
 QUICK_SECONDS: Final = 0.5
 """How long a try is quick."""
 
 SITE_TRIES: Final = 2
-"""Such connections to one site at a time."""
+"""Tries to one site at a time."""
 
 
 class Openings:
-    """The right to open connections, of all deliveries of an engine."""
+    """Grants connections to all deliveries of an engine."""
 
     def __init__(self, slots: Slots, worker: Worker) -> None:
         self.slots = slots
@@ -71,7 +70,7 @@ class Openings:
         return bool(self._line)
 
     def take(self, flow: Flow) -> bool:
-        """A slot for one more connection of a flow; without one the flow waits for its turn."""
+        """Take a slot for one more connection; without one the flow waits for its turn."""
         if (self._line and self._turn is not flow) or not self.slots.take():
             self._line.setdefault(flow)
             self._close_idle()
@@ -94,7 +93,7 @@ class Openings:
             self._worker.call(self._serve_line)
 
     def _serve_line(self) -> None:
-        """Give each flow that waits its turn, for as many slots as there are."""
+        """Serve waiting flows in turn while there are free slots."""
         if self._serving:
             return
         self._serving = True
@@ -110,7 +109,7 @@ class Openings:
     # Tries
 
     def reserve_try(self, flow: Flow) -> bool:
-        """The right to find out whether a flow's site answers; else the flow waits for it."""
+        """Reserve the right to try a flow's site; else the flow waits for that right."""
         if flow.reserved:
             return True
         site = flow.site
@@ -133,7 +132,7 @@ class Openings:
         return True
 
     def overdue(self, session: Session) -> None:
-        """A quick try has had no answer: it becomes a patient one, or is put off."""
+        """A quick try has had no answer: make it patient, or put it off."""
         if self._patient < self._most_tries:
             session.patient = True
             self._patient += 1
@@ -143,7 +142,7 @@ class Openings:
             session.flow.put_off(session)
 
     def end_try(self, flow: Flow, *, patient: bool) -> None:
-        """A try is over, whatever came of it: the next one may begin."""
+        """A try has ended, with any outcome: the next may begin."""
         if patient:
             self._patient -= 1
         else:
@@ -171,11 +170,11 @@ class Openings:
     # Idle sessions
 
     def idle(self, session: Session) -> None:
-        """A session has nothing to do, and may be ended for a flow that waits."""
+        """An idle session may be ended for a flow that waits."""
         self._idle[session] = None
 
     def busy(self, session: Session) -> None:
-        """A session is idle no more."""
+        """A session is no longer idle."""
         self._idle.pop(session, None)
 
     def _close_idle(self) -> None:
@@ -183,7 +182,7 @@ class Openings:
             self._idle.popitem(last=False)[0].leave()
 
     def forget(self, flow: Flow) -> None:
-        """A flow needs nothing any more."""
+        """Drop a flow from all lines."""
         self._line.pop(flow, None)
         self._leave_lines(flow)
         if flow.reserved:

@@ -1,38 +1,38 @@
-"""One connection to a host that takes mail: from connecting to QUIT, message after message.
+"""One connection to a host that takes mail: from connect to QUIT, message after message.
 
 Theory of operation
 -------------------
-A session is one task on the home worker. It belongs to a `Flow`, and pulls its mail from there:
-`next_job` when it can send one, `settle` with what came of it. It first goes through the hosts of
-the flow until one lets it in; only then does it take a job. One body is under way at a time.
-Without a job it is idle, and waits for `wake` or for what the peer does.
+A session is one task on the home worker. It belongs to a `Flow` and pulls mail from there:
+`next_job` when the session can send, `settle` with the result. A session tries the flow's hosts
+until one lets it in, and only then takes a job. One body is under way at a time. Without a job the
+session is idle, and waits for `wake` or for the peer.
 
-The envelope of the next message may go ahead, in one write with a short body: where one waits that
-no other session could take now, and the peer pipelines and has answered the body before without
-delay. A message then costs one round trip. It is bound to this session from then on, but goes
-back to the flow when that ends before its turn, or when the reply to the body takes its time.
-What plugins send outside of an event meanwhile is held until the next dot, or it would be a part
-of that mail.
+The envelope of the next message may go ahead, in one write with a short body. Conditions: a message
+waits that no other session could take now, and the peer pipelines and answered the last body
+promptly. A message then costs one round trip. From then on the message belongs to this session. It
+goes back to the flow if the session ends first, or if the reply to the body is slow. Plugin output
+outside an event is held until the next dot: otherwise it would become part of that mail.
 
-A peer may close, or refuse with 421, before it has answered anything of a mail. Where it took mail
-on this connection before, that costs the message nothing: it goes back to the flow.
+A peer may close, or refuse with 421, before any reply to a mail. If the peer took mail on this
+connection before, the message is not charged an attempt: it goes back to the flow.
 
-A peer may answer out of step; `mailerq.wire.client` states when a reply counts, and has an
-envelope, RSET or QUIT follow each body as proof. The message in doubt is tried again; where its
-body was not sent, at once on another connection. The host is remembered for a while: it is sent
-nothing behind a body, and new connections to it end with each mail.
-A body that is only in the queue is loaded when its turn comes, and what its text rules out is found
-then. A peer without 8BITMIME gets a body in ASCII (`mailerq.mail.seven_bit`). Each session that the
-message is given to finds the encodings and the size once, in a thread if the body is long. The
-blocks of a long body are encoded while they are sent.
+A peer may answer out of step. `mailerq.wire.client` states when a reply counts, and has each body
+followed by an envelope, RSET or QUIT as proof. The message in doubt is tried again, and at once on
+another connection if its body was not sent. The host is remembered for a while: nothing is sent
+behind a body, and new connections to the host end after each mail.
 
-Results are committed in groups by somebody else. A session sends the next envelope
-meanwhile, but not the next body before it has heard that its last result is safe
-(`settled`). So if the process dies, at most one message for each session is sent twice.
+A body that is only in the queue is loaded when its turn comes, and its text is checked then. A peer
+without 8BITMIME gets an ASCII body (`mailerq.mail.seven_bit`). Each session given the message
+determines the encodings and the size once, in a thread if the body is long. Blocks of a long body
+are encoded while they are sent.
 
-The deadline is a plain number, moved forward for each complete reply and each piece of a
-body, so that a peer that drips bytes gains nothing by it. The dispatcher has it checked
-every now and then (`check`): a deadline of trio's own would cost more than it tells.
+Another task commits results in batches. Meanwhile a session sends the next envelope, but not the
+next body until its last result is safe (`settled`). So if the process dies, each session sends at
+most one message twice.
+
+The deadline is a plain number, moved forward for each complete reply and each piece of a body:
+a peer that drips bytes gains no time. The dispatcher checks the deadline periodically (`check`),
+because trio's own deadlines are too expensive here.
 """
 
 from __future__ import annotations
@@ -81,53 +81,52 @@ __all__ = ["Session"]
 log = logging.getLogger("mailerq.delivery")
 
 MAX_HOSTS: Final = 8
-"""Hosts that one connection tries before it gives up; RFC 5321 asks for two."""
+"""Hosts that one connection tries before giving up; RFC 5321 asks for two."""
 
 
 FINAL_REPLY: Final = 5
-"""The reply to the final dot may take so many times `smtp-out-timeout`: the peer does its work
-then, and a mail that is given up too early arrives twice (RFC 5321, section 4.5.3.2.6)."""
+"""The reply to the final dot may take this multiple of `smtp-out-timeout`: the peer processes the
+mail then, and giving up too early delivers a mail twice (RFC 5321, section 4.5.3.2.6)."""
 
 AHEAD_BYTES: Final = 8192
-"""Bytes of a body behind which an envelope still fits into one write: what the kernel did not take
-of a longer one, the body or the envelope, nobody could tell."""
+"""Above this size a partial write would leave it unknown whether the envelope was sent."""
 
 PROMPT_SECONDS: Final = 0.1
-"""A peer that took longer for the last body gets no envelope ahead: the message behind it would
-wait for the reply to this one, while another connection may become free."""
+"""A peer slower than this for the last body gets no envelope ahead: the next message would wait for
+the reply, while another connection may become free."""
 
 WITHDRAW_SECONDS: Final = 1.0
-"""Then such a message goes back to the flow, and the session ends with the reply."""
+"""After this wait a message sent ahead goes back to the flow; the session ends with the reply."""
 
 LOOK_BYTES: Final = 1 << 20
 """Above this size a thread checks whether a body is ASCII."""
 
 CONVERT_BYTES: Final = 1 << 14
-"""Bytes of a body that are converted at once; more of it takes its time in a thread."""
+"""Bytes of a body converted at once; a thread converts longer bodies."""
 
 CONVERTERS: Final = 2
-"""Such bodies at a time."""
+"""Long bodies converted at a time."""
 
 QUIT_SECONDS: Final = 2.0
-"""How long the reply to QUIT is waited for; it decides nothing."""
+"""Timeout for the reply to QUIT, which decides nothing."""
 
 
 class Session:
-    """A session of a flow; `run` is its task. All methods are for the home worker's thread."""
+    """A session of a flow; `run` is its task. Call all methods on the home worker's thread."""
 
     def __init__(self, flow: Flow, worker: Worker) -> None:
         self.flow = flow
         self.worker = worker
         self.remote = ""
         self.messages = 0
-        """Messages that the connection has taken."""
+        """Messages taken by the peer on this connection."""
         self.leaving = False
-        """It takes no more jobs."""
+        """The session takes no more jobs."""
         self.is_try = False
-        """It keeps one of the tries of `Openings`, a patient one if it is `patient`."""
+        """The session holds a try of `Openings`, a patient one if `patient` is set."""
         self.patient = False
         self.was_put_off = False
-        """It ends without a result: others have their turn to try."""
+        """The session ends without a result: other flows take their turn to try."""
         self._started = monotonic()
         self._timeout = flow.config.smtp_out_timeout
         self._deadline = math.inf
@@ -135,10 +134,10 @@ class Session:
         self._scope = trio.CancelScope()
         self._idle = False
         self._sending = False
-        self._held = b""  # what plugins sent and must not come in between
+        self._held = b""  # plugin output that must not come in between
         self._job: Job | None = None
         self._ahead: Job | None = None
-        self._begun = False  # an envelope went ahead, and its body has not followed
+        self._begun = False  # an envelope went ahead, and its body has not followed yet
         self._prompt = False
         self._asked = math.inf  # when the last body was sent
         self._unsettled = 0
@@ -156,12 +155,12 @@ class Session:
         return self.flow.config
 
     def wake(self) -> None:
-        """There may be a job for it."""
+        """A job may be available."""
         if self._idle:
             self._stream.rouse()
 
     def leave(self) -> None:
-        """End after the message under way."""
+        """End after the current message."""
         self.leaving = True
         self.wake()
 
@@ -170,7 +169,7 @@ class Session:
         self._life.cancel()
 
     def check(self) -> None:
-        """End what has taken too long: the wait for a reply, or for a job."""
+        """End a wait for a reply or a job that has timed out."""
         now = monotonic()
         if self.is_try and not self.patient and now - self._started > QUICK_SECONDS:
             self.flow.overdue(self)
@@ -184,13 +183,13 @@ class Session:
             self._scope.cancel()
 
     def settled(self) -> None:
-        """One of the results that were reported is committed."""
+        """A reported result is committed."""
         self._unsettled -= 1
         if self._unsettled == 0 and self._calm is not None:
             self._calm.set()
 
     def _withdraw(self) -> None:
-        """Give back the message whose envelope went ahead; the peer never gets its body."""
+        """Give back the message sent ahead; the peer never gets its body."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             self.flow.give_back(ahead, ahead=True)
@@ -198,14 +197,14 @@ class Session:
     # The task
 
     async def run(self) -> None:
-        """Connect to the first of the flow's hosts that lets us in and send what the flow has."""
+        """Connect to the first host that lets us in, and send the flow's mail."""
         report = None
         try:
             with self._life:
                 report = await self._try_hosts(self.flow.hosts())
                 await self._wait_settled()
         except Exception:
-            # A defect of ours costs a message one attempt, and not the engine its life.
+            # Our own defect costs a message one attempt, and does not end the engine.
             log.exception("the connection to %s failed", self.flow.site.label)
             if self._job is not None:
                 self._finish(self._job, responses.OWN_FAULT)
@@ -221,8 +220,8 @@ class Session:
     async def _try_hosts(self, hosts: Sequence[Host]) -> Report | None:
         """Serve on the first host that lets us in; a report says that none did.
 
-        Of several reports the one counts that says most. What this host cannot reach is none of
-        the `MAX_HOSTS`, so an address behind it has its turn.
+        Of several reports the most informative counts. Hosts that this host cannot reach do not
+        count towards `MAX_HOSTS`, so addresses behind them get their turn.
         """
         best: Report | None = None
         tried = 0
@@ -233,7 +232,7 @@ class Session:
             if best is None or responses.outweighs(report.outcome, best.outcome):
                 best = report
             if report.outcome.state == "bind":
-                break  # it would be the same for all others
+                break  # all other hosts would give the same answer
             self.flow.memory.kept_out(host.address)
             tried += not report.outcome.own_fault
             if tried == MAX_HOSTS:
@@ -269,7 +268,7 @@ class Session:
                 memory.out_of_step(host.address, self.flow.site.label)
 
     async def _talk(self) -> Report | None:
-        """The whole session; a report says that it was not let in."""
+        """Run the whole session; a report says that the session was not let in."""
         ready = False
         event: Event | None = None
         with trio.CancelScope() as self._scope:
@@ -285,7 +284,7 @@ class Session:
         return None if ready else self._report(_outcome(event))
 
     async def _serve(self) -> None:
-        """Send jobs until there are no more, or the session is of no more use."""
+        """Send jobs until none are left, or until the session can no longer be used."""
         self._plugin = self.worker.context.connection(
             self._stream.fileno(), on_output=self._output_came, incoming=False
         )
@@ -322,7 +321,7 @@ class Session:
         return self._protocol.reusable and self._protocol.next_event() is NEED_DATA
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
-        """Report what came of the job in hand."""
+        """Report the result of the current job."""
         self._job = None
         self._unsettled += 1
         self.flow.settle(self, job, self._report(outcome))
@@ -334,13 +333,13 @@ class Session:
     async def _next_job(self) -> Job | None:
         """Take the next job, or be idle until there is one.
 
-        None: the time is up, the flow says so, or the peer has something to say.
+        None: the session timed out, the flow ends it, or the peer has sent something.
         """
         self._expect(self._config.connection_maxidle / 1000)
         try:
             while (job := self.flow.next_job(self)) is None and not self.leaving:
                 self._idle = True
-                # It may end without data, and not by `wake` alone.
+                # The wait may end without data, and not by `wake` alone.
                 if await self._stream.wait_for_input():
                     if (data := self._stream.receive_nowait()) is not None:
                         self._protocol.receive_data(data)
@@ -364,14 +363,14 @@ class Session:
     # One message
 
     async def _deliver(self, job: Job) -> Outcome | None:
-        """Send one message; None: not here, the peer had left or lost its step before."""
+        """Send one message; None if the peer had left or fallen out of step before."""
         protocol = self._protocol
         replies = protocol.replies
         event = protocol.next_event()
         if event is NEED_DATA:
             if not self._begun:
                 if not job.lease.loaded:
-                    self._deadline = math.inf  # it is not the peer who takes time
+                    self._deadline = math.inf  # the delay is not the peer's
                     if (problem := await self.flow.load(job)) is not None:
                         return problem
                 self._converted = None
@@ -399,7 +398,7 @@ class Session:
         return _outcome(event)
 
     def _begin(self, job: Job) -> bool:
-        """Have the envelope sent; false when that cannot be done ahead."""
+        """Send the envelope; False if it cannot be sent ahead."""
         stored, properties = job.message.body, job.message.properties
         body = stored if self._converted is None else self._converted
         return self._protocol.mail(
@@ -421,7 +420,7 @@ class Session:
     def _must_convert(self, job: Job, body: bytes, ascii: bool) -> bool:
         """Whether the peer cannot take a body as it is, but could take it in ASCII.
 
-        The header of mail that asks for SMTPUTF8 is not for us to change (RFC 6531, section 3.4).
+        We must not change the header of mail that asks for SMTPUTF8 (RFC 6531, section 3.4).
         """
         return not (
             "8BITMIME" in self._protocol.extensions
@@ -430,14 +429,14 @@ class Session:
         )
 
     async def _convert(self, body: bytes) -> bytes | Converted | None:
-        """A body in ASCII; None where that cannot be.
+        """Convert a body to ASCII; None if impossible.
 
         A long body is encoded block by block while it is sent. If a plugin may read the body, the
-        converted mail is in memory beside the stored one instead.
+        whole converted mail is in memory beside the stored one.
         """
         if len(body) <= CONVERT_BYTES:
             return to_seven_bit(body)
-        self._deadline = math.inf  # it is not the peer who takes time
+        self._deadline = math.inf  # the delay is not the peer's
         shown = self._plugin.listens("out_data") or self._plugin.listens("out_sent")
         return await trio.to_thread.run_sync(
             to_seven_bit if shown else convert,
@@ -447,7 +446,7 @@ class Session:
         )
 
     def _go_ahead(self, body: bytes | Converted) -> None:
-        """Put the next envelope behind the body in hand, where that is of use."""
+        """Put the next envelope behind the current body, if useful."""
         if (
             self._prompt
             and len(body) <= AHEAD_BYTES
@@ -466,9 +465,9 @@ class Session:
             self._begun = not convert and self._begin(job)
 
     async def _send_message(self, job: Job) -> Outcome:
-        """Answer 354 with the body, or, when there is none to send, not at all.
+        """Answer 354 with the body, or send nothing if there is no body.
 
-        What plugins do to the body holds for this attempt; what they do to the JSON stays.
+        A plugin's changes to the body hold for this attempt; its changes to the JSON stay.
         """
         protocol, plugin, stored = self._protocol, self._plugin, job.message
         converted, self._converted = self._converted, None
@@ -495,20 +494,20 @@ class Session:
                 sent = changed
                 message.body = changed if isinstance(changed, bytes) else message.body
             if (early := self._stream.receive_nowait()) is not None:
-                # What comes before the dot is no answer to it.
+                # Input before the dot is no answer to the dot.
                 protocol.receive_data(early)
             told = plugin.listens("out_sent")
             limit = self._config.connection_maxmessages
             last = self.leaving or 0 < limit <= self.messages + 1
-            # Nothing that a plugin sends may come behind QUIT.
+            # Plugin output must not come behind QUIT.
             protocol.send_body(sent, last=last and not (told or self._held))
             self._begun = False
             if protocol.step is Step.MESSAGE:
-                if not (last or told):  # what a plugin sends may not come behind an envelope
+                if not (last or told):  # plugin output must not come behind an envelope
                     self._go_ahead(sent)
                 await self._send_due()
                 if told:
-                    await self._stream.drain()  # the event says that it has left
+                    await self._stream.drain()  # the event says that the body has left
                     self._deadline = math.inf
                     await plugin.out_sent(message, stored)
                     await self._send_output()
@@ -523,7 +522,7 @@ class Session:
     # Bytes
 
     async def _exchange(self, timeout: float | None = None) -> Event:
-        """Send what is due, and read until something has happened.
+        """Send what is due, and read until there is an event.
 
         Each reply may take `timeout` seconds, by default `smtp-out-timeout`.
         """
@@ -535,7 +534,7 @@ class Session:
                 await self._send_due()
                 if replies != protocol.replies:
                     if replies >= 0:
-                        # More replies are on their way, and often here after the next turn.
+                        # More replies are on their way, and often arrive after the next turn.
                         await trio.lowlevel.checkpoint()
                     replies = protocol.replies
                     self._expect(seconds)
@@ -551,22 +550,22 @@ class Session:
             self._expect(self._timeout)
             await self._stream.send_all(data)
             sent += len(data)
-            data = b""  # before the next block is made
+            data = b""  # free the block before making the next
             if sent >= BLOCK_BYTES:
                 sent = 0
-                await trio.lowlevel.checkpoint()  # a fast peer's mail is not alone
+                await trio.lowlevel.checkpoint()  # a fast peer must not starve the others
                 if (early := self._stream.receive_nowait()) is not None:
                     self._protocol.receive_data(early)  # no answer to the dot, which is still due
         self._sending = False
         self._release()
 
     def _output_came(self) -> None:
-        """A plugin sent something outside of an event: it goes out now, or behind a whole mail."""
+        """A plugin sent output outside an event: send it now, or behind a whole mail."""
         self._held += self._plugin.take_output()
         self._release()
 
     def _release(self) -> None:
-        """Send what was held, unless a peer would take it for a part of a mail."""
+        """Send held output, unless a peer would take it for part of a mail."""
         if self._held and not (self._sending or self._begun):
             held, self._held = self._held, b""
             self._stream.send_nowait(held)
@@ -577,7 +576,7 @@ class Session:
             await self._stream.send_all(output)
 
     async def _last_words(self, error: StreamLost) -> Event:
-        """The connection broke; a peer that refuses and closes may have said why before."""
+        """The connection broke; read the reason that a peer may have sent before closing."""
         protocol = self._protocol
         step = protocol.step
         try:
@@ -588,15 +587,15 @@ class Session:
         if event is NEED_DATA:
             event = protocol.abort(Problem.LOST, str(error))
         if isinstance(event, Accepted) and step is not Step.MESSAGE:
-            return event  # It came before, and the proof was due.
+            return event  # The event came before, and the proof was due.
         if not isinstance(event, Refused | Failed):
-            # Even a 250: it cannot be the answer to what did not get through.
+            # Not even a 250 counts: the message did not get through.
             protocol.abort(Problem.LOST, str(error))
             event = Failed(step, Problem.LOST, str(error))
         return event
 
     def _expect(self, seconds: float) -> None:
-        """Something has to happen within `seconds`."""
+        """Set the deadline `seconds` from now."""
         self._deadline = monotonic() + seconds
 
 
@@ -604,7 +603,7 @@ _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("con
 
 
 def _converters() -> trio.CapacityLimiter:
-    """What bounds the conversions of this loop."""
+    """The limit on conversions in this loop."""
     try:
         return _limiter.get()
     except LookupError:

@@ -1,18 +1,19 @@
-"""What became of messages: their results, and one commit for many of them.
+"""Settles messages: results are recorded, many in one commit.
 
 Theory of operation
 -------------------
-An attempt that is over becomes a settlement: the message leaves the outbox, or goes back to it
-with a later due time, in one step with the copies for the result queues.
+A finished attempt becomes a settlement. In one step the message leaves the outbox, or returns with
+a later due time, and the copies for the result queues are published.
 
-Settlements are committed in groups by two tasks: while one waits for the queue, the other can
-hand over what has come since, so that it is part of the very next commit. The session that
-a result came from is told when its group is safe, and sends no further body before that: with
-one task that wait limited deliveries before the processor did. While the queue cannot be
-written a group is tried again and again; deliveries come to a halt by themselves, and nothing
-is forgotten. A settlement that the queue refuses for its own sake is cut out of its group and
-settled with less: without what is impossible of it, at the very last set aside. So no message
-keeps its lease for ever, and none is lost.
+Two tasks commit settlements in batches. While one waits for the queue, the other can hand over the
+settlements that came since, for the very next commit. A session is told when the batch with its
+result is safe, and sends no further body before. With one task, that wait limited deliveries before
+the processor did.
+
+While the queue cannot be written, a batch is retried; deliveries stall by themselves, and nothing
+is lost. A settlement that the queue itself refuses is taken out of its batch and settled with less:
+without the impossible parts, and at the very last set aside. So no lease is kept for ever, and no
+message is lost.
 
 Everything here runs on the home worker.
 """
@@ -46,30 +47,30 @@ __all__ = ["Counters", "Settlements"]
 log = logging.getLogger("mailerq.delivery")
 
 SETTLERS: Final = 2
-"""Groups of settlements that are handed to the queue at a time; more were no faster."""
+"""Batches handed to the queue at a time; more were no faster."""
 
 MIN_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 10.0
-"""How long the queue is left alone after an error; twice as long each time."""
+"""Longest pause after a queue error; the pause doubles each time."""
 
 FAILURES_PER_MINUTE: Final = 60
-"""Lines about messages that have failed for good; the others are counted."""
+"""Log lines about messages that failed for good; further ones are counted."""
 
 MAX_REASON: Final = 300
 """Characters of an address or a reply in such a line."""
 
 REDUCED_PER_MINUTE: Final = 10
-"""Lines about results that had to be cut down."""
+"""Log lines about results that had to be reduced."""
 
 MAX_REPRESENTATION: Final = 10_000
-"""Characters that are kept of a property which is no JSON."""
+"""Characters kept of a property that is not JSON."""
 
 
 @dataclass(slots=True)
 class Counters:
-    """What deliveries have come to since the start.
+    """Delivery totals since the start.
 
-    `held` messages were delayed by their senders.
+    `held` counts messages delayed by their senders.
     """
 
     consumed: int = 0
@@ -82,17 +83,17 @@ class Counters:
 
 
 class Finished(msgspec.Struct, eq=False):
-    """A settlement on its way; `job` and `session` are None for what was not tried."""
+    """A settlement under way; `job` and `session` are None if the message was not tried."""
 
     settlement: Settlement
     job: Job | None = None
     session: Session | None = None
     needs_body: bool = False
-    """The body is to be fetched first: one of the publications has a place for it."""
+    """Fetch the body first: one of the publications needs it."""
 
 
 class Settled(Protocol):
-    """What `Settlements` expects of the dispatcher."""
+    """The interface that `Settlements` needs from the dispatcher."""
 
     counters: Counters
 
@@ -100,14 +101,14 @@ class Settled(Protocol):
         """The settlement of a message is committed."""
 
     def lease_kept(self, lease: Lease) -> None:
-        """The next `lease_over` comes too early: its settlement is committed later."""
+        """Ignore the next `lease_over`: the settlement is committed later."""
 
     async def fetch(self, lease: Lease) -> None:
-        """Fetch the body of a lease that is not loaded. Raises `QueueError`."""
+        """Fetch a body that is not loaded. Raises `QueueError`."""
 
 
 class Settlements:
-    """Writes what became of messages. `run` is a task of `SETTLERS`; see `Dispatcher`."""
+    """Writes settlements. `SETTLERS` tasks execute `run`; see `Dispatcher`."""
 
     def __init__(
         self,
@@ -143,26 +144,26 @@ class Settlements:
         return self._live.current.config
 
     def __len__(self) -> int:
-        """Results that are not written yet."""
+        """Settlements not written yet."""
         return len(self._unsettled) + self._settling
 
     def __bool__(self) -> bool:
         return True
 
     async def wait_empty(self) -> None:
-        """Wait until all results are written."""
+        """Wait until all settlements are written."""
         while len(self):
             await self._settled.wait()
 
     def flush_log(self) -> None:
-        """Say what the log has left out."""
+        """Log the count of suppressed lines."""
         for ration in (self._say_failure, self._say_reduced, self._say_unwritten):
             ration.flush()
 
     # What became of a message
 
     def hold(self, lease: Lease, until: float) -> None:
-        """A message is not to be sent before a time."""
+        """Put a message back until a time."""
         self._counters.held += 1
         publication = Publication(self._outbox, lease.message, until)
         self._add(Finished(Settlement(lease, (publication,))))
@@ -175,7 +176,7 @@ class Settlements:
         job: Job | None = None,
         session: Session | None = None,
     ) -> None:
-        """Append the result, decide what follows, and have it written."""
+        """Append the result, decide what follows, and queue the settlement."""
         now = self._clock()
         message = lease.message
         outcome = report.outcome
@@ -210,7 +211,7 @@ class Settlements:
         self._counters.attempts += 1
         queues = result_queues(properties, self._config.result_queues, *kinds, outbox=self._outbox)
         for queue in queues:
-            # What nobody has named, and is deleted after a while, gets a report and not the mail.
+            # The default report queue, trimmed after a while, gets a report without the mail.
             body = message.body if queue != self._config.report_queue else None
             publications.append(Publication(queue, _copy(properties, body)))
         if due is None and outcome.fate is not Fate.DELIVERED:
@@ -225,7 +226,7 @@ class Settlements:
             self.send_log.write(_log_line(message, result))
 
     def _tell_failure(self, message: Message, result: Result, queues: Sequence[str]) -> None:
-        """Leave a trace in the log of a message that has failed, for nobody else is told."""
+        """Log a failed message: nobody else is told."""
         reply = (result.code, result.status, result.description)
         words = " ".join(str(part) for part in reply if part)[:MAX_REASON]
         self._say_failure(
@@ -248,7 +249,7 @@ class Settlements:
             self._settlers.unpark()
 
     async def run(self) -> None:
-        """Commit what has gathered, group after group, and tell the sessions."""
+        """Commit batch after batch, and tell the sessions."""
         while True:
             while not self._unsettled:
                 if not self._settling:
@@ -257,10 +258,10 @@ class Settlements:
                 await self._settlers.park()
             await self._write(self._take())
 
-    # Functions of their own: compiled, a loop in the task would hold the last mail while it waits.
+    # Separate functions: compiled, a loop in the task would keep the last mail alive while waiting.
 
     def _take(self) -> list[Finished]:
-        """Take what is to be settled next."""
+        """Take the next batch."""
         group, self._unsettled = self._unsettled, []
         self._settling += len(group)
         return group
@@ -277,7 +278,7 @@ class Settlements:
                 finished.session.settled()
 
     async def _fetch_body(self, finished: Finished) -> None:
-        """Put the body where a copy of the mail is published."""
+        """Add the body where a copy of the mail is published."""
         lease = finished.settlement.lease
         await self._fetch(lease)
         publications = []
@@ -289,13 +290,13 @@ class Settlements:
         finished.settlement = Settlement(lease, publications)
 
     async def _fetch(self, lease: Lease) -> None:
-        """Fetch a body, and wait while the queue cannot be read."""
+        """Fetch a body; wait while the queue cannot be read."""
         backoff = MIN_BACKOFF_SECONDS
         while not lease.loaded:
             try:
                 await self._told.fetch(lease)
             except MessageDamaged:
-                return  # the queue has set it aside, and the lease is over
+                return  # the queue has set the message aside, and the lease is over
             except QueueError as error:
                 self._counters.queue_errors += 1
                 self._say_unwritten("cannot read the body of %d, trying again: %s", lease.id, error)
@@ -303,7 +304,7 @@ class Settlements:
                 backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
     async def _commit(self, settlements: list[Settlement]) -> None:
-        """Write a group; what is wrong with some of it does not keep the rest."""
+        """Write a batch; a bad settlement does not hold up the others."""
         error = await self._ack(settlements)
         if error is None:
             return
@@ -315,7 +316,7 @@ class Settlements:
         await self._commit(settlements[half:])
 
     async def _ack(self, settlements: list[Settlement]) -> Exception | None:
-        """Write settlements, and wait while the queue cannot; what else keeps it from that."""
+        """Write settlements; wait while the queue cannot be written. Return any other error."""
         backoff = MIN_BACKOFF_SECONDS
         while True:
             try:
@@ -333,13 +334,13 @@ class Settlements:
                 return None
 
     async def _settle_with_less(self, settlement: Settlement, error: Exception) -> None:
-        """Settle a message, the result of which cannot be written, with less and less of it."""
+        """Settle a message whose result cannot be written, with less and less of the result."""
         lease = settlement.lease
         wanted = settlement.publications
         possible = [each for each in wanted if self._is_possible(each)]
         forms = [possible, []]
         if any(each.queue == self._outbox for each in wanted):
-            # It is to go again, so it must be somewhere.
+            # The message is to be tried again, so it must stay in the outbox.
             again = [each for each in possible if each.queue == self._outbox]
             if not again:
                 await self._fetch(lease)
@@ -394,14 +395,14 @@ def _result(report: Report, attempt: int, now: float) -> Result:
 
 
 def _copy(properties: dict[str, Any], body: bytes | None) -> Message:
-    """The message as the result queues get it: with a body only where ``keepmime`` says so."""
+    """The message for the result queues: with a body only if ``keepmime`` asks for one."""
     if properties.get("keepmime"):
         return Message(dict(properties), body)
     return Message({name: value for name, value in properties.items() if name != "mime"})
 
 
 def _set_aside(message: Message, error: Exception) -> Message:
-    """A message that no queue takes as it is, in a form that any takes."""
+    """A form that any queue accepts, of a message that no queue takes as it is."""
     properties: dict[str, Any] = {}
     for name, value in message.properties.items():
         try:
@@ -415,12 +416,12 @@ def _set_aside(message: Message, error: Exception) -> Message:
 
 
 def _shown(value: object) -> str:
-    """A property in a log; of another type it may be of any size."""
+    """A property for the log; a value of another type may have any size."""
     return value[:MAX_REASON] if isinstance(value, str) else f"({type(value).__name__})"
 
 
 def _log_line(message: Message, result: Result) -> str:
-    """One line of the send log, without its date. README.md has its form."""
+    """One line of the send log, without its date. README.md documents the form."""
     tags = message.properties.get("tags")
     return " ".join(
         (

@@ -1,19 +1,19 @@
-"""Where mail goes: the hosts of a target, found once, and what is remembered of hosts.
+"""Where mail goes: the hosts of a target, looked up once, and what is remembered of hosts.
 
 Theory of operation
 -------------------
-A *target* is what a message names: a `Route`. A *site* is the hosts that take its mail. Domains
-whose mail goes to the same set of (preference rank, host) share a site, and so its connections.
-The key of a site is that set, with the port and the operator's trust, and never a label made of
-it: two sets can have the same label. The label is for people.
+A *target* is the `Route` that a message names. A *site* is the set of hosts that take its mail.
+Domains with the same set of (preference rank, host) share a site, and so its connections. The key
+of a site is that set, with the port and the operator's trust, never a label: two sets can have
+equal labels. The label is for people.
 
-`Sites.find` asks the resolver, which caches answers as long as their records say and lets several
-who ask for one name share a lookup. What was found is used for `FRESH_SECONDS` without asking. A
-target without hosts for now is a site of its own, with the outcome that its mail meets.
+`Sites.find` asks the resolver, which caches answers for their TTL and shares lookups of one name.
+A result is used for `FRESH_SECONDS` without asking again. A target that has no hosts for now is
+a site of its own, with the outcome for its mail.
 
-A name server that never answers costs a lookup all of its time. So a lookup is *quick* at first;
-what takes longer begins again as a *patient* one. Each kind has a bound of its own, so that any
-number of dead domains keeps nobody for long from finding the hosts of another.
+A name server that never answers costs a lookup its whole timeout. So a lookup is *quick* at first,
+and a slow one starts again as a *patient* one. Each kind has its own limit, so that dead domains,
+however many, do not hold up lookups for others for long.
 
 Everything here runs on the home worker.
 """
@@ -43,40 +43,40 @@ __all__ = ["HostMemory", "Site", "Sites"]
 log = logging.getLogger("mailerq.delivery")
 
 MAX_LOOKUPS: Final = 64
-"""Targets whose hosts are looked for at a time, by either kind of lookup."""
+"""Targets looked up at a time, for each kind of lookup."""
 
 QUICK_SECONDS: Final = 1.0
-"""How long a lookup is quick."""
+"""Timeout of a quick lookup."""
 
 MAX_WAITING: Final = 1000
-"""Lookups that wait for their turn to be patient."""
+"""Lookups that may wait to become patient."""
 
 FAILED_SECONDS: Final = 5.0
-"""How long it is remembered that a target has no hosts for now: its mail is placed meanwhile."""
+"""How long a failed lookup is remembered; mail for the target is placed meanwhile."""
 
 FRESH_SECONDS: Final = 60.0
-"""How long what was found is used without asking the resolver, which knows the TTL."""
+"""How long a result is used without asking the resolver, which knows the TTL."""
 
 MAX_TARGETS: Final = 10_000
-"""Targets whose sites are remembered; the one that was found longest ago is forgotten first."""
+"""Targets whose sites are remembered; the oldest result is forgotten first."""
 
 DOUBT_SECONDS: Final = 300.0
 """How long a host that did not let us in is tried after the others."""
 
 ASIDE_SECONDS: Final = 300.0
-"""How long a local address that cannot be bound is used only where a message has no other."""
+"""How long a local address that cannot be bound is used only if a message has no other."""
 
 OUT_OF_STEP_SECONDS: Final = 3600.0
-"""How long a host that answered out of step is sent no envelopes ahead, and served carefully."""
+"""How long a host that answered out of step gets no envelope ahead and is served carefully."""
 
 MAX_HOSTS: Final = 10_000
-"""Hosts of each kind that are remembered; what was learnt longest ago is forgotten first."""
+"""Hosts of each kind that are remembered; the oldest entry is forgotten first."""
 
 
 class Site:
     """Hosts that take the same mail, and the flows to them.
 
-    Without hosts it has an `outcome`: what mail for it meets.
+    A site without hosts has an `outcome` for its mail.
     """
 
     __slots__ = (
@@ -93,19 +93,19 @@ class Site:
         self.outcome: Outcome | None = None
         self.flows: dict[tuple[str | None, tuple[str, ...]], Flow] = {}
         self.trying = 0
-        """Connections that are opening to it and that it may never answer."""
+        """Connections being opened to this site, which may never answer."""
         self.blocked: dict[Flow, None] = {}
-        """Flows that wait for one of those to come to an end."""
+        """Flows that wait for one of those connections to end."""
 
     def fits(self, local_ip: str) -> bool:
-        """Whether one of the hosts can be reached from an address."""
+        """Whether a host can be reached from a local address."""
         six = ":" in local_ip
         return any((":" in host.address) == six for host in self.hosts)
 
     def in_order(self, local_ip: str | None, memory: HostMemory) -> list[Host]:
-        """The hosts that can be reached from an address: by preference, doubtful ones last.
+        """The hosts reachable from a local address: by preference, doubtful hosts last.
 
-        Those of equal preference come in a new random order each time.
+        Hosts of equal preference come in a new random order each time.
         """
         hosts: Collection[Host] = self.hosts
         if local_ip is not None:
@@ -131,12 +131,12 @@ class Sites:
         self._sites: WeakValueDictionary[Hashable, Site] = WeakValueDictionary()
 
     def known(self, route: Route) -> Site | NoHosts | None:
-        """What `find` would return without asking anybody, or None."""
+        """What `find` would return without a lookup, or None."""
         found = self._found.get(route)
         return found[1] if found is not None and monotonic() < found[0] else None
 
     async def find_quickly(self, route: Route) -> Site | NoHosts | None:
-        """`find`, where that takes no longer than `QUICK_SECONDS`."""
+        """`find`, limited to `QUICK_SECONDS`; None if the limit passes."""
         async with self._quick:
             if (found := self.known(route)) is None:
                 with trio.move_on_after(QUICK_SECONDS):
@@ -144,7 +144,7 @@ class Sites:
         return found
 
     async def find(self, route: Route) -> Site | NoHosts:
-        """The site of a target; or `NoHosts` with a reply, which stands for a refusal of its mail.
+        """The site of a target, or `NoHosts` with a reply that refuses its mail.
 
         Never raises.
         """
@@ -153,11 +153,11 @@ class Sites:
 
     @property
     def crowded(self) -> bool:
-        """Whether too many lookups wait for their turn to be patient."""
+        """Whether too many lookups wait to become patient."""
         return self._patient.statistics().tasks_waiting >= MAX_WAITING
 
     def forget_failures(self) -> None:
-        """Look again for the hosts of targets that had none."""
+        """Look up again the targets that had no hosts."""
         for route, (_, found) in list(self._found.items()):
             if isinstance(found, Site) and found.outcome is not None:
                 del self._found[route]
@@ -170,7 +170,7 @@ class Sites:
             else:
                 found = await self._resolver.host(route.host, trusted=route.trusted)
         except Exception:
-            # What strangers have in their zones must not end the engine.
+            # Bad data in other people's zones must not end the engine.
             log.exception("looking for the hosts of %s failed", route.name)
         else:
             if not isinstance(found, NoHosts):
@@ -213,7 +213,7 @@ class Sites:
 
 
 class _Memory:
-    """Names that something holds of for a while."""
+    """Names remembered for a limited time."""
 
     def __init__(self) -> None:
         self._until: OrderedDict[str, float] = OrderedDict()
@@ -222,7 +222,7 @@ class _Memory:
         return bool(self._until) and self._until.get(name, 0.0) > monotonic()
 
     def add(self, name: str, seconds: float) -> bool:
-        """Remember a name for so long from now; True when it was not remembered before."""
+        """Remember a name for `seconds`; return True if the name is new."""
         now = monotonic()
         new = self._until.pop(name, 0.0) <= now
         self._until[name] = now + seconds
@@ -235,7 +235,7 @@ class _Memory:
 
 
 class HostMemory:
-    """What is remembered of hosts, and of the addresses of this one."""
+    """What is remembered of remote hosts, and of this host's addresses."""
 
     def __init__(self) -> None:
         self._doubtful = _Memory()
@@ -243,11 +243,11 @@ class HostMemory:
         self._out_of_step = _Memory()
 
     def is_doubtful(self, address: str) -> bool:
-        """Whether a host did not let us in, lately."""
+        """Whether a host recently did not let us in."""
         return address in self._doubtful
 
     def let_in(self, address: str, local_ip: str | None) -> None:
-        """A host let us in, from that address."""
+        """A host let us in from `local_ip`."""
         self._doubtful.discard(address)
         if local_ip is not None:
             self._aside.discard(local_ip)
@@ -257,11 +257,11 @@ class HostMemory:
         self._doubtful.add(address, DOUBT_SECONDS)
 
     def is_aside(self, local_ip: str) -> bool:
-        """Whether nothing could be sent from an address of this host, lately."""
+        """Whether a local address recently could not be bound."""
         return local_ip in self._aside
 
     def cannot_bind(self, local_ip: str, error: OSError) -> None:
-        """Nothing can be sent from an address of this host."""
+        """A local address cannot be bound."""
         if self._aside.add(local_ip, ASIDE_SECONDS):
             log.error(
                 "cannot send from %s, which a message names in ips: %s; other addresses of such"
@@ -273,7 +273,7 @@ class HostMemory:
             )
 
     def was_out_of_step(self, address: str) -> bool:
-        """Whether a host answered in an order that proves nothing, lately."""
+        """Whether a host recently answered in an order that proves nothing."""
         return address in self._out_of_step
 
     def out_of_step(self, address: str, label: str) -> None:

@@ -1,4 +1,4 @@
-"""What is to be looked at later: one time for each thing, and one heap for all of them."""
+"""Timers: one time for each thing, in one heap."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Times(Generic[T]):
-    """Things with a time each, on a clock of the caller's.
+    """Things with one time each, on the caller's clock.
 
     >>> times = Times()
     >>> times.set("a", 5.0), times.set("b", 3.0), times.set("a", 4.0)
@@ -34,7 +34,7 @@ class Times(Generic[T]):
         return self._times.get(thing)
 
     def set(self, thing: T, when: float) -> None:
-        """Give a thing its time, in place of the one that it had."""
+        """Set a thing's time, replacing an earlier setting."""
         if self._times.get(thing) == when:
             return
         self._times[thing] = when
@@ -45,7 +45,7 @@ class Times(Generic[T]):
             heapq.heapify(self._heap)
 
     def set_earlier(self, thing: T, when: float) -> None:
-        """`set`, unless the thing has a time that comes before."""
+        """`set`, unless the thing has an earlier time."""
         if when < self._times.get(thing, math.inf):
             self.set(thing, when)
 
@@ -54,14 +54,14 @@ class Times(Generic[T]):
 
     @property
     def first(self) -> float:
-        """The time that comes first; infinity where there is none."""
+        """The earliest time; infinity if there is none."""
         heap = self._heap
         while heap and self._times.get(heap[0][2]) != heap[0][0]:
             heapq.heappop(heap)
         return heap[0][0] if heap else math.inf
 
     def pop_until(self, now: float) -> Iterator[T]:
-        """Take off the things whose time has come, in order."""
+        """Remove the things whose time has come, in order."""
         while self.first <= now:
             thing = heapq.heappop(self._heap)[2]
             del self._times[thing]

@@ -1,20 +1,18 @@
 """What a queue backend does: publish, consume, subscribe, ack, depth, purge.
 
-The engine knows queues only by this page, so that the embedded queue and a broker can
-stand in for each other.
+The engine knows queues only through this module, so the embedded queue and a broker are
+interchangeable.
 
 Guarantees
 ----------
-- When `Queues.publish` returns, every publication of the call is durable; when it raises,
-  none is.
-- A message that was consumed stays in its queue, invisible to other consumers, until
-  `Queues.ack` returns or the process ends. What `ack` publishes and the removal are one
-  step where the backend can do that; where it cannot, the publications come first.
-- Mail of a queue that is subscribed to by destination costs nothing while nobody takes it: no
-  reading, no writing, no timer and no memory for a message.
-- All methods may be awaited from the trio loop of any thread. Once `publish` or `ack` has
-  been handed to the backend it cannot be cancelled: a caller that was told nothing could
-  not know whether the mail is safe.
+- When `Queues.publish` returns, every publication of the call is durable; when it raises, none is.
+- A consumed message stays in its queue, invisible to other consumers, until `Queues.ack` returns or
+  the process ends. The publications of `ack` and the removal are one step if the backend supports
+  that; otherwise the publications come first.
+- In a queue subscribed to by destination, mail costs nothing until taken: no reads, no writes, no
+  timer, and no memory for a message.
+- All methods may be awaited from the trio loop of any thread. Once handed to the backend, `publish`
+  and `ack` cannot be cancelled: a cancelled caller would not know whether the mail is safe.
 """
 
 from __future__ import annotations
@@ -47,11 +45,11 @@ __all__ = [
 ]
 
 DAMAGED_QUEUE: Final = "damaged"
-"""Where messages are set aside, with a reason, that cannot be used; nothing is deleted there."""
+"""The queue for unusable messages, set aside with a reason; nothing is deleted there."""
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """One message for one queue. `due` is seconds since 1970; None is at once."""
+    """One message for one queue. `due` is seconds since 1970; None means at once."""
 
     queue: str
     message: Message
@@ -59,13 +57,12 @@ class Publication(msgspec.Struct, frozen=True):
 
 
 class Lease(msgspec.Struct, eq=False):
-    """A message that a consumer holds. It goes back unless `Queues.ack` takes it away.
+    """A message held by a consumer. The message goes back unless `Queues.ack` removes it.
 
-    `id` is the backend's own number of the message; it is never used twice. `destination` is
-    the key that the message waits under (`mailerq.rules.destinations`), empty in queues that are
-    not sorted. While `loaded` is false the body is only in the queue: `message.body` is None, and
-    `Subscription.load` fetches it. `since` is when the message became due, seconds since 1970;
-    0: the backend does not know.
+    `id` is the backend's own number of the message, never used twice. `destination` is the key that
+    the message waits under (`mailerq.rules.destinations`), empty in unsorted queues. While `loaded`
+    is false the body is only in the queue: `message.body` is None, and `Subscription.load` fetches
+    the body. `since` is when the message became due, seconds since 1970; 0 if unknown.
     """
 
     id: int
@@ -79,7 +76,7 @@ class Lease(msgspec.Struct, eq=False):
 
 
 class Settlement(msgspec.Struct, frozen=True):
-    """A lease that is over, and what is to be published in the same step."""
+    """A finished lease, and the publications of the same step."""
 
     lease: Lease
     publications: Sequence[Publication] = ()
@@ -87,7 +84,7 @@ class Settlement(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True, frozen=True)
 class Depth:
-    """How full one queue is: `due` messages that may go now, `delayed` ones that wait."""
+    """The depth of one queue: `due` messages may go now, `delayed` ones wait."""
 
     queue: str
     due: int
@@ -100,19 +97,19 @@ class Depth:
 
 @dataclass(slots=True, frozen=True)
 class Entry:
-    """A message seen by `Queues.browse`, which takes nothing away."""
+    """A message seen by `Queues.browse`, which removes nothing."""
 
     id: int
     queue: str
     due: float
     message: Message
     size: int | None = None
-    """Bytes of the body, None without one; also where the body itself was not read."""
+    """Bytes of the body, even if the body was not read; None without a body."""
 
 
 @dataclass(slots=True, frozen=True)
 class DestinationDepth:
-    """How full one destination of a queue is; `first_due` is the earliest of its due times."""
+    """The depth of one destination of a queue; `first_due` is its earliest due time."""
 
     destination: str
     due: int
@@ -125,7 +122,7 @@ class Consumer(ABC):
 
     @abstractmethod
     async def receive(self) -> Lease:
-        """Wait for the next message that is due."""
+        """Wait for the next due message."""
 
     def __aiter__(self) -> AsyncIterator[Lease]:
         return self
@@ -135,47 +132,46 @@ class Consumer(ABC):
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """What `Subscription.take` found in a destination."""
+    """The result of `Subscription.take`."""
 
     leases: Sequence[Lease]
     more: bool
-    """True when more is due now."""
+    """True if more mail is due now."""
     next_due: float | None
-    """When the first message that is not due yet becomes due, seconds since 1970."""
+    """When the next message becomes due, seconds since 1970."""
 
 
 class Receiver(Protocol):
-    """What a `Subscription` tells its subscriber, on its loop. Neither method may raise."""
+    """What a `Subscription` reports to its subscriber, on its loop. Neither method may raise."""
 
     def arrived(self, leases: Sequence[Lease]) -> None:
-        """New mail has been committed, and there was room in the windows of its destinations."""
+        """New mail is committed that fits the windows of its destinations."""
 
     def waiting(self, destination: str, due: float) -> None:
-        """The queue holds mail of a destination that nobody has; the first is due at `due`.
+        """The queue holds unleased mail of a destination; the first is due at `due`.
 
-        Comes once for each destination that the queue has at the start, and whenever mail is
-        committed that does not go to `arrived`, a retry among it; never for each message of a
-        backlog that is known already.
+        Called once for each destination in the queue at the start, and whenever mail is committed
+        that does not go to `arrived`, retries included; never for each message of a known backlog.
         """
 
 
 class Subscription(ABC):
     """The mail of one queue, taken by destination. Belongs to the loop that subscribed.
 
-    A destination's window is how many of its messages may be leased at a time before new mail
-    stays in the queue. Mail goes to `Receiver.arrived` directly only while its destination has
-    room, and nothing in the queue is due before it. `take` is not bound by the window.
+    A destination's window limits its leased messages; beyond the window new mail stays in the
+    queue. Mail goes directly to `Receiver.arrived` only while its destination has room and the
+    queue holds no earlier due mail for it. The window does not limit `take`.
     """
 
     @abstractmethod
     def set_window(self, destination: str, messages: int) -> None:
-        """Change the window of a destination; 0 closes it, so that all new mail stays."""
+        """Change the window of a destination; 0 closes it, and all new mail stays in the queue."""
 
     @abstractmethod
     async def take(self, destination: str, limit: int) -> Taken:
-        """Lease up to `limit` messages of a destination that are due, in a fair order.
+        """Lease up to `limit` due messages of a destination, in a fair order.
 
-        Higher `priority` first; then senders in turn, and retries and new mail 1 : 4. Raises
+        Higher `priority` first; then senders in turn, and retries to new mail 1 : 4. Raises
         `QueueError`, and then nothing is leased.
         """
 
@@ -183,12 +179,12 @@ class Subscription(ABC):
     async def load(self, lease: Lease) -> None:
         """Fetch the body of a lease that is not `loaded`. Raises `QueueError`.
 
-        `MessageDamaged`: the body cannot be used; the message is set aside, and the lease is over.
+        `MessageDamaged`: the body is unusable; the message is set aside, and the lease is over.
         """
 
     @abstractmethod
     def forget(self, destination: str) -> None:
-        """The subscriber keeps no state of a destination: its window is the default again."""
+        """Drop the state of a destination: its window is the default again."""
 
 
 class Queues(ABC):
@@ -196,43 +192,43 @@ class Queues(ABC):
 
     @abstractmethod
     async def publish(self, publications: Sequence[Publication]) -> None:
-        """Make all of them durable, or raise `QueueError` and none of them is.
+        """Make all publications durable, or raise `QueueError` with none of them durable.
 
-        The messages belong to the queue from now on: who published them must not change
-        their properties, because a consumer may get the very same dict. `MessageError`
-        names what of a message cannot be stored, or that the queue cannot have that name.
+        The messages belong to the queue from now on. The publisher must not change their
+        properties, because a consumer may get the very same dict. `MessageError` names the part of
+        a message that cannot be stored, or an impossible queue name.
         """
 
     @abstractmethod
     def configure(self, config: Config) -> None:
-        """Go by other settings from now on."""
+        """Apply changed settings."""
 
     @abstractmethod
     def check(self, publication: Publication) -> None:
-        """Raise `MessageError` for what `publish` and `ack` would refuse for its own sake."""
+        """Raise `MessageError` for a publication that `publish` and `ack` would refuse."""
 
     @abstractmethod
     async def ack(self, settlements: Sequence[Settlement]) -> None:
-        """Take consumed messages away and publish what became of them, all in one step.
+        """Remove consumed messages and publish their results, all in one step.
 
-        A publication to the lease's own queue is the message going round again (a retry).
-        In a retry of a lease that is not loaded the body stays as it is in the queue.
-        Raises `QueueError`, or `MessageError` as `publish` does; the messages then still are
-        in their queue and still leased. `ValueError`: one of the leases is over already.
+        A publication to the lease's own queue is a retry of the message. If the lease is not
+        loaded, the body stays in the queue unchanged. Raises `QueueError`, or `MessageError` as
+        `publish` does; the messages are then still in their queue and still leased. `ValueError`: a
+        lease is already over.
         """
 
     @abstractmethod
     def release(self, lease: Lease) -> None:
-        """Give a consumed message back as it was: it may be consumed again at once.
+        """Return a consumed message unchanged: it may be consumed again at once.
 
-        `ValueError`: the lease is over already.
+        `ValueError`: the lease is already over.
         """
 
     @abstractmethod
     def consume(self, queue: str, *, prefetch: int) -> AbstractAsyncContextManager[Consumer]:
-        """Consume a queue; at most `prefetch` messages are leased and not acked at a time.
+        """Consume a queue, with at most `prefetch` unacked leases at a time.
 
-        When the context ends, what is still leased goes back.
+        When the context ends, remaining leases go back.
         """
 
     def subscribe(
@@ -240,39 +236,38 @@ class Queues(ABC):
     ) -> AbstractAsyncContextManager[Subscription]:
         """Take the mail of a queue by destination.
 
-        `window` is the window of a destination that has no other. New mail stays in the queue
-        while `prefetch` messages in all are leased. When the context ends, what is still leased
-        goes back.
+        `window` is the default window of a destination. While `prefetch` messages in all are
+        leased, new mail stays in the queue. When the context ends, remaining leases go back.
         """
         raise NotImplementedError
 
     @abstractmethod
     async def depths(self) -> list[Depth]:
-        """How full each queue is, in the order of their names; empty ones may be missing."""
+        """The depth of each queue, in order of name; empty queues may be missing."""
 
     @abstractmethod
     async def purge(self, queue: str) -> int:
-        """Delete what is in a queue and not leased; how many that were."""
+        """Delete the unleased messages of a queue; return their number."""
 
     @abstractmethod
     def wake(self, *, everything: bool = False) -> None:
         """Look now for messages that another process has published.
 
-        With `everything` also for those that it has made due sooner.
+        With `everything`, look also for messages that became due sooner through another process.
         """
 
     @abstractmethod
     def statistics(self) -> dict[str, Any]:
-        """What the backend has done since the start, as a tree of numbers."""
+        """The backend's statistics since the start, as a tree of numbers."""
 
 
 class BrowsableQueues(Queues):
-    """Queues that can be looked into: what a broker does not do."""
+    """Queues that can be browsed, which a broker does not offer."""
 
     @abstractmethod
     async def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
-        """Read without taking: up to `limit` entries in the order of `id`, above `after`."""
+        """Read without taking: up to `limit` entries in order of `id`, above `after`."""
 
     @abstractmethod
     async def destinations(self, queue: str) -> list[DestinationDepth]:
-        """How full each destination of a queue is, in the order of their keys."""
+        """The depth of each destination of a queue, in order of key."""

@@ -1,11 +1,11 @@
-"""Opens the queues of a configuration: the one place that knows the backends.
+"""Opens the queues of a configuration: the only module that knows the backends.
 
-An engine asks for `open_queues`, the command line for `open_files` or, to publish, `open_shared`;
-neither of the last two needs an event loop.
+An engine calls `open_queues`. The command line calls `open_files` or, to publish, `open_shared`;
+neither of these needs an event loop.
 
-SQLite takes a write-ahead log up to its first broken frame, and throws the rest away. What
-stands behind a broken frame was committed, and a daemon that starts salvages it. So nobody
-may open the file after a crash without having looked at its log.
+SQLite accepts a write-ahead log up to its first broken frame, and discards the rest. Frames behind
+a broken one were committed, and a daemon salvages them at its start. So after a crash nobody may
+open the file before its log has been checked.
 """
 
 from __future__ import annotations
@@ -46,21 +46,22 @@ __all__ = [
 logger = logging.getLogger("mailerq.queues")
 
 OUTBOX: Final = "outbox"
-"""What the outbox is called unless the configuration says otherwise."""
+"""The default name of the outbox."""
 
 COMPACT_FREE: Final = 64 << 20
 COMPACT_USED: Final = 256 << 20
-"""A start compacts a file of which so many bytes are free, and more than are in use, while these
-are few enough to be copied in some seconds. ``mailerq queue compact`` does it at any size."""
+"""A start compacts a file with at least `COMPACT_FREE` free bytes, if no more bytes are in use than
+free, nor more than `COMPACT_USED`, which takes seconds to copy. ``mailerq queue compact`` compacts
+at any size."""
 
 
 def open_queues(
     config: Config, share: int = 0, lock: DirectoryLock | None = None
 ) -> AbstractAsyncContextManager[EmbeddedQueues]:
-    """The queues of a configuration, for the engine that delivers from them.
+    """Open the queues of a configuration, for the engine that delivers from them.
 
-    `share` is the part of the queue directory that the engine delivers from. A `lock` on that part
-    that was taken before is released at the end.
+    `share` is the part of the queue directory that the engine delivers from. A `lock` already held
+    on that part is released at the end.
     """
     directory = share_directory(config.queue_directory, share)
     return open_embedded(
@@ -78,12 +79,12 @@ async def open_embedded(
     outbox: str = OUTBOX,
     lock: DirectoryLock | None = None,
 ) -> AsyncIterator[EmbeddedQueues]:
-    """Open the queues of a directory, which is made if missing; raises `QueueError`.
+    """Open the queues of a directory, created if missing; raises `QueueError`.
 
-    `exclusive` refuses a directory that another process has opened so, checks the file, and
-    salvages a damaged one. `clock` is the wall clock, in seconds since 1970. What is beyond
-    `bounds` is deleted once a minute. The mail of the queue `outbox` is sorted by destination. A
-    `lock` on the directory that was taken before is released at the end.
+    `exclusive` refuses a directory that another process has opened exclusively, checks the file,
+    and salvages a damaged one. `clock` is the wall clock, in seconds since 1970. Messages beyond
+    `bounds` are deleted once a minute. The mail of the queue `outbox` is sorted by destination. A
+    `lock` already held on the directory is released at the end.
 
     >>> import tempfile, trio
     >>> from mailerq.message import Message
@@ -99,7 +100,7 @@ async def open_embedded(
     ...     trio.run(example, directory)
     'a@b.test'
     """
-    # The command line does without.
+    # The command line does not need trio.
     import trio
 
     from mailerq.queues.embedded.queues import EmbeddedQueues
@@ -118,8 +119,8 @@ async def open_embedded(
 def open_files(config: Config) -> Iterator[list[QueueFile]]:
     """The queue files of all shares that have one, for the command line.
 
-    While they are open no process can start that has crashed. Raises `QueueError`,
-    `FileNotFoundError` when there is no queue, and `PermissionError`.
+    While the files are open, a crashed process cannot restart. Raises `QueueError`,
+    `FileNotFoundError` if there is no queue, and `PermissionError`.
     """
     with ExitStack() as stack:
         files = []
@@ -131,9 +132,9 @@ def open_files(config: Config) -> Iterator[list[QueueFile]]:
 
 
 def compact_files(config: Config) -> Iterator[tuple[str, int, int]]:
-    """Compact the queue files of all shares: the path of each, its bytes before and after.
+    """Compact the queue files of all shares: yields each path, its bytes before and after.
 
-    Raises `QueueError` while a daemon runs, and as `open_files` does.
+    Raises `QueueError` while a daemon runs, and the errors of `open_files`.
     """
     directories = list(_directories(config))
     if not directories:
@@ -148,12 +149,12 @@ def compact_files(config: Config) -> Iterator[tuple[str, int, int]]:
 
 
 def _directories(config: Config) -> Iterator[str]:
-    """The directories of the shares that have a queue, which this user may use."""
+    """The directories of the shares that have a queue and that this user may use."""
     for share in shares_in(config.queue_directory):
         directory = share_directory(config.queue_directory, share)
         path = os.path.join(directory, FILE_NAME)
         try:
-            os.stat(path)  # Looking must not make one.
+            os.stat(path)  # a look must not create the queue
         except FileNotFoundError:
             continue
         if not os.access(path, os.R_OK | os.W_OK):
@@ -164,11 +165,11 @@ def _directories(config: Config) -> Iterator[str]:
 def open_exclusive(
     directory: str, outbox: str = OUTBOX, lock: DirectoryLock | None = None
 ) -> QueueFile:
-    """Open the queue of a directory for the one process that may have it.
+    """Open the queue of a directory for the one process that may deliver from it.
 
-    A damaged file is set aside and salvaged first, one that is mostly air is compacted. Raises
-    `QueueHeld`, which names the process that has the directory, and `QueueError`. A `lock` that was
-    taken before is released with the queue, or by the error.
+    A damaged file is set aside and salvaged first; a mostly empty one is compacted. Raises
+    `QueueHeld`, which names the process that holds the directory, and `QueueError`. A `lock`
+    already held is released with the queue, or by the error.
     """
     path = os.path.join(directory, FILE_NAME)
     try:
@@ -191,7 +192,7 @@ def open_exclusive(
 
 
 def _shrink(path: str) -> None:
-    """Compact a file that is mostly air. Nobody else has it open."""
+    """Compact a mostly empty file, which must not be open elsewhere."""
     if not os.path.exists(path) or os.path.getsize(path) < COMPACT_FREE:
         return
     with QueueFile(path, [], outbox="") as file:
@@ -207,10 +208,10 @@ def _shrink(path: str) -> None:
 
 
 def open_shared(directory: str, user: str = "", *, outbox: str = OUTBOX) -> QueueFile:
-    """Open the queue of a directory beside the others that have it open.
+    """Open the queue of a directory that other processes may have open.
 
-    What is missing is made for the `user` of the daemon, also by root. Raises `QueueError`, and
-    `QueueDamaged` for what only a daemon's start can salvage; the file then is as it was.
+    Missing files are created for the `user` of the daemon, also by root. Raises `QueueError`, and
+    `QueueDamaged` for damage that only a daemon's start can salvage; the file is left untouched.
     """
     path = os.path.join(directory, FILE_NAME)
     try:
@@ -223,16 +224,16 @@ def open_shared(directory: str, user: str = "", *, outbox: str = OUTBOX) -> Queu
                         raise QueueDamaged(f"{path}: {reason}; start mailerq, which salvages it")
                 finally:
                     os.close(alone)
-            # SQLite gives the files that it makes later to the owner of this one.
+            # SQLite gives files created later to the owner of this one.
             return QueueFile.open(directory, outbox=outbox)
     except (OSError, QueueError) as error:
         raise translate(error, path) from error
 
 
 def make_directory(directory: str, user: str = "") -> None:
-    """Make the directory if it is missing, so that it is there after a power cut as well.
+    """Create the directory if it is missing, so that it survives a power cut.
 
-    Root makes it for the account that the daemon will change to, `user`. Raises `QueueError`.
+    Root creates it for `user`, the account that the daemon changes to. Raises `QueueError`.
     """
     if os.path.isdir(directory):
         return
@@ -249,7 +250,7 @@ def make_directory(directory: str, user: str = "") -> None:
 
 
 def _have_alone(directory: str) -> int | None:
-    """A lock that keeps all others out, or None: whoever has it open has looked."""
+    """A lock that excludes all others; None if the file is open elsewhere, and so checked."""
     lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,18 +1,18 @@
-"""Which process has a queue directory: a lock that also remembers what became of its holders.
+"""Which process owns a queue directory: a lock that also records how its holders ended.
 
 Theory of operation
 -------------------
 A process holds an exclusive lock on ``queue.lock`` while it has the directory open for deliveries.
-The kernel releases the lock when the process ends, however it ends. The text of the file is for
-the next holder: the process id, and for a share that another process has adopted when that was and
-how many such processes ended soon after it.
+The kernel releases the lock when the process ends, for any reason. The text of the file is for the
+next holder: the process id, and for an adopted share the time of the adoption and the number of
+adopters that ended soon afterwards.
 
 A message can kill every process that touches it. So each adoption counts as a death until `prove`
-says that it lasted, and the next one waits twice as long as the one before. The share's own process
-starts as often as its parent lets it, and keeps the count.
+says that it lasted, and each death doubles the pause before the next adoption. The share's own
+process starts as often as its parent allows, and keeps the count.
 
-The own process says that it wants its share by a lock on ``queue.wanted``. The holder of an adopted
-share looks for that (`is_wanted`) and lets go.
+The own process claims its share by a lock on ``queue.wanted``. The holder of an adopted share
+checks for that lock (`is_wanted`) and releases the share.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ WANTED_NAME: Final = "queue.wanted"
 
 MIN_QUARANTINE_SECONDS: Final = 60.0
 MAX_QUARANTINE_SECONDS: Final = 3600.0
-"""How long a share is not adopted after one adopter has ended soon; twice as long each time."""
+"""Longest pause before a share is adopted again; each early death of an adopter doubles it."""
 
 MAX_TEXT: Final = 100
-"""Bytes of the file that are looked at."""
+"""Bytes of the file that are read."""
 
 
 class DirectoryLock:
@@ -47,7 +47,7 @@ class DirectoryLock:
         path = os.path.join(directory, LOCK_NAME)
         self._directory = directory
         self.deaths = 0
-        """Processes that ended soon after they had adopted the directory, this one included."""
+        """Processes that ended soon after adopting the directory, this one included."""
         self._since = 0.0
         self._before = (0, 0.0)
         self._noted = False
@@ -70,14 +70,14 @@ class DirectoryLock:
 
     @classmethod
     def take(cls, directory: str) -> Self:
-        """Lock a directory for the process that it belongs to. Raises `QueueHeld`, `OSError`."""
+        """Lock a directory for its own process. Raises `QueueHeld`, `OSError`."""
         lock = cls(directory)
         lock._write("own")
         return lock
 
     @classmethod
     def adopt(cls, directory: str, now: float) -> Self:
-        """Lock a directory for a process that it does not belong to.
+        """Lock a directory for another than its own process.
 
         Raises `QueueHeld`, `OSError`, and `QueueError` while the directory is in quarantine.
         """
@@ -96,7 +96,7 @@ class DirectoryLock:
         return lock
 
     def prove(self) -> None:
-        """The holder has lasted: what is in the directory kills nobody. Raises `OSError`."""
+        """The holder has lasted: the directory's contents kill no process. Raises `OSError`."""
         if self.deaths and self.fd >= 0:
             self._check()
             self.deaths, self._since = 0, 0.0
@@ -104,17 +104,17 @@ class DirectoryLock:
             self._write("adopted" if self._read()[1] else "own")
 
     def is_wanted(self) -> bool:
-        """Whether the process that the directory belongs to waits for it."""
+        """Whether the directory's own process waits for it."""
         return _is_locked(os.path.join(self._directory, WANTED_NAME))
 
     def release(self) -> None:
-        """Let go, once: an adoption that ends in order was no death. Raises `OSError`."""
+        """Release the lock, once: an adoption that ends in order is no death. Raises `OSError`."""
         if self.fd < 0:
             return
         self.deaths, self._since = self._before
         try:
             self._check()
-            with suppress(OSError):  # a lock file on a disk that is read-only now keeps its text
+            with suppress(OSError):  # on a disk now read-only the lock file keeps its text
                 if self._noted:
                     self._write("free")
             os.close(self.fd)
@@ -122,12 +122,12 @@ class DirectoryLock:
             self.fd = -1
 
     def _check(self) -> None:
-        """A plugin may have closed the descriptor, whose number is another file's then."""
+        """Check the descriptor: a plugin may have closed it, and its number been reused."""
         if _identity(self.fd) != self._file:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def _read(self) -> tuple[int, bool, int, float]:
-        """Process id, whether it has adopted the directory, deaths, and when it was adopted."""
+        """Process id, whether it adopted the directory, deaths, and time of the adoption."""
         words = os.pread(self.fd, MAX_TEXT, 0).decode(errors="replace").split()
         words += ["0", "own", "0", "0"][len(words) :]
         try:
@@ -150,7 +150,7 @@ def _identity(file: int) -> tuple[int, int]:
 
 
 def quarantine_seconds(deaths: int) -> float:
-    """How long after the last of so many deaths nobody adopts a directory.
+    """The pause after this many deaths before a directory may be adopted.
 
     >>> [quarantine_seconds(deaths) for deaths in (0, 1, 2, 3, 100)]
     [0.0, 60.0, 120.0, 240.0, 3600.0]
@@ -162,7 +162,7 @@ def quarantine_seconds(deaths: int) -> float:
 
 @contextmanager
 def wanted(directory: str) -> Iterator[None]:
-    """Say that the process which a directory belongs to waits for it. Raises `OSError`."""
+    """Signal that the directory's own process waits for it. Raises `OSError`."""
     file = os.open(
         os.path.join(directory, WANTED_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640
     )

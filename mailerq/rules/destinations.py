@@ -1,12 +1,12 @@
 """Where a message waits: the key of its destination, and its lane there.
 
-Mail is sorted when it is published, by what its properties say alone, so that neither a change
-of the settings nor a DNS answer moves a row. A key stands for mail that has the same ways to go:
-the domain of the recipient, or the message's own smarthost, and the local addresses that the
-message names. What the settings make of it is decided at each attempt.
+Mail is sorted on publication, by its properties alone, so that neither changed settings nor DNS
+answers move a row. A key stands for mail with the same possible routes: the domain of the recipient
+or the message's own smarthost, and the local addresses that the message names. The settings are
+applied at each attempt.
 
 A lane is a number that orders the mail of one destination: lanes of a higher priority come first,
-then senders take turns, new mail and retries each in lanes of their own.
+then senders take turns, with separate lanes for new mail and retries.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from zlib import crc32
 __all__ = ["MAX_KEY", "RETRY_LANE", "SENDER_LANES", "Place", "level_of", "place_of"]
 
 MAX_KEY: Final = 255
-"""Characters of a key; what is longer ends in a digest of all of it."""
+"""Characters of a key; a longer key ends in a digest of the whole."""
 
 SENDER_LANES: Final = 128
-"""Lanes of a priority that senders are spread over. Two senders in one lane wait for each other."""
+"""Lanes per priority, shared by all senders. Two senders in one lane wait for each other."""
 
 RETRY_LANE: Final = SENDER_LANES
-"""The bit of a lane that says that the mail in it was tried before."""
+"""The bit of a lane that marks retries."""
 
 _LEVEL: Final = 2 * SENDER_LANES
 _MAX_PRIORITY: Final = 255
@@ -34,14 +34,14 @@ _EXTENSION: Final = re.compile(r"[-+=][^@]*")
 
 
 class Place(NamedTuple):
-    """Where a message waits in a queue that is sorted by destination."""
+    """The place of a message in a queue that is sorted by destination."""
 
     destination: str
     lane: int
 
 
 def place_of(properties: Mapping[str, Any]) -> Place:
-    """The place of a message in the outbox. Takes any properties: what is wrong has a place too.
+    """The place of a message in the outbox. Invalid properties have a place too.
 
     >>> place_of({"recipient": "ann@Example.com"}).destination
     'example.com'
@@ -73,12 +73,12 @@ def _lane(properties: Mapping[str, Any]) -> int:
     sender = tags[0] if isinstance(tags, list) and tags else properties.get("envelope")
     if not isinstance(sender, str):
         sender = ""
-    # VERP and subaddresses make many senders out of one.
+    # VERP and subaddresses give one sender many addresses.
     number = crc32(_EXTENSION.sub("", sender, count=1).lower().encode(errors="surrogatepass"))
     lane = (_MAX_PRIORITY - level) * _LEVEL + number % SENDER_LANES
     return lane + RETRY_LANE if properties.get("results") else lane
 
 
 def level_of(lane: int) -> int:
-    """The priority of a lane as a number that is lower the sooner it comes."""
+    """The priority of a lane as a number; lower comes sooner."""
     return lane // _LEVEL

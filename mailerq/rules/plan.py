@@ -1,8 +1,7 @@
-"""What is to be done with a message of the outbox now: refuse it, hold it, or send it.
+"""Decides what happens to a message of the outbox now: refuse it, hold it, or send it.
 
-A plan is made anew at every attempt, from what the message says and the settings of the day, so
-that a changed setting holds for mail that waits already. Where the hosts of the target are is
-found by others.
+Each attempt makes a new plan from the message and the current settings, so changed settings apply
+to waiting mail too. The hosts of the target are looked up elsewhere.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ __all__ = ["Hold", "Plan", "Refuse", "Send", "body_problem", "plan"]
 
 
 class Refuse(msgspec.Struct, frozen=True):
-    """The message is finished without an attempt. `domain` is empty where it has none."""
+    """The message is finished without an attempt. `domain` is empty if there is none."""
 
     outcome: Outcome
     domain: str = ""
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """The message is not to be sent before `until`, seconds since 1970."""
+    """Do not send the message before `until`, seconds since 1970."""
 
     until: float
 
 
 class Send(msgspec.Struct, frozen=True):
-    """The message is to be sent now.
+    """Send the message now.
 
-    `local_ips` are the addresses that it may leave from, none for any; `demands` is what a
-    connection has to prove before the message may use it. `envelope` and `recipient` are as the
-    wire needs them; after `expires` it is not to be sent any more.
+    `local_ips` are the addresses that the message may leave from, empty for any. `demands` is what
+    a connection must prove first. `envelope` and `recipient` are in wire form. The message must not
+    be sent after `expires`.
     """
 
     route: Route
@@ -58,7 +57,7 @@ Plan = Refuse | Hold | Send
 def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
     """Decide about a message by its properties; `body_problem` decides about its body.
 
-    `seen` is when the message became due first, for one whose properties do not say it.
+    `seen` is when the message first became due, unless its properties say when.
 
     >>> message = Message({"envelope": "a@b.test", "recipient": "c@d.test"})
     >>> plan(message, Config(hostname="me.test"), now=0.0, seen=0.0).route.host
@@ -78,7 +77,7 @@ def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
         problem = f"property recipient: {error}"
         return Refuse(responses.unsendable(problem, 553, "5.1.3"))
     try:
-        # In A-labels a domain passes through servers that know no SMTPUTF8.
+        # A domain in A-labels passes through servers without SMTPUTF8.
         if not recipient.isascii():
             recipient = str(mailbox)
         if envelope:
@@ -103,7 +102,7 @@ def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
 
 
 def _addresses(ips: list[str]) -> tuple[str, ...]:
-    """The addresses in ``ips`` that are some. Raises `AddressError` where none is."""
+    """The valid addresses in ``ips``. Raises `AddressError` if there are none."""
     found = []
     for ip in ips:
         try:

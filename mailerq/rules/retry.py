@@ -1,4 +1,4 @@
-"""When a message is tried again, and when it is given up."""
+"""When a message is tried again, and when it has failed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from mailerq.properties import is_delays
 __all__ = ["expires_at", "next_attempt", "not_before"]
 
 MIN_DELAY: Final = 1
-"""Seconds between two attempts at least, whatever ``retries`` says: a delay of 0 would be a
-loop at full speed."""
+"""Least seconds between attempts, whatever ``retries`` says: a delay of 0 would be a busy loop."""
 
 JITTER: Final = 0.1
-"""The share of a delay that the next attempt may come earlier or later."""
+"""Each delay varies by up to this fraction, either way."""
 
 
 def not_before(properties: Mapping[str, Any], *, now: float) -> float | None:
-    """The time in ``delayed``, before which a message is not to be sent.
+    """The time in ``delayed``, before which a message must not be sent.
 
-    It is void when it counts from an attempt that is yet to come: the clock was wrong then.
+    The time is void if it counts from a future attempt: the clock was wrong then.
     """
     match properties.get("results"):
         case [*_, {"time": _} as last]:
@@ -33,9 +32,9 @@ def not_before(properties: Mapping[str, Any], *, now: float) -> float | None:
 
 
 def expires_at(properties: Mapping[str, Any], *, now: float, max_delivertime: float) -> float:
-    """When a message is given up: ``maxdelivertime``, or so long after it was first ``seen``.
+    """When a message expires: ``maxdelivertime``, or `max_delivertime` after it was first ``seen``.
 
-    `now` stands for that where the message has never been seen.
+    For a message without ``seen``, `now` counts.
     """
     expires = _time_in(properties, "maxdelivertime")
     if expires is not None:
@@ -55,12 +54,12 @@ def next_attempt(
     own_fault: bool = False,
     lot: float = 0.5,
 ) -> float | None:
-    """When a message goes again after attempt number `attempt`; None: it has failed.
+    """When a message is tried again after attempt number `attempt`; None: it has failed.
 
-    The message's own ``retries`` and ``maxattempts`` come before `intervals` and
-    `max_attempts`; the last delay repeats, and zero attempts is no limit. An attempt that ended
-    by a fault of this host, `own_fault`, is never the last one. What would go after it has
-    expired has failed now.
+    The message's own ``retries`` and ``maxattempts`` override `intervals` and `max_attempts`. The
+    last delay repeats; zero attempts means no limit. An attempt that a fault of this host ended
+    (`own_fault`) is never the last. A message whose next attempt would come after `expires` has
+    failed now.
 
     Mail that failed together would come back together, so `lot`, from 0 to 1, moves the delays of
     `intervals` by up to `JITTER` either way. ``retries`` are kept exactly.

@@ -1,4 +1,4 @@
-"""Where a message goes: to which host, and what is said of it to which queues."""
+"""Where a message goes: the host, and the queues for its results."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = [
 SMTP_PORT: Final = 25
 
 MAX_HEADER: Final = 1 << 18
-"""Bytes in which the end of a header is looked for; what has no end is not read as one."""
+"""Bytes searched for the end of a header; text without an end is not read as a header."""
 
 
 class Route(msgspec.Struct, frozen=True):
-    """A way out. Messages with the same one share a queue and its connections.
+    """A way out. Messages with equal routes share a queue and its connections.
 
-    `name` is the domain or the smarthost, for people and for statistics; `host` is what is
-    connected to: with `mx` the hosts that take mail for it. `trusted` is the operator's word
-    for `host`: `smtp-out-forbidden` does not hold there.
+    `name` is the domain or the smarthost, for people and statistics. `host` is the host to connect
+    to; with `mx`, the domain whose MX hosts take the mail. The operator vouches for a `trusted`
+    host: `smtp-out-forbidden` does not apply.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Route(msgspec.Struct, frozen=True):
 
 
 def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Route:
-    """The way for a message to `domain`. Raises `AddressError` for a bad smarthost.
+    """The route of a message to `domain`. Raises `AddressError` for a bad smarthost.
 
-    The message's own smarthost comes before the configured one. A sink takes the
-    connections of either, and those of each domain, which keep their queues.
+    The message's own smarthost comes before the configured one. A sink takes the connections of
+    either, and those of each domain, which keep their queues.
     """
     name, host, port, mx, trusted = domain, domain, config.smtp_out_port, True, False
     smarthost = properties.get("smarthost")
@@ -84,10 +84,10 @@ def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
 def result_queues(
     properties: Mapping[str, Any], configured: Mapping[str, str], *kinds: str, outbox: str
 ) -> list[str]:
-    """The queues that a result of these kinds goes to, of which `outbox` is never one.
+    """The queues for results of these kinds, never `outbox`.
 
-    A kind that the message's ``queues`` does not mention goes to the configured queue; one
-    that it says null or nothing for goes nowhere.
+    A kind that the message's ``queues`` does not mention goes to the configured queue; a kind that
+    is null or empty there goes nowhere.
 
     >>> result_queues({"queues": {"success": None}}, {"results": "r", "success": "s"},
     ...     "results", "success", outbox="o")
@@ -96,22 +96,22 @@ def result_queues(
     names: Mapping[str, Any] = configured
     own = properties.get("queues")
     if isinstance(own, dict):
-        # What cannot be used makes a message fail, and then must not hide its result.
+        # An unusable name makes the message fail, and must not hide that result.
         names = {**configured, **{k: v for k, v in own.items() if _is_usable(v, outbox)}}
     return [name for kind in kinds if (name := names.get(kind)) and name != outbox]
 
 
 def _is_usable(name: object, outbox: str) -> bool:
-    """Whether a message may have its results go to that queue, or to none."""
+    """Whether a message may send results to that queue, or to none."""
     if name is None or name == "":
         return True
     return isinstance(name, str) and name != outbox and queue_problem(name) is None
 
 
 def loop_problem(properties: Mapping[str, Any], outbox: str) -> str | None:
-    """Say which result queue of a message is the outbox, or None.
+    """Return an error if a result queue of a message is the outbox, or None.
 
-    What goes there is delivered: the message would go round and round, or to its recipient twice.
+    Mail published there would be delivered: in an endless loop, or to the recipient twice.
     """
     queues = properties.get("queues")
     if isinstance(queues, dict) and outbox in queues.values():
@@ -128,9 +128,9 @@ def reception_queue(config: Config, *, local: bool) -> str:
 
 
 def unmet_promise(properties: Mapping[str, Any], body: bytes | None) -> str | None:
-    """What was promised when the mail was taken, and deliveries cannot keep: a reason, or None.
+    """The promise made on reception that delivery cannot keep, as a reason; or None.
 
-    To send it all the same would break RFC 8689 and RFC 3030, or what the message asks for.
+    Sending anyway would break RFC 8689, RFC 3030, or what the message asks for.
     """
     if properties.get("requiretls") is True:
         return "5.7.30 the sender requires TLS all the way, and deliveries do not use TLS yet"
@@ -142,18 +142,18 @@ def unmet_promise(properties: Mapping[str, Any], body: bytes | None) -> str | No
 
 
 def _is_binary(body: bytes) -> bool:
-    """Whether lines that end in CR LF cannot carry it as it is."""
+    """Whether lines that end in CR LF cannot carry a body unchanged."""
     return b"\0" in body or has_bare_newline(body)
 
 
 def has_ascii_header(body: bytes) -> bool:
-    """Whether the header of a message is ASCII, whatever its text is."""
+    """Whether the header of a message is ASCII; the text may be anything."""
     end = body.find(b"\r\n\r\n", 0, MAX_HEADER)
     return body[: end if end >= 0 else MAX_HEADER].isascii()
 
 
 def count_hops(body: bytes) -> int:
-    """How many Received lines are in the header of a message."""
+    """Count the Received lines in the header of a message."""
     end = body.find(b"\r\n\r\n", 0, MAX_HEADER)
     if end < 0:
         end = body.find(b"\n\n", 0, MAX_HEADER)

@@ -1,4 +1,4 @@
-"""What the tests of deliveries run against: a scriptable peer, a queue in memory, a worker."""
+"""Test kit for deliveries: a scriptable peer, a queue in memory, a worker."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Waiting = tuple[float, Message]
 
 
 class ByDestination:
-    """A list of what waits that finds the mail of a destination at once."""
+    """A list of waiting mail, indexed by destination."""
 
     def __init__(self) -> None:
         self._entries: dict[int, Waiting] = {}
@@ -61,7 +61,7 @@ class ByDestination:
 
 
 class MemoryQueues(Queues):
-    """Queues that forget everything with the process, and fail when they are told to."""
+    """Queues in memory, lost with the process, that fail on demand."""
 
     def __init__(self) -> None:
         self.now = NOW
@@ -77,11 +77,11 @@ class MemoryQueues(Queues):
         self.may_ack.set()
         self.subscriptions: dict[str, MemorySubscription] = {}
         self.late_above = 1 << 30
-        """Bodies of more bytes are not loaded when a message is taken."""
+        """Larger bodies are not loaded when a message is taken."""
         self.late: dict[int, bytes | None] = {}
         self.loads = 0
         self.damaged: set[int] = set()
-        """Leases whose bodies cannot be used."""
+        """Leases with unusable bodies."""
         self.on_time: Callable[[], None] = lambda: None
         self._ids = 0
         self._changed = trio.Event()
@@ -116,7 +116,7 @@ class MemoryQueues(Queues):
                 subscription.note(entry)
 
     def lease(self, queue: str, entry: Waiting) -> Lease:
-        """Lease a message that is in no list any more."""
+        """Lease a message that has been removed from all lists."""
         self._ids += 1
         message = entry[1]
         lease = Lease(self._ids, queue, message, place_of(message.properties).destination)
@@ -136,7 +136,7 @@ class MemoryQueues(Queues):
         self.touch()
 
     def configure(self, config: Config) -> None:
-        """There is nothing to configure."""
+        """Nothing to configure."""
 
     def check(self, publication: Publication) -> None:
         if publication.queue in self.impossible:
@@ -218,11 +218,11 @@ class MemorySubscription(Subscription):
         self.windows: dict[str, int] = {}
         self.takes: list[tuple[str, int]] = []
         self.waits: set[str] = set()
-        """Destinations of which the receiver knows that mail is due in the queue."""
+        """Destinations with due mail in the queue, as far as the receiver knows."""
         self.token = trio.lowlevel.current_trio_token()
 
     def hand_over(self, entry: Waiting) -> bool:
-        """Whether a message goes to the receiver directly."""
+        """Whether a message goes directly to the receiver."""
         destination = place_of(entry[1].properties).destination
         if (
             entry[0] > self.queues.now
@@ -239,7 +239,7 @@ class MemorySubscription(Subscription):
         return sum(lease.destination == destination for lease in self.queues.leased.values())
 
     def note(self, entry: Waiting) -> None:
-        """A message lies in the queue from now on; a backlog is mentioned once."""
+        """Note a message in the queue; a backlog is reported once."""
         destination = place_of(entry[1].properties).destination
         if entry[0] > self.queues.now:
             self.receiver.waiting(destination, entry[0])
@@ -286,7 +286,7 @@ def priority_of(message: Message) -> int:
 
 
 class StubPlugins:
-    """Plugins of which each event may have one handler, and its end of a connection."""
+    """Plugins with at most one handler for each event, and their end of a connection."""
 
     def __init__(self, **handlers: Callable[[Message], Any]) -> None:
         self.handlers = handlers
@@ -295,7 +295,7 @@ class StubPlugins:
         self.on_output: Callable[[], None] = lambda: None
 
     def send(self, output: bytes) -> None:
-        """What the core does when a plugin sends outside of an event."""
+        """Do as the core does when a plugin sends outside an event."""
         self.output += output
         self.on_output()
 
@@ -362,7 +362,7 @@ class Mail:
 
 
 class PeerConnection:
-    """The peer's end of one connection; a script plays it."""
+    """The peer's end of one connection, driven by a script."""
 
     def __init__(self, peer: Peer, stream: trio.SocketStream, number: int) -> None:
         self.peer = peer
@@ -374,7 +374,7 @@ class PeerConnection:
         await self.stream.send_all(data.encode() if isinstance(data, str) else data)
 
     async def line(self) -> str:
-        """The next command; empty when the client has closed."""
+        """The next command; empty if the client has closed."""
         while b"\r\n" not in self._buffer:
             data = await self.stream.receive_some()
             if not data:
@@ -417,7 +417,7 @@ class PeerConnection:
         await self.send(f"250-mx.test\r\n{extensions}250 HELP\r\n")
 
     async def serve(self) -> None:
-        """Play a server that takes what `Peer.answers` does not refuse."""
+        """Play a server that accepts everything except what `Peer.answers` refuses."""
         await self.hello()
         envelope = recipient = ""
         sender_stands = False
@@ -454,7 +454,7 @@ class PeerConnection:
 
 @dataclass
 class Peer:
-    """A server for mail. `scripts` play its first connections, the last one all others."""
+    """A mail server. `scripts` play its first connections, the last script all others."""
 
     queues: MemoryQueues
     scripts: list[Script] = field(default_factory=list)
@@ -500,7 +500,7 @@ class StubResolver:
 
 @dataclass
 class Bench:
-    """A dispatcher with everything around it."""
+    """A dispatcher with its whole environment."""
 
     queues: MemoryQueues
     peer: Peer
@@ -515,19 +515,19 @@ class Bench:
         self.queues.touch()
 
     async def results(self, queue: str = "results", count: int = 1) -> list[dict[str, Any]]:
-        """The last result of each of `count` messages, once they are there."""
+        """The last result of each of `count` messages, once all are there."""
         await self.queues.until(lambda queues: len(queues[queue]) >= count)
         assert len(self.queues[queue]) == count
         return [message.results[-1] for message in self.queues[queue]]
 
     async def until(self, condition: Callable[[dict[str, Any]], bool]) -> None:
-        """Wait until the statistics are as they should be."""
+        """Wait until the statistics have the expected values."""
         with trio.fail_after(10):
             while not condition(self.dispatcher.statistics()):
                 await trio.testing.wait_all_tasks_blocked(0.002)
 
     async def pass_time(self, seconds: float) -> None:
-        """Let time pass once nothing is under way, for hosts that are down as well."""
+        """Let time pass once nothing is under way, also for hosts that are down."""
         flows = self.dispatcher._flows
         await self.queues.until(
             lambda queues: (

@@ -1,4 +1,4 @@
-"""Messages on their way: what is sent, what becomes of it, and what is said of it."""
+"""Deliveries: what is sent, how each message ends, and the results."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ SEND_LINE = re.compile(
     r" <(?P<envelope>[^ ]*)> <(?P<recipient>[^ ]*)> \[(?P<local>[^ ]*)\] \[(?P<remote>[^ ]*)\]"
     r" (?P<tags>[^ ]*) (?P<code>\d*) (?P<status>[\d.]*) (?P<description>.*)"
 )
-"""How docs/operations.md says that a line of the send log is read."""
+"""The reading of a send log line as docs/operations.md describes it."""
 
 LOGGED = st.text(st.characters() | st.sampled_from(" ,<>[]\\\n"), max_size=20)
 

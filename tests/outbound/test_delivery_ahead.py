@@ -1,4 +1,4 @@
-"""An envelope goes out right behind the body before it: when, and what becomes of it."""
+"""Envelopes sent ahead, right behind a body: when, and how they end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GO = OK * 2 + "354 go\r\n"
 
 @pytest.fixture
 def all_are_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that is busy makes nobody slow."""
+    """A busy machine must not make any peer count as slow."""
     monkeypatch.setattr(outgoing, "PROMPT_SECONDS", 60.0)
 
 
@@ -42,7 +42,7 @@ async def until_ahead(peer: PeerConnection) -> None:
 
 
 def says(reply: str) -> Script:
-    """A peer that says this of the second body; after a 421, or without a word, it closes."""
+    """A peer with this reply to the second body; it closes after a 421 or an empty reply."""
 
     async def script(peer: PeerConnection) -> None:
         await until_ahead(peer)

@@ -1,4 +1,4 @@
-"""Connections: how many there are, how they are kept, and how they end."""
+"""Connections: how many are open, how they are reused, and how they end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a document says, the queue takes it or says no, and delivery comes to an end with it."""
+"""The queue accepts or refuses any document, and delivery finishes every accepted one."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_what_is_read_as_json_can_be_written_again(value: str) -> None:
 
 
 def fails_unsent(document: dict[str, Any], config: Config) -> bool:
-    """Whether a message is finished without an attempt, once it is due."""
+    """Whether a due message is finished without an attempt."""
     message = Message.from_dict(document)
     due = not_before(message.properties, now=NOW)
     now = NOW if due is None else max(NOW, due)

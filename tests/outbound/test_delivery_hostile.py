@@ -1,4 +1,4 @@
-"""Peers that break, stall, overflow or lie: bounded, classified, tried again."""
+"""Peers that break, stall, overflow or lie: bounded, classified, retried."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATIENCE = {"smtp_out_timeout": 0.2}
 
 
 def says(*pieces: str | bytes, then: str = "close") -> Script:
-    """A peer that answers each thing that it hears with the next piece."""
+    """A peer that answers each input with the next piece."""
 
     async def script(peer: PeerConnection) -> None:
         for number, piece in enumerate(pieces):
@@ -38,7 +38,7 @@ def says(*pieces: str | bytes, then: str = "close") -> Script:
 
 
 def drips(data: bytes, *, before: tuple[str, ...] = ()) -> Script:
-    """A peer that sends a byte every now and then, always in time for a read."""
+    """A peer that sends one byte at a time, always within the read timeout."""
 
     async def script(peer: PeerConnection) -> None:
         for piece in before:
@@ -302,7 +302,7 @@ async def test_a_reply_to_a_body_counts_only_when_the_one_behind_it_proves_it(
 
 
 async def closes(peer: PeerConnection) -> None:
-    """A peer that closes with what it was sent unread: the client meets a reset."""
+    """A peer that closes with unread input: the client meets a reset."""
 
 
 async def reads_and_closes(peer: PeerConnection) -> None:

@@ -1,4 +1,4 @@
-"""What this host cannot do: no address, no way there. The mail waits, and the fault is said."""
+"""Faults of this host, such as no address or no route: mail waits, and the fault is reported."""
 
 from __future__ import annotations
 

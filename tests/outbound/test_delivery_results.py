@@ -1,4 +1,4 @@
-"""What is said of a message to the queues for results, and what happens where that cannot be."""
+"""Results: what the result queues get, and what happens if a result cannot be written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""8-bit mail, to peers that offer 8BITMIME and to such that do not."""
+"""8-bit mail, to peers with and without 8BITMIME."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flows: who sends when, who waits, what waits costs, and how a host that was down comes back."""
+"""Flows: order of sending, waiting and its cost, and recovery of a host that was down."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
 @asynccontextmanager
 async def listening(handler: Handler) -> AsyncIterator[dict[str, Any]]:
-    """One more server; yields the property smarthost for it."""
+    """Another server; yields the property smarthost for it."""
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
         yield {"hostname": "127.0.0.1", "port": listeners[0].socket.getsockname()[1]}
@@ -44,7 +44,7 @@ async def listening(handler: Handler) -> AsyncIterator[dict[str, Any]]:
 
 @asynccontextmanager
 async def open_wide(**settings: Any) -> AsyncIterator[Bench]:
-    """A bench that other servers can be reached from too; its own has the mail of quick.test."""
+    """A bench that can reach other servers too; its own has the mail of quick.test."""
     resolver = StubResolver(quick_test=["127.0.0.1"])
     async with open_bench(resolver=resolver, **settings) as bench:
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Settings that change between attempts, and while messages wait for one."""
+"""Settings that change between attempts, and while messages wait."""
 
 from __future__ import annotations
 

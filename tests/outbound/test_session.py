@@ -1,4 +1,4 @@
-"""One session without its dispatcher: what it is told while it waits, and what plugins send."""
+"""A session without its dispatcher: events while it waits, and plugin output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests that backends share say what they found, as other tests do."""
+"""Has pytest rewrite the asserts of the tests that all backends share."""
 
 import pytest
 

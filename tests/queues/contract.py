@@ -1,6 +1,6 @@
-"""What every queue backend does, told by the interface alone.
+"""The contract of every queue backend, tested through the interface alone.
 
-A backend runs these by a class of its own: ``class TestMine(Contract)`` with a fixture `backend`.
+A backend runs these tests in its own class: ``class TestMine(Contract)`` with a fixture `backend`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement, Sub
 __all__ = ["Backend", "Contract", "Recorder"]
 
 LARGE = bytes(range(256)) * 1024
-"""A body that stays in the queue until it is asked for."""
+"""A body that stays in the queue until it is loaded."""
 
 
 class Backend(Protocol):
-    """A backend under test. `durable`: what was published is there when it is opened again."""
+    """A backend under test. `durable`: published mail is there after a reopen."""
 
     now: float
     durable: bool
@@ -34,7 +34,7 @@ class Backend(Protocol):
 
 
 class Recorder:
-    """A receiver that remembers what it was told."""
+    """A receiver that records its calls."""
 
     def __init__(self) -> None:
         self.leases: list[Lease] = []
@@ -86,7 +86,7 @@ def mail(
 
 
 def again(lease: Lease, due: float | None = None, **more: Any) -> Publication:
-    """The message of a lease once more, with the body that the lease has."""
+    """A copy of a lease's message, with the lease's body."""
     properties = {**lease.message.properties, **more}
     return Publication(lease.queue, Message(properties, lease.message.body), due)
 
@@ -99,7 +99,7 @@ async def receive(consumer: Consumer, count: int) -> list[Lease]:
 async def drain(
     queues: Queues, subscription: Subscription, destination: str, limit: int
 ) -> list[Lease]:
-    """All that is due in a destination, some at a time, each settled at once."""
+    """All due mail of a destination, a few messages at a time, each settled at once."""
     leases: list[Lease] = []
     more = True
     with trio.fail_after(20):
@@ -112,7 +112,7 @@ async def drain(
 
 
 class Contract:
-    """What a backend has to do."""
+    """The contract of a backend."""
 
     @pytest.fixture
     def backend(self) -> Backend:

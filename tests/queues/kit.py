@@ -1,4 +1,4 @@
-"""A queue file as versions before layout 3 wrote it: the SQL of those, kept for the tests."""
+"""A queue file as written by versions before layout 3: their SQL, kept for the tests."""
 
 from __future__ import annotations
 

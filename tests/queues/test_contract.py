@@ -1,4 +1,4 @@
-"""The backends do what the interface says."""
+"""The backends fulfil the contract of the interface."""
 
 from __future__ import annotations
 

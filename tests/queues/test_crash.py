@@ -1,4 +1,4 @@
-"""kill -9, a full disk and disks that fail: what was reported as published is there."""
+"""kill -9, a full disk and failing disks: messages reported as published are there."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ SOUND_DISK = apsw.vfs_names()[0]
 
 
 class Faults:
-    """What the disk refuses at the moment."""
+    """The operations that the disk refuses at the moment."""
 
     sync = write = read = False
 

@@ -1,4 +1,4 @@
-"""Damaged queue files: the start goes on with what is readable and deletes nothing."""
+"""Damaged queue files: the start continues with the readable part and deletes nothing."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, but as kill -9 leaves it: nearly all of it is in the write-ahead log."""
+    """A sound queue as kill -9 leaves it: nearly all of it is in the write-ahead log."""
     directory = tmp_path_factory.mktemp("killed")
     copy = tmp_path_factory.mktemp("copy")
     with open_exclusive(str(directory)) as store:
@@ -108,7 +108,7 @@ def pages_of(directory: Path, table: str) -> list[int]:
 
 
 def content(directory: Path) -> dict[int, tuple[str, float, Body]]:
-    """What is in the queues now, without the damaged: queue, due and body by tag."""
+    """The contents of the queues, without the damaged: queue, due and body by tag."""
     with QueueFile.open(str(directory)) as store:
         found = {}
         for queue in ("outbox", "results"):
@@ -139,7 +139,7 @@ def kept(directory: Path) -> list[str]:
 
 
 def check_salvaged(directory: Path, at_least: int) -> dict[int, tuple[str, float, Body]]:
-    """Start, and see that what is there is right, and not less than `at_least`."""
+    """Start, and check that the contents are right, and at least `at_least` messages."""
     before = (directory / "queue.db").read_bytes() if (directory / "queue.db").exists() else None
     start(directory)
     names = kept(directory)
@@ -291,7 +291,7 @@ def test_a_lost_page_of_bodies_sets_their_messages_aside(directory: Path) -> Non
 
 
 def test_deleted_messages_do_not_come_back(directory: Path) -> None:
-    """The free pages still hold what was deleted, and the list of them is lost as well."""
+    """The free pages still hold deleted messages, and the free list is lost too."""
     pages = Pages(str(directory / "queue.db"), PAGE_SIZE)
     free, whole = pages.free()
     pages.close()
@@ -314,7 +314,7 @@ def test_random_pages_overwritten(directory: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_bytes_overwritten_is_never_wrong_mail(directory: Path, seed: int) -> None:
-    """Not all of it is found at the start; what comes out is right, or is set aside."""
+    """The start misses some damage; each message comes out right, or is set aside."""
     dice = random.Random(seed)
     size = (directory / "queue.db").stat().st_size
     for _ in range(60):
@@ -436,7 +436,7 @@ def test_a_last_frame_without_its_page_is_what_a_crash_leaves(
 def test_what_proves_itself_of_a_damaged_last_commit_is_taken_in(
     killed_directory: Path, tmp_path: Path
 ) -> None:
-    """It may have been safe, and somebody may have been told so."""
+    """That commit may have been safe, and reported as safe."""
     right = expected()
     commit = last_commits(killed_directory, 1)[0]
     taken_in = 0
@@ -510,7 +510,7 @@ def test_a_large_mail_before_a_broken_frame_is_taken_in(tmp_path: Path) -> None:
 
 
 def a_broken_last_commit(directory: Path, queue: Path) -> dict[int, tuple[str, float, Body]]:
-    """Make a queue whose last commit, a long one, is damaged; what a start makes of a copy."""
+    """Make a queue whose long last commit is damaged; return the result of starting on a copy."""
     count = 700
     one_commit_in_the_log(
         directory / "alive",

@@ -1,4 +1,4 @@
-"""The embedded queue on a real file: what consumers get, when, and what errors leave."""
+"""The embedded queue on a real file: what consumers get, when, and the state after errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of older layouts: taken over in place with all that is in them, also after kill -9."""
+"""Files of older layouts: upgraded in place with all contents, also after kill -9."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def directory(tmp_path: Path, old: Path) -> Path:
 
 
 def content(file: QueueFile) -> dict[int, tuple[object, ...]]:
-    """All that is in a file by its tags."""
+    """The contents of a file by tag."""
     found = {}
     for queue in ("outbox", "results"):
         for entry in file.browse(queue, limit=10**6):
@@ -84,7 +84,7 @@ def expected(count: int) -> dict[int, tuple[object, ...]]:
 
 
 class Told:
-    """A receiver that remembers."""
+    """A receiver that records its calls."""
 
     def __init__(self) -> None:
         self.due: dict[str, float] = {}
@@ -216,7 +216,7 @@ def test_the_shares_are_brought_up_to_date_as_well(tmp_path: Path) -> None:
 
 
 def test_an_older_program_refuses_the_new_file(directory: Path) -> None:
-    """It reads ``user_version``: what is higher than its own is "written by a newer mailerq"."""
+    """An older version reads ``user_version``: a higher one is "written by a newer mailerq"."""
     open_exclusive(str(directory)).close()
     connection = apsw.Connection(str(directory / "queue.db"))
     assert connection.pragma("user_version") == LAYOUT == 3

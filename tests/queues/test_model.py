@@ -1,4 +1,4 @@
-"""The embedded queue against a model of it: dicts, no file, no threads."""
+"""The embedded queue against a model: dicts, no file, no threads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ steps = st.one_of(
 
 @dataclass
 class Known:
-    """A message as the model has it."""
+    """A message in the model."""
 
     queue: str
     due: float
@@ -181,7 +181,7 @@ class Run:
             assert depths.get(queue, 0) == sum(known.queue == queue for known in self.model)
 
     async def drain(self) -> None:
-        """In the end everything comes out, and nothing else does."""
+        """At the end all messages come out, and no others."""
         for known in list(self.model):
             if known.lease is not None:
                 await self.queues.ack([Settlement(known.lease)])

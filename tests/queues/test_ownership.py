@@ -1,4 +1,4 @@
-"""Locks of queue directories: one holder, and a memory of holders that died."""
+"""Locks of queue directories: one holder, and a record of holders that died."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOW = 1_700_000_000.0
 
 
 def die(lock: DirectoryLock) -> None:
-    """What the kernel does when a holder dies: nothing is written."""
+    """Release as the kernel does when a holder dies: nothing is written."""
     os.close(lock.fd)
 
 

@@ -1,4 +1,4 @@
-"""The queue file from a program without an event loop, and what its statements cost."""
+"""The queue file in a program without an event loop, and the cost of its statements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def publication(
 
 
 def wanted(destination: str, limit: int, held: Sequence[int] = ()) -> Wanted:
-    """What a subscription reads of a destination."""
+    """The part of a destination that a subscription reads."""
     return Wanted("outbox", destination, 10**13, limit, held, FIRST_TURN, ANY_SIZE, False)
 
 
@@ -51,7 +51,7 @@ def test_publish_look_take_and_purge(tmp_path: Path) -> None:
 
 
 def test_bodies_of_any_size_come_and_go_together(tmp_path: Path) -> None:
-    """One commit writes small ones, large ones and shared ones in different ways."""
+    """One commit writes small, large and shared bodies in different ways."""
     shared = bytes(100_000)
     in_pieces, shared_in_pieces = (
         b"".join(b"%d %d\r\n" % (kind, number) for number in range(PIECE_BYTES // 4))
@@ -98,7 +98,7 @@ def test_it_starts_without_an_event_loop() -> None:
 
 
 def steps(store: QueueFile, work: Callable[[], Any]) -> int:
-    """How many steps of SQLite's machine something takes."""
+    """The number of SQLite machine steps that a call takes."""
     total = 0
 
     def count(event: dict[str, Any]) -> None:

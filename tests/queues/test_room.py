@@ -1,4 +1,4 @@
-"""A disk that fills up: new mail is refused in time, and what is in the queue can still leave."""
+"""A disk that fills up: new mail is refused in time, and queued mail can still leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shares of a queue directory: where they lie, and numbers that are of one share only."""
+"""The shares of a queue directory: their places, and message numbers unique to a share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A subscription to the embedded queue: what only a real file can do to it."""
+"""A subscription to the embedded queue: effects that only a real file can have."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def count_polls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 def changed(directory: Path) -> dict[str, int]:
-    """When each file was written last."""
+    """The time of the last write to each file."""
     return {path.name: path.stat().st_mtime_ns for path in directory.glob("queue.db*")}
 
 
@@ -128,7 +128,7 @@ async def test_many_destinations_are_small(queues: EmbeddedQueues) -> None:
 
 
 class Quiet:
-    """A receiver that keeps nothing."""
+    """A receiver that records nothing."""
 
     def arrived(self, leases: object) -> None:
         pass
@@ -309,7 +309,7 @@ async def test_a_purge_leaves_what_is_leased(queues: EmbeddedQueues) -> None:
 async def test_mail_of_the_outbox_without_a_place_gets_one(
     queues: EmbeddedQueues, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another process believes that another queue is the outbox."""
+    """Another process has configured another queue as the outbox."""
     recorder = Recorder()
     async with queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription:
         await ready(queues)

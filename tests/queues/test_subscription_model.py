@@ -1,4 +1,4 @@
-"""A subscription to the embedded queue against a model of it: dicts, no file, no threads."""
+"""A subscription to the embedded queue against a model: dicts, no file, no threads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ steps = st.one_of(
 
 @dataclass
 class Known:
-    """A message as the model has it."""
+    """A message in the model."""
 
     domain: str
     due: float
@@ -95,7 +95,7 @@ class Run:
         return mail(self.tags, domain, due=due, body=body)
 
     def lease(self, lease: Lease) -> None:
-        """A message came: one that the model has, and that nobody has."""
+        """A message came: the model must have it, unleased."""
         known = self.model[tag_of(lease)]
         assert known.lease is None
         assert known.due <= self.now
@@ -199,7 +199,7 @@ class Run:
             assert depths.get(domain, 0) == sum(k.domain == domain for k in self.model.values())
 
     async def drain(self) -> None:
-        """All comes out, by what the subscriber was told alone."""
+        """All mail comes out, from the subscriber's reports alone."""
         self.now += 10_000
         while self.model:
             for tag, known in list(self.model.items()):

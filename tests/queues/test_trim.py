@@ -1,4 +1,4 @@
-"""Queues with bounds: the oldest documents go, all others stay."""
+"""Queues with bounds: the oldest documents are deleted, all others stay."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Batches what the tasks of a trio loop hand to the writer, while the loop is busy.
+"""Batches the requests of a trio loop's tasks for the writer, while the loop is busy.
 
-A thread that wakes beside a busy loop fights with it for Python's lock, and commits little. So
-requests are handed over together when the loop has nothing left to do and is about to sleep: at
-once when a lone client waits, all that its sessions had to say when there is load.
+A thread that wakes beside a busy loop competes for Python's lock, and commits little. So the
+requests are handed over together when the loop is about to sleep: at once for a lone client, in one
+batch for all sessions under load.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mailerq.queues.embedded.writer import Request
 __all__ = ["Batcher"]
 
 MAX_WAIT_SECONDS: Final = 0.003
-"""How long a request waits for a loop that is never idle."""
+"""Longest wait of a request for a loop that is never idle."""
 
 
 class Batcher(trio.abc.Instrument):
-    """One for each loop. `lock` is held around `add` and `flush` by their callers."""
+    """One batcher for each loop. Callers of `add` and `flush` hold `lock`."""
 
     def __init__(self, put: Callable[[Request], None], lock: threading.Lock) -> None:
         self._put = put
@@ -32,7 +32,7 @@ class Batcher(trio.abc.Instrument):
         self._since = 0.0
 
     def add(self, request: Request) -> None:
-        """Take a request, on the own loop."""
+        """Add a request, on this batcher's loop."""
         if not self._requests:
             self._since = time.monotonic()
         self._requests.append(request)
@@ -44,7 +44,7 @@ class Batcher(trio.abc.Instrument):
         self._requests.clear()
 
     def before_io_wait(self, timeout: float) -> None:
-        """What trio calls before it looks for events, or sleeps at most `timeout` seconds."""
+        """Called by trio before it polls for events, or sleeps at most `timeout` seconds."""
         if self._requests and (timeout or time.monotonic() - self._since > MAX_WAIT_SECONDS):
             with self._lock:
                 self.flush()

@@ -1,16 +1,16 @@
-"""What the disk below a queue file is up to: whether it can be read, and what room it has.
+"""The state of the disk below a queue file: whether it is readable, and how much room it has.
 
-SQLite reports a page that cannot be read and one that is damaged alike. A disk that does not
-answer may answer again, and then nothing is lost; what is damaged stays so.
+SQLite reports an unreadable page and a damaged page alike. A disk that does not answer may recover,
+and then nothing is lost; damage is permanent.
 
-A message leaves the queue by a commit, which takes room as any other. So that a queue that has
-filled its disk can still empty itself, new mail leaves a reserve alone: it is for what becomes of
-the mail that is there. When that is half used up as well, a message that is tried again gets its
-new due time and keeps its old properties, because results of many attempts would fill any disk.
+A message leaves the queue by a commit, which takes room like any other. So new mail leaves
+a reserve for the results of the mail already there: a queue that has filled its disk can still
+empty itself. When half of the reserve is used, a retry gets its new due time and keeps its old
+properties, because the results of many attempts would fill any disk.
 
-A sync can succeed for data that is lost. When ext4 meets an error and gives up its journal, the
-running transaction is dropped; a sync that looks for this transaction a moment later finds
-nothing to wait for, and returns 0. So every commit asks the file system once more.
+A sync can succeed for lost data. When ext4 meets an error and aborts its journal, the running
+transaction is dropped; a later sync finds no transaction to wait for, and returns 0. So every
+commit checks the file system once more.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ import apsw
 __all__ = ["NO_SPACE", "Room", "check_sound", "room", "unreadable"]
 
 NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
-"""What the system calls a disk that is full."""
+"""The system's errors for a full disk."""
 
 BLOCK_BYTES: Final = 1 << 16
 
 RESERVE_BYTES: Final = 64 << 20
 RESERVE_SHARE: Final = 8
-"""The reserve is an eighth of a small disk."""
+"""On a small disk the reserve is one part in this many."""
 
 COPIES: Final = 3
-"""What a byte of mail may take: in the log, in the file, and in pages that are not quite full."""
+"""Copies that a byte of mail may take: in the log, in the file, and in partly filled pages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Bytes that are free on a disk and in a file on it, and how many new mail may not take."""
+    """Bytes free on a disk and in a file on it, and the bytes reserved from new mail."""
 
     free: int
     reserve: int
 
     @property
     def tight(self) -> bool:
-        """Whether the reserve is in use."""
+        """Whether more than half of the reserve is used."""
         return self.free < self.reserve // 2
 
     def holds(self, size: int) -> bool:
-        """Whether there is room for so many bytes of new mail."""
+        """Whether there is room for `size` bytes of new mail."""
         return self.free - COPIES * size >= self.reserve
 
 
 def room(path: str) -> Room:
-    """Look at the disk of a file. One that cannot be asked has room."""
+    """Measure the disk of a file. A disk that cannot be queried counts as having room."""
     try:
         found = os.statvfs(path)
     except OSError:
@@ -66,11 +66,10 @@ def room(path: str) -> Room:
 
 
 def check_sound(directory: str) -> None:
-    """Raise `OSError` when the file system of a directory has given up, as a sync may not tell.
+    """Raise `OSError` if the file system of a directory has failed, as a sync may not tell.
 
-    The first touch needs the journal, and makes the kernel notice what became of it; the second
-    one is refused then. Neither `statvfs` nor another sync would show it at once. A disk that is
-    merely full is sound.
+    The first touch needs the journal, and makes the kernel notice the failure; the second is then
+    refused. Neither `statvfs` nor another sync would reveal it at once. A full disk is sound.
     """
     try:
         os.utime(directory)
@@ -81,9 +80,9 @@ def check_sound(directory: str) -> None:
 
 
 def unreadable(path: str) -> tuple[int, int]:
-    """How many bytes of a queue file and its log cannot be read now, and how many they have.
+    """Count the bytes of a queue file and its log that cannot be read now, and all their bytes.
 
-    It reads all of them. May be called while SQLite has the file open.
+    Reads all of them. SQLite may have the file open meanwhile.
     """
     bad = size = 0
     for part in (_file(path), _log(path + "-wal")):
@@ -93,7 +92,7 @@ def unreadable(path: str) -> tuple[int, int]:
 
 
 def _file(path: str) -> tuple[int, int]:
-    # By way of SQLite: a plain close would drop the locks that it has on the file.
+    # Use SQLite to open: a plain close would drop its locks on the file.
     flags = apsw.SQLITE_OPEN_MAIN_DB | apsw.SQLITE_OPEN_READONLY
     try:
         file = apsw.VFSFile("", path, [flags, 0])

@@ -1,21 +1,21 @@
-"""The tables of a queue file, and how a file of an older layout is brought up to date.
+"""The tables of a queue file, and the upgrade of files with an older layout.
 
-A message is one row of ``message``: its queue, its due time in milliseconds since 1970, its
-properties as JSON, and its place among the mail of its queue. Its body lies apart, so that a retry
-rewrites the small row and never the body: in ``body`` under the number of the message, or, when one
-commit brings the same `bytes` object for several recipients, once in ``shared``, which counts its
-users. Column ``message.body`` tells which: NULL for no body, 0 for ``body``, else a number in
-``shared``. Triggers keep these tables together: every deletion is one statement on ``message``, and
-every insertion one on the view ``incoming``, but for large bodies, which it would copy. A row of
-that view without a queue is a deletion too.
+A message is one row of ``message``: its queue, due time in milliseconds since 1970, properties as
+JSON, and place in its queue. The body is stored apart, so that a retry rewrites only the small row.
+It is in ``body`` under the number of the message, or, when one commit brings one `bytes` object for
+several recipients, once in ``shared``, which counts its users. The column ``message.body`` says
+which: NULL for no body, 0 for ``body``, else a number in ``shared``. Triggers keep these tables
+consistent: every deletion is one statement on ``message``, and every insertion one on the view
+``incoming``, except for large bodies, which the view would copy. A row of that view without a queue
+is a deletion too.
 
-Only the outbox is sorted by destination and lane (`mailerq.rules.destinations`). Elsewhere all rows
-have the place `UNSORTED`. Rows of the outbox that have it as well come from an older layout, from
-a salvaged file, or from a time when another queue was the outbox; the daemon sorts these while it
-runs (`mailerq.queues.embedded.queue_file.QueueFile.sort_steps`). So bringing a file up to date is
-a new index, and no row is rewritten.
+Only the outbox is sorted by destination and lane (`mailerq.rules.destinations`). Rows of other
+queues have the place `UNSORTED`. Unsorted rows of the outbox come from an older layout, from
+a salvaged file, or from a time when another queue was the outbox. The running daemon sorts them
+(`mailerq.queues.embedded.queue_file.QueueFile.sort_steps`). So an upgrade is a new index, and
+rewrites no row.
 
-The place follows from the properties, so no checksum proves it.
+The place follows from the properties, so no checksum covers it.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ __all__ = ["LAYOUT", "PAGE_SIZE", "PLACES_LAYOUT", "UNSORTED", "prepare_file"]
 logger = logging.getLogger("mailerq.queues")
 
 APPLICATION_ID: Final = 0x4D51_5151
-"""``MQQQ`` in the header of the file: what `file` and SQLite's own tools see."""
+"""``MQQQ`` in the header of the file, for `file` and SQLite's own tools."""
 
 LAYOUT: Final = 3
-"""Kept as the file's ``user_version``. 1: no removals by ``incoming``. 2: no places."""
+"""The file's ``user_version``. 1: no removals by ``incoming``. 2: no places."""
 
 PLACES_LAYOUT: Final = 3
-"""The first one with places."""
+"""The first layout with places."""
 
 PAGE_SIZE: Final = 8192
-"""Three mails of 2 KiB fit in a page; with 4096 it is one, and half of the file is air."""
+"""Three mails of 2 KiB fit in a page; in 4096 bytes only one, and half of the file is empty."""
 
 UNSORTED: Final = Place("", -1)
-"""The place of a row that is not sorted; all lanes are 0 or more."""
+"""The place of an unsorted row; real lanes are 0 or more."""
 
-# The order tells where the trees begin, also after a VACUUM, which makes indexes last.
+# The order determines the tree roots, also after a VACUUM, which puts indexes last.
 TABLES: Final = """
 CREATE TABLE number (next INTEGER);
 CREATE TABLE message (
@@ -75,9 +75,9 @@ ALTER TABLE message ADD COLUMN destination TEXT DEFAULT '';
 ALTER TABLE message ADD COLUMN lane INTEGER DEFAULT -1;
 DROP INDEX message_due;
 """
-"""What brings a file of layout 1 or 2 up to date. Its rows stay as they are and have the defaults.
+"""Upgrades a file of layout 1 or 2. Its rows stay unchanged and get the defaults.
 
-The old index goes first: the new one can have its pages."""
+The old index is dropped first, so that the new one can reuse its pages."""
 
 INDEX: Final = """
 CREATE INDEX message_place ON message (queue, destination, lane, due);
@@ -101,13 +101,13 @@ BEGIN
     DELETE FROM message WHERE id = new.id;
 END;
 """
-"""The way in. A file of an older layout gets it anew: it holds no data."""
+"""The view for insertions. A file of an older layout gets a new one: the view holds no data."""
 
 
 def prepare_file(connection: apsw.Connection, path: str) -> None:
-    """Make the tables of a new file, and bring an older one up to date, in one commit.
+    """Create the tables of a new file, or upgrade an older one, in one commit.
 
-    Raises `QueueError` for a file that is not ours or is of a newer layout, and what SQLite raises.
+    Raises `QueueError` for a foreign file or a newer layout, and SQLite's errors.
     """
     if _layout(connection, path) == LAYOUT:
         return
@@ -137,7 +137,7 @@ def _update(connection: apsw.Connection, path: str, layout: int) -> None:
 
 
 def _layout(connection: apsw.Connection, path: str) -> int:
-    """The layout of the file, 0 of an empty one. Raises `QueueError` for what is not ours."""
+    """The layout of the file; 0 if empty. Raises `QueueError` for a foreign file."""
     found: list[Any] = connection.execute(
         "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema) "
         "FROM pragma_user_version, pragma_application_id"

@@ -1,34 +1,33 @@
-"""Who gets which message: the bookkeeping between the queue file and those who take from it.
+"""Assigns messages to takers: the bookkeeping between the queue file and its consumers.
 
 Theory of operation
 -------------------
-An `OpenQueue` is a queue that somebody takes from: consumers, or a subscription by destination. Its
-mail comes in two ways: the writer hands it over as it is committed, while its destination has room
-and nothing older of that destination waits in the file; or the reader reads it from the file, some
-of one destination at a time.
+An `OpenQueue` is a queue with takers: consumers, or a subscription by destination. Mail reaches
+them in two ways. The writer hands mail over on commit, while its destination has room and no older
+mail of that destination waits in the file. Otherwise the reader reads some mail of one destination
+at a time from the file.
 
-A `Destination` is what is known of the mail in the file that nobody has: `backlog` says that some
-may be due, `next_due` when the next becomes due. Both may say too much, and a read finds out. They
-never say too little: they are set when something is noted (committed, given back, found by a scan
-or by a look at what other processes did) and cleared only when a read begins, which finds anew what
-there is. There is no position in the file to be kept: what is leased lies at the front of its lane,
-and a read walks past it. A destination without mail, leases and a window of its own is forgotten.
-Before the first scan of a queue has ended (`complete`), a destination that is not known may have
-mail in the file; after that it has none.
+A `Destination` describes the unleased mail in the file: `backlog` says that some may be due,
+`next_due` when the next becomes due. Both may overstate, and a read corrects them. They never
+understate: they are set when mail is noted (committed, given back, found by a scan or among the
+changes of other processes), and cleared only when a read begins, which finds the current state. No
+position in the file is kept: leased mail lies at the front of its lane, and a read walks past it.
+A destination without mail, leases and its own window is dropped. Until the first scan of a queue
+has ended (`complete`), an unknown destination may have mail in the file; afterwards it has none.
 
-A subscriber is told of a destination when the first mail is noted there, or one that is due sooner,
-and takes when it likes. Consumers take destinations in turn, and the reader keeps the time for
-them: `turns` are those that may have mail for them, `timers` those that will.
+A subscriber is told of a destination when the first mail is noted there, or mail that is due
+sooner, and takes at any time. Consumers take from destinations in turn, and the reader keeps their
+timers: `turns` are destinations that may have due mail, `timers` those that will have some.
 
-A read sees the file as it was when the read began. What was settled meanwhile is kept in
-`settled` until the read ends, so that it is not handed out a second time.
+A read sees the file as it was when the read began. Messages settled meanwhile are kept in `settled`
+until the read ends, so that none is handed out twice.
 
-`OpenQueues` is what the writer, the reader and the tasks share: all open queues, and a lock.
+`OpenQueues` holds all open queues and a lock; the writer, the reader and the tasks share it.
 
 Guarantees
 ----------
 - The lock is held around every method that does not say otherwise, and never while the file is read
-  or written, nor while a subscriber is told something.
+  or written, nor while a subscriber is called.
 - A message is leased (`held`) before its commit, so no read can find it unleased.
 """
 
@@ -77,7 +76,7 @@ HELD_BYTES: Final = 128 << 20
 
 
 class Wakeable(Protocol):
-    """What has something for its trio loop."""
+    """An object with an event for its trio loop."""
 
     token: trio.lowlevel.TrioToken | None
 
@@ -86,13 +85,13 @@ class Wakeable(Protocol):
 
 
 def wake_all(waiting: Iterable[Wakeable]) -> None:
-    """Wake all of them, with one call into each loop. Without the lock."""
+    """Wake all objects, with one call into each loop. Call without the lock."""
     loops: defaultdict[trio.lowlevel.TrioToken, list[Wakeable]] = defaultdict(list)
     for each in waiting:
         if each.token is not None:
             loops[each.token].append(each)
     for token, those in loops.items():
-        # A loop that has ended took the tasks and the takers in it along.
+        # A loop that has ended took its tasks and takers along.
         with suppress(trio.RunFinishedError):
             token.run_sync_soon(_wake_each, those)
 
@@ -103,24 +102,24 @@ def _wake_each(waiting: Sequence[Wakeable]) -> None:
 
 
 class HeldLease(Lease, eq=False):
-    """A lease as this backend knows it: where the message lies, and who has it."""
+    """A lease of this backend: where the message lies, and its taker."""
 
     due: int = 0
     reference: int | None = None
     body_crc: int | None = None
     stored_body: bytes | None = None
     memory: int = 0
-    """The bytes of it that are in memory."""
+    """Bytes of the message in memory."""
     taker: Taker | None = None
     settling: bool = False
 
     def keeps(self, body: bytes | None) -> bool:
-        """Whether a retry with this body leaves the one that is in the file."""
+        """Whether a retry with this body keeps the stored body."""
         return body == self.stored_body if self.loaded else body is None
 
 
 class Taker:
-    """Who gets messages of one queue, on one loop."""
+    """Receives messages of one queue, on one loop."""
 
     def __init__(self, queue: OpenQueue, prefetch: int) -> None:
         self.queue = queue
@@ -133,28 +132,28 @@ class Taker:
         self.token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
 
     def credit(self) -> int:
-        """How many messages may still come by themselves."""
+        """How many more messages may be handed over on commit."""
         if self.error is not None or (self.bytes >= HELD_BYTES and self.count):
             return 0
         return max(self.prefetch - self.count, 0)
 
     def room(self, destination: Destination) -> int:
-        """How many new messages of a destination may come by themselves."""
+        """How many new messages of a destination may be handed over on commit."""
         return self.credit()
 
     def body_bytes(self) -> int:
-        """The size of the largest body that comes along with its message."""
+        """The size of the largest body that is read along with its message."""
         return ANY_SIZE
 
     def give(self, lease: HeldLease) -> bool:
-        """A message is its own now; whether its loop must be woken for that."""
+        """Hand over a message; return whether the loop must be woken for it."""
         raise NotImplementedError
 
     def taken(self) -> None:
-        """A read for it is over."""
+        """A read for this taker is over."""
 
     def damaged(self) -> None:
-        """`error` is set, and its loop will be woken."""
+        """`error` is set, and the loop will be woken."""
 
     def close(self) -> None:
         self.closed = True
@@ -164,7 +163,7 @@ class Taker:
 
 
 class Destination:
-    """What is known of one destination of an open queue."""
+    """The state of one destination of an open queue."""
 
     __slots__ = ("backlog", "held", "key", "next_due", "reading", "turns", "window")
 
@@ -179,11 +178,11 @@ class Destination:
         """None: the default of the subscription."""
 
     def has_due(self, now: int) -> bool:
-        """Whether something in the file may be due."""
+        """Whether mail in the file may be due."""
         return self.backlog or (self.next_due is not None and self.next_due <= now)
 
     def note(self, due: int, now: int) -> bool:
-        """A message that nobody holds lies in the file; whether that is news."""
+        """Note an unleased message in the file; return whether that is news."""
         if due <= now:
             news = not self.has_due(now)
             self.backlog = True
@@ -199,7 +198,7 @@ class Destination:
         self.next_due = None
 
     def end_read(self, more: bool, next_due: int | None) -> bool:
-        """A read has found out; returns whether more is due, with what was noted meanwhile."""
+        """Note the result of a read; return whether more is due, mail noted meanwhile included."""
         self.reading = False
         self.backlog = self.backlog or more
         if next_due is not None and (self.next_due is None or next_due < self.next_due):
@@ -218,7 +217,7 @@ class Destination:
 
 
 class OpenQueue:
-    """One queue that somebody takes from."""
+    """One queue with takers."""
 
     def __init__(self, name: str, *, is_sorted: bool) -> None:
         self.name = name
@@ -250,7 +249,7 @@ class OpenQueue:
             self.destinations.pop(destination.key, None)
 
     def reserve(self, key: str, now: int) -> Taker | None:
-        """Who may have a new message of a destination without reading it from the file."""
+        """The taker that may get a new message of a destination without a read from the file."""
         destination = self.destinations.get(key)
         if destination is None:
             if not self.complete:
@@ -266,7 +265,7 @@ class OpenQueue:
         return best
 
     def hold(self, lease: HeldLease, taker: Taker | None) -> None:
-        """Lease a message, counted against the one that is to get it."""
+        """Lease a message, and count it for its taker."""
         self.held[lease.id] = lease
         self.destination(lease.destination).held[lease.id] = None
         lease.taker = taker
@@ -275,7 +274,7 @@ class OpenQueue:
             taker.bytes += lease.memory
 
     def drop(self, lease: HeldLease) -> None:
-        """End a lease: the message is gone, or goes back."""
+        """End a lease: the message is removed, or goes back."""
         if self.held.get(lease.id) is not lease:
             return
         del self.held[lease.id]
@@ -289,7 +288,7 @@ class OpenQueue:
         self.tidy(destination)
 
     def next_turn(self, now: int) -> Destination | None:
-        """The next destination that consumers may find something in."""
+        """The next destination in which consumers may find mail."""
         while self.timers and self.timers[0][0] <= now:
             self.turns[heappop(self.timers)[1]] = None
         while self.turns:
@@ -301,7 +300,7 @@ class OpenQueue:
         return None
 
     def expect(self, key: str, due: int, now: int) -> None:
-        """Consumers will find something in a destination."""
+        """Consumers will find mail in a destination at `due`."""
         if due <= now:
             self.turns[key] = None
         else:
@@ -309,7 +308,7 @@ class OpenQueue:
 
 
 class Job:
-    """Something for the reader to do; `wake` is called when it is done."""
+    """Work for the reader; `wake` is called when the work is done."""
 
     token: trio.lowlevel.TrioToken | None = None
 
@@ -320,17 +319,17 @@ class Job:
         self.abandoned = False
 
     def wait_here(self) -> None:
-        """The task that calls this is to be woken."""
+        """Note the calling task as the one to wake."""
         self.task = trio.lowlevel.current_task()
         self.token = trio.lowlevel.current_trio_token()
 
     def abandon(self, _: object) -> trio.lowlevel.Abort:
-        """The task that waits is cancelled."""
+        """The waiting task is cancelled."""
         self.abandoned = True
         return trio.lowlevel.Abort.SUCCEEDED
 
     def wake(self) -> None:
-        # Not to be kept: an error knows the frame that it is raised in, which knows this.
+        # Drop the reference: an error refers to the frame that raises it, which refers to this job.
         result, self.result = self.result, None
         assert self.task is not None and result is not None
         if not self.abandoned:
@@ -338,7 +337,7 @@ class Job:
 
 
 class Take(Job):
-    """Lease what is due in a destination, at most `limit` messages."""
+    """Lease up to `limit` due messages of a destination."""
 
     def __init__(
         self, queue: OpenQueue, destination: str, limit: int, taker: Taker, undo: Undo | None = None
@@ -376,7 +375,7 @@ class Scan(Job):
 
 
 class OpenQueues:
-    """All open queues of one directory, the jobs of the reader, and the lock on both."""
+    """All open queues of one directory, the reader's jobs, and the lock on both."""
 
     def __init__(self, path: str, clock: Callable[[], float], outbox: str) -> None:
         self.path = path
@@ -388,7 +387,7 @@ class OpenQueues:
         self.reader_ends = False
         self.look_now = False
         self.unsorted = False
-        """Mail of the outbox has no place yet, and nobody is at it."""
+        """Some mail of the outbox has no place yet, and no sorting is under way."""
         self.damaged: QueueDamaged | None = None
         self._to_wake: dict[Taker, None] = {}
 
@@ -397,14 +396,14 @@ class OpenQueues:
         return int(self.clock() * 1000)
 
     def open(self, name: str) -> OpenQueue:
-        """The queue of that name, for one who will take from it."""
+        """The queue of that name, for a new taker."""
         queue = self.queues.get(name)
         if queue is None:
             queue = self.queues[name] = OpenQueue(name, is_sorted=name == self.outbox)
         return queue
 
     def begin(self, taker: Taker) -> None:
-        """Somebody takes from a queue from now on. It has been added there."""
+        """Start serving a taker that has been added to its queue."""
         taker.error = self.damaged
         queue = taker.queue
         now = self.now()
@@ -416,10 +415,10 @@ class OpenQueues:
         if not queue.complete:
             self.scan(queue)
         self.pump(queue)
-        self.jobs.put(None)  # the reader sleeps while nobody takes
+        self.jobs.put(None)  # the reader sleeps while there are no takers
 
     def end(self, taker: Taker) -> None:
-        """Take a taker away; what it holds goes back, but what is being settled. On its loop."""
+        """Remove a taker; its leases go back, except those being settled. Call on its loop."""
         queue = taker.queue
         taker.close()
         for lease in list(queue.held.values()):
@@ -432,19 +431,19 @@ class OpenQueues:
         self.tidy(queue)
 
     def tidy(self, queue: OpenQueue) -> None:
-        """Forget a queue that nobody takes from any more."""
+        """Drop a queue without takers."""
         if not (queue.takers or queue.held or queue.reading or queue.scanning):
             if self.queues.get(queue.name) is queue:
                 del self.queues[queue.name]
 
     def scan(self, queue: OpenQueue) -> None:
-        """Have all destinations of a queue looked for in the file."""
+        """Start a search for all destinations of a queue in the file."""
         if queue.scanning:
             queue.scan_again = True
             return
         queue.scanning = True
         queue.scan_again = False
-        # Unsorted mail of the outbox shows when it is sorted.
+        # Unsorted mail of the outbox is found when it is sorted.
         self.jobs.put(Scan(queue, UNSORTED if queue.is_sorted else ("", BEFORE_LANES)))
 
     def look_again(self) -> None:
@@ -453,7 +452,7 @@ class OpenQueues:
             self.scan(queue)
 
     def note(self, queue: OpenQueue, key: str, due: int, now: int) -> None:
-        """A message that nobody holds lies in the file from now on."""
+        """Note an unleased message in the file."""
         if queue.destination(key).note(due, now):
             self._tell(queue, key, due, now)
 
@@ -465,17 +464,17 @@ class OpenQueues:
             queue.expect(key, due, now)
 
     def give(self, lease: HeldLease) -> None:
-        """Let its taker have a message that is committed."""
+        """Hand a committed message to its taker."""
         if lease.taker is not None and lease.taker.give(lease):
             self._to_wake[lease.taker] = None
 
     def give_back(self, queue: OpenQueue, lease: HeldLease) -> None:
-        """End a lease of a message that stays in the file."""
+        """End the lease of a message that stays in the file."""
         queue.drop(lease)
         self.note(queue, lease.destination, lease.due, self.now())
 
     def pump(self, queue: OpenQueue) -> None:
-        """Have the reader read for the consumers of a queue, where that is worth it."""
+        """Have the reader read for the consumers of a queue, if worthwhile."""
         if self.reader_ends or not (queue.turns or queue.timers):
             return
         for consumer in queue.consumers:
@@ -502,7 +501,7 @@ class OpenQueues:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Hold the lock, and wake afterwards who has something new. Takes the lock itself."""
+        """Hold the lock, then wake the loops that have news. Takes the lock itself."""
         with self.lock:
             try:
                 yield
@@ -511,13 +510,13 @@ class OpenQueues:
         wake_all(takers)
 
     def to_wake(self) -> list[Taker]:
-        """Whose loops are to be woken, for `wake_all` once the lock is free."""
+        """The takers to wake, for `wake_all` once the lock is free."""
         takers = [*self._to_wake]
         self._to_wake.clear()
         return takers
 
     def damage(self, problem: QueueDamaged) -> None:
-        """The file is broken: nothing goes in or out until a restart. Takes the lock itself."""
+        """The file is broken: stop all traffic until a restart. Takes the lock itself."""
         with self.lock:
             if self.damaged is not None:
                 return

@@ -1,19 +1,19 @@
-"""Reads and writes a queue file, synchronously: for the command line, and for the writer thread.
+"""Reads and writes a queue file synchronously, for the command line and the writer thread.
 
-Nothing here knows trio: the embedded queue drives it from its threads, the command line
-straight from its own (an injector starts once per message, so this module imports little).
+This module does not know trio: the embedded queue calls it from its threads, the command line
+directly. It imports little, because an injector starts once per message.
 
-Numbers of messages come in order. A daemon takes them in blocks: taking one is a commit of its
-own, before the first of the block is used, and a block is never given back. Others take theirs in
-the commit that brings the messages, so that a daemon finds new mail by the numbers that are not its
-own, once. So no number is used twice, whichever process writes.
+Message numbers ascend. A daemon takes them in blocks: each block is a separate commit, made before
+its first number is used, and a block is never given back. Other processes take numbers in the
+commit of the messages, so a daemon finds their mail, once, by the numbers outside its own blocks.
+So no number is used twice, whichever process writes.
 
 Guarantees
 ----------
-- `QueueFile.write` makes all of its batch durable or raises and none of it is. Only where the disk
-  fails beneath a commit, what was refused may be found later all the same.
-- An error leaves the object usable: the next call tries again, on a new connection where
-  the old one may be spoilt.
+- `QueueFile.write` makes its whole batch durable, or raises with none of it durable. Only if the
+  disk fails during a commit may a refused batch be found later.
+- After an error the object is usable: the next call tries again, on a new connection if the old one
+  may be broken.
 - Several processes may write at once. Only one can open the directory exclusively.
 """
 
@@ -67,22 +67,22 @@ logger = logging.getLogger("mailerq.queues")
 FILE_NAME: Final = "queue.db"
 
 NUMBERS: Final = 10_000
-"""Numbers taken at a time by a process that stays; a short one takes what it needs."""
+"""Numbers in the block of a long-lived process; a short-lived one takes what it needs."""
 
 LARGE_BYTES: Final = 1 << 15
-"""A body from this size on goes into its table without a view and a trigger, which copy it."""
+"""A body of at least this size goes directly into its table: a view and a trigger would copy it."""
 
 PIECE_BYTES: Final = 1 << 20
-"""A larger body is written in such pieces: SQLite copies what it is given twice."""
+"""A larger body is written in pieces of this size: SQLite copies its input twice."""
 
 NO_ROW: Final = (None,) * 9
-"""What stands behind a number in the view ``incoming`` to delete that message."""
+"""The values after a number that make the view ``incoming`` delete that message."""
 
 WORK_ROWS: Final = 2_000
-"""Rows that one commit of a purge deletes: others are let in between."""
+"""Rows that one commit of a purge deletes; other commits go between."""
 
 SORT_ROWS: Final = 500
-"""The same for sorting, which reads the properties."""
+"""Rows that one commit sorts; sorting reads the properties."""
 
 PLACE: Final = "queue = ? AND destination = ? AND lane = ?"
 
@@ -93,13 +93,13 @@ SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties, NULL FROM 
 """
 
 LAST: Final = (2**63 - 1, 2**63 - 1)
-"""A due time and a number behind those of all messages."""
+"""A due time and a number above those of all messages."""
 
 
 class Bounds(NamedTuple):
     """How many messages of a queue are kept, and for how many seconds; 0: no limit.
 
-    With `reports_only`, what has its body is mail and stays, however much there is.
+    With `reports_only`, messages with a body are mail and stay, without limit.
     """
 
     queue: str
@@ -109,7 +109,7 @@ class Bounds(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> tuple[Self, ...]:
-        """How much the queue for failed mail keeps."""
+        """The bounds of the queue for failed mail."""
         reports_only = not config.failure_is_named
         return (cls(config.failure_queue, *config.failure_bounds, reports_only),)
 
@@ -128,7 +128,7 @@ def _message_row(insert: Insert) -> tuple[Any, ...]:
 
 
 def _write_body(connection: apsw.Connection, table: str, row: tuple[Any, ...], body: bytes) -> None:
-    """Insert a row that ends with a body, and begins with its number."""
+    """Insert a row that begins with its number and ends with a body."""
     insert = f"INSERT INTO {table} VALUES (?{len(row) * ', ?'})"
     if len(body) <= PIECE_BYTES:
         connection.execute(insert, (*row, body))
@@ -141,7 +141,7 @@ def _write_body(connection: apsw.Connection, table: str, row: tuple[Any, ...], b
 
 
 class QueueFile(QueueReader):
-    """Reads and writes a queue file; for the command line, and for the embedded queue's writer.
+    """Reads and writes a queue file, for the command line and the embedded queue's writer.
 
     >>> import tempfile
     >>> from mailerq.message import Message
@@ -166,7 +166,7 @@ class QueueFile(QueueReader):
         self.outbox = outbox
         """The queue that is sorted by destination."""
         self.blocks: list[range] = []
-        """The numbers that were taken here in blocks. Other threads may read the list."""
+        """The blocks of numbers taken here. Other threads may read the list."""
         self._locks = locks
         self._inode = 0
         self.exclusive = block > 0
@@ -177,12 +177,12 @@ class QueueFile(QueueReader):
     def open(
         cls, directory: str, *, outbox: str = "outbox", daemon_lock: DirectoryLock | None = None
     ) -> Self:
-        """Open the queue of a directory; the directory and the file are made if missing.
+        """Open the queue of a directory; the directory and the file are created if missing.
 
         The mail of the queue `outbox` is sorted by destination. Raises `QueueError`; a damaged file
-        is left alone and is `QueueDamaged`. Come by `mailerq.queues.opening`, which looks at the
-        log first: to open the file is to believe its log, and the last one to close it throws away
-        what was not believed.
+        raises `QueueDamaged` and is left untouched. Call through `mailerq.queues.opening`, which
+        checks the log first: opening the file accepts its log, and the last close discards the
+        frames that were not accepted.
         """
         path = os.path.join(directory, FILE_NAME)
         locks: list[int] = []
@@ -198,7 +198,7 @@ class QueueFile(QueueReader):
         return file
 
     def create(self) -> None:
-        """Make the file if there is none. Raises `QueueError`, and what SQLite raises."""
+        """Create the file if missing. Raises `QueueError`, and SQLite's errors."""
         connection = self._connection = connect(self.path, create=True)
         self._inode = os.stat(self.path).st_ino
         prepare_file(connection, self.path)
@@ -222,7 +222,7 @@ class QueueFile(QueueReader):
                 )
 
     def publish(self, publications: Iterable[Publication]) -> list[int]:
-        """Make all of them durable and return their numbers, or raise and none of them is."""
+        """Make all publications durable and return their numbers, or raise with none durable."""
         now = time.time()
         batch = Batch([prepare(publication, now, self.outbox) for publication in publications])
         size = sum(insert.size for insert in batch.inserts)
@@ -233,11 +233,11 @@ class QueueFile(QueueReader):
         return [insert.id for insert in batch.inserts]
 
     def room(self, size: int) -> Room:
-        """Look what room there is, as far as it matters for so many bytes."""
+        """Measure the room, as far as it matters for `size` bytes."""
         found = room(self.path)
         if found.holds(size):
             return found
-        # A file does not become smaller when mail has left it.
+        # A file does not shrink when mail leaves.
         try:
             pages = int(self.connection.pragma("freelist_count"))
         except apsw.Error as error:
@@ -245,24 +245,24 @@ class QueueFile(QueueReader):
         return replace(found, free=found.free + pages * PAGE_SIZE)
 
     def no_room(self, found: Room) -> QueueFull:
-        """The error to raise when the disk has no room for new mail."""
+        """The error for new mail without room on the disk."""
         return QueueFull(
             f"{self.path}: no space left for the queue: {found.free} bytes are free, and "
             f"{found.reserve} of them are kept for the mail in it"
         )
 
     def remove(self, numbers: Iterable[int]) -> None:
-        """Delete messages by their numbers, those that a daemon holds included."""
+        """Delete messages by number, including those that a daemon holds."""
         self.write(Batch(removals=list(numbers)))
 
     def purge(self, queue: str) -> int:
-        """Delete a queue, what a daemon holds included; how many that were."""
+        """Delete a queue, including messages that a daemon holds; return their number."""
         return sum(self.purge_steps(queue, list))
 
     def purge_steps(self, queue: str, held: Callable[[], Iterable[int]]) -> Iterator[int]:
-        """Delete a queue, some rows a commit; `held` says before each what must stay.
+        """Delete a queue, some rows per commit; before each, `held` names the messages to keep.
 
-        What comes in with numbers that are given later stays as well.
+        Messages with later numbers, which come in meanwhile, stay too.
         """
         try:
             end = self.connection.execute("SELECT next FROM number").get
@@ -277,9 +277,9 @@ class QueueFile(QueueReader):
     def trim_steps(
         self, bounds: Bounds, now: int, held: Callable[[], Iterable[int]]
     ) -> Iterator[int]:
-        """Delete what is beyond the bounds of a queue that is not sorted; see `purge_steps`.
+        """Delete the messages beyond the bounds of an unsorted queue; see `purge_steps`.
 
-        Oldest due first. It looks along the index once, so it is for now and then, not for each
+        Oldest due first. Each call scans the index once, so call it from time to time, not for each
         message.
         """
         place = (bounds.queue, *UNSORTED)
@@ -302,10 +302,10 @@ class QueueFile(QueueReader):
             yield self._delete(bounds.queue, numbers.difference(held()), only)
 
     def set_back(self, now: int, before: int) -> Iterator[int]:
-        """The clock went from `before` back to `now` (ms): due times go back with it.
+        """The clock went from `before` back to `now` (ms): set due times back too.
 
-        What was due is due now, and what was to wait for less than the clock lost waits for as
-        long as it would have. Some rows a commit.
+        Due messages stay due. A message that had less left to wait than the clock lost keeps its
+        remaining wait. Some rows per commit.
         """
         lost = before - now
         for depth in self.depths():
@@ -320,9 +320,9 @@ class QueueFile(QueueReader):
                 )
 
     def hasten(self, queue: str, now: int) -> Iterator[int]:
-        """Make due (ms) what waits after an attempt; what its sender delayed keeps its time.
+        """Make retries due at `now` (ms); mail that its sender delayed keeps its time.
 
-        Some rows a commit. A row that a daemon has changed meanwhile stays as that left it.
+        Some rows per commit. A row that a daemon has changed meanwhile stays as changed.
         """
         numbers = self._numbers("queue = ? AND due > ?", (queue, now))
         for start in range(0, len(numbers), WORK_ROWS):
@@ -333,9 +333,9 @@ class QueueFile(QueueReader):
             yield count
 
     def sort_steps(self) -> Iterator[list[Waiting]]:
-        """Give the mail of the outbox that is not sorted its place, oldest due first.
+        """Give unsorted mail of the outbox its place, oldest due first.
 
-        Some rows a commit; says after each what it has sorted.
+        Some rows per commit; yields the sorted messages after each.
         """
         while True:
             sorted_rows = []
@@ -356,10 +356,10 @@ class QueueFile(QueueReader):
             yield sorted_rows
 
     def compact(self) -> tuple[int, int]:
-        """Write the file anew without what is free in it: its bytes before and after.
+        """Rewrite the file without its free space; return its bytes before and after.
 
-        Nobody else may have it open. It takes room for what is in the file twice; without that it
-        is `QueueFull`.
+        The file must not be open elsewhere. The contents need room twice; without it, raises
+        `QueueFull`.
         """
         found = room(self.path)
         if not found.holds(self.free()[1]):
@@ -376,7 +376,7 @@ class QueueFile(QueueReader):
             raise self.failed(error) from error
 
     def free(self) -> tuple[int, int]:
-        """How many bytes of the file are free, and how many are in use."""
+        """The free bytes of the file, and the bytes in use."""
         try:
             pages = int(self.connection.pragma("page_count"))
             free = int(self.connection.pragma("freelist_count"))
@@ -392,7 +392,7 @@ class QueueFile(QueueReader):
         ).fetchall()
         row = Row(*found[0]) if found else None
         if row is None or not proven(row):
-            return 0  # a daemon says what is wrong with it, and sets it aside
+            return 0  # a daemon reports what is wrong, and sets the message aside
         properties = decode_properties(row.properties)
         if not properties.get("results"):
             return 0
@@ -435,7 +435,7 @@ class QueueFile(QueueReader):
 
     @contextmanager
     def _commit(self) -> Iterator[apsw.Connection]:
-        """A transaction that ends with the block; an error undoes it and is translated."""
+        """A transaction that ends with the block; an error rolls it back and is translated."""
         try:
             connection = self.connection
             connection.execute("BEGIN IMMEDIATE")
@@ -458,9 +458,9 @@ class QueueFile(QueueReader):
             raise self.failed(error) from error
 
     def number(self, inserts: Sequence[Insert]) -> None:
-        """Give publications their numbers; `QueueError` when the file cannot hold the block.
+        """Number publications; `QueueError` if the file cannot store the block.
 
-        Without blocks it begins the commit that `write` ends.
+        Without blocks, begins the commit that `write` ends.
         """
         if self._end - self._next < len(inserts):
             connection = self._writable()
@@ -468,7 +468,7 @@ class QueueFile(QueueReader):
             try:
                 if not self._block:
                     if connection.in_transaction:
-                        connection.execute("ROLLBACK")  # nothing was written after the last one
+                        connection.execute("ROLLBACK")  # nothing was written after the last number
                     connection.execute("BEGIN IMMEDIATE")
                 found = connection.execute(
                     "UPDATE number SET next = next + ? RETURNING next", (count,)
@@ -505,7 +505,7 @@ class QueueFile(QueueReader):
         try:
             if not connection.in_transaction:
                 if len(rows) <= ROWS_PER_STATEMENT and not (shared or large or batch.retries):
-                    self._write_rows(connection, rows)  # a commit of its own
+                    self._write_rows(connection, rows)  # a separate commit
                     check_sound(self._directory)
                     return
                 connection.execute("BEGIN IMMEDIATE")
@@ -551,8 +551,8 @@ class QueueFile(QueueReader):
         )
         if connection.changes():
             return
-        # Purged by another process while we held it: a message that is held is kept, unless its
-        # body was only there.
+        # Another process purged the message while we held it: keep the message, unless its body was
+        # only in the file.
         if not retry.whole:
             return
         body = insert.body
@@ -569,7 +569,7 @@ class QueueFile(QueueReader):
         retry.reference, retry.body_crc = reference, body_crc
 
     def _writable(self) -> apsw.Connection:
-        """The connection, if what it writes will be found again."""
+        """The connection, if the path still leads to its file."""
         try:
             if os.stat(self.path).st_ino == self._inode:
                 return self.connection
@@ -579,7 +579,7 @@ class QueueFile(QueueReader):
 
 
 def _properties(row: Row) -> dict[str, Any]:
-    """The properties of a row, as far as they can be read."""
+    """The readable properties of a row."""
     try:
         return decode_properties(row.properties)
     except (MessageError, TypeError):
@@ -587,7 +587,7 @@ def _properties(row: Row) -> dict[str, Any]:
 
 
 def lock_directory(directory: str, kind: int) -> int:
-    """Share a directory with others that use it, or have it alone while it is salvaged.
+    """Share a directory with other users of it, or lock it exclusively for a salvage.
 
     Returns the descriptor that holds the lock. Raises `QueueError` and `OSError`.
     """

@@ -1,7 +1,7 @@
-"""Looks into a queue file: what lies in it, how much of it, and where.
+"""Reads the contents of a queue file: which messages, how many, and where.
 
-All of it goes along the index (queue, destination, lane, due, id) or fetches rows by their numbers:
-what lies in one queue or destination costs nothing in another.
+All queries follow the index (queue, destination, lane, due, id) or fetch rows by number, so the
+mail of one queue or destination adds no cost to another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties,
          WHEN m.body > 0 THEN (SELECT data FROM shared WHERE id = m.body) END
 FROM message m NOT INDEXED
 """
-"""Rows by their numbers: left alone, SQLite may rather look at all of a queue."""
+"""Rows by number. Without the hint SQLite may scan a whole queue."""
 
 LISTED: Final = """
 SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties, NULL,
@@ -59,21 +59,21 @@ SELECT destination, lane,
      ORDER BY m.due LIMIT 1)
 FROM place LIMIT -1 OFFSET 1
 """
-"""The lanes of a queue, each found by steps down the index: the next lane of the same destination,
-or else the next destination, in a lane before all others. Then its lanes come."""
+"""The lanes of a queue, found by steps down the index: the next lane of the current destination,
+else the next destination at `BEFORE_LANES`, whose lanes follow."""
 
 BEFORE_LANES: Final = -2
-"""A lane before all others, the one of unsorted mail among them."""
+"""A number below all lanes, the lane of unsorted mail included."""
 
 PAGE: Final = 100
 """Messages that a listing reads at a time."""
 
 FIRST_NUMBERS: Final = 1000
-"""Messages that a listing looks for before it looks for all of them."""
+"""Messages that a listing looks up before it looks up all."""
 
 
 class Waiting(NamedTuple):
-    """A message that waits, or the first in its lane: where, and until when (ms)."""
+    """A waiting message, or the first in its lane: its place and due time (ms)."""
 
     id: int
     queue: str
@@ -83,17 +83,17 @@ class Waiting(NamedTuple):
 
 
 class QueueReader(SqliteFile):
-    """Looks into a queue file. One thread at a time; raises `QueueError`."""
+    """Reads a queue file. One thread at a time; raises `QueueError`."""
 
     def version(self) -> int:
-        """A number that is another one after any other connection has changed the file."""
+        """A number that changes whenever another connection has changed the file."""
         try:
             return int(self.connection.pragma("data_version"))
         except apsw.Error as error:
             raise self.failed(error) from error
 
     def depths(self, now: float | None = None) -> list[Depth]:
-        """How full each queue is, in the order of their names."""
+        """The depth of each queue, in order of name."""
         moment = int((time.time() if now is None else now) * 1000)
         found = self._all(
             "SELECT queue, sum(due <= ?1), sum(due > ?1) FROM message INDEXED BY message_place "
@@ -103,7 +103,7 @@ class QueueReader(SqliteFile):
         return [Depth(str(row[0]), _whole(row[1]), _whole(row[2])) for row in found]
 
     def destinations(self, queue: str, now: float | None = None) -> Iterator[DestinationDepth]:
-        """How full each destination of a queue is, in the order of their keys."""
+        """The depth of each destination of a queue, in order of key."""
         moment = int((time.time() if now is None else now) * 1000)
         try:
             for key, due, delayed, first in self.connection.execute(
@@ -117,11 +117,11 @@ class QueueReader(SqliteFile):
             raise self.failed(error) from error
 
     def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
-        """Read without taking; what is damaged shows as `aside` would write it."""
+        """Read without taking; damaged messages appear as `aside` would write them."""
         return self.entries(queue, self.numbers(queue, limit=limit, after=after))
 
     def entries(self, queue: str, numbers: Sequence[int]) -> list[Entry]:
-        """The messages of a queue with these numbers, in the order of those."""
+        """The messages of a queue with these numbers, in the given order."""
         found = self._all(
             ROW + "WHERE m.id IN (SELECT value FROM carray(?)) AND m.queue = ? ORDER BY m.id",
             (bind(numbers), queue),
@@ -129,7 +129,7 @@ class QueueReader(SqliteFile):
         return [_entry(Row(*row), _size(row[7]), loaded=True) for row in found]
 
     def listed(self, queue: str, *, limit: int | None = None, after: int = 0) -> Iterator[Entry]:
-        """As `browse`, one by one, and without the bodies."""
+        """Like `browse`, one by one, and without the bodies."""
         for numbers in self._pages(queue, limit, after):
             for *row, size in self._all(LISTED, (bind(numbers),)):
                 yield _entry(Row._make(row), size, loaded=False)
@@ -137,13 +137,13 @@ class QueueReader(SqliteFile):
     def all_entries(
         self, queue: str, *, limit: int | None = None, after: int = 0
     ) -> Iterator[Entry]:
-        """As `browse`, one by one."""
+        """Like `browse`, one by one."""
         for numbers in self._pages(queue, limit, after):
             yield from self.entries(queue, numbers)
 
     def _pages(self, queue: str, limit: int | None, after: int) -> Iterator[array[int]]:
-        """The numbers of a queue, some at a time."""
-        # The first ones are found long before all of a large queue.
+        """The message numbers of a queue, a page at a time."""
+        # In a large queue, finding the first few is much faster than finding all.
         first = FIRST_NUMBERS if limit is None else min(limit, FIRST_NUMBERS)
         numbers = self.numbers(queue, limit=first, after=after)
         while numbers:
@@ -156,7 +156,7 @@ class QueueReader(SqliteFile):
             numbers = self.numbers(queue, limit=limit, after=numbers[-1])
 
     def numbers(self, queue: str, *, limit: int | None = None, after: int = 0) -> array[int]:
-        """The numbers of the messages of a queue, in order: those above `after`."""
+        """The message numbers of a queue above `after`, in order."""
         try:
             return array(
                 "q",
@@ -175,10 +175,10 @@ class QueueReader(SqliteFile):
     def places(
         self, queue: str, after: tuple[str, int], limit: int
     ) -> tuple[list[Waiting], tuple[str, int] | None]:
-        """The first message of each lane of a queue, above a destination and lane, in that order.
+        """The first message of each lane of a queue above a destination and lane, in order.
 
-        Comes without its number, for rows are not read. A bound is set by `limit`; the second value
-        is where to go on, None when that was all.
+        The messages have no numbers, because rows are not read. `limit` bounds the result; the
+        second value is the place to continue from, None at the end.
         """
         found = self._all(PLACES, (queue, *after, limit, BEFORE_LANES))
         places = [
@@ -191,14 +191,14 @@ class QueueReader(SqliteFile):
         return places, found[-1][:2]
 
     def take(self, wanted: Wanted) -> Found:
-        """Read some of a destination, see `mailerq.queues.embedded.taking`."""
+        """Read some mail of a destination, see `mailerq.queues.embedded.taking`."""
         try:
             return take(self.connection, wanted)
         except apsw.Error as error:
             raise self.failed(error) from error
 
     def row(self, number: int) -> Row | None:
-        """One message, with its body, which is in memory once meanwhile."""
+        """One message with its body; only one copy of the body is in memory."""
         found = self._all(ROW.replace("data FROM", "NULL FROM") + "WHERE m.id = ?", (number,))
         if not found:
             return None
@@ -207,22 +207,22 @@ class QueueReader(SqliteFile):
             return row
         place = ("body", number) if row.body == 0 else ("shared", row.body)
         try:
-            # A query would bring a copy of SQLite's and one of ours.
+            # A query would make two copies of the body: SQLite's and ours.
             with self.connection.blob_open("main", place[0], "data", place[1], False) as blob:
                 return row._replace(data=blob.read())
         except apsw.Error:
-            pass  # there is none, or it is no blob
+            pass  # there is no body, or it is no blob
         found = self._all(ROW + "WHERE m.id = ?", (number,))
         return Row(*found[0]) if found else None
 
     def next_number(self) -> int:
-        """The number that is given next."""
+        """The number that will be assigned next."""
         return int(self._all("SELECT next FROM number", ())[0][0])
 
     def new_numbers(self, known: int, own: Iterable[range]) -> tuple[int, list[Waiting]]:
-        """The number that is given next, and what others have published from `known` on.
+        """The next number, and the messages from `known` on that other processes published.
 
-        `own` are the numbers that this process has given itself.
+        `own` are the numbers that this process has assigned.
         """
         connection = self.connection
         try:
@@ -241,7 +241,7 @@ class QueueReader(SqliteFile):
         return following, [Waiting(*row) for row in found]
 
     def known(self, numbers: Iterable[int]) -> set[int]:
-        """Those of these numbers that are messages in the file."""
+        """The subset of these numbers that are messages in the file."""
         found = self._all(
             "SELECT id FROM message NOT INDEXED WHERE id IN (SELECT value FROM carray(?))",
             (bind(numbers),),
@@ -271,7 +271,7 @@ def _whole(value: object) -> int:
 
 
 def _between(first: int, end: int, own: Iterable[range]) -> Iterator[range]:
-    """What of the numbers from `first` to `end` is not own.
+    """The numbers from `first` to `end` that are not own.
 
     >>> list(_between(1, 50, [range(10, 20), range(20, 30), range(45, 55)]))
     [range(1, 10), range(30, 45)]

@@ -2,20 +2,20 @@
 
 Theory of operation
 -------------------
-Tasks hand what they publish and settle to a thread that commits in batches (`writer`). A
-message that is due goes to a consumer or subscriber straight from memory once it is committed, if
-there is room for it and nothing older of its destination waits. Otherwise it stays in the file
-until a second thread (`reader`) reads it. `open_queues` decides who gets which message.
+Tasks hand publications and settlements to a thread that commits in batches (`writer`). Once
+committed, a due message goes straight from memory to a consumer or subscriber, if there is room and
+no older mail of its destination waits. Otherwise it stays in the file until a second thread
+(`reader`) reads it. `open_queues` assigns messages to takers.
 
-A published message belongs to the queue: the publisher must not change its properties any
-more, because the consumer may get the very same dict. A consumer may change its message as it
-likes; what is given back comes again as it is in the file.
+A published message belongs to the queue: the publisher must not change its properties any more,
+because the consumer may get the very same dict. A consumer may change its message; a message given
+back comes again as it is in the file.
 
 Guarantees
 ----------
-- What was handed over before the context of `EmbeddedQueues.run` ends is still committed.
-- One process has a directory exclusively, and only that one takes messages; others may publish and
-  look into the same file at any time, which is noticed within a second, or at once by
+- Requests handed over before the context of `EmbeddedQueues.run` ends are still committed.
+- One process has a directory exclusively, and only that process takes messages. Others may publish
+  and look into the file at any time; new mail is noticed within a second, or at once by
   `EmbeddedQueues.wake`.
 """
 
@@ -62,11 +62,11 @@ T = TypeVar("T")
 SomeTaker = TypeVar("SomeTaker", EmbeddedConsumer, EmbeddedSubscription)
 
 SAY_SECONDS: Final = 3600.0
-"""How often at most the log says that documents beyond the bounds of a queue were removed."""
+"""Least interval of log lines about documents removed beyond the bounds of a queue."""
 
 
 class EmbeddedQueues(BrowsableQueues):
-    """The queues in one directory, see `mailerq.queues.opening.open_embedded`."""
+    """The queues of one directory, see `mailerq.queues.opening.open_embedded`."""
 
     def __init__(
         self, file: QueueFile, clock: Callable[[], float], bounds: Sequence[Bounds] = ()
@@ -75,7 +75,7 @@ class EmbeddedQueues(BrowsableQueues):
         self._queues = OpenQueues(file.path, clock, file.outbox)
         self._set_bounds(bounds)
         self._trimmed = self._trimmed_before = 0
-        self._said = -math.inf  # when the log said last that something was, by time.monotonic
+        self._said = -math.inf  # time.monotonic of the last such log line
         self._closed = self._sort_failed = False
         self._writer = Writer(file, self._queues)
         self._batchers: dict[trio.lowlevel.TrioToken, Batcher] = {}
@@ -95,10 +95,10 @@ class EmbeddedQueues(BrowsableQueues):
         clock: Callable[[], float] = time.time,
         bounds: Sequence[Bounds] = (),
     ) -> AsyncIterator[Self]:
-        """Publish to an open file and take from it; it is closed in the end.
+        """Publish to an open file and take from it; the file is closed at the end.
 
-        `clock` is the wall clock, in seconds since 1970. What is beyond `bounds` is deleted once a
-        minute.
+        `clock` is the wall clock, in seconds since 1970. Messages beyond `bounds` are deleted once
+        a minute.
         """
         queues = cls(file, clock, bounds)
         try:
@@ -123,7 +123,7 @@ class EmbeddedQueues(BrowsableQueues):
         self._file.close()
 
     def _retire(self) -> None:
-        """Leave the loops alone."""
+        """Detach from the loops."""
         for token, batcher in self._batchers.items():
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(trio.lowlevel.remove_instrument, batcher)
@@ -167,7 +167,7 @@ class EmbeddedQueues(BrowsableQueues):
         await self._hand_over(Request(inserts, retries, removals))
 
     async def _hand_over(self, request: Request) -> int:
-        """Wait until the writer is done with it."""
+        """Wait until the writer has handled a request."""
         with self._queues.lock:
             if self._queues.damaged is not None:
                 raise QueueDamaged(str(self._queues.damaged))
@@ -187,7 +187,7 @@ class EmbeddedQueues(BrowsableQueues):
         return rows
 
     def _batcher(self, token: trio.lowlevel.TrioToken) -> Batcher:
-        """The batcher of the loop that this is called in."""
+        """The batcher of the calling loop."""
         batcher = self._batchers.get(token)
         if batcher is None:
             batcher = self._batchers[token] = Batcher(self._writer.put, self._queues.lock)
@@ -231,7 +231,7 @@ class EmbeddedQueues(BrowsableQueues):
 
     @contextmanager
     def _taking(self, make: Callable[[], SomeTaker], prefetch: int) -> Iterator[SomeTaker]:
-        """A taker for as long as the context lasts."""
+        """A taker for the duration of the context."""
         if prefetch < 1:
             raise ValueError(f"prefetch {prefetch}: expected 1 or more")
         if not self._file.exclusive:
@@ -259,7 +259,7 @@ class EmbeddedQueues(BrowsableQueues):
         return await self._look(lambda reader: reader.browse(queue, limit=limit, after=after))
 
     async def _look(self, look: Callable[[QueueReader], T]) -> T:
-        """Look into the file, in a thread and on a connection of its own."""
+        """Read the file, in a thread and on a separate connection."""
 
         def run() -> T:
             with QueueReader(self._file.path) as reader:
@@ -278,7 +278,7 @@ class EmbeddedQueues(BrowsableQueues):
             return [] if found is None else list(found.held)
 
     def _sort(self) -> Iterator[int]:
-        """Give mail of the outbox its place that has none, some rows a commit; for the writer."""
+        """Sort unsorted mail of the outbox, some rows per commit; for the writer."""
         total = 0
         try:
             for places in self._file.sort_steps():
@@ -309,7 +309,7 @@ class EmbeddedQueues(BrowsableQueues):
             self._queues.look_again()
 
     def _trim(self) -> Iterator[int]:
-        """Keep queues in their bounds, some rows a commit; on the writer's thread."""
+        """Keep queues within their bounds, some rows per commit; on the writer's thread."""
         for bounds in self._bounds:
             queue = bounds.queue
             now = self._queues.now()

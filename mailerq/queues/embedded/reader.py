@@ -1,21 +1,21 @@
-"""The thread that reads waiting messages from the file, and keeps the time.
+"""The thread that reads waiting messages from the file, and runs the timers.
 
 Theory of operation
 -------------------
-The reader serves jobs in turn: some of a destination (`Take`), a body (`Load`), a piece of the list
-of destinations (`Scan`). All jobs that have come are served in one go, and what came of them
-is told with one call into each loop. A take is bounded in messages and in bytes, so a destination
-of a million messages, or of huge ones, costs no more memory than what is leased of it. What nobody
-takes is not read.
+The reader serves jobs in turn: some mail of a destination (`Take`), a body (`Load`), a part of the
+list of destinations (`Scan`). All pending jobs are served in one go, and the results are delivered
+with one call into each loop. A take is bounded in messages and bytes, so a destination with
+a million messages, or with huge ones, costs only the memory of its leases. Mail without a taker is
+not read.
 
-While somebody takes, the thread looks at the clock at least once a second: whether something became
-due that consumers wait for, whether another process has published something, and whether the
-clock was set back. Then due times are set back with it, or mail that nobody delayed would wait for
-an hour. Once a minute it has the writer delete what is beyond the bounds of a queue. New messages
-of other processes are found by their numbers: all that are not of our own blocks.
+While there are takers, the thread checks at least once a second whether mail for consumers became
+due, whether another process has published, and whether the clock was set back. After a clock change
+due times are set back too; otherwise mail would wait an hour that no sender asked for. Once
+a minute the writer is asked to delete mail beyond the bounds of a queue. New messages of other
+processes are found by their numbers: all outside our own blocks.
 
-A record that does not prove itself is moved to the queue ``damaged``, with the reason, by the
-writer, and reading goes on.
+A damaged record is moved by the writer to the queue ``damaged``, with the reason, and reading goes
+on.
 """
 
 from __future__ import annotations
@@ -54,32 +54,32 @@ from mailerq.queues.interface import DAMAGED_QUEUE, Taken
 __all__ = ["Maintenance", "Reader"]
 
 Checked = tuple[Row, int | None, Message | str]
-"""A row, the size of its body, and its message or what is wrong with it."""
+"""A row, the size of its body, and its message or the reason why it is damaged."""
 
 logger = logging.getLogger("mailerq.queues")
 
 POLL_SECONDS: Final = 1.0
-"""How late at most another process's message, or a jump of the clock, is noticed."""
+"""Interval at which another process's messages, or a jump of the clock, are noticed."""
 
 TRIM_SECONDS: Final = 60.0
-"""How often what is beyond the bounds of a queue is deleted."""
+"""Interval at which mail beyond the bounds of a queue is deleted."""
 
 BACKWARD_MS: Final = 1_000
-"""What the clock may lose without anybody caring."""
+"""A smaller step back of the clock is ignored."""
 
 SCAN_PLACES: Final = 500
-"""Lanes that a scan looks at before other jobs have their turn."""
+"""Lanes that a scan reads before other jobs get their turn."""
 
 TURN_SECONDS: Final = 0.005
-"""After this time of serving jobs those that are done are told so."""
+"""After serving jobs for this long, report the finished ones."""
 
 ERROR_SECONDS: Final = 0.1
-"""How long to wait for a disk that gives errors."""
+"""Pause after a disk error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Maintenance:
-    """Work for the writer that the reader starts when it is time for that."""
+    """Work for the writer that the reader starts on time."""
 
     set_back: Callable[[int, int], Iterator[int]]
     trim: Callable[[], Iterator[int]]
@@ -87,7 +87,7 @@ class Maintenance:
 
 
 class Reader:
-    """Reads from a connection of its own."""
+    """Reads from its own connection."""
 
     def __init__(
         self,
@@ -115,13 +115,13 @@ class Reader:
         self._file.close()
 
     def statistics(self) -> dict[str, Any]:
-        """How often the file was read for takers, and what messages came of it."""
+        """How often the file was read for takers, and how many messages the reads found."""
         return {"reads": self._reads, "read_messages": self._messages}
 
     def _run(self) -> None:
         queues = self._queues
         poll = time.monotonic()
-        self._try(self._look)  # from here on: scans find what is there already
+        self._try(self._look)  # from here on: scans find the earlier mail
         while True:
             with queues.lock:
                 timeout = self._timeout()
@@ -141,7 +141,7 @@ class Reader:
                     queues.pump(queue)
 
     def _timeout(self) -> float | None:
-        """How many seconds there is nothing to do; while nobody takes, for ever."""
+        """Seconds until there is work; None, without takers, means no limit."""
         timeout: float | None = None
         now = self._queues.now()
         for queue in self._queues.queues.values():
@@ -163,7 +163,7 @@ class Reader:
     # Jobs
 
     def _serve(self, job: Job | None) -> None:
-        """Serve a job and all that have come, and tell those who wait for them."""
+        """Serve a job and all pending ones, and report the results."""
         queues = self._queues
         done: list[Wakeable] = []
         began = since = time.monotonic()
@@ -226,7 +226,7 @@ class Reader:
                 not queue.is_sorted,
             )
         checked: list[Checked] = []
-        found = Found([], True, None, wanted.turns)  # after an error the next read finds out
+        found = Found([], True, None, wanted.turns)  # after an error the next read corrects this
         try:
             found = self._file.take(wanted)
             checked = [(row, size, _checked(row, size)) for row, size in found.rows]
@@ -243,7 +243,7 @@ class Reader:
         take.result = outcome.Value(Taken(take.leases, more, next_due))
 
     def _lease(self, take: Take, checked: Sequence[Checked]) -> bool:
-        """Lease what was read; False when there was no room for all of it."""
+        """Lease the messages read; False if there was no room for all."""
         queue, taker = take.queue, take.taker
         for row, size, message in checked:
             if row.id in queue.held or row.id in queue.settled:
@@ -294,7 +294,7 @@ class Reader:
         load.result = outcome.Error(MessageDamaged(f"message {lease.id}: {message}"))
 
     def _shared_body(self, load: Load) -> bytes | None:
-        """The body that a message shares with another one which has it in memory."""
+        """The body, if another message in memory shares it."""
         if not load.lease.reference:
             return None
         with self._queues.lock:
@@ -308,7 +308,7 @@ class Reader:
         try:
             found, after = self._file.places(queue.name, scan.after, SCAN_PLACES)
         except QueueError:
-            # Again from here; mail is not forgotten because a disk hiccups.
+            # Resume here; a disk error must not make us forget mail.
             if not queues.reader_ends and queues.damaged is None:
                 queues.jobs.put(scan)
             raise
@@ -334,7 +334,7 @@ class Reader:
         queue.settled.clear()
 
     def _put_aside(self, queue: OpenQueue, key: str, row: Row, reason: str) -> None:
-        """Have a damaged record moved; it is leased, to nobody, until it is gone."""
+        """Have a damaged record moved; until then the record is leased, without a taker."""
         logger.error(
             "queue %s: message %d goes to queue %s: %s", queue.name, row.id, DAMAGED_QUEUE, reason
         )
@@ -346,7 +346,7 @@ class Reader:
     # The clock, and other processes
 
     def _poll(self) -> None:
-        """Notice what others have published, and that the clock was set back."""
+        """Notice messages of other processes, and a clock that was set back."""
         queues = self._queues
         now = queues.now()
         if now < self._latest - BACKWARD_MS:
@@ -381,7 +381,7 @@ class Reader:
             with queues.lock:
                 queues.look_again()
             return
-        # The writer only adds to them.
+        # The writer only appends.
         while len(self._own_numbers) > 1 and self._own_numbers[0].stop <= self._known:
             del self._own_numbers[0]
         own = list(self._own_numbers)
@@ -403,7 +403,7 @@ class Reader:
         self._tell([])
 
     def _complain(self, problem: QueueError, *, told: bool = False) -> None:
-        """Say that the file cannot be read. Whoever is `told` decides when to try again."""
+        """Report that the file cannot be read. Jobs that are `told` decide when to try again."""
         if isinstance(problem, QueueDamaged):
             self._queues.damage(problem)
             return
@@ -416,5 +416,5 @@ class Reader:
 
 
 def _checked(row: Row, size: int | None) -> Message | str:
-    """Decode a row; a body that is there and was not read proves itself when it is."""
+    """Decode a row; a body that was not read is checked when it is read."""
     return check(row, loaded=row.data is not None or size is None)

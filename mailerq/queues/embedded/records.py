@@ -1,9 +1,9 @@
-"""What lies in the queue file for a message, and how it proves itself.
+"""The records of a queue file, and the checksums that prove them.
 
-Every row carries two checksums, of its body and of all the rest but its due time and place. They
-prove a record when it is read, and when it is found loose in a damaged file. The due time is moved
-when the clock is set back, the place follows from the properties, and nothing is lost when they are
-wrong.
+Every row carries two checksums: one of its body, one of all the rest except due time and place.
+They prove a record when it is read, and when it is found loose in a damaged file. Due times move
+when the clock is set back, and the place follows from the properties; a wrong value in either loses
+no mail.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ __all__ = [
 ]
 
 SHARED_SIZE: Final = 1024
-"""Bytes from which on a body with several users is stored once."""
+"""A body of at least this many bytes with several users is stored once."""
 
 MAX_SIZE: Final = 999_000_000
-"""Bytes of one body or of one message's properties: SQLite's own limit, less a row's rest."""
+"""Bytes of one body or of one message's properties: SQLite's limit, less the rest of a row."""
 
 
 class Row(NamedTuple):
-    """A message as it lies in the file, where damage may have left any value in any column."""
+    """A message in the file; damage may have left any value in any column."""
 
     id: int
     queue: Any
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 class Insert(msgspec.Struct, eq=False):
-    """A publication made ready for the file. `QueueFile` fills in what stands after `body`."""
+    """A publication ready for the file. `QueueFile` fills in the fields after `body`."""
 
     message: Message
     queue: str
@@ -83,8 +83,8 @@ class Insert(msgspec.Struct, eq=False):
 class Retry(msgspec.Struct, eq=False):
     """New properties, due time and place for a message that keeps its number and its body.
 
-    `insert` is the same as a publication: it stands in when somebody deleted the row, unless it is
-    not `whole` because the body is only in the file.
+    `insert` is the equivalent publication, used if the row has been deleted. `whole` is False if
+    the body is only in the file; then a deleted row stays deleted.
     """
 
     id: int
@@ -95,7 +95,7 @@ class Retry(msgspec.Struct, eq=False):
 
 
 class Batch(msgspec.Struct, eq=False):
-    """What goes into one commit. `tight`: retries get their due time only, which takes no room."""
+    """One commit. `tight`: a retry only updates its due time, which takes no room."""
 
     inserts: list[Insert] = []
     retries: list[Retry] = []
@@ -104,7 +104,7 @@ class Batch(msgspec.Struct, eq=False):
 
 
 def prepare(publication: Publication, now: float, outbox: str) -> Insert:
-    """Encode and check a publication; `MessageError` says what of it no file can hold.
+    """Encode and check a publication; `MessageError` names what no file can hold.
 
     Only the mail of the `outbox` is sorted by destination.
     """
@@ -128,13 +128,13 @@ def prepare(publication: Publication, now: float, outbox: str) -> Insert:
 def checksum(
     number: int, queue: str, body: int | None, body_crc: int | None, properties: bytes
 ) -> int:
-    """Prove a row: all of it but the due time and the place."""
+    """The checksum of a row, without due time and place."""
     head = f"{number} {queue} {body} {body_crc} "
     return crc32(properties, crc32(head.encode()))
 
 
 def proven(row: Row) -> bool:
-    """Whether all of a row but its body is as it was written."""
+    """Whether a row, except its body, is as it was written."""
     number, queue, due, body, body_crc, crc, properties, _ = row
     return (
         isinstance(queue, str)
@@ -145,9 +145,9 @@ def proven(row: Row) -> bool:
 
 
 def check(row: Row, loaded: bool = True) -> Message | str:
-    """Decode a row that is as it was written; otherwise say what is wrong with it.
+    """Decode an intact row; for any other, return what is wrong.
 
-    One that is not `loaded` has been read without its body.
+    A row that is not `loaded` was read without its body.
     """
     if not proven(row):
         return "the checksum of the properties does not fit"
@@ -164,7 +164,7 @@ def check(row: Row, loaded: bool = True) -> Message | str:
 
 
 def aside(row: Row, reason: str) -> Publication:
-    """Wrap what is left of a damaged row into a message for the queue `DAMAGED_QUEUE`."""
+    """Wrap the rest of a damaged row into a message for the queue `DAMAGED_QUEUE`."""
     properties, data = row.properties, row.data
     if isinstance(properties, str):
         properties = properties.encode(errors="surrogateescape")
@@ -183,13 +183,13 @@ def aside(row: Row, reason: str) -> Publication:
 
 
 def share(inserts: Sequence[Insert]) -> list[tuple[int, int, bytes]]:
-    """Say in each insert where its body lies; the rows for ``shared`` are what comes back."""
+    """Set in each insert where its body is stored; return the rows for ``shared``."""
     users: dict[int, list[Insert]] = {}
     for insert in inserts:
         if insert.body is None:
             insert.reference = insert.body_crc = None
         else:
-            # A short body is cheaper to copy than to share; b"" is one object everywhere.
+            # Copying a short body is cheaper than sharing it; b"" is one object everywhere.
             key = id(insert.body) if len(insert.body) >= SHARED_SIZE else -insert.id
             users.setdefault(key, []).append(insert)
     shared: list[tuple[int, int, bytes]] = []

@@ -1,8 +1,8 @@
 """The shares of a queue directory: a queue file for each process that works in it.
 
-Share 0 is the directory itself, so one process alone has nothing else; the others are folders
-in it, ``share-1``, ``share-2`` and so on, each a whole queue directory with its own file and
-its own lock. Their messages have numbers of their own, so a number names one message of all.
+Share 0 is the directory itself, so a single process needs nothing else. The others are
+subdirectories, ``share-1``, ``share-2`` and so on, each a complete queue directory with its own
+file and lock. Each share has its own range of message numbers, so a number is unique in all shares.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Final
 __all__ = ["first_number", "share_directory", "shares_in"]
 
 NUMBERS_OF_A_SHARE: Final = 10**12
-"""How far the numbers of two shares lie apart: more than will ever be given."""
+"""Distance between the numbers of two shares: more than a share will ever use."""
 
 _NAME: Final = re.compile(r"share-([1-9][0-9]{0,5})")
 
 
 def share_directory(directory: str, share: int) -> str:
-    """Where a share lies.
+    """The directory of a share.
 
     >>> share_directory("/var/spool/mailerq", 0), share_directory("/var/spool/mailerq", 2)
     ('/var/spool/mailerq', '/var/spool/mailerq/share-2')
@@ -30,7 +30,7 @@ def share_directory(directory: str, share: int) -> str:
 
 
 def shares_in(directory: str) -> list[int]:
-    """The shares that are there, in order; share 0 is there once the directory is."""
+    """The existing shares, in order; share 0 exists once the directory does."""
     found = [0]
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         folders = [entry.name for entry in entries if entry.is_dir()]
@@ -39,7 +39,7 @@ def shares_in(directory: str) -> list[int]:
 
 
 def first_number(directory: str) -> int:
-    """The first number of a message in the share that lies in `directory`.
+    """The first message number of the share in `directory`.
 
     >>> first_number("/var/spool/mailerq"), first_number("/var/spool/mailerq/share-2")
     (1, 2000000000001)

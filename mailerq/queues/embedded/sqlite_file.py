@@ -1,12 +1,12 @@
-"""How a queue file is opened as a SQLite database, and what its complaints mean.
+"""Opens a queue file as a SQLite database, and translates SQLite's errors.
 
-Statements are few and long, because the interpreter lock is dropped around every step of a
-statement, and a thread beside a busy one may wait a scheduling interval to get it back. So most
-commits are one statement, and no BEGIN and COMMIT around it.
+Statements are few and long: the interpreter lock is released around every step of a statement, and
+beside a busy thread it may take a scheduling interval to get the lock back. So most commits are one
+statement, without BEGIN and COMMIT.
 
-SQLite's own checkpoints, in the commit that fills the log, are left as they are: 5 ms for each
-8 MB on an SSD, and next to nothing while what comes in goes out again soon. A thread of its
-own for them was tried, and did no better.
+SQLite's own checkpoints, in the commit that fills the log, stay on: 5 ms for each 8 MB on an SSD,
+and almost nothing while mail leaves soon after it comes. A separate thread for checkpoints was no
+better.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ __all__ = [
 ]
 
 MARK_SUFFIX: Final = ".check"
-"""A file of this name beside the queue file makes the next start check all of it."""
+"""A file with this suffix beside the queue file makes the next start check the whole queue file."""
 
 CACHE_KIB: Final = 256
-"""The page cache of a connection. The system caches the file anyway: 2 MB, which one large mail
-fills, save no processor time."""
+"""The page cache of a connection. The system caches the file anyway: a cache of 2 MB, which one
+large mail fills, saves no processor time."""
 
 LOG_BYTES: Final = 64 << 20
-"""To what the write-ahead log is cut when it has grown beyond. As long as it is there, it also
-is room in which a message can be acked on a full disk."""
+"""A write-ahead log that has grown beyond this size is cut back to it. The remaining log is also
+room for acks on a full disk."""
 
 CHECKPOINT_BYTES: Final = 8_192_000
-"""How long the write-ahead log grows before it is written into the file, as SQLite has it."""
+"""Size at which the write-ahead log is copied into the file: SQLite's default."""
 
 BUSY_TIMEOUT_MS: Final = 5_000
-"""How long to wait for another process that writes."""
+"""Timeout for another process that writes."""
 
 SUSPICION_SECONDS: Final = 60.0
-"""Damage that is met twice within this time is believed."""
+"""Damage met twice within this time is believed."""
 
 ROWS_PER_STATEMENT: Final = 32
 
 
 def translate(error: Exception, path: str) -> QueueError:
-    """Say in the words of `mailerq.errors` what SQLite or the system complains about."""
+    """Translate an error of SQLite or the system to `mailerq.errors`."""
     if isinstance(error, QueueError):
         return error
     code = getattr(error, "extendedresult", None)
@@ -87,24 +87,24 @@ def mark(path: str, reason: str) -> None:
 
 
 def connect(path: str, *, create: bool = False) -> apsw.Connection:
-    """Open the file with our settings. Raises what SQLite raises."""
+    """Open the file with our settings. Raises SQLite's errors."""
     flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
     if create and not os.path.exists(path):
-        # Mail is not for everybody. Only a new file is opened here: closing one drops the
-        # locks that SQLite may have on it elsewhere in this process.
+        # Mail is private. Open only a new file here: closing a file drops the locks that SQLite may
+        # have on it elsewhere in this process.
         with suppress(FileExistsError):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
     connection = apsw.Connection(path, flags=flags, statementcachesize=3 * ROWS_PER_STATEMENT)
     try:
         connection.set_busy_timeout(BUSY_TIMEOUT_MS)
         connection.execute("PRAGMA synchronous = FULL")
-        # A long statement keeps what it may have to undo in a file elsewhere otherwise, and one
-        # with a LIMIT is compiled anew for each value of it.
+        # Otherwise a long statement keeps its undo data in a separate file, and one with a LIMIT is
+        # compiled anew for each value.
         connection.pragma("temp_store", "memory")
         connection.pragma("cache_size", -CACHE_KIB)
         connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
         connection.pragma("journal_size_limit", LOG_BYTES)
-        # On a small disk the log must not take what is kept for it.
+        # On a small disk the log must not use up the reserve.
         connection.wal_autocheckpoint(
             max(min(CHECKPOINT_BYTES, room(path).reserve // 4) // PAGE_SIZE, 1)
         )
@@ -124,13 +124,13 @@ class SqliteFile:
 
     @property
     def connection(self) -> apsw.Connection:
-        """The open connection; a new one after an error. Raises what SQLite raises."""
+        """The open connection; a new one after an error. Raises SQLite's errors."""
         if self._connection is None:
             self._connection = connect(self.path)
         return self._connection
 
     def close(self) -> None:
-        """Close the connection; any further call opens another one."""
+        """Close the connection; any further call opens a new one."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(True)
@@ -147,7 +147,7 @@ class SqliteFile:
         self.close()
 
     def failed(self, error: Exception) -> QueueError:
-        """Undo what is open after an error and hand back the error to raise."""
+        """Roll back after an error, and return the error to raise."""
         connection = self._connection
         system_errno = 0 if connection is None else connection.system_errno
         if connection is not None:
@@ -160,13 +160,13 @@ class SqliteFile:
                 if not isinstance(error, apsw.BusyError | apsw.FullError):
                     self.close()
         if isinstance(error, apsw.IOError | apsw.CantOpenError) and system_errno in NO_SPACE:
-            # SQLite knows a full disk where it writes, and not in all other places, nor a quota.
+            # SQLite detects a full disk on writes, but not everywhere else, and never a quota.
             error = OSError(system_errno, os.strerror(system_errno))
         problem = translate(error, self.path)
         return self._doubt(problem) if isinstance(problem, QueueDamaged) else problem
 
     def _doubt(self, problem: QueueDamaged) -> QueueError:
-        """Believe in damage when it is met again, and the disk gives all of the file."""
+        """Believe damage that is met again while the disk can read the whole file."""
         bad, size = unreadable(self.path)
         if bad:
             return QueueError(f"{self.path}: {bad} of {size} bytes cannot be read from the disk")
@@ -177,6 +177,6 @@ class SqliteFile:
 
 
 def bind(numbers: Iterable[int]) -> Any:
-    """Bind numbers as one parameter of a statement: as the table that ``carray`` makes of it."""
-    # An empty one is refused; no message has number 0.
+    """Bind numbers as one parameter of a statement: a table made by ``carray``."""
+    # An empty table is refused; no message has number 0.
     return apsw.carray(array("q", numbers) or array("q", (0,)))

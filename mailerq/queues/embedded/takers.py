@@ -1,4 +1,4 @@
-"""Those who take messages from the embedded queue: consumers, and subscriptions by destination."""
+"""Takers of the embedded queue: consumers, and subscriptions by destination."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from mailerq.queues.interface import Consumer, Lease, Receiver, Subscription, Ta
 __all__ = ["EmbeddedConsumer", "EmbeddedSubscription"]
 
 MAX_BODY_BYTES: Final = 1 << 16
-"""A larger body comes to a subscriber only when it is asked for; any does while much is leased."""
+"""A larger body is loaded on request only; while much is leased, every body is."""
 
 REST_SECONDS: Final = 0.01
-"""After a read a consumer that can take less than a quarter of its prefetch waits so long for the
-next. Where few messages are settled at a time they would be read in such few otherwise."""
+"""Pause after a read for a consumer that can take less than a quarter of its prefetch. Otherwise,
+if few messages are settled at a time, each read would bring only those few."""
 
 
 class EmbeddedConsumer(Taker, Consumer):
-    """A consumer of the embedded queue; `receive` is for tasks of the loop that opened it."""
+    """A consumer of the embedded queue; call `receive` on the loop that opened it."""
 
     def __init__(self, queues: OpenQueues, queue: OpenQueue, prefetch: int) -> None:
         super().__init__(queue, prefetch)
         self.ready: deque[HeldLease] = deque()
         self.waiting: dict[trio.lowlevel.Task, None] = {}
         self.starving = False
-        """Somebody found nothing ready: whoever makes something ready has to wake."""
+        """A task found no message ready: the next message must wake it."""
         self.reading = False
         self.rests_until = 0.0
         self._queues = queues
         queue.consumers.append(self)
 
     def wants_from(self) -> float | None:
-        """From when a read is worth it, by time.monotonic; None: not before something changes."""
+        """When a read is worthwhile, by time.monotonic; None: not before something changes."""
         credit = 0 if self.reading else self.credit()
         if credit and credit * 4 >= self.prefetch:
             return 0.0
         return self.rests_until if credit and not self.ready else None
 
     def wants(self) -> int:
-        """How many messages to read now; 0 if that is not worth it."""
+        """How many messages to read now; 0 if a read is not worthwhile."""
         at = self.wants_from()
         return self.credit() if at is not None and time.monotonic() >= at else 0
 
@@ -82,9 +82,9 @@ class EmbeddedConsumer(Taker, Consumer):
         self.queue.consumers.remove(self)
 
     async def receive(self) -> Lease:
-        """Wait for the next message that is due; `QueueDamaged` when the file is broken.
+        """Wait for the next due message; `QueueDamaged` if the file is broken.
 
-        It is no checkpoint when a message is ready.
+        Not a checkpoint if a message is ready.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if trio.lowlevel.current_trio_token() is not self.token:
@@ -94,18 +94,18 @@ class EmbeddedConsumer(Taker, Consumer):
             return lease
         task = trio.lowlevel.current_task()
         self.waiting[task] = None
-        # No function in here: compiled, it and what it sees of ours are a cycle, in which the
-        # message that is found would stay until Python looks for those.
+        # No nested function here: compiled, it forms a cycle with its captured variables, and the
+        # received message would stay in memory until Python's cycle collector runs.
         found: Lease = await trio.lowlevel.wait_task_rescheduled(partial(self._leave, task))
         return found
 
     def _leave(self, task: trio.lowlevel.Task, _: object) -> trio.lowlevel.Abort:
-        """A task that waits is cancelled."""
+        """A waiting task is cancelled."""
         self.waiting.pop(task, None)
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _next(self) -> Lease | None:
-        """The next message that is ready; without one, the next to come has to wake."""
+        """The next ready message; if none, the next one to come must wake the loop."""
         with self._queues.lock:
             if self.closed:
                 raise trio.ClosedResourceError("the consumer is closed")
@@ -118,7 +118,7 @@ class EmbeddedConsumer(Taker, Consumer):
             return lease
 
     def wake(self) -> None:
-        """Let tasks that wait have what is ready."""
+        """Give ready messages to waiting tasks."""
         with self._queues.lock:
             waiting = self.waiting
             while waiting and (self.ready or self.error is not None):
@@ -135,7 +135,7 @@ class EmbeddedConsumer(Taker, Consumer):
 
 
 class EmbeddedSubscription(Taker, Subscription):
-    """A subscription to the embedded queue; all of it is for the loop that subscribed."""
+    """A subscription to the embedded queue; call all methods on the loop that subscribed."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class EmbeddedSubscription(Taker, Subscription):
         return len(self._arrived) == 1 and not self._told
 
     def tell(self, key: str, due: int) -> bool:
-        """There is news of a destination; whether the loop must be woken for that."""
+        """Note news of a destination; return whether the loop must be woken for it."""
         before = self._told.get(key)
         self._told[key] = due if before is None else min(due, before)
         return len(self._told) == 1 and not self._arrived
@@ -178,7 +178,7 @@ class EmbeddedSubscription(Taker, Subscription):
         self.queue.subscriptions.remove(self)
 
     def wake(self) -> None:
-        """Tell the receiver what there is."""
+        """Report news to the receiver."""
         with self._queues.lock:
             arrived, self._arrived = self._arrived, []
             told, self._told = self._told, {}
@@ -213,7 +213,7 @@ class EmbeddedSubscription(Taker, Subscription):
         return taken
 
     def _give_back(self, leases: Sequence[HeldLease]) -> None:
-        """Nobody waits any more for what was taken."""
+        """Give back leases whose task no longer waits."""
         with self._queues.changing():
             for lease in leases:
                 if self.queue.held.get(lease.id) is lease and not lease.settling:

@@ -1,12 +1,11 @@
-"""Read some of what is due in one destination, in a fair order.
+"""Reads some due mail of one destination, in a fair order.
 
-The mail of a destination lies in lanes (`mailerq.rules.destinations`), oldest due first in each.
-Lanes of a higher priority are emptied first. Among lanes of one priority senders take turns, and
-of five messages four are new and one was tried before; either kind takes all when the other has
-none. `Turns` remembers between reads who is next, so that many small reads are as fair as a large
-one.
+The mail of a destination lies in lanes (`mailerq.rules.destinations`), in each oldest due first.
+Lanes of a higher priority are emptied first. Among lanes of one priority senders take turns. Of
+five messages four are new and one is a retry; if one kind is missing, the other gets all turns.
+`Turns` keeps the position between reads, so that many small reads are as fair as a large one.
 
-What is leased lies in the way, at the front of its lane: the index is walked past it.
+Leased mail stays at the front of its lane; a read walks the index past it.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ READ_BYTES: Final = 16 << 20
 """Bytes of messages that one read brings into memory; one message is always allowed."""
 
 ANY_SIZE: Final = 1 << 40
-"""A bound of bodies that is none."""
+"""A body limit that means no limit."""
 
 CYCLE: Final = 5
-"""One of so many messages was tried before, when there are such and new ones."""
+"""One message in this many is a retry, if there are both retries and new mail."""
 
 LANES_AT_A_TIME: Final = 16
-"""Among how many senders a read is spread at least, if there are as many: each costs a query."""
+"""Least number of senders that share a read, if there are enough: each costs a query."""
 
 LANES: Final = """
 WITH RECURSIVE lanes(lane) AS (
@@ -56,7 +55,7 @@ SELECT lane,
      ORDER BY m.due LIMIT 1)
 FROM lanes WHERE lane IS NOT NULL
 """
-"""The lanes of a destination: whether something is due, and when something else becomes due."""
+"""The lanes of a destination: whether mail is due, and when more becomes due."""
 
 DUE: Final = """
     SELECT id FROM message INDEXED BY message_place
@@ -76,21 +75,21 @@ LEFT JOIN shared s ON m.body > 0 AND s.id = m.body
 
 
 class Turns(NamedTuple):
-    """Who is next in a destination: the senders of new mail and of retries served last."""
+    """The position in a destination: the last senders served, for new mail and for retries."""
 
     new: int
     retried: int
     step: int
-    """Where in the cycle of new mail and retries the next message stands."""
+    """The position of the next message in the cycle of new mail and retries."""
 
 
 FIRST_TURN: Final = Turns(-1, -1, 0)
 
 
 class Wanted(NamedTuple):
-    """What to read: up to `limit` messages of a destination, due at `now` (ms), not in `held`.
+    """A request: up to `limit` messages of a destination, due at `now` (ms), not in `held`.
 
-    Larger bodies than `body_bytes` stay in the file.
+    Bodies larger than `body_bytes` stay in the file.
     """
 
     queue: str
@@ -104,7 +103,7 @@ class Wanted(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Rows and the length of their bodies, whether more is due, when the next becomes due (ms)."""
+    """Rows with body lengths, whether more is due, and when the next becomes due (ms)."""
 
     rows: list[tuple[Row, int | None]]
     more: bool
@@ -113,7 +112,7 @@ class Found(NamedTuple):
 
 
 class _Lane:
-    """What was read of a lane. `done`: nothing else in it is due."""
+    """The mail read from a lane. `done`: nothing else in the lane is due."""
 
     __slots__ = ("done", "number", "rows")
 
@@ -124,7 +123,7 @@ class _Lane:
 
 
 def take(connection: apsw.Connection, wanted: Wanted) -> Found:
-    """Read as much as is wanted and fits into `READ_BYTES`. Raises what SQLite raises."""
+    """Read the wanted mail, up to `READ_BYTES`. Raises SQLite's errors."""
     return _Take(connection, wanted).run()
 
 
@@ -146,7 +145,7 @@ class _Take:
         levels: dict[int, list[_Lane]] = {}
         for lane, due, _ in found:
             if due:
-                # Damage may have left anything in a column.
+                # Damage may have left any value in a column.
                 level = level_of(lane) if isinstance(lane, int) else 1 << 32
                 levels.setdefault(level, []).append(_Lane(lane))
         rows: list[tuple[Row, int | None]] = []
@@ -184,11 +183,11 @@ class _Take:
             row = next(first, None)
             rows.append(row if row is not None else next(second))
             step = (step + 1) % CYCLE
-        # Where there is one kind only, nobody loses a turn.
+        # With one kind only, neither loses a turn.
         return rows, Turns(last_new, last_retried, step if new and retried else turns.step)
 
     def _fill(self, lanes: Sequence[_Lane], limit: int, last: int) -> tuple[int, int]:
-        """Read up to `limit` messages from lanes in turn; how many, and the last sender."""
+        """Read up to `limit` messages from lanes in turn; return the number and the last sender."""
         got = 0
         while got < limit and not self._full:
             open_lanes = [lane for lane in lanes if not lane.done]
@@ -239,14 +238,14 @@ def _is_retry(lane: _Lane) -> bool:
 
 
 def _from(last: int, lanes: Sequence[_Lane]) -> list[_Lane]:
-    """Lanes in turn, from the first behind the sender that was served last."""
+    """Lanes in turn, starting after the sender that was served last."""
     behind = [index for index, lane in enumerate(lanes) if _sender(lane) > last]
     start = behind[0] if behind else 0
     return [*lanes[start:], *lanes[:start]]
 
 
 def _sender(lane: _Lane) -> int:
-    """The number of the sender of a lane, in its priority."""
+    """The number of a lane's sender within its priority."""
     return lane.number % SENDER_LANES if isinstance(lane.number, int) else 0
 
 

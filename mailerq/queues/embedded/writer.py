@@ -1,23 +1,23 @@
-"""The thread that commits what tasks publish and settle, in groups.
+"""The thread that commits in batches what tasks publish and settle.
 
 Theory of operation
 -------------------
-The writer takes everything that has come since its last commit, up to a bound, commits
-it, and wakes all the tasks together, with one call into each trio loop. While it syncs, the
-next group forms, and a busy loop keeps what its tasks hand over until it has nothing left to
-do (`mailerq.queues.embedded.batcher`): the more load, the larger the group. The mail of a
-single client never waits; what became of its last one does, for the next.
+The writer takes all requests that came since its last commit, up to a limit, commits them, and
+wakes the tasks together, with one call into each trio loop. While the writer syncs, the next batch
+forms. A busy loop holds its requests back until it is about to sleep
+(`mailerq.queues.embedded.batcher`): the higher the load, the larger the batch. Mail of a single
+client never waits; the settlement of its last mail waits for the next one.
 
-Before the commit it leases those messages that can go to a consumer at once (see
+Before the commit the writer leases the messages that can go to a taker at once (see
 `mailerq.queues.embedded.open_queues`), and hands them over after it.
 
-A purge is cut into many commits, and groups of other requests go between them.
+A purge is split into many commits, with other batches between them.
 
 Guarantees
 ----------
 - A task that has handed over a request is woken exactly once, whatever happens.
-- After an error nothing of the group is in the file, and the leases are as they were. An error
-  that is about one request, and not about the disk, leaves the others of its group alone.
+- After an error nothing of the batch is in the file, and the leases are unchanged. An error of one
+  request, not of the disk, does not affect the others of its batch.
 """
 
 from __future__ import annotations
@@ -55,30 +55,30 @@ logger = logging.getLogger("mailerq.queues")
 
 BATCH_MESSAGES: Final = 1_000
 BATCH_BYTES: Final = 64 << 20
-"""Bounds of one commit: what comes later waits for the next."""
+"""Limit of one commit: further requests wait for the next."""
 
 PUBLISHED_SECONDS: Final = 0.01
 SETTLE_SECONDS: Final = 0.002
-"""When mail was published a moment ago, what is settled alone waits so long for the next mail:
-only the next message of its connection waits for it, and a client that sends one mail after
-another waits for every commit."""
+"""Just after mail was published, a batch of settlements alone waits this long for the next mail.
+Only the next message of a connection waits for a settlement, while a client that sends one mail
+after another waits for every commit."""
 
 
 class Request(msgspec.Struct, eq=False):
-    """What one task hands to the writer; without a task nobody waits for it."""
+    """A task's request to the writer; a request without a task has no waiter."""
 
     inserts: Sequence[Insert] = ()
     retries: Sequence[tuple[HeldLease, Retry]] = ()
     removals: Sequence[HeldLease] = ()
     work: Iterator[int] | None = None
-    """Work of many commits instead: one for each step, which counts its rows."""
+    """Work in many commits instead: each step is one, and yields its number of rows."""
     can_wait: bool = False
-    """Whether that work may be left to the next start."""
+    """Whether the work may be left to the next start."""
     rows: int = 0
     task: trio.lowlevel.Task | None = None
     token: trio.lowlevel.TrioToken | None = None
     problem: Exception | None = None
-    """What the task is to be told instead of the count of rows."""
+    """The error for the task, instead of the number of rows."""
 
     @property
     def count(self) -> int:
@@ -91,7 +91,7 @@ class Request(msgspec.Struct, eq=False):
 
     @property
     def settles(self) -> bool:
-        """Whether it is about consumed messages; otherwise it publishes new ones."""
+        """Whether the request settles consumed messages; otherwise it publishes new ones."""
         return bool(self.removals or self.retries)
 
     @property
@@ -101,14 +101,14 @@ class Request(msgspec.Struct, eq=False):
     def wake(self) -> None:
         """Wake the task, on its loop."""
         assert self.task is not None
-        # Not to be kept: where it is raised, the request is known, and they would be a cycle.
+        # Drop the reference: the frame that raises the error knows the request, which is a cycle.
         problem, self.problem = self.problem, None
         result = outcome.Value(self.rows) if problem is None else outcome.Error(problem)
         trio.lowlevel.reschedule(self.task, result)
 
 
 class Writer:
-    """Commits to a file, which is its own from now on."""
+    """Commits to a file, which belongs to the writer from now on."""
 
     def __init__(self, file: QueueFile, queues: OpenQueues) -> None:
         self._file = file
@@ -122,14 +122,14 @@ class Writer:
         self._thread.start()
 
     def put(self, request: Request | None) -> None:
-        """Hand over a request; None is the last one."""
+        """Hand over a request; None ends the writer."""
         self._requests.put(request)
 
     def join(self) -> None:
         self._thread.join()
 
     def statistics(self) -> dict[str, Any]:
-        """Commits, messages in them (published, retried, settled), and the time they took."""
+        """Commits, the messages in them (published, retried, settled), and the time taken."""
         return {
             "commits": self._commits,
             "messages": self._messages,
@@ -139,14 +139,14 @@ class Writer:
         }
 
     def _run(self) -> None:
-        # A sync that has ended need not interrupt who runs on this core: until they pause, more
-        # comes. Where that is not allowed it is only dearer; another policy is somebody's wish.
+        # A finished sync need not preempt the thread on this core: until that pauses, more requests
+        # come. If the policy is refused we only pay more; an operator's own policy is left alone.
         with suppress(OSError):
             if os.sched_getscheduler(0) == os.SCHED_OTHER:
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         works: deque[Request] = deque()
         while not self._ended or works:
-            group: list[Request] = []  # lets go of the last one, whose bodies may be large
+            group: list[Request] = []  # drop the last batch, whose bodies may be large
             self._fill(group, works)
             if group:
                 lately = time.monotonic() - self._published < PUBLISHED_SECONDS
@@ -161,7 +161,7 @@ class Writer:
     def _fill(
         self, group: list[Request], works: deque[Request], timeout: float | None = None
     ) -> list[Request]:
-        """Add what has come; wait for the first, some seconds or, with nothing to do, for ever."""
+        """Add pending requests; wait for the first, for some seconds or, without work, for ever."""
         count = sum(request.count for request in group)
         size = sum(request.size for request in group)
         while not self._ended and count < BATCH_MESSAGES and size < BATCH_BYTES:
@@ -201,7 +201,7 @@ class Writer:
         except (TypeError, ValueError, OverflowError) as error:
             self._withdraw(reserved)
             if len(group) > 1:
-                # One of them is to blame, and the others have nothing to do with it.
+                # One request is to blame, and the others must not suffer.
                 for request in group:
                     self._commit([request])
                 return
@@ -214,7 +214,7 @@ class Writer:
         else:
             try:
                 self._hand_out(group, reserved)
-            except Exception:  # the group is durable all the same
+            except Exception:  # the batch is durable all the same
                 logger.exception("an error in the writer of the queue")
             if not all(request.settles for request in group):
                 self._published = time.monotonic()
@@ -226,16 +226,16 @@ class Writer:
         self._wake(group)
 
     def _with_room(self, group: Sequence[Request]) -> tuple[Sequence[Request], bool]:
-        """Send new mail away that the disk has no room for.
+        """Refuse new mail if the disk has no room for it.
 
-        Returns the rest of the group, and whether what is kept for that is running out.
+        Returns the rest of the batch, and whether the reserve is running out.
         """
         new = [request for request in group if not request.settles]
         size = sum(request.size for request in new)
         try:
             found = self._file.room(size)
         except QueueError:
-            return group, False  # the commit will tell
+            return group, False  # the commit will fail if there is no room
         if not new or found.holds(size):
             return group, found.tight
         for request in new:
@@ -244,7 +244,7 @@ class Writer:
         return [request for request in group if request.settles], found.tight
 
     def _reserve(self, inserts: Sequence[Insert], reserved: dict[int, HeldLease]) -> None:
-        """Lease what can go to somebody as soon as it is committed."""
+        """Lease messages that can go to a taker as soon as they are committed."""
         given: set[int] = set()
         with self._queues.lock:
             if not self._queues.queues:
@@ -258,7 +258,7 @@ class Writer:
                 if taker is None:
                     continue
                 properties = insert.message.properties
-                if id(properties) in given:  # one message for two queues: a dict for each
+                if id(properties) in given:  # one message for two queues: each needs its own dict
                     properties = decode_properties(insert.properties)
                 given.add(id(properties))
                 body, size = insert.body, insert.size
@@ -280,7 +280,7 @@ class Writer:
                 reserved[insert.id] = lease
 
     def _hand_out(self, group: Sequence[Request], reserved: dict[int, HeldLease]) -> None:
-        """A group is durable: end its leases, and let those have what is theirs who take."""
+        """A batch is durable: end its leases, and hand new messages to their takers."""
         queues = self._queues
         now = queues.now()
         touched: dict[str, OpenQueue] = {}
@@ -309,10 +309,10 @@ class Writer:
                 queues.pump(queue)
                 queues.tidy(queue)
                 if queue.timers and queue.timers[0][0] < now + 1000:
-                    queues.jobs.put(None)  # in case the reader sleeps for longer
+                    queues.jobs.put(None)  # the reader may sleep for longer
 
     def _withdraw(self, reserved: dict[int, HeldLease]) -> None:
-        """A group failed: what it would have published goes to nobody."""
+        """A batch failed: drop the leases of its new messages."""
         queues = self._queues
         with queues.lock:
             for lease in reserved.values():
@@ -321,14 +321,14 @@ class Writer:
                     queues.tidy(queue)
 
     def _refuse(self, group: Sequence[Request], problem: MailerqError) -> None:
-        """Tell the tasks of a group that failed; what was leased still is."""
+        """Report an error to the tasks of a batch; their leases remain."""
         queues = self._queues
         with queues.changing():
             for request in group:
                 request.problem = type(problem)(str(problem))
                 for lease in request.leases:
                     if lease.taker is None:
-                        continue  # a damaged record stays out of the way until a restart
+                        continue  # a damaged record stays leased until a restart
                     lease.settling = False
                     if lease.taker.closed:
                         queue = queues.queues[lease.queue]
@@ -339,7 +339,7 @@ class Writer:
             queues.damage(problem)
 
     def _work(self, works: deque[Request]) -> None:
-        """Do one step of work that takes many."""
+        """Do one step of long work."""
         request = works[0]
         assert request.work is not None
         try:
@@ -357,7 +357,7 @@ class Writer:
         self._wake([request])
 
     def _wake(self, group: Sequence[Request]) -> None:
-        """Wake the tasks of a group, and who has got something by it: one call into each loop."""
+        """Wake the tasks of a batch, and takers with new mail: one call into each loop."""
         with self._queues.lock:
             takers = self._queues.to_wake()
         waiting: list[Wakeable] = [*group, *takers]

@@ -1,1 +1,1 @@
-"""What a damaged queue file still holds, and how it is saved."""
+"""Recovery of the contents of a damaged queue file."""

@@ -1,12 +1,12 @@
-"""Read the pages of a SQLite file without SQLite, as far as they make sense.
+"""Reads the pages of a SQLite file without SQLite, as far as they make sense.
 
-What SQLite refuses, because one page is broken, is mostly still there. This module knows the
-file format (https://sqlite.org/fileformat2.html) as far as `salvage` needs it: the
-pages of the database with those of its write-ahead log laid over them, the cells of a page, the
-columns of a record, the free list. It opens files for reading only.
+SQLite refuses a file with one broken page, although most of the contents are intact. This module
+implements the parts of the file format (https://sqlite.org/fileformat2.html) that `salvage` needs:
+database pages overlaid with those of the write-ahead log, the cells of a page, the columns of
+a record, the free list. Files are opened read-only.
 
-Every function here takes garbage and answers with less: a page that is none has no cells, a
-record that is none is None.
+Every function accepts garbage and returns less: an invalid page has no cells, an invalid record is
+None.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ LOG_MAGIC: Final = 0x377F0682
 LOG_VERSION: Final = 3007000
 LOG_HEADER: Final = 32
 FRAME_HEADER: Final = 24
-"""Bytes at the start of the write-ahead log, and of each frame in it before its page."""
+"""Bytes of the header of the write-ahead log, and of each frame before its page."""
 
 LATER: Final = 1 << 32
 
 
 class Cell(NamedTuple):
-    """One entry of a page: where its payload lies and how long it is, its row, its child page."""
+    """One entry of a page: place and length of its payload, its row, its child page."""
 
     page: int
     place: int
@@ -54,15 +54,15 @@ class Cell(NamedTuple):
 
 
 class Pages:
-    """The pages of a database file, numbered from 1, as of the last commit that can be read."""
+    """The pages of a database file, numbered from 1, as of the last readable commit."""
 
     def __init__(
         self, path: str, page_size: int, *, log: str | None = None, believed: int = 0
     ) -> None:
-        """`page_size` is what it should be, for when the header of the file does not tell.
+        """`page_size` is the expected size, used if the header of the file does not tell.
 
-        `log` is the path of its write-ahead log, where that is not the usual one. So many of its
-        frames as `believed` says need no proof.
+        `log` is the path of its write-ahead log, if not the usual one. The first `believed` frames
+        of the log need no proof.
         """
         self._file = _open(path)
         header = _read(self._file, 100, 0)
@@ -82,7 +82,7 @@ class Pages:
         there = -(-size // self.page_size)
         elsewhere = sum(there < number <= pages for number in self._frames)
         self.missing = max((pages - elsewhere) * self.page_size - size, 0)
-        """Bytes at the end of the file that are not there."""
+        """Bytes missing at the end of the file."""
 
     def close(self) -> None:
         for file in (self._file, self._log):
@@ -90,7 +90,7 @@ class Pages:
                 os.close(file)
 
     def page(self, number: int) -> bytes:
-        """The bytes of a page, fewer where the file ends."""
+        """The bytes of a page, fewer at the end of the file."""
         if number == self._last[0]:
             return self._last[1]
         place = self._frames.get(number)
@@ -106,9 +106,8 @@ class Pages:
     def _read_log(self, believed: int) -> None:
         """Find the newest committed frame of every page.
 
-        A frame proves itself by a checksum over it that continues the one of the frame
-        before, which that one carries: so what follows a broken frame can be proven again,
-        for `later`.
+        A frame proves itself by a checksum that continues the checksum of the frame before, which
+        that frame stores. So frames behind a broken one can be proven too, for `later`.
         """
         size = _size(self._log)
         if size == 0:
@@ -134,7 +133,7 @@ class Pages:
             number, commit, *rest = struct.unpack(">6I", frame[:FRAME_HEADER])
             before, sums = sums, (rest[2], rest[3])
             if tuple(rest[:2]) != salts:
-                is_sound = False  # left from before the log was last started anew, or broken
+                is_sound = False  # broken, or left over from before the log was restarted
                 continue
             is_proven = sure or not (sums_known or offset > LOG_HEADER)
             if not is_proven:
@@ -155,15 +154,15 @@ class Pages:
         self.count = max(self.count, *self._later, 0)
 
     def later(self) -> list[int]:
-        """Pages of the log in and behind a commit with a broken frame, under numbers of their own.
+        """Log pages in and behind a commit with a broken frame, under numbers of their own.
 
-        They may be newer than what `page` gives for the same place, or of a commit that
-        failed: nobody can tell.
+        They may be newer than the `page` at the same place, or belong to a failed commit: there is
+        no way to tell.
         """
         return [LATER + number for number in self._later]
 
     def free(self) -> tuple[set[int], bool]:
-        """The pages on the free list, and whether the whole list could be read."""
+        """The pages on the free list, and whether the whole list was readable."""
         head = self.page(1)[:100].ljust(100, b"\0")
         trunk, total = struct.unpack(">2I", head[32:40])
         free: set[int] = set()
@@ -179,7 +178,7 @@ class Pages:
         return free, len(free) == total and self.sound_header
 
     def kind(self, number: int) -> int:
-        """The type byte of a page; 0 when it can be no page of a tree."""
+        """The type byte of a page; 0 if the page cannot be part of a tree."""
         page = self.page(number)
         start = 100 if number == 1 else 0
         if len(page) < self.page_size:
@@ -187,9 +186,9 @@ class Pages:
         return page[start] if page[start] in _KINDS else 0
 
     def cells(self, number: int) -> tuple[list[Cell], bool]:
-        """The cells of a page in their order, and whether that was all of them.
+        """The cells of a page in order, and whether all were readable.
 
-        An interior page ends with a cell that is only its right-most child.
+        The last cell of an interior page is only its right-most child.
         """
         page = self.page(number)
         start = 100 if number == 1 else 0
@@ -224,13 +223,13 @@ class Pages:
         return cells, whole
 
     def local(self, cell: Cell) -> bytes:
-        """As much of a cell's payload as lies in its page; at the least its first columns."""
+        """The part of a cell's payload that lies in its page: at least its first columns."""
         page = self.page(cell.page)
         _, size = self._split(page, cell)
         return page[cell.place : cell.place + size]
 
     def payload(self, cell: Cell) -> bytes | None:
-        """The payload of a cell with its overflow pages; None where it makes no sense."""
+        """The payload of a cell with its overflow pages; None if invalid."""
         page = self.page(cell.page)
         usable = self.page_size
         whole, local = self._split(page, cell)
@@ -273,7 +272,7 @@ _INTEGERS: Final = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}
 
 
 def shape(data: bytes) -> list[int]:
-    """The column types at the head of a row; empty when there is no sensible one."""
+    """The column types at the head of a row; empty if invalid."""
     try:
         end, place = _varint(data, 0)
         types = []
@@ -286,7 +285,7 @@ def shape(data: bytes) -> list[int]:
 
 
 def record(payload: bytes | None) -> list[Any] | None:
-    """The columns of a row; None when it is none."""
+    """The columns of a row; None if invalid."""
     if payload is None or not (types := shape(payload)):
         return None
     values: list[Any] = []
@@ -314,13 +313,13 @@ def record(payload: bytes | None) -> list[Any] | None:
 
 
 def _count_in(header: bytes) -> int:
-    """How many pages a file has by its header, or 0: what old programs wrote there is void."""
+    """The page count in a file's header, or 0: a count written by old programs is void."""
     is_valid = header[24:28] == header[92:96]
     return int.from_bytes(header[28:32], "big") if is_valid else 0
 
 
 def is_log_head(head: bytes) -> bool:
-    """Whether a write-ahead log that begins so is one."""
+    """Whether `head` is the valid head of a write-ahead log."""
     if len(head) < LOG_HEADER:
         return False
     magic, version, page_size, _, _, _, *sums = struct.unpack(">8I", head)
@@ -346,7 +345,7 @@ def _size(file: int | None) -> int:
 
 
 def _read(file: int | None, size: int, place: int) -> bytes:
-    """Read at a place; nothing where the file ends, or where the disk cannot be read."""
+    """Read at a place; empty at the end of the file, or if the disk cannot be read."""
     if file is None or place < 0:
         return b""
     try:
@@ -356,7 +355,7 @@ def _read(file: int | None, size: int, place: int) -> bytes:
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """Read an integer of 1 to 9 bytes; returns it and the place behind it."""
+    """Read an integer of 1 to 9 bytes; return it and the place after it."""
     value = data[place]
     if value < 0x80:
         return value, place + 1

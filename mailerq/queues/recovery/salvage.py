@@ -1,38 +1,37 @@
-"""Check a queue file at the start, and save what is readable of a damaged one.
+"""Checks a queue file at the start, and salvages a damaged one.
 
 Theory of operation
 -------------------
-`examine` says whether a file is damaged, in bounded time: SQLite checks the whole of a small
-file, and of one that was marked when damage was met; a large one is probed at its ends and
-at random. Records prove themselves by their checksums whenever they are read, so what slips
-through is found later and loses nothing.
+`examine` says whether a file is damaged, in bounded time. SQLite checks all of a small file, and of
+a file marked after damage was met; a large file is probed at its ends and at random. Records prove
+themselves by checksums whenever they are read, so damage missed here is found later and loses
+nothing.
 
-SQLite believes the write-ahead log up to its first broken frame. A crash may leave the last
-commit so: its last frame is there, and another one, or half of it, had not been written. Nobody
-was told that this commit is safe, as nobody has got an answer yet. But a commit that was safe and
-is damaged since looks the same, and so may what another process left that died within a commit.
-So `recover` takes in the messages of it that prove themselves and that the file does not know:
-better that some come twice, or a result is told twice, than that one is lost. It reads them from
-a copy of the log, which it keeps, and from which it begins again when it is interrupted. More
-than one such commit is damage, because the one before was synced when the next began.
+SQLite accepts the write-ahead log up to its first broken frame. A crash may leave the last commit
+broken: its last frame is there, and another frame was not written, or only in part. That commit was
+not yet reported as safe. But a safe commit that was damaged later looks alike, and so may the
+remains of another process that died during a commit. So `recover` takes from that commit the
+messages that prove themselves and that the file does not know: a duplicate message or result is
+better than a lost one. The messages are read from a copy of the log, which is kept, and from which
+an interrupted recovery starts again. More than one such commit is damage, because each commit is
+synced before the next begins.
 
-`salvage` reads the pages themselves (`mailerq.queues.recovery.pages`), not through SQLite. It walks
-the trees of the tables from their roots; where a tree is broken it looks at every other page
-of the file that is not free, and where the log is broken at what stands behind that. Every
-message found with a sound checksum, and a body that fits, is written into a new file under
-its old number. What is there but not sound goes into the queue ``damaged``, with a reason. A
-free page may hold what was deleted: it is not looked at, and when the list of free pages is
-broken as well, the index of messages tells what lives.
+`salvage` reads the pages directly (`mailerq.queues.recovery.pages`), not through SQLite. It walks
+the trees of the tables from their roots. If a tree is broken, all other pages that are not free are
+read; if the log is broken, the frames behind the break too. Every message with a sound checksum and
+a fitting body is written into a new file under its old number. Unsound records go into the queue
+``damaged``, with a reason. Free pages may hold deleted messages, and are not read; if the free list
+is broken too, the index of messages tells which messages are alive.
 
-The new file takes the place of the old only when it is complete and synced; the old one is
-moved aside, and never deleted.
+The new file replaces the old one only when complete and synced; the old file is moved aside, never
+deleted.
 
 Guarantees
 ----------
 - A crash at any moment leaves either the old file in its place or a complete new one, which
   `recover` puts there at the next start.
-- A file that `examine` calls damaged is never written to, and the log is kept whose last commit is
-  not whole.
+- A file that `examine` calls damaged is never written to, and a log whose last commit is incomplete
+  is kept.
 """
 
 from __future__ import annotations
@@ -78,44 +77,44 @@ __all__ = ["Finding", "Salvaged", "broken_log", "examine", "recover", "salvage"]
 logger = logging.getLogger("mailerq.queues")
 
 FULL_CHECK_BYTES: Final = 128 << 20
-"""SQLite checks so much in a second, even from a slow disk; a larger file is probed."""
+"""SQLite checks this much in a second, even on a slow disk; a larger file is probed."""
 
 MAX_UNREADABLE: Final = 0.1
-"""A share of the file. Some blocks that the disk has lost are damage; with more of them it is the
-disk, which may be well again after a while."""
+"""A fraction of the file. A few unreadable blocks are damage; more than this is a fault of the
+disk, which may recover."""
 
 PROBES: Final = 300
 PROBE_SECONDS: Final = 0.3
 UNFINISHED: Final = ".salvaging"
 FINISHED: Final = ".salvaged"
 HALF: Final = ".half-commit"
-"""The copy of a log of which the last commit is being taken in."""
+"""The copy of a log whose last commit is being taken in."""
 
 NUMBER_GAP: Final = 1_000_000
-"""How far the numbers jump when it is lost which were given."""
+"""How far the numbers jump if the last assigned number is lost."""
 
 BATCH: Final = 500
 BATCH_BYTES: Final = 32 << 20
 COPY_BYTES: Final = 1 << 20
 
 MESSAGE_COLUMNS: Final = (9, 7)
-"""By which a row of messages is known, wherever it lies; the second is from before layout 3."""
+"""Column counts that identify a row of messages anywhere; the second is from before layout 3."""
 
 INDEXES: Final = ("message_place", "message_due")
 """The index of messages, now and before layout 3."""
 
 ROOTS: Final = {"number": 2, "message": 3, "body": 4, "shared": 5, "message_place": 6}
 OLD_ROOTS: Final = {"number": 2, "message": 3, "message_due": 4, "body": 5, "shared": 6}
-"""Where the trees begin, as the order in our schema has it; for when the file does not tell. A file
-that was made before layout 3 keeps its order, and its new index mostly has the place of the old."""
+"""The tree roots, in the order of our schema; used if the file does not tell. A file made before
+layout 3 keeps its order, and its new index mostly has the place of the old."""
 
 
 @dataclass(slots=True, frozen=True)
 class Finding:
-    """What `examine` found: `damage` says what is wrong with a file.
+    """The result of `examine`: `damage` says what is wrong with a file.
 
-    `half` is how many bytes its log has up to the end of a last commit that is not whole, 0 where
-    it is; `believed` is the number of frames before that commit.
+    `half` is the size of the log up to the end of an incomplete last commit, 0 if the last commit
+    is complete; `believed` is the number of frames before that commit.
     """
 
     damage: str | None = None
@@ -124,7 +123,7 @@ class Finding:
 
 
 class Log(NamedTuple):
-    """A write-ahead log: the bytes of a frame, and the numbers of those that end a commit."""
+    """A write-ahead log: the size of a frame, and the numbers of the frames that end a commit."""
 
     step: int
     commits: list[int]
@@ -132,9 +131,9 @@ class Log(NamedTuple):
 
 @dataclass(slots=True, frozen=True)
 class Salvaged:
-    """What came of a damaged file: `lost` messages are known to have been in it.
+    """The result of a salvage: `lost` messages are known to have been in the file.
 
-    There may have been more of these unless `all_known`. `missing` bytes of the file are not there.
+    More may have been lost unless `all_known`. `missing` bytes of the file are not there.
     """
 
     messages: int
@@ -161,7 +160,7 @@ class Salvaged:
 def recover(path: str) -> None:
     """Make sure that a sound file or none is at `path`. Raises `QueueError`.
 
-    Nobody else may have the file open.
+    The file must not be open elsewhere.
     """
     _remove(path + UNFINISHED)
     _remove_file(path + HALF + UNFINISHED)
@@ -186,7 +185,7 @@ def recover(path: str) -> None:
 
 
 def _renew(path: str, damage: str) -> None:
-    """Put a new file in the place of a damaged one, with all that is readable of it."""
+    """Replace a damaged file with a new one that has all readable contents."""
     bad, size = unreadable(path)
     if bad > size * MAX_UNREADABLE:
         raise QueueError(
@@ -200,7 +199,7 @@ def _renew(path: str, damage: str) -> None:
 
 
 def _replace(path: str) -> str:
-    """Move the old file and its companions aside, and the new one into its place."""
+    """Move the old file and its companions aside, and the new one into place."""
     kept = _free_name(f"{path}.damaged")
     for suffix in ("-shm", "-wal", ""):
         if os.path.exists(path + suffix):
@@ -212,7 +211,7 @@ def _replace(path: str) -> str:
 
 
 def _free_name(base: str) -> str:
-    """A name with the time in it that neither a file nor its companions have."""
+    """A name with the time, unused by any file or companion."""
     name = stamped = f"{base}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
     count = 1
     while any(os.path.exists(name + suffix) for suffix in ("", "-wal", "-shm")):
@@ -222,7 +221,7 @@ def _free_name(base: str) -> str:
 
 
 def _private(path: str, flags: int) -> int:
-    """Mail is not for everybody."""
+    """Open a file with mode 0640: mail is private."""
     return os.open(path, flags, 0o640)
 
 
@@ -247,7 +246,7 @@ def _remove_file(path: str) -> None:
 
 
 def examine(path: str) -> Finding:
-    """Say what is wrong with a file. Raises `QueueError` when that cannot be told."""
+    """Return what is wrong with a file. Raises `QueueError` if the file cannot be judged."""
     try:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         log = os.path.getsize(path + "-wal") if os.path.exists(path + "-wal") else 0
@@ -262,7 +261,7 @@ def examine(path: str) -> Finding:
             return Finding("the write-ahead log is broken at its head")
         whole = size <= FULL_CHECK_BYTES or os.path.exists(path + MARK_SUFFIX)
         connection = connect(path)
-        # The last one to close would write the log into the file, and delete it.
+        # The last close would write the log into the file, and delete the log.
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
     except (apsw.NotADBError, apsw.CorruptError) as error:
         return Finding(str(error))
@@ -279,7 +278,7 @@ def examine(path: str) -> Finding:
 
 
 def broken_log(path: str) -> str | None:
-    """Say what is wrong with the log of a file, or None. Nobody else may have the file open."""
+    """Return what is wrong with a file's log, or None. The file must not be open elsewhere."""
     if os.path.exists(path + HALF):
         return "a start was interrupted while it took in the last commit of the write-ahead log"
     if not os.path.exists(path + "-wal") or not os.path.getsize(path + "-wal"):
@@ -304,7 +303,7 @@ def broken_log(path: str) -> str | None:
 
 
 def _believed(connection: apsw.Connection) -> int:
-    """How many frames of the log SQLite believes; a commit ends with the last of them."""
+    """How many frames of the log SQLite accepts; the last of them ends a commit."""
     return connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
 
 
@@ -314,7 +313,7 @@ def _broken(believed: int, log: Log) -> str:
 
 def _look(connection: apsw.Connection, log: Log, whole: bool) -> Finding:
     if not int(connection.pragma("user_version")):
-        return Finding()  # not ours, or not finished: `QueueFile` decides
+        return Finding()  # foreign, or not finished: `QueueFile` decides
     believed = _believed(connection)
     unread = [number for number in log.commits if number > believed]
     if len(unread) > 1:
@@ -330,7 +329,7 @@ def _look(connection: apsw.Connection, log: Log, whole: bool) -> Finding:
 
 
 def _log_of(path: str) -> Log | None:
-    """What the log of a file says of itself; None when its head is broken."""
+    """The structure of a file's log; None if its head is broken."""
     with open(path + "-wal", "rb", buffering=0) as file:
         head = file.read(LOG_HEADER)
         if len(head) < LOG_HEADER:
@@ -349,7 +348,7 @@ def _log_of(path: str) -> Log | None:
 
 
 def _probe(connection: apsw.Connection) -> str | None:
-    """Look at the ends of every tree and at some rows in between."""
+    """Check the ends of every tree and some rows in between."""
     for table in ("message", "body", "shared"):
         connection.execute(f"SELECT min(id), max(id) FROM {table}").fetchall()
     connection.execute("SELECT queue FROM message ORDER BY queue LIMIT 1").fetchall()
@@ -375,7 +374,7 @@ def _probe(connection: apsw.Connection) -> str | None:
 
 
 def _is_indexed(connection: apsw.Connection, number: int) -> bool:
-    """Whether the index knows a message at the place that its row has."""
+    """Whether the index has a message at the place that its row states."""
     columns = "queue, destination, lane, due"
     if int(connection.pragma("user_version")) < PLACES_LAYOUT:
         columns = "queue, due"
@@ -389,7 +388,7 @@ def _is_indexed(connection: apsw.Connection, number: int) -> bool:
 
 
 def _copy_log(path: str, size: int) -> None:
-    """Copy so much of the log of a file to where `_take_in` reads it."""
+    """Copy the first `size` bytes of a file's log for `_take_in`."""
     copying = path + HALF + UNFINISHED
     try:
         with open(path + "-wal", "rb") as log, open(copying, "xb", opener=_private) as copy:
@@ -405,10 +404,10 @@ def _copy_log(path: str, size: int) -> None:
 
 
 def _take_in(path: str, believed: int = 0) -> str | None:
-    """Save what is new in the last commit of the copied log; what of the file is damaged, or None.
+    """Save the new messages of the copied log's last commit; return the file's damage, or None.
 
-    The first `believed` frames of the log need no proof. Where the file is damaged, the copy
-    stays for the file that is to take its place.
+    The first `believed` frames of the log need no proof. If the file is damaged, the copy stays for
+    the file that will replace it.
     """
     pages = Pages(path, PAGE_SIZE, log=path + HALF, believed=believed)
     try:
@@ -434,7 +433,7 @@ def _take_in(path: str, believed: int = 0) -> str | None:
 
 
 def _keep_log(path: str) -> str:
-    """Set the copied log aside, under the name that this returns."""
+    """Set the copied log aside, and return its new name."""
     kept = _free_name(path + HALF)
     _rename(path + HALF, kept)
     return kept
@@ -480,7 +479,7 @@ class _Salvage:
         self.shared: dict[int, list[Cell]] = {}
         self.sharing: dict[int, bytes] = {}
         self.size = 0
-        self.at_once = False  # all that is saved is one commit
+        self.at_once = False  # everything saved is one commit
         self.damaged = 0
         self.guessed = False  # where the index begins
         self.highest = first_number(os.path.dirname(file.path)) - 1
@@ -507,7 +506,7 @@ class _Salvage:
             self.take(page)
         living = {number for _, _, number in self.entries(index)} if index_whole else None
         if living is not None and self.guessed and not self.saved <= living:
-            index_whole, living = False, None  # it is another tree, or a part of one
+            index_whole, living = False, None  # another tree, or part of one
         for page in loose:
             self.take(page, loose=True, living=living)
         for page in later:
@@ -530,10 +529,10 @@ class _Salvage:
         return Salvaged(len(self.saved), self.damaged, lost, all_known, self.pages.missing)
 
     def take_in(self) -> int:
-        """Add the messages that only a commit at the end of the log has, in one commit; how many.
+        """Add in one commit the messages that only the log's last commit has; return the count.
 
-        What the file knows already is left as it is: a message that this commit deleted or changed
-        is tried again.
+        Messages that the file knows stay unchanged: one that the log's commit deleted or changed is
+        tried again.
         """
         pages = self.pages.later()
         numbers: set[int] = set()
@@ -553,7 +552,7 @@ class _Salvage:
         return len(self.saved) - len(known)
 
     def roots(self) -> dict[str, int]:
-        """Where the trees begin."""
+        """The roots of the trees."""
         found: dict[str, int] = {}
         cells, _ = self.pages.cells(1)
         for cell in cells:
@@ -567,9 +566,9 @@ class _Salvage:
         return {**roots, "index": roots.get(index, ROOTS[INDEXES[0]])}
 
     def walk(self, root: int, seen: set[int]) -> tuple[list[int], bool]:
-        """The pages below a root that hold entries, and whether the tree is whole.
+        """The entry pages below a root, and whether the tree is whole.
 
-        In the tree of an index, these are all of its pages.
+        For the tree of an index, all of its pages.
         """
         pages: list[int] = []
         whole = True
@@ -592,7 +591,7 @@ class _Salvage:
         return pages, whole
 
     def loose(self, seen: set[int]) -> list[int]:
-        """Pages of rows that no tree leads to, and that are not free."""
+        """Pages of rows that no tree leads to and that are not free."""
         free, _ = self.pages.free()
         return [
             number
@@ -601,7 +600,7 @@ class _Salvage:
         ]
 
     def entries(self, index: list[int]) -> Iterator[tuple[str, int, int]]:
-        """What the index knows: queue, due and number of messages."""
+        """The entries of the index: queue, due time and number of each message."""
         for page in index:
             for cell in self.pages.cells(page)[0]:
                 match record(self.pages.payload(cell)):
@@ -611,7 +610,7 @@ class _Salvage:
                         yield queue, due, number
 
     def note_bodies(self, page: int, where: dict[int, list[Cell]] | None) -> None:
-        """Remember where bodies lie; the number of columns tells bodies from shared ones."""
+        """Note where bodies lie; the number of columns tells bodies from shared ones."""
         for cell in self.pages.cells(page)[0]:
             known = where
             if known is None:
@@ -621,7 +620,7 @@ class _Salvage:
                 known.setdefault(cell.rowid, []).append(cell)
 
     def take(self, page: int, *, loose: bool = False, living: set[int] | None = None) -> None:
-        """Save the proven messages of a page; the others of it are looked at in the end."""
+        """Save the proven messages of a page; note the others for the end."""
         for cell in self.pages.cells(page)[0]:
             number = cell.rowid
             if number in self.saved or (living is not None and number not in living):
@@ -635,14 +634,14 @@ class _Salvage:
                 continue
             self.saved.add(number)
             self.highest = max(self.highest, number)
-            # The start sorts what is found here.
+            # The start sorts the messages found here.
             insert = Insert(
                 Message(), row.queue, row.due, *UNSORTED, row.properties, row.data, id=number
             )
             self.save(insert)
 
     def row(self, cell: Cell) -> Row | None:
-        """The row in a cell, with the body that fits it best."""
+        """The row in a cell, with the body that fits best."""
         values = record(self.pages.payload(cell))
         if values is None or len(values) not in MESSAGE_COLUMNS:
             return None
@@ -656,7 +655,7 @@ class _Salvage:
         if not isinstance(reference, int):
             return None
         if reference not in self.sharing:
-            # The same object for all that share it, as far as they stand together.
+            # One object for all users of a body, as long as they are adjacent.
             self.sharing.clear()
             body = self.fitting(self.shared.get(reference, ()), row.body_crc)
             self.sharing[reference] = body
@@ -674,7 +673,7 @@ class _Salvage:
         return best
 
     def put_aside(self, cell: Cell) -> None:
-        """Keep what is left of a message whose number may not even be right."""
+        """Keep the remains of a message whose number may be wrong too."""
         row = self.row(cell)
         if cell.rowid in self.saved:
             return
@@ -688,7 +687,7 @@ class _Salvage:
         self.save_aside(row, reason)
 
     def put_body_aside(self, number: int, known: tuple[str, int] | None) -> None:
-        """Keep a body whose message is lost: its headers may tell where it was to go."""
+        """Keep a body whose message is lost: its headers may name the recipient."""
         data = self.fitting(self.bodies[number], None)
         if data is None:
             return
@@ -717,7 +716,7 @@ class _Salvage:
         self.size = 0
 
     def number_on(self, pages: list[int]) -> None:
-        """Let the next number be one that was never given."""
+        """Make the next number one that was never assigned."""
         following = 0
         for page in pages:
             for cell in self.pages.cells(page)[0]:
