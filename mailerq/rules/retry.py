@@ -65,9 +65,9 @@ def next_attempt(
     `intervals` by up to `JITTER` either way. ``retries`` are kept exactly.
 
     >>> next_attempt({}, attempt=1, now=0, expires=999, intervals=(10, 20), max_attempts=0)
-    10
+    10.0
     >>> next_attempt({}, attempt=7, now=0, expires=999, intervals=(10, 20), max_attempts=0)
-    20
+    20.0
     >>> next_attempt({}, attempt=7, now=0, expires=15, intervals=(10, 20), max_attempts=0)
     """
     limit = properties.get("maxattempts")
