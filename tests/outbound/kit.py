@@ -1,10 +1,9 @@
-"""Test kit for deliveries: a scriptable peer, a queue in memory, a worker."""
+"""What the tests of deliveries run against: a scriptable peer, a resolver, a worker."""
 
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,6 @@ import trio
 import trio.testing
 
 from mailerq.config import Config
-from mailerq.errors import MessageDamaged, MessageError, QueueError
 from mailerq.live import Live
 from mailerq.message import Message
 from mailerq.net.logs import LogFile
@@ -22,271 +20,11 @@ from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.openings import Openings
-from mailerq.queues import Depth, Entry, Lease, Publication, Queues, Settlement
-from mailerq.queues.interface import Receiver, Subscription, Taken
-from mailerq.rules.destinations import place_of
-
-NOW = 1_767_268_800.0  # 2026-01-01 12:00:00
-
-
-Waiting = tuple[float, Message]
-"""When a message is due, and the message."""
-
-
-class ByDestination:
-    """A list of waiting mail, indexed by destination."""
-
-    def __init__(self) -> None:
-        self._entries: dict[int, Waiting] = {}
-        self._of: dict[str, dict[int, Waiting]] = defaultdict(dict)
-        self._count = 0
-
-    def __iter__(self) -> Iterator[Waiting]:
-        return iter(self._entries.values())
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def append(self, entry: Waiting) -> None:
-        self._count += 1
-        self._entries[self._count] = entry
-        self._of[place_of(entry[1].properties).destination][self._count] = entry
-
-    def of(self, destination: str) -> dict[int, Waiting]:
-        return self._of.get(destination, {})
-
-    def pop(self, destination: str, number: int) -> Waiting:
-        del self._entries[number]
-        return self._of[destination].pop(number)
-
-
-class MemoryQueues(Queues):
-    """Queues in memory, lost with the process, that fail on demand."""
-
-    def __init__(self) -> None:
-        self.now = NOW
-        self.outbox = ByDestination()
-        self.queues: dict[str, Any] = defaultdict(list, outbox=self.outbox)
-        self.leased: dict[int, Lease] = {}
-        self.released: list[Lease] = []
-        self.groups: list[int] = []
-        self.failures = 0
-        self.impossible: set[str] = set()
-        self.object_to: Callable[[Settlement], Exception | None] = lambda settlement: None
-        self.may_ack = trio.Event()
-        self.may_ack.set()
-        self.subscriptions: dict[str, MemorySubscription] = {}
-        self.late_above = 1 << 30
-        """Larger bodies are not loaded when a message is taken."""
-        self.late: dict[int, bytes | None] = {}
-        self.loads = 0
-        self.damaged: set[int] = set()
-        """Leases with unusable bodies."""
-        self.on_time: Callable[[], None] = lambda: None
-        self._ids = 0
-        self._changed = trio.Event()
-
-    def __getitem__(self, queue: str) -> list[Message]:
-        return [message for _, message in self.queues[queue]]
-
-    @property
-    def due(self) -> int:
-        return sum(due <= self.now for due, _ in self.queues["outbox"])
-
-    def pass_time(self, seconds: float) -> None:
-        self.now += seconds
-        self.on_time()
-        self.touch()
-
-    def touch(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def until(self, condition: Callable[[MemoryQueues], bool], seconds: float = 10) -> None:
-        with trio.fail_after(seconds):
-            while not condition(self):
-                await self._changed.wait()
-
-    def put(self, message: Message, due: float | None = None, queue: str = "outbox") -> None:
-        entry = (self.now if due is None else due, message)
-        subscription = self.subscriptions.get(queue)
-        if subscription is None or not subscription.hand_over(entry):
-            self.queues[queue].append(entry)
-            if subscription is not None:
-                subscription.note(entry)
-
-    def lease(self, queue: str, entry: Waiting) -> Lease:
-        """Lease a message that has been removed from all lists."""
-        self._ids += 1
-        message = entry[1]
-        lease = Lease(self._ids, queue, message, place_of(message.properties).destination)
-        lease.since = entry[0]
-        lease.size = len(message.body or b"")
-        if lease.size > self.late_above:
-            lease.loaded = False
-            lease.message = Message(message.properties)
-            self.late[lease.id] = message.body
-        self.leased[lease.id] = lease
-        self.touch()
-        return lease
-
-    async def publish(self, publications: Sequence[Publication]) -> None:
-        for publication in publications:
-            self.put(publication.message, publication.due, publication.queue)
-        self.touch()
-
-    def configure(self, config: Config) -> None:
-        """Nothing to configure."""
-
-    def check(self, publication: Publication) -> None:
-        if publication.queue in self.impossible:
-            raise MessageError(f"{publication.queue} is impossible")
-
-    async def ack(self, settlements: Sequence[Settlement]) -> None:
-        await self.may_ack.wait()
-        await trio.lowlevel.checkpoint()
-        if self.failures:
-            self.failures -= 1
-            raise QueueError("disk full")
-        for settlement in settlements:
-            if settlement.lease.id not in self.leased:
-                raise ValueError(f"lease {settlement.lease.id} is over")
-            for publication in settlement.publications:
-                self.check(publication)
-            if (error := self.object_to(settlement)) is not None:
-                raise error
-        self.groups.append(len(settlements))
-        for settlement in settlements:
-            lease = settlement.lease
-            del self.leased[lease.id]
-            for each in settlement.publications:
-                message = each.message
-                if each.queue == lease.queue and not lease.loaded:
-                    message = Message(message.properties, self.late[lease.id])
-                self.put(message, each.due, each.queue)
-            self.late.pop(lease.id, None)
-        self.touch()
-
-    def release(self, lease: Lease) -> None:
-        del self.leased[lease.id]
-        self.released.append(lease)
-        body = self.late.pop(lease.id, lease.message.body)
-        self.queues[lease.queue].append((lease.since, Message(lease.message.properties, body)))
-        self.touch()
-
-    def consume(self, queue: str, *, prefetch: int) -> Any:
-        raise NotImplementedError
-
-    @asynccontextmanager
-    async def subscribe(
-        self, queue: str, receiver: Receiver, *, prefetch: int, window: int
-    ) -> AsyncIterator[MemorySubscription]:
-        subscription = MemorySubscription(self, queue, receiver, prefetch, window)
-        self.subscriptions[queue] = subscription
-        try:
-            for entry in self.queues[queue]:
-                subscription.note(entry)
-            yield subscription
-        finally:
-            del self.subscriptions[queue]
-
-    async def depths(self) -> list[Depth]:
-        raise NotImplementedError
-
-    async def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:
-        raise NotImplementedError
-
-    async def purge(self, queue: str) -> int:
-        raise NotImplementedError
-
-    def statistics(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def wake(self) -> None:
-        self.touch()
-
-
-class MemorySubscription(Subscription):
-    """A queue sorted by destination, as `mailerq.queues.interface` describes it."""
-
-    def __init__(
-        self, queues: MemoryQueues, queue: str, receiver: Receiver, prefetch: int, window: int
-    ) -> None:
-        self.queues, self.queue, self.receiver = queues, queue, receiver
-        self.entries: ByDestination = queues.queues[queue]
-        self.prefetch, self.window = prefetch, window
-        self.windows: dict[str, int] = {}
-        self.takes: list[tuple[str, int]] = []
-        self.waits: set[str] = set()
-        """Destinations with due mail in the queue, as far as the receiver knows."""
-        self.token = trio.lowlevel.current_trio_token()
-
-    def hand_over(self, entry: Waiting) -> bool:
-        """Whether a message goes directly to the receiver."""
-        destination = place_of(entry[1].properties).destination
-        if (
-            entry[0] > self.queues.now
-            or len(self.queues.leased) >= self.prefetch
-            or self.held(destination) >= self.windows.get(destination, self.window)
-            or any(due <= self.queues.now for due, _ in self.entries.of(destination).values())
-        ):
-            return False
-        lease = self.queues.lease(self.queue, entry)
-        self.token.run_sync_soon(self.receiver.arrived, [lease])
-        return True
-
-    def held(self, destination: str) -> int:
-        return sum(lease.destination == destination for lease in self.queues.leased.values())
-
-    def note(self, entry: Waiting) -> None:
-        """Note a message in the queue; a backlog is reported once."""
-        destination = place_of(entry[1].properties).destination
-        if entry[0] > self.queues.now:
-            self.receiver.waiting(destination, entry[0])
-        elif destination not in self.waits:
-            self.waits.add(destination)
-            self.token.run_sync_soon(self.receiver.waiting, destination, entry[0])
-
-    def set_window(self, destination: str, messages: int) -> None:
-        self.windows[destination] = messages
-
-    async def take(self, destination: str, limit: int) -> Taken:
-        await trio.lowlevel.checkpoint()
-        self.takes.append((destination, limit))
-        now = self.queues.now
-        entries = self.entries.of(destination).items()
-        due = sorted((-priority_of(m), due, n) for n, (due, m) in entries if due <= now)
-        later = min((due for _, (due, _) in entries if due > now), default=None)
-        leases = [
-            self.queues.lease(self.queue, self.entries.pop(destination, number))
-            for _, _, number in due[:limit]
-        ]
-        if len(due) <= limit:
-            self.waits.discard(destination)
-        return Taken(leases, len(due) > limit, later)
-
-    async def load(self, lease: Lease) -> None:
-        await trio.lowlevel.checkpoint()
-        assert not lease.loaded
-        if lease.id in self.queues.damaged:
-            self.queues.leased.pop(lease.id, None)
-            self.queues.touch()
-            raise MessageDamaged("the checksum does not fit")
-        lease.message.body = self.queues.late[lease.id]
-        lease.loaded = True
-        self.queues.loads += 1
-
-    def forget(self, destination: str) -> None:
-        self.windows.pop(destination, None)
-
-
-def priority_of(message: Message) -> int:
-    priority = message.properties.get("priority")
-    return priority if isinstance(priority, int) else 0
+from tests.outbound.memory_queues import MemoryQueues
 
 
 class StubPlugins:
-    """Plugins with at most one handler for each event, and their end of a connection."""
+    """Plugins of which each event may have one handler, and its end of a connection."""
 
     def __init__(self, **handlers: Callable[[Message], Any]) -> None:
         self.handlers = handlers
@@ -295,7 +33,7 @@ class StubPlugins:
         self.on_output: Callable[[], None] = lambda: None
 
     def send(self, output: bytes) -> None:
-        """Do as the core does when a plugin sends outside an event."""
+        """What the core does when a plugin sends outside of an event."""
         self.output += output
         self.on_output()
 
@@ -362,7 +100,7 @@ class Mail:
 
 
 class PeerConnection:
-    """The peer's end of one connection, driven by a script."""
+    """The peer's end of one connection; a script plays it."""
 
     def __init__(self, peer: Peer, stream: trio.SocketStream, number: int) -> None:
         self.peer = peer
@@ -374,7 +112,7 @@ class PeerConnection:
         await self.stream.send_all(data.encode() if isinstance(data, str) else data)
 
     async def line(self) -> str:
-        """The next command; empty if the client has closed."""
+        """The next command; empty when the client has closed."""
         while b"\r\n" not in self._buffer:
             data = await self.stream.receive_some()
             if not data:
@@ -417,7 +155,7 @@ class PeerConnection:
         await self.send(f"250-mx.test\r\n{extensions}250 HELP\r\n")
 
     async def serve(self) -> None:
-        """Play a server that accepts everything except what `Peer.answers` refuses."""
+        """Play a server that takes what `Peer.answers` does not refuse."""
         await self.hello()
         envelope = recipient = ""
         sender_stands = False
@@ -454,7 +192,7 @@ class PeerConnection:
 
 @dataclass
 class Peer:
-    """A mail server. `scripts` play its first connections, the last script all others."""
+    """A server for mail. `scripts` play its first connections, the last one all others."""
 
     queues: MemoryQueues
     scripts: list[Script] = field(default_factory=list)
@@ -500,7 +238,7 @@ class StubResolver:
 
 @dataclass
 class Bench:
-    """A dispatcher with its whole environment."""
+    """A dispatcher with everything around it."""
 
     queues: MemoryQueues
     peer: Peer
@@ -515,19 +253,19 @@ class Bench:
         self.queues.touch()
 
     async def results(self, queue: str = "results", count: int = 1) -> list[dict[str, Any]]:
-        """The last result of each of `count` messages, once all are there."""
+        """The last result of each of `count` messages, once they are there."""
         await self.queues.until(lambda queues: len(queues[queue]) >= count)
         assert len(self.queues[queue]) == count
         return [message.results[-1] for message in self.queues[queue]]
 
     async def until(self, condition: Callable[[dict[str, Any]], bool]) -> None:
-        """Wait until the statistics have the expected values."""
+        """Wait until the statistics are as they should be."""
         with trio.fail_after(10):
             while not condition(self.dispatcher.statistics()):
                 await trio.testing.wait_all_tasks_blocked(0.002)
 
     async def pass_time(self, seconds: float) -> None:
-        """Let time pass once nothing is under way, also for hosts that are down."""
+        """Let time pass once nothing is under way, for hosts that are down as well."""
         flows = self.dispatcher._flows
         await self.queues.until(
             lambda queues: (

@@ -16,7 +16,8 @@ from mailerq.net.logs import LogFile
 from mailerq.net.resolver import NoHosts
 from mailerq.outbound.settlement import _log_line
 from mailerq.wire.smtp import Reply
-from tests.outbound.kit import NOW, StubResolver, open_bench
+from tests.outbound.kit import StubResolver, open_bench
+from tests.outbound.memory_queues import NOW
 from tests.support import unescape
 
 

@@ -12,14 +12,8 @@ import trio.testing
 from mailerq.message import Message
 from mailerq.net.slots import Slots
 from mailerq.rules import routes
-from tests.outbound.kit import (
-    Bench,
-    MemoryQueues,
-    PeerConnection,
-    StubPlugins,
-    StubResolver,
-    open_bench,
-)
+from tests.outbound.kit import Bench, PeerConnection, StubPlugins, StubResolver, open_bench
+from tests.outbound.memory_queues import MemoryQueues
 
 
 class Reject(tuple[int, str]):

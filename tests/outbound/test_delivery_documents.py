@@ -26,7 +26,8 @@ from mailerq.rules.documents import examine, problems
 from mailerq.rules.plan import Hold, Refuse, body_problem, plan
 from mailerq.rules.retry import not_before
 from mailerq.wire.smtp import Reply
-from tests.outbound.kit import NOW, StubPlugins, StubResolver, StubWorker
+from tests.outbound.kit import StubPlugins, StubResolver, StubWorker
+from tests.outbound.memory_queues import NOW
 
 KNOWN = (
     "envelope recipient key keepmime mime mime-base64 ips pool delayed maxdelivertime maxattempts"

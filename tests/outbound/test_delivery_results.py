@@ -9,7 +9,8 @@ import trio
 
 from mailerq.outbound import settlement as delivery
 from mailerq.queues import DAMAGED_QUEUE, Settlement
-from tests.outbound.kit import MemoryQueues, open_bench
+from tests.outbound.kit import open_bench
+from tests.outbound.memory_queues import MemoryQueues
 
 
 def settled(count: int) -> Any:

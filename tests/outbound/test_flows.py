@@ -21,14 +21,8 @@ from mailerq.outbound import bodies, flow, openings, sites
 from mailerq.outbound.sites import Sites
 from mailerq.rules import routes
 from mailerq.rules.routes import Route
-from tests.outbound.kit import (
-    NOW,
-    Bench,
-    MemoryQueues,
-    PeerConnection,
-    StubResolver,
-    open_bench,
-)
+from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
+from tests.outbound.memory_queues import NOW, MemoryQueues
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 

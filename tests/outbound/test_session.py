@@ -21,14 +21,8 @@ from mailerq.outbound.sites import HostMemory, Site
 from mailerq.queues import Lease
 from mailerq.rules.plan import Send
 from mailerq.rules.routes import Route
-from tests.outbound.kit import (
-    MemoryQueues,
-    Peer,
-    PeerConnection,
-    Script,
-    StubPlugins,
-    StubWorker,
-)
+from tests.outbound.kit import Peer, PeerConnection, Script, StubPlugins, StubWorker
+from tests.outbound.memory_queues import MemoryQueues
 
 
 class StubFlow:

@@ -1,6 +1,6 @@
-"""The contract of every queue backend, tested through the interface alone.
+"""What every queue backend does, told by the interface alone.
 
-A backend runs these tests in its own class: ``class TestMine(Contract)`` with a fixture `backend`.
+A backend runs these by a class of its own: ``class TestMine(Contract)`` with a fixture `backend`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pytest
 import trio
@@ -16,25 +16,30 @@ import trio.testing
 
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message
-from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement, Subscription
+from mailerq.queues import Consumer, Depth, Lease, Publication, Queues, Settlement, Subscription
 
-__all__ = ["Backend", "Contract", "Recorder"]
+__all__ = ["Backend", "Capability", "Contract", "Recorder"]
 
 LARGE = bytes(range(256)) * 1024
-"""A body that stays in the queue until it is loaded."""
+"""A body that stays in the queue until it is asked for."""
+
+
+Capability = Literal["durable"]
+"""`durable`: what was published is there when the backend is opened again."""
 
 
 class Backend(Protocol):
-    """A backend under test. `durable`: published mail is there after a reopen."""
+    """A backend under test."""
 
     now: float
-    durable: bool
+    capabilities: frozenset[Capability]
+    """What this backend can do of that which not every backend can."""
 
     def open(self) -> AbstractAsyncContextManager[Queues]: ...
 
 
 class Recorder:
-    """A receiver that records its calls."""
+    """A receiver that remembers what it was told."""
 
     def __init__(self) -> None:
         self.leases: list[Lease] = []
@@ -68,6 +73,12 @@ class Recorder:
         return {destination for destination, _ in self.told}
 
 
+def needs(backend: Backend, capability: Capability) -> None:
+    """Skip a test that the backend says it cannot pass."""
+    if capability not in backend.capabilities:
+        pytest.skip(f"the backend is not {capability}")
+
+
 def tag_of(lease: Lease) -> int:
     tag: int = lease.message.properties["tag"]
     return tag
@@ -85,8 +96,15 @@ def mail(
     return Publication("outbox", Message(properties, body), due)
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def again(lease: Lease, due: float | None = None, **more: Any) -> Publication:
-    """A copy of a lease's message, with the lease's body."""
+    """The message of a lease once more, with the body that the lease has."""
     properties = {**lease.message.properties, **more}
     return Publication(lease.queue, Message(properties, lease.message.body), due)
 
@@ -99,7 +117,7 @@ async def receive(consumer: Consumer, count: int) -> list[Lease]:
 async def drain(
     queues: Queues, subscription: Subscription, destination: str, limit: int
 ) -> list[Lease]:
-    """All due mail of a destination, a few messages at a time, each settled at once."""
+    """All that is due in a destination, some at a time, each settled at once."""
     leases: list[Lease] = []
     more = True
     with trio.fail_after(20):
@@ -112,7 +130,7 @@ async def drain(
 
 
 class Contract:
-    """The contract of a backend."""
+    """What a backend has to do."""
 
     @pytest.fixture
     def backend(self) -> Backend:
@@ -147,8 +165,7 @@ class Contract:
             assert max(seen.index(1000 + tag) for tag in range(10)) < 120
 
     async def test_what_is_durable_is_there_after_a_start(self, backend: Backend) -> None:
-        if not backend.durable:
-            pytest.skip("this backend forgets")
+        needs(backend, "durable")
         async with backend.open() as queues:
             await queues.publish([mail(1, body=LARGE), mail(2, due=backend.now + 60)])
         recorder = Recorder()
@@ -204,6 +221,75 @@ class Contract:
             async with queues.consume("outbox", prefetch=1) as consumer:
                 (lease,) = await receive(consumer, 1)
                 assert (tag_of(lease), lease.message.body) == (1, b"body")
+
+    async def test_what_is_given_back_is_as_it_was(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(1)])
+            async with queues.consume("outbox", prefetch=1) as consumer:
+                (lease,) = await receive(consumer, 1)
+                lease.message.properties["recipient"] = "changed@b.test"
+                lease.message.body = None
+                queues.release(lease)
+                (back,) = await receive(consumer, 1)
+                assert (back.message.recipient, back.message.body) == ("r@a.test", b"body")
+                with pytest.raises(ValueError, match="over"):
+                    await queues.ack([Settlement(lease)])  # the lease is over, its message is not
+                await queues.ack([Settlement(back)])
+
+    async def test_prefetch_bounds_what_a_consumer_holds(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(tag) for tag in range(3)])
+            async with queues.consume("outbox", prefetch=2) as consumer:
+                leases = await receive(consumer, 2)
+                with trio.move_on_after(0.05) as scope:
+                    await consumer.receive()
+                assert scope.cancelled_caught
+                await queues.ack([Settlement(leases[0])])
+                assert tag_of((await receive(consumer, 1))[0]) == 2
+            with pytest.raises(ValueError, match="prefetch"):
+                async with queues.consume("outbox", prefetch=0):
+                    raise AssertionError
+
+    async def test_an_ack_with_one_bad_lease_settles_none(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(1), mail(2)])
+            async with queues.consume("outbox", prefetch=9) as consumer:
+                over, held = await receive(consumer, 2)
+                await queues.ack([Settlement(over)])
+                document = Publication("results", Message({"tag": 7}))
+                for leases in ((held, over), (held, held)):
+                    with pytest.raises(ValueError, match=r"over|twice"):
+                        await queues.ack([Settlement(lease, [document]) for lease in leases])
+                totals = {depth.queue: depth.total for depth in await queues.depths()}
+                assert (totals.get("outbox", 0), totals.get("results", 0)) == (1, 0)
+                await queues.ack([Settlement(held)])
+
+    @pytest.mark.parametrize("name", ["", "a" * 256, "a\0b", "\u202e", "\ud800"])
+    async def test_a_name_that_no_queue_can_have(self, backend: Backend, name: str) -> None:
+        async with backend.open() as queues:
+            with pytest.raises(MessageError, match="name"):
+                await queues.publish([Publication(name, Message({}))])
+
+    async def test_properties_that_cannot_be_stored(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            for value in (object(), nested(10_000)):
+                with pytest.raises(MessageError):
+                    await queues.publish([mail(1), mail(2, more=value)])
+            assert sum(depth.total for depth in await queues.depths()) == 0
+
+    async def test_depth_counts_what_is_leased_and_a_purge_leaves_it(
+        self, backend: Backend
+    ) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(1), mail(2), mail(3, due=backend.now + 60)])
+            async with queues.subscribe("outbox", Recorder(), prefetch=9, window=0) as subscription:
+                (lease,) = (await subscription.take("a.test", 1)).leases
+                assert await queues.depths() == [Depth("outbox", 2, 1)]
+                assert await queues.purge("outbox") == 2
+                assert await queues.depths() == [Depth("outbox", 1, 0)]
+                queues.release(lease)
+                (lease,) = (await subscription.take("a.test", 9)).leases
+                assert tag_of(lease) == 1
 
     # Subscribe: what comes by itself
 

@@ -9,13 +9,13 @@ import pytest
 
 from mailerq.queues import Queues
 from mailerq.queues.opening import open_embedded
-from tests.queues.contract import Backend, Contract
+from tests.queues.contract import Backend, Capability, Contract
 
 
 class Embedded:
     """The embedded queue, on a clock that the tests move."""
 
-    durable = True
+    capabilities: frozenset[Capability] = frozenset({"durable"})
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

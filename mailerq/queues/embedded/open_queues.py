@@ -141,6 +141,10 @@ class Taker:
         """How many new messages of a destination may be handed over on commit."""
         return self.credit()
 
+    def direct_bytes(self) -> int:
+        """The largest body that comes along with mail which is just committed."""
+        return self.body_bytes()
+
     def body_bytes(self) -> int:
         """The size of the largest body that is read along with its message."""
         return ANY_SIZE

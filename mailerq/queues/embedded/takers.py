@@ -29,6 +29,10 @@ __all__ = ["EmbeddedConsumer", "EmbeddedSubscription"]
 MAX_BODY_BYTES: Final = 1 << 16
 """A larger body is loaded on request only; while much is leased, every body is."""
 
+DIRECT_BYTES: Final = 64 << 20
+"""New mail brings its body along, however large, while leased mail in memory takes less than this
+many bytes."""
+
 REST_SECONDS: Final = 0.01
 """Pause after a read for a consumer that can take less than a quarter of its prefetch. Otherwise,
 if few messages are settled at a time, each read would bring only those few."""
@@ -160,6 +164,10 @@ class EmbeddedSubscription(Taker, Subscription):
 
     def body_bytes(self) -> int:
         return MAX_BODY_BYTES if self.bytes < open_queues.HELD_BYTES else 0
+
+    def direct_bytes(self) -> int:
+        # A body that is in memory anyway need not be read again, nor be there twice meanwhile.
+        return max(self.body_bytes(), DIRECT_BYTES - self.bytes)
 
     def give(self, lease: HeldLease) -> bool:
         self._arrived.append(lease)

@@ -262,7 +262,7 @@ class Writer:
                     properties = decode_properties(insert.properties)
                 given.add(id(properties))
                 body, size = insert.body, insert.size
-                loaded = body is None or len(body) <= taker.body_bytes()
+                loaded = body is None or len(body) <= taker.direct_bytes()
                 if not loaded:
                     body = None
                 lease = HeldLease(
