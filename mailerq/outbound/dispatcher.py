@@ -104,7 +104,7 @@ class Dispatcher:
         self.counters = Counters()
         self.memory = HostMemory()
         self.now = clock
-        qos = self.config.rabbitmq_qos  # fixed
+        qos = openings.messages = self.config.rabbitmq_qos  # fixed
         self.max_window = max(min(qos // WINDOW_SHARE, MAX_WINDOW), 1)
         self.opened_sessions = 0
         self.ahead_jobs = 0

@@ -10,7 +10,7 @@ instead of becoming idle.
 A host that never answers keeps its slot until the timeout. So connections of flows that no host has
 let in yet are *tries*, at most `SITE_TRIES` to one site. A try is *quick* at first. Without an
 answer within `QUICK_SECONDS` the try becomes *patient*, and lasts until the timeout. Each kind may
-use 1/`TRY_SHARE` of the slots. At the limit of patient tries the try is put off, and the flow waits
+use 1/`TRY_SHARE` of the slots and of the messages in memory. At the limit of patient tries the try is put off, and the flow waits
 in line for a patient one. So silent hosts, however many, do not hold up tries of live hosts for
 long. Among flows that wait for a quick try, the newest and the oldest take turns.
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Openings"]
 
 TRY_SHARE: Final = 4
-"""Each kind of try may use one slot in `TRY_SHARE`."""
+"""Each kind of try may use one slot, and one message in memory, in `TRY_SHARE`."""
 
 QUICK_SECONDS: Final = 0.5
 """How long a try is quick."""
@@ -46,6 +46,8 @@ class Openings:
 
     def __init__(self, slots: Slots, worker: Worker) -> None:
         self.slots = slots
+        self.messages = 1 << 20
+        """Messages in memory; each try has one, and tries leave memory to other mail."""
         self._worker = worker
         self._line: OrderedDict[Flow, None] = OrderedDict()
         self._quick = self._patient = 0
@@ -62,7 +64,7 @@ class Openings:
 
     @property
     def _most_tries(self) -> int:
-        return max(int(min(self.slots.limit, 1 << 20)) // TRY_SHARE, 1)
+        return max(int(min(self.slots.limit, self.messages)) // TRY_SHARE, 1)
 
     @property
     def contended(self) -> bool:

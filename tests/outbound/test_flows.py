@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -174,6 +174,22 @@ async def test_many_silent_hosts_have_a_part_of_the_slots_and_no_more() -> None:
                 await bench.results("success", 52)
             assert bench.dispatcher.statistics()["attempts"] == 52
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("qos", [2, 8])
+async def test_many_silent_hosts_have_a_part_of_the_memory_and_no_more(qos: int) -> None:
+    slots = Slots(1000)
+    async with (
+        open_wide(slots=slots, rabbitmq_qos=qos, smtp_out_timeout=60.0) as bench,
+        AsyncExitStack() as stack,
+    ):
+        for _ in range(40):
+            target = await stack.enter_async_context(listening(silent))
+            for _ in range(3):
+                bench.send(smarthost=target)
+        await bench.until(lambda found: found["opening"] >= min(qos // 2, 2))
+        bench.send("c@quick.test")
+        await bench.results("success", 1)
 
 
 async def test_what_waits_for_a_host_that_is_down_costs_neither_results_nor_writes() -> None:
