@@ -137,6 +137,13 @@ class Dispatcher:
     def reload(self, send_log: LogFile | None, *, reroute: bool) -> None:
         """Apply changed settings; with `reroute` judge all waiting mail anew."""
         self._settlements.send_log = send_log
+        if reroute:
+            for jobs in self._looking_up.values():
+                while jobs:
+                    self._looked_up -= 1
+                    job = jobs.pop()
+                    self.put_back(job)
+                    self._intake.placed(job.lease.destination)
         for flow in list(self._flows):
             if reroute:
                 self._recall(flow)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 
 from mailerq.config import Config
 from mailerq.live import Snapshot
 from mailerq.net.logs import LogFile
+from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
-from tests.outbound.kit import Bench, PeerConnection, open_bench
+from mailerq.rules import routes
+from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
 from tests.outbound.test_flows import listening, open_wide, silent
 
 
@@ -213,3 +216,31 @@ async def test_who_waits_for_a_slot_has_it_when_there_are_more() -> None:
         slots.limit = 10
         change(bench)
         await bench.results("success", 1)
+
+
+async def test_what_waits_for_a_name_goes_where_the_settings_say_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_answer = trio.Event()
+
+    class Slow(StubResolver):
+        async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
+            await may_answer.wait()
+            return await super().mail_hosts(domain)
+
+    async def refuse(peer: PeerConnection) -> None:
+        await peer.send("554 this is the old host\r\n")
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await PeerConnection(bench.peer, stream, 99).serve()
+
+    resolver = Slow(d_test=["127.0.0.1"])
+    async with open_bench(refuse, resolver=resolver) as bench, listening(serve) as target:
+        monkeypatch.setattr(routes, "SMTP_PORT", bench.port)
+        bench.send()
+        await bench.until(lambda found: found["waiting"] == 1)
+        change(bench, reroute=True, smtp_sink_address="127.0.0.1", smtp_sink_port=target["port"])
+        may_answer.set()
+        await bench.results("success", 1)
+        assert bench.peer.connections == 0
+        assert bench.dispatcher.statistics()["waiting"] == 0
