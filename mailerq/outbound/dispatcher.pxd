@@ -12,7 +12,7 @@ cdef class Dispatcher:
     cdef public object queues, worker, openings, counters, memory, now
     cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies
     cdef public object _some_session, _no_session, _looks, _times_changed, _say_own_fault
-    cdef public object _stopped, _nursery, _working
+    cdef public object _stopped, _life, _nursery, _working
     cdef object __weakref__
 
     cpdef admit(self, lease, wanted=*)

@@ -126,6 +126,7 @@ class Dispatcher:
         self._looked_up = 0
         self._say_own_fault = Ration(log.error, 1, "and %d times more for a fault of this host")
         self._stopped = trio.Event()
+        self._life = trio.CancelScope()
         self._nursery: trio.Nursery
         self._working: trio.Nursery
 
@@ -192,12 +193,13 @@ class Dispatcher:
                 self._nursery.start_soon(self._settlements.run)
             self._nursery.start_soon(self._sum_up)
             self._nursery.start_soon(self._watch_sessions)
-            async with trio.open_nursery() as self._working:
-                for _ in range(SORTERS):
-                    self._working.start_soon(intake.sort)
-                self._working.start_soon(self._watch_times)
-                intake.begin(subscription)
-                task_status.started()
+            with self._life:
+                async with trio.open_nursery() as self._working:
+                    for _ in range(SORTERS):
+                        self._working.start_soon(intake.sort)
+                    self._working.start_soon(self._watch_times)
+                    intake.begin(subscription)
+                    task_status.started()
             await self._stopped.wait()
             self._nursery.cancel_scope.cancel()
 
@@ -207,7 +209,7 @@ class Dispatcher:
             return
         deadline = trio.current_time() + timeout
         self.stopping = True
-        self._working.cancel_scope.cancel()
+        self._life.cancel()  # also before `run`: an adoption can end while it begins
         for flow in list(self._flows):
             self.openings.forget(flow)
             while flow.jobs:

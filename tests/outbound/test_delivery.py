@@ -8,12 +8,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mailerq.message import Message, Result
 from mailerq.net.logs import LogFile
 from mailerq.net.resolver import NoHosts
+from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.settlement import _log_line
 from mailerq.wire.smtp import Reply
 from tests.outbound.kit import StubResolver, open_bench
@@ -339,3 +342,25 @@ async def test_statistics_count_what_happened() -> None:
         assert figures["opened"] == bench.peer.connections
         assert figures["waiting"] == 0
         assert msgspec.json.encode(figures)
+
+
+async def test_deliveries_that_are_stopped_before_they_run_take_nothing() -> None:
+    async with open_bench() as bench:
+        first = bench.dispatcher
+        await first.stop(0)
+        await trio.testing.wait_all_tasks_blocked()
+        dispatcher = Dispatcher(
+            first._live,
+            bench.queues,
+            first.worker,
+            plugins=first._plugins,
+            resolver=StubResolver(),  # type: ignore[arg-type]
+            openings=first.openings,
+        )
+        bench.send()
+        await dispatcher.stop(0)
+        with trio.fail_after(5):
+            await dispatcher.run()
+        assert dispatcher.is_over
+        assert bench.queues["outbox"]
+        assert not bench.queues.leased
