@@ -15,7 +15,7 @@ from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.rules import routes
 from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
-from tests.outbound.test_flows import listening, open_wide, silent
+from tests.outbound.test_flows import listening, open_wide
 
 
 def change(bench: Bench, *, reroute: bool = False, **settings: Any) -> None:
@@ -207,12 +207,16 @@ async def test_more_connections_are_opened_at_once_when_more_may_be() -> None:
 
 
 async def test_who_waits_for_a_slot_has_it_when_there_are_more() -> None:
+    async def slow(stream: trio.SocketStream) -> None:
+        await PeerConnection(bench.peer, stream, 99).hello()
+        await trio.sleep_forever()
+
     slots = Slots(1)
-    async with open_wide(slots=slots, smtp_out_timeout=60.0) as bench, listening(silent) as target:
+    async with open_wide(slots=slots, smtp_out_timeout=60.0) as bench, listening(slow) as target:
         bench.send(smarthost=target)
-        await bench.until(lambda found: found["opening"] == 1)
+        await bench.until(lambda found: found["opened"] == 1)
         bench.send("c@quick.test")
-        await trio.testing.wait_all_tasks_blocked(0.01)
+        await bench.until(lambda found: found["waiting"] == 1)
         slots.limit = 10
         change(bench)
         await bench.results("success", 1)
