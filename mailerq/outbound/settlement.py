@@ -295,7 +295,7 @@ class Settlements:
         while not lease.loaded:
             try:
                 await self._told.fetch(lease)
-            except MessageDamaged:
+            except (MessageDamaged, ValueError):
                 return  # the queue has set the message aside, and the lease is over
             except QueueError as error:
                 self._counters.queue_errors += 1

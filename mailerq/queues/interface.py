@@ -180,6 +180,7 @@ class Subscription(ABC):
         """Fetch the body of a lease that is not `loaded`. Raises `QueueError`.
 
         `MessageDamaged`: the body is unusable; the message is set aside, and the lease is over.
+        `ValueError`: the lease is over already.
         """
 
     @abstractmethod

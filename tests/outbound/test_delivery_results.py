@@ -50,7 +50,7 @@ async def test_the_documents_that_can_be_written_are(caplog: pytest.LogCaptureFi
     lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert lines == [
         "message 1: results is impossible; 1 of 2 documents about it were written, to success",
-        "message 2: retry is impossible; 1 of 2 documents about it were written, to outbox",
+        "message 3: retry is impossible; 1 of 2 documents about it were written, to outbox",
     ]
     caplog.clear()
 

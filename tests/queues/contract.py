@@ -496,6 +496,15 @@ class Contract:
             assert [lease.message.body for lease in leases[2:]] == [b"body", None]
             await queues.ack([Settlement(lease) for lease in leases])
 
+    async def test_a_lease_that_is_over_is_not_loaded(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(1, body=LARGE)])
+            async with queues.subscribe("outbox", Recorder(), prefetch=9, window=0) as subscription:
+                (lease,) = (await subscription.take("a.test", 1)).leases
+                queues.release(lease)
+                with pytest.raises(ValueError, match="over"):
+                    await subscription.load(lease)
+
     @pytest.mark.parametrize("loaded", [True, False])
     async def test_a_retry_keeps_the_body(self, backend: Backend, loaded: bool) -> None:
         recorder = Recorder()
