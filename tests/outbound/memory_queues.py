@@ -261,7 +261,7 @@ class MemoryQueues(Queues):
             self.check(publication)
         for publication in publications:
             self.put(publication.message, publication.due, publication.queue)
-        self.touch()
+        self._report()
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     def configure(self, config: Config) -> None:
@@ -302,8 +302,14 @@ class MemoryQueues(Queues):
             del self.leased[lease.id]
         for lease, settlement in zip(leases, settlements, strict=True):
             self._publish_result(lease, settlement.publications)
-        self.touch()
+        self._report()
         await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def _report(self) -> None:
+        """Tell subscribers of a commit before anybody else sees what it published."""
+        for subscription in self.subscriptions.values():
+            subscription.report()
+        self.touch()
 
     def _fail(self, settlements: Sequence[Settlement]) -> None:
         """Raise what a test asked for."""
@@ -500,9 +506,10 @@ class MemorySubscription(MemoryTaker, Subscription):
 
     def _wake(self) -> None:
         if not (self._arrived or self._told):
-            self._token.run_sync_soon(self._report)
+            self._token.run_sync_soon(self.report)
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Tell the receiver what is new."""
         arrived, self._arrived = self._arrived, []
         told, self._told = self._told, []
         if self.closed:
