@@ -127,7 +127,7 @@ async def test_a_result_queue_that_is_the_outbox_makes_a_message_fail(kind: str)
         assert bench.peer.connections == 0
 
 
-@pytest.mark.parametrize("name", ["a" * 256, "ü" * 128, "a\0b", "a\nb", "\u202e", "\ud800"])
+@pytest.mark.parametrize("name", ["a" * 256, "ü" * 128, "a\0b", "a\nb", "\u202e"])
 async def test_a_queue_name_that_no_queue_can_have_makes_a_message_fail(name: str) -> None:
     async with open_bench() as bench:
         bench.send(queues={"success": name})
