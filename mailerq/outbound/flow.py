@@ -18,8 +18,7 @@ one connection, and may double them after each that is let in: 1, 2, 4.
 When the last session that could open has failed, the flow is *down*. The first job gets the
 failure as its result, and the others go back to the queue unchanged. After a pause, or when
 a message's own retry time comes, one message asks again. Each failure doubles the pause.
-A session that is let in ends the down state. A permanent failure, such as a local address that fits
-no host, fails all mail of the flow.
+A session that is let in ends the down state.
 
 A flow has one time at which it looks again (`look`); all other events are reported to it.
 """
@@ -33,7 +32,6 @@ from typing import TYPE_CHECKING, Final
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.session import Session
 from mailerq.rules import responses
-from mailerq.rules.responses import Fate
 
 if TYPE_CHECKING:
     from mailerq.config import Config
@@ -359,17 +357,14 @@ class Flow:
             self._held_until = monotonic() + HOLD_SECONDS
             self._allowed = len(self.sessions) + 1
             return
-        final = report.outcome.fate is Fate.FAILED
-        if not final:
-            self._go_down()
+        self._go_down()
         first = True
         while self.jobs:
             job = self.jobs.pop(0)
             if self._dispatcher.place_elsewhere(job):
                 continue
-            if first or final:
+            if first:
                 first = False
-                self.sent += 1
                 self._dispatcher.settle(job, report, None)
             else:
                 self._dispatcher.put_back(job)
