@@ -478,9 +478,10 @@ class Contract:
         recorder = Recorder()
         async with (
             backend.open() as queues,
-            queues.subscribe("outbox", recorder, prefetch=9, window=0) as subscription,
+            queues.subscribe("outbox", recorder, prefetch=9, window=1) as subscription,
         ):
             await self._settle_in(queues, recorder)
+            subscription.set_window("a.test", 0)
             await queues.publish([mail(1, body=LARGE)])
             await queues.publish([mail(2, body=LARGE), mail(3), mail(4, body=None)])
             await recorder.until(lambda recorder: bool(recorder.told))
