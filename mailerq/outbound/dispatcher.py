@@ -580,6 +580,9 @@ class Dispatcher:
                 await self._some_session.wait()
             config = self.config
             shortest = min(config.smtp_out_timeout, config.connection_maxidle / 1000)
-            await trio.sleep(min(TICK_SECONDS, max(shortest / 4, 0.02)))
+            seconds = min(TICK_SECONDS, max(shortest / 4, 0.02))
+            began = monotonic()
+            await trio.sleep(seconds)
+            late = max(monotonic() - began - seconds, 0.0)
             for session in list(self._sessions):
-                session.check()
+                session.check(late)

@@ -9,11 +9,12 @@ instead of becoming idle.
 
 A host that never answers keeps its slot until the timeout. So connections of flows that no host has
 let in yet are *tries*, at most `SITE_TRIES` to one site. A try is *quick* at first. Without an
-answer within `QUICK_SECONDS` the try becomes *patient*, and lasts until the timeout. Each kind may
-use 1/`TRY_SHARE` of the slots and of the messages in memory. At the limit of patient tries the try
-is put off, and the flow waits in line for a patient one. So silent hosts, however many, do not hold
-up tries of live hosts for long. Among flows that wait for a quick try, the newest and the oldest
-take turns.
+answer within `QUICK_SECONDS` the try becomes *patient*, and lasts until the timeout. Time in which
+this process stands still does not count: it says nothing about the host. Each kind may use
+1/`TRY_SHARE` of the slots and of the messages in memory. At the limit of patient tries the try is
+put off, and the flow waits in line for a patient one. So silent hosts, however many, do not hold up
+tries of live hosts for long. Among flows that wait for a quick try, the newest and the oldest take
+turns.
 
 Everything here runs on the home worker; slots may be released on any thread.
 """

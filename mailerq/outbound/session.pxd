@@ -21,7 +21,7 @@ cdef class Session:
     cpdef wake(self)
     cpdef leave(self)
     cpdef cut(self)
-    cpdef check(self)
+    cpdef check(self, double late)
     cpdef settled(self)
     cpdef _withdraw(self)
     cpdef _may_go_on(self)

@@ -168,11 +168,17 @@ class Session:
         """End now."""
         self._life.cancel()
 
-    def check(self) -> None:
-        """End a wait for a reply or a job that has timed out."""
+    def check(self, late: float) -> None:
+        """End a wait for a reply or a job that has timed out.
+
+        `late` is the delay of this check in seconds, while this process stood still. A quick try
+        does not lose this time: the host may have answered, and nobody has read the answer.
+        """
         now = monotonic()
-        if self.is_try and not self.patient and now - self._started > QUICK_SECONDS:
-            self.flow.overdue(self)
+        if self.is_try and not self.patient:
+            self._started = min(self._started + late, now)
+            if now - self._started > QUICK_SECONDS:
+                self.flow.overdue(self)
         if now - self._asked > WITHDRAW_SECONDS:
             self._withdraw()
         if now < self._deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -190,6 +191,25 @@ async def test_many_silent_hosts_have_a_part_of_the_memory_and_no_more(qos: int)
         await bench.until(lambda found: found["opening"] >= min(qos // 2, 2))
         bench.send("c@quick.test")
         await bench.results("success", 1)
+
+
+async def test_a_host_that_answers_a_process_that_stood_still_is_not_taken_for_silent() -> None:
+    async def stands_still(peer: PeerConnection) -> None:
+        time.sleep(1.2 * openings.QUICK_SECONDS)  # noqa: ASYNC251 - the session stands still too
+        await peer.serve()
+
+    async with (
+        open_wide(rabbitmq_qos=8, smtp_out_timeout=600.0) as bench,
+        AsyncExitStack() as stack,
+    ):
+        for _ in range(8):
+            bench.send(smarthost=await stack.enter_async_context(listening(silent)))
+        # Patient tries are all taken now, until the timeout.
+        await bench.until(lambda _: bench.dispatcher.openings._patient == 8 // openings.TRY_SHARE)
+        bench.peer.scripts.append(stands_still)
+        bench.send("c@quick.test")
+        await bench.results("success")
+        assert bench.peer.connections == 1
 
 
 async def test_what_waits_for_a_host_that_is_down_costs_neither_results_nor_writes() -> None:
