@@ -32,7 +32,8 @@ most one message twice.
 
 The deadline is a plain number, moved forward for each complete reply and each piece of a body:
 a peer that drips bytes gains no time. The dispatcher checks the deadline periodically (`check`),
-because trio's own deadlines are too expensive here.
+because trio's own deadlines are too expensive here. Time in which this process stands still does
+not count: otherwise mail that the peer has taken would go out twice.
 """
 
 from __future__ import annotations
@@ -171,10 +172,11 @@ class Session:
     def check(self, late: float) -> None:
         """End a wait for a reply or a job that has timed out.
 
-        `late` is the delay of this check in seconds, while this process stood still. A quick try
-        does not lose this time: the host may have answered, and nobody has read the answer.
+        `late` is the delay of this check in seconds, while this process stood still. The peer does
+        not lose this time: the reply may have come, and nobody has read it.
         """
         now = monotonic()
+        self._deadline += late
         if self.is_try and not self.patient:
             self._started = min(self._started + late, now)
             if now - self._started > QUICK_SECONDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -171,6 +172,27 @@ async def test_a_peer_that_stops_reading_a_body_is_given_up() -> None:
         bench.send(body="y" * 30_000_000)
         result = await bench.retried()
         assert result["type"] == "timeout"
+
+
+@pytest.mark.parametrize("step", range(4))
+async def test_a_peer_loses_no_time_while_this_process_stands_still(step: int) -> None:
+    replies = ["220 mx.test ESMTP", "250-mx.test\r\n250 PIPELINING", "250 ok\r\n250 ok\r\n354 go"]
+    replies += ["250 taken", "250 reset"]
+
+    async def stands_still(peer: PeerConnection) -> None:
+        for number, reply in enumerate(replies):
+            if number == step:
+                time.sleep(6 * PATIENCE["smtp_out_timeout"])  # noqa: ASYNC251 - so does the session
+            await peer.send(f"{reply}\r\n")
+            for _ in range(3 if number == 1 else number != 2):
+                await peer.line()
+            if number == 2:
+                await peer.body()
+
+    async with open_bench(stands_still, **PATIENCE) as bench:
+        bench.send()
+        await bench.results("success")
+        assert not bench.queues["retry"]
 
 
 async def test_a_peer_that_takes_a_large_body_slowly_is_given_the_time() -> None:
