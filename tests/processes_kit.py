@@ -17,7 +17,7 @@ from mailerq.net.stream import Stream
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import BODY, Daemon, command, is_alive
-from tests.support import Sink
+from tests.support import DEADLINE, Sink
 
 LATER = Reply(451, "4.3.0 not now")
 
@@ -89,16 +89,15 @@ async def send_all(port: int, prefix: str, count: int = SESSIONS) -> set[str]:
 
 
 async def rows(running: Daemon) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = (await running.statistics())["processes"]
-    return found
+    """The rows of the processes, once all that run answer the parent in its time."""
+    return await until_rows(
+        running, lambda found: all(row["state"] != "does not answer" for row in found)
+    )
 
 
-async def until_rows(running: Daemon, wanted: Any, seconds: float = 30) -> list[dict[str, Any]]:
+async def until_rows(running: Daemon, wanted: Any) -> list[dict[str, Any]]:
     """Wait until the rows of the processes are as wanted."""
-    with trio.fail_after(seconds):
-        while not wanted(found := await rows(running)):  # noqa: ASYNC110
-            await trio.sleep(0.02)
-    return found
+    return (await running.until_statistics(lambda found: wanted(found["processes"])))["processes"]
 
 
 def all_run(found: list[dict[str, Any]]) -> bool:
@@ -123,7 +122,7 @@ def left_of(directory: Path) -> list[int]:
 def marked(directory: Path) -> Iterator[dict[str, str]]:
     """The environment of daemons; none of their processes may be there in the end."""
     yield {"TEST_MARK": str(directory)}
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + DEADLINE
     while left := left_of(directory):
         if time.monotonic() > deadline:
             for pid in left:

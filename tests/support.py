@@ -8,7 +8,7 @@ import smtplib
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,9 @@ from mailerq.wire.smtp import Reply
 T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
+
+DEADLINE = 60.0
+"""Seconds after which a test gives up: the machine may be slow, and busy with something else."""
 
 CC_FLAGS = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'include'}"]
 
@@ -53,10 +56,11 @@ class Sink:
     arrived: trio.Event = field(default_factory=trio.Event)
 
     async def wait_for(self, count: int) -> list[Mail]:
-        with trio.fail_after(20):
+        with trio.move_on_after(DEADLINE):
             while len(self.mails) < count:
                 self.arrived = trio.Event()
                 await self.arrived.wait()
+        assert len(self.mails) >= count
         return self.mails
 
     async def serve(self, sock: socket.socket) -> None:
@@ -148,6 +152,15 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
     return await trio.to_thread.run_sync(function, *args)
 
 
+async def until_found(read: Callable[[], Awaitable[T]], wanted: Callable[[T], bool]) -> T:
+    """Read until `wanted`, and return what was read; a failure shows what was read last."""
+    end = trio.current_time() + DEADLINE
+    while not wanted(found := await read()):
+        assert trio.current_time() < end, found
+        await trio.sleep(0.02)
+    return found
+
+
 async def send(
     address: tuple[str, int],
     mime: bytes = b"Subject: test\r\n\r\nhello\r\n",
@@ -158,7 +171,7 @@ async def send(
     """Send one mail with smtplib; return the reply to its final dot. Raises as smtplib."""
 
     def work() -> tuple[int, str]:
-        with smtplib.SMTP(*address, timeout=20) as client:
+        with smtplib.SMTP(*address, timeout=DEADLINE) as client:
             client.ehlo("client.test")
             code, text = client.mail(sender)
             if code != 250:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Final
@@ -27,13 +27,9 @@ from mailerq.cli import control
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import share_directory, shares_in
-from tests.support import CC_FLAGS, ROOT, Sink
+from tests.support import CC_FLAGS, DEADLINE, ROOT, Sink, until_found
 
 HERE: Final = Path(__file__).parent
-
-DEADLINE: Final = 60.0
-"""Seconds after which what is waited for is not believed to come any more."""
-
 
 # The daemon.
 
@@ -81,7 +77,12 @@ class Daemon:
             return await self.process.wait()
 
     async def statistics(self) -> dict[str, Any]:
-        return await trio.to_thread.run_sync(control.ask, str(self.queue), "status")
+        ask = partial(control.ask, timeout=DEADLINE)
+        return await trio.to_thread.run_sync(ask, str(self.queue), "status")
+
+    async def until_statistics(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Wait until the statistics are as wanted: this process counts after its peer has seen."""
+        return await until_found(self.statistics, wanted)
 
     async def until_empty(self) -> None:
         """Wait until nothing is in the outbox."""

@@ -14,9 +14,7 @@ import trustme
 
 from mailerq import Engine
 from mailerq.message import Message
-from tests.support import configure
-
-TIMEOUT = 20.0
+from tests.support import DEADLINE, configure
 
 
 @dataclass
@@ -36,7 +34,7 @@ class Dialog:
     async def reply(self) -> str:
         """The next reply, lines joined by LF; empty at the end of the connection."""
         lines = []
-        with trio.fail_after(TIMEOUT):
+        with trio.fail_after(DEADLINE):
             while True:
                 line, end, rest = self.received.partition(b"\r\n")
                 if end:
@@ -56,7 +54,7 @@ class Dialog:
 
     async def receive_until(self, end: bytes) -> None:
         """Receive, and keep for `reply`, until it ends so."""
-        with trio.fail_after(TIMEOUT):
+        with trio.fail_after(DEADLINE):
             while not self.received.endswith(end):
                 data = await self.stream.receive_some()
                 assert data, "the connection ended"
@@ -127,7 +125,7 @@ async def serve(
 async def inbox(engine: Engine, count: int = 1) -> list[Message]:
     """Take messages out of the inbox."""
     messages = []
-    with trio.fail_after(TIMEOUT):
+    with trio.fail_after(DEADLINE):
         async with engine.consume("inbox") as leases:
             for _ in range(count):
                 lease = await leases.receive()
@@ -191,6 +189,6 @@ async def converse(
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what nobody tells."""
-    with trio.fail_after(TIMEOUT):
+    with trio.fail_after(DEADLINE):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.005)

@@ -11,8 +11,8 @@ import trio
 
 from mailerq import Engine, Message
 from mailerq.plugins import Connection
-from tests.engine.kit import TIMEOUT, Certificate, open_dialog, serve
-from tests.support import configure, in_thread, open_sink, send
+from tests.engine.kit import Certificate, open_dialog, serve
+from tests.support import DEADLINE, configure, in_thread, open_sink, send
 
 SESSION = ("connect", "mailfrom", "rcptto", "data", "message", "close")
 
@@ -44,7 +44,7 @@ async def test_handlers_see_mail_come_and_go(tmp_path: Path) -> None:
             await send(engine.addresses[0], sender="after@b.test")
             await sink.wait_for(2)
             async with engine.consume("success") as leases:
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     stored = [(await leases.receive()).message for _ in range(2)]
     assert [event for event in seen if event in SESSION] == list(SESSION)
     assert [event for event in seen if event not in SESSION] == ["out_data", "out_sent"]
@@ -164,7 +164,7 @@ async def test_much_that_is_sent_while_the_client_is_waited_for_arrives_whole(
             assert await dialog.codes("MAIL FROM:<a@b.test>") == [250]
             await trio.to_thread.run_sync(connections[0].send, bytes(size))
             received = 0
-            with trio.fail_after(TIMEOUT):
+            with trio.fail_after(DEADLINE):
                 while received < size:
                     received += len(await dialog.stream.receive_some())
             assert await dialog.codes("RCPT TO:<c@d.test>") == [250]

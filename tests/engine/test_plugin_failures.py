@@ -15,8 +15,8 @@ from mailerq import Engine
 from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.plugins import Connection, Reject
-from tests.engine.kit import TIMEOUT, open_dialog, serve
-from tests.support import compile_plugin
+from tests.engine.kit import open_dialog, serve
+from tests.support import DEADLINE, compile_plugin
 
 PLUGIN = r"""
 #include <mailerq.h>
@@ -80,7 +80,7 @@ async def drain(engine: Engine, queue: str) -> list[Message]:
     """Everything that is in a queue now."""
     depths = {depth.queue: depth.total for depth in await engine.queues.depths()}
     messages = []
-    with trio.fail_after(TIMEOUT):
+    with trio.fail_after(DEADLINE):
         async with engine.consume(queue) as leases:
             for _ in range(depths.get(queue, 0)):
                 lease = await leases.receive()
