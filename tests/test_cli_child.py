@@ -53,7 +53,7 @@ async def serving() -> AsyncIterator[Bench]:
     requests = child._Requests(bench.stream, 0, bench.engine, started, bench.stop)  # type: ignore[arg-type]
     async with bench.parent, bench.stream, trio.open_nursery() as nursery:
         nursery.start_soon(requests.serve)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             yield bench
         nursery.cancel_scope.cancel()
 

@@ -18,7 +18,7 @@ import pytest
 from mailerq.cli.daemon import _lock
 from mailerq.cli.status import FIGURES, WORDS, _flatten
 from mailerq.config import Config
-from tests.support import ROOT, closed_port, compile_plugin, mailerq
+from tests.support import DEADLINE, ROOT, closed_port, compile_plugin, mailerq
 
 MAIL = b"From: a@b.test\r\n\r\nhello\r\n"
 
@@ -38,10 +38,10 @@ class Daemon:
         raise AssertionError(f"the log ended without {text!r}")
 
     def connect(self) -> smtplib.SMTP:
-        return smtplib.SMTP("127.0.0.1", self.port, local_hostname="client.test", timeout=20)
+        return smtplib.SMTP("127.0.0.1", self.port, local_hostname="client.test", timeout=60)
 
     def wait(self) -> int:
-        return self.process.wait(30)
+        return self.process.wait(DEADLINE)
 
 
 def settings_in(directory: Path, *more: str) -> list[str]:
@@ -283,7 +283,7 @@ def test_a_signal_ends_a_start_that_a_plugin_holds_up(holding: list[str], worker
         assert any("holding" in line for line in process.stderr)
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGTERM)
-        assert "hold.so" in process.communicate(timeout=30)[1]
+        assert "hold.so" in process.communicate(timeout=DEADLINE)[1]
 
 
 @pytest.mark.parametrize("log", ["send", "received"])

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins.kit import SOURCES, build, install
-from tests.support import ROOT
+from tests.support import DEADLINE, ROOT
 
 SHUTDOWN = 1.0
 """`shutdown-timeout` here; the process has `OVERDUE_SECONDS` more."""
@@ -40,7 +40,7 @@ class Running:
 
     def wait_for(self, text: str) -> str:
         """The first line that holds the text."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline:
             for line in self.lines:
                 if text in line:
@@ -53,20 +53,21 @@ class Running:
         port = int(self.wait_for("listens on").rpartition(":")[2].split(",")[0])
         with (
             suppress(OSError, smtplib.SMTPException),
-            closing(smtplib.SMTP("127.0.0.1", port, timeout=5)) as client,
+            closing(smtplib.SMTP("127.0.0.1", port, timeout=60)) as client,
         ):
-            client.timeout = 0.5
+            *others, last = commands
+            for command in others:
+                client.docmd(command)
             assert client.sock is not None
             client.sock.settimeout(0.5)
-            for command in commands:
-                client.docmd(command)
+            client.docmd(last)
 
     def stop(self, *numbers: int) -> tuple[int, float]:
         """The exit status after signals, and the seconds that it took."""
         start = time.monotonic()
         for number in numbers or (signal.SIGTERM,):
             self.process.send_signal(number)
-        status = self.process.wait(40)
+        status = self.process.wait(DEADLINE)
         return status, time.monotonic() - start
 
 
@@ -102,7 +103,7 @@ RCPTTO = "mq_smtp_in_rcptto of plugin faulty.so"
 def test_a_crash_is_the_last_line_of_both_logs(tmp_path: Path) -> None:
     with daemon(tmp_path, "mq_smtp_in_rcptto", "SIGSEGV") as running:
         running.talk(*MAIL)
-        assert running.process.wait(20) == -signal.SIGSEGV
+        assert running.process.wait(DEADLINE) == -signal.SIGSEGV
         for lines in (running.lines, running.log):
             assert re.fullmatch(rf"\[Critical\] \[[-: \d]+\] SIGSEGV in {RCPTTO}", lines[-1])
 
@@ -110,7 +111,7 @@ def test_a_crash_is_the_last_line_of_both_logs(tmp_path: Path) -> None:
 def test_a_descriptor_that_nobody_can_do_without_is_said_to_be_closed(tmp_path: Path) -> None:
     with daemon(tmp_path, "mq_smtp_in_rcptto", "close") as running:
         running.talk(*MAIL)
-        assert running.process.wait(20) == os.EX_SOFTWARE
+        assert running.process.wait(DEADLINE) == os.EX_SOFTWARE
         assert "a plugin closes descriptors that are not its own (faulty.so)" in running.log[-1]
 
 
@@ -121,7 +122,7 @@ def test_a_crash_is_said_in_the_file_that_logrotate_left(tmp_path: Path) -> None
         running.process.send_signal(signal.SIGHUP)  # something to say
         running.wait_for("SIGHUP")
         running.talk(*MAIL)
-        assert running.process.wait(20) == -signal.SIGABRT
+        assert running.process.wait(DEADLINE) == -signal.SIGABRT
         assert "SIGHUP" in running.log[0]
         assert running.log[-1].endswith(f"SIGABRT in {RCPTTO}")
 
@@ -140,10 +141,10 @@ def test_a_start_that_hangs_is_said_and_can_be_ended(tmp_path: Path, where: str)
         function = "dlopen() or a constructor" if where == "constructor" else where
         place = f"{function} of plugin faulty.so"
         line = running.wait_for("stood still in")
-        assert re.search(rf"has stood still in {re.escape(place)} for 0\.\d s$", line)
+        assert re.search(rf"has stood still in {re.escape(place)} for \d+\.\d s$", line)
         status, seconds = running.stop(signal.SIGTERM, signal.SIGINT)
         assert status == os.EX_SOFTWARE
-        assert seconds < 5
+        assert seconds < DEADLINE / 2
         assert "the process has not ended: it ends now, with status 70." in running.lines[-1]
         assert f"It is in {place}" in running.lines[-1]
 
@@ -159,7 +160,7 @@ def test_a_crash_at_the_end_is_the_exit_status_of_the_parent(tmp_path: Path) -> 
 def test_an_initialize_that_takes_long_is_said_to_be_over(tmp_path: Path) -> None:
     with daemon(tmp_path, "mq_initialize", "doze") as running:
         running.wait_for("has stood still in mq_initialize of plugin faulty.so")
-        assert "[faulty.so] mq_initialize goes on; it took 0." in running.wait_for("goes on")
+        assert "[faulty.so] mq_initialize goes on; it took " in running.wait_for("goes on")
         running.wait_for("listens on")
         assert running.stop()[0] == os.EX_OK
         assert running.lines[-1].endswith("stopped")
@@ -178,7 +179,7 @@ def ends_within_the_timeout_and_a_little(
             assert "Python's lock has been held for" in line
         status, seconds = running.stop()
         assert status == os.EX_SOFTWARE
-        assert SHUTDOWN < seconds < SHUTDOWN + 8
+        assert SHUTDOWN < seconds < SHUTDOWN + DEADLINE / 2
         assert f"It is in {where} of plugin faulty.so" in running.lines[-1]
 
 
@@ -188,7 +189,7 @@ def ends_with_its_parent(directory: Path, what: str) -> None:
         running.wait_for(RCPTTO)
         status, seconds = running.stop()
         assert status == os.EX_SOFTWARE
-        assert SHUTDOWN < seconds < SHUTDOWN + 12
+        assert SHUTDOWN < seconds < SHUTDOWN + DEADLINE / 2
         line = running.wait_for("asked to stop")
         assert re.search(rf"process [01]: asked to stop .* It is in {RCPTTO}", line)
         running.wait_for("ended with status 70")

@@ -34,7 +34,7 @@ async def listening() -> AsyncIterator[tuple[Process, trio.SocketStream]]:
     try:
         async with stream, trio.open_nursery() as nursery:
             nursery.start_soon(child.listen)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 yield child, stream
             child.program.kill()
             await child.end()

@@ -213,7 +213,7 @@ async def test_a_signal_ends_all_under_load_and_nothing_is_lost(
             else:  # as a service manager that means all of its processes
                 for pid in (*children, running.process.pid):
                     os.kill(pid, signal.SIGTERM)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 assert await running.process.wait() == 0
             assert not any(map(is_alive, children))
             assert not (tmp_path / "pid").exists()
@@ -243,7 +243,7 @@ async def test_a_signal_ends_a_start(
         await until(lambda: bool(running.children))
         await trio.sleep(later)
         os.killpg(process.pid, number)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert await process.wait() == 0
         said.seek(0)
         assert said.read() == b""
@@ -271,7 +271,7 @@ async def test_what_a_terminal_says_to_all_is_for_the_parent(
 async def test_a_second_signal_ends_all_at_once(tmp_path: Path, mark: dict[str, str]) -> None:
     with closed_port() as port:
         async with (
-            daemon(tmp_path, port, TWO, env=mark) as running,
+            daemon(tmp_path, port, TWO, "--shutdown-timeout=600", env=mark) as running,
             connected(running.port) as stream,
         ):
             children = running.children
@@ -280,9 +280,9 @@ async def test_a_second_signal_ends_all_at_once(tmp_path: Path, mark: dict[str, 
             running.process.send_signal(signal.SIGTERM)
             await until(lambda: "SIGTERM: stopping" in running.log)
             running.process.send_signal(signal.SIGINT)
-            with trio.fail_after(5):
+            with trio.fail_after(60):
                 assert await running.process.wait() == -signal.SIGINT
-            await until(lambda: not any(map(is_alive, children)), 5)
+            await until(lambda: not any(map(is_alive, children)))
 
 
 async def test_processes_without_a_parent_stop_and_a_new_daemon_starts(
@@ -295,7 +295,7 @@ async def test_processes_without_a_parent_stop_and_a_new_daemon_starts(
             sent = await send_all(running.port, "a")
             running.kill()
             await running.process.wait()
-            await until(lambda: not any(map(is_alive, children)), 20)
+            await until(lambda: not any(map(is_alive, children)))
         gate.closed = False
         async with daemon(tmp_path, sink.port, TWO, env=mark) as running:
             await all_arrive(sink, sent)

@@ -64,7 +64,7 @@ async def test_a_reload_says_what_changed_and_what_needs_a_restart(
         assert f"mailerq reload: needs a restart: smtp-threads: 1 -> 2 ({file}:2)" in found.log
 
         def transaction() -> list[int]:
-            with smtplib.SMTP("127.0.0.1", found.port, timeout=20) as client:
+            with smtplib.SMTP("127.0.0.1", found.port, timeout=60) as client:
                 client.ehlo("client.test")
                 client.mail("a@b.test")
                 return [client.rcpt(f"{name}@d.test")[0] for name in "abcd"]
@@ -170,7 +170,7 @@ async def test_a_stop_has_the_time_that_is_set_now(tmp_path: Path) -> None:
     async with running(tmp_path, "shutdown-timeout: 600\n") as (found, file, _):
         file.write_text("shutdown-timeout: 0\n")
         assert (await reload(found)).returncode == 0
-        with smtplib.SMTP("127.0.0.1", found.port, timeout=20) as client:
+        with smtplib.SMTP("127.0.0.1", found.port, timeout=60) as client:
             client.ehlo("client.test")
             client.mail("a@b.test")
             assert await found.stop(60) == 0
@@ -205,7 +205,7 @@ async def test_sighup_under_load_loses_nothing(tmp_path: Path, processes: int) -
         await found.until_empty()
         assert {mail.recipients[0].partition("@")[0] for mail in sink.mails} == sent
         assert len(sink.mails) == len(sent)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while await number(found) <= 3:  # noqa: ASYNC110
                 await trio.sleep(0.02)
         assert found.log.count("the settings stay as they were") > 0

@@ -29,7 +29,7 @@ class Sink:
         return json.loads(self.process.stdout.readline())
 
     def connect(self) -> smtplib.SMTP:
-        return smtplib.SMTP("127.0.0.1", self.port, local_hostname="client.test", timeout=20)
+        return smtplib.SMTP("127.0.0.1", self.port, local_hostname="client.test", timeout=60)
 
     def send(self, mime: bytes = MIME) -> None:
         with self.connect() as client:
@@ -120,7 +120,7 @@ def test_people_get_a_line_for_each_mail_and_nothing_that_steers_a_terminal(
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().split(",")[0].rpartition(":")[2])
-        with smtplib.SMTP("127.0.0.1", port, timeout=20) as client:
+        with smtplib.SMTP("127.0.0.1", port, timeout=60) as client:
             client.sendmail("", ["c@d.test"], b"x\r\n")
         assert "<> -> <c@d.test>, 3 bytes: taken\n" in process.stdout.read()
         assert process.wait(20) == 0

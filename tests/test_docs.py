@@ -201,7 +201,7 @@ def test_crash_is_named_by_the_last_line(tmp_path: Path) -> None:
             lines.append(line)
             if "listens on" in line:
                 port = int(line.rpartition(":")[2])
-                with smtplib.SMTP("127.0.0.1", port, timeout=20) as client:
+                with smtplib.SMTP("127.0.0.1", port, timeout=60) as client:
                     client.ehlo()
                     client.mail("a@b.test")
                     with pytest.raises((OSError, smtplib.SMTPServerDisconnected)):

@@ -22,7 +22,7 @@ from tests.crash.kit import (
     open_faults,
     until,
 )
-from tests.support import Sink, open_sink
+from tests.support import DEADLINE, Sink, open_sink
 
 HOUR: Final = 3600.0
 
@@ -73,7 +73,7 @@ async def jump(running: Daemon, faults: Faults, ledger: Ledger, peer: Peer, hour
     before = peer.refused
     await is_calm(running)
     # Each one is tried again in its time, once or so.
-    with trio.fail_after(4 * RETRY_SECONDS + 5):
+    with trio.fail_after(DEADLINE):
         while peer.refused < before + waiting:  # noqa: ASYNC110
             await trio.sleep(0.02)
     assert peer.refused <= before + 3 * waiting
@@ -96,7 +96,7 @@ async def test_retries_when_the_clock_jumps_an_hour_and_returns(
             for hours in way:
                 await jump(running, faults, ledger, peer, hours)
             peer.ready = True
-            with trio.fail_after(4 * RETRY_SECONDS + 5):
+            with trio.fail_after(DEADLINE):
                 await all_arrive(sink, ledger.accepted)
             await running.until_empty()
             assert await running.stop() == 0

@@ -31,7 +31,7 @@ from tests.crash.kit import (
 )
 from tests.crash.test_kill import plugins
 from tests.engine.kit import Certificate
-from tests.support import free_port, open_sink
+from tests.support import DEADLINE, free_port, open_sink
 
 OTHER_DESCRIPTORS: Final = 200
 
@@ -156,7 +156,7 @@ async def crowd(directory: Path, count: int, period: float, patience: float) -> 
                     share = period * index / len(left)
                     await trio.sleep(max(began + share - time.monotonic(), 0))
             await trio.sleep(max(began + period - time.monotonic(), 0))
-            assert time.monotonic() - opened < 3 * patience + 2 * period
+            assert time.monotonic() - opened < 3 * patience + 2 * period + DEADLINE
         met = await latencies(ledger, opened)
         await load.end()
         await all_arrive(sink, ledger.accepted)
@@ -165,7 +165,7 @@ async def crowd(directory: Path, count: int, period: float, patience: float) -> 
     ledger.check(arrivals(sink))
     assert len(met) > 20
     assert statistics.median(met) < 3 * usual + 0.05
-    assert max(met) < 2.0
+    assert statistics.quantiles(met, n=20)[-1] < 2.0  # the disk may be slow once
     if count >= 1000:  # with fewer the allocator's blocks are more than what is in them
         assert taken < IDLE_BYTES
 
@@ -279,7 +279,7 @@ async def stop_once(running: Daemon, load: Load) -> None:
         await until(lambda: words[0] == 4 and len(ledger.accepted) > accepted + 50)
         began = time.monotonic()
         assert await running.stop() == 0
-        assert time.monotonic() - began < STOP_SECONDS + 3
+        assert time.monotonic() - began < STOP_SECONDS + DEADLINE
     assert words == {0: 4, 421: 4}
 
 

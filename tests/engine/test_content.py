@@ -365,7 +365,7 @@ async def test_all_recipients_of_a_mail_have_one_timeout(
             start = trio.current_time()
             recipients = [f"hold{number}@d.test" for number in range(10)]
             assert (await dialog.mail(*recipients)).startswith("451 4.3.0")
-            assert 0.5 <= trio.current_time() - start < 2
+            assert 0.5 <= trio.current_time() - start < 4  # of its own for each would be 5
 
 
 def nameless_files(directory: Path) -> int:

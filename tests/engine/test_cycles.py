@@ -55,7 +55,7 @@ async def running(directory: Path, **settings: Any) -> AsyncIterator[Engine]:
 
 async def settle(engine: Engine, attempts: int) -> None:
     """Wait until so many attempts were made and nothing is under way."""
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while (figures := engine.statistics()["outgoing"])["attempts"] < attempts:  # noqa: ASYNC110
             await trio.sleep(0.01)
         while figures["unsettled"] or figures["waiting"]:
@@ -183,7 +183,7 @@ async def test_clients_that_go_within_a_mail_leave_no_cycle(tmp_path: Path) -> N
                 async with open_dialog(engine.addresses[0]) as dialog:
                     await dialog.say("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
                     await dialog.send(BIG[:100_000])
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 while engine.statistics()["incoming"]["open"]:  # noqa: ASYNC110
                     await trio.sleep(0.01)
 

@@ -67,7 +67,7 @@ async def test_publish_and_delivery_refuse_the_same_documents(tmp_path: Path) ->
         await engine.queues.publish(
             [Publication("outbox", Message.from_dict(document)) for document in documents]
         )
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with engine.consume("failure") as leases:
                 for _ in documents:
                     await engine.ack(await leases.receive())

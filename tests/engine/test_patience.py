@@ -22,7 +22,7 @@ from mailerq.inbound import session as module
 from mailerq.inbound.terms import Bounds
 from mailerq.wire import server, smtp
 from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until
-from tests.support import ROOT, free_port, send
+from tests.support import DEADLINE, ROOT, free_port, send
 
 TRANSACTION = ("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
 
@@ -52,13 +52,15 @@ async def drip(dialog: Dialog, data: bytes, *, pause: float = 0.02) -> bool:
 
 
 async def test_an_idle_client_is_sent_away(tmp_path: Path) -> None:
-    async with converse(tmp_path, smtp_timeout=0.1) as dialog:
+    async with serve(tmp_path) as engine, open_dialog(engine.addresses[0]) as dialog:
+        engine.reload(engine.config.replace(smtp_timeout=0.1))
         assert (await dialog.reply()).startswith("421 4.4.2")
         assert await dialog.closed()
 
 
 async def test_a_command_has_its_time_from_its_first_byte_to_its_last(tmp_path: Path) -> None:
-    async with converse(tmp_path, smtp_command_timeout=0.2) as dialog:
+    async with serve(tmp_path) as engine, open_dialog(engine.addresses[0]) as dialog:
+        engine.reload(engine.config.replace(smtp_command_timeout=0.2))
         assert await dialog.codes("NOOP") == [250]
         assert await drip(dialog, 1000 * b"x")
         assert await dialog.closed()
@@ -70,16 +72,17 @@ async def flood(dialog: Dialog) -> None:
 
 
 async def test_who_sends_on_and_on_and_reads_nothing_is_sent_away(tmp_path: Path) -> None:
-    async with serve(tmp_path, smtp_timeout=0.2, smtp_command_timeout=0.2) as engine:
+    async with serve(tmp_path) as engine:
         async with open_dialog(engine.addresses[0]) as dialog:
+            engine.reload(engine.config.replace(smtp_timeout=0.5, smtp_command_timeout=0.5))
             assert await dialog.codes("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>") == [250, 250]
-            with pytest.raises(trio.BrokenResourceError), trio.fail_after(30):
+            with pytest.raises(trio.BrokenResourceError), trio.fail_after(60):
                 await flood(dialog)
         await until(lambda: engine.statistics()["incoming"]["open"] == 0)
 
 
 async def test_a_mail_has_to_come_at_a_rate(tmp_path: Path) -> None:
-    settings = {"smtp_timeout": 0.2, "smtp_data_minrate": 1_000_000}
+    settings = {"smtp_timeout": 0.5, "smtp_data_minrate": 1_000_000}
     async with converse(tmp_path, **settings) as dialog:
         assert await dialog.codes(*TRANSACTION) == [250, 250, 354]
         assert await drip(dialog, 1000 * b"x")
@@ -90,11 +93,11 @@ async def test_a_mail_has_to_come_at_a_rate(tmp_path: Path) -> None:
 
 
 async def test_a_mail_in_chunks_has_to_come_at_a_rate_as_well(tmp_path: Path) -> None:
-    settings = {"smtp_timeout": 0.3, "smtp_data_minrate": 10_000_000}
+    settings = {"smtp_timeout": 0.5, "smtp_data_minrate": 10_000_000}
     async with converse(tmp_path, **settings) as dialog:
         await dialog.say(*TRANSACTION[:2])
         reply = "250"
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while reply.startswith("250"):
                 await dialog.send(b"BDAT 70\r\n" + 70 * b"x")
                 reply = await dialog.reply()
@@ -102,17 +105,18 @@ async def test_a_mail_in_chunks_has_to_come_at_a_rate_as_well(tmp_path: Path) ->
 
 
 async def test_a_mail_that_comes_at_a_rate_is_taken_however_long_it_takes(tmp_path: Path) -> None:
-    settings = {"smtp_timeout": 0.25, "smtp_data_minrate": 10}
+    settings = {"smtp_timeout": 1.0, "smtp_data_minrate": 10}
     async with converse(tmp_path, **settings) as dialog:
         assert await dialog.codes(*TRANSACTION) == [250, 250, 354]
-        assert not await drip(dialog, 30 * b"x" + b"\r\n.\r", pause=0.015)
+        assert not await drip(dialog, 30 * b"x" + b"\r\n.\r", pause=0.05)
         await dialog.send(b"\n")
         assert (await dialog.reply()).startswith("250")
 
 
 async def test_a_session_has_its_time_whatever_it_does(tmp_path: Path) -> None:
-    async with converse(tmp_path, smtp_session_timeout=0.3) as dialog:
-        with trio.fail_after(10):
+    async with serve(tmp_path) as engine, open_dialog(engine.addresses[0]) as dialog:
+        engine.reload(engine.config.replace(smtp_session_timeout=0.3))
+        with trio.fail_after(60):
             while (code := (await dialog.codes("VRFY x"))[0]) == 252:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         assert code == 421
@@ -138,10 +142,10 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
 
 
 async def test_a_plugin_that_thinks_costs_the_client_no_time(tmp_path: Path) -> None:
-    async with serve(tmp_path, smtp_timeout=0.2) as engine:
+    async with serve(tmp_path, smtp_timeout=0.5) as engine:
 
         async def think(*arguments: object) -> None:
-            await trio.sleep(0.5)
+            await trio.sleep(1.0)
 
         engine.on("rcptto", think)
         async with open_dialog(engine.addresses[0]) as dialog:
@@ -151,7 +155,7 @@ async def test_a_plugin_that_thinks_costs_the_client_no_time(tmp_path: Path) -> 
 async def test_deadlines_tighten_when_slots_are_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mailerq.inbound.terms.STRAINED_SECONDS", 0.2)
+    monkeypatch.setattr("mailerq.inbound.terms.STRAINED_SECONDS", 0.5)
     monkeypatch.setattr(watch, "LOOKS", 10_000)  # look often, though the bounds are long
     settings = {"smtp_connections": 5, "smtp_timeout": 100.0, "smtp_command_timeout": 100.0}
     async with serve(tmp_path, **settings) as engine:
@@ -159,7 +163,7 @@ async def test_deadlines_tighten_when_slots_are_short(
         async with open_dialog(address) as idle, open_dialog(address) as slow:
             await slow.send(b"NO")
             async with open_dialog(address) as third:
-                await trio.sleep(0.5)
+                await trio.sleep(1.0)
                 assert await third.codes("NOOP") == [250]
                 async with open_dialog(address) as fourth:
                     for dialog in (idle, slow):
@@ -191,7 +195,7 @@ async def test_slow_clients_take_nothing_from_a_healthy_one(tmp_path: Path) -> N
             await dialog.send(b"x")
         started = time.monotonic()
         assert (await send(address))[0] == 250
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
         await until(lambda: not engine.statistics()["incoming"]["open"])
         assert engine.statistics()["incoming"]["timeouts"] == 300
         for dialog in slow:
@@ -276,7 +280,7 @@ def daemon(directory: Path, port: int, descriptors: int, *switches: str) -> subp
             stderr=log,
             preexec_fn=limit,
         )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         if b"listens on" in (directory / "log").read_bytes():
             return process
@@ -316,7 +320,7 @@ def test_a_storm_when_plugins_have_taken_the_descriptors(tmp_path: Path) -> None
         assert code == 250
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(DEADLINE) == 0
     log = (tmp_path / "log").read_text()
     assert log.count("cannot accept connections: Too many open files") == 1
 
@@ -364,7 +368,7 @@ async def test_stopping_under_load_loses_nothing_that_was_taken(tmp_path: Path) 
                 nursery.start_soon(client, engine.addresses[0])
             await until(lambda: len(accepted) > 100)
             started = time.monotonic()
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 5 + 30
     assert all(reply == "" or reply.startswith("421") for reply in others)
     async with serve(tmp_path, smtp_port=(0,)) as engine:
         stored = await inbox(engine, len(accepted))

@@ -242,7 +242,7 @@ async def test_a_plugin_changes_one_attempt_and_a_retry_keeps_the_original(
             )
             (mail,) = await sink.wait_for(1)
             async with engine.consume("success") as leases:
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     message = (await leases.receive()).message
     assert mail.body == b"out\r\n.\r\n"
     assert message.body == b"original\r\n"
@@ -263,7 +263,7 @@ async def test_a_plugin_stops_an_outgoing_message(tmp_path: Path, policy: str) -
                 {"envelope": "a@b.test", "recipient": "stop@d.test", "mime": "x\r\n"}
             )
             async with engine.consume("failure") as leases:
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     message = (await leases.receive()).message
         assert sink.mails == []
     (result,) = message.results

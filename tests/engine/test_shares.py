@@ -38,7 +38,7 @@ async def test_a_share_is_delivered_until_its_own_process_wants_it(tmp_path: Pat
         async with Engine(config, share=0) as engine:
             assert [mail.recipients for mail in await sink.wait_for(1)] == [["one@d.test"]]
             assert engine.statistics()["shares"] == [0, 1]
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 lock = await own(directory)
             assert engine.statistics()["shares"] == [0]
             with open_exclusive(directory, lock=lock) as store:
@@ -61,7 +61,7 @@ async def test_a_process_waits_for_its_share_but_not_for_another_daemon(tmp_path
     directory = tmp_path / "queue"
     directory.mkdir()
     taken = DirectoryLock.take(str(directory))
-    with trio.fail_after(20), pytest.raises(QueueError, match="held by another mailerq"):
+    with trio.fail_after(60), pytest.raises(QueueError, match="held by another mailerq"):
         await own(str(directory))
     taken.release()
     adopted = DirectoryLock.adopt(str(directory), time.time())
@@ -74,7 +74,7 @@ async def test_a_process_waits_for_its_share_but_not_for_another_daemon(tmp_path
             adopted.release()
 
         nursery.start_soon(give_back)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             (await own(str(directory))).release()
 
 
@@ -109,7 +109,7 @@ async def test_an_engine_that_is_cancelled_ends_in_spite_of_a_peer_that_does_not
         )
         seen = trio.Event()
         sink.decide = lambda event: seen.set()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             with trio.CancelScope() as scope:
                 async with Engine(config) as engine:
                     for number in range(20):

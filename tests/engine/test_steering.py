@@ -69,7 +69,7 @@ async def test_a_client_that_the_operator_names_steers(
     tmp_path: Path, settings: dict[str, Any], login: bool, may: bool
 ) -> None:
     def work(address: tuple[str, int]) -> None:
-        with smtplib.SMTP(*address, timeout=20) as client:
+        with smtplib.SMTP(*address, timeout=60) as client:
             if login:
                 client.login("robot", "secret")
             client.sendmail("a@b.test", ["c@d.test"], STEERING)

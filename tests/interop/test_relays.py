@@ -41,7 +41,7 @@ async def through_postfix(engine: Engine, directory: Path, number: int, **settin
     await in_thread(relay.__enter__)
 
     def work() -> None:
-        with smtplib.SMTP("127.0.0.1", relay.port, timeout=20) as client:  # type: ignore[attr-defined]
+        with smtplib.SMTP("127.0.0.1", relay.port, timeout=60) as client:  # type: ignore[attr-defined]
             client.sendmail("a@b.test", ["c@d.test", "e@d.test"], MAIL)
             client.sendmail("", ["f@d.test"], MAIL)
             client.sendmail("a@b.test", ["g@d.test"], "Subject: short\r\n\r\nhi\r\n")
@@ -143,7 +143,7 @@ async def through_one_connection(directory: Path, port: int, receiver: Engine, c
         ]
         await sender.queues.publish([Publication("outbox", message) for message in messages])
         arrived = await inbox(receiver, count)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while sender.statistics()["outgoing"]["delivered"] < count:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         figures = sender.statistics()["outgoing"]

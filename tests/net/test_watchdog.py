@@ -61,9 +61,9 @@ async def test_a_plugin_that_blocks_is_named_while_it_does(
     assert figures["longest"] > 0.4
     first, *_, last = texts(caplog, "block.so")
     where = "in mq_smtp_in_rcptto of plugin block.so"
-    assert re.fullmatch(rf"worker \d has stood still for 0\.\d s, {where}", first)
+    assert re.fullmatch(rf"worker \d has stood still for \d+\.\d s, {where}", first)
     assert re.fullmatch(
-        r"worker \d goes on; it stood still for \d\.\d s, in block.so mq_smtp_in_rcptto", last
+        r"worker \d goes on; it stood still for \d+\.\d s, in block.so mq_smtp_in_rcptto", last
     )
 
 
@@ -116,7 +116,7 @@ async def test_what_holds_pythons_lock_is_noticed_afterwards(
         async with open_dialog(engine.addresses[0]) as dialog:
             await dialog.codes("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>")
         await until(lambda: "process" in engine.statistics()["watchdog"]["places"])
-    assert re.match(r"the process has stood still for \d.\d s", texts(caplog, "process")[0])
+    assert re.match(r"the process has stood still for \d+\.\d s", texts(caplog, "process")[0])
 
 
 async def test_zero_is_no_watchdog(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from mailerq.net.slots import Slots
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.openings import Openings
 from tests.outbound.memory_queues import MemoryQueues
+from tests.support import DEADLINE
 
 
 class StubPlugins:
@@ -260,8 +261,10 @@ class Bench:
 
     async def until(self, condition: Callable[[dict[str, Any]], bool]) -> None:
         """Wait until the statistics are as they should be."""
-        with trio.fail_after(10):
-            while not condition(self.dispatcher.statistics()):
+        end = trio.current_time() + DEADLINE
+        while not condition(figures := self.dispatcher.statistics()):
+            assert trio.current_time() < end, figures
+            with trio.move_on_after(0.1):  # something may go on all the time
                 await trio.testing.wait_all_tasks_blocked(0.002)
 
     async def pass_time(self, seconds: float) -> None:
@@ -330,6 +333,6 @@ async def open_bench(
             yield Bench(queues, peer, port, dispatcher, worker)
         finally:
             with trio.CancelScope(shield=True):
-                with trio.fail_after(20):
+                with trio.fail_after(DEADLINE):
                     await dispatcher.stop(0)
             nursery.cancel_scope.cancel()

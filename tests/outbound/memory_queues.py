@@ -21,6 +21,7 @@ from mailerq.message import Message, check_nesting, decode_properties, encode_pr
 from mailerq.queues import DAMAGED_QUEUE, Depth, Lease, Publication, Queues, Settlement
 from mailerq.queues.interface import Consumer, Receiver, Subscription, Taken
 from mailerq.rules.destinations import RETRY_LANE, SENDER_LANES, Place, level_of, place_of
+from tests.support import DEADLINE
 
 NOW: Final = 1_767_268_800.0  # 2026-01-01 12:00:00
 
@@ -195,10 +196,12 @@ class MemoryQueues(Queues):
     async def changed(self) -> None:
         await self._changed.wait()
 
-    async def until(self, condition: Callable[[MemoryQueues], bool], seconds: float = 10) -> None:
-        with trio.fail_after(seconds):
+    async def until(self, condition: Callable[[MemoryQueues], bool]) -> None:
+        with trio.move_on_after(DEADLINE):
             while not condition(self):
                 await self.changed()
+        depths = {name: len(queue) for name, queue in self.queues.items()}
+        assert condition(self), (depths, self.leased)
 
     def put(
         self, message: Message, due: float | None = None, queue: str = OUTBOX, number: int = 0

@@ -132,7 +132,7 @@ async def test_a_body_waits_for_the_result_before_it_though_its_envelope_went_ah
     async with open_bench(script, domain_maxconnections=1) as bench:
         for _ in range(3):
             bench.send()
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await asked.wait()
         for _ in range(20):
             await trio.testing.wait_all_tasks_blocked()
@@ -219,7 +219,7 @@ async def test_stop_lets_a_message_end_whose_envelope_went_ahead() -> None:
         for _ in range(6):
             bench.send()
         await bench.queues.until(lambda _: bench.peer.commands.count("DATA") == 3)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await bench.dispatcher.stop(5)
         assert len(bench.queues["success"]) == 3
         assert len(bench.queues["outbox"]) == 3
@@ -324,7 +324,7 @@ async def test_a_host_that_was_out_of_step_gets_nothing_ahead_for_some_time(
             bench.send()
         await bench.retried()
         await bench.results("success", 3)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while bench.dispatcher.statistics()["destinations"]:
                 await trio.testing.wait_all_tasks_blocked(0.01)
         assert bench.dispatcher.statistics()["ahead"] == 1

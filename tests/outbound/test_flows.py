@@ -141,13 +141,16 @@ async def test_lookups_are_bounded_in_number() -> None:
 
 
 async def test_a_silent_host_does_not_delay_another() -> None:
-    async with open_wide(slots=Slots(20)) as bench, listening(silent) as smarthost:
+    async with (
+        open_wide(slots=Slots(20), smtp_out_timeout=600.0) as bench,
+        listening(silent) as smarthost,
+    ):
         for number in range(50):
             bench.send(recipient=f"c{number}@slow.test", smarthost=smarthost)
         await bench.until(lambda figures: figures["opening"] > 0)
         for number in range(50):
             bench.send(recipient=f"c{number}@quick.test")
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await bench.results("success", 50)
         figures = bench.dispatcher.statistics()
         assert figures["opening"] == 1
@@ -159,7 +162,7 @@ async def test_many_silent_hosts_have_a_part_of_the_slots_and_no_more() -> None:
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, silent, 0, host="0.0.0.0"))
         port = listeners[0].socket.getsockname()[1]
-        async with open_wide(slots=Slots(20)) as bench:
+        async with open_wide(slots=Slots(20), smtp_out_timeout=600.0) as bench:
             bench.send(recipient="c@quick.test")
             await bench.results("success")
             for host in hosts:
@@ -171,7 +174,7 @@ async def test_many_silent_hosts_have_a_part_of_the_slots_and_no_more() -> None:
             await bench.results("success", 51)
             # One that nobody knows yet has its turn soon, and then all the silent ones have theirs.
             bench.send(smarthost={"hostname": "127.0.0.1", "port": bench.port})
-            with trio.fail_after(5):
+            with trio.fail_after(60):
                 await bench.results("success", 52)
             assert bench.dispatcher.statistics()["attempts"] == 52
         nursery.cancel_scope.cancel()
@@ -181,7 +184,7 @@ async def test_many_silent_hosts_have_a_part_of_the_slots_and_no_more() -> None:
 async def test_many_silent_hosts_have_a_part_of_the_memory_and_no_more(qos: int) -> None:
     slots = Slots(1000)
     async with (
-        open_wide(slots=slots, rabbitmq_qos=qos, smtp_out_timeout=60.0) as bench,
+        open_wide(slots=slots, rabbitmq_qos=qos, smtp_out_timeout=600.0) as bench,
         AsyncExitStack() as stack,
     ):
         for _ in range(40):
@@ -310,7 +313,7 @@ async def test_a_host_that_comes_back_gets_one_connection_then_two_then_four() -
             assert len(opened) <= 2 * more
         for event in may_greet:
             event.set()
-        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 999, 60)
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 999)
 
 
 async def test_flush_ends_the_pause_of_a_host_that_was_down() -> None:
@@ -352,10 +355,10 @@ async def test_destinations_of_one_flow_are_served_in_turn() -> None:
             bench.send(recipient=f"c{number}@bulk.test")
         for number in range(5000):
             bench.send(recipient=f"c@d{number}.test")
-        await bench.queues.until(lambda queues: len(queues.queues["success"]) >= 5500, 60)
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) >= 5500)
         small = sum(mail.recipient.startswith("c@d") for mail in bench.peer.mails)
         assert small > 4900  # the bulk has not had more than its turns
-        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 7000, 60)
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 7000)
         assert bench.peer.connections <= 4
         assert not bench.queues.leased
 
@@ -367,7 +370,7 @@ async def test_flows_that_wait_for_a_slot_take_turns() -> None:
             bench.send(recipient=f"c{number}@bulk{number % 3}.test")
         for number in range(300):
             bench.send(recipient=f"c@d{number}.test")
-        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 1800, 60)
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 1800)
         assert bench.peer.most <= 4
         last = max(i for i, mail in enumerate(bench.peer.mails) if mail.recipient.startswith("c@d"))
         assert last < 1700 or bench.peer.mails[-1].recipient.startswith("c@d")

@@ -84,7 +84,7 @@ async def open_idle(*scripts: Script, plugins: StubPlugins | None = None) -> Asy
         worker = StubWorker(0, nursery, plugins or StubPlugins())
         bench = Bench(peer, listeners[0].socket.getsockname()[1], worker)
         nursery.start_soon(bench.session.run)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await bench.flow.open.wait()
             await trio.testing.wait_all_tasks_blocked()
             yield bench

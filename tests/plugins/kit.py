@@ -114,7 +114,7 @@ class Scripted:
 
     async def wait_kept(self, name: str, count: int = 1) -> None:
         """Wait until a plugin has kept so many events."""
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while self.libraries[name].kept_count() < count:
                 await trio.lowlevel.checkpoint()
 

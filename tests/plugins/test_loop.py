@@ -30,7 +30,7 @@ class Loops:
         return value
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not condition():
                 await trio.lowlevel.checkpoint()
 

@@ -76,7 +76,7 @@ async def test_the_time_of_a_timer_is_what_it_took(tmp_path: Path) -> None:
     install(tmp_path, sleeper=build_text(SLEEPER))
     async with connected(tmp_path) as (plugins, _, connection):
         start = time.perf_counter()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await connection.connect()
         elapsed = time.perf_counter() - start
         row = plugins.statistics()["sleeper.so"]["timer"]

@@ -76,7 +76,7 @@ async def test_threads_log_and_send(directory: Path, calls: Calls) -> None:
         talkative = context.connection(-1, on_output=told.set)
         assert await talkative.rcptto("chatter") is None
         output = b""
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while len(output) < 4 * 200 * 10:
                 if not (more := talkative.take_output()):
                     await told.wait()

@@ -60,7 +60,7 @@ class Recorder:
         self._news = trio.Event()
 
     async def until(self, condition: Callable[[Recorder], bool]) -> None:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not condition(self):
                 await self._news.wait()
 
@@ -110,7 +110,7 @@ def again(lease: Lease, due: float | None = None, **more: Any) -> Publication:
 
 
 async def receive(consumer: Consumer, count: int) -> list[Lease]:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         return [await consumer.receive() for _ in range(count)]
 
 
@@ -120,7 +120,7 @@ async def drain(
     """All that is due in a destination, some at a time, each settled at once."""
     leases: list[Lease] = []
     more = True
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while more:
             taken = await subscription.take(destination, limit)
             leases += taken.leases
@@ -429,7 +429,7 @@ class Contract:
                             nursery.start_soon(take)  # it may be over before it is cancelled
                             await trio.testing.wait_all_tasks_blocked()
                             scope.cancel()
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     while len(leases) < 10:
                         await take()
                 assert len({lease.id for lease in leases}) == 10
@@ -584,7 +584,7 @@ class Contract:
 
     async def _settle_in(self, queues: Queues, recorder: Recorder) -> None:
         """Wait until the subscription knows that the queue is empty: new mail arrives."""
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             number = 0
             while not recorder.leases:
                 await queues.publish([mail(-1, f"first{number}.test")])

@@ -182,7 +182,7 @@ async def test_failing_disk_refuses_and_recovers_without_a_restart(
     def publication(tag: int) -> Publication:
         return Publication("outbox", Message({"tag": tag}, bytes(10_000)))
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with (
             open_embedded(str(tmp_path)) as queues,
             queues.consume("outbox", prefetch=100) as consumer,
@@ -212,7 +212,7 @@ async def test_unreadable_disk_delays_and_loses_nothing(
         store.publish(
             Publication("outbox", Message({"tag": tag}, bytes(20_000))) for tag in range(20)
         )
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with (
             open_embedded(str(tmp_path)) as queues,
             queues.consume("outbox", prefetch=3) as consumer,

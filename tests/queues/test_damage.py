@@ -672,7 +672,7 @@ async def test_damaged_record_is_set_aside_and_the_consumer_goes_on(
         store.connection.execute("UPDATE body SET data = x'00' WHERE id = 204")
         store.connection.execute("DELETE FROM body WHERE id = 210")
         store.connection.execute("UPDATE message SET properties = NULL WHERE id = 208")
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with (
             open_embedded(str(directory)) as queues,
             queues.consume("outbox", prefetch=1000) as consumer,
@@ -699,7 +699,7 @@ async def test_damaged_record_is_set_aside_and_the_consumer_goes_on(
 async def test_damage_at_run_time_stops_the_queue_until_a_restart(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with open_embedded(str(directory)) as queues:
             leaves = pages_of(directory, "message_place")
             for leaf in [ROOTS["message_place"], *leaves]:

@@ -57,7 +57,7 @@ def tag_of(lease: Lease) -> int:
 
 
 async def receive(consumer: Consumer, count: int) -> list[Lease]:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         return [await consumer.receive() for _ in range(count)]
 
 
@@ -85,7 +85,7 @@ async def test_consumer_waits_for_what_is_published(queues: EmbeddedQueues) -> N
         nursery.start_soon(wait)
         nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked(0.01)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await queues.publish([publication(1), publication(2)])
             while len(received) < 2:
                 await trio.lowlevel.checkpoint()
@@ -379,7 +379,10 @@ async def test_retry_with_another_body_replaces_it(queues: EmbeddedQueues, clock
     assert await queues.depths() == []
 
 
-async def test_retry_comes_on_time_by_the_real_clock(tmp_path: Path) -> None:
+async def test_retry_comes_on_time_by_the_real_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "POLL_SECONDS", 600.0)
     async with (
         open_embedded(str(tmp_path)) as queues,
         queues.consume("outbox", prefetch=2) as consumer,
@@ -387,7 +390,7 @@ async def test_retry_comes_on_time_by_the_real_clock(tmp_path: Path) -> None:
         started = time.time()
         await queues.publish([publication(1, due=started + 0.2), publication(2, due=started + 0.1)])
         assert [tag_of(lease) for lease in await receive(consumer, 2)] == [2, 1]
-        assert 0.19 < time.time() - started < 1
+        assert 0.19 < time.time() - started < 60
 
 
 async def test_delayed_messages_do_not_hold_up_others(queues: EmbeddedQueues, clock: Clock) -> None:
@@ -405,7 +408,7 @@ async def test_clock_set_back_does_not_delay_what_was_due(
         await queues.publish([publication(tag) for tag in range(3)])
         await queues.publish([publication(3, due=clock.now + 600)])
         leases = await receive(consumer, 1)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not queues._reader._latest:
                 await trio.lowlevel.checkpoint()
         clock.now -= 3600
@@ -592,7 +595,7 @@ async def test_messages_of_other_processes_are_noticed(
             other.publish([publication(1, due=0)])
         if woken:
             queues.wake()
-        with trio.fail_after(3):
+        with trio.fail_after(60):
             lease = await consumer.receive()
         assert tag_of(lease) == 1
         await queues.ack([Settlement(lease)])
@@ -703,7 +706,7 @@ async def test_a_loop_that_is_never_idle_still_publishes(queues: EmbeddedQueues)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(spin)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await queues.publish([publication(1)])
         nursery.cancel_scope.cancel()
 
@@ -752,7 +755,7 @@ def test_two_loops_publish_and_consume(tmp_path: Path) -> None:
                     if len(arrived) >= 2 * count:
                         done.set()
 
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(consume, nursery.cancel_scope)
                 async with trio.open_nursery() as publishers:

@@ -163,7 +163,7 @@ async def test_sorting_goes_on_after_an_error(
         raise QueueFull("no space left")
 
     monkeypatch.setattr(QueueFile, "sort_steps", fail_once)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with (
             open_embedded(str(tmp_path), clock=lambda: NOW) as queues,
             queues.subscribe("outbox", told, prefetch=100, window=10),

@@ -109,7 +109,7 @@ class Run:
         due = self.due(queue)
         if leased >= 3 or not due:
             return
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             lease = await self.consumers[queue].receive()
         tag = lease.message.properties.pop("tag")
         assert lease.queue == queue

@@ -45,7 +45,7 @@ def test_mail_from_the_command_line_leaves_the_reserve_alone(
 async def test_what_is_in_the_queue_leaves_it_and_makes_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with (
             open_embedded(str(tmp_path)) as queues,
             queues.consume("outbox", prefetch=20) as consumer,
@@ -70,7 +70,7 @@ async def test_what_is_in_the_queue_leaves_it_and_makes_room(
 async def test_without_room_a_retry_is_a_new_due_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, kept: dict[str, object]
 ) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with (
             open_embedded(str(tmp_path)) as queues,
             queues.consume("outbox", prefetch=2) as consumer,

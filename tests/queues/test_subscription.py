@@ -45,7 +45,7 @@ async def queues(tmp_path: Path, clock: Clock) -> AsyncIterator[EmbeddedQueues]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.001)
 
@@ -181,7 +181,7 @@ async def test_a_damaged_row_is_set_aside_and_the_others_come(
         with pytest.raises(ValueError, match="over"):
             await queues.ack([Settlement(taken.leases[0])])
         async with queues.consume(DAMAGED_QUEUE, prefetch=9) as consumer:
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 for _ in range(4):
                     await consumer.receive()
         assert (await subscription.take("a.test", 9)).leases == []
@@ -284,7 +284,7 @@ async def test_a_consumer_beside_a_subscription_gets_other_mail(queues: Embedded
         queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription,
         queues.consume("outbox", prefetch=3) as consumer,
     ):
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while len(seen) < 30:
                 leases: list[Lease] = []
                 with trio.move_on_after(0.02):
@@ -328,7 +328,7 @@ async def test_a_queue_that_was_the_outbox_is_consumed_whole(tmp_path: Path) -> 
     async with open_embedded(str(tmp_path), outbox="new") as queues:
         await queues.publish([mail(5)])
         async with queues.consume("outbox", prefetch=9) as consumer:
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 leases = [await consumer.receive() for _ in range(6)]
             assert sorted(map(tag_of, leases)) == list(range(6))
             await queues.ack([Settlement(lease) for lease in leases])
