@@ -16,6 +16,7 @@ import trio.testing
 from mailerq import Engine
 from mailerq.errors import QueueError
 from mailerq.message import Message
+from mailerq.outbound import flow
 from mailerq.plugins import Reject
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
@@ -159,7 +160,10 @@ async def test_handlers_leave_no_cycle(tmp_path: Path) -> None:
         assert await garbage_of(repeat) == Counter()
 
 
-async def test_mail_for_a_host_that_is_down_leaves_no_cycle(tmp_path: Path) -> None:
+async def test_mail_for_a_host_that_is_down_leaves_no_cycle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "ASK_SECONDS", 0.1)
     with closed_port() as port:
         async with running(tmp_path, smtp_sink_port=port) as engine:
             attempts = 0
