@@ -49,8 +49,8 @@ async def own(directory: str) -> DirectoryLock:
 
     Raises `QueueError`, at once if another daemon owns the share.
     """
-    start = trio.current_time()
-    end = start + OWN_SECONDS
+    adopted_at = trio.current_time()
+    end = adopted_at + OWN_SECONDS
     make_directory(directory)
     try:
         with wanted(directory):
@@ -58,9 +58,13 @@ async def own(directory: str) -> DirectoryLock:
                 try:
                     return DirectoryLock.take(directory)
                 except QueueHeld as held:
-                    # Other processes hold the lock briefly to see whether the share is free.
-                    if trio.current_time() > (end if held.adopted else start + MOMENT_SECONDS):
+                    # Other processes hold the lock briefly to see whether the share is free, and
+                    # an adopter while it gives the share back.
+                    now = trio.current_time()
+                    if now > (end if held.adopted else adopted_at + MOMENT_SECONDS):
                         raise
+                    if held.adopted:
+                        adopted_at = now
                 await trio.sleep(RETRY_SECONDS)
     except OSError as error:
         raise QueueError(f"{directory}: cannot be locked: {error.strerror}") from error

@@ -71,6 +71,8 @@ async def test_a_process_waits_for_its_share_but_not_for_another_daemon(tmp_path
             while not adopted.is_wanted():  # noqa: ASYNC110
                 await trio.sleep(0.01)
             await trio.sleep(1.5 * MOMENT_SECONDS)
+            adopted._write("free")  # as a release does, at a busy moment of this host
+            await trio.sleep(0.3 * MOMENT_SECONDS)
             adopted.release()
 
         nursery.start_soon(give_back)
