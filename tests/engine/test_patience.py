@@ -320,7 +320,7 @@ def test_a_storm_when_plugins_have_taken_the_descriptors(tmp_path: Path) -> None
         assert code == 250
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE) == 0
+        assert process.wait(DEADLINE) == 0, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
     assert log.count("cannot accept connections: Too many open files") == 1
 
