@@ -24,8 +24,7 @@ from mailerq.address import (  # noqa: E402
 )
 from mailerq.config import SETTINGS  # noqa: E402
 from mailerq.mail.extract import FIELDS, FIELDS_LIMIT  # noqa: E402
-from mailerq.mail.headers import HEADER_LIMIT  # noqa: E402
-from mailerq.mail.incoming import HOP_LIMIT  # noqa: E402
+from mailerq.mail.headers import HEADER_LIMIT, HOP_LIMIT  # noqa: E402
 from mailerq.message import NESTING_LIMIT, PROPERTIES_LIMIT  # noqa: E402
 from mailerq.properties import KNOWN, PROPERTIES, SECONDS_LIMIT  # noqa: E402
 from mailerq.queues import DAMAGED_QUEUE  # noqa: E402

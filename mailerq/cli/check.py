@@ -13,7 +13,7 @@ from mailerq.errors import MessageError
 from mailerq.escaping import escape
 from mailerq.mail.extract import EVERYTHING, FIELDS_LIMIT, Rights, doubts, extract
 from mailerq.mail.headers import Header
-from mailerq.mail.incoming import HOP_LIMIT, Problem
+from mailerq.mail.incoming import OWN_HOPS, Problem
 from mailerq.message import Message
 from mailerq.rules.documents import Finding, examine
 from mailerq.rules.steering import Steering
@@ -134,7 +134,7 @@ def _mail(data: bytes, config: Config, rights: Rights, now: float) -> Iterator[F
     if not header.is_whole:
         yield Finding("error", f"the mail {Problem.HEADER}")
         return
-    if header.count(b"received", limit=HOP_LIMIT) >= HOP_LIMIT:
+    if header.is_looping(added=OWN_HOPS):
         yield Finding("error", f"the mail {Problem.LOOP}")
     extraction = extract(
         mime, trusted=True, rights=rights, now=now,

@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 
 __all__ = [
     "HEADER_LIMIT",
+    "HOP_LIMIT",
     "Field",
     "Header",
     "date_field",
@@ -53,6 +54,9 @@ Finder = Callable[[bytes], Iterator[re.Match[bytes]]]
 
 HEADER_LIMIT: Final = 1 << 20
 """Bytes of a header. The longest headers of mail programs have some 100 kB."""
+
+HOP_LIMIT: Final = 100
+"""Received fields of a mail (RFC 5321, section 6.3). A mail with more is looping."""
 
 LINE_LIMIT: Final = 78
 """Length of a line, without CRLF, of fields that are made here (RFC 5322, section 2.1.1)."""
@@ -124,6 +128,14 @@ class Header:
         for _ in islice(_field_named(name)(self._lines), limit):
             found += 1
         return found
+
+    def is_looping(self, *, added: int = 0) -> bool:
+        """Whether the mail has more than `HOP_LIMIT` Received fields, with the `added` ones."""
+        room = HOP_LIMIT - added
+        # Hardly any mail has that many lines that start so, and lines cost less to count.
+        if self._lines.count(b"\nreceived") <= room:
+            return False
+        return self.count(b"received", limit=room + 1) > room
 
     def fields(self) -> Iterator[Field]:
         """Yield the fields from the top. A line that is not a field has an empty name."""

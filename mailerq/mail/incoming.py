@@ -13,13 +13,10 @@ from mailerq.mail import headers
 from mailerq.mail.extract import EVERYTHING, FIELDS_LIMIT, IGNORED_LIMIT, Rights, doubts, extract
 from mailerq.message import Message, format_time
 
-__all__ = ["HOP_LIMIT", "Envelope", "Problem", "Reception", "messages"]
+__all__ = ["Envelope", "Problem", "Reception", "messages"]
 
-HOP_LIMIT: Final = 100
-"""Received fields of a mail, including the one that is added here (RFC 5321, section 6.3).
-
-A mail with more is looping. So a mail that arrives with this number is refused.
-"""
+OWN_HOPS: Final = 1
+"""Received fields that are added here. They count, so a mail that was accepted may be sent."""
 
 
 class Problem(StrEnum):
@@ -80,7 +77,7 @@ def messages(
     header = headers.Header(mime)
     if not header.is_whole:
         return Problem.HEADER
-    if header.count(b"received", limit=HOP_LIMIT) >= HOP_LIMIT:
+    if header.is_looping(added=OWN_HOPS):
         return Problem.LOOP
     has_id = header.has(b"message-id")
     extraction = extract(

@@ -9,18 +9,14 @@ from mailerq.address import parse_host, parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.mail.extract import extract
-from mailerq.mail.incoming import HOP_LIMIT
+from mailerq.mail.headers import HOP_LIMIT, Header
 from mailerq.message import Message
 from mailerq.properties import KNOWN, misspellings
 from mailerq.rules.retry import expires_at, not_before
-from mailerq.rules.routes import count_hops, loop_problem, route_of, unmet_promise
+from mailerq.rules.routes import loop_problem, route_of, unmet_promise
 from mailerq.wire.parameters import dsn_parameters
 
-__all__ = ["MAX_HOPS", "Finding", "examine", "problems"]
-
-MAX_HOPS: Final = HOP_LIMIT
-"""Received fields of a message. Reception counts its own field too, so a mail that was accepted
-never exceeds this."""
+__all__ = ["Finding", "examine", "problems"]
 
 SHOWN: Final = 80
 """Characters of a name or a value of a message to show."""
@@ -117,8 +113,8 @@ def _late(properties: Mapping[str, Any], config: Config, now: float) -> Iterator
 def _no_body(message: Message, supplied: bool) -> Iterator[str]:
     """Yield mistakes in the mail itself."""
     if message.body is not None:
-        if count_hops(message.body) > MAX_HOPS:
-            yield f"property mime: has more than {MAX_HOPS} Received lines: a mail loop"
+        if Header(message.body).is_looping():
+            yield f"property mime: has more than {HOP_LIMIT} Received lines: a mail loop"
     elif supplied:
         return
     elif message.properties.get("mime"):

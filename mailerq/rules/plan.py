@@ -11,12 +11,12 @@ import msgspec
 from mailerq.address import parse_host, parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError
+from mailerq.mail.headers import Header
 from mailerq.message import Message
 from mailerq.rules import responses
-from mailerq.rules.documents import MAX_HOPS
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at, not_before
-from mailerq.rules.routes import Route, count_hops, loop_problem, route_of, unmet_promise
+from mailerq.rules.routes import Route, loop_problem, route_of, unmet_promise
 
 __all__ = ["Hold", "Plan", "Refuse", "Send", "body_problem", "plan"]
 
@@ -125,7 +125,7 @@ def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
         if supplied:
             return None
         return responses.not_generated() if message.properties.get("mime") else responses.NO_DATA
-    if count_hops(body) > MAX_HOPS:
+    if Header(body).is_looping():
         return responses.TOO_MANY_HOPS
     reason = unmet_promise(message.properties, body)
     return None if reason is None else _broken_promise(reason)

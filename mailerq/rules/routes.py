@@ -15,7 +15,6 @@ from mailerq.wire.framing import has_bare_newline
 __all__ = [
     "SMTP_PORT",
     "Route",
-    "count_hops",
     "has_ascii_header",
     "loop_problem",
     "reception_queue",
@@ -150,12 +149,3 @@ def has_ascii_header(body: bytes) -> bool:
     """Whether the header of a message is ASCII; the text may be anything."""
     end = body.find(b"\r\n\r\n", 0, MAX_HEADER)
     return body[: end if end >= 0 else MAX_HEADER].isascii()
-
-
-def count_hops(body: bytes) -> int:
-    """Count the Received lines in the header of a message."""
-    end = body.find(b"\r\n\r\n", 0, MAX_HEADER)
-    if end < 0:
-        end = body.find(b"\n\n", 0, MAX_HEADER)
-    header = body[: end if end >= 0 else MAX_HEADER].lower()
-    return header.count(b"\nreceived:") + header.startswith(b"received:")

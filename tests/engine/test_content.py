@@ -17,7 +17,7 @@ import trio
 from mailerq import plugins as plugins_module
 from mailerq.inbound import spool as memory
 from mailerq.inbound.services import LOADERS
-from mailerq.mail.incoming import HOP_LIMIT
+from mailerq.mail.headers import HOP_LIMIT
 from mailerq.plugins import Reject
 from mailerq.queues import Publication
 from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until

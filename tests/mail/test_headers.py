@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mailerq.mail import headers
-from mailerq.mail.headers import Header, prepend, received, remove
+from mailerq.mail.headers import HOP_LIMIT, Header, prepend, received, remove
 
 # Text that is made of what matters to a header, so that drawn messages are full of edges.
 PIECES = st.sampled_from([
@@ -47,6 +47,25 @@ def test_header_ends_at_the_first_empty_line(mime: bytes, raw: bytes, body: byte
     header = Header(mime)
     assert (header.raw, mime[header.body :]) == (raw, body)
     assert header.end == len(raw)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
+@pytest.mark.parametrize("name", ["Received:", "RECEIVED :", "received\t:"])
+def test_a_mail_with_more_received_fields_than_the_limit_is_looping(name: str, end: str) -> None:
+    def mail(count: int) -> Header:
+        other = f"Received-SPF: pass{end}X-Received: x{end}"
+        return Header((other + count * f"{name} by a{end}" + end + f"{name} by a{end}").encode())
+
+    found = [mail(count).is_looping() for count in (99, 100, 101)]
+    assert found == [False, False, True]
+    found = [mail(count).is_looping(added=1) for count in (98, 99, 100)]
+    assert found == [False, False, True]
+    assert HOP_LIMIT == 100
+
+
+def test_text_without_a_header_is_not_looping() -> None:
+    assert not Header(b"hello\r\n" + 200 * b"Received: by a\r\n" + b"\r\n").is_looping()
+    assert not Header(b"").is_looping()
 
 
 @given(MESSAGES)

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from mailerq.config import Config
 from mailerq.mail.extract import FIELDS_LIMIT
-from mailerq.mail.headers import HEADER_LIMIT
-from mailerq.mail.incoming import HOP_LIMIT, Envelope, Problem, Reception, messages
+from mailerq.mail.headers import HEADER_LIMIT, HOP_LIMIT
+from mailerq.mail.incoming import Envelope, Problem, Reception, messages
 from mailerq.rules.documents import problems
 
 ENVELOPE = Envelope(

@@ -100,5 +100,6 @@ def test_a_body_can_rule_a_message_out(
         assert body_problem(message, supplied=True) is None
 
 
-def test_a_plain_body_rules_nothing_out() -> None:
-    assert body_problem(Message({"recipient": "c@d.test"}, b"hi\r\n"), supplied=False) is None
+@pytest.mark.parametrize("body", [b"hi\r\n", 100 * b"Received: x\r\n" + b"\r\n"])
+def test_a_plain_body_rules_nothing_out(body: bytes) -> None:
+    assert body_problem(Message({"recipient": "c@d.test"}, body), supplied=False) is None

@@ -7,14 +7,7 @@ import pytest
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.rules.access import is_within
-from mailerq.rules.routes import (
-    MAX_HEADER,
-    Route,
-    count_hops,
-    loop_problem,
-    result_queues,
-    route_of,
-)
+from mailerq.rules.routes import Route, loop_problem, result_queues, route_of
 
 SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
 
@@ -126,19 +119,3 @@ def test_a_result_queue_is_not_the_outbox() -> None:
     problem = loop_problem({"queues": {"success": "s", "any": "outbox"}}, "outbox")
     assert problem is not None
     assert "outbox is the outbox" in problem
-
-
-@pytest.mark.parametrize(
-    ("body", "hops"),
-    [
-        (b"", 0),
-        (b"Received: a\r\nX: b\r\nRECEIVED: c\r\n\r\nReceived: d\r\n", 2),
-        (b"Received: a\nreceived: c\n\nReceived: d\n", 2),
-        (b"X-Received: a\r\n\r\n", 0),
-        (b"Received: a\r\n" * 100_000, MAX_HEADER // 13 + 1),
-        (b"X: " + MAX_HEADER * b"x" + b"\r\n" + b"Received: a\r\n" * 5, 0),
-    ],
-    ids=lambda value: value if isinstance(value, int) else len(value),
-)
-def test_hops_are_counted_in_the_header_only(body: bytes, hops: int) -> None:
-    assert count_hops(body) == hops
