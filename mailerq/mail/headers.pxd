@@ -15,6 +15,7 @@ cdef class Header:
 
 
 cpdef _boundaries(mime)
+cpdef has_ascii_header(mime)
 cpdef unfold(value)
 cpdef remove(mime, fields)
 cpdef format_date(now)

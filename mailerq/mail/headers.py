@@ -24,6 +24,8 @@ from functools import lru_cache
 from itertools import islice
 from typing import Final, NamedTuple
 
+from mailerq.wire._lines import empty_line
+
 __all__ = [
     "HEADER_LIMIT",
     "HOP_LIMIT",
@@ -31,6 +33,7 @@ __all__ = [
     "Header",
     "date_field",
     "format_date",
+    "has_ascii_header",
     "head_of",
     "message_id_field",
     "prepend",
@@ -45,7 +48,6 @@ __all__ = [
 _FIRST_FIELD: Final = re.compile(rb"[!-9;-~]++[ \t]*+:").match
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r").match
 _NAME: Final = re.compile(rb"([^\r\n:]*+)(:?)").match
-_END: Final = re.compile(rb"\r\n\r\n").search
 # For `Header._lines`, where CRLF may have become two LFs.
 _FIELD_END: Final = re.compile(rb"\n(?![ \t\n])").search
 
@@ -170,13 +172,18 @@ class Header:
 def head_of(mail: bytes | memoryview) -> bytes:
     """Return the part of a mail that is edited: the header of a view, or all of a small mail.
 
-    If no header ends within `HEADER_LIMIT`, the part is one byte longer than the limit, so its
-    `Header` is not whole.
+    A view without a header, or whose header does not end within `HEADER_LIMIT`, is cut off one byte
+    after the limit. So `Header` finds the same in the part as in the mail.
     """
     if isinstance(mail, bytes):
         return mail
-    found = _END(mail, 0, HEADER_LIMIT + 1)
-    return bytes(mail[: found.end() if found else HEADER_LIMIT + 1])
+    end, body, is_whole = _boundaries(mail)
+    return bytes(mail[: body if end and is_whole else HEADER_LIMIT + 1])
+
+
+def has_ascii_header(mime: bytes) -> bool:
+    """Whether the header of a mail is ASCII; the text may be anything."""
+    return mime[: _boundaries(mime)[0]].isascii()
 
 
 @lru_cache(maxsize=16)
@@ -185,19 +192,16 @@ def _field_named(name: bytes) -> Finder:
     return re.compile(rb"\n%b[ \t]*+:" % re.escape(name)).finditer
 
 
-def _boundaries(mime: bytes) -> tuple[int, int, bool]:
+def _boundaries(mime: bytes | memoryview) -> tuple[int, int, bool]:
     """Return the end of the header, the start of the body, and whether that is within the limit."""
     if not _FIRST_FIELD(mime, 0, HEADER_LIMIT):
         empty = _LINE_END(mime)
         return 0, empty.end() if empty else 0, True
-    last = size = min(len(mime), HEADER_LIMIT)
-    for pair in (b"\n\r", b"\n\n", b"\r\r"):
-        found = mime.find(pair, 0, last + 1)
-        if found >= 0:
-            last = found
-    if last == size:
+    end = empty_line(mime, HEADER_LIMIT) + 1
+    if not end:
+        size = min(len(mime), HEADER_LIMIT)
         return size, size, size == len(mime)
-    return last + 1, last + (3 if mime.startswith(b"\r\n", last + 1) else 2), True
+    return end, end + (2 if mime[end : end + 2] == b"\r\n" else 1), True
 
 
 def unfold(value: bytes) -> bytes:

@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from mailerq.mail.headers import has_ascii_header
 from mailerq.mail.seven_bit import Converted, convert, to_seven_bit
 from mailerq.message import Message
 from mailerq.net.resolver import Host
@@ -54,7 +55,6 @@ from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.openings import QUICK_SECONDS
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
-from mailerq.rules.routes import has_ascii_header
 from mailerq.wire._lines import is_ascii
 from mailerq.wire.client import (
     NEED_DATA,

@@ -15,7 +15,6 @@ from mailerq.wire.framing import has_bare_newline
 __all__ = [
     "SMTP_PORT",
     "Route",
-    "has_ascii_header",
     "loop_problem",
     "reception_queue",
     "result_queues",
@@ -24,9 +23,6 @@ __all__ = [
 ]
 
 SMTP_PORT: Final = 25
-
-MAX_HEADER: Final = 1 << 18
-"""Bytes searched for the end of a header; text without an end is not read as a header."""
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -143,9 +139,3 @@ def unmet_promise(properties: Mapping[str, Any], body: bytes | None) -> str | No
 def _is_binary(body: bytes) -> bool:
     """Whether lines that end in CR LF cannot carry a body unchanged."""
     return b"\0" in body or has_bare_newline(body)
-
-
-def has_ascii_header(body: bytes) -> bool:
-    """Whether the header of a message is ASCII; the text may be anything."""
-    end = body.find(b"\r\n\r\n", 0, MAX_HEADER)
-    return body[: end if end >= 0 else MAX_HEADER].isascii()

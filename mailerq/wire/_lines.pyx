@@ -68,6 +68,22 @@ def is_ascii(bytes mail not None):
     return high < 128
 
 
+def empty_line(const unsigned char[::1] mail not None, Py_ssize_t limit):
+    """Return the offset of the last byte of a line end that another line end follows, or -1.
+
+    Reads `limit` bytes and one more. CRLF, LF and CR each end a line.
+    """
+    cdef Py_ssize_t size = min(limit, mail.shape[0] - 1)
+    cdef Py_ssize_t i
+    cdef unsigned char next
+    for i in range(size):
+        if mail[i] == 10 or mail[i] == 13:
+            next = mail[i + 1]
+            if next == 13 or (next == 10 and mail[i] == 10):
+                return i
+    return -1
+
+
 cdef class Buffer:
     """Collects bytes piece by piece, and turns them into one object without a copy.
 

@@ -10,7 +10,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mailerq.mail import headers
-from mailerq.mail.headers import HOP_LIMIT, Header, prepend, received, remove
+from mailerq.mail.headers import (
+    HOP_LIMIT,
+    Header,
+    has_ascii_header,
+    head_of,
+    prepend,
+    received,
+    remove,
+)
 
 # Text that is made of what matters to a header, so that drawn messages are full of edges.
 PIECES = st.sampled_from([
@@ -47,6 +55,26 @@ def test_header_ends_at_the_first_empty_line(mime: bytes, raw: bytes, body: byte
     header = Header(mime)
     assert (header.raw, mime[header.body :]) == (raw, body)
     assert header.end == len(raw)
+
+
+@pytest.mark.parametrize("mime", [
+    b"A: b\r\n\r\nbody", b"A: b\n\nbody", b"A: b\r\rbody", b"A: b\n\r\nbody\r\n\r\n", b"A: b\r\n",
+    b"just text\r\n\r\n", b"\r\nbody", b"", b"A: b\r\n" + headers.HEADER_LIMIT * b"x" + b"\r\n\r\n",
+])  # fmt: skip
+def test_the_head_of_a_view_has_the_header_of_the_mail(mime: bytes) -> None:
+    head = head_of(memoryview(mime))
+    assert mime.startswith(head)
+    whole, part = Header(mime), Header(head)
+    assert (part.raw, part.body, part.is_whole) == (whole.raw, whole.body, whole.is_whole)
+    assert prepend(head, b"X: 1\r\n") + mime[len(head) :] == prepend(mime, b"X: 1\r\n")
+
+
+@pytest.mark.parametrize("end", [b"\r\n\r\n", b"\n\n", b"\r\r", b"\n\r\n", b"\r\n\n"])
+def test_only_the_header_must_be_ascii(end: bytes) -> None:
+    assert has_ascii_header(b"Subject: x" + end + b"\xff")
+    assert has_ascii_header(b"Subject: x" + end + b"\xff\r\n\r\n")
+    assert not has_ascii_header(b"Subject: \xff" + end + b"x")
+    assert not has_ascii_header(b"A: " + 300_000 * b"x" + b"\r\nSubject: \xff" + end + b"x")
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
