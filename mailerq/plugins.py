@@ -119,17 +119,6 @@ TEXT_LIMIT: Final = 2000
 LINE_LIMIT: Final = 480
 """Characters of one reply line. RFC 5321, section 4.5.3.1.5, allows 512 with code and CRLF."""
 
-_STATUS_OF: Final = {
-    421: "4.3.2",  # RFC 3463, section 3.4: system not accepting messages
-    450: "4.2.0",
-    452: "4.3.1",  # section 3.4: mail system full
-    454: "4.7.0",  # RFC 4954, section 6: temporary authentication failure
-    535: "5.7.8",  # RFC 4954, section 6: credentials invalid
-    550: "5.7.1",  # section 3.8: delivery not authorised
-    552: "5.2.2",  # section 3.3: mailbox full
-}
-"""The enhanced status code for a reply without one. Other codes get x.7.1, refused by policy."""
-
 
 def clean_reject(code: int, text: str) -> Reject:
     r"""Make a reject valid on the wire: lines of printable ASCII, and a matching status code.
@@ -145,13 +134,11 @@ def clean_reject(code: int, text: str) -> Reject:
         words = words.strip().encode("ascii", "replace").decode()
         lines += textwrap.wrap(words, LINE_LIMIT)
     text = "\n".join(lines)
-    family = str(code)[0]
     status = smtp.STATUS.match(text)
     if status is None:
-        default = _STATUS_OF.get(code, f"{family}.7.1")
-        return Reject(code, f"{default} {text or 'Refused'}")
+        return Reject(code, f"{smtp.status_for(code)} {text or 'Refused'}")
     rest = text[status.end() :].lstrip()
-    return Reject(code, f"{family}{status[2]} {rest or 'Refused'}")
+    return Reject(code, f"{code // 100}{status[2]} {rest or 'Refused'}")
 
 
 class _Guarded:

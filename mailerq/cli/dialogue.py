@@ -20,7 +20,6 @@ from mailerq.cli.inject import Refused
 from mailerq.config import Config
 from mailerq.wire import server, smtp
 from mailerq.wire._lines import Buffer
-from mailerq.wire.smtp import Reply
 
 __all__ = ["serve"]
 
@@ -86,7 +85,6 @@ def _answer(machine: server.ServerProtocol, event: server.Content, take: Take) -
         take(mail, machine.sender, machine.recipients)
     except Refused as refused:
         later = refused.status in (os.EX_TEMPFAIL, os.EX_CONFIG)
-        code, status = (451, "4.3.0") if later else (554, "5.6.0")
-        machine.reject(Reply(code, f"{status} {refused}"))
+        machine.reject((smtp.not_now if later else smtp.not_taken)(str(refused)))
     else:
         machine.accept(smtp.OK)

@@ -26,7 +26,7 @@ from mailerq.cli.common import Parser, complain, dump_json, positive
 from mailerq.escaping import escape, escape_field
 from mailerq.message import format_time
 from mailerq.net.stream import Stream, StreamLost
-from mailerq.wire import server
+from mailerq.wire import server, smtp
 from mailerq.wire.smtp import Reply
 
 __all__ = ["EVENTS", "Options", "main", "run"]
@@ -51,7 +51,7 @@ _EVENTS: Final = {
     server.Content: "message",
 }
 
-FAILED: Final = Reply(451, "4.3.0 This sink fails some mails on purpose")
+FAILED: Final = smtp.not_now("This sink fails some mails on purpose")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +223,7 @@ class _Sink:
                 except OSError as error:
                     self._taken -= 1
                     log.error("cannot file a mail: %s", error)
-                    return Reply(451, f"4.3.0 Cannot file it: {error.strerror}")
+                    return smtp.not_now(f"Cannot file it: {error.strerror}")
         recipients = ", ".join(f"<{escape_field(recipient)}>" for recipient in machine.recipients)
         mail = f"<{escape_field(machine.sender)}> -> {recipients}, {len(body)} bytes"
         self._print(document, f"{document['received']} {mail}: {escape(what)}")

@@ -38,7 +38,7 @@ from mailerq.rules.routes import loop_problem, reception_queue, result_queues
 from mailerq.wire import smtp
 from mailerq.wire.parameters import MailParameters, RcptParameters
 from mailerq.wire.server import ServerProtocol
-from mailerq.wire.smtp import Reply, with_status
+from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
     from mailerq.config import Config
@@ -277,10 +277,9 @@ def _sum_up(messages: Sequence[Message], outcomes: Sequence[Reply | str]) -> Rep
     return Reply(250, "\n".join(lines))
 
 
-def refusal_reply(refusal: Reject, *, permanent: str = "5.7.1") -> Reply:
-    """A plugin's refusal as a reply; adds a status code if the text has none."""
-    status = "4.7.1" if refusal.code < 500 else permanent
-    return Reply(refusal.code, with_status(refusal.code, refusal.text, status))
+def refusal_reply(refusal: Reject) -> Reply:
+    """A plugin's refusal as a reply."""
+    return Reply(refusal.code, refusal.text)
 
 
 def _all(reply: Reply, machine: ServerProtocol) -> list[Reply]:

@@ -527,7 +527,7 @@ class Session:
         if decision is False:
             self._machine.reject(smtp.AUTH_FAILED)
         else:
-            self._machine.reject(refusal_reply(decision, permanent="5.7.8"))
+            self._machine.reject(refusal_reply(decision))
 
     async def _starttls(self) -> None:
         machine = self._machine

@@ -44,6 +44,7 @@ from mailerq.errors import AddressError
 from mailerq.net.logs import Ration
 from mailerq.rules.access import is_within
 from mailerq.rules.routes import SMTP_PORT
+from mailerq.wire import smtp
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
@@ -191,8 +192,7 @@ class Resolver:
         if hosts:
             return hosts
         addresses = ", ".join(dict.fromkeys(host.address for host in found[:3]))
-        text = f"5.7.1 {name} is at {addresses}, where smtp-out-forbidden lets no mail go"
-        return NoHosts("", Reply(550, text))
+        return NoHosts("", smtp.forbidden_hosts(name, addresses))
 
     def _ours_to_mend(self, domain: str, reply: Reply) -> NoHosts:
         """Mail of a domain in `smtp-relay-domains` has nowhere to go."""
@@ -240,7 +240,7 @@ class Resolver:
         try:
             address = str(parse_literal(domain))
         except AddressError as error:
-            return NoHosts("", Reply(550, f"5.1.2 {error}"))
+            return NoHosts("", smtp.no_such_domain(str(error)))
         if self._is_here(address):
             return _loop(domain)
         return (Host(domain, address),)
@@ -261,17 +261,17 @@ class Resolver:
     async def _look_up_domain(self, domain: str) -> tuple[Found, float | None]:
         name, hostname = _canonical(domain), self._hostname
         if len(name) > 253 or not all(0 < len(label) < 64 for label in name.split(".")):
-            return NoHosts("", Reply(550, f"5.1.2 {domain} is not a domain")), MIN_TTL
+            return NoHosts("", smtp.no_such_domain(f"{domain} is not a domain")), MIN_TTL
         try:
             exchanges, ttl = await self._exchanges(name)
         except _NoRecords as error:
             if await self._is_sound():
-                return NoHosts("", Reply(550, f"5.1.2 {error}")), MIN_TTL
+                return NoHosts("", smtp.no_such_domain(str(error))), MIN_TTL
             return NoHosts(f"{error}, says a resolver that does not know the root either"), None
         except _NoAnswer as error:
             return NoHosts(str(error)), None
         if not exchanges:
-            return NoHosts("", Reply(556, f"5.1.10 {domain} accepts no mail (null MX)")), ttl
+            return NoHosts("", smtp.null_mx(domain)), ttl
         async with trio.open_nursery() as nursery:
             for exchange in exchanges:
                 if exchange.name != hostname:
@@ -421,4 +421,4 @@ def _in_order(hosts: Sequence[Host]) -> tuple[Host, ...]:
 
 
 def _loop(domain: str) -> NoHosts:
-    return NoHosts("", Reply(554, f"5.4.6 Mail for {domain} loops back to this host"))
+    return NoHosts("", smtp.loops_back(domain))

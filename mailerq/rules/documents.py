@@ -90,7 +90,7 @@ def _unusable(message: Message, config: Config, now: float, supplied: bool) -> I
     yield from _late(properties, config, now)
     yield from _no_body(message, supplied)
     if (promise := unmet_promise(properties, message.body)) is not None:
-        text = promise.partition(" ")[2]
+        text = promise.description
         name = "requiretls" if properties.get("requiretls") is True else "binarymime"
         yield text if text.startswith("property ") else f"property {name}: {text}"
 

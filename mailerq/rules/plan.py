@@ -17,6 +17,7 @@ from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at, not_before
 from mailerq.rules.routes import Route, loop_problem, route_of, unmet_promise
+from mailerq.wire import smtp
 
 __all__ = ["Hold", "Plan", "Refuse", "Send", "body_problem", "plan"]
 
@@ -75,7 +76,7 @@ def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
         mailbox = parse_mailbox(recipient)
     except AddressError as error:
         problem = f"property recipient: {error}"
-        return Refuse(responses.unsendable(problem, 553, "5.1.3"))
+        return Refuse(responses.unsendable(problem, smtp.BAD_RECIPIENT))
     try:
         # A domain in A-labels passes through servers without SMTPUTF8.
         if not recipient.isascii():
@@ -85,13 +86,13 @@ def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
             envelope = envelope if envelope.isascii() else str(sender)
     except AddressError as error:
         problem = f"property envelope: {error}"
-        return Refuse(responses.unsendable(problem, 553, "5.1.7"))
+        return Refuse(responses.unsendable(problem, smtp.BAD_SENDER))
     domain = mailbox.domain
     expires = expires_at(properties, now=seen, max_delivertime=config.max_delivertime)
     if now > expires:
         return Refuse(responses.EXPIRED, domain)
-    if (reason := unmet_promise(properties, None)) is not None:
-        return Refuse(_broken_promise(reason), domain)
+    if (promise := unmet_promise(properties, None)) is not None:
+        return Refuse(responses.unmet(promise), domain)
     try:
         route = route_of(properties, domain, config)
         ips = properties.get("ips")
@@ -127,10 +128,5 @@ def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
         return responses.not_generated() if message.properties.get("mime") else responses.NO_DATA
     if Header(body).is_looping():
         return responses.TOO_MANY_HOPS
-    reason = unmet_promise(message.properties, body)
-    return None if reason is None else _broken_promise(reason)
-
-
-def _broken_promise(reason: str) -> Outcome:
-    status, _, text = reason.partition(" ")
-    return responses.unsendable(text, 550, status)
+    promise = unmet_promise(message.properties, body)
+    return None if promise is None else responses.unmet(promise)

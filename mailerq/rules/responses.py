@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from mailerq.wire import smtp
 from mailerq.wire.client import Accepted, Failed, Problem, Refused, Step
 from mailerq.wire.smtp import Reply
 
@@ -41,6 +42,7 @@ __all__ = [
     "refused",
     "refused_on_arrival",
     "rejected_by_plugin",
+    "unmet",
     "unsendable",
 ]
 
@@ -156,28 +158,6 @@ EXPIRED: Final = Outcome(
 NO_DATA: Final = Outcome(
     "nodata", "storage", "error", Fate.FAILED, description="there is no body to send"
 )
-NOT_CONVERTIBLE: Final = Outcome(
-    "error",
-    "process",
-    "invalid",
-    Fate.FAILED,
-    554,
-    "5.6.3",
-    "the mail is 8-bit, cannot be converted, and the peer does not offer 8BITMIME",
-)
-TOO_MANY_HOPS: Final = Outcome(
-    "error", "process", "error", Fate.FAILED, 554, "5.4.6", "too many Received lines: a mail loop"
-)
-OWN_FAULT: Final = Outcome(
-    "error",
-    "process",
-    "error",
-    Fate.RETRY,
-    451,
-    "4.3.0",
-    "internal error, see the application log",
-    own_fault=True,
-)
 
 
 def accepted(event: Accepted) -> Outcome:
@@ -270,9 +250,15 @@ def no_hosts(description: str, reply: Reply | None) -> Outcome:
     return Outcome("nohosts", "dns", "error", Fate.RETRY, description=description[:MAX_DESCRIPTION])
 
 
-def unsendable(problem: str, code: int | None = None, status: str | None = None) -> Outcome:
-    """The message itself has a mistake, and is never tried."""
+def unsendable(problem: str, reply: Reply | None = None) -> Outcome:
+    """The message itself has a mistake, and is never tried. A `reply` gives its codes."""
+    code, status = (reply.code, reply.status) if reply is not None else (None, None)
     return Outcome("error", "process", "invalid", Fate.FAILED, code, status, problem)
+
+
+def unmet(promise: Reply) -> Outcome:
+    """A promise made on reception cannot be kept."""
+    return unsendable(promise.description, promise)
 
 
 def not_generated() -> Outcome:
@@ -295,6 +281,15 @@ def _fate(reply: Reply) -> Fate:
     return Fate.FAILED if reply.code >= 500 else Fate.RETRY
 
 
-def _answered(kind: str, state: str, result: str, fate: Fate, reply: Reply) -> Outcome:
+def _answered(
+    kind: str, state: str, result: str, fate: Fate, reply: Reply, *, own_fault: bool = False
+) -> Outcome:
     description = reply.description[:MAX_DESCRIPTION]
-    return Outcome(kind, state, result, fate, reply.code, reply.status, description)
+    return Outcome(kind, state, result, fate, reply.code, reply.status, description, own_fault)
+
+
+NOT_CONVERTIBLE: Final = _answered("error", "process", "invalid", Fate.FAILED, smtp.NOT_CONVERTIBLE)
+TOO_MANY_HOPS: Final = _answered("error", "process", "error", Fate.FAILED, smtp.TOO_MANY_HOPS)
+OWN_FAULT: Final = _answered(
+    "error", "process", "error", Fate.RETRY, smtp.OWN_FAULT, own_fault=True
+)

@@ -10,7 +10,9 @@ import msgspec
 from mailerq.address import parse_host, queue_problem
 from mailerq.config import Config
 from mailerq.errors import AddressError
+from mailerq.wire import smtp
 from mailerq.wire.framing import has_bare_newline
+from mailerq.wire.smtp import Reply
 
 __all__ = [
     "SMTP_PORT",
@@ -122,17 +124,17 @@ def reception_queue(config: Config, *, local: bool) -> str:
     return config.rabbitmq_outbox if inbox is None else inbox
 
 
-def unmet_promise(properties: Mapping[str, Any], body: bytes | None) -> str | None:
-    """The promise made on reception that delivery cannot keep, as a reason; or None.
+def unmet_promise(properties: Mapping[str, Any], body: bytes | None) -> Reply | None:
+    """The promise made on reception that delivery cannot keep, as a reply; or None.
 
     Sending anyway would break RFC 8689, RFC 3030, or what the message asks for.
     """
     if properties.get("requiretls") is True:
-        return "5.7.30 the sender requires TLS all the way, and deliveries do not use TLS yet"
+        return smtp.NO_REQUIRETLS
     if (security := properties.get("security")) in ("required", "verified"):
-        return f"5.7.10 property security: {security}, and deliveries do not use TLS yet"
+        return smtp.no_security(security)
     if properties.get("binarymime") is True and body is not None and _is_binary(body):
-        return "5.6.3 the mail is binary, and deliveries do not use BDAT yet"
+        return smtp.NO_BINARY
     return None
 
 

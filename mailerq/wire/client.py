@@ -92,6 +92,7 @@ from typing import Final
 
 import msgspec
 
+from mailerq.wire import smtp
 from mailerq.wire.framing import BLOCK_BYTES, InBlocks, encode_blocks, encode_body
 from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
@@ -402,21 +403,18 @@ class ClientProtocol:
     ) -> Refused | None:
         """The objection to sending this mail, found before anything is on the wire."""
         if not _is_safe(envelope):
-            return Refused(_MAILFROM, Reply(553, "5.1.7 Sender address is malformed"))
+            return Refused(_MAILFROM, smtp.BAD_SENDER)
         if not recipient or not _is_safe(recipient):
-            return Refused(_RCPTTO, Reply(553, "5.1.3 Recipient address is malformed"))
+            return Refused(_RCPTTO, smtp.BAD_RECIPIENT)
         if utf8 and "SMTPUTF8" not in self.extensions:
-            text = "5.6.7 Address is not ASCII and the peer does not offer SMTPUTF8"
             if not envelope.isascii():
-                return Refused(_MAILFROM, Reply(553, text))
+                return Refused(_MAILFROM, smtp.ADDRESS_NOT_ASCII)
             if not recipient.isascii():
-                return Refused(_RCPTTO, Reply(553, text))
-            text = "5.6.7 Header is not ASCII and the peer does not offer SMTPUTF8"
-            return Refused(_MAILFROM, Reply(553, text))
+                return Refused(_RCPTTO, smtp.ADDRESS_NOT_ASCII)
+            return Refused(_MAILFROM, smtp.HEADER_NOT_ASCII)
         limit = self.extensions.get("SIZE", "")
         if size is not None and limit.isdecimal() and len(limit) <= 20 and 0 < int(limit) < size:
-            text = f"5.3.4 Message has {size} bytes, the peer takes {int(limit)}"
-            return Refused(_MAILFROM, Reply(552, text))
+            return Refused(_MAILFROM, smtp.too_big_for_peer(size, int(limit)))
         return None
 
     def _send_commands(self) -> None:

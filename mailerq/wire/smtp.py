@@ -1,4 +1,4 @@
-"""SMTP replies, the table of all replies of the server, and the limits of lines.
+"""SMTP replies, the table of all replies that are made here, and the limits of lines.
 
 A reply is a code and lines of text (RFC 5321, section 4.2). An enhanced status code (RFC 2034,
 RFC 3463), if any, starts the text.
@@ -16,7 +16,7 @@ __all__ = [
     "STATUS",
     "LocalProtocolError",
     "Reply",
-    "with_status",
+    "status_for",
 ]
 
 COMMAND_LIMIT: Final = 4096
@@ -86,13 +86,24 @@ def _wire(code: int, text: str) -> bytes:
     return b"%b%d %b\r\n" % (head, code, lines[-1])
 
 
-def with_status(code: int, text: str, status: str) -> str:
-    """Put `status` before every line of `text`, unless the text has a status that fits `code`."""
-    lines = text.replace("\r\n", "\n").split("\n")
-    match = STATUS.match(lines[0])
-    if match and match[1] == str(code)[0]:
-        return "\n".join(lines)
-    return "\n".join(f"{status} {line}" for line in lines)
+_STATUS_OF: Final = {
+    421: "4.3.2",  # RFC 3463, section 3.4: system not accepting messages
+    450: "4.2.0",
+    452: "4.3.1",  # section 3.4: mail system full
+    454: "4.7.0",  # RFC 4954, section 6: temporary authentication failure
+    535: "5.7.8",  # RFC 4954, section 6: credentials invalid
+    550: "5.7.1",  # section 3.8: delivery not authorised
+    552: "5.2.2",  # section 3.3: mailbox full
+}
+
+
+def status_for(code: int) -> str:
+    """The enhanced status code for a refusal without one: x.7.1, refused by policy, for most.
+
+    >>> status_for(452), status_for(554)
+    ('4.3.1', '5.7.1')
+    """
+    return _STATUS_OF.get(code) or f"{code // 100}.7.1"
 
 
 # The replies of the server, in the order of a session. A text with a value is a function.
@@ -170,3 +181,53 @@ QUEUE_UNAVAILABLE = Reply(451, "4.3.0 Queue not available, try again later")
 @lru_cache(maxsize=16)
 def greeting(hostname: str, *, lmtp: bool = False) -> Reply:
     return Reply(220, f"{hostname} {'LMTP' if lmtp else 'ESMTP'} mailerq")
+
+
+def not_now(reason: str) -> Reply:
+    """A mail cannot be taken now, for a `reason` on this host."""
+    return Reply(451, f"4.3.0 {reason}")
+
+
+def not_taken(reason: str) -> Reply:
+    """A mail is never taken as it is."""
+    return Reply(554, f"5.6.0 {reason}")
+
+
+# The replies that deliveries make themselves, where no peer has refused the mail.
+
+ADDRESS_NOT_ASCII = Reply(553, "5.6.7 Address is not ASCII and the peer does not offer SMTPUTF8")
+HEADER_NOT_ASCII = Reply(553, "5.6.7 Header is not ASCII and the peer does not offer SMTPUTF8")
+NOT_CONVERTIBLE = Reply(
+    554, "5.6.3 the mail is 8-bit, cannot be converted, and the peer does not offer 8BITMIME"
+)
+OWN_FAULT = Reply(451, "4.3.0 internal error, see the application log")
+NO_REQUIRETLS = Reply(
+    550, "5.7.30 the sender requires TLS all the way, and deliveries do not use TLS yet"
+)
+NO_BINARY = Reply(550, "5.6.3 the mail is binary, and deliveries do not use BDAT yet")
+
+
+def too_big_for_peer(size: int, limit: int) -> Reply:
+    return Reply(552, f"5.3.4 Message has {size} bytes, the peer takes {limit}")
+
+
+def no_security(security: str) -> Reply:
+    """`security` is the value of the property of that name."""
+    return Reply(550, f"5.7.10 property security: {security}, and deliveries do not use TLS yet")
+
+
+def no_such_domain(reason: str) -> Reply:
+    return Reply(550, f"5.1.2 {reason}")
+
+
+def null_mx(domain: str) -> Reply:
+    return Reply(556, f"5.1.10 {domain} accepts no mail (null MX)")
+
+
+def loops_back(domain: str) -> Reply:
+    return Reply(554, f"5.4.6 Mail for {domain} loops back to this host")
+
+
+def forbidden_hosts(name: str, addresses: str) -> Reply:
+    text = f"5.7.1 {name} is at {addresses}, where smtp-out-forbidden lets no mail go"
+    return Reply(550, text)

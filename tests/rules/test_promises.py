@@ -27,5 +27,5 @@ from mailerq.rules.routes import unmet_promise
 def test_a_promise_that_cannot_be_kept_has_a_status(
     properties: dict[str, Any], body: bytes | None, status: str | None
 ) -> None:
-    reason = unmet_promise(properties, body)
-    assert (reason and reason.split()[0]) == status
+    reply = unmet_promise(properties, body)
+    assert (reply and reply.status) == status

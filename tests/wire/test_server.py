@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mailerq.wire import server, smtp
 from mailerq.wire.parameters import MailParameters, RcptParameters
 from mailerq.wire.server import ServerProtocol, Settings
-from mailerq.wire.smtp import LocalProtocolError, Reply, with_status
+from mailerq.wire.smtp import LocalProtocolError, Reply
 
 SETTINGS = Settings(hostname="mx.test", max_size=1000, max_recipients=3)
 
@@ -729,13 +729,6 @@ def test_any_text_makes_one_well_formed_reply(text: str, code: int) -> None:
     assert all(line.startswith(b"%d-" % code) for line in lines[:-1])
     assert lines[-1].startswith(b"%d " % code)
     assert not any(byte < 32 or byte == 127 for line in lines for byte in line)
-
-
-def test_a_status_code_is_added_only_where_none_fits() -> None:
-    assert with_status(550, "no", "5.7.1") == "5.7.1 no"
-    assert with_status(550, "5.1.1 no", "5.7.1") == "5.1.1 no"
-    assert with_status(450, "5.1.1 no", "4.7.1") == "4.7.1 5.1.1 no"
-    assert with_status(550, "a\nb", "5.7.1") == "5.7.1 a\n5.7.1 b"
 
 
 # Anything.

@@ -1,0 +1,56 @@
+"""The table of replies: each is named, stands in one place, and has the status of its code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import mailerq
+from mailerq.wire import smtp
+from mailerq.wire.smtp import STATUS, Reply, status_for
+
+REPLIES = {name: reply for name, reply in vars(smtp).items() if isinstance(reply, Reply)} | {
+    "greeting": smtp.greeting("mx.test"),
+    "not_now": smtp.not_now("later"),
+    "not_taken": smtp.not_taken("never"),
+    "too_big_for_peer": smtp.too_big_for_peer(2, 1),
+    "no_security": smtp.no_security("verified"),
+    "no_such_domain": smtp.no_such_domain("x is no domain"),
+    "null_mx": smtp.null_mx("d.test"),
+    "loops_back": smtp.loops_back("d.test"),
+    "forbidden_hosts": smtp.forbidden_hosts("d.test", "192.0.2.1"),
+}
+BARE = {"greeting", "START_DATA"}
+"""RFC 2034, section 3, gives these no status."""
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_reply_has_a_status_of_the_class_of_its_code(name: str) -> None:
+    reply = REPLIES[name]
+    assert (reply.status is None) == (name in BARE)
+    assert reply.status is None or reply.status[0] == str(reply.code)[0]
+
+
+def test_two_replies_do_not_say_the_same() -> None:
+    assert len({(reply.code, reply.text) for reply in REPLIES.values()}) == len(REPLIES)
+
+
+@pytest.mark.parametrize("code", [421, 450, 451, 452, 454, 535, 550, 552, 554])
+def test_a_refusal_without_a_status_gets_one_of_its_class(code: int) -> None:
+    assert STATUS.fullmatch(status_for(code))
+    assert status_for(code)[0] == str(code)[0]
+
+
+def test_no_other_module_writes_a_refusal_with_a_status() -> None:
+    package = Path(mailerq.__file__).parent
+    found = [
+        f"{path.relative_to(package)}:{node.lineno}"
+        for path in package.rglob("*.py")
+        if path != package / "wire" / "smtp.py"
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if (status := STATUS.match(node.value)) and status[1] in "45" and status[0] != node.value
+    ]
+    assert found == []
