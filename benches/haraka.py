@@ -46,7 +46,7 @@ class Haraka(Program):
             ("plugins/to_sink.js", plugin),
             ("config/plugins", "to_sink\n"),
             ("config/me", "relay.test\n"),
-            ("config/smtp.ini", f"listen={self.host}:{self.port}\n"),
+            ("config/smtp.ini", f"listen={self.address}\n"),
             # A log line for each mail and delivery, like the others.
             ("config/log.ini", "level=notice\n"),
             ("config/outbound.ini", "enable_tls=false\nlocal_mx_ok=true\n"),

@@ -23,6 +23,8 @@ from typing import Final
 from figures import Figure, print_document, progress
 from peers import Destination, Failed, Mailerq, Postfix, Program, Unavailable, free_port, machine
 
+from mailerq.address import split_host_port
+
 WARM_UP: Final = 50
 POSTFIX_MOST: Final = 150
 """Postfix runs one process per connection: this number gives a clear figure."""
@@ -49,7 +51,7 @@ def hold(host: str, port: int, count: int) -> None:
 @contextmanager
 def idle(system: Program, count: int) -> Iterator[None]:
     """Idle connections, open while the context lasts."""
-    command = [sys.executable, __file__, "--hold", f"{system.host}:{system.port}"]
+    command = [sys.executable, __file__, "--hold", system.address]
     with subprocess.Popen(
         [*command, "--connections", str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as clients:
@@ -86,8 +88,7 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if options.hold:
-        host, _, port = options.hold.rpartition(":")
-        return hold(host, int(port), options.connections)
+        return hold(*split_host_port(options.hold), options.connections)
     count = min(options.connections, most - SPARE_FILES)
     if count < options.connections:
         progress(f"{most} files may be open here (ulimit -Hn): {count} connections")

@@ -30,6 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
+from mailerq.address import host_port
+
 __all__ = [
     "LOOPBACK",
     "START_SECONDS",
@@ -211,6 +213,11 @@ class System(ABC):
         """The last lines of its log."""
         return ""
 
+    @property
+    def address(self) -> str:
+        """Its host and port."""
+        return host_port(self.host, self.port)
+
 
 class Program(System):
     """A system that is our child process; its output goes to a log file."""
@@ -344,7 +351,7 @@ class Sink(Program):
         command = [find_program("smtp-sink", "postfix"), "-c", "-m", str(self.SESSIONS)]
         if os.geteuid() == 0:
             command += ["-u", "nobody"]
-        return [*command, f"{self.host}:{self.port}", str(self.BACKLOG)]
+        return [*command, self.address, str(self.BACKLOG)]
 
     def count(self) -> int:
         """How many messages have arrived since the sink started."""
@@ -368,7 +375,7 @@ class Running(System):
     """A server that already runs, known by its address only."""
 
     def __init__(self, host: str, port: int, pid: int | None = None) -> None:
-        self.name = f"{host}:{port}"
+        self.name = host_port(host, port)
         self.host = host
         self.port = port
         self.pid = pid
@@ -580,7 +587,7 @@ class Postfix(Program):
     def _services(self) -> str:
         """master.cf: the services for relaying, nothing in a chroot."""
         table = [
-            (f"{self.host}:{self.port}", "inet", "n", "-", "-", "smtpd"),
+            (self.address, "inet", "n", "-", "-", "smtpd"),
             ("pickup", "unix", "n", "60", "1", "pickup"),
             ("cleanup", "unix", "n", "-", "0", "cleanup"),
             ("qmgr", "unix", "n", "300", "1", "qmgr"),

@@ -37,6 +37,7 @@ from typing import Any, Final
 from figures import Figure, print_document, progress, table
 from haraka import Haraka
 from peers import (
+    LOOPBACK,
     Failed,
     Mailerq,
     Postfix,
@@ -52,6 +53,8 @@ from peers import (
     find_program,
     machine,
 )
+
+from mailerq.address import split_host_port
 
 POLL_SECONDS: Final = 0.002
 """Poll interval: fine enough for a run of a second, and costs 1 % of a core."""
@@ -177,7 +180,7 @@ def _source(system: System, load: Load, *, kept: bool) -> Iterator[subprocess.Po
     command = [find_program("smtp-source", "postfix")]
     command += ["-d"] if kept else []
     command += ["-s", str(load.sessions), "-m", str(load.messages), "-l", str(load.size)]
-    command += ["-f", "c@d.test", "-t", "a@b.test", f"{system.host}:{system.port}"]
+    command += ["-f", "c@d.test", "-t", "a@b.test", system.address]
     source = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         yield source
@@ -326,8 +329,8 @@ def _systems(
     with contextlib.ExitStack() as stack:
         found: list[tuple[System, Sink | None]] = []
         if options.target:
-            host, _, port = options.target.rpartition(":")
-            target = Running(host.strip("[]") or "127.0.0.1", int(port), options.target_pid)
+            host, port = split_host_port(options.target)
+            target = Running(host or LOOPBACK, port, options.target_pid)
             sink = None
             if options.sink_port:
                 sink = stack.enter_context(Sink(directory / "target-sink", options.sink_port))

@@ -31,6 +31,8 @@ from typing import Final, Self
 
 from peers import LOOPBACK, START_SECONDS, Failed, Program
 
+from mailerq.address import host_port, split_host_port
+
 __all__ = ["KINDS", "Refusing", "Scripted", "reserve"]
 
 KINDS: Final = ("healthy", "silent", "slow", "421", "closing")
@@ -174,7 +176,7 @@ class Scripted(Program):
         path.write_bytes(bytes(COUNTERS_BYTES))
         with open(path, "r+b") as file:
             self._counters = memoryview(mmap.mmap(file.fileno(), COUNTERS_BYTES)).cast("d")
-        places = (f"{address}:{self.port}" for address in self.addresses)
+        places = (host_port(address, self.port) for address in self.addresses)
         return [sys.executable, __file__, self.kind, str(path), *places]
 
     def _wait_for_banner(self) -> None:
@@ -244,8 +246,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with open(path, "r+b") as file:
         counters = memoryview(mmap.mmap(file.fileno(), COUNTERS_BYTES)).cast("d")
-    pairs = [place.rsplit(":", 1) for place in places]
-    asyncio.run(serve(kind, counters, [(host, int(port)) for host, port in pairs]))
+    asyncio.run(serve(kind, counters, [split_host_port(place) for place in places]))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ __all__ = [
     "parse_mailbox",
     "parse_path",
     "queue_problem",
+    "split_host_port",
 ]
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -275,6 +276,20 @@ def host_port(host: str, port: int) -> str:
     ('192.0.2.1:25', '[2001:db8::1]:25')
     """
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_host_port(text: str) -> tuple[str, int]:
+    """Split what `host_port` writes. The host is empty if `text` is a port alone.
+
+    Raises `AddressError`.
+
+    >>> split_host_port("[2001:db8::1]:25"), split_host_port("mx.test:25"), split_host_port("25")
+    (('2001:db8::1', 25), ('mx.test', 25), ('', 25))
+    """
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise AddressError(f"{text!r} is not of the form HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _shown(text: str) -> str:

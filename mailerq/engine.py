@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, Self, overload
 import trio
 
 from mailerq import ids
+from mailerq.address import host_port
 from mailerq.config import Config
 from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError, Problem
 from mailerq.inbound.clients import Clients
@@ -491,7 +492,7 @@ class Engine:
             "uptime": (self._ended or time.time()) - self._started,
             "pid": os.getpid(),
             "hostname": self.config.hostname,
-            "listening": [f"{ip}:{port}" for ip, port in self.addresses],
+            "listening": [host_port(*address) for address in self.addresses],
             "workers": len(self._workers),
             "shares": sorted(self._deliveries),
             "settings": self._settings(),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
-from mailerq.address import parse_domain, parse_host, parse_ip, queue_problem
+from mailerq.address import host_port, parse_domain, parse_host, parse_ip, queue_problem
 from mailerq.errors import AddressError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -37,8 +37,7 @@ class DnsServer:
     def __str__(self) -> str:
         if self.port == DNS_PORT:
             return self.address
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"{host}:{self.port}"
+        return host_port(self.address, self.port)
 
 
 # -- kinds: how the text of a value is read, checked and written ---------------------------

@@ -15,6 +15,7 @@ from mailerq.address import (
     parse_literal,
     parse_mailbox,
     parse_path,
+    split_host_port,
 )
 from mailerq.errors import AddressError
 
@@ -305,7 +306,12 @@ def test_what_is_no_host_is_refused(text: str) -> None:
 def test_an_address_with_its_port_can_be_split_again(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int
 ) -> None:
-    host, _, number = host_port(str(address), port).rpartition(":")
-    assert parse_host(host) == address
-    assert int(number) == port
-    assert host.startswith("[") == (address.version == 6)
+    text = host_port(str(address), port)
+    assert split_host_port(text) == (str(address), port)
+    assert text.startswith("[") == (address.version == 6)
+
+
+@pytest.mark.parametrize("text", ["", "mx.test", "mx.test:", "[::1]:x", "1:65536", "1:-1"])
+def test_text_without_a_port_is_not_split(text: str) -> None:
+    with pytest.raises(AddressError, match="not of the form HOST:PORT"):
+        split_host_port(text)

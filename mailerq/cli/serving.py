@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Final, NoReturn
 
+from mailerq.address import host_port
 from mailerq.config import Config
 from mailerq.privileges import no_new_privileges
 from mailerq.sockets import keep_little
@@ -104,4 +105,4 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def join(addresses: Iterable[tuple[str, int]]) -> str:
     """Addresses and ports for people."""
-    return ", ".join(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip, port in addresses)
+    return ", ".join(host_port(*address) for address in addresses)

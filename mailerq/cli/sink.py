@@ -21,8 +21,9 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from mailerq.address import host_port
+from mailerq.address import host_port, split_host_port
 from mailerq.cli.common import Parser, complain, dump_json, positive
+from mailerq.errors import AddressError
 from mailerq.escaping import escape, escape_field
 from mailerq.message import format_time
 from mailerq.net.stream import Stream, StreamLost
@@ -315,10 +316,11 @@ def main(settings: Sequence[str], rest: Sequence[str]) -> int:
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
-        raise ArgumentTypeError(f"{text!r} is not of the form HOST:PORT")
-    return host.removeprefix("[").removesuffix("]") if colon else DEFAULT_ADDRESS[0], int(port)
+    try:
+        host, port = split_host_port(text)
+    except AddressError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return host if ":" in text else DEFAULT_ADDRESS[0], port
 
 
 def _share(text: str) -> float:

@@ -14,6 +14,7 @@ from typing import Final
 
 import trio
 
+from mailerq.address import host_port
 from mailerq.config import Config
 from mailerq.errors import ConfigError
 from mailerq.inbound.deadlines import Deadlines
@@ -135,7 +136,7 @@ def _no_port(config: Config, option: str, ip: str, port: int, error: OSError) ->
     reason = error.strerror or str(error)
     hint = " (ports below 1024 need root)" if error.errno == errno.EACCES else ""
     return ConfigError(
-        config.origin(key), f"{key}: cannot listen on {_join(ip, port)}: {reason}{hint}"
+        config.origin(key), f"{key}: cannot listen on {host_port(ip, port)}: {reason}{hint}"
     )
 
 
@@ -238,7 +239,7 @@ class Listener:
         mended = replace(port, sock=copy.dup())
         self._ports[self._ports.index(port)] = mended
         port.sock.detach()  # another file may have the number now
-        stray_close(f"the port {_join(*mended.address)}")
+        stray_close(f"the port {host_port(*mended.address)}")
         return mended
 
     def _turn_away(self, port: Port, error: OSError) -> None:
@@ -393,7 +394,3 @@ def _any_port(config: Config, option: str, stack: ExitStack) -> int:
     except OSError as error:
         raise _no_port(config, option, ip, 0, error) from None
     return address_of(sock.getsockname())[1]
-
-
-def _join(ip: str, port: int) -> str:
-    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mailerq.address import parse_host, queue_problem
+from mailerq.address import host_port, parse_host, queue_problem
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.wire import smtp
@@ -52,10 +52,10 @@ def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Rout
     smarthost = properties.get("smarthost")
     if smarthost:
         host, port = _smarthost(smarthost)
-        name, mx = f"{host}:{port}", False
+        name, mx = host_port(host, port), False
     elif config.smarthost:
         host, port, mx, trusted = config.smarthost, config.smarthost_port, False, True
-        name = f"{host}:{port}"
+        name = host_port(host, port)
     if config.smtp_sink_address:
         host, port, mx, trusted = config.smtp_sink_address, config.smtp_sink_port, False, True
     return Route(name, host, port, mx, trusted)

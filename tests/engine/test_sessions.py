@@ -43,6 +43,12 @@ def trust(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
+async def test_the_status_has_ipv6_addresses_in_brackets(tmp_path: Path) -> None:
+    async with Engine(configure(tmp_path, smtp_ip=("::1",))) as engine:
+        (_, port), *_ = engine.addresses
+        assert f"[::1]:{port}" in engine.statistics()["listening"]
+
+
 async def test_starttls_secures_the_session(
     tmp_path: Path, certificate: dict[str, str], trust: ssl.SSLContext
 ) -> None:

@@ -21,6 +21,8 @@ import dns.rcode
 import dns.rrset
 import trio
 
+from mailerq.address import host_port
+
 NXDOMAIN: Final = int(dns.rcode.NXDOMAIN)
 
 Records = list[str] | int | None
@@ -44,7 +46,7 @@ class DnsServer:
 
     @property
     def address(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_port(self.host, self.port)
 
     def records(self, name: str, kind: str) -> Records:
         if callable(self.zone):

@@ -32,6 +32,8 @@ SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
             {"smarthost": "all.test"},
             Route("smart.test:2525", "smart.test", 2525, False),
         ),
+        ({"smarthost": {"name": "::1"}}, {}, Route("[::1]:25", "::1", 25, False)),
+        ({}, {"smarthost": "::1"}, Route("[::1]:25", "::1", 25, False, trusted=True)),
         (
             {},
             {"smtp_sink_address": "127.0.0.1", "smtp_sink_port": 99},
