@@ -7,7 +7,6 @@ goes on, and what it has in use is no mistake.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import pwd
@@ -35,6 +34,7 @@ from mailerq.net.tls import tls_context, try_handshake
 from mailerq.privileges import as_owner
 from mailerq.queues.embedded.queue_file import FILE_NAME
 from mailerq.queues.embedded.shares import share_directory, shares_in
+from mailerq.queues.locks import holder_of
 from mailerq.queues.ownership import LOCK_NAME
 from mailerq.rules.steering import Steering
 
@@ -249,11 +249,10 @@ def _check_lock(config: Config, running: Running) -> Iterator[Problem]:
         if reason := _cannot_make(path) if missing else error.strerror:
             yield _problem(config, key, f"cannot open {path}: {reason}")
         return
-    with open(lock, "rb") as file:
-        pid = file.read(20).decode("ascii", "replace").strip()
-        if (running is None or str(running["pid"]) != pid) and _is_locked(lock):
-            text = f"another mailerq is running (process {pid or 'unknown'}), {path} is locked"
-            yield _problem(config, key, text)
+    pid = holder_of(lock)
+    if pid is not None and (running is None or str(running["pid"]) != pid):
+        text = f"another mailerq is running (process {pid}), {path} is locked"
+        yield _problem(config, key, text)
 
 
 def _check_application_log(config: Config, running: Running) -> Iterator[Problem]:
@@ -312,9 +311,7 @@ def _check_queue(config: Config, running: Running) -> Iterator[Problem]:
 def _holder(path: str) -> str | None:
     """The holder of a queue directory's lock."""
     try:
-        with open(path, "rb") as file:
-            pid = file.read(32).decode("ascii", "replace").strip()
-            return (pid or "unknown") if _is_locked(file.fileno()) else None
+        return holder_of(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except OSError:
         return None
 
@@ -351,15 +348,6 @@ AS_RUNNING: Final = frozenset({
 
 
 # Files
-
-
-def _is_locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    fcntl.flock(file, fcntl.LOCK_UN)
-    return False
 
 
 def _cannot_append(path: str, flags: int = 0) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, fai
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 from mailerq.privileges import as_owner
+from mailerq.queues.locks import FileLock, Held
 from mailerq.queues.opening import make_directory
 
 if TYPE_CHECKING:
@@ -168,23 +168,20 @@ def _lock(config: Config) -> Iterator[None]:
     where = config.origin(key)
     try:
         with as_owner(directory, user):
-            file = _locked(path, where, key)
+            lock = _locked(path, where, key)
     except OSError as error:
         whose = f" as {user}" if user else ""
         raise ConfigError(where, f"{key}: cannot open {path}{whose}: {error.strerror}") from None
-    os.ftruncate(file, 0)
-    os.write(file, f"{os.getpid()}\n".encode())
-    ours = os.fstat(file)
+    lock.write(str(os.getpid()))
     try:
         yield
     finally:
-        # A plugin may have closed the file, and another file may have its number by now.
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(file), ours):
-                _give_up(file, path, directory)
+        with suppress(OSError):  # a plugin may have closed the file
+            lock.check()
+            _give_up(lock, path, directory)
 
 
-def _give_up(file: int, path: str, directory: str) -> None:
+def _give_up(lock: FileLock, path: str, directory: str) -> None:
     """Release the lock and leave no stale process id behind."""
     try:
         with as_owner(directory):
@@ -192,31 +189,28 @@ def _give_up(file: int, path: str, directory: str) -> None:
     except OSError:
         # Perhaps no longer root, or the disk is read-only.
         with suppress(OSError):
-            os.ftruncate(file, 0)
-    os.close(file)
+            lock.write("")
+    lock.close()
 
 
-def _locked(path: str, where: str, key: str) -> int:
+def _locked(path: str, where: str, key: str) -> FileLock:
     """Take the lock. Raises `ConfigError`, and OSError for a file that cannot be opened."""
     while True:
-        file = open_lock(path, os.O_CREAT)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(file, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(file)
+            lock = FileLock(open_lock(path, os.O_CREAT))
+        except Held as held:
             raise ConfigError(
                 where,
-                f"{key}: another mailerq is running (process {holder}), {path} is locked; "
+                f"{key}: another mailerq is running (process {held.holder}), {path} is locked; "
                 f"stop it, or give this one a {key} of its own",
             ) from None
         # The previous holder may have removed the file between our open and our lock.
         try:
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
+            if os.path.samestat(os.fstat(lock.fd), os.stat(path)):
+                return lock
         except FileNotFoundError:
             pass
-        os.close(file)
+        lock.close()
 
 
 def _run(config: Config, settings: list[str]) -> int:

@@ -10,7 +10,6 @@ open the file before its log has been checked.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import time
@@ -24,6 +23,7 @@ from mailerq.privileges import as_owner, give_to
 from mailerq.queues.embedded.queue_file import FILE_NAME, Bounds, QueueFile, lock_directory
 from mailerq.queues.embedded.shares import share_directory, shares_in
 from mailerq.queues.embedded.sqlite_file import translate
+from mailerq.queues.locks import EXCLUSIVE, FileLock, Held, open_directory
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.queues.recovery.salvage import broken_log, recover
 
@@ -177,12 +177,12 @@ def open_exclusive(
             make_directory(directory)
             lock = DirectoryLock.take(directory)
         try:
-            alone = lock_directory(directory, fcntl.LOCK_EX)
+            alone = lock_directory(directory, EXCLUSIVE)
             try:
                 recover(path)
                 _shrink(path)
             finally:
-                os.close(alone)
+                alone.close()
         except BaseException:
             lock.release()
             raise
@@ -223,7 +223,7 @@ def open_shared(directory: str, user: str = "", *, outbox: str = OUTBOX) -> Queu
                     if (reason := broken_log(path)) is not None:
                         raise QueueDamaged(f"{path}: {reason}; start mailerq, which salvages it")
                 finally:
-                    os.close(alone)
+                    alone.close()
             # SQLite gives files created later to the owner of this one.
             return QueueFile.open(directory, outbox=outbox)
     except (OSError, QueueError) as error:
@@ -249,15 +249,9 @@ def make_directory(directory: str, user: str = "") -> None:
         raise QueueError(f"queue-directory {directory} cannot be made: {error.strerror}") from error
 
 
-def _have_alone(directory: str) -> int | None:
+def _have_alone(directory: str) -> FileLock | None:
     """A lock that excludes all others; None if the file is open elsewhere, and so checked."""
-    lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
+        return FileLock(open_directory(directory), EXCLUSIVE)
+    except Held:
         return None
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock

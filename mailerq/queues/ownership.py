@@ -17,14 +17,13 @@ checks for that lock (`is_wanted`) and releases the share.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final, Self
 
 from mailerq.errors import QueueError, QueueHeld
+from mailerq.queues.locks import SHARED, FileLock, Held, holder_of
 
 __all__ = ["LOCK_NAME", "DirectoryLock", "wanted"]
 
@@ -34,9 +33,6 @@ WANTED_NAME: Final = "queue.wanted"
 MIN_QUARANTINE_SECONDS: Final = 60.0
 MAX_QUARANTINE_SECONDS: Final = 3600.0
 """Longest pause before a share is adopted again; each early death of an adopter doubles it."""
-
-MAX_TEXT: Final = 100
-"""Bytes of the file that are read."""
 
 
 class DirectoryLock:
@@ -51,21 +47,15 @@ class DirectoryLock:
         self._since = 0.0
         self._before = (0, 0.0)
         self._noted = False
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder, adopted, _, _ = self._read()
-            os.close(self.fd)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise QueueHeld(
-                    f"{path}: held by another mailerq, process {holder or 'unknown'}; stop it or "
-                    "use another queue-directory",
-                    adopted=adopted,
-                ) from None
-            raise
-        self._file = _identity(self.fd)
-        _, _, self.deaths, self._since = self._read()
+            self.file = FileLock(_create(path))
+        except Held as held:
+            raise QueueHeld(
+                f"{path}: held by another mailerq, process {held.holder}; stop it or use another "
+                "queue-directory",
+                adopted=_parse(held.text)[0],
+            ) from None
+        _, self.deaths, self._since = _parse(self.file.text)
         self._before = self.deaths, self._since
 
     @classmethod
@@ -97,56 +87,52 @@ class DirectoryLock:
 
     def prove(self) -> None:
         """The holder has lasted: the directory's contents kill no process. Raises `OSError`."""
-        if self.deaths and self.fd >= 0:
-            self._check()
+        if self.deaths and self.file.fd >= 0:
+            self.file.check()
             self.deaths, self._since = 0, 0.0
             self._before = 0, 0.0
-            self._write("adopted" if self._read()[1] else "own")
+            self._write("adopted" if _parse(self.file.text)[0] else "own")
 
     def is_wanted(self) -> bool:
         """Whether the directory's own process waits for it."""
-        return _is_locked(os.path.join(self._directory, WANTED_NAME))
+        try:
+            file = os.open(os.path.join(self._directory, WANTED_NAME), os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        return holder_of(file) is not None
 
     def release(self) -> None:
         """Release the lock, once: an adoption that ends in order is no death. Raises `OSError`."""
-        if self.fd < 0:
+        if self.file.fd < 0:
             return
         self.deaths, self._since = self._before
-        try:
-            self._check()
-            with suppress(OSError):  # on a disk now read-only the lock file keeps its text
-                if self._noted:
-                    self._write("free")
-            os.close(self.fd)
-        finally:
-            self.fd = -1
-
-    def _check(self) -> None:
-        """Check the descriptor: a plugin may have closed it, and its number been reused."""
-        if _identity(self.fd) != self._file:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-
-    def _read(self) -> tuple[int, bool, int, float]:
-        """Process id, whether it adopted the directory, deaths, and time of the adoption."""
-        words = os.pread(self.fd, MAX_TEXT, 0).decode(errors="replace").split()
-        words += ["0", "own", "0", "0"][len(words) :]
-        try:
-            return int(words[0]), words[1] == "adopted", int(words[2]), float(words[3])
-        except ValueError:
-            return 0, False, 0, 0.0
+        with suppress(OSError):  # on a disk now read-only the lock file keeps its text
+            if self._noted:
+                self.file.check()
+                self._write("free")
+        self.file.close()
 
     def _write(self, role: str) -> None:
         text = f"{os.getpid()}"
         if self.deaths or role != "own":
             text += f" {role} {self.deaths} {self._since!r}"
         self._noted = True
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, text.encode() + b"\n", 0)
+        self.file.write(text)
 
 
-def _identity(file: int) -> tuple[int, int]:
-    found = os.fstat(file)
-    return found.st_dev, found.st_ino
+def _create(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+
+
+def _parse(text: str) -> tuple[bool, int, float]:
+    """Whether the holder adopted the directory, deaths, and time of the adoption."""
+    words = text.split()
+    words += ["0", "own", "0", "0"][len(words) :]
+    try:
+        int(words[0])
+        return words[1] == "adopted", int(words[2]), float(words[3])
+    except ValueError:
+        return False, 0, 0.0
 
 
 def quarantine_seconds(deaths: int) -> float:
@@ -163,26 +149,9 @@ def quarantine_seconds(deaths: int) -> float:
 @contextmanager
 def wanted(directory: str) -> Iterator[None]:
     """Signal that the directory's own process waits for it. Raises `OSError`."""
-    file = os.open(
-        os.path.join(directory, WANTED_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640
-    )
+    # Others hold the lock for a moment to see whether it is held.
+    lock = FileLock(_create(os.path.join(directory, WANTED_NAME)), SHARED, wait=True)
     try:
-        fcntl.flock(file, fcntl.LOCK_SH)
         yield
     finally:
-        os.close(file)
-
-
-def _is_locked(path: str) -> bool:
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(file)
+        lock.close()

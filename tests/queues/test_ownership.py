@@ -15,7 +15,7 @@ NOW = 1_700_000_000.0
 
 def die(lock: DirectoryLock) -> None:
     """Release as the kernel does when a holder dies: nothing is written."""
-    os.close(lock.fd)
+    os.close(lock.file.fd)
 
 
 def test_one_process_has_a_directory_and_is_named_to_others(tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_a_file_that_has_got_the_descriptor_of_a_lock_is_left_alone(tmp_path: Pa
     lock = DirectoryLock.adopt(str(tmp_path), NOW)
     other = tmp_path / "other"
     other.write_text("mail")
-    os.close(lock.fd)  # as a plugin does whose count is wrong
+    os.close(lock.file.fd)  # as a plugin does whose count is wrong
     file = os.open(other, os.O_RDWR)
-    assert file == lock.fd
+    assert file == lock.file.fd
     with pytest.raises(OSError, match="Bad file descriptor"):
         lock.prove()
     with pytest.raises(OSError, match="Bad file descriptor"):

@@ -19,7 +19,6 @@ Guarantees
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import logging
 import os
@@ -57,6 +56,7 @@ from mailerq.queues.embedded.sqlite_file import (
     translate,
 )
 from mailerq.queues.interface import Publication
+from mailerq.queues.locks import SHARED, FileLock, Held, open_directory
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.destinations import place_of
 
@@ -154,7 +154,7 @@ class QueueFile(QueueReader):
     def __init__(
         self,
         path: str,
-        locks: list[int],
+        locks: list[FileLock],
         *,
         outbox: str,
         block: int = 0,
@@ -185,12 +185,12 @@ class QueueFile(QueueReader):
         frames that were not accepted.
         """
         path = os.path.join(directory, FILE_NAME)
-        locks: list[int] = []
+        locks: list[FileLock] = []
         block = 0 if daemon_lock is None else NUMBERS
         file = cls(path, locks, outbox=outbox, block=block, daemon_lock=daemon_lock)
         try:
             os.makedirs(directory, mode=0o750, exist_ok=True)
-            locks.append(lock_directory(directory, fcntl.LOCK_SH))
+            locks.append(lock_directory(directory, SHARED))
             file.create()
         except (OSError, apsw.Error, QueueError) as error:
             file.close()
@@ -206,7 +206,7 @@ class QueueFile(QueueReader):
     def close(self) -> None:
         super().close()
         closing: list[Callable[[], None]] = []
-        closing += (functools.partial(os.close, lock) for lock in self._locks)
+        closing += (lock.close for lock in self._locks)
         if self._daemon_lock is not None:
             closing.append(self._daemon_lock.release)
         self._locks, self._daemon_lock = [], None
@@ -586,23 +586,16 @@ def _properties(row: Row) -> dict[str, Any]:
         return {}
 
 
-def lock_directory(directory: str, kind: int) -> int:
+def lock_directory(directory: str, kind: int) -> FileLock:
     """Share a directory with other users of it, or lock it exclusively for a salvage.
 
-    Returns the descriptor that holds the lock. Raises `QueueError` and `OSError`.
+    Raises `QueueError` and `OSError`.
     """
-    lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     until = time.monotonic() + BUSY_TIMEOUT_MS / 1000
     while True:
         try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+            return FileLock(open_directory(directory), kind)
+        except Held:
             if time.monotonic() >= until:
-                os.close(lock)
                 raise QueueError(f"{directory}: another process is busy with it") from None
             time.sleep(0.05)
-        except BaseException:
-            os.close(lock)
-            raise
-        else:
-            return lock
