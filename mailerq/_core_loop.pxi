@@ -43,8 +43,6 @@ cdef void *loop_main(void *argument) noexcept nogil:
 cdef Loop *open_loop(Worker *worker) noexcept nogil:
     # Make the loop and its helper. The worker holds the lock afterwards, as in any crossing.
     cdef Loop *loop = <Loop *> calloc(1, sizeof(Loop))
-    cdef sigset_t every, before
-    cdef int failed
     if loop == NULL:
         return NULL
     loop.ev = ev_loop_new(EVFLAG_NOENV)
@@ -61,12 +59,7 @@ cdef Loop *open_loop(Worker *worker) noexcept nogil:
     pthread_mutex_lock(&loop.lock)
     worker.loop = loop
     worker.locked = True
-    # Block all signals in the helper: Python's threads handle them.
-    sigfillset(&every)
-    pthread_sigmask(SIG_SETMASK, &every, &before)
-    failed = pthread_create(&loop.helper, NULL, loop_main, worker)
-    pthread_sigmask(SIG_SETMASK, &before, NULL)
-    if failed:
+    if start_thread(&loop.helper, loop_main, worker):
         pthread_mutex_unlock(&loop.lock)
         worker.loop = NULL
         worker.locked = False

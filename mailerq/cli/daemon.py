@@ -5,18 +5,27 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import stat
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import mailerq
 from mailerq import __version__, faults
 from mailerq.cli import logs
 from mailerq.cli.common import Parser, complain
-from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, end_at_once, fail, join, prepare
+from mailerq.cli.serving import (
+    RELOAD_SIGNAL,
+    STOP_SIGNALS,
+    fail,
+    join,
+    obey,
+    overdue_seconds,
+    prepare,
+    stop_soon,
+)
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
 from mailerq.privileges import as_owner
@@ -24,10 +33,7 @@ from mailerq.queues.locks import FileLock, Held
 from mailerq.queues.opening import make_directory
 
 if TYPE_CHECKING:
-    import trio
-
-    from mailerq.cli.reloading import Reloader, Source
-    from mailerq.engine import Engine
+    from mailerq.cli.reloading import Source
 
 __all__ = ["lock_place", "main", "open_lock"]
 
@@ -239,16 +245,20 @@ async def _serve(config: Config, source: Source) -> int:
     from mailerq.cli.reloading import Reloader
     from mailerq.engine import Engine
 
-    stop = trio.Event()
+    stop, started = trio.Event(), trio.Event()
     failure: Exception | None = None
     engine = Engine(config, commands={"reload": lambda request: reloader.answer()})
     reloader = Reloader(source, engine)
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        seconds = config.shutdown_timeout + OVERDUE_SECONDS
-        faults.set_deadline(seconds, (signal.SIGINT, signal.SIGTERM))
+
+    def hang_up() -> None:
+        if not stop.is_set():
+            reloader.hang_up(now=started.is_set())
+
+    with trio.open_signal_receiver(*STOP_SIGNALS, RELOAD_SIGNAL) as signals:
+        faults.set_deadline(overdue_seconds(config), STOP_SIGNALS)
         async with trio.open_nursery() as nursery:
-            started = trio.Event()
-            nursery.start_soon(_watch, signals, engine, reloader, started, stop)
+            stopping = partial(stop_soon, engine, started, stop)
+            nursery.start_soon(partial(obey, signals, stop, stop=stopping, reload=hang_up))
             try:
                 async with engine:
                     started.set()
@@ -262,28 +272,3 @@ async def _serve(config: Config, source: Source) -> int:
     if failure is not None:
         raise failure
     return os.EX_OK
-
-
-async def _watch(
-    signals: AsyncIterator[int],
-    engine: Engine,
-    reloader: Reloader,
-    started: trio.Event,
-    stop: trio.Event,
-) -> None:
-    """The first signal stops the engine in its time, the second one ends the process.
-
-    The second is safe at any moment: accepted mail is on disk. SIGHUP reloads the settings.
-    """
-    async for number in signals:
-        name = signal.Signals(number).name
-        if number == signal.SIGHUP:
-            if not stop.is_set():
-                reloader.hang_up(now=started.is_set())
-        elif not stop.is_set():
-            log.info("%s: stopping", name)
-            stop.set()
-            if not started.is_set():
-                engine.plugins.timeout = HURRY_SECONDS
-        else:
-            end_at_once(number)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mailerq import faults
 from mailerq.cli import logs
-from mailerq.cli.serving import OVERDUE_SECONDS, make_room
+from mailerq.cli.serving import make_room, overdue_seconds
 from mailerq.config import Config
 from mailerq.errors import ConfigError, EngineError, Problem
 from mailerq.live import Reload, alike
@@ -115,7 +115,7 @@ def take(engine: Engine, config: Config, number: int | None = None, who: str = "
         raise
     if handlers is not None:
         logs.install(handlers, who)
-    faults.move_deadline(new.shutdown_timeout + OVERDUE_SECONDS)
+    faults.move_deadline(overdue_seconds(new))
     return done
 
 

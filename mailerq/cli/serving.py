@@ -9,26 +9,37 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from mailerq.address import host_port
 from mailerq.config import Config
 from mailerq.privileges import no_new_privileges
 from mailerq.sockets import keep_little
 
+if TYPE_CHECKING:
+    import trio
+
+    from mailerq.engine import Engine
+
 __all__ = [
-    "HURRY_SECONDS",
     "OVERDUE_SECONDS",
-    "end_at_once",
+    "RELOAD_SIGNAL",
+    "STOP_SIGNALS",
     "fail",
     "join",
     "make_room",
+    "obey",
+    "overdue_seconds",
     "prepare",
+    "stop_soon",
 ]
 
 log = logging.getLogger("mailerq")
+
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+RELOAD_SIGNAL: Final = signal.SIGHUP
 
 OTHER_DESCRIPTORS: Final = 256
 """Descriptors beside connections: queue, logs, plugins, mail in files."""
@@ -68,7 +79,42 @@ def make_room(config: Config) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def end_at_once(number: int) -> None:
+async def obey(
+    signals: AsyncIterator[int],
+    stopping: trio.Event,
+    *,
+    stop: Callable[[], object],
+    reload: Callable[[], object],
+    abandon: Callable[[], object] = lambda: None,
+) -> None:
+    """The first signal to stop calls `stop`, which sets `stopping`; the second ends the process.
+
+    The second is safe at any moment: accepted mail is on disk. `abandon` is called before.
+    """
+    async for number in signals:
+        if number == RELOAD_SIGNAL:
+            reload()
+        elif not stopping.is_set():
+            log.info("%s: stopping", signal.Signals(number).name)
+            stop()
+        else:
+            abandon()
+            _end_at_once(number)
+
+
+def stop_soon(engine: Engine, started: trio.Event, stop: trio.Event) -> None:
+    """Let an engine stop in its time; a start that is under way is to end soon."""
+    stop.set()
+    if not started.is_set():
+        engine.plugins.timeout = HURRY_SECONDS
+
+
+def overdue_seconds(config: Config) -> float:
+    """Time from a signal to the end of a process that cannot end by itself."""
+    return config.shutdown_timeout + OVERDUE_SECONDS
+
+
+def _end_at_once(number: int) -> None:
     """End the process by a signal."""
     log.warning("%s again: stopping at once", signal.Signals(number).name)
     logging.shutdown()

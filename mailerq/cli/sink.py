@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import random
-import signal
 import socket
 import sys
 import time
@@ -23,6 +22,7 @@ import trio
 
 from mailerq.address import host_port, split_host_port
 from mailerq.cli.common import Parser, complain, dump_json, positive
+from mailerq.cli.serving import STOP_SIGNALS
 from mailerq.errors import AddressError
 from mailerq.escaping import escape, escape_field
 from mailerq.message import format_time
@@ -125,7 +125,7 @@ class _Sink:
             nursery.cancel_scope.cancel()
 
     async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
             async for _ in signals:
                 self._done.set()
 

@@ -25,7 +25,7 @@ import trio
 from mailerq import faults
 from mailerq.cli import logs
 from mailerq.cli.reloading import attempt, take
-from mailerq.cli.serving import HURRY_SECONDS, OVERDUE_SECONDS, fail, prepare
+from mailerq.cli.serving import fail, overdue_seconds, prepare, stop_soon
 from mailerq.cli.supervisor.process import HEAD
 from mailerq.config import Config
 from mailerq.engine import Engine
@@ -96,8 +96,7 @@ async def _serve(config: Config, share: int, number: int, parent: socket.socket)
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(parent))
     stop, started = trio.Event(), trio.Event()
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        seconds = config.shutdown_timeout + OVERDUE_SECONDS
-        faults.set_deadline(seconds, (signal.SIGTERM,), parent.fileno())
+        faults.set_deadline(overdue_seconds(config), (signal.SIGTERM,), parent.fileno())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_Requests(stream, share, engine, started, stop).serve)
             nursery.start_soon(_terminate, signals, engine, started, stop)
@@ -144,7 +143,7 @@ class _Requests:
                 *requests, lines = (lines + data).split(b"\n")
                 for request in requests:
                     await self._stream.send_all(await control.reply_to(request, self._commands))
-        _stop(self._engine, self._started, self._stop)
+        stop_soon(self._engine, self._started, self._stop)
 
     async def _receive(self) -> bytes:
         """The parent's input, and the files that come along."""
@@ -172,13 +171,7 @@ async def _terminate(
     signals: AsyncIterator[int], engine: Engine, started: trio.Event, stop: trio.Event
 ) -> None:
     async for _ in signals:
-        _stop(engine, started, stop)
-
-
-def _stop(engine: Engine, started: trio.Event, stop: trio.Event) -> None:
-    stop.set()
-    if not started.is_set():
-        engine.plugins.timeout = HURRY_SECONDS
+        stop_soon(engine, started, stop)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from mailerq import __version__
 from mailerq.cli import logs
 from mailerq.cli.common import complain
 from mailerq.cli.reloading import Source, follow, reply, tell
-from mailerq.cli.serving import OVERDUE_SECONDS, end_at_once, join
+from mailerq.cli.serving import OVERDUE_SECONDS, RELOAD_SIGNAL, STOP_SIGNALS, join, obey
 from mailerq.cli.supervisor.process import Ended, NoStart, Process, describe
 from mailerq.config import Config
 from mailerq.errors import ConfigError, MailerqError, Problem
@@ -117,10 +117,9 @@ class _Parent:
 
     async def run(self) -> int:
         """Serve until a signal; the exit status."""
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        with trio.open_signal_receiver(*signals) as received:
+        with trio.open_signal_receiver(*STOP_SIGNALS, RELOAD_SIGNAL) as signals:
             async with trio.open_nursery() as self._nursery:
-                self._nursery.start_soon(self._watch, received)
+                self._nursery.start_soon(self._obey, signals)
                 async with trio.open_nursery() as keepers:
                     try:
                         await self._start(keepers)
@@ -162,17 +161,10 @@ class _Parent:
             "mailerq %s listens on %s, with %d processes", __version__, join(addresses), self._count
         )
 
-    async def _watch(self, signals: AsyncIterator[int]) -> None:
+    async def _obey(self, signals: AsyncIterator[int]) -> None:
         """The first signal stops all processes in their time, the second one ends them."""
-        async for number in signals:
-            if number == signal.SIGHUP:
-                self._nursery.start_soon(self._hang_up)
-            elif not self._stop.is_set():
-                log.info("%s: stopping", signal.Signals(number).name)
-                self._end()
-            else:
-                self._kill()
-                end_at_once(number)
+        hang_up = partial(self._nursery.start_soon, self._hang_up)
+        await obey(signals, self._stop, stop=self._end, reload=hang_up, abandon=self._kill)
 
     def _end(self) -> None:
         """Tell all processes to stop; their keepers wait for them."""
