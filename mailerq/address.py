@@ -26,6 +26,7 @@ __all__ = [
     "parse_literal",
     "parse_mailbox",
     "parse_path",
+    "parse_peer",
     "queue_problem",
     "split_host_port",
 ]
@@ -267,6 +268,15 @@ def parse_host(text: str) -> str | IPAddress:
     except ValueError:
         pass
     return parse_domain(text)
+
+
+def parse_peer(text: str) -> IPAddress:
+    """Parse the address of a connection. The zone of a link-local address is dropped.
+
+    >>> parse_peer("fe80::1%eth0")
+    IPv6Address('fe80::1')
+    """
+    return parse_ip(text.partition("%")[0])
 
 
 def host_port(host: str, port: int) -> str:

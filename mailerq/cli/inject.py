@@ -382,14 +382,13 @@ def _locals(config: Config) -> Callable[[str], bool]:
     """Return a test for local recipients; false for all without a queue for local mail."""
     if not config.rabbitmq_local:
         return lambda recipient: False
-    from mailerq.inbound.addresses import LocalAddresses
+    from mailerq.inbound.addresses import LocalAddresses, is_local
 
-    access = Access(config.smtp_range, config.smtp_relay_range, config.smtp_local_domains)
     try:
         listed = LocalAddresses.of(config)
     except ConfigError as error:
         raise Refused(os.EX_CONFIG, str(error)) from None
-    return lambda recipient: access.is_local(recipient) or listed.has(recipient)
+    return partial(is_local, access=Access.of(config), listed=listed)
 
 
 def _by_smtp(config: Config, mime: bytes, sender: str, recipients: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The address list in the file of `smtp-local-addresses`."""
+"""Local recipients: the address list in the file of `smtp-local-addresses`, and local domains."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Self
 from mailerq.config import Config
 from mailerq.errors import ConfigError
 from mailerq.net.files import WatchedFile
+from mailerq.rules.access import Access
 from mailerq.rules.addresses import AddressList
 
-__all__ = ["LocalAddresses"]
+__all__ = ["LocalAddresses", "is_local"]
 
 log = logging.getLogger("mailerq.server")
 
@@ -53,3 +54,8 @@ class LocalAddresses:
                 log.warning("%s: %s; what stood there before still holds", self._file.path, error)
             self._broken = True
         return self._list.has(address)
+
+
+def is_local(recipient: str, access: Access, listed: LocalAddresses) -> bool:
+    """Whether anybody may send to a recipient, whose mail ends here."""
+    return access.is_in_local_domain(recipient) or listed.has(recipient)

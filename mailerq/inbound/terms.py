@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 
 from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem
-from mailerq.inbound.addresses import LocalAddresses
+from mailerq.inbound.addresses import LocalAddresses, is_local
 from mailerq.inbound.auth import Authenticator
 from mailerq.live import alike
 from mailerq.net.tls import tls_context
@@ -118,7 +118,7 @@ class Terms:
             "authenticator": part("authenticator", Authenticator.of, *LOGINS),
             "local_addresses": part("local_addresses", LocalAddresses.of, "smtp_local_addresses"),
             "steering": part("steering", Steering.of, *STEERING),
-            "access": part("access", _access, *ACCESS),
+            "access": part("access", Access.of, *ACCESS),
         }
         if problems:
             raise ConfigError.of(problems)
@@ -153,22 +153,11 @@ class Terms:
 
     def is_local(self, recipient: str) -> bool:
         """Whether anybody may send to this recipient, whose mail ends here."""
-        return self.access.is_local(recipient) or self.local_addresses.has(recipient)
+        return is_local(recipient, self.access, self.local_addresses)
 
     def is_ours(self, recipient: str) -> bool:
         """Whether anybody may send to this recipient."""
         return self.is_local(recipient) or self.access.is_relayed(recipient)
-
-
-def _access(config: Config) -> Access:
-    return Access(
-        config.smtp_range,
-        config.smtp_relay_range,
-        config.smtp_local_domains,
-        relay_domains=config.smtp_relay_domains,
-        proxies=config.smtp_proxy,
-        xclients=config.smtp_xclient_range,
-    )
 
 
 def _hidden_certificate(config: Config, before: Terms | None) -> str | None:

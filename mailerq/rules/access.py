@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import Self
 
-from mailerq.address import parse_domain, parse_ip, parse_mailbox
+from mailerq.address import parse_domain, parse_mailbox, parse_peer
+from mailerq.config import Config
 from mailerq.errors import AddressError
 
 __all__ = ["Access", "domain_of", "is_loopback", "is_within"]
@@ -53,6 +55,18 @@ class Access:
         self._local_domains = _names(local_domains)
         self._relay_domains = _names(relay_domains)
 
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """The rules in the settings."""
+        return cls(
+            config.smtp_range,
+            config.smtp_relay_range,
+            config.smtp_local_domains,
+            relay_domains=config.smtp_relay_domains,
+            proxies=config.smtp_proxy,
+            xclients=config.smtp_xclient_range,
+        )
+
     def may_connect(self, client: str) -> bool:
         return not self._clients or is_within(client, self._clients)
 
@@ -71,7 +85,7 @@ class Access:
         """Whether a client may name its own client with XCLIENT."""
         return bool(self._xclients) and is_within(client, self._xclients)
 
-    def is_local(self, recipient: str) -> bool:
+    def is_in_local_domain(self, recipient: str) -> bool:
         """Whether a recipient is in a local domain, so that anybody may send to it.
 
         A route in the local part is refused: here, ``victim%elsewhere.test@local.test`` is a
@@ -102,11 +116,11 @@ def _is_in(recipient: str, domains: Collection[str]) -> bool:
 @lru_cache(maxsize=4096)
 def is_within(client: str, networks: tuple[Network, ...]) -> bool:
     """Whether an IP address is in one of the networks; ``::ffff:127.0.0.1`` is 127.0.0.1."""
-    address = parse_ip(client.partition("%")[0])
+    address = parse_peer(client)
     return any(address.version == network.version and address in network for network in networks)
 
 
 @lru_cache(maxsize=4096)
 def is_loopback(client: str) -> bool:
     """Whether an address is a loopback address."""
-    return parse_ip(client.partition("%")[0]).is_loopback
+    return parse_peer(client).is_loopback

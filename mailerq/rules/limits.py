@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final
 
-from mailerq.address import parse_ip
+from mailerq.address import parse_peer
 
 __all__ = ["ClientLimits", "network_of"]
 
@@ -83,6 +83,6 @@ def network_of(address: str, prefix4: int = 32, prefix6: int = 64) -> str:
     >>> network_of("192.0.2.1"), network_of("2001:db8:1:2::3", prefix6=48)
     ('192.0.2.1/32', '2001:db8:1::/48')
     """
-    ip = parse_ip(address.partition("%")[0])
+    ip = parse_peer(address)
     prefix = prefix4 if ip.version == 4 else prefix6
     return str(ipaddress.ip_network((ip, prefix), strict=False))

@@ -45,7 +45,7 @@ def test_an_ipv4_client_of_an_ipv6_socket_has_the_rights_of_its_address() -> Non
     ["a@here.test", "a@HERE.Test", '"a b"@here.test', "postmaster", "a@b\u00fccher.test"],
 )
 def test_recipients_of_local_domains_are_local(recipient: str) -> None:
-    assert Access((), (), ["Here.test", "xn--bcher-kva.test"]).is_local(recipient)
+    assert Access((), (), ["Here.test", "xn--bcher-kva.test"]).is_in_local_domain(recipient)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_recipients_of_local_domains_are_local(recipient: str) -> None:
     ],
 )
 def test_nothing_else_is_local(recipient: str) -> None:
-    assert not Access((), (), ["here.test"]).is_local(recipient)
+    assert not Access((), (), ["here.test"]).is_in_local_domain(recipient)
 
 
 def test_recipients_of_relay_domains_are_passed_on_and_not_local() -> None:
     access = Access((), (), ["here.test"], relay_domains=["There.test"])
-    assert access.is_relayed("a@THERE.test") and not access.is_local("a@there.test")
+    assert access.is_relayed("a@THERE.test") and not access.is_in_local_domain("a@there.test")
     for recipient in ("a@here.test", "postmaster", "x%y.test@there.test", "a@sub.there.test"):
         assert not access.is_relayed(recipient)
 

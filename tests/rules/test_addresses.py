@@ -35,4 +35,4 @@ def test_an_exact_entry_takes_what_it_names(recipient: str) -> None:
 def test_patterns_and_local_domains_agree_on_hidden_routes(local: str) -> None:
     recipient = f"{local}@wild.test"
     listed = AddressList.parse("*@wild.test").has(recipient)
-    assert listed == Access((), (), ["wild.test"]).is_local(recipient)
+    assert listed == Access((), (), ["wild.test"]).is_in_local_domain(recipient)
