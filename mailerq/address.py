@@ -89,11 +89,6 @@ class Mailbox(NamedTuple):
     """In lower case and A-labels, or a literal as ``[192.0.2.1]`` or ``[IPv6:2001:db8::1]``."""
 
     @property
-    def literal(self) -> IPAddress | None:
-        """The address where the domain is a literal."""
-        return parse_literal(self.domain) if self.domain.startswith("[") else None
-
-    @property
     def routed(self) -> bool:
         """Whether the local part may hold a second address: ``a%b``, ``b!a``, ``"a@b"``.
 
@@ -101,17 +96,6 @@ class Mailbox(NamedTuple):
         must not get round that rule with such an address.
         """
         return not {"%", "!", "@"}.isdisjoint(self.local)
-
-    @property
-    def unquoted(self) -> str:
-        r"""The local part without quotes and backslashes.
-
-        >>> parse_mailbox(r'"ann \"b\""@example.test').unquoted
-        'ann "b"'
-        """
-        if not self.local.startswith('"'):
-            return self.local
-        return re.sub(r"\\(.)", r"\1", self.local[1:-1])
 
     def __str__(self) -> str:
         return f"{self.local}@{self.domain}"

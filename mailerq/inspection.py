@@ -104,7 +104,7 @@ def examine(
     report = Report(path)
     image = _look(report, owners)
     if image is not None and opens and report.status < 2:
-        _try(report, image, seconds)
+        _try(report, seconds)
     return report
 
 
@@ -243,7 +243,7 @@ def _access(path: str, facts: os.stat_result, owners: Collection[int]) -> Iterat
 # Loading
 
 
-def _try(report: Report, image: elf.Image, seconds: float) -> None:
+def _try(report: Report, seconds: float) -> None:
     path = os.path.abspath(report.path)  # the loader searches its own path for a bare name
     said, status = _run(path, seconds)
     if (match := _REPORT.search(said)) is None:

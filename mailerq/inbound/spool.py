@@ -155,11 +155,6 @@ class Spool:
         self._counted = 0  # bytes counted in `_memory`
 
     @property
-    def spilled(self) -> bool:
-        """Whether the mail is in a file."""
-        return self._file is not None
-
-    @property
     def is_due(self) -> bool:
         """Whether a flush is due."""
         if self._file is not None:

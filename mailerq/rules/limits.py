@@ -65,14 +65,6 @@ class ClientLimits:
             used, since = self._levels[key]
             self._levels[key] = (max(0.0, used - 1), since)
 
-    def is_exhausted(self, client: str, what: str, now: float) -> bool:
-        """Whether `take` would return False; takes nothing."""
-        bound = self._bounds.get(what)
-        if bound is None:
-            return False
-        used, since = self._levels.get((client, what), (0.0, now))
-        return used - max(0.0, now - since) * bound / SECONDS + 1 > bound
-
 
 @lru_cache(maxsize=4096)
 def network_of(address: str, prefix4: int = 32, prefix6: int = 64) -> str:
