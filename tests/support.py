@@ -8,8 +8,9 @@ import smtplib
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,6 +122,14 @@ async def open_sink() -> AsyncIterator[Sink]:
 
 
 @contextmanager
+def public_directory() -> Iterator[Path]:
+    """A directory that other accounts can look into; that of pytest is closed to them."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+@contextmanager
 def closed_port() -> Iterator[int]:
     """Reserve a port that refuses connections, for the duration of the context."""
     with socket.socket() as sock:
@@ -218,6 +227,52 @@ def mailerq(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byte
         check=False,
         **options,
     )
+
+
+async def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for something that nobody announces."""
+    with trio.fail_after(seconds):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.005)
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
+    """Read what a process says on standard error, up to the first line that holds the text."""
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            return line
+    raise AssertionError(f"{text!r} is not in {lines}")
+
+
+def cpu_seconds(pid: int) -> float:
+    """The processor time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def status_of(pid: int | str) -> dict[str, str]:
+    """What the kernel says about a process in /proc/…/status."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return dict(re.findall(r"^(\w+):\s*(.*)$", text, re.MULTILINE))
+
+
+def memory_of(pid: int | str, name: str) -> int:
+    """A field of `status_of` in bytes, such as ``VmRSS``, ``RssAnon`` or the peak ``VmHWM``."""
+    number, unit = status_of(pid)[name].split()
+    assert unit == "kB"
+    return int(number) << 10
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started, by any of its threads."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread, or the process, has just gone
+            found += [int(child) for child in task.read_text().split()]
+    return found
 
 
 def unescape(text: str) -> str:

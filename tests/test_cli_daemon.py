@@ -18,7 +18,7 @@ import pytest
 from mailerq.cli.daemon import _lock
 from mailerq.cli.status import FIGURES, WORDS, _flatten
 from mailerq.config import Config
-from tests.support import DEADLINE, ROOT, closed_port, compile_plugin, mailerq
+from tests.support import DEADLINE, ROOT, closed_port, compile_plugin, mailerq, wait_for_line
 
 MAIL = b"From: a@b.test\r\n\r\nhello\r\n"
 
@@ -31,11 +31,7 @@ class Daemon:
 
     def wait_for(self, text: str) -> str:
         """The first line of the log that holds the text."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if text in line:
-                return line
-        raise AssertionError(f"the log ended without {text!r}")
+        return wait_for_line(self.process, text)
 
     def connect(self) -> smtplib.SMTP:
         return smtplib.SMTP("127.0.0.1", self.port, local_hostname="client.test", timeout=60)

@@ -24,16 +24,7 @@ from mailerq.net.stream import Stream, StreamLost
 from mailerq.queues import Publication
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import share_directory
-from tests.crash.kit import (
-    BODY,
-    Daemon,
-    all_arrive,
-    command,
-    daemon,
-    is_alive,
-    switches_in,
-    until,
-)
+from tests.crash.kit import BODY, Daemon, all_arrive, command, daemon, is_alive, switches_in
 from tests.engine.kit import Certificate
 from tests.processes_kit import (
     ONE_ABORTS,
@@ -56,6 +47,7 @@ from tests.support import (
     in_thread,
     mailerq,
     open_sink,
+    until,
     without_received,
 )
 

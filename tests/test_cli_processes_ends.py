@@ -24,7 +24,6 @@ from tests.crash.kit import (
     daemon,
     is_alive,
     switches_in,
-    until,
 )
 from tests.engine.kit import Certificate
 from tests.processes_kit import (
@@ -39,14 +38,7 @@ from tests.processes_kit import (
     rows,
     send_all,
 )
-from tests.support import (
-    ROOT,
-    closed_port,
-    compile_plugin,
-    in_thread,
-    mailerq,
-    open_sink,
-)
+from tests.support import ROOT, closed_port, compile_plugin, in_thread, mailerq, open_sink, until
 
 
 @pytest.fixture

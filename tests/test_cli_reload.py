@@ -17,10 +17,10 @@ import pytest
 import trio
 
 from mailerq.cli.reloading import Reloader, Source
-from tests.crash.kit import Daemon, daemon, until
+from tests.crash.kit import Daemon, daemon
 from tests.engine.kit import Certificate
 from tests.processes_kit import all_run, marked, rows, send_all, until_rows
-from tests.support import ROOT, Sink, in_thread, mailerq, open_sink
+from tests.support import ROOT, Sink, in_thread, mailerq, open_sink, until
 
 PROCESSES = pytest.mark.parametrize("processes", [1, 2])
 

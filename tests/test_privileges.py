@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from mailerq.privileges import DAC_READ_SEARCH, KEPT
-from tests.support import ROOT, compile_plugin, mailerq
+from tests.support import (
+    ROOT,
+    children_of,
+    compile_plugin,
+    mailerq,
+    public_directory,
+    status_of,
+    wait_for_line,
+)
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has an account to change to")
 
@@ -41,10 +47,8 @@ __attribute__((constructor)) static void constructed(void)
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that other accounts can look into; that of pytest is closed to them."""
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory).chmod(0o755)
-        yield Path(directory)
+    with public_directory() as directory:
+        yield directory
 
 
 @pytest.fixture
@@ -79,33 +83,12 @@ def daemon(settings: list[str], **environ: str) -> Iterator[subprocess.Popen[str
         env={**os.environ, **environ},
     ) as process:
         try:
-            wait_for(process, "listens on")
+            wait_for_line(process, "listens on")
             yield process
             process.terminate()
             assert process.wait(30) == 0
         finally:
             process.kill()
-
-
-def wait_for(process: subprocess.Popen[str], text: str) -> None:
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} is not in {lines}")
-
-
-def status_of(pid: int) -> dict[str, str]:
-    """What the kernel says of a process."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return dict(re.findall(r"^(\w+):\s*(.*)$", text, re.MULTILINE))
-
-
-def children_of(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 @as_root
@@ -146,7 +129,7 @@ def test_a_parent_keeps_what_ports_need_and_can_still_do_its_work(
         assert int(found["CapBnd"], 16) & ~(KEPT | DAC_READ_SEARCH) == 0
         log.rename(writable / "log.1")
         os.kill(children_of(running.pid)[1], signal.SIGKILL)
-        wait_for(running, "another one is started")
+        wait_for_line(running, "another one is started")
         assert "another one is started" in log.read_text()
         assert log.stat().st_uid == NOBODY.pw_uid
         assert mailerq("status", *settings).returncode == 0

@@ -27,7 +27,17 @@ from mailerq.cli import control
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import share_directory, shares_in
-from tests.support import CC_FLAGS, DEADLINE, ROOT, Sink, until_found
+from tests.support import (
+    CC_FLAGS,
+    DEADLINE,
+    ROOT,
+    Sink,
+    children_of,
+    cpu_seconds,
+    memory_of,
+    until,
+    until_found,
+)
 
 HERE: Final = Path(__file__).parent
 
@@ -56,16 +66,12 @@ class Daemon:
 
     @property
     def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.process.pid)
 
     @property
     def memory(self) -> int:
         """Bytes of its own that are resident, without what it maps from files."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"RssAnon:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found[1]) << 10
+        return memory_of(self.process.pid, "RssAnon")
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -103,12 +109,11 @@ class Daemon:
     def children(self) -> list[int]:
         """The processes of several that this one is the parent of."""
         found = []
-        for task in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            with suppress(OSError):  # the thread, or the process, has just gone
-                for pid in task.read_text().split():
-                    # Libraries start programs of their own, as ctypes does.
-                    if b"mailerq.cli.supervisor.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                        found.append(int(pid))
+        for pid in children_of(self.process.pid):
+            with suppress(OSError):  # it has just gone
+                # Libraries start programs of their own, as ctypes does.
+                if b"mailerq.cli.supervisor.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
         return sorted(found)
 
 
@@ -181,13 +186,6 @@ async def _port(running: Daemon, offset: int) -> int:
                 return int(found[1])
             assert running.is_alive, text
             await trio.sleep(0.01)
-
-
-async def until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
-    """Wait for what nobody tells."""
-    with trio.fail_after(seconds):
-        while not condition():  # noqa: ASYNC110
-            await trio.sleep(0.02)
 
 
 # Load.

@@ -11,18 +11,8 @@ import trio
 
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
-from tests.crash.kit import (
-    Daemon,
-    Faults,
-    Ledger,
-    Load,
-    all_arrive,
-    arrivals,
-    daemon,
-    open_faults,
-    until,
-)
-from tests.support import DEADLINE, Sink, open_sink
+from tests.crash.kit import Daemon, Faults, Ledger, Load, all_arrive, arrivals, daemon, open_faults
+from tests.support import DEADLINE, Sink, open_sink, until
 
 HOUR: Final = 3600.0
 

@@ -18,20 +18,10 @@ import pytest
 import trio
 
 from mailerq.net.stream import Stream, StreamLost
-from tests.crash.kit import (
-    Daemon,
-    Fate,
-    Ledger,
-    Load,
-    all_arrive,
-    arrivals,
-    command,
-    daemon,
-    until,
-)
+from tests.crash.kit import Daemon, Fate, Ledger, Load, all_arrive, arrivals, command, daemon
 from tests.crash.test_kill import plugins
 from tests.engine.kit import Certificate
-from tests.support import DEADLINE, free_port, open_sink
+from tests.support import DEADLINE, free_port, open_sink, until
 
 OTHER_DESCRIPTORS: Final = 200
 

@@ -40,9 +40,8 @@ from tests.crash.kit import (
     arrivals,
     daemon,
     open_faults,
-    until,
 )
-from tests.support import Sink, open_sink
+from tests.support import Sink, open_sink, until
 
 SESSIONS = 10
 

@@ -16,17 +16,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.crash.kit import (
-    Daemon,
-    Ledger,
-    Load,
-    all_arrive,
-    arrivals,
-    daemon,
-    is_alive,
-    until,
-)
-from tests.support import ROOT, compile_plugin, open_sink
+from tests.crash.kit import Daemon, Ledger, Load, all_arrive, arrivals, daemon, is_alive
+from tests.support import ROOT, compile_plugin, open_sink, until
 
 SESSIONS = 20
 

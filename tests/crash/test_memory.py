@@ -18,9 +18,9 @@ from mailerq.queues import Publication
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
-from tests.crash.kit import Daemon, command, daemon, until
+from tests.crash.kit import Daemon, command, daemon
 from tests.crash.test_kill import plugins
-from tests.support import Mail, open_sink
+from tests.support import Mail, open_sink, until
 
 GROWTH_BYTES: Final = 6 << 20
 """What the process may gain after it has warmed up: 0.8 KB for each of 8,000 messages."""

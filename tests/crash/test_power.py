@@ -26,8 +26,8 @@ from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.opening import open_exclusive
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
-from tests.crash.kit import Call, Ledger, Load, daemon, open_faults, until
-from tests.support import Mail, Sink, open_sink
+from tests.crash.kit import Call, Ledger, Load, daemon, open_faults
+from tests.support import Mail, Sink, open_sink, until
 
 SESSIONS: Final = 10
 

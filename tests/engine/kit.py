@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,10 +185,3 @@ async def converse(
         open_dialog(engine.addresses[0], greeted=greeted) as dialog,
     ):
         yield dialog
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what nobody tells."""
-    with trio.fail_after(DEADLINE):
-        while not condition():  # noqa: ASYNC110
-            await trio.sleep(0.005)

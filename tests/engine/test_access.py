@@ -14,16 +14,8 @@ import trio
 import trio.lowlevel
 
 from mailerq.errors import ConfigError
-from tests.engine.kit import (
-    Certificate,
-    Dialog,
-    converse,
-    inbox,
-    lines_of,
-    open_dialog,
-    serve,
-    until,
-)
+from tests.engine.kit import Certificate, Dialog, converse, inbox, lines_of, open_dialog, serve
+from tests.support import until
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 

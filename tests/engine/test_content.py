@@ -20,8 +20,8 @@ from mailerq.inbound.services import LOADERS
 from mailerq.mail.headers import HOP_LIMIT
 from mailerq.plugins import Reject
 from mailerq.queues import Publication
-from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until
-from tests.support import compile_plugin, without_received
+from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve
+from tests.support import compile_plugin, memory_of, until, without_received
 
 LINE = 76 * b"x" + b"\r\n"
 HEADER = b"Subject: large\r\nMessage-ID: <1@b.test>\r\n\r\n"
@@ -115,10 +115,10 @@ async def test_a_line_without_end_is_not_kept(tmp_path: Path) -> None:
             await dialog.send((1 << 20) * b"x")
 
     async with serve(tmp_path) as engine, open_dialog(engine.addresses[0]) as dialog:
-        before = resident()
+        before = memory_of("self", "VmRSS")
         with pytest.raises(trio.BrokenResourceError):
             await flood(dialog)
-        assert resident() - before < 20 << 20
+        assert memory_of("self", "VmRSS") - before < 20 << 20
         async with open_dialog(engine.addresses[0]) as other:
             assert (await other.mail("c@d.test")).startswith("250")
 
@@ -440,12 +440,6 @@ async def test_above_max_memory_new_mail_waits(tmp_path: Path) -> None:
             assert (await second.mail("c@d.test")).startswith("250")
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.parametrize(("spill", "bound"), [(0, 1.5), (300_000, 0.7)])
 async def test_resident_memory_stays_near_what_has_come(
     tmp_path: Path, spill: int, bound: float
@@ -462,7 +456,7 @@ async def test_resident_memory_stays_near_what_has_come(
             await dialog.reply()
             await dialog.say("EHLO c.test", "MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
         gc.collect()
-        before = resident()
+        before = memory_of("self", "VmRSS")
 
         async def send(number: int, dialog: Dialog) -> None:
             for _ in range(13):
@@ -477,7 +471,7 @@ async def test_resident_memory_stays_near_what_has_come(
         if not spill:
             whole = received - 40 * 4  # what may begin an end does not count yet
             await until(lambda: engine.statistics()["incoming"]["memory"] >= whole)
-        assert resident() - before < bound * received
+        assert memory_of("self", "VmRSS") - before < bound * received
         for dialog in clients:
             await trio.aclose_forcefully(dialog.stream)
 
@@ -491,7 +485,7 @@ async def test_a_thousand_connections_with_ten_megabytes_each(tmp_path: Path) ->
         for dialog in clients:
             await dialog.reply()
             await dialog.say("EHLO c.test", "MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
-        before = resident()
+        before = memory_of("self", "VmRSS")
 
         async def send(dialog: Dialog) -> None:
             for _ in range(100):
@@ -500,7 +494,7 @@ async def test_a_thousand_connections_with_ten_megabytes_each(tmp_path: Path) ->
         async with trio.open_nursery() as nursery:
             for dialog in clients:
                 nursery.start_soon(send, dialog)
-        used, received = resident() - before, 1000 * 100 * len(block)
+        used, received = memory_of("self", "VmRSS") - before, 1000 * 100 * len(block)
         print(f"{received >> 20} MB received, {used >> 20} MB resident")
         assert used < 1.5 * received
         for dialog in clients:

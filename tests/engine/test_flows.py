@@ -13,9 +13,9 @@ import pytest
 import trio
 
 from mailerq import Engine
-from tests.engine.kit import Dialog, until
+from tests.engine.kit import Dialog
 from tests.net.dns_server import open_dns_server
-from tests.support import Sink, configure, open_sink
+from tests.support import Sink, configure, open_sink, until
 
 WAITING = 300
 HELD = 100

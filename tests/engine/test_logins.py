@@ -15,8 +15,8 @@ import trio
 from mailerq.errors import ConfigError
 from mailerq.inbound import session as module
 from mailerq.plugins import crypt
-from tests.engine.kit import Certificate, Dialog, converse, inbox, open_dialog, serve, until
-from tests.support import in_thread
+from tests.engine.kit import Certificate, Dialog, converse, inbox, open_dialog, serve
+from tests.support import in_thread, until
 
 
 @pytest.fixture

@@ -22,8 +22,7 @@ from mailerq.errors import MessageError
 from mailerq.message import Message
 from mailerq.queues import Publication
 from tests.engine import lag_kit as kit
-from tests.engine.kit import until
-from tests.support import configure
+from tests.support import configure, until
 
 LONGEST_TURN = 0.1
 """Seconds. What is promised is half of it: two threads that share a core take twice as long."""

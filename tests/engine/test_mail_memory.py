@@ -6,7 +6,6 @@ The measure is the peak of resident memory, mapped files included, above the lev
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +16,9 @@ from typing import Final
 import pytest
 import trio
 
-from tests.crash.kit import Daemon, daemon, until
+from tests.crash.kit import Daemon, daemon
 from tests.engine import lag_kit as kit
-from tests.support import ROOT
+from tests.support import ROOT, memory_of, until
 
 MB: Final = 1 << 20
 
@@ -37,13 +36,6 @@ LATIN: Final = 5 * b"abcdefghij\xe4" + b"\r\n"
 UMLAUTS: Final = 37 * b"\xc3\xa4" + b"\r\n"
 
 
-def resident(pid: int, name: str) -> int:
-    """``VmRSS``, or the peak ``VmHWM``, in bytes."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
-
-
 class Peak:
     """The most memory that a process has at a time, over what it has now."""
 
@@ -53,16 +45,16 @@ class Peak:
             Path(f"/proc/{pid}/clear_refs").write_text("5")
         except OSError:
             pytest.skip("this kernel does not count a peak anew")
-        self._before = resident(pid, "VmRSS")
+        self._before = memory_of(pid, "VmRSS")
 
     @property
     def bytes(self) -> int:
-        return resident(self._pid, "VmHWM") - self._before
+        return memory_of(self._pid, "VmHWM") - self._before
 
     @property
     def left(self) -> int:
         """What the process has now and did not have before."""
-        return resident(self._pid, "VmRSS") - self._before
+        return memory_of(self._pid, "VmRSS") - self._before
 
 
 def blocks(unit: bytes, size: int) -> Iterator[bytes]:

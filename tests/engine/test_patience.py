@@ -21,8 +21,8 @@ from mailerq.inbound import deadlines as watch
 from mailerq.inbound import session as module
 from mailerq.inbound.terms import Bounds
 from mailerq.wire import server, smtp
-from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve, until
-from tests.support import DEADLINE, ROOT, free_port, send
+from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve
+from tests.support import DEADLINE, ROOT, cpu_seconds, free_port, send, until
 
 TRANSACTION = ("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
 
@@ -288,18 +288,13 @@ def daemon(directory: Path, port: int, descriptors: int, *switches: str) -> subp
     raise AssertionError((directory / "log").read_text())
 
 
-def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def test_a_storm_when_plugins_have_taken_the_descriptors(tmp_path: Path) -> None:
     """Case 17, with fewer descriptors than the engine counted with when it started."""
     port = free_port()
     process = daemon(tmp_path, port, 160, "--smtp-connections=180")
     try:
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 160))
-        before = cpu_seconds(process)
+        before = cpu_seconds(process.pid)
         storm = subprocess.run(
             [sys.executable, "-c", STORM, str(port), "500"],
             capture_output=True,
@@ -310,12 +305,12 @@ def test_a_storm_when_plugins_have_taken_the_descriptors(tmp_path: Path) -> None
         greetings: dict[str, int] = eval(storm.stdout)
         assert greetings["220"] >= 30
         assert greetings["220"] + greetings["421"] == 500
-        assert cpu_seconds(process) - before < 5
+        assert cpu_seconds(process.pid) - before < 5
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (160, 160))
         time.sleep(0.3)
-        before = cpu_seconds(process)
+        before = cpu_seconds(process.pid)
         time.sleep(0.5)
-        assert cpu_seconds(process) - before < 0.25  # it does not spin
+        assert cpu_seconds(process.pid) - before < 0.25  # it does not spin
         code, _ = trio.run(send, ("127.0.0.1", port))
         assert code == 250
     finally:

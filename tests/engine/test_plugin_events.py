@@ -14,7 +14,6 @@ from mailerq import Engine
 from mailerq.errors import PluginError
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
-from tests.engine.kit import until
 from tests.support import (
     ROOT,
     compile_plugin,
@@ -23,6 +22,7 @@ from tests.support import (
     in_thread,
     open_sink,
     send,
+    until,
 )
 
 POLICY = r"""

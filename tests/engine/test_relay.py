@@ -21,7 +21,6 @@ from mailerq.message import Message
 from mailerq.queues import Publication
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
-from tests.engine.kit import until
 from tests.net.dns_server import open_dns_server
 from tests.support import (
     Sink,
@@ -30,6 +29,7 @@ from tests.support import (
     in_thread,
     open_sink,
     send,
+    until,
     without_received,
 )
 

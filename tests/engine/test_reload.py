@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mailerq import Config, ConfigError, Engine
 from mailerq.errors import EngineError
-from tests.engine.kit import Certificate, Dialog, inbox, lines_of, open_dialog, serve, until
-from tests.support import configure
+from tests.engine.kit import Certificate, Dialog, inbox, lines_of, open_dialog, serve
+from tests.support import configure, until
 
 BEGIN = ("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>")
 LONG = b"Subject: x\r\n\r\n" + b"x" * 70 + b"\r\n"

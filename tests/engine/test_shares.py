@@ -17,8 +17,7 @@ from mailerq.outbound.adoption import MOMENT_SECONDS, own
 from mailerq.queues import Publication
 from mailerq.queues.opening import open_exclusive
 from mailerq.queues.ownership import DirectoryLock
-from tests.engine.kit import until
-from tests.support import configure, open_sink
+from tests.support import configure, open_sink, until
 
 
 def leave_mail(directory: Path, share: int, recipient: str) -> None:

@@ -15,8 +15,8 @@ import trio
 from mailerq import Engine
 from mailerq.cli import control
 from mailerq.net import readiness, stream
-from tests.engine.kit import Certificate, Dialog, inbox, open_dialog, serve, until
-from tests.support import compile_plugin, in_thread
+from tests.engine.kit import Certificate, Dialog, inbox, open_dialog, serve
+from tests.support import compile_plugin, in_thread, until
 
 PLUGIN = r"""
 #define _POSIX_C_SOURCE 200809L

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import smtplib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from mailerq.outbound import session as outgoing
 from mailerq.queues import Publication
 from tests.engine.kit import Certificate, inbox, open_dialog, serve
 from tests.interop.kit import LOGIN, Exim, authority_file, postfix
-from tests.support import in_thread
+from tests.support import in_thread, public_directory
 
 SHORT = b"Subject: short\r\n\r\n.dot\r\n" + 200 * b"hello\r\n"
 MAIL = "Subject: relayed\r\nMessage-ID: <1@b.test>\r\n\r\n.dot\r\n" + 3000 * "hello\r\n"
@@ -24,10 +23,8 @@ MAIL = "Subject: relayed\r\nMessage-ID: <1@b.test>\r\n\r\n.dot\r\n" + 3000 * "he
 
 @pytest.fixture
 def open_path() -> Iterator[Path]:
-    """A folder that accounts which are not root can look into; that of pytest is closed to them."""
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory).chmod(0o755)
-        yield Path(directory)
+    with public_directory() as directory:
+        yield directory
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.engine.kit import open_dialog, serve, until
-from tests.support import compile_plugin
+from tests.engine.kit import open_dialog, serve
+from tests.support import compile_plugin, until
 
 BLOCK = r"""
 #define _POSIX_C_SOURCE 200809L

@@ -1,19 +1,58 @@
-"""A queue file as written by versions before layout 3: their SQL, kept for the tests."""
+"""What the tests of queues share: a clock, runs of steps, and the SQL of files before layout 3."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
 import apsw
+import trio
 
 from mailerq.message import encode_properties
 from mailerq.queues.embedded.layout import APPLICATION_ID, PAGE_SIZE
 from mailerq.queues.embedded.records import checksum
 
-__all__ = ["Old", "write_old_file"]
+__all__ = ["Clock", "Old", "Run", "explore", "write_old_file"]
+
+
+class Clock:
+    """A wall clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Run(Protocol):
+    """A queue beside a model of it, which agree after each step."""
+
+    async def open(self) -> None: ...
+    async def step(self, step: tuple[Any, ...]) -> None: ...
+    async def drain(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+def explore(kind: Callable[[str], Run], steps: Sequence[tuple[Any, ...]]) -> None:
+    """Take steps in a directory of their own, then empty the queue."""
+
+    async def example() -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            run = kind(directory)
+            await run.open()
+            try:
+                for step in steps:
+                    await run.step(step)
+                await run.drain()
+            finally:
+                await run.close()
+
+    trio.run(example)
+
 
 SCHEMA = """
 CREATE TABLE number (next INTEGER);

@@ -22,16 +22,7 @@ from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.queues import EmbeddedQueues
 from mailerq.queues.embedded.records import Batch
 from mailerq.queues.opening import open_embedded
-
-
-class Clock:
-    """A wall clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.queues.kit import Clock
 
 
 @pytest.fixture

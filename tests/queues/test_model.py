@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from mailerq.message import Message
 from mailerq.queues import Consumer, Lease, Publication, Settlement
 from mailerq.queues.opening import open_embedded
+from tests.queues.kit import explore
 
 QUEUES = ("outbox", "results")
 BODIES = (None, b"", b"short", b"\xff\x00long" * 1000)
@@ -200,15 +200,4 @@ class Run:
 @settings(max_examples=60)
 @given(st.lists(steps, max_size=25))
 def test_whatever_happens_queue_and_model_agree(steps: list[tuple[Any, ...]]) -> None:
-    async def example() -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            run = Run(directory)
-            await run.open()
-            try:
-                for step in steps:
-                    await run.step(step)
-                await run.drain()
-            finally:
-                await run.close()
-
-    trio.run(example)
+    explore(Run, steps)

@@ -23,14 +23,8 @@ from mailerq.queues.embedded.queues import EmbeddedQueues
 from mailerq.queues.embedded.taking import Wanted
 from mailerq.queues.opening import open_embedded
 from tests.queues.contract import LARGE, Recorder, again, mail, tag_of
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.queues.kit import Clock
+from tests.support import until
 
 
 @pytest.fixture
@@ -42,12 +36,6 @@ def clock() -> Clock:
 async def queues(tmp_path: Path, clock: Clock) -> AsyncIterator[EmbeddedQueues]:
     async with open_embedded(str(tmp_path), clock=clock) as queues:
         yield queues
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(60):
-        while not condition():  # noqa: ASYNC110
-            await trio.sleep(0.001)
 
 
 def count_polls(monkeypatch: pytest.MonkeyPatch) -> list[None]:

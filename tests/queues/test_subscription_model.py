@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from mailerq.queues import Lease, Settlement
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.opening import open_embedded
 from tests.queues.contract import LARGE, Recorder, again, mail, tag_of
+from tests.queues.kit import explore
 
 DOMAINS = ("a.test", "b.test", "c.test")
 WINDOW = 3
@@ -221,15 +221,4 @@ class Run:
 @settings(max_examples=60)
 @given(st.lists(steps, max_size=25))
 def test_whatever_happens_subscription_and_model_agree(steps: list[tuple[Any, ...]]) -> None:
-    async def example() -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            run = Run(directory)
-            await run.open()
-            try:
-                for step in steps:
-                    await run.step(step)
-                await run.drain()
-            finally:
-                await run.close()
-
-    trio.run(example)
+    explore(Run, steps)

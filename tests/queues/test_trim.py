@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from mailerq.queues.embedded import queue_file as store
 from mailerq.queues.embedded import reader
 from mailerq.queues.embedded.queue_file import Bounds, QueueFile
 from mailerq.queues.opening import open_embedded
+from tests.support import until
 
 NOW = 1_700_000_000.0
 
@@ -72,12 +72,6 @@ def test_many_go_in_steps_and_what_is_held_stays(
         steps = queue.trim_steps(Bounds("failure", 5, 0), int(NOW * 1000), lambda: held)
         assert list(steps) == [9, 10, 10, 9, 5]
         assert tags(queue) == [3, 30, *range(45, 50)]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(60):
-        while not condition():  # noqa: ASYNC110
-            await trio.sleep(0.01)
 
 
 async def test_a_running_queue_keeps_its_bounds_and_says_so(
