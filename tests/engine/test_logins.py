@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import logging
 import smtplib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ async def test_slow_handshakes_keep_nobody_out(
             for slow in (one, two):
                 assert await slow.codes("STARTTLS") == [220]
             async with open_dialog(address) as third:
-                with trio.fail_after(60):
+                with trio.fail_after(10):
                     while await third.codes("STARTTLS") == [454]:  # noqa: ASYNC110
                         await trio.sleep(0.01)
                 await third.start_tls(certificate.trust)
@@ -251,14 +250,14 @@ async def test_failed_logins_of_a_client_are_bounded(tmp_path: Path) -> None:
 async def test_an_engine_that_stops_does_not_wait_for_a_failed_login(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOGIN_DELAY_SECONDS", 90.0)
-    settings = {"smtp_auth": LOGIN["smtp_auth"], "shutdown_timeout": 90.0}
+    monkeypatch.setattr(module, "LOGIN_DELAY_SECONDS", 3600.0)
+    monkeypatch.setattr(module, "LOGIN_DELAY_MAXIMUM", 3600.0)
+    settings = {"smtp_auth": LOGIN["smtp_auth"], "shutdown_timeout": 3600.0}
     async with serve(tmp_path, **settings) as engine:
         dialog = await Dialog.open(engine.addresses[0])
         await dialog.reply()
         await dialog.say("EHLO c.test")
         await dialog.send(f"{plain('ann', 'x')}\r\n".encode())
         await until(lambda: engine.statistics()["incoming"]["failed_logins"] == 1)
-        started = time.monotonic()
-    assert time.monotonic() - started < 60
+    # Here the engine has stopped, an hour before the reply.
     await dialog.stream.aclose()
