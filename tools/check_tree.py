@@ -41,6 +41,7 @@ LAYERS: Final = (
     "faults",
     "inspection",
     "plugins",
+    "turns",
     "queues",
     "net",
     "inbound",
@@ -59,7 +60,9 @@ ROOMS: Final = {
 }
 """Within a layer as well: what stands first knows nothing of what comes after it."""
 
-WITH_TRIO: Final = frozenset({"plugins", "queues", "net", "inbound", "outbound", "engine", "cli"})
+WITH_TRIO: Final = frozenset(
+    {"plugins", "turns", "queues", "net", "inbound", "outbound", "engine", "cli"}
+)
 
 PURE: Final = frozenset({"wire", "mail", "rules"})
 """Layers without I/O and clock: facts and the time are arguments."""

@@ -3,6 +3,7 @@
 cimport cython
 
 from mailerq.net.readiness cimport Socket as _Socket
+from mailerq.turns cimport EndOfTurn as _EndOfTurn
 
 
 @cython.final
@@ -12,8 +13,9 @@ cdef class Stream:
     cdef public _Socket _socket
     cdef public bint _sending, _departing, _digested
     cdef public bytes _unsent, _unread
+    cdef public _EndOfTurn _end_of_turn
     cdef public int _fd
-    cdef public object _local, _remote, _departures, _lost, _tls, _incoming, _outgoing
+    cdef public object _local, _remote, _lost, _tls, _incoming, _outgoing
     cdef public object _take
 
     cpdef fileno(self)
@@ -24,7 +26,7 @@ cdef class Stream:
     cpdef send_soon(self, data)
     cpdef _depart_soon(self)
     cpdef unread(self, data)
-    cpdef depart(self)
+    cpdef _depart(self, idle)
     cpdef send_nowait(self, data)
     cpdef close(self)
     cpdef stray(self)

@@ -9,7 +9,7 @@ system call without arming a wait, and they keep Python's lock (see `_core_socke
 that has been served for `FAIR_SECONDS` lets other tasks run, so that no peer can occupy the loop.
 
 Short writes wait until all tasks have had their turn, and leave together with those of other
-streams (`Departures`). A reply that leaves in the middle of a turn wakes its peer alone. Replies
+streams (`mailerq.turns`). A reply that leaves in the middle of a turn wakes its peer alone. Replies
 that leave together find peers awake, which answer at once, so the next turn has more work.
 
 TLS uses two memory buffers between `ssl` and the same socket, so all of this applies to TLS too.
@@ -33,6 +33,7 @@ from mailerq.address import host_port, parse_ip
 from mailerq.net.readiness import Socket, StreamLost
 from mailerq.plugins import stray_close
 from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
+from mailerq.turns import EndOfTurn
 
 __all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
 
@@ -49,44 +50,8 @@ class CannotBind(OSError):
     """The requested local address cannot be used."""
 
 
-class Departures(trio.abc.Instrument):
-    """The streams of a loop with bytes to send after all tasks have had their turn."""
-
-    def __init__(self) -> None:
-        self._streams: list[Stream] = []
-        self._token = trio.lowlevel.current_trio_token()
-
-    @classmethod
-    def of_this_loop(cls) -> Departures:
-        departures = _departures.get(None)
-        if departures is None:
-            departures = cls()
-            _departures.set(departures)
-            trio.lowlevel.add_instrument(departures)
-        return departures
-
-    def add(self, stream: Stream) -> None:
-        self._streams.append(stream)
-
-    def before_io_wait(self, timeout: float) -> None:
-        """Called by trio before it polls or sleeps."""
-        if self._streams:
-            streams, self._streams = self._streams, []
-            smooth = [stream.depart() for stream in streams]
-            if not all(smooth):
-                # A task may have become ready after trio checked, so trio must not sleep.
-                self._token.run_sync_soon(_nothing)
-
-
-def _nothing() -> None:
-    pass
-
-
 _streams: Final[dict[int, Stream]] = {}
 """The open streams of all loops by their descriptors."""
-
-
-_departures: Final = trio.lowlevel.RunVar[Departures | None]("departures", None)
 
 
 class Stream:
@@ -116,11 +81,11 @@ class Stream:
         self._remote = remote
         self._served_since = 0.0  # start of a run of reads without waiting; 0: none
         self._sending = False
-        self._departing = False  # `depart` will be called soon
-        # If not empty: `depart`, `call_when_writable` or a running `send_all` will send it.
+        self._departing = False  # `_depart` will be called soon
+        # If not empty: `_depart`, `call_when_writable` or a running `send_all` will send it.
         self._unsent = b""
         self._placed = 0  # bytes of `_unsent` that are already sent
-        self._departures: Departures | None = None
+        self._end_of_turn: EndOfTurn | None = None
         self._lost: str | None = None  # the error of a send, for the next operation to raise
         self._unread = b""
         self._take: Callable[[bytes], bool] | None = None
@@ -333,17 +298,17 @@ class Stream:
         if self._unsent:
             await self._send_now(b"")
 
-    def depart(self) -> bool:
-        """Send pending output at the end of a turn; return whether all of it was sent."""
+    def _depart(self, idle: bool) -> bool:
+        """Send pending output at the end of a turn; return whether a task may be ready now."""
         if self._departing:
             self._departing = False
             try:
                 self._send_unsent()
-            except Exception as error:  # trio would remove the instrument
+            except Exception as error:
                 log.exception("sending failed")
                 self._lose(f"sending failed: {error!r}")
-            return not self._unsent and self._lost is None
-        return True
+            return bool(self._unsent) or self._lost is not None
+        return False
 
     def send_nowait(self, data: bytes) -> None:
         """Send what the socket takes now, and the rest when it takes more.
@@ -390,7 +355,7 @@ class Stream:
         """Close the socket; with TLS, send close_notify if no output was cut off and it fits."""
         if self._fd < 0:
             return
-        self.depart()
+        self._depart(idle=False)
         if self._tls is not None and not (self._sending or self._unsent):
             with suppress(ssl.SSLError, OSError):  # do not wait for close_notify of the peer
                 self._tls.unwrap()
@@ -449,9 +414,9 @@ class Stream:
     def _depart_soon(self) -> None:
         if not self._departing:
             self._departing = True
-            if self._departures is None:
-                self._departures = Departures.of_this_loop()
-            self._departures.add(self)
+            if self._end_of_turn is None:
+                self._end_of_turn = EndOfTurn.of_this_loop()
+            self._end_of_turn.call(self._depart)
 
     async def _send_now(self, data: bytes) -> None:
         self._departing = False

@@ -23,6 +23,7 @@ from typing import TypeVarTuple
 import trio
 
 from mailerq.plugins import Context, Plugins
+from mailerq.turns import EndOfTurn
 
 __all__ = ["Worker", "open_workers"]
 
@@ -76,6 +77,7 @@ class Worker:
                 started()
                 await self._stop.wait()
         finally:
+            EndOfTurn.of_this_loop().leave()
             with trio.CancelScope(shield=True):
                 await self.context.close()
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 import mailerq
 from mailerq import Connection, Engine, EngineError, Message, MessageError, QueueDamaged, Reject
 from mailerq.plugins import EVENTS
 from mailerq.queues import Publication
+from mailerq.turns import EndOfTurn
 from tests.engine.kit import open_dialog, serve
 from tests.support import ROOT, configure, open_sink, send
 
@@ -198,6 +200,21 @@ async def test_a_program_that_is_cancelled_ends_its_engine(tmp_path: Path) -> No
             await trio.sleep_forever()
     assert scope.cancelled_caught
     assert engine.addresses == []
+
+
+@pytest.mark.parametrize("publishes", [False, True])
+async def test_an_engine_leaves_the_loop_of_its_program_alone(
+    tmp_path: Path, publishes: bool
+) -> None:
+    async with Engine(configure(tmp_path)) as engine:
+        async with open_dialog(engine.addresses[0]) as dialog:
+            assert await dialog.codes("EHLO c.test", "QUIT") == [250, 221]
+        if publishes:
+            await engine.queues.publish([Publication("other", Message.from_dict(GOOD))])
+    await trio.testing.wait_all_tasks_blocked()
+    end: Any = EndOfTurn.of_this_loop()
+    with pytest.raises(KeyError):  # what trio says of an instrument that it does not have
+        trio.lowlevel.remove_instrument(end)
 
 
 async def test_a_handler_knows_the_client_behind_a_proxy(tmp_path: Path) -> None:

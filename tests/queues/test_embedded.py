@@ -708,7 +708,7 @@ async def test_the_loop_is_left_alone_when_the_queue_is_closed(tmp_path: Path) -
         (batcher,) = queues._batchers.values()
     await trio.testing.wait_all_tasks_blocked()
     with pytest.raises(KeyError):  # what trio says of an instrument that it does not have
-        trio.lowlevel.remove_instrument(batcher)
+        trio.lowlevel.remove_instrument(batcher.end_of_turn)
 
 
 async def test_statistics_count_commits(queues: EmbeddedQueues) -> None:

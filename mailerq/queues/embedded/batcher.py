@@ -8,13 +8,12 @@ batch for all sessions under load.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
+from time import monotonic
 from typing import Final
 
-import trio
-
 from mailerq.queues.embedded.writer import Request
+from mailerq.turns import EndOfTurn
 
 __all__ = ["Batcher"]
 
@@ -22,10 +21,13 @@ MAX_WAIT_SECONDS: Final = 0.003
 """Longest wait of a request for a loop that is never idle."""
 
 
-class Batcher(trio.abc.Instrument):
+class Batcher:
     """One batcher for each loop. Callers of `add` and `flush` hold `lock`."""
 
-    def __init__(self, put: Callable[[Request], None], lock: threading.Lock) -> None:
+    def __init__(
+        self, put: Callable[[Request], None], lock: threading.Lock, end_of_turn: EndOfTurn
+    ) -> None:
+        self.end_of_turn = end_of_turn
         self._put = put
         self._lock = lock
         self._requests: list[Request] = []
@@ -34,17 +36,21 @@ class Batcher(trio.abc.Instrument):
     def add(self, request: Request) -> None:
         """Add a request, on this batcher's loop."""
         if not self._requests:
-            self._since = time.monotonic()
+            self._since = monotonic()
+            self.end_of_turn.call(self._hand_over)
         self._requests.append(request)
 
     def flush(self) -> None:
         """Hand over the batch."""
-        for request in self._requests:
+        requests, self._requests = self._requests, []
+        for request in requests:
             self._put(request)
-        self._requests.clear()
 
-    def before_io_wait(self, timeout: float) -> None:
-        """Called by trio before it polls for events, or sleeps at most `timeout` seconds."""
-        if self._requests and (timeout or time.monotonic() - self._since > MAX_WAIT_SECONDS):
+    def _hand_over(self, idle: bool) -> bool:
+        """Hand over the batch at the end of a turn, or wait for the end of the next."""
+        if idle or monotonic() - self._since > MAX_WAIT_SECONDS:
             with self._lock:
                 self.flush()
+        else:
+            self.end_of_turn.call(self._hand_over)
+        return False

@@ -53,6 +53,7 @@ from mailerq.queues.interface import (
     Settlement,
     Subscription,
 )
+from mailerq.turns import EndOfTurn
 
 __all__ = ["EmbeddedQueues"]
 
@@ -126,7 +127,7 @@ class EmbeddedQueues(BrowsableQueues):
         """Detach from the loops."""
         for token, batcher in self._batchers.items():
             with suppress(trio.RunFinishedError):
-                token.run_sync_soon(trio.lowlevel.remove_instrument, batcher)
+                token.run_sync_soon(batcher.end_of_turn.leave)
 
     def configure(self, config: Config) -> None:
         self._set_bounds(Bounds.of(config))
@@ -190,8 +191,8 @@ class EmbeddedQueues(BrowsableQueues):
         """The batcher of the calling loop."""
         batcher = self._batchers.get(token)
         if batcher is None:
-            batcher = self._batchers[token] = Batcher(self._writer.put, self._queues.lock)
-            trio.lowlevel.add_instrument(batcher)
+            batcher = Batcher(self._writer.put, self._queues.lock, EndOfTurn.of_this_loop())
+            self._batchers[token] = batcher
         return batcher
 
     def _check_lease(self, lease: HeldLease) -> None:

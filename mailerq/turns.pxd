@@ -1,0 +1,17 @@
+# Types for the compiler, of the module with this name.
+
+cimport cython
+
+
+@cython.final
+cdef class EndOfTurn:
+    cdef public list _callbacks
+    cdef public object _token
+    cdef public bint _installed, _leaving
+
+    cpdef call(self, callback)
+    cpdef leave(self)
+    cpdef _install(self)
+
+
+cpdef _instrument(end)

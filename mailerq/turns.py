@@ -1,0 +1,87 @@
+"""Work that waits until all tasks of a trio loop have had their turn.
+
+Bytes to send and requests to commit are cheaper together than one by one, so they are collected
+while tasks run, and leave when trio is about to wait for events. One instrument serves the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final, cast
+
+import trio
+
+__all__ = ["EndOfTurn"]
+
+log = logging.getLogger("mailerq.turns")
+
+Callback = Callable[[bool], bool]
+"""Gets whether the loop is idle: no task is ready to run. Returns whether a task may be ready now.
+
+A callback may register callbacks, which run at the end of the next turn.
+"""
+
+
+class EndOfTurn:
+    """The callbacks of one loop. Use an instance on the thread of its loop only."""
+
+    def __init__(self) -> None:
+        self._callbacks: list[Callback] = []
+        self._token = trio.lowlevel.current_trio_token()
+        self._installed = False
+        self._leaving = False
+
+    @classmethod
+    def of_this_loop(cls) -> EndOfTurn:
+        """Return the instance of the running loop."""
+        end = _ends.get(None)
+        if end is None:
+            end = cls()
+            _ends.set(end)
+        return end
+
+    def call(self, callback: Callback) -> None:
+        """Call `callback` once, at the end of this turn. An exception of the callback is logged."""
+        if not self._installed:
+            self._install()
+        self._callbacks.append(callback)
+
+    def leave(self) -> None:
+        """Detach from the loop when no callback waits; the next `call` attaches again."""
+        self._leaving = self._installed
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Called by trio before it polls for events, or sleeps at most `timeout` seconds."""
+        if self._callbacks:
+            callbacks, self._callbacks = self._callbacks, []
+            idle, ready = timeout > 0, False
+            for callback in callbacks:
+                try:
+                    if callback(idle):
+                        ready = True
+                except Exception:  # trio would remove the instrument
+                    log.exception("work at the end of a turn failed")
+                    ready = True
+            if idle and (ready or self._callbacks):
+                # trio has decided to sleep before the callbacks ran.
+                self._token.run_sync_soon(_nothing)
+        elif self._leaving:
+            trio.lowlevel.remove_instrument(_instrument(self))
+            self._installed = self._leaving = False
+
+    def _install(self) -> None:
+        trio.lowlevel.add_instrument(_instrument(self))
+        self._installed = True
+
+
+def _instrument(end: EndOfTurn) -> trio.abc.Instrument:
+    # trio finds the methods of an instrument by name, and a compiled class has no base in Python.
+    return cast("trio.abc.Instrument", end)
+
+
+def _nothing() -> None:
+    pass
+
+
+_ends: Final = trio.lowlevel.RunVar[EndOfTurn | None]("ends of turns", None)
