@@ -74,12 +74,12 @@ class Sink:
             while True:
                 match event := machine.next_event():
                     case server.NEED_DATA:
-                        await stream.send_all(machine.data_to_send())
+                        stream.write(machine.data_to_send())
                         machine.receive_data(await stream.receive())
                     case server.CLOSED:
                         return
                     case server.Closing():
-                        await stream.send_all(machine.data_to_send())
+                        stream.write(machine.data_to_send())
                         return
                     case _:
                         self.answer(machine, event, connection)

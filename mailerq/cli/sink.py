@@ -180,7 +180,9 @@ class _Sink:
 
     async def _flush(self, machine: server.ServerProtocol, stream: Stream) -> None:
         if data := machine.data_to_send():
-            await stream.send_all(data)
+            stream.write(data)
+            if stream.is_full:
+                await stream.drain()
 
     async def _misbehave(
         self, event: str, machine: server.ServerProtocol, stream: Stream

@@ -291,7 +291,7 @@ class Listener:
     def _refuse(self, stream: Stream, port: Port, refusal: Reply) -> None:
         self._services.counters.refused_connections += 1
         if not port.secure:
-            stream.send_nowait(refusal.wire)
+            stream.write(refusal.wire)
         stream.close()
 
     async def _session(

@@ -124,7 +124,7 @@ class Session:
             # Our defect must not end the engine, nor cost the peer its mail.
             log.exception("the session with %s failed", self._client.remote[0])
             if not self._mute:
-                self._stream.send_nowait(smtp.LOCAL_FAILURE.wire)
+                self._stream.write(smtp.LOCAL_FAILURE.wire)
         finally:
             if self._spool is not None:
                 self._spool.close()
@@ -187,7 +187,7 @@ class Session:
             self._services.counters.timeouts += 1
         reply = smtp.TIMED_OUT if self._expired else smtp.CLOSING
         if not self._mute:
-            self._stream.send_nowait(self._machine.data_to_send() + reply.wire)
+            self._stream.write(self._machine.data_to_send() + reply.wire)
 
     # Before the first command.
 
@@ -288,7 +288,7 @@ class Session:
         """Send the replies, and give the peer its turn."""
         self._wait()
         if replies := self._machine.data_to_send():
-            await self._stream.send_all(replies)
+            self._stream.write(replies)
         await self._stream.digest(self._digest)
         self._waiting = False
 
@@ -306,7 +306,7 @@ class Session:
         """Send the last reply, and leave."""
         self._failed()
         self._wait()
-        await self._stream.send_all(self._machine.data_to_send())
+        self._stream.write(self._machine.data_to_send())
         await self._stream.drain()
         self._waiting = False
         self._over = True
@@ -324,7 +324,7 @@ class Session:
             return True
         self._wait()
         if replies := self._machine.data_to_send():
-            self._stream.send_soon(replies)
+            self._stream.write(replies)
         return False
 
     def _advance(self) -> Due | None:
@@ -560,7 +560,7 @@ class Session:
         try:
             with self._handshake():
                 if before:
-                    await self._stream.send_all(before)
+                    self._stream.write(before)
                 await self._stream.start_tls(context, server_side=True)
         finally:
             services.handshakes.end(self)
@@ -674,7 +674,8 @@ class Session:
     def _send_output(self) -> None:
         """A plugin sent output at another time: send it now, behind what is due."""
         if not self._mute and (output := self._plugin.take_output()):
-            self._stream.send_nowait(self._machine.data_to_send() + output)
+            self._stream.write(self._machine.data_to_send() + output)
+            self._stream.flush()
 
 
 def _endpoint(

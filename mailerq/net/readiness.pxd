@@ -8,7 +8,7 @@ cdef class Socket:
     cdef public Poller _poller
     cdef public bint readable, empties, _rousable
     cdef public int fd
-    cdef public object _reader, _writer, _call, _attendant
+    cdef public object _reader, _call, _attendant
 
     cpdef call_when_writable(self, function)
     cpdef rouse(self)
@@ -18,9 +18,7 @@ cdef class Socket:
     cpdef notify(self, events)
     cpdef _begin_to_read(self)
     cpdef _attend(self, attendant)
-    cpdef _ask_for_output(self)
     cpdef _abort_reader(self, _)
-    cpdef _abort_writer(self, _)
 
 
 @cython.final

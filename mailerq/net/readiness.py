@@ -14,7 +14,7 @@ closed or sent urgent data, a read may stop short, and then only a read without 
 
 Guarantees
 ----------
-- A `Socket` is used in one loop, by one reader and one writer at a time.
+- A `Socket` is used in one loop, by one reader at a time.
 - If a plugin closes the descriptor of a socket or of the poller, at most one wait ends with
   `StreamLost`: the poller has a copy of its descriptor.
 - A cancelled wait loses no event: it is stored for the next wait. A socket that was full once stays
@@ -60,7 +60,6 @@ class Socket:
         "_poller",
         "_reader",
         "_rousable",
-        "_writer",
         "empties",
         "fd",
         "readable",
@@ -74,7 +73,6 @@ class Socket:
         """Whether a short read proves that the socket is empty."""
         self._poller: Poller | None = None
         self._reader: trio.lowlevel.Task | None = None
-        self._writer: trio.lowlevel.Task | None = None
         self._call: Callable[[], None] | None = None
         self._attendant: Callable[[], bool] | None = None
         self._rousable = False
@@ -102,20 +100,17 @@ class Socket:
         self._attendant = attendant
         await trio.lowlevel.wait_task_rescheduled(self._abort_reader)
 
-    async def wait_writable(self) -> None:
-        """Wait until a full socket takes more output."""
-        if self._writer is not None:
-            raise trio.BusyResourceError("another task writes to this socket")
-        self._ask_for_output()
-        self._writer = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._abort_writer)
-
     def call_when_writable(self, function: Callable[[], None]) -> None:
         """Call `function` once when a full socket takes more output; it must not raise.
 
-        Each socket has one such function. A task in `wait_writable` is woken as well.
+        Each socket has one such function. Raises `StreamLost` if the kernel cannot watch the
+        socket.
         """
-        self._ask_for_output()
+        # Few sockets are ever full. Registering again also reports a socket that has room by now.
+        if self._poller is None:
+            self._poller = Poller.add(self, _INPUT | _OUTPUT)
+        else:
+            self._poller.modify(self, _INPUT | _OUTPUT)
         self._call = function
 
     def rouse(self) -> None:
@@ -130,9 +125,8 @@ class Socket:
             self._wake_reader(outcome.Value(True))
 
     def stray(self) -> None:
-        """Wake the waiting tasks, because another file has this descriptor now. Any thread."""
+        """Wake who waits, because another file has this descriptor now. Any thread."""
         poller, self._poller = self._poller, None
-        self._call = None
         if poller is not None:
             poller.remove(self)
             with suppress(trio.RunFinishedError):
@@ -154,13 +148,9 @@ class Socket:
             else:
                 self.readable = True
                 self._attend(self._attendant)
-        if events & (_OUTPUT | _END):
-            if self._writer is not None:
-                task, self._writer = self._writer, None
-                trio.lowlevel.reschedule(task)
-            if self._call is not None:
-                function, self._call = self._call, None
-                function()
+        if events & (_OUTPUT | _END) and self._call is not None:
+            function, self._call = self._call, None
+            function()
 
     def _begin_to_read(self) -> None:
         if self._poller is None:
@@ -182,13 +172,6 @@ class Socket:
         elif isinstance(result, outcome.Error):
             log.error("an attendant failed while no task waits", exc_info=result.error)
 
-    def _ask_for_output(self) -> None:
-        # Few sockets are ever full. Registering again also reports a socket that has room by now.
-        if self._poller is None:
-            self._poller = Poller.add(self, _INPUT | _OUTPUT)
-        else:
-            self._poller.modify(self, _INPUT | _OUTPUT)
-
     def _wake_reader(self, result: outcome.Outcome[bool]) -> None:
         task, self._reader = self._reader, None
         self._attendant = None
@@ -200,10 +183,6 @@ class Socket:
         self._reader = None
         self._attendant = None
         self._rousable = False
-        return trio.lowlevel.Abort.SUCCEEDED
-
-    def _abort_writer(self, _: object) -> trio.lowlevel.Abort:
-        self._writer = None
         return trio.lowlevel.Abort.SUCCEEDED
 
 

@@ -2,15 +2,20 @@
 
 Theory of operation
 -------------------
-The socket is non-blocking. A write waits only for the rest that does not fit. A read is tried when
-`mailerq.net.readiness` has reported input. Bytes that `send_nowait` cannot send leave when the
-socket takes more, whatever the task does then. So on a busy server most reads and writes are one
-system call without arming a wait, and they keep Python's lock (see `_core_sockets.pxi`). A stream
-that has been served for `FAIR_SECONDS` lets other tasks run, so that no peer can occupy the loop.
+The socket is non-blocking. A read is tried when `mailerq.net.readiness` has reported input. On a
+busy server most reads and sends are one system call without arming a wait, and they keep Python's
+lock (see `_core_sockets.pxi`). A stream that has been served for `FAIR_SECONDS` lets other tasks
+run, so that no peer can occupy the loop.
 
-Short writes wait until all tasks have had their turn, and leave together with those of other
-streams (`mailerq.turns`). A reply that leaves in the middle of a turn wakes its peer alone. Replies
-that leave together find peers awake, which answer at once, so the next turn has more work.
+Output goes into one buffer, and three methods move it. `write` appends. `flush` sends what the
+socket takes now. `drain` waits until the socket has taken all. Nobody has to call the last two for
+the bytes to leave: the stream flushes at the end of the turn, and the rest follows when the socket
+takes more. So all replies of a turn leave in one segment, together with those of other streams. A
+reply that leaves in the middle of a turn wakes its peer alone. Replies that leave together find
+peers awake, which answer at once, so the next turn has more work.
+
+A writer bounds the buffer: while the stream `is_full`, drain before the next write. An empty buffer
+keeps a reference to the bytes written, so a block of a body is not copied.
 
 TLS uses two memory buffers between `ssl` and the same socket, so all of this applies to TLS too.
 """
@@ -43,7 +48,11 @@ FAIR_SECONDS: Final = 0.005
 """A stream may read this long without waiting before other tasks run."""
 
 LONG_BYTES: Final = 1 << 14
-"""Writes from this size on leave at once: they are work enough for the peer."""
+"""Output from this size on should leave at once: it is work enough for the peer."""
+
+BUFFER_BYTES: Final = 1 << 22
+"""A write that finds more unsent bytes than this loses the connection. Only a writer that does not
+drain gets there: a plugin with much output for a peer that does not read."""
 
 
 class CannotBind(OSError):
@@ -57,12 +66,11 @@ _streams: Final[dict[int, Stream]] = {}
 class Stream:
     """A connected TCP socket or descriptor, which the stream owns from now on.
 
-    Use a stream in one trio loop. One task at a time may read and one may send; with TLS, the same
-    task does both. Close the stream when no task waits in it. Any task of the loop may call
-    `send_nowait`, `rouse`, `has_input` and `is_stuck` at any time; only the sending task may call
-    `send_soon`. After a cancelled `send_all` or `drain` the output is cut off: close the stream.
-    The loss of the peer may be raised by a later operation than the send. Pass `local` and `remote`
-    if they are known, to save system calls.
+    Use a stream in one trio loop. One task at a time may read and one may drain; with TLS, the same
+    task does both. Close the stream when no task waits in it. Any task of the loop may call the
+    other methods at any time. A loss of the peer that `write` or `flush` meets is raised by the
+    next operation that waits or reads. Pass `local` and `remote` if they are known, to save system
+    calls.
     """
 
     def __init__(
@@ -80,13 +88,14 @@ class Stream:
         self._local = local
         self._remote = remote
         self._served_since = 0.0  # start of a run of reads without waiting; 0: none
-        self._sending = False
-        self._departing = False  # `_depart` will be called soon
-        # If not empty: `_depart`, `call_when_writable` or a running `send_all` will send it.
+        # If not empty: `_depart` or `call_when_writable` will flush it.
         self._unsent = b""
         self._placed = 0  # bytes of `_unsent` that are already sent
+        self._departing = False  # `_depart` will be called soon
+        self._drainer: trio.lowlevel.Task | None = None
         self._end_of_turn: EndOfTurn | None = None
-        self._lost: str | None = None  # the error of a send, for the next operation to raise
+        self._lost: str | None = None  # why output was cut off: nothing may follow
+        self._untold = False  # the next operation raises `_lost`
         self._unread = b""
         self._take: Callable[[bytes], bool] | None = None
         self._digested = False
@@ -175,7 +184,7 @@ class Stream:
             try:
                 return self._tls.read(RECEIVE_BYTES)
             except ssl.SSLWantReadError:
-                await self._flush_tls()
+                await self._send_tls()
                 data = await self._receive_raw()
                 if not data:
                     return b""
@@ -188,13 +197,13 @@ class Stream:
     async def digest(self, take: Callable[[bytes], bool]) -> None:
         """Call `take` with all input, and with b"" at the end, until `take` returns True.
 
-        `take` may answer with `send_soon`. Without TLS, `take` runs in another task of the loop
-        while this task sleeps, so its input costs no task switch. Reading stops while the peer does
-        not read its replies. Raises `StreamLost`, and the exceptions of `take`.
+        `take` may answer with `write`. Without TLS, `take` runs in another task of the loop while
+        this task sleeps, so its input costs no task switch. Reading stops while the peer does not
+        read its replies. Raises `StreamLost`, and the exceptions of `take`.
         """
         while True:
-            if self._must_flush():
-                await self._send_now(b"")
+            if self.is_full:
+                await self.drain()
             if self._tls is None and not (self._socket.readable or self._unread):
                 self._take, self._digested = take, False
                 try:
@@ -205,14 +214,14 @@ class Stream:
                     return
                 continue
             came = await self.receive()
-            if self._must_flush():  # a turn may have ended meanwhile
-                await self._send_now(b"")
+            if self.is_full:  # a turn may have ended meanwhile
+                await self.drain()
             if take(came):
                 return
 
     def _look(self) -> bool:
         """Read input and pass it to `take`; return whether the task must wake."""
-        if self._must_flush():
+        if self.is_full:
             return True
         came = self.receive_nowait()
         if came is None:
@@ -220,10 +229,6 @@ class Stream:
         assert self._take is not None
         self._digested = self._take(came)
         return self._digested or self._socket.readable
-
-    def _must_flush(self) -> bool:
-        """Whether pending output must leave before more input is read."""
-        return bool(self._unsent) and (not self._departing or len(self._unsent) >= LONG_BYTES)
 
     def receive_nowait(self) -> bytes | None:
         """Read from a plain stream now: None without input, b"" at the end. Raises `StreamLost`."""
@@ -256,32 +261,19 @@ class Stream:
     @property
     def is_stuck(self) -> bool:
         """Whether output waits because the peer does not read."""
-        return self._sending or (bool(self._unsent) and not self._departing)
+        return bool(self._unsent) and not self._departing
 
     def unread(self, data: bytes) -> None:
         """Put received bytes back, for the next read or for TLS."""
         self._unread = data
 
-    async def send_all(self, data: bytes) -> None:
-        """Send all bytes, at the latest when the other tasks have had their turn.
+    @property
+    def is_full(self) -> bool:
+        """Whether to drain before the next write: much waits, or the peer does not read."""
+        return bool(self._unsent) and (not self._departing or len(self._unsent) >= LONG_BYTES)
 
-        Raises `StreamLost`; how many bytes have arrived is then unknown.
-        """
-        if self._tls is None:
-            await self._send_raw(data)
-            return
-        try:
-            self._tls.write(data)
-        except ssl.SSLError as error:
-            raise StreamLost(str(error)) from error
-        await self._flush_tls()
-
-    def send_soon(self, data: bytes) -> None:
-        """Send when the other tasks have had their turn.
-
-        Bytes that the socket does not take then leave when it does, or with the next `send_all` or
-        `drain`. The next operation raises the loss of the peer.
-        """
+    def write(self, data: bytes) -> None:
+        """Put bytes into the buffer; they leave at the end of the turn, or behind earlier ones."""
         if self._tls is not None:
             try:
                 self._tls.write(data)
@@ -289,42 +281,97 @@ class Stream:
                 self._lose(str(error))
                 return
             data = self._outgoing.read()
-        self._unsent += data
-        self._depart_soon()
+        self._buffer(data)
+
+    def flush(self) -> None:
+        """Send what the socket takes now; the rest follows when it takes more. Never raises."""
+        self._departing = False
+        if not self._unsent:
+            return
+        try:
+            self._placed += send(self._fd, self._unsent, self._placed)
+            if self._placed < len(self._unsent):
+                self._socket.call_when_writable(self.flush)
+                return
+        except OSError as error:
+            self._check_stray(error)
+            self._lose(str(error))
+        except StreamLost as error:  # the kernel cannot watch another socket
+            self._lose(str(error))
+        except Exception as error:
+            log.exception("sending failed")
+            self._lose(f"sending failed: {error!r}")
+        else:
+            self._unsent, self._placed = b"", 0
+            self._end_drain()
 
     async def drain(self) -> None:
-        """Wait until the socket has taken all output. Raises `StreamLost`."""
-        self._raise_lost()
+        """Wait until the socket has taken all bytes, also those written meanwhile.
+
+        Not a checkpoint if that needs no wait. Raises `StreamLost`; how many bytes have arrived is
+        then unknown. After a cancelled `drain` the rest follows as after `flush`.
+        """
+        self.flush()
         if self._unsent:
-            await self._send_now(b"")
+            if self._drainer is not None:
+                raise trio.BusyResourceError("another task drains this stream")
+            self._drainer = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort_drain)
+        if self._lost is not None:
+            self._untold = False
+            raise StreamLost(self._lost)
+
+    def _abort_drain(self, _: object) -> trio.lowlevel.Abort:
+        self._drainer = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _end_drain(self) -> None:
+        if self._drainer is not None:
+            task, self._drainer = self._drainer, None
+            trio.lowlevel.reschedule(task)
+
+    def _buffer(self, data: bytes) -> None:
+        if self._lost is not None:
+            self._lose(self._lost)
+        elif not self._unsent:
+            if data:
+                self._unsent = data
+                self._departing = True
+                if self._end_of_turn is None:
+                    self._end_of_turn = EndOfTurn.of_this_loop()
+                self._end_of_turn.call(self._depart)
+        elif len(self._unsent) - self._placed > BUFFER_BYTES:
+            self._lose("the peer does not read")
+        else:
+            self._unsent = self._unsent[self._placed :] + data
+            self._placed = 0
 
     def _depart(self, idle: bool) -> bool:
-        """Send pending output at the end of a turn; return whether a task may be ready now."""
-        if self._departing:
-            self._departing = False
-            try:
-                self._send_unsent()
-            except Exception as error:
-                log.exception("sending failed")
-                self._lose(f"sending failed: {error!r}")
-            return bool(self._unsent) or self._lost is not None
-        return False
+        """Flush at the end of a turn; return whether a task may be ready now."""
+        if not self._departing:
+            return False
+        self.flush()
+        return bool(self._unsent) or self._untold
 
-    def send_nowait(self, data: bytes) -> None:
-        """Send what the socket takes now, and the rest when it takes more.
+    def _lose(self, why: str) -> None:
+        """Drop pending output, and let the next operation raise the reason."""
+        self._unsent, self._placed = b"", 0
+        self._lost, self._untold = why, True
+        self._socket.alarm()
+        self._end_drain()
 
-        While another task runs `send_all`, the bytes follow its bytes. The next operation raises
-        the loss of the connection. Closing drops unsent bytes.
-        """
-        try:
-            if self._tls is not None:
-                self._tls.write(data)
-                data = self._outgoing.read()
-        except ssl.SSLError:
-            return
-        self._unsent = self._take_unsent() + data
-        if not self._sending:
-            self._send_unsent()
+    def _raise_lost(self) -> None:
+        """Raise the error of an earlier send, once: a later read may still find earlier input."""
+        if self._untold:
+            self._untold = False
+            raise StreamLost(self._lost)
+
+    async def _send_tls(self) -> None:
+        """Send what `ssl` has to say to the peer."""
+        if self._outgoing.pending:
+            self._buffer(self._outgoing.read())
+            if self.is_full:
+                await self.drain()
 
     async def start_tls(
         self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
@@ -339,24 +386,24 @@ class Stream:
                 tls.do_handshake()
                 break
             except ssl.SSLWantReadError:
-                await self._flush_tls()
+                await self._send_tls()
                 data = await self._receive_raw()
                 if not data:
                     raise StreamLost("closed during the TLS handshake") from None
                 self._incoming.write(data)
             except ssl.SSLError as error:
                 if self._outgoing.pending:
-                    await self._flush_tls()  # the alert with the reason
+                    await self._send_tls()  # the alert with the reason
                 raise StreamLost(f"TLS handshake failed: {error.reason or error}") from error
-        await self._flush_tls()
+        await self._send_tls()
         self._tls = tls
 
     def close(self) -> None:
         """Close the socket; with TLS, send close_notify if no output was cut off and it fits."""
         if self._fd < 0:
             return
-        self._depart(idle=False)
-        if self._tls is not None and not (self._sending or self._unsent):
+        self.flush()
+        if self._tls is not None and not self._unsent and self._lost is None:
             with suppress(ssl.SSLError, OSError):  # do not wait for close_notify of the peer
                 self._tls.unwrap()
             with suppress(OSError):
@@ -399,85 +446,6 @@ class Stream:
                     await trio.lowlevel.checkpoint()
                     self._served_since = monotonic()
                 return data
-
-    async def _send_raw(self, data: bytes) -> None:
-        self._raise_lost()
-        if not self._departing:
-            if len(data) >= LONG_BYTES or self._unsent or self._sending:
-                await self._send_now(data)
-                return
-            self._depart_soon()
-        self._unsent += data
-        if len(self._unsent) >= LONG_BYTES:
-            await self._send_now(b"")
-
-    def _depart_soon(self) -> None:
-        if not self._departing:
-            self._departing = True
-            if self._end_of_turn is None:
-                self._end_of_turn = EndOfTurn.of_this_loop()
-            self._end_of_turn.call(self._depart)
-
-    async def _send_now(self, data: bytes) -> None:
-        self._departing = False
-        if self._unsent:
-            data = self._take_unsent() + data
-        try:
-            sent = send(self._fd, data)
-            if sent < len(data):
-                await self._send_rest(data, sent)
-        except OSError as error:
-            self._check_stray(error)
-            raise StreamLost(str(error)) from error
-
-    def _raise_lost(self) -> None:
-        """Raise the error of an earlier send, once: a later read may still find earlier input."""
-        if self._lost is not None:
-            lost, self._lost = self._lost, None
-            raise StreamLost(lost)
-
-    async def _send_rest(self, data: bytes, sent: int) -> None:
-        """Send the rest that did not fit, and then the bytes of `send_nowait` calls meanwhile."""
-        self._sending = True
-        while True:
-            while sent < len(data):
-                await self._socket.wait_writable()
-                sent += send(self._fd, data, sent)
-            if not self._unsent:
-                break
-            data, sent = self._take_unsent(), 0
-        self._sending = False
-
-    def _send_unsent(self) -> None:
-        """Send pending output, unless a running `send_all` will."""
-        if self._sending or not self._unsent:
-            return
-        try:
-            self._placed += send(self._fd, self._unsent, self._placed)
-        except OSError as error:
-            self._check_stray(error)
-            self._lose(str(error))
-        if self._placed == len(self._unsent):
-            self._take_unsent()
-            return
-        # If the kernel cannot watch another socket, the next `send_all` sends the rest.
-        with suppress(StreamLost):
-            self._socket.call_when_writable(self._send_unsent)
-
-    def _lose(self, why: str) -> None:
-        """Drop pending output, and let the next operation raise the reason."""
-        self._take_unsent()
-        self._lost = why
-        self._socket.alarm()
-
-    def _take_unsent(self) -> bytes:
-        data = self._unsent[self._placed :]
-        self._unsent, self._placed = b"", 0
-        return data
-
-    async def _flush_tls(self) -> None:
-        if self._outgoing.pending:
-            await self._send_raw(self._outgoing.read())
 
 
 def _descriptor(sock: socket.socket) -> int:

@@ -556,9 +556,11 @@ class Session:
         sent = 0
         while data := self._protocol.data_to_send():
             self._expect(self._timeout)
-            await self._stream.send_all(data)
+            self._stream.write(data)
             sent += len(data)
             data = b""  # free the block before making the next
+            if self._stream.is_full:
+                await self._stream.drain()
             if sent >= BLOCK_BYTES:
                 sent = 0
                 await trio.lowlevel.checkpoint()  # a fast peer must not starve the others
@@ -576,12 +578,15 @@ class Session:
         """Send held output, unless a peer would take it for part of a mail."""
         if self._held and not (self._sending or self._begun):
             held, self._held = self._held, b""
-            self._stream.send_nowait(held)
+            self._stream.write(held)
+            self._stream.flush()
 
     async def _send_output(self) -> None:
         if output := self._plugin.take_output():
             self._expect(self._timeout)
-            await self._stream.send_all(output)
+            self._stream.write(output)
+            if self._stream.is_full:
+                await self._stream.drain()
 
     async def _last_words(self, error: StreamLost) -> Event:
         """The connection broke; read the reason that a peer may have sent before closing."""

@@ -309,7 +309,8 @@ class Load:
 async def command(stream: Stream, line: bytes | None) -> int:
     """Send a line, if there is one, and read a whole reply: its code."""
     if line is not None:
-        await stream.send_all(line)
+        stream.write(line)
+        await stream.drain()
     reply = b""
     while not reply.endswith(b"\n") or reply.split(b"\r\n")[-2][3:4] == b"-":
         data = await stream.receive()

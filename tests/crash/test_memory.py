@@ -73,7 +73,7 @@ class Traffic:
             if self._left <= 0:
                 break
             self._left -= 1
-            await stream.send_all(b"MAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\n")
+            stream.write(b"MAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\n")
             assert await replies(stream, 3) == 354
             code = await command(stream, self._mix() + b".\r\n")
             self.accepted += code == 250

@@ -54,7 +54,7 @@ async def test_what_is_answered_at_once_wakes_no_task() -> None:
         seen.append(data)
         if data == b"end":
             return True
-        stream.send_soon(b"<" + data + b">")
+        stream.write(b"<" + data + b">")
         return False
 
     async def serve() -> None:
@@ -164,7 +164,7 @@ async def test_what_was_sent_to_nobody_is_told_to_who_digests() -> None:
 
     def take(data: bytes) -> bool:
         peer.close()
-        stream.send_soon(b"hello?")
+        stream.write(b"hello?")
         return False
 
     async with trio.open_nursery() as nursery:
@@ -233,7 +233,7 @@ class Digester:
         if data:
             self.taken += len(data)
             self.answers += 1
-            self.stream.send_soon(ANSWER)
+            self.stream.write(ANSWER)
         return not data or data.endswith(b".")
 
 
@@ -244,7 +244,8 @@ async def send_until_stuck(stream: Stream, peer: Stream) -> int:
         if not peer.is_stuck:
             sent += len(PIECE)
             assert sent < 1 << 22, "all is taken, though nothing is read of what is answered"
-            peer.send_nowait(PIECE)
+            peer.write(PIECE)
+            peer.flush()
         await trio.lowlevel.checkpoint()
     return sent
 
@@ -261,7 +262,7 @@ async def test_from_a_peer_that_does_not_read_no_more_is_taken(kind: str) -> Non
         while data := await right.receive():
             got += len(data)
             if digester.taken == sent and not ended:
-                await right.send_all(b".")
+                right.write(b".")
                 ended = True
     assert digester.taken == sent + 1
     assert got == digester.answers * len(ANSWER)
@@ -276,7 +277,8 @@ async def test_who_has_said_all_gets_all_answers(kind: str) -> None:
         nursery.start_soon(digester.run)
         while not left.is_stuck:
             if not right.is_stuck:
-                right.send_nowait(PIECE)
+                right.write(PIECE)
+                right.flush()
             await trio.lowlevel.checkpoint()
         with socket.socket(fileno=os.dup(right.fileno())) as copy:
             copy.shutdown(socket.SHUT_WR)
@@ -322,13 +324,13 @@ async def test_tls_is_digested_by_the_task() -> None:
     left, right = await streams("tls")
 
     def take(data: bytes) -> bool:
-        left.send_soon(b"<" + data + b">")
+        left.write(b"<" + data + b">")
         return data == b"end"
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(left.digest, take)
         for word in (b"one", b"two", b"end"):
-            await right.send_all(word)
+            right.write(word)
             assert await right.receive() == b"<" + word + b">"
     left.close()
     right.close()

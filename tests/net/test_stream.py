@@ -12,9 +12,9 @@ import trio
 import trio.testing
 import trustme
 
+from mailerq import sockets
 from mailerq.net import stream
 from mailerq.net.stream import FAIR_SECONDS, LONG_BYTES, Stream, StreamLost
-from mailerq.sockets import send
 
 
 def pair() -> tuple[Stream, Stream]:
@@ -41,11 +41,16 @@ async def read(stream: Stream, size: int) -> bytes:
     return data
 
 
+async def send(stream: Stream, data: bytes) -> None:
+    stream.write(data)
+    await stream.drain()
+
+
 async def test_bytes_arrive_in_both_directions_and_then_the_end() -> None:
     left, right = pair()
-    await left.send_all(b"ping")
+    left.write(b"ping")
     assert await right.receive() == b"ping"
-    await right.send_all(b"pong")
+    right.write(b"pong")
     assert await left.receive() == b"pong"
     left.close()
     assert await right.receive() == b""
@@ -54,9 +59,9 @@ async def test_bytes_arrive_in_both_directions_and_then_the_end() -> None:
 
 async def test_more_than_fits_into_the_sockets_is_sent_whole() -> None:
     left, right = pair()
-    data = bytes(range(256)) * 40000
+    data = bytes(range(256)) * 10000
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(left.send_all, data)
+        nursery.start_soon(send, left, data)
         assert await read(right, len(data)) == data
     left.close()
     right.close()
@@ -70,66 +75,75 @@ async def shake_hands(
         await client.start_tls(contexts[1], server_side=False, server_hostname="mx.test")
 
 
-async def test_what_send_nowait_cannot_send_comes_before_the_next_send() -> None:
+async def test_what_a_flush_cannot_send_comes_before_the_next_write() -> None:
     left, right = pair()
-    data = bytes(range(256)) * 40000
-    left.send_nowait(data)
+    data = bytes(range(256)) * 10000
+    left.write(data)
+    left.flush()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(left.send_all, b"end")
+        nursery.start_soon(send, left, b"end")
         assert await read(right, len(data) + 3) == data + b"end"
     left.close()
     right.close()
 
 
 @pytest.mark.parametrize("secure", [False, True])
-async def test_what_send_nowait_cannot_send_goes_out_while_the_peer_is_waited_for(
-    secure: bool, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
-) -> None:
-    left, right = pair()
-    if secure:
-        await shake_hands(left, right, contexts)
-    data = bytes(range(256)) * 40000
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(left.receive)
-        await trio.testing.wait_all_tasks_blocked()
-        left.send_nowait(data)
-        left.send_nowait(b"behind it")
-        with trio.fail_after(60):
-            assert await read(right, len(data) + 9) == data + b"behind it"
-        left.send_nowait(b", and later")
-        assert await read(right, 11) == b", and later"
-        await right.send_all(b"thanks")
-    left.close()
-    right.close()
-
-
-@pytest.mark.parametrize("secure", [False, True])
-async def test_a_send_that_comes_while_the_rest_of_another_goes_out_is_behind_it(
+async def test_what_a_flush_cannot_send_goes_out_while_the_peer_is_waited_for(
     secure: bool, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
 ) -> None:
     left, right = pair()
     if secure:
         await shake_hands(left, right, contexts)
     data = bytes(range(256)) * 10000
-    left.send_nowait(data)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(left.receive)
+        await trio.testing.wait_all_tasks_blocked()
+        left.write(data)
+        left.flush()
+        left.write(b"behind it")
+        left.flush()
+        with trio.fail_after(60):
+            assert await read(right, len(data) + 9) == data + b"behind it"
+        left.write(b", and later")
+        left.flush()
+        assert await read(right, 11) == b", and later"
+        right.write(b"thanks")
+    left.close()
+    right.close()
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_write_that_comes_while_the_rest_of_another_goes_out_is_behind_it(
+    secure: bool, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    left, right = pair()
+    if secure:
+        await shake_hands(left, right, contexts)
+    data = bytes(range(256)) * 10000
+    left.write(data)
+    left.flush()
     received = await read(right, len(data) // 2)  # so the rest is under way without a task
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(left.send_all, data[::-1])
+        nursery.start_soon(send, left, data[::-1])
         await trio.testing.wait_all_tasks_blocked()
-        left.send_nowait(b"end")
-        left.send_nowait(data)
+        left.write(b"end")
+        left.flush()
+        left.write(data)
+        left.flush()
         received += await read(right, 3 * len(data) + 3 - len(received))
     assert received == data + data[::-1] + b"end" + data
     left.close()
     right.close()
 
 
-async def test_what_send_nowait_cannot_send_is_dropped_by_close() -> None:
+async def test_what_a_flush_cannot_send_is_dropped_by_close() -> None:
     left, right = pair()
-    data = bytes(range(256)) * 40000
-    left.send_nowait(data)
+    data = bytes(range(256)) * 10000
+    left.write(data)
+    left.flush()
     left.close()
-    left.send_nowait(b"too late")
+    left.write(b"too late")
+    left.flush()
     received = b""
     while chunk := await right.receive():
         received += chunk
@@ -140,11 +154,13 @@ async def test_what_send_nowait_cannot_send_is_dropped_by_close() -> None:
 
 async def test_a_peer_that_goes_while_the_rest_of_a_send_waits_is_no_error_until_then() -> None:
     left, right = pair()
-    left.send_nowait(bytes(1 << 24))
+    left.write(bytes(1 << 24))
+    left.flush()
     right.close()
     await trio.testing.wait_all_tasks_blocked()
+    left.write(b"x")
     with pytest.raises(StreamLost):
-        await left.send_all(b"x")
+        await left.drain()
     left.close()
 
 
@@ -154,7 +170,8 @@ async def test_tls_that_was_cut_off_ends_without_a_goodbye(
     server, client = pair()
     await shake_hands(server, client, contexts)
     with socket.socket(fileno=os.dup(client.fileno())) as raw:
-        server.send_nowait(bytes(1 << 24))
+        server.write(bytes(1 << 24))
+        server.flush()
         received = raw.recv(1 << 24)  # there is room now, but in the middle of a record
         server.close()
         while chunk := raw.recv(1 << 24):
@@ -179,9 +196,9 @@ async def test_a_peer_that_always_has_more_lets_others_run() -> None:
         for _ in range(2):  # trio shuffles who of two is first
             end = monotonic() + FAIR_SECONDS
             while monotonic() <= end:
-                await left.send_all(b"x")
+                left.write(b"x")
                 await right.receive()
-            await left.send_all(b"x")
+            left.write(b"x")
             await right.receive()
         assert others > 0
         nursery.cancel_scope.cancel()
@@ -193,20 +210,16 @@ async def test_a_peer_that_always_has_more_lets_others_run() -> None:
 async def test_a_broken_connection_is_lost(size: int) -> None:
     left, right = pair()
     right.close()
-
-    async def send() -> None:
-        await left.send_all(bytes(size))
-        await left.drain()
-
+    left.write(bytes(size))
     with pytest.raises(StreamLost):
-        await send()
+        await left.drain()
     left.close()
 
 
 async def test_what_is_short_leaves_when_all_had_their_turn_and_as_one() -> None:
     left, right = pair()
-    await left.send_all(b"one ")
-    await left.send_all(b"packet")
+    left.write(b"one ")
+    left.write(b"packet")
     assert not right.has_input
     await trio.testing.wait_all_tasks_blocked()
     assert await right.receive() == b"one packet"
@@ -216,7 +229,7 @@ async def test_what_is_short_leaves_when_all_had_their_turn_and_as_one() -> None
 
 async def test_what_is_short_does_not_wait_for_more_than_a_turn_of_a_busy_loop() -> None:
     left, right = pair()
-    await left.send_all(b"x")
+    left.write(b"x")
     turns = 0
     while not right.has_input:
         await trio.lowlevel.checkpoint()
@@ -226,10 +239,14 @@ async def test_what_is_short_does_not_wait_for_more_than_a_turn_of_a_busy_loop()
     right.close()
 
 
-async def test_many_short_ones_do_not_gather_without_end() -> None:
+async def test_many_short_ones_fill_the_buffer() -> None:
     left, right = pair()
-    for _ in range(LONG_BYTES):
-        await left.send_all(b"x")
+    for count in range(LONG_BYTES):
+        assert not left.is_full, count
+        left.write(b"x")
+    assert left.is_full
+    await left.drain()
+    assert not left.is_full
     assert right.has_input
     left.close()
     right.close()
@@ -237,7 +254,7 @@ async def test_many_short_ones_do_not_gather_without_end() -> None:
 
 async def test_closing_sends_what_has_not_left() -> None:
     left, right = pair()
-    await left.send_all(b"goodbye")
+    left.write(b"goodbye")
     left.close()
     assert await right.receive() == b"goodbye"
     right.close()
@@ -245,7 +262,8 @@ async def test_closing_sends_what_has_not_left() -> None:
 
 async def test_drain_waits_until_the_socket_has_taken_it() -> None:
     left, right = pair()
-    left.send_nowait(bytes(1 << 24))  # more than the sockets take
+    left.write(bytes(1 << 24))  # more than the sockets take
+    left.flush()
     drained = trio.Event()
 
     async def drain() -> None:
@@ -264,11 +282,11 @@ async def test_drain_waits_until_the_socket_has_taken_it() -> None:
 
 async def test_what_a_send_met_is_told_once_and_what_came_before_it_can_be_read() -> None:
     left, right = pair()
-    await right.send_all(b"last words")
+    right.write(b"last words")
     await right.drain()
     with socket.socket(fileno=os.dup(left.fileno())) as copy:
         copy.shutdown(socket.SHUT_WR)
-    await left.send_all(b"x")
+    left.write(b"x")
     await trio.testing.wait_all_tasks_blocked()
     with pytest.raises(StreamLost):
         await left.receive()
@@ -283,7 +301,7 @@ async def test_what_does_not_fit_at_the_end_of_a_turn_follows() -> None:
         copy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least there is
     data = bytes(range(256)) * (LONG_BYTES // 256 - 1)
     with trio.fail_after(60):
-        await left.send_all(data)  # nobody has waited on this stream before
+        left.write(data)  # nobody has waited on this stream before
         assert await read(right, len(data)) == data
     left.close()
     right.close()
@@ -298,12 +316,12 @@ async def test_a_defect_in_one_send_does_not_keep_the_others_back(
     def fail(fd: int, data: bytes, start: int = 0) -> int:
         if fd == broken.fileno():
             raise MemoryError
-        return send(fd, data, start)
+        return sockets.send(fd, data, start)
 
     monkeypatch.setattr(stream, "send", fail)
     for text in (b"one", b"two"):
-        await broken.send_all(b"x")
-        await left.send_all(text)
+        broken.write(b"x")
+        left.write(text)
         assert await right.receive() == text
         with pytest.raises(StreamLost, match="MemoryError"):
             await broken.receive()
@@ -326,7 +344,7 @@ async def test_who_waits_to_read_learns_that_what_was_sent_is_lost() -> None:
         await trio.testing.wait_all_tasks_blocked()
         with socket.socket(fileno=os.dup(left.fileno())) as copy:
             copy.shutdown(socket.SHUT_WR)
-        await left.send_all(b"x")
+        left.write(b"x")
         with trio.fail_after(60):
             await lost.wait()
     left.close()
@@ -361,9 +379,9 @@ async def test_tls_carries_much_data_and_a_goodbye(
     await shake_hands(server, client, contexts)
     assert client.cipher is not None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(client.send_all, data)
+        nursery.start_soon(send, client, data)
         assert await read(server, len(data)) == data
-    await server.send_all(b"thanks")
+    server.write(b"thanks")
     assert await client.receive() == b"thanks"
     client.close()
     assert await server.receive() == b""
@@ -397,21 +415,23 @@ async def test_garbage_instead_of_a_handshake_is_lost(
     contexts: tuple[ssl.SSLContext, ssl.SSLContext],
 ) -> None:
     server, client = pair()
-    await client.send_all(b"EHLO in.clear\r\n")
+    client.write(b"EHLO in.clear\r\n")
     with pytest.raises(StreamLost):
         await server.start_tls(contexts[0], server_side=True)
     server.close()
     client.close()
 
 
-async def test_what_send_nowait_is_given_during_a_send_comes_behind_it() -> None:
+async def test_what_is_written_during_a_drain_comes_behind_it() -> None:
     left, right = pair()
-    data = bytes(range(256)) * 40000
+    data = bytes(range(256)) * 10000
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(left.send_all, data)
+        nursery.start_soon(send, left, data)
         await trio.testing.wait_all_tasks_blocked()
-        left.send_nowait(b"behind ")
-        left.send_nowait(b"it")
+        left.write(b"behind ")
+        left.flush()
+        left.write(b"it")
+        left.flush()
         assert await read(right, len(data) + 9) == data + b"behind it"
     left.close()
     right.close()
