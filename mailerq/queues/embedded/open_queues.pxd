@@ -5,10 +5,13 @@ cimport cython
 
 @cython.final
 cdef class Destination:
-    cdef public object key, next_due, turns, window
-    cdef public dict held
+    cdef public object key, held, window
+    cdef public long long next_due
     cdef public bint backlog, reading
+    cdef short _new_turn, _retried_turn, _step
 
+    cpdef hold(self, number)
+    cpdef drop(self, number)
     cpdef has_due(self, now)
     cpdef note(self, due, now)
     cpdef begin_read(self)

@@ -49,7 +49,7 @@ from mailerq.errors import QueueDamaged
 from mailerq.queues.embedded.layout import UNSORTED
 from mailerq.queues.embedded.queue_reader import BEFORE_LANES
 from mailerq.queues.embedded.sqlite_file import mark
-from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN
+from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN, Turns
 from mailerq.queues.interface import Lease
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ logger = logging.getLogger("mailerq.queues")
 
 HELD_BYTES: Final = 128 << 20
 """Bytes of messages that one taker may hold; one message is always allowed."""
+
+NEVER: Final = 1 << 62
+"""The due time of mail that is not there, in milliseconds."""
 
 
 class Wakeable(Protocol):
@@ -167,23 +170,51 @@ class Taker:
 
 
 class Destination:
-    """The state of one destination of an open queue."""
+    """The state of one destination of an open queue.
 
-    __slots__ = ("backlog", "held", "key", "next_due", "reading", "turns", "window")
+    There is one for each destination that has mail, so a destination is small.
+    """
+
+    __slots__ = (
+        "_new_turn", "_retried_turn", "_step", "backlog", "held", "key", "next_due", "reading",
+        "window",
+    )  # fmt: skip
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.held: dict[int, None] = {}
+        self.held: dict[int, None] | tuple[()] = ()
+        """The ids of leased messages; few destinations have any."""
         self.backlog = False
-        self.next_due: int | None = None
+        self.next_due = NEVER
         self.reading = False
-        self.turns = FIRST_TURN
+        self._new_turn, self._retried_turn, self._step = FIRST_TURN
         self.window: int | None = None
         """None: the default of the subscription."""
 
+    @property
+    def turns(self) -> Turns:
+        """The position of reads."""
+        return Turns(self._new_turn, self._retried_turn, self._step)
+
+    @turns.setter
+    def turns(self, turns: Turns) -> None:
+        self._new_turn, self._retried_turn, self._step = turns
+
+    def hold(self, number: int) -> None:
+        """Note that a message is leased."""
+        if not isinstance(self.held, dict):
+            self.held = {}
+        self.held[number] = None
+
+    def drop(self, number: int) -> None:
+        """Note that a lease is over."""
+        if isinstance(self.held, dict):
+            self.held.pop(number, None)
+            self.held = self.held or ()
+
     def has_due(self, now: int) -> bool:
         """Whether mail in the file may be due."""
-        return self.backlog or (self.next_due is not None and self.next_due <= now)
+        return self.backlog or self.next_due <= now
 
     def note(self, due: int, now: int) -> bool:
         """Note an unleased message in the file; return whether that is news."""
@@ -191,7 +222,7 @@ class Destination:
             news = not self.has_due(now)
             self.backlog = True
             return news
-        if self.next_due is not None and self.next_due <= due:
+        if self.next_due <= due:
             return False
         self.next_due = due
         return True
@@ -199,13 +230,13 @@ class Destination:
     def begin_read(self) -> None:
         self.reading = True
         self.backlog = False
-        self.next_due = None
+        self.next_due = NEVER
 
     def end_read(self, more: bool, next_due: int | None) -> bool:
         """Note the result of a read; return whether more is due, mail noted meanwhile included."""
         self.reading = False
         self.backlog = self.backlog or more
-        if next_due is not None and (self.next_due is None or next_due < self.next_due):
+        if next_due is not None and next_due < self.next_due:
             self.next_due = next_due
         return self.backlog
 
@@ -215,7 +246,7 @@ class Destination:
             self.held
             or self.backlog
             or self.reading
-            or self.next_due is not None
+            or self.next_due != NEVER
             or self.window is not None
         )
 
@@ -271,7 +302,7 @@ class OpenQueue:
     def hold(self, lease: HeldLease, taker: Taker | None) -> None:
         """Lease a message, and count it for its taker."""
         self.held[lease.id] = lease
-        self.destination(lease.destination).held[lease.id] = None
+        self.destination(lease.destination).hold(lease.id)
         lease.taker = taker
         if taker is not None:
             taker.count += 1
@@ -288,7 +319,7 @@ class OpenQueue:
             lease.taker.count -= 1
             lease.taker.bytes -= lease.memory
         destination = self.destinations[lease.destination]
-        destination.held.pop(lease.id, None)
+        destination.drop(lease.id)
         self.tidy(destination)
 
     def next_turn(self, now: int) -> Destination | None:
@@ -414,7 +445,7 @@ class OpenQueues:
         for destination in queue.destinations.values():
             if destination.backlog:
                 self._tell(queue, destination.key, now, now)
-            elif destination.next_due is not None:
+            elif destination.next_due != NEVER:
                 self._tell(queue, destination.key, destination.next_due, now)
         if not queue.complete:
             self.scan(queue)
@@ -457,8 +488,9 @@ class OpenQueues:
 
     def note(self, queue: OpenQueue, key: str, due: int, now: int) -> None:
         """Note an unleased message in the file."""
-        if queue.destination(key).note(due, now):
-            self._tell(queue, key, due, now)
+        destination = queue.destination(key)
+        if destination.note(due, now):
+            self._tell(queue, destination.key, due, now)
 
     def _tell(self, queue: OpenQueue, key: str, due: int, now: int) -> None:
         for subscription in queue.subscriptions:
@@ -496,7 +528,7 @@ class OpenQueues:
         if queue.consumers:
             if more:
                 queue.turns[take.destination] = None
-            if destination.next_due is not None:
+            if destination.next_due != NEVER:
                 queue.expect(take.destination, destination.next_due, now)
         take.taker.taken()
         queue.tidy(destination)
