@@ -8,17 +8,17 @@ cdef class Dispatcher:
     cdef public Py_ssize_t max_window, opened_sessions, ahead_jobs, _looked_up
     cdef public bint stopping
     cdef public double _next_look, _next_due
-    cdef public dict _flows, _sessions, _looking_up
-    cdef public object queues, worker, openings, counters, memory, now
+    cdef public dict _sessions, _looking_up
+    cdef public object queues, worker, openings, flows, counters, memory, now
     cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies
-    cdef public object _some_session, _no_session, _looks, _times_changed, _say_own_fault
+    cdef public object _some_session, _no_session, _times_changed, _say_own_fault
     cdef public object _stopped, _life, _nursery, _working
     cdef object __weakref__
 
     cpdef admit(self, lease, wanted=*)
-    cpdef _judge(self, lease)
+    cpdef judge(self, lease)
     cpdef _body_problem(self, lease)
-    cpdef _place(self, job, found, wanted=*)
+    cpdef place(self, job, found, wanted=*)
     cpdef has_expired(self, job)
     cpdef refill(self, flow)
     cpdef start_session(self, session)
@@ -26,7 +26,4 @@ cdef class Dispatcher:
     cpdef settle(self, job, report, session)
     cpdef put_back(self, job)
     cpdef _gone(self, job)
-    cpdef forget(self, flow)
     cpdef lease_over(self, lease, job)
-    cpdef ask(self, flow)
-    cpdef look_at(self, flow, when)

@@ -5,9 +5,9 @@ Theory of operation
 `mailerq.rules.plan` judges each message from the queue (`mailerq.outbound.intake`). A message that
 cannot be sent is finished, an early one goes back until it is due, the rest become `Job`s. The
 target of a job has a site (`mailerq.outbound.sites`). The site and the local address select the
-flow (`mailerq.outbound.flow`). The flow's sessions (`mailerq.outbound.session`) pull jobs, and
-`mailerq.outbound.settlement` settles the results. Each message taken is either settled or put back
-unchanged.
+flow (`mailerq.outbound.flow`, `mailerq.outbound.flows`). The flow's sessions
+(`mailerq.outbound.session`) pull jobs, and `mailerq.outbound.settlement` settles the results. Each
+message taken is either settled or put back unchanged.
 
 One task serves all times: when flows look again, and when mail becomes due. The task sleeps until
 the earliest of them.
@@ -19,6 +19,7 @@ only.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -35,14 +36,15 @@ from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import NoHosts, Resolver
 from mailerq.outbound.bodies import Bodies
-from mailerq.outbound.flow import FIRST_WINDOW, MAX_WINDOW, Flow
+from mailerq.outbound.flow import FIRST_WINDOW, MAX_WINDOW
+from mailerq.outbound.flows import Flows
 from mailerq.outbound.intake import SORTERS, Destination, Intake
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.openings import Openings
+from mailerq.outbound.pause import Pause
 from mailerq.outbound.session import Session
 from mailerq.outbound.settlement import MIN_BACKOFF_SECONDS, SETTLERS, Counters, Settlements
 from mailerq.outbound.sites import HostMemory, Site, Sites
-from mailerq.outbound.timers import Times
 from mailerq.queues import Lease, Queues
 from mailerq.rules import responses
 from mailerq.rules.plan import Hold, Refuse, Send, body_problem, plan
@@ -52,6 +54,7 @@ from mailerq.rules.routes import Route
 
 if TYPE_CHECKING:
     from mailerq.net.worker import Worker
+    from mailerq.outbound.flow import Flow
     from mailerq.plugins import Plugins
 
 __all__ = ["Counters", "Dispatcher"]
@@ -69,9 +72,6 @@ TICK_SECONDS: Final = 0.5
 
 CLOCK_SECONDS: Final = 60.0
 """Interval of the check of the wall clock, which may be set at any time."""
-
-ASK_MESSAGES: Final = 100
-"""Messages examined each time a flow that is down asks; some have expired."""
 
 CUT_SECONDS: Final = 5.0
 """Grace period for sessions that are cut: a plugin may still hold a message."""
@@ -113,13 +113,12 @@ class Dispatcher:
         self._misspelt = Misspelt() if misspelt is None else misspelt
         self._sites = Sites(resolver)
         self._intake = Intake(self, qos)
+        self.flows = Flows(self, self._intake, self._sites)
         self._settlements = Settlements(live, queues, self, send_log=send_log, clock=clock, lot=lot)
         self._bodies: Bodies
-        self._flows: dict[Flow, None] = {}
         self._sessions: dict[Session, None] = {}
         self._some_session = trio.Event()
         self._no_session = trio.Event()
-        self._looks: Times[Flow] = Times()
         self._next_look = self._next_due = 0.0
         self._times_changed = trio.Event()
         self._looking_up: dict[Route, list[Job]] = {}
@@ -145,22 +144,8 @@ class Dispatcher:
                     job = jobs.pop()
                     self.put_back(job)
                     self._intake.placed(job.lease.destination)
-        for flow in list(self._flows):
-            if reroute:
-                self._recall(flow)
-            else:
-                flow.pump()  # there may be more connections now
+        self.flows.reload(reroute=reroute)
         self.openings.serve()
-
-    def _recall(self, flow: Flow) -> None:
-        """Give back a flow's waiting mail, and unlink its destinations."""
-        self._intake.forget(flow)
-        asked = flow.asking and bool(flow.jobs)
-        while flow.jobs:
-            self.put_back(flow.jobs.pop(0))
-        if asked and not flow.sessions:
-            flow.not_asked()  # the message that asked, and waited for a slot, has gone
-        flow.pump()
 
     # The start and the end
 
@@ -210,10 +195,7 @@ class Dispatcher:
         deadline = trio.current_time() + timeout
         self.stopping = True
         self._life.cancel()  # also before `run`: an adoption can end while it begins
-        for flow in list(self._flows):
-            self.openings.forget(flow)
-            while flow.jobs:
-                self.put_back(flow.jobs.pop(0))
+        self.flows.stop()
         for jobs in self._looking_up.values():
             for job in jobs:
                 self.put_back(job)
@@ -243,19 +225,19 @@ class Dispatcher:
     def statistics(self) -> dict[str, Any]:
         """Totals since the start, and the current state."""
         counters = {name: getattr(self.counters, name) for name in self.counters.__slots__}
-        waiting: dict[str, int] = {}
-        for flow in self._flows:
+        flows, waiting = self.flows, dict[str, int]()
+        for flow in flows.live:
             waiting[flow.site.label] = waiting.get(flow.site.label, 0) + len(flow.jobs)
         longest = sorted(waiting.items(), key=lambda item: -item[1])[:MAX_NAMED]
         return {
             **counters,
             "unsettled": len(self._settlements),
             "connections": len(self._sessions),
-            "opening": sum(len(flow.opening) for flow in self._flows),
-            "idle": sum(len(flow.idle) for flow in self._flows),
+            "opening": sum(len(flow.opening) for flow in flows.live),
+            "idle": sum(len(flow.idle) for flow in flows.live),
             "opened": self.opened_sessions,
             "ahead": self.ahead_jobs,
-            "destinations": len(self._flows),
+            "destinations": len(flows.live) + len(flows.pauses),
             "waiting": sum(waiting.values()) + self._looked_up,
             "domains": dict(longest),
         }
@@ -287,15 +269,18 @@ class Dispatcher:
     def admit(self, lease: Lease, wanted: Flow | None = None) -> None:
         """Send a message on its way, finish it, or put it back until it is due.
 
-        `wanted` is the flow that the message was taken for.
+        `wanted` is the flow that the message was taken for, and may have gone down since.
         """
-        job = self._judge(lease)
+        if wanted is not None and wanted.down:
+            self._intake.put_back(lease)
+            return
+        job = self.judge(lease)
         if job is None:
             return
         route = job.plan.route
         found = self._sites.known(route)
         if found is not None:
-            self._place(job, found, wanted)
+            self.place(job, found, wanted)
             return
         self._intake.destination(lease.destination).placing += 1
         self._looked_up += 1
@@ -306,7 +291,7 @@ class Dispatcher:
             self._looking_up[route] = [job]
             self._working.start_soon(self._find, route)
 
-    def _judge(self, lease: Lease) -> Job | None:
+    def judge(self, lease: Lease) -> Job | None:
         """Return a job if the message goes now; else finish it or put it back, and return None."""
         self.counters.consumed += 1
         message = lease.message
@@ -357,7 +342,7 @@ class Dispatcher:
             if found is None:
                 self.put_back(job)
             else:
-                self._place(job, found)
+                self.place(job, found)
         late = found is None and self._sites.crowded
         if found is None and not late:
             self._intake.serve()
@@ -365,52 +350,23 @@ class Dispatcher:
         for destination in destinations:
             self._intake.placed(destination, late=late)
 
-    def _place(self, job: Job, found: Site | NoHosts, wanted: Flow | None = None) -> None:
-        """Give a message to its flow."""
+    def place(self, job: Job, found: Site | NoHosts, wanted: Flow | Pause | None = None) -> None:
+        """Give a message to its flow. The message of a pause that is `wanted` asks."""
         if isinstance(found, NoHosts):
             outcome = responses.no_hosts(found.description, found.reply)
             self._settlements.finish(job.lease, Report(outcome), job.plan.expires)
             return
-        flow = self._flow(job, found, wanted)
+        flow = self.flows.find(job, found, wanted)
+        asks = False
+        if isinstance(flow, Pause) and flow is wanted:
+            flow, asks = self.flows.resume(flow, found), True
         self._intake.link(self._intake.destination(job.lease.destination), flow)
-        if flow.down and not (flow.asking and flow is wanted):
+        if isinstance(flow, Pause) or (flow.down and not asks):
             self.put_back(job)
         else:
             flow.add(job)
 
-    def _flow(self, job: Job, site: Site, wanted: Flow | None = None) -> Flow:
-        """Return a flow to the site that may send the message; prefer one that is not down."""
-        flows, ips, demands = site.flows, job.plan.local_ips, job.plan.demands
-        local_ip = None
-        if ips:
-            fitting = [ip for ip in ips if site.fits(ip)] or list(ips)
-            usable = [ip for ip in fitting if not self.memory.is_aside(ip)] or fitting
-            able = [ip for ip in usable if not ((f := flows.get((ip, demands))) and f.down)]
-            able = able or usable
-            local_ip = wanted.local_ip if wanted is not None else None
-            if local_ip not in able:
-                local_ip = random.choice(able)
-        flow = flows.get((local_ip, demands))
-        if flow is None:
-            flow = flows[local_ip, demands] = Flow(self, site, local_ip, demands)
-            self._flows[flow] = None
-        return flow
-
     # What flows ask for
-
-    def place_elsewhere(self, job: Job) -> bool:
-        """Move a message to another of its local addresses, if one may send it."""
-        old = job.flow
-        assert old is not None, "it was placed"
-        if len(job.plan.local_ips) < 2:
-            return False
-        flow = self._flow(job, old.site)
-        if flow is old or flow.down:
-            return False
-        old.held -= 1
-        self._intake.link(self._intake.destination(job.lease.destination), flow)
-        flow.add(job)
-        return True
 
     def has_expired(self, job: Job) -> bool:
         """Finish a message that has expired; return whether it had."""
@@ -477,15 +433,6 @@ class Dispatcher:
             job.flow.held -= 1
             job.flow = None
 
-    def forget(self, flow: Flow) -> None:
-        """Drop a flow that has no mail and no state worth keeping."""
-        if self._flows.pop(flow, 0) == 0:
-            return
-        del flow.site.flows[flow.local_ip, flow.demands]
-        self._looks.discard(flow)
-        self.openings.forget(flow)
-        self._intake.forget(flow)
-
     # What settlements ask for
 
     def lease_over(self, lease: Lease, job: Job | None) -> None:
@@ -502,73 +449,31 @@ class Dispatcher:
         """Fetch a body that is not loaded. Raises `QueueError`."""
         await self._intake.subscription.load(lease)
 
-    # Flows that are down
-
-    def ask(self, flow: Flow) -> None:
-        """Let one message test whether a flow that is down can send again."""
-        if flow.asking or self.stopping:
-            return
-        if flow.site.hosts and not self.openings.reserve_try(flow):
-            return  # the flow is resumed
-        flow.asking = True
-        self.start_soon(self._ask, flow)
-
-    async def _ask(self, flow: Flow) -> None:
-        """Examine some mail of a flow: finish expired messages, and try one."""
-        job: Job | None = None
-        seen = 0
-        most = max(min(ASK_MESSAGES, self._intake.room), 1) if flow.failed else 1
-        for _ in range(len(flow.ready)):
-            destination = self._intake.next_ready(flow)
-            if destination is None or seen >= most:
-                break
-            leases = await self._intake.take(destination, most - seen)
-            seen += max(len(leases), 1)
-            for lease in leases:
-                each = self._judge(lease)
-                if each is not None and job is None:
-                    job = each
-                elif each is not None:
-                    self.put_back(each)
-            self._intake.taken(destination)
-        if job is not None:
-            self._place(job, await self._sites.find(job.plan.route), flow)
-        if job is None or job.flow is not flow:
-            flow.not_asked()
+    # Times
 
     def flush(self) -> None:
         """Retry hosts that were down now, and check all times."""
         self._sites.forget_failures()
-        for flow in list(self._flows):
-            flow.end_holds()
+        self.flows.flush()
         self.wake()
 
     def wake(self) -> None:
         """Check all times now: the clock may have been set."""
         self._times_changed.set()
 
-    # Times
-
-    def look_at(self, flow: Flow, when: float) -> None:
-        """Have a flow look again at `when`, on the monotonic clock."""
-        self._looks.set_earlier(flow, when)
-        if when < self._next_look:
-            self._times_changed.set()
-
-    def times_changed(self, wall: float) -> None:
-        """Note that something is due at `wall`, on the wall clock."""
-        if wall < self._next_due:
+    def times_changed(self, *, look: float = math.inf, wall: float = math.inf) -> None:
+        """Note that a flow looks at `look`, or that mail is due at `wall`, on the wall clock."""
+        if look < self._next_look or wall < self._next_due:
             self._times_changed.set()
 
     async def _watch_times(self) -> None:
         while True:
             self._times_changed = trio.Event()
-            for flow in self._looks.pop_until(monotonic()):
-                flow.look()
+            self.flows.look()
             destination: Destination
             for destination in self._intake.dues.pop_until(self.now()):
                 self._intake.came_due(destination)
-            self._next_look, self._next_due = self._looks.first, self._intake.dues.first
+            self._next_look, self._next_due = self.flows.looks.first, self._intake.dues.first
             seconds = min(self._next_look - monotonic(), self._next_due - self.now())
             with trio.move_on_after(min(max(seconds, 0.0), CLOCK_SECONDS)):
                 await self._times_changed.wait()

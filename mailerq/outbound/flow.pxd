@@ -6,15 +6,18 @@ cimport cython
 @cython.final
 cdef class Flow:
     cdef public Py_ssize_t held, window, sent, _allowed, _failures
-    cdef public bint refilling, proven, reserved, patient, down, asking, _ahead
-    cdef public double _down_until, _held_until
-    cdef public object site, local_ip, demands, jobs, destinations, ready, sessions, opening
+    cdef public bint refilling, proven, reserved, patient, down, _ahead
+    cdef public double when, _held_until
+    cdef public object site, site_key, local_ip, demands, jobs, destinations, ready, sessions, opening
     cdef public object memory, _dispatcher, _openings
     cdef public list idle
     cdef object __weakref__
 
     cpdef add(self, job)
+    cpdef link(self, destination)
+    cpdef unlink(self, destination)
     cpdef mail_waits(self, destination)
+    cpdef nothing_waits(self, destination)
     cpdef next_window(self)
     cpdef next_job(self, session)
     cpdef job_ahead(self, session)
@@ -31,4 +34,3 @@ cdef class Flow:
     cpdef _open(self)
     cpdef _cannot_try(self)
     cpdef _not_let_in(self, report)
-    cpdef _go_down(self)

@@ -15,10 +15,10 @@ that the others can time out.
 Until a session is let in, the flow does not know whether its hosts answer. So a flow begins with
 one connection, and may double them after each that is let in: 1, 2, 4.
 
-When the last session that could open has failed, the flow is *down*. The first job gets the
-failure as its result, and the others go back to the queue unchanged. After a pause, or when
-a message's own retry time comes, one message asks again. Each failure doubles the pause.
-A session that is let in ends the down state.
+When the last session that could open has failed, the flow goes down. The first job gets the
+failure as its result, the others go back to the queue unchanged, and a pause takes the flow's place
+(`mailerq.outbound.flows`). Each failure doubles the pause. A flow that comes back from a pause has
+one message, and is *down* until a session is let in.
 
 A flow has one time at which it looks again (`look`); all other events are reported to it.
 """
@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from mailerq.net.resolver import Host
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.intake import Destination
+    from mailerq.outbound.pause import Pause
     from mailerq.outbound.sites import Site
     from mailerq.rules.responses import Outcome
 
-__all__ = ["FIRST_WINDOW", "Flow", "sessions_for"]
+__all__ = ["FIRST_WINDOW", "MAX_ASK_SECONDS", "MAX_WINDOW", "Flow", "sessions_for"]
 
 HOLD_SECONDS: Final = 5.0
 """Open no further connection for this long after one failed while others work: the peer may want
@@ -56,9 +57,6 @@ STALL_SECONDS: Final = 1.0
 ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
 """Longest pause before one message asks again whether a site that was down answers."""
-
-NEXT_LOOK_SECONDS: Final = 0.1
-"""Pause before more mail is examined, if none of the last could ask."""
 
 FIRST_WINDOW: Final = 32
 MAX_WINDOW: Final = 500
@@ -76,6 +74,7 @@ class Flow:
         demands: tuple[str, ...] = (),
     ) -> None:
         self.site = site
+        self.site_key = site.key
         self.local_ip = local_ip
         self.demands = demands
         # Lists and dicts, because there are many flows: an empty deque takes ten times a list.
@@ -99,13 +98,14 @@ class Flow:
         self.patient = False
         """The hosts have not answered quickly."""
         self.down = False
-        self.asking = False
+        """The flow asks with one message, and takes no other; or a pause is in its place."""
+        self.when = math.inf
+        """When to look again, on the monotonic clock; kept by `Times`."""
         self.memory = dispatcher.memory
         self._dispatcher = dispatcher
         self._openings = dispatcher.openings
         self._allowed = 1  # connections allowed until more are let in
         self._failures = 0  # consecutive times that the flow went down
-        self._down_until = 0.0
         self._held_until = 0.0
         self._ahead = True
 
@@ -122,10 +122,16 @@ class Flow:
 
     # Mail in
 
-    @property
-    def failed(self) -> bool:
-        """Whether the last attempt to be let in failed."""
-        return self._failures > 0
+    def link(self, destination: Destination) -> None:
+        """Mail of a destination goes to this flow."""
+        self.destinations[destination] = None
+        if destination.waits:
+            self.ready[destination] = None
+
+    def unlink(self, destination: Destination) -> None:
+        """Undo `link`."""
+        self.destinations.pop(destination, None)
+        self.ready.pop(destination, None)
 
     def add(self, job: Job) -> None:
         """Send a message as soon as possible."""
@@ -140,6 +146,10 @@ class Flow:
         self.ready[destination] = None
         if not self.down:
             self.pump()
+
+    def nothing_waits(self, destination: Destination) -> None:
+        """A destination has no due mail in the queue."""
+        self.ready.pop(destination, None)
 
     def next_window(self) -> int:
         """The window for the next refill: twice the messages sent since the last one."""
@@ -208,7 +218,7 @@ class Flow:
         """Take back an untried job: the peer had gone, or was slow after an envelope `ahead`."""
         if ahead:
             self._ahead = False
-        if self._dispatcher.stopping or (self.down and not self.asking):
+        if self._dispatcher.stopping:
             self._dispatcher.put_back(job)
         else:
             self._dispatcher.body_waits(job)
@@ -222,7 +232,7 @@ class Flow:
         self.memory.let_in(session.remote, self.local_ip)
         self.opening.pop(session, None)
         self.proven = True
-        self.down = self.asking = False
+        self.down = False
         self._failures = 0
         self._allowed = min(2 * self._allowed, 1 << 20)
         self._end_try(session)
@@ -258,18 +268,12 @@ class Flow:
     # Connections
 
     def resume(self) -> None:
-        """A slot, a try or memory that the flow waited for may be available."""
-        if self.down and not self.asking:
-            self._dispatcher.ask(self)
-        else:
-            self.pump()
+        """A slot that the flow waited for may be available."""
+        self.pump()
 
     def look(self) -> None:
         """The time to look has come."""
-        if self.down and not self.asking and monotonic() < self._down_until:
-            self._dispatcher.look_at(self, self._down_until)
-        else:
-            self.resume()
+        self.pump()
 
     def pump(self, beside: int = 0) -> None:
         """Wake idle sessions for waiting mail, open more if useful, and refill.
@@ -291,15 +295,15 @@ class Flow:
             if self.idle and not self.refilling and self._openings.contended:
                 for session in list(self.idle):
                     session.leave()
-            if self.reserved and not self.asking:
+            if self.reserved:
                 self._openings.forget(self)
-            if not (self.sessions or self.ready or self.down or self.refilling):
-                self._dispatcher.forget(self)
+            if not (self.sessions or self.ready or self.refilling):
+                self._dispatcher.flows.forget(self)
 
     def _wants_session(self, beside: int) -> bool:
         waiting = len(self.jobs) - beside
         there = len(self.idle) + len(self.opening)
-        if waiting <= there or (self.down and not self.asking):
+        if waiting <= there:
             return False
         count = len(self.sessions)
         limit = self.config.domain_maxconnections
@@ -307,13 +311,13 @@ class Flow:
             return False
         now = monotonic()
         if now < self._held_until:
-            self._dispatcher.look_at(self, self._held_until)
+            self._dispatcher.flows.look_at(self, self._held_until)
             return False
         if count < sessions_for(len(self.jobs) + count - there):
             return True
         stalled = self.jobs[beside].since + STALL_SECONDS
         if now < stalled:
-            self._dispatcher.look_at(self, stalled)
+            self._dispatcher.flows.look_at(self, stalled)
         return now >= stalled and not self.opening
 
     def _open(self) -> bool:
@@ -357,11 +361,14 @@ class Flow:
             self._held_until = monotonic() + HOLD_SECONDS
             self._allowed = len(self.sessions) + 1
             return
-        self._go_down()
+        self._failures += 1
+        seconds = min(ASK_SECONDS * 2 ** min(self._failures - 1, 10), MAX_ASK_SECONDS)
+        flows = self._dispatcher.flows
+        flows.look_at(self._pause(), monotonic() + seconds)
         first = True
         while self.jobs:
             job = self.jobs.pop(0)
-            if self._dispatcher.place_elsewhere(job):
+            if flows.place_elsewhere(job):
                 continue
             if first:
                 first = False
@@ -382,45 +389,34 @@ class Flow:
 
     def _wait_for_try(self) -> None:
         """Wait, without mail in memory, for the right to try the site."""
-        self.down, self.asking, self.proven = True, False, False
-        self._down_until = math.inf
-        self._allowed = 1
-        self._openings.reserve_try(self)
+        pause = self._pause()
         self._put_back()
-        if self.reserved:
-            self.resume()
+        pause.resume()
 
     def _put_back(self, keep: int = 0) -> None:
         """Return waiting mail to the queue unchanged."""
         while len(self.jobs) > keep:
             self._dispatcher.put_back(self.jobs.pop())
 
-    def _go_down(self) -> None:
-        self._failures += 1
-        pause = min(ASK_SECONDS * 2 ** min(self._failures - 1, 10), MAX_ASK_SECONDS)
-        self._down_until = monotonic() + pause
-        self.down, self.asking, self.proven = True, False, False
-        self._allowed = 1
-        self.sent = 0
-        if self.reserved:
-            self._openings.forget(self)
-        self._dispatcher.look_at(self, self._down_until)
+    def _pause(self) -> Pause:
+        """Go down: from here on a pause stands for this flow."""
+        self.down = True
+        return self._dispatcher.flows.pause(self, failures=self._failures, ahead=self._ahead)
+
+    def resume_from(self, pause: Pause) -> None:
+        """Take the place of a pause, with the right to try if the pause has it."""
+        self.down = True
+        self.reserved, pause.reserved = pause.reserved, False
+        self.patient, self._ahead, self._failures = pause.patient, pause.ahead, pause.failures
+        self.destinations = dict.fromkeys(pause.destinations)
+        self.ready = dict.fromkeys(pause.ready())
+        if self._failures:
+            self.sent = 0  # the window begins with one message
 
     def end_holds(self) -> None:
-        """Try now instead of waiting for a pause to end."""
-        self._held_until = self._down_until = 0.0
-        self._dispatcher.look_at(self, 0.0)
-
-    def not_asked(self) -> None:
-        """None of the examined mail could be used to ask."""
-        self.asking = False
-        if self.ready:
-            # All of that mail had expired, or now goes elsewhere.
-            self._down_until = monotonic() + NEXT_LOOK_SECONDS
-            self._dispatcher.look_at(self, self._down_until)
-        elif not self.jobs and not self.sessions:
-            self.down = False
-            self.pump()
+        """Open connections now instead of waiting."""
+        self._held_until = 0.0
+        self._dispatcher.flows.look_at(self, 0.0)
 
 
 def sessions_for(messages: int, most: int = 32) -> int:

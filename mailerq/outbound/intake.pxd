@@ -5,11 +5,11 @@ cimport cython
 
 @cython.final
 cdef class Destination:
-    cdef public bint waits, taking, news
-    cdef public Py_ssize_t placing, group, window
-    cdef public dict flows
+    cdef public bint waits, listed, taking, news
+    cdef public int placing, group, window
+    cdef public double when
+    cdef public tuple flows
     cdef public object key
-    cdef object __weakref__
 
 
 @cython.final
@@ -27,7 +27,6 @@ cdef class Intake:
     cpdef destination(self, key)
     cpdef _mail_waits(self, destination)
     cpdef link(self, destination, flow)
-    cpdef unlink(self, destination, flow)
     cpdef _tidy(self, destination)
     cpdef _nothing_waits(self, destination)
     cpdef _memory_for(self, flow)

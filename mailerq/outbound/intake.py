@@ -21,7 +21,8 @@ Everything here runs on the home worker.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+import math
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +31,7 @@ import trio
 from mailerq.errors import QueueError
 from mailerq.net.logs import Ration
 from mailerq.outbound.flow import FIRST_WINDOW
+from mailerq.outbound.pause import Pause
 from mailerq.outbound.timers import Times
 from mailerq.queues import Lease, Subscription
 
@@ -56,13 +58,21 @@ LOOK_AGAIN_SECONDS: Final = 60.0
 
 
 class Destination:
-    """Queued mail with the same possible routes, and its state."""
+    """Queued mail with the same possible routes, and its state. There may be many: it is small."""
+
+    __slots__ = (
+        "flows", "group", "key", "listed", "news", "placing", "taking", "waits", "when", "window",
+    )  # fmt: skip
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.flows: dict[Flow, None] = {}
+        self.flows: tuple[Flow | Pause, ...] = ()
         self.waits = False
         """Mail of this destination is due in the queue, as far as is known."""
+        self.when = math.inf
+        """When more becomes due, on the wall clock; kept by `Times`."""
+        self.listed = False
+        """The destination is in the list of those to sort."""
         self.taking = False
         self.news = False  # the queue reported mail during a take
         self.placing = 0  # messages whose hosts are being looked up
@@ -85,7 +95,7 @@ class Intake:
         self._most = most
         self._first_window = min(FIRST_WINDOW, dispatcher.max_window)
         self._destinations: dict[str, Destination] = {}
-        self._unsorted: OrderedDict[Destination, None] = OrderedDict()
+        self._unsorted: deque[Destination] = deque()
         self._sorters = trio.lowlevel.ParkingLot()
         self._newest = True
         self._memory_line: OrderedDict[Flow, None] = OrderedDict()
@@ -154,8 +164,11 @@ class Intake:
     def came_due(self, destination: Destination) -> None:
         """A message's own retry time has come; if all its flows are down, one asks with it."""
         self._mail_waits(destination)
-        if destination.flows and all(flow.down for flow in destination.flows):
-            self._dispatcher.ask(next(iter(destination.flows)))
+        if all(flow.down for flow in destination.flows):
+            for flow in destination.flows:
+                if isinstance(flow, Pause):
+                    self._dispatcher.flows.ask(flow)
+                    break
 
     def destination(self, key: str) -> Destination:
         destination = self._destinations.get(key)
@@ -167,29 +180,38 @@ class Intake:
         destination.waits = destination.news = True
         if not destination.flows:
             self._sort_later(destination)
-        for flow in list(destination.flows):
+        for flow in destination.flows:
             flow.mail_waits(destination)
 
     # Which destinations belong to which flow
 
-    def link(self, destination: Destination, flow: Flow) -> None:
+    def link(self, destination: Destination, flow: Flow | Pause) -> None:
         """Send a destination's mail to a flow, and unlink flows of other sites."""
         if flow in destination.flows:
             return
-        for other in [f for f in destination.flows if f.site is not flow.site]:
-            self.unlink(destination, other)
-        destination.flows[flow] = None
-        flow.destinations[destination] = None
+        for other in destination.flows:
+            if other.site_key != flow.site_key:
+                self.unlink(destination, other)
+        destination.flows += (flow,)
+        flow.link(destination)
         destination.group = 1
-        self._unsorted.pop(destination, None)
-        if destination.waits:
-            flow.ready[destination] = None
 
-    def unlink(self, destination: Destination, flow: Flow) -> None:
+    def replace(self, old: Flow | Pause, new: Flow | Pause) -> None:
+        """Link the destinations of a flow to its pause, or back."""
+        alone = (new,)
+        for destination in old.destinations:
+            flows = destination.flows
+            if len(flows) == 1:
+                destination.flows = alone
+            else:
+                destination.flows = tuple(new if flow is old else flow for flow in flows)
+        if not isinstance(old, Pause):
+            self._leave_lines(old)
+
+    def unlink(self, destination: Destination, flow: Flow | Pause) -> None:
         """Undo `link`."""
-        destination.flows.pop(flow, None)
-        flow.destinations.pop(destination, None)
-        flow.ready.pop(destination, None)
+        destination.flows = tuple(other for other in destination.flows if other is not flow)
+        flow.unlink(destination)
         if destination.waits and not destination.flows:
             self._sort_later(destination)
         self._tidy(destination)
@@ -201,7 +223,7 @@ class Intake:
             or destination.waits
             or destination.taking
             or destination.placing
-            or self.dues.get(destination) is not None
+            or destination.when < math.inf
         ):
             self._destinations.pop(destination.key, None)
             self.subscription.forget(destination.key)
@@ -238,9 +260,8 @@ class Intake:
 
     def _nothing_waits(self, destination: Destination) -> None:
         destination.waits = False
-        self._unsorted.pop(destination, None)
         for flow in destination.flows:
-            flow.ready.pop(destination, None)
+            flow.nothing_waits(destination)
 
     def _set_window(self, destination: Destination) -> None:
         """Set the window for arriving mail to what the destination's flows use."""
@@ -309,7 +330,7 @@ class Intake:
         if destination.waits:
             if not destination.flows:
                 self._sort_later(destination)
-            for flow in list(destination.flows):
+            for flow in destination.flows:
                 flow.mail_waits(destination)
         self._tidy(destination)
 
@@ -317,7 +338,9 @@ class Intake:
 
     def _sort_later(self, destination: Destination) -> None:
         if not (destination.placing or destination.taking):
-            self._unsorted.setdefault(destination)
+            if not destination.listed:
+                destination.listed = True
+                self._unsorted.append(destination)
             self._sorters.unpark()
 
     async def sort(self) -> None:
@@ -327,7 +350,10 @@ class Intake:
                 await self._sorters.park()
             # Alternate newest and oldest: failing lookups hold up the oldest.
             self._newest = not self._newest
-            destination = self._unsorted.popitem(last=self._newest)[0]
+            destination = self._unsorted.pop() if self._newest else self._unsorted.popleft()
+            destination.listed = False
+            if destination.flows or not destination.waits:
+                continue  # nothing is to be found any more
             leases = await self.take(destination, destination.group)
             destination.group = min(2 * destination.group, MAX_GROUP)
             for lease in leases:
@@ -351,7 +377,7 @@ class Intake:
         if destination.waits and not destination.placing:
             if not destination.flows:
                 self._sort_later(destination)
-            for flow in list(destination.flows):
+            for flow in destination.flows:
                 flow.mail_waits(destination)
         self.serve()
         self._tidy(destination)
@@ -388,12 +414,16 @@ class Intake:
                 if flow.refilling:
                     return
 
-    def forget(self, flow: Flow) -> None:
-        """A flow is over."""
-        self._memory_line.pop(flow, None)
-        self._new_line.pop(flow, None)
+    def forget(self, flow: Flow | Pause) -> None:
+        """A flow is over, or its mail is judged anew."""
+        if not isinstance(flow, Pause):
+            self._leave_lines(flow)
         for destination in list(flow.destinations):
             self.unlink(destination, flow)
+
+    def _leave_lines(self, flow: Flow) -> None:
+        self._memory_line.pop(flow, None)
+        self._new_line.pop(flow, None)
 
     def flush_log(self) -> None:
         self._say_unread.flush()

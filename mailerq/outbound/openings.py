@@ -13,18 +13,20 @@ answer within `QUICK_SECONDS` the try becomes *patient*, and lasts until the tim
 this process stands still does not count: it says nothing about the host. Each kind may use
 1/`TRY_SHARE` of the slots and of the messages in memory. At the limit of patient tries the try is
 put off, and the flow waits in line for a patient one. So silent hosts, however many, do not hold up
-tries of live hosts for long. Among flows that wait for a quick try, the newest and the oldest take
-turns.
+tries of live hosts for long. Flows wait for a slot with mail in memory; for a try they wait as
+pauses (`mailerq.outbound.pause`). Among pauses that wait for a quick try, the newest and the oldest
+take turns.
 
 Everything here runs on the home worker; slots may be released on any thread.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Final
 
 from mailerq.net.slots import Slots
+from mailerq.outbound.pause import Pause
 
 if TYPE_CHECKING:
     from mailerq.net.worker import Worker
@@ -53,8 +55,12 @@ class Openings:
         self._worker = worker
         self._line: OrderedDict[Flow, None] = OrderedDict()
         self._quick = self._patient = 0
-        self._quick_line: OrderedDict[Flow, None] = OrderedDict()
-        self._patient_line: OrderedDict[Flow, None] = OrderedDict()
+        self._trying: dict[bytes, int] = {}
+        """Connections being opened to each site, which may never answer."""
+        # A pause may leave a line; its place there is skipped.
+        self._quick_line: deque[Pause] = deque()
+        self._patient_line: deque[Pause] = deque()
+        self._site_lines: dict[bytes, deque[Pause]] = {}
         self._newest = True
         self._idle: OrderedDict[Session, None] = OrderedDict()
         self._turn: Flow | None = None
@@ -112,28 +118,34 @@ class Openings:
 
     # Tries
 
-    def reserve_try(self, flow: Flow) -> bool:
-        """Reserve the right to try a flow's site; else the flow waits for that right."""
+    def reserve_try(self, flow: Flow | Pause) -> bool:
+        """Reserve the right to try a flow's site; without it a pause waits in line."""
         if flow.reserved:
             return True
-        site = flow.site
-        if site.trying >= SITE_TRIES:
-            site.blocked.setdefault(flow)
+        key = flow.site_key
+        line = self._line_for(flow)
+        if line is not None:
+            if isinstance(flow, Pause) and flow.line is not line:
+                flow.line = line
+                line.append(flow)
             return False
         if flow.patient:
-            if self._patient >= self._most_tries:
-                self._patient_line.setdefault(flow)
-                return False
             self._patient += 1
         else:
-            if self._quick >= self._most_tries:
-                self._quick_line.setdefault(flow)
-                return False
             self._quick += 1
-        self._leave_lines(flow)
+        self._trying[key] = self._trying.get(key, 0) + 1
+        if isinstance(flow, Pause):
+            flow.line = None
         flow.reserved = True
-        site.trying += 1
         return True
+
+    def _line_for(self, flow: Flow | Pause) -> deque[Pause] | None:
+        """The line to wait in; None if the flow may try."""
+        if self._trying.get(flow.site_key, 0) >= SITE_TRIES:
+            return self._site_lines.setdefault(flow.site_key, deque())
+        if flow.patient:
+            return self._patient_line if self._patient >= self._most_tries else None
+        return self._quick_line if self._quick >= self._most_tries else None
 
     def overdue(self, session: Session) -> None:
         """A quick try has had no answer: make it patient, or put it off."""
@@ -145,31 +157,43 @@ class Openings:
         else:
             session.flow.put_off(session)
 
-    def end_try(self, flow: Flow, *, patient: bool) -> None:
+    def end_try(self, flow: Flow | Pause, *, patient: bool) -> None:
         """A try has ended, with any outcome: the next may begin."""
         if patient:
             self._patient -= 1
         else:
             self._quick -= 1
-        site = flow.site
-        site.trying -= 1
-        while site.blocked and site.trying < SITE_TRIES:
-            flow = next(iter(site.blocked))
-            del site.blocked[flow]
-            flow.resume()
+        key = flow.site_key
+        self._trying[key] -= 1
+        line = self._site_lines.get(key)
+        while line and self._trying[key] < SITE_TRIES:
+            self._resume(line, line.popleft())
+        if not line:
+            self._site_lines.pop(key, None)
+        if not self._trying[key]:
+            del self._trying[key]
         self._serve_tries()
 
     def _serve_tries(self) -> None:
         while self._patient_line and self._patient < self._most_tries:
-            self._patient_line.popitem(last=False)[0].resume()
+            self._resume(self._patient_line, self._patient_line.popleft())
         while self._quick_line and self._quick < self._most_tries:
             self._newest = not self._newest
-            self._quick_line.popitem(last=self._newest)[0].resume()
+            line = self._quick_line
+            self._resume(line, line.pop() if self._newest else line.popleft())
 
-    def _leave_lines(self, flow: Flow) -> None:
-        self._quick_line.pop(flow, None)
-        self._patient_line.pop(flow, None)
-        flow.site.blocked.pop(flow, None)
+    def _resume(self, line: deque[Pause], pause: Pause) -> None:
+        """Let a pause try that has come to the end of a line, unless it has left the line."""
+        if pause.line is line:
+            pause.line = None
+            pause.resume()
+
+    def tidy(self) -> None:
+        """Drop the places of pauses that have left their line."""
+        for line in (self._quick_line, self._patient_line, *self._site_lines.values()):
+            there = [pause for pause in line if pause.line is line]
+            line.clear()
+            line.extend(there)
 
     # Idle sessions
 
@@ -185,10 +209,12 @@ class Openings:
         if self._idle:
             self._idle.popitem(last=False)[0].leave()
 
-    def forget(self, flow: Flow) -> None:
+    def forget(self, flow: Flow | Pause) -> None:
         """Drop a flow from all lines."""
-        self._line.pop(flow, None)
-        self._leave_lines(flow)
+        if isinstance(flow, Pause):
+            flow.line = None
+        else:
+            self._line.pop(flow, None)
         if flow.reserved:
             flow.reserved = False
             self.end_try(flow, patient=flow.patient)

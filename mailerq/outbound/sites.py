@@ -4,12 +4,13 @@ Theory of operation
 -------------------
 A *target* is the `Route` that a message names. A *site* is the set of hosts that take its mail.
 Domains with the same set of (preference rank, host) share a site, and so its connections. The key
-of a site is that set, with the port and the operator's trust, never a label: two sets can have
-equal labels. The label is for people.
+of a site is a digest of that set, with the port and the operator's trust, never a label: two sets
+can have equal labels. The label is for people.
 
 `Sites.find` asks the resolver, which caches answers for their TTL and shares lookups of one name.
-A result is used for `FRESH_SECONDS` without asking again. A target that has no hosts for now is
-a site of its own, with the outcome for its mail.
+A result is used for `FRESH_SECONDS` without asking again, unless a host does not let us in.
+A target that has no hosts for now is a site of its own, with the outcome for its mail. A site
+exists while a result or a flow needs it; what waits for a site knows its key only.
 
 A name server that never answers costs a lookup its whole timeout. So a lookup is *quick* at first,
 and a slow one starts again as a *patient* one. Each kind has its own limit, so that dead domains,
@@ -23,7 +24,8 @@ from __future__ import annotations
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
+from hashlib import blake2b
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 from weakref import WeakValueDictionary
@@ -79,12 +81,9 @@ class Site:
     A site without hosts has an `outcome` for its mail.
     """
 
-    __slots__ = (
-        "__weakref__", "blocked", "flows", "hosts", "key", "label", "name", "outcome", "port",
-        "trying",
-    )  # fmt: skip
+    __slots__ = ("__weakref__", "flows", "hosts", "key", "label", "name", "outcome", "port")
 
-    def __init__(self, key: Hashable, route: Route) -> None:
+    def __init__(self, key: bytes, route: Route) -> None:
         self.key = key
         self.label = route.name
         self.name = route.host
@@ -92,10 +91,6 @@ class Site:
         self.hosts: tuple[Host, ...] = ()
         self.outcome: Outcome | None = None
         self.flows: dict[tuple[str | None, tuple[str, ...]], Flow] = {}
-        self.trying = 0
-        """Connections being opened to this site, which may never answer."""
-        self.blocked: dict[Flow, None] = {}
-        """Flows that wait for one of those connections to end."""
 
     def fits(self, local_ip: str) -> bool:
         """Whether a host can be reached from a local address."""
@@ -128,7 +123,7 @@ class Sites:
         self._quick = trio.CapacityLimiter(MAX_LOOKUPS)
         self._patient = trio.CapacityLimiter(MAX_LOOKUPS)
         self._found: OrderedDict[Route, tuple[float, Site | NoHosts]] = OrderedDict()
-        self._sites: WeakValueDictionary[Hashable, Site] = WeakValueDictionary()
+        self._sites: WeakValueDictionary[bytes, Site] = WeakValueDictionary()
 
     def known(self, route: Route) -> Site | NoHosts | None:
         """What `find` would return without a lookup, or None."""
@@ -156,6 +151,10 @@ class Sites:
         """Whether too many lookups wait to become patient."""
         return self._patient.statistics().tasks_waiting >= MAX_WAITING
 
+    def forget(self, route: Route) -> None:
+        """Look up a target again: its hosts did not let us in."""
+        self._found.pop(route, None)
+
     def forget_failures(self) -> None:
         """Look up again the targets that had no hosts."""
         for route, (_, found) in list(self._found.items()):
@@ -178,25 +177,22 @@ class Sites:
             if found.reply is not None:
                 return self._keep(route, found)
             outcome = responses.no_hosts(found.description, None)
-        site = self._site(("no hosts", route), route)
+        site = self._site(_digest("no hosts", route), route)
         site.outcome = outcome
         return self._keep(route, site, FAILED_SECONDS)
 
     def _site_of(self, route: Route, hosts: tuple[Host, ...]) -> Site:
         if route.mx:
             ranks = {p: n for n, p in enumerate(sorted({host.preference for host in hosts}))}
-            key: Hashable = (
-                tuple(sorted({(ranks[host.preference], host.name.lower()) for host in hosts})),
-                route.port,
-                route.trusted,
-            )
+            names = sorted({(ranks[host.preference], host.name.lower()) for host in hosts})
+            key = _digest(names, route.port, route.trusted)
         else:
-            key = route
+            key = _digest(route)
         site = self._site(key, route)
         site.hosts = hosts
         return site
 
-    def _site(self, key: Hashable, route: Route) -> Site:
+    def _site(self, key: bytes, route: Route) -> Site:
         site = self._sites.get(key)
         if site is None:
             site = self._sites[key] = Site(key, route)
@@ -210,6 +206,11 @@ class Sites:
             self._found.popitem(last=False)
         self._found[route] = monotonic() + seconds, found
         return found
+
+
+def _digest(*parts: object) -> bytes:
+    """A short key: there may be many."""
+    return blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 class _Memory:

@@ -269,12 +269,8 @@ class Bench:
 
     async def pass_time(self, seconds: float) -> None:
         """Let time pass once nothing is under way, for hosts that are down as well."""
-        flows = self.dispatcher._flows
-        await self.queues.until(
-            lambda queues: (
-                not queues.leased and (not queues.due or any(flow.down for flow in flows))
-            )
-        )
+        pauses = self.dispatcher.flows.pauses
+        await self.queues.until(lambda queues: not queues.leased and (not queues.due or pauses))
         self.queues.pass_time(seconds)
         self.dispatcher.flush()
         await trio.testing.wait_all_tasks_blocked()

@@ -51,10 +51,6 @@ async def silent(stream: trio.SocketStream) -> None:
     await trio.sleep_forever()
 
 
-def flows_of(bench: Bench) -> list[flow.Flow]:
-    return list(bench.dispatcher._flows)
-
-
 def takes(bench: Bench) -> list[tuple[str, int]]:
     return bench.queues.subscriptions["outbox"].takes
 
@@ -245,11 +241,11 @@ async def test_each_ask_is_one_attempt_and_the_pause_between_doubles(
                 recipient=f"c{number}@down.test", smarthost={"hostname": "127.0.0.1", "port": 1}
             )
         await bench.retried()
-        (one,) = flows_of(bench)
         pauses = []
         for count in range(2, 9):
-            pauses.append(one._down_until - clock)
-            clock = one._down_until
+            (one,) = bench.dispatcher.flows.pauses.values()
+            pauses.append(one.when - clock)
+            clock = one.when
             one.look()
             await bench.results("retry", count)
             await bench.queues.until(lambda queues: not queues.leased)
@@ -597,14 +593,14 @@ async def test_a_try_that_is_put_off_at_a_stop_leaves_its_right_to_others() -> N
     async with open_wide(smtp_out_timeout=60.0) as bench, listening(silent) as target:
         bench.send(smarthost=target)
         await bench.until(lambda found: found["opening"] == 1)
-        (flow,) = flows_of(bench)
+        (flow,) = bench.dispatcher.flows.live
         (session,) = flow.opening
         flow.put_off(session)
         await bench.dispatcher.stop(0)
         openings = bench.dispatcher.openings
         assert (openings._quick, openings._patient) == (0, 0)
-        assert flow.site.trying == 0
-        assert not openings._patient_line
+        assert openings._trying == {}
+        assert not any(pause.line for pause in bench.dispatcher.flows.pauses.values())
 
 
 async def test_a_backlog_stays_in_the_queue_while_its_hosts_are_looked_for_again(

@@ -1,0 +1,16 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Flows:
+    cdef public dict live, pauses
+    cdef public object looks, _dispatcher, _intake, _sites, _openings
+    cdef object __weakref__
+
+    cpdef find(self, job, site, wanted=*)
+    cpdef forget(self, flow)
+    cpdef place_elsewhere(self, job)
+    cpdef resume(self, pause, site)
+    cpdef look_at(self, flow, when)

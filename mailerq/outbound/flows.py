@@ -1,0 +1,240 @@
+"""All flows of a dispatcher: those that can send, and the pauses of the others.
+
+Theory of operation
+-------------------
+A flow exists while there is something to do for it. A flow that goes down leaves a `Pause` in its
+place, which keeps little more than the number of failures and the time to look again. When that
+time comes, when a message's own retry time comes, or when the pause gets the right to try its site,
+some of its mail is examined. Expired messages are finished, and one message asks: its target is
+looked up anew, and a new flow, which stays down until a host lets it in, tries that message. If no
+host does, a pause takes the flow's place again. A pause without mail is dropped when its time is
+over.
+
+Silent hosts, however many, keep most pauses waiting for the right to try, for hours perhaps.
+A pause that waits looks for expired mail meanwhile.
+
+Everything here runs on the home worker.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from mailerq.outbound.flow import MAX_ASK_SECONDS, Flow
+from mailerq.outbound.jobs import Job
+from mailerq.outbound.pause import Key, Pause
+from mailerq.outbound.timers import Times
+
+if TYPE_CHECKING:
+    from mailerq.outbound.dispatcher import Dispatcher
+    from mailerq.outbound.intake import Intake
+    from mailerq.outbound.sites import Site, Sites
+
+__all__ = ["Flows"]
+
+ASK_MESSAGES: Final = 100
+"""Messages examined each time a flow that has failed asks; some have expired."""
+
+WAIT_MESSAGES: Final = 10
+"""Messages examined when a pause that waits for a try looks; there may be many such pauses."""
+
+NEXT_LOOK_SECONDS: Final = 0.1
+"""Pause before more mail is examined, if none of the last could ask."""
+
+
+class Flows:
+    """The flows of a dispatcher."""
+
+    def __init__(self, dispatcher: Dispatcher, intake: Intake, sites: Sites) -> None:
+        self.live: dict[Flow, None] = {}
+        self.pauses: dict[Key, Pause] = {}
+        self.looks: Times[Flow | Pause] = Times()
+        """When flows and pauses look again, on the monotonic clock."""
+        self._dispatcher = dispatcher
+        self._intake = intake
+        self._sites = sites
+        self._openings = dispatcher.openings
+
+    # Which flow a message goes to
+
+    def find(self, job: Job, site: Site, wanted: Flow | Pause | None = None) -> Flow | Pause:
+        """Return a flow to the site that may send the message; prefer one that is not down."""
+        ips, demands = job.plan.local_ips, job.plan.demands
+        local_ip = None
+        if ips:
+            memory = self._dispatcher.memory
+            fitting = [ip for ip in ips if site.fits(ip)] or list(ips)
+            usable = [ip for ip in fitting if not memory.is_aside(ip)] or fitting
+            able = [ip for ip in usable if not self._is_down(site, ip, demands)] or usable
+            local_ip = wanted.local_ip if wanted is not None else None
+            if local_ip not in able:
+                local_ip = random.choice(able)
+        flow = site.flows.get((local_ip, demands))
+        if flow is not None:
+            return flow
+        return self.pauses.get((site.key, local_ip, demands)) or self._add(site, local_ip, demands)
+
+    def _is_down(self, site: Site, local_ip: str, demands: tuple[str, ...]) -> bool:
+        flow = site.flows.get((local_ip, demands))
+        return flow.down if flow is not None else (site.key, local_ip, demands) in self.pauses
+
+    def _add(self, site: Site, local_ip: str | None, demands: tuple[str, ...]) -> Flow:
+        flow = site.flows[local_ip, demands] = Flow(self._dispatcher, site, local_ip, demands)
+        self.live[flow] = None
+        return flow
+
+    def place_elsewhere(self, job: Job) -> bool:
+        """Move a message to another of its local addresses, if one may send it."""
+        old = job.flow
+        assert old is not None, "it was placed"
+        if len(job.plan.local_ips) < 2:
+            return False
+        flow = self.find(job, old.site)
+        if flow is old or isinstance(flow, Pause) or flow.down:
+            return False
+        old.held -= 1
+        self._intake.link(self._intake.destination(job.lease.destination), flow)
+        flow.add(job)
+        return True
+
+    # The end of a flow, and pauses
+
+    def forget(self, flow: Flow) -> None:
+        """Drop a flow that has no mail and no state worth keeping."""
+        if self._remove(flow):
+            self._intake.forget(flow)
+
+    def _remove(self, flow: Flow) -> bool:
+        if self.live.pop(flow, 0) == 0:
+            return False
+        del flow.site.flows[flow.local_ip, flow.demands]
+        self.looks.discard(flow)
+        self._openings.forget(flow)
+        return True
+
+    def pause(self, flow: Flow, *, failures: int, ahead: bool) -> Pause:
+        """Put a pause in the place of a flow that goes down."""
+        self._remove(flow)
+        for job in flow.jobs:
+            # The next message to ask finds the hosts of the target anew.
+            self._sites.forget(job.plan.route)
+        pause = Pause(self, flow, failures, ahead=ahead)
+        self.pauses[pause.key] = pause
+        self._intake.replace(flow, pause)
+        return pause
+
+    def resume(self, pause: Pause, site: Site) -> Flow:
+        """Put a flow in the place of a pause, to ask with one message."""
+        del self.pauses[pause.key]
+        self.looks.discard(pause)
+        flow = self._add(site, pause.local_ip, pause.demands)
+        flow.resume_from(pause)
+        self._intake.replace(pause, flow)
+        return flow
+
+    def ask(self, pause: Pause, *, examine: bool = False) -> None:
+        """Let one message test whether a flow can send again, if its site may be tried now.
+
+        Otherwise the pause waits in line for that. With `examine`, finish expired mail anyway.
+        """
+        if self._dispatcher.stopping:
+            return
+        may_ask = not pause.has_hosts or self._openings.reserve_try(pause)
+        if not may_ask:
+            self.look_at(pause, monotonic() + MAX_ASK_SECONDS)
+        if (may_ask or examine) and not pause.asking:
+            pause.asking = True
+            self._dispatcher.start_soon(self._examine, pause)
+
+    async def _examine(self, pause: Pause) -> None:
+        """Examine some mail of a pause: finish expired messages, and try one."""
+        dispatcher, intake = self._dispatcher, self._intake
+        if not pause.may_ask:
+            most = WAIT_MESSAGES
+        else:
+            most = ASK_MESSAGES if pause.failures else 1
+        most = max(min(most, intake.room), 1)
+        job: Job | None = None
+        for destination in pause.ready():
+            if most < 1:
+                break
+            if destination.taking or destination.placing:
+                continue
+            pause.to_the_end(destination)
+            leases = await intake.take(destination, most)
+            most -= max(len(leases), 1)
+            for lease in leases:
+                each = dispatcher.judge(lease)
+                if each is not None and job is None:
+                    job = each
+                elif each is not None:
+                    dispatcher.put_back(each)
+            intake.taken(destination)
+        may_ask = pause.may_ask
+        if job is not None and may_ask:
+            pause.to_the_end(intake.destination(job.lease.destination))
+            dispatcher.place(job, await self._sites.find(job.plan.route), pause)
+        elif job is not None:
+            dispatcher.put_back(job)
+        pause.asking = False
+        if self.pauses.get(pause.key) is not pause:
+            return  # a flow asks
+        if job is not None and not may_ask:
+            self.ask(pause)
+        elif pause.ready():
+            # All of that mail had expired, or now goes elsewhere.
+            self.look_at(pause, monotonic() + NEXT_LOOK_SECONDS)
+        else:
+            self._openings.forget(pause)
+            if pause.when == math.inf:  # and the time of the pause is over
+                del self.pauses[pause.key]
+                self._intake.forget(pause)
+
+    # Times
+
+    def look_at(self, flow: Flow | Pause, when: float) -> None:
+        """Have a flow or a pause look again at `when`, on the monotonic clock."""
+        self.looks.set_earlier(flow, when)
+        self._dispatcher.times_changed(look=when)
+
+    def look(self) -> None:
+        """Look where the time to look has come."""
+        for each in self.looks.pop_until(monotonic()):
+            each.look()
+
+    def flush(self) -> None:
+        """Try now instead of waiting for a time."""
+        for flow in self.live:
+            flow.end_holds()
+        for pause in self.pauses.values():
+            self.looks.set(pause, 0.0)
+
+    # Changed settings, and the end
+
+    def reload(self, *, reroute: bool) -> None:
+        """Apply changed settings; with `reroute` give all waiting mail back, to be judged anew."""
+        for flow in list(self.live):
+            if reroute:
+                self._intake.forget(flow)
+                self._put_back(flow)
+            flow.pump()  # there may be more connections now
+        if reroute:
+            for pause in list(self.pauses.values()):
+                self._intake.forget(pause)
+
+    def stop(self) -> None:
+        """Give all waiting mail back, for good."""
+        waiting: Sequence[Flow | Pause] = [*self.live, *self.pauses.values()]
+        for each in waiting:
+            self._openings.forget(each)
+        self._openings.tidy()
+        for flow in self.live:
+            self._put_back(flow)
+
+    def _put_back(self, flow: Flow) -> None:
+        while flow.jobs:
+            self._dispatcher.put_back(flow.jobs.pop(0))

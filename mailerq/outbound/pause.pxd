@@ -1,0 +1,16 @@
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Pause:
+    cdef public object flows, key, line, destinations
+    cdef public double when
+    cdef public int failures
+    cdef public bint asking, has_hosts, patient, reserved, ahead
+
+    cpdef link(self, destination)
+    cpdef unlink(self, destination)
+    cpdef mail_waits(self, destination)
+    cpdef nothing_waits(self, destination)
