@@ -359,10 +359,15 @@ def drain(directory: Path, queue: Path, count: int, timeout: float) -> tuple[flo
     return mails / seconds, f"{mails:,} in {seconds:.0f} s over {connections:,} connections"
 
 
-def peak(directory: Path, queue: Path) -> int:
-    """Peak memory of the project in bytes, some time after it met a sink that refuses."""
+def peak(directory: Path, queue: Path, domains: int, timeout: float) -> int:
+    """Peak memory of the project in bytes, some time after all domains met a sink that refuses."""
     copytree(queue, directory / "system" / "queue")
     with Refusing() as sink, Mailerq(directory / "system", sink) as system:
+        deadline = time.monotonic() + timeout
+        while ask(str(system.directory / "queue"), "status")["outgoing"]["destinations"] < domains:
+            if time.monotonic() > deadline:
+                raise Failed(f"not all of {domains:,} destinations were tried")
+            time.sleep(PAUSE_SECONDS)
         time.sleep(2 * MEET_SECONDS)
         assert system.process is not None
         lines = Path(f"/proc/{system.process.pid}/status").read_text().splitlines()
@@ -390,7 +395,10 @@ def many(options: argparse.Namespace, directory: Path) -> list[Figure]:
         figures.append(
             Figure(f"{what} / one", crowd / one, "x", f"{crowd:,.0f} and {one:,.0f}/s; {each} each")
         )
-        taken = {name: peak(directory / "run", directory / name) for name in rates}
+        taken = {
+            name: peak(directory / "run", directory / name, number, 10 * options.timeout)
+            for name, number in (("many", domains), ("one", 1))
+        }
         grown = (taken["many"] - taken["one"]) / domains / 1000
         detail = f"peak {taken['many'] / 1e6:.1f} and {taken['one'] / 1e6:.1f} MB"
         figures.append(Figure(f"{what}, memory of one", grown, "KB", detail))

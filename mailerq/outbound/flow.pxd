@@ -8,8 +8,8 @@ cdef class Flow:
     cdef public Py_ssize_t held, window, sent, _allowed, _failures
     cdef public bint refilling, proven, reserved, patient, down, _ahead
     cdef public double when, _held_until
-    cdef public object site, site_key, local_ip, demands, jobs, destinations, ready, sessions, opening
-    cdef public object memory, _dispatcher, _openings
+    cdef public object site, site_key, local_ip, demands, jobs, destinations, ready, sessions
+    cdef public object opening, memory, _dispatcher, _openings
     cdef public list idle
     cdef object __weakref__
 
