@@ -24,6 +24,7 @@ A measurement that exceeds --timeout is given up, and its figure is a lower boun
 from __future__ import annotations
 
 import argparse
+import math
 import socket
 import statistics
 import tempfile
@@ -67,6 +68,9 @@ POLL_SECONDS: Final = 0.002
 BODY: Final = b"Subject: flow\r\n\r\n" + 4 * (b"x" * 62 + b"\r\n")
 ENVELOPE: Final = (b"MAIL FROM:<c@d.test>\r\n", b"RCPT TO:<fresh@b.test>\r\n", b"DATA\r\n")
 BAD_HOST: Final = "127.0.0.2"
+LIMITED_HOST: Final = f"[[limit]]\nremote-ip = '{BAD_HOST}'\nmessages-per-minute = 600\n"
+RATE: Final = 10
+LIMITED_DOMAIN: Final = f"[[limit]]\ndomain = 'b.test'\nmessages-per-minute = {60 * RATE}\n"
 
 BadPeer = Scripted | Refusing
 
@@ -130,17 +134,30 @@ async def _publish(
 # -- the project, and fresh mail through it --------------------------------------------------
 
 
-def relay(directory: Path, healthy: Destination, *, queue: Path | None = None) -> Mailerq:
+def relay(
+    directory: Path, healthy: Destination, *, queue: Path | None = None, limits: str = ""
+) -> Mailerq:
     """The project on a copy of a queue; mail without a smarthost goes to a healthy peer."""
     if queue is not None:
         copytree(queue, directory / "queue")
     options = [
+        *limits_file(directory, limits),
         "--smtp-sink-address=0.0.0.0",  # none
         "--smtp-out-forbidden=",
         f"--smarthost={healthy.host}",
         f"--smarthost-port={healthy.port}",
     ]
     return Mailerq(directory, healthy, name=directory.name, options=options)
+
+
+def limits_file(directory: Path, text: str) -> list[str]:
+    """The option for a file of limits, if there are any."""
+    if not text:
+        return []
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "limits.toml"
+    path.write_text(text)
+    return [f"--limits-file={path}"]
 
 
 def send(system: Mailerq, count: int, deadline: float) -> None:
@@ -266,6 +283,7 @@ def compare(behind: Sequence[Taken], alone: Sequence[Taken], what: str) -> list[
 def peer(directory: Path, kind: str, addresses: Sequence[str], port: int) -> BadPeer:
     if kind == "refusing":
         return Refusing(addresses, port)
+    kind = "healthy" if kind == "limited" else kind
     return Scripted(directory, kind, addresses=addresses, port=port)
 
 
@@ -278,7 +296,12 @@ def behind(options: argparse.Namespace, directory: Path) -> list[Figure]:
         with (
             Scripted(place / "healthy", "healthy") as healthy,
             peer(place / "bad", kind, [BAD_HOST], backlog.port),
-            relay(place / "behind", healthy, queue=backlog.queue) as system,
+            relay(
+                place / "behind",
+                healthy,
+                queue=backlog.queue,
+                limits=LIMITED_HOST if kind == "limited" else "",
+            ) as system,
         ):
             time.sleep(MEET_SECONDS)
             figures += compare(fresh(system, healthy, options), alone, f"behind {kind}")
@@ -471,8 +494,37 @@ def closing(options: argparse.Namespace, directory: Path) -> list[Figure]:
     return [Figure("closing, results that cost an attempt", lost, "%", text)]
 
 
+def limited(options: argparse.Namespace, directory: Path) -> list[Figure]:
+    """The rate of a destination with a limit, which processes keep together."""
+    figures = []
+    for processes, text in ((1, "one process"), (2, "two processes")):
+        place = directory / str(processes)
+        with (
+            Scripted(place / "sink", "healthy") as sink,
+            Mailerq(
+                place / "system",
+                sink,
+                processes=processes,
+                options=limits_file(place / "system", LIMITED_DOMAIN),
+            ) as system,
+        ):
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                deadline = time.monotonic() + options.timeout
+                count = math.ceil(RATE * (options.seconds + options.timeout) / CLIENTS)
+                for each in [pool.submit(send, system, count, deadline) for _ in range(CLIENTS)]:
+                    each.result()
+            first, start = sink.mails, time.monotonic()
+            time.sleep(options.seconds)
+            mails, seconds = sink.mails - first, time.monotonic() - start
+        if mails > RATE * seconds + 1:
+            raise Failed(f"{mails} in {seconds:.1f} s is more than the limit of {RATE} a second")
+        name = f"limited to {RATE} a second, {text}"
+        figures.append(Figure(name, mails / seconds, "/s", f"{mails} in {seconds:.1f} s"))
+    return figures
+
+
 SCENARIOS: Final[dict[str, Callable[[argparse.Namespace, Path], list[Figure]]]] = {
-    made.__name__: made for made in (behind, idle, many, silent, closing)
+    made.__name__: made for made in (behind, idle, many, silent, closing, limited)
 }
 
 
@@ -481,7 +533,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true",
                         help=f"{FULL:,} waiting, 50,000 destinations as well")  # fmt: skip
     parser.add_argument("--only", default=",".join(SCENARIOS), help="which (%(default)s)")
-    parser.add_argument("--kinds", default="refusing,silent,slow,421",
+    parser.add_argument("--kinds", default="refusing,silent,slow,421,limited",
                         help="peers of 'behind' (%(default)s)")  # fmt: skip
     parser.add_argument("--waiting", type=int, help="messages (100000)")
     parser.add_argument("--each", type=int, default=1000, help="for a silent host (%(default)s)")

@@ -46,7 +46,7 @@ PROGRAMS: Final = {
 LONGER: Final = ("waiting", "flows")
 """The programs with a ``--full`` option."""
 
-MORE_IS_BETTER: Final = ("x", "M/s")
+MORE_IS_BETTER: Final = ("x", "M/s", "/s")
 """Units of rates and their ratios; for all others less is better."""
 
 
@@ -105,7 +105,7 @@ TARGETS: Final = (
     Target("start after a kill, full queue", "waiting", "start to banner after a kill", 2, 2),
     *(
         Target(f"{text}, backlog {kind} / none", "flows", f"behind {kind}, {text}", 2, 1.1)
-        for kind in ("refusing", "silent", "slow", "421", "60 silent")
+        for kind in ("refusing", "silent", "slow", "421", "limited", "60 silent")
         for text in ("a lone message", "1,000")
     ),
     Target("clients refused, 60 silent hosts", "flows", "behind 60 silent, refused clients", 0, 0),
@@ -125,6 +125,11 @@ TARGETS: Final = (
     ),
     Target("attempts lost to a peer that closes", "flows",
            "closing, results that cost an attempt", 0, 0),
+    *(
+        Target(f"a limit of 10 a second, {text}", "flows", f"limited to 10 a second, {text}",
+               9.5, 9.9)
+        for text in ("one process", "two processes")
+    ),
 )  # fmt: skip
 
 

@@ -41,8 +41,10 @@ from mailerq.net.tls import Handshakes
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
 from mailerq.outbound.adoption import Adoption, own
+from mailerq.outbound.cells import SharedCells
 from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
+from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
 from mailerq.plugins import (
     Answer,
@@ -60,6 +62,7 @@ from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.opening import make_directory, open_queues, share_directory
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.documents import problems
+from mailerq.rules.shaping import Shaping
 
 __all__ = ["Engine"]
 
@@ -73,6 +76,9 @@ GIVE_BACK_SECONDS: Final = 5.0
 
 STEADY_SECONDS: Final = 10.0
 """A process that delivers from a share this long is not killed by the content of the share."""
+
+CELLS: Final = "limits.cells"
+"""The file in the queue directory where all processes count limits."""
 
 MAX_IDS: Final = 10_000
 """Message ids in one request of another program."""
@@ -200,7 +206,7 @@ class Engine:
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config = self.config
-        terms = Terms.of(config)
+        terms, shaping = Terms.of(config), Shaping.of(config)
         ports = bind(config, shared=self._share is not None)
         for port in ports:
             stack.callback(port.sock.close)
@@ -244,6 +250,10 @@ class Engine:
         self._resolver = Resolver(config)
         self._outgoing = Slots(_outgoing(config, connections), within=connections)
         self._openings = Openings(self._outgoing, self._workers[0])
+        processes = 1 if self._share is None else config.smtp_processes
+        cells = SharedCells(os.path.join(config.queue_directory, CELLS), share, processes)
+        stack.callback(cells.close)
+        self._limits = Limits(shaping, cells, processes)
         self._listener = Listener(self._server, self._workers, ports, incoming)
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
@@ -251,11 +261,11 @@ class Engine:
             await nursery.start(
                 control.serve, config.queue_directory, {**self.commands(), **self._more_commands}
             )
+        nursery.start_soon(self._limits.run)
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
         if lock is not None:
             nursery.start_soon(self._prove, lock)
         await nursery.start(self._listener.run)
-        processes = 1 if self._share is None else config.smtp_processes
         adoption = Adoption(config.queue_directory, share, processes, self._adopt)
         nursery.start_soon(adoption.run)
         self._started = time.time()
@@ -269,6 +279,7 @@ class Engine:
             plugins=self.plugins,
             resolver=self._resolver,
             openings=self._openings,
+            limits=self._limits,
             send_log=self._log("send_log_file"),
             misspelt=self._misspelt,
         )
@@ -402,7 +413,7 @@ class Engine:
             raise EngineError("the engine stops")
         notes: list[str] = []
         plan = self._live.plan(self.config if config is None else config, number)
-        terms, logs = self._prepare(plan, notes)
+        terms, shaping, logs = self._prepare(plan, notes)
         # From here on nothing can fail.
         before, config = self.config, plan.snapshot.config
         self._live.exchange(plan.snapshot)
@@ -425,7 +436,8 @@ class Engine:
         if not alike(config, before, "server_id", "hostname"):
             ids.set_machine(config.server_id, config.hostname)
         self._resolver.configure(config)
-        reroute = not alike(config, before, *ROUTES)
+        regrouped = self._limits.change(shaping)
+        reroute = regrouped or not alike(config, before, *ROUTES)
         for delivery in self._deliveries.values():
             delivery.queues.configure(config)
             delivery.dispatcher.reload(self._log("send_log_file"), reroute=reroute)
@@ -446,20 +458,25 @@ class Engine:
         """
         self._check_open()
         notes: list[str] = []
-        for file in self._prepare(self.plan(config), notes)[1].values():
+        for file in self._prepare(self.plan(config), notes)[2].values():
             os.close(file)
         return notes
 
-    def _prepare(self, plan: Reload, notes: list[str]) -> tuple[Terms, dict[str, int]]:
-        """Every step of a reload that can fail: the terms of sessions, and the opening of moved
-        logs.
+    def _prepare(self, plan: Reload, notes: list[str]) -> tuple[Terms, Shaping, dict[str, int]]:
+        """Every step of a reload that can fail: the terms of sessions, the limits of deliveries,
+        and the opening of moved logs.
         """
         config = plan.snapshot.config
         terms: Terms | None = None
+        shaping: Shaping | None = None
         logs: dict[str, int] = {}
         wrong: list[Problem] = []
         try:
             terms = Terms.of(config, self._server.terms, notes)
+        except ConfigError as error:
+            wrong += error.problems
+        try:
+            shaping = Shaping.of(config)
         except ConfigError as error:
             wrong += error.problems
         for name in LOGS:
@@ -469,11 +486,11 @@ class Engine:
                         logs[name] = open_log(config.text(name) or os.devnull)
                 except ConfigError as error:
                     wrong += error.problems
-        if terms is None or wrong:
+        if terms is None or shaping is None or wrong:
             for file in logs.values():
                 os.close(file)
             raise ConfigError.of(wrong)
-        return terms, logs
+        return terms, shaping, logs
 
     def _log(self, name: str) -> LogFile | None:
         return self._logs[name] if getattr(self.config, name) else None
@@ -502,7 +519,10 @@ class Engine:
                 "held": self._server.memory.held,
                 **asdict(self._server.counters),
             },
-            "outgoing": total([each.dispatcher.statistics() for each in deliveries]),
+            "outgoing": {
+                **total([each.dispatcher.statistics() for each in deliveries]),
+                **self._limits.statistics(),
+            },
             "queue": total([each.queues.statistics() for each in deliveries]),
             "plugins": self.plugins.statistics(),
             "watchdog": self._watchdog.statistics(),

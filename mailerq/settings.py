@@ -414,6 +414,8 @@ class Setting:
         """The checked value that a text stands for. Raises ValueError."""
         if not text and not self.kind.may_be_empty:
             raise ValueError("needs a value")
+        if self.unlimited and text == "-1":
+            return 0
         return self.check(self.kind.read(_check_text(text)))
 
     def check(self, value: Any) -> Any:

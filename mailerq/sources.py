@@ -28,10 +28,10 @@ NOT_YET: Final = frozenset(
     cluster-verify cluster-vhost connection-secure database database-address database-threads
     database-ttl database-validate dns-buffersize dns-capacity dns-expire dns-force
     dns-getaddrinfo dns-helofile dns-interval dns-min-ttl dns-rotate dns-sockets dns-spread
-    dns-threads domain-maxconnects domain-maxmessages domain-maxqueue download-blacklist
+    dns-threads domain-maxqueue download-blacklist
     download-cache download-log-directory download-log-file download-proxy download-ttl
     download-user-agent download-whitelist dsn-envelope dsn-mta dsn-notify dsn-ret
-    ip-maxconnections ip-maxconnects ip-maxmessages max-queues normalize-mime
+    max-queues normalize-mime
     proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-dsn rabbitmq-durable
     rabbitmq-encoding rabbitmq-exchange rabbitmq-flush-qos rabbitmq-host rabbitmq-lazy
     rabbitmq-maxpriority rabbitmq-minqos rabbitmq-password rabbitmq-persistent

@@ -492,6 +492,30 @@ class Table:
         " messages say; not for smarthost and smtp-sink-address.",
         unset="none",
     )
+    limits_file: str = setting(
+        "",
+        PATH,
+        DELIVERY,
+        "TOML file with limits for domains, providers and addresses; docs/limits.md explains it.",
+        unset="none",
+    )
+    domain_maxmessages: int = setting(
+        0,
+        NUMBER,
+        DELIVERY,
+        "Messages a minute to the hosts of a domain; 0: no limit.",
+        unlimited=True,
+    )
+    domain_maxbytes: int = setting(
+        0, SIZE, DELIVERY, "Bytes a minute to the hosts of a domain; 0: no limit.", unlimited=True
+    )
+    domain_maxconnects: int = setting(
+        0,
+        NUMBER,
+        DELIVERY,
+        "New connections a minute to the hosts of a domain; 0: no limit.",
+        unlimited=True,
+    )
     domain_maxconnections: int = setting(
         20,
         NUMBER,
@@ -499,8 +523,52 @@ class Table:
         "Connections to the hosts of a domain at a time; 0: no limit.",
         unlimited=True,
     )
+    domain_maxstarting: int = setting(
+        0,
+        NUMBER,
+        DELIVERY,
+        "Connections to the hosts of a domain that are being opened; 0: no limit.",
+        unlimited=True,
+    )
+    domain_maxidle: int = setting(
+        0,
+        NUMBER,
+        DELIVERY,
+        "Connections to the hosts of a domain that wait for mail; 0: no limit.",
+        unlimited=True,
+    )
+    ip_maxmessages: int = setting(
+        0, NUMBER, DELIVERY, "Messages a minute to one remote address; 0: no limit.", unlimited=True
+    )
+    ip_maxbytes: int = setting(
+        0, SIZE, DELIVERY, "Bytes a minute to one remote address; 0: no limit.", unlimited=True
+    )
+    ip_maxconnects: int = setting(
+        0,
+        NUMBER,
+        DELIVERY,
+        "New connections a minute to one remote address; 0: no limit.",
+        unlimited=True,
+    )
+    ip_maxconnections: int = setting(
+        0,
+        NUMBER,
+        DELIVERY,
+        "Connections to one remote address at a time; 0: no limit.",
+        unlimited=True,
+    )
+    ip_maxstarting: int = setting(
+        0,
+        NUMBER,
+        DELIVERY,
+        "Connections to one remote address that are being opened; 0: no limit.",
+        unlimited=True,
+    )
     connection_maxmessages: int = setting(
         0, NUMBER, DELIVERY, "Messages on one connection; 0: no limit.", unlimited=True
+    )
+    connection_maxbytes: int = setting(
+        0, SIZE, DELIVERY, "Bytes on one connection; 0: no limit.", unlimited=True
     )
     connection_maxidle: float = setting(
         5000.0, SECONDS, DELIVERY, "How long an idle connection is kept.", unit="ms", minimum=0

@@ -51,6 +51,9 @@ class Sink:
     port: int
     mails: list[Mail] = field(default_factory=list)
     connections: int = 0
+    open: int = 0
+    most: int = 0
+    """The most connections at a time."""
     last_mails: dict[int, str] = field(default_factory=dict)
     """The recipient of the last mail, by the number of the connection."""
     decide: Decide = lambda event: None
@@ -66,6 +69,8 @@ class Sink:
 
     async def serve(self, sock: socket.socket) -> None:
         self.connections += 1
+        self.open += 1
+        self.most = max(self.most, self.open)
         connection = self.connections
         stream = Stream(sock)
         machine = server.ServerProtocol(server.Settings(hostname="sink.test"))
@@ -86,6 +91,7 @@ class Sink:
         except StreamLost:
             return
         finally:
+            self.open -= 1
             stream.close()
 
     def answer(self, machine: server.ServerProtocol, event: server.Event, connection: int) -> None:

@@ -68,6 +68,8 @@ WORDS: Final = {
     "outgoing.destinations": "sites that there is something to do for, or that are down",
     "outgoing.waiting": "messages in memory that wait for a connection",
     "outgoing.domains": "of these, how many for each of the sites with the most",
+    "outgoing.limited": "flows and connections that wait for a limit",
+    "outgoing.limits": "of these, how many for each of the limits that most wait for",
     "queue.commits": "commits to the queue file",
     "queue.messages": "messages in them: published, put back, settled",
     "queue.messages_per_commit": "their average",

@@ -40,6 +40,7 @@ from mailerq.outbound.flow import FIRST_WINDOW, MAX_WINDOW
 from mailerq.outbound.flows import Flows
 from mailerq.outbound.intake import SORTERS, Destination, Intake
 from mailerq.outbound.jobs import Job, Report
+from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.pause import Pause
 from mailerq.outbound.session import Session
@@ -92,6 +93,7 @@ class Dispatcher:
         plugins: Plugins,
         resolver: Resolver,
         openings: Openings,
+        limits: Limits,
         send_log: LogFile | None = None,
         misspelt: Misspelt | None = None,
         clock: Callable[[], float] = time.time,
@@ -101,6 +103,7 @@ class Dispatcher:
         self.queues = queues
         self.worker = worker
         self.openings = openings
+        self.limits = limits
         self.counters = Counters()
         self.memory = HostMemory()
         self.now = clock
@@ -111,7 +114,7 @@ class Dispatcher:
         self.stopping = False
         self._plugins = plugins
         self._misspelt = Misspelt() if misspelt is None else misspelt
-        self._sites = Sites(resolver)
+        self._sites = Sites(resolver, lambda domain: limits.shaping.group_of(domain))
         self._intake = Intake(self, qos)
         self.flows = Flows(self, self._intake, self._sites)
         self._settlements = Settlements(live, queues, self, send_log=send_log, clock=clock, lot=lot)
@@ -137,6 +140,7 @@ class Dispatcher:
     def reload(self, send_log: LogFile | None, *, reroute: bool) -> None:
         """Apply changed settings; with `reroute` judge all waiting mail anew."""
         self._settlements.send_log = send_log
+        self._sites.forget_all()
         if reroute:
             for jobs in self._looking_up.values():
                 while jobs:
@@ -361,7 +365,7 @@ class Dispatcher:
         if isinstance(flow, Pause) and flow is wanted:
             flow, asks = self.flows.resume(flow, found), True
         self._intake.link(self._intake.destination(job.lease.destination), flow)
-        if isinstance(flow, Pause) or (flow.down and not asks):
+        if isinstance(flow, Pause) or flow.rights.rest or (flow.down and not asks):
             self.put_back(job)
         else:
             flow.add(job)
@@ -484,7 +488,7 @@ class Dispatcher:
                 self._some_session = trio.Event()
                 await self._some_session.wait()
             config = self.config
-            shortest = min(config.smtp_out_timeout, config.connection_maxidle / 1000)
+            shortest = min(config.smtp_out_timeout, self.limits.shaping.shortest_idle)
             seconds = min(TICK_SECONDS, max(shortest / 4, 0.02))
             began = monotonic()
             await trio.sleep(seconds)

@@ -30,6 +30,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from mailerq.outbound.jobs import Job, Report
+from mailerq.outbound.rights import Rights
 from mailerq.outbound.session import Session
 from mailerq.rules import responses
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mailerq.net.resolver import Host
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.intake import Destination
+    from mailerq.outbound.limits import Refusal
     from mailerq.outbound.pause import Pause
     from mailerq.outbound.sites import Site
     from mailerq.rules.responses import Outcome
@@ -108,6 +110,7 @@ class Flow:
         self._failures = 0  # consecutive times that the flow went down
         self._held_until = 0.0
         self._ahead = True
+        self.rights = Rights(dispatcher.limits, site, local_ip)
 
     @property
     def config(self) -> Config:
@@ -115,10 +118,15 @@ class Flow:
         return self._dispatcher.config
 
     @property
+    def takes_mail(self) -> bool:
+        """Whether mail may come into memory."""
+        return not (self.down or self.rights.rest)
+
+    @property
     def is_crowded(self) -> bool:
         """Whether more connections are open than the changed settings allow."""
-        limit = self.config.domain_maxconnections
-        return 0 < limit < len(self.sessions) or self._openings.slots.are_exceeded
+        most = self.rights.allowance.most
+        return 0 < most < len(self.sessions) or self._openings.slots.are_exceeded
 
     # Mail in
 
@@ -165,17 +173,35 @@ class Flow:
         openings = self._openings
         if session.leaving or self._dispatcher.stopping:
             return None
-        if (openings.contended and session.messages >= FAIR_MESSAGES) or self.is_crowded:
+        rights = self.rights
+        contended = self._is_contended(session)
+        if self._should_end(session, contended):
             session.leave()
             return None
-        job = self._pop()
+        may_send = not self.jobs or rights.may_send(self, session, self.jobs[0])
+        job = self._pop() if may_send else None
+        if self.rights.rest:
+            self._put_back()
         if job is None:
-            if openings.contended and not self.refilling:
+            if (contended and not self.refilling) or not rights.may_idle(session):
                 session.leave()
                 return None
-            self.idle.append(session)
+            if not session.waits_for:
+                self.idle.append(session)
             openings.idle(session)
+        elif self.jobs and rights.are_paced:
+            self.pump()
         return job
+
+    def _is_contended(self, session: Session) -> bool:
+        """Whether others wait for what a session holds."""
+        return self._openings.contended or self.rights.contended(session)
+
+    def _should_end(self, session: Session, contended: bool) -> bool:
+        """Whether a session should end although there may be mail."""
+        if contended and session.messages >= FAIR_MESSAGES:
+            return True
+        return self.is_crowded or self.rights.are_over(session)
 
     def job_ahead(self, session: Session) -> Job | None:
         """A job to begin before the current one is settled, if no other session could take it."""
@@ -183,10 +209,11 @@ class Flow:
             not self._ahead
             or len(self.jobs) <= len(self.opening) + len(self.idle)
             or not self.jobs[0].lease.loaded
-            or self._openings.contended
+            or self._is_contended(session)
             or self._dispatcher.stopping
-            or self.is_crowded
+            or self._should_end(session, contended=False)
             or self.memory.was_out_of_step(session.remote)
+            or not self.rights.may_go_ahead(session, self.jobs[0])
         ):
             return None
         job = self._pop()
@@ -231,6 +258,7 @@ class Flow:
         dispatcher.opened_sessions += 1
         self.memory.let_in(session.remote, self.local_ip)
         self.opening.pop(session, None)
+        self.rights.opened(session)
         self.proven = True
         self.down = False
         self._failures = 0
@@ -248,9 +276,12 @@ class Flow:
         self.opening.pop(session, None)
         self._end_try(session)
         self._dispatcher.session_over(session)
+        self.rights.ended(session)
         if was_opening and not self._dispatcher.stopping:
             if session.was_put_off:
                 self._wait_for_try()
+            elif session.refusal is not None:
+                self._wait_for_limit(session.refusal)
             else:
                 self._not_let_in(report or Report(responses.OWN_FAULT))
         self.pump()
@@ -259,6 +290,7 @@ class Flow:
         if session in self.idle:
             self.idle.remove(session)
         self._openings.busy(session)
+        self.rights.busy(session)
 
     def _end_try(self, session: Session) -> None:
         if session.is_try:
@@ -275,6 +307,11 @@ class Flow:
         """The time to look has come."""
         self.pump()
 
+    def limit_over(self, key: str) -> None:
+        """A limit that the flow waits for may allow more."""
+        self.rights.limit_over(key)
+        self.pump()
+
     def pump(self, beside: int = 0) -> None:
         """Wake idle sessions for waiting mail, open more if useful, and refill.
 
@@ -284,7 +321,10 @@ class Flow:
             return
         waiting = len(self.jobs) - beside
         if waiting > 0:
-            for session in self.idle[-waiting:]:
+            if self.rights.are_paced:
+                # Each session that may send wakes the next.
+                waiting = 0 if self.rights.waits_to_send else 1
+            for session in self.idle[-waiting:] if waiting else ():
                 self._openings.busy(session)
                 session.wake()
             while self._wants_session(beside) and self._open():
@@ -292,9 +332,10 @@ class Flow:
         if self.ready and not self.down:
             self._dispatcher.refill(self)
         if not self.jobs:
-            if self.idle and not self.refilling and self._openings.contended:
+            if self.idle and not self.refilling:
                 for session in list(self.idle):
-                    session.leave()
+                    if self._is_contended(session):
+                        session.leave()
             if self.reserved:
                 self._openings.forget(self)
             if not (self.sessions or self.ready or self.refilling):
@@ -306,8 +347,12 @@ class Flow:
         if waiting <= there:
             return False
         count = len(self.sessions)
-        limit = self.config.domain_maxconnections
-        if count >= self._allowed or 0 < limit <= count:
+        rights = self.rights
+        if count >= self._allowed or rights.waits_to_open or 0 < rights.allowance.most <= count:
+            return False
+        if rights.are_paced and (self.idle or rights.waits_to_send):
+            return False
+        if rights.limited and not rights.has_free_host():
             return False
         now = monotonic()
         if now < self._held_until:
@@ -326,7 +371,10 @@ class Flow:
         if (report := self._cannot_try()) is not None:
             self._not_let_in(report)
             return False
-        openings = self._openings
+        openings, rights = self._openings, self.rights
+        if (refusal := rights.may_open()) is not None:
+            self._wait_for_limit(refusal)
+            return False
         if not self.proven and not openings.reserve_try(self):
             self._wait_for_try()
             return False
@@ -334,13 +382,26 @@ class Flow:
             if not self.sessions:
                 self._put_back(keep=1)
             return False
+        if (refusal := rights.take(self)) is not None:
+            openings.release()
+            self._wait_for_limit(refusal)
+            return False
         session = Session(self, dispatcher.worker)
+        rights.give_to(session)
         session.is_try, self.reserved = self.reserved, False
         session.patient = self.patient
         self.sessions[session] = None
         self.opening[session] = None
         dispatcher.start_session(session)
         return True
+
+    def _wait_for_limit(self, refusal: Refusal) -> None:
+        """Wait for the right to open a connection, with one message in memory and no try."""
+        if self.reserved:
+            self._openings.forget(self)
+        self.rights.wait_to_open(self, refusal)
+        if not self.sessions:
+            self._put_back(keep=0 if self.rights.rest and not self.down else 1)
 
     def _cannot_try(self) -> Report | None:
         """Report why there is no host to connect to; None if there is one."""

@@ -114,6 +114,7 @@ class Flows:
         del flow.site.flows[flow.local_ip, flow.demands]
         self.looks.discard(flow)
         self._openings.forget(flow)
+        flow.rights.leave(flow)
         return True
 
     def pause(self, flow: Flow, *, failures: int, ahead: bool) -> Pause:
@@ -233,6 +234,7 @@ class Flows:
             self._openings.forget(each)
         self._openings.tidy()
         for flow in self.live:
+            flow.rights.leave(flow)
             self._put_back(flow)
 
     def _put_back(self, flow: Flow) -> None:

@@ -140,7 +140,7 @@ class Intake:
         if not destination.flows:
             return not destination.waits and self._dispatcher.may_look_up
         return any(
-            not flow.down
+            flow.takes_mail
             and len(flow.jobs) < max(flow.window, self._first_window)
             and (not flow.jobs or self.leased < self._share_of(flow))
             for flow in destination.flows
@@ -273,7 +273,7 @@ class Intake:
 
     def refill(self, flow: Flow) -> None:
         """Get mail for a flow if the flow needs more."""
-        if flow.refilling or flow.down or self._dispatcher.stopping:
+        if flow.refilling or not flow.takes_mail or self._dispatcher.stopping:
             return
         if flow.jobs and (len(flow.jobs) > flow.window // 2 or not flow.sessions):
             return
@@ -288,7 +288,11 @@ class Intake:
     async def _refill(self, flow: Flow) -> None:
         try:
             need = flow.next_window() - len(flow.jobs)
-            while need > 0 and not flow.down and (left := self._memory_for(flow)):
+            while (
+                need > 0
+                and not (flow.down or flow.rights.rest)
+                and (left := self._memory_for(flow))
+            ):
                 destination = self.next_ready(flow)
                 if destination is None:
                     break

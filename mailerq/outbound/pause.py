@@ -31,6 +31,7 @@ class Pause:
     )  # fmt: skip
 
     down = True
+    takes_mail = False
     jobs = ()
     window = 0
 

@@ -8,13 +8,15 @@ from mailerq.wire.client cimport ClientProtocol as _ClientProtocol
 
 @cython.final
 cdef class Session:
-    cdef public Py_ssize_t messages, _unsettled
+    cdef public Py_ssize_t messages, body_bytes, _unsettled
     cdef public _ClientProtocol _protocol
     cdef public _Stream _stream
-    cdef public bint leaving, is_try, patient, was_put_off, _idle, _sending, _begun, _prompt
+    cdef public bint leaving, is_try, patient, borrowed, was_put_off
+    cdef public bint _idle, _sending, _begun, _prompt
     cdef public bytes _held
-    cdef public double _deadline, _asked, _started
+    cdef public double _deadline, _asked, _started, since
     cdef public object flow, worker, remote, _timeout, _life, _scope, _job
+    cdef public object allowance, waits_for, counts, starting, idle_counts, refusal
     cdef public object _ahead, _calm, _plugin, _local, _converted
     cdef object __weakref__
 
@@ -24,7 +26,9 @@ cdef class Session:
     cpdef check(self, double late)
     cpdef settled(self)
     cpdef _withdraw(self)
+    cpdef limit_over(self, key)
     cpdef _may_go_on(self)
+    cpdef _is_used_up(self, messages, size)
     cpdef _finish(self, job, outcome)
     cpdef _report(self, outcome)
     cpdef _begin(self, job)

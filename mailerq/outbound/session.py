@@ -52,6 +52,7 @@ from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.net.stream import CannotBind, Stream, StreamLost
 from mailerq.outbound.jobs import Job, Report
+from mailerq.outbound.limits import Allowance
 from mailerq.outbound.openings import QUICK_SECONDS
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from mailerq.config import Config
     from mailerq.net.worker import Worker
     from mailerq.outbound.flow import Flow
+    from mailerq.outbound.limits import Refusal
     from mailerq.plugins import Connection as PluginConnection
 
 __all__ = ["Session"]
@@ -111,6 +113,8 @@ CONVERTERS: Final = 2
 QUIT_SECONDS: Final = 2.0
 """Timeout for the reply to QUIT, which decides nothing."""
 
+UNLIMITED: Final = Allowance(-1, (), {})
+
 
 class Session:
     """A session of a flow; `run` is its task. Call all methods on the home worker's thread."""
@@ -121,14 +125,28 @@ class Session:
         self.remote = ""
         self.messages = 0
         """Messages taken by the peer on this connection."""
+        self.body_bytes = 0
+        """Bytes of the bodies sent on this connection."""
         self.leaving = False
         """The session takes no more jobs."""
         self.is_try = False
         """The session holds a try of `Openings`, a patient one if `patient` is set."""
         self.patient = False
+        self.allowance = UNLIMITED
+        """The limits of the remote address."""
+        self.waits_for = ""
+        """The key of the limit of the remote address that the session waits for."""
+        self.counts: tuple[str, ...] = ()
+        self.starting: tuple[str, ...] = ()
+        self.idle_counts: tuple[str, ...] = ()
+        """What the session has taken of limits; kept by the flow."""
+        self.borrowed = False
+        """The connection is beyond this process's part of a limit."""
+        self.refusal: Refusal | None = None
+        """The limit for which no host could be tried."""
         self.was_put_off = False
         """The session ends without a result: other flows take their turn to try."""
-        self._started = monotonic()
+        self.since = self._started = monotonic()
         self._timeout = flow.config.smtp_out_timeout
         self._deadline = math.inf
         self._life = trio.CancelScope()
@@ -159,6 +177,10 @@ class Session:
         """A job may be available."""
         if self._idle:
             self._stream.rouse()
+
+    def limit_over(self, key: str) -> None:
+        """The limit of the remote address may allow a message."""
+        self.wake()
 
     def leave(self) -> None:
         """End after the current message."""
@@ -229,13 +251,21 @@ class Session:
         """Serve on the first host that lets us in; a report says that none did.
 
         Of several reports the most informative counts. Hosts that this host cannot reach do not
-        count towards `MAX_HOSTS`, so addresses behind them get their turn.
+        count towards `MAX_HOSTS`, so addresses behind them get their turn. Hosts whose limits
+        allow no connection now are passed over.
         """
         best: Report | None = None
         tried = 0
         for host in hosts:
+            refusal = self.flow.rights.take_host(self, host)
+            if refusal is not None:
+                if self.refusal is None or refusal.until < self.refusal.until:
+                    self.refusal = refusal
+                continue
             report = await self._session(host)
+            self.flow.rights.give_back_host(self)
             if report is None:
+                self.refusal = None
                 return None
             if best is None or responses.outweighs(report.outcome, best.outcome):
                 best = report
@@ -266,7 +296,7 @@ class Session:
         self._protocol = ClientProtocol(
             self._config.hostname, careful=memory.was_out_of_step(host.address)
         )
-        self.messages = 0
+        self.messages = self.body_bytes = 0
         try:
             self._local, self.remote = stream.local[0], host.address
             return await self._talk()
@@ -323,10 +353,14 @@ class Session:
                 await self._plugin.close()
 
     def _may_go_on(self) -> bool:
-        limit = self._config.connection_maxmessages
-        if self.leaving or 0 < limit <= self.messages:
+        if self.leaving or self._is_used_up(self.messages, self.body_bytes):
             return False
         return self._protocol.reusable and self._protocol.next_event() is NEED_DATA
+
+    def _is_used_up(self, messages: int, size: int) -> bool:
+        """Whether the connection has reached a limit of one connection."""
+        limit = self.flow.rights.allowance.of_connection
+        return 0 < limit("connection-messages") <= messages or 0 < limit("connection-bytes") <= size
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         """Report the result of the current job."""
@@ -343,7 +377,7 @@ class Session:
 
         None: the session timed out, the flow ends it, or the peer has sent something.
         """
-        self._expect(self._config.connection_maxidle / 1000)
+        self._expect(self.flow.rights.allowance.of_connection("connection-idle"))
         try:
             while (job := self.flow.next_job(self)) is None and not self.leaving:
                 self._idle = True
@@ -505,8 +539,8 @@ class Session:
                 # Input before the dot is no answer to the dot.
                 protocol.receive_data(early)
             told = plugin.listens("out_sent")
-            limit = self._config.connection_maxmessages
-            last = self.leaving or 0 < limit <= self.messages + 1
+            self.body_bytes += len(sent)
+            last = self.leaving or self._is_used_up(self.messages + 1, self.body_bytes)
             # Plugin output must not come behind QUIT.
             protocol.send_body(sent, last=last and not (told or self._held))
             self._begun = False

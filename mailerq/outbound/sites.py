@@ -3,9 +3,9 @@
 Theory of operation
 -------------------
 A *target* is the `Route` that a message names. A *site* is the set of hosts that take its mail.
-Domains with the same set of (preference rank, host) share a site, and so its connections. The key
-of a site is a digest of that set, with the port and the operator's trust, never a label: two sets
-can have equal labels. The label is for people.
+Domains with the same set of (preference rank, host) share a site, and so its connections, unless
+`limits-file` sets one apart. The key of a site is a digest of that set, with the port and the
+operator's trust, never a label: two sets can have equal labels. The label is for people.
 
 `Sites.find` asks the resolver, which caches answers for their TTL and shares lookups of one name.
 A result is used for `FRESH_SECONDS` without asking again, unless a host does not let us in.
@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from hashlib import blake2b
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -81,13 +81,25 @@ class Site:
     A site without hosts has an `outcome` for its mail.
     """
 
-    __slots__ = ("__weakref__", "flows", "hosts", "key", "label", "name", "outcome", "port")
+    __slots__ = (
+        "__weakref__",
+        "flows",
+        "group",
+        "hosts",
+        "key",
+        "label",
+        "name",
+        "outcome",
+        "port",
+    )
 
     def __init__(self, key: bytes, route: Route) -> None:
         self.key = key
         self.label = route.name
         self.name = route.host
         self.port = route.port
+        self.group = ""
+        """The lines of `limits-file` that set the site's domains apart, see `rules.shaping`."""
         self.hosts: tuple[Host, ...] = ()
         self.outcome: Outcome | None = None
         self.flows: dict[tuple[str | None, tuple[str, ...]], Flow] = {}
@@ -118,8 +130,9 @@ class Site:
 class Sites:
     """Finds the site of a target."""
 
-    def __init__(self, resolver: Resolver) -> None:
+    def __init__(self, resolver: Resolver, group_of: Callable[[str], str]) -> None:
         self._resolver = resolver
+        self._group_of = group_of
         self._quick = trio.CapacityLimiter(MAX_LOOKUPS)
         self._patient = trio.CapacityLimiter(MAX_LOOKUPS)
         self._found: OrderedDict[Route, tuple[float, Site | NoHosts]] = OrderedDict()
@@ -155,6 +168,10 @@ class Sites:
         """Look up a target again: its hosts did not let us in."""
         self._found.pop(route, None)
 
+    def forget_all(self) -> None:
+        """Find all sites anew: other limits may set domains apart. Lookups stay cached."""
+        self._found.clear()
+
     def forget_failures(self) -> None:
         """Look up again the targets that had no hosts."""
         for route, (_, found) in list(self._found.items()):
@@ -182,14 +199,15 @@ class Sites:
         return self._keep(route, site, FAILED_SECONDS)
 
     def _site_of(self, route: Route, hosts: tuple[Host, ...]) -> Site:
+        group = self._group_of(route.name)
         if route.mx:
             ranks = {p: n for n, p in enumerate(sorted({host.preference for host in hosts}))}
             names = sorted({(ranks[host.preference], host.name.lower()) for host in hosts})
-            key = _digest(names, route.port, route.trusted)
+            key = _digest(names, route.port, route.trusted, group)
         else:
             key = _digest(route)
         site = self._site(key, route)
-        site.hosts = hosts
+        site.hosts, site.group = hosts, group
         return site
 
     def _site(self, key: bytes, route: Route) -> Site:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import trio
@@ -19,7 +20,9 @@ from mailerq.net.logs import LogFile
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.outbound.dispatcher import Dispatcher
+from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
+from mailerq.rules.shaping import Shaping
 from tests.outbound.memory_queues import MemoryQueues
 from tests.support import DEADLINE
 
@@ -98,6 +101,7 @@ class Mail:
     envelope: str
     recipient: str
     body: bytes
+    at: float = field(default_factory=monotonic)
 
 
 class PeerConnection:
@@ -312,6 +316,8 @@ async def open_bench(
             }
         )
         worker = StubWorker(0, nursery, plugins)
+        limits = Limits(Shaping.of(config))
+        nursery.start_soon(limits.run)
         dispatcher = Dispatcher(
             Live(config),
             queues,
@@ -319,6 +325,7 @@ async def open_bench(
             plugins=plugins,  # type: ignore[arg-type]
             resolver=resolver or StubResolver(),  # type: ignore[arg-type]
             openings=Openings(slots or Slots(100), worker),  # type: ignore[arg-type]
+            limits=limits,
             send_log=send_log,
             clock=lambda: queues.now,
             lot=lambda: 0.5,

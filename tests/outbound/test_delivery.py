@@ -356,6 +356,7 @@ async def test_deliveries_that_are_stopped_before_they_run_take_nothing() -> Non
             plugins=first._plugins,
             resolver=StubResolver(),  # type: ignore[arg-type]
             openings=first.openings,
+            limits=first.limits,
         )
         bench.send()
         await dispatcher.stop(0)

@@ -18,6 +18,7 @@ from mailerq.message import Message
 from mailerq.net.resolver import NoHosts
 from mailerq.net.slots import Slots
 from mailerq.outbound.dispatcher import Dispatcher
+from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
 from mailerq.queues import Publication
 from mailerq.queues.embedded.queues import EmbeddedQueues
@@ -25,6 +26,7 @@ from mailerq.queues.opening import open_embedded
 from mailerq.rules.documents import examine, problems
 from mailerq.rules.plan import Hold, Refuse, body_problem, plan
 from mailerq.rules.retry import not_before
+from mailerq.rules.shaping import Shaping
 from mailerq.wire.smtp import Reply
 from tests.outbound.kit import StubPlugins, StubResolver, StubWorker
 from tests.outbound.memory_queues import NOW
@@ -108,6 +110,7 @@ async def publish_and_deliver(documents: list[dict[str, Any]], checked: bool = F
                 plugins=StubPlugins(),  # type: ignore[arg-type]
                 resolver=StubResolver(never_test=NEVER),  # type: ignore[arg-type]
                 openings=Openings(Slots(10), worker),  # type: ignore[arg-type]
+                limits=Limits(Shaping(config)),
                 clock=lambda: NOW,
             )
             await nursery.start(dispatcher.run)

@@ -101,7 +101,7 @@ async def test_domains_with_the_same_hosts_share_connections_and_their_limit(
 async def test_domains_with_other_hosts_or_preferences_share_nothing(
     one: list[tuple[int, str]], two: list[tuple[int, str]]
 ) -> None:
-    sites = Sites(Mailhosts({"one.test": one, "two.test": two}))  # type: ignore[arg-type]
+    sites = Sites(Mailhosts({"one.test": one, "two.test": two}), str)  # type: ignore[arg-type]
     first = await sites.find(Route("one.test", "one.test", 25, mx=True))
     second = await sites.find(Route("two.test", "two.test", 25, mx=True))
     other_port = await sites.find(Route("one.test", "one.test", 26, mx=True))

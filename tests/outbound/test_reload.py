@@ -14,13 +14,16 @@ from mailerq.net.logs import LogFile
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.rules import routes
+from mailerq.rules.shaping import Shaping
 from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
 from tests.outbound.test_flows import listening, open_wide
 
 
 def change(bench: Bench, *, reroute: bool = False, **settings: Any) -> None:
     live = bench.dispatcher._live
-    live.exchange(Snapshot(live.current.config.replace(**settings), live.current.number + 1))
+    config = live.current.config.replace(**settings)
+    live.exchange(Snapshot(config, live.current.number + 1))
+    bench.dispatcher.limits.change(Shaping.of(config))
     bench.dispatcher.reload(bench.dispatcher._settlements.send_log, reroute=reroute)
 
 

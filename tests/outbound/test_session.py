@@ -16,13 +16,28 @@ from mailerq.config import Config
 from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.outbound.jobs import Job
+from mailerq.outbound.limits import Allowance, Limits
 from mailerq.outbound.session import Session
 from mailerq.outbound.sites import HostMemory, Site
 from mailerq.queues import Lease
 from mailerq.rules.plan import Send
 from mailerq.rules.routes import Route
+from mailerq.rules.shaping import Shaping
 from tests.outbound.kit import Peer, PeerConnection, Script, StubPlugins, StubWorker
 from tests.outbound.memory_queues import MemoryQueues
+
+
+class StubRights:
+    """Allows everything."""
+
+    def __init__(self, allowance: Allowance) -> None:
+        self.allowance = allowance
+
+    def take_host(self, session: Session, host: Host) -> None:
+        return None
+
+    def give_back_host(self, session: Session) -> None:
+        pass
 
 
 class StubFlow:
@@ -33,10 +48,11 @@ class StubFlow:
 
     def __init__(self, port: int) -> None:
         self.route = Route("d.test", "d.test", port, mx=False)
-        self.site = Site(self.route, self.route)
+        self.site = Site(b"key", self.route)
         self.memory = HostMemory()
         self.jobs: list[Job] = []
         self.open = trio.Event()
+        self.rights = StubRights(Limits(Shaping(self.config)).of_flow(self.site, None))
 
     def hosts(self) -> list[Host]:
         return [Host("mx.test", "127.0.0.1")]

@@ -57,7 +57,6 @@ DIVIDED: Final = (
     "smtp_connections_out",
     "smtp_handshakes",
     "max_memory",
-    "domain_maxconnections",
 )
 """Limits of the whole server; each process gets its part."""
 

@@ -1,0 +1,487 @@
+"""Limits of deliveries: what a flow may do now, and whom a limit lets go next.
+
+Theory of operation
+-------------------
+`rules.shaping` says which limits hold, `cells` counts them. A flow takes the right to send a
+message, or to open a connection, from all scopes at once: its site and the site's provider. A
+session takes what its remote address allows.
+
+A flow that is refused waits in the line of the limit that refused, under one timer for the line.
+When the limit allows more, the first in line has its turn, and the next one if the limit still
+allows. So a timer or a freed connection wakes as many flows as can go. While flows wait for a
+connection of others, such connections end instead of becoming idle, and after some messages.
+
+A process may hold more than its part of a number of connections while the others do not need them.
+Such connections are *borrowed*: they are not kept idle, end after `BORROW_SECONDS`, and are not
+borrowed again for `REST_SECONDS`. A process that waits asks every `POLL_SECONDS`, so it gets its
+part.
+
+Everything here runs on the home worker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+import trio
+
+from mailerq.outbound.cells import Busy, Cells, Count, MemoryCells, Rate
+from mailerq.outbound.timers import Times
+from mailerq.rules.rates import cost
+from mailerq.rules.shaping import Bound, Bounds, Shaping
+
+if TYPE_CHECKING:
+    from mailerq.outbound.sites import Site
+
+__all__ = ["NOTHING", "Allowance", "Limits", "Refusal", "Waiter", "Want", "Wants", "both"]
+
+POLL_SECONDS: Final = 0.2
+"""How often a line asks whether another process has ended a connection."""
+
+BORROW_SECONDS: Final = 5.0
+"""After this time a borrowed connection ends with its message."""
+
+TURN_SECONDS: Final = 0.1
+"""How long the first in line may take to use its turn; less if a rate allows more by then."""
+
+COUNT_TURN_SECONDS: Final = 0.02
+"""The same for a number of connections, of which several may be free."""
+
+REST_SECONDS: Final = 0.5
+"""How long after the end of a borrowed connection this process borrows no other."""
+
+MAX_RESTS: Final = 1000
+"""Rests at which those that are over are dropped."""
+
+MAX_NAMED: Final = 20
+"""Lines in the statistics."""
+
+MESSAGES: Final = "messages-per-minute"
+BYTES: Final = "bytes-per-minute"
+CONNECTS: Final = "connects-per-minute"
+CONNECTIONS: Final = "max-connections"
+STARTING: Final = "max-starting"
+IDLE: Final = "max-idle"
+
+NANOSECONDS: Final = 1_000_000_000
+
+
+class Waiter(Protocol):
+    """Somebody who waits in a line."""
+
+    def limit_over(self, key: str) -> None:
+        """The turn of this waiter has come: try again, and wait again if refused."""
+
+
+class Holder(Protocol):
+    """An idle connection."""
+
+    counts: tuple[str, ...]
+
+    def leave(self) -> None:
+        """End."""
+
+
+class Want(NamedTuple):
+    """What one limit may refuse: `name` and `bound` say which, `scope` whose."""
+
+    taken: Rate | Count
+    name: str
+    bound: Bound
+    scope: str
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.bound.value} of {self.scope} ({self.bound.where})"
+
+
+class Wants(NamedTuple):
+    """What is taken together or not at all."""
+
+    each: tuple[Want, ...]
+    taken: tuple[Rate | Count, ...]
+    counts: tuple[str, ...]
+    """The keys of what has to be given back."""
+    starting: tuple[str, ...]
+    """Those of `counts` that are given back once the connection is open."""
+    sized: bool
+    """Whether a size counts."""
+
+
+NOTHING: Final = Wants((), (), (), (), sized=False)
+
+
+class Refusal(NamedTuple):
+    """The limit that refuses, and until when on `monotonic`."""
+
+    want: Want
+    until: float
+
+
+def both(one: Wants, other: Wants) -> Wants:
+    """The wants of two scopes together."""
+    if one is NOTHING or other is NOTHING:
+        return other if one is NOTHING else one
+    return Wants(
+        one.each + other.each,
+        one.taken + other.taken,
+        one.counts + other.counts,
+        one.starting + other.starting,
+        one.sized or other.sized,
+    )
+
+
+class Allowance:
+    """What holds for one flow, or for one remote address.
+
+    `number` is that of the limits at the time. `connection` holds for each connection alone.
+    """
+
+    __slots__ = ("connection", "idle", "number", "opening", "sending")
+
+    def __init__(self, number: int, wants: Sequence[Want], connection: Bounds) -> None:
+        self.number = number
+        self.sending = _wants(wants, MESSAGES, BYTES)
+        self.opening = _wants(wants, CONNECTS, CONNECTIONS, STARTING)
+        self.idle = _wants(wants, IDLE)
+        self.connection = connection
+
+    @property
+    def most(self) -> int:
+        """The least limit of connections; 0: none."""
+        found = (want.taken for want in self.opening.each if want.name == CONNECTIONS)
+        return min((each.limit for each in found if isinstance(each, Count)), default=0)
+
+    def of_connection(self, name: str) -> float:
+        """A limit of one connection; 0 if there is none."""
+        bound = self.connection.get(name)
+        return bound.value if bound is not None else 0
+
+
+class _Line:
+    """Those who wait for one limit."""
+
+    __slots__ = ("on_turn", "until", "waiters", "want", "when")
+
+    def __init__(self, want: Want) -> None:
+        self.when = math.inf
+        """When to serve the line; kept by `Times`."""
+        self.want = want
+        self.waiters: OrderedDict[Waiter, None] = OrderedDict()
+        self.until = 0.0
+        self.on_turn: Waiter | None = None
+        """Who had the last turn, and may not have used it yet."""
+
+
+class Limits:
+    """The limits of an engine, for all its deliveries; `run` gives those who wait their turns."""
+
+    def __init__(self, shaping: Shaping, cells: Cells | None = None, processes: int = 1) -> None:
+        self.shaping = shaping
+        self.number = 0
+        """Grows with each change of the limits."""
+        self._cells = MemoryCells() if cells is None else cells
+        self._turns = MemoryCells(self._cells.now)
+        """When the next connection for messages with a limit may be opened."""
+        self._granted = False
+        self._processes = processes
+        self._poll = POLL_SECONDS if processes > 1 else math.inf
+        self._idle: OrderedDict[Holder, None] = OrderedDict()
+        self._rests: dict[str, float] = {}
+        self._lines: dict[str, _Line] = {}
+        self._times: Times[_Line] = Times()
+        self._next = math.inf
+        self._earlier = trio.Event()
+
+    # What holds
+
+    def change(self, shaping: Shaping) -> bool:
+        """Put other limits in force; everybody who waits asks again.
+
+        Returns whether other domains have a site of their own now.
+        """
+        regrouped = shaping.groups != self.shaping.groups
+        self.shaping = shaping
+        self.number += 1
+        lines = list(self._lines.items())
+        for key, line in lines:
+            if self._lines.get(key) is not line:
+                continue  # all who waited here have left
+            self._end(line)
+            for waiter in line.waiters:
+                waiter.limit_over(key)
+        return regrouped
+
+    def of_flow(self, site: Site, local_ip: str | None) -> Allowance:
+        """What holds for the mail of a site from a local address."""
+        ip, shaping = local_ip or "", self.shaping
+        provider = shaping.provider_of({host.name for host in site.hosts})
+        wants = [
+            *_all(shaping.of_site(site.group, ip), site.label, f"site {site.key.hex()}", ip),
+            *_all(shaping.of_provider(provider, ip), f"provider {provider}", provider, ip),
+        ]
+        return Allowance(self.number, wants, shaping.of_connection(site.group, provider, ip))
+
+    def of_remote(self, address: str, local_ip: str | None) -> Allowance:
+        """What holds for all connections to an address from a local address."""
+        ip = local_ip or ""
+        wants = list(_all(self.shaping.of_remote(address, ip), address, f"ip {address}", ip))
+        return Allowance(self.number, wants, {})
+
+    # Taking
+
+    def take(self, wants: Wants, size: int = 0) -> Refusal | None:
+        """Take all wants, or none. `size` is the bytes of the message."""
+        if not wants.taken:
+            return None
+        if wants.sized:
+            taken = tuple(
+                Rate(want.taken.key, cost(size, int(want.bound.value)))
+                if want.name == BYTES
+                else want.taken
+                for want in wants.each
+            )
+            wants = wants._replace(taken=taken)
+        return self._take(self._cells, wants)
+
+    def may_open(self, sending: Wants) -> Refusal | None:
+        """Whether a connection for messages that need `sending` is of use now; takes nothing.
+
+        The messages of many flows may have one limit. If all flows opened connections while the
+        limit allows one message, most would wait with an open connection.
+        """
+        if not sending.taken:
+            return None
+        asked = sending._replace(taken=tuple(Rate(taken.key, 0) for taken in sending.taken))
+        return self._take(self._cells, asked) or self._take(self._turns, asked)
+
+    def open(self, opening: Wants, sending: Wants, waiter: Waiter) -> Refusal | None:
+        """Take what a connection needs that is for messages that need `sending`.
+
+        Those who wait for a connection already come first.
+        """
+        for want in opening.each:
+            line = self._lines.get(want.taken.key)
+            if line is not None and isinstance(want.taken, Count) and line.on_turn is not waiter:
+                return Refusal(want, line.until or math.inf)
+            if (until := self._rests_until(want)) is not None:
+                return Refusal(want, until)
+        refusal = self.take(opening)
+        if refusal is None and sending.taken:
+            self._turns.take(sending.taken)
+        return refusal
+
+    def _part(self, want: Want) -> float:
+        """This process's part of a count."""
+        if self._processes == 1 or want.name != CONNECTIONS:
+            return math.inf
+        return int(want.bound.value) // self._processes
+
+    def _rests_until(self, want: Want) -> float | None:
+        until = self._rests.get(want.taken.key)
+        if until is None:
+            return None
+        if until <= monotonic():
+            del self._rests[want.taken.key]
+        elif self._cells.held(want.taken.key) >= self._part(want):
+            return until
+        return None
+
+    def is_borrowed(self, opening: Wants) -> bool:
+        """Whether a connection that was just opened is beyond this process's part of a limit."""
+        return any(self._cells.held(want.taken.key) > self._part(want) for want in opening.each)
+
+    def exceeded(self, opening: Wants) -> bool:
+        """Whether this process holds more than a limit, which has been lowered."""
+        return any(
+            isinstance(want.taken, Count) and self._cells.held(want.taken.key) > want.taken.limit
+            for want in opening.each
+        )
+
+    def contended(self, counts: Sequence[str]) -> bool:
+        """Whether others of this process wait for what a connection holds."""
+        return any(key in self._lines for key in counts)
+
+    def _take(self, cells: Cells, wants: Wants) -> Refusal | None:
+        busy = cells.take(wants.taken)
+        if busy is None:
+            self._granted = self._granted or any(
+                isinstance(taken, Count) or taken.cost for taken in wants.taken
+            )
+            return None
+        return Refusal(wants.each[busy.number], self._when(busy))
+
+    def _when(self, busy: Busy) -> float:
+        """When to ask again, on `monotonic`."""
+        if busy.until is None:
+            return monotonic() + self._poll
+        return monotonic() + max((busy.until - self._cells.now()) / NANOSECONDS, 0.0)
+
+    def release(self, keys: Sequence[str], *, borrowed: bool = False) -> None:
+        """Give back counts."""
+        if keys:
+            self._cells.release(keys)
+            if not self._cells.catch_up():
+                self._earlier.set()  # `run` tries again
+            for key in keys:
+                if borrowed:
+                    self._rest(key)
+                if key in self._lines:
+                    self._set(self._lines[key], 0.0)
+
+    def _rest(self, key: str) -> None:
+        now = monotonic()
+        self._rests[key] = now + REST_SECONDS
+        if len(self._rests) > MAX_RESTS:
+            self._rests = {key: until for key, until in self._rests.items() if until > now}
+
+    def idle(self, holder: Holder) -> None:
+        """An idle connection may be ended for those who wait for what it holds."""
+        if holder.counts:
+            self._idle[holder] = None
+
+    def busy(self, holder: Holder) -> None:
+        """A connection is no longer idle."""
+        self._idle.pop(holder, None)
+
+    # Waiting
+
+    def wait(self, waiter: Waiter, refusal: Refusal) -> str:
+        """Wait for the limit that refused; returns its key."""
+        key = refusal.want.taken.key
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = _Line(refusal.want)
+        line.waiters[waiter] = None
+        if isinstance(refusal.want.taken, Count):
+            for holder in self._idle:
+                if key in holder.counts:
+                    holder.leave()
+                    break
+        line.until = min(line.until or math.inf, refusal.until)
+        # What was refused may have been given back before the waiter came here.
+        freed = isinstance(line.want.taken, Count) and self._cells.held(key) < line.want.taken.limit
+        self._set(line, 0.0 if freed and line.until == math.inf else line.until)
+        return key
+
+    def leave(self, waiter: Waiter, key: str) -> None:
+        """Wait no longer."""
+        line = self._lines.get(key)
+        if line is not None:
+            line.waiters.pop(waiter, None)
+            if not line.waiters:
+                self._end(line)
+
+    def _end(self, line: _Line) -> None:
+        del self._lines[line.want.taken.key]
+        self._times.discard(line)
+
+    def _set(self, line: _Line, when: float) -> None:
+        """Serve a line at `when`, unless it has an earlier time: something was given back."""
+        self._times.set_earlier(line, when)
+        if when < self._next:
+            self._earlier.set()
+
+    async def run(self) -> None:
+        """Give turns, until cancelled."""
+        while True:
+            self._earlier = trio.Event()
+            for line in self._times.pop_until(monotonic()):
+                self._serve(line)
+            self._next = self._times.first
+            if not self._cells.catch_up():
+                self._next = min(self._next, monotonic() + POLL_SECONDS)
+            with trio.move_on_after(max(self._next - monotonic(), 0.0)):
+                await self._earlier.wait()
+
+    def _serve(self, line: _Line) -> None:
+        """Give turns to those who wait for a limit, while the limit allows more."""
+        line.until = 0.0
+        line.on_turn = None
+        while line.waiters and not line.until:
+            busy = self._probe(line.want.taken)
+            if busy is not None:
+                line.until = self._when(busy)
+            elif not self._give_turn(line):
+                # Mail has to be read, a session has to wake or to be opened first.
+                line.until = monotonic() + self._turn_seconds(line.want.taken)
+        if line.waiters:
+            self._set(line, line.until)
+        elif self._lines.get(line.want.taken.key) is line:
+            self._end(line)
+
+    def _probe(self, taken: Rate | Count) -> Busy | None:
+        """Whether a limit allows more."""
+        if isinstance(taken, Rate):
+            return self._cells.take([Rate(taken.key, 0)])
+        busy = self._cells.take([taken])
+        if busy is None:
+            self._cells.release([taken.key])
+        return busy
+
+    @staticmethod
+    def _turn_seconds(taken: Rate | Count) -> float:
+        if isinstance(taken, Count) or not taken.cost:
+            return COUNT_TURN_SECONDS
+        return min(taken.cost / NANOSECONDS, TURN_SECONDS)
+
+    def _give_turn(self, line: _Line) -> bool:
+        """Have the first in line try, and return whether that took something.
+
+        A waiter that is refused at once stays the first.
+        """
+        waiter, _ = line.waiters.popitem(last=False)
+        self._granted = False
+        line.on_turn = waiter
+        waiter.limit_over(line.want.taken.key)
+        if not self._granted and waiter in line.waiters:
+            line.waiters.move_to_end(waiter, last=False)
+        return self._granted
+
+    # Seeing
+
+    def statistics(self) -> dict[str, Any]:
+        """How many wait for a limit, and for which; at most `MAX_NAMED` limits are named."""
+        waiting: dict[str, int] = {}
+        for line in self._lines.values():
+            name = str(line.want)  # sites may have equal labels
+            waiting[name] = waiting.get(name, 0) + len(line.waiters)
+        most = sorted(waiting.items(), key=lambda item: -item[1])[:MAX_NAMED]
+        return {"limited": sum(waiting.values()), "limits": dict(most)}
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        self._cells.close()
+
+
+def _all(bounds: Bounds, scope: str, key: str, local_ip: str) -> Iterator[Want]:
+    for name, bound in bounds.items():
+        value = int(bound.value)
+        where = f"{name} {key} {local_ip}"
+        if name in (MESSAGES, BYTES, CONNECTS):
+            where = f"{name} {value} {key} {local_ip}"  # a changed rate begins anew
+        taken: Rate | Count
+        if name == BYTES:
+            taken = Rate(where, 0)
+        elif name in (MESSAGES, CONNECTS):
+            taken = Rate(where, cost(1, value))
+        else:
+            taken = Count(where, value)
+        yield Want(taken, name, bound, f"{scope} from {local_ip}" if local_ip else scope)
+
+
+def _wants(wants: Sequence[Want], *names: str) -> Wants:
+    each = tuple(want for want in wants if want.name in names)
+    if not each:
+        return NOTHING
+    counts = [want for want in each if isinstance(want.taken, Count)]
+    return Wants(
+        each,
+        tuple(want.taken for want in each),
+        tuple(want.taken.key for want in counts),
+        tuple(want.taken.key for want in counts if want.name == STARTING),
+        any(want.name == BYTES for want in each),
+    )

@@ -1,0 +1,558 @@
+"""Which limits hold for deliveries: the settings, and the lines of `limits-file`.
+
+Theory of operation
+-------------------
+The file is TOML with two kinds of table. A ``[[provider]]`` names hosts by suffixes of MX names. A
+``[[limit]]`` gives values for all mail, or for a ``domain``, a ``provider`` or a ``remote-ip``.
+With ``local-ip`` the values are for mail that leaves from that address.
+
+Mail is counted in up to three scopes, and all of them must allow it: its site, the provider of the
+site, and the remote address. Each scope counts separately for each local address. The values of a
+scope come from all lines that match. More exact lines override less exact ones, and later lines
+equally exact earlier ones, value by value: 0 is no limit, and -1 takes what less exact lines say.
+
+Domains with lines of their own do not share a site with others, so their values apply to their mail
+alone. `Shaping.group_of` names the lines that set a domain apart.
+
+docs/limits.md explains the file to operators.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+from mailerq.address import parse_domain, parse_ip
+from mailerq.errors import AddressError, ConfigError, Problem
+from mailerq.settings import SIZE
+from mailerq.spelling import Spelling
+
+if TYPE_CHECKING:
+    from mailerq.config import Config
+
+__all__ = ["CONNECTION", "SITE", "Bound", "Bounds", "Shaping"]
+
+KEY: Final = "limits-file"
+
+FILE_BYTES: Final = 1 << 20
+
+RATES: Final = ("messages-per-minute", "bytes-per-minute", "connects-per-minute")
+COUNTS: Final = ("max-connections", "max-starting", "max-idle")
+CONNECTION: Final = ("connection-messages", "connection-bytes", "connection-idle")
+"""What holds for each connection by itself, so without a scope."""
+
+SITE: Final = {
+    "messages-per-minute": "domain-maxmessages",
+    "bytes-per-minute": "domain-maxbytes",
+    "connects-per-minute": "domain-maxconnects",
+    "max-connections": "domain-maxconnections",
+    "max-starting": "domain-maxstarting",
+    "max-idle": "domain-maxidle",
+    "connection-messages": "connection-maxmessages",
+    "connection-bytes": "connection-maxbytes",
+    "connection-idle": "connection-maxidle",
+}
+"""The settings that are the least exact values of a site and its connections."""
+
+REMOTE: Final = {
+    "messages-per-minute": "ip-maxmessages",
+    "bytes-per-minute": "ip-maxbytes",
+    "connects-per-minute": "ip-maxconnects",
+    "max-connections": "ip-maxconnections",
+    "max-starting": "ip-maxstarting",
+}
+"""The settings that are the least exact values of a remote address."""
+
+VALUES: Final = (*RATES, *COUNTS, *CONNECTION)
+SELECTORS: Final = ("domain", "provider", "remote-ip", "local-ip")
+KEYS: Final = {"limit": (*SELECTORS, *VALUES), "provider": ("name", "mx")}
+SPELLINGS: Final = {kind: Spelling(keys) for kind, keys in KEYS.items()}
+LATER: Final = {
+    "pool": "pools of local addresses are not supported yet; write one line for each local-ip",
+    "secure": "TLS on the way out is not supported yet",
+}
+"""Keys of a line that will mean something, and what to do until then."""
+
+SIZES: Final = frozenset({"bytes-per-minute", "connection-bytes"})
+SECONDS: Final = frozenset({"connection-idle"})
+MAX_VALUE: Final = 10**15
+INHERIT: Final = -1
+
+MAX_CACHED: Final = 10_000
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Bound(NamedTuple):
+    """A limit and the place that sets it. The value is seconds for ``connection-idle``."""
+
+    value: float
+    where: str
+
+
+Bounds = Mapping[str, Bound]
+"""Limits by their name in the file; what is missing is not limited."""
+
+
+class _Line(NamedTuple):
+    """A ``[[limit]]`` of the file."""
+
+    where: str
+    domain: str
+    provider: str
+    remote: Network | None
+    any_remote: bool
+    local_ip: str
+    values: Mapping[str, Bound]
+
+
+class _Scope(NamedTuple):
+    """What limits are asked for."""
+
+    kind: str
+    local_ip: str
+    group: str = ""
+    provider: str = ""
+    remote: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Provider:
+    name: str
+    suffixes: tuple[str, ...]
+
+    def has(self, host: str) -> bool:
+        return any(host == suffix or host.endswith("." + suffix) for suffix in self.suffixes)
+
+
+class Shaping:
+    """The limits in force. Immutable; any thread may use it.
+
+    >>> from mailerq.config import Config
+    >>> text = '''[[limit]]
+    ... domain = "example.com"
+    ... messages-per-minute = 600
+    ... '''
+    >>> shaping = Shaping.parse(text.encode(), "limits.toml", Config())
+    >>> shaping.of_site("example.com", "")["messages-per-minute"]
+    Bound(value=600, where='limits.toml:3')
+    """
+
+    def __init__(
+        self, config: Config, lines: Iterable[_Line] = (), providers: Iterable[_Provider] = ()
+    ) -> None:
+        self._lines = tuple(lines)
+        self._providers = tuple(providers)
+        site = _base(config, SITE)
+        self._base = {
+            "site": site, "connection": site, "provider": {}, "remote": _base(config, REMOTE),
+        }  # fmt: skip
+        self.groups = frozenset(line.domain for line in self._lines if line.domain)
+        """What sets domains apart, see `group_of`."""
+        self._cache: dict[_Scope, Bounds] = {}
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """The limits that the settings ask for. Raises `ConfigError` with all mistakes."""
+        path = config.limits_file
+        if not path:
+            return cls(config)
+        where = config.origin(KEY)
+        try:
+            with open(path, "rb") as file:
+                data = file.read(FILE_BYTES + 1)
+        except OSError as error:
+            text = f"{KEY}: cannot read {path}: {error.strerror or error}"
+            raise ConfigError.of([Problem(where, text, KEY)]) from None
+        if len(data) > FILE_BYTES:
+            text = f"{KEY}: {path} is larger than {FILE_BYTES} bytes"
+            raise ConfigError.of([Problem(where, text, KEY)])
+        return cls.parse(data, path, config)
+
+    @classmethod
+    def parse(cls, data: bytes, path: str, config: Config) -> Self:
+        """Read the text of a `limits-file`. Raises `ConfigError` with all mistakes."""
+        reader = _Reader(data, path)
+        lines, providers = reader.read()
+        if reader.problems:
+            raise ConfigError.of(reader.problems)
+        return cls(config, lines, providers)
+
+    @property
+    def shortest_idle(self) -> float:
+        """The shortest time that an idle connection is kept, in seconds."""
+        values = [
+            line.values["connection-idle"]
+            for line in self._lines
+            if "connection-idle" in line.values
+        ]
+        values.append(self._base["connection"]["connection-idle"])
+        return min(bound.value for bound in values if bound.value != INHERIT)
+
+    def group_of(self, domain: str) -> str:
+        """The most exact ``domain`` of a line that matches, or an empty string.
+
+        `domain` is in lower case, in A-labels. Domains of different groups share no site.
+        """
+        if not self.groups:
+            return ""
+        return next((name for name in _patterns(domain) if name in self.groups), "")
+
+    def provider_of(self, hosts: Iterable[str]) -> str:
+        """The first provider that has all of the hosts, or an empty string."""
+        if not self._providers:
+            return ""
+        names = {host.lower().rstrip(".") for host in hosts}
+        found = (each.name for each in self._providers if names and all(map(each.has, names)))
+        return next(found, "")
+
+    def of_site(self, group: str, local_ip: str) -> Bounds:
+        """What holds for the mail of one site from one local address, "" if the system chooses."""
+        return self._find(_Scope("site", local_ip, group=group))
+
+    def of_provider(self, provider: str, local_ip: str) -> Bounds:
+        """What holds for all mail to a provider from one local address."""
+        return self._find(_Scope("provider", local_ip, provider=provider)) if provider else {}
+
+    def of_remote(self, address: str, local_ip: str) -> Bounds:
+        """What holds for all connections to one address from one local address."""
+        return self._find(_Scope("remote", local_ip, remote=address))
+
+    def of_connection(self, group: str, provider: str, local_ip: str) -> Bounds:
+        """What holds for each connection to a site, the `CONNECTION` limits."""
+        return self._find(_Scope("connection", local_ip, group, provider))
+
+    def _find(self, scope: _Scope) -> Bounds:
+        found = self._cache.get(scope)
+        if found is None:
+            if len(self._cache) >= MAX_CACHED:
+                self._cache.clear()
+            found = self._cache[scope] = self._resolve(scope)
+        return found
+
+    def _resolve(self, scope: _Scope) -> Bounds:
+        layers: dict[tuple[int, bool], dict[str, Bound]] = {}
+        for line in self._lines:
+            rank = _closeness(line, scope) if line.local_ip in ("", scope.local_ip) else None
+            if rank is not None:
+                layers.setdefault((rank, bool(line.local_ip)), {}).update(line.values)
+        values = dict(self._base[scope.kind])
+        for _, layer in sorted(layers.items()):
+            values.update({k: bound for k, bound in layer.items() if bound.value != INHERIT})
+        names = CONNECTION if scope.kind == "connection" else (*RATES, *COUNTS)
+        # An idle time of 0 is a limit: no connection is kept.
+        return {k: v for k, v in values.items() if k in names and (v.value or k in SECONDS)}
+
+
+def _base(config: Config, names: Mapping[str, str]) -> dict[str, Bound]:
+    found = {}
+    for name, key in names.items():
+        value = getattr(config, key.replace("-", "_"))
+        origin = config.origin(key)
+        if key == "connection-maxidle":
+            value /= 1000
+        found[name] = Bound(value, key if origin in ("default", "program") else f"{key} ({origin})")
+    return found
+
+
+def _patterns(domain: str) -> Iterator[str]:
+    """What a line may call a domain, most exact first.
+
+    >>> list(_patterns("a.b.test")), list(_patterns("*.b.test"))
+    (['a.b.test', '*.b.test', '*.test'], ['*.b.test', '*.test'])
+    """
+    if domain:
+        yield domain
+    rest = domain
+    while (rest := rest.partition(".")[2]) and rest:
+        if domain != f"*.{rest}":
+            yield f"*.{rest}"
+
+
+def _closeness(line: _Line, scope: _Scope) -> int | None:
+    """How exactly a line names a scope; None if the line is not about the scope."""
+    if scope.kind == "remote":
+        if line.remote is None:
+            return 0 if line.any_remote else None
+        ip = ipaddress.ip_address(scope.remote.partition("%")[0])
+        fits = ip.version == line.remote.version and ip in line.remote
+        return line.remote.prefixlen + 1 if fits else None
+    if line.any_remote or line.remote is not None:
+        return None
+    if line.provider:
+        wanted = scope.kind != "site" and line.provider == scope.provider
+        return 1 if wanted else None
+    if scope.kind == "provider":
+        return None
+    if not line.domain:
+        return 0
+    if line.domain not in _patterns(scope.group):
+        return None
+    # Of two patterns that match one domain the longer one is the more exact.
+    return 2 + len(line.domain.removeprefix("*.")) * 2 - line.domain.startswith("*.")
+
+
+class _Reader:
+    """Reads a file, and collects all its mistakes in `problems`."""
+
+    def __init__(self, data: bytes, path: str) -> None:
+        self.problems: list[Problem] = []
+        self._data = data
+        self._path = path
+        self._places: dict[tuple[str, int, str], int] = {}
+
+    def read(self) -> tuple[list[_Line], list[_Provider]]:
+        try:
+            tree = tomllib.loads(self._data.decode())
+        except UnicodeDecodeError as error:
+            line = self._data.count(b"\n", 0, error.start) + 1
+            self._wrong(line, "is not UTF-8")
+            return [], []
+        except tomllib.TOMLDecodeError as error:
+            self._wrong(*_line_of(str(error)))
+            return [], []
+        self._places = _places(self._data.decode())
+        for name in tree:
+            if name not in ("limit", "provider"):
+                self._wrong(
+                    self._places.get(("", 0, name), 1),
+                    f"unknown table or key {name!r}; the file has [[limit]] and [[provider]]",
+                )
+        providers = [
+            provider
+            for index, table in self._tables(tree, "provider")
+            if (provider := self._provider(index, table)) is not None
+        ]
+        self._check_providers(providers)
+        names = {provider.name for provider in providers}
+        lines = [
+            limit
+            for index, table in self._tables(tree, "limit")
+            if (limit := self._limit(index, table, names)) is not None
+        ]
+        return lines, providers
+
+    def _wrong(self, line: int, text: str) -> None:
+        self.problems.append(Problem(f"{self._path}:{line}", text, KEY))
+
+    def _at(self, kind: str, index: int, key: str = "") -> int:
+        """The line of a key, or of the table that has or lacks the key."""
+        return self._places.get((kind, index, key)) or self._places.get((kind, index, ""), 1)
+
+    def _tables(self, tree: Mapping[str, Any], kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        tables = tree.get(kind, [])
+        if not isinstance(tables, list) or not all(isinstance(each, dict) for each in tables):
+            self._wrong(self._at(kind, 0), f"{kind!r} must be written [[{kind}]]")
+            return
+        yield from enumerate(tables)
+
+    def _text(self, kind: str, index: int, table: Mapping[str, Any], key: str) -> str:
+        """A text of a table; an empty string if there is none, or a mistake."""
+        value = table.get(key)
+        if value is None:
+            return ""
+        if not isinstance(value, str) or not value.strip():
+            self._wrong(self._at(kind, index, key), f"{key}: {value!r} is not a text")
+            return ""
+        return value.strip()
+
+    def _unknown(self, kind: str, index: int, table: Mapping[str, Any]) -> None:
+        """Report the keys of a table that mean nothing."""
+        for key in table:
+            if key in KEYS[kind]:
+                continue
+            if kind == "limit" and key in LATER:
+                text = f"{key}: {LATER[key]}"
+            else:
+                meant = SPELLINGS[kind].meant(key)
+                hint = f"; did you mean {meant}?" if meant else ""
+                text = f"unknown key {key!r} in [[{kind}]]{hint}"
+            self._wrong(self._at(kind, index, key), text)
+
+    # Providers
+
+    def _provider(self, index: int, table: Mapping[str, Any]) -> _Provider | None:
+        self._unknown("provider", index, table)
+        name = self._text("provider", index, table, "name")
+        if "name" not in table:
+            self._wrong(self._at("provider", index), "a [[provider]] needs a name")
+        given = table.get("mx")
+        if isinstance(given, str):
+            given = [given]
+        if not isinstance(given, list) or not given:
+            self._wrong(
+                self._at("provider", index, "mx"),
+                f"provider {name!r} needs mx, a list of suffixes such as"
+                ' ["protection.outlook.com"]',
+            )
+            return None
+        suffixes = []
+        for text in given:
+            try:
+                bare = str(text).strip().removeprefix("*").strip(".")
+                suffixes.append(_host(bare if isinstance(text, str) else ""))
+            except AddressError:
+                self._wrong(
+                    self._at("provider", index, "mx"),
+                    f"mx: {text!r} is not the end of a host name such as mail.example.com",
+                )
+        return _Provider(name, tuple(suffixes)) if name else None
+
+    def _check_providers(self, providers: list[_Provider]) -> None:
+        names: set[str] = set()
+        owners: dict[str, str] = {}
+        for index, provider in enumerate(providers):
+            if provider.name in names:
+                line = self._at("provider", index, "name")
+                self._wrong(line, f"provider {provider.name!r} is there twice")
+            names.add(provider.name)
+            for suffix in provider.suffixes:
+                owner = owners.setdefault(suffix, provider.name)
+                if owner != provider.name:
+                    line = self._at("provider", index, "mx")
+                    self._wrong(line, f"mx: {suffix} belongs to provider {owner!r} already")
+
+    # Limits
+
+    def _limit(self, index: int, table: Mapping[str, Any], providers: set[str]) -> _Line | None:
+        before = len(self.problems)
+        self._unknown("limit", index, table)
+        domain = self._text("limit", index, table, "domain")
+        provider = self._text("limit", index, table, "provider")
+        remote = self._text("limit", index, table, "remote-ip")
+        local = self._text("limit", index, table, "local-ip")
+        if len(chosen := [key for key in SELECTORS[:3] if key in table]) > 1:
+            self._wrong(
+                self._at("limit", index, chosen[1]),
+                f"a [[limit]] is for a domain, a provider or a remote-ip; this one has"
+                f" {' and '.join(chosen)}",
+            )
+        if provider and provider not in providers:
+            place = self._at("limit", index, "provider")
+            self._wrong(place, f"provider: no [[provider]] in this file is named {provider!r}")
+        values = {
+            key: bound
+            for key in VALUES
+            if key in table and (bound := self._value(index, table, key, chosen)) is not None
+        }
+        if len(self.problems) == before and not values:
+            self._wrong(self._at("limit", index), "this [[limit]] sets nothing")
+        network = self._network(index, remote) if remote not in ("", "*") else None
+        read = _Line(
+            f"{self._path}:{self._at('limit', index)}",
+            self._domain(index, domain),
+            provider,
+            network,
+            remote == "*",
+            self._local(index, local),
+            values,
+        )
+        return read if len(self.problems) == before else None
+
+    def _domain(self, index: int, text: str) -> str:
+        if text in ("", "*"):
+            return ""
+        bare = text.removeprefix("*.")
+        try:
+            domain = parse_domain(bare.rstrip("."))
+        except AddressError as error:
+            self._wrong(
+                self._at("limit", index, "domain"),
+                f"domain: {error}; write example.com, or *.example.com for those below it",
+            )
+            return ""
+        return domain if bare == text else f"*.{domain}"
+
+    def _network(self, index: int, text: str) -> Network | None:
+        try:
+            return ipaddress.ip_network(text)
+        except ValueError:
+            self._wrong(
+                self._at("limit", index, "remote-ip"),
+                f"remote-ip: {text!r} is not an address, a network such as 192.0.2.0/24, or *"
+                " for each address",
+            )
+            return None
+
+    def _local(self, index: int, text: str) -> str:
+        if not text:
+            return ""
+        try:
+            return str(parse_ip(text))
+        except ValueError:
+            self._wrong(
+                self._at("limit", index, "local-ip"), f"local-ip: {text!r} is not an IP address"
+            )
+            return ""
+
+    def _value(
+        self, index: int, table: Mapping[str, Any], key: str, chosen: list[str]
+    ) -> Bound | None:
+        line = self._at("limit", index, key)
+        value = table[key]
+        if "remote-ip" in chosen and key not in REMOTE:
+            self._wrong(line, f"{key} cannot be set for a remote-ip, only for domains")
+            return None
+        if isinstance(value, str) and key in SIZES:
+            try:
+                value = SIZE.read(value)
+            except ValueError as error:
+                self._wrong(line, f"{key}: {error}")
+                return None
+        numbers = (int, float) if key in SECONDS else int
+        if not isinstance(value, numbers) or isinstance(value, bool):
+            kind = "number" if key in SECONDS else "whole number"
+            self._wrong(line, f"{key}: {value!r} is not a {kind}")
+            return None
+        if value != INHERIT and not 0 <= value <= MAX_VALUE:
+            self._wrong(
+                line,
+                f"{key}: {value} is out of bounds; 0 is no limit, and -1 takes the value of less"
+                " exact lines and of the settings",
+            )
+            return None
+        return Bound(value, f"{self._path}:{line}")
+
+
+def _host(text: str) -> str:
+    """A domain, or an address as it names a smarthost. Raises `AddressError`."""
+    try:
+        return str(parse_ip(text))
+    except ValueError:
+        return parse_domain(text)
+
+
+def _line_of(text: str) -> tuple[int, str]:
+    """The line in an error text of tomllib, and the rest of the text."""
+    match = re.fullmatch(r"(.*) \(at line ([0-9]+), column ([0-9]+)\)", text, re.DOTALL)
+    if match is None:
+        return 1, text
+    return int(match[2]), f"{match[1]} (column {match[3]})"
+
+
+_HEADER: Final = re.compile(r"\s*\[\[?\s*([\w-]+)\s*\]\]?")
+_KEY: Final = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
+
+
+def _places(text: str) -> dict[tuple[str, int, str], int]:
+    """The lines of tables, ``(kind, index, "")``, and of their keys.
+
+    tomllib does not tell them. Text of several lines that looks like a key may mislead this
+    function about the line, and about nothing else.
+    """
+    places: dict[tuple[str, int, str], int] = {}
+    kind, counts, index = "", {"": 1}, 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        if (match := _HEADER.match(line)) is not None:
+            kind = match[1]
+            index = counts.get(kind, 0)
+            counts[kind] = index + 1
+            places.setdefault((kind, index, ""), number)
+            places.setdefault(("", 0, kind), number)
+        elif (match := _KEY.match(line)) is not None:
+            places.setdefault((kind, index, match[1]), number)
+    return places

@@ -1,0 +1,172 @@
+"""Limits of deliveries as an operator sees them: one file, all processes, restarts, mistakes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+import trio
+
+from mailerq.wire import server
+from mailerq.wire.smtp import Reply
+from tests.crash.kit import Daemon, all_arrive, daemon, switches_in, until
+from tests.processes_kit import TWO, all_run, connected, marked, put, send_all, until_rows
+from tests.support import Sink, in_thread, mailerq, open_sink
+
+
+class Clock:
+    """Notes when mail comes."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.times: list[float] = []
+        sink.decide = self
+
+    def __call__(self, event: server.Event) -> Reply | None:
+        if isinstance(event, server.Mail):
+            self.times.append(monotonic())
+        return None
+
+    def assert_paced(self, seconds: float, first: int = 0) -> None:
+        """Check that no stretch has more than its share, but for 20 ms that may be made up for."""
+        times = self.times[first:]
+        for count in range(1, len(times)):
+            for start, end in zip(times, times[count:], strict=False):
+                # The sink may see one mail later than the next, by its own turns.
+                assert end - start >= count * seconds - 0.07
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Iterator[dict[str, str]]:
+    with marked(tmp_path) as environment:
+        yield environment
+
+
+def limits_in(directory: Path, text: str) -> str:
+    path = directory / "limits.toml"
+    path.write_text(text)
+    return f"--limits-file={path}"
+
+
+async def delivered(running: Daemon, count: int) -> None:
+    with trio.fail_after(60):
+        while (await running.statistics())["outgoing"]["delivered"] < count:  # noqa: ASYNC110
+            await trio.sleep(0.02)
+
+
+async def test_two_processes_together_keep_a_rate_and_one_alone_uses_it(
+    tmp_path: Path, mark: dict[str, str]
+) -> None:
+    switch = limits_in(tmp_path, "[[limit]]\ndomain = 'd.test'\nmessages-per-minute = 600\n")
+    async with open_sink() as sink, daemon(tmp_path, sink.port, TWO, switch, env=mark) as running:
+        clock = Clock(sink)
+        both = await send_all(running.port, "both")
+        await all_arrive(sink, both)
+        clock.assert_paced(0.1)
+        first = len(clock.times)
+        async with connected(running.port) as stream:
+            for number in range(20):
+                assert await put(stream, f"one-{number}") == 250
+        await all_arrive(sink, {f"one-{number}" for number in range(20)})
+        clock.assert_paced(0.1, first)
+        # Nine tenths of the limit; a machine that stands still takes time that nobody gives back.
+        took = clock.times[-1] - clock.times[first]
+        assert took <= 19 * 0.1 / 0.9 + 1.0
+        await delivered(running, len(both) + 20)
+
+
+async def test_connections_are_counted_over_all_processes(
+    tmp_path: Path, mark: dict[str, str]
+) -> None:
+    switches = ("--domain-maxconnections=2", "--connection-maxidle=1000000")
+    async with (
+        open_sink() as sink,
+        daemon(tmp_path, sink.port, TWO, *switches, env=mark) as running,
+    ):
+        await all_arrive(sink, await send_all(running.port, "a"))
+        assert sink.most <= 2
+        # What a process that died had is free once another has taken its place.
+        killed = running.children[0]
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda: killed not in running.children)
+        await until_rows(running, all_run)
+        await all_arrive(sink, await send_all(running.port, "b"))
+        assert sink.most <= 3  # the sink may notice the end of the dead one's late
+
+
+async def test_one_connection_at_a_time_serves_all_processes_in_turn(
+    tmp_path: Path, mark: dict[str, str]
+) -> None:
+    switches = ("--domain-maxconnections=1", "--connection-maxidle=1000000")
+    async with (
+        open_sink() as sink,
+        daemon(tmp_path, sink.port, TWO, *switches, env=mark) as running,
+    ):
+        for name in "abc":
+            await all_arrive(sink, await send_all(running.port, name))
+        assert sink.most == 1
+
+
+async def test_a_rate_holds_over_a_restart(tmp_path: Path, mark: dict[str, str]) -> None:
+    switch = limits_in(tmp_path, "[[limit]]\nmessages-per-minute = 20\n")
+    async with open_sink() as sink:
+        clock = Clock(sink)
+        for number in range(2):
+            async with daemon(tmp_path, sink.port, switch, env=mark) as running:
+                async with connected(running.port) as stream:
+                    assert await put(stream, f"m-{number}") == 250
+                await all_arrive(sink, {f"m-{number}"})
+                await delivered(running, 1)
+                assert await running.stop() == 0
+        clock.assert_paced(3.0)
+
+
+async def test_status_names_the_limit_that_mail_waits_for(
+    tmp_path: Path, mark: dict[str, str]
+) -> None:
+    switch = limits_in(tmp_path, "[[limit]]\ndomain = 'd.test'\n\nmessages-per-minute = 1\n")
+    async with open_sink() as sink, daemon(tmp_path, sink.port, switch, env=mark) as running:
+        async with connected(running.port) as stream:
+            for number in range(3):
+                assert await put(stream, f"m-{number}") == 250
+        await all_arrive(sink, {"m-0"})
+        text = f"messages-per-minute = 1 of d.test ({tmp_path}/limits.toml:4)"
+        with trio.fail_after(30):
+            while (await running.statistics())["outgoing"]["limits"] != {text: 1}:  # noqa: ASYNC110
+                await trio.sleep(0.02)
+        # A mistake changes nothing; what is right holds at once.
+        switches = switches_in(tmp_path, sink.port)
+        limits_in(tmp_path, "[[limit]]\ndomain = 'd.test'\nmesages-per-minute = 0\n")
+        wrong = await in_thread(lambda: mailerq("reload", *switches))
+        assert wrong.returncode == 1
+        assert (
+            f"{tmp_path}/limits.toml:3: unknown key 'mesages-per-minute'" in wrong.stderr.decode()
+        )
+        limits_in(tmp_path, "[[limit]]\ndomain = 'd.test'\nmessages-per-minute = 0\n")
+        done = await in_thread(lambda: mailerq("reload", *switches))
+        assert done.returncode == 0, done.stderr
+        await all_arrive(sink, {"m-1", "m-2"})
+
+
+def test_check_config_says_all_mistakes_of_the_file(tmp_path: Path) -> None:
+    switch = limits_in(
+        tmp_path,
+        "[[limit]]\nprovider = 'gmail'\nmax-connections = 3\n[[limit]]\nmax-idle = 'two'\n",
+    )
+    done = mailerq("check-config", switch, *switches_in(tmp_path, 25))
+    assert done.returncode == 1
+    path = tmp_path / "limits.toml"
+    assert (
+        f"{path}:2: provider: no [[provider]] in this file is named 'gmail'" in done.stderr.decode()
+    )
+    assert f"{path}:5: max-idle: 'two' is not a whole number" in done.stderr.decode()
+
+
+def test_a_daemon_with_a_wrong_file_does_not_start(tmp_path: Path) -> None:
+    switch = limits_in(tmp_path, "[[limit]]\nmax-idle = -7\n")
+    done = mailerq(switch, *switches_in(tmp_path, 25))
+    assert done.returncode == 2
+    assert f"{tmp_path}/limits.toml:2: max-idle: -7 is out of bounds" in done.stderr.decode()
