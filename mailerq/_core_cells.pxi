@@ -178,24 +178,33 @@ cdef int copy_far_away(int fd) noexcept nogil:
 
 
 cdef bint open_wakeup(Worker *worker) noexcept nogil:
+    # Return False, and change nothing, if no descriptor is left.
     cdef int fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+    cdef int wakeup, spare
     if fd < 0:
         return False
-    worker.wakeup = copy_far_away(fd)
-    worker.spare = copy_far_away(fd)
+    wakeup = copy_far_away(fd)
+    spare = copy_far_away(fd)
     close(fd)
-    if worker.wakeup >= 0 and worker.spare < 0:
-        close(worker.wakeup)
-    return worker.spare >= 0
+    if wakeup < 0 or spare < 0:
+        if wakeup >= 0:
+            close(wakeup)
+        if spare >= 0:
+            close(spare)
+        return False
+    worker.wakeup = wakeup
+    worker.spare = spare
+    return True
 
 
-cdef void mend_wakeup(Worker *worker) noexcept nogil:
-    # A plugin closed the eventfd. Its copy shares the counter, so no wake-up is lost.
+cdef bint mend_wakeup(Worker *worker) noexcept nogil:
+    # A plugin closed the eventfd. Its copy shares the counter, so no wake-up is lost. Return False
+    # if no descriptor is left.
     cdef int fd = copy_far_away(worker.spare)
     if fd >= 0:
         worker.wakeup = fd
-    else:
-        open_wakeup(worker)
+        return True
+    return errno == EBADF and open_wakeup(worker)  # the plugin closed the copy too
 
 
 cdef Worker *open_worker(Table *table) noexcept nogil:

@@ -105,9 +105,14 @@ cdef class Context:
         return moved
 
     def mend(self):
-        """Open another descriptor for `fileno`, because a plugin closed it."""
-        mend_wakeup(self.worker)
+        """Open another descriptor for `fileno`, because a plugin closed it.
+
+        Return False if no descriptor is left.
+        """
+        if not mend_wakeup(self.worker):
+            return False
         self.stray()
+        return True
 
     cdef take_back(self, Call call):
         # Close a call that was given up and has now been handed back.

@@ -113,6 +113,9 @@ out at one recipient would fail at all later recipients too."""
 EACH_SECONDS: Final = 1.0
 """Time for one event after the `deadline` of its connection."""
 
+EXHAUSTED_SECONDS: Final = 0.1
+"""Pause when the process has no descriptors left."""
+
 TEXT_LIMIT: Final = 2000
 """Characters of the text of a reject. The core cuts the text of MQ_Reject at the same length."""
 
@@ -417,8 +420,8 @@ class Context(_core.Context):
             try:
                 await trio.lowlevel.wait_readable(self.fileno())
             except (OSError, trio.ClosedResourceError):
-                self.mend()
-                await trio.lowlevel.checkpoint()
+                # Without a descriptor nobody can wake this task, so it looks from time to time.
+                await trio.sleep(0.0 if self.mend() else EXHAUSTED_SECONDS)
             try:
                 self._turn()
             except Exception:

@@ -174,12 +174,14 @@ class Listener:
         await trio.lowlevel.checkpoint_if_cancelled()  # cancelled: the workers take no more tasks
         for worker, deadlines in self._deadlines.items():
             worker.spawn(deadlines.run)
-        for port in self._ports:
-            port.sock.listen(BACKLOG)
-        with self._scope:
+        with ExitStack() as copies, self._scope:
+            # A copy keeps its port open, and known to the loop, if a plugin closes the original.
+            both = [(port, copies.enter_context(port.sock.dup())) for port in self._ports]
+            for port in self._ports:
+                port.sock.listen(BACKLOG)
             async with trio.open_nursery() as nursery:
-                for port in self._ports:
-                    nursery.start_soon(self._accept, port)
+                for port, copy in both:
+                    nursery.start_soon(self._accept, port, copy)
                 task_status.started()
 
     async def stop(self, seconds: float) -> None:
@@ -204,20 +206,18 @@ class Listener:
     def _seconds_left(self) -> float:
         return max(0.0, (self._stop_at or 0.0) - time.monotonic())
 
-    async def _accept(self, port: Port) -> None:
+    async def _accept(self, port: Port, copy: socket.socket) -> None:
         local = None if port.address[0] in ("0.0.0.0", "::") else port.address
-        # The copy keeps the port open, and known to the loop, if a plugin closes the original.
-        with port.sock.dup() as copy:
-            while True:
-                try:
-                    await trio.lowlevel.wait_readable(port.sock)
-                    await self._accept_some(port, local)
-                except (OSError, trio.ClosedResourceError) as error:
-                    # EPERM: the number now belongs to a file that cannot be waited for.
-                    if isinstance(error, OSError) and error.errno not in (*_STRAY, errno.EPERM):
-                        raise
-                    port = self._mend(port, copy)
-                await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                await trio.lowlevel.wait_readable(port.sock)
+                await self._accept_some(port, local)
+            except (OSError, trio.ClosedResourceError) as error:
+                # EPERM: the number now belongs to a file that cannot be waited for.
+                if isinstance(error, OSError) and error.errno not in (*_STRAY, errno.EPERM):
+                    raise
+                port = await self._mend(port, copy)
+            await trio.lowlevel.checkpoint()
 
     async def _accept_some(self, port: Port, local: tuple[str, int] | None) -> None:
         for _ in range(ACCEPTS_IN_A_ROW):
@@ -234,13 +234,21 @@ class Listener:
                 return
             self._admit(stream, port)
 
-    def _mend(self, port: Port, copy: socket.socket) -> Port:
-        """The same port with an open descriptor. Raises OSError."""
-        mended = replace(port, sock=copy.dup())
-        self._ports[self._ports.index(port)] = mended
+    async def _mend(self, port: Port, copy: socket.socket) -> Port:
+        """The same port with an open descriptor, once there is one. Raises OSError."""
         port.sock.detach()  # another file may have the number now
-        stray_close(f"the port {host_port(*mended.address)}")
-        return mended
+        while True:
+            try:
+                mended = replace(port, sock=copy.dup())
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                self._warn(f"cannot accept connections: {error.strerror}")
+                await trio.sleep(EXHAUSTED_SECONDS)
+            else:
+                self._ports[self._ports.index(port)] = mended
+                stray_close(f"the port {host_port(*mended.address)}")
+                return mended
 
     def _turn_away(self, port: Port, error: OSError) -> None:
         """No descriptor is left: answer waiting clients with the spare one."""

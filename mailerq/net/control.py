@@ -74,15 +74,26 @@ async def serve(
                     if isinstance(error, OSError) and error.errno in EXHAUSTED:
                         await trio.sleep(EXHAUSTED_SECONDS)
                         continue
-                    stray_close("the control socket")
                     sock.detach()
-                    sock = original.dup()
+                    sock = await _copy(original)
+                    stray_close("the control socket")
                 else:
                     nursery.start_soon(_serve_one, stream, commands)
     finally:
         sock.close()
         original.close()
         _remove(directory)
+
+
+async def _copy(sock: trio.socket.SocketType) -> trio.socket.SocketType:
+    """A copy of a socket, once there is a descriptor for it. Raises OSError."""
+    while True:
+        try:
+            return sock.dup()
+        except OSError as error:
+            if error.errno not in EXHAUSTED:
+                raise
+            await trio.sleep(EXHAUSTED_SECONDS)
 
 
 def _remove(directory: str) -> None:

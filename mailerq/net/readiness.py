@@ -46,6 +46,9 @@ _OUTPUT: Final = select.EPOLLOUT
 _USUAL: Final = ~(select.EPOLLIN | select.EPOLLOUT)
 _END: Final = select.EPOLLHUP | select.EPOLLERR
 
+EXHAUSTED_SECONDS: Final = 0.1
+"""Pause when the process has no descriptors left."""
+
 
 class StreamLost(Exception):
     """The connection broke: reset, timed out by the kernel, or invalid TLS."""
@@ -192,16 +195,26 @@ class Poller:
     def __init__(self) -> None:
         with select.epoll() as epoll:
             self._fd = os.dup(epoll.fileno())
-        self._copy = os.dup(self._fd)
+            try:
+                self._copy = os.dup(self._fd)
+            except OSError:
+                os.close(self._fd)
+                raise
         self._sockets: dict[int, Socket] = {}
         self.token = trio.lowlevel.current_trio_token()
 
     @classmethod
     def add(cls, socket: Socket, events: int) -> Poller:
-        """Register a socket with the poller of this loop; existing events are reported too."""
+        """Register a socket with the poller of this loop; existing events are reported too.
+
+        Raises `StreamLost`.
+        """
         poller = _pollers.get(None)
         if poller is None:
-            poller = cls()
+            try:
+                poller = cls()
+            except OSError as error:
+                raise StreamLost(f"cannot be waited for: {error.strerror}") from error
             _pollers.set(poller)
             trio.lowlevel.spawn_system_task(poller._run)
         poller._watch(socket, events, known=False)
@@ -257,7 +270,10 @@ class Poller:
                     happened = happenings(self._fd)
                 except (OSError, trio.ClosedResourceError):
                     # Any error means that a plugin closed the descriptor.
-                    self._reopen()
+                    try:
+                        self._reopen()
+                    except OSError:  # no descriptor is left
+                        await trio.sleep(EXHAUSTED_SECONDS)
                     continue
                 for fd, events in happened:
                     if (socket := sockets.get(fd)) is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,18 @@ async def converse(
         open_dialog(engine.addresses[0], greeted=greeted) as dialog,
     ):
         yield dialog
+
+
+FEW_DESCRIPTORS = 3
+"""Fewer than any process has, but not fewer than a poll(2) of its own threads may name."""
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process can open nothing: every call for a descriptor fails with EMFILE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_DESCRIPTORS, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from mailerq import Engine
 from mailerq.cli import control
 from mailerq.net import readiness, stream
-from tests.engine.kit import Certificate, Dialog, inbox, open_dialog, serve
+from tests.engine.kit import Certificate, Dialog, inbox, no_descriptors, open_dialog, serve
 from tests.support import compile_plugin, in_thread, until
 
 PLUGIN = r"""
@@ -158,6 +159,21 @@ async def test_another_clients(
         os.close(hole)
 
 
+def one_of(engine: Engine, which: str) -> tuple[int, str]:
+    """A descriptor of the engine, and its name in the log."""
+    if which == "port":
+        port = f"the port 127.0.0.1:{engine.addresses[0][1]}"
+        return engine._listener._ports[0].sock.fileno(), port
+    if which == "wakeup":
+        return engine._workers[0].context.fileno(), "the descriptor that wakes worker 0"
+    if which == "control":
+        fd = max(fd for fd, name in unix_sockets() if name.endswith("/control"))
+        return fd, "the control socket"
+    poller = readiness._pollers.get()
+    assert poller is not None
+    return poller._fd, "a descriptor that watches connections"
+
+
 @pytest.mark.parametrize("how", ["fd", "file"])
 @pytest.mark.parametrize("which", ["port", "wakeup", "poller"])
 async def test_one_of_the_engines(
@@ -165,16 +181,7 @@ async def test_one_of_the_engines(
 ) -> None:
     async with closing(tmp_path, closer) as engine:
         async with open_dialog(engine.addresses[0]) as dialog:
-            if which == "port":
-                fd = engine._listener._ports[0].sock.fileno()
-                what = f"the port 127.0.0.1:{engine.addresses[0][1]}"
-            elif which == "wakeup":
-                fd = engine._workers[0].context.fileno()
-                what = "the descriptor that wakes worker 0"
-            else:
-                poller = readiness._pollers.get()
-                assert poller is not None
-                fd, what = poller._fd, "a descriptor that watches connections"
+            fd, what = one_of(engine, which)
             assert (await dialog.say(f"MAIL FROM:<{how}{fd}@b.test>")).startswith("250")
             assert (await dialog.say("RSET")).startswith("250")
             await check(engine, caplog, what)
@@ -183,6 +190,38 @@ async def test_one_of_the_engines(
     if how == "file":
         assert os.readlink(f"/proc/self/fd/{fd}") == "/dev/null"
         os.close(fd)
+
+
+@pytest.mark.parametrize("which", ["port", "wakeup", "poller", "control"])
+async def test_one_of_the_engines_that_cannot_be_opened_again_yet(
+    tmp_path: Path, closer: str, caplog: pytest.LogCaptureFixture, which: str
+) -> None:
+    """The plugin has also taken all other descriptors."""
+    async with (
+        closing(tmp_path, closer) as engine,
+        open_dialog(engine.addresses[0]) as dialog,
+    ):
+        assert (await dialog.mail("timer@d.test")).startswith("250")
+        fd, what = one_of(engine, which)
+        with socket.socket() as client, socket.socket(socket.AF_UNIX) as asker:
+            with no_descriptors():
+                await dialog.send(f"MAIL FROM:<fd{fd}@b.test>\r\n".encode())
+                if which != "poller":
+                    assert (await dialog.reply()).startswith("250")
+                client.connect(engine.addresses[0])
+                asker.connect(str(tmp_path / "queue" / "control"))
+                if which == "wakeup":
+                    assert (await dialog.say("RCPT TO:<timer@d.test>")).startswith("250")
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert what not in caplog.text
+            if which == "poller":
+                assert (await dialog.reply()).startswith("250")
+            assert (await dialog.say("RSET")).startswith("250")
+            async with trio.SocketStream(trio.socket.from_stdlib_socket(client)) as stream:
+                assert (await Dialog(stream).reply()).startswith("220")
+        assert (await in_thread(control.ask, engine.config.queue_directory, "status"))["pid"]
+        assert (await dialog.mail("timer@d.test")).startswith("250")
+        assert what in caplog.text
 
 
 async def test_the_file_of_a_large_mail(
@@ -223,13 +262,13 @@ async def test_the_control_socket(
         closing(tmp_path, closer) as engine,
         open_dialog(engine.addresses[0]) as dialog,
     ):
-        fd = max(fd for fd, name in unix_sockets() if name.endswith("/control"))
+        fd, what = one_of(engine, "control")
         assert (await dialog.say(f"MAIL FROM:<fd{fd}@b.test>")).startswith("250")
         for _ in range(2):
             reply = await in_thread(control.ask, engine.config.queue_directory, "status")
             assert reply["pid"] == os.getpid()
         assert (await dialog.say("RSET")).startswith("250")
-        await check(engine, caplog, "the control socket")
+        await check(engine, caplog, what)
 
 
 async def test_a_log(tmp_path: Path, closer: str, caplog: pytest.LogCaptureFixture) -> None:
