@@ -8,8 +8,8 @@ own process, which restarts within a second after a crash, comes first. When tha
 share, the share goes back within seconds. A share left over from a larger number of processes stays
 adopted.
 
-A share that kills its adopters is adopted less and less often. Any other obstacle to an adoption is
-logged once a minute.
+A share that kills its adopters is adopted less and less often. Any other obstacle, such as a lack
+of descriptors, is logged once a minute, and the next look tries again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Final
 import trio
 
 from mailerq.errors import QueueError, QueueHeld
+from mailerq.plugins import stray_close
 from mailerq.queues.embedded.shares import share_directory, shares_in
 from mailerq.queues.opening import make_directory
 from mailerq.queues.ownership import DirectoryLock, wanted
@@ -89,7 +90,7 @@ class Adoption:
         self._deliver = deliver
         self._adopted: dict[int, tuple[DirectoryLock, trio.Event]] = {}
         self._free: set[int] = set()
-        self._said: dict[int, float] = {}
+        self._said: dict[int | None, float] = {}
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -97,16 +98,22 @@ class Adoption:
             while True:
                 # Sleep first: the contents of a share must not end the start.
                 await trio.sleep(LOOK_SECONDS)
-                for share in shares_in(self._directory):
+                for share in self._shares():
                     if share != self._own and self._look(share, nursery):
                         break  # one at a time: other processes look too
+
+    def _shares(self) -> list[int]:
+        """The existing shares; none if they cannot be listed now."""
+        try:
+            return shares_in(self._directory)
+        except OSError as error:
+            self._complain(None, f"the shares of the queue cannot be listed: {error}")
+            return []
 
     def _look(self, share: int, nursery: trio.Nursery) -> bool:
         """Check one share; return True if it has been adopted."""
         if (adopted := self._adopted.get(share)) is not None:
-            lock, until = adopted
-            if lock.is_wanted():
-                until.set()
+            self._give_back_if_wanted(share, *adopted)
             return False
         directory = share_directory(self._directory, share)
         left = share >= self._processes  # it has no process of its own
@@ -118,9 +125,9 @@ class Adoption:
         except QueueHeld as held:
             self._free.discard(share)
             if left and not held.adopted:
-                self._complain(share, held)
+                self._not_adopted(share, held)
         except (QueueError, OSError) as error:
-            self._complain(share, error)
+            self._not_adopted(share, error)
         else:
             self._free.discard(share)
             until = trio.Event()
@@ -128,6 +135,15 @@ class Adoption:
             nursery.start_soon(self._keep, share, lock, until)
             return True
         return False
+
+    def _give_back_if_wanted(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
+        try:
+            if lock.is_wanted():
+                until.set()
+        except OSError as error:
+            self._complain(
+                share, f"whether share {share} of the queue is wanted cannot be seen: {error}"
+            )
 
     def _probe(self, share: int, directory: str) -> None:
         """Note whether a share is free now."""
@@ -142,14 +158,21 @@ class Adoption:
         try:
             await self._deliver(share, lock, until)
         except QueueError as error:
-            self._complain(share, error)
+            self._not_adopted(share, error)
         finally:
             del self._adopted[share]
-            lock.release()
+            try:
+                lock.release()
+            except OSError:
+                stray_close("the lock of a queue directory")
         log.info("share %d of the queue is left to its own process", share)
 
-    def _complain(self, share: int, error: Exception) -> None:
+    def _not_adopted(self, share: int, error: Exception) -> None:
+        self._complain(share, f"share {share} of the queue is not adopted: {error}")
+
+    def _complain(self, share: int | None, text: str) -> None:
+        """Log an obstacle, one a minute for each share; None: for all shares."""
         now = time.monotonic()
         if now >= self._said.get(share, 0.0):
             self._said[share] = now + SAY_SECONDS
-            log.error("share %d of the queue is not adopted: %s", share, error)
+            log.error("%s", text)

@@ -15,8 +15,9 @@ from mailerq.inbound.listener import bind
 from mailerq.net import control
 from mailerq.outbound.adoption import MOMENT_SECONDS, own
 from mailerq.queues import Publication
-from mailerq.queues.opening import open_exclusive
+from mailerq.queues.opening import open_exclusive, shares_in
 from mailerq.queues.ownership import DirectoryLock
+from tests.engine.kit import no_descriptors
 from tests.support import configure, open_sink, until
 
 
@@ -95,6 +96,38 @@ async def test_a_share_that_cannot_be_opened_is_said_and_tried_again(
             share.rmdir()
             (tmp_path / "aside").rename(share)
             await sink.wait_for(1)
+
+
+async def test_an_engine_without_descriptors_looks_for_shares_again_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_sink() as sink:
+        config = configure(tmp_path, smtp_sink_address="127.0.0.1", smtp_sink_port=sink.port)
+        async with Engine(config):
+            with no_descriptors():
+                await until(lambda: "the shares of the queue cannot be listed" in caplog.text)
+            leave_mail(tmp_path, 1, "one@d.test")
+            await sink.wait_for(1)
+
+
+async def test_a_share_goes_back_although_there_were_no_descriptors_to_see_that_it_is_wanted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = str(tmp_path / "queue" / "share-1")
+    leave_mail(tmp_path, 1, "one@d.test")
+    async with open_sink() as sink:
+        config = configure(
+            tmp_path, smtp_sink_address="127.0.0.1", smtp_sink_port=sink.port, smtp_processes=2
+        )
+        async with Engine(config, share=0) as engine:
+            await until(lambda: engine.statistics()["shares"] == [0, 1])
+            known = shares_in(str(tmp_path / "queue"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("mailerq.outbound.adoption.shares_in", lambda directory: known)
+                with no_descriptors():
+                    await until(lambda: "wanted cannot be seen" in caplog.text)
+            with trio.fail_after(60):
+                (await own(directory)).release()
 
 
 async def test_an_engine_that_is_cancelled_ends_in_spite_of_a_peer_that_does_not_answer(
