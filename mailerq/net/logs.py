@@ -91,8 +91,12 @@ class LogFile:
         """Write to a new file from now on."""
         if _identity(self._file) == self._opened:
             # Keep the number: another thread may be about to write to it.
-            os.dup2(file, self._file, inheritable=False)
-            os.close(file)
+            try:
+                os.dup2(file, self._file, inheritable=False)
+            except OSError:  # this process may no longer have descriptors of this number
+                self._file = file
+            else:
+                os.close(file)
         else:
             # A plugin may have closed the number, and another file may have it.
             self._file = file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 from mailerq.net.logs import LogFile, open_log
@@ -35,6 +36,26 @@ def test_a_file_that_was_moved_away_is_opened_anew(tmp_path: Path) -> None:
     log.write("two")
     log.close()
     assert "one" in (tmp_path / "log.1").read_text()
+    assert "two" in path.read_text()
+
+
+def test_a_log_goes_on_although_its_descriptor_is_above_a_new_limit(tmp_path: Path) -> None:
+    now = 0.0
+    path = tmp_path / "log"
+    lower = os.open(os.devnull, os.O_RDONLY)
+    log = LogFile(str(path), clock=lambda: now)
+    before = log._file
+    os.close(lower)
+    path.rename(tmp_path / "log.1")
+    now = 10.0
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before, limits[1]))
+    try:
+        log.write("two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    log.close()
+    os.close(before)
     assert "two" in path.read_text()
 
 
