@@ -60,7 +60,7 @@ class Reloader:
         if now:
             try:
                 self._reload("SIGHUP")
-            except EngineError as error:
+            except (EngineError, OSError) as error:  # OSError: no descriptor is left
                 log.error("SIGHUP: the settings stay as they were: %s", error)
 
     def started(self) -> None:

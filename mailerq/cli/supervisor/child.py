@@ -157,6 +157,8 @@ class _Requests:
 
     def _reload(self, request: control.Request) -> dict[str, Any]:
         """Take the settings in the file that came along, or only report what is wrong with them."""
+        if not self._files:  # the kernel drops a file that this process has no descriptor for
+            raise MailerqError("no descriptor is left for the file with the settings")
         with open(self._files.popleft(), "rb") as file:
             # Not from its position, which all processes share.
             content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)

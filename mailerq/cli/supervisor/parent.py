@@ -25,7 +25,7 @@ import pickle
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -302,8 +302,11 @@ class _Parent:
 
     async def _hang_up(self) -> None:
         await self._started_all.wait()
-        with suppress(MailerqError):  # logged already
-            await self._reload("SIGHUP")
+        try:
+            with suppress(MailerqError):  # logged already
+                await self._reload("SIGHUP")
+        except OSError as error:  # no descriptor is left
+            log.error("SIGHUP: the settings stay as they were: %s", error)
 
     async def _answer(self, request: control.Request) -> dict[str, Any]:
         # The client may not wait for the outcome; all processes must still hear of the settings.
@@ -363,18 +366,14 @@ class _Parent:
 
     async def _bring(self, child: Process) -> None:
         """Let a process take the settings in force. One that cannot is restarted with them."""
-        with _written(self._part, set()) as file:
-            try:
+        try:
+            with _written(self._part, set()) as file:
                 await child.ask("reload", RELOAD_SECONDS, file=file)
-            except Ended as error:
-                log.warning(
-                    "settings %d: %s; it takes them when it goes on", self._part.number, error
-                )
-            except MailerqError as error:
-                log.error(
-                    "settings %d are not taken, it is started anew: %s", self._part.number, error
-                )
-                child.leave()
+        except Ended as error:
+            log.warning("settings %d: %s; it takes them when it goes on", self._part.number, error)
+        except MailerqError as error:
+            log.error("settings %d are not taken, it is started anew: %s", self._part.number, error)
+            child.leave()
 
     def _part_of(self, snapshot: Snapshot) -> Snapshot:
         """The settings of one process: the reserved ports, its part of the limits."""
@@ -404,10 +403,17 @@ class _Parent:
 
 @contextmanager
 def _written(part: Snapshot, wrong: set[str]) -> Iterator[int]:
-    """A file in memory with settings for processes, which do not fit into a request."""
-    with open(os.memfd_create("settings"), "wb") as file:
-        file.write(pickle.dumps((part.config, part.number, wrong)))
-        file.flush()
+    """A file in memory with settings for processes, which do not fit into a request.
+
+    Raises `MailerqError`.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(os.memfd_create("settings"), "wb"))
+            file.write(pickle.dumps((part.config, part.number, wrong)))
+            file.flush()
+        except OSError as error:
+            raise MailerqError(f"the settings cannot be passed on: {error.strerror}") from error
         yield file.fileno()
 
 

@@ -1,0 +1,72 @@
+"""A daemon whose descriptors are gone for moments, as when plugins or a storm have taken them.
+
+What needs one then fails, and the client or the sender tries again. The daemon goes on, and no mail
+that got a 250 is lost.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from mailerq.cli import control
+from tests.crash.kit import Ledger, Load, all_arrive, arrivals, daemon, until
+from tests.engine.kit import FEW_DESCRIPTORS
+from tests.support import open_sink
+
+SESSIONS = 10
+
+BIG = b"Subject: x\r\n\r\n" + 300 * (70 * b"x" + b"\r\n")
+
+FLICKERS = 100
+
+
+@contextmanager
+def no_descriptors(*pids: int) -> Iterator[None]:
+    """These processes can open nothing."""
+    before = [resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids]
+    for pid, (_, hard) in zip(pids, before, strict=True):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (FEW_DESCRIPTORS, hard))
+    try:
+        yield
+    finally:
+        for pid, limits in zip(pids, before, strict=True):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_descriptors_that_come_and_go(tmp_path: Path, processes: int) -> None:
+    ledger = Ledger()
+    load = Load(ledger, "id", BIG)
+    more = (f"--smtp-processes={processes}", "--smtp-spill-size=10000")
+    async with open_sink() as sink, daemon(tmp_path, sink.port, *more) as running:
+        pids = [running.process.pid, *running.children]
+        async with trio.open_nursery() as nursery:
+            for _ in range(SESSIONS):
+                nursery.start_soon(partial(load.session, running.port, again=True))
+            await until(lambda: len(ledger.accepted) >= 5 * SESSIONS)
+            for _ in range(FLICKERS):
+                with no_descriptors(*pids):
+                    running.process.send_signal(signal.SIGHUP)
+                    await trio.sleep(0.02)
+                await trio.sleep(0.02)
+            with no_descriptors(*pids):
+                await until(lambda: "the shares of the queue cannot be listed" in running.log)
+            before = len(ledger.accepted)
+            await until(lambda: len(ledger.accepted) >= before + 5 * SESSIONS)
+            assert control.ask(str(running.queue), "status")["pid"] == running.process.pid
+            load.ending = True
+        assert running.children == pids[1:]
+        await all_arrive(sink, ledger.accepted)
+        await running.until_empty()
+        assert await running.stop() == 0
+        ledger.check(arrivals(sink))
+        assert "Traceback" not in running.log
+        assert {entry.code // 100 for entry in ledger.entries.values()} <= {0, 2, 4}
