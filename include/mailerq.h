@@ -360,7 +360,7 @@ MQ_EXPORT void MQ_IOUnwatch(MQ_IOWatcher *watcher);
  *  less, as soon as the current callback returns. MQ_TimerReset restarts the timer with a new timeout;
  *  MQ_TimerStop removes the timer without a call. A timer ends when it is stopped or when its callback
  *  is called. After that, and within its callback, stopping or resetting it does nothing. Returns NULL
- *  if there is no memory.
+ *  if the system has no memory for it, or no file descriptors for the loop.
  */
 MQ_EXPORT MQ_Timer *MQ_TimerStart(MQ_Context *context, float timeout,
                                   void (*callback)(void *data), void *data);

@@ -63,6 +63,7 @@ cdef extern from "<ev.h>" nogil:
         void *data
     ev_loop *ev_loop_new(unsigned int)
     void ev_loop_destroy(ev_loop *)
+    void ev_set_syserr_cb(void (*)(const char *) noexcept nogil)
     void ev_run(ev_loop *, int)
     void ev_break(ev_loop *, int)
     void ev_now_update(ev_loop *)

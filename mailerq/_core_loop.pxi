@@ -6,6 +6,58 @@
 # mutex through every call into a plugin, so plugins may start and stop watchers as if the loop ran
 # on their thread. (The manual of libev describes this in its section on threads.)
 
+#
+# libev aborts the process if it cannot open the descriptor that wakes a loop. So two descriptors
+# are reserved before a loop is made: without them there is no loop, and libev gets them if another
+# thread takes the last ones meanwhile.
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <stdio.h>
+    #include <stdlib.h>
+    #include <sys/eventfd.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    static __thread int mq_reserved[2] = {-1, -1};
+
+    static void mq_give_up_reserve(void)
+    {
+        for (int index = 0; index < 2; index++) {
+            if (mq_reserved[index] >= 0)
+                close(mq_reserved[index]);
+            mq_reserved[index] = -1;
+        }
+    }
+
+    static int mq_reserve(void)
+    {
+        for (int index = 0; index < 2; index++)
+            mq_reserved[index] = eventfd(0, EFD_CLOEXEC);
+        if (mq_reserved[0] >= 0 && mq_reserved[1] >= 0)
+            return 1;
+        mq_give_up_reserve();
+        return 0;
+    }
+
+    /* libev calls this before each new attempt, and would abort without it. */
+    static void mq_loop_error(const char *message)
+    {
+        static const struct timespec pause = {.tv_nsec = 10000000};
+        if (errno != EMFILE && errno != ENFILE) {
+            perror(message);
+            abort();
+        }
+        if (mq_reserved[0] < 0)
+            nanosleep(&pause, NULL);    /* yet another thread was faster */
+        mq_give_up_reserve();
+    }
+    """
+    int mq_reserve() noexcept nogil
+    void mq_give_up_reserve() noexcept nogil
+    void mq_loop_error(const char *) noexcept nogil
+
 
 cdef void loop_release(ev_loop *ev) noexcept nogil:
     pthread_mutex_unlock(&(<Worker *> ev_userdata(ev)).loop.lock)
@@ -45,8 +97,13 @@ cdef Loop *open_loop(Worker *worker) noexcept nogil:
     cdef Loop *loop = <Loop *> calloc(1, sizeof(Loop))
     if loop == NULL:
         return NULL
+    if not mq_reserve():
+        free(loop)
+        return NULL
+    ev_set_syserr_cb(mq_loop_error)
     loop.ev = ev_loop_new(EVFLAG_NOENV)
     if loop.ev == NULL:
+        mq_give_up_reserve()
         free(loop)
         return NULL
     pthread_mutex_init(&loop.lock, NULL)
@@ -56,6 +113,7 @@ cdef Loop *open_loop(Worker *worker) noexcept nogil:
     ev_set_invoke_pending_cb(loop.ev, loop_pending)
     ev_async_init(&loop.poke, loop_poked)
     ev_async_start(loop.ev, &loop.poke)
+    mq_give_up_reserve()
     pthread_mutex_lock(&loop.lock)
     worker.loop = loop
     worker.locked = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import smtplib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,15 +18,32 @@ import pytest
 import trio
 
 from mailerq.cli import control
-from tests.crash.kit import Ledger, Load, all_arrive, arrivals, daemon, until
+from tests.crash.kit import Daemon, Ledger, Load, all_arrive, arrivals, daemon
 from tests.engine.kit import FEW_DESCRIPTORS
-from tests.support import open_sink
+from tests.support import compile_plugin, in_thread, open_sink, until
 
 SESSIONS = 10
 
 BIG = b"Subject: x\r\n\r\n" + 300 * (70 * b"x" + b"\r\n")
 
 FLICKERS = 100
+
+TIMER = r"""
+#include <mailerq.h>
+
+MQ_EXPORT int mq_version(void) { return MQ_API_VERSION; }
+
+static void wake(void *context) { MQ_Continue(context); }
+
+MQ_EXPORT bool mq_smtp_in_rcptto(MQ_Context *context, MQ_SmtpConnection *connection,
+                                 const char *rcptto, size_t size)
+{
+    (void)rcptto; (void)size;
+    if (MQ_TimerStart(context, 0.01f, wake, context)) return true;
+    MQ_Reject(connection, 451, "4.3.0 No timer");
+    return false;
+}
+"""
 
 
 @contextmanager
@@ -39,6 +57,26 @@ def no_descriptors(*pids: int) -> Iterator[None]:
     finally:
         for pid, limits in zip(pids, before, strict=True):
             resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+async def test_a_plugin_gets_no_timer_and_then_one(tmp_path: Path) -> None:
+    plugins = tmp_path / "plugins"
+    compile_plugin(plugins, "timer.c", TIMER)
+
+    def dialogue(running: Daemon) -> list[int]:
+        with smtplib.SMTP("127.0.0.1", running.port, timeout=60) as client:
+            client.ehlo("client.test")
+            client.mail("a@b.test")
+            with no_descriptors(running.process.pid):
+                codes = [client.rcpt("c@d.test")[0]]
+            return [*codes, client.rcpt("c@d.test")[0], client.rcpt("d@d.test")[0]]
+
+    async with (
+        open_sink() as sink,
+        daemon(tmp_path, sink.port, f"--plugin-directory={plugins}") as running,
+    ):
+        assert await in_thread(partial(dialogue, running)) == [451, 250, 250]
+        assert await running.stop() == 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])
