@@ -31,7 +31,7 @@ from mailerq.inbound.spool import Memory
 from mailerq.inbound.terms import Terms
 from mailerq.live import Live, Reload, alike
 from mailerq.message import Message, format_time
-from mailerq.net import control
+from mailerq.net import control, late
 from mailerq.net.logs import LogFile, open_log
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import Resolver
@@ -206,6 +206,7 @@ class Engine:
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config = self.config
+        late.import_all()
         terms, shaping = Terms.of(config), Shaping.of(config)
         ports = bind(config, shared=self._share is not None)
         for port in ports:
