@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from mailerq.net.stream import RECEIVE_BYTES, Stream
+from mailerq.net.stream import RECEIVE_BYTES, Stream, StreamLost
 
 
 @contextmanager
@@ -68,6 +69,40 @@ async def test_the_end_is_seen_behind_the_last_bytes() -> None:
         assert await stream.receive() == b"last words"
         assert await stream.receive() == b""
         assert await stream.receive() == b""
+
+
+async def test_a_connection_that_cannot_be_watched_is_lost_and_the_next_is_not() -> None:
+    for descriptors in (0, 1, 2):
+        with (
+            connected() as (stream, _),
+            pytest.raises(StreamLost, match="Too many open files"),
+            exhausted(but=descriptors),
+        ):
+            await stream.receive()
+    with connected() as (stream, peer):
+        peer.sendall(b"early")
+        assert await stream.receive() == b"early"
+
+
+@contextmanager
+def exhausted(but: int) -> Iterator[None]:
+    """This process has no descriptors left, or a few; all that it opens meanwhile it closes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [number for number in range(1024) if not is_open(number)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[but], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not any(map(is_open, free[:but]))
+
+
+def is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 async def test_the_end_alone_ends_a_wait() -> None:
