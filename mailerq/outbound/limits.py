@@ -32,7 +32,7 @@ import trio
 from mailerq.outbound.cells import Busy, Cells, Count, MemoryCells, Rate
 from mailerq.outbound.timers import Times
 from mailerq.rules.rates import cost
-from mailerq.rules.shaping import Bound, Bounds, Shaping
+from mailerq.rules.shaping import CONNECTION, Bound, Bounds, Shaping
 
 if TYPE_CHECKING:
     from mailerq.outbound.sites import Site
@@ -135,30 +135,25 @@ def both(one: Wants, other: Wants) -> Wants:
 
 
 class Allowance:
-    """What holds for one flow, or for one remote address.
+    """What holds for one flow, or for one remote address; `number` is that of the limits then."""
 
-    `number` is that of the limits at the time. `connection` holds for each connection alone.
-    """
-
-    __slots__ = ("connection", "idle", "number", "opening", "sending")
+    __slots__ = (
+        "connection_bytes", "connection_idle", "connection_messages", "idle", "most", "number",
+        "opening", "sending",
+    )  # fmt: skip
 
     def __init__(self, number: int, wants: Sequence[Want], connection: Bounds) -> None:
         self.number = number
         self.sending = _wants(wants, MESSAGES, BYTES)
         self.opening = _wants(wants, CONNECTS, CONNECTIONS, STARTING)
         self.idle = _wants(wants, IDLE)
-        self.connection = connection
-
-    @property
-    def most(self) -> int:
-        """The least limit of connections; 0: none."""
         found = (want.taken for want in self.opening.each if want.name == CONNECTIONS)
-        return min((each.limit for each in found if isinstance(each, Count)), default=0)
-
-    def of_connection(self, name: str) -> float:
-        """A limit of one connection; 0 if there is none."""
-        bound = self.connection.get(name)
-        return bound.value if bound is not None else 0
+        self.most = min((each.limit for each in found if isinstance(each, Count)), default=0)
+        """The least limit of connections; 0: none."""
+        # Of one connection; 0 is no limit, except for the idle time in seconds.
+        self.connection_messages, self.connection_bytes, self.connection_idle = (
+            bound.value if (bound := connection.get(name)) is not None else 0 for name in CONNECTION
+        )
 
 
 class _Line:
@@ -303,7 +298,7 @@ class Limits:
 
     def contended(self, counts: Sequence[str]) -> bool:
         """Whether others of this process wait for what a connection holds."""
-        return any(key in self._lines for key in counts)
+        return bool(self._lines) and any(key in self._lines for key in counts)
 
     def _take(self, cells: Cells, wants: Wants) -> Refusal | None:
         busy = cells.take(wants.taken)

@@ -133,6 +133,7 @@ class Rights:
         opening = self.allowance.opening
         session.counts, session.starting = opening.counts, opening.starting
         session.borrowed = self._limits.is_borrowed(opening)
+        session.limits_number = self._limits.number
 
     def take_host(self, session: Session, host: Host) -> Refusal | None:
         """Take the right to connect to a host."""
@@ -185,6 +186,8 @@ class Rights:
         if session.borrowed and monotonic() - session.since > BORROW_SECONDS:
             return True
         remote, limits = session.allowance, self._limits
+        if session.limits_number == limits.number:
+            return False  # they have not changed since the connection was opened
         if remote.number != limits.number and session.remote:
             remote = session.allowance = limits.of_remote(session.remote, self._local_ip)
         return limits.exceeded(self.allowance.opening) or limits.exceeded(remote.opening)

@@ -8,7 +8,7 @@ from mailerq.wire.client cimport ClientProtocol as _ClientProtocol
 
 @cython.final
 cdef class Session:
-    cdef public Py_ssize_t messages, body_bytes, _unsettled
+    cdef public Py_ssize_t messages, body_bytes, limits_number, _unsettled
     cdef public _ClientProtocol _protocol
     cdef public _Stream _stream
     cdef public bint leaving, is_try, patient, borrowed, was_put_off

@@ -140,6 +140,8 @@ class Session:
         self.starting: tuple[str, ...] = ()
         self.idle_counts: tuple[str, ...] = ()
         """What the session has taken of limits; kept by the flow."""
+        self.limits_number = -1
+        """The limits at the time at which the connection was opened."""
         self.borrowed = False
         """The connection is beyond this process's part of a limit."""
         self.refusal: Refusal | None = None
@@ -359,8 +361,10 @@ class Session:
 
     def _is_used_up(self, messages: int, size: int) -> bool:
         """Whether the connection has reached a limit of one connection."""
-        limit = self.flow.rights.allowance.of_connection
-        return 0 < limit("connection-messages") <= messages or 0 < limit("connection-bytes") <= size
+        allowance = self.flow.rights.allowance
+        return (
+            0 < allowance.connection_messages <= messages or 0 < allowance.connection_bytes <= size
+        )
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         """Report the result of the current job."""
@@ -377,7 +381,7 @@ class Session:
 
         None: the session timed out, the flow ends it, or the peer has sent something.
         """
-        self._expect(self.flow.rights.allowance.of_connection("connection-idle"))
+        self._expect(self.flow.rights.allowance.connection_idle)
         try:
             while (job := self.flow.next_job(self)) is None and not self.leaving:
                 self._idle = True
