@@ -312,7 +312,7 @@ async def test_mail_of_the_outbox_without_a_place_gets_one(
         await recorder.until(lambda recorder: recorder.destinations == {"a.test"})
         taken = await subscription.take("a.test", 9)
         assert [tag_of(lease) for lease in taken.leases] == [1]
-    assert "1 messages of the outbox were sorted" in caplog.text
+        await until(lambda: "1 messages of the outbox were sorted" in caplog.text)
 
 
 async def test_a_queue_that_was_the_outbox_is_consumed_whole(tmp_path: Path) -> None:
