@@ -5,7 +5,7 @@ Theory of operation
 `MemoryCells` counts for one process. `SharedCells` counts in a file that all processes of a queue
 directory have open, so a limit holds for their sum, and a process that alone has mail can use all
 of it. The file survives restarts. Times are those of `CLOCK_BOOTTIME`, which all processes of a
-boot share, and which nobody sets; a file of another boot begins anew.
+boot share, and which cannot be set; a file of another boot begins anew.
 
 The file has a header and a row for each key: a digest of the key, its cell, and a number for each
 process. Rows are appended. When there are many, those at rest are dropped; a new `generation` in
@@ -114,7 +114,7 @@ class MemoryCells:
     def __init__(self, clock: Callable[[], int] = boot_time, share: int = 1) -> None:
         self.now = clock
         self._share = share
-        """The process may use one part in so many of each limit."""
+        """Each limit is divided by this number; the process may use one part."""
         self._cells: dict[str, int] = {}
         self._counts: dict[str, int] = {}
 

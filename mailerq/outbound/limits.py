@@ -49,7 +49,7 @@ TURN_SECONDS: Final = 0.1
 """How long the first in line may take to use its turn; less if a rate allows more by then."""
 
 COUNT_TURN_SECONDS: Final = 0.02
-"""The same for a number of connections, of which several may be free."""
+"""How long a turn may take if the limit counts connections, of which several may be free."""
 
 REST_SECONDS: Final = 0.5
 """How long after the end of a borrowed connection this process borrows no other."""
@@ -71,7 +71,7 @@ NANOSECONDS: Final = 1_000_000_000
 
 
 class Waiter(Protocol):
-    """Somebody who waits in a line."""
+    """A flow or a session that waits in a line."""
 
     def limit_over(self, key: str) -> None:
         """The turn of this waiter has come: try again, and wait again if refused."""
@@ -157,7 +157,7 @@ class Allowance:
 
 
 class _Line:
-    """Those who wait for one limit."""
+    """The waiters of one limit, in the order of their turns."""
 
     __slots__ = ("on_turn", "until", "waiters", "want", "when")
 
@@ -168,11 +168,11 @@ class _Line:
         self.waiters: OrderedDict[Waiter, None] = OrderedDict()
         self.until = 0.0
         self.on_turn: Waiter | None = None
-        """Who had the last turn, and may not have used it yet."""
+        """The waiter that had the last turn, and may not have used it yet."""
 
 
 class Limits:
-    """The limits of an engine, for all its deliveries; `run` gives those who wait their turns."""
+    """The limits of an engine, for all its deliveries; `run` gives waiters their turns."""
 
     def __init__(self, shaping: Shaping, cells: Cells | None = None, processes: int = 1) -> None:
         self.shaping = shaping
@@ -194,7 +194,7 @@ class Limits:
     # What holds
 
     def change(self, shaping: Shaping) -> bool:
-        """Put other limits in force; everybody who waits asks again.
+        """Put other limits in force; all waiters ask again.
 
         Returns whether other domains have a site of their own now.
         """
@@ -204,7 +204,7 @@ class Limits:
         lines = list(self._lines.items())
         for key, line in lines:
             if self._lines.get(key) is not line:
-                continue  # all who waited here have left
+                continue  # all its waiters have left
             self._end(line)
             for waiter in line.waiters:
                 waiter.limit_over(key)
@@ -256,7 +256,7 @@ class Limits:
     def open(self, opening: Wants, sending: Wants, waiter: Waiter) -> Refusal | None:
         """Take what a connection needs that is for messages that need `sending`.
 
-        Those who wait for a connection already come first.
+        Flows that wait for a connection already come first.
         """
         for want in opening.each:
             line = self._lines.get(want.taken.key)
@@ -334,7 +334,7 @@ class Limits:
             self._rests = {key: until for key, until in self._rests.items() if until > now}
 
     def idle(self, holder: Holder) -> None:
-        """An idle connection may be ended for those who wait for what it holds."""
+        """An idle connection may be ended for waiters that need what it holds."""
         if holder.counts:
             self._idle[holder] = None
 
@@ -393,7 +393,7 @@ class Limits:
                 await self._earlier.wait()
 
     def _serve(self, line: _Line) -> None:
-        """Give turns to those who wait for a limit, while the limit allows more."""
+        """Give turns to the waiters of a limit, while the limit allows more."""
         line.until = 0.0
         line.on_turn = None
         while line.waiters and not line.until:

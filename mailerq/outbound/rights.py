@@ -110,7 +110,7 @@ class Rights:
         return False
 
     def may_go_ahead(self, session: Session, job: Job) -> bool:
-        """Take the right to send a message behind another one; nobody waits for it."""
+        """Take the right to send a message behind another one, without waiting for the right."""
         sending = self.allowance.sending
         if sending is NOTHING and session.allowance.sending is NOTHING:
             return True
