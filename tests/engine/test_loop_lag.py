@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, sleep, thread_time
 from typing import Any
 
 import pytest
@@ -127,11 +127,22 @@ async def test_a_large_mail_in_memory_stops_nobody(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize("name", ["8-bit text", "text"])
 async def test_a_mail_of_half_a_gigabyte_stops_nobody(tmp_path: Path, name: str) -> None:
-    """Whatever looks at all of it in one turn takes longer than that."""
+    """Whatever looks at all of it in one turn takes longer than that.
+
+    Its memory is given back in one turn, which takes as long as the kernel needs for the pages.
+    """
     unit = {"8-bit text": 76 * b"\xe9" + b"\r\n", "text": 76 * b"x" + b"\r\n"}[name]
     settings = {"smtp_spill_size": 0, "smtp_maxsize": 1 << 30}
     meter = await pass_through(tmp_path, repeated(unit, 512 * MB), b"250", **settings)
-    assert meter.longest < LONGEST_TURN / 2
+    assert meter.longest < LONGEST_TURN / 2 + seconds_to_free(512 * MB)
+
+
+def seconds_to_free(size: int) -> float:
+    """Processor time that giving back this much memory takes here and now."""
+    memory = bytearray(b"x") * size
+    began = thread_time()
+    del memory
+    return thread_time() - began
 
 
 CONVERTED: dict[str, Any] = {
