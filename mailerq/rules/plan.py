@@ -24,7 +24,7 @@ from mailerq.wire import smtp
 __all__ = ["Hold", "Plan", "Refuse", "Send", "body_problem", "plan"]
 
 SHORT_BYTES: Final = 1 << 14
-"""Up to this size the lines of a mail are counted first."""
+"""Up to this size the lines of a header are counted first."""
 
 
 class Refuse(msgspec.Struct, frozen=True):
@@ -131,8 +131,10 @@ def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
         if supplied:
             return None
         return responses.not_generated() if message.properties.get("mime") else responses.NO_DATA
-    # Most mail has fewer lines than that, and lines cost less to count than to read.
-    few = len(body) <= SHORT_BYTES and body.count(b"\n") <= HOP_LIMIT
+    # Most headers have fewer lines than that, and lines cost less to count than to read.
+    end = body.find(b"\r\n\r\n", 0, SHORT_BYTES)
+    lines = body.count(b"\n", 0, end) if end >= 0 else HOP_LIMIT
+    few = lines < HOP_LIMIT and body.count(b"\r", 0, end) == lines
     if not few and Header(body).is_looping():
         return responses.TOO_MANY_HOPS
     promise = unmet_promise(message.properties, body)

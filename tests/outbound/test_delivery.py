@@ -208,9 +208,10 @@ async def test_a_message_without_a_body_fails() -> None:
         assert bench.peer.connections == 0
 
 
-async def test_a_message_that_runs_in_circles_fails() -> None:
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
+async def test_a_message_that_runs_in_circles_fails(end: str) -> None:
     async with open_bench() as bench:
-        bench.send(body="Received: by a\r\n" * 101 + "\r\nbody\r\n")
+        bench.send(body=f"Received: by a{end}" * 101 + end + "body\r\n\r\n")
         (result,) = await bench.results("failure")
         assert (result["code"], result["status"]) == (554, "5.4.6")
         bench.send(body="RECEIVED: by a\r\n" * 100 + "\r\n" + "Received: by a\r\n" * 100)
