@@ -24,6 +24,17 @@ def test_no_group_is_possessive(tmp_path: Path) -> None:
     assert found == ["2", "3", "4"]
 
 
+def test_no_compiled_module_uses_match(tmp_path: Path) -> None:
+    assert [*check_tree.compiled_matches()] == []
+    (tmp_path / "mailerq").mkdir()
+    for name in ("a.py", "b.py"):
+        (tmp_path / "mailerq" / name).write_text("x = 1\nmatch x:\n    case 1:\n        pass\n")
+    (tmp_path / "mailerq" / "a.pxd").touch()
+    assert [*check_tree.compiled_matches(tmp_path)] == [
+        "mailerq/a.py:2: match in a compiled module"
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "source", "problem"),
     [

@@ -212,9 +212,19 @@ def possessive_groups(root: Path = ROOT) -> Iterator[str]:
                 yield f"{where}:{number}: a group with a possessive repetition"
 
 
+def compiled_matches(root: Path = ROOT) -> Iterator[str]:
+    """Yield match statements of compiled modules: for some, Cython makes code that crashes."""
+    for types in files(root / PACKAGE, (".pxd",)):
+        path = types.with_suffix(".py")
+        if path.exists():
+            for node in ast.walk(ast.parse(path.read_text(), str(path))):
+                if isinstance(node, ast.Match):
+                    yield f"{path.relative_to(root)}:{node.lineno}: match in a compiled module"
+
+
 def main() -> int:
     """Run all checks; return the exit status."""
-    problems = [*broken_layers(), *long_files(), *possessive_groups()]
+    problems = [*broken_layers(), *long_files(), *possessive_groups(), *compiled_matches()]
     for problem in problems:
         print(problem)
     return 1 if problems else 0

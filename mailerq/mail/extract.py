@@ -183,11 +183,10 @@ _SKIP: Final = object()  # the value of a flag that is off, which gets no proper
 
 
 def _flag(text: str) -> Any:
-    match text.lower():
-        case "1" | "true" | "yes" | "on":
-            return True
-        case "0" | "false" | "no" | "off":
-            return _SKIP
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return _SKIP
     raise ValueError("expected 1 or 0")
 
 

@@ -177,17 +177,14 @@ def failed(event: Failed) -> Outcome:
     """The session broke."""
     problem = event.problem
     result = "invalid" if problem is Problem.OVERFLOW else str(problem)
-    match problem, event.step:
-        case Problem.OVERFLOW, _:
-            kind = "overflow"
-        case _, Step.INTRO | Step.EHLO | Step.HELO:
-            kind = "noaccess"
-        case _, Step.IDLE:
-            kind = "idle"
-        case Problem.TIMEOUT, _:
-            kind = "timeout"
-        case _:
-            kind = "lost"
+    if problem is Problem.OVERFLOW:
+        kind = "overflow"
+    elif event.step in (Step.INTRO, Step.EHLO, Step.HELO):
+        kind = "noaccess"
+    elif event.step is Step.IDLE:
+        kind = "idle"
+    else:
+        kind = "timeout" if problem is Problem.TIMEOUT else "lost"
     description = event.description[:MAX_DESCRIPTION]
     return Outcome(kind, _STATES[event.step], result, Fate.RETRY, description=description)
 

@@ -23,11 +23,11 @@ def not_before(properties: Mapping[str, Any], *, now: float) -> float | None:
 
     The time is void if it counts from a future attempt: the clock was wrong then.
     """
-    match properties.get("results"):
-        case [*_, {"time": _} as last]:
-            tried = _time_in(last, "time")
-            if tried is not None and tried > now:
-                return None
+    results = properties.get("results")
+    if isinstance(results, list) and results and isinstance(results[-1], dict):
+        tried = _time_in(results[-1], "time")
+        if tried is not None and tried > now:
+            return None
     return _time_in(properties, "delayed")
 
 
