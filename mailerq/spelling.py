@@ -44,6 +44,10 @@ class Spelling:
                 self._shorter.setdefault(form, []).append(plain)
         self._find = functools.lru_cache(REMEMBERED)(self._look_up)
 
+    def knows(self, name: str) -> bool:
+        """Whether a name is one of the known names."""
+        return name in self._exact
+
     def meant(self, name: str) -> str | None:
         """Return the known name that was meant; None if `name` is known or resembles none."""
         if name in self._exact or len(name) > LENGTH_LIMIT:

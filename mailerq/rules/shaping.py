@@ -20,14 +20,13 @@ docs/limits.md explains the file to operators.
 from __future__ import annotations
 
 import ipaddress
-import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from mailerq.address import parse_domain, parse_ip
-from mailerq.errors import AddressError, ConfigError, Problem
+from mailerq.errors import AddressError, ConfigError
+from mailerq.rules.tables import TableReader, file_bytes
 from mailerq.settings import SIZE
 from mailerq.spelling import Spelling
 
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["CONNECTION", "SITE", "Bound", "Bounds", "Shaping"]
 
 KEY: Final = "limits-file"
-
-FILE_BYTES: Final = 1 << 20
 
 RATES: Final = ("messages-per-minute", "bytes-per-minute", "connects-per-minute")
 COUNTS: Final = ("max-connections", "max-starting", "max-idle")
@@ -161,16 +158,7 @@ class Shaping:
         path = config.limits_file
         if not path:
             return cls(config)
-        where = config.origin(KEY)
-        try:
-            with open(path, "rb") as file:
-                data = file.read(FILE_BYTES + 1)
-        except OSError as error:
-            text = f"{KEY}: cannot read {path}: {error.strerror or error}"
-            raise ConfigError.of([Problem(where, text, KEY)]) from None
-        if len(data) > FILE_BYTES:
-            text = f"{KEY}: {path} is larger than {FILE_BYTES} bytes"
-            raise ConfigError.of([Problem(where, text, KEY)])
+        data = file_bytes(path, KEY, config.origin(KEY))
         return cls.parse(data, path, config)
 
     @classmethod
@@ -296,96 +284,45 @@ def _closeness(line: _Line, scope: _Scope) -> int | None:
     return 2 + len(line.domain.removeprefix("*.")) * 2 - line.domain.startswith("*.")
 
 
-class _Reader:
+class _Reader(TableReader):
     """Reads a file, and collects all its mistakes in `problems`."""
 
     def __init__(self, data: bytes, path: str) -> None:
-        self.problems: list[Problem] = []
-        self._data = data
-        self._path = path
-        self._places: dict[tuple[str, int, str], int] = {}
+        super().__init__(data, path, key=KEY, spellings=SPELLINGS)
 
     def read(self) -> tuple[list[_Line], list[_Provider]]:
-        try:
-            tree = tomllib.loads(self._data.decode())
-        except UnicodeDecodeError as error:
-            line = self._data.count(b"\n", 0, error.start) + 1
-            self._wrong(line, "is not UTF-8")
-            return [], []
-        except tomllib.TOMLDecodeError as error:
-            self._wrong(*_line_of(str(error)))
-            return [], []
-        self._places = _places(self._data.decode())
-        for name in tree:
-            if name not in ("limit", "provider"):
-                self._wrong(
-                    self._places.get(("", 0, name), 1),
-                    f"unknown table or key {name!r}; the file has [[limit]] and [[provider]]",
-                )
+        tree = self.tree()
         providers = [
             provider
-            for index, table in self._tables(tree, "provider")
+            for index, table in self.tables(tree, "provider")
             if (provider := self._provider(index, table)) is not None
         ]
         self._check_providers(providers)
         names = {provider.name for provider in providers}
         lines = [
             limit
-            for index, table in self._tables(tree, "limit")
+            for index, table in self.tables(tree, "limit")
             if (limit := self._limit(index, table, names)) is not None
         ]
         return lines, providers
 
-    def _wrong(self, line: int, text: str) -> None:
-        self.problems.append(Problem(f"{self._path}:{line}", text, KEY))
-
-    def _at(self, kind: str, index: int, key: str = "") -> int:
-        """The line of a key, or of the table that has or lacks the key."""
-        return self._places.get((kind, index, key)) or self._places.get((kind, index, ""), 1)
-
-    def _tables(self, tree: Mapping[str, Any], kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        tables = tree.get(kind, [])
-        if not isinstance(tables, list) or not all(isinstance(each, dict) for each in tables):
-            self._wrong(self._at(kind, 0), f"{kind!r} must be written [[{kind}]]")
-            return
-        yield from enumerate(tables)
-
-    def _text(self, kind: str, index: int, table: Mapping[str, Any], key: str) -> str:
-        """A text of a table; an empty string if there is none, or a mistake."""
-        value = table.get(key)
-        if value is None:
-            return ""
-        if not isinstance(value, str) or not value.strip():
-            self._wrong(self._at(kind, index, key), f"{key}: {value!r} is not a text")
-            return ""
-        return value.strip()
-
-    def _unknown(self, kind: str, index: int, table: Mapping[str, Any]) -> None:
-        """Report the keys of a table that mean nothing."""
-        for key in table:
-            if key in KEYS[kind]:
-                continue
-            if kind == "limit" and key in LATER:
-                text = f"{key}: {LATER[key]}"
-            else:
-                meant = SPELLINGS[kind].meant(key)
-                hint = f"; did you mean {meant}?" if meant else ""
-                text = f"unknown key {key!r} in [[{kind}]]{hint}"
-            self._wrong(self._at(kind, index, key), text)
+    def unknown(self, kind: str, key: str) -> str:
+        if kind == "limit" and key in LATER:
+            return f"{key}: {LATER[key]}"
+        return super().unknown(kind, key)
 
     # Providers
 
     def _provider(self, index: int, table: Mapping[str, Any]) -> _Provider | None:
-        self._unknown("provider", index, table)
-        name = self._text("provider", index, table, "name")
+        name = self.text("provider", index, table, "name")
         if "name" not in table:
-            self._wrong(self._at("provider", index), "a [[provider]] needs a name")
+            self.wrong(self.at("provider", index), "a [[provider]] needs a name")
         given = table.get("mx")
         if isinstance(given, str):
             given = [given]
         if not isinstance(given, list) or not given:
-            self._wrong(
-                self._at("provider", index, "mx"),
+            self.wrong(
+                self.at("provider", index, "mx"),
                 f"provider {name!r} needs mx, a list of suffixes such as"
                 ' ["protection.outlook.com"]',
             )
@@ -396,8 +333,8 @@ class _Reader:
                 bare = str(text).strip().removeprefix("*").strip(".")
                 suffixes.append(_host(bare if isinstance(text, str) else ""))
             except AddressError:
-                self._wrong(
-                    self._at("provider", index, "mx"),
+                self.wrong(
+                    self.at("provider", index, "mx"),
                     f"mx: {text!r} is not the end of a host name such as mail.example.com",
                 )
         return _Provider(name, tuple(suffixes)) if name else None
@@ -407,43 +344,41 @@ class _Reader:
         owners: dict[str, str] = {}
         for index, provider in enumerate(providers):
             if provider.name in names:
-                line = self._at("provider", index, "name")
-                self._wrong(line, f"provider {provider.name!r} is there twice")
+                line = self.at("provider", index, "name")
+                self.wrong(line, f"provider {provider.name!r} is there twice")
             names.add(provider.name)
             for suffix in provider.suffixes:
                 owner = owners.setdefault(suffix, provider.name)
                 if owner != provider.name:
-                    line = self._at("provider", index, "mx")
-                    self._wrong(line, f"mx: {suffix} belongs to provider {owner!r} already")
+                    line = self.at("provider", index, "mx")
+                    self.wrong(line, f"mx: {suffix} belongs to provider {owner!r} already")
 
     # Limits
 
     def _limit(self, index: int, table: Mapping[str, Any], providers: set[str]) -> _Line | None:
-        before = len(self.problems)
-        self._unknown("limit", index, table)
-        domain = self._text("limit", index, table, "domain")
-        provider = self._text("limit", index, table, "provider")
-        remote = self._text("limit", index, table, "remote-ip")
-        local = self._text("limit", index, table, "local-ip")
+        domain = self.text("limit", index, table, "domain")
+        provider = self.text("limit", index, table, "provider")
+        remote = self.text("limit", index, table, "remote-ip")
+        local = self.text("limit", index, table, "local-ip")
         if len(chosen := [key for key in SELECTORS[:3] if key in table]) > 1:
-            self._wrong(
-                self._at("limit", index, chosen[1]),
+            self.wrong(
+                self.at("limit", index, chosen[1]),
                 f"a [[limit]] is for a domain, a provider or a remote-ip; this one has"
                 f" {' and '.join(chosen)}",
             )
         if provider and provider not in providers:
-            place = self._at("limit", index, "provider")
-            self._wrong(place, f"provider: no [[provider]] in this file is named {provider!r}")
+            place = self.at("limit", index, "provider")
+            self.wrong(place, f"provider: no [[provider]] in this file is named {provider!r}")
         values = {
             key: bound
             for key in VALUES
             if key in table and (bound := self._value(index, table, key, chosen)) is not None
         }
-        if len(self.problems) == before and not values:
-            self._wrong(self._at("limit", index), "this [[limit]] sets nothing")
+        if self.is_good and not values:
+            self.wrong(self.at("limit", index), "this [[limit]] sets nothing")
         network = self._network(index, remote) if remote not in ("", "*") else None
         read = _Line(
-            f"{self._path}:{self._at('limit', index)}",
+            f"{self.path}:{self.at('limit', index)}",
             self._domain(index, domain),
             provider,
             network,
@@ -451,7 +386,7 @@ class _Reader:
             self._local(index, local),
             values,
         )
-        return read if len(self.problems) == before else None
+        return read if self.is_good else None
 
     def _domain(self, index: int, text: str) -> str:
         if text in ("", "*"):
@@ -460,8 +395,8 @@ class _Reader:
         try:
             domain = parse_domain(bare.rstrip("."))
         except AddressError as error:
-            self._wrong(
-                self._at("limit", index, "domain"),
+            self.wrong(
+                self.at("limit", index, "domain"),
                 f"domain: {error}; write example.com, or *.example.com for those below it",
             )
             return ""
@@ -471,8 +406,8 @@ class _Reader:
         try:
             return ipaddress.ip_network(text)
         except ValueError:
-            self._wrong(
-                self._at("limit", index, "remote-ip"),
+            self.wrong(
+                self.at("limit", index, "remote-ip"),
                 f"remote-ip: {text!r} is not an address, a network such as 192.0.2.0/24, or *"
                 " for each address",
             )
@@ -484,38 +419,38 @@ class _Reader:
         try:
             return str(parse_ip(text))
         except ValueError:
-            self._wrong(
-                self._at("limit", index, "local-ip"), f"local-ip: {text!r} is not an IP address"
+            self.wrong(
+                self.at("limit", index, "local-ip"), f"local-ip: {text!r} is not an IP address"
             )
             return ""
 
     def _value(
         self, index: int, table: Mapping[str, Any], key: str, chosen: list[str]
     ) -> Bound | None:
-        line = self._at("limit", index, key)
+        line = self.at("limit", index, key)
         value = table[key]
         if "remote-ip" in chosen and key not in REMOTE:
-            self._wrong(line, f"{key} cannot be set for a remote-ip, only for domains")
+            self.wrong(line, f"{key} cannot be set for a remote-ip, only for domains")
             return None
         if isinstance(value, str) and key in SIZES:
             try:
                 value = SIZE.read(value)
             except ValueError as error:
-                self._wrong(line, f"{key}: {error}")
+                self.wrong(line, f"{key}: {error}")
                 return None
         numbers = (int, float) if key in SECONDS else int
         if not isinstance(value, numbers) or isinstance(value, bool):
             kind = "number" if key in SECONDS else "whole number"
-            self._wrong(line, f"{key}: {value!r} is not a {kind}")
+            self.wrong(line, f"{key}: {value!r} is not a {kind}")
             return None
         if value != INHERIT and not 0 <= value <= MAX_VALUE:
-            self._wrong(
+            self.wrong(
                 line,
                 f"{key}: {value} is out of bounds; 0 is no limit, and -1 takes the value of less"
                 " exact lines and of the settings",
             )
             return None
-        return Bound(value, f"{self._path}:{line}")
+        return Bound(value, f"{self.path}:{line}")
 
 
 def _host(text: str) -> str:
@@ -524,35 +459,3 @@ def _host(text: str) -> str:
         return str(parse_ip(text))
     except ValueError:
         return parse_domain(text)
-
-
-def _line_of(text: str) -> tuple[int, str]:
-    """The line in an error text of tomllib, and the rest of the text."""
-    match = re.fullmatch(r"(.*) \(at line ([0-9]+), column ([0-9]+)\)", text, re.DOTALL)
-    if match is None:
-        return 1, text
-    return int(match[2]), f"{match[1]} (column {match[3]})"
-
-
-_HEADER: Final = re.compile(r"\s*\[\[?\s*([\w-]+)\s*\]\]?")
-_KEY: Final = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
-
-
-def _places(text: str) -> dict[tuple[str, int, str], int]:
-    """The lines of tables, ``(kind, index, "")``, and of their keys.
-
-    tomllib does not tell them. Text of several lines that looks like a key may mislead this
-    function about the line, and about nothing else.
-    """
-    places: dict[tuple[str, int, str], int] = {}
-    kind, counts, index = "", {"": 1}, 0
-    for number, line in enumerate(text.split("\n"), start=1):
-        if (match := _HEADER.match(line)) is not None:
-            kind = match[1]
-            index = counts.get(kind, 0)
-            counts[kind] = index + 1
-            places.setdefault((kind, index, ""), number)
-            places.setdefault(("", 0, kind), number)
-        elif (match := _KEY.match(line)) is not None:
-            places.setdefault((kind, index, match[1]), number)
-    return places
