@@ -499,6 +499,13 @@ class Table:
         "TOML file with limits for domains, providers and addresses; docs/limits.md explains it.",
         unset="none",
     )
+    responses_file: str = setting(
+        "",
+        PATH,
+        DELIVERY,
+        "TOML file with patterns for the replies of peers; docs/answers.md explains it.",
+        unset="none",
+    )
     domain_maxmessages: int = setting(
         0,
         NUMBER,

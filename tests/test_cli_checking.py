@@ -440,3 +440,18 @@ def test_programs_get_all_of_it_in_one_object(tmp_path: Path) -> None:
             f"queue-directory {tmp_path}/queue is missing: the daemon will make it",
         ],
     }
+
+
+def test_patterns_for_replies_are_tried_on_their_samples(tmp_path: Path) -> None:
+    limits, responses = ROOT / "contrib" / "providers.toml", tmp_path / "responses.toml"
+    text = (ROOT / "contrib" / "responses.toml").read_text()
+    responses.write_text(text)
+    settings = (f"--limits-file={limits}", f"--responses-file={responses}")
+    assert "the configuration is good" in check(tmp_path, *settings, status=0)
+    line = text.splitlines().index("text = 'mail content denied'")
+    responses.write_text(text.replace("mail content denied", "mail content refused"))
+    found = check(tmp_path, *settings)
+    assert f"{responses}:{line - 2}: samples: 'qq-content' does not match '550 Mail" in found
+    responses.write_text(text)
+    found = check(tmp_path, settings[1])
+    assert f"{responses}:17: provider: no [[provider]] in limits-file is named 'google'" in found

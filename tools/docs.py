@@ -28,7 +28,8 @@ from mailerq.mail.headers import HEADER_LIMIT, HOP_LIMIT  # noqa: E402
 from mailerq.message import NESTING_LIMIT, PROPERTIES_LIMIT  # noqa: E402
 from mailerq.properties import KNOWN, PROPERTIES, SECONDS_LIMIT  # noqa: E402
 from mailerq.queues import DAMAGED_QUEUE  # noqa: E402
-from mailerq.rules.responses import RESULTS, STATES, TYPES  # noqa: E402
+from mailerq.rules.reactions import CLASSES, Reaction  # noqa: E402
+from mailerq.rules.responses import RESULTS, STATES, TYPES, Fate  # noqa: E402
 from mailerq.settings import Setting  # noqa: E402
 from mailerq.wire.parameters import ENVID_LIMIT, ORCPT_LIMIT  # noqa: E402
 
@@ -97,6 +98,37 @@ def results() -> str:
         table((f"`{name}`", "meaning"), ((f"`{word}`", text) for word, text in words.items()))
         for name, words in vocabularies
     )
+
+
+def classes() -> str:
+    """The classes of replies, with their reactions."""
+    rows: list[Row] = []
+    for name, (meaning, reaction) in CLASSES.items():
+        said = ", ".join(_said(reaction)) or "as the code says"
+        rows.append((f"`{name}`", meaning, said))
+    return table(("class", "meaning", "reaction"), rows)
+
+
+def _said(reaction: Reaction) -> Iterator[str]:
+    """The keys of a file that would say a reaction."""
+    names = {"fate": "message", "counted": "count-attempt", "lasts": "for"}
+    for attribute in reaction.__struct_fields__:
+        value = getattr(reaction, attribute)
+        if value is None:
+            continue
+        if isinstance(value, Fate):
+            value = "retry" if value is Fate.RETRY else "fail"
+        elif isinstance(value, float) and value >= 1:
+            value = _duration(int(value))
+        word = f'"{value}"' if isinstance(value, str) else str(value).lower()
+        yield f"`{names.get(attribute, attribute.replace('_', '-'))} = {word}`"
+
+
+def _duration(seconds: int) -> str:
+    for unit, size in (("h", 3600), ("m", 60)):
+        if seconds % size == 0:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
 
 
 def limits() -> str:
@@ -168,7 +200,7 @@ def _more(setting: Setting) -> Iterator[str]:
 
 
 TABLES: Final[dict[str, Callable[[], str]]] = {
-    made.__name__: made for made in (properties, fields, queues, results, limits, settings)
+    made.__name__: made for made in (properties, fields, queues, results, classes, limits, settings)
 }
 
 

@@ -36,6 +36,7 @@ from mailerq.queues.embedded.queue_file import FILE_NAME
 from mailerq.queues.embedded.shares import share_directory, shares_in
 from mailerq.queues.locks import holder_of
 from mailerq.queues.ownership import LOCK_NAME
+from mailerq.rules.answers import Answers
 from mailerq.rules.shaping import Shaping
 from mailerq.rules.steering import Steering
 
@@ -231,6 +232,14 @@ _check_steering: Final = _reads(Steering.of)
 _check_limits: Final = _reads(Shaping.of)
 
 
+def _check_responses(config: Config, running: Running) -> Iterator[Problem]:
+    try:
+        providers = Shaping.of(config).providers
+        Answers.of(config, providers)
+    except ConfigError as error:
+        yield from (problem for problem in error.problems if problem.key == "responses-file")
+
+
 def _check_ports(config: Config, running: Running) -> Iterator[Problem]:
     ours = {address.rpartition(":")[2] for address in (running or {}).get("listening", ())}
     for port, error in unusable(config):
@@ -333,6 +342,7 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("smtp-local-addresses",), _check_addresses),
     (("smtp-extract", "smtp-extract-range", "smtp-extract-logins"), _check_steering),
     (("limits-file",), _check_limits),
+    (("responses-file", "limits-file"), _check_responses),
     (("smtp-ip", "smtp-port", "smtp-secure-port", "lmtp-port"), _check_ports),
     (("lock",), _check_lock),
     (("application-log", "user"), _check_application_log),
@@ -346,7 +356,7 @@ AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
 
 AS_RUNNING: Final = frozenset({
     _check_tls, _check_auth, _check_addresses, _check_steering, _check_limits,
-    _check_application_log, _check_logs,
+    _check_responses, _check_application_log, _check_logs,
 })  # fmt: skip
 """The checks that apply to a running daemon: it opens the rest only at its start."""
 
@@ -397,7 +407,8 @@ def _who() -> str:
 
 def _unreadable(config: Config) -> Iterator[str]:
     """Files that root reads at the start, and that the account of `user` cannot read again."""
-    for key in ("smtp-certificate", "smtp-key", "smtp-local-addresses", "limits-file"):
+    keys = "smtp-certificate smtp-key smtp-local-addresses limits-file responses-file"
+    for key in keys.split():
         path = config.text(key)
         if path and not os.access(path, os.R_OK, effective_ids=True):
             yield f"{key} {path} is read at the start only: {_who()} may not read it again"

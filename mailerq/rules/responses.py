@@ -140,6 +140,7 @@ class Outcome(msgspec.Struct, frozen=True):
     """The end of an attempt, without its time and place.
 
     `own_fault`: a fault of this host kept the message from being sent. That is never final.
+    `from_peer`: the code, the status and the description are the peer's reply.
     """
 
     type: str
@@ -150,6 +151,12 @@ class Outcome(msgspec.Struct, frozen=True):
     status: str | None = None
     description: str | None = None
     own_fault: bool = False
+    from_peer: bool = False
+
+    @property
+    def reply(self) -> str:
+        """The reply on one line."""
+        return " ".join(str(each) for each in (self.code, self.status, self.description) if each)
 
 
 EXPIRED: Final = Outcome(
@@ -169,8 +176,8 @@ def refused(event: Refused) -> Outcome:
     """The peer refused the message, for now (4xx) or for good, or refused the session."""
     state = _STATES[event.step]
     if event.step in _HELLO:
-        return _answered("noaccess", state, "error", Fate.RETRY, event.reply)
-    return _answered("error", state, "error", _fate(event.reply), event.reply)
+        return _answered("noaccess", state, "error", Fate.RETRY, event.reply, from_peer=True)
+    return _answered("error", state, "error", _fate(event.reply), event.reply, from_peer=True)
 
 
 def failed(event: Failed) -> Outcome:
@@ -279,10 +286,19 @@ def _fate(reply: Reply) -> Fate:
 
 
 def _answered(
-    kind: str, state: str, result: str, fate: Fate, reply: Reply, *, own_fault: bool = False
+    kind: str,
+    state: str,
+    result: str,
+    fate: Fate,
+    reply: Reply,
+    *,
+    own_fault: bool = False,
+    from_peer: bool = False,
 ) -> Outcome:
     description = reply.description[:MAX_DESCRIPTION]
-    return Outcome(kind, state, result, fate, reply.code, reply.status, description, own_fault)
+    return Outcome(
+        kind, state, result, fate, reply.code, reply.status, description, own_fault, from_peer
+    )
 
 
 NOT_CONVERTIBLE: Final = _answered("error", "process", "invalid", Fate.FAILED, smtp.NOT_CONVERTIBLE)

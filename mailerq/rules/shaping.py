@@ -171,6 +171,11 @@ class Shaping:
         return cls(config, lines, providers)
 
     @property
+    def providers(self) -> frozenset[str]:
+        """The names of the providers."""
+        return frozenset(provider.name for provider in self._providers)
+
+    @property
     def shortest_idle(self) -> float:
         """The shortest time that an idle connection is kept, in seconds."""
         values = [
