@@ -34,7 +34,7 @@ SCOPES: Final = ("provider", "site")
 WORDS: Final = tuple(dict.fromkeys(COMMANDS.values()))
 
 MAX_SECONDS: Final = 30 * 86400.0
-MAX_COUNT: Final = 1000
+MAX_COUNT: Final = 100
 """Replies that a trigger may count; it remembers when each came."""
 MAX_NUMBER: Final = 10**9
 MAX_PATTERN: Final = 1000

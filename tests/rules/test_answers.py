@@ -212,7 +212,7 @@ def test_rules_are_asked_one_after_the_other(
         ("text = 'a*'", "text: 'a*' matches every reply"),
         ("priority = -1", "priority: -1 is not a whole number from 0"),
         ('trigger = "often"', "trigger: 'often' is not a number in a time such as 3/h"),
-        ('trigger = "2000/h"', "from 1 to 1000 replies"),
+        ('trigger = "2000/h"', "from 1 to 100 replies"),
         ('pause = "2 weeks"', "pause: '2 weeks' is not a time such as 90s, 10m, 4h or 1d"),
         ("pause = -5", "pause: -5 is not between 0 and 30d"),
         ("slow = 2", "slow: 2 is not a share of the rate such as 0.5"),
