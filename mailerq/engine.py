@@ -46,6 +46,7 @@ from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
+from mailerq.outbound.refusals import react
 from mailerq.plugins import (
     Answer,
     Connection,
@@ -61,6 +62,7 @@ from mailerq.plugins import (
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.opening import make_directory, open_queues, share_directory
 from mailerq.queues.ownership import DirectoryLock
+from mailerq.rules.answers import Answers
 from mailerq.rules.documents import problems
 from mailerq.rules.shaping import Shaping
 
@@ -208,6 +210,7 @@ class Engine:
         config = self.config
         late.import_all()
         terms, shaping = Terms.of(config), Shaping.of(config)
+        answers = Answers.of(config, shaping.providers)
         ports = bind(config, shared=self._share is not None)
         for port in ports:
             stack.callback(port.sock.close)
@@ -255,6 +258,7 @@ class Engine:
         cells = SharedCells(os.path.join(config.queue_directory, CELLS), share, processes)
         stack.callback(cells.close)
         self._limits = Limits(shaping, cells, processes)
+        react(self._limits, answers)
         self._listener = Listener(self._server, self._workers, ports, incoming)
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
@@ -414,7 +418,7 @@ class Engine:
             raise EngineError("the engine stops")
         notes: list[str] = []
         plan = self._live.plan(self.config if config is None else config, number)
-        terms, shaping, logs = self._prepare(plan, notes)
+        terms, shaping, answers, logs = self._prepare(plan, notes)
         # From here on nothing can fail.
         before, config = self.config, plan.snapshot.config
         self._live.exchange(plan.snapshot)
@@ -437,6 +441,7 @@ class Engine:
         if not alike(config, before, "server_id", "hostname"):
             ids.set_machine(config.server_id, config.hostname)
         self._resolver.configure(config)
+        react(self._limits, answers)
         regrouped = self._limits.change(shaping)
         reroute = regrouped or not alike(config, before, *ROUTES)
         for delivery in self._deliveries.values():
@@ -459,17 +464,20 @@ class Engine:
         """
         self._check_open()
         notes: list[str] = []
-        for file in self._prepare(self.plan(config), notes)[2].values():
+        for file in self._prepare(self.plan(config), notes)[-1].values():
             os.close(file)
         return notes
 
-    def _prepare(self, plan: Reload, notes: list[str]) -> tuple[Terms, Shaping, dict[str, int]]:
+    def _prepare(
+        self, plan: Reload, notes: list[str]
+    ) -> tuple[Terms, Shaping, Answers | None, dict[str, int]]:
         """Every step of a reload that can fail: the terms of sessions, the limits of deliveries,
-        and the opening of moved logs.
+        the patterns for replies, and the opening of moved logs.
         """
         config = plan.snapshot.config
         terms: Terms | None = None
         shaping: Shaping | None = None
+        answers: Answers | None = None
         logs: dict[str, int] = {}
         wrong: list[Problem] = []
         try:
@@ -478,6 +486,7 @@ class Engine:
             wrong += error.problems
         try:
             shaping = Shaping.of(config)
+            answers = Answers.of(config, shaping.providers)
         except ConfigError as error:
             wrong += error.problems
         for name in LOGS:
@@ -491,7 +500,7 @@ class Engine:
             for file in logs.values():
                 os.close(file)
             raise ConfigError.of(wrong)
-        return terms, shaping, logs
+        return terms, shaping, answers, logs
 
     def _log(self, name: str) -> LogFile | None:
         return self._logs[name] if getattr(self.config, name) else None
@@ -524,6 +533,7 @@ class Engine:
                 **total([each.dispatcher.statistics() for each in deliveries]),
                 **self._limits.statistics(),
             },
+            "replies": self._limits.replies(),
             "queue": total([each.queues.statistics() for each in deliveries]),
             "plugins": self.plugins.statistics(),
             "watchdog": self._watchdog.statistics(),
@@ -545,6 +555,7 @@ class Engine:
             "settings": self._settings(),
             "incoming": {"open": 0, "memory": 0, "held": 0, **asdict(SessionCounters())},
             "outgoing": asdict(DeliveryCounters()),
+            "replies": {},
             "queue": {},
             "plugins": {},
             "watchdog": {},

@@ -260,7 +260,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     `type` and `state` use the words of version 2.1 (``success``, ``error``, ``lost`` … and
     ``mail from``, ``rcpt to``, ``data`` …). `result` uses the newer words (``accepted``,
     ``error``, ``lost``, ``timeout``, ``invalid``). `code`, `status` and `description` are the reply
-    of the peer. The fields of a TCP connection are None if there was none.
+    of the peer, `kind` and `rule` what a pattern says about the reply. The fields of a TCP
+    connection are None if there was none.
     """
 
     attempt: int
@@ -275,6 +276,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     status: str | None = None
     description: str | None = None
     messages: int | None = None
+    kind: str | None = None
+    rule: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the element for the JSON, without unknown fields."""
@@ -291,5 +294,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             "code": self.code,
             "status": self.status,
             "description": self.description,
+            "class": self.kind,
+            "rule": self.rule,
         }
         return {name: value for name, value in fields.items() if value is not None}

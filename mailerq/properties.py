@@ -228,6 +228,8 @@ PROPERTIES: Final = (
             Key("code", "The code of the reply, from the peer or generated here."),
             Key("status", "The enhanced status code of the reply."),
             Key("description", "The text of the reply, or what went wrong."),
+            Key("class", "What the reply means, by a pattern of `responses-file`."),
+            Key("rule", "The name of that pattern."),
         ),
     ),
     Property(

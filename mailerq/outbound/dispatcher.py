@@ -424,6 +424,9 @@ class Dispatcher:
 
     def settle(self, job: Job, report: Report, session: Session | None) -> None:
         """Settle an attempt; the session is told when the result is safe."""
+        refusals = self.limits.refusals
+        if refusals is not None and job.flow is not None:
+            report = refusals.settled(job.flow, job, report, session)
         self._settlements.finish(job.lease, report, job.plan.expires, job, session)
 
     def put_back(self, job: Job) -> None:

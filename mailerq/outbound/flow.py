@@ -26,6 +26,7 @@ A flow has one time at which it looks again (`look`); all other events are repor
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -241,6 +242,17 @@ class Flow:
         """Settle an attempt; the session is told when the result is safe."""
         self._dispatcher.settle(job, report, session)
 
+    def heard(self, outcome: Outcome) -> None:
+        """A peer has refused something that is not the result of a message."""
+        refusals = self._dispatcher.limits.refusals
+        if refusals is not None:
+            refusals.heard(self, outcome)
+
+    @property
+    def beside(self) -> Iterable[Flow]:
+        """All flows of this delivery that can send."""
+        return self._dispatcher.flows.live
+
     def give_back(self, job: Job, *, ahead: bool = False) -> None:
         """Take back an untried job: the peer had gone, or was slow after an envelope `ahead`."""
         if ahead:
@@ -419,6 +431,7 @@ class Flow:
     def _not_let_in(self, report: Report) -> None:
         """No host accepted one more connection."""
         if self.sessions:
+            self.heard(report.outcome)
             self._held_until = monotonic() + HOLD_SECONDS
             self._allowed = len(self.sessions) + 1
             return

@@ -29,12 +29,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import trio
 
+from mailerq.message import format_time
 from mailerq.outbound.cells import Busy, Cells, Count, MemoryCells, Rate
 from mailerq.outbound.timers import Times
-from mailerq.rules.rates import cost
+from mailerq.rules.rates import SLACK, cost
 from mailerq.rules.shaping import CONNECTION, Bound, Bounds, Shaping
 
 if TYPE_CHECKING:
+    from mailerq.outbound.refusals import Refusals
     from mailerq.outbound.sites import Site
 
 __all__ = ["NOTHING", "Allowance", "Limits", "Refusal", "Waiter", "Want", "Wants", "both"]
@@ -66,6 +68,8 @@ CONNECTS: Final = "connects-per-minute"
 CONNECTIONS: Final = "max-connections"
 STARTING: Final = "max-starting"
 IDLE: Final = "max-idle"
+PAUSED: Final = "paused"
+"""The pause of a scope, see `refusals`."""
 
 NANOSECONDS: Final = 1_000_000_000
 
@@ -95,6 +99,9 @@ class Want(NamedTuple):
     scope: str
 
     def __str__(self) -> str:
+        if self.name == PAUSED:
+            until = format_time(self.bound.value)
+            return f"pause until {until} of {self.scope} ({self.bound.where})"
         return f"{self.name} = {self.bound.value} of {self.scope} ({self.bound.where})"
 
 
@@ -144,7 +151,7 @@ class Allowance:
 
     def __init__(self, number: int, wants: Sequence[Want], connection: Bounds) -> None:
         self.number = number
-        self.sending = _wants(wants, MESSAGES, BYTES)
+        self.sending = _wants(wants, MESSAGES, BYTES, PAUSED)
         self.opening = _wants(wants, CONNECTS, CONNECTIONS, STARTING)
         self.idle = _wants(wants, IDLE)
         found = (want.taken for want in self.opening.each if want.name == CONNECTIONS)
@@ -176,6 +183,8 @@ class Limits:
 
     def __init__(self, shaping: Shaping, cells: Cells | None = None, processes: int = 1) -> None:
         self.shaping = shaping
+        self.refusals: Refusals | None = None
+        """The reactions to replies of peers, if there are patterns for such replies."""
         self.number = 0
         """Grows with each change of the limits."""
         self._cells = MemoryCells() if cells is None else cells
@@ -201,22 +210,52 @@ class Limits:
         regrouped = shaping.groups != self.shaping.groups
         self.shaping = shaping
         self.number += 1
-        lines = list(self._lines.items())
+        self._ask_again(list(self._lines.items()))
+        return regrouped
+
+    def ask_again(self, key: str, local_ip: str) -> None:
+        """The limits of one scope have changed; its waiters ask again."""
+        self.number += 1
+        end = f" {key} {local_ip}"
+        self._ask_again([each for each in self._lines.items() if each[0].endswith(end)])
+        self._earlier.set()
+
+    def _ask_again(self, lines: Sequence[tuple[str, _Line]]) -> None:
         for key, line in lines:
             if self._lines.get(key) is not line:
                 continue  # all its waiters have left
             self._end(line)
             for waiter in line.waiters:
                 waiter.limit_over(key)
-        return regrouped
+
+    def pause(self, until: float, key: str, local_ip: str, seconds: float) -> None:
+        """Refuse the messages of a scope for some seconds; `until` tells the pause from others."""
+        nanoseconds = int(seconds * NANOSECONDS) + SLACK
+        self._cells.take([Rate(_pause_key(until, key, local_ip), nanoseconds)])
+
+    def provider_of(self, site: Site) -> str:
+        """The provider of a site, or an empty string."""
+        return self.shaping.provider_of({host.name for host in site.hosts})
+
+    def bounds_of(self, site: Site, local_ip: str | None, key: str) -> Bounds:
+        """What the settings allow the site, or the provider, of this key."""
+        ip = local_ip or ""
+        if key.startswith("site "):
+            return self.shaping.of_site(site.group, ip)
+        return self.shaping.of_provider(key.removeprefix("provider "), ip)
 
     def of_flow(self, site: Site, local_ip: str | None) -> Allowance:
         """What holds for the mail of a site from a local address."""
         ip, shaping = local_ip or "", self.shaping
-        provider = shaping.provider_of({host.name for host in site.hosts})
+        provider = self.provider_of(site)
+        of_site, of_provider = shaping.of_site(site.group, ip), shaping.of_provider(provider, ip)
+        key, provider_key = f"site {site.key.hex()}", f"provider {provider}"
+        if self.refusals is not None and self.refusals.actions:
+            of_site = self.refusals.adjusted(of_site, key, ip)
+            of_provider = self.refusals.adjusted(of_provider, provider_key, ip)
         wants = [
-            *_all(shaping.of_site(site.group, ip), site.label, f"site {site.key.hex()}", ip),
-            *_all(shaping.of_provider(provider, ip), f"provider {provider}", provider, ip),
+            *_all(of_site, site.label, key, ip),
+            *_all(of_provider, provider_key, provider_key, ip),
         ]
         return Allowance(self.number, wants, shaping.of_connection(site.group, provider, ip))
 
@@ -387,6 +426,8 @@ class Limits:
             for line in self._times.pop_until(monotonic()):
                 self._serve(line)
             self._next = self._times.first
+            if self.refusals is not None and self.refusals.actions:
+                self._next = min(self._next, monotonic() + self.refusals.advance())
             if not self._cells.catch_up():
                 self._next = min(self._next, monotonic() + POLL_SECONDS)
             with trio.move_on_after(max(self._next - monotonic(), 0.0)):
@@ -447,6 +488,10 @@ class Limits:
         most = sorted(waiting.items(), key=lambda item: -item[1])[:MAX_NAMED]
         return {"limited": sum(waiting.values()), "limits": dict(most)}
 
+    def replies(self) -> dict[str, Any]:
+        """What peers have replied; empty without patterns for replies."""
+        return {} if self.refusals is None else self.refusals.statistics()
+
     def close(self) -> None:
         """Give back what the engine holds."""
         self._cells.close()
@@ -459,13 +504,19 @@ def _all(bounds: Bounds, scope: str, key: str, local_ip: str) -> Iterator[Want]:
         if name in (MESSAGES, BYTES, CONNECTS):
             where = f"{name} {value} {key} {local_ip}"  # a changed rate begins anew
         taken: Rate | Count
-        if name == BYTES:
+        if name == PAUSED:
+            taken = Rate(_pause_key(bound.value, key, local_ip), 0)
+        elif name == BYTES:
             taken = Rate(where, 0)
         elif name in (MESSAGES, CONNECTS):
             taken = Rate(where, cost(1, value))
         else:
             taken = Count(where, value)
         yield Want(taken, name, bound, f"{scope} from {local_ip}" if local_ip else scope)
+
+
+def _pause_key(until: float, key: str, local_ip: str) -> str:
+    return f"{PAUSED} {until:.6f} {key} {local_ip}"
 
 
 def _wants(wants: Sequence[Want], *names: str) -> Wants:

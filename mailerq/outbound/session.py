@@ -440,6 +440,8 @@ class Session:
         else:
             left = isinstance(event, Refused) and event.reply.code == 421
         if left and not protocol.reusable and self.messages:
+            if isinstance(event, Refused):
+                self.flow.heard(_outcome(event))
             return None
         return _outcome(event)
 

@@ -53,6 +53,9 @@ MIN_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 10.0
 """Longest pause after a queue error; the pause doubles each time."""
 
+MIN_PUT_OFF_SECONDS: Final = 1.0
+"""The least wait of a message whose attempt is not counted."""
+
 FAILURES_PER_MINUTE: Final = 60
 """Log lines about messages that failed for good; further ones are counted."""
 
@@ -70,7 +73,8 @@ MAX_REPRESENTATION: Final = 10_000
 class Counters:
     """Delivery totals since the start.
 
-    `held` counts messages delayed by their senders.
+    `held` counts messages delayed by their senders, `put_off` those whose attempt ended by a reply
+    that is not about them.
     """
 
     consumed: int = 0
@@ -80,6 +84,7 @@ class Counters:
     failed: int = 0
     retried: int = 0
     queue_errors: int = 0
+    put_off: int = 0
 
 
 class Finished(msgspec.Struct, eq=False):
@@ -180,6 +185,13 @@ class Settlements:
         now = self._clock()
         message = lease.message
         outcome = report.outcome
+        if not outcome.counted and outcome.fate is Fate.RETRY:
+            until = now + (outcome.retry_after or MIN_PUT_OFF_SECONDS)
+            if until <= expires:
+                self._counters.put_off += 1
+                again = Publication(self._outbox, message, until)
+                self._add(Finished(Settlement(lease, (again,)), job, session))
+                return
         results = message.properties.get("results")
         results = results if isinstance(results, list) else []
         result = _result(report, len(results) + 1, now)
@@ -194,6 +206,7 @@ class Settlements:
                 intervals=self._config.retry_interval,
                 max_attempts=self._config.max_attempts,
                 own_fault=outcome.own_fault,
+                after=outcome.retry_after,
                 lot=self._lot(),
             )
         publications = []
@@ -391,6 +404,8 @@ def _result(report: Report, attempt: int, now: float) -> Result:
         status=outcome.status,
         description=outcome.description,
         messages=report.messages,
+        kind=outcome.kind or None,
+        rule=outcome.rule or None,
     )
 
 

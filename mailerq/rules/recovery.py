@@ -81,17 +81,20 @@ class Recovery(msgspec.Struct, kw_only=True):
 
     # What peers say
 
-    def refuse(self, reaction: Reaction, now: float, *, connections: int, most: int) -> bool:
+    def refuse(
+        self, reaction: Reaction, now: float, *, connections: int, most: int, rated: bool = True
+    ) -> bool:
         """Act on a reply; return whether something changed.
 
-        `connections` are open now, and at most `most` may be, 0 for no limit.
+        `connections` are open now, and at most `most` may be, 0 for no limit. Where no rate is
+        set (`rated`), a lower rate means fewer connections.
         """
         self.advance(now)
         if self.stage is Stage.PAUSED:
             return False
         self.touched = now
         self.most = most or USUAL_CONNECTIONS
-        lowered = reaction.lowers and self._lower(reaction, now, connections)
+        lowered = reaction.lowers and self._lower(reaction, now, connections, rated)
         if reaction.pause:
             self._pause(reaction.pause, reaction.max_pause or reaction.pause, now)
             return True
@@ -108,17 +111,19 @@ class Recovery(msgspec.Struct, kw_only=True):
         self.connections = 1
         self.successes = 0
 
-    def _lower(self, reaction: Reaction, now: float, connections: int) -> bool:
+    def _lower(self, reaction: Reaction, now: float, connections: int, rated: bool) -> bool:
         if now < self.lowered + STEP_SECONDS:
             return False
         self.lowered = self.changed = now
         self.held = max(self.held, now + (reaction.lasts or 0.0))
         self.successes = 0
-        if reaction.slow:
-            self.share = max(self.share * reaction.slow, LEAST_SHARE)
         if reaction.messages_per_minute:
             self.rate = min(reaction.messages_per_minute, self.rate or reaction.messages_per_minute)
         now_open = min(max(connections, 1), self.connections or self.most)
+        if reaction.slow and rated:
+            self.share = max(self.share * reaction.slow, LEAST_SHARE)
+        elif reaction.slow:
+            self.connections = max(int(now_open * reaction.slow), 1)
         if reaction.max_connections:
             self.connections = min(reaction.max_connections, self.connections or self.most)
         if reaction.fewer_connections:

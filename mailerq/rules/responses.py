@@ -140,7 +140,9 @@ class Outcome(msgspec.Struct, frozen=True):
     """The end of an attempt, without its time and place.
 
     `own_fault`: a fault of this host kept the message from being sent. That is never final.
-    `from_peer`: the code, the status and the description are the peer's reply.
+    `from_peer`: the code, the status and the description are the peer's reply. `kind` and `rule`
+    are what a pattern says about the reply, with the time of the next attempt (`retry_after`, in
+    seconds), and whether this one is `counted`.
     """
 
     type: str
@@ -152,6 +154,10 @@ class Outcome(msgspec.Struct, frozen=True):
     description: str | None = None
     own_fault: bool = False
     from_peer: bool = False
+    kind: str = ""
+    rule: str = ""
+    retry_after: float | None = None
+    counted: bool = True
 
     @property
     def reply(self) -> str:

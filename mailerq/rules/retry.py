@@ -52,14 +52,15 @@ def next_attempt(
     intervals: Sequence[int],
     max_attempts: int,
     own_fault: bool = False,
+    after: float | None = None,
     lot: float = 0.5,
 ) -> float | None:
     """When a message is tried again after attempt number `attempt`; None: it has failed.
 
     The message's own ``retries`` and ``maxattempts`` override `intervals` and `max_attempts`. The
     last delay repeats; zero attempts means no limit. An attempt that a fault of this host ended
-    (`own_fault`) is never the last. A message whose next attempt would come after `expires` has
-    failed now.
+    (`own_fault`) is never the last. `after` takes the place of the delay. A message
+    whose next attempt would come after `expires` has failed now.
 
     Mail that failed together would come back together, so `lot`, from 0 to 1, moves the delays of
     `intervals` by up to `JITTER` either way. ``retries`` are kept exactly.
@@ -80,6 +81,8 @@ def next_attempt(
     if not delays or not is_delays(delays):
         delays, spread = intervals, JITTER * (2 * lot - 1)
     delay = max(delays[min(attempt, len(delays)) - 1], MIN_DELAY)
+    if after is not None:
+        delay, spread = max(after, MIN_DELAY), 0.0
     if now + delay > expires:
         return None
     return min(now + max(delay * (1 + spread), MIN_DELAY), expires)
