@@ -40,6 +40,7 @@ from mailerq.net.statistics import total
 from mailerq.net.tls import Handshakes
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
+from mailerq.outbound import operators
 from mailerq.outbound.adoption import Adoption, own
 from mailerq.outbound.cells import SharedCells
 from mailerq.outbound.dispatcher import Counters as DeliveryCounters
@@ -617,6 +618,10 @@ class Engine:
             "status": lambda request: self.statistics(),
             "wake": self._wake,
             "message-ids": self._message_ids,
+            "queue-change": lambda request: operators.change(
+                self._deliveries, self.config, request
+            ),
+            "note": control.note,
         }
 
     def _wake(self, request: control.Request) -> dict[str, bool]:

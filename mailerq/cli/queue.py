@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -208,15 +209,14 @@ def _show_destinations(files: Files, options: Namespace) -> int:
     totals: dict[str, tuple[int, int, float]] = {}
     for file in files:
         for depth in file.destinations(options.queue):
-            due, delayed, first = totals.get(depth.destination, (0, 0, depth.first_due))
-            totals[depth.destination] = (
-                due + depth.due, delayed + depth.delayed, min(first, depth.first_due)
-            )  # fmt: skip
+            due, delayed, first = totals.get(depth.destination, (0, 0, math.inf))
+            first = first if depth.first_due is None else min(first, depth.first_due)
+            totals[depth.destination] = (due + depth.due, delayed + depth.delayed, first)
     if options.limit is not None:
         fullest = sorted(totals, key=lambda key: sum(totals[key][:2]), reverse=True)
         totals = {key: totals[key] for key in fullest[: options.limit]}
     rows = [
-        (key, due, delayed, due + delayed, format_time(first))
+        (key, due, delayed, due + delayed, None if first == math.inf else format_time(first))
         for key, (due, delayed, first) in sorted(totals.items())
     ]
     if options.json:

@@ -21,9 +21,10 @@ from mailerq.message import decode_properties, encode_properties
 from mailerq.plugins import stray_close
 from mailerq.privileges import as_owner
 
-__all__ = ["Commands", "Request", "reply_to", "serve"]
+__all__ = ["Commands", "Request", "note", "reply_to", "serve"]
 
 log = logging.getLogger("mailerq.control")
+operators = logging.getLogger("mailerq.operator")
 
 SOCKET_NAME: Final = "control"
 
@@ -31,6 +32,9 @@ LINE_LIMIT: Final = 1 << 16
 """Bytes of a request."""
 
 ASK_SECONDS: Final = 10.0
+
+MAX_NOTE: Final = 2_000
+"""Characters of a line that an operator's command writes into the log."""
 
 EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
 EXHAUSTED_SECONDS: Final = 0.1
@@ -142,6 +146,12 @@ async def _answer(stream: trio.SocketStream, commands: Commands) -> None:
         await stream.send_all(await reply_to(request, commands))
     except trio.BrokenResourceError:
         log.debug("the asker of %r did not wait", request)
+
+
+def note(request: Request) -> dict[str, bool]:
+    """Write what an operator does into the application log."""
+    operators.warning("%s", str(request.get("text"))[:MAX_NOTE])
+    return {"ok": True}
 
 
 async def reply_to(request: bytes, commands: Commands) -> bytes:

@@ -22,7 +22,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,7 +31,7 @@ import trio
 from mailerq.config import Config
 from mailerq.errors import MessageDamaged, QueueError
 from mailerq.live import Live
-from mailerq.message import format_time
+from mailerq.message import Message, Result, format_time
 from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import NoHosts, Resolver
@@ -433,6 +433,26 @@ class Dispatcher:
         """Return an untried message to the queue unchanged."""
         self._gone(job)
         self._intake.put_back(job.lease)
+
+    def recall(self, numbers: Collection[int]) -> None:
+        """Give these messages back to the queue, except those that are under way."""
+        for jobs in self._looking_up.values():
+            for job in [job for job in jobs if job.lease.id in numbers]:
+                jobs.remove(job)
+                self._looked_up -= 1
+                self.put_back(job)
+                self._intake.placed(job.lease.destination)
+        self.flows.recall(numbers)
+
+    def try_now(self, destinations: Collection[str]) -> None:
+        """Mail of these destinations is due although their hosts may be down: ask them."""
+        self._sites.forget_failures()
+        for key in destinations:
+            self._intake.came_due(self._intake.destination(key))
+
+    def gave_up(self, finished: Sequence[tuple[Message, Result]]) -> None:
+        """Count and log messages that an operator has failed in the queue."""
+        self._settlements.gave_up(finished)
 
     def _gone(self, job: Job) -> None:
         self._bodies.drop(job.lease)

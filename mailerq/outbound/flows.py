@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -226,6 +226,16 @@ class Flows:
         if reroute:
             for pause in list(self.pauses.values()):
                 self._intake.forget(pause)
+
+    def recall(self, numbers: Collection[int]) -> None:
+        """Give these messages back if they wait in memory."""
+        for flow in list(self.live):
+            waiting = [job for job in flow.jobs if job.lease.id in numbers]
+            if waiting:
+                flow.jobs = [job for job in flow.jobs if job.lease.id not in numbers]
+                for job in waiting:
+                    self._dispatcher.put_back(job)
+                flow.pump()
 
     def stop(self) -> None:
         """Give all waiting mail back, for good."""

@@ -238,6 +238,13 @@ class Settlements:
         if self.send_log is not None:
             self.send_log.write(_log_line(message, result))
 
+    def gave_up(self, finished: Sequence[tuple[Message, Result]]) -> None:
+        """Count and log messages that an operator has failed in the queue."""
+        self._counters.failed += len(finished)
+        if self.send_log is not None:
+            for message, result in finished:
+                self.send_log.write(_log_line(message, result))
+
     def _tell_failure(self, message: Message, result: Result, queues: Sequence[str]) -> None:
         """Log a failed message: nobody else is told."""
         reply = (result.code, result.status, result.description)

@@ -3,6 +3,7 @@
 from mailerq.queues.interface import (
     DAMAGED_QUEUE,
     BrowsableQueues,
+    Changed,
     Consumer,
     Depth,
     DestinationDepth,
@@ -19,6 +20,7 @@ from mailerq.queues.interface import (
 __all__ = [
     "DAMAGED_QUEUE",
     "BrowsableQueues",
+    "Changed",
     "Consumer",
     "Depth",
     "DestinationDepth",

@@ -18,19 +18,25 @@ Guarantees
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
 from mailerq.config import Config
 from mailerq.message import Message
 
+if TYPE_CHECKING:
+    # An injector imports this module, and must start fast.
+    from mailerq.rules.changes import Change
+    from mailerq.rules.selection import Selection
+
 __all__ = [
     "DAMAGED_QUEUE",
     "BrowsableQueues",
+    "Changed",
     "Consumer",
     "Depth",
     "DestinationDepth",
@@ -84,15 +90,19 @@ class Settlement(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True, frozen=True)
 class Depth:
-    """The depth of one queue: `due` messages may go now, `delayed` ones wait."""
+    """The depth of one queue: `due` messages may go now, `delayed` ones wait.
+
+    `held` ones wait until an operator releases them.
+    """
 
     queue: str
     due: int
     delayed: int
+    held: int = 0
 
     @property
     def total(self) -> int:
-        return self.due + self.delayed
+        return self.due + self.delayed + self.held
 
 
 @dataclass(slots=True, frozen=True)
@@ -102,19 +112,36 @@ class Entry:
     id: int
     queue: str
     due: float
+    """Seconds since 1970; of a held message, when it would be due."""
     message: Message
     size: int | None = None
     """Bytes of the body, even if the body was not read; None without a body."""
+    held: bool = False
 
 
 @dataclass(slots=True, frozen=True)
 class DestinationDepth:
-    """The depth of one destination of a queue; `first_due` is its earliest due time."""
+    """The depth of one destination of a queue.
+
+    `first_due` is its earliest due time, None if all of its mail is held.
+    """
 
     destination: str
     due: int
     delayed: int
-    first_due: float
+    first_due: float | None
+    held: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Changed:
+    """What `BrowsableQueues.change` did: how many messages changed, and how many are leased.
+
+    Others were gone, or the change does not apply to them.
+    """
+
+    done: int
+    leased: int
 
 
 class Consumer(ABC):
@@ -272,3 +299,23 @@ class BrowsableQueues(Queues):
     @abstractmethod
     async def destinations(self, queue: str) -> list[DestinationDepth]:
         """The depth of each destination of a queue, in order of key."""
+
+    @abstractmethod
+    async def select(self, queue: str, selection: Selection) -> list[int]:
+        """The numbers of the selected messages, in order, leased ones included."""
+
+    @abstractmethod
+    async def change(
+        self,
+        queue: str,
+        numbers: Sequence[int],
+        change: Change,
+        *,
+        recall: Callable[[Collection[int]], None] | None = None,
+    ) -> Changed:
+        """Change messages that are not leased, without taking them. Raises `QueueError`.
+
+        Until the change is over, none of the messages is leased anew; `recall` is called in
+        between, and may release some. A held message stays in the queue and never becomes due,
+        until it is released.
+        """

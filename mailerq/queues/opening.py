@@ -21,10 +21,10 @@ from mailerq.config import Config
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.privileges import as_owner, give_to
 from mailerq.queues.embedded.queue_file import FILE_NAME, Bounds, QueueFile, lock_directory
-from mailerq.queues.embedded.shares import share_directory, shares_in
+from mailerq.queues.embedded.shares import share_directory, share_of, shares_in
 from mailerq.queues.embedded.sqlite_file import translate
 from mailerq.queues.locks import EXCLUSIVE, FileLock, Held, open_directory
-from mailerq.queues.ownership import DirectoryLock
+from mailerq.queues.ownership import DirectoryLock, holder
 from mailerq.queues.recovery.salvage import broken_log, recover
 
 if TYPE_CHECKING:
@@ -37,9 +37,11 @@ __all__ = [
     "open_embedded",
     "open_exclusive",
     "open_files",
+    "open_idle",
     "open_queues",
     "open_shared",
     "share_directory",
+    "share_of",
     "shares_in",
 ]
 
@@ -129,6 +131,21 @@ def open_files(config: Config) -> Iterator[list[QueueFile]]:
         if not files:
             raise FileNotFoundError
         yield files
+
+
+@contextmanager
+def open_idle(config: Config, share: int) -> Iterator[QueueFile]:
+    """The queue file of a share from which no process delivers, for the command line.
+
+    While the file is open, no process can begin to. Raises `QueueError`.
+    """
+    directory = share_directory(config.queue_directory, share)
+    with open_shared(directory, outbox=config.rabbitmq_outbox) as file:
+        if (process := holder(directory)) is not None:
+            raise QueueError(
+                f"process {process} delivers from {directory}, and does not answer; try again"
+            )
+        yield file
 
 
 def compact_files(config: Config) -> Iterator[tuple[str, int, int]]:

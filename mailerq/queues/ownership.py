@@ -25,7 +25,7 @@ from typing import Final, Self
 from mailerq.errors import QueueError, QueueHeld
 from mailerq.queues.locks import SHARED, FileLock, Held, holder_of
 
-__all__ = ["LOCK_NAME", "DirectoryLock", "wanted"]
+__all__ = ["LOCK_NAME", "DirectoryLock", "holder", "wanted"]
 
 LOCK_NAME: Final = "queue.lock"
 WANTED_NAME: Final = "queue.wanted"
@@ -144,6 +144,15 @@ def quarantine_seconds(deaths: int) -> float:
     if not deaths:
         return 0.0
     return min(MIN_QUARANTINE_SECONDS * 2.0 ** min(deaths - 1, 30), MAX_QUARANTINE_SECONDS)
+
+
+def holder(directory: str) -> str | None:
+    """The process that delivers from a directory, None if there is none. Raises `OSError`."""
+    try:
+        file = os.open(os.path.join(directory, LOCK_NAME), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    return holder_of(file)
 
 
 @contextmanager

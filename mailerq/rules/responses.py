@@ -31,6 +31,7 @@ __all__ = [
     "Fate",
     "Outcome",
     "accepted",
+    "bounced",
     "cannot_bind",
     "connect_failed",
     "connect_timed_out",
@@ -269,6 +270,11 @@ def unsendable(problem: str, reply: Reply | None = None) -> Outcome:
 def unmet(promise: Reply) -> Outcome:
     """A promise made on reception cannot be kept."""
     return unsendable(promise.description, promise)
+
+
+def bounced(text: str) -> Outcome:
+    """An operator has given the message up; `text` says who, and why."""
+    return _answered("error", "process", "error", Fate.FAILED, smtp.bounced(text))
 
 
 def not_generated() -> Outcome:

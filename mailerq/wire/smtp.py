@@ -231,3 +231,8 @@ def loops_back(domain: str) -> Reply:
 def forbidden_hosts(name: str, addresses: str) -> Reply:
     text = f"5.7.1 {name} is at {addresses}, where smtp-out-forbidden lets no mail go"
     return Reply(550, text)
+
+
+def bounced(text: str) -> Reply:
+    """An operator has given a message up."""
+    return Reply(554, f"5.7.1 {text}")

@@ -15,7 +15,7 @@ from tests.queues.contract import Backend, Capability, Contract
 class Embedded:
     """The embedded queue, on a clock that the tests move."""
 
-    capabilities: frozenset[Capability] = frozenset({"durable"})
+    capabilities: frozenset[Capability] = frozenset({"browsable", "durable"})
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

@@ -18,6 +18,7 @@ REPLIES = {name: reply for name, reply in vars(smtp).items() if isinstance(reply
     "too_big_for_peer": smtp.too_big_for_peer(2, 1),
     "no_security": smtp.no_security("verified"),
     "no_such_domain": smtp.no_such_domain("x is no domain"),
+    "bounced": smtp.bounced("bounced by ann"),
     "null_mx": smtp.null_mx("d.test"),
     "loops_back": smtp.loops_back("d.test"),
     "forbidden_hosts": smtp.forbidden_hosts("d.test", "192.0.2.1"),

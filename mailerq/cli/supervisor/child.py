@@ -30,7 +30,7 @@ from mailerq.cli.supervisor.process import HEAD
 from mailerq.config import Config
 from mailerq.engine import Engine
 from mailerq.errors import ConfigError, EngineError, MailerqError, PluginError
-from mailerq.message import encode_properties
+from mailerq.message import decode_properties, encode_properties
 from mailerq.net import control
 
 __all__ = ["main"]
@@ -133,7 +133,11 @@ class _Requests:
         self._engine = engine
         self._started = started
         self._stop = stop
-        self._commands: control.Commands = {**engine.commands(), "reload": self._reload}
+        commands = engine.commands()
+        self._change = commands["queue-change"]
+        self._commands: control.Commands = {
+            **commands, "reload": self._reload, "queue-change": self._pass_on,
+        }  # fmt: skip
 
     async def serve(self) -> None:
         """Execute requests until cancelled; stop the engine when the parent is gone."""
@@ -157,16 +161,23 @@ class _Requests:
 
     def _reload(self, request: control.Request) -> dict[str, Any]:
         """Take the settings in the file that came along, or only report what is wrong with them."""
-        if not self._files:  # the kernel drops a file that this process has no descriptor for
-            raise MailerqError("no descriptor is left for the file with the settings")
-        with open(self._files.popleft(), "rb") as file:
-            # Not from its position, which all processes share.
-            content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
-        config, number, wrong = pickle.loads(content)
+        config, number, wrong = pickle.loads(self._content())
         if request.get("try"):
             return attempt(self._engine, config, wrong)
         take(self._engine, config, number, self._who)
         return {}
+
+    def _pass_on(self, request: control.Request) -> Any:
+        """Carry out the request in the file that came along, which is too long for the socket."""
+        return self._change(decode_properties(self._content()))
+
+    def _content(self) -> bytes:
+        """The content of the next file that came along."""
+        if not self._files:  # the kernel drops a file that this process has no descriptor for
+            raise MailerqError("no descriptor is left for the file with the request")
+        with open(self._files.popleft(), "rb") as file:
+            # Not from its position, which all processes share.
+            return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
 
 
 async def _terminate(

@@ -42,7 +42,7 @@ from mailerq.config import Config
 from mailerq.errors import ConfigError, MailerqError, Problem
 from mailerq.inbound.listener import PORT_OPTIONS, reserve
 from mailerq.live import Live, Reload, Snapshot
-from mailerq.message import format_time
+from mailerq.message import encode_properties, format_time
 from mailerq.net import control
 from mailerq.net.statistics import total
 from mailerq.privileges import keep_for_ports
@@ -68,6 +68,9 @@ MAX_PAUSE_SECONDS: Final = 60.0
 
 ASK_SECONDS: Final = 2.0
 """Timeout for the status of a process."""
+
+CHANGE_SECONDS: Final = 8.0
+"""Timeout for a process to change messages in its queue."""
 
 RELOAD_SECONDS: Final = 5.0
 """Timeout for a process to try settings, and to take them."""
@@ -254,6 +257,8 @@ class _Parent:
             "wake": self._wake,
             "message-ids": self._message_ids,
             "reload": self._answer,
+            "queue-change": self._change,
+            "note": control.note,
         }
 
     async def _status(self, request: control.Request) -> dict[str, Any]:
@@ -297,6 +302,22 @@ class _Parent:
             with suppress(Ended):
                 return await child.ask("message-ids", IDS_SECONDS, count=count)
         raise MailerqError("no process answers")
+
+    async def _change(self, request: control.Request) -> dict[str, Any]:
+        """Pass an order of an operator on to the process that delivers from its share."""
+        share, silent = request.get("share"), 0
+        with _in_memory(encode_properties(request)) as file:
+            for child in sorted(self._children.values(), key=lambda child: child.index != share):
+                try:
+                    reply = await child.ask("queue-change", CHANGE_SECONDS, file=file)
+                except Ended:
+                    silent += 1
+                    continue
+                if reply:
+                    return reply
+        if silent:
+            raise MailerqError(f"{silent} processes do not answer")
+        return {}
 
     # Other settings
 
@@ -403,17 +424,21 @@ class _Parent:
 
 @contextmanager
 def _written(part: Snapshot, wrong: set[str]) -> Iterator[int]:
-    """A file in memory with settings for processes, which do not fit into a request.
+    """A file in memory with settings for processes. Raises `MailerqError`."""
+    with _in_memory(pickle.dumps((part.config, part.number, wrong))) as file:
+        yield file
 
-    Raises `MailerqError`.
-    """
+
+@contextmanager
+def _in_memory(content: bytes) -> Iterator[int]:
+    """A file in memory, for what does not fit into a request. Raises `MailerqError`."""
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(open(os.memfd_create("settings"), "wb"))
-            file.write(pickle.dumps((part.config, part.number, wrong)))
+            file = stack.enter_context(open(os.memfd_create("mailerq"), "wb"))
+            file.write(content)
             file.flush()
         except OSError as error:
-            raise MailerqError(f"the settings cannot be passed on: {error.strerror}") from error
+            raise MailerqError(f"it cannot be passed on: {error.strerror}") from error
         yield file.fileno()
 
 

@@ -16,6 +16,10 @@ a salvaged file, or from a time when another queue was the outbox. The running d
 rewrites no row.
 
 The place follows from the properties, so no checksum covers it.
+
+A message that an operator holds keeps its place. `HELD` is added to its due time, which makes the
+message due in no time to come, and is subtracted again on release. So a hold rewrites no document,
+survives a restart, and an older program leaves the message alone too.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from mailerq.errors import QueueError
 from mailerq.queues.embedded.shares import first_number
 from mailerq.rules.destinations import Place
 
-__all__ = ["LAYOUT", "PAGE_SIZE", "PLACES_LAYOUT", "UNSORTED", "prepare_file"]
+__all__ = ["HELD", "LAYOUT", "PAGE_SIZE", "PLACES_LAYOUT", "UNSORTED", "prepare_file"]
 
 logger = logging.getLogger("mailerq.queues")
 
@@ -46,6 +50,9 @@ PLACES_LAYOUT: Final = 3
 
 PAGE_SIZE: Final = 8192
 """Three mails of 2 KiB fit in a page; in 4096 bytes only one, and half of the file is empty."""
+
+HELD: Final = 1 << 60
+"""Milliseconds added to the due time of a held message: 36 million years."""
 
 UNSORTED: Final = Place("", -1)
 """The place of an unsorted row; real lanes are 0 or more."""

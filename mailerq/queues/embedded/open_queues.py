@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from heapq import heappop, heappush
@@ -46,7 +46,7 @@ import outcome
 import trio
 
 from mailerq.errors import QueueDamaged
-from mailerq.queues.embedded.layout import UNSORTED
+from mailerq.queues.embedded.layout import HELD, UNSORTED
 from mailerq.queues.embedded.queue_reader import BEFORE_LANES
 from mailerq.queues.embedded.sqlite_file import mark
 from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN, Turns
@@ -260,6 +260,8 @@ class OpenQueue:
         self.destinations: dict[str, Destination] = {}
         self.held: dict[int, HeldLease] = {}
         self.settled: set[int] = set()
+        self.barred: Counter[int] = Counter()
+        """Messages that are being changed, and must not be leased."""
         self.reading = False
         self.complete = False
         self.scanning = False
@@ -321,6 +323,17 @@ class OpenQueue:
         destination = self.destinations[lease.destination]
         destination.drop(lease.id)
         self.tidy(destination)
+
+    def bar(self, numbers: Sequence[int]) -> None:
+        """Keep messages from being leased until `unbar`."""
+        self.barred.update(numbers)
+
+    def unbar(self, numbers: Sequence[int]) -> None:
+        """Undo `bar`. A read under way has found the messages as they were before."""
+        self.barred.subtract(numbers)
+        self.barred = +self.barred
+        if self.reading:
+            self.settled.update(numbers)
 
     def next_turn(self, now: int) -> Destination | None:
         """The next destination in which consumers may find mail."""
@@ -467,7 +480,7 @@ class OpenQueues:
 
     def tidy(self, queue: OpenQueue) -> None:
         """Drop a queue without takers."""
-        if not (queue.takers or queue.held or queue.reading or queue.scanning):
+        if not (queue.takers or queue.held or queue.barred or queue.reading or queue.scanning):
             if self.queues.get(queue.name) is queue:
                 del self.queues[queue.name]
 
@@ -487,7 +500,9 @@ class OpenQueues:
             self.scan(queue)
 
     def note(self, queue: OpenQueue, key: str, due: int, now: int) -> None:
-        """Note an unleased message in the file."""
+        """Note an unleased message in the file; a held one is not due in any time."""
+        if due >= HELD:
+            return
         destination = queue.destination(key)
         if destination.note(due, now):
             self._tell(queue, destination.key, due, now)

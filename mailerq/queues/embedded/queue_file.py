@@ -27,7 +27,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from zlib import crc32
 
 import apsw
@@ -36,7 +36,7 @@ from mailerq.config import Config
 from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.message import decode_properties, encode_properties
 from mailerq.queues.embedded.disk import Room, check_sound, room
-from mailerq.queues.embedded.layout import PAGE_SIZE, UNSORTED, prepare_file
+from mailerq.queues.embedded.layout import HELD, PAGE_SIZE, UNSORTED, prepare_file
 from mailerq.queues.embedded.queue_reader import QueueReader, Waiting
 from mailerq.queues.embedded.records import (
     Batch,
@@ -60,7 +60,10 @@ from mailerq.queues.locks import SHARED, FileLock, Held, open_directory
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.destinations import place_of
 
-__all__ = ["FILE_NAME", "Bounds", "QueueFile", "lock_directory"]
+if TYPE_CHECKING:
+    from mailerq.rules.changes import Change
+
+__all__ = ["FILE_NAME", "WORK_ROWS", "Bounds", "QueueFile", "lock_directory"]
 
 logger = logging.getLogger("mailerq.queues")
 
@@ -255,6 +258,15 @@ class QueueFile(QueueReader):
         """Delete messages by number, including those that a daemon holds."""
         self.write(Batch(removals=list(numbers)))
 
+    def change(
+        self, queue: str, numbers: Sequence[int], what: Change, now: float | None = None
+    ) -> int:
+        """Change messages of a queue that no daemon delivers from; return their number."""
+        from mailerq.queues.embedded.changing import change
+
+        moment = time.time() if now is None else now
+        return sum(step.done for step in change(self, queue, numbers, what, moment))
+
     def purge(self, queue: str) -> int:
         """Delete a queue, including messages that a daemon holds; return their number."""
         return sum(self.purge_steps(queue, list))
@@ -272,7 +284,7 @@ class QueueFile(QueueReader):
             "queue = ? AND id < ? AND id NOT IN (SELECT value FROM carray(?)) LIMIT ?",
             (queue, end, bind(held()), WORK_ROWS),
         ):
-            yield self._delete(queue, numbers)
+            yield self.delete(queue, numbers)
 
     def trim_steps(
         self, bounds: Bounds, now: int, held: Callable[[], Iterable[int]]
@@ -299,7 +311,7 @@ class QueueFile(QueueReader):
         ):
             last = found[-1]
             numbers = {number for _, number in found}
-            yield self._delete(bounds.queue, numbers.difference(held()), only)
+            yield self.delete(bounds.queue, numbers.difference(held()), only)
 
     def set_back(self, now: int, before: int) -> Iterator[int]:
         """The clock went from `before` back to `now` (ms): set due times back too.
@@ -320,14 +332,14 @@ class QueueFile(QueueReader):
                 )
 
     def hasten(self, queue: str, now: int) -> Iterator[int]:
-        """Make retries due at `now` (ms); mail that its sender delayed keeps its time.
+        """Make retries due at `now` (ms); held mail, and mail that its sender delayed, stays.
 
         Some rows per commit. A row that a daemon has changed meanwhile stays as changed.
         """
-        numbers = self._numbers("queue = ? AND due > ?", (queue, now))
+        numbers = self._numbers("queue = ? AND due > ? AND due < ?", (queue, now, HELD))
         for start in range(0, len(numbers), WORK_ROWS):
             count = 0
-            with self._commit() as connection:
+            with self.commit() as connection:
                 for number in numbers[start : start + WORK_ROWS]:
                     count += self._hasten(connection, number, now)
             yield count
@@ -339,7 +351,7 @@ class QueueFile(QueueReader):
         """
         while True:
             sorted_rows = []
-            with self._commit() as connection:
+            with self.commit() as connection:
                 found: list[Any] = connection.execute(
                     SORTING, (self.outbox, *UNSORTED, SORT_ROWS)
                 ).fetchall()
@@ -387,8 +399,8 @@ class QueueFile(QueueReader):
     def _hasten(self, connection: apsw.Connection, number: int, now: int) -> int:
         found: list[Any] = connection.execute(
             "SELECT id, queue, due, body, body_crc, crc, properties, NULL FROM message "
-            "WHERE id = ? AND due > ?",
-            (number, now),
+            "WHERE id = ? AND due > ? AND due < ?",
+            (number, now, HELD),
         ).fetchall()
         row = Row(*found[0]) if found else None
         if row is None or not proven(row):
@@ -426,7 +438,8 @@ class QueueFile(QueueReader):
             f"SELECT due, id FROM message INDEXED BY message_place WHERE {where}", values
         )
 
-    def _delete(self, queue: str, numbers: Iterable[int], only: str = "") -> int:
+    def delete(self, queue: str, numbers: Iterable[int], only: str = "") -> int:
+        """Delete messages of a queue; return their number. `only` is a condition in SQL."""
         return self._change(
             "DELETE FROM message NOT INDEXED "
             f"WHERE id IN (SELECT value FROM carray(?)) AND queue = ?{only}",
@@ -434,7 +447,7 @@ class QueueFile(QueueReader):
         )
 
     @contextmanager
-    def _commit(self) -> Iterator[apsw.Connection]:
+    def commit(self) -> Iterator[apsw.Connection]:
         """A transaction that ends with the block; an error rolls it back and is translated."""
         try:
             connection = self.connection
@@ -545,9 +558,12 @@ class QueueFile(QueueReader):
         crc = checksum(retry.id, insert.queue, retry.reference, retry.body_crc, insert.properties)
         place = (insert.destination, insert.lane)
         connection.execute(
-            "UPDATE message SET due = ?, crc = ?, properties = ?, destination = ?, lane = ? "
-            "WHERE id = ? AND queue = ?",
-            (insert.due, crc, insert.properties, *place, retry.id, insert.queue),
+            "UPDATE message SET due = ?, crc = ?, properties = ?, destination = ?, lane = ?, "
+            "queue = ? WHERE id = ? AND queue = ?",
+            (
+                *(insert.due, crc, insert.properties, *place),
+                *(insert.queue, retry.id, retry.queue or insert.queue),
+            ),
         )
         if connection.changes():
             return

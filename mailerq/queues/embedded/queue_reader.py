@@ -9,14 +9,18 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import apsw
 
+from mailerq.queues.embedded.layout import HELD
 from mailerq.queues.embedded.records import Row, aside, check
 from mailerq.queues.embedded.sqlite_file import SqliteFile, bind
 from mailerq.queues.embedded.taking import Found, Wanted, take
 from mailerq.queues.interface import Depth, DestinationDepth, Entry
+
+if TYPE_CHECKING:
+    from mailerq.rules.selection import Selection
 
 __all__ = ["BEFORE_LANES", "ROW", "QueueReader", "Waiting"]
 
@@ -96,23 +100,26 @@ class QueueReader(SqliteFile):
         """The depth of each queue, in order of name."""
         moment = int((time.time() if now is None else now) * 1000)
         found = self._all(
-            "SELECT queue, sum(due <= ?1), sum(due > ?1) FROM message INDEXED BY message_place "
-            "GROUP BY queue ORDER BY queue",
-            (moment,),
+            "SELECT queue, sum(due <= ?1), sum(due > ?1 AND due < ?2), sum(due >= ?2) "
+            "FROM message INDEXED BY message_place GROUP BY queue ORDER BY queue",
+            (moment, HELD),
         )
-        return [Depth(str(row[0]), _whole(row[1]), _whole(row[2])) for row in found]
+        return [Depth(str(row[0]), *map(_whole, row[1:])) for row in found]
 
     def destinations(self, queue: str, now: float | None = None) -> Iterator[DestinationDepth]:
         """The depth of each destination of a queue, in order of key."""
         moment = int((time.time() if now is None else now) * 1000)
         try:
-            for key, due, delayed, first in self.connection.execute(
-                "SELECT destination, sum(due <= ?2), sum(due > ?2), min(due) FROM message "
-                "INDEXED BY message_place WHERE queue = ?1 GROUP BY destination "
-                "ORDER BY destination",
-                (queue, moment),
+            for key, due, delayed, held, first in self.connection.execute(
+                "SELECT destination, sum(due <= ?2), sum(due > ?2 AND due < ?3), sum(due >= ?3), "
+                "min(due) FROM message INDEXED BY message_place WHERE queue = ?1 "
+                "GROUP BY destination ORDER BY destination",
+                (queue, moment, HELD),
             ):
-                yield DestinationDepth(str(key), _whole(due), _whole(delayed), _whole(first) / 1000)
+                seconds = _whole(first) / 1000 if _whole(first) < HELD else None
+                yield DestinationDepth(
+                    str(key), _whole(due), _whole(delayed), seconds, _whole(held)
+                )
         except apsw.Error as error:
             raise self.failed(error) from error
 
@@ -131,8 +138,20 @@ class QueueReader(SqliteFile):
     def listed(self, queue: str, *, limit: int | None = None, after: int = 0) -> Iterator[Entry]:
         """Like `browse`, one by one, and without the bodies."""
         for numbers in self._pages(queue, limit, after):
-            for *row, size in self._all(LISTED, (bind(numbers),)):
-                yield _entry(Row._make(row), size, loaded=False)
+            yield from self.some(numbers)
+
+    def some(self, numbers: Sequence[int]) -> list[Entry]:
+        """The messages with these numbers in their order, without the bodies."""
+        found = self._all(LISTED, (bind(numbers),))
+        return [_entry(Row._make(row), size, loaded=False) for *row, size in found]
+
+    def selected(
+        self, queue: str, selection: Selection, now: float | None = None, *, after: int = 0
+    ) -> Iterator[array[int]]:
+        """The numbers of the selected messages of a queue above `after`, some at a time."""
+        from mailerq.queues.embedded.selecting import selected
+
+        return selected(self, queue, selection, time.time() if now is None else now, after=after)
 
     def all_entries(
         self, queue: str, *, limit: int | None = None, after: int = 0
@@ -240,6 +259,15 @@ class QueueReader(SqliteFile):
             raise self.failed(error) from error
         return following, [Waiting(*row) for row in found]
 
+    def waiting(self, queue: str, numbers: Iterable[int]) -> list[Waiting]:
+        """The subset of these messages that are in a queue, each with its place."""
+        found = self._all(
+            "SELECT id, queue, destination, lane, due FROM message NOT INDEXED "
+            "WHERE id IN (SELECT value FROM carray(?)) AND queue = ?",
+            (bind(numbers), queue),
+        )
+        return [Waiting(*row) for row in found if isinstance(row[-1], int)]
+
     def known(self, numbers: Iterable[int]) -> set[int]:
         """The subset of these numbers that are messages in the file."""
         found = self._all(
@@ -259,7 +287,10 @@ def _entry(row: Row, size: int | None, *, loaded: bool) -> Entry:
     message = check(row, loaded=loaded)
     if isinstance(message, str):
         message = aside(row, message).message
-    return Entry(row.id, str(row.queue), _whole(row.due) / 1000, message, size)
+    due = _whole(row.due)
+    held = due >= HELD
+    seconds = (due - HELD if held else due) / 1000
+    return Entry(row.id, str(row.queue), seconds, message, size, held)
 
 
 def _size(data: object) -> int | None:

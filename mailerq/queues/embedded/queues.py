@@ -24,9 +24,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any, Final, Self, TypeVar
 
 import trio
@@ -34,15 +35,18 @@ import trio
 from mailerq.config import Config
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.queues.embedded.batcher import Batcher
+from mailerq.queues.embedded.changing import CHANGE_ROWS
+from mailerq.queues.embedded.changing import change as apply_change
 from mailerq.queues.embedded.open_queues import HeldLease, OpenQueues
-from mailerq.queues.embedded.queue_file import Bounds, QueueFile
-from mailerq.queues.embedded.queue_reader import QueueReader
+from mailerq.queues.embedded.queue_file import WORK_ROWS, Bounds, QueueFile
+from mailerq.queues.embedded.queue_reader import QueueReader, Waiting
 from mailerq.queues.embedded.reader import Maintenance, Reader
 from mailerq.queues.embedded.records import Insert, Retry, prepare
 from mailerq.queues.embedded.takers import EmbeddedConsumer, EmbeddedSubscription
 from mailerq.queues.embedded.writer import Request, Writer
 from mailerq.queues.interface import (
     BrowsableQueues,
+    Changed,
     Consumer,
     Depth,
     DestinationDepth,
@@ -53,6 +57,8 @@ from mailerq.queues.interface import (
     Settlement,
     Subscription,
 )
+from mailerq.rules.changes import Change
+from mailerq.rules.selection import Selection
 from mailerq.turns import EndOfTurn
 
 __all__ = ["EmbeddedQueues"]
@@ -277,6 +283,70 @@ class EmbeddedQueues(BrowsableQueues):
         with self._queues.lock:
             found = self._queues.queues.get(queue)
             return [] if found is None else list(found.held)
+
+    async def select(self, queue: str, selection: Selection) -> list[int]:
+        def numbers(reader: QueueReader) -> list[int]:
+            pages = reader.selected(queue, selection, self._queues.clock())
+            return [number for page in pages for number in page]
+
+        return await self._look(numbers)
+
+    async def change(
+        self,
+        queue: str,
+        numbers: Sequence[int],
+        change: Change,
+        *,
+        recall: Callable[[Collection[int]], None] | None = None,
+    ) -> Changed:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        leased: list[int] = []
+        with self._queues.lock:
+            self._queues.open(queue).bar(numbers)
+        try:
+            if recall is not None:
+                recall(frozenset(numbers))
+            work = self._change(queue, numbers, change, leased)
+            done = await self._hand_over(Request(work=work))
+        except BaseException:
+            self._unbar(queue, numbers)
+            with self._queues.changing():
+                self._queues.look_again()
+            raise
+        return Changed(done, len(leased))
+
+    def _change(
+        self, queue: str, numbers: Sequence[int], change: Change, leased: list[int]
+    ) -> Iterator[int]:
+        """Change messages that nobody has, some rows per commit; for the writer."""
+        rows = CHANGE_ROWS if callable(change) else WORK_ROWS
+        copies: list[Waiting] = []
+        for start in range(0, len(numbers), rows):
+            held = set(self._held(queue))
+            some = numbers[start : start + rows]
+            leased += (number for number in some if number in held)
+            free = [number for number in some if number not in held]
+            for step in apply_change(self._file, queue, free, change, self._queues.clock()):
+                copies += step.elsewhere
+                yield step.done
+        self._unbar(queue, numbers, self._file.waiting(queue, numbers), copies)
+
+    def _unbar(self, name: str, numbers: Sequence[int], *waiting: Sequence[Waiting]) -> None:
+        """Messages may be leased again. Takers are told of those that wait."""
+        queues = self._queues
+        with queues.changing():
+            queue, now = queues.queues[name], queues.now()
+            queue.unbar(numbers)
+            touched = {name: queue}
+            for each in chain.from_iterable(waiting):
+                found = queues.queues.get(each.queue)
+                if found is not None and each.id not in found.held:
+                    queues.note(found, each.destination, each.due, now)
+                    touched[each.queue] = found
+            for found in touched.values():
+                queues.pump(found)
+                queues.tidy(found)
+            queues.jobs.put(None)  # the reader may sleep for longer
 
     def _sort(self) -> Iterator[int]:
         """Sort unsorted mail of the outbox, some rows per commit; for the writer."""

@@ -220,7 +220,7 @@ class Reader:
                 take.destination,
                 queues.now(),
                 take.limit,
-                tuple(destination.held),
+                (*destination.held, *queue.barred),
                 destination.turns,
                 take.taker.body_bytes(),
                 not queue.is_sorted,
@@ -246,7 +246,7 @@ class Reader:
         """Lease the messages read; False if there was no room for all."""
         queue, taker = take.queue, take.taker
         for row, size, message in checked:
-            if row.id in queue.held or row.id in queue.settled:
+            if row.id in queue.held or row.id in queue.settled or row.id in queue.barred:
                 continue
             if isinstance(message, str):
                 self._put_aside(queue, take.destination, row, message)

@@ -84,7 +84,8 @@ class Retry(msgspec.Struct, eq=False):
     """New properties, due time and place for a message that keeps its number and its body.
 
     `insert` is the equivalent publication, used if the row has been deleted. `whole` is False if
-    the body is only in the file; then a deleted row stays deleted.
+    the body is only in the file; then a deleted row stays deleted. `queue` is where the row lies if
+    the retry moves it.
     """
 
     id: int
@@ -92,6 +93,7 @@ class Retry(msgspec.Struct, eq=False):
     body_crc: int | None
     insert: Insert
     whole: bool = True
+    queue: str = ""
 
 
 class Batch(msgspec.Struct, eq=False):

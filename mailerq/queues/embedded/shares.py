@@ -12,7 +12,7 @@ import re
 from contextlib import suppress
 from typing import Final
 
-__all__ = ["first_number", "share_directory", "shares_in"]
+__all__ = ["first_number", "share_directory", "share_of", "shares_in"]
 
 NUMBERS_OF_A_SHARE: Final = 10**12
 """Distance between the numbers of two shares: more than a share will ever use."""
@@ -38,11 +38,20 @@ def shares_in(directory: str) -> list[int]:
     return found
 
 
+def share_of(directory: str) -> int:
+    """The share in `directory`.
+
+    >>> share_of("/var/spool/mailerq"), share_of("/var/spool/mailerq/share-2")
+    (0, 2)
+    """
+    match = _NAME.fullmatch(os.path.basename(os.path.abspath(directory)))
+    return int(match[1]) if match else 0
+
+
 def first_number(directory: str) -> int:
     """The first message number of the share in `directory`.
 
     >>> first_number("/var/spool/mailerq"), first_number("/var/spool/mailerq/share-2")
     (1, 2000000000001)
     """
-    match = _NAME.fullmatch(os.path.basename(os.path.abspath(directory)))
-    return 1 + NUMBERS_OF_A_SHARE * int(match[1]) if match else 1
+    return 1 + NUMBERS_OF_A_SHARE * share_of(directory)

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import apsw
 
-from mailerq.queues.embedded.layout import UNSORTED
+from mailerq.queues.embedded.layout import HELD, UNSORTED
 from mailerq.queues.embedded.records import Row
 from mailerq.queues.embedded.sqlite_file import bind
 from mailerq.rules.destinations import RETRY_LANE, SENDER_LANES, level_of
@@ -141,7 +141,8 @@ class _Take:
         found: list[Any] = self._connection.execute(
             LANES, (wanted.queue, wanted.destination, first, wanted.now)
         ).fetchall()
-        next_due = min((later for _, _, later in found if later is not None), default=None)
+        times = [later for _, _, later in found if later is not None and later < HELD]
+        next_due = min(times, default=None)
         levels: dict[int, list[_Lane]] = {}
         for lane, due, _ in found:
             if due:
