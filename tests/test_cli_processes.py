@@ -510,3 +510,38 @@ async def test_queue_commands_work_beside_the_processes(
         await all_arrive(sink, sent)
         await running.until_empty()
         assert await running.stop() == 0
+
+
+async def test_orders_reach_the_mail_of_all_processes(tmp_path: Path, mark: dict[str, str]) -> None:
+    async with (
+        open_sink() as sink,
+        daemon(tmp_path, sink.port, TWO, "--retry-interval=3600", env=mark) as running,
+    ):
+        gate = Gate(sink)
+        sent = await send_all(running.port, "a")
+        await running.until_statistics(
+            lambda found: (
+                found["outgoing"]["retried"] >= len(sent)
+                and found["queue"]["leased"].get("outbox", 0) == 0
+            )
+        )
+
+        async def order(*words: str) -> tuple[int, int]:
+            command = ["queue", *words, "--json", *switches_in(tmp_path, 1)]
+            done = await in_thread(lambda: mailerq(*command))
+            assert done.returncode == 0, done.stderr
+            reply = json.loads(done.stdout)
+            return reply["done"], reply["under_way"]
+
+        assert await order("hold", "--all") == (len(sent), 0)
+        gate.closed = False
+        await all_arrive(sink, await send_all(running.port, "b"))
+        assert await order("bounce", "--recipient=a-1@*", "--yes") == (1, 0)
+        assert await order("release", "--domain=d.test") == (len(sent) - 1, 0)
+        await order("retry", "--all")
+        await all_arrive(sink, sent - {"a-1"})
+        await running.until_empty()
+        names = [mail.recipients[0].partition("@")[0] for mail in sink.mails]
+        assert sorted(name for name in names if name.startswith("a-")) == sorted(sent - {"a-1"})
+        assert "hold in outbox: 24 of 24 messages were held" in running.log
+        assert await running.stop() == 0

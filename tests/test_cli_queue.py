@@ -55,13 +55,13 @@ def run(directory: Path, *arguments: str, status: int = 0) -> str:
 
 def test_list_shows_how_full_each_queue_is(directory: Path) -> None:
     assert run(directory, "queue", "list", "--rabbitmq-success=good").splitlines() == [
-        "QUEUE    DUE  DELAYED  TOTAL",
-        "failure    0        0      0",
-        "good       0        0      0",
-        "outbox     2        1      3",
+        "QUEUE    DUE  DELAYED  HELD  TOTAL",
+        "failure    0        0     0      0",
+        "good       0        0     0      0",
+        "outbox     2        1     0      3",
     ]
     assert json.loads(run(directory, "queue", "list", "--json", "--rabbitmq-failure=")) == [
-        {"queue": "outbox", "due": 2, "delayed": 1, "total": 3}
+        {"queue": "outbox", "due": 2, "delayed": 1, "held": 0, "total": 3}
     ]
 
 
@@ -109,16 +109,16 @@ def test_show_counts_by_destination(directory: Path) -> None:
         mail = [{"recipient": f"r@{name}.test"} for name in ("a", "z", "z", "z")]
         file.publish([Publication("outbox", Message(properties)) for properties in mail])
     lines = run(directory, "queue", "show", "--destinations").splitlines()
-    assert [line.split()[:4] for line in lines] == [
-        ["DESTINATION", "DUE", "DELAYED", "TOTAL"],
-        ["a.test", "1", "0", "1"],
-        ["d.test", "2", "1", "3"],
-        ["z.test", "3", "0", "3"],
+    assert [line.split()[:5] for line in lines] == [
+        ["DESTINATION", "DUE", "DELAYED", "HELD", "TOTAL"],
+        ["a.test", "1", "0", "0", "1"],
+        ["d.test", "2", "1", "0", "3"],
+        ["z.test", "3", "0", "0", "3"],
     ]
     (line,) = run(directory, "queue", "show", "--destinations", "--json", "--limit=1").splitlines()
     found = json.loads(line)
     assert found.pop("first")
-    assert found == {"destination": "d.test", "due": 2, "delayed": 1, "total": 3}
+    assert found == {"destination": "d.test", "due": 2, "delayed": 1, "held": 0, "total": 3}
 
 
 def test_a_long_table_is_printed_as_it_is_read(directory: Path) -> None:
@@ -323,7 +323,7 @@ def queue(directory: Path, *arguments: str, status: int = 0) -> list[Any]:
 
 def test_queue_commands_see_all_shares_as_one(shares: Path) -> None:
     assert queue(shares, "list", "--rabbitmq-failure=") == [
-        [{"queue": "outbox", "due": 15, "delayed": 0, "total": 15}]
+        [{"queue": "outbox", "due": 15, "delayed": 0, "held": 0, "total": 15}]
     ]  # fmt: skip
     shown = queue(shares, "show", "outbox")
     ids = [entry["id"] for entry in shown]

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from argparse import SUPPRESS, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, Final
@@ -21,19 +21,23 @@ from mailerq.cli.common import (
     print_json,
     print_table,
 )
+from mailerq.cli.queue_orders import ORDERS, add_order, run_order
+from mailerq.cli.queue_selection import add_criteria, message_id, selection_of
 from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.escaping import escape
 from mailerq.message import format_time
 from mailerq.queues.interface import Entry
 from mailerq.queues.opening import QueueFile, compact_files, open_files
+from mailerq.rules.selection import Selection, last_error
 
 __all__ = ["main"]
 
+PAGE: Final = 100
+"""Selected messages that are read at a time."""
+
 Files = Sequence[QueueFile]
 """The shares of the queue directory, in order."""
-
-MAX_ID: Final = 2**63 - 1
 
 
 def main(settings: list[str], rest: list[str]) -> int:
@@ -46,7 +50,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         if options.confirm is not None and not options.confirm(config, options, parser):
             return 1
         if options.alone:
-            return int(options.run(config, options))
+            return int(options.run(config, options, parser))
         with open_files(config) as files:
             return int(options.run(files, config, options, parser))
     except PermissionError:
@@ -89,14 +93,28 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
         action="store_true",
         help="a line for each destination that mail waits for",
     )
+    add_criteria(show)
+    count = command(
+        "count", "how many messages a queue has", _count, "one JSON object", queue=False
+    )
+    count.add_argument("queue", metavar="QUEUE", nargs="?", help="by default the outbox")
+    add_criteria(count)
+    for action, text in ORDERS.items():
+        order = command(action, text, run_order, "one JSON object", queue=False)
+        order.set_defaults(alone=True, action=action)
+        add_order(order, action)
     read = command("read", "whole messages, as the JSON documents that they are", _read, documents)
-    read.add_argument("id", nargs="*", type=_id, metavar="ID", help="only these, by their ids")
+    read.add_argument(
+        "id", nargs="*", type=message_id, metavar="ID", help="only these, by their ids"
+    )
     read.add_argument(
         "--remove", action="store_true", help="then delete them; a daemon may have them in hand"
     )
     for added in (show, read):
         added.add_argument("--limit", type=positive, metavar="N", help="no more than N messages")
-        added.add_argument("--after", type=_id, default=0, metavar="ID", help="from behind this id")
+        added.add_argument(
+            "--after", type=message_id, default=0, metavar="ID", help="from behind this id"
+        )
     flush = command(
         "flush", "try now what waits after a failed attempt", _flush, "one JSON object", queue=False
     )
@@ -115,29 +133,19 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
     return parser.parse_args(rest), parser
 
 
-def _id(text: str) -> int:
-    """The argument type for message ids, within SQLite's range."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = MAX_ID + 1
-    if abs(number) > MAX_ID:
-        raise ArgumentTypeError(f"{text!r} is not an id")
-    return number
-
-
 def _list(files: Files, config: Config, options: Namespace, parser: Parser) -> int:
-    totals = {name: [0, 0] for name in _configured(config)}
+    totals = {name: [0, 0, 0] for name in _configured(config)}
     for depth in (depth for file in files for depth in file.depths()):
-        total = totals.setdefault(depth.queue, [0, 0])
+        total = totals.setdefault(depth.queue, [0, 0, 0])
         total[0] += depth.due
         total[1] += depth.delayed
-    rows = [(name, due, delayed, due + delayed) for name, (due, delayed) in sorted(totals.items())]
+        total[2] += depth.held
+    rows = [(name, *total, sum(total)) for name, total in sorted(totals.items())]
+    keys = ("queue", "due", "delayed", "held", "total")
     if options.json:
-        keys = ("queue", "due", "delayed", "total")
         print_json([dict(zip(keys, row, strict=True)) for row in rows])
     else:
-        print_table(("QUEUE", "DUE", "DELAYED", "TOTAL"), rows)
+        print_table([key.upper() for key in keys], rows)
     return os.EX_OK
 
 
@@ -167,31 +175,32 @@ def _show(files: Files, config: Config, options: Namespace, parser: Parser) -> i
         return _show_destinations(files, options)
     rows = map(_row, _listed(files, options))
     if options.json:
-        keys = ("id", "due", "envelope", "recipient", "size", "attempts", "reason")
+        keys = ("id", "due", "envelope", "recipient", "size", "attempts", "reason", "held")
         for row in rows:
             print_json(dict(zip(keys, row, strict=True)))
         return os.EX_OK
     count = size = 0
 
-    def counted(rows: Iterator[Row]) -> Iterator[Row]:
+    def counted(rows: Iterator[Row]) -> Iterator[tuple[object, ...]]:
         nonlocal count, size
         for row in rows:
             count += 1
             size += row[4] or 0
-            yield row
+            yield (row[0], "held" if row[-1] else row[1], *row[2:-1])
 
-    first = list(islice(counted(rows), 1))
+    shown = counted(rows)
+    first = list(islice(shown, 1))
     if options.mailq and not first:
         sys.stdout.write("Mail queue is empty\n")  # monitoring looks for these words
         return os.EX_OK
     headings = ("ID", "DUE", "FROM", "TO", "SIZE", "ATTEMPTS", "REASON")
-    print_table(headings, chain(first, counted(rows)))
+    print_table(headings, chain(first, shown))
     if options.mailq:
         sys.stdout.write(f"-- {-(-size // 1024)} Kbytes in {count} Requests.\n")
     return os.EX_OK
 
 
-Row = tuple[int, str, str | None, str | None, int | None, int, str | None]
+Row = tuple[int, str, str | None, str | None, int | None, int, str | None, bool]
 
 
 def _row(entry: Entry) -> Row:
@@ -201,41 +210,43 @@ def _row(entry: Entry) -> Row:
     attempts = len(results) if isinstance(results, list) else 0
     return (
         entry.id, format_time(entry.due), message.envelope, message.recipient, entry.size,
-        attempts, _reason(results),
+        attempts, last_error(results), entry.held,
     )  # fmt: skip
 
 
 def _show_destinations(files: Files, options: Namespace) -> int:
-    totals: dict[str, tuple[int, int, float]] = {}
+    totals: dict[str, tuple[int, int, int, float]] = {}
     for file in files:
         for depth in file.destinations(options.queue):
-            due, delayed, first = totals.get(depth.destination, (0, 0, math.inf))
+            due, delayed, held, first = totals.get(depth.destination, (0, 0, 0, math.inf))
             first = first if depth.first_due is None else min(first, depth.first_due)
-            totals[depth.destination] = (due + depth.due, delayed + depth.delayed, first)
+            totals[depth.destination] = (
+                due + depth.due, delayed + depth.delayed, held + depth.held, first
+            )  # fmt: skip
     if options.limit is not None:
-        fullest = sorted(totals, key=lambda key: sum(totals[key][:2]), reverse=True)
+        fullest = sorted(totals, key=lambda key: sum(totals[key][:3]), reverse=True)
         totals = {key: totals[key] for key in fullest[: options.limit]}
     rows = [
-        (key, due, delayed, due + delayed, None if first == math.inf else format_time(first))
-        for key, (due, delayed, first) in sorted(totals.items())
+        (key, *counts, sum(counts), None if first == math.inf else format_time(first))
+        for key, (*counts, first) in sorted(totals.items())
     ]
+    keys = ("destination", "due", "delayed", "held", "total", "first")
     if options.json:
-        keys = ("destination", "due", "delayed", "total", "first")
         for row in rows:
             print_json(dict(zip(keys, row, strict=True)))
     else:
-        print_table(("DESTINATION", "DUE", "DELAYED", "TOTAL", "FIRST"), rows)
+        print_table([key.upper() for key in keys], rows)
     return os.EX_OK
 
 
-def _reason(results: object) -> str | None:
-    """Why the last attempt failed: the peer's words, or ours."""
-    match results:
-        case [*_, {} as last]:
-            said = [last.get(name) for name in ("code", "status", "description")]
-            words = [str(part) for part in said if part] or [f"{last.get('type', 'error')}"]
-            return " ".join(words)
-    return None
+def _count(files: Files, config: Config, options: Namespace, parser: Parser) -> int:
+    queue, selection = options.queue or config.rabbitmq_outbox, selection_of(options)
+    count = sum(len(page) for file in files for page in file.selected(queue, selection))
+    if options.json:
+        print_json({"queue": queue, "count": count})
+    else:
+        sys.stdout.write(f"{count}\n")
+    return os.EX_OK
 
 
 def _flush(files: Files, config: Config, options: Namespace, parser: Parser) -> int:
@@ -259,10 +270,20 @@ def _flush(files: Files, config: Config, options: Namespace, parser: Parser) -> 
 
 def _listed(files: Files, options: Namespace) -> Iterator[Entry]:
     """The requested messages in the order of their ids, without bodies."""
+    selection = selection_of(options)
+    if selection.is_narrow:
+        return islice(_selected(files, options, selection), options.limit)
     listed = (
         file.listed(options.queue, limit=options.limit, after=options.after) for file in files
     )
     return islice(chain.from_iterable(listed), options.limit)
+
+
+def _selected(files: Files, options: Namespace, selection: Selection) -> Iterator[Entry]:
+    for file in files:
+        for numbers in file.selected(options.queue, selection, after=options.after):
+            for start in range(0, len(numbers), PAGE):
+                yield from file.some(numbers[start : start + PAGE])
 
 
 def _entries(files: Files, options: Namespace) -> Iterator[tuple[QueueFile, Entry]]:
@@ -327,7 +348,7 @@ def _purge(files: Files, config: Config, options: Namespace, parser: Parser) -> 
     return os.EX_OK
 
 
-def _compact(config: Config, options: Namespace) -> int:
+def _compact(config: Config, options: Namespace, parser: Parser) -> int:
     for path, before, after in compact_files(config):
         if options.json:
             print_json({"file": path, "before": before, "after": after})
