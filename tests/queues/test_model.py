@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from mailerq.message import Message
 from mailerq.queues import Consumer, Lease, Publication, Settlement
 from mailerq.queues.opening import open_embedded
+from mailerq.rules.changes import Decision, Kept
+from mailerq.rules.selection import Selection
 from tests.queues.kit import explore
 
 QUEUES = ("outbox", "results")
@@ -32,6 +34,7 @@ steps = st.one_of(
     st.tuples(st.just("release"), picks),
     st.tuples(st.just("advance"), st.sampled_from([1, 20, 1000])),
     st.tuples(st.just("purge"), queues),
+    st.tuples(st.just("change"), queues, st.sampled_from(["hold", "release", "delete", "move"])),
     st.tuples(st.just("consume anew"), queues),
     st.tuples(
         st.just("start anew"),
@@ -48,6 +51,7 @@ class Known:
     tag: int
     body: bytes | None
     lease: Lease | None = None
+    held: bool = False
 
 
 class Run:
@@ -101,7 +105,10 @@ class Run:
         return [
             known
             for known in self.model
-            if known.queue == queue and known.lease is None and known.due <= self.now
+            if known.queue == queue
+            and known.lease is None
+            and known.due <= self.now
+            and not known.held
         ]
 
     async def receive(self, queue: str) -> None:
@@ -150,6 +157,8 @@ class Run:
                 left = {e.message.properties["tag"] for e in await self.queues.browse(queue)}
                 assert {k.tag for k in held} <= left
                 self.model = [k for k in self.model if k.queue != queue or k.tag in left]
+            case ("change", queue, action):
+                await self.change(queue, action)
             case ("consume anew", queue):
                 await self.close_consumer(queue)
                 await self.open_consumer(queue)
@@ -157,6 +166,45 @@ class Run:
                 await self.close()
                 await self.open()
         await self.compare()
+
+    async def change(self, queue: str, action: Any) -> None:
+        """Change a whole queue; "move" leaves half of the messages as they are."""
+        now = self.now
+        other = QUEUES[1 - QUEUES.index(queue)]
+
+        def move(message: Message) -> Decision | None:
+            if message.properties["tag"] % 2:
+                return None
+            return Decision(Kept(other, dict(message.properties), now))
+
+        numbers = await self.queues.select(queue, Selection())
+        assert len(numbers) == sum(known.queue == queue for known in self.model)
+        changed = await self.queues.change(queue, numbers, move if action == "move" else action)
+        entries = [entry for name in QUEUES for entry in await self.queues.browse(name)]
+        found = {entry.message.properties["tag"]: entry for entry in entries}
+        done = 0
+        for known in [known for known in self.model if known.queue == queue]:
+            # What lies ready for the consumer is leased, though the model cannot know.
+            entry = found.get(known.tag)
+            if entry is None:
+                assert action == "delete"
+                self.model.remove(known)
+                done += 1
+            elif entry.queue != queue:
+                assert (action, known.tag % 2, entry.due) == ("move", 0, now)
+                known.queue, known.due, known.held = entry.queue, entry.due, False
+                done += 1
+            elif entry.held != known.held:
+                assert action == ("hold" if entry.held else "release")
+                known.held = entry.held
+                done += 1
+            else:
+                continue
+            assert known.lease is None
+        assert changed.done == done
+        assert changed.leased >= sum(
+            known.lease is not None for known in self.model if known.queue == queue
+        )
 
     def lease_of(self, known: Known) -> Lease:
         assert known.lease is not None
@@ -172,10 +220,10 @@ class Run:
         for queue in QUEUES:
             entries = await self.queues.browse(queue)
             found = {
-                (entry.message.properties["tag"], entry.due, entry.message.body)
+                (entry.message.properties["tag"], entry.due, entry.message.body, entry.held)
                 for entry in entries
             }
-            assert found == {(k.tag, k.due, k.body) for k in self.model if k.queue == queue}
+            assert found == {(k.tag, k.due, k.body, k.held) for k in self.model if k.queue == queue}
         depths = {depth.queue: depth.total for depth in await self.queues.depths()}
         for queue in QUEUES:
             assert depths.get(queue, 0) == sum(known.queue == queue for known in self.model)
@@ -188,6 +236,8 @@ class Run:
                 self.model.remove(known)
         self.now += 10_000
         self.queues.wake()
+        for queue in QUEUES:
+            await self.change(queue, "release")
         for queue in QUEUES:
             while self.due(queue):
                 await self.receive(queue)
