@@ -587,7 +587,8 @@ class Table:
         60.0,
         SECONDS,
         DELIVERY,
-        "How long to wait for a reply; five times as long after the message.",
+        "How long to wait for a reply; 10 times as long, at most 10 minutes, after the message. The"
+        " replies to an envelope get more while no other mail waits, see docs/peers.md.",
         unit="s",
         minimum=0.001,
     )

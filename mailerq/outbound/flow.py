@@ -175,7 +175,7 @@ class Flow:
         if session.leaving or self._dispatcher.stopping:
             return None
         rights = self.rights
-        contended = self._is_contended(session)
+        contended = self.is_contended(session)
         if self._should_end(session, contended):
             session.leave()
             return None
@@ -194,7 +194,7 @@ class Flow:
             self.pump()
         return job
 
-    def _is_contended(self, session: Session) -> bool:
+    def is_contended(self, session: Session) -> bool:
         """Whether others wait for what a session holds."""
         return self._openings.contended or self.rights.contended(session)
 
@@ -210,7 +210,7 @@ class Flow:
             not self._ahead
             or len(self.jobs) <= len(self.opening) + len(self.idle)
             or not self.jobs[0].lease.loaded
-            or self._is_contended(session)
+            or self.is_contended(session)
             or self._dispatcher.stopping
             or self._should_end(session, contended=False)
             or self.memory.was_out_of_step(session.remote)
@@ -346,7 +346,7 @@ class Flow:
         if not self.jobs:
             if self.idle and not self.refilling:
                 for session in list(self.idle):
-                    if self._is_contended(session):
+                    if self.is_contended(session):
                         session.leave()
             if self.reserved:
                 self._openings.forget(self)

@@ -24,6 +24,7 @@ cdef class Session:
     cpdef leave(self)
     cpdef cut(self)
     cpdef check(self, double late)
+    cpdef _is_patient(self, double now)
     cpdef settled(self)
     cpdef _withdraw(self)
     cpdef limit_over(self, key)

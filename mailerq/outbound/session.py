@@ -34,6 +34,11 @@ The deadline is a plain number, moved forward for each complete reply and each p
 a peer that drips bytes gains no time. The dispatcher checks the deadline periodically (`check`),
 because trio's own deadlines are too expensive here. Time in which this process stands still does
 not count: otherwise mail that the peer has taken would go out twice.
+
+A reply has `smtp-out-timeout`. Some steps take peers longer: for them a session waits as long as
+RFC 5321, section 4.5.3.2, asks, while no other flow wants the connection. The reply to the final
+dot always has the whole time. The greeting and EHLO have no more than the setting: behind a host
+that is silent there may be another one that answers.
 """
 
 from __future__ import annotations
@@ -87,9 +92,19 @@ MAX_HOSTS: Final = 8
 """Hosts that one connection tries before giving up; RFC 5321 asks for two."""
 
 
-FINAL_REPLY: Final = 5
-"""The reply to the final dot may take this multiple of `smtp-out-timeout`: the peer processes the
-mail then, and giving up too early delivers a mail twice (RFC 5321, section 4.5.3.2.6)."""
+FINAL_MINUTES: Final = 10
+"""Time for the reply to the final dot: the peer processes the mail then, and giving up too early
+delivers a mail twice (RFC 5321, section 4.5.3.2.6)."""
+
+BLOCK_MINUTES: Final = 3
+"""Time for the peer to take a block of a body (section 4.5.3.2.5)."""
+
+REPLY_MINUTES: Final = {
+    Step.MAILFROM: 5,
+    Step.RCPTTO: 5,
+    Step.DATA: 2,
+}
+"""Time for the replies to an envelope (sections 4.5.3.2.2 to 4.5.3.2.4)."""
 
 AHEAD_BYTES: Final = 8192
 """Above this size a partial write would leave it unknown whether the envelope was sent."""
@@ -211,8 +226,15 @@ class Session:
             return
         if self._idle:
             self.leave()
-        else:
+        elif not self._is_patient(now):
             self._scope.cancel()
+
+    def _is_patient(self, now: float) -> bool:
+        """Whether to wait beyond the deadline: the step takes time, and nobody else waits."""
+        if self.flow.is_contended(self):
+            return False
+        minutes = BLOCK_MINUTES if self._sending else REPLY_MINUTES.get(self._protocol.step, 1)
+        return now < self._deadline + patience(self._timeout, minutes) - self._timeout
 
     def settled(self) -> None:
         """A reported result is committed."""
@@ -562,7 +584,7 @@ class Session:
         except StreamLost as error:
             return _outcome(await self._last_words(error))
         self._asked = monotonic()
-        event = await self._exchange(FINAL_REPLY * self._timeout)
+        event = await self._exchange(patience(self._timeout, FINAL_MINUTES))
         self._prompt = monotonic() - self._asked < PROMPT_SECONDS
         self._asked = math.inf
         return _outcome(event)
@@ -663,6 +685,17 @@ def _converters() -> trio.CapacityLimiter:
         limiter = trio.CapacityLimiter(CONVERTERS)
         _limiter.set(limiter)
         return limiter
+
+
+def patience(timeout: float, minutes: int) -> float:
+    """Seconds to wait for something that may take a peer `minutes`.
+
+    `timeout` is `smtp-out-timeout`; another value than a minute scales the time down, never up.
+
+    >>> [patience(timeout, 10) for timeout in (60.0, 30.0, 300.0, 900.0)]
+    [600.0, 300.0, 600.0, 900.0]
+    """
+    return max(timeout, min(minutes * timeout, minutes * 60.0))
 
 
 def _outcome(event: Event | None) -> Outcome:

@@ -390,7 +390,7 @@ def plays(server: Server) -> Script:
 async def test_every_message_gets_the_answer_that_was_meant_for_it(
     kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(outgoing, "FINAL_REPLY", 1)
+    monkeypatch.setattr(outgoing, "FINAL_MINUTES", 1)
     for fault in faults(20):
         if fault.kind != kind or fault.value not in (0, 1, 2, 3, 250, 500, 503):
             continue

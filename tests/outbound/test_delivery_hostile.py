@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from mailerq.net.resolver import Host, NoHosts
+from mailerq.net.slots import Slots
 from mailerq.rules import responses
 from tests.outbound.kit import PeerConnection, Script, StubResolver, open_bench
 from tests.support import closed_port
@@ -100,7 +101,7 @@ OK = "250 ok\r\n"
         (floods(b"250 ok\r\n", before=(BANNER,)), ("idle", "idle", "invalid")),
         (drips(b"220 a banner that takes its time\r\n"), ("noaccess", "init", "timeout")),
         (drips(b"250-a\r\n" * 9, before=(BANNER,)), ("noaccess", "ehlo", "timeout")),
-        (drips(b"250 never\r\n", before=(BANNER, EHLO)), ("timeout", "mail from", "timeout")),
+        (drips(b"250 never" * 3, before=(BANNER, EHLO)), ("timeout", "mail from", "timeout")),
     ],
 )
 async def test_a_peer_that_misbehaves_is_classified_and_tried_again(
@@ -193,6 +194,55 @@ async def test_a_peer_loses_no_time_while_this_process_stands_still(step: int) -
         bench.send()
         await bench.results("success")
         assert not bench.queues["retry"]
+
+
+def answers_late(step: str, seconds: float) -> Script:
+    """A peer that takes its time over one step, with each mail."""
+
+    async def script(peer: PeerConnection) -> None:
+        await peer.hello()
+        while verb := (await peer.line()).partition(" ")[0]:
+            if verb == step:
+                await trio.sleep(seconds)
+            await peer.send("354 go\r\n" if verb == "DATA" else "250 ok\r\n")
+            if verb == "DATA":
+                await peer.body()
+                if step == ".":
+                    await trio.sleep(seconds)
+                await peer.send("250 taken\r\n")
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("step", "times"), [("MAIL", 4), ("RCPT", 4), ("DATA", 1.5), (".", 8), (".", 4)]
+)
+async def test_a_peer_that_takes_its_time_over_a_mail_is_waited_for(
+    step: str, times: float
+) -> None:
+    base = 0.1
+    async with open_bench(answers_late(step, times * base), smtp_out_timeout=base) as bench:
+        bench.peer.extensions = ()
+        bench.send()
+        (result,) = await bench.results("success")
+        assert result["attempt"] == 1
+
+
+@pytest.mark.parametrize("step", ["MAIL", "RCPT", "."])
+async def test_other_mail_waits_for_no_slow_peer_except_after_the_dot(step: str) -> None:
+    slow = answers_late(step, 0.6)
+    async with open_bench(slow, slots=Slots(1), smtp_out_timeout=0.2) as bench:
+        bench.peer.extensions = ()
+        bench.send("c@slow.test")
+        await bench.until(lambda figures: figures["opened"] == 1)
+        bench.send("c@fast.test")
+        await bench.results("success", 2 if step == "." else 1)
+        if step == ".":
+            assert not bench.queues["retry"]
+        else:
+            result = await bench.retried()
+            assert (result["type"], result["to"]) == ("timeout", "127.0.0.1")
+            assert bench.queues["success"][0].recipient == "c@fast.test"
 
 
 async def test_a_peer_that_takes_a_large_body_slowly_is_given_the_time() -> None:
