@@ -134,7 +134,8 @@ PROPERTIES: Final = (
     ),
     Property(
         "binarymime", MAIL, "true or false",
-        "The mail may be binary (RFC 3030). The message fails if the mail cannot be sent as lines.",
+        "The mail may be binary (RFC 3030). Peers that offer BINARYMIME get it byte for byte; for"
+        " other peers the message fails if the mail cannot be sent as lines.",
         _is_bool,
     ),
     Property(

@@ -22,6 +22,7 @@ another connection if its body was not sent. The host is remembered for a while:
 behind a body, and new connections to the host end after each mail.
 
 A body that is only in the queue is loaded when its turn comes, and its text is checked then. A peer
+that takes binary mail (RFC 3030) gets a mail that says `binarymime` byte for byte. A peer
 without 8BITMIME gets an ASCII body (`mailerq.mail.seven_bit`). Each session given the message
 determines the encodings and the size once, in a thread if the body is long. Blocks of a long body
 are encoded while they are sent.
@@ -74,7 +75,7 @@ from mailerq.wire.client import (
     SendBody,
     Step,
 )
-from mailerq.wire.framing import BLOCK_BYTES
+from mailerq.wire.framing import BLOCK_BYTES, is_binary
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
@@ -446,6 +447,9 @@ class Session:
                 if body is not None and job.is_ascii is None:
                     short = len(body) <= LOOK_BYTES
                     job.is_ascii = body.isascii() if short else await self._is_ascii(body)
+                binary = job.message.properties.get("binarymime") is True
+                if binary and body is not None and await self._is_too_binary(body):
+                    return responses.NO_BINARY
                 if body is not None and self._must_convert(job, body, job.is_ascii is True):
                     self._converted = await self._convert(body)
                     if self._converted is None:
@@ -476,6 +480,7 @@ class Session:
             job.recipient,
             size=None if body is None else len(body),
             eight_bit=stored is not None and self._converted is None and not job.is_ascii,
+            binary=properties.get("binarymime") is True,
             utf8=properties.get("smtputf8") is True and not has_ascii_header(stored or b""),
             dsn=properties.get("dsn"),
         )
@@ -487,16 +492,26 @@ class Session:
         self._deadline = math.inf
         return await trio.to_thread.run_sync(is_ascii, body)
 
+    async def _is_too_binary(self, body: bytes) -> bool:
+        """Whether a body cannot go to the peer as lines, nor byte for byte."""
+        if self._protocol.takes_binary:
+            return False
+        if len(body) <= LOOK_BYTES:
+            return is_binary(body)
+        self._deadline = math.inf
+        return await trio.to_thread.run_sync(is_binary, body)
+
     def _must_convert(self, job: Job, body: bytes, ascii: bool) -> bool:
         """Whether the peer cannot take a body as it is, but could take it in ASCII.
 
         We must not change the header of mail that asks for SMTPUTF8 (RFC 6531, section 3.4).
         """
-        return not (
-            "8BITMIME" in self._protocol.extensions
-            or ascii
-            or (job.message.properties.get("smtputf8") is True and not has_ascii_header(body))
-        )
+        if "8BITMIME" in self._protocol.extensions or ascii:
+            return False
+        properties = job.message.properties
+        if properties.get("binarymime") is True and self._protocol.takes_binary:
+            return False
+        return not (properties.get("smtputf8") is True and not has_ascii_header(body))
 
     async def _convert(self, body: bytes) -> bytes | Converted | None:
         """Convert a body to ASCII; None if impossible.
@@ -526,6 +541,8 @@ class Session:
         ):
             self._ahead = job
             self._converted = None
+            if job.message.properties.get("binarymime") is True:
+                return
             ahead = job.message.body
             if ahead is not None and job.is_ascii is None:
                 if len(ahead) > LOOK_BYTES:

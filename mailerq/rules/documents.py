@@ -89,10 +89,9 @@ def _unusable(message: Message, config: Config, now: float, supplied: bool) -> I
         yield str(error)
     yield from _late(properties, config, now)
     yield from _no_body(message, supplied)
-    if (promise := unmet_promise(properties, message.body)) is not None:
+    if (promise := unmet_promise(properties)) is not None:
         text = promise.description
-        name = "requiretls" if properties.get("requiretls") is True else "binarymime"
-        yield text if text.startswith("property ") else f"property {name}: {text}"
+        yield text if text.startswith("property ") else f"property requiretls: {text}"
 
 
 def _late(properties: Mapping[str, Any], config: Config, now: float) -> Iterator[str]:

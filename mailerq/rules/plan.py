@@ -96,7 +96,7 @@ def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
     expires = expires_at(properties, now=seen, max_delivertime=config.max_delivertime)
     if now > expires:
         return Refuse(responses.EXPIRED, domain)
-    if (promise := unmet_promise(properties, None)) is not None:
+    if (promise := unmet_promise(properties)) is not None:
         return Refuse(responses.unmet(promise), domain)
     try:
         route = route_of(properties, domain, config)
@@ -137,5 +137,4 @@ def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
     few = lines < HOP_LIMIT and body.count(b"\r", 0, end) == lines
     if not few and Header(body).is_looping():
         return responses.TOO_MANY_HOPS
-    promise = unmet_promise(message.properties, body)
-    return None if promise is None else responses.unmet(promise)
+    return None

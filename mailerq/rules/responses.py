@@ -22,6 +22,7 @@ from mailerq.wire.smtp import Reply
 __all__ = [
     "EXPIRED",
     "NOT_CONVERTIBLE",
+    "NO_BINARY",
     "NO_DATA",
     "OWN_FAULT",
     "RESULTS",
@@ -313,6 +314,7 @@ def _answered(
     )
 
 
+NO_BINARY: Final = _answered("error", "process", "invalid", Fate.FAILED, smtp.NO_BINARY)
 NOT_CONVERTIBLE: Final = _answered("error", "process", "invalid", Fate.FAILED, smtp.NOT_CONVERTIBLE)
 TOO_MANY_HOPS: Final = _answered("error", "process", "error", Fate.FAILED, smtp.TOO_MANY_HOPS)
 OWN_FAULT: Final = _answered(

@@ -2,5 +2,4 @@
 
 cpdef route_of(properties, domain, config)
 cpdef _smarthost(smarthost)
-cpdef unmet_promise(properties, body)
-cpdef _is_binary(body)
+cpdef unmet_promise(properties)

@@ -11,7 +11,6 @@ from mailerq.address import host_port, parse_host, queue_problem
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.wire import smtp
-from mailerq.wire.framing import has_bare_newline
 from mailerq.wire.smtp import Reply
 
 __all__ = [
@@ -124,20 +123,13 @@ def reception_queue(config: Config, *, local: bool) -> str:
     return config.rabbitmq_outbox if inbox is None else inbox
 
 
-def unmet_promise(properties: Mapping[str, Any], body: bytes | None) -> Reply | None:
+def unmet_promise(properties: Mapping[str, Any]) -> Reply | None:
     """The promise made on reception that delivery cannot keep, as a reply; or None.
 
-    Sending anyway would break RFC 8689, RFC 3030, or what the message asks for.
+    Sending anyway would break RFC 8689, or what the message asks for.
     """
     if properties.get("requiretls") is True:
         return smtp.NO_REQUIRETLS
     if (security := properties.get("security")) in ("required", "verified"):
         return smtp.no_security(security)
-    if properties.get("binarymime") is True and body is not None and _is_binary(body):
-        return smtp.NO_BINARY
     return None
-
-
-def _is_binary(body: bytes) -> bool:
-    """Whether lines that end in CR LF cannot carry a body unchanged."""
-    return b"\0" in body or has_bare_newline(body)

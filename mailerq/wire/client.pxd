@@ -8,7 +8,7 @@ cdef class ClientProtocol:
     cdef public Py_ssize_t replies, _at
     cdef public bint careful, may_go_ahead
     cdef public bint out_of_step, _eof, _ahead, _proved, _doubted, _fresh, _transaction_open
-    cdef public bint _body_due, _asked, _last, _farewell
+    cdef public bint _body_due, _asked, _binary, _last, _farewell
     cdef public bytes _hostname, _input, _code
     cdef public dict extensions
     cdef public list _output, _lines
@@ -43,5 +43,6 @@ cdef class ClientProtocol:
 
 
 cpdef _verdict(reply)
+cpdef _is_out_of_sequence(reply)
 cpdef _ends_body(ending)
 cpdef _is_safe(address)

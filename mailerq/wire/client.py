@@ -20,6 +20,12 @@ If the peer offers PIPELINING, the commands of the next mail may go out right be
 costs one round trip. If the session ends before the reply to the body is reported, only the first
 mail ends; the driver must send the next one elsewhere.
 
+A binary mail goes out as one chunk if the peer offers CHUNKING and BINARYMIME (RFC 3030): BDAT with
+LAST and the size of the body, then the bytes as they are. One chunk needs one reply, and leaves no
+doubt about which chunks the peer has. The chunk waits for the reply to RCPT, and no envelope goes
+ahead of or behind it. Other mail goes out by DATA: BDAT saves the dots, but has no 354, and so
+proves less of the peer's position.
+
 In step
 -------
 Replies do not name their command. A peer that answers one command twice, late or not at all, or
@@ -52,9 +58,13 @@ to RSET would then prove nothing.
   Nothing goes out with a body then, and QUIT follows the reply to the body. 421 and silence prove
   as much as the end of the stream: otherwise a peer that always leaves this way would get the mail
   again and again.
+- *BDAT.* RSET or QUIT proves the reply to a chunk, as it proves the reply to a dot. If a reply came
+  twice before, the one to RCPT is in the place of the one to BDAT, and the one to BDAT in the place
+  of the proof. An envelope that is refused with 5xx needs QUIT: MAIL and RCPT alone get two replies
+  also from a peer that reads the body before as commands.
 - *Impossible replies* end the session: 354 for anything but DATA, 2xx for DATA, 221 for anything
-  but QUIT, 503 for a command whose predecessors were accepted, RCPT accepted or 354 after MAIL was
-  refused, 4xx behind 5xx, RSET refused, a reply when none is due.
+  but QUIT, 503 for a command whose predecessors were accepted, BDAT included, RCPT accepted or 354
+  after MAIL was refused, 4xx behind 5xx, RSET refused, a reply when none is due.
 
 Without proof the mail ends in `Failed`, and the driver tries again: a duplicate is better than a
 loss. `out_of_step` asks the driver to be careful with the host for a while. 4xx needs no proof: the
@@ -93,7 +103,13 @@ from typing import Final
 import msgspec
 
 from mailerq.wire import smtp
-from mailerq.wire.framing import BLOCK_BYTES, InBlocks, encode_blocks, encode_body
+from mailerq.wire.framing import (
+    BLOCK_BYTES,
+    InBlocks,
+    encode_blocks,
+    encode_body,
+    encode_chunk,
+)
 from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
@@ -175,7 +191,7 @@ class Ready(msgspec.Struct, frozen=True):
 
 
 class SendBody(msgspec.Struct, frozen=True):
-    """The peer said 354: call `ClientProtocol.send_body`."""
+    """The peer said 354, or took the envelope of a binary mail: call `ClientProtocol.send_body`."""
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -278,8 +294,9 @@ class ClientProtocol:
         self._known_sender: Reply | None = None  # one to MAIL that was proved
         self._fresh = True  # no body was sent, so no earlier reply to a mail can be left over
         self._transaction_open = False
+        self._binary = False  # the mail goes out by BDAT
         self._body_due = False
-        self._asked = False  # 354 came; `SendBody` is to be reported
+        self._asked = False  # the peer waits for the body; `SendBody` is to be reported
         self._over: Event | None = None
 
     @property
@@ -295,6 +312,11 @@ class ClientProtocol:
         return not (self._due or self._body_due or self._refusal or self._over)
 
     @property
+    def takes_binary(self) -> bool:
+        """Whether the peer takes binary mail (RFC 3030)."""
+        return "BINARYMIME" in self.extensions and "CHUNKING" in self.extensions
+
+    @property
     def ended(self) -> bool:
         """True if the session cannot continue."""
         return self._over is not None
@@ -308,12 +330,14 @@ class ClientProtocol:
         *,
         size: int | None = None,
         eight_bit: bool = False,
+        binary: bool = False,
         utf8: bool = False,
         dsn: Mapping[str, object] | None = None,
     ) -> bool:
         """Begin to send a mail of `size` bytes to one recipient.
 
-        `eight_bit` describes the whole mail, `utf8` its header. `dsn` is the property of that name;
+        `eight_bit` and `binary` describe the whole mail, `utf8` its header; a binary mail goes out
+        byte for byte if the peer `takes_binary`, else as lines. `dsn` is the property of that name;
         peers that support it get it. A mail that the peer cannot take, or that would not be one
         command on the wire, ends in `Refused`, and no byte is sent. While the reply to another mail
         is due, such a mail is not begun: the result is False, and the driver gives the mail again
@@ -322,6 +346,9 @@ class ClientProtocol:
         ahead = self.may_go_ahead
         if not (ahead or self.reusable):
             raise LocalProtocolError("a mail is under way, or the session is not open")
+        binary = binary and self.takes_binary
+        if binary and ahead:
+            return False
         utf8 = utf8 or not (envelope.isascii() and recipient.isascii())
         objection = self._objection(envelope, recipient, size, utf8=utf8)
         if objection is not None:
@@ -329,7 +356,9 @@ class ClientProtocol:
                 self._refuse(objection, proved=True)
             return not ahead
         parameters = f" SIZE={size}" if size is not None and "SIZE" in self.extensions else ""
-        if eight_bit and "8BITMIME" in self.extensions:
+        if binary:
+            parameters += " BODY=BINARYMIME"
+        elif eight_bit and "8BITMIME" in self.extensions:
             parameters += " BODY=8BITMIME"
         if utf8:
             parameters += " SMTPUTF8"
@@ -345,12 +374,14 @@ class ClientProtocol:
         self._later.append((_MAILFROM, f"MAIL FROM:<{envelope}>{parameters}\r\n".encode()))
         rcpt = f"RCPT TO:<{recipient}>{recipient_parameters}\r\n"
         self._later.append((_RCPTTO, rcpt.encode()))
-        self._later.append((_DATA, b"DATA\r\n"))
+        self._binary = binary
+        if not binary:
+            self._later.append((_DATA, b"DATA\r\n"))
         self._send_commands()
         return True
 
     def send_body(self, body: bytes | InBlocks, *, last: bool = False) -> None:
-        """Send the mail itself and the dot that ends it; answers `SendBody`.
+        """Send the mail itself and its end; answers `SendBody`.
 
         `last`: the session ends with this mail, and QUIT proves the reply.
         """
@@ -359,7 +390,12 @@ class ClientProtocol:
         if len(self._input) > self._at:
             return  # The peer has already replied: `next_event` finds that this is too early.
         self._body_due = self._fresh = False
-        blocks, end = encode_body(body) if isinstance(body, bytes) else encode_blocks(body)
+        if not isinstance(body, bytes):
+            blocks, end = encode_blocks(body)
+        elif self._binary:
+            blocks, end = encode_chunk(body)
+        else:
+            blocks, end = encode_body(body)
         if len(body) <= BLOCK_BYTES:
             self._output += blocks
         else:
@@ -367,7 +403,7 @@ class ClientProtocol:
         self._due.append(_MESSAGE)
         self._last = last
         pipelining = "PIPELINING" in self.extensions and not self.careful
-        self.may_go_ahead = pipelining and not last
+        self.may_go_ahead = pipelining and not (last or self._binary)
         if pipelining and last:
             end += b"QUIT\r\n"
             self._due.append(_QUIT)
@@ -546,6 +582,8 @@ class ClientProtocol:
         elif step is _RCPTTO:
             if kind == 2 and self._refusal is not None:
                 raise self._invalid(step, reply)
+            if kind == 2 and self._binary:
+                self._asked = self._body_due = True
         elif step is _RESET:
             if kind != 2 or (not self._due and self._more_came()):
                 raise self._invalid(step, reply)
@@ -563,7 +601,7 @@ class ClientProtocol:
         """The peer refused a command or the lone dot."""
         if step is _MESSAGE:
             return
-        out_of_sequence = reply.code == 503 or reply.status == "5.5.1"
+        out_of_sequence = _is_out_of_sequence(reply)
         if self._refusal is None:
             if out_of_sequence:
                 raise self._invalid(step, reply)
@@ -574,7 +612,8 @@ class ClientProtocol:
             if reply.code < 500 <= self._refusal.reply.code:
                 raise self._invalid(step, reply)
             fits = out_of_sequence
-            self._proved = True
+            # Two replies may be to the lines of a body that the peer has read as commands.
+            self._proved = not self._binary
             self._doubted = self._doubted or not fits
         if self._held is not None and not fits:
             raise self._invalid(step, reply)
@@ -586,6 +625,8 @@ class ClientProtocol:
             if reply.code in _ABOUT_COMMANDS:
                 raise self._invalid(_MESSAGE, reply)
             return None
+        if self._binary and _is_out_of_sequence(reply):
+            raise self._invalid(_MESSAGE, reply)
         if not self._due:
             if reply.code // 100 == 4:
                 return _verdict(reply)
@@ -744,6 +785,10 @@ class ClientProtocol:
 
 def _verdict(reply: Reply) -> Accepted | Refused:
     return Accepted(reply) if reply.code // 100 == 2 else Refused(_MESSAGE, reply)
+
+
+def _is_out_of_sequence(reply: Reply) -> bool:
+    return reply.code == 503 or reply.status == "5.5.1"
 
 
 def _ends_body(ending: Accepted | Refused) -> bool:

@@ -21,3 +21,4 @@ cdef class Body:
 cpdef _overlap(data)
 cpdef in_pairs(text)
 cpdef has_bare_newline(body)
+cpdef is_binary(body)

@@ -25,8 +25,10 @@ __all__ = [
     "Sink",
     "encode_blocks",
     "encode_body",
+    "encode_chunk",
     "has_bare_newline",
     "in_pairs",
+    "is_binary",
 ]
 
 BLOCK_BYTES: Final = 1 << 17
@@ -218,6 +220,11 @@ def has_bare_newline(body: bytes) -> bool:
     return bool(look(body) & BARE)
 
 
+def is_binary(body: bytes) -> bool:
+    """Whether lines that end in CR LF cannot carry a body unchanged."""
+    return b"\0" in body or has_bare_newline(body)
+
+
 def encode_body(body: bytes) -> tuple[Iterator[bytes], bytes]:
     r"""A message as it follows DATA (RFC 5321, section 4.5.2): its blocks, and what ends it.
 
@@ -255,6 +262,26 @@ def _encode(body: bytes) -> Iterator[bytes]:
 def encode_blocks(body: InBlocks) -> tuple[Iterator[bytes], bytes]:
     """Return the blocks to send after DATA, and the end, as `encode_body`."""
     return _stuffed(_joined(body.blocks())), b".\r\n"
+
+
+def encode_chunk(body: bytes) -> tuple[Iterator[bytes], bytes]:
+    r"""Return BDAT with the whole body as its one chunk: the blocks, and the end, never empty.
+
+    >>> blocks, end = encode_chunk(b"a\n.\0")
+    >>> list(blocks), end
+    ([], b'BDAT 4 LAST\r\na\n.\x00')
+    """
+    command = b"BDAT %d LAST\r\n" % len(body)
+    if len(body) <= BLOCK_BYTES:
+        return iter(()), command + body
+    last = (len(body) - 1) // BLOCK_BYTES * BLOCK_BYTES
+    return _sliced(command, body, last), body[last:]
+
+
+def _sliced(command: bytes, body: bytes, size: int) -> Iterator[bytes]:
+    yield command
+    for start in range(0, size, BLOCK_BYTES):
+        yield body[start : start + BLOCK_BYTES]
 
 
 def _stuffed(blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -204,7 +204,7 @@ OWN_FAULT = Reply(451, "4.3.0 internal error, see the application log")
 NO_REQUIRETLS = Reply(
     550, "5.7.30 the sender requires TLS all the way, and deliveries do not use TLS yet"
 )
-NO_BINARY = Reply(550, "5.6.3 the mail is binary, and deliveries do not use BDAT yet")
+NO_BINARY = Reply(554, "5.6.3 the mail is binary, and the peer does not offer BINARYMIME")
 
 
 def too_big_for_peer(size: int, limit: int) -> Reply:

@@ -47,7 +47,6 @@ NEVER_SENT: list[tuple[dict[str, Any], str]] = [
     ({"ips": ["10.0.0"]}, "property ips: "),
     ({"requiretls": True}, "property requiretls: the sender requires TLS"),
     ({"security": "verified"}, "property security: verified"),
-    ({"binarymime": True, "mime": "a\0b"}, "property binarymime: the mail is binary"),
 ]
 
 

@@ -141,6 +141,16 @@ class PeerConnection:
             body += b"\r\n"
         return body.replace(b"\r\n..", b"\r\n.").removeprefix(b".")
 
+    async def chunk(self, size: int) -> bytes:
+        """What follows BDAT."""
+        while len(self._buffer) < size:
+            data = await self.stream.receive_some()
+            if not data:
+                raise trio.BrokenResourceError
+            self._buffer += data
+        body, self._buffer = self._buffer[:size], self._buffer[size:]
+        return body
+
     async def take(self, reply: str = "250 taken\r\n") -> bytes:
         """Answer a body that no envelope follows, and the RSET or QUIT that proves the reply."""
         body = await self.body()
@@ -175,11 +185,13 @@ class PeerConnection:
                 sender_stands = reply.startswith("250")
             elif verb in ("RCPT", "DATA") and not sender_stands:
                 reply = "503 MAIL first"
-            await self.send(reply + "\r\n")
+            if verb != "BDAT":
+                await self.send(reply + "\r\n")
             if reply.startswith(("421", "221")):
                 return
-            if reply.startswith("354"):
-                body = await self.body()
+            if verb == "BDAT" or reply.startswith("354"):
+                chunked = verb == "BDAT"
+                body = await self.chunk(int(line.split()[1])) if chunked else await self.body()
                 reply = self.answer(".", envelope, recipient)
                 if reply.startswith("250"):
                     self.peer.mails.append(Mail(self.number, envelope, recipient, body))

@@ -64,6 +64,7 @@ class Server:
     fates: Sequence[Fate]
     fault: Fault
     pipelining: bool = True
+    chunking: bool = False
     manner: str = "503"
     truth: dict[int, int] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
@@ -71,6 +72,7 @@ class Server:
     closed: bool = False
     hushed: bool = False
     _input: bytes = b""
+    _chunk: int = 0
     _mail: int = -1
     _state: str = ""
     _late: list[tuple[int, bytes]] = field(default_factory=list)
@@ -78,6 +80,13 @@ class Server:
     def feed(self, data: bytes) -> None:
         self._input += data
         while (at := self._input.find(b"\r\n")) >= 0:
+            if self._chunk:
+                if len(self._input) < self._chunk:
+                    return
+                self._input = self._input[self._chunk :]
+                self._chunk = 0
+                self._end_of_chunk()
+                continue
             line, self._input = self._input[:at], self._input[at + 2 :]
             if self._state in ("body", "lone"):
                 if line == b".":
@@ -95,12 +104,30 @@ class Server:
             self._settle(code)
             self._say("dot", f"{code} {self._status('dot', code)}done")
 
+    def _end_of_chunk(self) -> None:
+        taken, self._state = self._state == "RCPT", ""
+        if taken:
+            code = self._fate_of_body()
+            self._settle(code)
+            self._say("dot", f"{code} {self._status('dot', code)}done")
+        else:
+            self._say("dot", MANNERS[self.manner][1] if self.manner != "354" else "503 no mail")
+
+    def _fate_of_body(self) -> int:
+        """The code of the only reply of a mail without DATA."""
+        step, code = self.fates[self._mail]
+        return code if step in ("dot", "data") else 250
+
     def _command(self, line: bytes) -> None:
         verb, _, rest = line.partition(b" ")
         fate, code = self.fates[self._mail] if self._mail >= 0 else TAKEN
         rcpt, data = MANNERS[self.manner]
         if verb == b"EHLO":
-            self._say("ehlo", "250-mx.test\r\n250 PIPELINING" if self.pipelining else "250 mx.test")
+            offers = ["PIPELINING"] * self.pipelining + ["CHUNKING", "BINARYMIME"] * self.chunking
+            lines = ["mx.test", *offers]
+            self._say(
+                "ehlo", "\r\n".join([f"250-{line}" for line in lines[:-1]] + [f"250 {lines[-1]}"])
+            )
         elif verb == b"QUIT":
             self._say("quit", "221 bye")
             self.closed = not self.hushed
@@ -115,6 +142,9 @@ class Server:
                 self._accept("rcpt", "RCPT")
             else:
                 self._say("rcpt", rcpt)
+        elif verb == b"BDAT":
+            assert rest.endswith(b" LAST")
+            self._chunk = int(rest.split()[0])
         elif verb != b"DATA":
             self._say("unknown", "500 what?")
         elif self._state == "RCPT":
@@ -247,6 +277,8 @@ class Client:
     server: Server
     ahead: bool
     last: bool = False
+    chunks: Callable[[int], bool] = lambda number: False
+    """Which mails go out by BDAT."""
     results: dict[int, object] = field(default_factory=dict)
     heard: bytes = b""
     longest: int = 0
@@ -305,15 +337,29 @@ class Client:
             self._went_ahead = False
 
     def _begin(self, number: int) -> bool:
-        return self.protocol.mail(f"{number}@a.test", "c@d.test")
+        return self.protocol.mail(f"{number}@a.test", "c@d.test", binary=self.chunks(number))
 
     def _send(self) -> None:
         while data := self.protocol.data_to_send():
             self.server.feed(data)
 
 
-MODES = ("lock-step", "lock-step, last", "pipelined", "pipelined, last", "ahead", "ahead, last")
-"""How a client sends: with "last" it says with the last mail that the session ends."""
+LINES = ("lock-step", "lock-step, last", "pipelined", "pipelined, last", "ahead", "ahead, last")
+CHUNKS = (
+    "slow chunks", "slow chunks, last", "chunks", "chunks, last", "first chunk", "second chunk",
+)  # fmt: skip
+MODES = LINES + CHUNKS
+"""How a client sends: with "last" it says with the last mail that the session ends.
+
+With chunks all mail goes out by BDAT, or every other mail, while the others may go ahead.
+"""
+
+BY_BDAT: dict[str, Callable[[int], bool]] = {
+    "slow chunks": lambda number: True,
+    "chunks": lambda number: True,
+    "first chunk": lambda number: number % 2 == 0,
+    "second chunk": lambda number: number % 2 == 1,
+}
 
 
 def play(
@@ -326,8 +372,20 @@ def play(
     careful: bool = False,
 ) -> tuple[Client, Server]:
     way, _, last = mode.partition(", ")
-    server = Server(fates, fault, pipelining=way != "lock-step", manner=manner)
+    server = Server(
+        fates,
+        fault,
+        pipelining=way not in ("lock-step", "slow chunks"),
+        chunking=way in BY_BDAT,
+        manner=manner,
+    )
     protocol = ClientProtocol("me.test", careful=careful)
-    client = Client(server, way == "ahead", last == "last", protocol=protocol)
+    client = Client(
+        server,
+        way in ("ahead", "first chunk", "second chunk"),
+        last == "last",
+        BY_BDAT.get(way, lambda number: False),
+        protocol=protocol,
+    )
     client.run(cut)
     return client, server

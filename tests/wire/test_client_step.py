@@ -68,7 +68,10 @@ def check_faults(
     ("mode", "manner"),
     [
         *((mode, "503") for mode in MODES),
-        *product(("pipelined", "ahead"), [manner for manner in MANNERS if manner != "503"]),
+        *product(
+            ("pipelined", "ahead", "chunks", "first chunk"),
+            [manner for manner in MANNERS if manner != "503"],
+        ),
     ],
 )
 def test_two_mails_hold_through_every_fault(mode: str, manner: str) -> None:
@@ -76,7 +79,7 @@ def test_two_mails_hold_through_every_fault(mode: str, manner: str) -> None:
         check_faults(fates, mode, manner)
 
 
-@pytest.mark.parametrize("mode", ["lock-step", "pipelined"])
+@pytest.mark.parametrize("mode", ["lock-step", "pipelined", "chunks"])
 def test_mail_of_a_careful_client_holds_through_every_fault(mode: str) -> None:
     for fates in SOME_PAIRS:
         check_faults(fates, mode, careful=True)
@@ -123,7 +126,7 @@ def test_more_mails_hold_through_every_fault(count: int) -> None:
         check_faults(fates, "ahead")
 
 
-@pytest.mark.parametrize("mode", ["pipelined", "pipelined, last", "ahead"])
+@pytest.mark.parametrize("mode", ["pipelined", "pipelined, last", "ahead", "chunks", "first chunk"])
 def test_two_mails_hold_wherever_the_replies_are_cut(mode: str) -> None:
     for fates in product(SOME_FATES, repeat=2):
         _, honest = play(fates, Fault(), mode)
