@@ -14,6 +14,7 @@ cdef class Session:
     cdef public bint leaving, is_try, patient, borrowed, was_put_off
     cdef public bint _idle, _sending, _begun, _prompt
     cdef public bytes _held
+    cdef public set _domains
     cdef public double _deadline, _asked, _started, since
     cdef public object flow, worker, remote, _timeout, _life, _scope, _job
     cdef public object allowance, waits_for, counts, starting, idle_counts, refusal
@@ -30,6 +31,7 @@ cdef class Session:
     cpdef limit_over(self, key)
     cpdef _may_go_on(self)
     cpdef _is_used_up(self, messages, size)
+    cpdef _takes_domain(self, domain)
     cpdef _finish(self, job, outcome)
     cpdef _report(self, outcome)
     cpdef _begin(self, job)

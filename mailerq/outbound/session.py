@@ -171,6 +171,7 @@ class Session:
         self._scope = trio.CancelScope()
         self._idle = False
         self._sending = False
+        self._domains: set[str] = set()  # of recipients, if the peer limits them
         self._held = b""  # plugin output that must not come in between
         self._job: Job | None = None
         self._ahead: Job | None = None
@@ -322,6 +323,7 @@ class Session:
             self._config.hostname, careful=memory.was_out_of_step(host.address)
         )
         self.messages = self.body_bytes = 0
+        self._domains.clear()
         try:
             self._local, self.remote = stream.local[0], host.address
             return await self._talk()
@@ -354,6 +356,10 @@ class Session:
         try:
             while job := self._job or await self._next_job():
                 self._job = job
+                if self._protocol.max_domains and not self._takes_domain(job.plan.domain):
+                    self._job, self.leaving = None, True
+                    self.flow.give_back(job)
+                    break
                 begun = self._begun
                 self._timeout = self._config.smtp_out_timeout
                 outcome = await self._deliver(job)
@@ -383,11 +389,18 @@ class Session:
         return self._protocol.reusable and self._protocol.next_event() is NEED_DATA
 
     def _is_used_up(self, messages: int, size: int) -> bool:
-        """Whether the connection has reached a limit of one connection."""
+        """Whether the connection has reached a limit of one connection, ours or the peer's."""
         allowance = self.flow.rights.allowance
         return (
-            0 < allowance.connection_messages <= messages or 0 < allowance.connection_bytes <= size
+            0 < allowance.connection_messages <= messages
+            or 0 < allowance.connection_bytes <= size
+            or 0 < self._protocol.max_mails <= messages
         )
+
+    def _takes_domain(self, domain: str) -> bool:
+        """Whether the peer takes one more recipient in that domain on this connection."""
+        self._domains.add(domain.lower())
+        return len(self._domains) <= self._protocol.max_domains
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         """Report the result of the current job."""
@@ -537,6 +550,7 @@ class Session:
             and len(body) <= AHEAD_BYTES
             and not self._held
             and self._protocol.may_go_ahead
+            and not self._protocol.max_domains
             and (job := self.flow.job_ahead(self)) is not None
         ):
             self._ahead = job

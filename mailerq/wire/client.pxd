@@ -5,7 +5,7 @@ cimport cython
 
 @cython.final
 cdef class ClientProtocol:
-    cdef public Py_ssize_t replies, _at
+    cdef public Py_ssize_t replies, max_mails, max_domains, _at
     cdef public bint careful, may_go_ahead
     cdef public bint out_of_step, _eof, _ahead, _proved, _doubted, _fresh, _transaction_open
     cdef public bint _body_due, _asked, _binary, _last, _farewell
@@ -30,6 +30,7 @@ cdef class ClientProtocol:
     cpdef _take_goodbye(self, reply)
     cpdef _take_farewell(self, step, reply)
     cpdef _take_hello(self, step, reply, kind)
+    cpdef _take_limits(self)
     cpdef _take_unasked(self, reply)
     cpdef _take_early(self, reply)
     cpdef _report(self)

@@ -97,12 +97,22 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
-from enum import Enum, StrEnum, auto
 from typing import Final
 
-import msgspec
-
 from mailerq.wire import smtp
+from mailerq.wire.client_events import (
+    CLOSED,
+    NEED_DATA,
+    Accepted,
+    Event,
+    Failed,
+    NoEvent,
+    Problem,
+    Ready,
+    Refused,
+    SendBody,
+    Step,
+)
 from mailerq.wire.framing import (
     BLOCK_BYTES,
     InBlocks,
@@ -149,6 +159,8 @@ _SAFE_ADDRESS: Final = re.compile(
     r'[^\x00-\x20\x7f-\x9f<>"]*|"(?:[^"\\\x00-\x1f\x7f-\x9f]|\\[^\x00-\x1f\x7f-\x9f])*"@[^\x00-\x20\x7f-\x9f<>"]+'
 )
 
+_LIMIT: Final = re.compile(r"(?i:(MAILMAX|RCPTDOMAINMAX))=([1-9][0-9]{0,5})", re.ASCII)
+
 _ABOUT_COMMANDS: Final = range(500, 505)
 """Codes for a command that the peer did not understand or expect; no verdict on a body."""
 
@@ -156,82 +168,9 @@ MAX_ADDRESS: Final = 1024
 """Characters of an address. The standard's limit is 254; the peer may judge that."""
 
 
-class Step(StrEnum):
-    """The step whose reply is due; the values are the states of the newer results."""
-
-    INTRO = "intro"
-    EHLO = "ehlo"
-    HELO = "helo"
-    RESET = "reset"
-    MAILFROM = "mailfrom"
-    RCPTTO = "rcptto"
-    DATA = "data"
-    MESSAGE = "message"
-    QUIT = "quit"
-    IDLE = "idle"
-
-
 # Each is read several times a mail; the attribute of an Enum costs ten times as much.
 _INTRO, _EHLO, _HELO, _RESET, _MAILFROM, _RCPTTO, _DATA, _MESSAGE, _QUIT, _IDLE = Step
 
-
-class Problem(StrEnum):
-    """Why a session cannot continue. The driver has the clock and finds `TIMEOUT`."""
-
-    LOST = "lost"
-    INVALID = "invalid"
-    OVERFLOW = "overflow"
-    TIMEOUT = "timeout"
-
-
-class Ready(msgspec.Struct, frozen=True):
-    """The session is open and takes a mail. `mta` is the name in the peer's banner."""
-
-    mta: str | None
-
-
-class SendBody(msgspec.Struct, frozen=True):
-    """The peer said 354, or took the envelope of a binary mail: call `ClientProtocol.send_body`."""
-
-
-class Accepted(msgspec.Struct, frozen=True):
-    """The peer accepted the mail and is responsible for it now."""
-
-    reply: Reply
-
-
-class Refused(msgspec.Struct, frozen=True):
-    """The peer refused `step`; at INTRO, EHLO and HELO it refused the whole session.
-
-    `reply` is our own if nothing was sent because the peer could not take the mail.
-    """
-
-    step: Step
-    reply: Reply
-
-
-class Failed(msgspec.Struct, frozen=True):
-    """The session broke or lost its step while the reply to `step` was due; IDLE: none was due."""
-
-    step: Step
-    problem: Problem
-    description: str
-
-
-class NoEvent(Enum):
-    """Nothing happened, or nothing more will happen."""
-
-    NEED_DATA = auto()
-    CLOSED = auto()
-
-
-NEED_DATA: Final = NoEvent.NEED_DATA
-"""Nothing to report: send the output of `ClientProtocol.data_to_send`, then feed the input."""
-
-CLOSED: Final = NoEvent.CLOSED
-"""The session ended after QUIT."""
-
-Event = Ready | SendBody | Accepted | Refused | Failed | NoEvent
 
 _SEND_BODY: Final = SendBody()
 
@@ -267,6 +206,9 @@ class ClientProtocol:
         """The name in the peer's banner."""
         self.extensions: dict[str, str] = {}
         """The peer's EHLO offers: upper-case keyword -> its parameters."""
+        self.max_mails = self.max_domains = 0
+        """Mails, and domains of their recipients, that the peer takes in one session (RFC 9422); 0:
+        the peer does not say."""
         self.replies = 0
         """Complete replies so far; a deadline per reply restarts when this grows."""
         self.out_of_step = False
@@ -689,7 +631,18 @@ class ClientProtocol:
             for line in reply.text.split("\n")[1:]:
                 keyword, _, parameters = line.strip().partition(" ")
                 self.extensions[keyword.upper()] = parameters.strip()
+            if "LIMITS" in self.extensions:
+                self._take_limits()
         return Ready(self.mta)
+
+    def _take_limits(self) -> None:
+        """Note the limits that matter to mails with one recipient each (RFC 9422, section 4)."""
+        for word in self.extensions["LIMITS"].split():
+            if match := _LIMIT.fullmatch(word):
+                if match[1].upper() == "MAILMAX":
+                    self.max_mails = int(match[2])
+                else:
+                    self.max_domains = int(match[2])
 
     def _take_unasked(self, reply: Reply) -> Event:
         if self._body_due:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -92,6 +93,52 @@ async def test_a_connection_takes_so_many_messages_and_no_more() -> None:
         await bench.results(count=5)
         assert bench.peer.connections == 3
         assert bench.peer.commands.count("QUIT") >= 2
+
+
+async def test_a_connection_takes_no_more_messages_than_the_peer_says() -> None:
+    async with open_bench(connection_maxmessages=5, domain_maxconnections=1) as bench:
+        bench.peer.extensions = ("PIPELINING", "LIMITS MAILMAX=3 RCPTMAX=1")
+        for _ in range(10):
+            bench.send()
+        results = await bench.results("success", count=10)
+        assert {result["attempt"] for result in results} == {1}
+        taken = Counter(mail.connection for mail in bench.peer.mails)
+        assert max(taken.values()) <= 3
+
+
+async def test_a_connection_takes_no_more_domains_than_the_peer_says() -> None:
+    async with open_bench(smarthost="127.0.0.1", domain_maxconnections=1) as bench:
+        bench.peer.extensions = ("PIPELINING", "LIMITS RCPTDOMAINMAX=2")
+        for number in range(9):
+            bench.send(f"c@d{number % 3}.test")
+        results = await bench.results("success", count=9)
+        assert {result["attempt"] for result in results} == {1}
+        domains: dict[int, set[str]] = {}
+        for mail in bench.peer.mails:
+            domains.setdefault(mail.connection, set()).add(mail.recipient)
+        assert max(map(len, domains.values())) == 2
+
+
+async def test_a_peer_that_closes_at_its_own_count_costs_no_attempt() -> None:
+    async def counts(peer: PeerConnection) -> None:
+        await peer.hello()
+        mails = 0
+        while verb := (await peer.line()).partition(" ")[0]:
+            if verb == "MAIL" and mails == 2:
+                await peer.send("421 4.7.0 too many messages on this connection\r\n")
+                return
+            await peer.send("354 go\r\n" if verb == "DATA" else "250 2.1.0 ok\r\n")
+            if verb == "DATA":
+                await peer.body()
+                mails += 1
+                await peer.send("250 2.0.0 taken\r\n")
+
+    async with open_bench(*[counts] * 10, domain_maxconnections=1) as bench:
+        for _ in range(10):
+            bench.send()
+        results = await bench.results("success", count=10)
+        assert {result["attempt"] for result in results} == {1}
+        assert not bench.queues["retry"]
 
 
 async def test_an_idle_connection_ends_with_quit() -> None:

@@ -775,3 +775,21 @@ def test_a_header_that_is_not_ascii_needs_smtputf8() -> None:
     assert isinstance(event, Refused)
     assert event.reply.status == "5.6.7"
     assert protocol.data_to_send() == b""
+
+
+@pytest.mark.parametrize(
+    ("offer", "mails", "domains"),
+    [
+        ("LIMITS MAILMAX=20 RCPTMAX=100 RCPTDOMAINMAX=1", 20, 1),
+        ("limits mailmax=3", 3, 0),
+        ("LIMITS RCPTMAX=1000", 0, 0),
+        ("LIMITS", 0, 0),
+        ("LIMITS MAILMAX=0 RCPTDOMAINMAX=-1", 0, 0),
+        ("LIMITS MAILMAX=1000000", 0, 0),
+        ("LIMITS MAILMAX=\u0663 =7 MAILMAX", 0, 0),
+        ("LIMITS XMAILMAX=7 MAILMAX=999999", 999_999, 0),
+    ],
+)
+def test_a_peer_says_its_limits(offer: str, mails: int, domains: int, bytewise: bool) -> None:
+    protocol = opened(f"250-mx.test\r\n250 {offer}\r\n".encode(), bytewise=bytewise)
+    assert (protocol.max_mails, protocol.max_domains) == (mails, domains)
