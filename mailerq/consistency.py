@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
+
+from mailerq.address import parse_host
+from mailerq.errors import AddressError
 
 if TYPE_CHECKING:
     from mailerq.config import Config
@@ -22,6 +26,7 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "smtp_username", "smtp-username needs smtp-password, which is not set"
     if config.smtp_password and not config.smtp_username:
         yield "smtp_password", "smtp-password needs smtp-username, which is not set"
+    yield from _logins(config)
     for key, other in (
         ("smtp_secure_port", "smtp_port"),
         ("lmtp_port", "smtp_port"),
@@ -55,3 +60,34 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
             if shared and getattr(config, key):
                 name = key.replace("_", "-")
                 yield key, f"{name} would delete received mail: rabbitmq-{other} is that queue too"
+
+
+def _logins(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield the mistakes in logins at other hosts."""
+    for host, prefix in (("smarthost", "smarthost"), ("smtp_sink_address", "smtp_sink")):
+        username, password = f"{prefix}_username", f"{prefix}_password"
+        for key, other in ((username, password), (password, username), (username, host)):
+            if getattr(config, key) and not getattr(config, other):
+                yield key, f"{_key(key)} needs {_key(other)}, which is not set"
+        host_ip = _ip(getattr(config, host))
+        if host_ip is None or not getattr(config, username):
+            continue
+        if not any(host_ip in network for network in config.smtp_out_clear_range):
+            yield (
+                username,
+                f"{_key(username)}: the login would go to {host_ip} over a connection without TLS,"
+                " which deliveries do not use yet. Add the address to smtp-out-clear-range, or"
+                " reach the host through a tunnel on this one",
+            )
+
+
+def _key(attribute: str) -> str:
+    return attribute.replace("_", "-")
+
+
+def _ip(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        found = parse_host(host) if host else ""
+    except AddressError:
+        return None
+    return None if isinstance(found, str) else found

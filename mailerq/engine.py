@@ -92,7 +92,9 @@ SPARE_DESCRIPTORS: Final = 64
 LOGS: Final = ("send_log_file", "received_log_file", "refused_log_file")
 
 ROUTES: Final = (
-    "smarthost", "smarthost_port", "smtp_sink_address", "smtp_sink_port", "max_delivertime",
+    "smarthost", "smarthost_port", "smarthost_username", "smarthost_password",
+    "smtp_sink_address", "smtp_sink_port", "smtp_sink_username", "smtp_sink_password",
+    "max_delivertime",
 )  # fmt: skip
 """Settings that decide where, and how long, mail waiting in memory goes."""
 

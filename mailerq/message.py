@@ -32,6 +32,7 @@ __all__ = [
     "encode_properties",
     "format_time",
     "parse_time",
+    "without_password",
 ]
 
 PROPERTIES_LIMIT: Final = 1 << 20
@@ -109,6 +110,15 @@ def check_nesting(value: object, encoded: bytes | str) -> None:
     raise MessageError(f"objects and arrays are nested more than {NESTING_LIMIT} deep")
 
 
+def without_password(properties: dict[str, Any]) -> dict[str, Any]:
+    """Return properties without the password of ``smarthost``; the same dict if there is none."""
+    smarthost = properties.get("smarthost")
+    if not isinstance(smarthost, dict) or "password" not in smarthost:
+        return properties
+    rest = {name: value for name, value in smarthost.items() if name != "password"}
+    return {**properties, "smarthost": rest}
+
+
 class _Bodies(msgspec.Struct):
     """The raw values of a document that may be its body; other values are skipped."""
 
@@ -147,6 +157,10 @@ class Message(msgspec.Struct, eq=False):
     body: bytes | None = None
     local: bool = False
     """Publish to the local queue (`MQ_SetLocal`). Used during reception; not part of the JSON."""
+
+    def __repr__(self) -> str:
+        properties = without_password(self.properties)
+        return f"Message(properties={properties!r}, body={self.body!r}, local={self.local!r})"
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Self:
@@ -278,6 +292,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     messages: int | None = None
     kind: str | None = None
     rule: str | None = None
+    authentication: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the element for the JSON, without unknown fields."""
@@ -290,6 +305,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             "mta": self.mta,
             "from": self.local_ip,
             "to": self.remote_ip,
+            "authentication": self.authentication,
             "messages": self.messages,
             "code": self.code,
             "status": self.status,

@@ -169,8 +169,8 @@ PROPERTIES: Final = (
             Key("hostname", "Its name or address. Required."),
             Key("name", "The older name of `hostname`."),
             Key("port", "Its port, a number or a string. Absent: 25."),
-            Key("username", "The login there.", used=False),
-            Key("password", "Its password.", used=False),
+            Key("username", "The login there, if any."),
+            Key("password", "Its password. The documents in result queues do not have it."),
         ),
     ),
     Property(
@@ -223,6 +223,7 @@ PROPERTIES: Final = (
             Key("result", "What happened, in the newer words; see below."),
             Key("time", "When the attempt ended."),
             Key("mta", "The name in the peer's banner."),
+            Key("authentication", "The mechanism of AUTH, if a login was used: `plain`."),
             Key("from", "The address of this host."),
             Key("to", "The address of the peer."),
             Key("messages", "The messages on that connection so far, including this one."),

@@ -39,10 +39,10 @@ NOT_YET: Final = frozenset(
     rabbitmq-verify rabbitmq-vhost received-log-directory received-log-format
     received-log-history received-log-maxage received-log-maxsize received-log-prefix
     render-useragent send-bin-log-file send-log-compression send-log-directory send-log-format
-    send-log-history send-log-maxage send-log-maxsize send-log-prefix smarthost-password
-    smarthost-username smtp-auth-results smtp-check smtp-default-ips smtp-defaultip
-    smtp-defaultips smtp-mappable-ips smtp-protection smtp-sink-password
-    smtp-sink-username smtp-unmappable-ips smtp-validate-address spamassassin-host
+    send-log-history send-log-maxage send-log-maxsize send-log-prefix
+    smtp-auth-results smtp-check smtp-default-ips smtp-defaultip
+    smtp-defaultips smtp-mappable-ips smtp-protection
+    smtp-unmappable-ips smtp-validate-address spamassassin-host
     spamassassin-port spool-delay spool-directory spool-extract spool-fail-directory
     spool-open-files spool-remove spool-threads storage storage-address storage-policy
     storage-reschedule storage-threads storage-timeout storage-ttl validate-envelope

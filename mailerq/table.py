@@ -467,6 +467,16 @@ class Table:
     )
     smarthost: str = setting("", HOST, DELIVERY, "Host that takes all mail.", unset="none")
     smarthost_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
+    smarthost_username: str = setting(
+        "",
+        TEXT,
+        DELIVERY,
+        "Login at smarthost, by AUTH; docs/peers.md explains it.",
+        unset="none",
+    )
+    smarthost_password: str = setting(
+        "", TEXT, DELIVERY, "Its password.", unset="none", secret=True
+    )
     smtp_sink_address: str = setting(
         "",
         SINK,
@@ -476,6 +486,32 @@ class Table:
         aliases=("smtp-sink-ip",),
     )
     smtp_sink_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
+    smtp_sink_username: str = setting(
+        "", TEXT, DELIVERY, "Login at smtp-sink-address.", unset="none"
+    )
+    smtp_sink_password: str = setting(
+        "", TEXT, DELIVERY, "Its password.", unset="none", secret=True
+    )
+    smtp_out_clear_range: tuple[Network, ...] = setting(
+        tuple(
+            map(
+                ipaddress.ip_network,
+                (
+                    "127.0.0.0/8",
+                    "10.0.0.0/8",
+                    "172.16.0.0/12",
+                    "192.168.0.0/16",
+                    "::1/128",
+                    "fc00::/7",
+                ),
+            )
+        ),
+        NETWORKS,
+        DELIVERY,
+        "Networks of hosts that may get a login over a connection without TLS, which deliveries do"
+        " not use yet.",
+        unset="none",
+    )
     smtp_out_port: int = setting(
         25, PORT, DELIVERY, "Port of the MX hosts; another than 25 is for trying out.", minimum=1
     )

@@ -541,6 +541,26 @@ def test_arguments_are_split_into_settings_and_the_rest() -> None:
         (["--smtp-username=ann"], "--smtp-username", "needs smtp-password"),
         (["--smtp-password=x"], "--smtp-password", "needs smtp-username"),
         (
+            ["--smarthost=h.test", "--smarthost-username=ann"],
+            "--smarthost-username",
+            "needs smarthost-password",
+        ),
+        (
+            ["--smarthost=h.test", "--smarthost-password=x"],
+            "--smarthost-password",
+            "needs smarthost-username",
+        ),
+        (
+            ["--smtp-sink-username=ann", "--smtp-sink-password=x"],
+            "--smtp-sink-username",
+            "needs smtp-sink-address",
+        ),
+        (
+            ["--smarthost=192.0.2.1", "--smarthost-username=ann", "--smarthost-password=x"],
+            "--smarthost-username",
+            "would go to 192.0.2.1 over a connection without TLS",
+        ),
+        (
             ["--smtp-port=25,465", "--smtp-secure-port=465", "--smtp-certificate=a.pem"],
             "--smtp-secure-port",
             "port 465 is in smtp-port as well",

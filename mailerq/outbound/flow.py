@@ -34,6 +34,7 @@ from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.rights import Rights
 from mailerq.outbound.session import Session
 from mailerq.rules import responses
+from mailerq.wire.login import Login
 
 if TYPE_CHECKING:
     from mailerq.config import Config
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from mailerq.outbound.limits import Refusal
     from mailerq.outbound.pause import Pause
     from mailerq.outbound.sites import Site
+    from mailerq.rules.logins import Demand
     from mailerq.rules.responses import Outcome
 
 __all__ = ["FIRST_WINDOW", "MAX_ASK_SECONDS", "MAX_WINDOW", "Flow", "sessions_for"]
@@ -74,12 +76,13 @@ class Flow:
         dispatcher: Dispatcher,
         site: Site,
         local_ip: str | None,
-        demands: tuple[str, ...] = (),
+        demands: tuple[Demand, ...] = (),
     ) -> None:
         self.site = site
         self.site_key = site.key
         self.local_ip = local_ip
         self.demands = demands
+        self.login: Login | None = next(iter(demands), None)
         # Lists and dicts, because there are many flows: an empty deque takes ten times a list.
         self.jobs: list[Job] = []
         self.destinations: dict[Destination, None] = {}

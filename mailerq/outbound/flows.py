@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.intake import Intake
     from mailerq.outbound.sites import Site, Sites
+    from mailerq.rules.logins import Demand
 
 __all__ = ["Flows"]
 
@@ -78,11 +79,11 @@ class Flows:
             return flow
         return self.pauses.get((site.key, local_ip, demands)) or self._add(site, local_ip, demands)
 
-    def _is_down(self, site: Site, local_ip: str, demands: tuple[str, ...]) -> bool:
+    def _is_down(self, site: Site, local_ip: str, demands: tuple[Demand, ...]) -> bool:
         flow = site.flows.get((local_ip, demands))
         return flow.down if flow is not None else (site.key, local_ip, demands) in self.pauses
 
-    def _add(self, site: Site, local_ip: str | None, demands: tuple[str, ...]) -> Flow:
+    def _add(self, site: Site, local_ip: str | None, demands: tuple[Demand, ...]) -> Flow:
         flow = site.flows[local_ip, demands] = Flow(self._dispatcher, site, local_ip, demands)
         self.live[flow] = None
         return flow

@@ -49,3 +49,4 @@ class Report(msgspec.Struct, frozen=True):
     remote_ip: str | None = None
     mta: str | None = None
     messages: int | None = None
+    mechanism: str | None = None

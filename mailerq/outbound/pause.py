@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mailerq.rules.logins import Demand
+
 if TYPE_CHECKING:
     from mailerq.outbound.flow import Flow
     from mailerq.outbound.flows import Flows
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Key", "Pause"]
 
-Key = tuple[bytes, str | None, tuple[str, ...]]
+Key = tuple[bytes, str | None, tuple[Demand, ...]]
 """The key of a site, a local address, and what a connection must prove."""
 
 
@@ -65,7 +67,7 @@ class Pause:
         return self.key[1]
 
     @property
-    def demands(self) -> tuple[str, ...]:
+    def demands(self) -> tuple[Demand, ...]:
         return self.key[2]
 
     @property

@@ -61,6 +61,7 @@ from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Allowance
 from mailerq.outbound.openings import QUICK_SECONDS
 from mailerq.rules import responses
+from mailerq.rules.logins import may_go_in_clear
 from mailerq.rules.responses import Outcome
 from mailerq.wire._lines import is_ascii
 from mailerq.wire.client import (
@@ -305,7 +306,9 @@ class Session:
 
     async def _session(self, host: Host) -> Report | None:
         where = host.address if host.name == host.address else f"{host.name} [{host.address}]"
-        local_ip, memory = self.flow.local_ip, self.flow.memory
+        local_ip, memory, login = self.flow.local_ip, self.flow.memory, self.flow.login
+        if login is not None and not may_go_in_clear(host.address, self._config):
+            return Report(responses.login_in_clear(where))
         stream = None
         try:
             with trio.move_on_after(self._config.connect_timeout):
@@ -320,7 +323,7 @@ class Session:
             return Report(responses.connect_timed_out(where))
         self._stream = stream
         self._protocol = ClientProtocol(
-            self._config.hostname, careful=memory.was_out_of_step(host.address)
+            self._config.hostname, careful=memory.was_out_of_step(host.address), login=login
         )
         self.messages = self.body_bytes = 0
         self._domains.clear()
@@ -340,13 +343,22 @@ class Session:
             event = await self._exchange()
             if isinstance(event, Ready):
                 ready = True
+                if self.flow.login is not None:
+                    self.flow.memory.logged_in(self.remote, self.flow.login)
                 self.flow.opened(self)
                 await self._serve()
         if self._scope.cancelled_caught:
             event = self._protocol.abort(Problem.TIMEOUT, "no reply in time")
             if self._job is not None:
                 self._finish(self._job, _outcome(event))
-        return None if ready else self._report(_outcome(event))
+        if ready:
+            return None
+        report = self._report(_outcome(event))
+        if self.flow.login is not None and isinstance(event, Refused):
+            self.flow.memory.login_refused(
+                self.flow.site.label, self.remote, self.flow.login, report.outcome
+            )
+        return report
 
     async def _serve(self) -> None:
         """Send jobs until none are left, or until the session can no longer be used."""
@@ -410,7 +422,8 @@ class Session:
 
     def _report(self, outcome: Outcome) -> Report:
         messages = self.messages or None
-        return Report(outcome, self._local, self.remote, self._protocol.mta, messages)
+        protocol = self._protocol
+        return Report(outcome, self._local, self.remote, protocol.mta, messages, protocol.mechanism)
 
     async def _next_job(self) -> Job | None:
         """Take the next job, or be idle until there is one.

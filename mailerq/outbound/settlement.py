@@ -33,7 +33,14 @@ from mailerq.config import Config
 from mailerq.errors import MessageDamaged, MessageError, QueueError
 from mailerq.escaping import escape, escape_field
 from mailerq.live import Live
-from mailerq.message import Message, Result, check_nesting, encode_properties, format_time
+from mailerq.message import (
+    Message,
+    Result,
+    check_nesting,
+    encode_properties,
+    format_time,
+    without_password,
+)
 from mailerq.net.logs import LogFile, Ration
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.session import Session
@@ -413,11 +420,13 @@ def _result(report: Report, attempt: int, now: float) -> Result:
         messages=report.messages,
         kind=outcome.kind or None,
         rule=outcome.rule or None,
+        authentication=report.mechanism,
     )
 
 
 def _copy(properties: dict[str, Any], body: bytes | None) -> Message:
     """The message for the result queues: with a body only if ``keepmime`` asks for one."""
+    properties = without_password(properties)
     if properties.get("keepmime"):
         return Message(dict(properties), body)
     return Message({name: value for name, value in properties.items() if name != "mime"})

@@ -32,13 +32,16 @@ from weakref import WeakValueDictionary
 
 import trio
 
+from mailerq.escaping import escape
 from mailerq.net.resolver import Host, NoHosts, Resolver
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 from mailerq.rules.routes import Route
+from mailerq.wire.login import Login
 
 if TYPE_CHECKING:
     from mailerq.outbound.flow import Flow
+    from mailerq.rules.logins import Demand
 
 __all__ = ["HostMemory", "Site", "Sites"]
 
@@ -71,6 +74,9 @@ ASIDE_SECONDS: Final = 300.0
 OUT_OF_STEP_SECONDS: Final = 3600.0
 """How long a host that answered out of step gets no envelope ahead and is served carefully."""
 
+LOGIN_SECONDS: Final = 3600.0
+"""How long the log does not repeat that a host refuses a login."""
+
 MAX_HOSTS: Final = 10_000
 """Hosts of each kind that are remembered; the oldest entry is forgotten first."""
 
@@ -102,7 +108,7 @@ class Site:
         """The lines of `limits-file` that set the site's domains apart, see `rules.shaping`."""
         self.hosts: tuple[Host, ...] = ()
         self.outcome: Outcome | None = None
-        self.flows: dict[tuple[str | None, tuple[str, ...]], Flow] = {}
+        self.flows: dict[tuple[str | None, tuple[Demand, ...]], Flow] = {}
 
     def fits(self, local_ip: str) -> bool:
         """Whether a host can be reached from a local address."""
@@ -260,6 +266,7 @@ class HostMemory:
         self._doubtful = _Memory()
         self._aside = _Memory()
         self._out_of_step = _Memory()
+        self._logins = _Memory()
 
     def is_doubtful(self, address: str) -> bool:
         """Whether a host recently did not let us in."""
@@ -290,6 +297,23 @@ class HostMemory:
                 error.strerror or error,
                 ASIDE_SECONDS,
             )
+
+    def login_refused(self, label: str, address: str, login: Login, outcome: Outcome) -> None:
+        """A host refused a login."""
+        if self._logins.add(f"{address} {login.username}", LOGIN_SECONDS):
+            reply = (outcome.code, outcome.status, outcome.description)
+            log.error(
+                "%s [%s] does not let %s log in: %s. The mail waits. The login is in the settings"
+                " or in the property smarthost of messages",
+                label,
+                address,
+                escape(login.username),
+                escape(" ".join(str(part) for part in reply if part)),
+            )
+
+    def logged_in(self, address: str, login: Login) -> None:
+        """A host took a login."""
+        self._logins.discard(f"{address} {login.username}")
 
     def was_out_of_step(self, address: str) -> bool:
         """Whether a host recently answered in an order that proves nothing."""

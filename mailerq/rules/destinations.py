@@ -2,8 +2,8 @@
 
 Mail is sorted on publication, by its properties alone, so that neither changed settings nor DNS
 answers move a row. A key stands for mail with the same possible routes: the domain of the recipient
-or the message's own smarthost, and the local addresses that the message names. The settings are
-applied at each attempt.
+or the message's own smarthost and user name, and the local addresses that the message names. The
+settings are applied at each attempt.
 
 A lane is a number that orders the mail of one destination: lanes of a higher priority come first,
 then senders take turns, with separate lanes for new mail and retries.
@@ -54,6 +54,8 @@ def place_of(properties: Mapping[str, Any]) -> Place:
     if isinstance(smarthost, dict):
         host = smarthost.get("hostname") or smarthost.get("name")
         key = f"via {host}:{smarthost.get('port') or 25}".lower()
+        if smarthost.get("username"):
+            key += f" as {smarthost['username']}"
     else:
         recipient = properties.get("recipient")
         key = recipient.rpartition("@")[2].lower() if isinstance(recipient, str) else ""

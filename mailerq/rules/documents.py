@@ -12,6 +12,7 @@ from mailerq.mail.extract import extract
 from mailerq.mail.headers import HOP_LIMIT, Header
 from mailerq.message import Message
 from mailerq.properties import KNOWN, misspellings
+from mailerq.rules.logins import login_of
 from mailerq.rules.retry import expires_at, not_before
 from mailerq.rules.routes import loop_problem, route_of, unmet_promise
 from mailerq.wire.parameters import dsn_parameters
@@ -84,7 +85,8 @@ def _unusable(message: Message, config: Config, now: float, supplied: bool) -> I
         if is_name:
             yield f"property ips: {address[:SHOWN]!a} is no IP address"
     try:
-        route_of(properties, "", config)
+        if not route_of(properties, "", config).mx:
+            login_of(properties, config)
     except AddressError as error:
         yield str(error)
     yield from _late(properties, config, now)

@@ -16,6 +16,7 @@ from mailerq.errors import AddressError
 from mailerq.mail.headers import HOP_LIMIT, Header
 from mailerq.message import Message
 from mailerq.rules import responses
+from mailerq.rules.logins import Demand, login_of
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at, not_before
 from mailerq.rules.routes import Route, loop_problem, route_of, unmet_promise
@@ -54,7 +55,7 @@ class Send(msgspec.Struct, frozen=True):
     recipient: str
     expires: float
     local_ips: tuple[str, ...] = ()
-    demands: tuple[str, ...] = ()
+    demands: tuple[Demand, ...] = ()
 
 
 Plan = Refuse | Hold | Send
@@ -100,11 +101,13 @@ def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
         return Refuse(responses.unmet(promise), domain)
     try:
         route = route_of(properties, domain, config)
+        login = None if route.mx else login_of(properties, config)
         ips = properties.get("ips")
         local_ips = _addresses(ips) if ips else ()
     except AddressError as error:
         return Refuse(responses.unsendable(str(error)), domain)
-    return Send(route, domain, envelope, recipient, expires, local_ips)
+    demands = () if login is None else (login,)
+    return Send(route, domain, envelope, recipient, expires, local_ips, demands)
 
 
 def _addresses(ips: list[str]) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ __all__ = [
     "connect_failed",
     "connect_timed_out",
     "failed",
+    "login_in_clear",
     "no_fitting_address",
     "no_hosts",
     "not_generated",
@@ -57,7 +58,7 @@ TYPES: Final = {
     "bind": "The mail could not be sent from any address that it may use.",
     "refused": "The host refused the connection.",
     "connect": "The connection to the host failed.",
-    "noaccess": "The session ended at the banner, EHLO or HELO.",
+    "noaccess": "The session ended at the banner, EHLO, HELO or the login.",
     "error": "The peer or this server refused the mail: for now with a `code` of 4xx, else for"
     " good.",
     "lost": "The connection broke, or the peer answered out of step.",
@@ -80,6 +81,12 @@ STATES: Final = {
     "init": "Waiting for the banner.",
     "ehlo": "EHLO was sent.",
     "helo": "HELO was sent.",
+    "authplain": "AUTH PLAIN was sent.",
+    "authlogin": "AUTH LOGIN was sent.",
+    "authusername": "The user name was sent for AUTH LOGIN.",
+    "authpassword": "The password was sent for AUTH LOGIN.",
+    "authcram": "AUTH CRAM-MD5 was sent.",
+    "authresponse": "The response for AUTH CRAM-MD5 was sent.",
     "reset": "RSET was sent.",
     "mail from": "MAIL FROM was sent.",
     "rcpt to": "RCPT TO was sent.",
@@ -104,6 +111,7 @@ _STATES: Final = {
     Step.INTRO: "init",
     Step.EHLO: "ehlo",
     Step.HELO: "helo",
+    **{step: str(step) for step in Step if step.startswith("auth")},
     Step.RESET: "reset",
     Step.MAILFROM: "mail from",
     Step.RCPTTO: "rcpt to",
@@ -113,7 +121,10 @@ _STATES: Final = {
     Step.IDLE: "idle",
 }
 
-_HELLO: Final = frozenset((Step.INTRO, Step.EHLO, Step.HELO))
+_HELLO: Final = frozenset(
+    (Step.INTRO, Step.EHLO, Step.HELO, *(step for step in Step if step.startswith("auth")))
+)
+"""The steps before a session takes mail."""
 
 _OWN_ERRORS: Final = frozenset({
     # no descriptor, no memory
@@ -194,7 +205,7 @@ def failed(event: Failed) -> Outcome:
     result = "invalid" if problem is Problem.OVERFLOW else str(problem)
     if problem is Problem.OVERFLOW:
         kind = "overflow"
-    elif event.step in (Step.INTRO, Step.EHLO, Step.HELO):
+    elif event.step in _HELLO:
         kind = "noaccess"
     elif event.step is Step.IDLE:
         kind = "idle"
@@ -213,6 +224,17 @@ def connect_failed(error: OSError, host: str) -> Outcome:
     result = "timeout" if error.errno == errno.ETIMEDOUT else "error"
     own = error.errno in _OWN_ERRORS
     return Outcome("connect", "connect", result, Fate.RETRY, description=description, own_fault=own)
+
+
+def login_in_clear(host: str) -> Outcome:
+    """`host` must not get a login over a connection without TLS."""
+    description = (
+        f"{host}: the login would go over a connection without TLS; smtp-out-clear-range lists the"
+        " networks where it may"
+    )
+    return Outcome(
+        "noaccess", "connect", "error", Fate.RETRY, description=description, own_fault=True
+    )
 
 
 def cannot_bind(error: OSError, local_ip: str) -> Outcome:

@@ -12,7 +12,8 @@ cdef class ClientProtocol:
     cdef public bytes _hostname, _input, _code
     cdef public dict extensions
     cdef public list _output, _lines
-    cdef public object mta, _due, _later, _held, _refusal, _over, _blocks
+    cdef public object mta, mechanism, _login, _exchange
+    cdef public object _due, _later, _held, _refusal, _over, _blocks
     cdef public object _sender, _known_sender
 
     cpdef quit(self)
@@ -30,6 +31,8 @@ cdef class ClientProtocol:
     cpdef _take_goodbye(self, reply)
     cpdef _take_farewell(self, step, reply)
     cpdef _take_hello(self, step, reply, kind)
+    cpdef _say_auth(self, move)
+    cpdef _take_auth(self, step, reply)
     cpdef _take_limits(self)
     cpdef _take_unasked(self, reply)
     cpdef _take_early(self, reply)
@@ -46,4 +49,3 @@ cdef class ClientProtocol:
 cpdef _verdict(reply)
 cpdef _is_out_of_sequence(reply)
 cpdef _ends_body(ending)
-cpdef _is_safe(address)

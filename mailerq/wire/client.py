@@ -26,6 +26,9 @@ doubt about which chunks the peer has. The chunk waits for the reply to RCPT, an
 ahead of or behind it. Other mail goes out by DATA: BDAT saves the dots, but has no 354, and so
 proves less of the peer's position.
 
+A session with a login proves it by AUTH (RFC 4954) before it is `Ready`. 334 and 235 answer AUTH
+only, and no other reply lets the session go on. If the peer repeats the password, no event has it.
+
 In step
 -------
 Replies do not name their command. A peer that answers one command twice, late or not at all, or
@@ -120,6 +123,15 @@ from mailerq.wire.framing import (
     encode_body,
     encode_chunk,
 )
+from mailerq.wire.login import (
+    MECHANISMS,
+    Exchange,
+    Login,
+    decode_challenge,
+    hidden,
+    mechanism_of,
+)
+from mailerq.wire.objections import objection_to
 from mailerq.wire.parameters import dsn_parameters
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
@@ -152,24 +164,15 @@ MAX_MTA_NAME: Final = 255
 
 _REPLY_LINE: Final = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 
-# Characters between the angle brackets that end neither them nor the line: no controls, no space or
-# bracket outside a quoted local part. Stricter rules are elsewhere; this one keeps an address from
-# becoming a command.
-_SAFE_ADDRESS: Final = re.compile(
-    r'[^\x00-\x20\x7f-\x9f<>"]*|"(?:[^"\\\x00-\x1f\x7f-\x9f]|\\[^\x00-\x1f\x7f-\x9f])*"@[^\x00-\x20\x7f-\x9f<>"]+'
-)
-
 _LIMIT: Final = re.compile(r"(?i:(MAILMAX|RCPTDOMAINMAX))=([1-9][0-9]{0,5})", re.ASCII)
 
 _ABOUT_COMMANDS: Final = range(500, 505)
 """Codes for a command that the peer did not understand or expect; no verdict on a body."""
 
-MAX_ADDRESS: Final = 1024
-"""Characters of an address. The standard's limit is 254; the peer may judge that."""
-
-
 # Each is read several times a mail; the attribute of an Enum costs ten times as much.
-_INTRO, _EHLO, _HELO, _RESET, _MAILFROM, _RCPTTO, _DATA, _MESSAGE, _QUIT, _IDLE = Step
+_INTRO, _EHLO, _HELO = Step.INTRO, Step.EHLO, Step.HELO
+_RESET, _MAILFROM, _RCPTTO, _DATA = Step.RESET, Step.MAILFROM, Step.RCPTTO, Step.DATA
+_MESSAGE, _QUIT, _IDLE = Step.MESSAGE, Step.QUIT, Step.IDLE
 
 
 _SEND_BODY: Final = SendBody()
@@ -199,13 +202,15 @@ class ClientProtocol:
     b'MAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\n'
     """
 
-    def __init__(self, hostname: str, *, careful: bool = False) -> None:
+    def __init__(self, hostname: str, *, careful: bool = False, login: Login | None = None) -> None:
         self.careful = careful
         """True if the peer was out of step before: QUIT follows the reply to each body."""
         self.mta: str | None = None
         """The name in the peer's banner."""
         self.extensions: dict[str, str] = {}
         """The peer's EHLO offers: upper-case keyword -> its parameters."""
+        self.mechanism: str | None = None
+        """The mechanism of AUTH by which the session proves its login, in lower case."""
         self.max_mails = self.max_domains = 0
         """Mails, and domains of their recipients, that the peer takes in one session (RFC 9422); 0:
         the peer does not say."""
@@ -216,6 +221,8 @@ class ClientProtocol:
         self.may_go_ahead = False
         """True from `send_body` to `data_to_send` if an envelope may go out behind the body."""
         self._hostname = hostname.encode()
+        self._login = login
+        self._exchange: Exchange | None = None  # of AUTH; None before and after
         self._due: deque[Step] = deque((_INTRO,))
         self._later: deque[tuple[Step, bytes]] = deque()
         self._output: list[bytes] = []
@@ -292,7 +299,7 @@ class ClientProtocol:
         if binary and ahead:
             return False
         utf8 = utf8 or not (envelope.isascii() and recipient.isascii())
-        objection = self._objection(envelope, recipient, size, utf8=utf8)
+        objection = objection_to(envelope, recipient, size, self.extensions, utf8=utf8)
         if objection is not None:
             if not ahead:
                 self._refuse(objection, proved=True)
@@ -376,25 +383,6 @@ class ClientProtocol:
         del output[:count]
         return data
 
-    def _objection(
-        self, envelope: str, recipient: str, size: int | None, *, utf8: bool
-    ) -> Refused | None:
-        """The objection to sending this mail, found before anything is on the wire."""
-        if not _is_safe(envelope):
-            return Refused(_MAILFROM, smtp.BAD_SENDER)
-        if not recipient or not _is_safe(recipient):
-            return Refused(_RCPTTO, smtp.BAD_RECIPIENT)
-        if utf8 and "SMTPUTF8" not in self.extensions:
-            if not envelope.isascii():
-                return Refused(_MAILFROM, smtp.ADDRESS_NOT_ASCII)
-            if not recipient.isascii():
-                return Refused(_RCPTTO, smtp.ADDRESS_NOT_ASCII)
-            return Refused(_MAILFROM, smtp.HEADER_NOT_ASCII)
-        limit = self.extensions.get("SIZE", "")
-        if size is not None and limit.isdecimal() and len(limit) <= 20 and 0 < int(limit) < size:
-            return Refused(_MAILFROM, smtp.too_big_for_peer(size, int(limit)))
-        return None
-
     def _send_commands(self) -> None:
         pipelining = "PIPELINING" in self.extensions
         while self._later:
@@ -430,7 +418,10 @@ class ClientProtocol:
                     return event
         except _Violation as violation:
             self._doubted = True
-            return self.abort(violation.problem, violation.description)
+            description = violation.description
+            if self._login is not None:
+                description = hidden(description, self._login)
+            return self.abort(violation.problem, description)
         if self._eof:
             return self.abort(Problem.LOST, "connection closed by the peer")
         return NEED_DATA
@@ -501,6 +492,11 @@ class ClientProtocol:
             return self._take_unasked(reply)
         step = self._due.popleft()
         kind = reply.code // 100
+        if self._login is not None:
+            if reply.code != 334:
+                reply = Reply(reply.code, hidden(reply.text, self._login))
+            if self._exchange is not None:
+                return self._take_auth(step, reply)
         if step is _QUIT:
             return self._take_goodbye(reply)
         if reply.code == 421:
@@ -633,6 +629,39 @@ class ClientProtocol:
                 self.extensions[keyword.upper()] = parameters.strip()
             if "LIMITS" in self.extensions:
                 self._take_limits()
+        if self._login is None:
+            return Ready(self.mta)
+        mechanism = mechanism_of(self.extensions.get("AUTH", ""))
+        if mechanism is None:
+            return self._finish(Refused(step, smtp.NO_MECHANISM))
+        self.mechanism = mechanism.lower()
+        self._exchange = MECHANISMS[mechanism](self._login)
+        self._say_auth(next(self._exchange))
+        return None
+
+    def _say_auth(self, move: tuple[Step, bytes]) -> None:
+        step, line = move
+        self._output.append(line + b"\r\n")
+        self._due.append(step)
+
+    def _take_auth(self, step: Step, reply: Reply) -> Event | None:
+        """The peer answered a line of AUTH."""
+        assert self._exchange is not None, "a login is under way"
+        if reply.code >= 400:
+            return self._finish(Refused(step, reply))
+        challenge = decode_challenge(reply.text) if reply.code == 334 else b""
+        if reply.code not in (334, 235) or challenge is None:
+            raise self._invalid(step, reply)
+        try:
+            move = self._exchange.send(challenge)
+        except StopIteration:
+            move = None
+        if (move is None) is not (reply.code == 235):
+            raise self._invalid(step, reply)
+        if move is not None:
+            self._say_auth(move)
+            return None
+        self._exchange = None
         return Ready(self.mta)
 
     def _take_limits(self) -> None:
@@ -746,7 +775,3 @@ def _is_out_of_sequence(reply: Reply) -> bool:
 
 def _ends_body(ending: Accepted | Refused) -> bool:
     return isinstance(ending, Accepted) or ending.step is _MESSAGE
-
-
-def _is_safe(address: str) -> bool:
-    return len(address) <= MAX_ADDRESS and _SAFE_ADDRESS.fullmatch(address) is not None

@@ -30,6 +30,12 @@ class Step(StrEnum):
     INTRO = "intro"
     EHLO = "ehlo"
     HELO = "helo"
+    AUTHPLAIN = "authplain"
+    AUTHLOGIN = "authlogin"
+    AUTHUSERNAME = "authusername"
+    AUTHPASSWORD = "authpassword"
+    AUTHCRAM = "authcram"
+    AUTHRESPONSE = "authresponse"
     RESET = "reset"
     MAILFROM = "mailfrom"
     RCPTTO = "rcptto"
@@ -65,7 +71,7 @@ class Accepted(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """The peer refused `step`; at INTRO, EHLO and HELO it refused the whole session.
+    """The peer refused `step`; at INTRO, EHLO, HELO and AUTH it refused the whole session.
 
     `reply` is our own if nothing was sent because the peer could not take the mail.
     """

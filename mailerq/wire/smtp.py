@@ -201,6 +201,7 @@ NOT_CONVERTIBLE = Reply(
     554, "5.6.3 the mail is 8-bit, cannot be converted, and the peer does not offer 8BITMIME"
 )
 OWN_FAULT = Reply(451, "4.3.0 internal error, see the application log")
+NO_MECHANISM = Reply(454, "4.7.0 the peer offers no mechanism of AUTH for the login")
 NO_REQUIRETLS = Reply(
     550, "5.7.30 the sender requires TLS all the way, and deliveries do not use TLS yet"
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import trio
+
 from mailerq import Engine
 from tests.engine.kit import inbox, open_dialog, serve
-from tests.support import configure, without_received
+from tests.support import DEADLINE, configure, without_received
 
 
 async def test_binary_mail_is_relayed_byte_for_byte(tmp_path: Path) -> None:
@@ -24,3 +27,32 @@ async def test_binary_mail_is_relayed_byte_for_byte(tmp_path: Path) -> None:
     assert message.body is not None
     assert without_received(without_received(message.body)) == mime
     assert message.properties["binarymime"] is True
+
+
+@pytest.mark.parametrize("password", ["pass-phrase", "wrong"])
+async def test_mail_goes_to_a_smarthost_that_wants_a_login(tmp_path: Path, password: str) -> None:
+    login = {"smtp_username": "ann", "smtp_password": "pass-phrase"}
+    async with serve(tmp_path / "peer", smtp_relay_range=(), **login) as peer:
+        host, port = peer.addresses[0]
+        config = configure(
+            tmp_path / "relay",
+            smarthost=host,
+            smarthost_port=port,
+            smarthost_username="ann",
+            smarthost_password=password,
+            rabbitmq_success="success",
+            rabbitmq_retry="retry",
+        )
+        async with Engine(config) as engine, open_dialog(engine.addresses[0]) as dialog:
+            assert (await dialog.mail("c@d.test")).startswith("250")
+            queue = "success" if password == "pass-phrase" else "retry"
+            with trio.fail_after(DEADLINE):
+                async with engine.consume(queue) as leases:
+                    lease = await leases.receive()
+                    (result,) = lease.message.results
+            if queue == "success":
+                (message,) = await inbox(peer)
+                assert message.properties["connection"]["user"] == "ann"
+                assert result["authentication"] == "cram-md5"
+            else:
+                assert (result["state"], result["code"]) == ("authresponse", 535)

@@ -43,7 +43,7 @@ class StubRights:
 class StubFlow:
     """A flow with the jobs of a test and one session."""
 
-    local_ip = None
+    local_ip = login = None
     config = Config(hostname="me.test", connection_maxidle=60_000)
 
     def __init__(self, port: int) -> None:

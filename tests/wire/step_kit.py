@@ -16,6 +16,7 @@ from mailerq.wire.client import (
     Refused,
     SendBody,
 )
+from mailerq.wire.login import Login
 
 Fate = tuple[str, int]
 """The step at which a mail gets its last reply, and the code of that."""
@@ -26,6 +27,7 @@ FATES: tuple[Fate, ...] = (TAKEN, *product(("mail", "rcpt", "data", "dot"), (451
 STATUS = {"mail": "2.1.0 ", "rcpt": "2.1.5 ", "dot": "2.0.0 "}
 
 UNASKED = (250, 354, 421, 451, 500, 503, 550)
+UNASKED_OF_AUTH = (235, 334)
 
 # What a server says to a command whose predecessor it refused: to RCPT, and to DATA. A text of
 # its own proves nothing, and 354 asks for a lone dot (RFC 2920, section 3.1).
@@ -65,6 +67,10 @@ class Server:
     fault: Fault
     pipelining: bool = True
     chunking: bool = False
+    auth: str = ""
+    """The mechanism that is offered; mail then needs the login."""
+    believes: bool = True
+    """The login is right."""
     manner: str = "503"
     truth: dict[int, int] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
@@ -73,6 +79,8 @@ class Server:
     hushed: bool = False
     _input: bytes = b""
     _chunk: int = 0
+    _prompts: int = 0
+    _known: bool = False
     _mail: int = -1
     _state: str = ""
     _late: list[tuple[int, bytes]] = field(default_factory=list)
@@ -88,7 +96,10 @@ class Server:
                 self._end_of_chunk()
                 continue
             line, self._input = self._input[:at], self._input[at + 2 :]
-            if self._state in ("body", "lone"):
+            if self._state == "auth":
+                self._state = ""
+                self._prompt()
+            elif self._state in ("body", "lone"):
                 if line == b".":
                     self._end_of_data()
             else:
@@ -113,6 +124,16 @@ class Server:
         else:
             self._say("dot", MANNERS[self.manner][1] if self.manner != "354" else "503 no mail")
 
+    def _prompt(self) -> None:
+        """Ask for the next response of AUTH, or judge the login."""
+        if self._prompts:
+            self._prompts -= 1
+            self._state = "auth"
+            self._say("auth", "334 PDFAbXgudGVzdD4=")
+        else:
+            self._known = self.believes
+            self._say("auth", "235 known" if self.believes else "535 unknown")
+
     def _fate_of_body(self) -> int:
         """The code of the only reply of a mail without DATA."""
         step, code = self.fates[self._mail]
@@ -124,6 +145,7 @@ class Server:
         rcpt, data = MANNERS[self.manner]
         if verb == b"EHLO":
             offers = ["PIPELINING"] * self.pipelining + ["CHUNKING", "BINARYMIME"] * self.chunking
+            offers += [f"AUTH {self.auth}"] if self.auth else []
             lines = ["mx.test", *offers]
             self._say(
                 "ehlo", "\r\n".join([f"250-{line}" for line in lines[:-1]] + [f"250 {lines[-1]}"])
@@ -142,6 +164,9 @@ class Server:
                 self._accept("rcpt", "RCPT")
             else:
                 self._say("rcpt", rcpt)
+        elif verb == b"AUTH":
+            self._prompts = {"PLAIN": 0, "CRAM-MD5": 1, "LOGIN": 2}[rest.split()[0].decode()]
+            self._prompt()
         elif verb == b"BDAT":
             assert rest.endswith(b" LAST")
             self._chunk = int(rest.split()[0])
@@ -162,6 +187,8 @@ class Server:
 
     def _accept(self, step: str, state: str) -> None:
         fate, code = self.fates[self._mail]
+        if self.auth and not self._known:
+            fate, code = step, 530
         if fate == step:
             self._settle(code)
             self._say(step, f"{code} no")
@@ -225,7 +252,7 @@ class Server:
         return bool(late)
 
 
-def faults(replies: int) -> Iterator[Fault]:
+def faults(replies: int, unasked: Sequence[int] = UNASKED) -> Iterator[Fault]:
     """Every fault at each of so many replies, and right behind them."""
     yield Fault("mute")
     for number in range(replies + 1):
@@ -233,7 +260,7 @@ def faults(replies: int) -> Iterator[Fault]:
         yield Fault("omit", number)
         for value in range(4):
             yield Fault("cut", number, value)
-        for value in UNASKED:
+        for value in unasked:
             yield Fault("insert", number, value)
             yield Fault("early", number, value)
     for value in range(1, 6):
@@ -348,10 +375,12 @@ LINES = ("lock-step", "lock-step, last", "pipelined", "pipelined, last", "ahead"
 CHUNKS = (
     "slow chunks", "slow chunks, last", "chunks", "chunks, last", "first chunk", "second chunk",
 )  # fmt: skip
-MODES = LINES + CHUNKS
+LOGINS = ("PLAIN", "CRAM-MD5", "LOGIN")
+MODES = LINES + CHUNKS + LOGINS
 """How a client sends: with "last" it says with the last mail that the session ends.
 
-With chunks all mail goes out by BDAT, or every other mail, while the others may go ahead.
+With chunks all mail goes out by BDAT, or every other mail, while the others may go ahead. With the
+name of a mechanism the client logs in before the first mail.
 """
 
 BY_BDAT: dict[str, Callable[[int], bool]] = {
@@ -370,6 +399,7 @@ def play(
     cut: Cut = whole,
     *,
     careful: bool = False,
+    believes: bool = True,
 ) -> tuple[Client, Server]:
     way, _, last = mode.partition(", ")
     server = Server(
@@ -377,9 +407,12 @@ def play(
         fault,
         pipelining=way not in ("lock-step", "slow chunks"),
         chunking=way in BY_BDAT,
+        auth=way if way in LOGINS else "",
+        believes=believes,
         manner=manner,
     )
-    protocol = ClientProtocol("me.test", careful=careful)
+    login = Login("ann", "secret") if way in LOGINS else None
+    protocol = ClientProtocol("me.test", careful=careful, login=login)
     client = Client(
         server,
         way in ("ahead", "first chunk", "second chunk"),

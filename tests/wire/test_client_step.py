@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 from mailerq.wire.client import Accepted, Failed, Refused
 from tests.wire.step_kit import (
     FATES,
+    LOGINS,
     MANNERS,
     MODES,
     TAKEN,
+    UNASKED,
+    UNASKED_OF_AUTH,
     Client,
     Fate,
     Fault,
@@ -52,16 +55,23 @@ SOME_PAIRS = PAIRS[::4]
 
 
 def check_faults(
-    fates: Sequence[Fate], mode: str, manner: str = "503", *, careful: bool = False
+    fates: Sequence[Fate],
+    mode: str,
+    manner: str = "503",
+    *,
+    careful: bool = False,
+    believes: bool = True,
 ) -> None:
     """Try every fault, with the replies of a batch in one piece and one by one."""
-    honest = play(fates, Fault(), mode, manner, careful=careful)
+    way: dict[str, bool] = {"careful": careful, "believes": believes}
+    honest = play(fates, Fault(), mode, manner, **way)
     check(*honest)
-    for fault in faults(len(honest[1].steps)):
-        client, server = play(fates, fault, mode, manner, whole, careful=careful)
+    unasked = UNASKED + UNASKED_OF_AUTH if mode in LOGINS else UNASKED
+    for fault in faults(len(honest[1].steps), unasked):
+        client, server = play(fates, fault, mode, manner, whole, **way)
         check(client, server)
         if client.longest > 1:
-            check(*play(fates, fault, mode, manner, one_by_one, careful=careful))
+            check(*play(fates, fault, mode, manner, one_by_one, **way))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +87,16 @@ def check_faults(
 def test_two_mails_hold_through_every_fault(mode: str, manner: str) -> None:
     for fates in SOME_PAIRS:
         check_faults(fates, mode, manner)
+
+
+@pytest.mark.parametrize("mode", LOGINS)
+def test_a_peer_that_does_not_know_the_login_takes_no_mail_through_any_fault(mode: str) -> None:
+    for fates in SOME_PAIRS[:6]:
+        check_faults(fates, mode, believes=False)
+    client, server = play((TAKEN,), Fault(), mode, believes=False)
+    assert (client.results, server.truth) == ({}, {})
+    assert isinstance(refused := client.protocol.next_event(), Refused)
+    assert refused.reply.code == 535
 
 
 @pytest.mark.parametrize("mode", ["lock-step", "pipelined", "chunks"])
