@@ -24,6 +24,7 @@ __all__ = [
     "parse_host",
     "parse_ip",
     "parse_literal",
+    "parse_lmtp",
     "parse_mailbox",
     "parse_path",
     "parse_peer",
@@ -32,6 +33,12 @@ __all__ = [
 ]
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+LMTP_PORT: Final = 24
+"""The port of LMTP by custom; RFC 2033 has none, and forbids 25."""
+
+SOCKET_PATH_BYTES: Final = 107
+"""Bytes of the path of a Unix socket (unix(7))."""
 
 LOCAL_LIMIT: Final = 64
 """Bytes of a local part (RFC 5321, section 4.5.3.1.1)."""
@@ -304,3 +311,32 @@ def queue_problem(name: str) -> str | None:
     if len(name.encode()) > QUEUE_LIMIT:
         return f"is longer than {QUEUE_LIMIT} bytes"
     return None
+
+
+def parse_lmtp(uri: str) -> tuple[str, int]:
+    """Read the URI of an LMTP server: its host and port, or the path of its socket and 0.
+
+    Raises `AddressError`.
+
+    >>> parse_lmtp("lmtp://mailbox.test:2424"), parse_lmtp("lmtp://[::1]")
+    (('mailbox.test', 2424), ('::1', 24))
+    >>> parse_lmtp("lmtp:///run/dovecot/lmtp")
+    ('/run/dovecot/lmtp', 0)
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme.lower() != "lmtp":
+        raise AddressError(f"{uri[:80]!r} is not of the form lmtp://host:port or lmtp:///path")
+    if rest.startswith("/"):
+        if len(rest.encode()) > SOCKET_PATH_BYTES or "\0" in rest:
+            raise AddressError(f"{rest[:80]!r} is too long for a socket")
+        return rest, 0
+    host, colon, port = rest, "", ""
+    if not rest.endswith("]"):
+        head, colon, tail = rest.rpartition(":")
+        if colon:
+            host, port = head, tail
+    if colon and not (port.isdecimal() and port.isascii() and 0 < int(port[:6]) < 65536):
+        raise AddressError(f"{port[:80]!r} is not a port")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    return str(parse_host(host)), int(port) if colon else LMTP_PORT

@@ -58,6 +58,9 @@ class Config(Table):
     """Attribute -> place of each value that was set; filled by `load`, read by `origin`."""
     result_queues: Mapping[str, str] = field(init=False, repr=False, compare=False)
     """The queue for each kind of result; empty if there is none."""
+    local_names: frozenset[str] = field(init=False, repr=False, compare=False)
+    """The domains that `local-delivery` takes: those of `smtp-local-domains`, and `hostname`, where
+    the bare postmaster is; empty without `local-delivery`."""
     report_queue: str = field(init=False, repr=False, compare=False)
     """The queue for failed mail if no setting names one: it gets reports without the mail."""
 
@@ -83,6 +86,8 @@ class Config(Table):
         }
         queues["failure"] = self.failure_queue
         object.__setattr__(self, "result_queues", queues)
+        names = (*self.smtp_local_domains, self.hostname.lower()) if self.local_delivery else ()
+        object.__setattr__(self, "local_names", frozenset(names))
         object.__setattr__(self, "report_queue", "" if self.failure_is_named else queues["failure"])
 
     def _where(self, attribute: str) -> str:
@@ -165,7 +170,10 @@ class Config(Table):
 
     @property
     def keeps_local_mail(self) -> bool:
-        """Whether mail for local recipients reaches somebody, and does not return here by MX."""
+        """Whether mail for local recipients reaches somebody, and does not return here by MX.
+
+        `local-delivery` does not count: it takes some domains only, see `local_names`.
+        """
         outbox = self.rabbitmq_outbox
         inbox = outbox if self.rabbitmq_inbox is None else self.rabbitmq_inbox
         return (self.rabbitmq_local or inbox) != outbox or bool(

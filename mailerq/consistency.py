@@ -35,14 +35,20 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
         for port in set(getattr(config, key)) & set(getattr(config, other)) - {0}:
             yield key, f"port {port} is in {other.replace('_', '-')} as well"
     for key in ("smtp_local_domains", "smtp_local_addresses"):
-        if getattr(config, key) and not config.keeps_local_mail:
+        served = config.local_delivery and key == "smtp_local_domains"
+        if getattr(config, key) and not (served or config.keeps_local_mail):
             yield (
                 key,
                 f"{key.replace('_', '-')}: mail for them has nowhere to go. Add 'rabbitmq-local:"
                 " local' and have a program read that queue, or 'smarthost: ' with the host that"
-                " keeps the mailboxes; domains that are to be passed on by MX belong in"
-                " smtp-relay-domains",
+                " keeps the mailboxes, or for domains 'local-delivery: ' with their LMTP server;"
+                " domains that are to be passed on by MX belong in smtp-relay-domains",
             )
+    inbox = config.rabbitmq_inbox
+    queue = config.rabbitmq_local or (config.rabbitmq_outbox if inbox is None else inbox)
+    if config.local_delivery and queue != config.rabbitmq_outbox:
+        where = f"goes to the queue {queue!r}" if queue else "is dropped"
+        yield "local_delivery", f"local-delivery gets no mail: mail for local domains {where}"
     for domain in sorted({*config.smtp_local_domains} & {*config.smtp_relay_domains}):
         yield "smtp_relay_domains", f"{domain} is in smtp-local-domains as well"
     for key in ("smtp_connections_in", "smtp_connections_out"):

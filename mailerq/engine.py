@@ -92,6 +92,7 @@ SPARE_DESCRIPTORS: Final = 64
 LOGS: Final = ("send_log_file", "received_log_file", "refused_log_file")
 
 ROUTES: Final = (
+    "local_delivery", "smtp_local_domains",
     "smarthost", "smarthost_port", "smarthost_username", "smarthost_password",
     "smtp_sink_address", "smtp_sink_port", "smtp_sink_username", "smtp_sink_password",
     "max_delivertime",

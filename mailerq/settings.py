@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
-from mailerq.address import host_port, parse_domain, parse_host, parse_ip, queue_problem
+from mailerq.address import (
+    host_port,
+    parse_domain,
+    parse_host,
+    parse_ip,
+    parse_lmtp,
+    queue_problem,
+)
 from mailerq.errors import AddressError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -157,6 +164,10 @@ def _check_queue(value: Any) -> str:
     if text and (problem := queue_problem(text)) is not None:
         raise ValueError(problem)
     return text
+
+
+def _check_lmtp(value: Any) -> str:
+    return _syntax(parse_lmtp, value)
 
 
 def _check_sink(value: Any) -> str:
@@ -331,6 +342,7 @@ QUEUE: Final = _text_kind("queue", _check_queue)
 HOST: Final = _text_kind("host", _check_host)
 HOSTNAME: Final = _text_kind("domain", _check_hostname)
 SINK: Final = _text_kind("host", _check_sink)
+LMTP: Final = _text_kind("URI", _check_lmtp)
 FLAG: Final = Kind("true|false", _read_flag, _check_flag, lambda value: str(value).lower())
 NUMBER: Final = Kind("number", _read_number, _check_number)
 SECONDS: Final = Kind("number", _read_seconds, _check_seconds, _plain)

@@ -19,6 +19,7 @@ from mailerq.settings import (
     HOST,
     HOSTNAME,
     IPS,
+    LMTP,
     NAMES,
     NETWORKS,
     NUMBER,
@@ -258,7 +259,7 @@ class Table:
         DOMAINS,
         ACCESS,
         "Domains that anybody may send to and whose mail ends here: in rabbitmq-local, another"
-        " inbox than the outbox, or at smarthost.",
+        " inbox than the outbox, at local-delivery or at smarthost.",
         unset="none",
     )
     smtp_relay_domains: tuple[str, ...] = setting(
@@ -464,6 +465,14 @@ class Table:
         unit="s",
         minimum=0,
         needed=True,
+    )
+    local_delivery: str = setting(
+        "",
+        LMTP,
+        DELIVERY,
+        "LMTP server with the mailboxes of smtp-local-domains: lmtp://host:port or lmtp:///path of"
+        " its socket; docs/peers.md explains it.",
+        unset="none",
     )
     smarthost: str = setting("", HOST, DELIVERY, "Host that takes all mail.", unset="none")
     smarthost_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)

@@ -13,6 +13,7 @@ from mailerq.address import (
     parse_domain,
     parse_host,
     parse_literal,
+    parse_lmtp,
     parse_mailbox,
     parse_path,
     split_host_port,
@@ -313,3 +314,52 @@ def test_an_address_with_its_port_can_be_split_again(
 def test_text_without_a_port_is_not_split(text: str) -> None:
     with pytest.raises(AddressError, match="not of the form HOST:PORT"):
         split_host_port(text)
+
+
+@pytest.mark.parametrize(
+    ("uri", "found"),
+    [
+        ("lmtp://mailbox.test", ("mailbox.test", 24)),
+        ("LMTP://Mailbox.Test:2424", ("mailbox.test", 2424)),
+        ("lmtp://127.0.0.1:24", ("127.0.0.1", 24)),
+        ("lmtp://[2001:db8::1]:2424", ("2001:db8::1", 2424)),
+        ("lmtp:///run/dovecot/lmtp", ("/run/dovecot/lmtp", 0)),
+    ],
+)
+def test_an_lmtp_server_has_a_uri(uri: str, found: tuple[str, int]) -> None:
+    assert parse_lmtp(uri) == found
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "mailbox.test",
+        "smtp://mailbox.test",
+        "lmtp:mailbox.test",
+        "lmtp:/run/lmtp",
+        "lmtp://",
+        "lmtp://mailbox.test:",
+        "lmtp://mailbox.test:0",
+        "lmtp://mailbox.test:65536",
+        "lmtp://mailbox.test:9999999999",
+        "lmtp://mailbox.test:\u0662",
+        "lmtp://user@mailbox.test",
+        "lmtp://mailbox.test/path",
+        "lmtp://[::1",
+        "lmtp:///" + "x" * 200,
+    ],
+)
+def test_what_is_no_uri_of_an_lmtp_server_is_refused(uri: str) -> None:
+    with pytest.raises(AddressError):
+        parse_lmtp(uri)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_uri_of_an_lmtp_server_or_refused(text: str) -> None:
+    for uri in (text, f"lmtp://{text}"):
+        try:
+            host, port = parse_lmtp(uri)
+        except AddressError:
+            continue
+        assert host.startswith("/") is (port == 0)

@@ -455,3 +455,12 @@ def test_patterns_for_replies_are_tried_on_their_samples(tmp_path: Path) -> None
     responses.write_text(text)
     found = check(tmp_path, settings[1])
     assert f"{responses}:17: provider: no [[provider]] in limits-file is named 'google'" in found
+
+
+def test_a_socket_that_is_not_there_yet_is_no_mistake(tmp_path: Path) -> None:
+    settings = ("--smtp-local-domains=d.test", f"--local-delivery=lmtp://{tmp_path}/lmtp")
+    note = f"note: local-delivery: there is no socket {tmp_path}/lmtp now; mail waits for it"
+    assert note in check(tmp_path, *settings, status=0)
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind(f"{tmp_path}/lmtp")
+        assert "there is no socket" not in check(tmp_path, *settings, status=0)

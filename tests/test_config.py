@@ -571,6 +571,21 @@ def test_arguments_are_split_into_settings_and_the_rest() -> None:
         (["--smtp-local-domains=a.test"], "--smtp-local-domains", "Add 'rabbitmq-local: local'"),
         (["--smtp-local-addresses=f"], "--smtp-local-addresses", "has nowhere to go"),
         (
+            ["--smtp-local-addresses=f", "--local-delivery=lmtp:///run/lmtp"],
+            "--smtp-local-addresses",
+            "has nowhere to go",
+        ),
+        (
+            ["--local-delivery=lmtp:///run/lmtp", "--rabbitmq-local=box"],
+            "--local-delivery",
+            "goes to the queue 'box'",
+        ),
+        (
+            ["--local-delivery=lmtp:///run/lmtp", "--rabbitmq-inbox="],
+            "--local-delivery",
+            "is dropped",
+        ),
+        (
             ["--smtp-local-domains=a.test", "--rabbitmq-inbox=outbox"],
             "--smtp-local-domains",
             "has nowhere to go",

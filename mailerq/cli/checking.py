@@ -19,6 +19,7 @@ from itertools import chain
 from typing import Any, Final
 
 from mailerq import inspection
+from mailerq.address import parse_lmtp
 from mailerq.cli import control
 from mailerq.cli.common import command_parser, complain, print_json
 from mailerq.cli.daemon import lock_place, open_lock
@@ -433,6 +434,10 @@ def _notes(config: Config) -> Iterator[str]:
         with suppress(OSError), _as_user(config):  # reported before: the account cannot be taken
             unreadable += _unreadable(config)
         yield from unreadable
+    if config.local_delivery:
+        path, port = parse_lmtp(config.local_delivery)
+        if not port and not os.path.exists(path):
+            yield f"local-delivery: there is no socket {path} now; mail waits for it"
     if config.smtp_sink_address:
         yield f"smtp-sink-address is set: all mail goes to {config.smtp_sink_address}"
     if not config.smtp_range and any(network.prefixlen == 0 for network in config.smtp_relay_range):

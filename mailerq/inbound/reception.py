@@ -207,7 +207,8 @@ async def _publish(
 def _fault(services: Services, terms: Terms, message: Message) -> Reply | None:
     """Refuse a message that a plugin has sent to a wrong place."""
     if message.local and not terms.config.keeps_local_mail:
-        return services.no_way(message.recipient)
+        if not terms.is_delivered(message.recipient):
+            return services.no_way(message.recipient)
     if problem := loop_problem(message.properties, terms.config.rabbitmq_outbox):
         services.say_untaken("a plugin made a message that cannot be taken: %s", problem)
         return smtp.NO_WAY

@@ -106,7 +106,7 @@ class Services:
         """Refuse a local recipient when nobody keeps local mail, and log that."""
         self.say_no_way(
             "mail for %s is refused: it is local, and neither rabbitmq-local nor another inbox"
-            " than the outbox nor smarthost is set",
+            " than the outbox nor smarthost is set, and local-delivery does not take it",
             ascii(recipient),
         )
         return smtp.NO_WAY

@@ -459,7 +459,8 @@ class Session:
         if not (relays or terms.is_ours(recipient)):
             return smtp.NO_RELAY
         if not terms.config.keeps_local_mail and terms.is_local(recipient):
-            return services.no_way(recipient)
+            if not terms.is_delivered(recipient):
+                return services.no_way(recipient)
         if not (self._relays or services.clients.may(self._client.standing, "recipients")):
             return smtp.RECIPIENTS_TOO_OFTEN
         return None

@@ -155,6 +155,10 @@ class Terms:
         """Whether anybody may send to this recipient, whose mail ends here."""
         return is_local(recipient, self.access, self.local_addresses)
 
+    def is_delivered(self, recipient: str) -> bool:
+        """Whether `local-delivery` takes the mail for this recipient."""
+        return bool(self.config.local_delivery) and self.access.is_in_local_domain(recipient)
+
     def is_ours(self, recipient: str) -> bool:
         """Whether anybody may send to this recipient."""
         return self.is_local(recipient) or self.access.is_relayed(recipient)

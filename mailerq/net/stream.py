@@ -1,4 +1,4 @@
-"""A TCP connection for trio tasks, plain or TLS, with few task switches.
+"""A connection for trio tasks, plain or TLS, with few task switches.
 
 Theory of operation
 -------------------
@@ -47,6 +47,9 @@ log = logging.getLogger("mailerq.net")
 FAIR_SECONDS: Final = 0.005
 """A stream may read this long without waiting before other tasks run."""
 
+BUSY_SECONDS: Final = 0.05
+"""Pause before the next attempt to connect to a Unix socket whose backlog is full."""
+
 LONG_BYTES: Final = 1 << 14
 """Output from this size on should leave at once: it is work enough for the peer."""
 
@@ -64,7 +67,7 @@ _streams: Final[dict[int, Stream]] = {}
 
 
 class Stream:
-    """A connected TCP socket or descriptor, which the stream owns from now on.
+    """A connected TCP or Unix socket or descriptor, which the stream owns from now on.
 
     Use a stream in one trio loop. One task at a time may read and one may drain; with TLS, the same
     task does both. Close the stream when no task waits in it. Any task of the loop may call the
@@ -114,10 +117,12 @@ class Stream:
 
     @classmethod
     async def connect(cls, host: str, port: int, *, local_ip: str | None = None) -> Self:
-        """Connect to an IP address, from `local_ip` if given.
+        """Connect to an IP address, from `local_ip` if given, or to the path of a Unix socket.
 
         Raises OSError; `CannotBind` if `local_ip` is the cause.
         """
+        if host.startswith("/"):
+            return await cls._connect_unix(host)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with sock:
@@ -135,6 +140,17 @@ class Stream:
                 if error:
                     raise OSError(error, os.strerror(error)) from None
             return cls(sock)
+
+    @classmethod
+    async def _connect_unix(cls, path: str) -> Self:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+            while True:
+                try:
+                    sock.connect(path)
+                    return cls(sock, local=("", 0), remote=(path, 0))
+                except BlockingIOError:
+                    # The backlog of the server is full, and nothing says when it no longer is.
+                    await trio.sleep(BUSY_SECONDS)
 
     def fileno(self) -> int:
         return self._fd

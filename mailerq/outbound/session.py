@@ -323,7 +323,10 @@ class Session:
             return Report(responses.connect_timed_out(where))
         self._stream = stream
         self._protocol = ClientProtocol(
-            self._config.hostname, careful=memory.was_out_of_step(host.address), login=login
+            self._config.hostname,
+            careful=memory.was_out_of_step(host.address),
+            login=login,
+            lmtp=self.flow.site.lmtp,
         )
         self.messages = self.body_bytes = 0
         self._domains.clear()
@@ -421,9 +424,9 @@ class Session:
         self.flow.settle(self, job, self._report(outcome))
 
     def _report(self, outcome: Outcome) -> Report:
-        messages = self.messages or None
-        protocol = self._protocol
-        return Report(outcome, self._local, self.remote, protocol.mta, messages, protocol.mechanism)
+        protocol, messages = self._protocol, self.messages or None
+        local_ip = self._local or None
+        return Report(outcome, local_ip, self.remote, protocol.mta, messages, protocol.mechanism)
 
     async def _next_job(self) -> Job | None:
         """Take the next job, or be idle until there is one.

@@ -94,6 +94,7 @@ class Site:
         "hosts",
         "key",
         "label",
+        "lmtp",
         "name",
         "outcome",
         "port",
@@ -104,6 +105,7 @@ class Site:
         self.label = route.name
         self.name = route.host
         self.port = route.port
+        self.lmtp = route.lmtp
         self.group = ""
         """The lines of `limits-file` that set the site's domains apart, see `rules.shaping`."""
         self.hosts: tuple[Host, ...] = ()
@@ -187,7 +189,9 @@ class Sites:
     async def _look_up(self, route: Route) -> Site | NoHosts:
         outcome = responses.OWN_FAULT
         try:
-            if route.mx:
+            if route.host.startswith("/"):
+                found: tuple[Host, ...] | NoHosts = (Host(route.host, route.host),)
+            elif route.mx:
                 found = await self._resolver.mail_hosts(route.host)
             else:
                 found = await self._resolver.host(route.host, trusted=route.trusted)

@@ -101,8 +101,8 @@ def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
         return Refuse(responses.unmet(promise), domain)
     try:
         route = route_of(properties, domain, config)
-        login = None if route.mx else login_of(properties, config)
-        ips = properties.get("ips")
+        login = None if route.mx or route.lmtp else login_of(properties, config)
+        ips = None if route.lmtp else properties.get("ips")
         local_ips = _addresses(ips) if ips else ()
     except AddressError as error:
         return Refuse(responses.unsendable(str(error)), domain)

@@ -79,7 +79,7 @@ STATES: Final = {
     "bind": "Choosing the address to send from.",
     "connect": "Connecting.",
     "init": "Waiting for the banner.",
-    "ehlo": "EHLO was sent.",
+    "ehlo": "EHLO was sent, or LHLO of LMTP.",
     "helo": "HELO was sent.",
     "authplain": "AUTH PLAIN was sent.",
     "authlogin": "AUTH LOGIN was sent.",

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mailerq.address import host_port, parse_host, queue_problem
+from mailerq.address import host_port, parse_host, parse_lmtp, queue_problem
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.wire import smtp
@@ -30,8 +30,8 @@ class Route(msgspec.Struct, frozen=True):
     """A way out. Messages with equal routes share a queue and its connections.
 
     `name` is the domain or the smarthost, for people and statistics. `host` is the host to connect
-    to; with `mx`, the domain whose MX hosts take the mail. The operator vouches for a `trusted`
-    host: `smtp-out-forbidden` does not apply.
+    to, or the path of a socket; with `mx`, the domain whose MX hosts take the mail. The operator
+    vouches for a `trusted` host: `smtp-out-forbidden` does not apply. `lmtp`: the host speaks LMTP.
     """
 
     name: str
@@ -39,25 +39,32 @@ class Route(msgspec.Struct, frozen=True):
     port: int
     mx: bool
     trusted: bool = False
+    lmtp: bool = False
 
 
 def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Route:
     """The route of a message to `domain`. Raises `AddressError` for a bad smarthost.
 
-    The message's own smarthost comes before the configured one. A sink takes the connections of
+    The message's own smarthost comes first, then `local-delivery`, then the configured smarthost. A
+    sink takes the connections of
     either, and those of each domain, which keep their queues.
     """
     name, host, port, mx, trusted = domain, domain, config.smtp_out_port, True, False
+    lmtp = False
     smarthost = properties.get("smarthost")
     if smarthost:
         host, port = _smarthost(smarthost)
         name, mx = host_port(host, port), False
+    elif domain in config.local_names:
+        name, mx, trusted, lmtp = config.local_delivery, False, True, True
+        host, port = parse_lmtp(config.local_delivery)
     elif config.smarthost:
         host, port, mx, trusted = config.smarthost, config.smarthost_port, False, True
         name = host_port(host, port)
     if config.smtp_sink_address:
         host, port, mx, trusted = config.smtp_sink_address, config.smtp_sink_port, False, True
-    return Route(name, host, port, mx, trusted)
+        lmtp = False
+    return Route(name, host, port, mx, trusted, lmtp)
 
 
 def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:

@@ -271,6 +271,8 @@ def _closeness(line: _Line, scope: _Scope) -> int | None:
     if scope.kind == "remote":
         if line.remote is None:
             return 0 if line.any_remote else None
+        if scope.remote.startswith("/"):
+            return None  # a socket of this host
         ip = ipaddress.ip_address(scope.remote.partition("%")[0])
         fits = ip.version == line.remote.version and ip in line.remote
         return line.remote.prefixlen + 1 if fits else None

@@ -6,7 +6,7 @@ cimport cython
 @cython.final
 cdef class ClientProtocol:
     cdef public Py_ssize_t replies, max_mails, max_domains, _at
-    cdef public bint careful, may_go_ahead
+    cdef public bint careful, may_go_ahead, _lmtp
     cdef public bint out_of_step, _eof, _ahead, _proved, _doubted, _fresh, _transaction_open
     cdef public bint _body_due, _asked, _binary, _last, _farewell
     cdef public bytes _hostname, _input, _code

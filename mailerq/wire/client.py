@@ -26,6 +26,9 @@ doubt about which chunks the peer has. The chunk waits for the reply to RCPT, an
 ahead of or behind it. Other mail goes out by DATA: BDAT saves the dots, but has no 354, and so
 proves less of the peer's position.
 
+LMTP (RFC 2033) begins with LHLO. Its dot gets a reply for each recipient, and a mail has one. Its
+DATA is never answered by 354 when the recipient was refused.
+
 A session with a login proves it by AUTH (RFC 4954) before it is `Ready`. 334 and 235 answer AUTH
 only, and no other reply lets the session go on. If the peer repeats the password, no event has it.
 
@@ -202,7 +205,14 @@ class ClientProtocol:
     b'MAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\n'
     """
 
-    def __init__(self, hostname: str, *, careful: bool = False, login: Login | None = None) -> None:
+    def __init__(
+        self,
+        hostname: str,
+        *,
+        careful: bool = False,
+        login: Login | None = None,
+        lmtp: bool = False,
+    ) -> None:
         self.careful = careful
         """True if the peer was out of step before: QUIT follows the reply to each body."""
         self.mta: str | None = None
@@ -221,6 +231,7 @@ class ClientProtocol:
         self.may_go_ahead = False
         """True from `send_body` to `data_to_send` if an envelope may go out behind the body."""
         self._hostname = hostname.encode()
+        self._lmtp = lmtp
         self._login = login
         self._exchange: Exchange | None = None  # of AUTH; None before and after
         self._due: deque[Step] = deque((_INTRO,))
@@ -585,7 +596,7 @@ class ClientProtocol:
                 self._known_sender = self._sender
             self._asked = self._body_due = True
             return self._report()
-        if self._refusal.step is not _RCPTTO or self._held is not None:
+        if self._refusal.step is not _RCPTTO or self._held is not None or self._lmtp:
             raise self._invalid(_DATA, reply)
         self._proved = True
         self._output.append(b".\r\n")
@@ -614,10 +625,11 @@ class ClientProtocol:
     def _take_hello(self, step: Step, reply: Reply, kind: int) -> Event | None:
         if kind == 2 and step is _INTRO:
             self.mta = next(iter(reply.text[:MAX_MTA_NAME].split()), None)
-            self._output.append(b"EHLO %b\r\n" % self._hostname)
+            verb = b"LHLO" if self._lmtp else b"EHLO"
+            self._output.append(b"%b %b\r\n" % (verb, self._hostname))
             self._due.append(_EHLO)
             return None
-        if kind == 5 and step is _EHLO:
+        if kind == 5 and step is _EHLO and not self._lmtp:
             self._output.append(b"HELO %b\r\n" % self._hostname)
             self._due.append(_HELO)
             return None

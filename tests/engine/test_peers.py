@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from mailerq import Engine
+from mailerq.message import Message
 from tests.engine.kit import inbox, open_dialog, serve
 from tests.support import DEADLINE, configure, without_received
 
@@ -56,3 +58,38 @@ async def test_mail_goes_to_a_smarthost_that_wants_a_login(tmp_path: Path, passw
                 assert result["authentication"] == "cram-md5"
             else:
                 assert (result["state"], result["code"]) == ("authresponse", 535)
+
+
+@pytest.mark.parametrize("strangers", [True, False])
+async def test_mail_for_local_domains_goes_to_an_lmtp_server(
+    tmp_path: Path, strangers: bool
+) -> None:
+    async with serve(tmp_path / "peer", smtp_port=(), lmtp_port=(0,)) as peer:
+        host, port = peer.addresses[0]
+        settings: dict[str, Any] = {"smtp_relay_range": ()} if strangers else {}
+        config = configure(
+            tmp_path / "mx",
+            smtp_local_domains=("d.test",),
+            local_delivery=f"lmtp://{host}:{port}",
+            **settings,
+        )
+        async with Engine(config) as engine, open_dialog(engine.addresses[0]) as dialog:
+            for recipient in ("ann@d.test", "postmaster"):
+                assert (await dialog.mail(recipient)).startswith("250")
+            messages = await inbox(peer, 2)
+    assert {message.recipient for message in messages} == {"ann@d.test", "postmaster@mx.test"}
+
+
+async def test_local_delivery_takes_only_what_it_is_for(tmp_path: Path) -> None:
+    """A plugin calls a recipient local whose domain the LMTP server does not have."""
+    config = configure(
+        tmp_path, smtp_local_domains=("d.test",), local_delivery=f"lmtp://{tmp_path}/lmtp"
+    )
+    async with Engine(config) as engine, open_dialog(engine.addresses[0]) as dialog:
+
+        def mark(connection: object, message: Message) -> None:
+            message.local = True
+
+        engine.on("message", mark)
+        assert (await dialog.mail("ann@elsewhere.test")).startswith("451 4.3.5")
+        assert (await dialog.mail("ann@d.test")).startswith("250")

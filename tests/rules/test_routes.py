@@ -9,6 +9,7 @@ from mailerq.errors import AddressError
 from mailerq.rules.access import is_within
 from mailerq.rules.routes import Route, loop_problem, result_queues, route_of
 
+LOCAL = {"smtp_local_domains": ("d.test",)}
 SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
 
 
@@ -26,6 +27,31 @@ SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
         ({"smarthost": {"name": "s.test"}}, {}, Route("s.test:25", "s.test", 25, False)),
         ({"smarthost": {}}, {}, Route("d.test", "d.test", 25, True)),
         ({"smarthost": None}, {}, Route("d.test", "d.test", 25, True)),
+        (
+            {},
+            {**LOCAL, "local_delivery": "lmtp://mailbox.test"},
+            Route("lmtp://mailbox.test", "mailbox.test", 24, False, trusted=True, lmtp=True),
+        ),
+        (
+            {},
+            {**LOCAL, "local_delivery": "lmtp:///run/lmtp", "smarthost": "all.test"},
+            Route("lmtp:///run/lmtp", "/run/lmtp", 0, False, trusted=True, lmtp=True),
+        ),
+        (
+            {"smarthost": SMARTHOST},
+            {**LOCAL, "local_delivery": "lmtp:///run/lmtp"},
+            Route("smart.test:2525", "smart.test", 2525, False),
+        ),
+        (
+            {},
+            {**LOCAL, "local_delivery": "lmtp:///run/lmtp", "smtp_sink_address": "127.0.0.1"},
+            Route("lmtp:///run/lmtp", "127.0.0.1", 25, False, trusted=True),
+        ),
+        (
+            {},
+            {"smtp_local_domains": ("x.test",), "local_delivery": "lmtp:///run/lmtp"},
+            Route("d.test", "d.test", 25, True),
+        ),
         ({}, {"smarthost": "all.test"}, Route("all.test:25", "all.test", 25, False, trusted=True)),
         (
             {"smarthost": SMARTHOST},

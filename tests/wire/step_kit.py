@@ -71,6 +71,7 @@ class Server:
     """The mechanism that is offered; mail then needs the login."""
     believes: bool = True
     """The login is right."""
+    lmtp: bool = False
     manner: str = "503"
     truth: dict[int, int] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
@@ -143,7 +144,9 @@ class Server:
         verb, _, rest = line.partition(b" ")
         fate, code = self.fates[self._mail] if self._mail >= 0 else TAKEN
         rcpt, data = MANNERS[self.manner]
-        if verb == b"EHLO":
+        if self.lmtp and data.startswith("354"):
+            data = MANNERS["503"][1]  # LMTP never asks for a mail without a recipient
+        if verb == (b"LHLO" if self.lmtp else b"EHLO"):
             offers = ["PIPELINING"] * self.pipelining + ["CHUNKING", "BINARYMIME"] * self.chunking
             offers += [f"AUTH {self.auth}"] if self.auth else []
             lines = ["mx.test", *offers]
@@ -376,11 +379,11 @@ CHUNKS = (
     "slow chunks", "slow chunks, last", "chunks", "chunks, last", "first chunk", "second chunk",
 )  # fmt: skip
 LOGINS = ("PLAIN", "CRAM-MD5", "LOGIN")
-MODES = LINES + CHUNKS + LOGINS
+MODES = LINES + CHUNKS + LOGINS + ("lmtp",)
 """How a client sends: with "last" it says with the last mail that the session ends.
 
 With chunks all mail goes out by BDAT, or every other mail, while the others may go ahead. With the
-name of a mechanism the client logs in before the first mail.
+name of a mechanism the client logs in before the first mail; "lmtp" pipelines.
 """
 
 BY_BDAT: dict[str, Callable[[int], bool]] = {
@@ -409,10 +412,11 @@ def play(
         chunking=way in BY_BDAT,
         auth=way if way in LOGINS else "",
         believes=believes,
+        lmtp=way == "lmtp",
         manner=manner,
     )
     login = Login("ann", "secret") if way in LOGINS else None
-    protocol = ClientProtocol("me.test", careful=careful, login=login)
+    protocol = ClientProtocol("me.test", careful=careful, login=login, lmtp=way == "lmtp")
     client = Client(
         server,
         way in ("ahead", "first chunk", "second chunk"),
