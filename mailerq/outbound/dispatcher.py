@@ -255,6 +255,8 @@ class Dispatcher:
     def _flush_log(self) -> None:
         self._settlements.flush_log()
         self._intake.flush_log()
+        if self.limits.refusals is not None:
+            self.limits.refusals.flush_log()
         self._misspelt.flush()
 
     def say_own_fault(self, label: str, outcome: Outcome) -> None:

@@ -189,6 +189,8 @@ class Refusals:
     def _act(self, rule: Rule, flow: Flow, provider: str, outcome: Outcome) -> None:
         scope, label = self._scope(rule, flow, provider)
         action = self.actions.get(scope)
+        if action is not None:
+            action.hits += 1
         now = self._clock()
         probing = action is not None and action.recovery.stage is Stage.PROBING
         met = self._triggers.met((rule.name, scope), rule.trigger, monotonic())
@@ -202,8 +204,7 @@ class Refusals:
         if action is None:
             if len(self.actions) >= MAX_ACTIONS:
                 return
-            action = Action(scope, label, rule.name, rule.where, now, sample, Recovery())
-        action.hits += 1
+            action = Action(scope, label, rule.name, rule.where, now, sample, Recovery(), hits=1)
         bounds = self._limits.bounds_of(flow.site, flow.local_ip, scope.key)
         most = bounds.get("max-connections")
         changed = action.recovery.refuse(
