@@ -320,6 +320,12 @@ def test_shipped_samples_mean_what_they_say(shipped: Answers) -> None:
         assert kind(shipped, reply, "dot", provider) == expected, reply
 
 
+def test_the_example_of_the_page_has_no_mistakes() -> None:
+    page = (ROOT / "docs" / "answers.md").read_text()
+    text = page.partition("```toml\n")[2].partition("```")[0]
+    assert Answers.parse(text.encode(), "answers.md", ["example"]).rules
+
+
 def test_settings_without_a_file_have_no_patterns() -> None:
     assert Answers.of(Config(), ()) is None
 
