@@ -245,11 +245,11 @@ class Flow:
         """Settle an attempt; the session is told when the result is safe."""
         self._dispatcher.settle(job, report, session)
 
-    def heard(self, outcome: Outcome) -> None:
+    def heard(self, outcome: Outcome, session: Session | None = None) -> None:
         """A peer has refused something that is not the result of a message."""
         refusals = self._dispatcher.limits.refusals
         if refusals is not None:
-            refusals.heard(self, outcome)
+            refusals.heard(self, outcome, session, session.messages if session is not None else 0)
 
     @property
     def beside(self) -> Iterable[Flow]:

@@ -250,14 +250,16 @@ class Limits:
         provider = self.provider_of(site)
         of_site, of_provider = shaping.of_site(site.group, ip), shaping.of_provider(provider, ip)
         key, provider_key = f"site {site.key.hex()}", f"provider {provider}"
-        if self.refusals is not None and self.refusals.actions:
+        connection = shaping.of_connection(site.group, provider, ip)
+        if self.refusals is not None:
+            connection = self.refusals.of_connection(connection, site)
             of_site = self.refusals.adjusted(of_site, key, ip)
             of_provider = self.refusals.adjusted(of_provider, provider_key, ip)
         wants = [
             *_all(of_site, site.label, key, ip),
             *_all(of_provider, provider_key, provider_key, ip),
         ]
-        return Allowance(self.number, wants, shaping.of_connection(site.group, provider, ip))
+        return Allowance(self.number, wants, connection)
 
     def of_remote(self, address: str, local_ip: str | None) -> Allowance:
         """What holds for all connections to an address from a local address."""

@@ -12,6 +12,9 @@ rates and the connections of `rules.shaping`, and a pause is a cell that is full
 mail that waits for a pause costs nothing, moves to another of its local addresses if there is one,
 and is named by ``mailerq status``.
 
+A reply about the number of messages of one connection is no reason for less mail: the connection
+ends, and for `LEARNED_SECONDS` others to the site end after as many messages by themselves.
+
 Actions are kept by `Kept`, so they hold over restarts.
 
 Everything here runs on the home worker.
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from mailerq.outbound.jobs import Job, Report
     from mailerq.outbound.limits import Limits
     from mailerq.outbound.session import Session
+    from mailerq.outbound.sites import Site
     from mailerq.rules.answers import Answers, Rule, Verdict
     from mailerq.rules.responses import Outcome
     from mailerq.rules.shaping import Bounds
@@ -61,6 +65,12 @@ MAX_NAMED: Final = 20
 
 MAX_SAMPLE: Final = 300
 """Characters of a reply that is kept or logged."""
+
+LEARNED_SECONDS: Final = 3600.0
+"""How long connections to a site end after the number of messages that it took on one."""
+
+MAX_LEARNED: Final = 4096
+"""Sites with such a number."""
 
 OTHER_IP_SECONDS: Final = 1.0
 """When a message tries another of its local addresses."""
@@ -134,6 +144,7 @@ class Refusals:
         self._clock = clock
         self._triggers = Triggers()
         self._classes: dict[str, int] = {}
+        self._learned: dict[bytes, tuple[Bound, float]] = {}
         self._told = 0.0
         self._say_alert = Ration(log.warning, ALERTS_PER_MINUTE, "and %d more such replies")
         for action in () if kept is None else kept.load():
@@ -154,13 +165,18 @@ class Refusals:
             if self.actions:
                 self._succeeded(flow)
             return report
-        verdict = self.heard(flow, outcome, session)
+        verdict = self.heard(flow, outcome, session, (report.messages or 1) - 1)
         if verdict is None:
             return report
         return msgspec.structs.replace(report, outcome=_judged(outcome, verdict, job))
 
-    def heard(self, flow: Flow, outcome: Outcome, session: Session | None = None) -> Verdict | None:
-        """A peer has refused something: act on the mail that would go the same way."""
+    def heard(
+        self, flow: Flow, outcome: Outcome, session: Session | None = None, messages: int = 0
+    ) -> Verdict | None:
+        """A peer has refused something: act on the mail that would go the same way.
+
+        The session had so many `messages` before.
+        """
         if not outcome.from_peer:
             return None
         provider = self._limits.provider_of(flow.site)
@@ -171,12 +187,34 @@ class Refusals:
         self._classes[verdict.kind] = self._classes.get(verdict.kind, 0) + 1
         if verdict.reaction.reconnect and session is not None:
             session.leave()
+            self._learn(flow, messages, verdict.rules[0])
         for rule in verdict.rules:
             if rule.reaction.moves_the_flow or rule.reaction.alert:
                 self._act(rule, flow, provider, outcome)
         if self.actions and not any(rule.reaction.moves_the_flow for rule in verdict.rules):
             self._succeeded(flow)  # the peer talks about one message
         return verdict
+
+    def _learn(self, flow: Flow, messages: int, rule: Rule) -> None:
+        """Connections to a site end after this number of messages."""
+        if not messages:
+            return
+        self._learned.pop(flow.site.key, None)
+        if len(self._learned) >= MAX_LEARNED:
+            del self._learned[next(iter(self._learned))]
+        bound = Bound(messages, f"{rule.name}, {rule.where}")
+        self._learned[flow.site.key] = bound, monotonic() + LEARNED_SECONDS
+        self._limits.number += 1
+
+    def of_connection(self, bounds: Bounds, site: Site) -> Bounds:
+        """The limits of each connection to a site, with what the site's replies have taught."""
+        found = self._learned.get(site.key)
+        if found is None or found[1] < monotonic():
+            return bounds
+        known = bounds.get("connection-messages")
+        if known is not None and known.value <= found[0].value:
+            return bounds
+        return {**bounds, "connection-messages": found[0]}
 
     def _scope(self, rule: Rule, flow: Flow, provider: str) -> tuple[Scope, str]:
         local_ip = flow.local_ip or ""

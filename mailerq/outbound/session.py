@@ -496,7 +496,7 @@ class Session:
             left = isinstance(event, Refused) and event.reply.code == 421
         if left and not protocol.reusable and self.messages:
             if isinstance(event, Refused):
-                self.flow.heard(_outcome(event))
+                self.flow.heard(_outcome(event), self)
             return None
         return _outcome(event)
 

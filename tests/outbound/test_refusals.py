@@ -124,6 +124,28 @@ async def test_an_attempt_that_the_connection_ends_is_not_counted() -> None:
         assert bench.queues["retry"] == [] and refusals(bench).actions == {}
 
 
+async def test_connections_end_after_the_number_of_messages_that_a_peer_takes() -> None:
+    """A peer that takes three messages on a connection refuses a fourth one only once."""
+    settings: Any = {"domain_maxconnections": 1, "connection_maxidle": 60_000}
+    async with reacting(pattern("per connection", "session-limit"), **settings) as bench:
+
+        async def three(connection: PeerConnection) -> None:
+            bench.peer.answers[".", ""] = []
+            taken = bench.peer.answers[".", "d@d.test"] = ["250 ok"] * 3
+            taken.append("421 max messages per connection")
+            await connection.serve()
+
+        bench.peer.scripts += [three] * 20
+        for _ in range(12):
+            bench.send("d@d.test")
+        await bench.until(lambda figures: figures["put_off"] == 1)
+        await bench.pass_time(2)
+        await bench.results(count=12)
+        assert bench.dispatcher.counters.put_off == 1
+        assert bench.peer.connections == 4
+        assert {result["attempt"] for result in await bench.results(count=12)} == {1}
+
+
 async def test_mail_that_would_expire_before_it_comes_again_fails() -> None:
     async with reacting(pattern("too many", "toomanyconn", retry_after="2d")) as bench:
         refuse(bench, "421 too many")
