@@ -44,6 +44,7 @@ from mailerq.outbound.adoption import Adoption, own
 from mailerq.outbound.cells import SharedCells
 from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
+from mailerq.outbound.keeper import Keeper
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
 from mailerq.plugins import (
@@ -62,6 +63,7 @@ from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.opening import make_directory, open_queues, share_directory
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.documents import problems
+from mailerq.rules.rows import Rows
 from mailerq.rules.shaping import Shaping
 
 __all__ = ["Engine"]
@@ -153,6 +155,7 @@ class Engine:
         self._openings: Openings
         self._misspelt = Misspelt()
         self._deliveries: dict[int, _Delivery] = {}
+        self._keeper: Keeper
         self._watchdog: Watchdog
         self._nursery: trio.Nursery
         self._handlers: list[tuple[str, Handler]] = []
@@ -255,6 +258,9 @@ class Engine:
         cells = SharedCells(os.path.join(config.queue_directory, CELLS), share, processes)
         stack.callback(cells.close)
         self._limits = Limits(shaping, cells, processes)
+        self._keeper = Keeper(config.queue_directory, self._rows_changed)
+        await self._keeper.open()
+        stack.push_async_callback(self._keeper.close)
         self._listener = Listener(self._server, self._workers, ports, incoming)
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
@@ -263,6 +269,7 @@ class Engine:
                 control.serve, config.queue_directory, {**self.commands(), **self._more_commands}
             )
         nursery.start_soon(self._limits.run)
+        nursery.start_soon(self._keeper.run)
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
         if lock is not None:
             nursery.start_soon(self._prove, lock)
@@ -284,8 +291,13 @@ class Engine:
             send_log=self._log("send_log_file"),
             misspelt=self._misspelt,
         )
+        dispatcher.stops.rows, dispatcher.stops.hits = self._keeper.rows, self._keeper.hits
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
         return delivery
+
+    def _rows_changed(self, rows: Rows | None) -> None:
+        for delivery in self._deliveries.values():
+            delivery.dispatcher.stops.change(rows)
 
     async def _prove(self, lock: DirectoryLock) -> None:
         """Record that the content of a share does not kill this process."""
@@ -525,6 +537,7 @@ class Engine:
                 **self._limits.statistics(),
             },
             "queue": total([each.queues.statistics() for each in deliveries]),
+            "rows": self._keeper.statistics(),
             "plugins": self.plugins.statistics(),
             "watchdog": self._watchdog.statistics(),
         }
@@ -546,6 +559,7 @@ class Engine:
             "incoming": {"open": 0, "memory": 0, "held": 0, **asdict(SessionCounters())},
             "outgoing": asdict(DeliveryCounters()),
             "queue": {},
+            "rows": {},
             "plugins": {},
             "watchdog": {},
         }
@@ -605,6 +619,7 @@ class Engine:
         return {
             "status": lambda request: self.statistics(),
             "wake": self._wake,
+            "rows": self._look_at_rows,
             "message-ids": self._message_ids,
         }
 
@@ -613,6 +628,10 @@ class Engine:
             delivery.queues.wake(everything=bool(request.get("everything")))
             if request.get("everything"):
                 delivery.dispatcher.flush()
+        return {"ok": True}
+
+    async def _look_at_rows(self, request: control.Request) -> dict[str, bool]:
+        await self._keeper.look()
         return {"ok": True}
 
     def _message_ids(self, request: control.Request) -> dict[str, list[str]]:

