@@ -321,14 +321,13 @@ class Dispatcher:
                 properties.setdefault("seen", format_time(seen))
                 if not properties.get("message-id"):
                     properties["message-id"] = self._plugins.message_id()
-            if isinstance(decision, Refuse | Park):
+            if not isinstance(decision, Send):
                 self._stop(lease, decision)
                 return None
             outcome = self._body_problem(lease) if lease.loaded else None
             if outcome is not None:
                 self._settlements.finish(lease, Report(outcome))
                 return None
-            assert isinstance(decision, Send)
             return Job(lease, message, decision, len(message.results) + 1)
         except Exception:
             # Our own defect must not stop the mail behind this message.

@@ -58,6 +58,7 @@ class Table:
         self.next_id = 1
         self.first_end = math.inf
         """No row is over before."""
+        self._last = Row(kind=SUPPRESSION)
 
     def get(self, number: int) -> Row | None:
         """The row with an id, of any kind."""
@@ -88,6 +89,9 @@ class Table:
         if row.kind != SUPPRESSION:
             self.rows[row.id] = row
             return
+        # Rows that are made one after another share what they have in common.
+        last = msgspec.structs.replace(self._last, id=row.id, since=row.since)
+        self._last = row = last if last == row else row
         before = self.suppressions.get(row.id)
         if before == row:
             row = before  # one object for all lines of the row
