@@ -496,6 +496,8 @@ class Flow:
 
     def take_out(self, condition: Callable[[Job], bool]) -> None:
         """Put back the waiting messages that meet a condition."""
+        if not self.jobs:
+            return
         out = [job for job in self.jobs if condition(job)]
         if out:
             self.jobs[:] = [job for job in self.jobs if job not in out]

@@ -36,7 +36,6 @@ from mailerq.net.resolver import Host, NoHosts, Resolver
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 from mailerq.rules.routes import Route
-from mailerq.rules.row import patterns
 
 if TYPE_CHECKING:
     from mailerq.outbound.flow import Flow
@@ -182,10 +181,10 @@ class Sites:
         """Find all sites anew: other limits may set domains apart. Lookups stay cached."""
         self._found.clear()
 
-    def forget_domains(self, names: frozenset[str]) -> None:
-        """Find the sites of these domains and patterns anew: pauses set other domains apart."""
+    def forget_domains(self, condition: Callable[[str], bool]) -> None:
+        """Find the sites of some domains anew: pauses set other domains apart."""
         for route in list(self._found):
-            if not names.isdisjoint(patterns(route.name)):
+            if condition(route.name):
                 del self._found[route]
 
     def forget_failures(self) -> None:

@@ -31,7 +31,7 @@ from mailerq.address import parse_mailbox
 from mailerq.outbound.pause import Pause
 from mailerq.rules.destinations import domain_of, parked_by, place_of
 from mailerq.rules.plan import Park, Refuse, stopped
-from mailerq.rules.row import PAUSE, patterns
+from mailerq.rules.row import PAUSE, Row, any_of, patterns
 from mailerq.rules.rows import Peer
 
 if TYPE_CHECKING:
@@ -162,9 +162,11 @@ class Stops:
         ended, added = old.keys() - new.keys(), new.keys() - old.keys()
         if ended:
             self._end(ended, any(old[row].remote_ip for row in ended))
-        if added and rows is not None:
+        pauses = [new[row] for row in added if new[row].kind == PAUSE and not new[row].tag]
+        if pauses and rows is not None:
             for flow in list(self._dispatcher.flows.live):
-                self._begin(flow, rows)
+                if any(_may_stop(row, flow) for row in pauses):
+                    self._begin(flow, rows)
 
     def _end(self, ended: Collection[int], remotes: bool) -> None:
         """Rows have ended, some of them, with `remotes`, for remote addresses."""
@@ -184,7 +186,7 @@ class Stops:
                 self._intake.reopen(key)
 
     def _begin(self, flow: Flow, rows: Rows) -> None:
-        """There are more rows: end the flow, or some of its sessions."""
+        """There are more pauses: end the flow, or some of its sessions."""
         if not flow.paused and (row := self.flow_pause(flow.site, flow.local_ip)):
             flow.end(row)
         elif rows.has_remote_pauses:
@@ -200,10 +202,11 @@ class Stops:
 
     def _regroup(self, domains: frozenset[str]) -> None:
         """Sort the mail of domains anew: their sites have changed."""
-        self._sites.forget_domains(domains)
-        self._intake.sort_again(lambda key: not domains.isdisjoint(patterns(domain_of(key))))
+        concerned = any_of(domains)
+        self._sites.forget_domains(concerned)
+        self._intake.sort_again(lambda key: concerned(domain_of(key)))
         for flow in list(self._dispatcher.flows.live):
-            flow.take_out(lambda job: not domains.isdisjoint(patterns(job.plan.domain)))
+            flow.take_out(lambda job: concerned(job.plan.domain))
 
     def _recheck(self, rows: Rows) -> None:
         """Take the messages out of memory that must not be sent now."""
@@ -237,3 +240,11 @@ class Stops:
             "paused": sum(1 for pause in pauses if pause.paused),
             "parked": sum(len(keys) for keys in self._parked.values()),
         }
+
+
+def _may_stop(row: Row, flow: Flow) -> bool:
+    """Whether it is worth the time to see whether a pause is about a flow: there may be many."""
+    apart = flow.site.apart
+    return (not row.local_ip or flow.local_ip is not None) and (
+        not row.domain or (bool(apart) and row.domain in patterns(apart))
+    )
