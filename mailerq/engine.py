@@ -45,6 +45,7 @@ from mailerq.outbound.adoption import Adoption, own
 from mailerq.outbound.cells import SharedCells
 from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
+from mailerq.outbound.keeper import Keeper
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.refusals import react
@@ -65,6 +66,7 @@ from mailerq.queues.opening import make_directory, open_queues, share_directory
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.answers import Answers
 from mailerq.rules.documents import problems
+from mailerq.rules.rows import Rows
 from mailerq.rules.shaping import Shaping
 
 __all__ = ["Engine"]
@@ -159,6 +161,7 @@ class Engine:
         self._openings: Openings
         self._misspelt = Misspelt()
         self._deliveries: dict[int, _Delivery] = {}
+        self._keeper: Keeper
         self._watchdog: Watchdog
         self._nursery: trio.Nursery
         self._handlers: list[tuple[str, Handler]] = []
@@ -263,6 +266,9 @@ class Engine:
         stack.callback(cells.close)
         self._limits = Limits(shaping, cells, processes)
         react(self._limits, answers)
+        self._keeper = Keeper(config.queue_directory, self._rows_changed)
+        await self._keeper.open()
+        stack.push_async_callback(self._keeper.close)
         self._listener = Listener(self._server, self._workers, ports, incoming)
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
@@ -271,6 +277,7 @@ class Engine:
                 control.serve, config.queue_directory, {**self.commands(), **self._more_commands}
             )
         nursery.start_soon(self._limits.run)
+        nursery.start_soon(self._keeper.run)
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
         if lock is not None:
             nursery.start_soon(self._prove, lock)
@@ -292,8 +299,13 @@ class Engine:
             send_log=self._log("send_log_file"),
             misspelt=self._misspelt,
         )
+        dispatcher.stops.rows, dispatcher.stops.hits = self._keeper.rows, self._keeper.hits
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
         return delivery
+
+    def _rows_changed(self, rows: Rows | None) -> None:
+        for delivery in self._deliveries.values():
+            delivery.dispatcher.stops.change(rows)
 
     async def _prove(self, lock: DirectoryLock) -> None:
         """Record that the content of a share does not kill this process."""
@@ -539,6 +551,7 @@ class Engine:
             },
             "replies": self._limits.replies(),
             "queue": total([each.queues.statistics() for each in deliveries]),
+            "rows": self._keeper.statistics(),
             "plugins": self.plugins.statistics(),
             "watchdog": self._watchdog.statistics(),
         }
@@ -561,6 +574,7 @@ class Engine:
             "outgoing": asdict(DeliveryCounters()),
             "replies": {},
             "queue": {},
+            "rows": {},
             "plugins": {},
             "watchdog": {},
         }
@@ -620,6 +634,7 @@ class Engine:
         return {
             "status": lambda request: self.statistics(),
             "wake": self._wake,
+            "rows": self._look_at_rows,
             "message-ids": self._message_ids,
             "queue-change": lambda request: operators.change(
                 self._deliveries, self.config, request
@@ -632,6 +647,10 @@ class Engine:
             delivery.queues.wake(everything=bool(request.get("everything")))
             if request.get("everything"):
                 delivery.dispatcher.flush()
+        return {"ok": True}
+
+    async def _look_at_rows(self, request: control.Request) -> dict[str, bool]:
+        await self._keeper.look()
         return {"ok": True}
 
     def _message_ids(self, request: control.Request) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ __all__ = [
     "QueueError",
     "QueueFull",
     "QueueHeld",
+    "RowError",
 ]
 
 
@@ -119,3 +120,7 @@ class QueueDamaged(QueueError):
 
 class MessageDamaged(QueueError):
     """A message in the queue cannot be used any more; it was set aside, and its lease is over."""
+
+
+class RowError(MailerqError):
+    """A pause, forced error or suppression cannot be kept; the text names the part or the file."""

@@ -243,6 +243,10 @@ PROPERTIES: Final = (
         "seen", WRITTEN, "a time",
         "When the message first became due in the outbox; `max-delivertime` starts here.",
     ),
+    Property(
+        "paused", WRITTEN, "a whole number",
+        "The id of the pause that the message waits for; see `mailerq pause`.",
+    ),
     Property("received", WRITTEN, "a time", "When the mail was received or injected."),
     Property("hostname", WRITTEN, "a string", "The name of the server that accepted the mail."),
     Property(

@@ -42,6 +42,7 @@ LAYERS: Final = (
     "inspection",
     "plugins",
     "turns",
+    "store",
     "queues",
     "net",
     "inbound",

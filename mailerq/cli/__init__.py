@@ -28,12 +28,17 @@ _COMMANDS: Final = {
     "check": "mailerq.cli.check",
     "check-config": "mailerq.cli.checking",
     "config": "mailerq.cli.settings",
+    "error": "mailerq.cli.rows:error",
+    "pause": "mailerq.cli.rows:pause",
     "plugin": "mailerq.cli.plugin",
     "queue": "mailerq.cli.queue",
     "reload": "mailerq.cli.reload",
+    "rows": "mailerq.cli.rows:rows",
     "sink": "mailerq.cli.sink",
     "status": "mailerq.cli.status",
+    "suppress": "mailerq.cli.rows:suppress",
 }
+"""The module of each command, and its function if that is not `main`."""
 
 _NAMES: Final = {"sendmail": (), "mailq": ("-bp",), "newaliases": ("-bi",)}
 """Other names of the program, and the switch that each means."""
@@ -67,17 +72,19 @@ def _run(words: list[str]) -> int:
     from mailerq.config import split_arguments
 
     settings, rest = split_arguments(words)
+    function = "main"
     name = next((word for word in rest if not word.startswith("-")), "")
     switches = _NAMES.get(os.path.basename(sys.argv[0]))
     if name in _COMMANDS and switches is None:
         rest.remove(name)
-        module = importlib.import_module(_COMMANDS[name])
+        path, _, function = _COMMANDS[name].partition(":")
+        module = importlib.import_module(path)
     elif switches is not None or any(map(_is_injection, rest)):
         rest = [*(switches or ()), *rest]
         module = importlib.import_module("mailerq.cli.inject")
     else:
         module = importlib.import_module("mailerq.cli.daemon")
-    status: int = module.main(settings, rest)
+    status: int = getattr(module, function or "main")(settings, rest)
     return status
 
 

@@ -25,7 +25,7 @@ from mailerq.cli.common import command_parser, complain, print_json
 from mailerq.cli.daemon import lock_place, open_lock
 from mailerq.cli.logs import account_of, names
 from mailerq.config import Config
-from mailerq.errors import ConfigError, Problem
+from mailerq.errors import ConfigError, Problem, RowError
 from mailerq.escaping import escape
 from mailerq.inbound.addresses import LocalAddresses
 from mailerq.inbound.auth import parse_backend
@@ -40,6 +40,8 @@ from mailerq.queues.ownership import LOCK_NAME
 from mailerq.rules.answers import Answers
 from mailerq.rules.shaping import Shaping
 from mailerq.rules.steering import Steering
+from mailerq.store.row_file import FILE_NAME as ROWS_NAME
+from mailerq.store.row_file import RowFile
 
 __all__ = ["examine_changes", "main", "unset"]
 
@@ -427,6 +429,18 @@ def _notes(config: Config) -> Iterator[str]:
             names = map(os.path.basename, inspection.plugins_in(directory))
             found = ", ".join(names) or "no *.so in it: no plugins are loaded"
             yield f"plugin-directory {directory} has {found}"
+    with suppress(OSError), as_owner(config.queue_directory, config.user):
+        file = RowFile(config.queue_directory)
+        try:
+            file.read()
+        except RowError as error:
+            yield str(error)
+        if file.damaged:
+            yield (
+                f"{os.path.join(config.queue_directory, ROWS_NAME)}: {file.damaged} lines are"
+                " damaged; pauses, forced errors or suppressions may be missing. A start keeps"
+                " a copy and goes on with the other lines"
+            )
     if not os.path.isdir(config.queue_directory):
         yield f"queue-directory {config.queue_directory} is missing: the daemon will make it"
     if account_of(config) is not None:

@@ -46,6 +46,9 @@ commands:
   mailerq rcpt@… [--envelope A] [--extract-recipients] [--ignore-dot]
                          take one mail from stdin; sendmail's -t -i -f A -bs -bp -q work too
   mailerq queue …        look into the queues and take messages out of them
+  mailerq pause …        pause mail to domains, sites or providers, from addresses, or with a tag
+  mailerq suppress …     fail mail to some recipients at once
+  mailerq error …        force a reply for some mail; 'mailerq rows list' shows all three
   mailerq status         how the running daemon is
   mailerq reload         have the running daemon read its settings anew
   mailerq config         all settings, their values, and where each was set

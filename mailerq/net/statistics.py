@@ -7,7 +7,9 @@ from typing import Any, Final
 
 __all__ = ["total"]
 
-LARGEST: Final = frozenset({"largest_commit", "longest", "uptime"})
+LARGEST: Final = frozenset(
+    {"largest_commit", "longest", "uptime", "pauses", "errors", "suppressed"}
+)
 """Figures whose maximum is the total; other figures are added."""
 
 

@@ -46,9 +46,10 @@ from mailerq.outbound.pause import Pause
 from mailerq.outbound.session import Session
 from mailerq.outbound.settlement import MIN_BACKOFF_SECONDS, SETTLERS, Counters, Settlements
 from mailerq.outbound.sites import HostMemory, Site, Sites
+from mailerq.outbound.stops import Stops
 from mailerq.queues import Lease, Queues
 from mailerq.rules import responses
-from mailerq.rules.plan import Hold, Refuse, Send, body_problem, plan
+from mailerq.rules.plan import Hold, Park, Refuse, Send, body_problem, plan
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at
 from mailerq.rules.routes import Route
@@ -114,8 +115,13 @@ class Dispatcher:
         self.stopping = False
         self._plugins = plugins
         self._misspelt = Misspelt() if misspelt is None else misspelt
-        self._sites = Sites(resolver, lambda domain: limits.shaping.group_of(domain))
+        self._sites = Sites(
+            resolver,
+            lambda domain: limits.shaping.group_of(domain),
+            lambda domain: self.stops.apart_of(domain),
+        )
         self._intake = Intake(self, qos)
+        self.stops = Stops(self, self._intake, self._sites)
         self.flows = Flows(self, self._intake, self._sites)
         self._settlements = Settlements(live, queues, self, send_log=send_log, clock=clock, lot=lot)
         self._bodies: Bodies
@@ -243,6 +249,7 @@ class Dispatcher:
             "ahead": self.ahead_jobs,
             "destinations": len(flows.live) + len(flows.pauses),
             "waiting": sum(waiting.values()) + self._looked_up,
+            **self.stops.statistics(),
             "domains": dict(longest),
         }
 
@@ -307,7 +314,7 @@ class Dispatcher:
         try:
             if "seen" not in properties:
                 self._misspelt.properties(properties)
-            decision = plan(message, self.config, now=now, seen=seen)
+            decision = plan(message, self.config, now=now, seen=seen, rows=self.stops.rows)
             if isinstance(decision, Hold):
                 self._settlements.hold(lease, decision.until)
                 return None
@@ -316,13 +323,13 @@ class Dispatcher:
                 properties.setdefault("seen", format_time(seen))
                 if not properties.get("message-id"):
                     properties["message-id"] = self._plugins.message_id()
-            outcome = decision.outcome if isinstance(decision, Refuse) else None
-            if outcome is None and lease.loaded:
-                outcome = self._body_problem(lease)
+            if not isinstance(decision, Send):
+                self._stop(lease, decision)
+                return None
+            outcome = self._body_problem(lease) if lease.loaded else None
             if outcome is not None:
                 self._settlements.finish(lease, Report(outcome))
                 return None
-            assert isinstance(decision, Send)
             return Job(lease, message, decision, len(message.results) + 1)
         except Exception:
             # Our own defect must not stop the mail behind this message.
@@ -331,6 +338,25 @@ class Dispatcher:
             expires = expires_at(properties, now=seen, max_delivertime=self.config.max_delivertime)
             self._settlements.finish(lease, Report(responses.OWN_FAULT), expires)
             return None
+
+    def _stop(self, lease: Lease, decision: Refuse | Park) -> None:
+        """Do what is decided about a message that is not sent now."""
+        if decision.row:
+            self.stops.hit(decision.row)
+        if isinstance(decision, Refuse):
+            self._settlements.finish(lease, Report(decision.outcome), decision.expires)
+        else:
+            self.stops.park(lease, decision.row)
+            self._settlements.park(lease, decision.row)
+
+    def take_out(self, condition: Callable[[Job], bool]) -> None:
+        """Put back the messages that meet a condition, of those whose hosts are looked up."""
+        for jobs in self._looking_up.values():
+            for job in [job for job in jobs if condition(job)]:
+                jobs.remove(job)
+                self._looked_up -= 1
+                self.put_back(job)
+                self._intake.placed(job.lease.destination)
 
     def _body_problem(self, lease: Lease) -> Outcome | None:
         return body_problem(lease.message, supplied=self._plugins.listens("out_data"))
@@ -362,9 +388,12 @@ class Dispatcher:
             outcome = responses.no_hosts(found.description, found.reply)
             self._settlements.finish(job.lease, Report(outcome), job.plan.expires)
             return
+        if self.stops.rows is not None and (stop := self.stops.late(job, found)) is not None:
+            self._stop(job.lease, stop)
+            return
         flow = self.flows.find(job, found, wanted)
         asks = False
-        if isinstance(flow, Pause) and flow is wanted:
+        if isinstance(flow, Pause) and flow is wanted and not self.stops.keeps(flow, found):
             flow, asks = self.flows.resume(flow, found), True
         self._intake.link(self._intake.destination(job.lease.destination), flow)
         if isinstance(flow, Pause) or flow.rights.rest or (flow.down and not asks):

@@ -8,6 +8,7 @@ cdef class Flow:
     cdef public Py_ssize_t held, window, sent, _allowed, _failures
     cdef public bint refilling, proven, reserved, patient, down, _ahead
     cdef public double when, _held_until
+    cdef public long long paused
     cdef public object site, site_key, local_ip, demands, login, jobs, destinations, ready, sessions
     cdef public object opening, memory, _dispatcher, _openings, rights
     cdef public list idle

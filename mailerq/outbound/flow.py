@@ -26,7 +26,7 @@ A flow has one time at which it looks again (`look`); all other events are repor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -105,6 +105,8 @@ class Flow:
         """The hosts have not answered quickly."""
         self.down = False
         """The flow asks with one message, and takes no other; or a pause is in its place."""
+        self.paused = 0
+        """The operator's row for which the flow ends: a pause takes its place."""
         self.when = math.inf
         """When to look again, on the monotonic clock; kept by `Times`."""
         self.memory = dispatcher.memory
@@ -260,7 +262,7 @@ class Flow:
         """Take back an untried job: the peer had gone, or was slow after an envelope `ahead`."""
         if ahead:
             self._ahead = False
-        if self._dispatcher.stopping:
+        if self._dispatcher.stopping or self.paused:
             self._dispatcher.put_back(job)
         else:
             self._dispatcher.body_waits(job)
@@ -275,7 +277,7 @@ class Flow:
         self.opening.pop(session, None)
         self.rights.opened(session)
         self.proven = True
-        self.down = False
+        self.down = bool(self.paused)
         self._failures = 0
         self._allowed = min(2 * self._allowed, 1 << 20)
         self._end_try(session)
@@ -333,6 +335,10 @@ class Flow:
         `beside` counts jobs that are about to be taken.
         """
         if self._dispatcher.stopping:
+            return
+        if self.paused:
+            if not self.sessions:
+                self._dispatcher.flows.rest(self)
             return
         waiting = len(self.jobs) - beside
         if waiting > 0:
@@ -429,7 +435,8 @@ class Flow:
 
     def hosts(self) -> list[Host]:
         """The hosts for a session to try, best first."""
-        return self.site.in_order(self.local_ip, self.memory)
+        hosts = self.site.in_order(self.local_ip, self.memory)
+        return self._dispatcher.stops.unpaused(hosts, self.local_ip)
 
     def _not_let_in(self, report: Report) -> None:
         """No host accepted one more connection."""
@@ -441,7 +448,7 @@ class Flow:
         self._failures += 1
         seconds = min(ASK_SECONDS * 2 ** min(self._failures - 1, 10), MAX_ASK_SECONDS)
         flows = self._dispatcher.flows
-        flows.look_at(self._pause(), monotonic() + seconds)
+        flows.look_at(self.go_down(), monotonic() + seconds)
         first = True
         while self.jobs:
             job = self.jobs.pop(0)
@@ -466,7 +473,7 @@ class Flow:
 
     def _wait_for_try(self) -> None:
         """Wait, without mail in memory, for the right to try the site."""
-        pause = self._pause()
+        pause = self.go_down()
         self._put_back()
         pause.resume()
 
@@ -475,10 +482,43 @@ class Flow:
         while len(self.jobs) > keep:
             self._dispatcher.put_back(self.jobs.pop())
 
-    def _pause(self) -> Pause:
+    def go_down(self) -> Pause:
         """Go down: from here on a pause stands for this flow."""
         self.down = True
         return self._dispatcher.flows.pause(self, failures=self._failures, ahead=self._ahead)
+
+    def end(self, row: int) -> None:
+        """End for the operator's row: finish what is under way, and put back what waits."""
+        self.paused = row
+        self.down = True
+        self.rights.leave(self)
+        self._openings.forget(self)
+        self._put_back()
+        for session in list(self.sessions):
+            if session in self.opening:
+                del self.opening[session]  # its end is no failure
+                session.cut()
+            else:
+                session.leave()
+        self.pump()
+
+    def go_on(self) -> None:
+        """The row that ended this flow is over, and some sessions have not ended yet."""
+        self.paused = 0
+        self.down = False
+        self._allowed = len(self.sessions) + 1
+        self.pump()
+
+    def take_out(self, condition: Callable[[Job], bool]) -> None:
+        """Put back the waiting messages that meet a condition."""
+        if not self.jobs:
+            return
+        out = [job for job in self.jobs if condition(job)]
+        if out:
+            self.jobs[:] = [job for job in self.jobs if job not in out]
+            for job in out:
+                self._dispatcher.put_back(job)
+            self.pump()
 
     def resume_from(self, pause: Pause) -> None:
         """Take the place of a pause, with the right to try if the pause has it."""

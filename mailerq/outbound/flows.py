@@ -77,11 +77,26 @@ class Flows:
         flow = site.flows.get((local_ip, demands))
         if flow is not None:
             return flow
-        return self.pauses.get((site.key, local_ip, demands)) or self._add(site, local_ip, demands)
+        pause = self.pauses.get((site.key, local_ip, demands))
+        return pause or self._begin(site, local_ip, demands)
 
     def _is_down(self, site: Site, local_ip: str, demands: tuple[Demand, ...]) -> bool:
         flow = site.flows.get((local_ip, demands))
-        return flow.down if flow is not None else (site.key, local_ip, demands) in self.pauses
+        if flow is not None:
+            return flow.down
+        if (site.key, local_ip, demands) in self.pauses:
+            return True
+        return self._dispatcher.stops.flow_pause(site, local_ip) != 0
+
+    def _begin(self, site: Site, local_ip: str | None, demands: tuple[Demand, ...]) -> Flow | Pause:
+        """A new flow, or the pause in its place if the operator wants one."""
+        flow = self._add(site, local_ip, demands)
+        row = self._dispatcher.stops.flow_pause(site, local_ip)
+        if not row:
+            return flow
+        pause = flow.go_down()
+        pause.paused = row
+        return pause
 
     def _add(self, site: Site, local_ip: str | None, demands: tuple[Demand, ...]) -> Flow:
         flow = site.flows[local_ip, demands] = Flow(self._dispatcher, site, local_ip, demands)
@@ -129,6 +144,13 @@ class Flows:
         self._intake.replace(flow, pause)
         return pause
 
+    def rest(self, flow: Flow) -> None:
+        """Put a pause in the place of a flow that the operator's row has ended."""
+        if flow in self.live:
+            pause = flow.go_down()
+            pause.paused = flow.paused
+            self._dispatcher.stops.rests(pause)
+
     def resume(self, pause: Pause, site: Site) -> Flow:
         """Put a flow in the place of a pause, to ask with one message."""
         del self.pauses[pause.key]
@@ -143,7 +165,7 @@ class Flows:
 
         Otherwise the pause waits in line for that. With `examine`, finish expired mail anyway.
         """
-        if self._dispatcher.stopping:
+        if self._dispatcher.stopping or pause.paused:
             return
         may_ask = not pause.has_hosts or self._openings.reserve_try(pause)
         if not may_ask:
@@ -185,6 +207,10 @@ class Flows:
         pause.asking = False
         if self.pauses.get(pause.key) is not pause:
             return  # a flow asks
+        if pause.paused:
+            self.looks.discard(pause)
+            self._openings.forget(pause)
+            return
         if job is not None and not may_ask:
             self.ask(pause)
         elif pause.ready():

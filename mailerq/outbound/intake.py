@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -138,7 +138,11 @@ class Intake:
     def _has_place(self, destination: Destination) -> bool:
         """Whether arriving mail is kept in memory."""
         if not destination.flows:
-            return not destination.waits and self._dispatcher.may_look_up
+            return (
+                not destination.waits
+                and self._dispatcher.may_look_up
+                and not self._dispatcher.stops.holds(destination)
+            )
         return any(
             flow.takes_mail
             and len(flow.jobs) < max(flow.window, self._first_window)
@@ -166,7 +170,7 @@ class Intake:
         self._mail_waits(destination)
         if all(flow.down for flow in destination.flows):
             for flow in destination.flows:
-                if isinstance(flow, Pause):
+                if isinstance(flow, Pause) and not flow.paused:
                     self._dispatcher.flows.ask(flow)
                     break
 
@@ -341,7 +345,9 @@ class Intake:
     # Sorting
 
     def _sort_later(self, destination: Destination) -> None:
-        if not (destination.placing or destination.taking):
+        if not (
+            destination.placing or destination.taking or self._dispatcher.stops.holds(destination)
+        ):
             if not destination.listed:
                 destination.listed = True
                 self._unsorted.append(destination)
@@ -390,6 +396,28 @@ class Intake:
         """Sort more, if there is room."""
         if self._unsorted:
             self._sorters.unpark()
+
+    # Pauses of messages
+
+    def close(self, destination: Destination) -> None:
+        """Leave new mail of a destination in the queue."""
+        self.subscription.set_window(destination.key, 0)
+
+    def reopen(self, key: str) -> None:
+        """Sort the mail of a destination that was closed."""
+        destination = self.destination(key)
+        destination.window = self._first_window
+        self.subscription.set_window(key, self._first_window)
+        if destination.waits and not destination.flows:
+            self._sort_later(destination)
+        self._tidy(destination)
+
+    def sort_again(self, condition: Callable[[str], bool]) -> None:
+        """Find the flows of the destinations anew whose keys meet a condition."""
+        for destination in list(self._destinations.values()):
+            if destination.flows and condition(destination.key):
+                for flow in destination.flows:
+                    self.unlink(destination, flow)
 
     # Letting go
 

@@ -8,6 +8,7 @@ cdef class Pause:
     cdef public object flows, key, line, destinations
     cdef public double when
     cdef public int failures
+    cdef public long long paused
     cdef public bint asking, has_hosts, patient, reserved, ahead
 
     cpdef link(self, destination)

@@ -29,7 +29,7 @@ class Pause:
 
     __slots__ = (
         "ahead", "asking", "destinations", "failures", "flows", "has_hosts", "key", "line",
-        "patient", "reserved", "when",
+        "patient", "paused", "reserved", "when",
     )  # fmt: skip
 
     down = True
@@ -44,6 +44,8 @@ class Pause:
         """Consecutive times that the flow went down."""
         self.when = math.inf
         """When to look again, on the monotonic clock; kept by `Times`."""
+        self.paused = 0
+        """The operator's row that forbids to ask."""
         self.asking = False
         """Some mail is being examined, to ask with one message."""
         self.has_hosts = bool(flow.site.hosts)

@@ -180,6 +180,11 @@ class Settlements:
         publication = Publication(self._outbox, lease.message, until)
         self._add(Finished(Settlement(lease, (publication,))))
 
+    def park(self, lease: Lease, row: int) -> None:
+        """Put a message back where nothing reads it until a pause has ended."""
+        message = Message({**lease.message.properties, "paused": row}, lease.message.body)
+        self._add(Finished(Settlement(lease, (Publication(self._outbox, message),))))
+
     def finish(
         self,
         lease: Lease,
@@ -203,6 +208,7 @@ class Settlements:
         results = results if isinstance(results, list) else []
         result = _result(report, len(results) + 1, now)
         properties = {**message.properties, "results": [*results, result.to_dict()]}
+        properties.pop("paused", None)
         due = None
         if outcome.fate is Fate.RETRY:
             due = next_attempt(

@@ -89,6 +89,7 @@ class Site:
 
     __slots__ = (
         "__weakref__",
+        "apart",
         "flows",
         "group",
         "hosts",
@@ -108,6 +109,8 @@ class Site:
         self.lmtp = route.lmtp
         self.group = ""
         """The lines of `limits-file` that set the site's domains apart, see `rules.shaping`."""
+        self.apart = ""
+        """The domains that a pause sets apart, see `rules.rows`."""
         self.hosts: tuple[Host, ...] = ()
         self.outcome: Outcome | None = None
         self.flows: dict[tuple[str | None, tuple[Demand, ...]], Flow] = {}
@@ -138,9 +141,15 @@ class Site:
 class Sites:
     """Finds the site of a target."""
 
-    def __init__(self, resolver: Resolver, group_of: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        resolver: Resolver,
+        group_of: Callable[[str], str],
+        apart_of: Callable[[str], str] = lambda domain: "",
+    ) -> None:
         self._resolver = resolver
         self._group_of = group_of
+        self._apart_of = apart_of
         self._quick = trio.CapacityLimiter(MAX_LOOKUPS)
         self._patient = trio.CapacityLimiter(MAX_LOOKUPS)
         self._found: OrderedDict[Route, tuple[float, Site | NoHosts]] = OrderedDict()
@@ -180,6 +189,12 @@ class Sites:
         """Find all sites anew: other limits may set domains apart. Lookups stay cached."""
         self._found.clear()
 
+    def forget_domains(self, condition: Callable[[str], bool]) -> None:
+        """Find the sites of some domains anew: pauses set other domains apart."""
+        for route in list(self._found):
+            if condition(route.name):
+                del self._found[route]
+
     def forget_failures(self) -> None:
         """Look up again the targets that had no hosts."""
         for route, (_, found) in list(self._found.items()):
@@ -204,20 +219,21 @@ class Sites:
             if found.reply is not None:
                 return self._keep(route, found)
             outcome = responses.no_hosts(found.description, None)
-        site = self._site(_digest("no hosts", route), route)
-        site.outcome = outcome
+        apart = self._apart_of(route.name)
+        site = self._site(_digest("no hosts", route, *(apart and [apart])), route)
+        site.outcome, site.apart = outcome, apart
         return self._keep(route, site, FAILED_SECONDS)
 
     def _site_of(self, route: Route, hosts: tuple[Host, ...]) -> Site:
-        group = self._group_of(route.name)
+        group, apart = self._group_of(route.name), self._apart_of(route.name)
         if route.mx:
             ranks = {p: n for n, p in enumerate(sorted({host.preference for host in hosts}))}
             names = sorted({(ranks[host.preference], host.name.lower()) for host in hosts})
-            key = _digest(names, route.port, route.trusted, group)
+            key = _digest(names, route.port, route.trusted, group, *(apart and [apart]))
         else:
-            key = _digest(route)
+            key = _digest(route, *(apart and [apart]))
         site = self._site(key, route)
-        site.hosts, site.group = hosts, group
+        site.hosts, site.group, site.apart = hosts, group, apart
         return site
 
     def _site(self, key: bytes, route: Route) -> Site:

@@ -5,6 +5,9 @@ answers move a row. A key stands for mail with the same possible routes: the dom
 or the message's own smarthost and user name, and the local addresses that the message names. The
 settings are applied at each attempt.
 
+Mail that waits for the end of a pause, as its property ``paused`` says, has destinations of its
+own, so that nothing reads it meanwhile.
+
 A lane is a number that orders the mail of one destination: lanes of a higher priority come first,
 then senders take turns, with separate lanes for new mail and retries.
 """
@@ -17,7 +20,16 @@ from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 from zlib import crc32
 
-__all__ = ["MAX_KEY", "RETRY_LANE", "SENDER_LANES", "Place", "level_of", "place_of"]
+__all__ = [
+    "MAX_KEY",
+    "RETRY_LANE",
+    "SENDER_LANES",
+    "Place",
+    "domain_of",
+    "level_of",
+    "parked_by",
+    "place_of",
+]
 
 MAX_KEY: Final = 255
 """Characters of a key; a longer key ends in a digest of the whole."""
@@ -30,6 +42,8 @@ RETRY_LANE: Final = SENDER_LANES
 
 _LEVEL: Final = 2 * SENDER_LANES
 _MAX_PRIORITY: Final = 255
+_MARK: Final = " paused "
+_MAX_ROW: Final = 10**12
 _EXTENSION: Final = re.compile(r"[-+=][^@]*")
 
 
@@ -49,6 +63,8 @@ def place_of(properties: Mapping[str, Any]) -> Place:
     'via relay.test:25'
     >>> place_of({"recipient": "a@b.test", "ips": ["192.0.2.1"]}).destination
     'b.test from 192.0.2.1'
+    >>> place_of({"recipient": "a@b.test", "paused": 17}).destination
+    'b.test paused 17'
     """
     smarthost = properties.get("smarthost")
     if isinstance(smarthost, dict):
@@ -62,10 +78,31 @@ def place_of(properties: Mapping[str, Any]) -> Place:
     ips = properties.get("ips")
     if isinstance(ips, list) and ips:
         key += " from " + ",".join(sorted({str(ip) for ip in ips}))
-    if len(key) > MAX_KEY or not key.isprintable():
+    paused = properties.get("paused")
+    mark = f"{_MARK}{paused}" if type(paused) is int and 0 < paused < _MAX_ROW else ""
+    if len(key) + len(mark) > MAX_KEY or not key.isprintable():
         digest = blake2b(key.encode(errors="surrogatepass"), digest_size=16).hexdigest()
         key = ascii(key)[1:201] + " " + digest
-    return Place(key, _lane(properties))
+    return Place(key + mark, _lane(properties))
+
+
+def parked_by(key: str) -> int:
+    """The number of the pause that the mail of a destination waits for, or 0.
+
+    >>> parked_by("b.test paused 17"), parked_by("b.test")
+    (17, 0)
+    """
+    number = key.rpartition(_MARK)[2] if _MARK in key else ""
+    return int(number) if number.isascii() and number.isdecimal() else 0
+
+
+def domain_of(key: str) -> str:
+    """The domain of a destination whose mail goes to the hosts of a domain, else an empty string.
+
+    >>> domain_of("b.test from 192.0.2.1"), domain_of("via relay.test:25")
+    ('b.test', '')
+    """
+    return "" if key.startswith("via ") else key.partition(" ")[0]
 
 
 def _lane(properties: Mapping[str, Any]) -> int:

@@ -20,25 +20,40 @@ from mailerq.rules.logins import Demand, login_of
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at, not_before
 from mailerq.rules.routes import Route, loop_problem, route_of, unmet_promise
+from mailerq.rules.row import PAUSE, Row
+from mailerq.rules.rows import Rows
 from mailerq.wire import smtp
 
-__all__ = ["Hold", "Plan", "Refuse", "Send", "body_problem", "plan"]
+__all__ = ["Hold", "Park", "Plan", "Refuse", "Send", "body_problem", "plan", "stopped"]
 
 SHORT_BYTES: Final = 1 << 14
 """Up to this size the lines of a header are counted first."""
 
 
 class Refuse(msgspec.Struct, frozen=True):
-    """The message is finished without an attempt. `domain` is empty if there is none."""
+    """The message gets a result without an attempt. `domain` is empty if there is none.
+
+    `row` is the operator's row that wants it so. A message that is deferred has failed if its next
+    attempt would come after `expires`.
+    """
 
     outcome: Outcome
     domain: str = ""
+    expires: float = 0.0
+    row: int = 0
 
 
 class Hold(msgspec.Struct, frozen=True):
     """Do not send the message before `until`, seconds since 1970."""
 
     until: float
+
+
+class Park(msgspec.Struct, frozen=True):
+    """The message waits until the pause `row` ends."""
+
+    row: int
+    domain: str
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -58,13 +73,16 @@ class Send(msgspec.Struct, frozen=True):
     demands: tuple[Demand, ...] = ()
 
 
-Plan = Refuse | Hold | Send
+Plan = Refuse | Hold | Park | Send
 
 
-def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
+def plan(
+    message: Message, config: Config, *, now: float, seen: float, rows: Rows | None = None
+) -> Plan:
     """Decide about a message by its properties; `body_problem` decides about its body.
 
-    `seen` is when the message first became due, unless its properties say when.
+    `seen` is when the message first became due, unless its properties say when. `rows` are the
+    operator's rows, None if there are none.
 
     >>> message = Message({"envelope": "a@b.test", "recipient": "c@d.test"})
     >>> plan(message, Config(hostname="me.test"), now=0.0, seen=0.0).route.host
@@ -97,6 +115,8 @@ def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
     expires = expires_at(properties, now=seen, max_delivertime=config.max_delivertime)
     if now > expires:
         return Refuse(responses.EXPIRED, domain)
+    if rows is not None and (row := rows.suppression(str(mailbox).lower(), domain)) is not None:
+        return Refuse(responses.suppressed(row), domain, row=row.id)
     if (promise := unmet_promise(properties)) is not None:
         return Refuse(responses.unmet(promise), domain)
     try:
@@ -107,7 +127,19 @@ def plan(message: Message, config: Config, *, now: float, seen: float) -> Plan:
     except AddressError as error:
         return Refuse(responses.unsendable(str(error)), domain)
     demands = () if login is None else (login,)
+    if rows is not None:
+        tags = properties.get("tags") or ()
+        row, local_ips = rows.early(domain, tags, local_ips, by_domain=route.name == domain)
+        if row is not None:
+            return stopped(row, domain, expires)
     return Send(route, domain, envelope, recipient, expires, local_ips, demands)
+
+
+def stopped(row: Row, domain: str, expires: float) -> Refuse | Park:
+    """What becomes of a message that a pause or a forced error stops."""
+    if row.kind == PAUSE:
+        return Park(row.id, domain)
+    return Refuse(responses.forced(row), domain, expires, row.id)
 
 
 def _addresses(ips: list[str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from mailerq.rules.row import Row
 from mailerq.wire import smtp
 from mailerq.wire.client import Accepted, Failed, Problem, Refused, Step
 from mailerq.wire.smtp import Reply
@@ -37,6 +38,7 @@ __all__ = [
     "connect_failed",
     "connect_timed_out",
     "failed",
+    "forced",
     "login_in_clear",
     "no_fitting_address",
     "no_hosts",
@@ -45,6 +47,7 @@ __all__ = [
     "refused",
     "refused_on_arrival",
     "rejected_by_plugin",
+    "suppressed",
     "unmet",
     "unsendable",
 ]
@@ -73,6 +76,7 @@ TYPES: Final = {
 
 STATES: Final = {
     "process": "Before the first step.",
+    "suppression": "The recipient is suppressed.",
     "storage": "Fetching the mail.",
     "responsive": "Generating the mail.",
     "dns": "Looking up the hosts of the domain.",
@@ -314,6 +318,23 @@ def rejected_by_plugin(reply: Reply) -> Outcome:
 def refused_on_arrival(reply: Reply) -> Outcome:
     """A plugin rejected the message on arrival, while others of the same mail were accepted."""
     return _answered("error", "process", "error", Fate.FAILED, reply)
+
+
+def suppressed(row: Row) -> Outcome:
+    """An operator has suppressed the recipient."""
+    return _ordered(row, "error", "suppression", "error", Fate.FAILED)
+
+
+def forced(row: Row) -> Outcome:
+    """An operator wants this reply in place of an attempt: 2xx takes the mail, 5xx fails it."""
+    if row.code < 300:
+        return _ordered(row, "success", "process", "accepted", Fate.DELIVERED)
+    fate = Fate.FAILED if row.code >= 500 else Fate.RETRY
+    return _ordered(row, "error", "process", "error", fate)
+
+
+def _ordered(row: Row, kind: str, state: str, result: str, fate: Fate) -> Outcome:
+    return Outcome(kind, state, result, fate, row.code, row.status or None, row.description or None)
 
 
 def _fate(reply: Reply) -> Fate:

@@ -195,6 +195,11 @@ class Shaping:
             return ""
         return next((name for name in _patterns(domain) if name in self.groups), "")
 
+    @property
+    def provider_names(self) -> tuple[str, ...]:
+        """The names of the providers, in the order of the file."""
+        return tuple(each.name for each in self._providers)
+
     def provider_of(self, hosts: Iterable[str]) -> str:
         """The first provider that has all of the hosts, or an empty string."""
         if not self._providers:

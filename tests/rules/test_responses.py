@@ -7,6 +7,7 @@ import pytest
 
 from mailerq.rules import responses
 from mailerq.rules.responses import Fate, Outcome
+from mailerq.rules.row import Row
 from mailerq.wire.client import Accepted, Failed, Problem, Refused, Step
 from mailerq.wire.smtp import Reply
 
@@ -151,6 +152,8 @@ def all_outcomes() -> list[Outcome]:
         responses.not_generated(),
         responses.rejected_by_plugin(reply),
         responses.refused_on_arrival(reply),
+        responses.suppressed(Row(kind="suppression", code=550)),
+        *(responses.forced(Row(kind="error", code=code)) for code in (250, 450, 550)),
     ]
 
 

@@ -255,6 +255,7 @@ class _Parent:
         return {
             "status": self._status,
             "wake": self._wake,
+            "rows": self._look_at_rows,
             "message-ids": self._message_ids,
             "reload": self._answer,
             "queue-change": self._change,
@@ -294,6 +295,11 @@ class _Parent:
         # Nobody waits for a process that hangs.
         self._nursery.start_soon(partial(self._ask_all, "wake", everything=everything))
         return {"ok": True}
+
+    async def _look_at_rows(self, request: control.Request) -> dict[str, bool]:
+        """Have all processes put in force what the file of rows says."""
+        replies = await self._ask_all("rows")
+        return {"ok": None not in replies.values()}
 
     async def _message_ids(self, request: control.Request) -> dict[str, Any]:
         """Ids from one process; those that owe an answer are asked last."""

@@ -1,0 +1,1 @@
+"""What the engine keeps beside the queues: the operator's rows."""

@@ -1,0 +1,416 @@
+"""The file of the operator's rows: durable, for several processes, readable while it is written.
+
+Theory of operation
+-------------------
+The file `FILE_NAME` in the queue directory has a change on each line, in JSON behind a checksum.
+Writers hold a lock on the file and append; a change is synced before the caller hears of it.
+Readers take no lock: they read complete lines from where they stopped (`follow`). When many lines
+are out of date, a writer replaces the file, and readers read the new one from its start.
+
+A line that was not written to its end was not confirmed to anybody, and is dropped. If another line
+is damaged, the next writer keeps a copy of the file beside it, says so in the log, and writes
+a file of the lines that are sound.
+
+Each change is also a line of `AUDIT_NAME`, before it is made: who, when, why. That file is never
+shortened here; it may be renamed or emptied at any time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+from zlib import crc32
+
+import msgspec
+
+from mailerq.errors import RowError
+from mailerq.message import format_time
+from mailerq.privileges import as_owner
+from mailerq.rules.row import SUPPRESSION, Row, checked
+from mailerq.store.table import VERSION, Line, Table, lines_of
+
+__all__ = ["AUDIT_NAME", "FILE_NAME", "RowFile"]
+
+log = logging.getLogger("mailerq")
+
+FILE_NAME: Final = "rows"
+AUDIT_NAME: Final = "rows.audit"
+
+MAX_ROWS: Final = 10_000
+"""Rows that are not suppressions."""
+
+MAX_SUPPRESSED: Final = 2_000_000
+"""Suppressed addresses and domains."""
+
+READ_BYTES: Final = 1 << 16
+"""Bytes that `follow` reads at a time: some milliseconds of work."""
+
+LOCK_SECONDS: Final = 10.0
+LOCK_AGAIN_SECONDS: Final = 0.01
+
+SPARE_LINES: Final = 1000
+"""Lines that may be out of date before the file is replaced, beside as many as are needed."""
+
+AUDITED_VALUES: Final = 10
+"""Suppressed addresses that a line of the audit file names; it has their number too."""
+
+MODE: Final = 0o640
+
+_decode: Final = msgspec.json.Decoder(Line).decode
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class RowFile:
+    """The rows of a queue directory. One thread at a time may call the methods."""
+
+    def __init__(
+        self, directory: str, user: str = "", *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Root acts as the owner of the directory, or as `user` if that is root."""
+        self.table = Table()
+        self.damaged = 0
+        """Lines that cannot be read."""
+        self._directory = directory
+        self._path = os.path.join(directory, FILE_NAME)
+        self._user = user
+        self._clock = clock
+        self._identity: tuple[int, int] | None = None
+        self._offset = 0
+        self._lines = 0
+        self._next: RowFile | None = None  # reads a file that has replaced this one
+
+    # Reading
+
+    def read(self) -> Table:
+        """Read all that there is, and drop what is over. Raises `RowError` and `OSError`."""
+        while self.follow():
+            pass
+        self.table.expire(self._clock())
+        return self.table
+
+    def is_behind(self) -> bool:
+        """Whether there is something to read. Raises `OSError`."""
+        try:
+            found = os.stat(self._path)
+        except FileNotFoundError:
+            return self._identity is not None
+        return (found.st_dev, found.st_ino) != self._identity or found.st_size != self._offset
+
+    def follow(self) -> bool:
+        """Read some of what was written since the last call; whether there may be more.
+
+        While a file that replaces this one is read, `table` stays as it was. Raises `RowError` and
+        `OSError`.
+        """
+        try:
+            file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            if self._identity is not None:
+                self._take_over(RowFile(self._directory, self._user, clock=self._clock))
+            return False
+        try:
+            found = os.fstat(file)
+            identity = found.st_dev, found.st_ino
+            if self._identity is None:
+                self._identity = identity
+            if identity != self._identity or found.st_size < self._offset:
+                if self._next is None or self._next._identity not in (None, identity):
+                    self._next = RowFile(self._directory, self._user, clock=self._clock)
+                if self._next._read_some(file, identity):
+                    return True
+                self._take_over(self._next)
+                return False
+            return self._read_some(file, identity)
+        finally:
+            os.close(file)
+
+    def _take_over(self, other: RowFile) -> None:
+        self.table, self.damaged = other.table, other.damaged
+        self._identity, self._offset, self._lines = other._identity, other._offset, other._lines
+        self._next = None
+
+    def _read_some(self, file: int, identity: tuple[int, int]) -> bool:
+        self._identity = identity
+        data = os.pread(file, READ_BYTES, self._offset)
+        end = data.rfind(b"\n") + 1
+        size = READ_BYTES
+        while not end and len(data) == size:  # a long line
+            size *= 2
+            data = os.pread(file, size, self._offset)
+            end = data.rfind(b"\n") + 1
+        if not end:
+            return False
+        for text in data[: end - 1].split(b"\n"):
+            line = _parse(text)
+            if line is None:
+                self.damaged += 1
+            elif line.version > VERSION:
+                raise RowError(f"{self._path}: a newer mailerq has written this file")
+            else:
+                self.table.apply(line)
+            self._lines += 1
+        self._offset += end
+        return True
+
+    # Changes
+
+    def add(self, row: Row, values: Iterable[str] = (), *, who: str) -> Row:
+        """Add a row, and return it with its id. A suppression has `values`, by `suppressible`.
+
+        Raises `RowError` and `OSError`, as all changes do; nothing is changed then.
+        """
+        names = list(dict.fromkeys(values))
+        now = self._clock()
+        with self._locked() as file:
+            row = checked(
+                msgspec.structs.replace(row, id=self.table.next_id, who=who, since=row.since or now)
+            )
+            if row.kind == SUPPRESSION:
+                new = len(names)
+                if self.table.suppressed + new > MAX_SUPPRESSED:
+                    new = sum(
+                        value not in self.table.addresses and value not in self.table.domains
+                        for value in names
+                    )
+                if self.table.suppressed + new > MAX_SUPPRESSED:
+                    raise RowError(f"more than {MAX_SUPPRESSED} addresses cannot be suppressed")
+            elif len(self.table.rows) >= MAX_ROWS:
+                raise RowError(f"there are {MAX_ROWS} rows, which is the most")
+            lines = list(lines_of(row, names))
+            self._write(file, lines, who, "add", row.reason, row=row, values=names)
+        return row
+
+    def end(self, ids: Collection[int], *, who: str, why: str = "") -> list[Row]:
+        """End rows; returns those that there were."""
+        with self._locked() as file:
+            found = [row for number in ids if (row := self.table.get(number)) is not None]
+            if found:
+                line = Line(end=[row.id for row in found])
+                self._write(file, [line], who, "remove", why, rows=found)
+        return found
+
+    def free(self, values: Iterable[str], *, who: str, why: str = "") -> list[str]:
+        """End the suppression of addresses and domains; returns those that were suppressed."""
+        with self._locked() as file:
+            found = [
+                value
+                for value in dict.fromkeys(values)
+                if value in self.table.addresses or value in self.table.domains
+            ]
+            if found:
+                lines = [
+                    Line(free=found[start : start + 1000]) for start in range(0, len(found), 1000)
+                ]
+                self._write(file, lines, who, "remove", why, values=found)
+        return found
+
+    def change(self, number: int, *, who: str, why: str = "", **parts: Any) -> Row | None:
+        """Change parts of a row that are not its scope, such as `until`; returns the row, or None.
+
+        The `hits` given are those that the row has from now on.
+        """
+        with self._locked() as file:
+            found = self.table.get(number)
+            if found is None:
+                return None
+            row = checked(msgspec.structs.replace(self.table.shown(found), **parts))
+            self._write(file, [Line(row=row)], who, "change", why, row=row)
+        return row
+
+    def note(self, hits: Mapping[int, int]) -> None:
+        """Add to the hits of rows. They are not synced, and no line of the audit file."""
+        with self._locked() as file:
+            known = {number: more for number, more in hits.items() if self.table.get(number)}
+            if known:
+                self._append(file, [Line(hits=known)], sync=False)
+
+    def repair(self) -> None:
+        """Set a damaged file aside. Raises `RowError` and `OSError`."""
+        with self._locked():
+            pass
+
+    # Writing
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """Hold the lock of the file, and know all of it."""
+        with as_owner(self._directory, self._user):
+            file = self._open_locked()
+            try:
+                self.read()
+                if self.damaged:
+                    self._set_aside()
+                    os.close(file)
+                    file = -1
+                    file = self._open_locked()
+                    self.read()
+                # A line without an end was confirmed to nobody.
+                if os.fstat(file).st_size > self._offset:
+                    os.ftruncate(file, self._offset)
+                yield file
+                if self._lines > 2 * self._needed() + SPARE_LINES:
+                    self._replace()
+            finally:
+                if file >= 0:
+                    os.close(file)
+
+    def _needed(self) -> int:
+        """About how many lines the table needs."""
+        rows = len(self.table.rows) + len(self.table.suppressions)
+        return rows + self.table.suppressed // 1000 + 1
+
+    def _open_locked(self) -> int:
+        end = time.monotonic() + LOCK_SECONDS
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        while True:
+            try:
+                file = os.open(self._path, flags)
+            except FileNotFoundError:
+                file = os.open(self._path, flags | os.O_CREAT, MODE)
+                _sync_directory(self._directory)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found, there = os.fstat(file), os.stat(self._path)
+                if (found.st_dev, found.st_ino) == (there.st_dev, there.st_ino):
+                    return file
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    os.close(file)
+                    raise RowError(f"{self._path}: another process keeps the lock") from None
+                time.sleep(LOCK_AGAIN_SECONDS)
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(file)
+                raise
+            os.close(file)
+
+    def _write(
+        self,
+        file: int,
+        lines: Sequence[Line],
+        who: str,
+        action: str,
+        why: str,
+        *,
+        row: Row | None = None,
+        rows: Sequence[Row] = (),
+        values: Sequence[str] = (),
+    ) -> None:
+        """Make a change durable, with its line in the audit file, and apply it."""
+        document: dict[str, Any] = {
+            "time": format_time(self._clock()),
+            "who": who,
+            "action": action,
+            "why": why,
+        }
+        every = [row] if row is not None else list(rows)
+        if every:
+            document["rows"] = [msgspec.to_builtins(each) for each in every]
+        if values:
+            document |= {"values": values[:AUDITED_VALUES], "count": len(values)}
+        self._audit(document)
+        self._append(file, lines)
+
+    def _audit(self, document: dict[str, Any]) -> None:
+        path = os.path.join(self._directory, AUDIT_NAME)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        file = os.open(path, flags, MODE)
+        try:
+            _write_all(file, _encode(document) + b"\n")
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def _append(self, file: int, lines: Sequence[Line], *, sync: bool = True) -> None:
+        new = not self._offset
+        lines = [Line(version=VERSION), *lines] if new else lines
+        data = b"".join(map(_format, lines))
+        try:
+            _write_all(file, data)
+            if sync:
+                os.fsync(file)
+        except OSError:
+            os.ftruncate(file, self._offset)
+            raise
+        for line in lines:
+            self.table.apply(line)
+        self._offset += len(data)
+        self._lines += len(lines)
+
+    def _set_aside(self) -> None:
+        """Keep a copy of a damaged file, and replace the file by its sound lines."""
+        name = f"{FILE_NAME}.damaged-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(self._clock()))}"
+        number = 0
+        while os.path.exists(copy := os.path.join(self._directory, f"{name}-{number}")):
+            number += 1
+        os.link(self._path, copy)
+        log.error(
+            "%s: %d of %d lines are damaged; the file is kept as %s, and the sound lines are in"
+            " force. Compare 'mailerq pause list', 'error list' and 'suppress list' with %s",
+            self._path,
+            self.damaged,
+            self._lines,
+            copy,
+            AUDIT_NAME,
+        )
+        self._replace()
+
+    def _replace(self) -> None:
+        """Write the file anew."""
+        path = f"{self._path}.new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        file = os.open(path, flags, MODE)
+        try:
+            lines = size = 0
+            for line in self.table.lines():
+                data = _format(line)
+                _write_all(file, data)
+                lines, size = lines + 1, size + len(data)
+            os.fsync(file)
+            found = os.fstat(file)
+        finally:
+            os.close(file)
+        os.rename(path, self._path)
+        _sync_directory(self._directory)
+        self.damaged = 0
+        self._identity = found.st_dev, found.st_ino
+        self._lines, self._offset = lines, size
+
+
+def _format(line: Line) -> bytes:
+    data = _encode(line)
+    return b"%08x %s\n" % (crc32(data), data)
+
+
+def _parse(text: bytes) -> Line | None:
+    """A line of the file; None if it is damaged."""
+    checksum, _, data = text.partition(b" ")
+    try:
+        if int(checksum, 16) == crc32(data):
+            return _decode(data)
+    except (ValueError, msgspec.DecodeError, RecursionError):
+        pass
+    return None
+
+
+def _write_all(file: int, data: bytes) -> None:
+    while data:
+        written = os.write(file, data)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        data = data[written:]
+
+
+def _sync_directory(path: str) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
