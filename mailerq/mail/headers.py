@@ -27,8 +27,10 @@ from typing import Final, NamedTuple
 from mailerq.wire._lines import empty_line
 
 __all__ = [
+    "DAY_NAMES",
     "HEADER_LIMIT",
     "HOP_LIMIT",
+    "MONTH_NAMES",
     "Field",
     "Header",
     "date_field",
@@ -242,9 +244,12 @@ def remove(mime: bytes, fields: Iterable[Field]) -> bytes:
     return b"".join(pieces)
 
 
-_DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_MONTHS: Final = (
-    "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
+DAY_NAMES: Final = (
+    "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday",
+)  # fmt: skip
+MONTH_NAMES: Final = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
 )  # fmt: skip
 
 _last_date: tuple[int, str] = (-1, "")
@@ -259,7 +264,7 @@ def format_date(now: float) -> str:
         # strftime would use names of the locale.
         year, month, day, hour, minute, sec, weekday, *_ = time.gmtime(second)
         text = (
-            f"{_DAYS[weekday]}, {day} {_MONTHS[month - 1]} {year:04}"
+            f"{DAY_NAMES[weekday][:3]}, {day} {MONTH_NAMES[month - 1][:3]} {year:04}"
             f" {hour:02}:{minute:02}:{sec:02} +0000"
         )
         _last_date = (second, text)

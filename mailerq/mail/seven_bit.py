@@ -28,25 +28,22 @@ from dataclasses import dataclass
 from typing import Final
 
 from mailerq.mail.headers import HEADER_LIMIT, unfold
+from mailerq.mail.parts import (
+    FIELDS,
+    MAX_BOUNDARY,
+    MAX_DEPTH,
+    MAX_PARTS,
+    PARAMETER,
+    PartHeader,
+    unquote,
+)
 from mailerq.wire._lines import Buffer
 from mailerq.wire.framing import has_bare_newline, in_pairs
 
-__all__ = ["Converted", "convert", "to_seven_bit"]
-
-MAX_DEPTH: Final = 50
-"""Depth of nested parts. Real mail has about five levels."""
-
-MAX_PARTS: Final = 10_000
-"""Parts of one mail. A digest of a busy list has some hundred; each part takes time and memory."""
-
-MAX_BOUNDARY: Final = 200
-"""Bytes of a boundary. RFC 2046 allows 70."""
+__all__ = ["Converted", "ascii_field", "convert", "to_seven_bit"]
 
 MAX_FIELD: Final = 1 << 17
 """Bytes of a field with 8-bit bytes: one expression reads the whole field under Python's lock."""
-
-MAX_PARAMETERS: Final = 1 << 14
-"""Bytes of a field that are searched for parameters."""
 
 BLOCK_BYTES: Final = 57 << 9
 """Bytes to encode at a time, so that other threads can run in between. A multiple of the 57 bytes
@@ -62,19 +59,13 @@ WORD_CHARS: Final = 48
 """Encoded characters of an encoded word: its line has at most 76 (RFC 2047, section 2)."""
 
 _FIELD: Final = re.compile(rb"[!-9;-~]++[ \t]*+:").match
-_FIELDS: Final = re.compile(rb"\r\n(?![ \t])").split
 _BLANKS: Final = re.compile(rb"([ \t\r\n]++)").split
-_TYPE: Final = re.compile(rb"\s*+([\w!#$&^.+-]++)\s*+/\s*+([\w!#$&^.+-]++)").match
-_PARAMETER: Final = re.compile(
-    rb';(\s*+)([^\s=;"]++)(\s*+=\s*+)("[^"\\]*+(?:\\.[^"\\]*+)*"|[^\s;"]*+)', re.DOTALL
-)
 # In an address list: quoted text, text in angle brackets, or words with blanks between them.
 _IN_LIST: Final = re.compile(
     rb'(?P<quoted>"[^"\\]*+(?:\\.[^"\\]*+)*(?:"|\\?\Z))|(?P<angle><[^>]*+>?)'
     rb'|(?P<words>[^\s"(),:;<>@\[\]\\]++(?:\s++[^\s"(),:;<>@\[\]\\]++)*)|.',
     re.DOTALL,
 )
-_ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL).sub
 
 _HIGH_BYTES: Final = bytes(range(128, 256))
 _QUESTION_MARKS: Final = bytes.maketrans(_HIGH_BYTES, b"?" * 128)
@@ -167,6 +158,16 @@ def to_seven_bit(mime: bytes) -> bytes | None:
     return whole.take()
 
 
+def ascii_field(field: bytes) -> bytes | None:
+    """Convert a header field, without its line end, to ASCII; return None if impossible."""
+    if field.isascii():
+        return field
+    try:
+        return _field(field)
+    except _CannotConvert:
+        return None
+
+
 class _Walk:
     """One pass over a mail; `out` is the output so far."""
 
@@ -252,11 +253,11 @@ class _Walk:
             self._headers += end - start
             if self._headers > HEADER_LIMIT:
                 raise _CannotConvert
-            fields = _FIELDS(mime[start:end].removesuffix(b"\r\n"))
+            fields = FIELDS(mime[start:end].removesuffix(b"\r\n"))
             separator = mime[max(end, self._done - 2) : self._done]
         else:
             separator = b""
-        header = _Header(fields, kind)
+        header = PartHeader([field if field.isascii() else _field(field) for field in fields], kind)
         if header.encoding not in _SEVEN:
             self._leaf(header, separator, message=message)
         elif header.kind.startswith(b"multipart/"):
@@ -268,7 +269,7 @@ class _Walk:
             self._leaf(header, separator, message=message)
 
     def _put(
-        self, header: _Header, separator: bytes, encoding: bytes | None, *, message: bool
+        self, header: PartHeader, separator: bytes, encoding: bytes | None, *, message: bool
     ) -> None:
         """Write a header and the separator after it."""
         if encoding is not None and header.encoding != encoding:
@@ -279,7 +280,9 @@ class _Walk:
         self.out += header.lines()
         self.out.append(separator)
 
-    def _multipart(self, header: _Header, separator: bytes, depth: int, *, message: bool) -> None:
+    def _multipart(
+        self, header: PartHeader, separator: bytes, depth: int, *, message: bool
+    ) -> None:
         boundary, level = header.boundary, len(self._open)
         if not boundary or boundary in self._open:
             raise _CannotConvert
@@ -302,7 +305,7 @@ class _Walk:
         self._delimiter(len(self._mime))
         self._junk()
 
-    def _leaf(self, header: _Header, separator: bytes, *, message: bool) -> None:
+    def _leaf(self, header: PartHeader, separator: bytes, *, message: bool) -> None:
         self._delimiter(len(self._mime))
         start, end = self._done, self._line
         if end < len(self._mime):
@@ -319,43 +322,6 @@ class _Walk:
             header.set(b"Content-Type", b"text/plain; charset=" + charset)
         self._put(header, b"\r\n", encoding, message=message)
         self.out.append(encoded)
-
-
-class _Header:
-    """The fields of a message or a part, converted to ASCII."""
-
-    def __init__(self, fields: list[bytes], kind: bytes) -> None:
-        self._fields = [field if field.isascii() else _field(field) for field in fields]
-        self._names = [field.partition(b":")[0].rstrip(b" \t").lower() for field in self._fields]
-        value = self.get(b"content-type")[:MAX_PARAMETERS]
-        match = _TYPE(value)
-        self.kind = b"/".join(match.groups()).lower() if match else kind
-        encoding = self.get(b"content-transfer-encoding").partition(b";")[0]
-        self.encoding = encoding.strip().lower()
-        self.boundary = b""
-        for parameter in _PARAMETER.finditer(value):
-            if parameter[2].lower() == b"boundary" and not self.boundary:
-                self.boundary = _unquote(parameter[4]).rstrip(b" ")[:MAX_BOUNDARY]
-
-    def get(self, name: bytes) -> bytes:
-        """Return the unfolded value of the first field with this name, or b""."""
-        if name not in self._names:
-            return b""
-        field = self._fields[self._names.index(name)]
-        return unfold(field.partition(b":")[2])
-
-    def set(self, name: bytes, value: bytes) -> None:
-        """Replace the first field with this name, or add the field at the end."""
-        field, key = name + b": " + value, name.lower()
-        if key in self._names:
-            self._fields[self._names.index(key)] = field
-        else:
-            self._fields.append(field)
-            self._names.append(key)
-
-    def lines(self) -> Iterator[bytes]:
-        for field in self._fields:
-            yield field + b"\r\n"
 
 
 # Content
@@ -424,7 +390,7 @@ def _base64(mime: bytes, start: int, end: int) -> Iterator[bytes]:
         yield encodebytes(block).replace(b"\n", b"\r\n")
 
 
-def _encode(header: _Header, mime: bytes, start: int, end: int) -> tuple[bytes, _Piece]:
+def _encode(header: PartHeader, mime: bytes, start: int, end: int) -> tuple[bytes, _Piece]:
     """Return an encoding, and the content in this encoding."""
     if header.encoding == b"quoted-printable":
         return header.encoding, _measured(_escape_high, mime, start, end)
@@ -479,7 +445,7 @@ def _field(field: bytes) -> bytes:
     if not colon or not name.isascii() or name in _RIGID:
         return field.translate(_QUESTION_MARKS)
     if name in _PARAMETERS:
-        value = _PARAMETER.sub(_parameter, value).translate(_QUESTION_MARKS)
+        value = PARAMETER.sub(_parameter, value).translate(_QUESTION_MARKS)
     elif name in _ADDRESSES:
         value = _address_list(value)
     else:
@@ -546,7 +512,7 @@ def _address_list(value: bytes) -> bytes:
         if match["angle"] or after == b"@" or (pieces and pieces[-1] == b"@"):
             raise _CannotConvert  # an address must not be changed
         if match["quoted"]:
-            pieces.append(_encoded_words(unfold(_unquote(piece))))
+            pieces.append(_encoded_words(unfold(unquote(piece))))
         else:
             pieces.append(_words(piece))
     return b"".join(pieces)
@@ -557,7 +523,7 @@ def _parameter(match: re.Match[bytes]) -> bytes:
     before, name, _, value = match.groups()
     if value.isascii() or not name.isascii() or b"*" in name:
         return match[0]
-    text = unfold(_unquote(value))
+    text = unfold(unquote(value))
     encoded = b"".join([_PERCENT[byte] for byte in text])
     charset = b"utf-8" if _is_utf8(text) else b"unknown-8bit"
     pieces = re.findall(rb"(?:%..|[^%]){1,48}", encoded, re.DOTALL)
@@ -567,9 +533,3 @@ def _parameter(match: re.Match[bytes]) -> bytes:
     return b"".join(
         b";\r\n %b*%d*=%b" % (name, number, piece) for number, piece in enumerate(pieces)
     )
-
-
-def _unquote(value: bytes) -> bytes:
-    if len(value) > 1 and value.startswith(b'"') and value.endswith(b'"'):
-        return _ESCAPE(rb"\1", value[1:-1])
-    return value
