@@ -116,12 +116,49 @@ PROPERTIES: Final = (
     ),
     Property(
         "mime", MAIL, "a string or an object",
-        "The whole mail, header and body, with CRLF between its lines. An object would have to be"
-        " generated, which is not supported: the message fails.", _is_dict,
+        "The whole mail, header and body, with CRLF between its lines. Or an object of which the"
+        " mail is made; see below.", _is_dict,
+        (
+            Key("from", "The author: a string, or an object with `name` and `address` (or `email`)."
+                " Absent: `envelope`."),
+            Key("to", "The same, or an array. Absent: `recipient`."),
+            Key("cc", "The same, or an array."),
+            Key("subject", "The subject, a string."),
+            Key("text", "The plain text, a string."),
+            Key("textVersion", "The older name of `text`."),
+            Key("content", "The HTML text, a string. An object makes the message fail."),
+            Key("headers", "More header fields: each name with a string or an array of strings."),
+            Key("attachments", "An array of objects with `name`, `type`, and `data` (base64) or"
+                " `content` (text). A `url` makes the message fail."),
+            Key("background", "The background of the HTML text.", used=False),
+        ),
     ),
     Property(
         "mime-base64", MAIL, "a string",
         "Stands in place of `mime` where the mail is not valid UTF-8.",
+    ),
+    Property(
+        "data", MAIL, "an object",
+        "Variables: with them, the mail is a template; see below.", _is_dict,
+    ),
+    Property(
+        "headers", MAIL, "an object",
+        "Edits of the header. Each name stands for a string or an array of strings; case does not"
+        " matter. The edits are made in the order of this table.", _is_dict,
+        (
+            Key("remove", "A name or an array of names: the fields to remove."),
+            Key("replace", "Fields in place of the first of their name; others of that name are"
+                " removed. Where there is none, the field is added."),
+            Key("update", "The same, but nothing is added."),
+            Key("prepend", "Fields to add at the top."),
+            Key("append", "Fields to add at the end."),
+            Key("add", "Another name of `append`."),
+        ),
+    ),
+    Property(
+        "normalize", MAIL, "true or false",
+        "Turns bare CRs and LFs into CRLF before plugins see the mail. On the wire that happens"
+        " anyway.", _is_flag,
     ),
     Property(
         "smtputf8", MAIL, "true or false",
@@ -280,14 +317,9 @@ PROPERTIES: Final = (
         "pool", UNUSED, "a string", "The name of a pool of addresses to send from.",
         _is_str, used=False,
     ),
-    Property("data", UNUSED, "an object", "Variables for templates.", _is_dict, used=False),
-    Property("headers", UNUSED, "an object", "Edits of the header.", _is_dict, used=False),
     Property("dkim", UNUSED, "an object or an array", "Keys to sign with.", used=False),
     Property("inlinecss", UNUSED, "true or false", "Moves style sheets into the elements.",
-             used=False),
-    Property("normalize", UNUSED, "true or false",
-             "Turns bare CRs and LFs into CRLF. On the wire that happens anyway.",
-             used=False),
+             _is_flag, used=False),
     Property("priority", UNUSED, "a whole number", "The place in the queue.", used=False),
     Property("nextattempt", UNUSED, "an object", "A newer form of `delayed`.", used=False),
     Property("force", UNUSED, "true or false", "Attempts delivery despite errors.", used=False),

@@ -23,8 +23,13 @@ from mailerq.address import (  # noqa: E402
     QUEUE_LIMIT,
 )
 from mailerq.config import SETTINGS  # noqa: E402
+from mailerq.mail.edits import EDITS_LIMIT  # noqa: E402
 from mailerq.mail.extract import FIELDS, FIELDS_LIMIT  # noqa: E402
 from mailerq.mail.headers import HEADER_LIMIT, HOP_LIMIT  # noqa: E402
+from mailerq.mail.modifiers import ALIASES, MODIFIERS  # noqa: E402
+from mailerq.mail.parts import PART_LIMIT  # noqa: E402
+from mailerq.mail.template import NESTING_LIMIT as BLOCKS_LIMIT  # noqa: E402
+from mailerq.mail.values import OUTPUT_LIMIT, STEPS_LIMIT, TEXT_LIMIT  # noqa: E402
 from mailerq.message import NESTING_LIMIT, PROPERTIES_LIMIT  # noqa: E402
 from mailerq.properties import KNOWN, PROPERTIES, SECONDS_LIMIT  # noqa: E402
 from mailerq.queues import DAMAGED_QUEUE  # noqa: E402
@@ -77,6 +82,16 @@ def fields() -> str:
     own = "Your own property, a string. Names of known properties are not allowed."
     rows.append(("`x-mq-anything`", "`anything`", "yes", own))
     return table(("field", "property", "harmless", "meaning"), rows)
+
+
+def modifiers() -> str:
+    """The modifiers of templates."""
+    rows = (
+        (f"`{known.example}`", known.meaning)
+        for name, known in MODIFIERS.items()
+        if name not in ALIASES
+    )
+    return table(("example", "result"), rows)
 
 
 def queues() -> str:
@@ -144,6 +159,12 @@ def limits() -> str:
         ("`dsn.envid`", f"{ENVID_LIMIT} characters", "left out"),
         ("`dsn.orcpt`", f"{ORCPT_LIMIT} characters", "left out"),
         ("Received fields of a mail, with ours", HOP_LIMIT, "looping: refused (554), or fails"),
+        ("steps of the templates of a mail", STEPS_LIMIT, "fails"),
+        ("output of the templates of a mail", f"{OUTPUT_LIMIT} characters", "fails"),
+        ("a text that a modifier makes", f"{TEXT_LIMIT} characters", "fails"),
+        ("nested blocks or brackets of a template", BLOCKS_LIMIT, "fails"),
+        ("a text part that is a template", f"{PART_LIMIT} bytes", "fails"),
+        ("fields that `headers` names", EDITS_LIMIT, "fails"),
         ("header of a received mail", f"{HEADER_LIMIT} bytes", "refused (552)"),
         ("all x-mq-* fields of a mail", f"{FIELDS_LIMIT} bytes", "refused (552)"),
         ("a received mail", f"`smtp-maxsize` ({_default('smtp-maxsize')})", "refused (552)"),
@@ -200,7 +221,8 @@ def _more(setting: Setting) -> Iterator[str]:
 
 
 TABLES: Final[dict[str, Callable[[], str]]] = {
-    made.__name__: made for made in (properties, fields, queues, results, classes, limits, settings)
+    made.__name__: made
+    for made in (properties, fields, modifiers, queues, results, classes, limits, settings)
 }
 
 

@@ -289,11 +289,14 @@ MODIFIERS: Final[dict[str, Modifier]] = {
         _substr, 1, 2, "{$x|substr:0:3}",
         "From an offset, negative from the end, so many characters or all.",
     ),
-    "replace": Modifier(_replace, 2, 2, '{$x|replace:"a":"b"}', "Each first text as the second."),
-    "cat": Modifier(_cat, 1, 9, '{$x|cat:"!"}', "With the arguments behind."),
+    "replace": Modifier(
+        _replace, 2, 2, '{$x|replace:"a":"b"}', "With the second text in place of the first."
+    ),
+    "cat": Modifier(_cat, 1, 9, '{$x|cat:"!"}', "Followed by the arguments."),
     "indent": Modifier(_indent, 0, 1, "{$x|indent:4}", "Each line after so many blanks (4)."),
     "nl2br": Modifier(
-        _nl2br, 0, 0, "{$x|nl2br}", "Escaped for HTML, with `<br>` before each line end."
+        _nl2br, 0, 0, "{$x|nl2br}",
+        "Escaped for HTML, with a `br` element before each line end.",
     ),
     "urlencode": Modifier(_urlencode, 0, 0, "{$x|urlencode}", "For a part of a URL."),
     "urldecode": Modifier(_urldecode, 0, 0, "{$x|urldecode}", "The reverse of `urlencode`."),

@@ -31,6 +31,7 @@ import trio
 from mailerq.config import Config
 from mailerq.errors import MessageDamaged, QueueError
 from mailerq.live import Live
+from mailerq.mail.made import MADE_OF, is_made
 from mailerq.message import Message, Result, format_time
 from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
 from mailerq.net.misspelt import Misspelt
@@ -41,6 +42,7 @@ from mailerq.outbound.flows import Flows
 from mailerq.outbound.intake import SORTERS, Destination, Intake
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Limits
+from mailerq.outbound.making import form_problem, make_body
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.pause import Pause
 from mailerq.outbound.session import Session
@@ -326,11 +328,14 @@ class Dispatcher:
             if not isinstance(decision, Send):
                 self._stop(lease, decision)
                 return None
-            outcome = self._body_problem(lease) if lease.loaded else None
+            outcome = self._body_problem(message) if lease.loaded else None
+            to_make = not MADE_OF.isdisjoint(properties) and is_made(properties)
+            if outcome is None and to_make:
+                outcome = form_problem(message)
             if outcome is not None:
                 self._settlements.finish(lease, Report(outcome))
                 return None
-            return Job(lease, message, decision, len(message.results) + 1)
+            return Job(lease, message, decision, len(message.results) + 1, to_make=to_make)
         except Exception:
             # Our own defect must not stop the mail behind this message.
             log.exception("message %d cannot be handled", lease.id)
@@ -358,8 +363,8 @@ class Dispatcher:
                 self.put_back(job)
                 self._intake.placed(job.lease.destination)
 
-    def _body_problem(self, lease: Lease) -> Outcome | None:
-        return body_problem(lease.message, supplied=self._plugins.listens("out_data"))
+    def _body_problem(self, message: Message) -> Outcome | None:
+        return body_problem(message, supplied=self._plugins.listens("out_data"))
 
     async def _find(self, route: Route) -> None:
         """Find the hosts of a target, and place its messages.
@@ -411,7 +416,7 @@ class Dispatcher:
         return True
 
     async def load(self, job: Job) -> Outcome | None:
-        """Fetch a body that is only in the queue; return the outcome if the fetch fails."""
+        """Fetch or make a body; return the outcome if that fails."""
         try:
             await self._bodies.load(job.lease)
         except MessageDamaged:
@@ -420,7 +425,8 @@ class Dispatcher:
             self.counters.queue_errors += 1
             log.error("cannot read the body of message %d: %s", job.lease.id, error)
             return responses.OWN_FAULT
-        return self._body_problem(job.lease)
+        outcome = await make_body(job, self.config, self.now()) if job.to_make else None
+        return outcome or self._body_problem(Message(job.message.properties, job.body))
 
     def body_waits(self, job: Job) -> None:
         """A body is in memory and in no session: sessions that wait for room go first.
@@ -428,6 +434,8 @@ class Dispatcher:
         Such sessions have slots, and the job may need one of those.
         """
         self._bodies.drop(job.lease)
+        if job.made is not None:
+            job.made, job.to_make = None, True
 
     def refill(self, flow: Flow) -> None:
         """Take mail for a flow if the flow needs more."""

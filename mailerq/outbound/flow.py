@@ -215,6 +215,7 @@ class Flow:
             not self._ahead
             or len(self.jobs) <= len(self.opening) + len(self.idle)
             or not self.jobs[0].lease.loaded
+            or self.jobs[0].to_make
             or self.is_contended(session)
             or self._dispatcher.stopping
             or self._should_end(session, contended=False)
@@ -240,7 +241,7 @@ class Flow:
         return job
 
     async def load(self, job: Job) -> Outcome | None:
-        """Fetch a body that is only in the queue; return the outcome if the fetch fails."""
+        """Fetch or make a body; return the outcome if that fails."""
         return await self._dispatcher.load(job)
 
     def settle(self, session: Session, job: Job, report: Report) -> None:

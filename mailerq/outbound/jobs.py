@@ -22,6 +22,7 @@ class Job(msgspec.Struct, eq=False):
 
     `attempt` counts from 1. `flow` is None while the hosts are being looked up; `since` is when the
     flow got the job, on the monotonic clock. `is_ascii` describes the body, None until checked.
+    `to_make`: the body is not what is stored, and `made` will have the body when its turn comes.
     """
 
     lease: Lease
@@ -31,6 +32,13 @@ class Job(msgspec.Struct, eq=False):
     flow: Flow | None = None
     since: float = 0.0
     is_ascii: bool | None = None
+    to_make: bool = False
+    made: bytes | None = None
+
+    @property
+    def body(self) -> bytes | None:
+        """The mail to send."""
+        return self.message.body if self.made is None else self.made
 
     @property
     def envelope(self) -> str:

@@ -467,12 +467,12 @@ class Session:
         event = protocol.next_event()
         if event is NEED_DATA:
             if not self._begun:
-                if not job.lease.loaded:
+                if job.to_make or not job.lease.loaded:
                     self._deadline = math.inf  # the delay is not the peer's
                     if (problem := await self.flow.load(job)) is not None:
                         return problem
                 self._converted = None
-                body = job.message.body
+                body = job.body
                 if body is not None and job.is_ascii is None:
                     short = len(body) <= LOOK_BYTES
                     job.is_ascii = body.isascii() if short else await self._is_ascii(body)
@@ -502,7 +502,7 @@ class Session:
 
     def _begin(self, job: Job) -> bool:
         """Send the envelope; False if it cannot be sent ahead."""
-        stored, properties = job.message.body, job.message.properties
+        stored, properties = job.body, job.message.properties
         body = stored if self._converted is None else self._converted
         return self._protocol.mail(
             job.envelope,
@@ -573,7 +573,7 @@ class Session:
             self._converted = None
             if job.message.properties.get("binarymime") is True:
                 return
-            ahead = job.message.body
+            ahead = job.body
             if ahead is not None and job.is_ascii is None:
                 if len(ahead) > LOOK_BYTES:
                     return
@@ -588,7 +588,7 @@ class Session:
         """
         protocol, plugin, stored = self._protocol, self._plugin, job.message
         converted, self._converted = self._converted, None
-        body = converted if isinstance(converted, bytes) else stored.body
+        body = converted if isinstance(converted, bytes) else job.body
         message = Message(dict(stored.properties), body)
         try:
             self._deadline = math.inf

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, NamedTuple
 from mailerq.address import parse_host, parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError
+from mailerq.mail import made
 from mailerq.mail.extract import extract
 from mailerq.mail.headers import HOP_LIMIT, Header
 from mailerq.message import Message
@@ -37,9 +38,11 @@ class Finding(NamedTuple):
 def examine(message: Message, config: Config, *, now: float) -> Iterator[Finding]:
     """Yield all findings about a message for the outbox.
 
-    The errors are those of `problems`. Changes by plugins are not considered.
+    The errors are those of `problems`, and why the mail cannot be made. Changes by plugins
+    are not considered.
     """
-    yield from (Finding("error", text) for text in problems(message, config, now=now))
+    errors = list(problems(message, config, now=now)) or list(_not_made(message, config, now))
+    yield from (Finding("error", text) for text in errors)
     misspelt = dict(misspellings(message.properties))
     for name, meant in misspelt.items():
         text = f"property {_shown(name)}: is not known and changes nothing; is {meant} meant?"
@@ -54,6 +57,8 @@ def problems(
     message: Message, config: Config, *, now: float, supplied: bool = False
 ) -> Iterator[str]:
     """Yield the mistakes, each with its property, that would make every delivery fail.
+
+    Mistakes within templates are not among them.
 
     `supplied`: a plugin may supply a body.
     """
@@ -116,12 +121,21 @@ def _no_body(message: Message, supplied: bool) -> Iterator[str]:
     if message.body is not None:
         if Header(message.body).is_looping():
             yield f"property mime: has more than {HOP_LIMIT} Received lines: a mail loop"
-    elif supplied:
-        return
-    elif message.properties.get("mime"):
-        yield "property mime: is an object, and generating mail is not supported"
-    else:
+    elif not (supplied or message.properties.get("mime")):
         yield "property mime: is missing, and only a plugin could supply a body"
+    yield from made.problems(message.properties)
+
+
+def _not_made(message: Message, config: Config, now: float) -> Iterator[str]:
+    """Yield why the mail cannot be made. Style sheets are not tried."""
+    if not made.is_made(message.properties) or not (message.body or message.properties.get("mime")):
+        return
+    try:
+        body = made.make(message.properties, message.body, hostname=config.hostname, now=now)
+    except made.NotMade as error:
+        yield error.reason
+    else:
+        yield from _no_body(Message(message.properties, body), supplied=False)
 
 
 def _without_effect(message: Message, misspelt: Collection[str]) -> Iterator[str]:

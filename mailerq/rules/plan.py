@@ -163,9 +163,8 @@ def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
     """
     body = message.body
     if body is None:
-        if supplied:
-            return None
-        return responses.not_generated() if message.properties.get("mime") else responses.NO_DATA
+        # An object in ``mime`` becomes a body later, and that body is judged then.
+        return None if supplied or message.properties.get("mime") else responses.NO_DATA
     # Most headers have fewer lines than that, and lines cost less to count than to read.
     end = body.find(b"\r\n\r\n", 0, SHORT_BYTES)
     lines = body.count(b"\n", 0, end) if end >= 0 else HOP_LIMIT

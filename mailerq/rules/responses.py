@@ -3,7 +3,7 @@
 Everything that can end an attempt, from a missing domain to the reply to the final dot, becomes an
 `Outcome` here. Its words appear in the results that applications read: `type` and `state` use the
 words of version 2.1, `result` uses the newer words. The states ``process``, ``dns``, ``bind`` and
-``storage`` are newer words too, because 2.1 has none for them.
+``storage`` are newer words too, because 2.1 has none for them, and so is ``personalize``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "login_in_clear",
     "no_fitting_address",
     "no_hosts",
-    "not_generated",
+    "not_made",
     "outweighs",
     "refused",
     "refused_on_arrival",
@@ -70,7 +70,8 @@ TYPES: Final = {
     "idle": "The peer closed the connection before the mail's turn.",
     "nodata": "There was no mail to send: neither the document nor a plugin supplied it.",
     "expired": "The mail expired before an attempt.",
-    "responsive": "The mail would have to be generated, which is not supported.",
+    "responsive": "The mail could not be made of the properties `mime`, `data`, `headers` and"
+    " `inlinecss`.",
 }
 """The words of ``type`` in results, and their meanings."""
 
@@ -78,7 +79,8 @@ STATES: Final = {
     "process": "Before the first step.",
     "suppression": "The recipient is suppressed.",
     "storage": "Fetching the mail.",
-    "responsive": "Generating the mail.",
+    "responsive": "Making the mail.",
+    "personalize": "Filling `data` into the mail.",
     "dns": "Looking up the hosts of the domain.",
     "bind": "Choosing the address to send from.",
     "connect": "Connecting.",
@@ -304,10 +306,9 @@ def bounced(text: str) -> Outcome:
     return _answered("error", "process", "error", Fate.FAILED, smtp.bounced(text))
 
 
-def not_generated() -> Outcome:
-    """``mime`` is an object, a mail that would have to be generated."""
-    text = "the property mime is an object, and generating mail is not supported"
-    return Outcome("responsive", "responsive", "error", Fate.FAILED, description=text)
+def not_made(state: str, reason: str) -> Outcome:
+    """The mail cannot be made of its properties."""
+    return Outcome("responsive", state, "error", Fate.FAILED, description=reason[:MAX_DESCRIPTION])
 
 
 def rejected_by_plugin(reply: Reply) -> Outcome:

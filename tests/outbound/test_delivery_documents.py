@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mailerq.config import Config
 from mailerq.errors import MessageError
 from mailerq.live import Live
+from mailerq.mail.made import NotMade, is_made, make
 from mailerq.message import Message
 from mailerq.net.resolver import NoHosts
 from mailerq.net.slots import Slots
@@ -72,6 +73,12 @@ DOCUMENTS = st.builds(
             "maxdelivertime": TEXTS,
             "results": RESULTS,
             "seen": TEXTS,
+            "data": st.dictionaries(TEXTS, VALUES, max_size=2),
+            "headers": st.dictionaries(st.sampled_from(["add", "remove", "x"]), VALUES),
+            "mime": st.one_of(
+                st.sampled_from(["hi", "Subject: {$a}\r\n\r\n{$b", "A: b\r\n\r\n{$envelope}"]),
+                st.dictionaries(st.sampled_from(["from", "text", "content", "headers"]), VALUES),
+            ),
         },
     ),
 )
@@ -184,7 +191,15 @@ def fails_unsent(document: dict[str, Any], config: Config) -> bool:
     now = NOW if due is None else max(NOW, due)
     decision = plan(message, config, now=now, seen=now)
     assert not isinstance(decision, Hold)
-    return isinstance(decision, Refuse) or body_problem(message, supplied=False) is not None
+    if isinstance(decision, Refuse) or body_problem(message, supplied=False) is not None:
+        return True
+    if not is_made(message.properties):
+        return False
+    try:
+        body = make(message.properties, message.body, hostname="me.test", now=now)
+    except NotMade:
+        return True
+    return body_problem(Message(message.properties, body), supplied=False) is not None
 
 
 @settings(max_examples=400)
@@ -192,6 +207,10 @@ def fails_unsent(document: dict[str, Any], config: Config) -> bool:
 @example({"recipient": "c@d.test", "mime": "x", "delayed": "9999-12-31 23:59:59"})
 @example({"recipient": "c@d.test", "mime": "x", "maxdelivertime": "1999-12-31 23:59:59"})
 @example({"recipient": "c@d.test", "mime": "x", "security": "verified"})
+@example({"recipient": "c@d.test", "mime": "A: b\r\n\r\n{$x", "data": {}})
+@example({"recipient": "c@d.test", "mime": {"text": "x"}})
+@example({"recipient": "c@d.test", "mime": {"to": [{"email": "x"}], "from": "a@b.test"}})
+@example({"recipient": "c@d.test", "mime": "x", "headers": {"add": {"a b": "c"}}})
 @example({"recipient": "c@d.test", "mime": "Received: x\r\n" * 100 + "\r\n"})
 @example({"recipient": "c@d.test", "mime": "Received: x\r\n" * 101 + "\r\n"})
 def test_a_check_finds_an_error_where_delivery_would_and_nowhere_else(

@@ -12,6 +12,8 @@ import pytest
 
 from mailerq.config import SETTINGS, Config
 from mailerq.mail.extract import FIELDS
+from mailerq.mail.modifiers import ALIASES, MODIFIERS
+from mailerq.mail.template import Template
 from mailerq.message import Message
 from mailerq.properties import PROPERTIES
 from mailerq.rules.documents import examine
@@ -56,13 +58,40 @@ def test_the_documents_in_the_pages_are_good() -> None:
         for path in PAGES
         for block in re.findall(r"```json\n(.*?)```", path.read_text(), re.DOTALL)
     ]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         document = json.loads(block)
         if "results" in document:  # a report, without its mail
             document["mime"] = ""
         found = list(examine(Message.from_dict(document), Config(hostname="x.test"), now=0))
-        assert [finding.level for finding in found] == ["note"]
+        assert {finding.level for finding in found} <= {"note"}, found
+
+
+MESSAGES = (ROOT / "docs" / "messages.md").read_text()
+TEMPLATES = re.findall(
+    r"^\| `((?:[^`|]|\\\|)*)` \| (?:`((?:[^`|]|\\\|)*)` )?\|$",
+    MESSAGES.partition("| template | text |\n")[2].partition("\n\n")[0],
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("template", "text"), TEMPLATES)
+def test_a_template_of_the_page_becomes_the_text_beside_it(template: str, text: str) -> None:
+    (data,) = re.findall(r"^```text\n(\{.*?)^```", MESSAGES, re.MULTILINE | re.DOTALL)
+    compiled = Template(template.replace("\\|", "|"))
+    assert compiled.render(json.loads(data)) == text.replace("\\|", "|")
+
+
+def test_each_row_with_a_template_is_tried() -> None:
+    rows = MESSAGES.partition("| template | text |\n")[2].partition("\n\n")[0].splitlines()
+    assert len(TEMPLATES) == len(rows) - 1
+
+
+@pytest.mark.parametrize("name", MODIFIERS)
+def test_the_example_of_a_modifier_is_a_template(name: str) -> None:
+    example = MODIFIERS[name].example
+    assert f"|{ALIASES.get(name, name)}" in example
+    assert not Template(example + "{/if}" * example.startswith("{if")).is_plain
 
 
 def test_the_files_that_the_pages_and_readme_name_are_there() -> None:

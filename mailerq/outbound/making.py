@@ -1,0 +1,73 @@
+"""Makes the mail of a message whose body is not what is stored, shortly before it is sent.
+
+A short mail is made at once, with a small budget: that takes a millisecond or less. A mail that is
+long, or that the budget does not suffice for, is made in a thread.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+import trio
+
+from mailerq.config import Config
+from mailerq.mail.made import NotMade, Unfinished, make, problems
+from mailerq.mail.values import Budget
+from mailerq.message import Message
+from mailerq.outbound.jobs import Job
+from mailerq.rules import responses
+from mailerq.rules.responses import Outcome
+
+__all__ = ["form_problem", "make_body"]
+
+QUICK_BYTES: Final = 1 << 15
+"""Bytes of a document that may be made at once."""
+
+QUICK_STEPS: Final = 2000
+QUICK_CHARS: Final = 1 << 17
+"""The budget of a mail that is made at once: some milliseconds."""
+
+MAKERS: Final = 2
+"""Mails made in threads at a time."""
+
+
+def form_problem(message: Message) -> Outcome | None:
+    """Why the mail cannot be made, as far as that is known before its turn."""
+    for problem in problems(message.properties):
+        return responses.not_made("responsive", problem)
+    return None
+
+
+async def make_body(job: Job, config: Config, now: float) -> Outcome | None:
+    """Make the body of a job; return the outcome if that fails."""
+    properties, stored = job.message.properties, job.message.body
+    job.to_make = False
+    if stored is None and not properties.get("mime"):
+        return None  # a plugin may supply a body
+    work = partial(make, properties, stored, hostname=config.hostname, now=now)
+    try:
+        if job.lease.size <= QUICK_BYTES:
+            try:
+                job.made = work(budget=Budget(QUICK_STEPS, QUICK_CHARS))
+            except Unfinished:
+                pass
+            else:
+                return None
+        job.made = await trio.to_thread.run_sync(work, limiter=_makers(), abandon_on_cancel=True)
+    except NotMade as error:
+        return responses.not_made(error.state, error.reason)
+    return None
+
+
+_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("makers")
+
+
+def _makers() -> trio.CapacityLimiter:
+    """The limit on mails that are made in threads of this loop."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(MAKERS)
+        _limiter.set(limiter)
+        return limiter
