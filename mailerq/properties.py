@@ -156,6 +156,11 @@ PROPERTIES: Final = (
         ),
     ),
     Property(
+        "inlinecss", MAIL, "true or false",
+        "Moves the rules of `style` elements in HTML parts into the elements. Needs css-inline.",
+        _is_flag,
+    ),
+    Property(
         "normalize", MAIL, "true or false",
         "Turns bare CRs and LFs into CRLF before plugins see the mail. On the wire that happens"
         " anyway.", _is_flag,
@@ -318,8 +323,6 @@ PROPERTIES: Final = (
         _is_str, used=False,
     ),
     Property("dkim", UNUSED, "an object or an array", "Keys to sign with.", used=False),
-    Property("inlinecss", UNUSED, "true or false", "Moves style sheets into the elements.",
-             _is_flag, used=False),
     Property("priority", UNUSED, "a whole number", "The place in the queue.", used=False),
     Property("nextattempt", UNUSED, "an object", "A newer form of `delayed`.", used=False),
     Property("force", UNUSED, "true or false", "Attempts delivery despite errors.", used=False),

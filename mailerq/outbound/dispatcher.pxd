@@ -12,12 +12,12 @@ cdef class Dispatcher:
     cdef public object queues, worker, openings, flows, limits, stops, counters, memory, now
     cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies
     cdef public object _some_session, _no_session, _times_changed, _say_own_fault
-    cdef public object _stopped, _life, _nursery, _working
+    cdef public object _stopped, _life, _nursery, _working, _inliner
     cdef object __weakref__
 
     cpdef admit(self, lease, wanted=*)
     cpdef judge(self, lease)
-    cpdef _body_problem(self, lease)
+    cpdef _body_problem(self, message)
     cpdef place(self, job, found, wanted=*)
     cpdef has_expired(self, job)
     cpdef refill(self, flow)

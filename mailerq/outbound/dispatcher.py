@@ -39,6 +39,7 @@ from mailerq.net.resolver import NoHosts, Resolver
 from mailerq.outbound.bodies import Bodies
 from mailerq.outbound.flow import FIRST_WINDOW, MAX_WINDOW
 from mailerq.outbound.flows import Flows
+from mailerq.outbound.inliner import Inliner
 from mailerq.outbound.intake import SORTERS, Destination, Intake
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Limits
@@ -127,6 +128,7 @@ class Dispatcher:
         self.flows = Flows(self, self._intake, self._sites)
         self._settlements = Settlements(live, queues, self, send_log=send_log, clock=clock, lot=lot)
         self._bodies: Bodies
+        self._inliner = Inliner()
         self._sessions: dict[Session, None] = {}
         self._some_session = trio.Event()
         self._no_session = trio.Event()
@@ -171,6 +173,7 @@ class Dispatcher:
             self._stopped.set()
             for session in list(self._sessions):
                 session.cut()
+            self._inliner.close()
             self._flush_log()
 
     async def _run(self, task_status: trio.TaskStatus[None]) -> None:
@@ -425,7 +428,9 @@ class Dispatcher:
             self.counters.queue_errors += 1
             log.error("cannot read the body of message %d: %s", job.lease.id, error)
             return responses.OWN_FAULT
-        outcome = await make_body(job, self.config, self.now()) if job.to_make else None
+        outcome = None
+        if job.to_make:
+            outcome = await make_body(job, self.config, self.now(), self._inliner)
         return outcome or self._body_problem(Message(job.message.properties, job.body))
 
     def body_waits(self, job: Job) -> None:

@@ -6,6 +6,7 @@ long, or that the budget does not suffice for, is made in a thread.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Final
 
@@ -15,11 +16,14 @@ from mailerq.config import Config
 from mailerq.mail.made import NotMade, Unfinished, make, problems
 from mailerq.mail.values import Budget
 from mailerq.message import Message
+from mailerq.outbound.inliner import Inliner
 from mailerq.outbound.jobs import Job
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 
 __all__ = ["form_problem", "make_body"]
+
+log = logging.getLogger("mailerq.delivery")
 
 QUICK_BYTES: Final = 1 << 15
 """Bytes of a document that may be made at once."""
@@ -39,7 +43,7 @@ def form_problem(message: Message) -> Outcome | None:
     return None
 
 
-async def make_body(job: Job, config: Config, now: float) -> Outcome | None:
+async def make_body(job: Job, config: Config, now: float, inliner: Inliner) -> Outcome | None:
     """Make the body of a job; return the outcome if that fails."""
     properties, stored = job.message.properties, job.message.body
     job.to_make = False
@@ -47,16 +51,20 @@ async def make_body(job: Job, config: Config, now: float) -> Outcome | None:
         return None  # a plugin may supply a body
     work = partial(make, properties, stored, hostname=config.hostname, now=now)
     try:
-        if job.lease.size <= QUICK_BYTES:
+        if job.lease.size <= QUICK_BYTES and not properties.get("inlinecss"):
             try:
                 job.made = work(budget=Budget(QUICK_STEPS, QUICK_CHARS))
             except Unfinished:
                 pass
             else:
                 return None
+        work = partial(work, inline=inliner.inline)
         job.made = await trio.to_thread.run_sync(work, limiter=_makers(), abandon_on_cancel=True)
     except NotMade as error:
         return responses.not_made(error.state, error.reason)
+    except OSError as error:
+        log.error("cannot make a mail: %s", error)
+        return responses.OWN_FAULT
     return None
 
 

@@ -250,6 +250,30 @@ DOCUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "names": ({f"k{number}": 0 for number in range(80_000)}, "sent"),
     "queues": ({"queues": {f"q{number}": None for number in range(60_000)}}, "sent"),
     "results": ({"results": 80_000 * [{"a": 1}]}, "sent"),
+    "a template": (
+        {"data": {"l": 5000 * [1]}, "mime": "\r\n{foreach $x in $l}{foreach $y in $l}{$x|upper}"},
+        "sent",
+    ),
+    "loops": (
+        {
+            "data": {"l": 900 * [1]},
+            "mime": "\r\n" + 9 * "{foreach $l as $x}" + "{$x|upper}" + 9 * "{/foreach}",
+        },
+        "sent",
+    ),
+    "tags of templates": ({"data": {}, "mime": "\r\n" + 300_000 * "{$x}"}, "sent"),
+    "a short text of tags": ({"data": {}, "mime": "\r\n" + 7000 * "{$x}"}, "sent"),
+    "an attachment": (
+        {"mime": {"text": 200_000 * "\n", "attachments": [{"data": 100_000 * "AAAA"}]}},
+        "sent",
+    ),
+    "edits of the header": (
+        {
+            "headers": {"replace": {f"a{number}": 500 * "é" for number in range(250)}},
+            "mime": 200_000 * "a: b\r\n" + "\r\nhi",
+        },
+        "sent",
+    ),
     "a recipient": ({"recipient": 900_000 * "@"}, "refused"),
     "a quoted envelope": ({"envelope": '"' + 300_000 * "\\a" + '"@d.test'}, "refused"),
     "a time": ({"delayed": 900_000 * "1"}, "refused"),
