@@ -43,7 +43,7 @@ from mailerq.outbound.inliner import Inliner
 from mailerq.outbound.intake import SORTERS, Destination, Intake
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Limits
-from mailerq.outbound.making import form_problem, make_body
+from mailerq.outbound.making import form_problem, make_body, make_quickly
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.pause import Pause
 from mailerq.outbound.session import Session
@@ -432,6 +432,12 @@ class Dispatcher:
         if job.to_make:
             outcome = await make_body(job, self.config, self.now(), self._inliner)
         return outcome or self._body_problem(Message(job.message.properties, job.body))
+
+    def make_now(self, job: Job) -> None:
+        """Make a body if that is quick and finds no problem; else the body is made in its turn."""
+        if job.lease.loaded and make_quickly(job, self.config, self.now()):
+            if self._body_problem(Message(job.message.properties, job.made)) is not None:
+                job.made, job.to_make = None, True
 
     def body_waits(self, job: Job) -> None:
         """A body is in memory and in no session: sessions that wait for room go first.

@@ -215,7 +215,6 @@ class Flow:
             not self._ahead
             or len(self.jobs) <= len(self.opening) + len(self.idle)
             or not self.jobs[0].lease.loaded
-            or self.jobs[0].to_make
             or self.is_contended(session)
             or self._dispatcher.stopping
             or self._should_end(session, contended=False)
@@ -226,6 +225,8 @@ class Flow:
         job = self._pop()
         if job is not None:
             self._dispatcher.ahead_jobs += 1
+            if job.to_make:
+                self._dispatcher.make_now(job)
         return job
 
     def _pop(self) -> Job | None:

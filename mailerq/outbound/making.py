@@ -21,7 +21,7 @@ from mailerq.outbound.jobs import Job
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 
-__all__ = ["form_problem", "make_body"]
+__all__ = ["form_problem", "make_body", "make_quickly"]
 
 log = logging.getLogger("mailerq.delivery")
 
@@ -43,29 +43,51 @@ def form_problem(message: Message) -> Outcome | None:
     return None
 
 
-async def make_body(job: Job, config: Config, now: float, inliner: Inliner) -> Outcome | None:
-    """Make the body of a job; return the outcome if that fails."""
-    properties, stored = job.message.properties, job.message.body
-    job.to_make = False
-    if stored is None and not properties.get("mime"):
-        return None  # a plugin may supply a body
-    work = partial(make, properties, stored, hostname=config.hostname, now=now)
+def make_quickly(job: Job, config: Config, now: float) -> bool:
+    """Make the body of a job, which is loaded; False if that takes long or is impossible."""
+    properties = job.message.properties
+    if job.lease.size > QUICK_BYTES or properties.get("inlinecss") or _is_missing(job):
+        return False
+    budget = Budget(QUICK_STEPS, QUICK_CHARS)
     try:
-        if job.lease.size <= QUICK_BYTES and not properties.get("inlinecss"):
-            try:
-                job.made = work(budget=Budget(QUICK_STEPS, QUICK_CHARS))
-            except Unfinished:
-                pass
-            else:
-                return None
-        work = partial(work, inline=inliner.inline)
+        job.made = make(
+            properties, job.message.body, hostname=config.hostname, now=now, budget=budget
+        )
+    except (NotMade, Unfinished, OSError):
+        return False
+    job.to_make = False
+    return True
+
+
+async def make_body(job: Job, config: Config, now: float, inliner: Inliner) -> Outcome | None:
+    """Make the body of a job, which is loaded; return the outcome if that fails."""
+    if make_quickly(job, config, now):
+        return None
+    if _is_missing(job):
+        job.to_make = False
+        return None
+    work = partial(
+        make,
+        job.message.properties,
+        job.message.body,
+        hostname=config.hostname,
+        now=now,
+        inline=inliner.inline,
+    )
+    try:
         job.made = await trio.to_thread.run_sync(work, limiter=_makers(), abandon_on_cancel=True)
     except NotMade as error:
         return responses.not_made(error.state, error.reason)
     except OSError as error:
         log.error("cannot make a mail: %s", error)
         return responses.OWN_FAULT
+    job.to_make = False
     return None
+
+
+def _is_missing(job: Job) -> bool:
+    """Whether there is nothing to make a mail of; a plugin may supply one."""
+    return job.message.body is None and not job.message.properties.get("mime")
 
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("makers")

@@ -571,6 +571,8 @@ class Session:
         ):
             self._ahead = job
             self._converted = None
+            if job.to_make or not job.lease.loaded:
+                return  # its turn comes without an envelope ahead
             if job.message.properties.get("binarymime") is True:
                 return
             ahead = job.body

@@ -406,3 +406,70 @@ async def test_every_message_gets_the_answer_that_was_meant_for_it(
                     number = int(message.envelope.partition("@")[0])
                     truths = {server.truth.get(number) for server in servers}
                     assert truths & codes, (fault, number, message.results)
+
+
+MADE = {"body": "Subject: {$x}\r\n\r\nhi {$x}\r\n", "data": {"x": 7}}
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_a_mail_that_is_made_quickly_goes_ahead_as_it_was_made() -> None:
+    async with open_bench(domain_maxconnections=1) as bench:
+        for number in range(6):
+            bench.send(f"{number}@d.test", **MADE)
+        await bench.results("success", 6)
+        assert bench.dispatcher.statistics()["ahead"] >= 1
+        assert all(b"Subject: 7\r\n" in mail.body for mail in bench.peer.mails)
+        assert all(b"\r\n\r\nhi 7\r\n" in mail.body for mail in bench.peer.mails)
+
+
+@pytest.mark.parametrize(
+    "more", [{"data": {"x": 7, "l": list(range(5000))}}, {"data": None, "headers": {"add": {}}}]
+)
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_a_mail_that_takes_long_to_make_does_not_go_out_as_it_is_stored(
+    more: dict[str, Any],
+) -> None:
+    body = "Subject: x\r\n\r\nhi {foreach $y in $l}{$y}{/foreach}\r\n"
+    made = {**MADE, "body": body, **more}
+    if more["data"] is None:
+        made["body"] = "Subject: x\r\n\r\n" + 40_000 * "x\n"
+    async with open_bench(domain_maxconnections=1) as bench:
+        for number in range(6):
+            bench.send(f"{number}@d.test", **made)
+        await bench.results("success", 6)
+        for mail in bench.peer.mails:
+            assert b"{foreach" not in mail.body and b"x\nx" not in mail.body
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_what_is_behind_a_message_that_has_expired_is_made_before_it_goes() -> None:
+    """The message that goes ahead need not be the one that was looked at."""
+
+    async def expire(peer: PeerConnection) -> None:
+        await peer.hello()
+        await envelope(peer)
+        await peer.send(GO)
+        await peer.take("250 one\r\n")
+        await envelope(peer)
+        bench.queues.now += 120
+        await peer.send(GO)
+        bodies.append(await peer.body())
+        await peer.send("250 two\r\n")
+        while line := await peer.line():
+            await peer.send("354 go\r\n" if line == "DATA" else OK)
+            if line == "DATA":
+                bodies.append(await peer.body())
+                await peer.send("250 three\r\n")
+
+    bodies: list[bytes] = []
+    slow = {**MADE, "data": {"x": list(range(3000))}}
+    slow["body"] = "Subject: x\r\n\r\n{foreach $y in $x}{$y}{/foreach}\r\n"
+    async with open_bench(expire, domain_maxconnections=1) as bench:
+        bench.send()
+        bench.send()
+        bench.send(maxdelivertime="2026-01-01 12:01:00")
+        bench.send(**slow)
+        await bench.results("success", 3)
+        (result,) = await bench.results("failure")
+        assert result["type"] == "expired"
+        assert b"01234" in bodies[-1]
