@@ -329,7 +329,7 @@ class Dispatcher:
                 if not properties.get("message-id"):
                     properties["message-id"] = self._plugins.message_id()
             if not isinstance(decision, Send):
-                self._stop(lease, decision)
+                self.stop_message(lease, decision)
                 return None
             outcome = self._body_problem(message) if lease.loaded else None
             to_make = not MADE_OF.isdisjoint(properties) and is_made(properties)
@@ -347,8 +347,11 @@ class Dispatcher:
             self._settlements.finish(lease, Report(responses.OWN_FAULT), expires)
             return None
 
-    def _stop(self, lease: Lease, decision: Refuse | Park) -> None:
+    def stop_message(self, lease: Lease, decision: Refuse | Hold | Park) -> None:
         """Do what is decided about a message that is not sent now."""
+        if isinstance(decision, Hold):
+            self._settlements.hold(lease, decision.until)
+            return
         if decision.row:
             self.stops.hit(decision.row)
         if isinstance(decision, Refuse):
@@ -397,15 +400,17 @@ class Dispatcher:
             self._settlements.finish(job.lease, Report(outcome), job.plan.expires)
             return
         if self.stops.rows is not None and (stop := self.stops.late(job, found)) is not None:
-            self._stop(job.lease, stop)
+            self.stop_message(job.lease, stop)
             return
         flow = self.flows.find(job, found, wanted)
         asks = False
         if isinstance(flow, Pause) and flow is wanted and not self.stops.keeps(flow, found):
             flow, asks = self.flows.resume(flow, found), True
-        self._intake.link(self._intake.destination(job.lease.destination), flow)
+        destination = self._intake.destination(job.lease.destination)
+        self._intake.link(destination, flow)
         if isinstance(flow, Pause) or flow.rights.rest or (flow.down and not asks):
-            self.put_back(job)
+            if self.stops.rows is None or not self.stops.set_aside(job, destination, flow):
+                self.put_back(job)
         else:
             flow.add(job)
 

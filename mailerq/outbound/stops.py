@@ -23,14 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from mailerq.address import parse_mailbox
 from mailerq.outbound.pause import Pause
 from mailerq.rules.destinations import domain_of, parked_by, place_of
-from mailerq.rules.plan import Park, Refuse, stopped
+from mailerq.rules.plan import Hold, Park, Refuse, stopped
 from mailerq.rules.row import PAUSE, Row, any_of, patterns
 from mailerq.rules.rows import Peer
 
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from mailerq.rules.rows import Rows
 
 __all__ = ["Stops"]
+
+ASIDE_SECONDS: Final = 60.0
+"""How long a message waits for another address if a row forbids those that could send it."""
 
 
 class Stops:
@@ -81,6 +84,22 @@ class Stops:
             return None
         assert found[0] is not None, "no address is left"
         return stopped(found[0], plan.domain, plan.expires)
+
+    def set_aside(self, job: Job, destination: Destination, flow: Flow | Pause) -> bool:
+        """Whether a message that its flow cannot take has been put where no other flow reads it.
+
+        A row may leave a message fewer addresses than the rest of its destination has. If the flow
+        of such an address has to wait, another one would take the message again and again.
+        """
+        if not any(other is not flow and other.takes_mail for other in destination.flows):
+            return False
+        decision: Park | Hold
+        if flow.paused:
+            decision = Park(flow.paused, job.plan.domain)
+        else:
+            decision = Hold(self._dispatcher.now() + ASIDE_SECONDS)
+        self._dispatcher.stop_message(job.lease, decision)
+        return True
 
     def park(self, lease: Lease, row: int) -> None:
         """Close the destination where a message waits for the end of a pause."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -447,6 +448,33 @@ async def test_parked_mail_waits_after_a_restart_too_and_goes_if_its_pause_is_go
         await taken(bench, 2)
 
 
+@pytest.mark.parametrize("down", [True, False])
+async def test_mail_that_only_an_address_that_waits_may_send_is_not_read_again_and_again(
+    down: bool,
+) -> None:
+    """Other flows of its destination could take the mail, and must not send it."""
+    async with open_bench() as bench:
+        both = ["127.0.0.3", "127.0.0.4"]
+        rows = [pause(1, local_ip="127.0.0.3", tag="news"), pause(2, local_ip="127.0.0.4")]
+        obey(bench, rows[0], *rows[1:] if not down else [])
+        if down:
+            bench.peer.scripts.append(answers_421)
+            bench.send(ips=["127.0.0.4"])
+            await bench.results("retry")
+        bench.send(ips=both)
+        bench.send(ips=both, tags=["news"])
+        await taken(bench, 1)
+        await rest(bench)
+        takes = takes_of(bench)
+        bench.send("b@d.test", ips=both)
+        await taken(bench, 2)
+        await rest(bench)
+        assert takes_of(bench) < takes + 5
+        obey(bench)
+        await bench.pass_time(700)
+        await taken(bench, 4 if down else 3)
+
+
 # Mail in memory
 
 
@@ -473,3 +501,64 @@ async def test_a_new_row_is_about_mail_in_memory_too() -> None:
         await bench.results("failure", 2)
         await rest(bench)
         assert recipients(bench) == ["ann@d.test"]
+
+
+# All together
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_no_mail_is_lost_or_sent_twice_whatever_pauses_come_and_go(seed: int) -> None:
+    lot = random.Random(seed)
+
+    class Shared(StubResolver):
+        async def mail_hosts(self, domain: str) -> tuple[Host, ...]:
+            await trio.lowlevel.checkpoint()
+            first = Host(f"mx.{domain[0]}.test", "127.0.0.1")
+            return (first, Host("mx.other.test", "127.0.0.2", 1))
+
+    def draw(number: int) -> Row:
+        scope: dict[str, str] = {}
+        if lot.random() < 0.3:
+            scope["local_ip"] = lot.choice(["127.0.0.3", "127.0.0.4"])
+        if lot.random() < 0.3:
+            scope["tag"] = "news"
+        place = lot.choice(["", "domain", "domain", "site", "remote_ip"])
+        values = {
+            "domain": ["d.test", "*.test", "x.d.test"],
+            "site": ["mx.d.test", "*.other.test"],
+            "remote_ip": ["127.0.0.1", "127.0.0.2"],
+        }
+        if place:
+            scope[place] = lot.choice(values[place])
+        return pause(number, **scope)
+
+    async with open_bench(resolver=Shared(), address="0.0.0.0") as bench:
+        rows: dict[int, Row] = {}
+        for number in range(1, 201):
+            more: dict[str, Any] = {}
+            if lot.random() < 0.4:
+                more["tags"] = ["news"]
+            if lot.random() < 0.5:
+                more["ips"] = lot.choice([["127.0.0.3"], ["127.0.0.3", "127.0.0.4"]])
+            bench.send(f"u{number}@{lot.choice(['d', 'e', 'x.d', 'dd'])}.test", **more)
+            if lot.random() < 0.3:
+                if rows and lot.random() < 0.5:
+                    del rows[lot.choice(list(rows))]
+                else:
+                    rows[number] = draw(number)
+                obey(bench, *rows.values())
+            if lot.random() < 0.2:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        for number in list(rows):
+            del rows[number]
+            obey(bench, *rows.values())
+            await trio.testing.wait_all_tasks_blocked(0.001)
+        await rest(bench)
+        bench.queues.pass_time(100)  # for mail that waited for one of several addresses
+        bench.dispatcher.flush()
+        await taken(bench, 200)
+        await rest(bench)
+        assert len(set(recipients(bench))) == len(bench.peer.mails) == 200
+        assert len(bench.queues["success"]) == 200
+        assert not (bench.queues["failure"] or bench.queues["retry"] or bench.queues["outbox"])
+        assert bench.dispatcher.statistics()["parked"] == 0
