@@ -133,10 +133,9 @@ class _Requests:
         self._engine = engine
         self._started = started
         self._stop = stop
-        commands = engine.commands()
-        self._change = commands["queue-change"]
+        self._of_engine = engine.commands()
         self._commands: control.Commands = {
-            **commands, "reload": self._reload, "queue-change": self._pass_on,
+            **self._of_engine, "reload": self._reload, "queue-change": self._change,
         }  # fmt: skip
 
     async def serve(self) -> None:
@@ -167,9 +166,9 @@ class _Requests:
         take(self._engine, config, number, self._who)
         return {}
 
-    def _pass_on(self, request: control.Request) -> Any:
-        """Carry out the request in the file that came along, which is too long for the socket."""
-        return self._change(decode_properties(self._content()))
+    def _change(self, request: control.Request) -> Any:
+        """Carry out the order in the file that came along, which is too long for the socket."""
+        return self._of_engine["queue-change"](decode_properties(self._content()))
 
     def _content(self) -> bytes:
         """The content of the next file that came along."""
