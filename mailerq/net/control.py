@@ -150,7 +150,7 @@ async def _answer(stream: trio.SocketStream, commands: Commands) -> None:
 
 def note(request: Request) -> dict[str, bool]:
     """Write what an operator does into the application log."""
-    operators.warning("%s", str(request.get("text"))[:MAX_NOTE])
+    operators.info("%s", str(request.get("text"))[:MAX_NOTE])
     return {"ok": True}
 
 

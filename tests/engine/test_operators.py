@@ -208,6 +208,7 @@ async def test_a_bounce_has_the_results_of_any_failure_and_says_who_did_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     log = tmp_path / "send.log"
+    caplog.set_level("INFO")
     settings = {"send_log_file": str(log), "rabbitmq_results": "results"}
     async with delivering(tmp_path, **settings) as (engine, sink):
         command = Commands(engine, capsys)

@@ -6,7 +6,7 @@ A backend runs these by a class of its own: ``class TestMine(Contract)`` with a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
@@ -16,29 +16,27 @@ import trio.testing
 
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message
-from mailerq.queues import (
-    BrowsableQueues,
-    Changed,
-    Consumer,
-    Depth,
-    Lease,
-    Publication,
-    Queues,
-    Settlement,
-    Subscription,
-)
-from mailerq.rules.changes import Copy, Decision, Kept
-from mailerq.rules.selection import Selection
+from mailerq.queues import Consumer, Depth, Lease, Publication, Queues, Settlement, Subscription
 
-__all__ = ["Backend", "Capability", "Contract", "Recorder"]
+__all__ = [
+    "LARGE",
+    "Backend",
+    "Capability",
+    "Contract",
+    "Recorder",
+    "again",
+    "mail",
+    "needs",
+    "receive",
+    "tag_of",
+]
 
 LARGE = bytes(range(256)) * 1024
 """A body that stays in the queue until it is asked for."""
 
 
-Capability = Literal["browsable", "durable"]
-"""`browsable`: messages can be seen and changed without being taken. `durable`: what was published
-is there when the backend is opened again."""
+Capability = Literal["durable"]
+"""`durable`: what was published is there when the backend is opened again."""
 
 
 class Backend(Protocol):
@@ -90,12 +88,6 @@ def needs(backend: Backend, capability: Capability) -> None:
     """Skip a test that the backend says it cannot pass."""
     if capability not in backend.capabilities:
         pytest.skip(f"the backend is not {capability}")
-
-
-def browsable(backend: Backend, queues: Queues) -> BrowsableQueues:
-    needs(backend, "browsable")
-    assert isinstance(queues, BrowsableQueues)
-    return queues
 
 
 def tag_of(lease: Lease) -> int:
@@ -590,169 +582,6 @@ class Contract:
             assert (await subscription.take("a.test", 9)).leases == []
             (moved,) = (await subscription.take("b.test", 9)).leases
             assert (moved.destination, moved.message.recipient) == ("b.test", "r@b.test")
-
-    # Seen and changed without being taken
-
-    async def test_a_selection_finds_messages_by_what_they_say(self, backend: Backend) -> None:
-        async with backend.open() as opened:
-            queues = browsable(backend, opened)
-            await queues.publish([mail(tag, f"{'ab'[tag % 2]}.test") for tag in range(6)])
-            await queues.publish([mail(6, "b.test", ips=["192.0.2.1"], tags=["x"])])
-            await queues.publish([mail(7, "b.test", smarthost={"hostname": "relay.test"})])
-            entries = {
-                entry.id: entry.message.properties["tag"] for entry in await queues.browse("outbox")
-            }
-
-            async def found(**criteria: Any) -> list[int]:
-                numbers = await queues.select("outbox", Selection(**criteria))
-                assert numbers == sorted(set(numbers))
-                return [entries[number] for number in numbers]
-
-            assert await found() == [*range(8)]
-            assert await found(domains=("B.test",)) == [1, 3, 5, 6, 7]
-            assert await found(domains=("*.test",), tags=("X",)) == [6]
-            assert await found(ids=(min(entries), 10**9)) == [0]
-            assert await found(senders=("nobody@*",)) == []
-            assert await queues.select("other", Selection()) == []
-
-    async def test_held_mail_becomes_due_when_it_is_released(self, backend: Backend) -> None:
-        recorder = Recorder()
-        async with backend.open() as opened:
-            queues = browsable(backend, opened)
-            await queues.publish([mail(1), mail(2, due=backend.now + 60)])
-            numbers = await queues.select("outbox", Selection())
-            assert await queues.change("outbox", numbers, "hold") == Changed(2, 0)
-            assert await queues.change("outbox", numbers, "hold") == Changed(0, 0)
-            assert await queues.depths() == [Depth("outbox", 0, 0, 2)]
-            assert await queues.select("outbox", Selection(held=False)) == []
-            assert await queues.select("outbox", Selection(held=True)) == numbers
-            backend.now += 3600
-            async with queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription:
-                taken = await subscription.take("a.test", 9)
-                assert (taken.leases, taken.more, taken.next_due) == ([], False, None)
-                recorder.told.clear()
-                assert await queues.change("outbox", numbers[:1], "release") == Changed(1, 0)
-                await recorder.until(lambda recorder: recorder.destinations == {"a.test"})
-                taken = await subscription.take("a.test", 9)
-                assert [tag_of(lease) for lease in taken.leases] == [1]
-            (held,) = [entry for entry in await queues.browse("outbox") if entry.held]
-            assert held.due == pytest.approx(backend.now - 3540, abs=0.001)
-
-    async def test_a_hold_survives_a_start(self, backend: Backend) -> None:
-        needs(backend, "durable")
-        async with backend.open() as opened:
-            queues = browsable(backend, opened)
-            await queues.publish([mail(1)])
-            await queues.change("outbox", await queues.select("outbox", Selection()), "hold")
-        async with backend.open() as queues, queues.consume("outbox", prefetch=9) as consumer:
-            await queues.publish([mail(2, "b.test")])
-            (lease,) = await receive(consumer, 1)
-            assert tag_of(lease) == 2
-            with trio.move_on_after(0.05) as scope:
-                await consumer.receive()
-            assert scope.cancelled_caught
-
-    async def test_a_change_leaves_leased_messages_alone(self, backend: Backend) -> None:
-        async with backend.open() as opened:
-            queues = browsable(backend, opened)
-            await queues.publish([mail(1), mail(2)])
-            async with queues.consume("outbox", prefetch=1) as consumer:
-                (lease,) = await receive(consumer, 1)
-                numbers = await queues.select("outbox", Selection())
-                assert len(numbers) == 2
-                assert await queues.change("outbox", numbers, "delete") == Changed(1, 1)
-                await queues.ack([Settlement(lease, [again(lease)])])
-                (lease,) = await receive(consumer, 1)
-                assert tag_of(lease) == 1
-            assert await queues.depths() == [Depth("outbox", 1, 0)]
-
-    async def test_what_is_released_during_a_change_is_changed_and_not_leased_anew(
-        self, backend: Backend
-    ) -> None:
-        async with backend.open() as opened:
-            queues = browsable(backend, opened)
-            await queues.publish([mail(tag) for tag in range(9)])
-            async with queues.consume("outbox", prefetch=9) as consumer:
-                leases = await receive(consumer, 9)
-                numbers = [lease.id for lease in leases]
-
-                def recall(wanted: Collection[int]) -> None:
-                    assert set(wanted) == set(numbers)
-                    for lease in leases[1:]:
-                        queues.release(lease)
-
-                done = await queues.change("outbox", numbers, "delete", recall=recall)
-                assert done == Changed(8, 1)
-                await queues.ack([Settlement(leases[0])])
-                with trio.move_on_after(0.05) as scope:
-                    await consumer.receive()
-                assert scope.cancelled_caught
-            assert sum(depth.total for depth in await queues.depths()) == 0
-
-    async def test_a_change_that_does_not_apply_leaves_messages_to_be_taken(
-        self, backend: Backend
-    ) -> None:
-        async with backend.open() as opened:
-            queues = browsable(backend, opened)
-            await queues.publish([mail(tag) for tag in range(3)])
-            async with queues.consume("outbox", prefetch=9) as consumer:
-                leases = await receive(consumer, 3)
-
-                def recall(wanted: Collection[int]) -> None:
-                    for lease in leases:
-                        queues.release(lease)
-
-                numbers = [lease.id for lease in leases]
-                done = await queues.change("outbox", numbers, lambda message: None, recall=recall)
-                assert done == Changed(0, 0)
-                assert sorted(map(tag_of, await receive(consumer, 3))) == [0, 1, 2]
-
-    async def test_a_decision_keeps_the_body_and_sorts_the_message_anew(
-        self, backend: Backend
-    ) -> None:
-        def decide(message: Message) -> Decision | None:
-            if message.properties["tag"] == 3:
-                return None
-            if message.properties["tag"] == 2:
-                copies = [Copy("report", {"tag": 20}, False), Copy("kept", {"tag": 21}, True)]
-                return Decision(None, copies)
-            return Decision(Kept("outbox", {"tag": 10, "recipient": "r@new.test"}, backend.now))
-
-        recorder = Recorder()
-        async with backend.open() as opened:
-            queues = browsable(backend, opened)
-            later = backend.now + 60
-            await queues.publish([mail(tag, body=LARGE, due=later) for tag in (1, 2, 3)])
-            numbers = await queues.select("outbox", Selection())
-            async with queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription:
-                assert await queues.change("outbox", numbers, decide) == Changed(2, 0)
-                await recorder.until(lambda recorder: "new.test" in recorder.destinations)
-                (lease,) = (await subscription.take("new.test", 9)).leases
-                assert (lease.id, tag_of(lease)) == (numbers[0], 10)
-                await subscription.load(lease)
-                assert lease.message.body == LARGE
-            for queue, body in (("report", None), ("kept", LARGE)):
-                async with queues.consume(queue, prefetch=1) as consumer:
-                    (copy,) = await receive(consumer, 1)
-                    assert copy.message.body == body
-            assert await queues.select("outbox", Selection()) == [numbers[0], numbers[2]]
-
-    async def test_a_decision_moves_a_message_to_those_who_consume_another_queue(
-        self, backend: Backend
-    ) -> None:
-        def decide(message: Message) -> Decision:
-            return Decision(Kept("other", message.properties, backend.now))
-
-        async with backend.open() as opened:
-            queues = browsable(backend, opened)
-            await queues.publish([mail(1, due=backend.now + 60, body=LARGE)])
-            numbers = await queues.select("outbox", Selection())
-            async with queues.consume("other", prefetch=1) as consumer:
-                assert await queues.change("outbox", numbers, decide) == Changed(1, 0)
-                (lease,) = await receive(consumer, 1)
-                assert (lease.queue, lease.message.body) == ("other", LARGE)
-                await queues.ack([Settlement(lease)])
-            assert await queues.select("outbox", Selection()) == []
 
     async def test_after_the_end_nothing_is_taken(self, backend: Backend) -> None:
         async with backend.open() as queues:

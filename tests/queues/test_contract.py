@@ -10,12 +10,13 @@ import pytest
 from mailerq.queues import Queues
 from mailerq.queues.opening import open_embedded
 from tests.queues.contract import Backend, Capability, Contract
+from tests.queues.contract_changes import ChangeContract
 
 
 class Embedded:
     """The embedded queue, on a clock that the tests move."""
 
-    capabilities: frozenset[Capability] = frozenset({"browsable", "durable"})
+    capabilities: frozenset[Capability] = frozenset({"durable"})
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -25,7 +26,7 @@ class Embedded:
         return open_embedded(str(self.directory), clock=lambda: self.now)
 
 
-class TestEmbedded(Contract):
+class TestEmbedded(Contract, ChangeContract):
     @pytest.fixture
     def backend(self, tmp_path: Path) -> Backend:
         return Embedded(tmp_path)

@@ -25,6 +25,7 @@ from mailerq.queues.embedded.records import Batch
 from mailerq.queues.opening import open_embedded, open_exclusive, open_shared
 from mailerq.queues.recovery.pages import Pages
 from mailerq.queues.recovery.salvage import ROOTS
+from mailerq.rules.selection import Selection
 
 COUNT = 400
 
@@ -238,6 +239,21 @@ def test_a_lost_root_of_messages_loses_no_message(directory: Path) -> None:
 def test_a_lost_root_of_bodies_loses_no_message(directory: Path) -> None:
     overwrite(directory / "queue.db", (ROOTS["body"] - 1) * PAGE_SIZE, b"\xff" * PAGE_SIZE)
     check_salvaged(directory, COUNT)
+
+
+def test_held_mail_is_held_after_a_salvage(directory: Path) -> None:
+    with QueueFile.open(str(directory)) as file:
+        held = next(iter(file.selected("outbox", Selection())))[:50]
+        assert file.change("outbox", held, "hold") == 50
+    overwrite(directory / "queue.db", 0, bytes(100))
+    with open_exclusive(str(directory)) as file:
+        found = [
+            entry
+            for numbers in file.selected("outbox", Selection(held=True))
+            for entry in file.some(numbers)
+        ]
+        assert [entry.id for entry in found] == list(held)
+        assert all(1e9 < entry.due < 1e9 + COUNT + 1 for entry in found)
 
 
 def test_a_lost_index_loses_no_message(directory: Path) -> None:
