@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from mailerq.config import Config
-from mailerq.message import Message, Result, format_time
+from mailerq.message import Message, Result, format_time, without_password
 from mailerq.rules import responses
 from mailerq.rules.routes import result_queues
 
@@ -136,6 +136,7 @@ def _retry(message: Message, queue: str, now: float) -> Decision | None:
 
 def _copy(properties: dict[str, Any], queue: str, report_queue: str | None) -> Copy:
     """A copy for a result queue, as `mailerq.outbound.settlement` makes them."""
+    properties = without_password(properties)
     if properties.get("keepmime"):
         return Copy(queue, properties, with_body=queue != report_queue)
     without = {name: value for name, value in properties.items() if name != "mime"}

@@ -91,6 +91,15 @@ def test_a_reroute_to_another_queue_is_due_there_at_once() -> None:
     assert decide(Order(action="reroute", to_queue="outbox"), {}) == Decision(Kept("outbox", {}))
 
 
+def test_a_report_has_no_password() -> None:
+    smarthost = {"hostname": "relay.test", "username": "ann", "password": "hush"}
+    for more in ({}, {"keepmime": True}):
+        decision = decide(Order(action="bounce"), {"smarthost": smarthost, **more})
+        assert decision is not None
+        (copy,) = decision.copies
+        assert copy.properties["smarthost"] == {"hostname": "relay.test", "username": "ann"}
+
+
 def test_a_copy_without_a_body_has_no_object_in_its_place() -> None:
     decision = decide(Order(action="bounce"), {"mime": {"subject": "x"}, "my-id": 1})
     assert decision is not None
