@@ -30,7 +30,7 @@ from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.escaping import escape_field
 from mailerq.inbound.spool import Claim, load
 from mailerq.mail import headers, incoming
-from mailerq.message import Message, Result, format_time
+from mailerq.message import Message, Result, format_time, without_password
 from mailerq.plugins import Connection, Reject
 from mailerq.queues import Publication
 from mailerq.rules import responses
@@ -228,7 +228,7 @@ def _failure(config: Config, message: Message, reply: Reply, now: float) -> list
         status=outcome.status,
         description=outcome.description,
     )
-    properties = {**message.properties, "results": [result.to_dict()]}
+    properties = {**without_password(message.properties), "results": [result.to_dict()]}
     body = message.body if reply.code < 500 or properties.get("keepmime") else None
     queues = result_queues(
         properties, config.result_queues, "results", "failure", outbox=config.rabbitmq_outbox

@@ -10,6 +10,7 @@ import trio
 
 from mailerq import Engine
 from mailerq.message import Message
+from mailerq.plugins import Reject
 from tests.engine.kit import inbox, open_dialog, serve
 from tests.support import DEADLINE, configure, without_received
 
@@ -58,6 +59,26 @@ async def test_mail_goes_to_a_smarthost_that_wants_a_login(tmp_path: Path, passw
                 assert result["authentication"] == "cram-md5"
             else:
                 assert (result["state"], result["code"]) == ("authresponse", 535)
+
+
+async def test_no_result_has_the_password_of_a_smarthost(tmp_path: Path) -> None:
+    fields = {"Hostname": "127.0.0.1", "Username": "ann", "Password": "pass-phrase"}
+    mime = "".join(f"X-MQ-Smarthost-{name}: {value}\r\n" for name, value in fields.items())
+    config = configure(tmp_path, smtp_extract=("all",), rabbitmq_results="results")
+    async with Engine(config) as engine, open_dialog(engine.addresses[0]) as dialog:
+
+        def refuse_some(connection: object, message: Message) -> Reject | None:
+            return Reject(550, "no") if message.recipient == "no@d.test" else None
+
+        engine.on("message", refuse_some)
+        body = f"{mime}\r\nhi\r\n".encode()
+        assert (await dialog.mail("yes@d.test", "no@d.test", body=body)).startswith("250")
+        with trio.fail_after(DEADLINE):
+            async with engine.consume("results") as leases:
+                found = [(await leases.receive()).message for _ in range(2)]
+    assert {message.recipient for message in found} == {"yes@d.test", "no@d.test"}
+    for message in found:
+        assert message.properties["smarthost"] == {"hostname": "127.0.0.1", "username": "ann"}
 
 
 @pytest.mark.parametrize("strangers", [True, False])
