@@ -192,6 +192,15 @@ class Config(Table):
             return "default" if self.hostname == _this_host() else "program"
         return "default" if getattr(self, known.attribute) == known.default else "program"
 
+    def place(self, key: str) -> str:
+        """A setting for people: its key, and where its value was set.
+
+        >>> Config().place("smarthost")
+        'smarthost'
+        """
+        origin = self.origin(key)
+        return key if origin in ("default", "program") else f"{key} ({origin})"
+
     @property
     def failure_queue(self) -> str:
         """The queue for failed mail; empty if there is none."""

@@ -84,10 +84,14 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class NoHosts:
-    """There is no host now; with a `reply`, which stands for a refusal, there never is."""
+    """There is no host now; with a `reply`, which stands for a refusal, there never is.
+
+    `setting` is the key of the setting that decided this, if one did.
+    """
 
     description: str
     reply: Reply | None = None
+    setting: str = ""
 
 
 Found = tuple[Host, ...] | NoHosts
@@ -192,7 +196,7 @@ class Resolver:
         if hosts:
             return hosts
         addresses = ", ".join(dict.fromkeys(host.address for host in found[:3]))
-        return NoHosts("", smtp.forbidden_hosts(name, addresses))
+        return NoHosts("", smtp.forbidden_hosts(name, addresses), "smtp-out-forbidden")
 
     def _ours_to_mend(self, domain: str, reply: Reply) -> NoHosts:
         """Mail of a domain in `smtp-relay-domains` has nowhere to go."""
@@ -203,7 +207,8 @@ class Resolver:
             domain,
             reply.description,
         )
-        return NoHosts(f"{domain} is in smtp-relay-domains: {reply.description}")
+        description = f"{domain} is in smtp-relay-domains: {reply.description}"
+        return NoHosts(description, setting="smtp-relay-domains")
 
     async def _cached(
         self, key: tuple[str, bool], look_up: Callable[[str], Awaitable[tuple[Found, float | None]]]

@@ -99,6 +99,7 @@ class Site:
         "name",
         "outcome",
         "port",
+        "setting",
     )
 
     def __init__(self, key: bytes, route: Route) -> None:
@@ -113,6 +114,8 @@ class Site:
         """The domains that a pause sets apart, see `rules.rows`."""
         self.hosts: tuple[Host, ...] = ()
         self.outcome: Outcome | None = None
+        self.setting = ""
+        """The key of the setting that led to this outcome, if one did."""
         self.flows: dict[tuple[str | None, tuple[Demand, ...]], Flow] = {}
 
     def fits(self, local_ip: str) -> bool:
@@ -202,7 +205,7 @@ class Sites:
                 del self._found[route]
 
     async def _look_up(self, route: Route) -> Site | NoHosts:
-        outcome = responses.OWN_FAULT
+        outcome, setting = responses.OWN_FAULT, ""
         try:
             if route.host.startswith("/"):
                 found: tuple[Host, ...] | NoHosts = (Host(route.host, route.host),)
@@ -218,10 +221,10 @@ class Sites:
                 return self._keep(route, self._site_of(route, found))
             if found.reply is not None:
                 return self._keep(route, found)
-            outcome = responses.no_hosts(found.description, None)
+            outcome, setting = responses.no_hosts(found.description, None), found.setting
         apart = self._apart_of(route.name)
         site = self._site(_digest("no hosts", route, *(apart and [apart])), route)
-        site.outcome, site.apart = outcome, apart
+        site.outcome, site.setting, site.apart = outcome, setting, apart
         return self._keep(route, site, FAILED_SECONDS)
 
     def _site_of(self, route: Route, hosts: tuple[Host, ...]) -> Site:

@@ -32,6 +32,8 @@ class Route(msgspec.Struct, frozen=True):
     `name` is the domain or the smarthost, for people and statistics. `host` is the host to connect
     to, or the path of a socket; with `mx`, the domain whose MX hosts take the mail. The operator
     vouches for a `trusted` host: `smtp-out-forbidden` does not apply. `lmtp`: the host speaks LMTP.
+    `setting` is the key of the setting that chose the host; empty for the domain itself, and for a
+    smarthost of the message.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Route(msgspec.Struct, frozen=True):
     mx: bool
     trusted: bool = False
     lmtp: bool = False
+    setting: str = ""
 
 
 def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Route:
@@ -50,7 +53,7 @@ def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Rout
     either, and those of each domain, which keep their queues.
     """
     name, host, port, mx, trusted = domain, domain, config.smtp_out_port, True, False
-    lmtp = False
+    lmtp, setting = False, ""
     smarthost = properties.get("smarthost")
     if smarthost:
         host, port = _smarthost(smarthost)
@@ -58,13 +61,15 @@ def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Rout
     elif domain in config.local_names:
         name, mx, trusted, lmtp = config.local_delivery, False, True, True
         host, port = parse_lmtp(config.local_delivery)
+        setting = "local-delivery"
     elif config.smarthost:
         host, port, mx, trusted = config.smarthost, config.smarthost_port, False, True
+        setting = "smarthost"
         name = host_port(host, port)
     if config.smtp_sink_address:
         host, port, mx, trusted = config.smtp_sink_address, config.smtp_sink_port, False, True
-        lmtp = False
-    return Route(name, host, port, mx, trusted, lmtp)
+        lmtp, setting = False, "smtp-sink-address"
+    return Route(name, host, port, mx, trusted, lmtp, setting)
 
 
 def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:

@@ -121,6 +121,7 @@ class _Scope(NamedTuple):
 class _Provider:
     name: str
     suffixes: tuple[str, ...]
+    where: str = ""
 
     def has(self, host: str) -> bool:
         return any(host == suffix or host.endswith("." + suffix) for suffix in self.suffixes)
@@ -208,6 +209,14 @@ class Shaping:
         found = (each.name for each in self._providers if names and all(map(each.has, names)))
         return next(found, "")
 
+    def where_of_group(self, group: str) -> str:
+        """The place of the first line that names a group."""
+        return next((line.where for line in self._lines if group and line.domain == group), "")
+
+    def where_of_provider(self, provider: str) -> str:
+        """The place of the lines that name a provider's hosts."""
+        return next((each.where for each in self._providers if each.name == provider), "")
+
     def of_site(self, group: str, local_ip: str) -> Bounds:
         """What holds for the mail of one site from one local address, "" if the system chooses."""
         return self._find(_Scope("site", local_ip, group=group))
@@ -250,10 +259,9 @@ def _base(config: Config, names: Mapping[str, str]) -> dict[str, Bound]:
     found = {}
     for name, key in names.items():
         value = getattr(config, key.replace("-", "_"))
-        origin = config.origin(key)
         if key == "connection-maxidle":
             value /= 1000
-        found[name] = Bound(value, key if origin in ("default", "program") else f"{key} ({origin})")
+        found[name] = Bound(value, config.place(key))
     return found
 
 
@@ -349,7 +357,8 @@ class _Reader(TableReader):
                     self.at("provider", index, "mx"),
                     f"mx: {text!r} is not the end of a host name such as mail.example.com",
                 )
-        return _Provider(name, tuple(suffixes)) if name else None
+        where = f"{self.path}:{self.at('provider', index)}"
+        return _Provider(name, tuple(suffixes), where) if name else None
 
     def _check_providers(self, providers: list[_Provider]) -> None:
         names: set[str] = set()

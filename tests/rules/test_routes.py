@@ -30,12 +30,12 @@ SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
         (
             {},
             {**LOCAL, "local_delivery": "lmtp://mailbox.test"},
-            Route("lmtp://mailbox.test", "mailbox.test", 24, False, trusted=True, lmtp=True),
+            Route("lmtp://mailbox.test", "mailbox.test", 24, False, True, True, "local-delivery"),
         ),
         (
             {},
             {**LOCAL, "local_delivery": "lmtp:///run/lmtp", "smarthost": "all.test"},
-            Route("lmtp:///run/lmtp", "/run/lmtp", 0, False, trusted=True, lmtp=True),
+            Route("lmtp:///run/lmtp", "/run/lmtp", 0, False, True, True, "local-delivery"),
         ),
         (
             {"smarthost": SMARTHOST},
@@ -45,35 +45,43 @@ SMARTHOST = {"hostname": "Smart.Test", "port": "2525"}
         (
             {},
             {**LOCAL, "local_delivery": "lmtp:///run/lmtp", "smtp_sink_address": "127.0.0.1"},
-            Route("lmtp:///run/lmtp", "127.0.0.1", 25, False, trusted=True),
+            Route("lmtp:///run/lmtp", "127.0.0.1", 25, False, True, False, "smtp-sink-address"),
         ),
         (
             {},
             {"smtp_local_domains": ("x.test",), "local_delivery": "lmtp:///run/lmtp"},
             Route("d.test", "d.test", 25, True),
         ),
-        ({}, {"smarthost": "all.test"}, Route("all.test:25", "all.test", 25, False, trusted=True)),
+        (
+            {},
+            {"smarthost": "all.test"},
+            Route("all.test:25", "all.test", 25, False, True, False, "smarthost"),
+        ),
         (
             {"smarthost": SMARTHOST},
             {"smarthost": "all.test"},
             Route("smart.test:2525", "smart.test", 2525, False),
         ),
         ({"smarthost": {"name": "::1"}}, {}, Route("[::1]:25", "::1", 25, False)),
-        ({}, {"smarthost": "::1"}, Route("[::1]:25", "::1", 25, False, trusted=True)),
+        (
+            {},
+            {"smarthost": "::1"},
+            Route("[::1]:25", "::1", 25, False, True, False, "smarthost"),
+        ),
         (
             {},
             {"smtp_sink_address": "127.0.0.1", "smtp_sink_port": 99},
-            Route("d.test", "127.0.0.1", 99, False, trusted=True),
+            Route("d.test", "127.0.0.1", 99, False, True, False, "smtp-sink-address"),
         ),
         (
             {"smarthost": SMARTHOST},
             {"smtp_sink_address": "127.0.0.1"},
-            Route("smart.test:2525", "127.0.0.1", 25, False, trusted=True),
+            Route("smart.test:2525", "127.0.0.1", 25, False, True, False, "smtp-sink-address"),
         ),
         (
             {},
             {"smarthost": "all.test", "smtp_sink_address": "127.0.0.1"},
-            Route("all.test:25", "127.0.0.1", 25, False, trusted=True),
+            Route("all.test:25", "127.0.0.1", 25, False, True, False, "smtp-sink-address"),
         ),
     ],
 )
