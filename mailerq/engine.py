@@ -24,6 +24,7 @@ from mailerq.address import host_port
 from mailerq.config import Config
 from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError, Problem
 from mailerq.inbound.clients import Clients
+from mailerq.inbound.explaining import explain_arrival
 from mailerq.inbound.listener import Listener, bind
 from mailerq.inbound.services import Counters as SessionCounters
 from mailerq.inbound.services import Services
@@ -35,6 +36,7 @@ from mailerq.net import control, late
 from mailerq.net.logs import LogFile, open_log
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import Resolver
+from mailerq.net.seen import merged_answers
 from mailerq.net.slots import Slots
 from mailerq.net.statistics import total
 from mailerq.net.tls import Handshakes
@@ -45,6 +47,7 @@ from mailerq.outbound.adoption import Adoption, own
 from mailerq.outbound.cells import SharedCells
 from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
+from mailerq.outbound.explaining import Question
 from mailerq.outbound.keeper import Keeper
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
@@ -635,6 +638,7 @@ class Engine:
             "status": lambda request: self.statistics(),
             "wake": self._wake,
             "rows": self._look_at_rows,
+            "explain": self._explain,
             "message-ids": self._message_ids,
             "queue-change": lambda request: operators.change(
                 self._deliveries, self.config, request
@@ -652,6 +656,20 @@ class Engine:
     async def _look_at_rows(self, request: control.Request) -> dict[str, bool]:
         await self._keeper.look()
         return {"ok": True}
+
+    async def _explain(self, request: control.Request) -> dict[str, Any]:
+        """What would be decided about mail to a recipient now, see `Explainer`."""
+        question = Question.of(request)
+        terms = self._server.terms
+        local = explain_arrival(
+            question.recipient, terms.config, terms.access, terms.local_addresses
+        )
+        if local is not None:
+            return {**question.answer(), **local}
+        return merged_answers([
+            await delivery.dispatcher.seeing.explainer().explain(question)
+            for delivery in list(self._deliveries.values())
+        ])  # fmt: skip
 
     def _message_ids(self, request: control.Request) -> dict[str, list[str]]:
         """Ids for messages that a program without plugins is about to publish."""

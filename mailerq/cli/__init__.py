@@ -29,6 +29,7 @@ _COMMANDS: Final = {
     "check-config": "mailerq.cli.checking",
     "config": "mailerq.cli.settings",
     "error": "mailerq.cli.rows:error",
+    "explain": "mailerq.cli.explain",
     "pause": "mailerq.cli.rows:pause",
     "plugin": "mailerq.cli.plugin",
     "queue": "mailerq.cli.queue",

@@ -96,6 +96,9 @@ class Cells(Protocol):
     def held(self, key: str) -> int:
         """How many of a count this process holds."""
 
+    def used(self, key: str) -> int:
+        """How many of a count all processes hold, as far as is known."""
+
     def catch_up(self) -> bool:
         """Tell other processes what they do not know yet; False if this is to be tried again."""
 
@@ -148,6 +151,8 @@ class MemoryCells:
 
     def held(self, key: str) -> int:
         return self._counts.get(key, 0)
+
+    used = held
 
     def catch_up(self) -> bool:
         return True
@@ -271,6 +276,13 @@ class SharedCells:
 
     def held(self, key: str) -> int:
         return self._held.get(key, 0)
+
+    def used(self, key: str) -> int:
+        others = 0
+        if self._processes > 1:
+            with suppress(_Contended, OSError), self._locked():
+                others = self._read(key).others(self._process)
+        return others + self.held(key)
 
     def close(self) -> None:
         self.release([key for key, number in self._held.items() for _ in range(number)])

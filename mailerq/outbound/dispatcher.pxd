@@ -9,7 +9,8 @@ cdef class Dispatcher:
     cdef public bint stopping
     cdef public double _next_look, _next_due
     cdef public dict _sessions, _looking_up
-    cdef public object queues, worker, openings, flows, limits, stops, counters, memory, now
+    cdef public object queues, worker, openings, flows, limits, stops, counters, memory, seeing
+    cdef public object now
     cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies
     cdef public object _some_session, _no_session, _times_changed, _say_own_fault
     cdef public object _stopped, _life, _nursery, _working, _inliner
@@ -17,6 +18,7 @@ cdef class Dispatcher:
 
     cpdef admit(self, lease, wanted=*)
     cpdef judge(self, lease)
+    cpdef decide(self, message, double now, double seen)
     cpdef _body_problem(self, message)
     cpdef place(self, job, found, wanted=*)
     cpdef has_expired(self, job)

@@ -46,13 +46,14 @@ from mailerq.outbound.limits import Limits
 from mailerq.outbound.making import form_problem, make_body, make_quickly
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.pause import Pause
+from mailerq.outbound.seeing import Seeing
 from mailerq.outbound.session import Session
 from mailerq.outbound.settlement import MIN_BACKOFF_SECONDS, SETTLERS, Counters, Settlements
 from mailerq.outbound.sites import HostMemory, Site, Sites
 from mailerq.outbound.stops import Stops
 from mailerq.queues import Lease, Queues
 from mailerq.rules import responses
-from mailerq.rules.plan import Hold, Park, Refuse, Send, body_problem, plan
+from mailerq.rules.plan import Hold, Park, Plan, Refuse, Send, body_problem, plan
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at
 from mailerq.rules.routes import Route
@@ -126,6 +127,7 @@ class Dispatcher:
         self._intake = Intake(self, qos)
         self.stops = Stops(self, self._intake, self._sites)
         self.flows = Flows(self, self._intake, self._sites)
+        self.seeing = Seeing(self, self._intake, self._sites)
         self._settlements = Settlements(live, queues, self, send_log=send_log, clock=clock, lot=lot)
         self._bodies: Bodies
         self._inliner = Inliner()
@@ -319,7 +321,7 @@ class Dispatcher:
         try:
             if "seen" not in properties:
                 self._misspelt.properties(properties)
-            decision = plan(message, self.config, now=now, seen=seen, rows=self.stops.rows)
+            decision = self.decide(message, now, seen)
             if isinstance(decision, Hold):
                 self._settlements.hold(lease, decision.until)
                 return None
@@ -368,6 +370,10 @@ class Dispatcher:
                 self._looked_up -= 1
                 self.put_back(job)
                 self._intake.placed(job.lease.destination)
+
+    def decide(self, message: Message, now: float, seen: float) -> Plan:
+        """What to do about a message now, by its properties alone."""
+        return plan(message, self.config, now=now, seen=seen, rows=self.stops.rows)
 
     def _body_problem(self, message: Message) -> Outcome | None:
         return body_problem(message, supplied=self._plugins.listens("out_data"))

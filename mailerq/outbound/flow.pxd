@@ -5,12 +5,12 @@ cimport cython
 
 @cython.final
 cdef class Flow:
-    cdef public Py_ssize_t held, window, sent, _allowed, _failures
+    cdef public Py_ssize_t held, window, sent, ended_messages, _allowed, _failures
     cdef public bint refilling, proven, reserved, patient, down, _ahead
     cdef public double when, _held_until
     cdef public long long paused
     cdef public object site, site_key, local_ip, demands, login, jobs, destinations, ready, sessions
-    cdef public object opening, memory, _dispatcher, _openings, rights
+    cdef public object opening, last, memory, _dispatcher, _openings, rights
     cdef public list idle
     cdef object __weakref__
 

@@ -97,6 +97,10 @@ class Flow:
         self.sessions: dict[Session, None] = {}
         self.opening: dict[Session, None] = {}
         self.idle: list[Session] = []
+        self.last: Report | str | None = None
+        """The last result of a message or of a connection, or its words."""
+        self.ended_messages = 0
+        """Messages of the sessions that have ended."""
         self.proven = False
         """A session has been let in since the flow was last down."""
         self.reserved = False
@@ -133,6 +137,11 @@ class Flow:
         """Whether more connections are open than the changed settings allow."""
         most = self.rights.allowance.most
         return 0 < most < len(self.sessions) or self._openings.slots.are_exceeded
+
+    @property
+    def held_until(self) -> float:
+        """No further connection is opened before this time: the last one failed."""
+        return self._held_until
 
     # Mail in
 
@@ -247,6 +256,7 @@ class Flow:
 
     def settle(self, session: Session, job: Job, report: Report) -> None:
         """Settle an attempt; the session is told when the result is safe."""
+        self.last = report
         self._dispatcher.settle(job, report, session)
 
     def heard(self, outcome: Outcome, session: Session | None = None) -> None:
@@ -291,6 +301,7 @@ class Flow:
         """A session has ended; `report` says why no host let the session in."""
         self._busy(session)
         self.sessions.pop(session, None)
+        self.ended_messages += session.messages
         was_opening = session in self.opening
         self.opening.pop(session, None)
         self._end_try(session)
@@ -442,6 +453,7 @@ class Flow:
 
     def _not_let_in(self, report: Report) -> None:
         """No host accepted one more connection."""
+        self.last = report
         if self.sessions:
             self.heard(report.outcome)
             self._held_until = monotonic() + HOLD_SECONDS
@@ -527,6 +539,7 @@ class Flow:
         self.down = True
         self.reserved, pause.reserved = pause.reserved, False
         self.patient, self._ahead, self._failures = pause.patient, pause.ahead, pause.failures
+        self.last = pause.said
         self.destinations = dict.fromkeys(pause.destinations)
         self.ready = dict.fromkeys(pause.ready())
         if self._failures:

@@ -187,6 +187,16 @@ class Intake:
         for flow in destination.flows:
             flow.mail_waits(destination)
 
+    # Seeing
+
+    def known(self, key: str) -> Destination | None:
+        """A destination that has mail or a flow."""
+        return self._destinations.get(key)
+
+    def awaits(self, flow: Flow) -> bool:
+        """Whether a flow waits for room in memory."""
+        return flow in self._memory_line or flow in self._new_line
+
     # Which destinations belong to which flow
 
     def link(self, destination: Destination, flow: Flow | Pause) -> None:

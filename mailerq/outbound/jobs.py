@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -14,7 +14,10 @@ from mailerq.rules.responses import Outcome
 if TYPE_CHECKING:
     from mailerq.outbound.flow import Flow
 
-__all__ = ["Job", "Report"]
+__all__ = ["Job", "Report", "words_of"]
+
+MAX_WORDS: Final = 200
+"""Characters that are kept of what a host said last."""
 
 
 class Job(msgspec.Struct, eq=False):
@@ -58,3 +61,16 @@ class Report(msgspec.Struct, frozen=True):
     mta: str | None = None
     messages: int | None = None
     mechanism: str | None = None
+
+    @property
+    def words(self) -> str:
+        """Who said what, on one line."""
+        outcome = self.outcome
+        said = (outcome.code, outcome.status, outcome.description)
+        words = " ".join(str(part) for part in said if part) or f"{outcome.type} ({outcome.state})"
+        return (f"{self.remote_ip}: {words}" if self.remote_ip else words)[:MAX_WORDS]
+
+
+def words_of(last: Report | str | None) -> str:
+    """The words of a report, or what is kept of them."""
+    return last if isinstance(last, str) else "" if last is None else last.words

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mailerq.outbound.refusals import Refusals
     from mailerq.outbound.sites import Site
 
-__all__ = ["NOTHING", "Allowance", "Limits", "Refusal", "Waiter", "Want", "Wants", "both"]
+__all__ = ["NOTHING", "Allowance", "Limits", "Refusal", "State", "Waiter", "Want", "Wants", "both"]
 
 POLL_SECONDS: Final = 0.2
 """How often a line asks whether another process has ended a connection."""
@@ -126,6 +126,18 @@ class Refusal(NamedTuple):
 
     want: Want
     until: float
+
+
+class State(NamedTuple):
+    """A limit as it is now."""
+
+    allowed: bool
+    until: float
+    """When a rate allows the next, on `monotonic`; infinity if now, or when something ends."""
+    used: int
+    """Of a number of connections: how many all processes have."""
+    waiting: int
+    """Flows and sessions of this process that wait for the limit."""
 
 
 def both(one: Wants, other: Wants) -> Wants:
@@ -480,6 +492,24 @@ class Limits:
         return self._granted
 
     # Seeing
+
+    def state(self, want: Want) -> State:
+        """How far a limit is used now; takes nothing."""
+        line, taken = self._lines.get(want.taken.key), want.taken
+        waiting = 0 if line is None else len(line.waiters)
+        if isinstance(taken, Count):
+            used = self._cells.used(taken.key)
+            return State(used < taken.limit, math.inf, used, waiting)
+        busy = self._probe(taken)
+        return State(busy is None, math.inf if busy is None else self._when(busy), 0, waiting)
+
+    def awaited(self, key: str) -> tuple[Want, float] | None:
+        """The limit of a line, and when it may allow more; infinity: something has to end."""
+        line = self._lines.get(key)
+        if line is None:
+            return None
+        counts = isinstance(line.want.taken, Count)
+        return line.want, math.inf if counts or not line.until else line.until
 
     def statistics(self) -> dict[str, Any]:
         """How many wait for a limit, and for which; at most `MAX_NAMED` limits are named."""

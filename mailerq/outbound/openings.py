@@ -89,6 +89,10 @@ class Openings:
         self._line.pop(flow, None)
         return True
 
+    def awaits(self, flow: Flow) -> bool:
+        """Whether a flow waits for a slot."""
+        return flow in self._line
+
     def release(self) -> None:
         """A connection has ended."""
         self.slots.release()

@@ -5,7 +5,7 @@ cimport cython
 
 @cython.final
 cdef class Pause:
-    cdef public object flows, key, line, destinations
+    cdef public object flows, key, line, said, destinations
     cdef public double when
     cdef public int failures
     cdef public long long paused

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mailerq.outbound.jobs import words_of
 from mailerq.rules.logins import Demand
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Pause:
 
     __slots__ = (
         "ahead", "asking", "destinations", "failures", "flows", "has_hosts", "key", "line",
-        "patient", "paused", "reserved", "when",
+        "patient", "paused", "reserved", "said", "when",
     )  # fmt: skip
 
     down = True
@@ -50,6 +51,8 @@ class Pause:
         """Some mail is being examined, to ask with one message."""
         self.has_hosts = bool(flow.site.hosts)
         self.patient = flow.patient
+        self.said = words_of(flow.last)
+        """Why no host lets us in."""
         self.reserved = False
         """The site may be tried; kept by `Openings`, as is `line`."""
         self.line: deque[Pause] | None = None

@@ -86,6 +86,15 @@ def test_a_cost_of_nothing_only_asks(cells: Cells, clock: Clock) -> None:
     assert cells.take([Rate("a", 0)]) == Busy(0, clock.now + 5 * SECOND - SLACK)
 
 
+def test_what_is_used_is_what_was_taken_and_not_given_back(cells: Cells) -> None:
+    assert cells.used("a") == 0
+    for number in range(3):
+        assert cells.take([Count("a", 3)]) is None
+        assert cells.used("a") == number + 1
+    cells.release(["a", "a"])
+    assert cells.used("a") == 1
+
+
 def test_keys_count_apart(cells: Cells) -> None:
     assert all(cells.take([Rate(key, MINUTE), Count(f"{key} n", 1)]) is None for key in "abcdef")
     assert all(cells.take([Rate(key, MINUTE)]) is not None for key in "abcdef")
@@ -130,6 +139,16 @@ def test_any_order_of_processes_keeps_the_limit(limit: int, dice: random.Random)
             each.close()
     finally:
         Path(path).unlink()
+
+
+def test_each_process_sees_what_all_use(path: str, clock: Clock) -> None:
+    one, other = (SharedCells(path, process=number, processes=2, clock=clock) for number in (0, 1))
+    assert one.take([Count("a", 3)]) is None
+    assert other.take([Count("a", 3)]) is None
+    assert (one.used("a"), other.used("a")) == (2, 2)
+    assert (one.held("a"), other.held("a")) == (1, 1)
+    one.release(["a"])
+    assert other.used("a") == 1
 
 
 def test_a_process_that_died_leaves_nothing_behind_once_its_successor_runs(

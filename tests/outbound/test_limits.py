@@ -8,9 +8,12 @@ from time import monotonic
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mailerq.config import Config
 from mailerq.net.resolver import Host
+from mailerq.outbound.cells import MemoryCells
 from mailerq.outbound.limits import Allowance, Limits, Refusal
 from mailerq.outbound.sites import Site
 from mailerq.rules.routes import Route
@@ -82,6 +85,40 @@ def test_a_refusal_names_the_limit_the_place_and_the_scope() -> None:
     assert refusal.want.scope == "a.test from 192.0.2.9"
     limits.release(allowance.opening.counts)
     assert limits.take(allowance.opening) is None
+
+
+@given(st.lists(st.sampled_from(["message", "connection", "end", "time"]), max_size=30))
+def test_a_look_at_a_limit_says_what_a_taker_would_hear_and_takes_nothing(steps: list[str]) -> None:
+    text = "[[limit]]\nmessages-per-minute = 60\nmax-connections = 2\n"
+    now = 0
+    looked_at, other = (
+        Limits(shaping(text, domain_maxconnections=0), MemoryCells(lambda: now)) for _ in range(2)
+    )
+    allowances = [each.of_flow(site(), None) for each in (looked_at, other)]
+    held = 0
+    for step in steps:
+        rate, count = allowances[0].sending, allowances[0].opening
+        states = [looked_at.state(want) for want in (rate.each[0], count.each[0])]
+        assert states[1].used == held
+        if step == "message":
+            refusals = [
+                each.take(allowance.sending)
+                for each, allowance in zip((looked_at, other), allowances, strict=True)
+            ]
+            assert states[0].allowed is (refusals[0] is None) is (refusals[1] is None)
+        elif step == "connection":
+            refusals = [
+                each.take(allowance.opening)
+                for each, allowance in zip((looked_at, other), allowances, strict=True)
+            ]
+            assert states[1].allowed is (refusals[0] is None) is (refusals[1] is None)
+            held += refusals[0] is None
+        elif step == "end" and held:
+            held -= 1
+            for each in (looked_at, other):
+                each.release(count.counts)
+        else:
+            now += 500_000_000
 
 
 def test_scopes_count_for_each_local_address() -> None:

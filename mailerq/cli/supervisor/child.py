@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -36,6 +36,9 @@ from mailerq.net import control
 __all__ = ["main"]
 
 READ_BYTES: Final = 1 << 16
+
+LONG: Final = ("explain", "queue-change")
+"""Commands whose requests come along as files."""
 
 FILE: Final = struct.Struct("i")
 """A descriptor sent along with a request."""
@@ -135,8 +138,10 @@ class _Requests:
         self._stop = stop
         self._of_engine = engine.commands()
         self._commands: control.Commands = {
-            **self._of_engine, "reload": self._reload, "queue-change": self._change,
-        }  # fmt: skip
+            **self._of_engine,
+            "reload": self._reload,
+            **{name: self._pass_on(name) for name in LONG},
+        }
 
     async def serve(self) -> None:
         """Execute requests until cancelled; stop the engine when the parent is gone."""
@@ -166,9 +171,9 @@ class _Requests:
         take(self._engine, config, number, self._who)
         return {}
 
-    def _change(self, request: control.Request) -> Any:
-        """Carry out the order in the file that came along, which is too long for the socket."""
-        return self._of_engine["queue-change"](decode_properties(self._content()))
+    def _pass_on(self, name: str) -> Callable[[object], Any]:
+        """A command whose request is in the file that came along: it is too long for the socket."""
+        return lambda request: self._of_engine[name](decode_properties(self._content()))
 
     def _content(self) -> bytes:
         """The content of the next file that came along."""

@@ -44,6 +44,7 @@ from mailerq.inbound.listener import PORT_OPTIONS, reserve
 from mailerq.live import Live, Reload, Snapshot
 from mailerq.message import encode_properties, format_time
 from mailerq.net import control
+from mailerq.net.seen import merged_answers
 from mailerq.net.statistics import total
 from mailerq.privileges import keep_for_ports
 
@@ -256,6 +257,7 @@ class _Parent:
             "status": self._status,
             "wake": self._wake,
             "rows": self._look_at_rows,
+            "explain": self._explain,
             "message-ids": self._message_ids,
             "reload": self._answer,
             "queue-change": self._change,
@@ -300,6 +302,20 @@ class _Parent:
         """Have all processes put in force what the file of rows says."""
         replies = await self._ask_all("rows")
         return {"ok": None not in replies.values()}
+
+    async def _explain(self, request: control.Request) -> dict[str, Any]:
+        """One answer from those of all processes."""
+        with _in_memory(encode_properties(request)) as file:
+            replies = await self._ask_all("explain", file=file)
+        answers = []
+        for index, answer in sorted(replies.items()):
+            if answer is not None:
+                answers.append(answer)
+                for flow in (flow for part in answer.get("from", ()) for flow in part["flows"]):
+                    flow["process"] = index
+        if not answers:
+            raise MailerqError("no process answers")
+        return merged_answers(answers)
 
     async def _message_ids(self, request: control.Request) -> dict[str, Any]:
         """Ids from one process; those that owe an answer are asked last."""

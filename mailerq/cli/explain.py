@@ -1,0 +1,229 @@
+"""``mailerq explain``: what would be decided about mail to an address or a domain, and why.
+
+A running daemon answers with the settings in force, and with what it does now. Without one the
+command reads the settings and asks the DNS itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from mailerq.address import parse_ip
+from mailerq.cli import control
+from mailerq.cli.common import command_parser, complain, print_json, print_table
+from mailerq.config import Config
+from mailerq.errors import QueueError
+from mailerq.escaping import escape
+
+__all__ = ["main"]
+
+DESCRIPTION: Final = """\
+Explain what would be decided about mail to an address or a domain now: whether it goes out, to
+which hosts, from which addresses, under which limits, and which line of which file says so. With
+a running daemon also: which limit holds it now, and until when.
+
+Exit status: 0 mail goes out, or to a local queue; 1 it would fail, or cannot go now."""
+
+PENDING_SECONDS: Final = 30.0
+"""How long the name servers may take."""
+
+PENDING_INTERVAL: Final = 0.5
+
+FAILING: Final = ("fail", "wait")
+"""Decisions for which the exit status is 1."""
+
+Answer = dict[str, Any]
+
+
+def main(settings: list[str], rest: list[str]) -> int:
+    """Explain, see DESCRIPTION."""
+    parser = command_parser("explain", DESCRIPTION)
+    parser.add_argument("recipient", metavar="DOMAIN|ADDRESS")
+    parser.add_argument("--from", dest="envelope", metavar="ADDRESS", default="", help="the sender")
+    parser.add_argument(
+        "--ip", action="append", default=[], metavar="ADDRESS",
+        help="a local address that the message names in ips; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
+    options = parser.parse_args(rest)
+    try:
+        ips = [str(parse_ip(ip)) for ip in options.ip]
+    except ValueError as error:
+        parser.error(f"--ip: {error}")
+    config = Config.load(settings)
+    request = {"recipient": options.recipient, "envelope": options.envelope, "ips": ips}
+    try:
+        answer = _ask(config, request)
+    except PermissionError:
+        complain(f"you may not ask the daemon on {config.queue_directory}; its user and root may")
+        return os.EX_NOPERM
+    if "error" in answer:
+        complain(f"the daemon says: {answer['error']}")
+        return os.EX_SOFTWARE
+    _add_depth(config, answer)
+    if options.json:
+        print_json(answer)
+    else:
+        _show(answer)
+    return 1 if answer["decision"] in FAILING else os.EX_OK
+
+
+def _ask(config: Config, request: dict[str, Any]) -> Answer:
+    """The answer of the daemon, or our own. Raises `PermissionError` and `ConfigError`."""
+    end = time.monotonic() + PENDING_SECONDS
+    while True:
+        try:
+            answer = control.ask(config.queue_directory, "explain", **request)
+        except PermissionError:
+            raise
+        except OSError:
+            return {**_alone(config, request), "live": False}
+        if not answer.pop("pending", False) or time.monotonic() > end:
+            return {**answer, "live": True}
+        time.sleep(PENDING_INTERVAL)
+
+
+def _alone(config: Config, request: dict[str, Any]) -> Answer:
+    """The answer without a daemon. Raises `ConfigError`."""
+    import trio
+
+    from mailerq.inbound.addresses import LocalAddresses
+    from mailerq.inbound.explaining import explain_arrival
+    from mailerq.net.resolver import Resolver
+    from mailerq.outbound.explaining import Explainer, Question
+    from mailerq.outbound.limits import Limits
+    from mailerq.outbound.sites import Sites
+    from mailerq.rules.access import Access
+    from mailerq.rules.plan import plan
+    from mailerq.rules.shaping import Shaping
+
+    question = Question.of(request)
+    access, listed = Access.of(config), LocalAddresses.of(config)
+    limits = Limits(Shaping.of(config))
+    local = explain_arrival(question.recipient, config, access, listed)
+    if local is not None:
+        return {**question.answer(), **local}
+
+    async def run() -> Answer:
+        return await Explainer(
+            config,
+            limits,
+            Sites(Resolver(config), limits.shaping.group_of),
+            lambda message, now, seen: plan(message, config, now=now, seen=seen),
+            now=time.time,
+        ).explain(question)
+
+    return trio.run(run)
+
+
+def _add_depth(config: Config, answer: Answer) -> None:
+    """How much mail waits under the same key, if this user may see that."""
+    destination = answer.get("destination")
+    if destination is None:
+        return
+    from mailerq.queues.opening import open_files
+
+    destination["messages"] = None
+    try:
+        with open_files(config) as files:
+            destination["messages"] = sum(
+                depth.due + depth.delayed
+                for file in files
+                for depth in file.destinations(config.rabbitmq_outbox)
+                if depth.destination == destination["key"]
+            )
+    except FileNotFoundError:
+        destination["messages"] = 0
+    except (OSError, QueueError):
+        pass  # the rest of the answer is good
+
+
+# For people
+
+
+def _show(answer: Answer) -> None:
+    print_table(("WHAT", "ANSWER", "WHERE"), list(_facts(answer)))
+    if "hosts" in answer:
+        sys.stdout.write("\n")
+        keys = ("preference", "name", "address", "state")
+        rows = [[host[key] for key in keys] for host in answer["hosts"]]
+        print_table(("PREFERENCE", "HOST", "ADDRESS", "NOW"), rows)
+    for part in answer.get("from", ()):
+        sys.stdout.write(f"\nfrom {escape(_source(part))}\n")
+        if problem := part.get("problem"):
+            sys.stdout.write(f"  {escape(problem)}\n")
+        if part["limits"]:
+            rows = [[*_limit(limit)] for limit in part["limits"]]
+            print_table(("LIMIT", "VALUE", "OF", "WHERE", "NOW"), rows)
+        for flow in part["flows"]:
+            sys.stdout.write("\n")
+            for name, value in _flow(flow):
+                sys.stdout.write(f"{name:<20}{escape(str(value))}\n")
+
+
+WORDS: Final = {
+    "send": "goes out",
+    "hold": "is held",
+    "wait": "waits",
+    "fail": "fails",
+    "local": "stays here",
+}
+
+
+def _facts(answer: Answer) -> Iterator[tuple[str, object, str]]:
+    """Rows of a fact, its value, and the place that says so."""
+    name = answer["recipient"]
+    reason, where = answer.get("reason", answer.get("until", "")), answer.get("where", "")
+    yield "mail to " + name, WORDS[answer["decision"]] + (f": {reason}" if reason else ""), where
+    if not answer["live"]:
+        yield "daemon", "none answers: settings and DNS only", ""
+    if (route := answer.get("route")) is not None:
+        way = "the MX hosts of " if route["by"] == "MX records" else ""
+        yield "to", f"{way}{route['host']}, port {route['port']}", route["where"]
+        seconds = answer["expires"]
+        yield "tried for", f"{seconds['after']:g} s", seconds["where"]
+    if (site := answer.get("site")) is not None:
+        apart = f", apart for lines about {site['apart']}" if site["apart"] else ""
+        yield "site", site["label"] + apart, site["where"]
+        if (provider := answer["provider"])["name"]:
+            yield "provider", provider["name"], provider["where"]
+    if (destination := answer.get("destination")) is not None:
+        count, when = destination["messages"], destination.get("next")
+        waiting = "unknown" if count is None else count
+        yield f"waiting as {destination['key']}", waiting, f"next due {when}" if when else ""
+
+
+def _source(part: dict[str, Any]) -> str:
+    address = part["local-ip"] or "an address that the system chooses"
+    return f"{address}, as {part['ehlo']} ({part['ehlo-where']})"
+
+
+def _limit(limit: dict[str, Any]) -> Iterator[object]:
+    yield from (limit["limit"], limit["value"], limit["scope"], limit["where"])
+    words = []
+    if "used" in limit:
+        words.append(f"{limit['used']} in use")
+    if limit.get("until"):
+        words.append(f"until {limit['until']} ({limit['seconds']:.2f} s)")
+    elif limit.get("allowed"):
+        words.append("allows more")
+    if limit.get("waiting"):
+        words.append(f"{limit['waiting']} wait")
+    yield ", ".join(words)
+
+
+def _flow(flow: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    if "process" in flow:
+        yield "process", flow["process"]
+    limit = flow["limited-by"] or "nothing"
+    if flow["until"]:
+        limit += f", until {flow['until']} ({flow['seconds']:.2f} s)"
+    yield "waits for", limit
+    yield "messages in memory", flow["memory"]
+    yield "connections", f"{flow['connections']}, {flow['opening']} opening, {flow['idle']} idle"
+    if flow["reply"]:
+        yield "last reply", flow["reply"]

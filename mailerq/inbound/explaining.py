@@ -1,0 +1,37 @@
+"""Explain whether mail for a recipient ends here, by the code that decides on its arrival."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mailerq.config import Config
+from mailerq.inbound.addresses import LocalAddresses, is_local
+from mailerq.rules.access import Access
+from mailerq.rules.routes import reception_queue
+
+__all__ = ["explain_arrival"]
+
+
+def explain_arrival(
+    recipient: str, config: Config, access: Access, listed: LocalAddresses
+) -> dict[str, Any] | None:
+    """What becomes of mail that comes in for a local recipient; None if it goes out.
+
+    `recipient` may be a domain.
+    """
+    address = recipient if "@" in recipient else f"anybody@{recipient}"
+    if not is_local(address, access, listed):
+        return None
+    by_domain = access.is_in_local_domain(address)
+    queue = reception_queue(config, local=True)
+    if config.keeps_local_mail and queue == config.rabbitmq_outbox:
+        return None
+    key = "smtp-local-domains" if by_domain else "smtp-local-addresses"
+    found = {"decision": "local", "where": config.place(key), "queue": queue}
+    if not config.keeps_local_mail:
+        reason = (
+            "refused on arrival: the recipient is local, and no setting says where its mail goes"
+        )
+        return {**found, "decision": "fail", "reason": f"{reason}; set rabbitmq-local"}
+    name = "rabbitmq-local" if config.rabbitmq_local else "rabbitmq-inbox"
+    return {**found, "reason": f"goes to the queue {queue}, see {config.place(name)}"}

@@ -1,0 +1,266 @@
+"""Explain what would be decided about a message now, by the code that decides.
+
+Theory of operation
+-------------------
+`Explainer.explain` makes the document of a message that nobody sends, and takes it the way of any
+other: the plan, the hosts of its target, their site, and the limits of each local address. With a
+running dispatcher the answer has what the flows do now as well. Without one the same code works
+from the settings alone.
+
+Each step returns a part of the answer, a dict that can become JSON. A value is followed by its
+place: a setting and its origin, or a file and its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+from mailerq.errors import MailerqError
+from mailerq.message import Message, format_time
+from mailerq.net.resolver import NoHosts
+from mailerq.outbound.cells import Count
+from mailerq.outbound.sites import HostMemory, Site, Sites
+from mailerq.rules import responses
+from mailerq.rules.destinations import place_of
+from mailerq.rules.plan import Hold, Plan, Refuse, Send
+from mailerq.rules.responses import Fate, Outcome
+from mailerq.rules.routes import Route
+from mailerq.rules.shaping import Bound
+
+if TYPE_CHECKING:
+    from mailerq.config import Config
+    from mailerq.outbound.limits import Limits, Want
+    from mailerq.outbound.seeing import Seeing
+
+__all__ = ["Explainer", "Question"]
+
+ANYBODY: Final = "postmaster"
+"""The recipient in a domain of which nobody is named."""
+
+MAX_TEXT: Final = 1000
+"""Characters of an address in a question."""
+
+MAX_HOSTS: Final = 32
+"""Hosts whose limits are listed."""
+
+
+class Question(NamedTuple):
+    """What is asked about: an address or a domain, the sender, and local addresses."""
+
+    recipient: str
+    envelope: str = ""
+    ips: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, request: Mapping[str, Any]) -> Self:
+        """The question in a request. Raises `MailerqError`."""
+        recipient, envelope = request.get("recipient"), request.get("envelope", "")
+        ips = request.get("ips", [])
+        texts = [recipient, envelope, *ips] if isinstance(ips, list) else [None]
+        if not all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts):
+            raise MailerqError("expected an address or a domain, a sender, and local addresses")
+        return cls(str(recipient), str(envelope), tuple(ips))
+
+    def answer(self) -> dict[str, Any]:
+        """The beginning of an answer."""
+        return {"recipient": self.recipient, "envelope": self.envelope, "ips": list(self.ips)}
+
+    def message(self) -> Message:
+        """The document of a message as it is asked about."""
+        name = self.recipient
+        recipient = name if "@" in name else f"{ANYBODY}@{name}"
+        properties: dict[str, Any] = {"envelope": self.envelope, "recipient": recipient}
+        if self.ips:
+            properties["ips"] = list(self.ips)
+        return Message(properties)
+
+
+Decide = Callable[[Message, float, float], Plan]
+"""See `Dispatcher.decide`."""
+
+
+class Explainer:
+    """Explains with the settings in force; with `seeing`, also what flows do now."""
+
+    def __init__(
+        self,
+        config: Config,
+        limits: Limits,
+        sites: Sites,
+        decide: Decide,
+        *,
+        now: Callable[[], float],
+        seeing: Seeing | None = None,
+        look_up: Callable[[Route], object] | None = None,
+    ) -> None:
+        self._config = config
+        self._limits = limits
+        self._sites = sites
+        self._decide = decide
+        self._now = now
+        self._seeing = seeing
+        self._look_up = look_up
+        """Starts a look-up that may take long; without it `explain` waits for the look-up."""
+
+    async def explain(self, question: Question) -> dict[str, Any]:
+        """The answer. It is ``pending`` while the name servers have not answered: ask again."""
+        message, now = question.message(), self._now()
+        destination = place_of(message.properties).destination
+        answer = {
+            **question.answer(),
+            "time": format_time(now),
+            "destination": {"key": destination},
+        }
+        if self._seeing is not None:
+            answer["destination"] = self._seeing.destination(destination)
+        decision = self._decide(message, now, now)
+        if isinstance(decision, Refuse):
+            return {**answer, **_of_outcome(decision.outcome)}
+        if isinstance(decision, Hold):
+            return {**answer, "decision": "hold", "until": format_time(decision.until)}
+        answer |= self._of_route(decision)
+        found = await self._find(decision.route)
+        if found is None:
+            reason = "the name servers have not answered yet"
+            return {**answer, "decision": "wait", "reason": reason, "pending": True}
+        if isinstance(found, NoHosts):
+            outcome = responses.no_hosts(found.description, found.reply)
+            return {**answer, **_of_outcome(outcome), **self._setting(found.setting)}
+        if found.outcome is not None:
+            return {**answer, **_of_outcome(found.outcome), **self._setting(found.setting)}
+        answer |= {"decision": "send", **self._of_site(found)}
+        answer["from"] = [
+            self._of_source(decision, found, ip) for ip in decision.local_ips or (None,)
+        ]
+        return answer
+
+    async def _find(self, route: Route) -> Site | NoHosts | None:
+        """The hosts of a target; None if they take long to find."""
+        if self._look_up is None:
+            return await self._sites.find(route)
+        found = self._sites.known(route) or await self._sites.find_quickly(route)
+        if found is None:
+            self._look_up(route)
+        return found
+
+    # Parts of the answer
+
+    def _setting(self, key: str) -> dict[str, Any]:
+        return {"where": self._config.place(key)} if key else {}
+
+    def _of_route(self, decision: Send) -> dict[str, Any]:
+        """Which host, and what decides that."""
+        route, config = decision.route, self._config
+        return {
+            "domain": decision.domain,
+            "route": {
+                "target": route.name,
+                "host": route.host,
+                "port": route.port,
+                "by": "MX records" if route.mx and not route.host.startswith("[") else "name",
+                "where": config.place(route.setting) if route.setting else "",
+            },
+            "expires": {
+                "after": config.max_delivertime,
+                "where": config.place("max-delivertime"),
+            },
+        }
+
+    def _of_site(self, site: Site) -> dict[str, Any]:
+        """The hosts, and which mail counts together with this."""
+        shaping = self._limits.shaping
+        provider = shaping.provider_of({host.name for host in site.hosts})
+        memory = None if self._seeing is None else self._seeing.dispatcher.memory
+        hosts = sorted(site.hosts, key=lambda host: (host.preference, host.name, host.address))
+        return {
+            "site": {
+                "label": site.label,
+                "apart": site.group,
+                "where": shaping.where_of_group(site.group),
+            },
+            "provider": {"name": provider, "where": shaping.where_of_provider(provider)},
+            "hosts": [
+                {
+                    "preference": host.preference,
+                    "name": host.name,
+                    "address": host.address,
+                    "state": _of_host(memory, host.address),
+                }
+                for host in hosts
+            ],
+        }
+
+    def _of_source(self, decision: Send, site: Site, local_ip: str | None) -> dict[str, Any]:
+        """What holds for mail from one local address, and what its flow does."""
+        part: dict[str, Any] = {
+            "local-ip": local_ip,
+            "ehlo": self._config.hostname,
+            "ehlo-where": self._config.place("hostname"),
+            "limits": [*self._of_limits(site, local_ip)],
+            "flows": [],
+        }
+        seeing = self._seeing
+        if local_ip is not None and not site.fits(local_ip):
+            outcome = responses.no_fitting_address(site.name, local_ip)
+            part["problem"] = outcome.description
+        if seeing is not None:
+            if local_ip is not None and seeing.dispatcher.memory.is_aside(local_ip):
+                part["problem"] = "could not be bound lately, so other addresses come first"
+            flow = seeing.flow_of(site, local_ip, decision.demands)
+            if flow is not None:
+                part["flows"].append(seeing.describe(flow))
+        return part
+
+    def _of_limits(self, site: Site, local_ip: str | None) -> Iterator[dict[str, Any]]:
+        """All limits that must allow a message, and how far each is used."""
+        limits = self._limits
+        shaping, seen = limits.shaping, set[str]()
+        remote = dict.fromkeys(host.address for host in site.hosts)
+        allowances = [limits.of_flow(site, local_ip)]
+        allowances += [limits.of_remote(address, local_ip) for address in [*remote][:MAX_HOSTS]]
+        for allowance in allowances:
+            for want in (*allowance.sending.each, *allowance.opening.each, *allowance.idle.each):
+                if want.taken.key not in seen:
+                    seen.add(want.taken.key)
+                    yield {**_of_bound(want.name, want.bound, want.scope), **self._state(want)}
+        provider = shaping.provider_of({host.name for host in site.hosts})
+        bounds = shaping.of_connection(site.group, provider, local_ip or "")
+        for name, bound in bounds.items():
+            yield _of_bound(name, bound, "each connection")
+
+    def _state(self, want: Want) -> dict[str, Any]:
+        """A limit as it is now; nothing without a daemon."""
+        if self._seeing is None:
+            return {}
+        state = self._limits.state(want)
+        used = {"used": state.used} if isinstance(want.taken, Count) else {}
+        return {
+            "allowed": state.allowed,
+            **self._seeing.when(state.until),
+            **used,
+            "waiting": state.waiting,
+        }
+
+
+def _of_outcome(outcome: Outcome) -> dict[str, Any]:
+    """The end of a message that is not tried, or waits for a fault to end."""
+    said = (outcome.code, outcome.status, outcome.description)
+    return {
+        "decision": "wait" if outcome.fate is Fate.RETRY else "fail",
+        "reason": " ".join(str(part) for part in said if part),
+    }
+
+
+def _of_host(memory: HostMemory | None, address: str) -> str:
+    if memory is None:
+        return ""
+    facts: Iterable[str] = (
+        "did not let us in lately: tried last" if memory.is_doubtful(address) else "",
+        "answers out of step: one mail a connection" if memory.was_out_of_step(address) else "",
+    )
+    return "; ".join(filter(None, facts))
+
+
+def _of_bound(name: str, bound: Bound, scope: str) -> dict[str, Any]:
+    return {"limit": name, "value": bound.value, "scope": scope, "where": bound.where}
