@@ -36,7 +36,7 @@ from mailerq.net import control, late
 from mailerq.net.logs import LogFile, open_log
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import Resolver
-from mailerq.net.seen import merged_answers
+from mailerq.net.seen import merged_answers, merged_pages
 from mailerq.net.slots import Slots
 from mailerq.net.statistics import total
 from mailerq.net.tls import Handshakes
@@ -50,6 +50,7 @@ from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.explaining import Question
 from mailerq.outbound.keeper import Keeper
 from mailerq.outbound.limits import Limits
+from mailerq.outbound.listing import Wanted, list_flows
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.refusals import react
 from mailerq.plugins import (
@@ -639,6 +640,7 @@ class Engine:
             "wake": self._wake,
             "rows": self._look_at_rows,
             "explain": self._explain,
+            "top": self._top,
             "message-ids": self._message_ids,
             "queue-change": lambda request: operators.change(
                 self._deliveries, self.config, request
@@ -668,6 +670,14 @@ class Engine:
             return {**question.answer(), **local}
         return merged_answers([
             await delivery.dispatcher.seeing.explainer().explain(question)
+            for delivery in list(self._deliveries.values())
+        ])  # fmt: skip
+
+    async def _top(self, request: control.Request) -> dict[str, Any]:
+        """A page of the flows of all deliveries."""
+        wanted = Wanted.of(request)
+        return merged_pages([
+            await list_flows(delivery.dispatcher.seeing, wanted)
             for delivery in list(self._deliveries.values())
         ])  # fmt: skip
 

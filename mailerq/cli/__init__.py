@@ -38,6 +38,7 @@ _COMMANDS: Final = {
     "sink": "mailerq.cli.sink",
     "status": "mailerq.cli.status",
     "suppress": "mailerq.cli.rows:suppress",
+    "top": "mailerq.cli.top",
 }
 """The module of each command, and its function if that is not `main`."""
 

@@ -260,6 +260,11 @@ class Dispatcher:
             "domains": dict(longest),
         }
 
+    @property
+    def connections(self) -> int:
+        """Connections that are open or opening."""
+        return len(self._sessions)
+
     async def _sum_up(self) -> None:
         """Summarise suppressed log lines once a minute."""
         while True:

@@ -37,7 +37,7 @@ __all__ = ["main"]
 
 READ_BYTES: Final = 1 << 16
 
-LONG: Final = ("explain", "queue-change")
+LONG: Final = ("explain", "queue-change", "top")
 """Commands whose requests come along as files."""
 
 FILE: Final = struct.Struct("i")

@@ -44,7 +44,7 @@ from mailerq.inbound.listener import PORT_OPTIONS, reserve
 from mailerq.live import Live, Reload, Snapshot
 from mailerq.message import encode_properties, format_time
 from mailerq.net import control
-from mailerq.net.seen import merged_answers
+from mailerq.net.seen import merged_answers, merged_pages
 from mailerq.net.statistics import total
 from mailerq.privileges import keep_for_ports
 
@@ -258,6 +258,7 @@ class _Parent:
             "wake": self._wake,
             "rows": self._look_at_rows,
             "explain": self._explain,
+            "top": self._top,
             "message-ids": self._message_ids,
             "reload": self._answer,
             "queue-change": self._change,
@@ -305,17 +306,26 @@ class _Parent:
 
     async def _explain(self, request: control.Request) -> dict[str, Any]:
         """One answer from those of all processes."""
+        answers = await self._pass_to_all("explain", request)
+        for index, answer in answers.items():
+            for flow in (flow for part in answer.get("from", ()) for flow in part["flows"]):
+                flow["process"] = index
+        return merged_answers(list(answers.values()))
+
+    async def _top(self, request: control.Request) -> dict[str, Any]:
+        """One page from those of all processes."""
+        return merged_pages(list((await self._pass_to_all("top", request)).values()))
+
+    async def _pass_to_all(
+        self, command: str, request: control.Request
+    ) -> dict[int, dict[str, Any]]:
+        """The reply of each process that answers. Raises `MailerqError` if none does."""
         with _in_memory(encode_properties(request)) as file:
-            replies = await self._ask_all("explain", file=file)
-        answers = []
-        for index, answer in sorted(replies.items()):
-            if answer is not None:
-                answers.append(answer)
-                for flow in (flow for part in answer.get("from", ()) for flow in part["flows"]):
-                    flow["process"] = index
-        if not answers:
+            replies = await self._ask_all(command, file=file)
+        found = {index: reply for index, reply in sorted(replies.items()) if reply is not None}
+        if not found:
             raise MailerqError("no process answers")
-        return merged_answers(answers)
+        return found
 
     async def _message_ids(self, request: control.Request) -> dict[str, Any]:
         """Ids from one process; those that owe an answer are asked last."""
