@@ -170,6 +170,8 @@ async def test_a_smarthost_is_named_with_its_setting(tmp_path: Path) -> None:
         "host": "127.0.0.9",
         "port": 2525,
         "by": "name",
+        "protocol": "SMTP",
+        "login": None,
         "where": "smarthost (--smarthost)",
     }
 
@@ -311,3 +313,52 @@ async def test_a_name_server_that_answers_late_is_waited_for(
             assert len(found["hosts"]) == 2
             # The quick look-up was given up, and a patient one has asked again.
             assert dns.questions["d.test", "MX"] == 2
+
+
+async def test_what_a_pattern_has_done_is_explained_with_its_line_and_a_sample(
+    tmp_path: Path, mark: dict[str, str]
+) -> None:
+    path = tmp_path / "responses.toml"
+    path.write_text("""\
+[[response]]
+name = "too-fast"
+text = 'slow down'
+class = "reputation-temp"
+pause = "10m"
+samples = ["451 4.7.0 slow down"]
+""")
+
+    def later(event: server.Event) -> Reply | None:
+        return Reply(451, "4.7.0 slow down") if isinstance(event, server.Mail) else None
+
+    async with open_sink() as sink, open_dns_server(ZONE) as dns:
+        sink.decide = later
+        settings = switches(dns, sink.port, f"--responses-file={path}")
+        async with daemon(tmp_path, sink.port, *settings, env=mark) as running:
+            async with connected(running.port) as stream:
+                assert await put(stream, "m") == 250
+            found = await until_answer(
+                running, "d.test", lambda answer: answer["from"][0]["actions"]
+            )
+            (action,) = found["from"][0]["actions"]
+            assert (action["rule"], action["where"]) == ("too-fast", f"{path}:1")
+            assert (action["stage"], action["hits"]) == ("paused", 1)
+            assert "slow down" in action["sample"]
+            limits = {limit["limit"]: limit for limit in found["from"][0]["limits"]}
+            assert limits["paused"]["where"] == f"too-fast, {path}:1"
+            assert limits["paused"]["allowed"] is False
+            assert 500 < limits["paused"]["seconds"] <= 600
+            shown = await in_thread(
+                lambda: mailerq("explain", "d.test", f"--queue-directory={running.queue}")
+            )
+            assert b"4.7.0 slow down" in shown.stdout
+
+
+async def test_a_mailbox_server_takes_the_mail_of_local_domains(tmp_path: Path) -> None:
+    settings = ("--smtp-local-domains=here.test", "--local-delivery=lmtp:///run/mail")
+    found = await alone(tmp_path, "ann@here.test", *settings)
+    assert found["decision"] == "send"
+    route = found["route"]
+    assert (route["host"], route["protocol"]) == ("/run/mail", "LMTP")
+    assert route["where"] == "local-delivery (--local-delivery)"
+    assert [host["address"] for host in found["hosts"]] == ["/run/mail"]

@@ -18,6 +18,7 @@ from mailerq.cli.common import command_parser, complain, print_json, print_table
 from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.escaping import escape
+from mailerq.message import format_time
 
 __all__ = ["main"]
 
@@ -131,7 +132,7 @@ def _add_depth(config: Config, answer: Answer) -> None:
     try:
         with open_files(config) as files:
             destination["messages"] = sum(
-                depth.due + depth.delayed
+                depth.due + depth.delayed + depth.held
                 for file in files
                 for depth in file.destinations(config.rabbitmq_outbox)
                 if depth.destination == destination["key"]
@@ -159,11 +160,17 @@ def _show(answer: Answer) -> None:
         if part["limits"]:
             rows = [[*_limit(limit)] for limit in part["limits"]]
             print_table(("LIMIT", "VALUE", "OF", "WHERE", "NOW"), rows)
+        if part["actions"]:
+            sys.stdout.write("\n")
+            rows = [[action[key] for key in ACTION] for action in part["actions"]]
+            print_table([key.upper() for key in ACTION], rows)
         for flow in part["flows"]:
             sys.stdout.write("\n")
             for name, value in _flow(flow):
                 sys.stdout.write(f"{name:<20}{escape(str(value))}\n")
 
+
+ACTION: Final = ("rule", "where", "stage", "since", "until", "hits", "sample")
 
 WORDS: Final = {
     "send": "goes out",
@@ -183,7 +190,10 @@ def _facts(answer: Answer) -> Iterator[tuple[str, object, str]]:
         yield "daemon", "none answers: settings and DNS only", ""
     if (route := answer.get("route")) is not None:
         way = "the MX hosts of " if route["by"] == "MX records" else ""
-        yield "to", f"{way}{route['host']}, port {route['port']}", route["where"]
+        port = f", port {route['port']}" if route["port"] else ""
+        protocol = f" by {route['protocol']}" if route["protocol"] != "SMTP" else ""
+        login = f", logged in as {route['login']}" if route["login"] else ""
+        yield "to", f"{way}{route['host']}{port}{protocol}{login}", route["where"]
         seconds = answer["expires"]
         yield "tried for", f"{seconds['after']:g} s", seconds["where"]
     if (site := answer.get("site")) is not None:
@@ -203,7 +213,8 @@ def _source(part: dict[str, Any]) -> str:
 
 
 def _limit(limit: dict[str, Any]) -> Iterator[object]:
-    yield from (limit["limit"], limit["value"], limit["scope"], limit["where"])
+    value = format_time(limit["value"]) if limit["limit"] == "paused" else limit["value"]
+    yield from (limit["limit"], value, limit["scope"], limit["where"])
     words = []
     if "used" in limit:
         words.append(f"{limit['used']} in use")

@@ -165,7 +165,7 @@ class Rows:
             with open_files(self._config) as files:
                 for file in files:
                     for depth in file.destinations(self._config.rabbitmq_outbox):
-                        count = depth.due + depth.delayed
+                        count = depth.due + depth.delayed + depth.held
                         depths[depth.destination] = depths.get(depth.destination, 0) + count
             self._depths = depths
         except (OSError, QueueError):

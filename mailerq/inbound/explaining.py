@@ -24,11 +24,12 @@ def explain_arrival(
         return None
     by_domain = access.is_in_local_domain(address)
     queue = reception_queue(config, local=True)
-    if config.keeps_local_mail and queue == config.rabbitmq_outbox:
+    is_kept = config.keeps_local_mail or bool(config.local_delivery and by_domain)
+    if is_kept and queue == config.rabbitmq_outbox:
         return None
     key = "smtp-local-domains" if by_domain else "smtp-local-addresses"
     found = {"decision": "local", "where": config.place(key), "queue": queue}
-    if not config.keeps_local_mail:
+    if not is_kept:
         reason = (
             "refused on arrival: the recipient is local, and no setting says where its mail goes"
         )

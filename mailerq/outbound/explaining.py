@@ -20,6 +20,7 @@ from mailerq.errors import MailerqError
 from mailerq.message import Message, format_time
 from mailerq.net.resolver import NoHosts
 from mailerq.outbound.cells import Count
+from mailerq.outbound.refusals import Scope
 from mailerq.outbound.sites import HostMemory, Site, Sites
 from mailerq.rules import responses
 from mailerq.rules.destinations import place_of
@@ -159,6 +160,8 @@ class Explainer:
                 "host": route.host,
                 "port": route.port,
                 "by": "MX records" if route.mx and not route.host.startswith("[") else "name",
+                "protocol": "LMTP" if route.lmtp else "SMTP",
+                "login": next((login.username for login in decision.demands), None),
                 "where": config.place(route.setting) if route.setting else "",
             },
             "expires": {
@@ -198,6 +201,7 @@ class Explainer:
             "ehlo": self._config.hostname,
             "ehlo-where": self._config.place("hostname"),
             "limits": [*self._of_limits(site, local_ip)],
+            "actions": [*self._of_actions(site, local_ip)],
             "flows": [],
         }
         seeing = self._seeing
@@ -228,6 +232,26 @@ class Explainer:
         bounds = shaping.of_connection(site.group, provider, local_ip or "")
         for name, bound in bounds.items():
             yield _of_bound(name, bound, "each connection")
+
+    def _of_actions(self, site: Site, local_ip: str | None) -> Iterator[dict[str, Any]]:
+        """What patterns of `responses-file` have done after replies of the hosts."""
+        refusals = self._limits.refusals
+        if refusals is None or not refusals.actions:
+            return
+        keys = f"site {site.key.hex()}", f"provider {self._limits.provider_of(site)}"
+        for key in keys:
+            action = refusals.actions.get(Scope(key, local_ip or ""))
+            if action is not None:
+                yield {
+                    "scope": action.label,
+                    "rule": action.rule,
+                    "where": action.where,
+                    "stage": str(action.recovery.stage),
+                    "since": format_time(action.since),
+                    "until": format_time(action.until),
+                    "hits": action.hits,
+                    "sample": action.sample,
+                }
 
     def _state(self, want: Want) -> dict[str, Any]:
         """A limit as it is now; nothing without a daemon."""
