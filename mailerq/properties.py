@@ -200,8 +200,13 @@ PROPERTIES: Final = (
     ),
     Property(
         "ips", DELIVERY, "an array of strings",
-        "Addresses of this host to send from; each attempt uses one at random.",
+        "Addresses of this host to send from; each attempt uses one of them.",
         _is_strings,
+    ),
+    Property(
+        "pool", DELIVERY, "a string",
+        "The name of a pool of such addresses, in `addresses-file`; of no effect beside `ips`.",
+        _is_str,
     ),
     Property(
         "smarthost", DELIVERY, "an object",
@@ -317,10 +322,6 @@ PROPERTIES: Final = (
     ),
     Property(
         "key", UNUSED, "a string", "The key of the body in a message store.", _is_str, used=False
-    ),
-    Property(
-        "pool", UNUSED, "a string", "The name of a pool of addresses to send from.",
-        _is_str, used=False,
     ),
     Property("dkim", UNUSED, "an object or an array", "Keys to sign with.", used=False),
     Property("priority", UNUSED, "a whole number", "The place in the queue.", used=False),

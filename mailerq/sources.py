@@ -27,7 +27,7 @@ NOT_YET: Final = frozenset(
     cluster-address cluster-exchange cluster-host cluster-password cluster-timeout cluster-user
     cluster-verify cluster-vhost connection-secure database database-address database-threads
     database-ttl database-validate dns-buffersize dns-capacity dns-expire dns-force
-    dns-getaddrinfo dns-helofile dns-interval dns-min-ttl dns-rotate dns-sockets dns-spread
+    dns-getaddrinfo dns-interval dns-min-ttl dns-rotate dns-sockets dns-spread
     dns-threads domain-maxqueue download-blacklist
     download-cache download-log-directory download-log-file download-proxy download-ttl
     download-user-agent download-whitelist dsn-envelope dsn-mta dsn-notify dsn-ret
@@ -40,9 +40,7 @@ NOT_YET: Final = frozenset(
     received-log-history received-log-maxage received-log-maxsize received-log-prefix
     render-useragent send-bin-log-file send-log-compression send-log-directory send-log-format
     send-log-history send-log-maxage send-log-maxsize send-log-prefix
-    smtp-auth-results smtp-check smtp-default-ips smtp-defaultip
-    smtp-defaultips smtp-mappable-ips smtp-protection
-    smtp-unmappable-ips smtp-validate-address spamassassin-host
+    smtp-auth-results smtp-check smtp-protection smtp-validate-address spamassassin-host
     spamassassin-port spool-delay spool-directory spool-extract spool-fail-directory
     spool-open-files spool-remove spool-threads storage storage-address storage-policy
     storage-reschedule storage-threads storage-timeout storage-ttl validate-envelope

@@ -474,6 +474,41 @@ class Table:
         " its socket; docs/peers.md explains it.",
         unset="none",
     )
+    smtp_default_ips: tuple[str, ...] = setting(
+        (),
+        IPS,
+        DELIVERY,
+        "Addresses to send from, for mail whose properties name neither ips nor a pool.",
+        unset="the system chooses",
+        aliases=("smtp-defaultips", "smtp-defaultip"),
+    )
+    smtp_mappable_ips: tuple[Network, ...] = setting(
+        (),
+        NETWORKS,
+        DELIVERY,
+        "Networks of addresses of this host; mail that comes in by such an address leaves from it,"
+        " unless x-mq-ip or x-mq-pool say otherwise.",
+        unset="none",
+    )
+    smtp_unmappable_ips: tuple[Network, ...] = setting(
+        (), NETWORKS, DELIVERY, "Networks within smtp-mappable-ips that do not count.", unset="none"
+    )
+    addresses_file: str = setting(
+        "",
+        PATH,
+        DELIVERY,
+        "TOML file with pools, weights and EHLO names of addresses to send from;"
+        " docs/addresses.md explains it.",
+        unset="none",
+    )
+    dns_helofile: str = setting(
+        "",
+        PATH,
+        DELIVERY,
+        "File with lines of an address of this host and its name in EHLO; addresses-file comes"
+        " first.",
+        unset="hostname for all addresses",
+    )
     smarthost: str = setting("", HOST, DELIVERY, "Host that takes all mail.", unset="none")
     smarthost_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
     smarthost_username: str = setting(

@@ -170,3 +170,19 @@ def test_a_daemon_with_a_wrong_file_does_not_start(tmp_path: Path) -> None:
     done = mailerq(switch, *switches_in(tmp_path, 25))
     assert done.returncode == 2
     assert f"{tmp_path}/limits.toml:2: max-idle: -7 is out of bounds" in done.stderr.decode()
+
+
+def test_check_config_names_addresses_that_this_host_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "addresses.toml"
+    path.write_text("[[pool]]\nname = 'a'\naddresses = ['127.0.0.2', '192.0.2.1']\n")
+    switches = ("--addresses-file", str(path), *switches_in(tmp_path, 25))
+    done = mailerq("check-config", *switches)
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stdout.decode().splitlines() if "cannot leave" in line]
+    assert notes == ["note: mail cannot leave from 192.0.2.1: Cannot assign requested address"]
+    path.write_text("[[pool]]\nname = 'a'\nadresses = ['127.0.0.2']\n")
+    done = mailerq("check-config", *switches)
+    assert done.returncode == 1
+    assert f"{path}:3: unknown key 'adresses' in [[pool]]; did you mean addresses?" in (
+        done.stderr.decode()
+    )

@@ -38,6 +38,7 @@ from mailerq.queues.embedded.shares import share_directory, shares_in
 from mailerq.queues.locks import holder_of
 from mailerq.queues.ownership import LOCK_NAME
 from mailerq.rules.answers import Answers
+from mailerq.rules.local_ips import LocalIps
 from mailerq.rules.shaping import Shaping
 from mailerq.rules.steering import Steering
 from mailerq.store.row_file import FILE_NAME as ROWS_NAME
@@ -344,13 +345,19 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("smtp-auth",), _check_auth),
     (("smtp-local-addresses",), _check_addresses),
     (("smtp-extract", "smtp-extract-range", "smtp-extract-logins"), _check_steering),
-    (("limits-file",), _check_limits),
+    (("limits-file", "addresses-file", "dns-helofile"), _check_limits),
     (("responses-file", "limits-file"), _check_responses),
     (("smtp-ip", "smtp-port", "smtp-secure-port", "lmtp-port"), _check_ports),
     (("lock",), _check_lock),
     (("application-log", "user"), _check_application_log),
 )
 """Each check with the settings it reads."""
+
+AT_START: Final = (
+    "smtp-certificate", "smtp-key", "smtp-local-addresses", "limits-file", "responses-file",
+    "addresses-file", "dns-helofile",
+)  # fmt: skip
+"""Files that a start reads before it changes its account."""
 
 AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("queue-directory",), _check_queue),
@@ -410,11 +417,24 @@ def _who() -> str:
 
 def _unreadable(config: Config) -> Iterator[str]:
     """Files that root reads at the start, and that the account of `user` cannot read again."""
-    keys = "smtp-certificate smtp-key smtp-local-addresses limits-file responses-file"
-    for key in keys.split():
+    for key in AT_START:
         path = config.text(key)
         if path and not os.access(path, os.R_OK, effective_ids=True):
             yield f"{key} {path} is read at the start only: {_who()} may not read it again"
+
+
+def _foreign(config: Config) -> Iterator[str]:
+    """Addresses to send from that this host does not have."""
+    try:
+        local = LocalIps.of(config)
+    except ConfigError:  # reported before
+        return
+    for ip in dict.fromkeys(chain(local.default, *local.pools.values())):
+        with closing(socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)) as sock:
+            try:
+                sock.bind((ip, 0))
+            except OSError as error:
+                yield f"mail cannot leave from {ip}: {error.strerror}"
 
 
 def _notes(config: Config) -> Iterator[str]:
@@ -452,6 +472,7 @@ def _notes(config: Config) -> Iterator[str]:
         path, port = parse_lmtp(config.local_delivery)
         if not port and not os.path.exists(path):
             yield f"local-delivery: there is no socket {path} now; mail waits for it"
+    yield from _foreign(config)
     if config.smtp_sink_address:
         yield f"smtp-sink-address is set: all mail goes to {config.smtp_sink_address}"
     if not config.smtp_range and any(network.prefixlen == 0 for network in config.smtp_relay_range):

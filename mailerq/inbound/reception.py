@@ -34,6 +34,7 @@ from mailerq.message import Message, Result, format_time, without_password
 from mailerq.plugins import Connection, Reject
 from mailerq.queues import Publication
 from mailerq.rules import responses
+from mailerq.rules.local_ips import is_mapped
 from mailerq.rules.routes import loop_problem, reception_queue, result_queues
 from mailerq.wire import smtp
 from mailerq.wire.parameters import MailParameters, RcptParameters
@@ -313,6 +314,7 @@ def _envelope(
     protocol = headers.protocol_name(
         extended=hello.extended, secure=machine.secure, authenticated=plugin.authenticated
     )
+    mapped = terms.config.smtp_mappable_ips and is_mapped(terms.config, client.local[0])
     trusted = plugin.authenticated or terms.access.may_relay(client.standing)
     return incoming.Envelope(
         mail.sender,
@@ -327,6 +329,7 @@ def _envelope(
         rights=terms.steering.rights(
             client.standing, client.user, authenticated=plugin.authenticated
         ),
+        local_ip=client.local[0] if mapped else "",
     )
 
 

@@ -33,7 +33,8 @@ class Envelope(msgspec.Struct, frozen=True):
     `properties` go into every message: the object ``connection`` for SMTP, ``cli`` for the command
     line. `recipient_properties`, if given, has the properties of each recipient. `protocol`,
     `helo`, `client_ip` and `user` are for the Received field, see `mailerq.mail.headers.received`.
-    If `trusted`, the x-mq-* fields that `rights` allow have an effect.
+    If `trusted`, the x-mq-* fields that `rights` allow have an effect. `local_ip` is the address to
+    send from, unless such fields name others.
     """
 
     sender: str
@@ -46,6 +47,7 @@ class Envelope(msgspec.Struct, frozen=True):
     user: str | None = None
     trusted: bool = False
     rights: Rights = EVERYTHING
+    local_ip: str = ""
 
 
 class Reception(msgspec.Struct, frozen=True):
@@ -109,6 +111,8 @@ def messages(
     if not has_id:
         fields.append(headers.message_id_field(ids[0], hostname))
     body = headers.prepend(extraction.mime, *fields)
+    if envelope.local_ip and extraction.properties.keys().isdisjoint(("ips", "pool")):
+        extraction.properties["ips"] = [envelope.local_ip]
     received = format_time(now)
     made = [
         Message(

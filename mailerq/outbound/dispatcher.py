@@ -362,6 +362,8 @@ class Dispatcher:
         if decision.row:
             self.stops.hit(decision.row)
         if isinstance(decision, Refuse):
+            if decision.outcome.own_fault:
+                self.say_own_fault(decision.domain, decision.outcome)
             self._settlements.finish(lease, Report(decision.outcome), decision.expires)
         else:
             self.stops.park(lease, decision.row)
@@ -378,7 +380,8 @@ class Dispatcher:
 
     def decide(self, message: Message, now: float, seen: float) -> Plan:
         """What to do about a message now, by its properties alone."""
-        return plan(message, self.config, now=now, seen=seen, rows=self.stops.rows)
+        local, rows = self.limits.shaping.local_ips, self.stops.rows
+        return plan(message, self.config, now=now, seen=seen, local=local, rows=rows)
 
     def _body_problem(self, message: Message) -> Outcome | None:
         return body_problem(message, supplied=self._plugins.listens("out_data"))

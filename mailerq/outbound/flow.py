@@ -39,6 +39,7 @@ from mailerq.wire.login import Login
 if TYPE_CHECKING:
     from mailerq.config import Config
     from mailerq.net.resolver import Host
+    from mailerq.net.stream import Stream
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.intake import Destination
     from mailerq.outbound.limits import Refusal
@@ -450,6 +451,11 @@ class Flow:
         """The hosts for a session to try, best first."""
         hosts = self.site.in_order(self.local_ip, self.memory)
         return self._dispatcher.stops.unpaused(hosts, self.local_ip)
+
+    def name_of(self, stream: Stream) -> str | None:
+        """The name to give in EHLO, by the local address of a connection; None: `hostname`."""
+        local = self._dispatcher.limits.shaping.local_ips
+        return local.name_of(stream.local[0]) if local.names else None
 
     def _not_let_in(self, report: Report) -> None:
         """No host accepted one more connection."""

@@ -217,9 +217,11 @@ class Limits:
     def change(self, shaping: Shaping) -> bool:
         """Put other limits in force; all waiters ask again.
 
-        Returns whether other domains have a site of their own now.
+        Returns whether waiting mail may have another flow now: other domains have a site of their
+        own, or other addresses are there to send from.
         """
-        regrouped = shaping.groups != self.shaping.groups
+        before = self.shaping
+        regrouped = shaping.groups != before.groups or shaping.local_ips != before.local_ips
         self.shaping = shaping
         self.number += 1
         self._ask_again(list(self._lines.items()))

@@ -323,7 +323,7 @@ class Session:
             return Report(responses.connect_timed_out(where))
         self._stream = stream
         self._protocol = ClientProtocol(
-            self._config.hostname,
+            self.flow.name_of(stream) or self._config.hostname,
             careful=memory.was_out_of_step(host.address),
             login=login,
             lmtp=self.flow.site.lmtp,

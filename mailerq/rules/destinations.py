@@ -2,8 +2,8 @@
 
 Mail is sorted on publication, by its properties alone, so that neither changed settings nor DNS
 answers move a row. A key stands for mail with the same possible routes: the domain of the recipient
-or the message's own smarthost and user name, and the local addresses that the message names. The
-settings are applied at each attempt.
+or the message's own smarthost and user name, and the local addresses or the pool that the message
+names. The settings are applied at each attempt.
 
 Mail that waits for the end of a pause, as its property ``paused`` says, has destinations of its
 own, so that nothing reads it meanwhile.
@@ -65,6 +65,8 @@ def place_of(properties: Mapping[str, Any]) -> Place:
     'b.test from 192.0.2.1'
     >>> place_of({"recipient": "a@b.test", "paused": 17}).destination
     'b.test paused 17'
+    >>> place_of({"recipient": "a@b.test", "pool": "bulk"}).destination
+    'b.test from pool bulk'
     """
     smarthost = properties.get("smarthost")
     if isinstance(smarthost, dict):
@@ -78,6 +80,8 @@ def place_of(properties: Mapping[str, Any]) -> Place:
     ips = properties.get("ips")
     if isinstance(ips, list) and ips:
         key += " from " + ",".join(sorted({str(ip) for ip in ips}))
+    elif pool := properties.get("pool"):
+        key += f" from pool {pool}"
     paused = properties.get("paused")
     mark = f"{_MARK}{paused}" if type(paused) is int and 0 < paused < _MAX_ROW else ""
     if len(key) + len(mark) > MAX_KEY or not key.isprintable():

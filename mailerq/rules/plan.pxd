@@ -1,3 +1,1 @@
-# The types of what is in the module of this name, for the compiler.
-
-cpdef _addresses(ips)
+# Marks the module of this name for compilation; it needs no types.

@@ -10,12 +10,13 @@ from typing import Final
 
 import msgspec
 
-from mailerq.address import parse_host, parse_mailbox
+from mailerq.address import parse_mailbox
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.mail.headers import HOP_LIMIT, Header
 from mailerq.message import Message
 from mailerq.rules import responses
+from mailerq.rules.local_ips import NO_ADDRESSES, LocalIps, NoPool
 from mailerq.rules.logins import Demand, login_of
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at, not_before
@@ -33,8 +34,8 @@ SHORT_BYTES: Final = 1 << 14
 class Refuse(msgspec.Struct, frozen=True):
     """The message gets a result without an attempt. `domain` is empty if there is none.
 
-    `row` is the operator's row that wants it so. A message that is deferred has failed if its next
-    attempt would come after `expires`.
+    `row` is the operator's row that wants it so. A message that is deferred, or waits for a fault
+    of this host to end, has failed if its next attempt would come after `expires`.
     """
 
     outcome: Outcome
@@ -77,7 +78,13 @@ Plan = Refuse | Hold | Park | Send
 
 
 def plan(
-    message: Message, config: Config, *, now: float, seen: float, rows: Rows | None = None
+    message: Message,
+    config: Config,
+    *,
+    now: float,
+    seen: float,
+    rows: Rows | None = None,
+    local: LocalIps = NO_ADDRESSES,
 ) -> Plan:
     """Decide about a message by its properties; `body_problem` decides about its body.
 
@@ -122,10 +129,14 @@ def plan(
     try:
         route = route_of(properties, domain, config)
         login = None if route.mx or route.lmtp else login_of(properties, config)
-        ips = None if route.lmtp else properties.get("ips")
-        local_ips = _addresses(ips) if ips else ()
+        local_ips: tuple[str, ...] = ()
+        named = local.default or "ips" in properties or "pool" in properties
+        if named and not route.lmtp:
+            local_ips = local.allowed(properties)
     except AddressError as error:
         return Refuse(responses.unsendable(str(error)), domain)
+    except NoPool as error:
+        return Refuse(responses.no_pool(str(error)), domain, expires)
     demands = () if login is None else (login,)
     if rows is not None:
         tags = properties.get("tags") or ()
@@ -140,20 +151,6 @@ def stopped(row: Row, domain: str, expires: float) -> Refuse | Park:
     if row.kind == PAUSE:
         return Park(row.id, domain)
     return Refuse(responses.forced(row), domain, expires, row.id)
-
-
-def _addresses(ips: list[str]) -> tuple[str, ...]:
-    """The valid addresses in ``ips``. Raises `AddressError` if there are none."""
-    found = []
-    for ip in ips:
-        try:
-            if not isinstance(parse_host(ip), str):
-                found.append(str(ip))
-        except AddressError:
-            continue
-    if not found:
-        raise AddressError(f"property ips: {str(ips[0])[:80]!r} is no IP address")
-    return tuple(found)
 
 
 def body_problem(message: Message, *, supplied: bool) -> Outcome | None:

@@ -42,6 +42,7 @@ __all__ = [
     "login_in_clear",
     "no_fitting_address",
     "no_hosts",
+    "no_pool",
     "not_made",
     "outweighs",
     "refused",
@@ -253,6 +254,11 @@ def no_fitting_address(host: str, local_ip: str) -> Outcome:
     """`host` has no address of the family of `local_ip`."""
     family = "IPv6" if ":" in local_ip else "IPv4"
     return _bind(f"cannot send from {local_ip}: {host} has no {family} address")
+
+
+def no_pool(name: str) -> Outcome:
+    """A message names a pool that `addresses-file` does not have."""
+    return _bind(f"property pool: addresses-file has no pool {name[:80]!a}")
 
 
 def _bind(description: str) -> Outcome:

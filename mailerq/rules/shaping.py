@@ -4,7 +4,7 @@ Theory of operation
 -------------------
 The file is TOML with two kinds of table. A ``[[provider]]`` names hosts by suffixes of MX names. A
 ``[[limit]]`` gives values for all mail, or for a ``domain``, a ``provider`` or a ``remote-ip``.
-With ``local-ip`` the values are for mail that leaves from that address.
+With ``local-ip`` or ``pool`` the values are for mail that leaves from such an address.
 
 Mail is counted in up to three scopes, and all of them must allow it: its site, the provider of the
 site, and the remote address. Each scope counts separately for each local address. The values of a
@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from mailerq.address import parse_domain, parse_ip
-from mailerq.errors import AddressError, ConfigError
+from mailerq.errors import AddressError, ConfigError, Problem
+from mailerq.rules.local_ips import NO_ADDRESSES, LocalIps
 from mailerq.rules.tables import TableReader, file_bytes
 from mailerq.settings import SIZE
 from mailerq.spelling import Spelling
@@ -65,11 +66,10 @@ REMOTE: Final = {
 """The settings that are the least exact values of a remote address."""
 
 VALUES: Final = (*RATES, *COUNTS, *CONNECTION)
-SELECTORS: Final = ("domain", "provider", "remote-ip", "local-ip")
+SELECTORS: Final = ("domain", "provider", "remote-ip", "local-ip", "pool")
 KEYS: Final = {"limit": (*SELECTORS, *VALUES), "provider": ("name", "mx")}
 SPELLINGS: Final = {kind: Spelling(keys) for kind, keys in KEYS.items()}
 LATER: Final = {
-    "pool": "pools of local addresses are not supported yet; write one line for each local-ip",
     "secure": "TLS on the way out is not supported yet",
 }
 """Keys of a line that will mean something, and what to do until then."""
@@ -103,7 +103,9 @@ class _Line(NamedTuple):
     provider: str
     remote: Network | None
     any_remote: bool
-    local_ip: str
+    local_ips: frozenset[str]
+    """Empty: any."""
+    pool: bool
     values: Mapping[str, Bound]
 
 
@@ -141,8 +143,13 @@ class Shaping:
     """
 
     def __init__(
-        self, config: Config, lines: Iterable[_Line] = (), providers: Iterable[_Provider] = ()
+        self,
+        config: Config,
+        lines: Iterable[_Line] = (),
+        providers: Iterable[_Provider] = (),
+        local_ips: LocalIps | None = None,
     ) -> None:
+        self.local_ips = local_ips or NO_ADDRESSES
         self._lines = tuple(lines)
         self._providers = tuple(providers)
         site = _base(config, SITE)
@@ -157,19 +164,36 @@ class Shaping:
     def of(cls, config: Config) -> Self:
         """The limits that the settings ask for. Raises `ConfigError` with all mistakes."""
         path = config.limits_file
-        if not path:
-            return cls(config)
-        data = file_bytes(path, KEY, config.origin(KEY))
-        return cls.parse(data, path, config)
+        problems: list[Problem] = []
+        local_ips: LocalIps | None = None
+        try:
+            local_ips = LocalIps.of(config)
+        except ConfigError as error:
+            problems += error.problems
+        shaping = cls(config, local_ips=local_ips)
+        try:
+            if path:
+                data = file_bytes(path, KEY, config.origin(KEY))
+                shaping = cls.parse(data, path, config, local_ips)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError.of(problems)
+        return shaping
 
     @classmethod
-    def parse(cls, data: bytes, path: str, config: Config) -> Self:
-        """Read the text of a `limits-file`. Raises `ConfigError` with all mistakes."""
-        reader = _Reader(data, path)
+    def parse(
+        cls, data: bytes, path: str, config: Config, local_ips: LocalIps | None = NO_ADDRESSES
+    ) -> Self:
+        """Read the text of a `limits-file`; a line may name a pool of `local_ips`, if not None.
+
+        Raises `ConfigError` with all mistakes.
+        """
+        reader = _Reader(data, path, local_ips)
         lines, providers = reader.read()
         if reader.problems:
             raise ConfigError.of(reader.problems)
-        return cls(config, lines, providers)
+        return cls(config, lines, providers, local_ips)
 
     @property
     def providers(self) -> frozenset[str]:
@@ -242,11 +266,13 @@ class Shaping:
         return found
 
     def _resolve(self, scope: _Scope) -> Bounds:
-        layers: dict[tuple[int, bool], dict[str, Bound]] = {}
+        layers: dict[tuple[int, int], dict[str, Bound]] = {}
         for line in self._lines:
-            rank = _closeness(line, scope) if line.local_ip in ("", scope.local_ip) else None
+            ips = line.local_ips
+            rank = _closeness(line, scope) if not ips or scope.local_ip in ips else None
             if rank is not None:
-                layers.setdefault((rank, bool(line.local_ip)), {}).update(line.values)
+                local = 2 - line.pool if ips else 0
+                layers.setdefault((rank, local), {}).update(line.values)
         values = dict(self._base[scope.kind])
         for _, layer in sorted(layers.items()):
             values.update({k: bound for k, bound in layer.items() if bound.value != INHERIT})
@@ -307,8 +333,9 @@ def _closeness(line: _Line, scope: _Scope) -> int | None:
 class _Reader(TableReader):
     """Reads a file, and collects all its mistakes in `problems`."""
 
-    def __init__(self, data: bytes, path: str) -> None:
+    def __init__(self, data: bytes, path: str, local_ips: LocalIps | None) -> None:
         super().__init__(data, path, key=KEY, spellings=SPELLINGS)
+        self._local_ips = local_ips
 
     def read(self) -> tuple[list[_Line], list[_Provider]]:
         tree = self.tree()
@@ -381,6 +408,7 @@ class _Reader(TableReader):
         provider = self.text("limit", index, table, "provider")
         remote = self.text("limit", index, table, "remote-ip")
         local = self.text("limit", index, table, "local-ip")
+        pool = self.text("limit", index, table, "pool")
         if len(chosen := [key for key in SELECTORS[:3] if key in table]) > 1:
             self.wrong(
                 self.at("limit", index, chosen[1]),
@@ -404,7 +432,8 @@ class _Reader(TableReader):
             provider,
             network,
             remote == "*",
-            self._local(index, local),
+            self._locals(index, local, pool),
+            bool(pool),
             values,
         )
         return read if self.is_good else None
@@ -434,16 +463,29 @@ class _Reader(TableReader):
             )
             return None
 
-    def _local(self, index: int, text: str) -> str:
+    def _locals(self, index: int, text: str, pool: str) -> frozenset[str]:
+        """The local addresses that a line is for; empty for any, and after a mistake."""
+        if text and pool:
+            self.wrong(
+                self.at("limit", index, "pool"),
+                "a [[limit]] is for a local-ip or for a pool; this one has both",
+            )
+        if pool:
+            # After mistakes in the file of addresses its pools are not known.
+            found = None if self._local_ips is None else self._local_ips.pools.get(pool)
+            if found is None and self._local_ips is not None:
+                line = self.at("limit", index, "pool")
+                self.wrong(line, f"pool: addresses-file has no pool {pool!r}")
+            return frozenset(found or ())
         if not text:
-            return ""
+            return frozenset()
         try:
-            return str(parse_ip(text))
+            return frozenset((str(parse_ip(text)),))
         except ValueError:
             self.wrong(
                 self.at("limit", index, "local-ip"), f"local-ip: {text!r} is not an IP address"
             )
-            return ""
+            return frozenset()
 
     def _value(
         self, index: int, table: Mapping[str, Any], key: str, chosen: list[str]

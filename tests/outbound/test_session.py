@@ -54,6 +54,9 @@ class StubFlow:
         self.open = trio.Event()
         self.rights = StubRights(Limits(Shaping(self.config)).of_flow(self.site, None))
 
+    def name_of(self, stream: Any) -> None:
+        return None
+
     def hosts(self) -> list[Host]:
         return [Host("mx.test", "127.0.0.1")]
 

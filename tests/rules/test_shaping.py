@@ -203,7 +203,7 @@ def test_remote_addresses_have_limits_by_the_most_exact_network() -> None:
         ("[[limit]]\nremote-ip = 'mx.test'\nmax-connections = 1\n", 2, "not an address"),
         ("[[limit]]\nremote-ip = '*'\nmax-idle = 1\n", 3, "max-idle"),
         ("[[limit]]\nlocal-ip = 'eth0'\nmax-idle = 1\n", 2, "not an IP address"),
-        ("[[limit]]\npool = 'a'\nmax-idle = 1\n", 2, "not supported yet"),
+        ("[[limit]]\npool = 'a'\nmax-idle = 1\n", 2, "no pool 'a'"),
         ("[[limit]]\nsecure = true\nmax-idle = 1\n", 2, "not supported yet"),
         (
             "[[limit]]\ndomain = 'a.test'\nremote-ip = '*'\nmax-connections = 1\n", 3,
