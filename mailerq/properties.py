@@ -294,6 +294,11 @@ PROPERTIES: Final = (
         "paused", WRITTEN, "a whole number",
         "The id of the pause that the message waits for; see `mailerq pause`.",
     ),
+    Property(
+        "forcedip", WRITTEN, "a string",
+        "The address that the next attempt leaves from, of several that it may use: the last one"
+        " left from there, and its peer said to try again later.",
+    ),
     Property("received", WRITTEN, "a time", "When the mail was received or injected."),
     Property("hostname", WRITTEN, "a string", "The name of the server that accepted the mail."),
     Property(
@@ -332,7 +337,6 @@ PROPERTIES: Final = (
     Property("extracted", UNUSED, "an object", "Parts of the header, in results.", used=False),
     Property("spool", UNUSED, "an object", "The file that brought the mail.", used=False),
     Property("http", UNUSED, "an object", "The HTTP request that brought the mail.", used=False),
-    Property("forcedip", UNUSED, "a string", "The address that all attempts use.", used=False),
 )  # fmt: skip
 """The table in reading order. The properties of a group are adjacent."""
 

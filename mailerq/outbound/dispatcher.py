@@ -421,8 +421,12 @@ class Dispatcher:
         if isinstance(flow, Pause) and flow is wanted and not self.stops.keeps(flow, found):
             flow, asks = self.flows.resume(flow, found), True
         destination = self._intake.destination(job.lease.destination)
+        is_new = flow not in destination.flows
         self._intake.link(destination, flow)
-        if isinstance(flow, Pause) or flow.rights.rest or (flow.down and not asks):
+        waits = isinstance(flow, Pause) or flow.rights.rest or (flow.down and not asks)
+        if len(job.plan.local_ips) > 1 and (is_new or waits):
+            self.flows.set_width(destination, job, found, waits=waits)
+        if waits or isinstance(flow, Pause):
             if self.stops.rows is None or not self.stops.set_aside(job, destination, flow):
                 self.put_back(job)
         else:

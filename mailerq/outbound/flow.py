@@ -196,6 +196,8 @@ class Flow:
             return None
         may_send = not self.jobs or rights.may_send(self, session, self.jobs[0])
         job = self._pop() if may_send else None
+        if not may_send and rights.waits_to_send:
+            self._dispatcher.flows.hand_over(self)
         if self.rights.rest:
             self._put_back()
         if job is None:
@@ -436,6 +438,7 @@ class Flow:
             self._openings.forget(self)
         self.rights.wait_to_open(self, refusal)
         if not self.sessions:
+            self._dispatcher.flows.hand_over(self)
             self._put_back(keep=0 if self.rights.rest and not self.down else 1)
 
     def _cannot_try(self) -> Report | None:

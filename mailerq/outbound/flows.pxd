@@ -6,11 +6,11 @@ cimport cython
 @cython.final
 cdef class Flows:
     cdef public dict live, pauses
-    cdef public object looks, _dispatcher, _intake, _sites, _openings
+    cdef public object choice, looks, _dispatcher, _intake, _sites, _openings
     cdef object __weakref__
 
     cpdef find(self, job, site, wanted=*)
     cpdef forget(self, flow)
-    cpdef place_elsewhere(self, job)
+    cpdef place_elsewhere(self, job, state=*)
     cpdef resume(self, pause, site)
     cpdef look_at(self, flow, when)

@@ -19,11 +19,11 @@ Everything here runs on the home worker.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
+from mailerq.outbound.choice import BUSY, FREE, Choice
 from mailerq.outbound.flow import MAX_ASK_SECONDS, Flow
 from mailerq.outbound.jobs import Job
 from mailerq.outbound.pause import Key, Pause
@@ -31,7 +31,7 @@ from mailerq.outbound.timers import Times
 
 if TYPE_CHECKING:
     from mailerq.outbound.dispatcher import Dispatcher
-    from mailerq.outbound.intake import Intake
+    from mailerq.outbound.intake import Destination, Intake
     from mailerq.outbound.sites import Site, Sites
     from mailerq.rules.logins import Demand
 
@@ -59,34 +59,21 @@ class Flows:
         self._intake = intake
         self._sites = sites
         self._openings = dispatcher.openings
+        self.choice = Choice(dispatcher, self.pauses)
 
     # Which flow a message goes to
 
     def find(self, job: Job, site: Site, wanted: Flow | Pause | None = None) -> Flow | Pause:
         """Return a flow to the site that may send the message; prefer one that is not down."""
-        ips, demands = job.plan.local_ips, job.plan.demands
-        local_ip = None
-        if ips:
-            memory = self._dispatcher.memory
-            fitting = [ip for ip in ips if site.fits(ip)] or list(ips)
-            usable = [ip for ip in fitting if not memory.is_aside(ip)] or fitting
-            able = [ip for ip in usable if not self._is_down(site, ip, demands)] or usable
-            local_ip = wanted.local_ip if wanted is not None else None
-            if local_ip not in able:
-                local_ip = random.choice(able)
+        local_ip, demands = None, job.plan.demands
+        if job.plan.local_ips:
+            asked = wanted.local_ip if wanted is not None else None
+            local_ip = self.choice.choose(job, site, asked)[0]
         flow = site.flows.get((local_ip, demands))
         if flow is not None:
             return flow
         pause = self.pauses.get((site.key, local_ip, demands))
         return pause or self._begin(site, local_ip, demands)
-
-    def _is_down(self, site: Site, local_ip: str, demands: tuple[Demand, ...]) -> bool:
-        flow = site.flows.get((local_ip, demands))
-        if flow is not None:
-            return flow.down
-        if (site.key, local_ip, demands) in self.pauses:
-            return True
-        return self._dispatcher.stops.flow_pause(site, local_ip) != 0
 
     def _begin(self, site: Site, local_ip: str | None, demands: tuple[Demand, ...]) -> Flow | Pause:
         """A new flow, or the pause in its place if the operator wants one."""
@@ -103,19 +90,46 @@ class Flows:
         self.live[flow] = None
         return flow
 
-    def place_elsewhere(self, job: Job) -> bool:
-        """Move a message to another of its local addresses, if one may send it."""
+    def place_elsewhere(self, job: Job, state: int = BUSY) -> bool:
+        """Move a message to another of its local addresses, if one is at least in this state."""
         old = job.flow
         assert old is not None, "it was placed"
         if len(job.plan.local_ips) < 2:
             return False
-        flow = self.find(job, old.site)
-        if flow is old or isinstance(flow, Pause) or flow.down:
+        local_ip, found = self.choice.choose(job, old.site)
+        if found > state or local_ip == old.local_ip:
             return False
+        demands = job.plan.demands
+        flow = old.site.flows.get((local_ip, demands)) or self._add(old.site, local_ip, demands)
         old.held -= 1
         self._intake.link(self._intake.destination(job.lease.destination), flow)
         flow.add(job)
         return True
+
+    def hand_over(self, flow: Flow) -> None:
+        """Move mail of a flow that a limit refuses to other addresses that may send now."""
+        number = 0
+        while flow.local_ip is not None and number < len(flow.jobs):
+            job = flow.jobs[number]
+            if len(job.plan.local_ips) < 2 or job.plan.pinned:
+                number += 1
+                continue
+            del flow.jobs[number]
+            if not self.place_elsewhere(job, FREE):
+                flow.jobs.insert(number, job)
+                break
+
+    def set_width(self, destination: Destination, job: Job, site: Site, *, waits: bool) -> None:
+        """Note how many flows may send the mail of a destination.
+
+        If its mail `waits`, all of them get it: the first that can takes it.
+        """
+        if not waits:
+            destination.width = len(self.choice.usable(job, site))
+            return
+        for flow in self.choice.flows(job, site):
+            self._intake.link(destination, flow)
+        destination.width = len(destination.flows)
 
     # The end of a flow, and pauses
 

@@ -6,7 +6,7 @@ cimport cython
 @cython.final
 cdef class Destination:
     cdef public bint waits, listed, taking, news
-    cdef public int placing, group, window
+    cdef public int placing, group, width, window
     cdef public double when
     cdef public tuple flows
     cdef public object key

@@ -61,7 +61,8 @@ class Destination:
     """Queued mail with the same possible routes, and its state. There may be many: it is small."""
 
     __slots__ = (
-        "flows", "group", "key", "listed", "news", "placing", "taking", "waits", "when", "window",
+        "flows", "group", "key", "listed", "news", "placing", "taking", "waits", "when", "width",
+        "window",
     )  # fmt: skip
 
     def __init__(self, key: str) -> None:
@@ -78,6 +79,7 @@ class Destination:
         self.placing = 0  # messages whose hosts are being looked up
         self.group = 1  # messages to take at the next sorting
         self.window = 0  # the window last set in the queue
+        self.width = 0  # the flows that may send its mail, if that may leave from several addresses
 
 
 class Intake:
@@ -143,6 +145,8 @@ class Intake:
                 and self._dispatcher.may_look_up
                 and not self._dispatcher.stops.holds(destination)
             )
+        if self._may_spread(destination):
+            return not destination.waits and self.leased < self._most // 2
         return any(
             flow.takes_mail
             and len(flow.jobs) < max(flow.window, self._first_window)
@@ -182,10 +186,19 @@ class Intake:
 
     def _mail_waits(self, destination: Destination) -> None:
         destination.waits = destination.news = True
-        if not destination.flows:
+        self._tell_flows(destination)
+
+    def _tell_flows(self, destination: Destination) -> None:
+        """Tell the flows of waiting mail; have mail sorted that no flow takes."""
+        if not destination.flows or self._may_spread(destination):
             self._sort_later(destination)
         for flow in destination.flows:
             flow.mail_waits(destination)
+
+    def _may_spread(self, destination: Destination) -> bool:
+        """Whether another address may send what none of the flows takes: `outbound.choice`."""
+        flows = destination.flows
+        return len(flows) < destination.width and not any(flow.takes_mail for flow in flows)
 
     # Seeing
 
@@ -219,6 +232,8 @@ class Intake:
                 destination.flows = alone
             else:
                 destination.flows = tuple(new if flow is old else flow for flow in flows)
+            if destination.waits and self._may_spread(destination):
+                self._sort_later(destination)
         if not isinstance(old, Pause):
             self._leave_lines(old)
 
@@ -346,10 +361,7 @@ class Intake:
     def taken(self, destination: Destination) -> None:
         """A take is over, and its messages are placed."""
         if destination.waits:
-            if not destination.flows:
-                self._sort_later(destination)
-            for flow in destination.flows:
-                flow.mail_waits(destination)
+            self._tell_flows(destination)
         self._tidy(destination)
 
     # Sorting
@@ -372,7 +384,8 @@ class Intake:
             self._newest = not self._newest
             destination = self._unsorted.pop() if self._newest else self._unsorted.popleft()
             destination.listed = False
-            if destination.flows or not destination.waits:
+            is_sorted = bool(destination.flows) and not self._may_spread(destination)
+            if is_sorted or not destination.waits:
                 continue  # nothing is to be found any more
             leases = await self.take(destination, destination.group)
             destination.group = min(2 * destination.group, MAX_GROUP)
@@ -395,10 +408,7 @@ class Intake:
             destination.waits = False
             self.mail_at(destination, self._dispatcher.now() + LOOK_AGAIN_SECONDS)
         if destination.waits and not destination.placing:
-            if not destination.flows:
-                self._sort_later(destination)
-            for flow in destination.flows:
-                flow.mail_waits(destination)
+            self._tell_flows(destination)
         self.serve()
         self._tidy(destination)
 

@@ -45,6 +45,7 @@ from mailerq.net.logs import LogFile, Ration
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.session import Session
 from mailerq.queues import DAMAGED_QUEUE, Lease, Publication, Queues, Settlement
+from mailerq.rules.local_ips import pin
 from mailerq.rules.responses import Fate
 from mailerq.rules.retry import next_attempt
 from mailerq.rules.routes import result_queues
@@ -222,6 +223,8 @@ class Settlements:
                 after=outcome.retry_after,
                 lot=self._lot(),
             )
+        if job is not None and len(job.plan.local_ips) > 1:
+            pin(properties)
         publications = []
         if due is not None:
             properties["delayed"] = format_time(due)

@@ -2,8 +2,8 @@
 
 Mail is sorted on publication, by its properties alone, so that neither changed settings nor DNS
 answers move a row. A key stands for mail with the same possible routes: the domain of the recipient
-or the message's own smarthost and user name, and the local addresses or the pool that the message
-names. The settings are applied at each attempt.
+or the message's own smarthost and user name, the local addresses or the pool that the message
+names, and the address that it must come back from. The settings are applied at each attempt.
 
 Mail that waits for the end of a pause, as its property ``paused`` says, has destinations of its
 own, so that nothing reads it meanwhile.
@@ -82,6 +82,8 @@ def place_of(properties: Mapping[str, Any]) -> Place:
         key += " from " + ",".join(sorted({str(ip) for ip in ips}))
     elif pool := properties.get("pool"):
         key += f" from pool {pool}"
+    if isinstance(pinned := properties.get("forcedip"), str):
+        key += f" at {pinned}"
     paused = properties.get("paused")
     mark = f"{_MARK}{paused}" if type(paused) is int and 0 < paused < _MAX_ROW else ""
     if len(key) + len(mark) > MAX_KEY or not key.isprintable():

@@ -20,7 +20,7 @@ from mailerq.spelling import Spelling
 if TYPE_CHECKING:
     from mailerq.config import Config
 
-__all__ = ["NO_ADDRESSES", "LocalIps", "NoPool", "is_mapped"]
+__all__ = ["NO_ADDRESSES", "LocalIps", "NoPool", "is_mapped", "pin"]
 
 KEY: Final = "addresses-file"
 HELO_KEY: Final = "dns-helofile"
@@ -31,6 +31,9 @@ SPELLINGS: Final = {
 }
 
 MAX_WEIGHT: Final = 1000
+
+PINNED_ATTEMPTS: Final = 5
+"""Attempts from one address in a row; with the default `retry-interval` more than an hour."""
 
 ANY: Final = {False: "0.0.0.0", True: "::"}
 """What stands for all other addresses, by whether they are IPv6."""
@@ -122,6 +125,35 @@ class LocalIps:
 
 
 NO_ADDRESSES: Final = LocalIps()
+
+
+def pin(properties: dict[str, Any]) -> None:
+    """Have the next attempt leave from the address of the last one, if its peer said "later".
+
+    Greylisting lets in the address that it has seen before. But a peer may have something against
+    that address, so after `PINNED_ATTEMPTS` the message may leave from another one again.
+
+    >>> properties = {"results": [{"from": "192.0.2.1", "code": 451, "type": "error"}]}
+    >>> pin(properties)
+    >>> properties["forcedip"]
+    '192.0.2.1'
+    """
+    properties.pop("forcedip", None)
+    results = properties["results"]
+    ip = results[-1].get("from")
+    same = 0
+    for result in reversed(results):
+        if not isinstance(result, dict) or result.get("from") != ip or not _is_later(result):
+            break
+        same += 1
+    if ip is not None and 0 < same < PINNED_ATTEMPTS:
+        properties["forcedip"] = ip
+
+
+def _is_later(result: Mapping[str, Any]) -> bool:
+    """Whether a peer that let us in refused the message for now."""
+    code = result.get("code")
+    return result.get("type") == "error" and isinstance(code, int) and 400 <= code < 500
 
 
 def is_mapped(config: Config, ip: str) -> bool:

@@ -62,7 +62,8 @@ class Send(msgspec.Struct, frozen=True):
 
     `local_ips` are the addresses that the message may leave from, empty for any. `demands` is what
     a connection must prove first. `envelope` and `recipient` are in wire form. The message must not
-    be sent after `expires`.
+    be sent after `expires`. Of several local addresses `pinned` is the one that the last attempt
+    left from, if the message has to come back from there.
     """
 
     route: Route
@@ -72,6 +73,7 @@ class Send(msgspec.Struct, frozen=True):
     expires: float
     local_ips: tuple[str, ...] = ()
     demands: tuple[Demand, ...] = ()
+    pinned: str = ""
 
 
 Plan = Refuse | Hold | Park | Send
@@ -143,7 +145,10 @@ def plan(
         row, local_ips = rows.early(domain, tags, local_ips, by_domain=route.name == domain)
         if row is not None:
             return stopped(row, domain, expires)
-    return Send(route, domain, envelope, recipient, expires, local_ips, demands)
+    pinned = properties.get("forcedip") if len(local_ips) > 1 else None
+    if pinned not in local_ips:
+        pinned = ""
+    return Send(route, domain, envelope, recipient, expires, local_ips, demands, pinned)
 
 
 def stopped(row: Row, domain: str, expires: float) -> Refuse | Park:

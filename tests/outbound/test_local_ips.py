@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 
-from tests.outbound.kit import Bench, open_bench
+from tests.outbound.kit import Bench, PeerConnection, open_bench
 
 POOL = """
 [[pool]]
@@ -79,3 +80,130 @@ async def test_mail_of_an_unknown_pool_waits_and_the_log_says_why(
         assert (result["type"], result["state"]) == ("bind", "bind")
         assert result["description"] == "property pool: addresses-file has no pool 'bluk'"
     assert "addresses-file has no pool 'bluk'" in caplog.text
+
+
+# Which of several
+
+
+BOTH = ["127.0.0.2", "127.0.0.3"]
+SLOW = """
+[[limit]]
+local-ip = "127.0.0.2"
+messages-per-minute = {rate}
+"""
+
+
+def limits_file(directory: Path, text: str) -> str:
+    path = directory / "limits.toml"
+    path.write_text(text)
+    return str(path)
+
+
+async def test_addresses_are_used_by_their_weights(tmp_path: Path) -> None:
+    text = '[[address]]\nip = "127.0.0.3"\nweight = 9\n'
+    async with open_bench(addresses_file=addresses_file(tmp_path, text)) as bench:
+        for _ in range(40):
+            for _ in range(5):
+                bench.send(ips=BOTH)
+            await bench.queues.until(lambda queues: not queues.leased)
+        await bench.results("success", count=200)
+        assert 100 < sources(bench)["127.0.0.3"] < 200
+
+
+@pytest.mark.parametrize("rate", [1, 120])
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_an_address_with_a_limit_holds_up_no_mail_that_another_may_send(
+    tmp_path: Path, rate: int, at_once: bool
+) -> None:
+    limits = limits_file(tmp_path, SLOW.format(rate=rate))
+    async with open_bench(limits_file=limits) as bench:
+        began = monotonic()
+        for number in range(100):
+            bench.send(ips=BOTH)
+            if not at_once and number % 10 == 0:
+                await bench.queues.until(lambda queues: not queues.leased)
+        await bench.results("success", count=100)
+        seconds = monotonic() - began
+        assert seconds < 10
+        assert 1 <= sources(bench)["127.0.0.2"] <= 2 + seconds * rate / 60
+
+
+async def test_mail_that_waits_in_the_queue_is_taken_by_an_address_that_has_sent_nothing_yet(
+    tmp_path: Path,
+) -> None:
+    limits = limits_file(tmp_path, SLOW.format(rate=1))
+    async with open_bench(limits_file=limits, rabbitmq_qos=4) as bench:
+        bench.send(ips=["127.0.0.2"])  # uses up the minute
+        await bench.results("success")
+        for domain in ("d.test", "e.test"):
+            for _ in range(20):
+                bench.send(f"c@{domain}", ips=BOTH)
+        await bench.results("success", count=41)
+        assert sources(bench)["127.0.0.2"] <= 2, "a message a minute and site"
+
+
+async def test_mail_that_no_address_may_send_waits_for_the_first_that_may(tmp_path: Path) -> None:
+    text = SLOW.format(rate=60) + '[[limit]]\nlocal-ip = "127.0.0.3"\nmessages-per-minute = 1\n'
+    async with open_bench(limits_file=limits_file(tmp_path, text)) as bench:
+        for _ in range(5):
+            bench.send(ips=BOTH)
+        await bench.results("success", count=5)
+        assert sources(bench) == {"127.0.0.2": 4, "127.0.0.3": 1}
+        assert bench.queues["retry"] == []
+
+
+async def test_mail_leaves_a_host_that_blocks_one_address_by_the_other_in_the_same_turn() -> None:
+    async def by_address(peer: PeerConnection) -> None:
+        if peer.stream.socket.getpeername()[0] == "127.0.0.2":
+            await peer.send("554 5.7.1 your address is blocked\r\n")
+        else:
+            await peer.serve()
+
+    async with open_bench(*[by_address] * 100) as bench:
+        bench.send(ips=["127.0.0.2"])
+        await bench.retried()
+        for number in range(10):
+            bench.send(ips=BOTH)
+            await bench.queues.until(lambda q, n=number: len(q["success"]) == n + 1)  # type: ignore[misc]
+        assert sources(bench) == {"127.0.0.3": 10}
+
+
+# Greylisting
+
+
+async def test_greylisted_mail_comes_back_from_the_same_address() -> None:
+    async with open_bench() as bench:
+        bench.peer.answers["RCPT", ""] = ["451 4.7.1 greylisted"] * 20
+        for _ in range(20):
+            bench.send(ips=["127.0.0.2", "127.0.0.3", "127.0.0.4"])
+        first = Counter(result["from"] for result in await bench.results("retry", count=20))
+        assert len(first) > 1
+        await bench.pass_time(600)
+        await bench.results("success", count=20)
+        for message in bench.queues["success"]:
+            greylisted, taken = message.results
+            assert greylisted["from"] == taken["from"]
+            assert "forcedip" not in message.properties
+
+
+async def test_a_peer_that_always_says_later_is_asked_from_another_address_in_the_end() -> None:
+    refused = {"from": "127.0.0.2", "code": 451, "type": "error", "state": "rcpt to"}
+    async with open_bench() as bench:
+        bench.peer.answers["RCPT", ""] = ["451 4.7.1 later"] * 2
+        for attempts in (3, 4):
+            results = [{**refused, "attempt": number + 1} for number in range(attempts)]
+            bench.send(ips=BOTH, results=results, forcedip="127.0.0.2")
+            await bench.results("retry", count=attempts - 2)
+        pinned, free = bench.queues["retry"]
+        assert pinned.results[-1]["from"] == free.results[-1]["from"] == "127.0.0.2"
+        assert pinned.properties["forcedip"] == "127.0.0.2"
+        assert "forcedip" not in free.properties
+
+
+async def test_mail_does_not_wait_for_an_address_that_cannot_be_bound_any_more() -> None:
+    async with open_bench() as bench:
+        bench.send(ips=["192.0.2.1"])
+        await bench.retried()
+        bench.send(ips=["192.0.2.1", "127.0.0.3"], forcedip="192.0.2.1")
+        (result,) = await bench.results("success")
+        assert (result["attempt"], result["from"]) == (1, "127.0.0.3")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mailerq.config import Config
 from mailerq.errors import ConfigError
 from mailerq.message import Message
-from mailerq.rules.local_ips import LocalIps, NoPool, is_mapped
+from mailerq.rules.local_ips import PINNED_ATTEMPTS, LocalIps, NoPool, is_mapped, pin
 from mailerq.rules.plan import Refuse, Send, plan
 from mailerq.rules.responses import Fate
 from mailerq.rules.shaping import Shaping
@@ -232,3 +232,50 @@ def test_a_line_for_a_pool_that_is_not_there_is_a_mistake(more: str, words: str)
     (problem,) = caught.value.problems
     assert problem.where == "limits.toml:2"
     assert words in problem.text
+
+
+# Greylisting
+
+
+RESULTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "from": st.sampled_from(["192.0.2.1", "192.0.2.2", None]),
+            "code": st.sampled_from([250, 421, 451, 550, None]),
+            "type": st.sampled_from(["error", "noaccess", "success", "lost"]),
+        }
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(RESULTS, st.booleans())
+def test_only_an_address_that_was_told_to_come_later_is_pinned_and_not_for_ever(
+    results: list[dict[str, Any]], pinned: bool
+) -> None:
+    properties: dict[str, Any] = {"results": results, **({"forcedip": "::1"} if pinned else {})}
+    pin(properties)
+    last = results[-1]
+    later = last["type"] == "error" and last["code"] in (421, 451) and last["from"] is not None
+    often = len(results) >= PINNED_ATTEMPTS and all(
+        result == {**result, "type": "error", "from": last["from"]} and result["code"] in (421, 451)
+        for result in results[-PINNED_ATTEMPTS:]
+    )
+    assert properties.get("forcedip") == (last["from"] if later and not often else None)
+
+
+@pytest.mark.parametrize(
+    ("properties", "pinned"),
+    [
+        ({"pool": "bulk", "forcedip": "192.0.2.1"}, "192.0.2.1"),
+        ({"pool": "bulk", "forcedip": "192.0.2.7"}, ""),
+        ({"pool": "bulk", "forcedip": 7}, ""),
+        ({"ips": ["192.0.2.1"], "forcedip": "192.0.2.1"}, ""),
+        ({"forcedip": "192.0.2.1"}, ""),
+    ],
+)
+def test_a_message_comes_back_from_an_address_that_it_may_still_use(
+    properties: dict[str, Any], pinned: str
+) -> None:
+    assert planned(read(), **properties).pinned == pinned
