@@ -42,4 +42,7 @@ cdef class Session:
     cpdef _expect(self, seconds)
 
 
+cpdef _where(host)
+
+
 cpdef _outcome(event)

@@ -60,6 +60,7 @@ from mailerq.net.stream import CannotBind, Stream, StreamLost
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Allowance
 from mailerq.outbound.openings import QUICK_SECONDS
+from mailerq.outbound.race import race, rival_of
 from mailerq.rules import responses
 from mailerq.rules.logins import may_go_in_clear
 from mailerq.rules.responses import Outcome
@@ -283,13 +284,15 @@ class Session:
         """
         best: Report | None = None
         tried = 0
-        for host in hosts:
+        left = list(hosts)
+        while left:
+            host = left.pop(0)
             refusal = self.flow.rights.take_host(self, host)
             if refusal is not None:
                 if self.refusal is None or refusal.until < self.refusal.until:
                     self.refusal = refusal
                 continue
-            report = await self._session(host)
+            report = await self._session(host, left)
             self.flow.rights.give_back_host(self)
             if report is None:
                 self.refusal = None
@@ -298,29 +301,39 @@ class Session:
                 best = report
             if report.outcome.state == "bind":
                 break  # all other hosts would give the same answer
-            self.flow.memory.kept_out(host.address)
+            self.flow.memory.kept_out(self.remote or host.address)
             tried += not report.outcome.own_fault
             if tried == MAX_HOSTS:
                 break
         return best
 
-    async def _session(self, host: Host) -> Report | None:
-        where = host.address if host.name == host.address else f"{host.name} [{host.address}]"
+    async def _session(self, host: Host, others: list[Host]) -> Report | None:
+        """Connect and serve; one of the `others` may have its turn together with `host`."""
         local_ip, memory, login = self.flow.local_ip, self.flow.memory, self.flow.login
         if login is not None and not may_go_in_clear(host.address, self._config):
-            return Report(responses.login_in_clear(where))
-        stream = None
+            return Report(responses.login_in_clear(_where(host)))
+        may_race = others and local_ip is None and login is None
+        rival = rival_of(host, others, memory) if may_race else None
+        stream: Stream | Report | None = None
+        self.remote = ""
         try:
             with trio.move_on_after(self._config.connect_timeout):
-                stream = await Stream.connect(host.address, self.flow.site.port, local_ip=local_ip)
+                if rival is None:
+                    port = self.flow.site.port
+                    stream = await Stream.connect(host.address, port, local_ip=local_ip)
+                else:
+                    others.remove(rival)
+                    stream, host = await self._race(host, rival, others)
         except CannotBind as error:
             assert local_ip is not None, "else nothing is bound"
             memory.cannot_bind(local_ip, error)
             return Report(responses.cannot_bind(error, local_ip), local_ip)
         except OSError as error:
-            return Report(responses.connect_failed(error, where))
+            return Report(responses.connect_failed(error, _where(host)))
+        if isinstance(stream, Report):
+            return stream
         if stream is None:
-            return Report(responses.connect_timed_out(where))
+            return Report(responses.connect_timed_out(_where(host)))
         self._stream = stream
         self._protocol = ClientProtocol(
             self.flow.name_of(stream) or self._config.hostname,
@@ -337,6 +350,43 @@ class Session:
             stream.close()
             if self._protocol.out_of_step:
                 memory.out_of_step(host.address, self.flow.site.label)
+
+    async def _race(
+        self, host: Host, rival: Host, others: list[Host]
+    ) -> tuple[Stream | Report, Host]:
+        """Connect to one of two hosts; the other one stays among the `others` if it may answer."""
+        rights, first = self.flow.rights, self.allowance
+        second: Allowance | None = None
+
+        def may_start() -> bool:
+            nonlocal second
+            if rights.take_host(self, rival) is not None:
+                return False
+            second, self.allowance = self.allowance, first
+            return True
+
+        winner: Host | None = None
+        try:
+            stream, winner, failures = await race(host, rival, self.flow.site.port, may_start)
+        finally:
+            if second is not None:
+                # Give back what the loser took.
+                self.allowance = first if winner is rival else second
+                rights.give_back_host(self)
+                self.allowance = second if winner is rival else first
+        if stream is not None and winner is not None:
+            if winner is rival:
+                self.flow.memory.kept_out(host.address)  # the others come first for a while
+            others.insert(0, host if winner is rival else rival)
+            return stream, winner
+        if len(failures) == 1:
+            others.insert(0, rival)  # its limits allow no connection
+        else:
+            self.flow.memory.kept_out(rival.address)
+        best, *more = [responses.connect_failed(error, _where(each)) for each, error in failures]
+        for outcome in more:
+            best = outcome if responses.outweighs(outcome, best) else best
+        return Report(best), host
 
     async def _talk(self) -> Report | None:
         """Run the whole session; a report says that the session was not let in."""
@@ -745,6 +795,10 @@ def patience(timeout: float, minutes: int) -> float:
     [600.0, 300.0, 600.0, 900.0]
     """
     return max(timeout, min(minutes * timeout, minutes * 60.0))
+
+
+def _where(host: Host) -> str:
+    return host.address if host.name == host.address else f"{host.name} [{host.address}]"
 
 
 def _outcome(event: Event | None) -> Outcome:
