@@ -310,12 +310,12 @@ class Session:
     async def _session(self, host: Host, others: list[Host]) -> Report | None:
         """Connect and serve; one of the `others` may have its turn together with `host`."""
         local_ip, memory, login = self.flow.local_ip, self.flow.memory, self.flow.login
+        self.remote = ""
         if login is not None and not may_go_in_clear(host.address, self._config):
             return Report(responses.login_in_clear(_where(host)))
         may_race = others and local_ip is None and login is None
         rival = rival_of(host, others, memory) if may_race else None
         stream: Stream | Report | None = None
-        self.remote = ""
         try:
             with trio.move_on_after(self._config.connect_timeout):
                 if rival is None:
@@ -471,6 +471,8 @@ class Session:
         """Report the result of the current job."""
         self._job = None
         self._unsettled += 1
+        if outcome.code is None and outcome.type in ("lost", "timeout"):
+            self.flow.memory.broke_off(self.remote)
         self.flow.settle(self, job, self._report(outcome))
 
     def _report(self, outcome: Outcome) -> Report:

@@ -68,6 +68,10 @@ MAX_TARGETS: Final = 10_000
 DOUBT_SECONDS: Final = 300.0
 """How long a host that did not let us in is tried after the others."""
 
+BREAKS: Final = 3
+BREAKS_SECONDS: Final = 60.0
+"""A host that breaks off so often in this time is tried after the others for `DOUBT_SECONDS`."""
+
 ASIDE_SECONDS: Final = 300.0
 """How long a local address that cannot be bound is used only if a message has no other."""
 
@@ -287,13 +291,15 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._doubtful = _Memory()
+        self._unsound = _Memory()
+        self._breaks: OrderedDict[str, list[float]] = OrderedDict()
         self._aside = _Memory()
         self._out_of_step = _Memory()
         self._logins = _Memory()
 
     def is_doubtful(self, address: str) -> bool:
-        """Whether a host recently did not let us in."""
-        return address in self._doubtful
+        """Whether a host recently did not let us in, or broke off several times."""
+        return address in self._doubtful or address in self._unsound
 
     def let_in(self, address: str, local_ip: str | None) -> None:
         """A host let us in from `local_ip`."""
@@ -305,6 +311,17 @@ class HostMemory:
         """A host did not let us in."""
         self._doubtful.add(address, DOUBT_SECONDS)
 
+    def broke_off(self, address: str) -> None:
+        """A connection to a host ended, or was silent, in the middle of a message."""
+        now = monotonic()
+        times = [*(t for t in self._breaks.pop(address, ()) if t > now - BREAKS_SECONDS), now]
+        if len(times) >= BREAKS:
+            self._unsound.add(address, DOUBT_SECONDS)
+            return
+        self._breaks[address] = times
+        if len(self._breaks) > MAX_HOSTS:
+            self._breaks.popitem(last=False)
+
     def is_aside(self, local_ip: str) -> bool:
         """Whether a local address recently could not be bound."""
         return local_ip in self._aside
@@ -313,9 +330,9 @@ class HostMemory:
         """A local address cannot be bound."""
         if self._aside.add(local_ip, ASIDE_SECONDS):
             log.error(
-                "cannot send from %s, which a message names in ips: %s; other addresses of such"
-                " messages are used, and this one is tried again in %d s. Add the address to an"
-                " interface of this host, or remove it from ips",
+                "cannot send from %s: %s; messages that may leave from other addresses use these,"
+                " and this one is tried again in %d s. Add the address to an interface of this"
+                " host, or remove it from ips, its pool or smtp-default-ips",
                 local_ip,
                 error.strerror or error,
                 ASIDE_SECONDS,
