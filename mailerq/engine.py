@@ -53,6 +53,7 @@ from mailerq.outbound.limits import Limits
 from mailerq.outbound.listing import Wanted, list_flows
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.refusals import react
+from mailerq.outbound.warmup import Days
 from mailerq.plugins import (
     Answer,
     Connection,
@@ -88,6 +89,9 @@ STEADY_SECONDS: Final = 10.0
 
 CELLS: Final = "limits.cells"
 """The file in the queue directory where all processes count limits."""
+
+DAYS: Final = "warmup.json"
+"""The file there for the days on which addresses have sent."""
 
 MAX_IDS: Final = 10_000
 """Message ids in one request of another program."""
@@ -274,6 +278,7 @@ class Engine:
         await self._keeper.open()
         stack.push_async_callback(self._keeper.close)
         self._listener = Listener(self._server, self._workers, ports, incoming)
+        self._limits.days = Days(os.path.join(config.queue_directory, DAYS))
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
         if self._share is None:

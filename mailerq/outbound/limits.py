@@ -32,7 +32,8 @@ import trio
 from mailerq.message import format_time
 from mailerq.outbound.cells import Busy, Cells, Count, MemoryCells, Rate
 from mailerq.outbound.timers import Times
-from mailerq.rules.rates import SLACK, cost
+from mailerq.outbound.warmup import Days
+from mailerq.rules.rates import SLACK, cost, cost_of_day
 from mailerq.rules.shaping import CONNECTION, Bound, Bounds, Shaping
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ MAX_NAMED: Final = 20
 """Lines in the statistics."""
 
 MESSAGES: Final = "messages-per-minute"
+DAILY: Final = "messages-per-day"
 BYTES: Final = "bytes-per-minute"
 CONNECTS: Final = "connects-per-minute"
 CONNECTIONS: Final = "max-connections"
@@ -158,12 +160,14 @@ class Allowance:
 
     __slots__ = (
         "connection_bytes", "connection_idle", "connection_messages", "idle", "most", "number",
-        "opening", "sending",
+        "opening", "sending", "warming",
     )  # fmt: skip
 
     def __init__(self, number: int, wants: Sequence[Want], connection: Bounds) -> None:
         self.number = number
-        self.sending = _wants(wants, MESSAGES, BYTES, PAUSED)
+        self.sending = _wants(wants, MESSAGES, DAILY, BYTES, PAUSED)
+        self.warming = any(want.name == DAILY for want in self.sending.each)
+        """The limit of a day of `Days` is among them."""
         self.opening = _wants(wants, CONNECTS, CONNECTIONS, STARTING)
         self.idle = _wants(wants, IDLE)
         found = (want.taken for want in self.opening.each if want.name == CONNECTIONS)
@@ -197,6 +201,7 @@ class Limits:
         self.shaping = shaping
         self.refusals: Refusals | None = None
         """The reactions to replies of peers, if there are patterns for such replies."""
+        self.days = Days()
         self.number = 0
         """Grows with each change of the limits."""
         self._cells = MemoryCells() if cells is None else cells
@@ -272,8 +277,25 @@ class Limits:
         wants = [
             *_all(of_site, site.label, key, ip),
             *_all(of_provider, provider_key, provider_key, ip),
+            *self._warmups(provider, ip),
         ]
         return Allowance(self.number, wants, connection)
+
+    def _warmups(self, provider: str, ip: str) -> Iterator[Want]:
+        """What limits the first days of an address."""
+        for warmup in self.shaping.local_ips.warmups_of(ip, provider):
+            scope = f"{warmup.provider} from {ip}" if warmup.provider else f"all mail from {ip}"
+            day = self.days.of(scope)
+            if limit := warmup.limit(day):
+                bound = Bound(limit, f"{warmup.where}, day {day}")
+                taken = Rate(f"{DAILY} {limit} {scope}", cost_of_day(limit))
+                yield Want(taken, DAILY, bound, scope)
+
+    def sent(self, sending: Wants) -> None:
+        """Note a message of an address that has limits for its first days."""
+        for want in sending.each:
+            if want.name == DAILY and self.days.sent(want.scope):
+                self.number += 1  # the limit is another one today
 
     def of_remote(self, address: str, local_ip: str | None) -> Allowance:
         """What holds for all connections to an address from a local address."""

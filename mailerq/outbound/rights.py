@@ -100,6 +100,8 @@ class Rights:
             return False
         refusal = self._limits.take(both(sending, remote), _size_of(job))
         if refusal is None:
+            if self.allowance.warming:
+                self._limits.sent(sending)
             return True
         if refusal.want in remote.each:
             session.waits_for = self._limits.wait(session, refusal)
@@ -114,6 +116,8 @@ class Rights:
         sending = self.allowance.sending
         if sending is NOTHING and session.allowance.sending is NOTHING:
             return True
+        if self.allowance.warming:
+            return False
         return session.allowance.sending is NOTHING and not (
             self.waits_to_send or self._limits.take(sending, _size_of(job))
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from mailerq.address import parse_domain, parse_host, parse_ip
 from mailerq.errors import AddressError, ConfigError, Problem
@@ -20,7 +20,7 @@ from mailerq.spelling import Spelling
 if TYPE_CHECKING:
     from mailerq.config import Config
 
-__all__ = ["NO_ADDRESSES", "LocalIps", "NoPool", "is_mapped", "pin"]
+__all__ = ["NO_ADDRESSES", "LocalIps", "NoPool", "Warmup", "is_mapped", "pin"]
 
 KEY: Final = "addresses-file"
 HELO_KEY: Final = "dns-helofile"
@@ -28,15 +28,30 @@ HELO_KEY: Final = "dns-helofile"
 SPELLINGS: Final = {
     "address": Spelling(("ip", "ehlo", "weight")),
     "pool": Spelling(("name", "addresses")),
+    "warmup": Spelling(("pool", "addresses", "provider", "messages")),
 }
 
 MAX_WEIGHT: Final = 1000
+MAX_MESSAGES: Final = 10**12
 
 PINNED_ATTEMPTS: Final = 5
 """Attempts from one address in a row; with the default `retry-interval` more than an hour."""
 
 ANY: Final = {False: "0.0.0.0", True: "::"}
 """What stands for all other addresses, by whether they are IPv6."""
+
+
+class Warmup(NamedTuple):
+    """How much addresses may send on each of their first days, in all or to a provider."""
+
+    ips: frozenset[str]
+    provider: str
+    messages: tuple[int, ...]
+    where: str
+
+    def limit(self, day: int) -> int:
+        """The messages of a day of sending, counted from 1; 0: no limit any more."""
+        return self.messages[day - 1] if day <= len(self.messages) else 0
 
 
 class NoPool(Exception):
@@ -61,6 +76,7 @@ class LocalIps:
     """EHLO names of addresses."""
     weights: Mapping[str, int] = field(default_factory=dict)
     """How often an address is chosen, where that is not 1."""
+    warmups: tuple[Warmup, ...] = ()
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -97,7 +113,11 @@ class LocalIps:
         if reader.problems:
             raise ConfigError.of(reader.problems)
         return cls(
-            config.smtp_default_ips, reader.pools, {**(names or {}), **reader.names}, reader.weights
+            config.smtp_default_ips,
+            reader.pools,
+            {**(names or {}), **reader.names},
+            reader.weights,
+            tuple(reader.warmups),
         )
 
     def allowed(self, properties: Mapping[str, Any]) -> tuple[str, ...]:
@@ -118,6 +138,10 @@ class LocalIps:
         """The name to give in EHLO from an address; None: `hostname`."""
         names = self.names
         return (names.get(ip) or names.get(ANY[":" in ip])) if names else None
+
+    def warmups_of(self, ip: str, provider: str) -> list[Warmup]:
+        """What limits the first days of an address, for mail to a provider."""
+        return [each for each in self.warmups if ip in each.ips and each.provider in ("", provider)]
 
     def weight_of(self, ip: str) -> int:
         """How often an address is chosen, in relation to others."""
@@ -206,6 +230,7 @@ class _Reader(TableReader):
         self.pools: dict[str, tuple[str, ...]] = {}
         self.names: dict[str, str] = {}
         self.weights: dict[str, int] = {}
+        self.warmups: list[Warmup] = []
 
     def read(self) -> None:
         tree = self.tree()
@@ -214,6 +239,8 @@ class _Reader(TableReader):
             self._address(index, table, seen)
         for index, table in self.tables(tree, "pool"):
             self._pool(index, table)
+        for index, table in self.tables(tree, "warmup"):
+            self._warmup(index, table)
 
     def _address(self, index: int, table: Mapping[str, Any], seen: set[str]) -> None:
         if "ip" not in table:
@@ -262,6 +289,32 @@ class _Reader(TableReader):
             self.wrong(self.at("pool", index, "addresses"), f"addresses: {ip} is no address")
         if name:
             self.pools[name] = tuple(ips)
+
+    def _warmup(self, index: int, table: Mapping[str, Any]) -> None:
+        provider = self.text("warmup", index, table, "provider")
+        pool = self.text("warmup", index, table, "pool")
+        given = table.get("addresses")
+        ips: tuple[str, ...] = ()
+        if (given is None) == (not pool):
+            line = self.at("warmup", index, "addresses")
+            self.wrong(line, "a [[warmup]] needs either a pool or addresses")
+        elif given is None:
+            ips = self.pools.get(pool, ())
+            if not ips:
+                self.wrong(self.at("warmup", index, "pool"), f"pool: there is no pool {pool!r}")
+        elif isinstance(given, list) and given:
+            ips = tuple(self._ip("warmup", index, "addresses", ip) for ip in given)
+        else:
+            self.wrong(self.at("warmup", index, "addresses"), "addresses: is not a list")
+        days = table.get("messages")
+        line = self.at("warmup", index, "messages")
+        if not isinstance(days, list) or not days:
+            self.wrong(line, "a [[warmup]] needs messages, a number for each day: [50, 100, 200]")
+        elif not all(type(each) is int and 0 < each <= MAX_MESSAGES for each in days):
+            self.wrong(line, f"messages: {days!r} are not whole numbers above 0")
+        elif self.is_good:
+            where = f"{self.path}:{line}"
+            self.warmups.append(Warmup(frozenset(ips), provider, tuple(days), where))
 
     def _ip(self, kind: str, index: int, key: str, value: object) -> str:
         """An address as messages and results have it; an empty string after a mistake."""

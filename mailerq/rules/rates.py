@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["MINUTE", "SLACK", "advanced", "cost"]
+__all__ = ["MINUTE", "SLACK", "advanced", "cost", "cost_of_day"]
 
 MINUTE: Final = 60_000_000_000
 """The interval of all rates, in nanoseconds."""
+
+DAY: Final = 1440 * MINUTE
 
 SLACK: Final = 20_000_000
 """Lateness that is made up for, in nanoseconds."""
@@ -29,6 +31,15 @@ def cost(count: int, per_minute: int) -> int:
     (100033334, 1000333334)
     """
     return -(-count * (MINUTE + SLACK) // per_minute)
+
+
+def cost_of_day(per_day: int) -> int:
+    """The time that one unit takes at a rate a day, in nanoseconds, rounded up.
+
+    >>> cost_of_day(86400)
+    1000000232
+    """
+    return -(-(DAY + SLACK) // per_day)
 
 
 def advanced(cell: int, now: int, cost: int) -> int:

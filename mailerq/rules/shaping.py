@@ -177,6 +177,11 @@ class Shaping:
                 shaping = cls.parse(data, path, config, local_ips)
         except ConfigError as error:
             problems += error.problems
+        known = {provider.name for provider in shaping._providers}
+        for warmup in shaping.local_ips.warmups if not problems else ():
+            if warmup.provider and warmup.provider not in known:
+                text = f"provider: limits-file has no [[provider]] {warmup.provider!r}"
+                problems.append(Problem(warmup.where, text, "addresses-file"))
         if problems:
             raise ConfigError.of(problems)
         return shaping
