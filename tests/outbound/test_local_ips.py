@@ -8,6 +8,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
+import trio
 
 from tests.outbound.kit import Bench, PeerConnection, open_bench
 
@@ -207,3 +208,60 @@ async def test_mail_does_not_wait_for_an_address_that_cannot_be_bound_any_more()
         bench.send(ips=["192.0.2.1", "127.0.0.3"], forcedip="192.0.2.1")
         (result,) = await bench.results("success")
         assert (result["attempt"], result["from"]) == (1, "127.0.0.3")
+
+
+# Many of everything
+
+
+async def test_mail_that_waits_for_all_its_addresses_is_not_read_over_and_over(
+    tmp_path: Path,
+) -> None:
+    text = "[[limit]]\ndomain = '*'\nmessages-per-minute = 120\n"
+    async with open_bench(limits_file=limits_file(tmp_path, text)) as bench:
+        for number in range(60):
+            bench.send(f"c{number}@d.test", ips=BOTH)
+        await bench.until(lambda figures: figures["delivered"] >= 8)
+        takes = bench.queues.subscriptions["outbox"].takes
+        assert len(takes) < 60, "two go each half second"
+
+
+async def test_every_message_leaves_once_whatever_its_addresses_wait_for(tmp_path: Path) -> None:
+    ips = [f"127.0.0.{number}" for number in range(2, 8)]
+    addresses = f"[[pool]]\nname = 'all'\naddresses = {ips}\n"
+    limits = SLOW.format(rate=30) + "[[limit]]\nlocal-ip = '127.0.0.3'\nmessages-per-minute = 600\n"
+    limits += "[[limit]]\nlocal-ip = '127.0.0.4'\nmax-connections = 1\nconnection-messages = 2\n"
+
+    async def by_address(peer: PeerConnection) -> None:
+        source = peer.stream.socket.getpeername()[0]
+        if source == "127.0.0.5":
+            await peer.send("421 4.7.0 not you\r\n")
+        elif source == "127.0.0.6":
+            return
+        else:
+            await peer.serve()
+
+    settings: dict[str, Any] = {
+        "addresses_file": addresses_file(tmp_path, addresses),
+        "limits_file": limits_file(tmp_path, limits),
+        "rabbitmq_qos": 50,
+    }
+    async with open_bench(*[by_address] * 10_000, **settings) as bench:
+        bench.peer.answers["MAIL", ""] = ["451 4.7.1 greylisted"] * 20
+        for number in range(60):
+            for domain in range(10):
+                more: dict[str, Any] = {"pool": "all"}
+                if number % 3 == 0:
+                    more = {"ips": [ips[number % 6], ips[(number + domain) % 6], "127.0.0.7"]}
+                bench.send(f"c{number}@d{domain}.test", **more)
+        bench.send("last@d1.test", pool="all")
+        while len(bench.queues["success"]) < 601:
+            await bench.queues.until(lambda queues: not queues.leased)
+            done = len(bench.queues["success"])
+            with trio.move_on_after(1):
+                await bench.queues.until(lambda q, done=done: len(q["success"]) > done)  # type: ignore[misc]
+            if len(bench.queues["success"]) == done:
+                await bench.pass_time(600)
+        recipients = Counter(mail.recipient for mail in bench.peer.mails)
+        assert len(recipients) == 601
+        assert set(recipients.values()) == {1}
+        assert not {"127.0.0.5", "127.0.0.6"} & set(sources(bench))
