@@ -49,6 +49,7 @@ from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.explaining import Question
 from mailerq.outbound.keeper import Keeper
+from mailerq.outbound.kept import KeptActions
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.listing import Wanted, list_flows
 from mailerq.outbound.openings import Openings
@@ -273,8 +274,9 @@ class Engine:
         cells = SharedCells(os.path.join(config.queue_directory, CELLS), share, processes)
         stack.callback(cells.close)
         self._limits = Limits(shaping, cells, processes)
-        react(self._limits, answers)
         self._keeper = Keeper(config.queue_directory, self._rows_changed)
+        self._kept = KeptActions(self._keeper)
+        react(self._limits, answers, self._kept)
         await self._keeper.open()
         stack.push_async_callback(self._keeper.close)
         self._listener = Listener(self._server, self._workers, ports, incoming)
@@ -287,6 +289,7 @@ class Engine:
             )
         nursery.start_soon(self._limits.run)
         nursery.start_soon(self._keeper.run)
+        nursery.start_soon(self._kept.run)
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
         if lock is not None:
             nursery.start_soon(self._prove, lock)
@@ -313,6 +316,7 @@ class Engine:
         return delivery
 
     def _rows_changed(self, rows: Rows | None) -> None:
+        self._kept.follow(self._keeper.table, self._limits.refusals)
         for delivery in self._deliveries.values():
             delivery.dispatcher.stops.change(rows)
 
@@ -466,7 +470,8 @@ class Engine:
         if not alike(config, before, "server_id", "hostname"):
             ids.set_machine(config.server_id, config.hostname)
         self._resolver.configure(config)
-        react(self._limits, answers)
+        react(self._limits, answers, self._kept)
+        self._kept.follow(self._keeper.table, self._limits.refusals)
         regrouped = self._limits.change(shaping)
         reroute = regrouped or not alike(config, before, *ROUTES)
         for delivery in self._deliveries.values():

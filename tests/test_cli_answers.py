@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import trio
 
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
-from tests.crash.kit import Daemon, daemon, switches_in
-from tests.processes_kit import connected, marked, put
+from tests.crash.kit import Daemon, all_arrive, daemon, switches_in
+from tests.processes_kit import TWO, connected, marked, put
 from tests.support import in_thread, mailerq, open_sink
 
 PATTERN = """
@@ -83,3 +84,65 @@ def test_a_daemon_with_a_wrong_file_does_not_start(tmp_path: Path) -> None:
     done = mailerq(f"--responses-file={path}", *switches_in(tmp_path, 25))
     assert done.returncode == 2
     assert f"{path}:2: samples: 'fast' does not match '450 too slow'" in done.stderr.decode()
+
+
+def refuse_all(event: server.Event) -> Reply | None:
+    return Reply(450, "4.7.0 too fast") if isinstance(event, server.Rcpt) else None
+
+
+async def rows_of(switches: list[str], *command: str) -> list[dict[str, Any]]:
+    """The rows that patterns have made."""
+    done = await in_thread(lambda: mailerq("rows", *command, "--json", *switches))
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.decode().splitlines()]
+
+
+async def test_a_pause_is_a_row_that_holds_over_a_restart_and_can_be_removed(
+    tmp_path: Path, mark: dict[str, str]
+) -> None:
+    path = tmp_path / "responses.toml"
+    path.write_text(PATTERN)
+    switch = f"--responses-file={path}"
+    switches = [*switches_in(tmp_path, 25), switch]
+    async with open_sink() as sink:
+        sink.decide = refuse_all
+        async with daemon(tmp_path, sink.port, switch, env=mark) as running:
+            async with connected(running.port) as stream:
+                assert await put(stream, "refused") == 250
+            await replies(running, "actions")
+            with trio.fail_after(30):
+                while not (rows := await rows_of(switches, "list")):  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+            assert await running.stop() == 0
+        (row,) = rows
+        assert (row["kind"], row["domain"], row["origin"]) == ("reaction", "d.test", "fast")
+        assert row["sample"] == "450 4.7.0 too fast"
+        sink.decide = lambda event: None
+        async with daemon(tmp_path, sink.port, switch, env=mark) as running:
+            (text,) = (await replies(running, "actions")).values()
+            assert text.startswith("paused for 35")
+            async with connected(running.port) as stream:
+                assert await put(stream, "waits") == 250
+            with trio.fail_after(30):
+                while not (await running.statistics())["outgoing"]["limited"]:  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+            done = await in_thread(lambda: mailerq("rows", "remove", str(row["id"]), *switches))
+            assert done.returncode == 0, done.stderr
+            await all_arrive(sink, {"waits"})
+            assert (await running.statistics())["replies"]["acted_on"] == 0
+
+
+async def test_a_pause_holds_in_all_processes(tmp_path: Path, mark: dict[str, str]) -> None:
+    path = tmp_path / "responses.toml"
+    path.write_text(PATTERN)
+    switch = f"--responses-file={path}"
+    async with (
+        open_sink() as sink,
+        daemon(tmp_path, sink.port, TWO, switch, env=mark) as running,
+    ):
+        sink.decide = refuse_all
+        async with connected(running.port) as stream:
+            assert await put(stream, "refused") == 250
+        with trio.fail_after(30):
+            while (await running.statistics())["replies"]["acted_on"] < 2:  # noqa: ASYNC110
+                await trio.sleep(0.05)

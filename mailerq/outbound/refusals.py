@@ -15,7 +15,7 @@ and is named by ``mailerq status``.
 A reply about the number of messages of one connection is no reason for less mail: the connection
 ends, and for `LEARNED_SECONDS` others to the site end after as many messages by themselves.
 
-Actions are kept by `Kept`, so they hold over restarts.
+Actions are kept by `Kept`, so they hold in all processes and over restarts.
 
 Everything here runs on the home worker.
 """
@@ -111,12 +111,16 @@ class Action(msgspec.Struct, eq=False):
         recovery = self.recovery
         return recovery.until if recovery.stage is Stage.PAUSED else recovery.held
 
+    def extend(self, until: float) -> None:
+        """Have the action last until another time."""
+        if self.recovery.stage is Stage.PAUSED:
+            self.recovery.until = until
+        else:
+            self.recovery.held = until
+
 
 class Kept(Protocol):
     """Where actions are kept."""
-
-    def load(self) -> Iterable[Action]:
-        """What has been kept."""
 
     def keep(self, action: Action) -> None:
         """Keep a new action, or a changed one."""
@@ -147,9 +151,6 @@ class Refusals:
         self._learned: dict[bytes, tuple[Bound, float]] = {}
         self._told = 0.0
         self._say_alert = Ration(log.warning, ALERTS_PER_MINUTE, "and %d more such replies")
-        for action in () if kept is None else kept.load():
-            self.actions[action.scope] = action
-            self._pause(action)
 
     def change(self, answers: Answers) -> None:
         """Put other patterns in force. What they have begun goes on."""
@@ -255,9 +256,9 @@ class Refusals:
         if not changed:
             return
         action.rule, action.where, action.sample = rule.name, rule.where, sample
-        self.actions[scope] = action
-        self._pause(action)
-        self._changed(action)
+        self.adopt(action)
+        if self._kept is not None:
+            self._kept.keep(action)
         log.info("%s: %s: %s", rule.name, label, _shown(action.recovery, now))
 
     def _open(self, flow: Flow, scope: Scope, provider: str) -> int:
@@ -301,6 +302,12 @@ class Refusals:
             found[PAUSED] = Bound(recovery.until, action.text)
         return found
 
+    def adopt(self, action: Action) -> None:
+        """Put an action in force, in place of another one for its scope."""
+        self.actions[action.scope] = action
+        self._pause(action)
+        self._changed(action)
+
     def _pause(self, action: Action) -> None:
         """Have the limits refuse the mail of a scope until its pause ends."""
         recovery = action.recovery
@@ -309,12 +316,12 @@ class Refusals:
             self._limits.pause(recovery.until, *action.scope, seconds)
 
     def _changed(self, action: Action) -> None:
-        """Tell those who wait, and keep what is new."""
+        """Tell those who wait."""
         over = action.recovery.stage is Stage.NORMAL
         if over:
             self.actions.pop(action.scope, None)
-        if self._kept is not None:
-            (self._kept.drop if over else self._kept.keep)(action)
+            if self._kept is not None:
+                self._kept.drop(action)
         self._limits.ask_again(*action.scope)
 
     def advance(self) -> float:
@@ -357,12 +364,12 @@ class Refusals:
         self._say_alert.flush()
 
 
-def react(limits: Limits, answers: Answers | None) -> None:
+def react(limits: Limits, answers: Answers | None, kept: Kept | None = None) -> None:
     """React to replies of peers by these patterns; None: by their codes alone."""
     if answers is None:
         limits.refusals = None
     elif limits.refusals is None:
-        limits.refusals = Refusals(answers, limits)
+        limits.refusals = Refusals(answers, limits, kept)
     else:
         limits.refusals.change(answers)
 
