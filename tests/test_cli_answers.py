@@ -146,3 +146,47 @@ async def test_a_pause_holds_in_all_processes(tmp_path: Path, mark: dict[str, st
         with trio.fail_after(30):
             while (await running.statistics())["replies"]["acted_on"] < 2:  # noqa: ASYNC110
                 await trio.sleep(0.05)
+
+
+async def test_a_pattern_suppresses_a_recipient_after_enough_failures(
+    tmp_path: Path, mark: dict[str, str]
+) -> None:
+    path = tmp_path / "responses.toml"
+    path.write_text(
+        "[[response]]\nname = 'gone'\ntext = 'no such user'\nclass = 'user-unknown'\n"
+        "suppress = true\ntrigger = '2/30d'\nsamples = ['550 5.1.1 no such user']\n"
+    )
+    switch = f"--responses-file={path}"
+    switches = switches_in(tmp_path, 25)
+    async with (
+        open_sink() as sink,
+        daemon(tmp_path, sink.port, switch, env=mark) as running,
+        connected(running.port) as stream,
+    ):
+        asked = []
+
+        def decide(event: server.Event) -> Reply | None:
+            if isinstance(event, server.Rcpt):
+                asked.append(event.recipient)
+                return Reply(550, "5.1.1 no such user") if "ann" in event.recipient else None
+            return None
+
+        sink.decide = decide
+        for count in (1, 2):
+            assert await put(stream, "ann") == 250
+            assert await put(stream, f"bob-{count}") == 250
+            await all_arrive(sink, {f"bob-{count}"})
+            with trio.fail_after(30):
+                while (await running.statistics())["outgoing"]["failed"] < count:  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+        with trio.fail_after(30):
+            while not (await running.statistics())["rows"]["suppressed"]:  # noqa: ASYNC110
+                await trio.sleep(0.02)
+        (row,) = await rows_of(switches, "list")
+        assert (row["origin"], row["code"], row["status"]) == ("gone", 550, "5.1.1")
+        assert await put(stream, "ann") == 250
+        assert await put(stream, "bob-3") == 250
+        with trio.fail_after(30):
+            while (await running.statistics())["outgoing"]["failed"] < 3:  # noqa: ASYNC110
+                await trio.sleep(0.02)
+        assert asked.count("ann@d.test") == 2

@@ -29,11 +29,12 @@ from mailerq.errors import AddressError, RowError
 from mailerq.net.logs import Ration
 from mailerq.outbound.refusals import Action, Scope
 from mailerq.rules.recovery import Recovery
-from mailerq.rules.row import Row
+from mailerq.rules.row import SUPPRESSION, Row, suppressible
 
 if TYPE_CHECKING:
     from mailerq.outbound.keeper import Keeper
     from mailerq.outbound.refusals import Refusals
+    from mailerq.rules.responses import Outcome
 
 __all__ = ["REACTION", "KeptActions"]
 
@@ -41,6 +42,9 @@ log = logging.getLogger("mailerq.delivery")
 
 REACTION: Final = "reaction"
 """The kind of the rows."""
+
+SUPPRESSED: Final = (550, "5.7.1")
+"""Code and status of a suppression after a reply that has none of its own."""
 
 WHO: Final = "mailerq"
 """Who makes the rows, in the audit file."""
@@ -60,6 +64,8 @@ class KeptActions:
         self._told: Refusals | None = None
         self._due: dict[Scope, Action | None] = {}
         """What is to be written; None: no row any more."""
+        self._recipients: dict[str, dict[str, Outcome]] = {}
+        """Recipients to be suppressed, by the pattern that says so."""
         self._something = trio.Event()
         self._say_unwritten = Ration(log.error, 1, "they could not be written %d times more")
 
@@ -71,6 +77,10 @@ class KeptActions:
 
     def drop(self, action: Action) -> None:
         self._due[action.scope] = None
+        self._something.set()
+
+    def suppress(self, recipient: str, rule: str, outcome: Outcome) -> None:
+        self._recipients.setdefault(rule, {})[recipient] = outcome
         self._something.set()
 
     # What the file says
@@ -102,15 +112,35 @@ class KeptActions:
     async def run(self) -> None:
         """Write until cancelled."""
         while True:
-            while not self._due:
+            while not (self._due or self._recipients):
                 self._something = trio.Event()
                 await self._something.wait()
-            scope, action = next(iter(self._due.items()))
             try:
-                await self._write(scope, action)
+                if self._recipients:
+                    await self._write_recipients(*self._recipients.popitem())
+                else:
+                    await self._write(*next(iter(self._due.items())))
             except (OSError, RowError) as error:
-                self._say_unwritten("what %s has begun is not kept: %s", scope.key, error)
+                self._say_unwritten("what a pattern says cannot be kept: %s", error)
                 await trio.sleep(RETRY_SECONDS)
+
+    async def _write_recipients(self, rule: str, recipients: dict[str, Outcome]) -> None:
+        """Suppress recipients; the reply to one of them is the reason of all."""
+        outcome = next(iter(recipients.values()))
+        code, status = outcome.code or 0, outcome.status or ""
+        row = Row(
+            kind=SUPPRESSION,
+            origin=rule,
+            code=code if 500 <= code <= 599 else SUPPRESSED[0],
+            status=status if status.startswith("5") else SUPPRESSED[1],
+            description=outcome.description or "",
+            sample=outcome.reply,
+        )
+        try:
+            await self._keeper.add(row, [suppressible(each) for each in recipients], who=WHO)
+        except OSError:
+            self._recipients[rule] = {**recipients, **self._recipients.get(rule, {})}
+            raise
 
     async def _write(self, scope: Scope, action: Action | None) -> None:
         rows = self._rows.get(scope, [])

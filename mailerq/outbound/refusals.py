@@ -128,6 +128,9 @@ class Kept(Protocol):
     def drop(self, action: Action) -> None:
         """An action is over."""
 
+    def suppress(self, recipient: str, rule: str, outcome: Outcome) -> None:
+        """Send nothing to a recipient any more."""
+
 
 class Refusals:
     """The reactions to replies, for all deliveries of an engine."""
@@ -169,7 +172,13 @@ class Refusals:
         verdict = self.heard(flow, outcome, session, (report.messages or 1) - 1)
         if verdict is None:
             return report
-        return msgspec.structs.replace(report, outcome=_judged(outcome, verdict, job))
+        outcome = _judged(outcome, verdict, job)
+        if outcome.fate is Fate.FAILED and verdict.reaction.suppress and self._kept is not None:
+            rule = next(each for each in verdict.rules if each.reaction.suppress)
+            key = (rule.name, job.recipient)
+            if self._triggers.met(key, rule.trigger, monotonic()):
+                self._kept.suppress(job.recipient, rule.name, outcome)
+        return msgspec.structs.replace(report, outcome=outcome)
 
     def heard(
         self, flow: Flow, outcome: Outcome, session: Session | None = None, messages: int = 0

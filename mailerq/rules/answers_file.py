@@ -23,7 +23,7 @@ FLOW_KEYS: Final = (
     "for",
 )  # fmt: skip
 MESSAGE_KEYS: Final = ("message", "retry-after", "count-attempt", "other-ip")
-ACTION_KEYS: Final = (*MESSAGE_KEYS, *FLOW_KEYS, "reconnect", "alert")
+ACTION_KEYS: Final = (*MESSAGE_KEYS, *FLOW_KEYS, "reconnect", "suppress", "alert")
 KEYS: Final = (
     "name", "class", "provider", "code", "command", "text", "priority", "final", "trigger", "scope",
     "samples", *ACTION_KEYS,
@@ -53,11 +53,6 @@ class AnswersReader(TableReader):
 
     def __init__(self, data: bytes, path: str) -> None:
         super().__init__(data, path, key=KEY, spellings={"response": Spelling(KEYS)})
-
-    def unknown(self, kind: str, key: str) -> str:
-        if key == "suppress":
-            return "suppress: recipients cannot be suppressed yet"
-        return super().unknown(kind, key)
 
     def read(self, providers: frozenset[str]) -> list[Rule]:
         """The patterns without mistakes; `problems` has the others."""
@@ -254,6 +249,7 @@ class _Table:
             retry_after=self.seconds("retry-after"),
             counted=self.flag("count-attempt"),
             other_ip=self.flag("other-ip"),
+            suppress=self.flag("suppress"),
             alert=self.flag("alert"),
             reconnect=self.flag("reconnect"),
             pause=self.seconds("pause"),
@@ -282,7 +278,7 @@ class _Table:
                 "has no effect without slow, messages-per-minute, max-connections or"
                 " fewer-connections",
             )
-        acts = reaction.moves_the_flow or reaction.alert
+        acts = reaction.moves_the_flow or reaction.alert or reaction.suppress
         for key in ("trigger", "scope"):
             if key in table and not acts:
                 self.wrong(key, "has no effect: nothing is done but to the message")

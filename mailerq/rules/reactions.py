@@ -23,8 +23,9 @@ HOUR: Final = 3600.0
 class Reaction(msgspec.Struct, frozen=True, kw_only=True):
     """What follows from a reply; None: nothing is said. Times are in seconds.
 
-    For the message: its `fate`, when it is tried again, whether the attempt is `counted`, and
-    whether another local address may try at once. For the connection: whether it ends. For the
+    For the message: its `fate`, when it is tried again, whether the attempt is `counted`,
+    whether another local address may try at once, and whether its recipient is suppressed if the
+    message fails. For the connection: whether it ends. For the
     flow: a `pause`, which doubles up to `max_pause`, then a share of the rate (`slow`) or a rate,
     and a number of connections, all of which are taken back step by step after `lasts`.
     """
@@ -33,6 +34,7 @@ class Reaction(msgspec.Struct, frozen=True, kw_only=True):
     retry_after: float | None = None
     counted: bool | None = None
     other_ip: bool | None = None
+    suppress: bool | None = None
     alert: bool | None = None
     reconnect: bool | None = None
     pause: float | None = None
