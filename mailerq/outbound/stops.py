@@ -119,9 +119,9 @@ class Stops:
             self._intake.close(destination)
         return True
 
-    def apart_of(self, domain: str) -> str:
-        """What sets the site of a domain apart."""
-        return "" if self.rows is None else self.rows.apart(domain)
+    def apart_of(self, name: str) -> str:
+        """What sets the site of a route apart; only the name of a domain has no colon."""
+        return "" if self.rows is None or ":" in name else self.rows.apart(name)
 
     # Flows
 

@@ -423,6 +423,14 @@ async def test_a_domain_behind_a_smarthost_is_paused_by_message() -> None:
         await taken(bench, 2)
 
 
+@pytest.mark.parametrize("name", ["lmtp://mail.d.test", "relay.d.test:25"])
+async def test_a_server_for_other_domains_is_not_set_apart_by_a_pause_of_its_own(name: str) -> None:
+    async with open_bench() as bench:
+        obey(bench, pause(domain="*.d.test"))
+        assert bench.dispatcher.stops.apart_of("mail.d.test") == "*.d.test"
+        assert not bench.dispatcher.stops.apart_of(name)
+
+
 async def test_a_tag_at_hosts_is_paused_for_mail_that_goes_there() -> None:
     resolver = StubResolver(d_test=["127.0.0.1"], e_test=["127.0.0.1"])
     async with open_bench(resolver=resolver) as bench:
