@@ -64,6 +64,7 @@ from mailerq.outbound.race import race, rival_of
 from mailerq.rules import responses
 from mailerq.rules.logins import may_go_in_clear
 from mailerq.rules.responses import Outcome
+from mailerq.wire import smtp
 from mailerq.wire._lines import is_ascii
 from mailerq.wire.client import (
     NEED_DATA,
@@ -407,10 +408,9 @@ class Session:
         if ready:
             return None
         report = self._report(_outcome(event))
-        if self.flow.login is not None and isinstance(event, Refused):
-            self.flow.memory.login_refused(
-                self.flow.site.label, self.remote, self.flow.login, report.outcome
-            )
+        login = self.flow.login
+        if login is not None and isinstance(event, Refused) and _is_about_login(event):
+            self.flow.memory.login_refused(self.flow.site.label, self.remote, login, report.outcome)
         return report
 
     async def _serve(self) -> None:
@@ -786,6 +786,10 @@ def _converters() -> trio.CapacityLimiter:
         limiter = trio.CapacityLimiter(CONVERTERS)
         _limiter.set(limiter)
         return limiter
+
+
+def _is_about_login(event: Refused) -> bool:
+    return event.step.startswith("auth") or event.reply is smtp.NO_MECHANISM
 
 
 def patience(timeout: float, minutes: int) -> float:

@@ -137,6 +137,18 @@ async def test_a_peer_that_offers_no_login_gets_no_mail() -> None:
         assert bench.peer.commands == ["EHLO me.test"]
 
 
+async def test_a_host_that_wants_no_connection_says_nothing_about_the_login(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def busy(peer: PeerConnection) -> None:
+        await peer.send("554 go away\r\n")
+
+    async with open_bench(busy, **ANN) as bench:
+        bench.send()
+        assert (await bench.retried())["state"] == "init"
+    assert not any("log in" in line for line in caplog.messages)
+
+
 async def test_no_login_goes_over_a_connection_without_tls_to_a_public_address(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
