@@ -503,7 +503,7 @@ class ClientProtocol:
             return self._take_unasked(reply)
         step = self._due.popleft()
         kind = reply.code // 100
-        if self._login is not None:
+        if self.mechanism is not None and self._login is not None:
             if reply.code != 334:
                 reply = Reply(reply.code, hidden(reply.text, self._login))
             if self._exchange is not None:

@@ -18,6 +18,10 @@ MAX_COMMAND: Final = 510
 """Bytes of a command. A longer response waits for 334 (RFC 4954, section 4)."""
 
 
+SHORTEST: Final = 4
+"""Characters of a secret to hide. To hide every "5" would spoil replies, and guard nothing."""
+
+
 class Login(msgspec.Struct, frozen=True):
     """A user name and its password, neither empty; equal logins may share a connection.
 
@@ -96,5 +100,6 @@ def hidden(text: str, login: Login) -> str:
     plain = f"\0{login.username}\0".encode() + password
     coded = base64.b64encode(plain).decode(), base64.b64encode(password).decode()
     for secret in (*coded, login.password, repr(password)[2:-1]):
-        text = text.replace(secret, "(hidden)")
+        if len(secret) >= SHORTEST:
+            text = text.replace(secret, "(hidden)")
     return text

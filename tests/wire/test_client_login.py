@@ -189,6 +189,15 @@ def test_a_peer_that_echoes_the_password_does_not_get_it_into_a_result(
                     assert secret.decode() not in repr(event)
 
 
+@pytest.mark.parametrize("password", ["2", ".", "5.7", "mx.test", "PLAIN", "AUTH"])
+def test_hiding_a_password_spoils_no_reply(password: str) -> None:
+    protocol = ClientProtocol("me.test", login=Login("ann", password))
+    say(protocol, b"220 mx.test\r\n250-mx.test\r\n250 AUTH PLAIN\r\n")
+    assert protocol.mta == "mx.test"
+    event = say(protocol, b"535 5.7.8 no\r\n")
+    assert event == Refused(Step.AUTHPLAIN, Reply(535, "5.7.8 no"))
+
+
 def test_nothing_shows_a_password() -> None:
     assert (
         "pass-phrase" not in f"{ANN} {ANN!r} {(ANN,)} {[ANN]!r} {vars(type('X', (), {'a': ANN}))}"
