@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import trio
 
 from mailerq.net.stream import Stream
+from mailerq.outbound.jobs import Report
+from mailerq.rules import responses
 
 if TYPE_CHECKING:
     from mailerq.net.resolver import Host
+    from mailerq.outbound.limits import Allowance
+    from mailerq.outbound.session import Session
     from mailerq.outbound.sites import HostMemory
 
-__all__ = ["HEAD_START_SECONDS", "Raced", "race", "rival_of"]
+__all__ = ["HEAD_START_SECONDS", "Raced", "connect", "race", "rival_of", "where"]
 
 HEAD_START_SECONDS: Final = 0.25
 """RFC 8305, section 5."""
@@ -76,3 +80,49 @@ async def race(first: Host, second: Host, port: int, may_start: Callable[[], boo
         raise
     stream, host = winner or (None, None)
     return Raced(stream, host, failures)
+
+
+async def connect(
+    session: Session, first: Host, rival: Host, others: list[Host]
+) -> tuple[Stream | Report, Host]:
+    """Connect a session to one of two hosts, `rival` only as far as its limits allow.
+
+    The one that may still answer is put back to the `others`.
+    """
+    flow, own = session.flow, session.allowance
+    taken: Allowance | None = None
+
+    def may_start() -> bool:
+        nonlocal taken
+        if flow.rights.take_host(session, rival) is not None:
+            return False
+        taken, session.allowance = session.allowance, own
+        return True
+
+    winner: Host | None = None
+    try:
+        stream, winner, failures = await race(first, rival, flow.site.port, may_start)
+    finally:
+        if taken is not None:
+            # Give back what the loser took.
+            session.allowance = own if winner is rival else taken
+            flow.rights.give_back_host(session)
+            session.allowance = taken if winner is rival else own
+    if stream is not None and winner is not None:
+        if winner is rival:
+            flow.memory.kept_out(first.address)  # the others come first for a while
+        others.insert(0, first if winner is rival else rival)
+        return stream, winner
+    if len(failures) == 1:
+        others.insert(0, rival)  # its limits allow no connection
+    else:
+        flow.memory.kept_out(rival.address)
+    best, *more = [responses.connect_failed(error, where(host)) for host, error in failures]
+    for outcome in more:
+        best = outcome if responses.outweighs(outcome, best) else best
+    return Report(best), first
+
+
+def where(host: Host) -> str:
+    """A host for people."""
+    return host.address if host.name == host.address else f"{host.name} [{host.address}]"

@@ -42,7 +42,4 @@ cdef class Session:
     cpdef _expect(self, seconds)
 
 
-cpdef _where(host)
-
-
 cpdef _outcome(event)

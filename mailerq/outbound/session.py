@@ -60,7 +60,7 @@ from mailerq.net.stream import CannotBind, Stream, StreamLost
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Allowance
 from mailerq.outbound.openings import QUICK_SECONDS
-from mailerq.outbound.race import race, rival_of
+from mailerq.outbound.race import connect, rival_of, where
 from mailerq.rules import responses
 from mailerq.rules.logins import may_go_in_clear
 from mailerq.rules.responses import Outcome
@@ -313,7 +313,7 @@ class Session:
         local_ip, memory, login = self.flow.local_ip, self.flow.memory, self.flow.login
         self.remote = ""
         if login is not None and not may_go_in_clear(host.address, self._config):
-            return Report(responses.login_in_clear(_where(host)))
+            return Report(responses.login_in_clear(where(host)))
         may_race = others and local_ip is None and login is None
         rival = rival_of(host, others, memory) if may_race else None
         stream: Stream | Report | None = None
@@ -324,17 +324,17 @@ class Session:
                     stream = await Stream.connect(host.address, port, local_ip=local_ip)
                 else:
                     others.remove(rival)
-                    stream, host = await self._race(host, rival, others)
+                    stream, host = await connect(self, host, rival, others)
         except CannotBind as error:
             assert local_ip is not None, "else nothing is bound"
             memory.cannot_bind(local_ip, error)
             return Report(responses.cannot_bind(error, local_ip), local_ip)
         except OSError as error:
-            return Report(responses.connect_failed(error, _where(host)))
+            return Report(responses.connect_failed(error, where(host)))
         if isinstance(stream, Report):
             return stream
         if stream is None:
-            return Report(responses.connect_timed_out(_where(host)))
+            return Report(responses.connect_timed_out(where(host)))
         self._stream = stream
         self._protocol = ClientProtocol(
             self.flow.name_of(stream) or self._config.hostname,
@@ -351,43 +351,6 @@ class Session:
             stream.close()
             if self._protocol.out_of_step:
                 memory.out_of_step(host.address, self.flow.site.label)
-
-    async def _race(
-        self, host: Host, rival: Host, others: list[Host]
-    ) -> tuple[Stream | Report, Host]:
-        """Connect to one of two hosts; the other one stays among the `others` if it may answer."""
-        rights, first = self.flow.rights, self.allowance
-        second: Allowance | None = None
-
-        def may_start() -> bool:
-            nonlocal second
-            if rights.take_host(self, rival) is not None:
-                return False
-            second, self.allowance = self.allowance, first
-            return True
-
-        winner: Host | None = None
-        try:
-            stream, winner, failures = await race(host, rival, self.flow.site.port, may_start)
-        finally:
-            if second is not None:
-                # Give back what the loser took.
-                self.allowance = first if winner is rival else second
-                rights.give_back_host(self)
-                self.allowance = second if winner is rival else first
-        if stream is not None and winner is not None:
-            if winner is rival:
-                self.flow.memory.kept_out(host.address)  # the others come first for a while
-            others.insert(0, host if winner is rival else rival)
-            return stream, winner
-        if len(failures) == 1:
-            others.insert(0, rival)  # its limits allow no connection
-        else:
-            self.flow.memory.kept_out(rival.address)
-        best, *more = [responses.connect_failed(error, _where(each)) for each, error in failures]
-        for outcome in more:
-            best = outcome if responses.outweighs(outcome, best) else best
-        return Report(best), host
 
     async def _talk(self) -> Report | None:
         """Run the whole session; a report says that the session was not let in."""
@@ -801,10 +764,6 @@ def patience(timeout: float, minutes: int) -> float:
     [600.0, 300.0, 600.0, 900.0]
     """
     return max(timeout, min(minutes * timeout, minutes * 60.0))
-
-
-def _where(host: Host) -> str:
-    return host.address if host.name == host.address else f"{host.name} [{host.address}]"
 
 
 def _outcome(event: Event | None) -> Outcome:
