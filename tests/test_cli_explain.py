@@ -176,6 +176,33 @@ async def test_a_smarthost_is_named_with_its_setting(tmp_path: Path) -> None:
     }
 
 
+async def test_a_pool_has_a_part_for_each_address_with_its_name_and_weight(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "addresses.toml"
+    path.write_text("""\
+[[pool]]
+name = "bulk"
+addresses = ["127.0.0.1", "127.0.0.2"]
+
+[[address]]
+ip = "127.0.0.2"
+ehlo = "two.test"
+weight = 3
+""")
+    found = await alone(tmp_path, "d.test", f"--addresses-file={path}", "--pool=bulk")
+    assert [
+        (part["local-ip"], part["weight"], part["ehlo"], part["ehlo-where"])
+        for part in found["from"]
+    ] == [
+        ("127.0.0.1", 1, "mx.test", "hostname (--hostname)"),
+        ("127.0.0.2", 3, "two.test", "addresses-file (--addresses-file)"),
+    ]
+    assert found["destination"]["key"] == "d.test from pool bulk"
+    wrong = await alone(tmp_path, "d.test", "--pool=none", status=1)
+    assert (wrong["decision"], "none" in wrong["reason"]) == ("wait", True)
+
+
 async def test_people_read_it_too(tmp_path: Path) -> None:
     async with open_dns_server(ZONE) as dns:
         settings = switches_in(tmp_path, 25, *switches(dns, 2525, "--domain-maxmessages=7"))
@@ -362,3 +389,35 @@ async def test_a_mailbox_server_takes_the_mail_of_local_domains(tmp_path: Path) 
     assert (route["host"], route["protocol"]) == ("/run/mail", "LMTP")
     assert route["where"] == "local-delivery (--local-delivery)"
     assert [host["address"] for host in found["hosts"]] == ["/run/mail"]
+
+
+async def test_the_rows_of_an_operator_are_explained_with_and_without_a_daemon(
+    tmp_path: Path, mark: dict[str, str]
+) -> None:
+    async def add(*words: str) -> None:
+        switch = f"--queue-directory={tmp_path / 'queue'}"
+        done = await in_thread(lambda: mailerq(*words, switch, "--reason=asked"))
+        assert done.returncode == 0, done.stderr
+
+    async with open_sink() as sink, open_dns_server(ZONE) as dns:
+        settings = switches(dns, sink.port)
+        async with daemon(tmp_path, sink.port, *settings, env=mark) as running:
+            await add("pause", "add", "--domain=d.test", "--for=2h")
+            await add("suppress", "add", "eve@d.test")
+            async with connected(running.port) as stream:
+                assert await put(stream, "m") == 250
+            found = await until_answer(
+                running, "d.test", lambda answer: answer["from"][0].get("flows"), status=1
+            )
+            assert found["reason"].startswith("pause 1 of domain d.test until ")
+            (flow,) = found["from"][0]["flows"]
+            assert flow["limited-by"].endswith(": asked")
+            assert 7000 < flow["seconds"] <= 7200
+            gone = await ask(running, "eve@d.test", status=1)
+            assert gone["decision"] == "fail"
+            assert await running.stop() == 0
+        both = [f"--queue-directory={tmp_path / 'queue'}", *settings]
+        assert (await explain("eve@d.test", *both, status=1))["reason"] == gone["reason"]
+        alone = await explain("d.test", *both, status=1)
+        assert (alone["decision"], alone["reason"]) == ("wait", found["reason"])
+        assert alone["site"]["apart"] == "d.test"

@@ -10,15 +10,18 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mailerq.address import parse_ip
 from mailerq.cli import control
 from mailerq.cli.common import command_parser, complain, print_json, print_table
 from mailerq.config import Config
-from mailerq.errors import QueueError
+from mailerq.errors import QueueError, RowError
 from mailerq.escaping import escape
 from mailerq.message import format_time
+
+if TYPE_CHECKING:
+    from mailerq.rules.rows import Rows
 
 __all__ = ["main"]
 
@@ -49,6 +52,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         "--ip", action="append", default=[], metavar="ADDRESS",
         help="a local address that the message names in ips; may be given several times",
     )  # fmt: skip
+    parser.add_argument("--pool", metavar="NAME", default="", help="a pool that the message names")
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
     options = parser.parse_args(rest)
     try:
@@ -56,7 +60,12 @@ def main(settings: list[str], rest: list[str]) -> int:
     except ValueError as error:
         parser.error(f"--ip: {error}")
     config = Config.load(settings)
-    request = {"recipient": options.recipient, "envelope": options.envelope, "ips": ips}
+    request = {
+        "recipient": options.recipient,
+        "envelope": options.envelope,
+        "ips": ips,
+        "pool": options.pool,
+    }
     try:
         answer = _ask(config, request)
     except PermissionError:
@@ -92,12 +101,14 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
     """The answer without a daemon. Raises `ConfigError`."""
     import trio
 
+    from mailerq.engine import DAYS
     from mailerq.inbound.addresses import LocalAddresses
     from mailerq.inbound.explaining import explain_arrival
     from mailerq.net.resolver import Resolver
     from mailerq.outbound.explaining import Explainer, Question
     from mailerq.outbound.limits import Limits
     from mailerq.outbound.sites import Sites
+    from mailerq.outbound.warmup import Days
     from mailerq.rules.access import Access
     from mailerq.rules.plan import plan
     from mailerq.rules.shaping import Shaping
@@ -105,20 +116,46 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
     question = Question.of(request)
     access, listed = Access.of(config), LocalAddresses.of(config)
     limits = Limits(Shaping.of(config))
+    limits.days = Days(os.path.join(config.queue_directory, DAYS))
+    rows = _rows(config)
     local = explain_arrival(question.recipient, config, access, listed)
     if local is not None:
         return {**question.answer(), **local}
+
+    def apart(domain: str) -> str:
+        return "" if rows is None else rows.apart(domain)
 
     async def run() -> Answer:
         return await Explainer(
             config,
             limits,
-            Sites(Resolver(config), limits.shaping.group_of),
-            lambda message, now, seen: plan(message, config, now=now, seen=seen),
+            Sites(Resolver(config), limits.shaping.group_of, apart),
+            lambda message, now, seen: plan(
+                message, config, now=now, seen=seen, rows=rows, local=limits.shaping.local_ips
+            ),
             now=time.time,
+            rows=rows,
         ).explain(question)
 
     return trio.run(run)
+
+
+def _rows(config: Config) -> Rows | None:
+    """The operator's rows that a daemon would find."""
+    from mailerq.rules.rows import Rows
+    from mailerq.store.row_file import RowFile
+
+    file = RowFile(config.queue_directory, config.user)
+    try:
+        while file.follow():
+            pass
+    except (OSError, RowError) as error:
+        complain(f"the operator's rows cannot be read: {error}")
+        return None
+    table = file.table
+    table.expire(time.time())
+    rows = Rows(table.rows.values(), addresses=table.addresses, domains=table.domains)
+    return rows or None
 
 
 def _add_depth(config: Config, answer: Answer) -> None:
@@ -155,6 +192,10 @@ def _show(answer: Answer) -> None:
         print_table(("PREFERENCE", "HOST", "ADDRESS", "NOW"), rows)
     for part in answer.get("from", ()):
         sys.stdout.write(f"\nfrom {escape(_source(part))}\n")
+        if paused := part.get("paused"):
+            sys.stdout.write(f"  {escape(paused)}\n")
+        for address, words in part.get("paused-hosts", {}).items():
+            sys.stdout.write(f"  {escape(address)}: {escape(words)}\n")
         if problem := part.get("problem"):
             sys.stdout.write(f"  {escape(problem)}\n")
         if part["limits"]:
@@ -209,7 +250,8 @@ def _facts(answer: Answer) -> Iterator[tuple[str, object, str]]:
 
 def _source(part: dict[str, Any]) -> str:
     address = part["local-ip"] or "an address that the system chooses"
-    return f"{address}, as {part['ehlo']} ({part['ehlo-where']})"
+    weight = f", weight {part['weight']}" if part["weight"] != 1 else ""
+    return f"{address}, as {part['ehlo']} ({part['ehlo-where']}){weight}"
 
 
 def _limit(limit: dict[str, Any]) -> Iterator[object]:

@@ -22,9 +22,10 @@ from mailerq.net.resolver import NoHosts
 from mailerq.outbound.cells import Count
 from mailerq.outbound.refusals import Scope
 from mailerq.outbound.sites import HostMemory, Site, Sites
+from mailerq.outbound.stops import peer_of
 from mailerq.rules import responses
 from mailerq.rules.destinations import place_of
-from mailerq.rules.plan import Hold, Plan, Refuse, Send
+from mailerq.rules.plan import Hold, Park, Plan, Refuse, Send
 from mailerq.rules.responses import Fate, Outcome
 from mailerq.rules.routes import Route
 from mailerq.rules.shaping import Bound
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from mailerq.config import Config
     from mailerq.outbound.limits import Limits, Want
     from mailerq.outbound.seeing import Seeing
+    from mailerq.rules.row import Row
+    from mailerq.rules.rows import Rows
 
-__all__ = ["Explainer", "Question"]
+__all__ = ["Explainer", "Question", "words_of_row"]
 
 ANYBODY: Final = "postmaster"
 """The recipient in a domain of which nobody is named."""
@@ -52,20 +55,22 @@ class Question(NamedTuple):
     recipient: str
     envelope: str = ""
     ips: tuple[str, ...] = ()
+    pool: str = ""
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> Self:
         """The question in a request. Raises `MailerqError`."""
         recipient, envelope = request.get("recipient"), request.get("envelope", "")
         ips = request.get("ips", [])
-        texts = [recipient, envelope, *ips] if isinstance(ips, list) else [None]
+        pool = request.get("pool", "")
+        texts = [recipient, envelope, pool, *ips] if isinstance(ips, list) else [None]
         if not all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts):
             raise MailerqError("expected an address or a domain, a sender, and local addresses")
-        return cls(str(recipient), str(envelope), tuple(ips))
+        return cls(str(recipient), str(envelope), tuple(ips), str(pool))
 
     def answer(self) -> dict[str, Any]:
         """The beginning of an answer."""
-        return {"recipient": self.recipient, "envelope": self.envelope, "ips": list(self.ips)}
+        return {**self._asdict(), "ips": list(self.ips)}
 
     def message(self) -> Message:
         """The document of a message as it is asked about."""
@@ -74,6 +79,8 @@ class Question(NamedTuple):
         properties: dict[str, Any] = {"envelope": self.envelope, "recipient": recipient}
         if self.ips:
             properties["ips"] = list(self.ips)
+        if self.pool:
+            properties["pool"] = self.pool
         return Message(properties)
 
 
@@ -92,6 +99,7 @@ class Explainer:
         decide: Decide,
         *,
         now: Callable[[], float],
+        rows: Rows | None = None,
         seeing: Seeing | None = None,
         look_up: Callable[[Route], object] | None = None,
     ) -> None:
@@ -100,6 +108,7 @@ class Explainer:
         self._sites = sites
         self._decide = decide
         self._now = now
+        self._rows = rows
         self._seeing = seeing
         self._look_up = look_up
         """Starts a look-up that may take long; without it `explain` waits for the look-up."""
@@ -120,6 +129,8 @@ class Explainer:
             return {**answer, **_of_outcome(decision.outcome)}
         if isinstance(decision, Hold):
             return {**answer, "decision": "hold", "until": format_time(decision.until)}
+        if isinstance(decision, Park):
+            return {**answer, **self._of_park(message, decision)}
         answer |= self._of_route(decision)
         found = await self._find(decision.route)
         if found is None:
@@ -130,10 +141,16 @@ class Explainer:
             return {**answer, **_of_outcome(outcome), **self._setting(found.setting)}
         if found.outcome is not None:
             return {**answer, **_of_outcome(found.outcome), **self._setting(found.setting)}
+        stop = None if self._seeing is None else self._seeing.stop_at(message, decision, found)
+        if isinstance(stop, Park):
+            return {**answer, **self._of_park(message, stop), **self._of_site(found)}
+        if stop is not None:
+            return {**answer, **_of_outcome(stop.outcome), **self._of_site(found)}
         answer |= {"decision": "send", **self._of_site(found)}
-        answer["from"] = [
-            self._of_source(decision, found, ip) for ip in decision.local_ips or (None,)
-        ]
+        sources = [self._of_source(decision, found, ip) for ip in decision.local_ips or (None,)]
+        answer["from"] = sources
+        if all("paused" in part for part in sources):
+            answer |= {"decision": "wait", "reason": sources[0]["paused"], "where": "mailerq pause"}
         return answer
 
     async def _find(self, route: Route) -> Site | NoHosts | None:
@@ -149,6 +166,18 @@ class Explainer:
 
     def _setting(self, key: str) -> dict[str, Any]:
         return {"where": self._config.place(key)} if key else {}
+
+    def _of_park(self, message: Message, decision: Park) -> dict[str, Any]:
+        """A pause keeps the message, under a key of its own."""
+        key = place_of({**message.properties, "paused": decision.row}).destination
+        row = None if self._rows is None else self._rows.by_id.get(decision.row)
+        return {
+            "decision": "wait",
+            "reason": f"pause {decision.row}" if row is None else words_of_row(row),
+            "where": "mailerq pause",
+            "until": None if row is None or row.until is None else format_time(row.until),
+            "destination": {"key": key, "due": False, "next": None},
+        }
 
     def _of_route(self, decision: Send) -> dict[str, Any]:
         """Which host, and what decides that."""
@@ -179,7 +208,7 @@ class Explainer:
         return {
             "site": {
                 "label": site.label,
-                "apart": site.group,
+                "apart": site.group or site.apart,
                 "where": shaping.where_of_group(site.group),
             },
             "provider": {"name": provider, "where": shaping.where_of_provider(provider)},
@@ -196,10 +225,14 @@ class Explainer:
 
     def _of_source(self, decision: Send, site: Site, local_ip: str | None) -> dict[str, Any]:
         """What holds for mail from one local address, and what its flow does."""
+        local = self._limits.shaping.local_ips
+        name = None if local_ip is None else local.name_of(local_ip)
+        keys = [key for key in ("addresses-file", "dns-helofile") if self._config.text(key)]
         part: dict[str, Any] = {
             "local-ip": local_ip,
-            "ehlo": self._config.hostname,
-            "ehlo-where": self._config.place("hostname"),
+            "weight": 1 if local_ip is None else local.weight_of(local_ip),
+            "ehlo": name or self._config.hostname,
+            "ehlo-where": " or ".join(map(self._config.place, keys if name else ["hostname"])),
             "limits": [*self._of_limits(site, local_ip)],
             "actions": [*self._of_actions(site, local_ip)],
             "flows": [],
@@ -214,7 +247,22 @@ class Explainer:
             flow = seeing.flow_of(site, local_ip, decision.demands)
             if flow is not None:
                 part["flows"].append(seeing.describe(flow))
+        part.update(self._of_pauses(site, local_ip))
         return part
+
+    def _of_pauses(self, site: Site, local_ip: str | None) -> Iterator[tuple[str, Any]]:
+        """The operator's pauses of mail from one local address, or of some hosts."""
+        rows = self._rows
+        if rows is None:
+            return
+        peer = peer_of(site, local_ip, self._limits.shaping)
+        row = rows.flow_pause(site.apart, local_ip, peer)
+        if row is not None:
+            yield "paused", words_of_row(row)
+        found = {host.address: rows.remote_pause(local_ip, host.address) for host in site.hosts}
+        hosts = {address: words_of_row(row) for address, row in found.items() if row is not None}
+        if hosts:
+            yield "paused-hosts", hosts
 
     def _of_limits(self, site: Site, local_ip: str | None) -> Iterator[dict[str, Any]]:
         """All limits that must allow a message, and how far each is used."""
@@ -274,6 +322,15 @@ def _of_outcome(outcome: Outcome) -> dict[str, Any]:
         "decision": "wait" if outcome.fate is Fate.RETRY else "fail",
         "reason": " ".join(str(part) for part in said if part),
     }
+
+
+def words_of_row(row: Row) -> str:
+    """An operator's row on one line."""
+    scope = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in row.scope.items())
+    until = "" if row.until is None else f" until {format_time(row.until)}"
+    by = f" by {row.who}" if row.who else ""
+    reason = f": {row.reason}" if row.reason else ""
+    return f"{row.kind} {row.id} of {scope or 'all mail'}{until}{by}{reason}"
 
 
 def _of_host(memory: HostMemory | None, address: str) -> str:

@@ -157,10 +157,10 @@ def _messages(flow: Flow) -> int:
 def _of_destination(seeing: Seeing, key: str) -> dict[str, Any]:
     """The row of mail without a flow: it is not due yet, or its hosts are still to be found."""
     found = seeing.destination(key)
-    reason = "its hosts are to be found" if found["due"] else "a time to come: it is not due yet"
     return {
         "id": key, "site": key, "local-ip": None, "demands": [], "kind": "mail",
         "destinations": [key], "more-destinations": 0, "messages": 0, "memory": 0,
         "connections": 0, "opening": 0, "idle": 0,
-        "limited-by": reason, "until": found["next"], "seconds": None, "reply": "",
+        "limited-by": seeing.reason_of_key(key), "until": found["next"], "seconds": None,
+        "reply": "",
     }  # fmt: skip

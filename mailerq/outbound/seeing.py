@@ -11,12 +11,15 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mailerq.message import format_time
-from mailerq.outbound.explaining import Explainer
-from mailerq.outbound.jobs import words_of
+from mailerq.outbound.explaining import Explainer, words_of_row
+from mailerq.outbound.jobs import Job, words_of
 from mailerq.outbound.limits import CONNECTIONS
 from mailerq.outbound.pause import Pause
+from mailerq.queues import Lease
+from mailerq.rules.destinations import parked_by
 
 if TYPE_CHECKING:
+    from mailerq.message import Message
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.flow import Flow
     from mailerq.outbound.intake import Destination, Intake
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from mailerq.outbound.openings import Openings
     from mailerq.outbound.sites import Site, Sites
     from mailerq.rules.logins import Demand
+    from mailerq.rules.plan import Park, Refuse, Send
     from mailerq.rules.routes import Route
 
 __all__ = ["Reason", "Seeing"]
@@ -54,9 +58,16 @@ class Seeing:
             self.sites,
             dispatcher.decide,
             now=dispatcher.now,
+            rows=dispatcher.stops.rows,
             seeing=self,
             look_up=self._look_up,
         )
+
+    def stop_at(self, message: Message, decision: Send, site: Site) -> Refuse | Park | None:
+        """What the operator's rows say about a message at these hosts."""
+        if self.dispatcher.stops.rows is None:
+            return None
+        return self.dispatcher.stops.late(Job(Lease(0, "", message), message, decision, 1), site)
 
     def _look_up(self, route: Route) -> None:
         """Find the hosts of a target, however long that takes."""
@@ -111,8 +122,28 @@ class Seeing:
 
     def reason(self, each: Flow | Pause) -> Reason:
         """What keeps a flow from sending more now; the first of all reasons."""
+        if each.paused:
+            return self.reason_of_row(each.paused)
         reasons = _of_pause(each) if isinstance(each, Pause) else self._of_flow(each)
         return next(reasons)
+
+    def reason_of_row(self, number: int) -> Reason:
+        """The operator's row that stops mail."""
+        rows = self.dispatcher.stops.rows
+        row = None if rows is None else rows.by_id.get(number)
+        if row is None:
+            return Reason(f"pause {number}")
+        until = math.inf if row.until is None else row.until - self.dispatcher.now() + monotonic()
+        return Reason(words_of_row(row), until)
+
+    def reason_of_key(self, key: str) -> str:
+        """Why mail under a key has no flow."""
+        if row := parked_by(key):
+            return self.reason_of_row(row).text
+        found = self.intake.known(key)
+        if found is not None and found.waits:
+            return "its hosts are to be found"
+        return "a time to come: it is not due yet"
 
     def _of_flow(self, flow: Flow) -> Iterator[Reason]:
         dispatcher, rights = self.dispatcher, flow.rights

@@ -43,8 +43,20 @@ if TYPE_CHECKING:
     from mailerq.outbound.sites import Site, Sites
     from mailerq.queues import Lease
     from mailerq.rules.rows import Rows
+    from mailerq.rules.shaping import Shaping
 
-__all__ = ["Stops"]
+__all__ = ["Stops", "peer_of"]
+
+
+def peer_of(site: Site, local_ip: str | None, shaping: Shaping) -> Peer:
+    """What rows compare of a site, as far as a local address can reach it."""
+    hosts: Iterable[Host] = site.hosts
+    if local_ip is not None:
+        six = ":" in local_ip
+        hosts = [host for host in hosts if (":" in host.address) == six]
+    names = frozenset(host.name.lower().rstrip(".") for host in site.hosts)
+    return Peer(names, frozenset(host.address for host in hosts), shaping.provider_of(names))
+
 
 ASIDE_SECONDS: Final = 60.0
 """How long a message waits for another address if a row forbids those that could send it."""
@@ -156,13 +168,7 @@ class Stops:
 
     def _peer(self, site: Site, local_ip: str | None) -> Peer:
         """What rows compare of a site, as far as a local address can reach it."""
-        hosts: Iterable[Host] = site.hosts
-        if local_ip is not None:
-            six = ":" in local_ip
-            hosts = [host for host in hosts if (":" in host.address) == six]
-        names = frozenset(host.name.lower().rstrip(".") for host in site.hosts)
-        provider = self._dispatcher.limits.shaping.provider_of(names)
-        return Peer(names, frozenset(host.address for host in hosts), provider)
+        return peer_of(site, local_ip, self._dispatcher.limits.shaping)
 
     # Changes
 
