@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self, overload
 
@@ -40,6 +41,7 @@ from mailerq.net.seen import merged_answers, merged_pages
 from mailerq.net.slots import Slots
 from mailerq.net.statistics import total
 from mailerq.net.tls import Handshakes
+from mailerq.net.tracing import Traceable, Tracing
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
 from mailerq.outbound import operators
@@ -171,6 +173,7 @@ class Engine:
         self._misspelt = Misspelt()
         self._deliveries: dict[int, _Delivery] = {}
         self._keeper: Keeper
+        self._tracing: Tracing
         self._watchdog: Watchdog
         self._nursery: trio.Nursery
         self._handlers: list[tuple[str, Handler]] = []
@@ -281,6 +284,8 @@ class Engine:
         stack.push_async_callback(self._keeper.close)
         self._listener = Listener(self._server, self._workers, ports, incoming)
         self._limits.days = Days(os.path.join(config.queue_directory, DAYS))
+        name = "" if self._share is None else f"{share}."
+        self._tracing = Tracing(self._workers, self._sessions_of, name)
         nursery = self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.push_async_callback(self._stop)
         if self._share is None:
@@ -656,7 +661,20 @@ class Engine:
                 self._deliveries, self.config, request
             ),
             "note": control.note,
+            "trace": self._trace,
         }
+
+    def _trace(self, request: control.Request) -> control.Lines:
+        """The dialogue of sessions, see `mailerq.net.tracing`."""
+        return control.Lines(partial(self._tracing.write, self._tracing.check(request)))
+
+    def _sessions_of(self, worker: Worker) -> list[Traceable]:
+        """The open sessions of a worker, on its thread."""
+        sessions: list[Traceable] = [*self._listener.sessions_of(worker)]
+        if worker is self._workers[0]:
+            for delivery in self._deliveries.values():
+                sessions += delivery.dispatcher.sessions
+        return sessions
 
     def _wake(self, request: control.Request) -> dict[str, bool]:
         for delivery in self._deliveries.values():

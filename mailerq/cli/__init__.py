@@ -39,6 +39,7 @@ _COMMANDS: Final = {
     "status": "mailerq.cli.status",
     "suppress": "mailerq.cli.rows:suppress",
     "top": "mailerq.cli.top",
+    "trace": "mailerq.cli.trace",
 }
 """The module of each command, and its function if that is not `main`."""
 

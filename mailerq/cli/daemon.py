@@ -50,6 +50,7 @@ commands:
   mailerq suppress …     fail mail to some recipients at once
   mailerq error …        force a reply for some mail; 'mailerq rows list' shows all three
   mailerq status         how the running daemon is
+  mailerq trace          what its sessions say while they run, without secrets
   mailerq reload         have the running daemon read its settings anew
   mailerq config         all settings, their values, and where each was set
   mailerq check-config   whether a daemon would start with these settings

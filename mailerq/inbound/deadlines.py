@@ -38,6 +38,9 @@ class Watched(Protocol):
     def shut_down(self, seconds: float) -> None:
         """End the session within `seconds`: the engine stops."""
 
+    def trace(self) -> bool:
+        """Let the traces of the worker see the session; False: not now, ask again."""
+
 
 class Deadlines:
     """Watches the sessions of one worker; only the worker's thread uses `sessions`."""

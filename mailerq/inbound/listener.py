@@ -17,7 +17,7 @@ import trio
 from mailerq.address import host_port
 from mailerq.config import Config
 from mailerq.errors import ConfigError
-from mailerq.inbound.deadlines import Deadlines
+from mailerq.inbound.deadlines import Deadlines, Watched
 from mailerq.inbound.services import Services
 from mailerq.inbound.session import Session
 from mailerq.net.slots import Slots
@@ -168,6 +168,10 @@ class Listener:
     @property
     def open_sessions(self) -> int:
         return self._open
+
+    def sessions_of(self, worker: Worker) -> list[Watched]:
+        """The open sessions of a worker, on its thread."""
+        return list(self._deadlines[worker].sessions)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accept until `stop`."""

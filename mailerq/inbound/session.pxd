@@ -22,6 +22,7 @@ cdef class Session:
     cpdef is_overdue(self, now, short)
     cpdef expire(self)
     cpdef hurry(self)
+    cpdef trace(self)
     cpdef _cut_handshake(self)
     cpdef _say_goodbye(self)
     cpdef _admit(self)

@@ -31,6 +31,7 @@ from mailerq.inbound.reception import UNKNOWN, Client, refusal_reply
 from mailerq.inbound.services import Services
 from mailerq.inbound.spool import Claim, Spool, is_in_file
 from mailerq.net.stream import Stream, StreamLost
+from mailerq.net.tracing import attach
 from mailerq.net.worker import Worker
 from mailerq.plugins import NOTHING, Reject
 from mailerq.queues.embedded.disk import NO_SPACE
@@ -38,6 +39,7 @@ from mailerq.rules.access import is_loopback
 from mailerq.wire import proxy, server, smtp
 from mailerq.wire.refusals import CONTENT_LINE
 from mailerq.wire.smtp import Reply
+from mailerq.wire.transcript import Pending
 
 __all__ = ["Session"]
 
@@ -177,6 +179,20 @@ class Session:
         """Other sessions wait for a handshake place. From any thread."""
         self.worker.call(self._cut_handshake)
 
+    def trace(self) -> bool:
+        """Let the traces of the worker see the session; False: not now, ask again."""
+        if self._over or self._stream.tap is not None:
+            self._join_traces()
+            return True
+        may_join = self._waiting and self._machine.is_at_command and not self._handshaking
+        if may_join:
+            self._join_traces()
+        return may_join
+
+    def _join_traces(self, *due: Pending) -> None:
+        client = self._client
+        attach(self._stream, self.worker.traces, "in", client.remote, client.local, due)
+
     def _cut_handshake(self) -> None:
         if self._handshaking:
             self.expire()
@@ -200,6 +216,8 @@ class Session:
                 return False
             reply = self._admit()
         self._mute = self._implicit_tls
+        if self.worker.traces:
+            self._join_traces(Pending.COMMAND)
         machine.xclient = self._terms.access.may_xclient(self._client.standing)
         self._know_client()
         if reply is None:
@@ -592,6 +610,8 @@ class Session:
                 self._machine.close(refusal, "the client of a proxy is refused")
                 return
         self._know_client()
+        if self.worker.traces and not self._machine.unfinished:
+            self._join_traces(Pending.COMMAND)
         self._machine.accept()
 
     # Content.

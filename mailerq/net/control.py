@@ -1,6 +1,7 @@
 """The socket on which the command line talks to a running engine.
 
-A request and its reply are one JSON object on a line each. The socket is in the queue directory:
+A request and its reply are one JSON object on a line each; a few commands reply with any number of
+lines, until the asker closes the connection. The socket is in the queue directory:
 users that may read the queue may ask.
 """
 
@@ -12,6 +13,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
@@ -21,7 +23,9 @@ from mailerq.message import decode_properties, encode_properties
 from mailerq.plugins import stray_close
 from mailerq.privileges import as_owner
 
-__all__ = ["Commands", "Request", "note", "reply_to", "serve"]
+__all__ = [
+    "Commands", "Lines", "Request", "Send", "note", "reply_to", "serve", "serve_one",
+]  # fmt: skip
 
 log = logging.getLogger("mailerq.control")
 operators = logging.getLogger("mailerq.operator")
@@ -43,6 +47,16 @@ EXHAUSTED_SECONDS: Final = 0.1
 Request = dict[str, Any]
 Commands = Mapping[str, Callable[[Request], Awaitable[object] | object]]
 """Each command gets the whole request, and returns the reply or an awaitable of the reply."""
+
+Send = Callable[[bytes], Awaitable[None]]
+"""Sends lines. When the asker is gone, the call is cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A reply of any number of lines: `write` sends them, without a timeout."""
+
+    write: Callable[[Send], Awaitable[None]]
 
 
 @contextmanager
@@ -82,7 +96,7 @@ async def serve(
                     sock = await _copy(original)
                     stray_close("the control socket")
                 else:
-                    nursery.start_soon(_serve_one, stream, commands)
+                    nursery.start_soon(serve_one, stream, commands)
     finally:
         sock.close()
         original.close()
@@ -128,24 +142,54 @@ def _listen(directory: str) -> trio.socket.SocketType:
     return trio.socket.from_stdlib_socket(sock)
 
 
-async def _serve_one(stream: trio.SocketStream, commands: Commands) -> None:
+async def serve_one(stream: trio.SocketStream, commands: Commands) -> None:
+    """Answer the request of one connection, and close it."""
     with suppress(OSError):  # a plugin may have closed the descriptor
         async with stream:
             with trio.move_on_after(ASK_SECONDS):
-                await _answer(stream, commands)
+                lines = await _answer(stream, commands)
+            if lines is not None:
+                await _write(stream, lines)
 
 
-async def _answer(stream: trio.SocketStream, commands: Commands) -> None:
+async def _answer(stream: trio.SocketStream, commands: Commands) -> Lines | None:
+    """Answer in one line, or return what answers in more."""
     request = b""
     try:
         while not request.endswith(b"\n"):
             data = await stream.receive_some()
             if not data or len(request) > LINE_LIMIT:
-                return
+                return None
             request += data
-        await stream.send_all(await reply_to(request, commands))
+        reply = await _result(request, commands)
+        if isinstance(reply, Lines):
+            return reply
+        await stream.send_all(encode_properties(reply) + b"\n")
     except trio.BrokenResourceError:
         log.debug("the asker of %r did not wait", request)
+    return None
+
+
+async def _write(stream: trio.SocketStream, lines: Lines) -> None:
+    """Send lines until their end, or until the asker is gone."""
+
+    async def send(data: bytes) -> None:
+        try:
+            await stream.send_all(data)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            nursery.cancel_scope.cancel()
+            await trio.lowlevel.checkpoint()
+
+    async def watch() -> None:
+        with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            while await stream.receive_some():
+                pass
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await lines.write(send)
+        nursery.cancel_scope.cancel()
 
 
 def note(request: Request) -> dict[str, bool]:
@@ -156,6 +200,14 @@ def note(request: Request) -> dict[str, bool]:
 
 async def reply_to(request: bytes, commands: Commands) -> bytes:
     """The line that answers a request; a failure is its ``error``."""
+    reply = await _result(request, commands)
+    if isinstance(reply, Lines):
+        reply = {"error": "the command needs a connection of its own"}
+    return encode_properties(reply) + b"\n"
+
+
+async def _result(request: bytes, commands: Commands) -> object:
+    """The reply to a request."""
     reply: object
     try:
         document = decode_properties(request)
@@ -172,4 +224,4 @@ async def reply_to(request: bytes, commands: Commands) -> bytes:
     except Exception as error:
         log.exception("a command failed")
         reply = {"error": f"{type(error).__name__}: {error}"}
-    return encode_properties(reply) + b"\n"
+    return reply

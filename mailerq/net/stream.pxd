@@ -16,10 +16,11 @@ cdef class Stream:
     cdef public _EndOfTurn _end_of_turn
     cdef public int _fd
     cdef public object _local, _remote, _lost, _tls, _incoming, _outgoing
-    cdef public object _take, _drainer
+    cdef public object _take, _drainer, tap
 
     cpdef fileno(self)
     cpdef receive_nowait(self)
+    cpdef _receive_now(self)
     cpdef rouse(self)
     cpdef _look(self)
     cpdef unread(self, data)

@@ -30,7 +30,7 @@ import ssl
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import trio
 
@@ -39,6 +39,9 @@ from mailerq.net.readiness import Socket, StreamLost
 from mailerq.plugins import stray_close
 from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
 from mailerq.turns import EndOfTurn
+
+if TYPE_CHECKING:
+    from mailerq.net.tracing import Tap
 
 __all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
 
@@ -102,6 +105,8 @@ class Stream:
         self._unread = b""
         self._take: Callable[[bytes], bool] | None = None
         self._digested = False
+        self.tap: Tap | None = None
+        """Gets all bytes in clear while somebody traces the session."""
         self._tls: ssl.SSLObject | None = None
         self._incoming: ssl.MemoryBIO  # set by the handshake, as the next one
         self._outgoing: ssl.MemoryBIO
@@ -194,21 +199,10 @@ class Stream:
 
     async def receive(self) -> bytes:
         """Wait for input and return it; b"" when the peer has closed. Raises `StreamLost`."""
-        if self._tls is None:
-            return await self._receive_raw()
-        while True:
-            try:
-                return self._tls.read(RECEIVE_BYTES)
-            except ssl.SSLWantReadError:
-                await self._send_tls()
-                data = await self._receive_raw()
-                if not data:
-                    return b""
-                self._incoming.write(data)
-            except ssl.SSLZeroReturnError:
-                return b""
-            except ssl.SSLError as error:
-                raise StreamLost(str(error)) from error
+        data = await (self._receive_raw() if self._tls is None else self._receive_tls())
+        if self.tap is not None:
+            self.tap.received(data)
+        return data
 
     async def digest(self, take: Callable[[bytes], bool]) -> None:
         """Call `take` with all input, and with b"" at the end, until `take` returns True.
@@ -248,6 +242,12 @@ class Stream:
 
     def receive_nowait(self) -> bytes | None:
         """Read from a plain stream now: None without input, b"" at the end. Raises `StreamLost`."""
+        came = self._receive_now()
+        if self.tap is not None and came is not None:
+            self.tap.received(came)
+        return came
+
+    def _receive_now(self) -> bytes | None:
         self._raise_lost()
         if self._unread:
             data, self._unread = self._unread, b""
@@ -290,6 +290,8 @@ class Stream:
 
     def write(self, data: bytes) -> None:
         """Put bytes into the buffer; they leave at the end of the turn, or behind earlier ones."""
+        if self.tap is not None:
+            self.tap.sent(data)
         if self._tls is not None:
             try:
                 self._tls.write(data)
@@ -413,9 +415,14 @@ class Stream:
                 raise StreamLost(f"TLS handshake failed: {error.reason or error}") from error
         await self._send_tls()
         self._tls = tls
+        if self.tap is not None:
+            self.tap.secured(tls.version(), tls.cipher())
 
     def close(self) -> None:
         """Close the socket; with TLS, send close_notify if no output was cut off and it fits."""
+        if self.tap is not None:
+            self.tap.ended()
+            self.tap = None
         if self._fd < 0:
             return
         self.flush()
@@ -448,12 +455,28 @@ class Stream:
         if error.errno in (errno.EBADF, errno.ENOTSOCK):
             self.stray()
 
+    async def _receive_tls(self) -> bytes:
+        assert self._tls is not None
+        while True:
+            try:
+                return self._tls.read(RECEIVE_BYTES)
+            except ssl.SSLWantReadError:
+                await self._send_tls()
+                data = await self._receive_raw()
+                if not data:
+                    return b""
+                self._incoming.write(data)
+            except ssl.SSLZeroReturnError:
+                return b""
+            except ssl.SSLError as error:
+                raise StreamLost(str(error)) from error
+
     async def _receive_raw(self) -> bytes:
         while True:
             if not (self._socket.readable or self._unread):
                 self._served_since = 0.0
                 await self._socket.wait_readable()
-            data = self.receive_nowait()
+            data = self._receive_now()
             if data is not None:
                 now = monotonic()
                 if not self._served_since:

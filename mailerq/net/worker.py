@@ -18,12 +18,15 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TypeVarTuple
+from typing import TYPE_CHECKING, TypeVarTuple
 
 import trio
 
 from mailerq.plugins import Context, Plugins
 from mailerq.turns import EndOfTurn
+
+if TYPE_CHECKING:
+    from mailerq.net.tracing import Trace
 
 __all__ = ["Worker", "open_workers"]
 
@@ -37,6 +40,8 @@ class Worker:
         self.index = index
         self.load = 0
         """The number of its sessions; the code that assigns sessions maintains this."""
+        self.traces: tuple[Trace, ...] = ()
+        """The active traces, which sessions that begin may join."""
         self.context: Context
         self.nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken

@@ -486,6 +486,11 @@ class Dispatcher:
         self._some_session.set()
         self._nursery.start_soon(session.run)
 
+    @property
+    def sessions(self) -> list[Session]:
+        """The open sessions."""
+        return list(self._sessions)
+
     def session_over(self, session: Session) -> None:
         """Note that a session has ended."""
         del self._sessions[session]

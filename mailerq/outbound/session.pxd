@@ -27,6 +27,7 @@ cdef class Session:
     cpdef check(self, double late)
     cpdef _is_patient(self, double now)
     cpdef settled(self)
+    cpdef trace(self)
     cpdef _withdraw(self)
     cpdef limit_over(self, key)
     cpdef _may_go_on(self)

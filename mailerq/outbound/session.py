@@ -57,6 +57,7 @@ from mailerq.mail.seven_bit import Converted, convert, to_seven_bit
 from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.net.stream import CannotBind, Stream, StreamLost
+from mailerq.outbound import traced
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Allowance
 from mailerq.outbound.openings import QUICK_SECONDS
@@ -241,6 +242,10 @@ class Session:
         minutes = BLOCK_MINUTES if self._sending else REPLY_MINUTES.get(self._protocol.step, 1)
         return now < self._deadline + patience(self._timeout, minutes) - self._timeout
 
+    def trace(self) -> bool:
+        """Let the traces of the worker see the session; False: not now, ask again."""
+        return traced.join(self)
+
     def settled(self) -> None:
         """A reported result is committed."""
         self._unsettled -= 1
@@ -294,6 +299,8 @@ class Session:
                     self.refusal = refusal
                 continue
             report = await self._session(host, left)
+            if self.worker.traces and report is not None and report.remote_ip is None:
+                traced.not_connected(self, host, report)
             self.flow.rights.give_back_host(self)
             if report is None:
                 self.refusal = None
@@ -346,6 +353,8 @@ class Session:
         self._domains.clear()
         try:
             self._local, self.remote = stream.local[0], host.address
+            if self.worker.traces:
+                traced.join(self)
             return await self._talk()
         finally:
             stream.close()

@@ -277,6 +277,12 @@ class ClientProtocol:
         return "BINARYMIME" in self.extensions and "CHUNKING" in self.extensions
 
     @property
+    def due(self) -> tuple[Step, ...] | None:
+        """The steps whose replies are due; None within a reply or a body."""
+        within = self._at < len(self._input) or self._lines or self._body_due or self._output
+        return None if within or self._over else tuple(self._due)
+
+    @property
     def ended(self) -> bool:
         """True if the session cannot continue."""
         return self._over is not None

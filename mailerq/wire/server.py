@@ -186,6 +186,11 @@ class ServerProtocol:
         return self._position < len(self._buffer) or self._discarding > 0 or self.in_content
 
     @property
+    def is_at_command(self) -> bool:
+        """Whether the next byte of the peer begins a command."""
+        return self.state is _COMMAND and not self.unfinished
+
+    @property
     def nuisance(self) -> bool:
         """Whether the peer is beyond a soft limit, and should be answered slowly."""
         return self.errors > SOFT_ERROR_LIMIT or self._idle_commands > SOFT_IDLE_COMMAND_LIMIT

@@ -77,6 +77,7 @@ class StubWorker:
     def __init__(self, index: int, nursery: trio.Nursery, context: Any) -> None:
         self.index = index
         self.load = 0
+        self.traces = ()
         self.context = context
         self.nursery = nursery
         self.token = trio.lowlevel.current_trio_token()

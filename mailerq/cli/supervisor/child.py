@@ -132,26 +132,33 @@ class _Requests:
         self._stream = stream
         self._who = who(share)
         self._files = deque[int]()
-        """Files that came along with reload requests, in order."""
+        """Files that came along with requests, in order."""
         self._engine = engine
         self._started = started
         self._stop = stop
+        self._nursery: trio.Nursery
         self._of_engine = engine.commands()
         self._commands: control.Commands = {
             **self._of_engine,
             "reload": self._reload,
+            "connect": self._connect,
             **{name: self._pass_on(name) for name in LONG},
         }
 
     async def serve(self) -> None:
         """Execute requests until cancelled; stop the engine when the parent is gone."""
-        lines = b""
-        with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            while data := await self._receive():
-                *requests, lines = (lines + data).split(b"\n")
-                for request in requests:
-                    await self._stream.send_all(await control.reply_to(request, self._commands))
+        async with trio.open_nursery() as self._nursery:
+            with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                await self._serve()
+            self._nursery.cancel_scope.cancel()
         stop_soon(self._engine, self._started, self._stop)
+
+    async def _serve(self) -> None:
+        lines = b""
+        while data := await self._receive():
+            *requests, lines = (lines + data).split(b"\n")
+            for request in requests:
+                await self._stream.send_all(await control.reply_to(request, self._commands))
 
     async def _receive(self) -> bytes:
         """The parent's input, and the files that come along."""
@@ -162,6 +169,15 @@ class _Requests:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._files.extend(number for (number,) in FILE.iter_unpack(content))
         return data
+
+    def _connect(self, request: control.Request) -> dict[str, Any]:
+        """Serve the connection that came along as the control socket serves one."""
+        if not self._files:
+            raise MailerqError("no descriptor is left for a connection")
+        sock = trio.socket.from_stdlib_socket(socket.socket(fileno=self._files.popleft()))
+        stream = trio.SocketStream(sock)
+        self._nursery.start_soon(control.serve_one, stream, self._of_engine)
+        return {}
 
     def _reload(self, request: control.Request) -> dict[str, Any]:
         """Take the settings in the file that came along, or only report what is wrong with them."""

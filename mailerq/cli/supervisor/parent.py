@@ -38,6 +38,7 @@ from mailerq.cli.common import complain
 from mailerq.cli.reloading import Source, follow, reply, tell
 from mailerq.cli.serving import OVERDUE_SECONDS, RELOAD_SIGNAL, STOP_SIGNALS, join, obey
 from mailerq.cli.supervisor.process import Ended, NoStart, Process, describe
+from mailerq.cli.supervisor.relay import relay
 from mailerq.config import Config
 from mailerq.errors import ConfigError, MailerqError, Problem
 from mailerq.inbound.listener import PORT_OPTIONS, reserve
@@ -46,6 +47,7 @@ from mailerq.message import encode_properties, format_time
 from mailerq.net import control
 from mailerq.net.seen import merged_answers, merged_pages
 from mailerq.net.statistics import total
+from mailerq.net.tracing import Wanted
 from mailerq.privileges import keep_for_ports
 
 __all__ = ["serve"]
@@ -263,6 +265,7 @@ class _Parent:
             "reload": self._answer,
             "queue-change": self._change,
             "note": control.note,
+            "trace": self._trace,
         }
 
     async def _status(self, request: control.Request) -> dict[str, Any]:
@@ -326,6 +329,11 @@ class _Parent:
         if not found:
             raise MailerqError("no process answers")
         return found
+
+    def _trace(self, request: control.Request) -> control.Lines:
+        """The lines of all processes."""
+        wanted = Wanted.of(request)
+        return control.Lines(partial(relay, self._children.values, request, wanted.seconds))
 
     async def _message_ids(self, request: control.Request) -> dict[str, Any]:
         """Ids from one process; those that owe an answer are asked last."""

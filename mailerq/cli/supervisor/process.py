@@ -157,6 +157,17 @@ class Process:
             raise MailerqError(f"{self}: {question.reply['error']}")
         return question.reply
 
+    async def connect(self, seconds: float) -> trio.SocketStream:
+        """A connection to the process, for one request. Raises as `ask`, and OSError."""
+        with ExitStack() as stack:
+            ours, theirs = socket.socketpair()
+            stack.enter_context(theirs)
+            stack.callback(ours.close)
+            await self.ask("connect", seconds, file=theirs.fileno())
+            theirs.close()
+            stack.pop_all()
+        return trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+
     async def listen(self) -> None:
         """Give each reply to the oldest request, until the process ends."""
         failed = False
