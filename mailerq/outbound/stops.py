@@ -101,9 +101,13 @@ class Stops:
         """Whether a message that its flow cannot take has been put where no other flow reads it.
 
         A row may leave a message fewer addresses than the rest of its destination has. If the flow
-        of such an address has to wait, another one would take the message again and again.
+        of such an address has to wait, another one would take the message again and again, or the
+        destination would be spread again and again.
         """
-        if not any(other is not flow and other.takes_mail for other in destination.flows):
+        flows = destination.flows
+        if len(flows) >= destination.width and not any(
+            other is not flow and other.takes_mail for other in flows
+        ):
             return False
         decision: Park | Hold
         if flow.paused:
