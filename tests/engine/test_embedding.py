@@ -33,7 +33,7 @@ NEVER_SENT: list[tuple[dict[str, Any], str]] = [
     ({"envelope": "a@b..test"}, "property envelope: 'b..test' is not a domain"),
     ({"mime": None}, "property mime: is missing"),
     ({"mime": ["x"]}, "property mime: expected a string or an object, found an array"),
-    ({"mime": {"subject": "hi"}}, "property mime: is an object"),
+    ({"mime": {"content": {"blocks": []}}}, "property mime.content: is an object"),
     ({"mime": "Received: x\r\n" * 101 + "\r\n"}, "property mime: has more than 100 Received"),
     ({"delayed": "tomorrow"}, "property delayed: 'tomorrow' is not a time"),
     ({"maxdelivertime": "2001-01-01 00:00:00"}, "property maxdelivertime: 2001-01-01 00:00:00 has"),
