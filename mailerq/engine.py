@@ -277,7 +277,8 @@ class Engine:
         cells = SharedCells(os.path.join(config.queue_directory, CELLS), share, processes)
         stack.callback(cells.close)
         self._limits = Limits(shaping, cells, processes)
-        self._keeper = Keeper(config.queue_directory, self._rows_changed)
+        pools = shaping.local_ips.pools
+        self._keeper = Keeper(config.queue_directory, self._rows_changed, pools=pools)
         self._kept = KeptActions(self._keeper)
         react(self._limits, answers, self._kept)
         await self._keeper.open()
@@ -478,6 +479,7 @@ class Engine:
         react(self._limits, answers, self._kept)
         self._kept.follow(self._keeper.table, self._limits.refusals)
         regrouped = self._limits.change(shaping)
+        self._keeper.change_pools(shaping.local_ips.pools)
         reroute = regrouped or not alike(config, before, *ROUTES)
         for delivery in self._deliveries.values():
             delivery.queues.configure(config)

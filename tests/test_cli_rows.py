@@ -85,11 +85,23 @@ def test_each_change_names_who_when_and_why_in_the_audit_file(tmp_path: Path) ->
     assert all(line["who"] and line["time"] for line in lines)
 
 
+def test_a_pool_of_addresses_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "addresses.toml"
+    file.write_text('[[pool]]\nname = "bulk"\naddresses = ["192.0.2.1"]\n')
+    for kind in ("pause", "error"):
+        run(tmp_path, kind, "add", "--pool=bulk", "--domain=b.test", f"--addresses-file={file}")
+        (row,) = documents(tmp_path, kind, "list")
+        assert row["pool"] == "bulk"
+        assert "pool bulk, domain b.test" in run(tmp_path, kind, "list")
+
+
 @pytest.mark.parametrize(("words", "complaint"), [
     (["pause", "add"], "--everything"),
     (["pause", "add", "--everything", "--tag=news"], "not both"),
     (["pause", "add", "--domain=not a domain"], "domain"),
     (["pause", "add", "--provider=nobody"], "limits-file has no"),
+    (["pause", "add", "--pool=bulk"], "addresses-file has no 'bulk'"),
+    (["error", "add", "--pool=bulk", "--tag=x"], "known are none"),
     (["pause", "add", "--tag=x", "--until=2001-01-01 00:00:00"], "has passed"),
     (["error", "add", "--tag=x", "--code=700"], "code"),
     (["error", "add", "--tag=x", "--code=550", "--status=4.1.1"], "contradicts"),
@@ -107,6 +119,7 @@ def test_mistakes_are_named_and_change_nothing(
 
 @pytest.mark.parametrize("words", [
     ["pause", "add", "--domain=a.test", "--site=b.test"],
+    ["pause", "add", "--local-ip=192.0.2.1", "--pool=bulk"],
     ["pause", "add", "--tag=x", "--for=never"],
     ["pause", "extend", "1"],
     ["error", "add", "--remote-ip=192.0.2.1"],

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -145,7 +145,9 @@ def _parse(name: str, kind: str, rest: Sequence[str]) -> Namespace:
 
 
 def _add_scope(parser: Parser, kind: str) -> None:
-    parser.add_argument("--local-ip", default="", help="mail that leaves from this address of ours")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--local-ip", default="", help="mail that leaves from this address of ours")
+    source.add_argument("--pool", default="", help="mail from this [[pool]] of addresses-file")
     group = parser.add_mutually_exclusive_group()
     for name, text in PLACES.items():
         if not (kind == ERROR and name == "remote-ip"):
@@ -214,13 +216,13 @@ def _add(file: RowFile, config: Config, options: Namespace) -> int:
     if kind == SUPPRESSION:
         values = _values(options)
     else:
-        names = ("local_ip", "domain", "site", "provider", "remote_ip", "tag")
+        names = ("local_ip", "pool", "domain", "site", "provider", "remote_ip", "tag")
         scope = {name: value for name in names if (value := getattr(options, name, ""))}
         if not scope and not options.everything:
             raise RowError("name a scope, or --everything; see --help")
         if scope and options.everything:
             raise RowError("a scope or --everything, not both")
-        _check_provider(config, scope.get("provider", ""))
+        _check_names(config, scope)
         parts |= scope
     if kind != PAUSE:
         usual = options.code == REPLIES[kind][0]
@@ -397,18 +399,22 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
         raise RowError(f"{path} is not UTF-8") from None
 
 
-def _check_provider(config: Config, name: str) -> None:
-    """A name that no provider has would do nothing."""
-    if not name:
+def _check_names(config: Config, scope: Mapping[str, str]) -> None:
+    """A name that no provider or no pool has would do nothing."""
+    if not scope.keys() & {"provider", "pool"}:
         return
     try:
-        names = Shaping.of(config).provider_names
+        shaping = Shaping.of(config)
     except ConfigError as error:
         complain(str(error))
         return
-    if name not in names:
-        known = ", ".join(names) or "none"
-        raise RowError(f"provider: limits-file has no {name!r}; known are {known}")
+    for name, setting, known in (
+        ("provider", "limits-file", shaping.provider_names),
+        ("pool", "addresses-file", shaping.local_ips.pools),
+    ):
+        if name in scope and scope[name] not in known:
+            words = ", ".join(known) or "none"
+            raise RowError(f"{name}: {setting} has no {scope[name]!r}; known are {words}")
 
 
 def _who() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -19,7 +19,7 @@ import trio
 from mailerq.errors import RowError
 from mailerq.net.logs import RATION_SECONDS, Ration
 from mailerq.rules.row import ERROR, PAUSE, Row
-from mailerq.rules.rows import Rows
+from mailerq.rules.rows import NO_POOLS, Rows
 from mailerq.store.row_file import RowFile
 
 __all__ = ["Keeper"]
@@ -40,13 +40,17 @@ class Keeper:
         directory: str,
         tell: Callable[[Rows | None], object],
         *,
+        pools: Mapping[str, Collection[str]] = NO_POOLS,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`pools` has the local addresses of each pool."""
         self.rows: Rows | None = None
         self.hits: dict[int, int] = {}
         """How often rows have met something; written now and then."""
         self._file = RowFile(directory, clock=clock)
         self._tell = tell
+        self._pools = pools
+        self._stale = False  # the rows in force know other pools
         self._clock = clock
         self._turn = trio.Lock()
         self._say_unread = Ration(log.error, 1, "they could not be read %d times more")
@@ -80,7 +84,7 @@ class Keeper:
         try:
             async with self._turn:
                 new = await self._follow()
-                if self._file.table.expire(self._clock()) or new:
+                if self._file.table.expire(self._clock()) or new or self._stale:
                     self._update()
         except (OSError, RowError) as error:
             self._say_unread("the operator's rows stay as they were: %s", error)
@@ -93,10 +97,24 @@ class Keeper:
             await trio.lowlevel.checkpoint()
         return True
 
+    def change_pools(self, pools: Mapping[str, Collection[str]]) -> None:
+        """Put other pools in force: at once, or when a change of the file is over."""
+        if pools == self._pools:
+            return
+        self._pools, self._stale = pools, True
+        if not self._turn.locked():
+            self._update()
+
     def _update(self) -> None:
         table = self._file.table
         table.expire(self._clock())
-        rows = Rows(table.rows.values(), addresses=table.addresses, domains=table.domains)
+        self._stale = False
+        rows = Rows(
+            table.rows.values(),
+            addresses=table.addresses,
+            domains=table.domains,
+            pools=self._pools,
+        )
         self.rows = rows if rows else None
         self._tell(self.rows)
 

@@ -73,6 +73,8 @@ class Stops:
         self._intake = intake
         self._sites = sites
         self._parked: dict[int, dict[str, None]] = {}
+        self._again: set[str] = set()
+        """Destinations of pauses whose pools have changed: a message shows what still waits."""
 
     # Messages
 
@@ -120,11 +122,12 @@ class Stops:
     def park(self, lease: Lease, row: int) -> None:
         """Close the destination where a message waits for the end of a pause."""
         key = place_of({**lease.message.properties, "paused": row}).destination
+        self._again.discard(key)
         self.holds(self._intake.destination(key))
 
     def holds(self, destination: Destination) -> bool:
         """Whether the mail of a destination waits for the end of a pause, and is not read."""
-        if self.rows is None:
+        if self.rows is None or destination.key in self._again:
             return False
         row = parked_by(destination.key)
         if not row or (found := self.rows.by_id.get(row)) is None or found.kind != PAUSE:
@@ -189,6 +192,9 @@ class Stops:
         if rows is not None:
             self._recheck(rows)
         ended, added = old.keys() - new.keys(), new.keys() - old.keys()
+        self._again.clear()
+        if moved := _moved(before, rows):
+            ended, added = ended | moved, added | moved
         if ended:
             self._end(ended, any(old[row].remote_ip for row in ended))
         pauses = [new[row] for row in added if new[row].kind == PAUSE and not new[row].tag]
@@ -204,14 +210,17 @@ class Stops:
         every: list[Flow | Pause] = [*flows.live, *flows.pauses.values()]
         for each in every:
             # The mail of a flow whose hosts are all paused waits for any of those pauses.
-            over = each.paused not in rows or (remotes and rows[each.paused].remote_ip)
+            row = rows.get(each.paused)
+            over = row is None or row.id in ended or (remotes and row.remote_ip)
             if each.paused and over:
                 if isinstance(each, Pause):
                     self._release(each)
                 else:
                     each.go_on()
-        for row in ended:
-            for key in self._parked.pop(row, ()):
+        for number in ended:
+            for key in self._parked.pop(number, ()):
+                if number in rows:
+                    self._again.add(key)
                 self._intake.reopen(key)
 
     def _begin(self, flow: Flow, rows: Rows) -> None:
@@ -274,6 +283,19 @@ class Stops:
 def _may_stop(row: Row, flow: Flow) -> bool:
     """Whether it is worth the time to see whether a pause is about a flow: there may be many."""
     apart = flow.site.apart
-    return (not row.local_ip or flow.local_ip is not None) and (
+    return (not (row.local_ip or row.pool) or flow.local_ip is not None) and (
         not row.domain or (bool(apart) and row.domain in patterns(apart))
     )
+
+
+def _moved(before: Rows | None, rows: Rows | None) -> set[int]:
+    """The rows that hold on, for a pool that has other addresses now."""
+    if before is None or rows is None or before.pools == rows.pools:
+        return set()
+    return {
+        number
+        for number, row in rows.by_id.items()
+        if number in before.by_id
+        and row.pool
+        and set(before.pools.get(row.pool, ())) != set(rows.pools.get(row.pool, ()))
+    }

@@ -28,7 +28,7 @@ from typing import Final, NamedTuple
 
 from mailerq.rules.row import ERROR, PAUSE, Row, patterns
 
-__all__ = ["NOBODY", "Early", "Peer", "Rows"]
+__all__ = ["NOBODY", "NO_POOLS", "Early", "Peer", "Rows"]
 
 NO_ROWS: Final[Mapping[str, Row]] = {}
 NO_POOLS: Final[Mapping[str, Collection[str]]] = {}
@@ -74,7 +74,7 @@ class Rows:
         """`addresses` and `domains` are suppressed; `pools` has the addresses of each pool."""
         self._addresses = addresses
         self._domains = domains
-        self._pools = pools
+        self.pools = pools
         ordered = sorted(rows, key=lambda row: row.id)
         self.by_id = {row.id: row for row in ordered if row.kind in (PAUSE, ERROR)}
         errors = [row for row in self.by_id.values() if row.kind == ERROR]
@@ -186,7 +186,7 @@ class Rows:
             return False
         if row.local_ip:
             return row.local_ip == _plain(local_ip)
-        return local_ip in self._pools.get(row.pool, ())
+        return _plain(local_ip) in self.pools.get(row.pool, ())
 
 
 class _Buckets:

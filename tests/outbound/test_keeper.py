@@ -14,7 +14,7 @@ from mailerq.errors import RowError
 from mailerq.outbound import keeper
 from mailerq.outbound.keeper import Keeper
 from mailerq.rules.row import PAUSE, SUPPRESSION, Row
-from mailerq.rules.rows import Rows
+from mailerq.rules.rows import NOBODY, Rows
 from mailerq.store.row_file import FILE_NAME, RowFile
 from tests.support import until
 
@@ -59,6 +59,28 @@ async def test_changes_of_others_are_in_force_soon_and_at_once_when_asked(tmp_pa
         assert found.statistics() == {"pauses": 0, "errors": 0, "suppressed": 1}
         other.free(["ann@b.test"], who="ann")
         await until(lambda: found.rows is None)
+
+
+async def test_rows_know_the_addresses_of_their_pools_and_follow_them(tmp_path: Path) -> None:
+    told: list[Rows | None] = []
+    keeper = Keeper(str(tmp_path), told.append, pools={"bulk": ("192.0.2.1",)}, clock=Clock())
+    await keeper.open()
+    await keeper.add(Row(kind=PAUSE, pool="bulk"), who="ann")
+
+    def is_paused(ip: str) -> bool:
+        assert told[-1] is not None
+        return told[-1].flow_pause("", ip, NOBODY) is not None
+
+    assert [is_paused("192.0.2.1"), is_paused("192.0.2.2")] == [True, False]
+    keeper.change_pools({"bulk": ("192.0.2.2",)})
+    assert [is_paused("192.0.2.1"), is_paused("192.0.2.2")] == [False, True]
+    # While a thread changes the file, the rows are let alone.
+    count = len(told)
+    async with keeper._turn:
+        keeper.change_pools({"bulk": ("192.0.2.3",)})
+        assert len(told) == count
+    await keeper.look()
+    assert is_paused("192.0.2.3")
 
 
 async def test_a_row_is_dropped_when_its_end_comes(tmp_path: Path) -> None:

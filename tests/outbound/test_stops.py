@@ -32,8 +32,8 @@ def suppress(*values: str) -> Rows:
     )
 
 
-def obey(bench: Bench, *rows: Row) -> None:
-    bench.dispatcher.stops.change(Rows(rows) if rows else None)
+def obey(bench: Bench, *rows: Row, **pools: tuple[str, ...]) -> None:
+    bench.dispatcher.stops.change(Rows(rows, pools=pools) if rows else None)
 
 
 def recipients(bench: Bench) -> list[str]:
@@ -295,6 +295,46 @@ async def test_mail_with_another_address_leaves_from_there_while_one_is_paused()
         assert {result["from"] for result in results[6:]} == {"127.0.0.3"}
         obey(bench)
         await taken(bench, 13)
+
+
+@pytest.mark.parametrize("scope", [{}, {"tag": "news"}, {"tag": "news", "site": "*.d.test"}])
+async def test_a_pause_of_a_pool_follows_its_addresses(scope: dict[str, str]) -> None:
+    resolver = StubResolver(d_test=["127.0.0.1"])
+    async with open_bench(resolver=resolver) as bench:
+        row = pause(pool="bulk", **scope)
+
+        def send() -> None:
+            for ip in ("127.0.0.2", "127.0.0.3"):
+                bench.send("a@d.test", ips=[ip], tags=["news"])
+
+        def sources() -> list[str]:
+            return [each.results[-1]["from"] for each in bench.queues["success"]]
+
+        send()
+        await taken(bench, 2)
+        obey(bench, row, bulk=("127.0.0.2",))
+        send()
+        await taken(bench, 3)
+        await rest(bench)
+        assert sources()[2:] == ["127.0.0.3"]
+        obey(bench, row, bulk=("127.0.0.3", "127.0.0.4"))
+        await taken(bench, 4)
+        await rest(bench)
+        assert sources()[3:] == ["127.0.0.2"]
+        send()
+        await taken(bench, 5)
+        await rest(bench)
+        assert sources()[4:] == ["127.0.0.2"]
+        # What goes on waiting is not read again.
+        obey(bench, row, bulk=("127.0.0.3",))
+        await rest(bench)
+        takes = takes_of(bench)
+        bench.queues.pass_time(100)
+        bench.dispatcher.flush()
+        await rest(bench)
+        assert (len(bench.peer.mails), takes_of(bench)) == (5, takes)
+        obey(bench)
+        await taken(bench, 6)
 
 
 async def test_two_pauses_of_one_flow_both_have_to_end() -> None:
