@@ -421,3 +421,14 @@ async def test_the_rows_of_an_operator_are_explained_with_and_without_a_daemon(
         alone = await explain("d.test", *both, status=1)
         assert (alone["decision"], alone["reason"]) == ("wait", found["reason"])
         assert alone["site"]["apart"] == "d.test"
+
+
+async def test_a_row_of_a_pool_is_explained_without_a_daemon(tmp_path: Path) -> None:
+    pools = tmp_path / "addresses.toml"
+    pools.write_text('[[pool]]\nname = "bulk"\naddresses = ["192.0.2.1"]\n')
+    switches = (f"--addresses-file={pools}", f"--queue-directory={tmp_path}")
+    words = ("error", "add", "--pool=bulk", "--code=550", "--description=bulk is closed")
+    done = mailerq(*words, *switches)
+    assert done.returncode == 0, done.stderr
+    found = await explain("d.test", *switches, "--smtp-default-ips=192.0.2.1", status=1)
+    assert (found["decision"], found["reason"]) == ("fail", "550 bulk is closed")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from mailerq.address import parse_ip
@@ -115,9 +115,10 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
 
     question = Question.of(request)
     access, listed = Access.of(config), LocalAddresses.of(config)
-    limits = Limits(Shaping.of(config))
+    shaping = Shaping.of(config)
+    limits = Limits(shaping)
     limits.days = Days(os.path.join(config.queue_directory, DAYS))
-    rows = _rows(config)
+    rows = _rows(config, shaping.local_ips.pools)
     local = explain_arrival(question.recipient, config, access, listed)
     if local is not None:
         return {**question.answer(), **local}
@@ -140,7 +141,7 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
     return trio.run(run)
 
 
-def _rows(config: Config) -> Rows | None:
+def _rows(config: Config, pools: Mapping[str, Collection[str]]) -> Rows | None:
     """The operator's rows that a daemon would find."""
     from mailerq.rules.rows import Rows
     from mailerq.store.row_file import RowFile
@@ -154,7 +155,7 @@ def _rows(config: Config) -> Rows | None:
         return None
     table = file.table
     table.expire(time.time())
-    rows = Rows(table.rows.values(), addresses=table.addresses, domains=table.domains)
+    rows = Rows(table.rows.values(), addresses=table.addresses, domains=table.domains, pools=pools)
     return rows or None
 
 
