@@ -299,6 +299,11 @@ PROPERTIES: Final = (
         "The address that the next attempt leaves from, of several that it may use: the last one"
         " left from there, and its peer said to try again later.",
     ),
+    Property(
+        "refusedips", WRITTEN, "a list of strings",
+        "Addresses that the next attempt does not leave from: peers have refused the message for"
+        " them, and a pattern says `other-ip`.",
+    ),
     Property("received", WRITTEN, "a time", "When the mail was received or injected."),
     Property("hostname", WRITTEN, "a string", "The name of the server that accepted the mail."),
     Property(

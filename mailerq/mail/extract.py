@@ -416,7 +416,7 @@ _REPEATABLE: Final = frozenset({"ips", "tags"})
 _RESERVED: Final = frozenset({
     # set by the server only
     "recipient", "message-id", "received", "hostname", "connection", "cli", "spool", "http",
-    "checks", "results", "seen", "forcedip", "domain", "nextattempt", "extracted",
+    "checks", "results", "seen", "forcedip", "refusedips", "domain", "nextattempt", "extracted",
     # parameters of MAIL
     "smtputf8", "requiretls", "binarymime",
     # the body, and properties of a type that a field cannot carry

@@ -2,8 +2,9 @@
 
 Theory of operation
 -------------------
-Each attempt uses one address. Addresses that fit no host of the site, and those that could not be
-bound lately, come into question only if there is no other. Of the others the flow to the site
+Each attempt uses one address. Addresses that fit no host of the site, those that could not be
+bound lately, and those that peers have refused the message for, come into question only if there is
+no other. Of the others the flow to the site
 decides: the best are those whose flow may send now, or does not exist yet; then those that send as
 fast as they may; then those that wait for a limit; last those that are down. Among equals a lot
 decides, by the weights of the addresses. So a busy pool is used by its weights, and an address that
@@ -48,12 +49,17 @@ class Choice:
         self._dispatcher = dispatcher
         self._pauses = pauses
 
+    def able(self, job: Job, site: Site) -> list[str]:
+        """The addresses that fit the hosts and can be bound."""
+        ips, memory = job.plan.local_ips, self._dispatcher.memory
+        fitting = [ip for ip in ips if site.fits(ip)] or list(ips)
+        return [ip for ip in fitting if not memory.is_aside(ip)] or fitting
+
     def usable(self, job: Job, site: Site) -> list[str]:
         """The addresses that come into question for an attempt."""
-        plan, memory = job.plan, self._dispatcher.memory
-        ips = plan.local_ips
-        fitting = [ip for ip in ips if site.fits(ip)] or list(ips)
-        found = [ip for ip in fitting if not memory.is_aside(ip)] or fitting
+        plan, found = job.plan, self.able(job, site)
+        if plan.refused:
+            found = [ip for ip in found if ip not in plan.refused] or found
         return [plan.pinned] if plan.pinned in found else found
 
     def choose(self, job: Job, site: Site, wanted: str | None = None) -> tuple[str, int]:

@@ -268,6 +268,11 @@ class Flow:
         if refusals is not None:
             refusals.heard(self, outcome, session, session.messages if session is not None else 0)
 
+    def has_other_ip(self, job: Job) -> bool:
+        """Whether a message may leave from another address that no peer has refused it for."""
+        able = self._dispatcher.flows.choice.able(job, self.site)
+        return any(ip != self.local_ip and ip not in job.plan.refused for ip in able)
+
     @property
     def beside(self) -> Iterable[Flow]:
         """All flows of this delivery that can send."""

@@ -172,7 +172,7 @@ class Refusals:
         verdict = self.heard(flow, outcome, session, (report.messages or 1) - 1)
         if verdict is None:
             return report
-        outcome = _judged(outcome, verdict, job)
+        outcome = _judged(outcome, verdict, job, flow)
         if outcome.fate is Fate.FAILED and verdict.reaction.suppress and self._kept is not None:
             rule = next(each for each in verdict.rules if each.reaction.suppress)
             key = (rule.name, job.recipient)
@@ -383,18 +383,21 @@ def react(limits: Limits, answers: Answers | None, kept: Kept | None = None) -> 
         limits.refusals.change(answers)
 
 
-def _judged(outcome: Outcome, verdict: Verdict, job: Job) -> Outcome:
+def _judged(outcome: Outcome, verdict: Verdict, job: Job, flow: Flow) -> Outcome:
     """The outcome with the consequences for its message."""
     reaction = verdict.reaction
     after = reaction.retry_after
     fate = reaction.fate or outcome.fate
-    if reaction.other_ip and len(job.plan.local_ips) > 1:
+    other_ip = bool(reaction.other_ip) and flow.has_other_ip(job)
+    if other_ip:
         fate, after = Fate.RETRY, OTHER_IP_SECONDS
     return msgspec.structs.replace(
         outcome,
         fate=fate,
         retry_after=after,
         counted=reaction.counted is not False,
+        pins=not reaction.other_ip,
+        other_ip=other_ip,
         kind=verdict.kind,
         rule=verdict.rules[0].name,
     )

@@ -45,7 +45,7 @@ from mailerq.net.logs import LogFile, Ration
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.session import Session
 from mailerq.queues import DAMAGED_QUEUE, Lease, Publication, Queues, Settlement
-from mailerq.rules.local_ips import pin
+from mailerq.rules.local_ips import avoid, pin
 from mailerq.rules.responses import Fate
 from mailerq.rules.retry import next_attempt
 from mailerq.rules.routes import result_queues
@@ -202,6 +202,9 @@ class Settlements:
             until = now + (outcome.retry_after or MIN_PUT_OFF_SECONDS)
             if until <= expires:
                 self._counters.put_off += 1
+                if outcome.other_ip or "refusedips" in message.properties:
+                    message = Message(dict(message.properties), message.body)
+                    avoid(message.properties, report.local_ip if outcome.other_ip else None)
                 again = Publication(self._outbox, message, until)
                 self._add(Finished(Settlement(lease, (again,)), job, session))
                 return
@@ -223,7 +226,10 @@ class Settlements:
                 after=outcome.retry_after,
                 lot=self._lot(),
             )
-        if job is not None and len(job.plan.local_ips) > 1:
+        if not outcome.pins or "refusedips" in properties:
+            other_ip = outcome.other_ip and due is not None
+            avoid(properties, report.local_ip if other_ip else None)
+        if outcome.pins and job is not None and len(job.plan.local_ips) > 1:
             pin(properties)
         publications = []
         if due is not None:

@@ -84,6 +84,8 @@ def place_of(properties: Mapping[str, Any]) -> Place:
         key += f" from pool {pool}"
     if isinstance(pinned := properties.get("forcedip"), str):
         key += f" at {pinned}"
+    if isinstance(refused := properties.get("refusedips"), list):
+        key += " not from " + ",".join(sorted(map(str, refused)))
     paused = properties.get("paused")
     mark = f"{_MARK}{paused}" if type(paused) is int and 0 < paused < _MAX_ROW else ""
     if len(key) + len(mark) > MAX_KEY or not key.isprintable():

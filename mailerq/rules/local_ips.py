@@ -20,7 +20,7 @@ from mailerq.spelling import Spelling
 if TYPE_CHECKING:
     from mailerq.config import Config
 
-__all__ = ["NO_ADDRESSES", "LocalIps", "NoPool", "Warmup", "is_mapped", "pin"]
+__all__ = ["NO_ADDRESSES", "LocalIps", "NoPool", "Warmup", "avoid", "is_mapped", "pin"]
 
 KEY: Final = "addresses-file"
 HELO_KEY: Final = "dns-helofile"
@@ -172,6 +172,20 @@ def pin(properties: dict[str, Any]) -> None:
         same += 1
     if ip is not None and 0 < same < PINNED_ATTEMPTS:
         properties["forcedip"] = ip
+
+
+def avoid(properties: dict[str, Any], ip: str | None) -> None:
+    """Have the next attempt leave from another address than `ip`; None: from any again.
+
+    >>> properties = {"forcedip": "192.0.2.1", "refusedips": ["192.0.2.3"]}
+    >>> avoid(properties, "192.0.2.1")
+    >>> properties
+    {'refusedips': ['192.0.2.3', '192.0.2.1']}
+    """
+    properties.pop("forcedip", None)
+    refused = properties.pop("refusedips", None)
+    if ip is not None:
+        properties["refusedips"] = [*(refused if isinstance(refused, list) else ()), ip]
 
 
 def _is_later(result: Mapping[str, Any]) -> bool:

@@ -63,7 +63,8 @@ class Send(msgspec.Struct, frozen=True):
     `local_ips` are the addresses that the message may leave from, empty for any. `demands` is what
     a connection must prove first. `envelope` and `recipient` are in wire form. The message must not
     be sent after `expires`. Of several local addresses `pinned` is the one that the last attempt
-    left from, if the message has to come back from there.
+    left from, if the message has to come back from there. For those in `refused` peers have refused
+    the message: others come first.
     """
 
     route: Route
@@ -74,6 +75,7 @@ class Send(msgspec.Struct, frozen=True):
     local_ips: tuple[str, ...] = ()
     demands: tuple[Demand, ...] = ()
     pinned: str = ""
+    refused: tuple[str, ...] = ()
 
 
 Plan = Refuse | Hold | Park | Send
@@ -145,10 +147,14 @@ def plan(
         row, local_ips = rows.early(domain, tags, local_ips, by_domain=route.name == domain)
         if row is not None:
             return stopped(row, domain, expires)
+    refused = properties.get("refusedips")
     pinned = properties.get("forcedip") if len(local_ips) > 1 else None
     if pinned not in local_ips:
         pinned = ""
-    return Send(route, domain, envelope, recipient, expires, local_ips, demands, pinned)
+    return Send(
+        route, domain, envelope, recipient, expires, local_ips, demands, pinned,
+        tuple(map(str, refused)) if refused and isinstance(refused, list) else (),
+    )  # fmt: skip
 
 
 def stopped(row: Row, domain: str, expires: float) -> Refuse | Park:

@@ -162,7 +162,8 @@ class Outcome(msgspec.Struct, frozen=True):
     `own_fault`: a fault of this host kept the message from being sent. That is never final.
     `from_peer`: the code, the status and the description are the peer's reply. `kind` and `rule`
     are what a pattern says about the reply, with the time of the next attempt (`retry_after`, in
-    seconds), and whether this one is `counted`.
+    seconds), and whether this one is `counted`. `pins`: the next one may have to leave from the
+    same local address. `other_ip`: it leaves from another one.
     """
 
     type: str
@@ -178,6 +179,8 @@ class Outcome(msgspec.Struct, frozen=True):
     rule: str = ""
     retry_after: float | None = None
     counted: bool = True
+    pins: bool = True
+    other_ip: bool = False
 
     @property
     def reply(self) -> str:

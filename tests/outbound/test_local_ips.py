@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import trio
 
-from tests.outbound.kit import Bench, PeerConnection, open_bench
+from tests.outbound.kit import Bench, PeerConnection, Script, open_bench
+from tests.outbound.test_refusals import pattern, reacting
 
 POOL = """
 [[pool]]
@@ -31,6 +32,10 @@ def addresses_file(directory: Path, text: str = POOL) -> str:
     path = directory / "addresses.toml"
     path.write_text(text)
     return str(path)
+
+
+async def rested(bench: Bench) -> None:
+    await bench.queues.until(lambda queues: not queues.leased)
 
 
 def sources(bench: Bench) -> Counter[str]:
@@ -199,6 +204,92 @@ async def test_a_peer_that_always_says_later_is_asked_from_another_address_in_th
         assert pinned.results[-1]["from"] == free.results[-1]["from"] == "127.0.0.2"
         assert pinned.properties["forcedip"] == "127.0.0.2"
         assert "forcedip" not in free.properties
+
+
+# Refused for the address
+
+
+def refusing(*sources: str, reply: str) -> list[Script]:
+    """A peer that takes no sender from these addresses."""
+
+    async def script(peer: PeerConnection) -> None:
+        if peer.stream.socket.getpeername()[0] not in sources:
+            await peer.serve()
+            return
+        await peer.hello()
+        while line := await peer.line():
+            replies = {"MAIL": reply, "RSET": "250 reset", "QUIT": "221 bye"}
+            await peer.send(replies.get(line.partition(" ")[0], "503 MAIL first") + "\r\n")
+
+    return [script] * 100
+
+
+OTHER_IP = pattern("not from", "content", other_ip=True, retry_after="1h")
+UNCOUNTED = pattern("not from", "content", other_ip=True, retry_after="1h", count_attempt=False)
+
+
+@pytest.mark.parametrize("rule", [OTHER_IP, UNCOUNTED])
+@pytest.mark.parametrize("code", [451, 550])
+async def test_mail_that_is_refused_for_its_address_comes_from_another_one_at_once(
+    rule: str, code: int
+) -> None:
+    peer = refusing("127.0.0.2", reply=f"{code} 4.7.1 not from here")
+    async with reacting(rule, scripts=peer) as bench:
+        for _ in range(20):
+            bench.send(ips=BOTH)
+        for _ in range(3):
+            await bench.pass_time(2)
+        await bench.results("success", count=20)
+        assert sources(bench) == {"127.0.0.3": 20}
+        attempts = [len(message.results) for message in bench.queues["success"]]
+        assert set(attempts) == ({1, 2} if rule is OTHER_IP else {1})
+        assert not any("refusedips" in each.properties for each in bench.queues["success"])
+
+
+async def test_an_address_that_was_pinned_is_left_when_it_is_refused() -> None:
+    peer = refusing("127.0.0.2", reply="451 4.7.1 not from here")
+    async with reacting(OTHER_IP, scripts=peer) as bench:
+        for _ in range(5):
+            bench.send(ips=BOTH, forcedip="127.0.0.2")
+        await bench.results("retry", count=5)
+        await bench.pass_time(2)
+        assert await bench.results("success", count=5)
+        assert sources(bench) == {"127.0.0.3": 5}
+
+
+@pytest.mark.parametrize("rule", [OTHER_IP, UNCOUNTED])
+async def test_each_address_is_tried_once_before_the_message_waits(rule: str) -> None:
+    async with reacting(rule, scripts=refusing(*BOTH, reply="451 4.7.1 not from here")) as bench:
+        bench.send(ips=BOTH)
+
+        def connections() -> int:
+            return len([line for line in bench.peer.commands if line.startswith("MAIL")])
+
+        for rounds in (1, 2):
+            await bench.until(lambda figures, n=rounds: connections() == 2 * n - 1)  # type: ignore[misc]
+            await rested(bench)
+            await bench.pass_time(2)
+            await bench.until(lambda figures, n=rounds: connections() == 2 * n)  # type: ignore[misc]
+            await rested(bench)
+            await bench.pass_time(1800)
+            await rested(bench)
+            assert connections() == 2 * rounds
+            (message,) = bench.queues["outbox"]
+            assert not {"refusedips", "forcedip"} & message.properties.keys()
+            await bench.pass_time(1801)
+
+
+async def test_a_failed_message_is_not_kept_for_the_address_that_is_left() -> None:
+    async with reacting(
+        OTHER_IP, scripts=refusing(*BOTH, reply="550 5.7.1 not from here")
+    ) as bench:
+        bench.send(ips=BOTH)
+        await bench.results("retry")
+        await bench.pass_time(2)
+        assert (await bench.results("failure"))[0]["code"] == 550
+        (message,) = bench.queues["failure"]
+        assert {result["from"] for result in message.results} == set(BOTH)
+        assert "refusedips" not in message.properties
 
 
 async def test_mail_does_not_wait_for_an_address_that_cannot_be_bound_any_more() -> None:
