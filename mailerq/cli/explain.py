@@ -256,7 +256,8 @@ def _source(part: dict[str, Any]) -> str:
 
 
 def _limit(limit: dict[str, Any]) -> Iterator[object]:
-    value = format_time(limit["value"]) if limit["limit"] == "paused" else limit["value"]
+    is_time = limit["limit"] in ("paused", "closed")
+    value = format_time(limit["value"]) if is_time else limit["value"]
     yield from (limit["limit"], value, limit["scope"], limit["where"])
     words = []
     if "used" in limit:

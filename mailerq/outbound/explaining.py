@@ -28,7 +28,7 @@ from mailerq.rules.destinations import place_of
 from mailerq.rules.plan import Hold, Park, Plan, Refuse, Send
 from mailerq.rules.responses import Fate, Outcome
 from mailerq.rules.routes import Route
-from mailerq.rules.shaping import Bound
+from mailerq.rules.shaping import HOURS, Bound
 
 if TYPE_CHECKING:
     from mailerq.config import Config
@@ -44,6 +44,9 @@ ANYBODY: Final = "postmaster"
 
 MAX_TEXT: Final = 1000
 """Characters of an address in a question."""
+
+CLOSED: Final = "closed"
+"""Hours that allow nothing now; the value is when they begin."""
 
 MAX_HOSTS: Final = 32
 """Hosts whose limits are listed."""
@@ -275,8 +278,15 @@ class Explainer:
             for want in (*allowance.sending.each, *allowance.opening.each, *allowance.idle.each):
                 if want.taken.key not in seen:
                     seen.add(want.taken.key)
-                    yield {**_of_bound(want.name, want.bound, want.scope), **self._state(want)}
+                    name = CLOSED if want.name == HOURS else want.name
+                    yield {**_of_bound(name, want.bound, want.scope), **self._state(want)}
         provider = shaping.provider_of({host.name for host in site.hosts})
+        ip = local_ip or ""
+        scopes = {site.label: shaping.of_site(site.group, ip)}
+        scopes[f"provider {provider}"] = shaping.of_provider(provider, ip)
+        for scope, found in scopes.items():
+            if (bound := found.get(HOURS)) is not None and (hours := bound.hours) is not None:
+                yield {**_of_bound(HOURS, bound, scope), "value": f"{hours.text} {hours.zone}"}
         bounds = shaping.of_connection(site.group, provider, local_ip or "")
         for name, bound in bounds.items():
             yield _of_bound(name, bound, "each connection")

@@ -34,6 +34,7 @@ from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.rights import Rights
 from mailerq.outbound.session import Session
 from mailerq.rules import responses
+from mailerq.rules.shaping import HOURS
 from mailerq.wire.login import Login
 
 if TYPE_CHECKING:
@@ -348,6 +349,15 @@ class Flow:
     def limit_over(self, key: str) -> None:
         """A limit that the flow waits for may allow more."""
         self.rights.limit_over(key)
+        if (closed := self.rights.closed()) is not None:
+            self.rights.leave(self)
+            self._wait_for_limit(closed)
+            self._put_back()
+            return
+        if key.startswith(HOURS):
+            # Connections grow anew, so mail that has waited for its hours is no wave.
+            self.proven = bool(self.sessions)
+            self._allowed = len(self.sessions) + 1
         self.pump()
 
     def pump(self, beside: int = 0) -> None:
@@ -441,6 +451,8 @@ class Flow:
         """Wait for the right to open a connection, with one message in memory and no try."""
         if self.reserved:
             self._openings.forget(self)
+        if refusal.want.name == HOURS:
+            self.down = False  # at the opening the flow takes its mail from the queue
         self.rights.wait_to_open(self, refusal)
         if not self.sessions:
             self._dispatcher.flows.hand_over(self)

@@ -16,25 +16,30 @@ Such connections are *borrowed*: they are not kept idle, end after `BORROW_SECON
 borrowed again for `REST_SECONDS`. A process that waits asks every `POLL_SECONDS`, so it gets its
 part.
 
+Outside the hours of its mail a flow is *closed*: it waits in a line that has no timer. `run` has
+one time for all hours, at which some begin or end. Then flows ask again whose hours have begun.
+
 Everything here runs on the home worker.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import trio
 
 from mailerq.message import format_time
+from mailerq.outbound.calendar import Calendar
 from mailerq.outbound.cells import Busy, Cells, Count, MemoryCells, Rate
 from mailerq.outbound.timers import Times
 from mailerq.outbound.warmup import Days
 from mailerq.rules.rates import SLACK, cost, cost_of_day
-from mailerq.rules.shaping import CONNECTION, Bound, Bounds, Shaping
+from mailerq.rules.shaping import CONNECTION, HOURS, Bound, Bounds, Shaping
 
 if TYPE_CHECKING:
     from mailerq.outbound.refusals import Refusals
@@ -101,6 +106,9 @@ class Want(NamedTuple):
     scope: str
 
     def __str__(self) -> str:
+        if self.name == HOURS:
+            until = format_time(self.bound.value)
+            return f"closed until {until} by hours of {self.scope} ({self.bound.where})"
         if self.name == PAUSED:
             until = format_time(self.bound.value)
             return f"pause until {until} of {self.scope} ({self.bound.where})"
@@ -118,6 +126,8 @@ class Wants(NamedTuple):
     """Those of `counts` that are given back once the connection is open."""
     sized: bool
     """Whether a size counts."""
+    closed: Want | None = None
+    """The hours that allow nothing now."""
 
 
 NOTHING: Final = Wants((), (), (), (), sized=False)
@@ -152,6 +162,7 @@ def both(one: Wants, other: Wants) -> Wants:
         one.counts + other.counts,
         one.starting + other.starting,
         one.sized or other.sized,
+        one.closed or other.closed,
     )
 
 
@@ -165,7 +176,7 @@ class Allowance:
 
     def __init__(self, number: int, wants: Sequence[Want], connection: Bounds) -> None:
         self.number = number
-        self.sending = _wants(wants, MESSAGES, DAILY, BYTES, PAUSED)
+        self.sending = _wants(wants, MESSAGES, DAILY, BYTES, PAUSED, HOURS)
         self.warming = any(want.name == DAILY for want in self.sending.each)
         """The limit of a day of `Days` is among them."""
         self.opening = _wants(wants, CONNECTS, CONNECTIONS, STARTING)
@@ -197,11 +208,20 @@ class _Line:
 class Limits:
     """The limits of an engine, for all its deliveries; `run` gives waiters their turns."""
 
-    def __init__(self, shaping: Shaping, cells: Cells | None = None, processes: int = 1) -> None:
+    def __init__(
+        self,
+        shaping: Shaping,
+        cells: Cells | None = None,
+        processes: int = 1,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.shaping = shaping
         self.refusals: Refusals | None = None
         """The reactions to replies of peers, if there are patterns for such replies."""
         self.days = Days()
+        self._calendar = Calendar(clock)
+        self._calendar.set(shaping.hours)
         self.number = 0
         """Grows with each change of the limits."""
         self._cells = MemoryCells() if cells is None else cells
@@ -229,7 +249,10 @@ class Limits:
         regrouped = shaping.groups != before.groups or shaping.local_ips != before.local_ips
         self.shaping = shaping
         self.number += 1
+        self._calendar.set(shaping.hours)
+        self._calendar.advance()
         self._ask_again(list(self._lines.items()))
+        self._earlier.set()
         return regrouped
 
     def ask_again(self, key: str, local_ip: str) -> None:
@@ -275,11 +298,32 @@ class Limits:
             of_site = self.refusals.adjusted(of_site, key, ip)
             of_provider = self.refusals.adjusted(of_provider, provider_key, ip)
         wants = [
+            *self._closed(of_site, site.label, key, of_provider, provider_key, ip),
             *_all(of_site, site.label, key, ip),
             *_all(of_provider, provider_key, provider_key, ip),
             *self._warmups(provider, ip),
         ]
         return Allowance(self.number, wants, connection)
+
+    def _closed(
+        self, site: Bounds, label: str, key: str, provider: Bounds, provider_key: str, ip: str
+    ) -> Iterator[Want]:
+        """The hours that allow nothing now, of the site or of its provider."""
+        if not self._calendar.every:
+            return
+        held = [
+            (bounds[HOURS], hours, scope)
+            for bounds, scope in ((site, label), (provider, provider_key))
+            if HOURS in bounds and (hours := bounds[HOURS].hours) is not None
+        ]
+        if not (until := self._calendar.opening(tuple(hours for _, hours, _ in held))):
+            return
+        # Those that begin then. There are none if the hours of the two never meet.
+        begin = (each for each in held if not each[1].is_open(until - 1))
+        bound, _, scope = next(begin, held[0])
+        taken = Rate(f"{HOURS} {key} {ip}", 0)
+        scope = f"{scope} from {ip}" if ip else scope
+        yield Want(taken, HOURS, Bound(until, bound.where), scope)
 
     def _warmups(self, provider: str, ip: str) -> Iterator[Want]:
         """What limits the first days of an address."""
@@ -378,6 +422,8 @@ class Limits:
         return bool(self._lines) and any(key in self._lines for key in counts)
 
     def _take(self, cells: Cells, wants: Wants) -> Refusal | None:
+        if wants.closed is not None:
+            return Refusal(wants.closed, math.inf)
         busy = cells.take(wants.taken)
         if busy is None:
             self._granted = self._granted or any(
@@ -461,15 +507,28 @@ class Limits:
         """Give turns, until cancelled."""
         while True:
             self._earlier = trio.Event()
+            if self._calendar.advance():
+                self._begin_hours()
             for line in self._times.pop_until(monotonic()):
                 self._serve(line)
-            self._next = self._times.first
+            self._next = min(self._times.first, monotonic() + self._calendar.seconds)
             if self.refusals is not None and self.refusals.actions:
                 self._next = min(self._next, monotonic() + self.refusals.advance())
             if not self._cells.catch_up():
                 self._next = min(self._next, monotonic() + POLL_SECONDS)
             with trio.move_on_after(max(self._next - monotonic(), 0.0)):
                 await self._earlier.wait()
+
+    def look(self) -> None:
+        """Check all times now: the clock may have been set."""
+        self._earlier.set()
+
+    def _begin_hours(self) -> None:
+        """Some hours have begun or ended: let flows ask again that need not wait any more."""
+        self.number += 1
+        closed = [each for each in self._lines.items() if each[1].want.name == HOURS]
+        now = self._calendar.now()
+        self._ask_again([each for each in closed if each[1].want.bound.value <= now])
 
     def _serve(self, line: _Line) -> None:
         """Give turns to the waiters of a limit, while the limit allows more."""
@@ -521,6 +580,8 @@ class Limits:
         """How far a limit is used now; takes nothing."""
         line, taken = self._lines.get(want.taken.key), want.taken
         waiting = 0 if line is None else len(line.waiters)
+        if want.name == HOURS:
+            return State(allowed=False, until=self._opening(want), used=0, waiting=waiting)
         if isinstance(taken, Count):
             used = self._cells.used(taken.key)
             return State(used < taken.limit, math.inf, used, waiting)
@@ -532,8 +593,14 @@ class Limits:
         line = self._lines.get(key)
         if line is None:
             return None
+        if line.want.name == HOURS:
+            return line.want, self._opening(line.want)
         counts = isinstance(line.want.taken, Count)
         return line.want, math.inf if counts or not line.until else line.until
+
+    def _opening(self, want: Want) -> float:
+        """When hours begin, on `monotonic`."""
+        return monotonic() + max(want.bound.value - self._calendar.now(), 0.0)
 
     def statistics(self) -> dict[str, Any]:
         """How many wait for a limit, and for which; at most `MAX_NAMED` limits are named."""
@@ -555,6 +622,8 @@ class Limits:
 
 def _all(bounds: Bounds, scope: str, key: str, local_ip: str) -> Iterator[Want]:
     for name, bound in bounds.items():
+        if name == HOURS:
+            continue  # hours that are open limit nothing
         value = int(bound.value)
         where = f"{name} {key} {local_ip}"
         if name in (MESSAGES, BYTES, CONNECTS):
@@ -586,4 +655,5 @@ def _wants(wants: Sequence[Want], *names: str) -> Wants:
         tuple(want.taken.key for want in counts),
         tuple(want.taken.key for want in counts if want.name == STARTING),
         any(want.name == BYTES for want in each),
+        next((want for want in each if want.name == HOURS), None),
     )

@@ -9,6 +9,7 @@ cdef class Rights:
     cdef public list limited
     cdef public bint rest
 
+    cpdef closed(self)
     cpdef limit_over(self, key)
     cpdef wait_to_open(self, flow, refusal)
     cpdef may_send(self, flow, session, job)

@@ -61,6 +61,11 @@ class Rights:
         """Whether each message needs a right."""
         return self.allowance.sending is not NOTHING
 
+    def closed(self) -> Refusal | None:
+        """The hours that allow no mail now."""
+        closed = self.allowance.sending.closed is not None
+        return self.may_open() if closed else None
+
     # Waiting
 
     def limit_over(self, key: str) -> None:
@@ -199,6 +204,8 @@ class Rights:
     def may_idle(self, session: Session) -> bool:
         """Whether a connection may be kept without a message."""
         if session.borrowed and not self.waits_to_send:
+            return False
+        if self.allowance.sending.closed is not None:
             return False
         wants = self.allowance.idle
         if wants is not NOTHING:

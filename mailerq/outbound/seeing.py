@@ -106,7 +106,8 @@ class Seeing:
         if until == math.inf:
             return {"until": None, "seconds": None}
         seconds = max(until - monotonic(), 0.0)
-        return {"until": format_time(self.dispatcher.now() + seconds), "seconds": round(seconds, 3)}
+        when = round(self.dispatcher.now() + seconds)  # hours begin at 20:00:00, not at 19:59:59
+        return {"until": format_time(when), "seconds": round(seconds, 3)}
 
     def destination(self, key: str) -> dict[str, Any]:
         """What is known of the mail that waits under a key of `rules.destinations`."""

@@ -14,6 +14,9 @@ equally exact earlier ones, value by value: 0 is no limit, and -1 takes what les
 Domains with lines of their own do not share a site with others, so their values apply to their mail
 alone. `Shaping.group_of` names the lines that set a domain apart.
 
+`hours` say when the mail of a site or a provider may go (`rules.hours`). They override each other
+like limits, and both scopes must allow mail.
+
 docs/limits.md explains the file to operators.
 """
 
@@ -26,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from mailerq.address import parse_domain, parse_ip
 from mailerq.errors import AddressError, ConfigError, Problem
+from mailerq.rules.hours import Hours, zone_of
 from mailerq.rules.local_ips import NO_ADDRESSES, LocalIps
 from mailerq.rules.tables import TableReader, file_bytes
 from mailerq.settings import SIZE
@@ -34,12 +38,13 @@ from mailerq.spelling import Spelling
 if TYPE_CHECKING:
     from mailerq.config import Config
 
-__all__ = ["CONNECTION", "SITE", "Bound", "Bounds", "Shaping"]
+__all__ = ["CONNECTION", "HOURS", "SITE", "Bound", "Bounds", "Shaping"]
 
 KEY: Final = "limits-file"
 
 RATES: Final = ("messages-per-minute", "bytes-per-minute", "connects-per-minute")
 COUNTS: Final = ("max-connections", "max-starting", "max-idle")
+HOURS: Final = "hours"
 CONNECTION: Final = ("connection-messages", "connection-bytes", "connection-idle")
 """What holds for each connection by itself, so without a scope."""
 
@@ -65,9 +70,9 @@ REMOTE: Final = {
 }
 """The settings that are the least exact values of a remote address."""
 
-VALUES: Final = (*RATES, *COUNTS, *CONNECTION)
+VALUES: Final = (*RATES, *COUNTS, *CONNECTION, HOURS)
 SELECTORS: Final = ("domain", "provider", "remote-ip", "local-ip", "pool")
-KEYS: Final = {"limit": (*SELECTORS, *VALUES), "provider": ("name", "mx")}
+KEYS: Final = {"limit": (*SELECTORS, *VALUES, "timezone"), "provider": ("name", "mx")}
 SPELLINGS: Final = {kind: Spelling(keys) for kind, keys in KEYS.items()}
 LATER: Final = {
     "secure": "TLS on the way out is not supported yet",
@@ -85,10 +90,14 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Bound(NamedTuple):
-    """A limit and the place that sets it. The value is seconds for ``connection-idle``."""
+    """A limit and the place that sets it. The value is seconds for ``connection-idle``.
+
+    With `hours` the value means nothing.
+    """
 
     value: float
     where: str
+    hours: Hours | None = None
 
 
 Bounds = Mapping[str, Bound]
@@ -139,7 +148,7 @@ class Shaping:
     ... '''
     >>> shaping = Shaping.parse(text.encode(), "limits.toml", Config())
     >>> shaping.of_site("example.com", "")["messages-per-minute"]
-    Bound(value=600, where='limits.toml:3')
+    Bound(value=600, where='limits.toml:3', hours=None)
     """
 
     def __init__(
@@ -216,6 +225,12 @@ class Shaping:
         values.append(self._base["connection"]["connection-idle"])
         return min(bound.value for bound in values if bound.value != INHERIT)
 
+    @property
+    def hours(self) -> frozenset[Hours]:
+        """All hours of the file."""
+        found = (line.values[HOURS].hours for line in self._lines if HOURS in line.values)
+        return frozenset(hours for hours in found if hours is not None)
+
     def group_of(self, domain: str) -> str:
         """The most exact ``domain`` of a line that matches, or an empty string.
 
@@ -281,7 +296,7 @@ class Shaping:
         values = dict(self._base[scope.kind])
         for _, layer in sorted(layers.items()):
             values.update({k: bound for k, bound in layer.items() if bound.value != INHERIT})
-        names = CONNECTION if scope.kind == "connection" else (*RATES, *COUNTS)
+        names = CONNECTION if scope.kind == "connection" else (*RATES, *COUNTS, HOURS)
         # An idle time of 0 is a limit: no connection is kept.
         return {k: v for k, v in values.items() if k in names and (v.value or k in SECONDS)}
 
@@ -430,6 +445,8 @@ class _Reader(TableReader):
         }
         if self.is_good and not values:
             self.wrong(self.at("limit", index), "this [[limit]] sets nothing")
+        if "timezone" in table and HOURS not in table:
+            self.wrong(self.at("limit", index, "timezone"), "timezone: this [[limit]] has no hours")
         network = self._network(index, remote) if remote not in ("", "*") else None
         read = _Line(
             f"{self.path}:{self.at('limit', index)}",
@@ -500,6 +517,8 @@ class _Reader(TableReader):
         if "remote-ip" in chosen and key not in REMOTE:
             self.wrong(line, f"{key} cannot be set for a remote-ip, only for domains")
             return None
+        if key == HOURS and (isinstance(value, (str, bool)) or value not in (0, INHERIT)):
+            return self._hours(index, table)
         if isinstance(value, str) and key in SIZES:
             try:
                 value = SIZE.read(value)
@@ -519,6 +538,23 @@ class _Reader(TableReader):
             )
             return None
         return Bound(value, f"{self.path}:{line}")
+
+    def _hours(self, index: int, table: Mapping[str, Any]) -> Bound | None:
+        """The hours of a line, which are not taken back."""
+        line = self.at("limit", index, HOURS)
+        text, name = table[HOURS], self.text("limit", index, table, "timezone")
+        try:
+            zone = zone_of(name or "UTC")
+        except ValueError as error:
+            self.wrong(self.at("limit", index, "timezone"), f"timezone: {error}")
+            return None
+        try:
+            if not isinstance(text, str):
+                raise ValueError(f"{text!r} is not written as mon-fri 08:00-20:00")
+            return Bound(1, f"{self.path}:{line}", Hours.parse(text, zone))
+        except ValueError as error:
+            self.wrong(line, f"{HOURS}: {error}")
+            return None
 
 
 def _host(text: str) -> str:

@@ -329,7 +329,7 @@ async def open_bench(
             }
         )
         worker = StubWorker(0, nursery, plugins)
-        limits = Limits(Shaping.of(config))
+        limits = Limits(Shaping.of(config), clock=lambda: queues.now)
         nursery.start_soon(limits.run)
         dispatcher = Dispatcher(
             Live(config),
@@ -343,7 +343,12 @@ async def open_bench(
             clock=lambda: queues.now,
             lot=lambda: 0.5,
         )
-        queues.on_time = dispatcher.wake
+
+        def check_times() -> None:
+            limits.look()
+            dispatcher.wake()
+
+        queues.on_time = check_times
         await nursery.start(dispatcher.run)
         try:
             yield Bench(queues, peer, port, dispatcher, worker)

@@ -255,3 +255,53 @@ def test_a_file_of_more_than_a_megabyte_is_a_mistake(tmp_path: Path) -> None:
     path.write_bytes(b"#" * ((1 << 20) + 1))
     with pytest.raises(ConfigError, match="larger than"):
         Shaping.of(Config(limits_file=str(path)))
+
+
+# Hours.
+
+
+def hours_of(bounds: Bounds) -> str:
+    hours = bounds["hours"].hours if "hours" in bounds else None
+    return "" if hours is None else f"{hours.text} {hours.zone}"
+
+
+def test_hours_override_each_other_like_limits() -> None:
+    shaping = read(
+        "[[provider]]\nname = 'p'\nmx = ['p.test']\n"
+        "[[limit]]\nhours = '08:00-20:00'\n"
+        "[[limit]]\ndomain = '*.test'\nhours = '09:00-20:00'\ntimezone = 'Europe/Amsterdam'\n"
+        "[[limit]]\ndomain = 'any.test'\nhours = 0\n"
+        "[[limit]]\ndomain = 'back.test'\nhours = '10:00-20:00'\n"
+        "[[limit]]\ndomain = 'back.test'\nhours = -1\n"
+        "[[limit]]\nprovider = 'p'\nlocal-ip = '192.0.2.1'\nhours = 'mon 11:00-20:00'\n"
+    )
+    assert hours_of(shaping.of_site("", "")) == "08:00-20:00 UTC"
+    assert hours_of(shaping.of_site("a.test", "")) == "09:00-20:00 Europe/Amsterdam"
+    assert hours_of(shaping.of_site("any.test", "")) == ""
+    assert hours_of(shaping.of_site("back.test", "")) == "09:00-20:00 Europe/Amsterdam"
+    assert hours_of(shaping.of_provider("p", "")) == ""
+    assert hours_of(shaping.of_provider("p", "192.0.2.1")) == "mon 11:00-20:00 UTC"
+    assert len(shaping.hours) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "where", "said"),
+    [
+        ("hours = 'mon-fry 08:00-20:00'", 2, "hours: 'fry' is not a day; they are mon, tue"),
+        ("hours = 8", 2, "hours: 8 is not written as mon-fri 08:00-20:00"),
+        ("hours = true", 2, "hours: True is not written as mon-fri 08:00-20:00"),
+        ("hours = false", 2, "hours: False is not written as mon-fri 08:00-20:00"),
+        ("hours = ['08:00-20:00']", 2, "is not written as mon-fri 08:00-20:00"),
+        (
+            "hours = '08:00-20:00'\ntimezone = 'Europe/Nowhere'", 3,
+            "timezone: 'Europe/Nowhere' is no time zone of this host",
+        ),
+        ("hours = '08:00-20:00'\ntimezone = 1", 3, "timezone: 1 is not a text"),
+        ("max-idle = 1\ntimezone = 'UTC'", 3, "timezone: this [[limit]] has no hours"),
+        ("remote-ip = '*'\nhours = '08:00-20:00'", 3, "hours cannot be set for a remote-ip"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_hours_have_their_line(line: str, where: int, said: str) -> None:
+    ((place, text),) = mistakes(f"[[limit]]\n{line}\n")
+    assert place == f"limits.toml:{where}"
+    assert said in text
