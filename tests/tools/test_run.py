@@ -148,7 +148,7 @@ def test_the_commands_of_the_welcome_find_the_server_when_they_are_pasted(
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^listening +127\.0\.0\.1:\d+$", done.stdout, re.MULTILINE)
-    assert re.search(r"^outbox +0 +0 +0$", done.stdout, re.MULTILINE)
+    assert re.search(r"^outbox +0 +0 +0 +0$", done.stdout, re.MULTILINE)
     assert "==> var/send.log <==" in done.stdout
 
 
