@@ -161,8 +161,8 @@ async def test_connections_beyond_a_lowered_limit_of_an_address_are_closed() -> 
 async def test_a_borrowed_connection_is_kept_while_its_mail_waits_for_a_rate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def of_two(shaping: Shaping) -> limits.Limits:
-        return limits.Limits(shaping, processes=2)
+    def of_two(shaping: Shaping, **options: Any) -> limits.Limits:
+        return limits.Limits(shaping, processes=2, **options)
 
     monkeypatch.setattr(kit, "Limits", of_two)
     async with open_bench(domain_maxconnections=1, domain_maxmessages=1200, **FAST) as bench:
