@@ -121,6 +121,7 @@ async def test_a_share_goes_back_although_there_were_no_descriptors_to_see_that_
         )
         async with Engine(config, share=0) as engine:
             await until(lambda: engine.statistics()["shares"] == [0, 1])
+            await sink.wait_for(1)  # its connections need descriptors
             known = shares_in(str(tmp_path / "queue"))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("mailerq.outbound.adoption.shares_in", lambda directory: known)
