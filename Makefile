@@ -142,7 +142,7 @@ $(VENV)/.test: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base
-	@$(call needs,lint)
+	@$(call needs,lint css)
 	@touch $@
 
 build/plugins/%.so: plugins/%.c include/mailerq.h
