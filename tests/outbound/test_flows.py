@@ -369,7 +369,7 @@ async def test_flows_that_wait_for_a_slot_take_turns() -> None:
         await bench.queues.until(lambda queues: len(queues.queues["success"]) == 1800)
         assert bench.peer.most <= 4
         last = max(i for i, mail in enumerate(bench.peer.mails) if mail.recipient.startswith("c@d"))
-        assert last < 1780 or bench.peer.mails[-1].recipient.startswith("c@d")
+        assert last < 1700 or bench.peer.mails[-1].recipient.startswith("c@d")
         runs = Counter[tuple[int, str]]()
         for mail in bench.peer.mails:
             runs[mail.connection, mail.recipient.partition("@")[2]] += 1
