@@ -413,8 +413,8 @@ def _check_names(config: Config, scope: Mapping[str, str]) -> None:
         ("pool", "addresses-file", shaping.local_ips.pools),
     ):
         if name in scope and scope[name] not in known:
-            words = ", ".join(known) or "none"
-            raise RowError(f"{name}: {setting} has no {scope[name]!r}; known are {words}")
+            words = f"it has {', '.join(known)}" if known else "it has none"
+            raise RowError(f"{setting} has no {name} {scope[name]!r}; {words}")
 
 
 def _who() -> str:
