@@ -178,7 +178,7 @@ class Settlements:
     def hold(self, lease: Lease, until: float) -> None:
         """Put a message back until a time."""
         self._counters.held += 1
-        publication = Publication(self._outbox, lease.message, until)
+        publication = Publication(self._outbox, lease.message, until, self._clock())
         self._add(Finished(Settlement(lease, (publication,))))
 
     def park(self, lease: Lease, row: int) -> None:
@@ -205,7 +205,7 @@ class Settlements:
                 if outcome.other_ip or "refusedips" in message.properties:
                     message = Message(dict(message.properties), message.body)
                     avoid(message.properties, report.local_ip if outcome.other_ip else None)
-                again = Publication(self._outbox, message, until)
+                again = Publication(self._outbox, message, until, now)
                 self._add(Finished(Settlement(lease, (again,)), job, session))
                 return
         results = message.properties.get("results")
@@ -234,7 +234,8 @@ class Settlements:
         publications = []
         if due is not None:
             properties["delayed"] = format_time(due)
-            publications.append(Publication(self._outbox, Message(properties, message.body), due))
+            again = Publication(self._outbox, Message(properties, message.body), due, now)
+            publications.append(again)
             kinds: tuple[str, ...] = ("retry",)
             self._counters.retried += 1
         elif outcome.fate is Fate.DELIVERED:

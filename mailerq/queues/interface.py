@@ -55,11 +55,17 @@ DAMAGED_QUEUE: Final = "damaged"
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """One message for one queue. `due` is seconds since 1970; None means at once."""
+    """One message for one queue. `due` is seconds since 1970; None means at once.
+
+    `since` is the wall clock's time when `due` was chosen, if `due` ends a wait rather than being
+    a date. If the clock is set back before the publication is written, such a wait stays as long as
+    it was.
+    """
 
     queue: str
     message: Message
     due: float | None = None
+    since: float = 0.0
 
 
 class Lease(msgspec.Struct, eq=False):

@@ -424,6 +424,11 @@ class Faults:
     def journal_env(self) -> dict[str, str]:
         return {**self.env, "FAULTS_JOURNAL": str(self.journal)}
 
+    @property
+    def clock(self) -> float:
+        """How far the wall clock is off, in seconds."""
+        return self._control.clock_ns / 1e9
+
     def set_clock(self, seconds: float) -> None:
         """The wall clock is so far off from now on."""
         self._control.clock_ns = int(seconds * 1e9)

@@ -55,12 +55,22 @@ async def is_calm(running: Daemon) -> None:
 
 
 async def jump(running: Daemon, faults: Faults, ledger: Ledger, peer: Peer, hours: float) -> None:
-    """Move the clock while mail waits for its next attempt; it comes when it would have."""
+    """Move the clock while mail waits for its next attempt; it comes when it would have.
+
+    Results that are waiting for a slow disk just then wait as long as the others.
+    """
     await fill(running, ledger, f"before {hours:+}".replace(" ", "_"))
     waiting = len(ledger.accepted)
     await until(lambda: peer.refused >= waiting)
-    faults.set_clock(hours * HOUR)
+    faults.delay_syncs(1_500)
     before = peer.refused
+    await until(lambda: peer.refused >= before + waiting)
+    noticed = running.log.count("the clock was set back")
+    back = faults.clock > hours * HOUR
+    faults.set_clock(hours * HOUR)
+    await until(lambda: running.log.count("the clock was set back") == noticed + back)
+    before = peer.refused
+    faults.delay_syncs(0)
     await is_calm(running)
     # Each one is tried again in its time, once or so.
     with trio.fail_after(DEADLINE):

@@ -413,6 +413,26 @@ async def test_clock_set_back_does_not_delay_what_was_due(
     assert "the clock was set back 3600.0 s" in caplog.text
 
 
+async def test_a_wait_that_began_before_the_clock_was_set_back_stays_as_long(
+    queues: EmbeddedQueues, clock: Clock
+) -> None:
+    """Whatever was chosen on the old clock and is written after it was set back.
+
+    The step is one that the reader ignores: it leaves what is in the file as it is.
+    """
+    async with queues.consume("outbox", prefetch=4) as consumer:
+        await queues.publish([publication(tag) for tag in range(2)])
+        retried, moved = await receive(consumer, 2)
+        old = clock.now
+        clock.now -= 0.9
+        again = Publication("outbox", retried.message, old + 5, since=old)
+        copy = Publication("outbox", Message({"recipient": "b@c.test"}), old + 7, since=old)
+        date = Publication("outbox", Message({"recipient": "d@c.test"}), old + 9)
+        await queues.ack([Settlement(retried, [again]), Settlement(moved, [copy, date])])
+        dues = [entry.due - clock.now for entry in await queues.browse("outbox")]
+    assert sorted(dues) == pytest.approx([5, 7, 9.9], abs=0.01)
+
+
 async def test_a_mail_to_many_stores_its_body_once(queues: EmbeddedQueues, tmp_path: Path) -> None:
     body = bytes(range(256)) * 400
     async with queues.consume("outbox", prefetch=30) as consumer:

@@ -18,7 +18,7 @@ from mailerq.message import Message
 from mailerq.queues import Publication
 from mailerq.queues.embedded.layout import UNSORTED
 from mailerq.queues.embedded.queue_file import LARGE_BYTES, PIECE_BYTES, QueueFile
-from mailerq.queues.embedded.records import Batch, Insert, Retry, proven
+from mailerq.queues.embedded.records import Batch, Insert, Retry, prepare, proven
 from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN, Wanted
 
 
@@ -188,3 +188,11 @@ def test_a_commit_is_believed_on_a_disk_that_is_full(
     touched = touches_fail(monkeypatch, errno.ENOSPC)
     change(store)
     assert set(touched) == {os.path.dirname(store.path)}
+
+
+def test_mail_that_is_committed_after_the_clock_was_set_back_is_due() -> None:
+    insert = prepare(Publication("outbox", Message({"tag": 1})), 5000.0, "outbox")
+    insert.keep_wait(5_000_001)
+    assert insert.due == 5_000_000
+    insert.keep_wait(1_400_000)
+    assert insert.due == 1_400_000

@@ -62,7 +62,10 @@ class Row(NamedTuple):
 
 
 class Insert(msgspec.Struct, eq=False):
-    """A publication ready for the file. `QueueFile` fills in the fields after `body`."""
+    """A publication ready for the file. `QueueFile` fills in the fields after `since`.
+
+    `since` is when the wait until `due` began, both in milliseconds; 0 if `due` is a date.
+    """
 
     message: Message
     queue: str
@@ -71,6 +74,7 @@ class Insert(msgspec.Struct, eq=False):
     lane: int
     properties: bytes
     body: bytes | None
+    since: int = 0
     id: int = 0
     reference: int | None = None
     body_crc: int | None = None
@@ -78,6 +82,12 @@ class Insert(msgspec.Struct, eq=False):
     @property
     def size(self) -> int:
         return len(self.properties) + len(self.body or b"")
+
+    def keep_wait(self, now: int) -> None:
+        """Move `due` if the clock, which says `now` (ms), was set back after the wait began."""
+        if self.since > now:
+            self.due -= self.since - now
+            self.since = now
 
 
 class Retry(msgspec.Struct, eq=False):
@@ -122,9 +132,12 @@ def prepare(publication: Publication, now: float, outbox: str) -> Insert:
     body = message.body
     if len(properties) > MAX_SIZE or (body is not None and len(body) > MAX_SIZE):
         raise MessageError(f"larger than {MAX_SIZE} bytes")
-    due = now if publication.due is None else min(max(0.0, publication.due), LAST_SECOND)
+    due, since = publication.due, publication.since
+    if due is None:
+        due = since = now
     place = place_of(message.properties) if queue == outbox else UNSORTED
-    return Insert(message, queue, int(due * 1000), *place, properties, body)
+    at = int(min(max(0.0, due), LAST_SECOND) * 1000)
+    return Insert(message, queue, at, *place, properties, body, int(since * 1000))
 
 
 def checksum(

@@ -29,6 +29,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -187,9 +188,13 @@ class Writer:
         if not group:
             return
         inserts = [insert for request in group for insert in request.inserts]
+        retries = [retry for request in group for _, retry in request.retries]
+        now = self._queues.now()
+        for insert in chain(inserts, (retry.insert for retry in retries)):
+            insert.keep_wait(now)
         batch = Batch(
             inserts,
-            [retry for request in group for _, retry in request.retries],
+            retries,
             [lease.id for request in group for lease in request.removals],
             tight,
         )
