@@ -10,6 +10,7 @@ cdef extern from *:
     """
     #include <arpa/inet.h>
     #include <netinet/in.h>
+    #include <netinet/tcp.h>
     #include <sys/epoll.h>
     #include <sys/socket.h>
 
@@ -54,6 +55,14 @@ cdef extern from *:
         return result;
     }
 
+    static long mq_round_trip(int fd)
+    {
+        struct tcp_info info;
+        socklen_t size = sizeof(info);
+        memset(&info, 0, sizeof(info));
+        return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) < 0 ? 0 : info.tcpi_rtt;
+    }
+
     static int mq_watch(int epoll, int fd, unsigned events, int known)
     {
         struct epoll_event event = {.events = events, .data = {.fd = fd}};
@@ -69,6 +78,7 @@ cdef extern from *:
     int mq_watch(int, int, unsigned, int)
     int mq_accept(int, char *, int *)
     int mq_name(int, int, char *, int *)
+    long mq_round_trip(int)
     enum:
         INET6_ADDRSTRLEN
 
@@ -110,6 +120,11 @@ def accept(int listening):
     if errno == EAGAIN or errno == EWOULDBLOCK:
         return None
     PyErr_SetFromErrno(OSError)
+
+
+def round_trip(int fd):
+    """Seconds of a round trip to the peer as the kernel sees it; 0 for other than TCP sockets."""
+    return mq_round_trip(fd) / 1e6
 
 
 def receive(int fd):

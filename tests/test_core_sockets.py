@@ -91,6 +91,17 @@ def test_accept_and_name_know_both_ends(host: str) -> None:
                 assert _core.socket_name(fd, False) == peer.getpeername()[:2]
 
 
+def test_a_round_trip_to_this_host_is_short_and_other_sockets_have_none() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
+        assert 0 < _core.round_trip(client.fileno()) < 0.1
+    left, right = socket.socketpair()
+    with left, right:
+        assert _core.round_trip(left.fileno()) == 0
+
+
 def test_what_is_no_socket_is_an_error() -> None:
     for call in (_core.receive, _core.accept, lambda fd: _core.socket_name(fd, False)):
         with pytest.raises(OSError) as caught:

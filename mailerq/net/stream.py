@@ -37,7 +37,7 @@ import trio
 from mailerq.address import host_port, parse_ip
 from mailerq.net.readiness import Socket, StreamLost
 from mailerq.plugins import stray_close
-from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, send, socket_name
+from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, round_trip, send, socket_name
 from mailerq.turns import EndOfTurn
 
 if TYPE_CHECKING:
@@ -159,6 +159,11 @@ class Stream:
 
     def fileno(self) -> int:
         return self._fd
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds of a round trip to the peer, without the peer's own time."""
+        return round_trip(self._fd)
 
     @property
     def local(self) -> tuple[str, int]:

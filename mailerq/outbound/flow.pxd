@@ -6,7 +6,7 @@ cimport cython
 @cython.final
 cdef class Flow:
     cdef public Py_ssize_t held, window, sent, ended_messages, _allowed, _failures
-    cdef public bint refilling, proven, reserved, patient, down, _ahead
+    cdef public bint refilling, proven, is_near, reserved, patient, down, _ahead
     cdef public double when, _held_until
     cdef public long long paused
     cdef public object site, site_key, local_ip, demands, login, jobs, destinations, ready, sessions

@@ -8,9 +8,10 @@ idle when there is none. Below half of the window the flow is refilled. The wind
 sessions use.
 
 A connection costs more than a message, so not every waiting message gets one: `sessions_for` has
-the curve. If the first job still waits for `STALL_SECONDS`, the sessions are slow, and one more is
-opened, and so on. Idle sessions stay open for more mail. The session used last is used first, so
-that the others can time out.
+the curve. Further connections hide the latency of the network. Where there is none, and
+`MANY_FLOWS` keep the machine busy, a flow has one. If the first job still waits for
+`STALL_SECONDS`, the sessions are slow, and one more is opened, and so on. Idle sessions stay open
+for more mail. The session used last is used first, so that the others can time out.
 
 Until a session is let in, the flow does not know whether its hosts answer. So a flow begins with
 one connection, and may double them after each that is let in: 1, 2, 4.
@@ -61,6 +62,12 @@ FAIR_MESSAGES: Final = 100
 STALL_SECONDS: Final = 1.0
 """Open one more connection when the first job has waited this long."""
 
+NEAR_SECONDS: Final = 0.005
+"""A round trip to a near peer is shorter."""
+
+MANY_FLOWS: Final = 16
+"""So many flows use up the machine with one connection each, if their peers are near."""
+
 ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
 """Longest pause before one message asks again whether a site that was down answers."""
@@ -105,6 +112,8 @@ class Flow:
         """Messages of the sessions that have ended."""
         self.proven = False
         """A session has been let in since the flow was last down."""
+        self.is_near = False
+        """The last host that let a session in is on a fast network."""
         self.reserved = False
         """The flow may try its site, and has no connection yet; kept by `Openings`."""
         self.patient = False
@@ -298,6 +307,7 @@ class Flow:
         self.opening.pop(session, None)
         self.rights.opened(session)
         self.proven = True
+        self.is_near = session.round_trip < NEAR_SECONDS
         self.down = bool(self.paused)
         self._failures = 0
         self._allowed = min(2 * self._allowed, 1 << 20)
@@ -410,12 +420,18 @@ class Flow:
         if now < self._held_until:
             self._dispatcher.flows.look_at(self, self._held_until)
             return False
-        if count < sessions_for(len(self.jobs) + count - there):
+        suit = 1 if self._is_one_of_many else sessions_for(len(self.jobs) + count - there)
+        if count < suit:
             return True
         stalled = self.jobs[beside].since + STALL_SECONDS
         if now < stalled:
             self._dispatcher.flows.look_at(self, stalled)
         return now >= stalled and not self.opening
+
+    @property
+    def _is_one_of_many(self) -> bool:
+        """Whether a second connection would only cost: a close peer, and mail of many flows."""
+        return self.is_near and len(self._dispatcher.flows.live) > MANY_FLOWS
 
     def _open(self) -> bool:
         """Open one more connection, or wait for the right to open one."""

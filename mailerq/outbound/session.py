@@ -193,6 +193,11 @@ class Session:
     # Told by the flow
 
     @property
+    def round_trip(self) -> float:
+        """Seconds of a round trip to the peer, without the peer's own time."""
+        return self._stream.round_trip
+
+    @property
     def _config(self) -> Config:
         return self.flow.config
 

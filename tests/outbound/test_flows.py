@@ -438,6 +438,20 @@ async def test_not_each_message_that_waits_gets_a_connection() -> None:
         assert bench.peer.connections <= 32
 
 
+@pytest.mark.parametrize(("near", "least", "most"), [(1.0, 100, 120), (0.0, 200, 400)])
+async def test_many_flows_to_near_peers_have_one_connection_each(
+    monkeypatch: pytest.MonkeyPatch, near: float, least: int, most: int
+) -> None:
+    """The first flows are not many yet."""
+    monkeypatch.setattr(flow, "NEAR_SECONDS", near)
+    monkeypatch.setattr(flow, "STALL_SECONDS", 60.0)
+    async with open_bench() as bench:
+        for number in range(1000):
+            bench.send(recipient=f"c{number}@d{number % 100}.test")
+        await bench.results("success", 1000)
+        assert least <= bench.peer.connections <= most
+
+
 async def test_a_message_that_waits_behind_a_slow_one_gets_a_connection_in_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
