@@ -8,10 +8,10 @@ idle when there is none. Below half of the window the flow is refilled. The wind
 sessions use.
 
 A connection costs more than a message, so not every waiting message gets one: `sessions_for` has
-the curve. Further connections hide the latency of the network. Where there is none, and
-`MANY_FLOWS` keep the machine busy, a flow has one. If the first job still waits for
-`STALL_SECONDS`, the sessions are slow, and one more is opened, and so on. Idle sessions stay open
-for more mail. The session used last is used first, so that the others can time out.
+the curve. Further connections hide the latency of the network. Where there is none, and many such
+flows keep the machine busy, a flow has one. If the first job still waits for `STALL_SECONDS`, the
+sessions are slow, and one more is opened, and so on. Idle sessions stay open for more mail. The
+session used last is used first, so that the others can time out.
 
 Until a session is let in, the flow does not know whether its hosts answer. So a flow begins with
 one connection, and may double them after each that is let in: 1, 2, 4.
@@ -64,9 +64,6 @@ STALL_SECONDS: Final = 1.0
 
 NEAR_SECONDS: Final = 0.005
 """A round trip to a near peer is shorter."""
-
-MANY_FLOWS: Final = 16
-"""So many flows use up the machine with one connection each, if their peers are near."""
 
 ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
@@ -420,18 +417,24 @@ class Flow:
         if now < self._held_until:
             self._dispatcher.flows.look_at(self, self._held_until)
             return False
-        suit = 1 if self._is_one_of_many else sessions_for(len(self.jobs) + count - there)
-        if count < suit:
+        if count < self._suiting(len(self.jobs) + count - there):
             return True
         stalled = self.jobs[beside].since + STALL_SECONDS
         if now < stalled:
             self._dispatcher.flows.look_at(self, stalled)
         return now >= stalled and not self.opening
 
+    def _suiting(self, messages: int) -> int:
+        """How many sessions suit this number of messages, waiting and under way."""
+        if messages > 1 and self.is_near and self._dispatcher.flows.many_send_nearby():
+            return 1
+        return sessions_for(messages)
+
     @property
-    def _is_one_of_many(self) -> bool:
-        """Whether a second connection would only cost: a close peer, and mail of many flows."""
-        return self.is_near and len(self._dispatcher.flows.live) > MANY_FLOWS
+    def sends_nearby(self) -> bool:
+        """Whether mail is under way to a near peer, and more waits in memory."""
+        busy = len(self.sessions) - len(self.opening) - len(self.idle)
+        return self.is_near and busy > 0 and bool(self.jobs)
 
     def _open(self) -> bool:
         """Open one more connection, or wait for the right to open one."""

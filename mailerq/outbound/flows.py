@@ -43,6 +43,12 @@ ASK_MESSAGES: Final = 100
 WAIT_MESSAGES: Final = 10
 """Messages examined when a pause that waits for a try looks; there may be many such pauses."""
 
+MANY: Final = 8
+"""More flows than this use up the machine with one connection each, if their peers are near."""
+
+COUNT_SECONDS: Final = 0.05
+"""How long the answer of `many_send_nearby` counts."""
+
 NEXT_LOOK_SECONDS: Final = 0.1
 """Pause before more mail is examined, if none of the last could ask."""
 
@@ -59,6 +65,7 @@ class Flows:
         self._intake = intake
         self._sites = sites
         self._openings = dispatcher.openings
+        self._many, self._counted_until = False, 0.0
         self.choice = Choice(dispatcher, self.pauses)
 
     # Which flow a message goes to
@@ -242,6 +249,20 @@ class Flows:
         """Have a flow or a pause look again at `when`, on the monotonic clock."""
         self.looks.set_earlier(flow, when)
         self._dispatcher.times_changed(look=when)
+
+    def many_send_nearby(self) -> bool:
+        """Whether many flows have near peers and mail for them, so that the machine is busy."""
+        now = monotonic()
+        if now >= self._counted_until:
+            self._counted_until = now + COUNT_SECONDS
+            flow: Flow
+            count = 0
+            for flow in self.live:
+                count += flow.sends_nearby
+                if count > MANY:
+                    break
+            self._many = count > MANY
+        return self._many
 
     def look(self) -> None:
         """Look where the time to look has come."""

@@ -438,7 +438,7 @@ async def test_not_each_message_that_waits_gets_a_connection() -> None:
         assert bench.peer.connections <= 32
 
 
-@pytest.mark.parametrize(("near", "least", "most"), [(1.0, 100, 120), (0.0, 200, 400)])
+@pytest.mark.parametrize(("near", "least", "most"), [(1.0, 100, 180), (0.0, 200, 400)])
 async def test_many_flows_to_near_peers_have_one_connection_each(
     monkeypatch: pytest.MonkeyPatch, near: float, least: int, most: int
 ) -> None:
@@ -450,6 +450,20 @@ async def test_many_flows_to_near_peers_have_one_connection_each(
             bench.send(recipient=f"c{number}@d{number % 100}.test")
         await bench.results("success", 1000)
         assert least <= bench.peer.connections <= most
+
+
+async def test_idle_flows_leave_a_near_one_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "NEAR_SECONDS", 1.0)
+    monkeypatch.setattr(flow, "STALL_SECONDS", 60.0)
+    async with open_bench(connection_maxidle=60_000, domain_maxconnections=0) as bench:
+        for number in range(50):
+            bench.send(recipient=f"c@d{number}.test")
+        await bench.results("success", 50)
+        for _ in range(500):
+            bench.send(recipient="c@d7.test")
+        await bench.results("success", 550)
+        assert len(bench.dispatcher.flows.live) >= 50
+        assert bench.peer.connections > 60
 
 
 async def test_a_message_that_waits_behind_a_slow_one_gets_a_connection_in_the_end(
