@@ -294,11 +294,11 @@ def rewrite(mime: bytes, change: Change, *kinds: str) -> tuple[bytes, list[bytes
     Return the header of the mail, each field with its line end, and the rest in pieces.
     """
     view = memoryview(mime)
-    head: bytes | None = None
+    head = b""
     pieces: list[bytes | memoryview] = []
     kept = _end_of_header(mime)
-    if kept:
-        head = mime[: kept - 2] if mime[kept - 4 : kept] == b"\r\n\r\n" else mime[:kept]
+    if fields := mime[:kept].removesuffix(b"\r\n").removesuffix(b"\r\n"):
+        head = fields + b"\r\n"
     for part in text_parts(mime) if kinds else ():
         if part.header.text_kind not in kinds:
             continue
@@ -313,7 +313,7 @@ def rewrite(mime: bytes, change: Change, *kinds: str) -> tuple[bytes, list[bytes
         pieces.append(changed)
         kept = part.end
     pieces.append(view[kept:])
-    return head or b"", pieces
+    return head, pieces
 
 
 def _end_of_header(mime: bytes) -> int:

@@ -116,6 +116,18 @@ def test_a_mail_without_a_template_is_the_same_but_for_date_and_message_id() -> 
     )
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\r\n", b"hi", b"\r\nhi", b"Subject: x", b"Subject: x\r\n", b"Subject: x\r\n\r\nhi"],
+)
+def test_date_and_message_id_stand_in_the_header_whatever_that_is(body: bytes) -> None:
+    for properties in ({"data": {}}, {"data": {}, "headers": {"add": {"X-A": "1"}}}):
+        parsed = read(made(body, **properties))
+        assert parsed["date"] and parsed["message-id"] == "<m1@mx.test>"
+        assert parsed["subject"] == ("x" if b"Subject" in body else None)
+        assert parsed.get_content().strip() == ("hi" if b"hi" in body else "")
+
+
 def test_line_ends_are_made_pairs() -> None:
     assert made(b"A: b\nC: d\r\re\n", normalize=True) == b"A: b\r\nC: d\r\n\r\ne\r\n"
     same = b"A: b\r\n\r\nx"
