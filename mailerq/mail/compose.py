@@ -151,16 +151,18 @@ def compose(mime: Mapping[str, Any], facts: Facts, changes: Changes) -> tuple[by
 def _fields(mime: Mapping[str, Any], facts: Facts, changes: Changes) -> Iterator[bytes]:
     headers = mime.get("headers") or {}
     given = {name.lower() for name in headers}
-    defaults = {"from": facts.envelope or None, "to": facts.recipient}
+    defaults = {"from": facts.envelope, "to": facts.recipient}
     for key in ADDRESSES:
         value = mime.get(key)
-        if value is None and key not in given:
-            value = defaults.get(key)
         if value is not None:
             each = value if isinstance(value, list) else [value]
             text = ", ".join([_mailbox(one, key, facts, changes) for one in each])
             yield _made(key.capitalize(), text, f"mime.{key}", facts)
-        elif key == "from" and key not in given:
+        elif key in given:
+            continue
+        elif address := defaults.get(key):  # no template, whatever characters it has
+            yield _made(key.capitalize(), _address(address, key, facts), f"mime.{key}", facts)
+        elif key == "from":
             raise FieldError("mime.from: is missing, and there is no envelope to take its place")
     if mime.get("subject") is not None:
         yield _made("Subject", changes.words(mime["subject"]), "mime.subject", facts)
@@ -172,13 +174,17 @@ def _fields(mime: Mapping[str, Any], facts: Facts, changes: Changes) -> Iterator
 def _mailbox(value: Any, key: str, facts: Facts, changes: Changes) -> str:
     if isinstance(value, str):
         return changes.addresses(value)
-    text = changes.words(_address_of(value)).strip()
+    address = _address(changes.words(_address_of(value)).strip(), key, facts)
+    return address_field(changes.words(value.get("name") or ""), address)
+
+
+def _address(text: str, key: str, facts: Facts) -> str:
+    """An address for a field, with its domain in ASCII unless the mail may have UTF-8."""
     try:
         mailbox = parse_mailbox(text)
     except AddressError as error:
         raise FieldError(f"mime.{key}: {error}") from None
-    name = changes.words(value.get("name") or "")
-    return address_field(name, text if facts.utf8 else str(mailbox))
+    return text if facts.utf8 else str(mailbox)
 
 
 def _made(name: str, value: str, where: str, facts: Facts) -> bytes:

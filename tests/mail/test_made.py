@@ -233,6 +233,14 @@ def test_what_an_object_leaves_out_is_taken_from_the_message() -> None:
         made(None, mime={"text": "hi"}, envelope="")
 
 
+def test_addresses_of_the_message_are_no_templates_and_have_ascii_domains() -> None:
+    addresses = {"envelope": "{$x}@b.test", "recipient": "ann@bücher.test"}
+    parsed = read(made(None, mime={"text": "hi"}, data={"x": "y"}, **addresses))
+    assert (parsed["from"], parsed["to"]) == ("{$x}@b.test", "ann@xn--bcher-kva.test")
+    mail = made(None, mime={"text": "hi"}, smtputf8=True, **addresses)
+    assert "To: ann@bücher.test\r\n".encode() in mail
+
+
 @pytest.mark.parametrize(
     ("mime", "reason"),
     [
