@@ -213,7 +213,7 @@ def _content(mime: Mapping[str, Any], facts: Facts, changes: Changes) -> _Entity
         texts.append(_text(b"text/html", changes.html(html)))
     entities = [_together(b"alternative", texts, facts)] if len(texts) > 1 else texts
     if attachments:
-        entities = [*entities, *map(_attachment, attachments)]
+        entities += [_attachment(value, number) for number, value in enumerate(attachments)]
         return _together(b"mixed", entities, facts)
     return entities[0]
 
@@ -224,7 +224,7 @@ def _text(kind: bytes, text: str) -> _Entity:
     return _Entity(head % (kind, encoding), [content])
 
 
-def _attachment(value: Mapping[str, Any]) -> _Entity:
+def _attachment(value: Mapping[str, Any], number: int) -> _Entity:
     kind, name = value.get("type"), clean(value.get("name") or "")
     if value.get("content") is not None:
         data, kind = value["content"].encode(errors="replace"), kind or "text/plain; charset=utf-8"
@@ -232,10 +232,12 @@ def _attachment(value: Mapping[str, Any]) -> _Entity:
         data, kind = b64decode(value["data"]), kind or "application/octet-stream"
     escaped = name.replace("\\", "\\\\").replace('"', '\\"')
     file = f'; filename="{escaped}"' if name else ""
-    head = b"Content-Type: %b\r\n%bContent-Transfer-Encoding: base64\r\n" % (
-        kind.encode(),
-        make_field("Content-Disposition", f"attachment{file}"),
-    )
+    try:
+        disposition = make_field("Content-Disposition", f"attachment{file}")
+    except FieldError as error:
+        raise FieldError(f"mime.attachments.{number}: its name {error}") from None
+    head = b"Content-Type: %b\r\n%bContent-Transfer-Encoding: base64\r\n"
+    head %= kind.encode(), disposition
     return _Entity(head, [encodebytes(data).replace(b"\n", b"\r\n")])
 
 

@@ -253,6 +253,8 @@ def test_addresses_of_the_message_are_no_templates_and_have_ascii_domains() -> N
         ({"attachments": [{"data": "", "type": "a/b\r\nX: y"}]},
          "property mime.attachments.0: 'a/b\\r\\nX: y' is no media type"),
         ({"attachments": [{"data": "", "name": "a\nb"}]}, "property mime.attachments.0: its name"),
+        ({"attachments": [{"data": "", "name": 1100 * "x"}]},
+         "property mime.attachments.0: its name has a word of more than 990 bytes"),
         ({"attachments": {}}, "property mime.attachments: expected an array"),
         ({"subject": 1}, "property mime.subject: expected a string"),
         ({"from": ["a@b.test"]}, "property mime.from: expected a string or an object"),
