@@ -82,6 +82,7 @@ _CHARSET: Final = re.compile(
 """The names of codecs for charsets of mail; Python has others, some of them slow."""
 
 _PLAIN: Final = frozenset((b"", b"7bit", b"8bit", b"binary"))
+_TYPED: Final = frozenset((b"content-type", b"content-transfer-encoding"))
 _SEALED: Final = frozenset((b"multipart/signed", b"multipart/encrypted"))
 _TEXTS: Final = {b"text/plain": "text/plain", b"text/html": "text/html"}
 
@@ -135,6 +136,11 @@ class PartHeader:
             if found[2].lower() != b"charset"
         ]
         self.set(b"Content-Type", b"; ".join([self.kind, b"charset=" + charset, *parameters]))
+
+    def complete(self) -> None:
+        """Add MIME-Version to a mail whose type or encoding readers must heed (RFC 2045, 4)."""
+        if b"mime-version" not in self._names and not _TYPED.isdisjoint(self._names):
+            self.set(b"MIME-Version", b"1.0")
 
     def lines(self) -> Iterator[bytes]:
         """Yield the fields with their line ends."""
@@ -305,10 +311,11 @@ def rewrite(mime: bytes, change: Change, *kinds: str) -> tuple[bytes, list[bytes
         changed = _changed(part, mime, change)
         if changed is None:
             continue
-        lines = b"".join(part.header.lines())
         if part.start == 0:
-            head = lines
+            part.header.complete()
+            head = b"".join(part.header.lines())
         else:
+            lines = b"".join(part.header.lines())
             pieces += (view[kept : part.start], lines + b"\r\n")
         pieces.append(changed)
         kept = part.end

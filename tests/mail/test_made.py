@@ -103,6 +103,14 @@ def test_a_part_keeps_its_encoding_where_the_text_allows(
             assert line.encode() in mail or (encoding == "8bit" and value == "\u4e16")
 
 
+def test_a_mail_whose_text_gets_an_encoding_says_that_it_is_mime() -> None:
+    plain = b"Subject: x\r\n\r\nDear {$x}"
+    assert read(made(plain, data={"x": "Jürgen"}))["mime-version"] == "1.0"
+    assert read(made(plain, data={"x": "Ann"}))["mime-version"] is None
+    typed = b"Content-Type: text/html\r\nMIME-Version: 1.0\r\n\r\n{$x}"
+    assert read(made(typed, data={"x": "ü"})).get_all("mime-version") == ["1.0"]
+
+
 def test_bytes_that_are_no_utf8_pass_through() -> None:
     body = b"Subject: x\r\n\r\n\xff {$x}\xfe"
     assert made(body, data={"x": 1}).split(b"\r\n\r\n")[1] == b"=FF 1=FE"
