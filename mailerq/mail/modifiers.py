@@ -156,8 +156,10 @@ def _finite(number: float) -> float:
 def _date_format(budget: Budget, value: Any, form: Any = "%Y-%m-%d") -> str:
     form = as_text(form)
     budget.fits(9 * len(form))
+    budget.spend(form.count("%"))
     moment = time.gmtime(_seconds(value))
-    return _DATE_CODE(lambda match: _date_part(match[1], moment), form)
+    parts = _date_parts(moment)
+    return _DATE_CODE(lambda match: parts.get(match[1], match[0]), form)
 
 
 def _seconds(value: Any) -> float:
@@ -174,10 +176,10 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
-def _date_part(code: str, moment: time.struct_time) -> str:
+def _date_parts(moment: time.struct_time) -> dict[str, str]:
     # strftime would use names of the locale.
     hour = moment.tm_hour % 12 or 12
-    parts = {
+    return {
         "Y": f"{moment.tm_year:04}", "y": f"{moment.tm_year % 100:02}", "m": f"{moment.tm_mon:02}",
         "d": f"{moment.tm_mday:02}", "e": str(moment.tm_mday), "j": f"{moment.tm_yday:03}",
         "H": f"{moment.tm_hour:02}", "I": f"{hour:02}", "M": f"{moment.tm_min:02}",
@@ -185,7 +187,6 @@ def _date_part(code: str, moment: time.struct_time) -> str:
         "A": DAY_NAMES[moment.tm_wday], "a": DAY_NAMES[moment.tm_wday][:3],
         "B": MONTH_NAMES[moment.tm_mon - 1], "b": MONTH_NAMES[moment.tm_mon - 1][:3], "%": "%",
     }  # fmt: skip
-    return parts.get(code, "%" + code)
 
 
 def _count(budget: Budget, value: Any) -> int:

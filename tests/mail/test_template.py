@@ -122,7 +122,7 @@ def test_a_mistake_is_named_with_its_line(text: str, error: str) -> None:
     assert str(caught.value) == error
 
 
-LIST = {"l": list(range(1000)), "s": "ab" * 400_000, "t": "x"}
+LIST = {"l": list(range(1000)), "s": "ab" * 400_000, "t": "x", "p": "%Y" * 50_000}
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,7 @@ LIST = {"l": list(range(1000)), "s": "ab" * 400_000, "t": "x"}
         "{$s|urlencode}",
         "{$l|join:$s}",
         "{foreach $a in $l}{assign $l|jsonencode to $x}{/foreach}",
+        "{foreach $a in $l}{if '2026-01-01'|date_format:$p}{/if}{/foreach}",
         "{$t|date_format:$s}",
         "{$t|" + "|".join(["upper"] * 200_000) + "}",
         "{$t" + " + 1" * 200_000 + "}",
