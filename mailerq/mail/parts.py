@@ -374,6 +374,9 @@ def _decoded(header: PartHeader, content: bytes, codec: str) -> str:
 
 def _encoded(header: PartHeader, text: str, codec: str) -> bytes:
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "\r\n")
+    if header.encoding != b"base64" and "\r\n".encode(codec) != b"\r\n":
+        codec = "utf-8"  # such as UTF-16, which has no lines in the sense of a mail
+        header.set_charset(b"utf-8")
     try:
         content = text.encode(codec, "surrogateescape" if codec == "utf-8" else "strict")
     except UnicodeError:

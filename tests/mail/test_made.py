@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email
 import email.policy
 import tracemalloc
@@ -14,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mailerq.mail.made import NotMade, Unfinished, is_made, make
+from mailerq.mail.parts import paired
 from mailerq.mail.values import Budget
 
 BASE: dict[str, Any] = {
@@ -109,6 +111,18 @@ def test_a_mail_whose_text_gets_an_encoding_says_that_it_is_mime() -> None:
     assert read(made(plain, data={"x": "Ann"}))["mime-version"] is None
     typed = b"Content-Type: text/html\r\nMIME-Version: 1.0\r\n\r\n{$x}"
     assert read(made(typed, data={"x": "ü"})).get_all("mime-version") == ["1.0"]
+@pytest.mark.parametrize("charset", ["utf-16", "utf-16-be", "utf-32", "cp037"])
+@pytest.mark.parametrize("encoding", ["quoted-printable", "base64"])
+def test_a_text_keeps_its_lines_in_any_charset(charset: str, encoding: str) -> None:
+    content = "Hi {$x}\r\nthere".encode(charset)
+    if encoding == "base64":
+        content = base64.encodebytes(content).replace(b"\n", b"\r\n")
+    else:
+        content = b"".join(b"=%02X" % byte for byte in content)
+    head = f"MIME-Version: 1.0\r\nContent-Type: text/plain; charset={charset}\r\n"
+    head += f"Content-Transfer-Encoding: {encoding}\r\n\r\n"
+    mail = made(head.encode() + content, data={"x": "Ann"})
+    assert text_of(read(paired(mail)), "plain") == "Hi Ann\nthere"  # as the wire makes it
 
 
 def test_bytes_that_are_no_utf8_pass_through() -> None:
