@@ -7,12 +7,12 @@ its field or the header.
 from __future__ import annotations
 
 import binascii
-import codecs
 import re
 from collections.abc import Callable
 from typing import Final
 
 from mailerq.mail.headers import LINE_LIMIT
+from mailerq.mail.parts import codec_of
 from mailerq.mail.seven_bit import ascii_field
 
 __all__ = [
@@ -188,9 +188,9 @@ def _decode_word(word: tuple[str, str, str]) -> str:
             data = binascii.a2b_qp(data, header=True)
         else:
             data = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
-        codec = codecs.lookup(charset.partition("*")[0]).name
+        codec = codec_of(charset.partition("*")[0])
         return data.decode(codec if codec.startswith(("iso8859", "cp", "utf-8")) else "utf-8")
-    except (LookupError, ValueError):
+    except ValueError:
         return data.decode("latin-1")
 
 

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import binascii
 import codecs
+import encodings
+import encodings.aliases
 import re
 from base64 import encodebytes
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from mailerq.mail.headers import HEADER_LIMIT, unfold
@@ -33,6 +36,7 @@ __all__ = [
     "Part",
     "PartError",
     "PartHeader",
+    "codec_of",
     "encode_text",
     "paired",
     "rewrite",
@@ -48,6 +52,9 @@ MAX_PARTS: Final = 10_000
 
 MAX_BOUNDARY: Final = 200
 """Bytes of a boundary. RFC 2046 allows 70."""
+
+MAX_CHARSET: Final = 40
+"""Characters of the name of a charset."""
 
 MAX_PARAMETERS: Final = 1 << 14
 """Bytes of a field that are searched for parameters."""
@@ -80,6 +87,14 @@ _CHARSET: Final = re.compile(
     r"|iso2022_\w+|hz|tis-620|utf-16.*|utf-32.*|utf-7"
 ).fullmatch
 """The names of codecs for charsets of mail; Python has others, some of them slow."""
+
+_MORE_NAMES: Final = ("koi8_t", "koi8_u")
+"""Codecs without another name."""
+
+_NAMES: Final = frozenset(
+    (*encodings.aliases.aliases, *encodings.aliases.aliases.values(), *_MORE_NAMES)
+)
+"""Python imports a module for any other name, and keeps the name for ever."""
 
 _PLAIN: Final = frozenset((b"", b"7bit", b"8bit", b"binary"))
 _TYPED: Final = frozenset((b"content-type", b"content-transfer-encoding"))
@@ -346,15 +361,29 @@ def _changed(part: Part, mime: bytes, change: Change) -> bytes | None:
     return None if changed is text else _encoded(part.header, changed, codec)
 
 
+@lru_cache(maxsize=64)
+def codec_of(charset: str) -> str:
+    """The name of the codec for a charset of mail; empty if the charset is unknown.
+
+    >>> codec_of("ISO-8859-1"), codec_of("rot13"), codec_of("x")
+    ('iso8859-1', '', '')
+    """
+    name = encodings.normalize_encoding(charset[:MAX_CHARSET]).lower()
+    if name not in _NAMES and name.replace(".", "_") not in _NAMES:
+        return ""
+    try:
+        codec = codecs.lookup(name).name
+    except LookupError:  # of another system
+        return ""
+    return codec if _CHARSET(codec) else ""
+
+
 def _codec(header: PartHeader) -> str:
     """The codec of a part. ASCII is read as UTF-8, which some programs send without saying so."""
     charset = header.charset.decode("ascii", "replace") or "utf-8"
-    try:
-        codec = codecs.lookup(charset).name
-    except (LookupError, ValueError):
-        codec = ""
-    if not _CHARSET(codec):
-        raise PartError(f"the {header.text_kind} part has the unknown charset {charset!a}")
+    codec = codec_of(charset)
+    if not codec:
+        raise PartError(f"the {header.text_kind} part has the unknown charset {charset[:80]!a}")
     return "utf-8" if codec == "ascii" else codec
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import email
 import email.policy
 import tracemalloc
@@ -111,6 +112,8 @@ def test_a_mail_whose_text_gets_an_encoding_says_that_it_is_mime() -> None:
     assert read(made(plain, data={"x": "Ann"}))["mime-version"] is None
     typed = b"Content-Type: text/html\r\nMIME-Version: 1.0\r\n\r\n{$x}"
     assert read(made(typed, data={"x": "ü"})).get_all("mime-version") == ["1.0"]
+
+
 @pytest.mark.parametrize("charset", ["utf-16", "utf-16-be", "utf-32", "cp037"])
 @pytest.mark.parametrize("encoding", ["quoted-printable", "base64"])
 def test_a_text_keeps_its_lines_in_any_charset(charset: str, encoding: str) -> None:
@@ -385,6 +388,20 @@ def test_a_long_mail_is_copied_once() -> None:
     assert seconds < 2
 
 
+def test_python_is_not_asked_for_charsets_that_nobody_knows() -> None:
+    """It would keep each name for ever, and look for a module of that name."""
+    asked: list[str] = []
+    codecs.register(asked.append)
+    try:
+        for number in range(20):
+            with pytest.raises(NotMade, match="unknown charset"):
+                made(f"Content-Type: text/plain; charset=x-{number}\r\n\r\nx", data={})
+            made(f"Subject: =?y-{number}?q?{{?=\r\n\r\n", data={})
+    finally:
+        codecs.unregister(asked.append)
+    assert asked == []
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -393,6 +410,7 @@ def test_a_long_mail_is_copied_once() -> None:
         b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + 300_000 * b"--c\r\n",
         b"To: " + 9000 * b"{$x}" + b"\r\n\r\n",
         b"Subject: " + 5000 * b"=?utf-8?q?{?= x " + b"\r\n\r\n",
+        b"Subject: " + b" x ".join(b"=?y%d?q?{?=" % n for n in range(50_000)) + b"\r\n\r\n",
         b"To: " + 90_000 * b'"{$x|cat:"' + b"\r\n\r\n",
         b"".join(b"X-%d: y\r\n" % number for number in range(90_000)) + b"\r\n{$x}",
     ],
