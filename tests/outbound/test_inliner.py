@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -11,6 +17,7 @@ from mailerq.mail.made import NotMade
 from mailerq.outbound import inliner
 from mailerq.outbound.inliner import Inliner
 from tests.outbound.kit import open_bench
+from tests.support import DEADLINE, ROOT
 
 pytest.importorskip("css_inline")
 
@@ -18,6 +25,8 @@ STYLED = (
     "<html><head><style>p{color:red}@media print{p{color:blue}}</style></head>"
     "<body>{}</body></html>"
 )
+
+SLOW = "<style>" + "p{a:b}" * 20_000 + "</style>" + "<p>" * 100_000
 
 
 @pytest.fixture
@@ -61,7 +70,68 @@ def test_html_that_breaks_the_library_costs_only_itself(moving: Inliner, html: s
 def test_html_that_takes_long_is_given_up(moving: Inliner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inliner, "TIMEOUT_SECONDS", 0.5)
     with pytest.raises(NotMade, match="takes too much time"):
-        moving.inline("<style>" + "p{a:b}" * 20_000 + "</style>" + "<p>" * 100_000)
+        moving.inline(SLOW)
+
+
+def test_a_process_that_was_killed_costs_no_mail(moving: Inliner) -> None:
+    styled = STYLED.replace("{}", "<p>x")
+    expected = moving.inline(styled)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
+        process = moving._process
+        assert process is not None
+        process.send_signal(number)
+        if number == signal.SIGKILL:
+            process.wait()
+        assert moving.inline(styled) == expected
+        assert (moving._process is process) is (number != signal.SIGKILL)
+
+
+def test_a_library_that_cannot_be_loaded_is_a_fault_of_this_host(
+    moving: Inliner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    child = tmp_path / "child.py"
+    child.write_text("raise SystemExit(7)")
+    monkeypatch.setattr(inliner, "CHILD", child)
+    with pytest.raises(OSError, match="ended with status 7"):
+        moving.inline(STYLED)
+
+
+def test_no_process_is_left_or_started_after_the_end() -> None:
+    moving, ends = Inliner(), Counter[str]()
+
+    def inline() -> None:
+        try:
+            moving.inline(SLOW)
+        except OSError as error:
+            ends[str(error)] += 1
+
+    threads = [threading.Thread(target=inline) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while moving._process is None:
+        assert any(thread.is_alive() for thread in threads)
+    began = monotonic()
+    moving.close()
+    assert monotonic() - began < inliner.TIMEOUT_SECONDS
+    for thread in threads:
+        thread.join()
+    assert ends == {"style sheets are not moved any more: deliveries end": 3}
+    assert moving._process is None
+
+
+def test_a_process_whose_daemon_is_gone_ends_though_the_html_takes_long() -> None:
+    name = "mailerq.outbound.inline_child"
+    program = f"import {name} as child; child.ALARM_SECONDS = 1; child.main()"
+    html = SLOW.encode()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=len(html).to_bytes(4, "big") + html,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGALRM, b"")
 
 
 def test_without_the_library_the_result_says_what_to_install(
