@@ -61,7 +61,8 @@ VERBS: Final = frozenset({
 
 _PATH: Final = re.compile(rb"(?:FROM|TO): ?<([^>]*+)>", re.IGNORECASE)
 _LOGIN: Final = re.compile(rb"(\bLOGIN=)[^ ]*+", re.IGNORECASE)
-_CHUNK: Final = re.compile(rb"BDAT ([0-9]{1,20})( LAST)? *", re.IGNORECASE)
+_CHUNK: Final = re.compile(rb"BDAT +([0-9]{1,20})(?: +(LAST))?[ \t]*+", re.IGNORECASE)
+"""As `mailerq.wire.server` reads it: the bytes of a chunk are no commands."""
 
 
 class Pending(Enum):

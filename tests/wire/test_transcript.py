@@ -151,6 +151,19 @@ def test_a_chunk_is_no_command() -> None:
     assert texts(line for line in lines if line.is_body)[0] == "C: QUIT TOPSECRETBODY"
 
 
+@pytest.mark.parametrize("line", [b"BDAT 20", b"bdat  20  last", b"BDAT 20 \t", b"BDAT  020 LAST "])
+def test_a_chunk_is_none_either_if_its_size_stands_between_blanks(line: bytes) -> None:
+    sent = line + b"\r\nMAIL TOPSECRETBODY\r\nNOOP\r\n"
+    machine = server.ServerProtocol(server.Settings(hostname="mx.test"))
+    machine.greet()
+    machine.receive_data(b"EHLO c.test\r\n" + sent)
+    while machine.next_event() is not server.NEED_DATA:
+        machine.accept()
+    replies = machine.data_to_send().splitlines()
+    assert [reply[:3] for reply in replies[-2:]] == [b"503", b"250"]
+    assert texts(play(Transcript(()), ("C", sent)))[1:] == ["C: (20 bytes)", "C: NOOP"]
+
+
 def test_a_transcript_may_begin_within_an_envelope_that_went_ahead() -> None:
     """As a delivery does that a trace joins: the reply to the dot and three more are due."""
     due = (Pending.COMMAND, Pending.COMMAND, Pending.RCPT, Pending.DATA)
