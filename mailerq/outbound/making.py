@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from mailerq.config import Config
-from mailerq.mail.made import NotMade, Unfinished, make, problems
+from mailerq.mail.made import NotMade, make, problems
 from mailerq.mail.values import Budget
 from mailerq.message import Message
 from mailerq.outbound.inliner import Inliner
@@ -53,7 +53,7 @@ def make_quickly(job: Job, config: Config, now: float) -> bool:
         job.made = make(
             properties, job.message.body, hostname=config.hostname, now=now, budget=budget
         )
-    except (NotMade, Unfinished, OSError):
+    except Exception:  # also a defect: the message may have no session yet, and its turn will say
         return False
     job.to_make = False
     return True
@@ -80,6 +80,10 @@ async def make_body(job: Job, config: Config, now: float, inliner: Inliner) -> O
         return responses.not_made(error.state, error.reason)
     except OSError as error:
         log.error("cannot make a mail: %s", error)
+        return responses.OWN_FAULT
+    except Exception:
+        # Our own defect costs a message one attempt, and no connection.
+        log.exception("message %d cannot be made", job.lease.id)
         return responses.OWN_FAULT
     job.to_make = False
     return None

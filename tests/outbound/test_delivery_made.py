@@ -179,6 +179,29 @@ async def test_a_mail_that_goes_back_unsent_is_made_again(monkeypatch: pytest.Mo
             assert f"Subject: Hi n{mail.recipient[0]}".encode() in mail.body
 
 
+@pytest.mark.parametrize("body", [TEMPLATE, LONG])
+async def test_a_defect_here_costs_one_attempt_and_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, body: str
+) -> None:
+    make = making.make
+
+    def broken(properties: dict[str, Any], *args: Any, **more: Any) -> bytes:
+        if properties["recipient"] == "3@d.test":
+            raise RuntimeError("a defect")
+        return make(properties, *args, **more)
+
+    monkeypatch.setattr(making, "make", broken)
+    async with open_bench(domain_maxconnections=1) as bench:
+        for number in range(6):
+            bench.send(f"{number}@d.test", body, data={"name": "Ann", "numbers": []})
+        results = await bench.results("success", 5)
+        assert {result["attempt"] for result in results} == {1}
+        assert (await bench.retried())["code"] == 451
+        assert [mail.recipient for mail in bench.peer.mails].count("3@d.test") == 0
+        assert len(bench.peer.mails) == 5 and bench.peer.connections == 1
+    assert "a defect" in caplog.text
+
+
 async def test_long_work_is_done_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[bool] = []
     make = making.make
