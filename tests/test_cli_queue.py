@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import socket
 import subprocess
 import sys
@@ -246,6 +247,39 @@ def test_read_prints_the_documents_and_leaves_them(directory: Path) -> None:
     }
     assert len(lines) == 3
     assert len(run(directory, "queue", "read", "outbox").splitlines()) == 3
+
+
+def test_read_hides_the_password_of_a_smarthost_from_people(tmp_path: Path) -> None:
+    smarthost = {"hostname": "relay.test", "username": "ann", "password": "s3cret"}
+    with QueueFile.open(str(tmp_path)) as store:
+        message = Message({"recipient": "r@a.test", "smarthost": smarthost}, MIME)
+        store.publish([Publication("outbox", message)])
+    assert json.loads(run(tmp_path, "queue", "read", "outbox"))["smarthost"] == smarthost
+    for words, password in (
+        ((), "(hidden)"), (("--json",), "s3cret"), (("--remove",), "s3cret")
+    ):  # fmt: skip
+        document = json.loads(on_terminal(tmp_path, "queue", "read", "outbox", *words))
+        assert document["smarthost"] == {**smarthost, "password": password}
+    for command in ("show", "list", "count"):
+        assert "s3cret" not in run(tmp_path, "queue", command)
+
+
+def on_terminal(directory: Path, *arguments: str) -> str:
+    """What a command writes to a terminal."""
+    master, slave = pty.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "mailerq", *arguments, f"--queue-directory={directory}"],
+            stdout=slave,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+            timeout=60,
+            check=True,
+        )
+        assert done.returncode == 0
+        return os.read(master, 1 << 16).decode()
+    finally:
+        os.close(master)
+        os.close(slave)
 
 
 def test_read_takes_what_it_printed_when_told_to(directory: Path) -> None:

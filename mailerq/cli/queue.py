@@ -26,10 +26,11 @@ from mailerq.cli.queue_selection import add_criteria, message_id, selection_of
 from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.escaping import escape
-from mailerq.message import format_time
+from mailerq.message import format_time, without_password
 from mailerq.queues.interface import Entry
 from mailerq.queues.opening import QueueFile, compact_files, open_files
 from mailerq.rules.selection import Selection, last_error
+from mailerq.settings import HIDDEN
 
 __all__ = ["main"]
 
@@ -103,7 +104,13 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
         order = command(action, text, run_order, "one JSON object", queue=False)
         order.set_defaults(alone=True, action=action)
         add_order(order, action)
-    read = command("read", "whole messages, as the JSON documents that they are", _read, documents)
+    read = command(
+        "read",
+        "whole messages, as the JSON documents that they are; on a terminal without the password"
+        " of a smarthost, unless --json or --remove is given",
+        _read,
+        documents,
+    )
     read.add_argument(
         "id", nargs="*", type=message_id, metavar="ID", help="only these, by their ids"
     )
@@ -312,7 +319,9 @@ def _read(files: Files, config: Config, options: Namespace, parser: Parser) -> i
         if options.json or not sys.stdout.isatty():
             print_json(document)
         else:
-            sys.stdout.write(dump_json(document, indent=2) + "\n")
+            # What is removed is nowhere else.
+            shown = document if options.remove else _for_people(document)
+            sys.stdout.write(dump_json(shown, indent=2) + "\n")
         if options.remove:
             # As far as we can know, the reader has it before it is removed here.
             sys.stdout.flush()
@@ -320,6 +329,14 @@ def _read(files: Files, config: Config, options: Namespace, parser: Parser) -> i
     for number in sorted(missing):
         complain(f"there is no message {number} in {options.queue}")
     return os.EX_DATAERR if missing else os.EX_OK
+
+
+def _for_people(document: dict[str, Any]) -> dict[str, Any]:
+    """The document without what nobody should see who looks over a shoulder."""
+    rest = without_password(document)
+    if rest is document:
+        return document
+    return {**rest, "smarthost": {**rest["smarthost"], "password": HIDDEN}}
 
 
 def _confirm(config: Config, options: Namespace, parser: Parser) -> bool:
