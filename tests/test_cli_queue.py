@@ -105,6 +105,15 @@ def test_nothing_that_is_printed_deceives_a_terminal(tmp_path: Path) -> None:
     assert [output for output in outputs if not output.replace("\n", "").isprintable()] == []
 
 
+def test_a_terminal_without_the_letters_gets_escapes(tmp_path: Path) -> None:
+    with QueueFile.open(str(tmp_path)) as store:
+        store.publish([Publication("outbox", Message({"recipient": "ü世@d.test"}, MIME))])
+    command = ("queue", "show", f"--queue-directory={tmp_path}")
+    done = mailerq(*command, env={"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0
+    assert b"\xfc\\u4e16@d.test" in done.stdout
+
+
 def test_show_counts_by_destination(directory: Path) -> None:
     with QueueFile.open(str(directory)) as file:
         mail = [{"recipient": f"r@{name}.test"} for name in ("a", "z", "z", "z")]

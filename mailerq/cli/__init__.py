@@ -11,6 +11,7 @@ only when the command runs.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ _INJECTING: Final = frozenset({"--envelope", "--extract-recipients", "--ignore-d
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name) and return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have all letters
     try:
         status = _run(words)
         sys.stdout.flush()

@@ -83,7 +83,8 @@ class Screen:
         self._write(HOME + "\r\n".join(shown) + END_OF_SCREEN)
 
     def _write(self, text: str) -> None:
-        data = memoryview(text.encode(errors="replace"))
+        # In another encoding a terminal could read the bytes of letters as its commands.
+        data = memoryview(text.encode(sys.stdout.encoding or "ascii", "replace"))
         while data:
             data = data[os.write(self._output, data) :]
 
