@@ -185,6 +185,16 @@ def test_a_bounce_keeps_the_mail_where_it_is_wanted(tmp_path: Path) -> None:
         assert document["mime"] == MIME.decode()
 
 
+def test_arguments_that_are_no_utf8_are_taken_as_they_look(directory: Path) -> None:
+    options = ("--tag=run-0", "--yes", "--reason=why\udcff", "--rabbitmq-failure=failed")
+    assert run(directory, "bounce", *options) == "2 messages of outbox were bounced\n"
+    for document in documents(directory, "read", "failed"):
+        assert document["results"][-1]["description"].endswith(": why\\udcff")
+    assert run(directory, "hold", "--tag=\udcff") == "0 messages of outbox were held\n"
+    said = run(directory, "show", "\udcff", status=os.EX_DATAERR)
+    assert "there is no queue \\udcff" in said
+
+
 def test_rerouted_mail_lies_under_its_new_host_with_its_body(directory: Path) -> None:
     options = ("--domain=a.test", "--via=[2001:db8::1]:2525")
     assert run(directory, "reroute", *options) == "4 messages of outbox were rerouted\n"

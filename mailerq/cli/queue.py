@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, Final
 
+from mailerq.address import queue_problem
 from mailerq.cli import control
 from mailerq.cli.common import (
     Parser,
@@ -167,7 +168,7 @@ def _configured(config: Config) -> Iterator[str]:
 def _is_known(config: Config, queue: str) -> bool:
     """Whether the queue exists: a setting names it, or it holds something."""
     with open_files(config) as files:
-        if any(file.numbers(queue, limit=1) for file in files):
+        if not queue_problem(queue) and any(file.numbers(queue, limit=1) for file in files):
             return True
         names = {depth.queue for file in files for depth in file.depths()}
     names.update(_configured(config))

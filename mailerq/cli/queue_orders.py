@@ -126,6 +126,8 @@ def _fitting(selection: Selection, action: str) -> Selection:
 
 
 def _order(options: Namespace, parser: Parser) -> Order:
+    # Arguments may be no UTF-8, and results are JSON.
+    options.reason = options.reason.encode(errors="backslashreplace").decode()
     fields: dict[str, Any] = {"action": options.action, "who": _who(), "reason": options.reason}
     if options.action == "reroute":
         fields["direct"] = options.direct
