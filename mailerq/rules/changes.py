@@ -25,7 +25,8 @@ MAX_WORDS: Final = 500
 class Kept(msgspec.Struct, frozen=True):
     """The message stays, with its body and its number, and with these properties.
 
-    `due` is seconds since 1970; None: the due time stays, and a held message stays held.
+    `due` is seconds since 1970; None: the due time stays, and a held message stays held. A message
+    of this queue that is held is not made due: the change does not apply.
     """
 
     queue: str

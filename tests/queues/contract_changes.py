@@ -192,6 +192,25 @@ class ChangeContract:
                 assert done == Changed(0, 0)
                 assert sorted(map(tag_of, await receive(consumer, 3))) == [0, 1, 2]
 
+    async def test_what_was_held_since_its_selection_is_not_made_due(
+        self, backend: Backend
+    ) -> None:
+        def now(message: Message) -> Decision:
+            return Decision(Kept("outbox", message.properties, backend.now))
+
+        def same(message: Message) -> Decision:
+            return Decision(Kept("outbox", {**message.properties, "changed": True}))
+
+        async with backend.open() as opened:
+            queues = browsable(opened)
+            await queues.publish([mail(tag, due=backend.now + 60) for tag in range(2)])
+            numbers = await queues.select("outbox", Selection())
+            await queues.change("outbox", numbers[:1], "hold")
+            assert await queues.change("outbox", numbers, now) == Changed(1, 0)
+            assert await queues.select("outbox", Selection(held=True)) == numbers[:1]
+            assert await queues.change("outbox", numbers, same) == Changed(2, 0)
+            assert await queues.select("outbox", Selection(held=True)) == numbers[:1]
+
     async def test_a_decision_keeps_the_body_and_sorts_the_message_anew(
         self, backend: Backend
     ) -> None:

@@ -102,6 +102,10 @@ class _Deciding:
         return self._steps
 
     def _add(self, row: Row, decision: Decision) -> None:
+        kept = decision.kept
+        if row.due >= HELD and kept is not None and kept.queue == self._queue:
+            if kept.due is not None:
+                return  # held since the message was selected
         body: bytes | None = None
         if any(copy.with_body for copy in decision.copies):
             whole = self._file.row(row.id)
@@ -111,7 +115,6 @@ class _Deciding:
             self._batch.inserts.append(insert)
             self._elsewhere.append(insert)
             self._bytes += insert.size
-        kept = decision.kept
         if kept is None:
             self._batch.removals.append(row.id)
             return
