@@ -75,6 +75,23 @@ def test_addresses_are_suppressed_from_a_file_and_freed_by_name_or_by_command(
     assert [row["value"] for row in documents(tmp_path, "suppress", "list")] == ["eve@b.test"]
 
 
+def test_a_list_of_another_system_is_read_as_it_is_meant(tmp_path: Path) -> None:
+    names = "\ufeffann@b.test\r\nbob@b.test\u00a0\r\n".encode()
+    run(tmp_path, "suppress", "add", "--from-file=-", stdin=names)
+    found = [row["value"] for row in documents(tmp_path, "suppress", "list")]
+    assert found == ["ann@b.test", "bob@b.test"]
+
+
+def test_lists_say_that_rows_may_be_missing(tmp_path: Path) -> None:
+    run(tmp_path, "pause", "add", "--tag=news")
+    path = tmp_path / "rows"
+    path.write_bytes(path.read_bytes().replace(b"news", b"sewn"))
+    for kind in ("pause", "suppress", "rows"):
+        done = mailerq(kind, "list", f"--queue-directory={tmp_path}")
+        assert done.returncode == 0
+        assert b"1 lines of the file are damaged" in done.stderr
+
+
 def test_each_change_names_who_when_and_why_in_the_audit_file(tmp_path: Path) -> None:
     run(tmp_path, "pause", "add", "--everything", "--reason=night")
     run(tmp_path, "pause", "remove", "1", "--reason=morning")

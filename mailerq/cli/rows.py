@@ -240,6 +240,8 @@ def _add(file: RowFile, config: Config, options: Namespace) -> int:
 
 def _list(file: RowFile, config: Config, options: Namespace) -> int:
     table = file.read()
+    if file.damaged:
+        complain(f"{file.damaged} lines of the file are damaged: rows may be missing here")
     if options.kind == SUPPRESSION:
         return _list_values(table, options)
     rows: Iterable[Row] = table.rows.values()
@@ -388,7 +390,8 @@ def _values(options: Namespace) -> list[str]:
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     try:
-        with open(0 if path == "-" else path, encoding="utf-8", closefd=path != "-") as file:
+        # With or without the mark that some programs write at the beginning.
+        with open(0 if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as file:
             for number, line in enumerate(file, start=1):
                 text = line.strip()
                 if text and not text.startswith("#"):

@@ -20,7 +20,7 @@ from mailerq.errors import RowError
 from mailerq.net.logs import RATION_SECONDS, Ration
 from mailerq.rules.row import ERROR, PAUSE, Row
 from mailerq.rules.rows import NO_POOLS, Rows
-from mailerq.store.row_file import RowFile
+from mailerq.store.row_file import AUDIT_NAME, FILE_NAME, RowFile
 
 __all__ = ["Keeper"]
 
@@ -59,13 +59,18 @@ class Keeper:
         """Read the file before mail is sent. Raises `RowError`."""
         try:
             await self._follow()
+            is_lost = self._file.is_lost
         except OSError as error:
             raise RowError(f"the operator's rows cannot be read: {error}") from error
+        if is_lost:
+            log.error(
+                "%s is missing or empty, and %s tells of rows: there are no pauses, forced errors"
+                " or suppressions",
+                FILE_NAME,
+                AUDIT_NAME,
+            )
         if self._file.damaged:
-            try:
-                await self._write(self._file.repair)
-            except (OSError, RowError) as error:
-                log.error("the damaged file of rows cannot be replaced: %s", error)
+            await self._repair()
         self._update()
 
     async def run(self) -> None:
@@ -88,6 +93,20 @@ class Keeper:
                     self._update()
         except (OSError, RowError) as error:
             self._say_unread("the operator's rows stay as they were: %s", error)
+            return
+        if new and self._file.damaged:
+            await self._repair()
+
+    async def _repair(self) -> None:
+        """Set a damaged file aside."""
+        try:
+            await self._write(self._file.repair)
+        except (OSError, RowError) as error:
+            log.error(
+                "%d lines of the operator's rows are damaged, and the file cannot be replaced: %s",
+                self._file.damaged,
+                error,
+            )
 
     async def _follow(self) -> bool:
         """Read what is new, in turns of some milliseconds; whether there was something."""
@@ -136,7 +155,7 @@ class Keeper:
     def table(self) -> list[Row]:
         """All rows but suppressions, with the hits that are written."""
         table = self._file.table
-        return [table.shown(row) for row in table.rows.values()]
+        return [table.shown(row) for row in list(table.rows.values())]
 
     async def _note(self) -> None:
         """Write the hits."""
@@ -150,9 +169,10 @@ class Keeper:
     async def _write(self, function: Callable[[], T]) -> T:
         """Change the file in a thread, while nobody reads."""
         async with self._turn:
-            done = await trio.to_thread.run_sync(function)
-            self._update()
-        return done
+            try:
+                return await trio.to_thread.run_sync(function)
+            finally:
+                self._update()  # a change that fails may have read those of others
 
     async def close(self) -> None:
         """Write the last hits."""
@@ -165,7 +185,8 @@ class Keeper:
     def statistics(self) -> dict[str, int]:
         """How many rows there are of each kind."""
         table = self._file.table
-        kinds = [row.kind for row in table.rows.values()]
+        # A thread may be changing the table.
+        kinds = [row.kind for row in list(table.rows.values())]
         return {
             "pauses": kinds.count(PAUSE),
             "errors": kinds.count(ERROR),

@@ -7,12 +7,17 @@ Writers hold a lock on the file and append; a change is synced before the caller
 Readers take no lock: they read complete lines from where they stopped (`follow`). When many lines
 are out of date, a writer replaces the file, and readers read the new one from its start.
 
+A writer takes back the lines of a change that the disk did not take, and a reader may have read
+them, while other lines are in their place already. So a reader compares the last line that it has
+read with the file, and reads all again if that line is not there any more.
+
 A line that was not written to its end was not confirmed to anybody, and is dropped. If another line
 is damaged, the next writer keeps a copy of the file beside it, says so in the log, and writes
-a file of the lines that are sound.
+a file of the lines that are sound. Of a damaged line the suppressed addresses that can still be
+read stay suppressed: mail that was kept back can be sent later, and not the other way round.
 
-Each change is also a line of `AUDIT_NAME`, before it is made: who, when, why. That file is never
-shortened here; it may be renamed or emptied at any time.
+Each change is also a line of `AUDIT_NAME`, before it is made: who, when, why. The line of a change
+that the disk did not take is taken back. That file may be renamed or emptied at any time.
 """
 
 from __future__ import annotations
@@ -21,9 +26,10 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 from zlib import crc32
 
@@ -32,7 +38,7 @@ import msgspec
 from mailerq.errors import RowError
 from mailerq.message import format_time
 from mailerq.privileges import as_owner
-from mailerq.rules.row import SUPPRESSION, Row, checked
+from mailerq.rules.row import SUPPRESSION, Row, checked, suppressible
 from mailerq.store.table import VERSION, Line, Table, lines_of
 
 __all__ = ["AUDIT_NAME", "FILE_NAME", "RowFile"]
@@ -57,10 +63,17 @@ LOCK_AGAIN_SECONDS: Final = 0.01
 SPARE_LINES: Final = 1000
 """Lines that may be out of date before the file is replaced, beside as many as are needed."""
 
+SKIPPED_IDS: Final = 1000
+"""Ids that are not used after damage: mail may still wait for a pause that cannot be read."""
+
 AUDITED_VALUES: Final = 10
 """Suppressed addresses that a line of the audit file names; it has their number too."""
 
 MODE: Final = 0o640
+
+VALUES: Final = b'"values":['
+_find_id: Final = re.compile(rb'"id":([0-9]{1,12})').search
+_find_words: Final = re.compile(rb'"([^"\\\x00-\x20]{3,254})"').findall
 
 _decode: Final = msgspec.json.Decoder(Line).decode
 _encode: Final = msgspec.json.Encoder().encode
@@ -83,6 +96,8 @@ class RowFile:
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._lines = 0
+        self._last = b""  # the last line that was read
+        self._changed = 0  # when the file last changed, in nanoseconds of its own clock
         self._next: RowFile | None = None  # reads a file that has replaced this one
 
     # Reading
@@ -100,7 +115,12 @@ class RowFile:
             found = os.stat(self._path)
         except FileNotFoundError:
             return self._identity is not None
-        return (found.st_dev, found.st_ino) != self._identity or found.st_size != self._offset
+        return (
+            self._clock() < self.table.last_end
+            or (found.st_dev, found.st_ino) != self._identity
+            or found.st_size != self._offset
+            or found.st_mtime_ns != self._changed
+        )
 
     def follow(self) -> bool:
         """Read some of what was written since the last call; whether there may be more.
@@ -119,20 +139,33 @@ class RowFile:
             identity = found.st_dev, found.st_ino
             if self._identity is None:
                 self._identity = identity
-            if identity != self._identity or found.st_size < self._offset:
-                if self._next is None or self._next._identity not in (None, identity):
-                    self._next = RowFile(self._directory, self._user, clock=self._clock)
-                if self._next._read_some(file, identity):
+            self._changed = found.st_mtime_ns
+            # The clock may have been set back before the end of a row that was dropped.
+            early = self._clock() < self.table.last_end
+            if self._next or early or identity != self._identity or self._was_cut(file):
+                other = self._next
+                if other is None or other._identity not in (None, identity) or other._was_cut(file):
+                    other = RowFile(self._directory, self._user, clock=self._clock)
+                self._next, other._changed = other, found.st_mtime_ns
+                if other._read_some(file, identity):
                     return True
-                self._take_over(self._next)
+                self._take_over(other)
                 return False
             return self._read_some(file, identity)
         finally:
             os.close(file)
 
+    def _was_cut(self, file: int) -> bool:
+        """Whether the last line that was read is not in its place any more."""
+        start = self._offset - len(self._last)
+        return os.pread(file, len(self._last), start) != self._last
+
     def _take_over(self, other: RowFile) -> None:
+        if self._lines and not other._lines:
+            log.error("%s is gone or empty: there are no rows any more", self._path)
         self.table, self.damaged = other.table, other.damaged
         self._identity, self._offset, self._lines = other._identity, other._offset, other._lines
+        self._last, self._changed = other._last, other._changed
         self._next = None
 
     def _read_some(self, file: int, identity: tuple[int, int]) -> bool:
@@ -150,13 +183,33 @@ class RowFile:
             line = _parse(text)
             if line is None:
                 self.damaged += 1
+                self._save(text)
             elif line.version > VERSION:
                 raise RowError(f"{self._path}: a newer mailerq has written this file")
             else:
                 self.table.apply(line)
             self._lines += 1
         self._offset += end
+        self._last = _last_line(data[:end])
         return True
+
+    def _save(self, text: bytes) -> None:
+        """Apply what a damaged line suppresses."""
+        row, values = _salvaged(text)
+        if row is not None:
+            found = self.table.get(row.id) or row
+            if found.kind == SUPPRESSION:
+                self.table.apply(Line(row=found, values=values))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether there is nothing, although the audit file tells of rows. Raises `OSError`."""
+        if self._lines:
+            return False
+        try:
+            return os.stat(os.path.join(self._directory, AUDIT_NAME)).st_size > 0
+        except FileNotFoundError:
+            return False
 
     # Changes
 
@@ -255,10 +308,17 @@ class RowFile:
                     os.ftruncate(file, self._offset)
                 yield file
                 if self._lines > 2 * self._needed() + SPARE_LINES:
-                    self._replace()
+                    self._tidy()
             finally:
                 if file >= 0:
                     os.close(file)
+
+    def _tidy(self) -> None:
+        """Write the file anew if the disk takes it; the changes that are made stay made."""
+        try:
+            self._replace()
+        except OSError as error:
+            log.error("%s cannot be written anew, and grows: %s", self._path, error)
 
     def _needed(self) -> int:
         """About how many lines the table needs."""
@@ -315,16 +375,30 @@ class RowFile:
             document["rows"] = [msgspec.to_builtins(each) for each in every]
         if values:
             document |= {"values": values[:AUDITED_VALUES], "count": len(values)}
-        self._audit(document)
-        self._append(file, lines)
+        with self._audited(document):
+            self._append(file, lines)
 
-    def _audit(self, document: dict[str, Any]) -> None:
+    @contextmanager
+    def _audited(self, document: dict[str, Any]) -> Iterator[None]:
+        """Write a line of the audit file for a change that is made meanwhile."""
         path = os.path.join(self._directory, AUDIT_NAME)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         file = os.open(path, flags, MODE)
         try:
-            _write_all(file, _encode(document) + b"\n")
-            os.fsync(file)
+            size = os.fstat(file).st_size
+            data = _encode(document) + b"\n"
+            if size and os.pread(file, 1, size - 1) != b"\n":
+                data = b"\n" + data  # a crash has cut the last line
+            try:
+                _write_all(file, data)
+                os.fsync(file)
+                if not size:
+                    _sync_directory(self._directory)
+                yield
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(file, size)
+                raise
         finally:
             os.close(file)
 
@@ -343,6 +417,8 @@ class RowFile:
             self.table.apply(line)
         self._offset += len(data)
         self._lines += len(lines)
+        self._last = _last_line(data)
+        self._changed = os.fstat(file).st_mtime_ns
 
     def _set_aside(self) -> None:
         """Keep a copy of a damaged file, and replace the file by its sound lines."""
@@ -350,20 +426,22 @@ class RowFile:
         number = 0
         while os.path.exists(copy := os.path.join(self._directory, f"{name}-{number}")):
             number += 1
-        os.link(self._path, copy)
+        self.table.next_id += SKIPPED_IDS
+        damaged, lines = self.damaged, self._lines
+        self._replace(copy)
         log.error(
-            "%s: %d of %d lines are damaged; the file is kept as %s, and the sound lines are in"
-            " force. Compare 'mailerq pause list', 'error list' and 'suppress list' with %s",
+            "%s: %d of %d lines are damaged; the file is kept as %s. The other lines are in force,"
+            " and the suppressions of damaged lines as far as they can be read. Compare 'mailerq"
+            " pause list', 'error list' and 'suppress list' with %s",
             self._path,
-            self.damaged,
-            self._lines,
+            damaged,
+            lines,
             copy,
             AUDIT_NAME,
         )
-        self._replace()
 
-    def _replace(self) -> None:
-        """Write the file anew."""
+    def _replace(self, copy: str = "") -> None:
+        """Write the file anew, and keep the old one as `copy`."""
         path = f"{self._path}.new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         file = os.open(path, flags, MODE)
@@ -375,13 +453,26 @@ class RowFile:
                 lines, size = lines + 1, size + len(data)
             os.fsync(file)
             found = os.fstat(file)
+            if copy:
+                os.link(self._path, copy)
+            os.rename(path, self._path)
+        except OSError:
+            for each in filter(None, (path, copy)):
+                with suppress(OSError):
+                    os.unlink(each)
+            raise
         finally:
             os.close(file)
-        os.rename(path, self._path)
         _sync_directory(self._directory)
         self.damaged = 0
         self._identity = found.st_dev, found.st_ino
         self._lines, self._offset = lines, size
+        self._last, self._changed = data, found.st_mtime_ns
+
+
+def _last_line(data: bytes) -> bytes:
+    """The last line of data that ends with a line."""
+    return data[data.rfind(b"\n", 0, -1) + 1 :]
 
 
 def _format(line: Line) -> bytes:
@@ -398,6 +489,27 @@ def _parse(text: bytes) -> Line | None:
     except (ValueError, msgspec.DecodeError, RecursionError):
         pass
     return None
+
+
+def _salvaged(text: bytes) -> tuple[Row | None, list[str]]:
+    """What a damaged line suppresses, as far as that can be read."""
+    start, number = text.find(VALUES), _find_id(text)
+    values: list[str] = []
+    if b'"suppression"' not in text or start < 0 or number is None:
+        return None, values
+    for word in _find_words(text, start + len(VALUES)):
+        if b"@" in word or b"." in word:
+            with suppress(RowError, UnicodeError):
+                values.append(suppressible(word.decode()))
+    row = Row(
+        kind=SUPPRESSION,
+        id=int(number[1]),
+        code=550,
+        status="5.7.1",
+        description="the recipient is suppressed",
+        reason="read from a damaged line",
+    )
+    return (row, values) if values else (None, values)
 
 
 def _write_all(file: int, data: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 import msgspec
@@ -58,6 +58,8 @@ class Table:
         self.next_id = 1
         self.first_end = math.inf
         """No row is over before."""
+        self.last_end = -math.inf
+        """The latest end of the rows that `expire` has dropped."""
         self._last = Row(kind=SUPPRESSION)
 
     def get(self, number: int) -> Row | None:
@@ -69,8 +71,8 @@ class Table:
         self.next_id = max(self.next_id, line.next)
         if line.row is not None:
             self._put(line.row, line.values)
-        for number in line.end:
-            self._end(number)
+        if line.end:
+            self._end(line.end)
         for value in line.free:
             places = self._places(value)
             if (freed := places.pop(value, None)) is not None:
@@ -118,13 +120,16 @@ class Table:
             del self.counts[row.id], self.suppressions[row.id]
             self.hits.pop(row.id, None)
 
-    def _end(self, number: int) -> None:
-        self.hits.pop(number, None)
-        self.rows.pop(number, None)
-        row = self.suppressions.pop(number, None)
-        if row is not None and self.counts.pop(number, 0):
+    def _end(self, numbers: Collection[int]) -> None:
+        ended = set()
+        for number in numbers:
+            self.hits.pop(number, None)
+            self.rows.pop(number, None)
+            if self.suppressions.pop(number, None) and self.counts.pop(number, 0):
+                ended.add(number)
+        if ended:  # one look at all addresses, however many rows have ended
             for places in (self.addresses, self.domains):
-                for value in [value for value, found in places.items() if found is row]:
+                for value in [value for value, row in places.items() if row.id in ended]:
                     del places[value]
 
     def expire(self, now: float) -> bool:
@@ -134,9 +139,9 @@ class Table:
         rows = [*self.rows.values(), *self.suppressions.values()]
         ends = [row.until for row in rows if row.until is not None and not row.is_over(now)]
         self.first_end = min(ends, default=math.inf)
-        over = [row.id for row in rows if row.is_over(now)]
-        for number in over:
-            self._end(number)
+        over = [row for row in rows if row.is_over(now)]
+        self.last_end = max([self.last_end, *(row.until or 0.0 for row in over)])
+        self._end({row.id for row in over})
         return bool(over)
 
     def shown(self, row: Row) -> Row:

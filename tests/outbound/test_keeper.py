@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -129,6 +130,62 @@ async def test_rows_stay_in_force_while_their_file_cannot_be_read(
         os.rename(tmp_path / "aside", path)
         await found.add(Row(kind=PAUSE, tag="other"), who="ann")
         assert found.rows is not None and len(found.rows.by_id) == 2
+
+
+async def test_a_file_that_is_damaged_while_it_is_in_force_is_set_aside_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_keeper(tmp_path, Clock()) as (found, _):
+        await found.add(Row(kind=PAUSE, tag="news"), who="ann")
+        await found.add(Row(kind=PAUSE, tag="other"), who="ann")
+        edited = (tmp_path / FILE_NAME).read_bytes().replace(b"news", b"olds")
+        (tmp_path / "edited").write_bytes(edited)
+        os.rename(tmp_path / "edited", tmp_path / FILE_NAME)
+        await until(lambda: "are damaged" in caplog.text)
+        (kept,) = tmp_path.glob("rows.damaged-*")
+        assert kept.read_bytes() == edited
+        assert found.rows is not None and list(found.rows.by_id) == [2]
+
+
+async def test_rows_that_are_gone_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_keeper(tmp_path, Clock()) as (found, _):
+        assert not caplog.text
+        await found.add(Row(kind=PAUSE, tag="news"), who="ann")
+        (tmp_path / FILE_NAME).unlink()
+        await until(lambda: found.rows is None)
+        assert "gone" in caplog.text
+    caplog.clear()
+    async with open_keeper(tmp_path, Clock()):
+        assert "missing or empty" in caplog.text
+
+
+async def test_rows_come_back_with_the_clock(tmp_path: Path) -> None:
+    clock = Clock()
+    async with open_keeper(tmp_path, clock) as (found, _):
+        await found.add(Row(kind=PAUSE, tag="news", until=NOW + 60), who="ann")
+        clock.now += 3600
+        await until(lambda: found.rows is None)
+        clock.now -= 3600
+        await until(lambda: found.rows is not None)
+
+
+async def test_changes_of_others_are_in_force_after_a_change_that_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Keeper(str(tmp_path), lambda rows: None, clock=Clock())
+    await found.open()
+    RowFile(str(tmp_path), clock=Clock()).add(Row(kind=PAUSE, tag="news"), who="ann")
+
+    def fail(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="space"):
+            await found.add(Row(kind=PAUSE, tag="other"), who="ann")
+    assert found.rows is not None and list(found.rows.by_id) == [1]
 
 
 async def test_a_start_that_cannot_read_the_rows_fails_and_says_so(tmp_path: Path) -> None:

