@@ -31,7 +31,7 @@ from mailerq.address import parse_mailbox
 from mailerq.outbound.pause import Pause
 from mailerq.rules.destinations import domain_of, parked_by, place_of
 from mailerq.rules.plan import Hold, Park, Refuse, stopped
-from mailerq.rules.row import PAUSE, Row, any_of, patterns
+from mailerq.rules.row import PAUSE, Row, any_of, compared, patterns
 from mailerq.rules.rows import Peer
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class Stops:
 
     def _is_stopped(self, rows: Rows, flow: Flow | None, job: Job) -> bool:
         plan = job.plan
-        recipient = str(parse_mailbox(plan.recipient)).lower()
+        recipient = compared(parse_mailbox(plan.recipient))
         if rows.suppression(recipient, plan.domain) is not None:
             return True
         tags = job.message.properties.get("tags") or ()

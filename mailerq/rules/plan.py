@@ -21,7 +21,7 @@ from mailerq.rules.logins import Demand, login_of
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at, not_before
 from mailerq.rules.routes import Route, loop_problem, route_of, unmet_promise
-from mailerq.rules.row import PAUSE, Row
+from mailerq.rules.row import PAUSE, Row, compared
 from mailerq.rules.rows import Rows
 from mailerq.wire import smtp
 
@@ -126,7 +126,7 @@ def plan(
     expires = expires_at(properties, now=seen, max_delivertime=config.max_delivertime)
     if now > expires:
         return Refuse(responses.EXPIRED, domain)
-    if rows is not None and (row := rows.suppression(str(mailbox).lower(), domain)) is not None:
+    if rows is not None and (row := rows.suppression(compared(mailbox), domain)) is not None:
         return Refuse(responses.suppressed(row), domain, row=row.id)
     if (promise := unmet_promise(properties)) is not None:
         return Refuse(responses.unmet(promise), domain)

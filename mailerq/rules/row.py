@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
 
-from mailerq.address import parse_domain, parse_ip, parse_mailbox
+from mailerq.address import Mailbox, parse_domain, parse_ip, parse_mailbox
 from mailerq.errors import AddressError, RowError
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Row",
     "any_of",
     "checked",
+    "compared",
     "patterns",
     "suppressible",
 ]
@@ -36,6 +39,8 @@ PLACES: Final = ("domain", "site", "provider", "remote_ip")
 MAX_TEXT: Final = 1000
 """Characters of each text in a row, as in results."""
 
+_QUOTED_PAIR: Final = re.compile(r"\\(.)", re.DOTALL)
+_SPECIAL: Final = re.compile(r'[\\"]')
 _STATUS: Final = re.compile(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}")
 
 
@@ -147,9 +152,30 @@ def suppressible(text: str) -> str:
     ('ann@example.com', '*.example.com')
     """
     try:
-        return str(parse_mailbox(text)).lower() if "@" in text else _pattern(text)
+        return compared(parse_mailbox(text)) if "@" in text else _pattern(text)
     except AddressError as error:
         raise RowError(str(error)) from None
+
+
+def compared(mailbox: Mailbox) -> str:
+    r"""An address in the form in which suppressions compare addresses.
+
+    Quotes that a local part does not need mean nothing (RFC 5321, section 4.1.2), so mail does not
+    get past a suppression by them. Unicode is compared composed (RFC 6532, section 3.1).
+
+    >>> compared(parse_mailbox('"Ann"@b.test')), compared(parse_mailbox('"a\\ b"@b.test'))
+    ('ann@b.test', '"a b"@b.test')
+    """
+    local = mailbox.local
+    if local.startswith('"'):
+        bare = _QUOTED_PAIR.sub(r"\1", local[1:-1])
+        local = '"' + _SPECIAL.sub(r"\\\g<0>", bare) + '"'
+        with suppress(AddressError):
+            if not bare.startswith('"'):
+                local = parse_mailbox(f"{bare}@{mailbox.domain}").local
+    if not local.isascii():
+        local = unicodedata.normalize("NFC", local)
+    return f"{local}@{mailbox.domain}".lower()
 
 
 def _ip(text: str) -> str:

@@ -104,7 +104,7 @@ class Rows:
     # Messages
 
     def suppression(self, address: str, domain: str) -> Row | None:
-        """The row that suppresses a recipient; `address` is in lower case."""
+        """The row that suppresses a recipient; `address` is in the form of `compared`."""
         row = self._addresses.get(address)
         if row is None and self._domains:
             found = (self._domains.get(name) for name in patterns(domain))
@@ -258,5 +258,10 @@ def _contains(network: str, address: str) -> bool:
     bare = _plain(address.partition("%")[0])
     if "/" not in network:
         return network == bare
-    ip, wanted = ipaddress.ip_address(bare), ipaddress.ip_network(network)
+    ip, wanted = ipaddress.ip_address(bare), _network_of(network)
     return ip.version == wanted.version and ip in wanted
+
+
+@lru_cache(maxsize=10_000)  # as many as there may be rows: each new flow asks for all of them
+def _network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    return ipaddress.ip_network(text)

@@ -23,6 +23,41 @@ REMOTES = ["198.51.100.1", "198.51.100.2", "203.0.113.7"]
 NETWORKS = [*REMOTES, "198.51.100.0/24", "0.0.0.0/0", "2001:db8::/32"]
 
 
+@pytest.mark.parametrize(("text", "same"), [
+    ("Ann@B.Test", "ann@b.test"),
+    ('"ann"@b.test', "ann@b.test"),
+    (r'"\a\n\n"@b.test', "ann@b.test"),
+    ('"ann.x"@b.test', "ann.x@b.test"),
+    ('"ann x"@b.test', '"ann\\ x"@b.test'),
+    ('"a@c.test"@b.test', '"a\\@c.test"@b.test'),
+    (r'"\"ann\""@b.test', r'"\"an\n\""@b.test'),
+    ("ann@b\u00fccher.test", "ann@XN--BCHER-KVA.test"),
+    ("j\u00f6rg@b.test", "jo\u0308rg@B.test"),
+    ("ann@[IPv6:2001:DB8:0::1]", "ann@[ipv6:2001:db8::1]"),
+    ("*.B\u00fccher.test", "*.xn--bcher-kva.test"),
+])  # fmt: skip
+def test_one_suppression_is_about_all_ways_to_write_it(text: str, same: str) -> None:
+    assert suppressible(text) == suppressible(same)
+
+
+@pytest.mark.parametrize(("text", "other"), [
+    ("ann@b.test", "ann+x@b.test"),
+    ("ann@b.test", "a.nn@b.test"),
+    ("ann@b.test", "ann@a.b.test"),
+    ('"ann "@b.test', "ann@b.test"),
+    (r'"\"ann\""@b.test', '"ann"@b.test'),
+    ("*.b.test", "b.test"),
+])  # fmt: skip
+def test_what_is_another_address_is_another_suppression(text: str, other: str) -> None:
+    assert suppressible(text) != suppressible(other)
+
+
+@pytest.mark.parametrize("text", ["ann@b.test.", "b.test.", "*", "*.", "@b.test", "a b@c.test", ""])
+def test_what_no_mail_can_have_is_not_suppressed(text: str) -> None:
+    with pytest.raises(RowError):
+        suppressible(text)
+
+
 @st.composite
 def rows_of(draw: st.DrawFn) -> list[Row]:
     rows = []
