@@ -21,11 +21,13 @@ Everything here runs on the home worker.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+import trio
 
 from mailerq.address import parse_mailbox
 from mailerq.outbound.pause import Pause
@@ -58,6 +60,10 @@ def peer_of(site: Site, local_ip: str | None, shaping: Shaping) -> Peer:
     return Peer(names, frozenset(host.address for host in hosts), shaping.provider_of(names))
 
 
+RELEASED: Final = 200
+"""Pauses and destinations that are released in one turn of the loop: some milliseconds."""
+
+
 ASIDE_SECONDS: Final = 60.0
 """How long a message waits for another address if a row forbids those that could send it."""
 
@@ -73,6 +79,9 @@ class Stops:
         self._intake = intake
         self._sites = sites
         self._parked: dict[int, dict[str, None]] = {}
+        self._released: deque[Pause | str] = deque()
+        """Pauses, and parked destinations, that no row keeps any more."""
+        self._releasing = False
         self._again: set[str] = set()
         """Destinations of pauses whose pools have changed: a message shows what still waits."""
 
@@ -192,7 +201,8 @@ class Stops:
         if rows is not None:
             self._recheck(rows)
         ended, added = old.keys() - new.keys(), new.keys() - old.keys()
-        self._again.clear()
+        if not self._releasing:
+            self._again.clear()
         if moved := _moved(before, rows):
             ended, added = ended | moved, added | moved
         if ended:
@@ -214,14 +224,29 @@ class Stops:
             over = row is None or row.id in ended or (remotes and row.remote_ip)
             if each.paused and over:
                 if isinstance(each, Pause):
-                    self._release(each)
+                    self._released.append(each)
                 else:
                     each.go_on()
         for number in ended:
             for key in self._parked.pop(number, ()):
                 if number in rows:
                     self._again.add(key)
-                self._intake.reopen(key)
+                self._released.append(key)
+        if self._released and not (self._releasing or self._dispatcher.stopping):
+            self._releasing = True
+            self._dispatcher.start_soon(self._release_all)
+
+    async def _release_all(self) -> None:
+        """Release what no row keeps any more, a part in each turn: there may be very much."""
+        while self._released:
+            for _ in range(min(len(self._released), RELEASED)):
+                each = self._released.popleft()
+                if isinstance(each, str):
+                    self._intake.reopen(each)
+                elif self._dispatcher.flows.pauses.get(each.key) is each:
+                    self._release(each)
+            await trio.lowlevel.checkpoint()
+        self._releasing = False
 
     def _begin(self, flow: Flow, rows: Rows) -> None:
         """There are more pauses: end the flow, or some of its sessions."""
@@ -276,7 +301,8 @@ class Stops:
         pauses = self._dispatcher.flows.pauses.values()
         return {
             "paused": sum(1 for pause in pauses if pause.paused),
-            "parked": sum(len(keys) for keys in self._parked.values()),
+            "parked": sum(len(keys) for keys in self._parked.values())
+            + sum(isinstance(each, str) for each in self._released),
         }
 
 

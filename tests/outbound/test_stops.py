@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from mailerq.net.resolver import Host
+from mailerq.outbound.stops import RELEASED
 from mailerq.rules.row import ERROR, PAUSE, SUPPRESSION, Row
 from mailerq.rules.rows import Rows
 from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
@@ -549,6 +550,77 @@ async def test_a_new_row_is_about_mail_in_memory_too() -> None:
         await bench.results("failure", 2)
         await rest(bench)
         assert recipients(bench) == ["ann@d.test"]
+
+
+# Many
+
+
+class Turns(trio.abc.Instrument):
+    """How much a figure falls in one turn of the loop at most."""
+
+    def __init__(self, figure: Callable[[], int]) -> None:
+        self.most = 0
+        self._figure = figure
+        self._last = figure()
+
+    def before_io_wait(self, timeout: float) -> None:
+        last, self._last = self._last, self._figure()
+        self.most = max(self.most, last - self._last)
+
+
+@pytest.mark.parametrize("scope", [{}, {"tag": "news"}])
+async def test_the_end_of_a_pause_of_many_sites_takes_many_turns(scope: dict[str, str]) -> None:
+    class Apart(StubResolver):
+        async def mail_hosts(self, domain: str) -> tuple[Host, ...]:
+            await trio.lowlevel.checkpoint()
+            return (Host(f"mx.{domain}", "127.0.0.1"),)
+
+    sites = 5 * RELEASED
+    async with open_bench(resolver=Apart()) as bench:
+        obey(bench, pause(**scope))
+        for number in range(sites):
+            bench.send(f"a@d{number}.test", tags=["news"])
+        state = "parked" if scope else "paused"
+        await bench.until(lambda figures: figures[state] == sites)
+        await rest(bench)
+        turns = Turns(lambda: bench.dispatcher.stops.statistics()[state])
+        trio.lowlevel.add_instrument(turns)
+        obey(bench)
+        await bench.until(lambda figures: not figures[state])
+        trio.lowlevel.remove_instrument(turns)
+        assert 0 < turns.most <= RELEASED
+        await taken(bench, 20)
+
+
+async def test_a_pause_that_begins_while_another_one_ends_keeps_the_mail() -> None:
+    sites = 3 * RELEASED
+    domains = {f"d{number}_test": ["127.0.0.1"] for number in range(sites)}
+    async with open_bench(resolver=StubResolver(**domains)) as bench:
+        for row in (pause(1), pause(2, tag="news")):
+            obey(bench, row)
+            for number in range(sites):
+                bench.send(f"a@d{number}.test", tags=["news"])
+            await rest(bench)
+            obey(bench)
+            await trio.lowlevel.checkpoint()
+            obey(bench, pause(3))
+            await rest(bench)
+            assert len(bench.peer.mails) < sites * row.id
+            obey(bench)
+            bench.dispatcher.flush()
+            await bench.results("success", sites * row.id)
+
+
+async def test_rows_that_change_while_deliveries_stop_do_no_harm() -> None:
+    async with open_bench() as bench:
+        obey(bench, pause(), pause(2, tag="news"))
+        bench.send("a@d.test")
+        bench.send("a@e.test", tags=["news"])
+        await rest(bench)
+        await bench.dispatcher.stop(0)
+        obey(bench)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not bench.peer.connections
 
 
 # All together
