@@ -207,14 +207,18 @@ def is_mapped(config: Config, ip: str) -> bool:
 
 
 def _addresses(ips: Sequence[str]) -> tuple[str, ...]:
-    """The valid addresses in ``ips``. Raises `AddressError` if there are none."""
+    """The valid addresses in ``ips``, as files and rows name them, each once.
+
+    Raises `AddressError` if there are none.
+    """
     found = []
     for ip in ips:
         try:
-            if not isinstance(parse_host(ip), str):
-                found.append(str(ip))
+            host = parse_host(ip)
         except AddressError:
             continue
+        if not isinstance(host, str) and (text := str(parse_ip(str(host)))) not in found:
+            found.append(text)
     if not found:
         raise AddressError(f"property ips: {str(ips[0])[:80]!r} is no IP address")
     return tuple(found)

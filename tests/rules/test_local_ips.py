@@ -279,3 +279,8 @@ def test_a_message_comes_back_from_an_address_that_it_may_still_use(
     properties: dict[str, Any], pinned: str
 ) -> None:
     assert planned(read(), **properties).pinned == pinned
+
+
+def test_addresses_of_a_message_are_those_of_the_files_however_they_are_written() -> None:
+    ips = ["[192.0.2.1]", "::ffff:192.0.2.1", "2001:DB8:0::1", "nonsense"]
+    assert LocalIps().allowed({"ips": ips}) == ("192.0.2.1", "2001:db8::1")
