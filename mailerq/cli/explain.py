@@ -53,6 +53,10 @@ def main(settings: list[str], rest: list[str]) -> int:
         help="a local address that the message names in ips; may be given several times",
     )  # fmt: skip
     parser.add_argument("--pool", metavar="NAME", default="", help="a pool that the message names")
+    parser.add_argument(
+        "--tag", action="append", default=[], metavar="TAG",
+        help="a tag that the message has; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
     options = parser.parse_args(rest)
     try:
@@ -65,6 +69,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         "envelope": options.envelope,
         "ips": ips,
         "pool": options.pool,
+        "tags": options.tag,
     }
     try:
         answer = _ask(config, request)
@@ -153,6 +158,8 @@ def _rows(config: Config, pools: Mapping[str, Collection[str]]) -> Rows | None:
     except (OSError, RowError) as error:
         complain(f"the operator's rows cannot be read: {error}")
         return None
+    if file.damaged:
+        complain(f"{file.damaged} lines of the operator's rows are damaged: some may be missing")
     table = file.table
     table.expire(time.time())
     rows = Rows(table.rows.values(), addresses=table.addresses, domains=table.domains, pools=pools)
@@ -216,6 +223,7 @@ ACTION: Final = ("rule", "where", "stage", "since", "until", "hits", "sample")
 
 WORDS: Final = {
     "send": "goes out",
+    "done": "counts as delivered",
     "hold": "is held",
     "wait": "waits",
     "fail": "fails",

@@ -13,16 +13,17 @@ place: a setting and its origin, or a file and its line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from mailerq.errors import MailerqError
 from mailerq.message import Message, format_time
 from mailerq.net.resolver import NoHosts
 from mailerq.outbound.cells import Count
+from mailerq.outbound.limits import PAUSED
 from mailerq.outbound.refusals import Scope
 from mailerq.outbound.sites import HostMemory, Site, Sites
-from mailerq.outbound.stops import peer_of
+from mailerq.outbound.stops import late, peer_of
 from mailerq.rules import responses
 from mailerq.rules.destinations import place_of
 from mailerq.rules.plan import Hold, Park, Plan, Refuse, Send
@@ -48,32 +49,36 @@ MAX_TEXT: Final = 1000
 CLOSED: Final = "closed"
 """Hours that allow nothing now; the value is when they begin."""
 
+DECISIONS: Final = {Fate.DELIVERED: "done", Fate.RETRY: "wait", Fate.FAILED: "fail"}
+
 MAX_HOSTS: Final = 32
 """Hosts whose limits are listed."""
 
 
 class Question(NamedTuple):
-    """What is asked about: an address or a domain, the sender, and local addresses."""
+    """What is asked about: an address or a domain, the sender, local addresses, and tags."""
 
     recipient: str
     envelope: str = ""
     ips: tuple[str, ...] = ()
     pool: str = ""
+    tags: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> Self:
         """The question in a request. Raises `MailerqError`."""
         recipient, envelope = request.get("recipient"), request.get("envelope", "")
-        ips = request.get("ips", [])
+        ips, tags = request.get("ips", []), request.get("tags", [])
         pool = request.get("pool", "")
-        texts = [recipient, envelope, pool, *ips] if isinstance(ips, list) else [None]
+        are_lists = isinstance(ips, list) and isinstance(tags, list)
+        texts = [recipient, envelope, pool, *ips, *tags] if are_lists else [None]
         if not all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts):
-            raise MailerqError("expected an address or a domain, a sender, and local addresses")
-        return cls(str(recipient), str(envelope), tuple(ips), str(pool))
+            raise MailerqError("expected an address or a domain, a sender, local addresses, tags")
+        return cls(str(recipient), str(envelope), tuple(ips), str(pool), tuple(tags))
 
     def answer(self) -> dict[str, Any]:
         """The beginning of an answer."""
-        return {**self._asdict(), "ips": list(self.ips)}
+        return {**self._asdict(), "ips": list(self.ips), "tags": list(self.tags)}
 
     def message(self) -> Message:
         """The document of a message as it is asked about."""
@@ -84,6 +89,8 @@ class Question(NamedTuple):
             properties["ips"] = list(self.ips)
         if self.pool:
             properties["pool"] = self.pool
+        if self.tags:
+            properties["tags"] = list(self.tags)
         return Message(properties)
 
 
@@ -144,17 +151,16 @@ class Explainer:
             return {**answer, **_of_outcome(outcome), **self._setting(found.setting)}
         if found.outcome is not None:
             return {**answer, **_of_outcome(found.outcome), **self._setting(found.setting)}
-        stop = None if self._seeing is None else self._seeing.stop_at(message, decision, found)
-        if isinstance(stop, Park):
-            return {**answer, **self._of_park(message, stop), **self._of_site(found)}
-        if stop is not None:
-            return {**answer, **_of_outcome(stop.outcome), **self._of_site(found)}
-        answer |= {"decision": "send", **self._of_site(found)}
-        sources = [self._of_source(decision, found, ip) for ip in decision.local_ips or (None,)]
-        answer["from"] = sources
-        if all("paused" in part for part in sources):
-            answer |= {"decision": "wait", "reason": sources[0]["paused"], "where": "mailerq pause"}
-        return answer
+        answer |= self._of_site(found)
+        plan: Send | Refuse | Park = decision
+        if self._rows is not None:
+            plan = late(self._rows, message, decision, found, self._limits.shaping)
+        if isinstance(plan, Park):
+            return {**answer, **self._of_park(message, plan)}
+        if isinstance(plan, Refuse):
+            return {**answer, **_of_outcome(plan.outcome)}
+        sources = [self._of_source(plan, found, ip) for ip in plan.local_ips or (None,)]
+        return {**answer, "from": sources, "decision": "send", **_of_waits(sources)}
 
     async def _find(self, route: Route) -> Site | NoHosts | None:
         """The hosts of a target; None if they take long to find."""
@@ -325,11 +331,30 @@ class Explainer:
         }
 
 
+def _of_waits(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Why mail cannot leave from any address now, for more than its turn at a rate; else empty."""
+    waits = []
+    for part in sources:
+        closed = (
+            each
+            for each in part["limits"]
+            if each["limit"] in (CLOSED, PAUSED) and not each.get("allowed")
+        )
+        if "paused" in part:
+            waits.append({"reason": part["paused"], "where": "mailerq pause"})
+        elif (limit := next(closed, None)) is not None:
+            reason = f"{limit['limit']} until {format_time(limit['value'])} for {limit['scope']}"
+            waits.append({"reason": reason, "where": limit["where"]})
+        else:
+            return {}
+    return {"decision": "wait", **waits[0]}
+
+
 def _of_outcome(outcome: Outcome) -> dict[str, Any]:
     """The end of a message that is not tried, or waits for a fault to end."""
     said = (outcome.code, outcome.status, outcome.description)
     return {
-        "decision": "wait" if outcome.fate is Fate.RETRY else "fail",
+        "decision": DECISIONS[outcome.fate],
         "reason": " ".join(str(part) for part in said if part),
     }
 

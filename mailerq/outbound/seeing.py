@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mailerq.message import format_time
 from mailerq.outbound.explaining import Explainer, words_of_row
-from mailerq.outbound.jobs import Job, words_of
+from mailerq.outbound.jobs import words_of
 from mailerq.outbound.limits import CONNECTIONS
 from mailerq.outbound.pause import Pause
-from mailerq.queues import Lease
 from mailerq.rules.destinations import parked_by
 
 if TYPE_CHECKING:
-    from mailerq.message import Message
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.flow import Flow
     from mailerq.outbound.intake import Destination, Intake
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from mailerq.outbound.openings import Openings
     from mailerq.outbound.sites import Site, Sites
     from mailerq.rules.logins import Demand
-    from mailerq.rules.plan import Park, Refuse, Send
     from mailerq.rules.routes import Route
 
 __all__ = ["Reason", "Seeing"]
@@ -62,12 +59,6 @@ class Seeing:
             seeing=self,
             look_up=self._look_up,
         )
-
-    def stop_at(self, message: Message, decision: Send, site: Site) -> Refuse | Park | None:
-        """What the operator's rows say about a message at these hosts."""
-        if self.dispatcher.stops.rows is None:
-            return None
-        return self.dispatcher.stops.late(Job(Lease(0, "", message), message, decision, 1), site)
 
     def _look_up(self, route: Route) -> None:
         """Find the hosts of a target, however long that takes."""

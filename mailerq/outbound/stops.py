@@ -32,11 +32,12 @@ import trio
 from mailerq.address import parse_mailbox
 from mailerq.outbound.pause import Pause
 from mailerq.rules.destinations import domain_of, parked_by, place_of
-from mailerq.rules.plan import Hold, Park, Refuse, stopped
+from mailerq.rules.plan import Hold, Park, Refuse, Send, stopped
 from mailerq.rules.row import PAUSE, Row, any_of, compared, patterns
 from mailerq.rules.rows import Peer
 
 if TYPE_CHECKING:
+    from mailerq.message import Message
     from mailerq.net.resolver import Host
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.flow import Flow
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from mailerq.rules.rows import Rows
     from mailerq.rules.shaping import Shaping
 
-__all__ = ["Stops", "peer_of"]
+__all__ = ["Stops", "late", "peer_of"]
 
 
 def peer_of(site: Site, local_ip: str | None, shaping: Shaping) -> Peer:
@@ -62,6 +63,24 @@ def peer_of(site: Site, local_ip: str | None, shaping: Shaping) -> Peer:
 
 RELEASED: Final = 200
 """Pauses and destinations that are released in one turn of the loop: some milliseconds."""
+
+
+def late(
+    rows: Rows, message: Message, plan: Send, site: Site, shaping: Shaping
+) -> Send | Refuse | Park:
+    """What stops a message at these hosts; else the plan with the addresses that are left."""
+    if not rows.has_late:
+        return plan
+    tags = message.properties.get("tags") or ()
+    ips = plan.local_ips or (None,)
+    found = [rows.late(plan.domain, tags, ip, peer_of(site, ip, shaping)) for ip in ips]
+    if all(row is None for row in found):
+        return plan
+    left = [ip for ip, row in zip(plan.local_ips, found, strict=False) if row is None]
+    if left:
+        return msgspec.structs.replace(plan, local_ips=tuple(left))
+    assert found[0] is not None, "no address is left"
+    return stopped(found[0], plan.domain, plan.expires)
 
 
 ASIDE_SECONDS: Final = 60.0
@@ -93,20 +112,13 @@ class Stops:
 
     def late(self, job: Job, site: Site) -> Refuse | Park | None:
         """What stops a message at these hosts; else `job` may leave from the addresses it has."""
-        rows, plan = self.rows, job.plan
-        if rows is None or not rows.has_late:
+        if self.rows is None:
             return None
-        tags = job.message.properties.get("tags") or ()
-        ips = plan.local_ips or (None,)
-        found = [rows.late(plan.domain, tags, ip, self._peer(site, ip)) for ip in ips]
-        if all(row is None for row in found):
-            return None
-        left = [ip for ip, row in zip(plan.local_ips, found, strict=False) if row is None]
-        if left:
-            job.plan = msgspec.structs.replace(plan, local_ips=tuple(left))
-            return None
-        assert found[0] is not None, "no address is left"
-        return stopped(found[0], plan.domain, plan.expires)
+        found = late(self.rows, job.message, job.plan, site, self._dispatcher.limits.shaping)
+        if not isinstance(found, Send):
+            return found
+        job.plan = found
+        return None
 
     def set_aside(self, job: Job, destination: Destination, flow: Flow | Pause) -> bool:
         """Whether a message that its flow cannot take has been put where no other flow reads it.
