@@ -73,7 +73,7 @@ class Days:
         lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
+            self._read(locked=True)
             self._count(key, today)
             self._write(path)
         finally:
@@ -87,8 +87,11 @@ class Days:
             os.fsync(file.fileno())
         os.replace(new, path)
 
-    def _read(self) -> None:
-        """Take over what the file has, where that is more."""
+    def _read(self, *, locked: bool = False) -> None:
+        """Take over what the file has, where that is more.
+
+        With the lock, set a damaged file aside, and raise OSError for one that cannot be read.
+        """
         assert self._path is not None, "only called with a file"
         try:
             with open(self._path, encoding="ascii") as file:
@@ -96,8 +99,12 @@ class Days:
             days = {key: (int(count), str(last)) for key, (count, last) in found.items()}
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
             self._say_unkept("cannot read the days of sending in %s: %s", self._path, error)
+            if locked and isinstance(error, OSError):
+                raise
+            if locked:
+                os.replace(self._path, self._path + ".damaged")
             return
         for key, (count, last) in days.items():
             self._days[key] = max(self._days.get(key, (0, "")), (count, last))

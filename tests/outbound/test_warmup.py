@@ -84,7 +84,9 @@ def test_a_process_that_writes_holds_up_no_other(tmp_path: Path) -> None:
     assert Days(path).of("a") == 1
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": 7}', '{"a": ["x", 1]}', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"a": 7}', '{"a": ["x", 1]}', '{"a": [1e999, ""]}', "\xff"]
+)
 def test_a_file_that_cannot_be_read_counts_from_the_first_day(
     tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -95,6 +97,18 @@ def test_a_file_that_cannot_be_read_counts_from_the_first_day(
     assert days.sent("a")
     assert "cannot read the days of sending" in caplog.text
     assert Days(str(path)).of("a") == 1
+    assert Path(f"{path}.damaged").read_text(encoding="latin-1") == content
+
+
+def test_a_file_that_may_not_be_read_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "warmup.json"
+    path.mkdir()
+    days = Days(str(path))
+    assert days.sent("a") and days.of("a") == 1
+    assert "cannot" in caplog.text
+    assert path.is_dir()
 
 
 def test_a_directory_that_cannot_be_written_costs_no_mail(
