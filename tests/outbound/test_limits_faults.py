@@ -114,6 +114,51 @@ async def test_a_raised_rate_holds_at_once() -> None:
             await bench.results(count=5)
 
 
+SELECTORS = {
+    "all": "",
+    "domain": 'domain = "a.test"',
+    "provider": 'provider = "big"',
+    "each address": 'remote-ip = "*"',
+    "a network": 'remote-ip = "127.0.0.0/8"',
+    "ours": 'local-ip = "127.0.0.2"',
+}
+VALUES = {
+    "messages": ("messages-per-minute", "1"),
+    "bytes": ("bytes-per-minute", "1"),
+    "connects": ("connects-per-minute", "1"),
+    "hours": ("hours", '"20:00-06:00"'),
+}
+
+
+@pytest.mark.parametrize("end", ["gone", "0", "-1"])
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("selector", SELECTORS)
+async def test_mail_that_waits_for_a_limit_goes_when_the_limit_is_taken_away(
+    tmp_path: Path, selector: str, value: str, end: str
+) -> None:
+    if value == "hours" and selector in ("each address", "a network"):
+        pytest.skip("a host has no hours")
+    head = "[[provider]]\nname = 'big'\nmx = ['a.test']\n"
+    line = f"[[limit]]\n{SELECTORS[selector]}\n"
+    name, number = VALUES[value]
+    path = limits_file(tmp_path, f"{head}{line}{name} = {number}\n")
+    resolver = StubResolver(a_test=["127.0.0.1"])
+    settings = {"limits_file": path, "connection_maxmessages": 1 if value == "connects" else 0}
+    async with open_bench(resolver=resolver, **settings, **FAST) as bench:
+        for _ in range(4):
+            bench.send("c@a.test", ips=["127.0.0.2"])
+        await bench.queues.until(
+            lambda queues: bool(bench.dispatcher.limits.statistics()["limited"])
+        )
+        if value != "hours":
+            await bench.results(count=1)
+        again = "" if end == "gone" else f"{line}{name} = {number}\n{line}{name} = {end}\n"
+        limits_file(tmp_path, head + again)
+        reload(bench)
+        with trio.fail_after(10):
+            await bench.results(count=4)
+
+
 async def test_a_new_line_for_a_domain_holds_for_its_mail_in_memory(tmp_path: Path) -> None:
     path = limits_file(tmp_path, "[[limit]]\nmax-connections = 1\n")
     resolver = StubResolver(a_test=["127.0.0.1"])
