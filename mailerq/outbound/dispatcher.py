@@ -504,7 +504,14 @@ class Dispatcher:
         """Settle an attempt; the session is told when the result is safe."""
         refusals = self.limits.refusals
         if refusals is not None and job.flow is not None:
-            report = refusals.settled(job.flow, job, report, session)
+            judged = refusals.settled(job.flow, job, report, session)
+            if judged is None:
+                self.counters.put_off += 1
+                job.flow.give_back(job)
+                if session is not None:
+                    session.settled()
+                return
+            report = judged
         self._settlements.finish(job.lease, report, job.plan.expires, job, session)
 
     def put_back(self, job: Job) -> None:

@@ -371,8 +371,11 @@ def words_of_row(row: Row) -> str:
 def _of_host(memory: HostMemory | None, address: str) -> str:
     if memory is None:
         return ""
+    busy = memory.is_left(address)
+    doubtful = not busy and memory.is_doubtful(address)
     facts: Iterable[str] = (
-        "did not let us in lately: tried last" if memory.is_doubtful(address) else "",
+        "said that it is busy: tried last" if busy else "",
+        "did not let us in lately: tried last" if doubtful else "",
         "answers out of step: one mail a connection" if memory.was_out_of_step(address) else "",
     )
     return "; ".join(filter(None, facts))

@@ -280,6 +280,26 @@ class Flow:
         able = self._dispatcher.flows.choice.able(job, self.site)
         return any(ip != self.local_ip and ip not in job.plan.refused for ip in able)
 
+    def leave_host(self, address: str, seconds: float) -> None:
+        """A host is busy: for some seconds the mail goes to the others, where there are any."""
+        self.memory.leave(address, seconds)
+        for flow in self.site.flows.values():
+            if flow.has_other_host():
+                for session in flow.sessions:
+                    if session in flow.opening:
+                        session.shuns = address
+                    elif session.remote == address:
+                        session.leave()
+
+    def has_other_host(self) -> bool:
+        """Whether there is a host that is neither busy nor down, as far as is known."""
+        return any(not self.memory.is_doubtful(host.address) for host in self.hosts())
+
+    def may_pass_on(self, job: Job, session: Session) -> bool:
+        """Whether another host may get a message at once that this one is too busy for."""
+        attempt = f"{job.lease.id}.{job.attempt}"
+        return self.has_other_host() and self.memory.passes_on(session.remote, attempt)
+
     @property
     def beside(self) -> Iterable[Flow]:
         """All flows of this delivery that can send."""
@@ -310,6 +330,8 @@ class Flow:
         self._allowed = min(2 * self._allowed, 1 << 20)
         self._end_try(session)
         self.patient = False
+        if session.shuns == session.remote:
+            session.leave()
         # The session itself takes the first job.
         self.pump(beside=1)
 

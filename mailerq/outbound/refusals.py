@@ -162,8 +162,13 @@ class Refusals:
 
     # Replies
 
-    def settled(self, flow: Flow, job: Job, report: Report, session: Session | None) -> Report:
-        """An attempt has ended; return the report with the consequences of its reply."""
+    def settled(
+        self, flow: Flow, job: Job, report: Report, session: Session | None
+    ) -> Report | None:
+        """An attempt has ended; return the report with the consequences of its reply.
+
+        None: the host is busy, and the attempt goes on with another one.
+        """
         outcome = report.outcome
         if outcome.fate is Fate.DELIVERED:
             if self.actions:
@@ -172,6 +177,10 @@ class Refusals:
         verdict = self.heard(flow, outcome, session, (report.messages or 1) - 1)
         if verdict is None:
             return report
+        reaction = verdict.reaction
+        if reaction.leave_host and session is not None and reaction.fate is not Fate.FAILED:
+            if flow.may_pass_on(job, session):
+                return None
         outcome = _judged(outcome, verdict, job, flow)
         if outcome.fate is Fate.FAILED and verdict.reaction.suppress and self._kept is not None:
             rule = next(each for each in verdict.rules if each.reaction.suppress)
@@ -198,11 +207,16 @@ class Refusals:
         if verdict.reaction.reconnect and session is not None:
             session.leave()
             self._learn(flow, messages, verdict.rules[0])
+        if verdict.reaction.leave_host and session is not None:
+            flow.leave_host(session.remote, verdict.reaction.leave_host)
         for rule in verdict.rules:
             if rule.reaction.moves_the_flow or rule.reaction.alert:
                 self._act(rule, flow, provider, outcome)
-        if self.actions and not any(rule.reaction.moves_the_flow for rule in verdict.rules):
-            self._succeeded(flow)  # the peer talks about one message
+        about_a_message = not verdict.reaction.leave_host and not any(
+            rule.reaction.moves_the_flow for rule in verdict.rules
+        )
+        if self.actions and about_a_message:
+            self._succeeded(flow)
         return verdict
 
     def _learn(self, flow: Flow, messages: int, rule: Rule) -> None:

@@ -17,7 +17,7 @@ cdef class Session:
     cdef public set _domains
     cdef public double _deadline, _asked, _started, since
     cdef public object flow, worker, remote, _timeout, _life, _scope, _job
-    cdef public object allowance, waits_for, counts, starting, idle_counts, refusal
+    cdef public object allowance, waits_for, counts, starting, idle_counts, refusal, shuns
     cdef public object _ahead, _calm, _plugin, _local, _converted
     cdef object __weakref__
 

@@ -168,6 +168,8 @@ class Session:
         """The limit for which no host could be tried."""
         self.was_put_off = False
         """The session ends without a result: other flows take their turn to try."""
+        self.shuns = ""
+        """The host that has become busy since the session was begun."""
         self.since = self._started = monotonic()
         self._timeout = flow.config.smtp_out_timeout
         self._deadline = math.inf

@@ -78,6 +78,9 @@ ASIDE_SECONDS: Final = 300.0
 OUT_OF_STEP_SECONDS: Final = 3600.0
 """How long a host that answered out of step gets no envelope ahead and is served carefully."""
 
+PASSED_SECONDS: Final = 3600.0
+"""How long it is known that a host has passed a message on to another one."""
+
 LOGIN_SECONDS: Final = 3600.0
 """How long the log does not repeat that a host refuses a login."""
 
@@ -292,14 +295,32 @@ class HostMemory:
     def __init__(self) -> None:
         self._doubtful = _Memory()
         self._unsound = _Memory()
+        self._left = _Memory()
+        self._passed = _Memory()
         self._breaks: OrderedDict[str, list[float]] = OrderedDict()
         self._aside = _Memory()
         self._out_of_step = _Memory()
         self._logins = _Memory()
 
     def is_doubtful(self, address: str) -> bool:
-        """Whether a host recently did not let us in, or broke off several times."""
-        return address in self._doubtful or address in self._unsound
+        """Whether a host recently did not let us in, broke off several times, or is left alone."""
+        return address in self._doubtful or address in self._unsound or address in self._left
+
+    def is_left(self, address: str) -> bool:
+        """Whether a host is left alone, because it has said that it is busy."""
+        return address in self._left
+
+    def leave(self, address: str, seconds: float) -> None:
+        """A host is busy: the others come first for some seconds."""
+        self._left.add(address, seconds)
+
+    def passes_on(self, address: str, attempt: str) -> bool:
+        """Whether another host may get a message that a host is too busy for.
+
+        Each host passes an `attempt` of a message on once. So an attempt ends, however often the
+        hosts are busy and free again meanwhile.
+        """
+        return self._passed.add(f"{attempt} {address}", PASSED_SECONDS)
 
     def let_in(self, address: str, local_ip: str | None) -> None:
         """A host let us in from `local_ip`."""

@@ -23,7 +23,7 @@ FLOW_KEYS: Final = (
     "for",
 )  # fmt: skip
 MESSAGE_KEYS: Final = ("message", "retry-after", "count-attempt", "other-ip")
-ACTION_KEYS: Final = (*MESSAGE_KEYS, *FLOW_KEYS, "reconnect", "suppress", "alert")
+ACTION_KEYS: Final = (*MESSAGE_KEYS, *FLOW_KEYS, "leave-host", "reconnect", "suppress", "alert")
 KEYS: Final = (
     "name", "class", "provider", "code", "command", "text", "priority", "final", "trigger", "scope",
     "samples", *ACTION_KEYS,
@@ -32,6 +32,8 @@ KEYS: Final = (
 FATES: Final = {"retry": Fate.RETRY, "fail": Fate.FAILED}
 SCOPES: Final = ("provider", "site")
 WORDS: Final = tuple(dict.fromkeys(COMMANDS.values()))
+GREETING: Final = frozenset({"banner", "ehlo"})
+"""The commands before a host has let us in."""
 
 MAX_SECONDS: Final = 30 * 86400.0
 MAX_COUNT: Final = 100
@@ -252,6 +254,7 @@ class _Table:
             suppress=self.flag("suppress"),
             alert=self.flag("alert"),
             reconnect=self.flag("reconnect"),
+            leave_host=self.seconds("leave-host"),
             pause=self.seconds("pause"),
             max_pause=self.seconds("max-pause"),
             slow=slow,
@@ -277,6 +280,11 @@ class _Table:
                 "for",
                 "has no effect without slow, messages-per-minute, max-connections or"
                 " fewer-connections",
+            )
+        if "leave-host" in table and rule.commands and rule.commands <= GREETING:
+            self.wrong(
+                "leave-host",
+                "has no effect: a host that does not let us in is tried last anyway, for 5 minutes",
             )
         acts = reaction.moves_the_flow or reaction.alert or reaction.suppress
         for key in ("trigger", "scope"):

@@ -25,7 +25,8 @@ class Reaction(msgspec.Struct, frozen=True, kw_only=True):
 
     For the message: its `fate`, when it is tried again, whether the attempt is `counted`,
     whether another local address may try at once, and whether its recipient is suppressed if the
-    message fails. For the connection: whether it ends. For the
+    message fails. For the connection: whether it ends. For the host: for how long the others come
+    first (`leave_host`), so that the message goes to one of them. For the
     flow: a `pause`, which doubles up to `max_pause`, then a share of the rate (`slow`) or a rate,
     and a number of connections, all of which are taken back step by step after `lasts`.
     """
@@ -37,6 +38,7 @@ class Reaction(msgspec.Struct, frozen=True, kw_only=True):
     suppress: bool | None = None
     alert: bool | None = None
     reconnect: bool | None = None
+    leave_host: float | None = None
     pause: float | None = None
     max_pause: float | None = None
     slow: float | None = None
@@ -118,6 +120,6 @@ CLASSES: Final[Mapping[str, tuple[str, Reaction]]] = {
     "relay-denied": ("the host does not take mail for this domain", NO_REACTION),
     "sender-refused": ("the sender is not wanted", NO_REACTION),
     "loop": ("the mail has passed too many hosts", NO_REACTION),
-    "system": ("the host is busy or broken for now", NO_REACTION),
+    "system": ("the host is busy or broken for now", Reaction(leave_host=MINUTE)),
 }
 """The meaning of each class, and its reaction."""

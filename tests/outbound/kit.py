@@ -112,6 +112,7 @@ class PeerConnection:
         self.peer = peer
         self.stream = stream
         self.number = number
+        self.answers = peer.answers
         self._buffer = b""
 
     async def send(self, data: str | bytes) -> None:
@@ -202,7 +203,7 @@ class PeerConnection:
                     return
 
     def answer(self, verb: str, envelope: str, recipient: str) -> str:
-        answers = self.peer.answers.get((verb, recipient)) or self.peer.answers.get((verb, ""))
+        answers = self.answers.get((verb, recipient)) or self.answers.get((verb, ""))
         if answers:
             return answers.pop(0)
         return {"DATA": "354 go", "QUIT": "221 bye", ".": "250 2.0.0 taken"}.get(verb, "250 ok")

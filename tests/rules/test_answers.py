@@ -220,6 +220,7 @@ def test_rules_are_asked_one_after_the_other(
         ('final = "no"', "final: 'no' is not true or false"),
         ('max-pause = "1h"', "max-pause: has no effect without pause"),
         ('for = "1h"', "for: has no effect without slow"),
+        ('leave-host = "a while"', "leave-host: 'a while' is not a time such as 90s"),
         ('scope = "world"', "scope: 'world' is not one of provider, site"),
         ('scope = "site"', "scope: has no effect: nothing is done but to the message"),
         ('samples = ["over quota"]', "samples: 'over quota' is not a reply such as"),
@@ -249,6 +250,12 @@ def test_what_is_missing_is_named() -> None:
 def test_fate_and_retry_contradict_each_other() -> None:
     (found,) = mistakes(FULL + "message = 'fail'\nretry-after = '1h'\n")
     assert found == ("answers.toml:8", "retry-after: has no effect: the message fails")
+
+
+def test_a_host_that_does_not_let_us_in_cannot_be_left_alone() -> None:
+    assert read(FULL + "command = ['banner', 'rcpt']\nleave-host = '1m'\n")
+    (found,) = mistakes(FULL + "command = ['banner', 'ehlo']\nleave-host = '1m'\n")
+    assert "leave-host: has no effect: a host that does not let us in is tried last" in found[1]
 
 
 def test_the_same_pattern_twice_is_a_mistake() -> None:
@@ -315,6 +322,8 @@ def test_shipped_samples_mean_what_they_say(shipped: Answers) -> None:
         ("550 Ip frequency limited", "qq", "speeding"),
         ("421 Max message per connection reached", "yahoo", "session-limit"),
         ("450 4.2.0 Greylisted", "", "greylist"),
+        ("451 4.3.2 not now", "", "system"),
+        ("421 4.7.0 Try again later, closing connection.", "google", "system"),
         ("250 2.0.0 ok", "google", None),
     ):
         assert kind(shipped, reply, "dot", provider) == expected, reply
