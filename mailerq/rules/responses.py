@@ -203,10 +203,10 @@ def accepted(event: Accepted) -> Outcome:
 
 def refused(event: Refused) -> Outcome:
     """The peer refused the message, for now (4xx) or for good, or refused the session."""
-    state = _STATES[event.step]
+    state, theirs = _STATES[event.step], not event.ours
     if event.step in _HELLO:
-        return _answered("noaccess", state, "error", Fate.RETRY, event.reply, from_peer=True)
-    return _answered("error", state, "error", _fate(event.reply), event.reply, from_peer=True)
+        return _answered("noaccess", state, "error", Fate.RETRY, event.reply, from_peer=theirs)
+    return _answered("error", state, "error", _fate(event.reply), event.reply, from_peer=theirs)
 
 
 def failed(event: Failed) -> Outcome:

@@ -651,7 +651,7 @@ class ClientProtocol:
             return Ready(self.mta)
         mechanism = mechanism_of(self.extensions.get("AUTH", ""))
         if mechanism is None:
-            return self._finish(Refused(step, smtp.NO_MECHANISM))
+            return self._finish(Refused(step, smtp.NO_MECHANISM, ours=True))
         self.mechanism = mechanism.lower()
         self._exchange = MECHANISMS[mechanism](self._login)
         self._say_auth(next(self._exchange))

@@ -73,11 +73,12 @@ class Accepted(msgspec.Struct, frozen=True):
 class Refused(msgspec.Struct, frozen=True):
     """The peer refused `step`; at INTRO, EHLO, HELO and AUTH it refused the whole session.
 
-    `reply` is our own if nothing was sent because the peer could not take the mail.
+    `ours`: the reply is our own, because nothing was sent that the peer could not take.
     """
 
     step: Step
     reply: Reply
+    ours: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True):

@@ -32,18 +32,18 @@ def objection_to(
 ) -> Refused | None:
     """The objection to sending this mail, found before anything is on the wire."""
     if not _is_safe(envelope):
-        return Refused(Step.MAILFROM, smtp.BAD_SENDER)
+        return Refused(Step.MAILFROM, smtp.BAD_SENDER, ours=True)
     if not recipient or not _is_safe(recipient):
-        return Refused(Step.RCPTTO, smtp.BAD_RECIPIENT)
+        return Refused(Step.RCPTTO, smtp.BAD_RECIPIENT, ours=True)
     if utf8 and "SMTPUTF8" not in extensions:
         if not envelope.isascii():
-            return Refused(Step.MAILFROM, smtp.ADDRESS_NOT_ASCII)
+            return Refused(Step.MAILFROM, smtp.ADDRESS_NOT_ASCII, ours=True)
         if not recipient.isascii():
-            return Refused(Step.RCPTTO, smtp.ADDRESS_NOT_ASCII)
-        return Refused(Step.MAILFROM, smtp.HEADER_NOT_ASCII)
+            return Refused(Step.RCPTTO, smtp.ADDRESS_NOT_ASCII, ours=True)
+        return Refused(Step.MAILFROM, smtp.HEADER_NOT_ASCII, ours=True)
     limit = extensions.get("SIZE", "")
     if size is not None and limit.isdecimal() and len(limit) <= 20 and 0 < int(limit) < size:
-        return Refused(Step.MAILFROM, smtp.too_big_for_peer(size, int(limit)))
+        return Refused(Step.MAILFROM, smtp.too_big_for_peer(size, int(limit)), ours=True)
     return None
 
 

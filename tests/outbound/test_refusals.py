@@ -146,6 +146,17 @@ async def test_connections_end_after_the_number_of_messages_that_a_peer_takes() 
         assert {result["attempt"] for result in await bench.results(count=12)} == {1}
 
 
+async def test_what_this_host_says_for_a_peer_has_no_meaning() -> None:
+    async with reacting(pattern("message has", "size", samples=["552 message has"])) as bench:
+        bench.peer.extensions = ["SIZE 3"]
+        bench.send(body="too long\r\n")
+        (failed,) = await bench.results("failure")
+        assert (failed["code"], failed["status"]) == (552, "5.3.4")
+        assert "class" not in failed
+        figures = bench.dispatcher.limits.replies()
+        assert figures["classes"] == figures["unclassified"] == {}
+
+
 async def test_mail_that_would_expire_before_it_comes_again_fails() -> None:
     async with reacting(pattern("too many", "toomanyconn", retry_after="2d")) as bench:
         refuse(bench, "421 too many")
