@@ -53,6 +53,10 @@ COMMANDS: Final = {
 }
 """The words of the file for the states in which a peer replies."""
 
+MIN_STATED: Final = 60.0
+"""Less than this is not kept to, in seconds: a peer that always says so would get each message
+again and again, and each message a result a second."""
+
 MAX_STATED: Final = 24 * 3600.0
 """Longer times that replies state are not believed, in seconds."""
 
@@ -199,6 +203,7 @@ class Answers:
         if verdict is not None and verdict.kind == "greylist":
             seconds = stated_seconds(outcome.reply)
             if seconds is not None:
+                seconds = max(seconds, MIN_STATED)
                 reaction = Reaction(retry_after=seconds).over(verdict.reaction)
                 verdict = verdict._replace(reaction=reaction)
         return verdict

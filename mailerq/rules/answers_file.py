@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import msgspec
 import re2
 
 from mailerq.errors import Problem
@@ -36,6 +37,8 @@ GREETING: Final = frozenset({"banner", "ehlo"})
 """The commands before a host has let us in."""
 
 MAX_SECONDS: Final = 30 * 86400.0
+USUAL_SECONDS: Final = 1800.0
+"""How long less mail goes if neither the pattern nor its class says so."""
 MAX_COUNT: Final = 100
 """Replies that a trigger may count; it remembers when each came."""
 MAX_NUMBER: Final = 10**9
@@ -119,11 +122,21 @@ class AnswersReader(TableReader):
             final=final,
             trigger=item.trigger(),
             whole_provider=item.word("scope", SCOPES) != "site",
-            reaction=said.over(default),
+            reaction=_whole(said, default),
             samples=samples,
         )
         item.check(rule)
         return rule if self.is_good else None
+
+
+def _whole(said: Reaction, default: Reaction) -> Reaction:
+    """The reaction of a pattern: what it says, over that of its class."""
+    reaction = said.over(default)
+    if said.max_pause is None and (said.pause or 0) > (reaction.max_pause or 0):
+        reaction = msgspec.structs.replace(reaction, max_pause=said.pause)
+    if reaction.lowers and reaction.lasts is None:
+        reaction = msgspec.structs.replace(reaction, lasts=USUAL_SECONDS)
+    return reaction
 
 
 class _Table:
@@ -271,6 +284,7 @@ class _Table:
             for key in ("retry-after", "count-attempt", "other-ip"):
                 if key in table:
                     self.wrong(key, "has no effect: the message fails")
+        self._check_fate(rule)
         if "max-pause" in table and not reaction.pause:
             self.wrong("max-pause", "has no effect without pause")
         if (reaction.max_pause or MAX_SECONDS) < (reaction.pause or 0) and "max-pause" in table:
@@ -290,6 +304,20 @@ class _Table:
         for key in ("trigger", "scope"):
             if key in table and not acts:
                 self.wrong(key, "has no effect: nothing is done but to the message")
+
+    def _check_fate(self, rule: Rule) -> None:
+        """Report keys without an effect because the message fails, or because it does not."""
+        table, reaction = self._table, rule.reaction
+        if not rule.final or reaction.other_ip or not rule.codes:
+            return
+        first = {code[0] for code in rule.codes}
+        if reaction.fate is None and first == {"5"}:
+            for key in ("retry-after", "count-attempt"):
+                if key in table:
+                    self.wrong(key, 'has no effect without message = "retry": 5xx fails')
+        fails = reaction.fate is Fate.FAILED or (reaction.fate is None and first != {"4"})
+        if "suppress" in table and reaction.suppress and not fails:
+            self.wrong("suppress", "has no effect: the message does not fail")
 
 
 def sample_problems(answers: Answers) -> Iterator[Problem]:

@@ -107,7 +107,8 @@ CLASSES: Final[Mapping[str, tuple[str, Reaction]]] = {
         Reaction(fate=Fate.RETRY, retry_after=HOUR),
     ),
     "greylist": (
-        "an unknown sender has to come again; the time that the reply states counts",
+        "an unknown sender has to come again; the time that the reply states counts, if that is"
+        " from a minute to a day",
         Reaction(fate=Fate.RETRY, retry_after=5 * MINUTE),
     ),
     "too-many-rcpts": (

@@ -14,6 +14,7 @@ from mailerq.errors import ConfigError
 from mailerq.rules import responses
 from mailerq.rules.answers import Answers, Rule, Trigger, stated_seconds
 from mailerq.rules.reactions import CLASSES
+from mailerq.rules.recovery import Recovery
 from mailerq.rules.responses import Fate
 from mailerq.rules.shaping import Shaping
 from mailerq.wire.client import Refused, Step
@@ -119,6 +120,27 @@ def test_a_pattern_says_more_than_its_class() -> None:
     assert other.reaction.fate is Fate.FAILED and not other.reaction.moves_the_flow
 
 
+@pytest.mark.parametrize("pause", ["1h", "6h"])
+def test_a_longer_pause_than_the_longest_of_the_class_is_kept_to(pause: str) -> None:
+    answers = read(rule("r", "x", **{"class": "reputation-temp"}, pause=pause))
+    (found,) = answers.rules
+    recovery = Recovery()
+    assert recovery.refuse(found.reaction, 0.0, connections=1, most=0)
+    assert recovery.until == int(pause[0]) * 3600
+
+
+def test_less_mail_goes_for_half_an_hour_unless_something_else_is_said() -> None:
+    for kind, more, lasts in (
+        ("content", {}, 1800),
+        ("content", {"for": "1h"}, 3600),
+        ("speeding", {}, 1800),
+        ("toomanyconn", {}, 3600),
+    ):
+        text = rule("r", "x", **{"class": kind}, max_connections=1, **more)
+        assert read(text).rules[0].reaction.lasts == lasts
+    assert read(rule("r", "x", **{"class": "content"})).rules[0].reaction.lasts is None
+
+
 def test_only_replies_of_a_peer_have_a_meaning() -> None:
     answers = read(FULL)
     heard = responses.refused(Refused(Step.RCPTTO, Reply(552, "5.2.2 Over\nquota")))
@@ -131,7 +153,12 @@ def test_only_replies_of_a_peer_have_a_meaning() -> None:
 
 def test_a_greylisting_reply_says_when_to_come_again() -> None:
     answers = read(rule("grey", "grey", **{"class": "greylist"}))
-    for text, seconds in (("grey, wait 90 seconds", 90), ("grey", 300), ("grey in 99 hours", 300)):
+    for text, seconds in (
+        ("grey, wait 90 seconds", 90),
+        ("grey, wait 1 second", 60),
+        ("grey", 300),
+        ("grey in 99 hours", 300),
+    ):
         verdict = answers.judge(responses.refused(Refused(Step.RCPTTO, Reply(450, text))), "")
         assert verdict is not None and verdict.reaction.retry_after == seconds
 
@@ -252,10 +279,30 @@ def test_fate_and_retry_contradict_each_other() -> None:
     assert found == ("answers.toml:8", "retry-after: has no effect: the message fails")
 
 
-def test_a_host_that_does_not_let_us_in_cannot_be_left_alone() -> None:
-    assert read(FULL + "command = ['banner', 'rcpt']\nleave-host = '1m'\n")
-    (found,) = mistakes(FULL + "command = ['banner', 'ehlo']\nleave-host = '1m'\n")
-    assert "leave-host: has no effect: a host that does not let us in is tried last" in found[1]
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        (
+            "command = 'banner'\nleave-host = '1m'",
+            "leave-host: has no effect: a host that does not let us in is tried last anyway",
+        ),
+        (
+            "code = '5xx'\nretry-after = '1h'",
+            'retry-after: has no effect without message = "retry": 5xx fails',
+        ),
+        (
+            "code = [550, '5xx']\ncount-attempt = false",
+            'count-attempt: has no effect without message = "retry"',
+        ),
+        ("code = '4xx'\nsuppress = true", "suppress: has no effect: the message does not fail"),
+    ],
+)
+def test_keys_that_can_do_nothing_for_the_replies_of_a_pattern(lines: str, text: str) -> None:
+    reply = "452 over quota" if "4xx" in lines else "552 over quota"
+    given = FULL.replace("552 5.2.2 over quota", reply)
+    (found,) = mistakes(f"{given}{lines}\n")
+    assert found[1].startswith(text)
+    assert read(f"{given}{lines.partition(chr(10))[0]}\n"), "the other line is none"
 
 
 def test_the_same_pattern_twice_is_a_mistake() -> None:
