@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -48,6 +48,9 @@ SUPPRESSED: Final = (550, "5.7.1")
 
 WHO: Final = "mailerq"
 """Who makes the rows, in the audit file."""
+
+ENDLESS_SECONDS: Final = 10 * 365 * 86400.0
+"""How long an action lasts whose row has no end."""
 
 RETRY_SECONDS: Final = 10.0
 """When a row that could not be written is written again."""
@@ -101,7 +104,7 @@ class KeptActions:
             known = before.get(scope)
             if scope in self._due or (known is not None and _same(row, known[-1])):
                 continue  # as this process has written it, or is about to
-            if (action := _action_of(row)) is not None:
+            if (action := _action_of(row, now)) is not None:
                 refusals.adopt(action)
         for scope, found in before.items():
             if scope not in self._rows and scope not in self._due and not found[-1].is_over(now):
@@ -115,14 +118,31 @@ class KeptActions:
             while not (self._due or self._recipients):
                 self._something = trio.Event()
                 await self._something.wait()
-            try:
-                if self._recipients:
-                    await self._write_recipients(*self._recipients.popitem())
-                else:
-                    await self._write(*next(iter(self._due.items())))
-            except (OSError, RowError) as error:
-                self._say_unwritten("what a pattern says cannot be kept: %s", error)
+            # In turn: there may be recipients all the time, or an action that cannot be written.
+            written = [await self._try(self._write_first), await self._try(self._write_some)]
+            if not all(written):
                 await trio.sleep(RETRY_SECONDS)
+
+    async def _try(self, write: Callable[[], Awaitable[None]]) -> bool:
+        try:
+            await write()
+        except (OSError, RowError) as error:
+            self._say_unwritten("what a pattern says cannot be kept: %s", error)
+            return False
+        return True
+
+    async def _write_first(self) -> None:
+        if self._due:
+            scope, action = next(iter(self._due.items()))
+            try:
+                await self._write(scope, action)
+            except (OSError, RowError):
+                self._due[scope] = self._due.pop(scope)  # the others come first
+                raise
+
+    async def _write_some(self) -> None:
+        if self._recipients:
+            await self._write_recipients(*self._recipients.popitem())
 
     async def _write_recipients(self, rule: str, recipients: dict[str, Outcome]) -> None:
         """Suppress recipients; the reply to one of them is the reason of all."""
@@ -155,8 +175,10 @@ class KeptActions:
                 rows[-1].id, who=WHO, until=wanted.until, origin=wanted.origin,
                 reason=wanted.reason, sample=wanted.sample, values=wanted.values, hits=wanted.hits,
             )  # fmt: skip
-        if scope in self._due and self._due[scope] is action:
-            del self._due[scope]  # else there is something newer already
+        if self._due[scope] is not action:
+            return  # there is something newer
+        if action is None or wanted is None or _same(_row_of(action), wanted):
+            del self._due[scope]  # and it has not changed meanwhile
 
 
 def _row_of(action: Action) -> Row:
@@ -201,7 +223,7 @@ def _same(row: Row, other: Row) -> bool:
     return row.until == other.until and row.values == other.values
 
 
-def _action_of(row: Row) -> Action | None:
+def _action_of(row: Row, now: float) -> Action | None:
     """The action of a row, with the end that the row has; None if the row makes no sense."""
     values: dict[str, Any] = dict(row.values)
     key, label, where = (str(values.pop(name, "")) for name in ("key", "label", "where"))
@@ -219,6 +241,7 @@ def _action_of(row: Row) -> Action | None:
         recovery,
         row.hits,
     )
-    if row.until is not None and row.until != action.until:
-        action.extend(row.until)
+    until = now + ENDLESS_SECONDS if row.until is None else row.until
+    if until != action.until:
+        action.extend(until, now)
     return action if key else None

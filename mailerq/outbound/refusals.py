@@ -107,16 +107,19 @@ class Action(msgspec.Struct, eq=False):
 
     @property
     def until(self) -> float:
-        """When the pause ends, or until when less mail goes at least."""
+        """Until when there is a pause, or less mail goes at least."""
         recovery = self.recovery
-        return recovery.until if recovery.stage is Stage.PAUSED else recovery.held
+        pause = recovery.until if recovery.stage is Stage.PAUSED else 0.0
+        return max(pause, recovery.held)
 
-    def extend(self, until: float) -> None:
-        """Have the action last until another time."""
-        if self.recovery.stage is Stage.PAUSED:
-            self.recovery.until = until
+    def extend(self, until: float, now: float) -> None:
+        """Have the action last until another time: the pause, or what is left behind the pause."""
+        recovery = self.recovery
+        over = recovery.until <= now and recovery.until < recovery.held
+        if recovery.stage is Stage.PAUSED and not over:
+            recovery.until = until
         else:
-            self.recovery.held = until
+            recovery.held = until
 
 
 class Kept(Protocol):
@@ -203,7 +206,8 @@ class Refusals:
         if verdict is None:
             self.unclassified.add(outcome.reply)
             return None
-        self._classes[verdict.kind] = self._classes.get(verdict.kind, 0) + 1
+        if verdict.kind:
+            self._classes[verdict.kind] = self._classes.get(verdict.kind, 0) + 1
         if verdict.reaction.reconnect and session is not None:
             session.leave()
             self._learn(flow, messages, verdict.rules[0])
@@ -254,7 +258,7 @@ class Refusals:
         if action is not None:
             action.hits += 1
         now = self._clock()
-        probing = action is not None and action.recovery.stage is Stage.PROBING
+        probing = action is not None and action.recovery.is_probing(now)
         met = self._triggers.met((rule.name, scope), rule.trigger, monotonic())
         if not (met or (probing and rule.reaction.pause)):
             return
@@ -266,7 +270,8 @@ class Refusals:
         if action is None:
             if len(self.actions) >= MAX_ACTIONS:
                 return
-            action = Action(scope, label, rule.name, rule.where, now, sample, Recovery(), hits=1)
+            hits = rule.trigger.replies
+            action = Action(scope, label, rule.name, rule.where, now, sample, Recovery(), hits)
         bounds = self._limits.bounds_of(flow.site, flow.local_ip, scope.key)
         most = bounds.get("max-connections")
         changed = action.recovery.refuse(

@@ -153,6 +153,10 @@ class Recovery(msgspec.Struct, kw_only=True):
 
     # Time
 
+    def is_probing(self, now: float) -> bool:
+        """Whether a message that is answered now was a probe: the pause is over."""
+        return self.stage is Stage.PROBING or (self.stage is Stage.PAUSED and now >= self.until)
+
     def advance(self, now: float) -> bool:
         """Do what time alone does; return whether something changed."""
         if self.stage is Stage.PAUSED and now >= self.until:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import trio
 
 from mailerq.config import Config
@@ -13,12 +16,17 @@ from mailerq.outbound.keeper import Keeper
 from mailerq.outbound.kept import REACTION, KeptActions
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.refusals import Action, Refusals, Scope, react
-from mailerq.rules.answers import Answers
+from mailerq.rules import responses
+from mailerq.rules.answers import Answers, Rule, Trigger
 from mailerq.rules.reactions import Reaction
 from mailerq.rules.recovery import Recovery, Stage
+from mailerq.rules.row import Row
 from mailerq.rules.shaping import Shaping
 from mailerq.store.row_file import RowFile
+from mailerq.wire.client import Refused, Step
+from mailerq.wire.smtp import Reply
 
+SITE: Any = SimpleNamespace(key=b"key", label="d.test", group="", hosts=(), flows={})
 SCOPE = Scope("provider big", "192.0.2.1")
 NOW = 1_767_268_800.0
 HOUR = 3600.0
@@ -55,6 +63,14 @@ class Process:
         self.refusals.adopt(action)
         self.kept.keep(action)
         return action
+
+    def hear(self, reaction: Reaction, trigger: Trigger = Trigger()) -> None:  # noqa: B008
+        """A host of the provider refuses a message."""
+        rule = Rule(name="rule", where="f:1", kind="", trigger=trigger, reaction=reaction)
+        self.refusals.answers = Answers([rule])
+        flow: Any = SimpleNamespace(local_ip="192.0.2.1", beside=(), site=SITE)
+        self.limits.provider_of = lambda site: "big"  # type: ignore[method-assign]
+        self.refusals.heard(flow, responses.refused(Refused(Step.RCPTTO, Reply(421, "no"))))
 
     def until(self) -> float | None:
         action = self.refusals.actions.get(SCOPE)
@@ -128,6 +144,136 @@ async def test_two_processes_that_hear_the_same_leave_no_row_behind(tmp_path: Pa
         for each in both:
             each.refusals.cancel(SCOPE)
         await until(both, lambda each: each.until() is None and not each.keeper.table)
+
+
+async def test_what_is_lowered_behind_a_pause_is_kept_too(tmp_path: Path) -> None:
+    clock = Clock()
+    async with processes(tmp_path, clock) as both:
+        both[0].hear(Reaction(pause=600.0, max_connections=1, messages_per_minute=1, lasts=5400.0))
+        await until(both, lambda each: each.until() == NOW + 5400)
+        assert both[1].refusals.actions[SCOPE].recovery.until == NOW + 600
+    clock.now += 900
+    async with processes(tmp_path, clock) as both:
+        await until(both, lambda each: len(each.keeper.table) == 1)
+        for each in both:
+            each.refusals.advance()
+            bounds = each.refusals.adjusted({}, *SCOPE)
+            assert "paused" not in bounds
+            assert (bounds["messages-per-minute"].value, bounds["max-connections"].value) == (1, 1)
+
+
+async def test_what_is_left_behind_a_pause_is_prolonged_and_not_the_pause(tmp_path: Path) -> None:
+    clock = Clock()
+    async with processes(tmp_path, clock) as both:
+        both[0].hear(Reaction(pause=600.0, max_connections=1, lasts=5400.0))
+        await until(both, lambda each: each.until() == NOW + 5400)
+        clock.now += 900
+        for each in both:
+            each.refusals.advance()
+        (row,) = both[0].keeper.table
+        file = RowFile(str(tmp_path), clock=clock)
+        file.read()
+        file.change(row.id, who="operator", until=NOW + 2 * HOUR)
+        await until(both, lambda each: each.until() == NOW + 2 * HOUR)
+        for each in both:
+            assert "paused" not in each.refusals.adjusted({}, *SCOPE) or each.refusals.advance()
+            assert "paused" not in each.refusals.adjusted({}, *SCOPE)
+
+
+async def test_a_pause_that_was_prolonged_holds_over_a_restart(tmp_path: Path) -> None:
+    clock = Clock()
+    async with processes(tmp_path, clock) as both:
+        both[0].hear(Reaction(pause=600.0))
+        await until(both, lambda each: each.until() == NOW + 600)
+        (row,) = both[0].keeper.table
+        file = RowFile(str(tmp_path), clock=clock)
+        file.read()
+        file.change(row.id, who="operator", until=NOW + HOUR)
+        await until(both, lambda each: each.until() == NOW + HOUR)
+    clock.now += 900
+    async with processes(tmp_path, clock) as both:
+        await until(both, lambda each: each.until() == NOW + HOUR)
+        for each in both:
+            each.refusals.advance()
+            assert each.refusals.actions[SCOPE].recovery.stage is Stage.PAUSED
+
+
+async def test_an_operator_has_an_action_last_until_it_is_removed(tmp_path: Path) -> None:
+    clock = Clock()
+    async with processes(tmp_path, clock) as both:
+        both[0].pause(NOW)
+        await until(both, lambda each: each.until() == NOW + HOUR)
+        (row,) = both[0].keeper.table
+        file = RowFile(str(tmp_path), clock=clock)
+        file.read()
+        file.change(row.id, who="operator", until=None)
+        await until(both, lambda each: each.until() != NOW + HOUR)
+        clock.now += 100 * HOUR
+        await until(both, lambda each: len(each.keeper.table) == 1)
+        for each in both:
+            each.refusals.advance()
+            assert each.refusals.actions[SCOPE].recovery.stage is Stage.PAUSED
+        file.end([row.id], who="operator")
+        await until(both, lambda each: each.until() is None)
+
+
+async def test_a_change_while_the_row_is_written_is_not_lost(tmp_path: Path) -> None:
+    async with processes(tmp_path, Clock()) as both:
+        add = both[0].keeper.add
+
+        async def add_slowly(row: Row, values: object = (), *, who: str) -> Row:
+            added = await add(row, who=who)
+            action.extend(NOW + 2 * HOUR, NOW)
+            both[0].kept.keep(action)
+            return added
+
+        both[0].keeper.add = add_slowly  # type: ignore[method-assign]
+        action = both[0].pause(NOW)
+        await until(both, lambda each: each.until() == NOW + 2 * HOUR)
+        assert [row.until for row in both[1].keeper.table] == [NOW + 2 * HOUR]
+
+
+async def test_an_action_that_cannot_be_kept_does_not_hold_up_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mailerq.outbound.kept.RETRY_SECONDS", 0.01)
+    async with processes(tmp_path, Clock()) as both:
+        scope = Scope(f"provider {'x' * 2000}", "192.0.2.1")
+        recovery = Recovery(stage=Stage.PAUSED, until=NOW + HOUR)
+        both[0].kept.keep(Action(scope, "x" * 2000, "rule", "f:1", NOW, "421 no", recovery))
+        both[0].pause(NOW)
+        await until(both, lambda each: each.until() == NOW + HOUR)
+
+
+async def test_recipients_that_come_all_the_time_do_not_hold_up_actions(tmp_path: Path) -> None:
+    async with processes(tmp_path, Clock()) as both:
+        add, count = both[0].keeper.add, 0
+
+        async def add_and_more(row: Row, values: Iterable[str] = (), *, who: str) -> Row:
+            nonlocal count
+            if count < 100:
+                count += 1
+                both[0].kept.suppress(f"c{count}@d.test", "gone", responses.NO_DATA)
+            return await add(row, values, who=who)
+
+        both[0].keeper.add = add_and_more  # type: ignore[method-assign]
+        both[0].kept.suppress("c@d.test", "gone", responses.NO_DATA)
+        await until(both, lambda each: both[0].keeper.statistics()["suppressed"] > 0)
+        both[0].pause(NOW)
+        await until(both[1:], lambda each: each.until() == NOW + HOUR)
+        assert count < 50
+
+
+async def test_a_probe_that_is_refused_at_once_pauses_without_a_trigger(tmp_path: Path) -> None:
+    clock = Clock()
+    process = Process(tmp_path, clock)
+    pause = Reaction(pause=600.0, max_pause=HOUR)
+    for _ in range(3):
+        process.hear(pause, Trigger(3, HOUR))
+    assert process.until() == NOW + 600
+    clock.now += 600
+    process.hear(pause, Trigger(3, HOUR))
+    assert process.until() == NOW + 600 + 1200
 
 
 async def test_patterns_that_come_with_a_reload_find_what_was_kept(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ async def test_a_refused_probe_pauses_again_and_only_the_probe_is_tried() -> Non
         await bench.results("retry", count=3)
         (action,) = refusals(bench).actions.values()
         assert (action.recovery.stage, action.recovery.paused_for) == (Stage.PAUSED, 1.0)
-        assert (action.hits, action.rule) == (2, "unusual-rate")
+        assert (action.hits, action.rule) == (3, "unusual-rate")
         assert "unusual rate" in action.sample
         await bench.results(count=19)
 
