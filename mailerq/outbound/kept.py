@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -29,7 +30,7 @@ from mailerq.errors import AddressError, RowError
 from mailerq.net.logs import Ration
 from mailerq.outbound.refusals import Action, Scope
 from mailerq.rules.recovery import Recovery
-from mailerq.rules.row import SUPPRESSION, Row, suppressible
+from mailerq.rules.row import SUPPRESSION, Row, is_status, suppressible
 
 if TYPE_CHECKING:
     from mailerq.outbound.keeper import Keeper
@@ -152,13 +153,18 @@ class KeptActions:
             kind=SUPPRESSION,
             origin=rule,
             code=code if 500 <= code <= 599 else SUPPRESSED[0],
-            status=status if status.startswith("5") else SUPPRESSED[1],
+            status=status if is_status(status) and status.startswith("5") else SUPPRESSED[1],
             description=outcome.description or "",
             sample=outcome.reply,
         )
+        names = []
+        for recipient in recipients:
+            with suppress(RowError):  # no address: mail to it has no need of a row
+                names.append(suppressible(recipient))
         try:
-            await self._keeper.add(row, [suppressible(each) for each in recipients], who=WHO)
-        except OSError:
+            if names:
+                await self._keeper.add(row, names, who=WHO)
+        except (OSError, RowError):
             self._recipients[rule] = {**recipients, **self._recipients.get(rule, {})}
             raise
 

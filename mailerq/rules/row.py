@@ -23,6 +23,7 @@ __all__ = [
     "any_of",
     "checked",
     "compared",
+    "is_status",
     "patterns",
     "suppressible",
 ]
@@ -139,10 +140,15 @@ def _check_reply(row: Row) -> None:
     least = 200 if row.kind == ERROR else 500
     if not least <= row.code <= 599:
         raise RowError(f"code: expected a number from {least} to 599, found {row.code}")
-    if row.status and not _STATUS.fullmatch(row.status):
+    if row.status and not is_status(row.status):
         raise RowError(f"status: expected something like 5.7.1, found {row.status!r}")
     if row.status and not row.status.startswith(str(row.code)[0]):
         raise RowError(f"status: {row.status} contradicts the code {row.code}")
+
+
+def is_status(text: str) -> bool:
+    """Whether a text is an enhanced status code, such as 5.7.1 (RFC 3463)."""
+    return _STATUS.fullmatch(text) is not None
 
 
 def suppressible(text: str) -> str:

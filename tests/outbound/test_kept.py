@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from mailerq.config import Config
+from mailerq.errors import RowError
 from mailerq.outbound.keeper import Keeper
 from mailerq.outbound.kept import REACTION, KeptActions
 from mailerq.outbound.limits import Limits
@@ -262,6 +263,28 @@ async def test_recipients_that_come_all_the_time_do_not_hold_up_actions(tmp_path
         both[0].pause(NOW)
         await until(both[1:], lambda each: each.until() == NOW + HOUR)
         assert count < 50
+
+
+async def test_a_suppression_is_written_later_if_the_file_cannot_be_changed_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mailerq.outbound.kept.RETRY_SECONDS", 0.01)
+    async with processes(tmp_path, Clock()) as both:
+        add, failures = both[0].keeper.add, 3
+
+        async def add_later(row: Row, values: Iterable[str] = (), *, who: str) -> Row:
+            nonlocal failures
+            if failures:
+                failures -= 1
+                raise RowError("another process keeps the lock")
+            return await add(row, values, who=who)
+
+        both[0].keeper.add = add_later  # type: ignore[method-assign]
+        strange = responses.refused(Refused(Step.RCPTTO, Reply(550, "5.1.1234 gone")))
+        for recipient in ("c@d.test", "no address"):
+            both[0].kept.suppress(recipient, "gone", strange)
+        await until(both, lambda each: each.keeper.statistics()["suppressed"] == 1)
+        assert not failures
 
 
 async def test_a_probe_that_is_refused_at_once_pauses_without_a_trigger(tmp_path: Path) -> None:
