@@ -124,7 +124,7 @@ class Rows:
         `by_domain`: mail to this domain has flows of its own, other than mail to a smarthost.
         """
         for buckets in self._early if by_domain else self._behind_smarthost:
-            for row in buckets.find(tags, domain, "", local_ips):
+            for row in buckets.find(tags, domain, NOBODY, local_ips):
                 if not _is_about(row, domain, tags):
                     continue
                 if not (row.local_ip or row.pool):
@@ -140,7 +140,7 @@ class Rows:
     ) -> Row | None:
         """The forced error or the pause that stops a message on its way to these hosts."""
         for buckets in self._late:
-            for row in buckets.find(tags, domain, peer.provider, _only(local_ip)):
+            for row in buckets.find(tags, domain, peer, _only(local_ip)):
                 if (
                     _is_about(row, domain, tags)
                     and self._is_from(row, local_ip)
@@ -159,7 +159,7 @@ class Rows:
 
     def flow_pause(self, apart: str, local_ip: str | None, peer: Peer) -> Row | None:
         """The pause of all mail of a flow. `apart` says what its site has been set apart for."""
-        for row in self._flows.find((), apart, peer.provider, _only(local_ip)):
+        for row in self._flows.find((), apart, peer, _only(local_ip)):
             if _is_about(row, apart, ()) and self._is_from(row, local_ip) and _is_at(row, peer):
                 return row
         if not (self._remotes and peer.addresses):
@@ -174,7 +174,8 @@ class Rows:
 
     def remote_pause(self, local_ip: str | None, address: str) -> Row | None:
         """The pause of connections from a local address to a remote one."""
-        for row in self._remotes.find((), "", "", _only(local_ip)):
+        peer = Peer(addresses=frozenset((_bare(address),)))
+        for row in self._remotes.find((), "", peer, _only(local_ip)):
             if self._is_from(row, local_ip) and _contains(row.remote_ip, address):
                 return row
         return None
@@ -201,14 +202,16 @@ class _Buckets:
         return bool(self._rows)
 
     def find(
-        self, tags: Collection[str], domain: str, provider: str, local_ips: Sequence[str]
+        self, tags: Collection[str], domain: str, peer: Peer, local_ips: Sequence[str]
     ) -> Iterable[Row]:
         """The rows that may be about some mail, in the order of their ids."""
         if not self._rows:
             return ()
-        keys = [("", ""), ("provider", provider)]
-        keys += [("tag", tag) for tag in tags]
+        keys = [("", ""), ("provider", peer.provider)]
         keys += [("domain", name) for name in patterns(domain)]
+        keys += [("site", name) for host in peer.names for name in patterns(host)]
+        keys += [("remote_ip", _bare(address)) for address in peer.addresses]
+        keys += [("tag", tag) for tag in tags]
         keys += [("local_ip", _plain(ip)) for ip in local_ips]
         found = [self._rows[key] for key in dict.fromkeys(keys) if key in self._rows]
         if len(found) == 1:
@@ -217,8 +220,9 @@ class _Buckets:
 
 
 def _bucket(row: Row) -> tuple[str, str]:
-    for name in ("tag", "domain", "provider", "local_ip"):
-        if value := getattr(row, name):
+    for name in ("domain", "site", "provider", "remote_ip", "tag", "local_ip"):
+        # Networks are compared one by one.
+        if (value := getattr(row, name)) and "/" not in value:
             return name, value
     return "", ""
 
@@ -254,8 +258,12 @@ def _plain(ip: str) -> str:
         return ip
 
 
+def _bare(address: str) -> str:
+    return _plain(address.partition("%")[0])
+
+
 def _contains(network: str, address: str) -> bool:
-    bare = _plain(address.partition("%")[0])
+    bare = _bare(address)
     if "/" not in network:
         return network == bare
     ip, wanted = ipaddress.ip_address(bare), _network_of(network)

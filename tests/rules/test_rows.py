@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ipaddress import ip_address, ip_network
+from time import thread_time
 from typing import Any
 
 import pytest
@@ -230,3 +231,24 @@ def test_only_addresses_and_domains_are_suppressed(text: str) -> None:
 def test_texts_of_a_row_fit_on_a_line() -> None:
     row = checked(Row(kind=PAUSE, reason="a\r\nb\x1b", sample="x" * 5000))
     assert row.reason == "a??b?" and len(row.sample) == 1000
+
+
+@pytest.mark.parametrize("scope", ["domain", "site", "remote_ip"])
+def test_rows_about_other_mail_cost_a_message_and_a_flow_next_to_nothing(scope: str) -> None:
+    names = {
+        "domain": lambda number: f"*.d{number}.test",
+        "site": lambda number: f"*.d{number}.test",
+        "remote_ip": lambda number: f"10.1.{number // 256}.{number % 256}",
+    }
+    rows = Rows(
+        checked(Row(id=2 * number + half, kind=PAUSE, tag=tag, **{scope: names[scope](number)}))
+        for number in range(1, 5000)
+        for half, tag in enumerate(["", "news"])
+    )
+    peer = Peer(frozenset(["mx.b.test"]), frozenset(["192.0.2.1"]))
+    began = thread_time()
+    for _ in range(200):
+        assert rows.flow_pause("b.test", None, peer) is None
+        assert rows.late("b.test", ["news"], None, peer) is None
+        assert rows.early("b.test", ["news"], ()).row is None
+    assert thread_time() - began < 0.5  # a look at each row takes seconds
