@@ -13,7 +13,7 @@ import trio
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.crash.kit import Daemon, all_arrive, daemon, switches_in
-from tests.processes_kit import TWO, connected, marked, put
+from tests.processes_kit import TWO, connected, marked, put, send_all
 from tests.support import in_thread, mailerq, open_sink
 
 PATTERN = """
@@ -136,6 +136,7 @@ async def test_a_pause_holds_in_all_processes(tmp_path: Path, mark: dict[str, st
     path = tmp_path / "responses.toml"
     path.write_text(PATTERN)
     switch = f"--responses-file={path}"
+    switches = [*switches_in(tmp_path, 25), switch]
     async with (
         open_sink() as sink,
         daemon(tmp_path, sink.port, TWO, switch, env=mark) as running,
@@ -144,8 +145,16 @@ async def test_a_pause_holds_in_all_processes(tmp_path: Path, mark: dict[str, st
         async with connected(running.port) as stream:
             assert await put(stream, "refused") == 250
         with trio.fail_after(30):
-            while (await running.statistics())["replies"]["acted_on"] < 2:  # noqa: ASYNC110
+            while not (rows := await rows_of(switches, "list")):  # noqa: ASYNC110
                 await trio.sleep(0.05)
+        extend = ["rows", "extend", str(rows[0]["id"]), "--for", "2h"]
+        done = await in_thread(lambda: mailerq(*extend, *switches))
+        assert done.returncode == 0, "and all processes know of the row"
+        assert (await running.statistics())["replies"]["acted_on"] == 1, "it is one site"
+        sink.decide = lambda event: None
+        await send_all(running.port, "waits")
+        await running.until_statistics(lambda figures: figures["outgoing"]["limited"] >= 2)
+        assert sink.mails == []
 
 
 async def test_a_pattern_suppresses_a_recipient_after_enough_failures(

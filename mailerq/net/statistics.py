@@ -8,9 +8,12 @@ from typing import Any, Final
 __all__ = ["total"]
 
 LARGEST: Final = frozenset(
-    {"largest_commit", "longest", "uptime", "pauses", "errors", "suppressed"}
+    {"largest_commit", "longest", "uptime", "pauses", "errors", "suppressed", "acted_on"}
 )
 """Figures whose maximum is the total; other figures are added."""
+
+RANKED: Final = frozenset({"domains", "limits", "unclassified"})
+"""Parts whose largest figures come first."""
 
 
 def total(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -24,6 +27,9 @@ def total(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values = [tree[name] for tree in trees if name in tree]
         if all(isinstance(value, dict) for value in values):
             merged[name] = total(values)
+            if name in RANKED:
+                ranked = sorted(merged[name].items(), key=lambda item: -item[1])
+                merged[name] = dict(ranked)
         elif all(isinstance(value, list) for value in values):
             merged[name] = list(dict.fromkeys(item for value in values for item in value))
         elif all(isinstance(value, int | float) for value in values):

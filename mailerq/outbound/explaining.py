@@ -312,7 +312,7 @@ class Explainer:
                     "where": action.where,
                     "stage": str(action.recovery.stage),
                     "since": format_time(action.since),
-                    "until": format_time(action.until),
+                    "until": format_time(action.until) if action.until > self._now() else None,
                     "hits": action.hits,
                     "sample": action.sample,
                 }

@@ -60,6 +60,9 @@ MAX_ACTIONS: Final = 10_000
 ALERTS_PER_MINUTE: Final = 10
 """Log lines about replies that an operator should see."""
 
+MAX_RECIPIENTS: Final = 20_000
+"""Recipients whose failures are counted, for patterns that suppress them after some."""
+
 MAX_NAMED: Final = 20
 """Texts and actions in the statistics."""
 
@@ -75,8 +78,8 @@ MAX_LEARNED: Final = 4096
 OTHER_IP_SECONDS: Final = 1.0
 """When a message tries another of its local addresses."""
 
-CHANGE_SECONDS: Final = 1.0
-"""How often a scope that gets more is told so at most."""
+LEAST_SECONDS: Final = 0.05
+"""The least time between two looks at what time has changed."""
 
 
 class Scope(NamedTuple):
@@ -153,9 +156,11 @@ class Refusals:
         self._kept = kept
         self._clock = clock
         self._triggers = Triggers()
+        self._failures = Triggers(MAX_RECIPIENTS)
         self._classes: dict[str, int] = {}
         self._learned: dict[bytes, tuple[Bound, float]] = {}
-        self._told = 0.0
+        self._next = math.inf
+        """When `advance` may have something to do; not later than that."""
         self._say_alert = Ration(log.warning, ALERTS_PER_MINUTE, "and %d more such replies")
 
     def change(self, answers: Answers) -> None:
@@ -184,11 +189,11 @@ class Refusals:
         if reaction.leave_host and session is not None and reaction.fate is not Fate.FAILED:
             if flow.may_pass_on(job, session):
                 return None
-        outcome = _judged(outcome, verdict, job, flow)
+        outcome = _judged(outcome, verdict, job, flow, is_first=(report.messages or 1) == 1)
         if outcome.fate is Fate.FAILED and verdict.reaction.suppress and self._kept is not None:
             rule = next(each for each in verdict.rules if each.reaction.suppress)
             key = (rule.name, job.recipient)
-            if self._triggers.met(key, rule.trigger, monotonic()):
+            if self._failures.met(key, rule.trigger, monotonic()):
                 self._kept.suppress(job.recipient, rule.name, outcome)
         return msgspec.structs.replace(report, outcome=outcome)
 
@@ -254,11 +259,14 @@ class Refusals:
 
     def _act(self, rule: Rule, flow: Flow, provider: str, outcome: Outcome) -> None:
         scope, label = self._scope(rule, flow, provider)
-        action = self.actions.get(scope)
-        if action is not None:
-            action.hits += 1
         now = self._clock()
-        probing = action is not None and action.recovery.is_probing(now)
+        action = self.actions.get(scope)
+        if action is not None and action.recovery.advance(now):
+            self._changed(action)
+            action = self.actions.get(scope)
+        if action is not None and rule.reaction.moves_the_flow:
+            action.hits += 1
+        probing = action is not None and action.recovery.stage is Stage.PROBING
         met = self._triggers.met((rule.name, scope), rule.trigger, monotonic())
         if not (met or (probing and rule.reaction.pause)):
             return
@@ -350,17 +358,21 @@ class Refusals:
             self.actions.pop(action.scope, None)
             if self._kept is not None:
                 self._kept.drop(action)
+        else:
+            self._next = min(self._next, action.recovery.next_change)
         self._limits.ask_again(*action.scope)
 
     def advance(self) -> float:
         """Do what time alone does; return the seconds until that has to be done again."""
-        now, least = self._clock(), math.inf
-        for action in list(self.actions.values()):
-            if action.recovery.advance(now):
-                self._changed(action)
-            if action.recovery.stage is not Stage.NORMAL:
-                least = min(least, action.recovery.next_change - now)
-        return max(least, CHANGE_SECONDS / 20)
+        now = self._clock()
+        if now >= self._next:
+            self._next = math.inf
+            for action in list(self.actions.values()):
+                if action.recovery.advance(now):
+                    self._changed(action)
+                elif action.recovery.stage is not Stage.NORMAL:
+                    self._next = min(self._next, action.recovery.next_change)
+        return max(self._next - now, LEAST_SECONDS)
 
     def cancel(self, scope: Scope) -> bool:
         """End an action, as an operator asks; return whether there was one."""
@@ -402,10 +414,12 @@ def react(limits: Limits, answers: Answers | None, kept: Kept | None = None) -> 
         limits.refusals.change(answers)
 
 
-def _judged(outcome: Outcome, verdict: Verdict, job: Job, flow: Flow) -> Outcome:
+def _judged(outcome: Outcome, verdict: Verdict, job: Job, flow: Flow, *, is_first: bool) -> Outcome:
     """The outcome with the consequences for its message."""
     reaction = verdict.reaction
-    after = reaction.retry_after
+    after, counted = reaction.retry_after, reaction.counted is not False
+    if reaction.reconnect and is_first and not counted:
+        after, counted = None, True  # what a connection had before is not the reason
     fate = reaction.fate or outcome.fate
     other_ip = bool(reaction.other_ip) and flow.has_other_ip(job)
     if other_ip:
@@ -414,7 +428,7 @@ def _judged(outcome: Outcome, verdict: Verdict, job: Job, flow: Flow) -> Outcome
         outcome,
         fate=fate,
         retry_after=after,
-        counted=reaction.counted is not False,
+        counted=counted,
         pins=not reaction.other_ip,
         other_ip=other_ip,
         kind=verdict.kind,

@@ -132,7 +132,7 @@ class Recovery(msgspec.Struct, kw_only=True):
 
     def succeed(self, now: float) -> bool:
         """A message got an answer that has nothing against its way; return whether more may go."""
-        self.advance(now)
+        advanced = self.advance(now)
         self.touched = now
         if self.stage is Stage.PROBING:
             self.stage = Stage.RECOVERING
@@ -140,10 +140,10 @@ class Recovery(msgspec.Struct, kw_only=True):
             self.connections, self.successes = 1, 0
             return True
         if self.stage is not Stage.RECOVERING or self.connections is None or now < self.held:
-            return False
+            return advanced
         self.successes += 1
         if self.successes < self.connections:
-            return False
+            return advanced
         self.successes = 0
         self.connections += 1
         if self.connections >= self.most:
@@ -152,10 +152,6 @@ class Recovery(msgspec.Struct, kw_only=True):
         return True
 
     # Time
-
-    def is_probing(self, now: float) -> bool:
-        """Whether a message that is answered now was a probe: the pause is over."""
-        return self.stage is Stage.PROBING or (self.stage is Stage.PAUSED and now >= self.until)
 
     def advance(self, now: float) -> bool:
         """Do what time alone does; return whether something changed."""

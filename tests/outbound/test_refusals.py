@@ -11,9 +11,11 @@ import pytest
 import trio
 
 from mailerq.message import format_time
-from mailerq.outbound.refusals import Refusals, react
+from mailerq.outbound.refusals import Action, Refusals, react
 from mailerq.rules.answers import Answers
 from mailerq.rules.recovery import Stage
+from mailerq.rules.responses import Outcome
+from mailerq.rules.triggers import Triggers
 from tests.outbound.kit import Bench, PeerConnection, open_bench
 
 FAST: Any = {"connection_maxidle": 60_000}
@@ -146,6 +148,17 @@ async def test_connections_end_after_the_number_of_messages_that_a_peer_takes() 
         assert {result["attempt"] for result in await bench.results(count=12)} == {1}
 
 
+async def test_a_peer_that_has_had_enough_before_the_first_mail_is_not_asked_each_second() -> None:
+    async with reacting(pattern("per connection", "session-limit")) as bench:
+        refuse(bench, *["421 max messages per connection"] * 3, verb="MAIL")
+        bench.send()
+        result = await bench.retried()
+        assert (result["attempt"], result["class"]) == (1, "session-limit")
+        (message,) = bench.queues["retry"]
+        assert message.properties["delayed"] == format_time(bench.queues.now + 600)
+        assert bench.dispatcher.counters.put_off == 0
+
+
 async def test_what_this_host_says_for_a_peer_has_no_meaning() -> None:
     async with reacting(pattern("message has", "size", samples=["552 message has"])) as bench:
         bench.peer.extensions = ["SIZE 3"]
@@ -216,6 +229,48 @@ async def test_a_refused_probe_pauses_again_and_only_the_probe_is_tried() -> Non
         assert (action.hits, action.rule) == (3, "unusual-rate")
         assert "unusual rate" in action.sample
         await bench.results(count=19)
+
+
+async def test_failed_recipients_do_not_make_other_counters_forget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two = lambda most=2: Triggers(min(most, 2))  # noqa: E731
+    monkeypatch.setattr("mailerq.outbound.refusals.Triggers", two)
+    pause = pattern("unusual rate", "reputation-temp", trigger="2/h")
+    gone = pattern("nobody", "user-unknown", suppress=True, trigger="2/h", samples=["550 nobody"])
+    async with reacting(pause, gone, **FAST) as bench:
+        kept = Suppressed()
+        react(bench.dispatcher.limits, None)
+        react(bench.dispatcher.limits, Answers.parse(f"{pause}{gone}".encode(), "f", ()), kept)
+        refuse(bench, "450 unusual rate")
+        bench.send()
+        await bench.results("retry", count=1)
+        for number in range(4):
+            refuse(bench, "550 nobody")
+            bench.send(f"c{number}@d.test")
+            await bench.results("failure", count=number + 1)
+        refuse(bench, "550 nobody")
+        bench.send("c3@d.test")
+        await bench.results("failure", count=5)
+        assert kept.recipients == ["c3@d.test"]
+        refuse(bench, "450 unusual rate")
+        bench.send()
+        await bench.results("retry", count=2)
+        assert stage(bench) is Stage.PAUSED
+
+
+class Suppressed:
+    """Keeps nothing but the recipients that are suppressed."""
+
+    def __init__(self) -> None:
+        self.recipients: list[str] = []
+
+    def keep(self, action: Action) -> None: ...
+
+    def drop(self, action: Action) -> None: ...
+
+    def suppress(self, recipient: str, rule: str, outcome: Outcome) -> None:
+        self.recipients.append(recipient)
 
 
 async def test_one_connection_less_after_a_reply_about_their_number() -> None:
@@ -311,6 +366,16 @@ async def test_replies_that_no_pattern_matches_are_counted() -> None:
         figures = bench.dispatcher.limits.replies()
         assert figures["unclassified"] == {"450 no mail from IP": 2}
         assert figures["classes"] == {"content": 1}
+
+
+async def test_a_reply_without_a_class_is_counted_in_none() -> None:
+    adds = "[[response]]\nname = 'adds'\ncode = 450\nfinal = false\nalert = true\n"
+    async with reacting(adds) as bench:
+        refuse(bench, "450 no")
+        bench.send()
+        assert "class" not in await bench.retried()
+        figures = bench.dispatcher.limits.replies()
+        assert figures["classes"] == figures["unclassified"] == {}
 
 
 async def test_an_alert_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -121,6 +121,14 @@ def test_a_rate_in_messages_ends_at_its_time() -> None:
     assert (recovery.rate, recovery.connections) == (None, 1)
 
 
+def test_a_success_that_comes_before_the_clock_is_looked_at_tells_what_has_changed() -> None:
+    recovery = Recovery()
+    assert refuse(recovery, SLOW, 0.0)
+    assert not recovery.succeed(1859.0) and recovery.share == 0.5
+    assert recovery.succeed(1860.0) and recovery.share == 0.6
+    assert recovery.succeed(3600.0) and recovery.stage is Stage.NORMAL
+
+
 def test_the_state_can_be_kept() -> None:
     recovery = Recovery()
     refuse(recovery, PAUSE, 5.0)
@@ -144,6 +152,10 @@ class Anything(RuleBasedStateMachine):
         self.recovery.advance(self.now)
         assert self.recovery.share >= before[0] and self.recovery.connections == before[1]
 
+    @rule(seconds=st.sampled_from([60.0, 600.0]))
+    def time_goes_on_unseen(self, seconds: float) -> None:
+        self.now += seconds
+
     @rule(reaction=st.sampled_from([PAUSE, SLOW, FEWER]), connections=st.integers(0, 50))
     def refusal(self, reaction: Reaction, connections: int) -> None:
         until = self.recovery.until
@@ -156,10 +168,15 @@ class Anything(RuleBasedStateMachine):
 
     @rule()
     def success(self) -> None:
-        before = self.recovery.connections
-        self.recovery.succeed(self.now)
+        before, seen = self.recovery.connections, self.what_flows_see()
+        changed = self.recovery.succeed(self.now)
         after = self.recovery.connections
+        assert changed or seen == self.what_flows_see()
         assert before is None or after is None or before <= after <= before + 1
+
+    def what_flows_see(self) -> tuple[object, ...]:
+        recovery = self.recovery
+        return recovery.stage, recovery.share, recovery.rate, recovery.connections
 
     @invariant()
     def what_is_allowed_is_in_bounds(self) -> None:
