@@ -453,7 +453,7 @@ class Dispatcher:
             return responses.OWN_FAULT
         outcome = None
         if job.to_make:
-            outcome = await make_body(job, self.config, self.now(), self._inliner)
+            outcome = await make_body(job, self.config, self.now(), self._inliner, self._bodies)
         return outcome or self._body_problem(Message(job.message.properties, job.body))
 
     def make_now(self, job: Job) -> None:

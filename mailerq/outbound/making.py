@@ -16,6 +16,7 @@ from mailerq.config import Config
 from mailerq.mail.made import NotMade, make, problems
 from mailerq.mail.values import Budget
 from mailerq.message import Message
+from mailerq.outbound.bodies import Bodies
 from mailerq.outbound.inliner import Inliner
 from mailerq.outbound.jobs import Job
 from mailerq.rules import responses
@@ -59,8 +60,13 @@ def make_quickly(job: Job, config: Config, now: float) -> bool:
     return True
 
 
-async def make_body(job: Job, config: Config, now: float, inliner: Inliner) -> Outcome | None:
-    """Make the body of a job, which is loaded; return the outcome if that fails."""
+async def make_body(
+    job: Job, config: Config, now: float, inliner: Inliner, bodies: Bodies
+) -> Outcome | None:
+    """Make the body of a job, which is loaded; return the outcome if that fails.
+
+    A body that is made in a thread may be large, and counts in `bodies`.
+    """
     if make_quickly(job, config, now):
         return None
     if _is_missing(job):
@@ -75,7 +81,10 @@ async def make_body(job: Job, config: Config, now: float, inliner: Inliner) -> O
         inline=inliner.inline,
     )
     try:
-        job.made = await trio.to_thread.run_sync(work, limiter=_makers(), abandon_on_cancel=True)
+        async with _makers():
+            await bodies.room()
+            job.made = await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+            bodies.made(job.lease, len(job.made))
     except NotMade as error:
         return responses.not_made(error.state, error.reason)
     except OSError as error:

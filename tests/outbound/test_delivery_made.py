@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from mailerq.message import Message
-from mailerq.outbound import making
+from mailerq.outbound import bodies, making
 from tests.outbound.kit import Bench, PeerConnection, StubPlugins, open_bench
+from tests.support import until
 
 TEMPLATE = "From: a@b.test\r\nSubject: Hi {$name}\r\n\r\nDear {$name}, {$recipient}\r\n"
 LONG = TEMPLATE + "{foreach $n in $numbers}{$n}{/foreach}\r\n" + 3000 * "x\r\n"
@@ -200,6 +202,36 @@ async def test_a_defect_here_costs_one_attempt_and_nobody_else(
         assert [mail.recipient for mail in bench.peer.mails].count("3@d.test") == 0
         assert len(bench.peer.mails) == 5 and bench.peer.connections == 1
     assert "a defect" in caplog.text
+
+
+async def test_bodies_that_are_made_large_are_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bodies, "MAX_BYTES", 1_500_000)
+    go, begun = trio.Event(), 0
+
+    async def slow(peer: PeerConnection) -> None:
+        nonlocal begun
+        await peer.hello()
+        while line := await peer.line():
+            if line == "DATA":
+                begun += 1
+                await go.wait()
+            await peer.send("354 go\r\n" if line == "DATA" else "250 ok\r\n")
+            if line == "DATA":
+                await peer.body()
+                await peer.send("250 taken\r\n")
+
+    body = TEMPLATE + "{foreach $x in $l}" + 900 * "x" + "\n{/foreach}"
+    async with open_bench(*12 * [slow]) as bench:
+        for number in range(12):
+            bench.send(f"{number}@d.test", body, data={"name": "x", "l": [*range(1000)]})
+        await until(lambda: begun >= 2)
+        for _ in range(3):  # the others are made, or wait
+            await trio.testing.wait_all_tasks_blocked(0.1)
+        assert begun <= 2 + making.MAKERS
+        go.set()
+        await bench.results("success", 12)
 
 
 async def test_long_work_is_done_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
