@@ -47,8 +47,10 @@ TEXT_FIELDS: Final = frozenset((b"subject", b"list-unsubscribe"))
 """Header fields that are templates if there is ``data``."""
 
 KEPT_CHARS: Final = 1 << 15
+KEPT_STEPS: Final = 1000
 KEPT_TEMPLATES: Final = 32
-"""Compiled templates to keep, and their longest text: a mailing has few templates."""
+"""Compiled templates to keep, their longest text, and the steps that compiling one may take: a
+mailing has few templates. A step stands for up to a kilobyte of a compiled template."""
 
 
 class NotMade(Exception):
@@ -202,8 +204,9 @@ class _Making:
         assert self._variables is not None, "else there are no templates"
         template = _templates.get(text)
         if template is None:
+            steps = self._budget.steps
             template = Template(text, self._budget)
-            if len(text) <= KEPT_CHARS:
+            if len(text) <= KEPT_CHARS and steps - self._budget.steps <= KEPT_STEPS:
                 if len(_templates) >= KEPT_TEMPLATES:
                     _templates.clear()
                 _templates[text] = template

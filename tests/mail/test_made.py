@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mailerq.mail.made import NotMade, Unfinished, is_made, make
 from mailerq.mail.parts import paired
+from mailerq.mail.template import Template
 from mailerq.mail.values import Budget
 
 BASE: dict[str, Any] = {
@@ -311,6 +312,23 @@ def test_a_mistake_in_a_template_says_in_which_part() -> None:
             made(body, data={})
         assert caught.value.state == "personalize"
         assert caught.value.reason.startswith(reason)
+
+
+def test_long_templates_are_not_kept_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, each of 32 kB takes about five megabytes."""
+    compiled: list[str] = []
+
+    class Watched(Template):
+        def __init__(self, text: str, budget: Budget) -> None:
+            compiled.append(text)
+            super().__init__(text, budget)
+
+    monkeypatch.setattr("mailerq.mail.made.Template", Watched)
+    for tags, times in ((100, 1), (8000, 2)):
+        compiled.clear()
+        for _ in range(2):
+            made(b"\r\nnot in the cache before " + tags * b"{$a}", data={"a": 1})
+        assert len(compiled) == times
 
 
 def test_a_small_budget_leaves_the_work_unfinished() -> None:
