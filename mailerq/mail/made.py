@@ -21,6 +21,7 @@ Conversion for a peer without 8BITMIME, and signing, come after all that.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal
 
@@ -28,7 +29,7 @@ from mailerq.errors import MessageError
 from mailerq.mail import compose, edits
 from mailerq.mail.compose import Changes, Facts
 from mailerq.mail.fields import FieldError, clean, in_words, make_field, mark, place_values, shown
-from mailerq.mail.headers import date_field, message_id_field, unfold
+from mailerq.mail.headers import HEADER_LIMIT, date_field, message_id_field, unfold
 from mailerq.mail.parts import FIELDS, PartError, paired, rewrite
 from mailerq.mail.template import Template
 from mailerq.mail.values import Budget, BudgetError, TemplateError
@@ -45,6 +46,10 @@ MADE_OF: Final = frozenset(("mime", "data", "headers", "inlinecss", "normalize")
 ADDRESS_FIELDS: Final = frozenset((b"from", b"sender", b"reply-to", b"to", b"cc"))
 TEXT_FIELDS: Final = frozenset((b"subject", b"list-unsubscribe"))
 """Header fields that are templates if there is ``data``."""
+
+_EMPTY_LINE: Final = re.compile(
+    rb"\A(?:\r\n|\r|\n)|(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)"
+).search
 
 KEPT_CHARS: Final = 1 << 15
 KEPT_STEPS: Final = 1000
@@ -148,7 +153,7 @@ class _Making:
             head, made = self._composed()
             pieces = [*made]
         else:
-            body = paired(body)
+            body = self._in_lines(body)
             if self._variables is None and properties.get("headers") is None and not self._inline:
                 return body
             head, pieces = rewrite(body, self._change, *self._kinds())
@@ -159,6 +164,15 @@ class _Making:
         if (headers := properties.get("headers")) is not None:
             head = edits.apply_edits(head, headers, utf8=self._utf8)
         return _joined(head, pieces)
+
+    def _in_lines(self, body: bytes) -> bytes:
+        """Return the mail with CRLF as its line ends; only in the header of a binary mail."""
+        if self._properties.get("binarymime") is not True or self._properties.get("normalize"):
+            return paired(body)
+        empty = _EMPTY_LINE(body, 0, HEADER_LIMIT)
+        end = empty.end() if empty is not None else 0
+        head = paired(body[:end])
+        return body if len(head) == end else head + body[end:]
 
     def _composed(self) -> tuple[bytes, list[bytes]]:
         properties = self._properties

@@ -161,6 +161,14 @@ def test_line_ends_are_made_pairs() -> None:
     assert made(b"A: b\n\n{$x}", data={"x": "1\n2"}).endswith(b"\r\n\r\n1\r\n2")
 
 
+@pytest.mark.parametrize("head", [b"Subject: x\r\n\r\n", b"Subject: x\n\n", b"\r\n"])
+def test_a_binary_mail_keeps_its_bytes_behind_the_header(head: bytes) -> None:
+    content = b"\n\r\0\r\n\xff\n"
+    mail = made(head + content, headers={"add": {"X-A": "1"}}, binarymime=True)
+    assert mail.endswith(b"X-A: 1\r\n\r\n" + content)
+    assert made(head + content, normalize=True, binarymime=True).endswith(b"\r\n\r\n\0\r\n\xff\r\n")
+
+
 def test_the_edits_of_the_header_have_the_last_word() -> None:
     mail = made(
         b"Subject: {$x}\r\nX-A: 1\r\n\r\nhi",
