@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
+from mailerq.outbound.choice import BUSY
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.rights import Rights
 from mailerq.outbound.session import Session
@@ -523,6 +524,9 @@ class Flow:
         self.last = report
         if self.sessions:
             self.heard(report.outcome)
+            if report.outcome.state == "bind":
+                # Nobody answers the sessions of an address that this host has lost.
+                self._dispatcher.flows.hand_over(self, BUSY)
             self._held_until = monotonic() + HOLD_SECONDS
             self._allowed = len(self.sessions) + 1
             return

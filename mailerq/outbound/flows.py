@@ -113,8 +113,8 @@ class Flows:
         flow.add(job)
         return True
 
-    def hand_over(self, flow: Flow) -> None:
-        """Move mail of a flow that a limit refuses to other addresses that may send now."""
+    def hand_over(self, flow: Flow, state: int = FREE) -> None:
+        """Move mail of a flow that may not send now to other addresses, see `place_elsewhere`."""
         number = 0
         while flow.local_ip is not None and number < len(flow.jobs):
             job = flow.jobs[number]
@@ -122,7 +122,7 @@ class Flows:
                 number += 1
                 continue
             del flow.jobs[number]
-            if not self.place_elsewhere(job, FREE):
+            if not self.place_elsewhere(job, state):
                 flow.jobs.insert(number, job)
                 break
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 from collections import Counter
 from pathlib import Path
 from time import monotonic
@@ -356,3 +359,28 @@ async def test_every_message_leaves_once_whatever_its_addresses_wait_for(tmp_pat
         assert len(recipients) == 601
         assert set(recipients.values()) == {1}
         assert not {"127.0.0.5", "127.0.0.6"} & set(sources(bench))
+
+
+async def test_mail_does_not_wait_behind_a_session_of_an_address_that_the_host_has_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Losing(socket.socket):
+        def bind(self, address: Any) -> None:
+            if address[0] == "127.0.0.3":
+                raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+            super().bind(address)
+
+    async def falls_silent(peer: PeerConnection) -> None:
+        await peer.hello()
+        await peer.line()
+        await trio.sleep_forever()
+
+    async with open_bench(falls_silent) as bench:
+        bench.send(ips=["127.0.0.3"])
+        await bench.queues.until(lambda queues: len(bench.peer.commands) >= 2)
+        monkeypatch.setattr(socket, "socket", Losing)
+        for number in range(30):
+            bench.send(f"u{number}@d.test", ips=["127.0.0.3", "127.0.0.4"])
+        with trio.fail_after(10):
+            await bench.results("success", count=30)
+        assert set(sources(bench)) == {"127.0.0.4"}
