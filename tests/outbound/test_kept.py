@@ -109,14 +109,22 @@ async def test_what_one_process_hears_holds_in_all(tmp_path: Path) -> None:
         await until(both, lambda each: each.until() is None and not each.keeper.table)
 
 
+async def operator_of_a_pause(
+    both: list[Process], directory: Path, clock: Clock
+) -> tuple[RowFile, Row]:
+    """Pause for an hour in both processes; return the file as a command opens it, and the row."""
+    both[0].pause(NOW)
+    await until(both, lambda each: each.until() == NOW + HOUR)
+    (row,) = both[0].keeper.table
+    file = RowFile(str(directory), clock=clock)
+    file.read()
+    return file, row
+
+
 async def test_an_operator_prolongs_and_ends_an_action(tmp_path: Path) -> None:
     clock = Clock()
     async with processes(tmp_path, clock) as both:
-        both[0].pause(NOW)
-        await until(both, lambda each: each.until() == NOW + HOUR)
-        (row,) = both[0].keeper.table
-        file = RowFile(str(tmp_path), clock=clock)
-        file.read()
+        file, row = await operator_of_a_pause(both, tmp_path, clock)
         file.change(row.id, who="operator", until=NOW + 2 * HOUR)
         await until(both, lambda each: each.until() == NOW + 2 * HOUR)
         assert both[0].refusals.actions[SCOPE].recovery.stage is Stage.PAUSED
@@ -202,11 +210,7 @@ async def test_a_pause_that_was_prolonged_holds_over_a_restart(tmp_path: Path) -
 async def test_an_operator_has_an_action_last_until_it_is_removed(tmp_path: Path) -> None:
     clock = Clock()
     async with processes(tmp_path, clock) as both:
-        both[0].pause(NOW)
-        await until(both, lambda each: each.until() == NOW + HOUR)
-        (row,) = both[0].keeper.table
-        file = RowFile(str(tmp_path), clock=clock)
-        file.read()
+        file, row = await operator_of_a_pause(both, tmp_path, clock)
         file.change(row.id, who="operator", until=None)
         await until(both, lambda each: each.until() != NOW + HOUR)
         clock.now += 100 * HOUR
