@@ -64,7 +64,7 @@ STALL_SECONDS: Final = 1.0
 """Open one more connection when the first job has waited this long."""
 
 NEAR_SECONDS: Final = 0.005
-"""A round trip to a near peer is shorter."""
+"""A peer with a shorter round trip is near."""
 
 ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
@@ -111,7 +111,7 @@ class Flow:
         self.proven = False
         """A session has been let in since the flow was last down."""
         self.is_near = False
-        """The last host that let a session in is on a fast network."""
+        """The round trip to the last host that let a session in is short."""
         self.reserved = False
         """The flow may try its site, and has no connection yet; kept by `Openings`."""
         self.patient = False

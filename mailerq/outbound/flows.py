@@ -44,10 +44,10 @@ WAIT_MESSAGES: Final = 10
 """Messages examined when a pause that waits for a try looks; there may be many such pauses."""
 
 MANY: Final = 8
-"""More flows than this use up the machine with one connection each, if their peers are near."""
+"""Above this number, flows to near peers keep the machine busy with one connection each."""
 
 COUNT_SECONDS: Final = 0.05
-"""How long the answer of `many_send_nearby` counts."""
+"""`many_send_nearby` counts the flows once in this time."""
 
 NEXT_LOOK_SECONDS: Final = 0.1
 """Pause before more mail is examined, if none of the last could ask."""
@@ -251,7 +251,7 @@ class Flows:
         self._dispatcher.times_changed(look=when)
 
     def many_send_nearby(self) -> bool:
-        """Whether many flows have near peers and mail for them, so that the machine is busy."""
+        """Whether many flows are sending to near peers, so that the machine is busy."""
         now = monotonic()
         if now >= self._counted_until:
             self._counted_until = now + COUNT_SECONDS
