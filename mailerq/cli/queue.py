@@ -333,7 +333,7 @@ def _read(files: Files, config: Config, options: Namespace, parser: Parser) -> i
 
 
 def _for_people(document: dict[str, Any]) -> dict[str, Any]:
-    """The document without what nobody should see who looks over a shoulder."""
+    """The document for a screen, with passwords hidden."""
     rest = without_password(document)
     if rest is document:
         return document

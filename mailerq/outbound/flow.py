@@ -293,7 +293,7 @@ class Flow:
                         session.leave()
 
     def has_other_host(self) -> bool:
-        """Whether there is a host that is neither busy nor down, as far as is known."""
+        """Whether some host seems to be neither busy nor down."""
         return any(not self.memory.is_doubtful(host.address) for host in self.hosts())
 
     def may_pass_on(self, job: Job, session: Session) -> bool:

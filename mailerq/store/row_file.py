@@ -492,7 +492,7 @@ def _parse(text: bytes) -> Line | None:
 
 
 def _salvaged(text: bytes) -> tuple[Row | None, list[str]]:
-    """What a damaged line suppresses, as far as that can be read."""
+    """The suppressions of a damaged line that can still be read."""
     start, number = text.find(VALUES), _find_id(text)
     values: list[str] = []
     if b'"suppression"' not in text or start < 0 or number is None:
