@@ -7,9 +7,10 @@ Every scenario starts the project on a filled queue, beside peers with scripted 
 time on an empty queue, measured right before. Messages of the backlog name their peer as their
 smarthost, so no port below 1024 and no DNS is needed.
 
-- ``behind``: 100,000 wait for one peer that is refusing, silent, slow, or says 421 at the banner.
-  Measures the time until the healthy peer has the last of 1,000 fresh messages, and the time of a
-  lone message.
+- ``behind``: 100,000 wait for one peer that is refusing, silent, slow, or says 421 at the banner;
+  for a healthy one with a limit, or with an operator's pause; or for one that is probed every two
+  seconds, because it says that mail comes too fast. Measures the time until the healthy peer has
+  the last of 1,000 fresh messages, and the time of a lone message.
 - ``idle``: no fresh mail, half a minute with a refusing and half a minute with a silent peer:
   processor time, commits, reads, bytes.
 - ``many``: 5,000 destinations with 10 messages each, interleaved, against one destination with
@@ -17,6 +18,9 @@ smarthost, so no port below 1024 and no DNS is needed.
 - ``silent``: 60 silent hosts with 1,000 each. Fresh mail as above, and 300 clients that connect at
   once: how many of them get the banner 220.
 - ``closing``: a peer that closes after each 250: how many messages lose an attempt by that.
+- ``limited``: the rate of a destination with a limit, with one process and with two.
+- ``postfix``: the project and Postfix in turns, on a backlog of 10,000 that came in by SMTP: fresh
+  mail as in ``behind``.
 
 A measurement that exceeds --timeout is given up, and its figure is a lower bound.
 """
@@ -27,6 +31,7 @@ import argparse
 import math
 import socket
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -40,8 +45,8 @@ from typing import Any, BinaryIO, Final
 
 import trio
 from figures import Figure, print_document, progress
-from peers import LOOPBACK, Destination, Failed, Mailerq, machine
-from scripted import Refusing, Scripted, reserve
+from peers import LOOPBACK, Destination, Failed, Mailerq, Postfix, Program, Unavailable, machine
+from scripted import BUSY, Refusing, Scripted, reserve
 
 from mailerq import Config, Engine
 from mailerq.cli.control import ask
@@ -66,13 +71,26 @@ MEET_SECONDS: Final = 5.0
 BANNER_SECONDS: Final = 10.0
 POLL_SECONDS: Final = 0.002
 BODY: Final = b"Subject: flow\r\n\r\n" + 4 * (b"x" * 62 + b"\r\n")
-ENVELOPE: Final = (b"MAIL FROM:<c@d.test>\r\n", b"RCPT TO:<fresh@b.test>\r\n", b"DATA\r\n")
 BAD_HOST: Final = "127.0.0.2"
 LIMITED_HOST: Final = f"[[limit]]\nremote-ip = '{BAD_HOST}'\nmessages-per-minute = 600\n"
+PROBE_SECONDS: Final = 2
+BUSY_PEER: Final = f"""
+[[response]]
+name = "busy"
+code = "4xx"
+text = "mail comes too fast"
+class = "reputation-temp"
+pause = "{PROBE_SECONDS}s"
+max-pause = "{PROBE_SECONDS}s"
+samples = ["{BUSY.decode().strip()}"]
+"""
+BAD_DOMAIN: Final = "bad.test"
 RATE: Final = 10
 LIMITED_DOMAIN: Final = f"[[limit]]\ndomain = 'b.test'\nmessages-per-minute = {60 * RATE}\n"
 
 BadPeer = Scripted | Refusing
+Mail = tuple[Sequence[bytes], bytes]
+"""The commands of an envelope, and a body."""
 
 
 # -- a queue that is full at the start -------------------------------------------------------
@@ -135,13 +153,13 @@ async def _publish(
 
 
 def relay(
-    directory: Path, healthy: Destination, *, queue: Path | None = None, limits: str = ""
+    directory: Path, healthy: Destination, *, queue: Path | None = None, options: Sequence[str] = ()
 ) -> Mailerq:
     """The project on a copy of a queue; mail without a smarthost goes to a healthy peer."""
     if queue is not None:
         copytree(queue, directory / "queue")
     options = [
-        *limits_file(directory, limits),
+        *options,
         "--smtp-sink-address=0.0.0.0",  # none
         "--smtp-out-forbidden=",
         f"--smarthost={healthy.host}",
@@ -150,21 +168,26 @@ def relay(
     return Mailerq(directory, healthy, name=directory.name, options=options)
 
 
-def limits_file(directory: Path, text: str) -> list[str]:
-    """The option for a file of limits, if there are any."""
-    if not text:
-        return []
+def with_file(directory: Path, setting: str, text: str) -> list[str]:
+    """The option for a setting that names a file with this text."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "limits.toml"
+    path = directory / f"{setting}.toml"
     path.write_text(text)
-    return [f"--limits-file={path}"]
+    return [f"--{setting}={path}"]
 
 
-def send(system: Mailerq, count: int, deadline: float) -> None:
+FRESH_MAIL: Final = (
+    (b"MAIL FROM:<c@d.test>\r\n", b"RCPT TO:<fresh@b.test>\r\n", b"DATA\r\n"),
+    BODY,
+)
+
+
+def send(system: Program, count: int, deadline: float, mail: Mail = FRESH_MAIL) -> None:
     """Send messages over one connection; retry on another one until the banner is 220.
 
     The server sees a pipelined envelope and then a body. Raises OSError, also at the deadline.
     """
+    envelope, body = mail
     while True:
         with (
             socket.create_connection((system.host, system.port), _left(deadline)) as client,
@@ -174,8 +197,8 @@ def send(system: Mailerq, count: int, deadline: float) -> None:
             if replies.readline().startswith(b"220"):
                 _say(client, replies, (b"EHLO client.test\r\n",), deadline)
                 for _ in range(count):
-                    _say(client, replies, ENVELOPE, deadline)
-                    _say(client, replies, (BODY + b".\r\n",), deadline)
+                    _say(client, replies, envelope, deadline)
+                    _say(client, replies, (body + b".\r\n",), deadline)
                 return
         time.sleep(PAUSE_SECONDS)
 
@@ -222,7 +245,7 @@ class Taken:
     lost: str = ""
 
 
-def burst(system: Mailerq, healthy: Scripted, count: int, clients: int, timeout: float) -> Taken:
+def burst(system: Program, healthy: Scripted, count: int, clients: int, timeout: float) -> Taken:
     """Send fresh messages; returns the time until the healthy peer has the last."""
     start, before = time.monotonic(), healthy.mails
     deadline = start + timeout
@@ -243,7 +266,7 @@ def burst(system: Mailerq, healthy: Scripted, count: int, clients: int, timeout:
     return Taken(healthy.last - start)
 
 
-def fresh(system: Mailerq, healthy: Scripted, options: argparse.Namespace) -> list[Taken]:
+def fresh(system: Program, healthy: Scripted, options: argparse.Namespace) -> list[Taken]:
     """Send fresh messages one by one, then many at once; returns the medians of each."""
     found = []
     for count, clients, rounds in ((1, 1, LONE), (FRESH, CLIENTS, options.rounds)):
@@ -283,8 +306,21 @@ def compare(behind: Sequence[Taken], alone: Sequence[Taken], what: str) -> list[
 def peer(directory: Path, kind: str, addresses: Sequence[str], port: int) -> BadPeer:
     if kind == "refusing":
         return Refusing(addresses, port)
-    kind = "healthy" if kind == "limited" else kind
+    kind = {"limited": "healthy", "paused": "healthy", "probed": "busy"}.get(kind, kind)
     return Scripted(directory, kind, addresses=addresses, port=port)
+
+
+def reasons(directory: Path, kind: str) -> list[str]:
+    """The options that make the project hold the mail for a peer."""
+    if kind == "limited":
+        return with_file(directory, "limits-file", LIMITED_HOST)
+    if kind == "probed":
+        return with_file(directory, "responses-file", BUSY_PEER)
+    if kind == "paused":
+        queue = directory / "queue"
+        pause = ["pause", "add", f"--queue-directory={queue}", f"--remote-ip={BAD_HOST}"]
+        subprocess.run([*Mailerq.find(), *pause], check=True, stdout=subprocess.DEVNULL)
+    return []
 
 
 def behind(options: argparse.Namespace, directory: Path) -> list[Figure]:
@@ -293,18 +329,17 @@ def behind(options: argparse.Namespace, directory: Path) -> list[Figure]:
     for kind in options.kinds:
         place = directory / kind
         alone = fresh_alone(place / "alone", options)
+        copytree(backlog.queue, place / "behind" / "queue")
+        why = reasons(place / "behind", kind)
         with (
             Scripted(place / "healthy", "healthy") as healthy,
-            peer(place / "bad", kind, [BAD_HOST], backlog.port),
-            relay(
-                place / "behind",
-                healthy,
-                queue=backlog.queue,
-                limits=LIMITED_HOST if kind == "limited" else "",
-            ) as system,
+            peer(place / "bad", kind, [BAD_HOST], backlog.port) as bad,
+            relay(place / "behind", healthy, options=why) as system,
         ):
             time.sleep(MEET_SECONDS)
             figures += compare(fresh(system, healthy, options), alone, f"behind {kind}")
+            if kind == "paused" and isinstance(bad, Scripted) and bad.connections:
+                raise Failed(f"{bad.connections} connections went to a peer that is paused")
         rmtree(place)
     return figures
 
@@ -430,7 +465,7 @@ def many(options: argparse.Namespace, directory: Path) -> list[Figure]:
     return figures
 
 
-def greeted(system: Mailerq, clients: int) -> int:
+def greeted(system: Program, clients: int) -> int:
     """How many clients, connecting at once, get the banner 220 in time."""
     deadline = time.monotonic() + BANNER_SECONDS
     count = 0
@@ -505,7 +540,7 @@ def limited(options: argparse.Namespace, directory: Path) -> list[Figure]:
                 place / "system",
                 sink,
                 processes=processes,
-                options=limits_file(place / "system", LIMITED_DOMAIN),
+                options=with_file(place / "system", "limits-file", LIMITED_DOMAIN),
             ) as system,
         ):
             with ThreadPoolExecutor(CLIENTS) as pool:
@@ -523,8 +558,46 @@ def limited(options: argparse.Namespace, directory: Path) -> list[Figure]:
     return figures
 
 
+def to_bad_peer(port: int) -> Mail:
+    """Mail that Postfix sends to the bad peer by its domain, and the project by its header."""
+    recipient = f"RCPT TO:<r@{BAD_DOMAIN}>\r\n".encode()
+    header = f"x-mq-smarthost-hostname: {BAD_HOST}\r\nx-mq-smarthost-port: {port}\r\n".encode()
+    return (b"MAIL FROM:<c@d.test>\r\n", recipient, b"DATA\r\n"), header + BODY
+
+
+def postfix(options: argparse.Namespace, directory: Path) -> list[Figure]:
+    """Fresh mail behind a backlog that came in by SMTP, through the project and through Postfix."""
+    figures = []
+    for kind in ("refusing", "silent", "slow", "421"):
+        for name in ("mailerq", "Postfix"):
+            place = directory / f"{kind}-{name}"
+            place.mkdir(parents=True)
+            with Scripted(place / "healthy", "healthy") as healthy:
+                port = reserve([BAD_HOST])
+                system: Program
+                if name == "mailerq":
+                    system = relay(place / "system", healthy, options=["--smtp-extract=all"])
+                else:
+                    route = f"inline:{{{{{BAD_DOMAIN} = smtp:[{BAD_HOST}]:{port}}}}}"
+                    system = Postfix(place / "system", healthy, options={"transport_maps": route})
+                with peer(place / "bad", kind, [BAD_HOST], port), system:
+                    alone = fresh(system, healthy, options)
+                    deadline = time.monotonic() + 10 * options.timeout
+                    with ThreadPoolExecutor(CLIENTS) as pool:
+                        each, mail = options.backlog_postfix // CLIENTS, to_bad_peer(port)
+                        for sent in [
+                            pool.submit(send, system, each, deadline, mail) for _ in range(CLIENTS)
+                        ]:
+                            sent.result()
+                    time.sleep(MEET_SECONDS)
+                    what = f"{name} behind {kind}"
+                    figures += compare(fresh(system, healthy, options), alone, what)
+            rmtree(place)
+    return figures
+
+
 SCENARIOS: Final[dict[str, Callable[[argparse.Namespace, Path], list[Figure]]]] = {
-    made.__name__: made for made in (behind, idle, many, silent, closing, limited)
+    made.__name__: made for made in (behind, idle, many, silent, closing, limited, postfix)
 }
 
 
@@ -533,10 +606,12 @@ def main() -> None:
     parser.add_argument("--full", action="store_true",
                         help=f"{FULL:,} waiting, 50,000 destinations as well")  # fmt: skip
     parser.add_argument("--only", default=",".join(SCENARIOS), help="which (%(default)s)")
-    parser.add_argument("--kinds", default="refusing,silent,slow,421,limited",
+    parser.add_argument("--kinds", default="refusing,silent,slow,421,limited,paused,probed",
                         help="peers of 'behind' (%(default)s)")  # fmt: skip
     parser.add_argument("--waiting", type=int, help="messages (100000)")
     parser.add_argument("--each", type=int, default=1000, help="for a silent host (%(default)s)")
+    parser.add_argument("--backlog-postfix", type=int, default=10_000, metavar="NUMBER",
+                        help="messages waiting in 'postfix' (%(default)s)")  # fmt: skip
     parser.add_argument(
         "--closing", type=int, default=2000, help="for the closing peer (%(default)s)"
     )
@@ -559,14 +634,18 @@ def main() -> None:
         options.crowds.append((50_000, 4, 1))
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="flows-", dir=options.directory) as root:
+        Path(root).chmod(0o755)  # Postfix runs as another user
         options.backlog = Backlog(Path(root), options.waiting)
         for name in options.only.split(","):
             if name not in SCENARIOS:
                 parser.error(f"--only: there is no {name!r}, only {', '.join(SCENARIOS)}")
             start = time.monotonic()
-            figures += SCENARIOS[name](options, Path(root, name))
+            try:
+                figures += SCENARIOS[name](options, Path(root, name))
+            except Unavailable as error:
+                progress(f"{name} is left out: {error}")
             progress(f"{name}: {time.monotonic() - start:.0f} s")
-            rmtree(Path(root, name))
+            rmtree(Path(root, name), ignore_errors=True)
     print_document(figures, as_json=options.json, machine=machine(), waiting=options.waiting)
 
 

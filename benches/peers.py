@@ -25,9 +25,9 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, Protocol, Self
 
 from mailerq.address import host_port
@@ -61,6 +61,7 @@ LOG_TAIL_LINES: Final = 15
 TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 DAY_MS: Final = 86_400_000
 PR_SET_CHILD_SUBREAPER: Final = 36
+EMPTY: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class Unavailable(Exception):
@@ -428,12 +429,13 @@ class Mailerq(Program):
         self.processes = processes
         self.port = free_port()
         self.sink = sink
-        self.command = list(command) or self._find()
+        self.command = list(command) or self.find()
         self.plugins = plugins
         self.options = list(options)
 
     @staticmethod
-    def _find() -> list[str]:
+    def find() -> list[str]:
+        """The command of the project."""
         installed = PROJECT / ".venv" / "bin" / "python"
         python = str(installed) if installed.exists() else sys.executable
         return [python, "-m", "mailerq"]
@@ -499,10 +501,13 @@ class Postfix(Program):
 
     name = "postfix"
 
-    def __init__(self, directory: Path, sink: Destination) -> None:
+    def __init__(
+        self, directory: Path, sink: Destination, *, options: Mapping[str, str] = EMPTY
+    ) -> None:
         super().__init__(directory)
         self.port = free_port()
         self.sink = sink
+        self.options = options
         self.queue = directory / "queue"
         self.log = directory / "maillog"
 
@@ -551,6 +556,7 @@ class Postfix(Program):
             "initial_destination_concurrency": "20",
             "qmgr_message_active_limit": "100000",
             "qmgr_message_recipient_limit": "100000",
+            **self.options,
         }
         lines = [f"{key} = {value}\n" for key, value in settings.items()]
         (configuration / "main.cf").write_text("".join(lines))

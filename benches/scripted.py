@@ -8,6 +8,7 @@ Each kind answers SMTP with PIPELINING, but:
 - ``silent`` accepts connections and never says anything;
 - ``slow`` takes one mail a second, over all its connections;
 - ``421`` says 421 in the place of the banner, and closes;
+- ``busy`` refuses every recipient with 451, and says that mail comes too fast;
 - ``closing`` closes after each 250 to a mail.
 
 A peer writes its numbers of mails and connections to the file COUNTERS, and the times at which the
@@ -35,8 +36,9 @@ from mailerq.address import host_port, split_host_port
 
 __all__ = ["KINDS", "Refusing", "Scripted", "reserve"]
 
-KINDS: Final = ("healthy", "silent", "slow", "421", "closing")
+KINDS: Final = ("healthy", "silent", "slow", "421", "busy", "closing")
 SLOW_SECONDS: Final = 1.0
+BUSY: Final = b"451 4.7.1 mail comes too fast\r\n"
 BACKLOG: Final = 4000
 
 MAILS, CONNECTIONS, FIRST, LAST, READY = range(5)
@@ -108,8 +110,10 @@ class Peer(asyncio.Protocol):
         if verb == b"EHLO":
             replies.append(b"250-mx.test\r\n250-PIPELINING\r\n250 8BITMIME\r\n")
         elif verb == b"DATA":
-            replies.append(b"354 go on\r\n")
-            self.in_body = True
+            self.in_body = self.kind != "busy"
+            replies.append(b"354 go on\r\n" if self.in_body else b"503 5.5.1 no recipient\r\n")
+        elif verb == b"RCPT" and self.kind == "busy":
+            replies.append(BUSY)
         elif verb == b"QUIT":
             replies.append(b"221 2.0.0 bye\r\n")
             self.ends = True

@@ -105,7 +105,9 @@ TARGETS: Final = (
     Target("start after a kill, full queue", "waiting", "start to banner after a kill", 2, 2),
     *(
         Target(f"{text}, backlog {kind} / none", "flows", f"behind {kind}, {text}", 2, 1.1)
-        for kind in ("refusing", "silent", "slow", "421", "limited", "60 silent")
+        for kind in (
+            "refusing", "silent", "slow", "421", "limited", "paused", "probed", "60 silent",
+        )
         for text in ("a lone message", "1,000")
     ),
     Target("clients refused, 60 silent hosts", "flows", "behind 60 silent, refused clients", 0, 0),
