@@ -1,0 +1,127 @@
+"""What recipients' domains and their hosts demand of TLS, and the record of what came of it.
+
+`Policies` asks two sources, each of which may be missing: MTA-STS by the recipient's domain, and
+DNSSEC for the MX records of the domain and the TLSA records of its hosts. `mailerq.outbound.sites`
+asks for a domain when it finds the hosts of that domain; `mailerq.outbound.session` asks for the
+records of a host before it connects. `mailerq.rules.security` has what they return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from mailerq.rules.security import DomainPolicy, StsPolicy, TlsaSet, TlsFailure
+
+__all__ = ["NO_POLICIES", "Dane", "MtaSts", "NoRecorder", "Policies", "TlsRecorder"]
+
+
+class MtaSts(Protocol):
+    """Finds MTA-STS policies (RFC 8461). Runs on the home worker."""
+
+    async def find(self, domain: str) -> StsPolicy | None:
+        """The policy in force for a recipient's domain, in lower case and A-labels, or None.
+
+        A policy of mode ``none`` is None. Raises `PolicyUnknown` if nobody can know now; any other
+        exception is a defect, and mail for the domain waits then too.
+        """
+
+
+class Dane(Protocol):
+    """Finds and applies TLSA records (RFC 7672). Runs on the home worker."""
+
+    async def is_secure(self, domain: str) -> bool:
+        """Whether DNSSEC proves the MX records of a domain, or that it has none.
+
+        Raises `PolicyUnknown` if that cannot be known now.
+        """
+
+    async def tlsa(self, host: str, port: int) -> TlsaSet | None:
+        """The usable TLSA records of a host of a secure domain, or None if it has none.
+
+        Returns a set without records if there are some and none is usable. Raises `PolicyUnknown`:
+        the host is not used then.
+        """
+
+    def verify(self, records: TlsaSet, chain: Sequence[bytes], *, now: float) -> TlsFailure | None:
+        """Why a certificate chain in DER, the peer's own first, does not match; None if it does.
+
+        `now` is in seconds since 1970. Called once for each handshake that is not resumed; bounded
+        in time for any chain.
+        """
+
+
+class TlsRecorder(Protocol):
+    """Is told of each new handshake, and of each failure to get to one (RFC 8460)."""
+
+    def handshake(
+        self,
+        domain: str,
+        policy: DomainPolicy,
+        records: TlsaSet | None,
+        host: str,
+        remote_ip: str,
+        local_ip: str,
+        helo: str,
+        failure: TlsFailure | None,
+    ) -> None:
+        """A connection to `host` for the recipients' `domain` had this end; None: TLS works.
+
+        `policy` is what the domain has published, `records` those of the host. `helo` is the name
+        in the peer's banner. An address is empty if there was no connection. A policy in mode
+        ``testing`` is checked for this report only: the mail may have gone nevertheless. Never
+        raises; called on the home worker.
+        """
+
+
+class NoRecorder:
+    """Records nothing."""
+
+    def handshake(
+        self,
+        domain: str,
+        policy: DomainPolicy,
+        records: TlsaSet | None,
+        host: str,
+        remote_ip: str,
+        local_ip: str,
+        helo: str,
+        failure: TlsFailure | None,
+    ) -> None:
+        pass
+
+
+class Policies:
+    """The policies in force; without sources there are none."""
+
+    def __init__(
+        self,
+        *,
+        sts: MtaSts | None = None,
+        dane: Dane | None = None,
+        recorder: TlsRecorder | None = None,
+    ) -> None:
+        self.sts = sts
+        self.dane = dane
+        self.recorder: TlsRecorder = NoRecorder() if recorder is None else recorder
+
+    async def find(self, domain: str) -> DomainPolicy:
+        """What a recipient's domain has published. Raises `PolicyUnknown`."""
+        if self.sts is None and self.dane is None:
+            return NO_POLICY
+        policy = await self.sts.find(domain) if self.sts is not None else None
+        secure = await self.dane.is_secure(domain) if self.dane is not None else False
+        return DomainPolicy(policy, secure)
+
+    async def tlsa(self, policy: DomainPolicy, host: str, port: int) -> TlsaSet | None:
+        """The TLSA records of a host, if its domain is secure. Raises `PolicyUnknown`."""
+        if self.dane is None or not policy.secure:
+            return None
+        return await self.dane.tlsa(host, port)
+
+
+NO_POLICY: Final = DomainPolicy()
+"""The domain has published nothing."""
+
+NO_POLICIES: Final = Policies()
+"""Finds nothing, and records nothing."""
