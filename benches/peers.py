@@ -502,12 +502,18 @@ class Postfix(Program):
     name = "postfix"
 
     def __init__(
-        self, directory: Path, sink: Destination, *, options: Mapping[str, str] = EMPTY
+        self,
+        directory: Path,
+        sink: Destination,
+        *,
+        options: Mapping[str, str] = EMPTY,
+        services: Sequence[tuple[str, ...]] = (),
     ) -> None:
         super().__init__(directory)
         self.port = free_port()
         self.sink = sink
         self.options = options
+        self.services = services
         self.queue = directory / "queue"
         self.log = directory / "maillog"
 
@@ -611,6 +617,7 @@ class Postfix(Program):
             ("anvil", "unix", "-", "-", "1", "anvil"),
             ("scache", "unix", "-", "-", "1", "scache"),
             ("postlog", "unix-dgram", "n", "-", "1", "postlogd"),
+            *self.services,
         ]
         return "".join(
             f"{service} {kind} {private} - n {wake_up} {limit} {command}\n"

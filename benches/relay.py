@@ -28,11 +28,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from figures import Figure, print_document, progress, table
 from haraka import Haraka
@@ -84,6 +84,12 @@ COMPARED: Final = {"accept": "accept", "end_to_end": "end to end", "cpu": "CPU"}
 SYSTEMS: Final = ("mailerq", "mailerq-1", "mailerq+plugins", "postfix", "haraka")
 
 
+class CountingSink(Protocol):
+    """A sink that counts its mail."""
+
+    def count(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One run of one system. Rates in messages/s; CPU in milliseconds per message.
@@ -111,20 +117,32 @@ class Load:
     timeout: float
 
 
-def relay(system: System, sink: Sink | None, load: Load, *, kept: bool) -> Run:
-    """Send the load through a system once. Raises `Failed`."""
+def relay(
+    system: System,
+    sink: CountingSink | None,
+    load: Load,
+    *,
+    kept: bool,
+    source: Callable[[System, Load, bool], list[str]] | None = None,
+) -> Run:
+    """Send the load through a system once. Raises `Failed`.
+
+    `source` makes the command of the client, from the system, the load, and whether to keep the
+    connections; smtp-source by default.
+    """
     before = sink.count() if sink else 0
     cpu_before, ours_before = system.cpu(), cpu_seconds(os.getpid())
     others_before = _others_seconds()
     accepted = finished = None
     start = time.monotonic()
-    with _source(system, load, kept=kept) as source:
+    command = (source or smtp_source)(system, load, kept)
+    with _client(command) as client:
         while accepted is None or finished is None:
             now = time.monotonic()
-            if accepted is None and source.poll() is not None:
-                if source.returncode != 0:
-                    reason = source.stderr.read().decode(errors="replace") if source.stderr else ""
-                    raise Failed(f"smtp-source to {system.name}: {reason.strip()}\n{system.tail()}")
+            if accepted is None and client.poll() is not None:
+                if client.returncode != 0:
+                    reason = client.stderr.read().decode(errors="replace") if client.stderr else ""
+                    raise Failed(f"the client of {system.name}: {reason.strip()}\n{system.tail()}")
                 accepted = now - start
             if finished is None and sink is None:
                 finished = accepted
@@ -164,7 +182,7 @@ def _others_seconds() -> float:
 
 
 def _describe_timeout(
-    system: System, sink: Sink | None, load: Load, before: int, accepted: float | None
+    system: System, sink: CountingSink | None, load: Load, before: int, accepted: float | None
 ) -> str:
     system.check()
     arrived = "" if sink is None else f", {sink.count() - before} of them in the sink"
@@ -175,42 +193,50 @@ def _describe_timeout(
     )
 
 
-@contextlib.contextmanager
-def _source(system: System, load: Load, *, kept: bool) -> Iterator[subprocess.Popen[bytes]]:
+def smtp_source(system: System, load: Load, kept: bool) -> list[str]:
+    """The command of a client that sends the load without TLS."""
     command = [find_program("smtp-source", "postfix")]
     command += ["-d"] if kept else []
     command += ["-s", str(load.sessions), "-m", str(load.messages), "-l", str(load.size)]
-    command += ["-f", "c@d.test", "-t", "a@b.test", system.address]
-    source = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return [*command, "-f", "c@d.test", "-t", "a@b.test", system.address]
+
+
+@contextlib.contextmanager
+def _client(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    client = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        yield source
+        yield client
     finally:
-        source.kill()
-        source.wait()
-        if source.stderr:
-            source.stderr.close()
+        client.kill()
+        client.wait()
+        if client.stderr:
+            client.stderr.close()
 
 
 def measure(
-    systems: Sequence[tuple[System, Sink | None]],
+    systems: Sequence[tuple[System, CountingSink | None]],
     load: Load,
     *,
     rounds: int,
     ways: Sequence[bool],
     warm_up: int = WARM_UP_MESSAGES,
+    source: Callable[[System, Load, bool], list[str]] | None = None,
 ) -> list[Run]:
-    """Warm every system up; run each `rounds` times in each way of connecting, in turns."""
+    """Warm every system up; run each `rounds` times in each way of connecting, in turns.
+
+    `source` as in `relay`.
+    """
     runs = []
     for system, sink in systems:
         if warm_up:
             timeout = load.timeout * max(warm_up / load.messages, 1)
             first = Load(warm_up, WARM_UP_SESSIONS, WARM_UP_BYTES, timeout)
-            run = relay(system, sink, first, kept=True)
+            run = relay(system, sink, first, kept=True, source=source)
             progress(f"{system.name}, {warm_up} messages to warm up: accept {run.accept:.0f}/s")
     for kept in ways:
         for number in range(rounds):
             for system, sink in systems:
-                run = relay(system, sink, load, kept=kept)
+                run = relay(system, sink, load, kept=kept, source=source)
                 runs.append(run)
                 way = "kept" if kept else "new"
                 progress(
