@@ -13,7 +13,7 @@ from mailerq.message import format_time, parse_time
 
 __all__ = ["import_all"]
 
-RECORDS: Final = ("A", "AAAA", "CNAME", "DNAME", "MX", "NS", "RRSIG", "SOA")
+RECORDS: Final = ("A", "AAAA", "CNAME", "DNAME", "MX", "NS", "RRSIG", "SOA", "TXT")
 """Kinds of DNS records in usual answers; dnspython has a module for each."""
 
 

@@ -69,6 +69,9 @@ MAX_EXCHANGES: Final = 16
 MAX_ADDRESSES: Final = 32
 """Addresses tried for one domain."""
 
+MAX_TEXTS: Final = 100
+"""TXT records of a name that are read."""
+
 MAX_ALIASES: Final = 8
 """CNAME records followed."""
 
@@ -178,6 +181,42 @@ class Resolver:
         """
         found = await self._addresses_of(name)
         return found if trusted else self._permitted(name, found)
+
+    async def addresses(self, name: str) -> Found:
+        """The addresses of a server that a stranger has named, by our name servers.
+
+        Addresses in `smtp-out-forbidden` are left out. `name` may be an IP address.
+        """
+        try:
+            host = parse_host(name)
+        except AddressError as error:
+            return NoHosts("", smtp.no_such_domain(str(error)))
+        if not isinstance(host, str):
+            return self._permitted(name, (Host(name, str(host)),))
+        exchange = _Exchange(_canonical(host), 0)
+        with trio.move_on_after(3 * self._lifetime):
+            await self._look_up_addresses(exchange)
+            if exchange.addresses:
+                hosts = tuple(Host(name, each) for each in exchange.addresses[:MAX_ADDRESSES])
+                return self._permitted(name, hosts)
+            return NoHosts(exchange.problem)
+        return NoHosts(f"{name}: no answer in time")
+
+    async def texts(self, name: str) -> tuple[tuple[bytes, ...], float] | NoHosts:
+        """The TXT records of a name, each with its strings joined, and their TTL in seconds.
+
+        CNAME records are followed. No record is an empty tuple; `NoHosts` says that the name
+        servers have not answered.
+        """
+        with trio.move_on_after(3 * self._lifetime):
+            try:
+                records, ttl = await self._query(name, "TXT")
+            except _NoRecords:
+                return (), MIN_TTL
+            except _NoAnswer as error:
+                return NoHosts(str(error))
+            return tuple(b"".join(record.strings) for record in records[:MAX_TEXTS]), ttl
+        return NoHosts(f"{name}: no answer in time")
 
     async def _addresses_of(self, name: str) -> Found:
         try:
