@@ -23,6 +23,7 @@ __all__ = [
     "QueueFull",
     "QueueHeld",
     "RowError",
+    "StoreError",
 ]
 
 
@@ -124,3 +125,7 @@ class MessageDamaged(QueueError):
 
 class RowError(MailerqError):
     """A pause, forced error or suppression cannot be kept; the text names the part or the file."""
+
+
+class StoreError(MailerqError):
+    """A small file of the queue directory cannot be used now, such as that of MTA-STS policies."""
