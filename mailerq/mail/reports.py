@@ -99,6 +99,7 @@ _DMARC_SUBJECT: Final = re.compile(
 _JMRP_SUBJECT: Final = re.compile(
     r"complaint about message from ([0-9a-f.:]{3,45})", re.IGNORECASE
 ).match
+_WORD: Final = re.compile(r"[A-Za-z-]{0,40}").match
 _PRECEDENCE: Final = re.compile(r"auto[-_]?reply", re.IGNORECASE).match
 
 STATUS_KINDS: Final = frozenset((b"message/delivery-status", b"message/global-delivery-status"))
@@ -206,8 +207,7 @@ class Report(Recipient, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
-        value: dict[str, Any] = msgspec.to_builtins(self)
-        return value
+        return {"type": self.type, **msgspec.to_builtins(self)}
 
 
 class Recognised(NamedTuple):
@@ -242,7 +242,8 @@ class _Marks(dict[bytes, bytes]):
     def auto_submitted(self, sender: str) -> str:
         """The mark of an automatic reply, or an empty string (RFC 3834, section 5)."""
         value = self.text(b"auto-submitted")
-        word = value.partition(";")[0].strip().lower()
+        match = _WORD(value)
+        word = match[0].lower() if match else ""
         if word == "auto-replied":
             return word
         if b"x-autoreply" in self or b"x-autorespond" in self:
@@ -488,7 +489,7 @@ def _disposition(entity: Entity) -> Report | None:
         error=error or modifier.strip()[:80],
         recipient=_address(fields, b"final-recipient"),
         original_recipient=_address(fields, b"original-recipient"),
-        reporting_mta=fields.text(b"reporting-ua"),
+        user_agent=fields.text(b"reporting-ua"),
         envid=fields.text(b"original-envelope-id"),
         original=Original(message_id=found) if found else None,
     )

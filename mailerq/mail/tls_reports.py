@@ -1,7 +1,8 @@
 """Read a TLS report (RFC 8460): JSON that others send about connections to our hosts.
 
-Whoever knows the address may send such a report, and gzip can make a gigabyte of a megabyte. So
-a report of more than `JSON_BYTES` is not read, and what comes out is cut.
+Anybody may send such a report, and gzip can make a gigabyte of a megabyte. A report of more than
+`JSON_BYTES` is not read, and what comes out is cut. JSON of three bytes for each policy becomes
+many objects, so policies and failures are decoded one by one, and only as many as come out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["TlsFailure", "TlsPolicy", "TlsReport", "read_tls_report"]
 GZIP_BYTES: Final = 1 << 18
 """Bytes of a compressed report. Reports of large providers have some kB."""
 
-JSON_BYTES: Final = 1 << 20
+JSON_BYTES: Final = 1 << 19
 """Bytes of a report."""
 
 MAX_RATIO: Final = 200
@@ -31,6 +32,9 @@ SMALL_BYTES: Final = 1 << 16
 MAX_POLICIES: Final = 50
 MAX_FAILURES: Final = 50
 """Policies, and failures of each, that come out."""
+
+MAX_COUNTED: Final = 1000
+"""Policies whose sessions are counted. Real reports have one policy for each domain."""
 
 MAX_NAME: Final = 253
 MAX_COUNT: Final = 1 << 53
@@ -108,7 +112,7 @@ class _Detail(_In):
 class _One(_In):
     policy: _Policy = msgspec.field(default_factory=_Policy)
     summary: _Summary = msgspec.field(default_factory=_Summary)
-    failure_details: list[_Detail] | None = None
+    failure_details: list[msgspec.Raw] | None = None
 
 
 class _Document(_In):
@@ -116,10 +120,12 @@ class _Document(_In):
     report_id: str = ""
     contact_info: str | None = ""
     date_range: _Range = msgspec.field(default_factory=_Range)
-    policies: list[_One] = []
+    policies: list[msgspec.Raw] = []
 
 
-_decode: Final = msgspec.json.Decoder(_Document, strict=False).decode
+_decode: Final = msgspec.json.Decoder(_Document).decode
+_decode_one: Final = msgspec.json.Decoder(_One).decode
+_decode_detail: Final = msgspec.json.Decoder(_Detail).decode
 
 
 def read_tls_report(entity: Entity) -> TlsReport | str:
@@ -136,10 +142,9 @@ def read_tls_report(entity: Entity) -> TlsReport | str:
     if len(data) > JSON_BYTES:
         return f"the report has more than {JSON_BYTES} bytes"
     try:
-        document = _decode(data)
+        return _report(_decode(data))
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         return f"the report is not what RFC 8460 says: {one_line(str(error))[:200]}"
-    return _report(document)
 
 
 def _decompressed(content: bytes) -> bytes | str:
@@ -155,8 +160,10 @@ def _decompressed(content: bytes) -> bytes | str:
 
 
 def _report(document: _Document) -> TlsReport:
-    policies = [_policy(one) for one in document.policies[:MAX_POLICIES]]
-    summaries = [one.summary for one in document.policies]
+    """The report that comes out. Raises as `_decode` does."""
+    every = [_decode_one(raw) for raw in document.policies[:MAX_COUNTED]]
+    policies = [_policy(one) for one in every[:MAX_POLICIES]]
+    summaries = [one.summary for one in every]
     count = len(document.policies)
     return TlsReport(
         organization=one_line(document.organization_name),
@@ -186,7 +193,7 @@ def _policy(one: _One) -> TlsPolicy:
                 receiving_ip=one_line(each.receiving_ip or "")[:45],
                 reason=one_line(each.failure_reason_code or ""),
             )
-            for each in (one.failure_details or [])[:MAX_FAILURES]
+            for each in map(_decode_detail, (one.failure_details or [])[:MAX_FAILURES])
         ],
     )
 
