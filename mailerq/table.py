@@ -53,6 +53,7 @@ ACCESS: Final = "Who may send what"
 TLS: Final = "TLS and login"
 QUEUES: Final = "Queues"
 DELIVERY: Final = "Delivery"
+REPORTS: Final = "Reports to senders"
 DNS: Final = "DNS"
 PLUGINS: Final = "Plugins"
 LOGS: Final = "Logs"
@@ -671,6 +672,24 @@ class Table:
         " replies to an envelope get more while no other mail waits, see docs/peers.md.",
         unit="s",
         minimum=0.001,
+    )
+
+    verp_key_file: str = setting(
+        "",
+        PATH,
+        REPORTS,
+        "File with the keys of signed return addresses (VERP): lines of an id and a secret, the"
+        " newest first.",
+        unset="no signed return addresses",
+    )
+    verp_maxage: float = setting(
+        30 * 86400.0,
+        SECONDS,
+        REPORTS,
+        "How long a signed return address is good.",
+        unit="s",
+        minimum=86400,
+        maximum=10_000 * 86400,
     )
 
     dns_servers: tuple[DnsServer, ...] = setting(

@@ -39,6 +39,7 @@ from mailerq.queues.locks import holder_of
 from mailerq.queues.ownership import LOCK_NAME
 from mailerq.rules.answers import Answers
 from mailerq.rules.local_ips import LocalIps
+from mailerq.rules.reporting import Reports
 from mailerq.rules.shaping import Shaping
 from mailerq.rules.steering import Steering
 from mailerq.store.row_file import FILE_NAME as ROWS_NAME
@@ -338,6 +339,13 @@ def _check_logs(config: Config, running: Running) -> Iterator[Problem]:
             yield _problem(config, key, f"cannot write {path}: {reason}")
 
 
+def _check_reports(config: Config, running: Running) -> Iterator[Problem]:
+    try:
+        Reports.of(config)
+    except ConfigError as error:
+        yield from error.problems
+
+
 AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("user",), _check_user),
     (("plugin-directory",), _check_plugins),
@@ -347,6 +355,7 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("smtp-extract", "smtp-extract-range", "smtp-extract-logins"), _check_steering),
     (("limits-file", "addresses-file", "dns-helofile"), _check_limits),
     (("responses-file", "limits-file"), _check_responses),
+    (("verp-key-file",), _check_reports),
     (("smtp-ip", "smtp-port", "smtp-secure-port", "lmtp-port"), _check_ports),
     (("lock",), _check_lock),
     (("application-log", "user"), _check_application_log),
@@ -355,7 +364,7 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
 
 AT_START: Final = (
     "smtp-certificate", "smtp-key", "smtp-local-addresses", "limits-file", "responses-file",
-    "addresses-file", "dns-helofile",
+    "addresses-file", "dns-helofile", "verp-key-file",
 )  # fmt: skip
 """Files that a start reads before it changes its account."""
 
@@ -366,7 +375,7 @@ AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
 
 AS_RUNNING: Final = frozenset({
     _check_tls, _check_auth, _check_addresses, _check_steering, _check_limits,
-    _check_responses, _check_application_log, _check_logs,
+    _check_responses, _check_reports, _check_application_log, _check_logs,
 })  # fmt: skip
 """The checks that apply to a running daemon: it opens the rest only at its start."""
 

@@ -16,6 +16,7 @@ from mailerq.inbound.auth import Authenticator
 from mailerq.live import alike
 from mailerq.net.tls import tls_context
 from mailerq.rules.access import Access
+from mailerq.rules.reporting import Reports
 from mailerq.rules.steering import Steering
 from mailerq.wire.server import Settings
 
@@ -90,6 +91,7 @@ class Terms:
     tls: ssl.SSLContext | None
     bounds: Bounds
     tight: Bounds
+    reports: Reports
 
     @classmethod
     def of(cls, config: Config, before: Self | None = None, notes: list[str] | None = None) -> Self:
@@ -119,6 +121,7 @@ class Terms:
             "local_addresses": part("local_addresses", LocalAddresses.of, "smtp_local_addresses"),
             "steering": part("steering", Steering.of, *STEERING),
             "access": part("access", Access.of, *ACCESS),
+            "reports": part("reports", Reports.of),
         }
         if problems:
             raise ConfigError.of(problems)
