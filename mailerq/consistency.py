@@ -26,6 +26,8 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "smtp_username", "smtp-username needs smtp-password, which is not set"
     if config.smtp_password and not config.smtp_username:
         yield "smtp_password", "smtp-password needs smtp-username, which is not set"
+    if config.connection_key and not config.connection_certificate:
+        yield "connection_key", "connection-key needs connection-certificate, which is not set"
     yield from _logins(config)
     for key, other in (
         ("smtp_secure_port", "smtp_port"),
@@ -76,14 +78,17 @@ def _logins(config: Config) -> Iterator[tuple[str, str]]:
             if getattr(config, key) and not getattr(config, other):
                 yield key, f"{_key(key)} needs {_key(other)}, which is not set"
         host_ip = _ip(getattr(config, host))
-        if host_ip is None or not getattr(config, username):
+        secure = (config.smarthost_secure if prefix == "smarthost" else None) or (
+            config.connection_secure
+        )
+        if host_ip is None or not getattr(config, username) or secure != "none":
             continue
         if not any(host_ip in network for network in config.smtp_out_clear_range):
             yield (
                 username,
-                f"{_key(username)}: the login would go to {host_ip} over a connection without TLS,"
-                " which deliveries do not use yet. Add the address to smtp-out-clear-range, or"
-                " reach the host through a tunnel on this one",
+                f"{_key(username)}: the login would go to {host_ip} over a connection without TLS."
+                f" Set {prefix if prefix == 'smarthost' else 'connection'}-secure to required, or"
+                " add the address to smtp-out-clear-range",
             )
 
 

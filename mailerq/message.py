@@ -275,7 +275,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     ``mail from``, ``rcpt to``, ``data`` …). `result` uses the newer words (``accepted``,
     ``error``, ``lost``, ``timeout``, ``invalid``). `code`, `status` and `description` are the reply
     of the peer, `kind` and `rule` what a pattern says about the reply. The fields of a TCP
-    connection are None if there was none.
+    connection are None if there was none, those of TLS (`cipher`, `certificate`) without TLS.
     """
 
     attempt: int
@@ -293,6 +293,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     kind: str | None = None
     rule: str | None = None
     authentication: str | None = None
+    cipher: dict[str, Any] | None = None
+    certificate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the element for the JSON, without unknown fields."""
@@ -306,6 +308,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             "from": self.local_ip,
             "to": self.remote_ip,
             "authentication": self.authentication,
+            "cipher": self.cipher,
+            "certificate": self.certificate,
             "messages": self.messages,
             "code": self.code,
             "status": self.status,

@@ -171,8 +171,14 @@ PROPERTIES: Final = (
     ),
     Property(
         "requiretls", MAIL, "true or false",
-        "The mail must not travel without TLS (RFC 8689). The message fails, because deliveries do"
-        " not use TLS yet.", _is_bool,
+        "The mail must not travel without TLS (RFC 8689): only to hosts that their domain proves by"
+        " MTA-STS or DNSSEC, that have a valid certificate, and that promise the same.", _is_bool,
+    ),
+    Property(
+        "tlsrequired", MAIL, "true or false",
+        "false: the mail rather arrives without TLS than not at all, so what the recipient's domain"
+        " has published about TLS does not count. The server sets this for mail with the field"
+        " `TLS-Required: No` (RFC 8689) and without `requiretls`.", _is_bool,
     ),
     Property(
         "binarymime", MAIL, "true or false",
@@ -218,6 +224,8 @@ PROPERTIES: Final = (
             Key("port", "Its port, a number or a string. Absent: 25."),
             Key("username", "The login there, if any."),
             Key("password", "Its password. The documents in result queues do not have it."),
+            Key("secure", "TLS to the host: `none`, `opportunistic`, `required` or `verified`, in"
+                " addition to what the settings demand."),
         ),
     ),
     Property(
@@ -235,8 +243,9 @@ PROPERTIES: Final = (
     ),
     Property(
         "security", DELIVERY, "optional, opportunistic, required or verified",
-        "The last two require TLS: the message fails, because deliveries do not use TLS yet. The"
-        " first two have no effect.", _is_security,
+        "TLS for this message, in addition to what the settings demand: `required` any TLS,"
+        " `verified` with a certificate that is valid for the host. `optional` does without TLS"
+        " where nothing demands it. See [security.md](security.md).", _is_security,
     ),
     Property(
         "queues", RESULTS, "an object of queue names",
@@ -273,6 +282,11 @@ PROPERTIES: Final = (
             Key("authentication", "The mechanism of AUTH, if a login was used: `plain`."),
             Key("from", "The address of this host."),
             Key("to", "The address of the peer."),
+            Key("cipher", "The TLS of the connection: `name` of the cipher, `bits`, and `version`"
+                " of TLS."),
+            Key("certificate", "The peer's certificate: `verified` is true if it was checked and"
+                " is valid; `subject`, `issuer`, `notbefore`, `notafter`, `altnames`,"
+                " `self-signed`."),
             Key("messages", "The messages on that connection so far, including this one."),
             Key("code", "The code of the reply, from the peer or generated here."),
             Key("status", "The enhanced status code of the reply."),

@@ -295,6 +295,23 @@ def choice(*words: str) -> Kind:
     return Kind("|".join(words), str.lower, check)
 
 
+_SECURE: Final = ("none", "opportunistic", "required", "verified")
+
+
+def _read_secure(text: str) -> str:
+    # Older configurations have 0 and 1.
+    flag = _FLAGS.get(text.lower())
+    return text.lower() if flag is None else _SECURE[flag]
+
+
+def _check_secure(value: Any) -> str:
+    if isinstance(value, bool):
+        return _SECURE[value]
+    if value not in _SECURE:
+        raise ValueError(f"{value!r} is none of {', '.join(_SECURE)}")
+    return str(value)
+
+
 def _check_uri(value: Any) -> str:
     # What is wrong with it is said without it: it may hold a password.
     text = _check_text(value)
@@ -364,6 +381,7 @@ NETWORKS: Final = _list_kind(
 )
 NAMES: Final = _list_kind("names", lambda item: (item,), _check_name, separator=";")
 EXTRACT: Final = Kind("names", _read_extract, _check_extract, ", ".join, may_be_empty=True)
+SECURE: Final = Kind("|".join(_SECURE), _read_secure, _check_secure)
 URIS: Final = Kind("URIs", _read_uris, _check_uris, ";".join, may_be_empty=True)
 DOMAINS: Final = _list_kind("domains", lambda item: (item,), _check_domain, separator=";")
 

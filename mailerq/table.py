@@ -29,6 +29,7 @@ from mailerq.settings import (
     PORTS,
     QUEUE,
     SECONDS,
+    SECURE,
     SINK,
     SIZE,
     TEXT,
@@ -53,6 +54,7 @@ ACCESS: Final = "Who may send what"
 TLS: Final = "TLS and login"
 QUEUES: Final = "Queues"
 DELIVERY: Final = "Delivery"
+TLS_OUT: Final = "TLS of deliveries"
 REPORTS: Final = "Reports to senders"
 DNS: Final = "DNS"
 PLUGINS: Final = "Plugins"
@@ -522,6 +524,9 @@ class Table:
     smarthost_password: str = setting(
         "", TEXT, DELIVERY, "Its password.", unset="none", secret=True
     )
+    smarthost_secure: str | None = setting(
+        None, SECURE, DELIVERY, "TLS to smarthost.", unset="as connection-secure"
+    )
     smtp_sink_address: str = setting(
         "",
         SINK,
@@ -553,8 +558,7 @@ class Table:
         ),
         NETWORKS,
         DELIVERY,
-        "Networks of hosts that may get a login over a connection without TLS, which deliveries do"
-        " not use yet.",
+        "Networks of hosts that may get a login over a connection without TLS.",
         unset="none",
     )
     smtp_out_port: int = setting(
@@ -672,6 +676,54 @@ class Table:
         " replies to an envelope get more while no other mail waits, see docs/peers.md.",
         unit="s",
         minimum=0.001,
+    )
+
+    connection_secure: str = setting(
+        "opportunistic",
+        SECURE,
+        TLS_OUT,
+        "TLS of deliveries: not tried, used if the host offers it, required, or required with a"
+        " certificate that is valid for the host; docs/security.md explains it.",
+    )
+    connection_ca_file: str = setting(
+        "",
+        PATH,
+        TLS_OUT,
+        "PEM file with the authorities whose certificates are valid.",
+        unset="those of the system",
+    )
+    connection_certificate: str = setting(
+        "",
+        PATH,
+        TLS_OUT,
+        "PEM file with the certificate chain to show to hosts that ask for one.",
+        unset="none",
+    )
+    connection_key: str = setting(
+        "",
+        PATH,
+        TLS_OUT,
+        "PEM file with its private key.",
+        unset="in connection-certificate",
+    )
+    connection_ciphers: str = setting(
+        "", TEXT, TLS_OUT, "Ciphers, with colons between them.", unset="the library's choice"
+    )
+    connection_tls_min: str = setting(
+        "1.2",
+        choice("1.0", "1.1", "1.2", "1.3"),
+        TLS_OUT,
+        "The oldest version of TLS. Where a certificate has to be valid, 1.2 is the least; 1.0 and"
+        " 1.1 need DEFAULT@SECLEVEL=0 in connection-ciphers.",
+    )
+    connection_tls_retry: float = setting(
+        3600.0,
+        SECONDS,
+        TLS_OUT,
+        "How long mail goes in clear at once to a host whose TLS failed, where nothing demands"
+        " TLS.",
+        unit="s",
+        minimum=0,
     )
 
     verp_key_file: str = setting(

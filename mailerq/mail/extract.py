@@ -418,7 +418,7 @@ _RESERVED: Final = frozenset({
     "recipient", "message-id", "received", "hostname", "connection", "cli", "spool", "http",
     "checks", "results", "seen", "forcedip", "refusedips", "domain", "nextattempt", "extracted",
     # parameters of MAIL
-    "smtputf8", "requiretls", "binarymime",
+    "smtputf8", "requiretls", "binarymime", "tlsrequired",
     # the body, and properties of a type that a field cannot carry
     "mime", "mime-base64", "key", "data", "dkim", "dsn", "headers", "ips",
     "priority", "queues", "security", "force", "smarthost", "tags",

@@ -82,6 +82,7 @@ def messages(
     if header.is_looping(added=OWN_HOPS):
         return Problem.LOOP
     has_id = header.has(b"message-id")
+    waives_tls = header.holds(b"\ntls-required") and _waives_tls(header)
     extraction = extract(
         mime,
         trusted=envelope.trusted,
@@ -95,6 +96,8 @@ def messages(
         return Problem.FIELDS
     if extraction.mime is not mime:
         has_id = headers.Header(extraction.mime).has(b"message-id")
+    if waives_tls and envelope.properties.get("requiretls") is not True:
+        extraction.properties["tlsrequired"] = False
     ids = [next_id() for _ in envelope.recipients]
     fields = [
         headers.received(
@@ -137,6 +140,12 @@ def messages(
     ]
     doubtful = tuple(islice(doubts(extraction.properties), IGNORED_LIMIT))
     return Reception(made, extraction.ignored, doubtful)
+
+
+def _waives_tls(header: headers.Header) -> bool:
+    """Whether the only TLS-Required field says No (RFC 8689, section 5)."""
+    values = [field.value for field in header.fields() if field.name == b"tls-required"]
+    return len(values) == 1 and headers.unfold(values[0]).lower() == b"no"
 
 
 def _copies(properties: dict[str, Any]) -> Iterator[dict[str, Any]]:

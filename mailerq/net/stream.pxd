@@ -11,7 +11,7 @@ cdef class Stream:
     cdef public Py_ssize_t _placed
     cdef public double _served_since
     cdef public _Socket _socket
-    cdef public bint _departing, _digested, _untold
+    cdef public bint _departing, _digested, _untold, _exhausted
     cdef public bytes _unsent, _unread
     cdef public _EndOfTurn _end_of_turn
     cdef public int _fd
@@ -21,6 +21,7 @@ cdef class Stream:
     cpdef fileno(self)
     cpdef receive_nowait(self)
     cpdef _receive_now(self)
+    cpdef _receive_tls_now(self)
     cpdef rouse(self)
     cpdef _look(self)
     cpdef unread(self, data)

@@ -43,7 +43,7 @@ from mailerq.turns import EndOfTurn
 if TYPE_CHECKING:
     from mailerq.net.tracing import Tap
 
-__all__ = ["RECEIVE_BYTES", "Stream", "StreamLost", "address_of"]
+__all__ = ["RECEIVE_BYTES", "HandshakeFailed", "Stream", "StreamLost", "address_of"]
 
 log = logging.getLogger("mailerq.net")
 
@@ -56,6 +56,9 @@ BUSY_SECONDS: Final = 0.05
 LONG_BYTES: Final = 1 << 14
 """Output from this size on should leave at once: it is work enough for the peer."""
 
+DER: Final = 2
+"""`ssl.ENCODING_DER`, which has no public name."""
+
 BUFFER_BYTES: Final = 1 << 22
 """A write that finds more unsent bytes than this loses the connection. Only a writer that does not
 drain gets there: a plugin with much output for a peer that does not read."""
@@ -63,6 +66,14 @@ drain gets there: a plugin with much output for a peer that does not read."""
 
 class CannotBind(OSError):
     """The requested local address cannot be used."""
+
+
+class HandshakeFailed(StreamLost):
+    """The TLS handshake failed; `verify_code` is OpenSSL's verdict on the certificate, or 0."""
+
+    def __init__(self, text: str, verify_code: int = 0) -> None:
+        super().__init__(text)
+        self.verify_code = verify_code
 
 
 _streams: Final[dict[int, Stream]] = {}
@@ -108,6 +119,7 @@ class Stream:
         self.tap: Tap | None = None
         """Gets all bytes in clear while somebody traces the session."""
         self._tls: ssl.SSLObject | None = None
+        self._exhausted = False  # `ssl` has no whole record left to read
         self._incoming: ssl.MemoryBIO  # set by the handshake, as the next one
         self._outgoing: ssl.MemoryBIO
 
@@ -190,6 +202,27 @@ class Stream:
         return self._tls.version() if self._tls is not None else None
 
     @property
+    def session(self) -> ssl.SSLSession | None:
+        """What resumes the TLS session in another connection; None before the peer's ticket."""
+        return self._tls.session if self._tls is not None else None
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether TLS resumed an earlier session, so that no certificate was sent."""
+        return self._tls is not None and bool(self._tls.session_reused)
+
+    @property
+    def peer_chain(self) -> list[bytes]:
+        """The certificates that the peer has sent in DER, its own first, none of them checked."""
+        if self._tls is None:
+            return []
+        # Public from Python 3.13 on.
+        if (public := getattr(self._tls, "get_unverified_chain", None)) is not None:
+            return list(public())
+        chain: Any = self._tls._sslobj.get_unverified_chain()  # type: ignore[attr-defined]
+        return [each.public_bytes(DER) for each in chain or ()]
+
+    @property
     def peer_name(self) -> str | None:
         """The first name in the certificate of the peer, if one was requested and verified."""
         certificate: Mapping[str, Any] | None = None
@@ -246,11 +279,31 @@ class Stream:
         return self._digested or self._socket.readable
 
     def receive_nowait(self) -> bytes | None:
-        """Read from a plain stream now: None without input, b"" at the end. Raises `StreamLost`."""
-        came = self._receive_now()
+        """Read what there is: None without input, b"" at the end. Raises `StreamLost`."""
+        came = self._receive_now() if self._tls is None else self._receive_tls_now()
         if self.tap is not None and came is not None:
             self.tap.received(came)
         return came
+
+    def _receive_tls_now(self) -> bytes | None:
+        assert self._tls is not None
+        self._raise_lost()
+        while True:
+            try:
+                return self._tls.read(RECEIVE_BYTES)
+            except ssl.SSLWantReadError:
+                self._exhausted = True
+                if self._outgoing.pending:
+                    self._buffer(self._outgoing.read())
+                data = self._receive_now()
+                if not data:
+                    return data
+                self._exhausted = False
+                self._incoming.write(data)
+            except ssl.SSLZeroReturnError:
+                return b""
+            except ssl.SSLError as error:
+                raise StreamLost(str(error)) from error
 
     def _receive_now(self) -> bytes | None:
         self._raise_lost()
@@ -267,8 +320,13 @@ class Stream:
         return came
 
     async def wait_for_input(self) -> bool:
-        """Wait for input on a plain stream; return False if `rouse` ended the wait."""
-        return bool(self._unread) or await self._socket.wait_readable(rousable=True)
+        """Wait for input; return False if `rouse` ended the wait.
+
+        With TLS there may be input that is not for the reader, or not whole: read, and wait again.
+        """
+        if self._unread or (self._tls is not None and not self._exhausted):
+            return True
+        return await self._socket.wait_readable(rousable=True)
 
     def rouse(self) -> None:
         """End `wait_for_input`. Call this on the thread of the waiting task."""
@@ -299,7 +357,9 @@ class Stream:
             self.tap.sent(data)
         if self._tls is not None:
             try:
-                self._tls.write(data)
+                size = self._tls.write(data)
+                while size < len(data):  # one record at a time
+                    size += self._tls.write(memoryview(data)[size:])
             except ssl.SSLError as error:
                 self._lose(str(error))
                 return
@@ -397,12 +457,25 @@ class Stream:
                 await self.drain()
 
     async def start_tls(
-        self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
+        self,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool,
+        server_hostname: str | None = None,
+        session: ssl.SSLSession | None = None,
     ) -> None:
-        """Do the TLS handshake; everything afterwards is encrypted. Raises `StreamLost`."""
+        """Do the TLS handshake; everything afterwards is encrypted.
+
+        A client may offer a `session` of the same context to resume. Raises `StreamLost`, and
+        ValueError for a `server_hostname` that cannot be sent.
+        """
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
+            self._incoming,
+            self._outgoing,
+            server_side=server_side,
+            server_hostname=server_hostname,
+            session=session,
         )
         while True:
             try:
@@ -417,7 +490,10 @@ class Stream:
             except ssl.SSLError as error:
                 if self._outgoing.pending:
                     await self._send_tls()  # the alert with the reason
-                raise StreamLost(f"TLS handshake failed: {error.reason or error}") from error
+                text, code = error.reason or str(error), 0
+                if isinstance(error, ssl.SSLCertVerificationError):
+                    text, code = error.verify_message, error.verify_code
+                raise HandshakeFailed(f"TLS handshake failed: {text}", code) from error
         await self._send_tls()
         self._tls = tls
         if self.tap is not None:
@@ -464,8 +540,10 @@ class Stream:
         assert self._tls is not None
         while True:
             try:
+                self._exhausted = False
                 return self._tls.read(RECEIVE_BYTES)
             except ssl.SSLWantReadError:
+                self._exhausted = True
                 await self._send_tls()
                 data = await self._receive_raw()
                 if not data:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mailerq.outbound.jobs import Job
     from mailerq.outbound.pause import Key, Pause
     from mailerq.outbound.sites import Site
-    from mailerq.rules.logins import Demand
+    from mailerq.rules.security import Demands
 
 __all__ = ["BUSY", "FREE", "Choice"]
 
@@ -79,7 +79,7 @@ class Choice:
         weight_of = self._dispatcher.limits.shaping.local_ips.weight_of
         return random.choices(able, [weight_of(ip) for ip in able])[0], best
 
-    def state(self, site: Site, ip: str, demands: tuple[Demand, ...]) -> int:
+    def state(self, site: Site, ip: str, demands: Demands) -> int:
         """How soon the flow from an address can send one more message."""
         flow = site.flows.get((ip, demands))
         if flow is None:

@@ -10,6 +10,7 @@ cdef class Dispatcher:
     cdef public double _next_look, _next_due
     cdef public dict _sessions, _looking_up
     cdef public object queues, worker, openings, flows, limits, stops, counters, memory, seeing
+    cdef public object policies, tls
     cdef public object now
     cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies
     cdef public object _some_session, _no_session, _times_changed, _say_own_fault

@@ -33,6 +33,7 @@ from mailerq.errors import MessageDamaged, QueueError
 from mailerq.live import Live
 from mailerq.mail.made import MADE_OF, is_made
 from mailerq.message import Message, Result, format_time
+from mailerq.net.client_tls import ClientTls
 from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import NoHosts, Resolver
@@ -46,6 +47,7 @@ from mailerq.outbound.limits import Limits
 from mailerq.outbound.making import form_problem, make_body, make_quickly
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.pause import Pause
+from mailerq.outbound.policies import NO_POLICIES, Policies
 from mailerq.outbound.seeing import Seeing
 from mailerq.outbound.session import Session
 from mailerq.outbound.settlement import MIN_BACKOFF_SECONDS, SETTLERS, Counters, Settlements
@@ -101,6 +103,8 @@ class Dispatcher:
         limits: Limits,
         send_log: LogFile | None = None,
         misspelt: Misspelt | None = None,
+        policies: Policies = NO_POLICIES,
+        tls: ClientTls | None = None,
         clock: Callable[[], float] = time.time,
         lot: Callable[[], float] = random.random,
     ) -> None:
@@ -123,7 +127,11 @@ class Dispatcher:
             resolver,
             lambda domain: limits.shaping.group_of(domain),
             lambda domain: self.stops.apart_of(domain),
+            lambda group: limits.shaping.ignores_policies(group),
+            policies,
         )
+        self.policies = policies
+        self.tls = ClientTls.of(self.config) if tls is None else tls
         self._intake = Intake(self, qos)
         self.stops = Stops(self, self._intake, self._sites)
         self.flows = Flows(self, self._intake, self._sites)
@@ -149,8 +157,11 @@ class Dispatcher:
         """The settings in force now."""
         return self._live.current.config
 
-    def reload(self, send_log: LogFile | None, *, reroute: bool) -> None:
+    def reload(
+        self, send_log: LogFile | None, *, reroute: bool, tls: ClientTls | None = None
+    ) -> None:
         """Apply changed settings; with `reroute` judge all waiting mail anew."""
+        self.tls = ClientTls.of(self.config) if tls is None else tls
         self._settlements.send_log = send_log
         self._sites.forget_all()
         if reroute:

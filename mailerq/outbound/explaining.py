@@ -29,7 +29,7 @@ from mailerq.rules.destinations import place_of
 from mailerq.rules.plan import Hold, Park, Plan, Refuse, Send
 from mailerq.rules.responses import Fate, Outcome
 from mailerq.rules.routes import Route
-from mailerq.rules.shaping import HOURS, Bound
+from mailerq.rules.shaping import HOURS, SECURE, Bound
 
 if TYPE_CHECKING:
     from mailerq.config import Config
@@ -199,7 +199,7 @@ class Explainer:
                 "port": route.port,
                 "by": "MX records" if route.mx and not route.host.startswith("[") else "name",
                 "protocol": "LMTP" if route.lmtp else "SMTP",
-                "login": next((login.username for login in decision.demands), None),
+                "login": login.username if (login := decision.demands.login) is not None else None,
                 "where": config.place(route.setting) if route.setting else "",
             },
             "expires": {
@@ -295,14 +295,15 @@ class Explainer:
                 yield {**_of_bound(HOURS, bound, scope), "value": f"{hours.text} {hours.zone}"}
         bounds = shaping.of_connection(site.group, provider, local_ip or "")
         for name, bound in bounds.items():
-            yield _of_bound(name, bound, "each connection")
+            if name != SECURE:
+                yield _of_bound(name, bound, "each connection")
 
     def _of_actions(self, site: Site, local_ip: str | None) -> Iterator[dict[str, Any]]:
         """What patterns of `responses-file` have done after replies of the hosts."""
         refusals = self._limits.refusals
         if refusals is None or not refusals.actions:
             return
-        keys = f"site {site.key.hex()}", f"provider {self._limits.provider_of(site)}"
+        keys = f"site {site.limit_key.hex()}", f"provider {self._limits.provider_of(site)}"
         for key in keys:
             action = refusals.actions.get(Scope(key, local_ip or ""))
             if action is not None:

@@ -36,19 +36,21 @@ from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.rights import Rights
 from mailerq.outbound.session import Session
 from mailerq.rules import responses
-from mailerq.rules.shaping import HOURS
+from mailerq.rules.security import LEVEL_DEMANDS, LEVELS, NOTHING, Demands
+from mailerq.rules.shaping import HOURS, Bound
 from mailerq.wire.login import Login
 
 if TYPE_CHECKING:
     from mailerq.config import Config
+    from mailerq.net.client_tls import ClientTls
     from mailerq.net.resolver import Host
     from mailerq.net.stream import Stream
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.intake import Destination
     from mailerq.outbound.limits import Refusal
     from mailerq.outbound.pause import Pause
+    from mailerq.outbound.policies import Policies
     from mailerq.outbound.sites import Site
-    from mailerq.rules.logins import Demand
     from mailerq.rules.responses import Outcome
 
 __all__ = ["FIRST_WINDOW", "MAX_ASK_SECONDS", "MAX_WINDOW", "Flow", "sessions_for"]
@@ -83,13 +85,13 @@ class Flow:
         dispatcher: Dispatcher,
         site: Site,
         local_ip: str | None,
-        demands: tuple[Demand, ...] = (),
+        demands: Demands = NOTHING,
     ) -> None:
         self.site = site
         self.site_key = site.key
         self.local_ip = local_ip
         self.demands = demands
-        self.login: Login | None = next(iter(demands), None)
+        self.login: Login | None = demands.login
         # Lists and dicts, because there are many flows: an empty deque takes ten times a list.
         self.jobs: list[Job] = []
         self.destinations: dict[Destination, None] = {}
@@ -227,7 +229,7 @@ class Flow:
         """Whether a session should end although there may be mail."""
         if contended and session.messages >= FAIR_MESSAGES:
             return True
-        return self.is_crowded or self.rights.are_over(session)
+        return self.is_crowded or self.rights.are_over(session) or not session.is_covered()
 
     def job_ahead(self, session: Session) -> Job | None:
         """A job to begin before the current one is settled, if no other session could take it."""
@@ -513,6 +515,43 @@ class Flow:
         """The hosts for a session to try, best first."""
         hosts = self.site.in_order(self.local_ip, self.memory)
         return self._dispatcher.stops.unpaused(hosts, self.local_ip)
+
+    @property
+    def limits_number(self) -> int:
+        """Changes whenever limits or other settings do."""
+        return self._dispatcher.limits.number
+
+    @property
+    def tls(self) -> ClientTls:
+        """The contexts for TLS handshakes."""
+        return self._dispatcher.tls
+
+    @property
+    def policies(self) -> Policies:
+        """What looks up policies of TLS, and is told what came of them."""
+        return self._dispatcher.policies
+
+    @property
+    def secure(self) -> Bound:
+        """The `Level` of TLS that the operator wants for the site, and the place that says so."""
+        site, shaping = self.site, self._dispatcher.limits.shaping
+        if site.chosen_by == "smarthost" and self.config.smarthost_secure is not None:
+            where = self.config.place("smarthost-secure")
+            return Bound(LEVELS[self.config.smarthost_secure], where)
+        provider = self._dispatcher.limits.provider_of(site)
+        return shaping.secure(site.group, provider, self.local_ip or "")
+
+    @property
+    def wanted(self) -> Demands:
+        """What connections must prove, whatever their host, by the settings in force now."""
+        return LEVEL_DEMANDS[int(self.secure.value)] | self.demands | self.site.policy.demands
+
+    def policy_domain(self) -> str:
+        """The domain whose policy a connection serves, for reports."""
+        sts = self.site.policy.sts
+        if sts is not None:
+            return sts.domain
+        return self.jobs[0].plan.domain if self.jobs else self.site.label
 
     def name_of(self, stream: Stream) -> str | None:
         """The name to give in EHLO, by the local address of a connection; None: `hostname`."""

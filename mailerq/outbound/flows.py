@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.intake import Destination, Intake
     from mailerq.outbound.sites import Site, Sites
-    from mailerq.rules.logins import Demand
+    from mailerq.rules.security import Demands
 
 __all__ = ["Flows"]
 
@@ -82,7 +82,7 @@ class Flows:
         pause = self.pauses.get((site.key, local_ip, demands))
         return pause or self._begin(site, local_ip, demands)
 
-    def _begin(self, site: Site, local_ip: str | None, demands: tuple[Demand, ...]) -> Flow | Pause:
+    def _begin(self, site: Site, local_ip: str | None, demands: Demands) -> Flow | Pause:
         """A new flow, or the pause in its place if the operator wants one."""
         flow = self._add(site, local_ip, demands)
         row = self._dispatcher.stops.flow_pause(site, local_ip)
@@ -92,7 +92,7 @@ class Flows:
         pause.paused = row
         return pause
 
-    def _add(self, site: Site, local_ip: str | None, demands: tuple[Demand, ...]) -> Flow:
+    def _add(self, site: Site, local_ip: str | None, demands: Demands) -> Flow:
         flow = site.flows[local_ip, demands] = Flow(self._dispatcher, site, local_ip, demands)
         self.live[flow] = None
         return flow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -53,7 +53,7 @@ class Job(msgspec.Struct, eq=False):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """The outcome of an attempt, and its connection if there was one."""
+    """The outcome of an attempt, and its connection if there was one; `tls` as in results."""
 
     outcome: Outcome
     local_ip: str | None = None
@@ -61,6 +61,7 @@ class Report(msgspec.Struct, frozen=True):
     mta: str | None = None
     messages: int | None = None
     mechanism: str | None = None
+    tls: dict[str, Any] | None = None
 
     @property
     def words(self) -> str:

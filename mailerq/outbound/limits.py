@@ -39,7 +39,7 @@ from mailerq.outbound.cells import Busy, Cells, Count, MemoryCells, Rate
 from mailerq.outbound.timers import Times
 from mailerq.outbound.warmup import Days
 from mailerq.rules.rates import SLACK, cost, cost_of_day
-from mailerq.rules.shaping import CONNECTION, HOURS, Bound, Bounds, Shaping
+from mailerq.rules.shaping import CONNECTION, HOURS, IGNORE, Bound, Bounds, Shaping
 
 if TYPE_CHECKING:
     from mailerq.outbound.refusals import Refusals
@@ -291,7 +291,7 @@ class Limits:
         ip, shaping = local_ip or "", self.shaping
         provider = self.provider_of(site)
         of_site, of_provider = shaping.of_site(site.group, ip), shaping.of_provider(provider, ip)
-        key, provider_key = f"site {site.key.hex()}", f"provider {provider}"
+        key, provider_key = f"site {site.limit_key.hex()}", f"provider {provider}"
         connection = shaping.of_connection(site.group, provider, ip)
         if self.refusals is not None:
             connection = self.refusals.of_connection(connection, site)
@@ -622,7 +622,7 @@ class Limits:
 
 def _all(bounds: Bounds, scope: str, key: str, local_ip: str) -> Iterator[Want]:
     for name, bound in bounds.items():
-        if name == HOURS:
+        if name in (HOURS, IGNORE):
             continue  # hours that are open limit nothing
         value = int(bound.value)
         where = f"{name} {key} {local_ip}"

@@ -7,7 +7,7 @@ here runs on the home worker, and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
@@ -19,6 +19,7 @@ from mailerq.outbound.pause import Pause
 if TYPE_CHECKING:
     from mailerq.outbound.flow import Flow
     from mailerq.outbound.seeing import Seeing
+    from mailerq.rules.security import Demands
 
 __all__ = ["SORTS", "Wanted", "list_flows"]
 
@@ -140,13 +141,22 @@ def _row(seeing: Seeing, each: Flow | Pause) -> dict[str, Any]:
         "id": each.site_key.hex(),
         "site": name_of(each),
         "local-ip": each.local_ip,
-        "demands": [demand.username for demand in each.demands],
+        "demands": list(_words(each.demands)),
         "kind": "down" if isinstance(each, Pause) else "flow",
         "destinations": keys,
         "more-destinations": max(len(each.destinations) - len(keys), 0),
         "messages": 0 if isinstance(each, Pause) else _messages(each),
         **seeing.describe(each),
     }
+
+
+def _words(demands: Demands) -> Iterator[str]:
+    """What the mail of a flow demands of connections; with it a flow has a name of its own."""
+    if demands.login is not None:
+        yield demands.login.username
+    yield from demands.words()
+    if demands.plain:
+        yield "plain"
 
 
 def _messages(flow: Flow) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mailerq.outbound.jobs import words_of
-from mailerq.rules.logins import Demand
+from mailerq.rules.security import Demands
 
 if TYPE_CHECKING:
     from mailerq.outbound.flow import Flow
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Key", "Pause"]
 
-Key = tuple[bytes, str | None, tuple[Demand, ...]]
+Key = tuple[bytes, str | None, Demands]
 """The key of a site, a local address, and what a connection must prove."""
 
 
@@ -72,7 +72,7 @@ class Pause:
         return self.key[1]
 
     @property
-    def demands(self) -> tuple[Demand, ...]:
+    def demands(self) -> Demands:
         return self.key[2]
 
     @property

@@ -8,12 +8,15 @@ records of a host before it connects. `mailerq.rules.security` has what they ret
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Final, Protocol
 
 from mailerq.rules.security import DomainPolicy, StsPolicy, TlsaSet, TlsFailure
 
-__all__ = ["NO_POLICIES", "Dane", "MtaSts", "NoRecorder", "Policies", "TlsRecorder"]
+__all__ = ["NO_POLICIES", "NO_POLICY", "Dane", "MtaSts", "NoRecorder", "Policies", "TlsRecorder"]
+
+log = logging.getLogger("mailerq.delivery")
 
 
 class MtaSts(Protocol):
@@ -105,10 +108,13 @@ class Policies:
         self.dane = dane
         self.recorder: TlsRecorder = NoRecorder() if recorder is None else recorder
 
+    @property
+    def exist(self) -> bool:
+        """Whether there is a source to ask."""
+        return self.sts is not None or self.dane is not None
+
     async def find(self, domain: str) -> DomainPolicy:
         """What a recipient's domain has published. Raises `PolicyUnknown`."""
-        if self.sts is None and self.dane is None:
-            return NO_POLICY
         policy = await self.sts.find(domain) if self.sts is not None else None
         secure = await self.dane.is_secure(domain) if self.dane is not None else False
         return DomainPolicy(policy, secure)
@@ -118,6 +124,26 @@ class Policies:
         if self.dane is None or not policy.secure:
             return None
         return await self.dane.tlsa(host, port)
+
+    def record(
+        self,
+        domain: str,
+        policy: DomainPolicy,
+        records: TlsaSet | None,
+        host: str,
+        failure: TlsFailure | None,
+        *,
+        remote_ip: str = "",
+        local_ip: str = "",
+        helo: str = "",
+    ) -> None:
+        """Tell the recorder; a defect of it costs no mail."""
+        try:
+            self.recorder.handshake(
+                domain, policy, records, host, remote_ip, local_ip, helo, failure
+            )
+        except Exception:
+            log.exception("a TLS handshake with %s cannot be recorded", host)
 
 
 NO_POLICY: Final = DomainPolicy()

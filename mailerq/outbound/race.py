@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from mailerq.net.stream import Stream
+from mailerq.net.stream import CannotBind, Stream
 from mailerq.outbound.jobs import Report
 from mailerq.rules import responses
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mailerq.outbound.session import Session
     from mailerq.outbound.sites import HostMemory
 
-__all__ = ["HEAD_START_SECONDS", "Raced", "connect", "race", "rival_of", "where"]
+__all__ = ["HEAD_START_SECONDS", "Raced", "connect", "race", "reach", "rival_of", "where"]
 
 HEAD_START_SECONDS: Final = 0.25
 """RFC 8305, section 5."""
@@ -80,6 +80,32 @@ async def race(first: Host, second: Host, port: int, may_start: Callable[[], boo
         raise
     stream, host = winner or (None, None)
     return Raced(stream, host, failures)
+
+
+async def reach(session: Session, host: Host, others: list[Host]) -> tuple[Stream | Report, Host]:
+    """Connect a session to `host`, or to one of the `others` that may have its turn together.
+
+    Returns the host that answered; a report says that none did.
+    """
+    flow = session.flow
+    local_ip, memory = flow.local_ip, flow.memory
+    may_race = others and local_ip is None and flow.login is None
+    rival = rival_of(host, others, memory) if may_race else None
+    stream: Stream | Report | None = None
+    try:
+        with trio.move_on_after(flow.config.connect_timeout):
+            if rival is None:
+                stream = await Stream.connect(host.address, flow.site.port, local_ip=local_ip)
+            else:
+                others.remove(rival)
+                stream, host = await connect(session, host, rival, others)
+    except CannotBind as error:
+        assert local_ip is not None, "else nothing is bound"
+        memory.cannot_bind(local_ip, error)
+        return Report(responses.cannot_bind(error, local_ip), local_ip), host
+    except OSError as error:
+        return Report(responses.connect_failed(error, where(host))), host
+    return stream or Report(responses.connect_timed_out(where(host))), host
 
 
 async def connect(

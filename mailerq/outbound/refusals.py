@@ -232,16 +232,16 @@ class Refusals:
         """Connections to a site end after this number of messages."""
         if not messages:
             return
-        self._learned.pop(flow.site.key, None)
+        self._learned.pop(flow.site.limit_key, None)
         if len(self._learned) >= MAX_LEARNED:
             del self._learned[next(iter(self._learned))]
         bound = Bound(messages, f"{rule.name}, {rule.where}")
-        self._learned[flow.site.key] = bound, monotonic() + LEARNED_SECONDS
+        self._learned[flow.site.limit_key] = bound, monotonic() + LEARNED_SECONDS
         self._limits.number += 1
 
     def of_connection(self, bounds: Bounds, site: Site) -> Bounds:
         """The limits of each connection to a site, with what the site's replies have taught."""
-        found = self._learned.get(site.key)
+        found = self._learned.get(site.limit_key)
         if found is None or found[1] < monotonic():
             return bounds
         known = bounds.get("connection-messages")
@@ -254,7 +254,7 @@ class Refusals:
         if provider and rule.whole_provider:
             key, label = f"provider {provider}", provider
         else:
-            key, label = f"site {flow.site.key.hex()}", flow.site.label
+            key, label = f"site {flow.site.limit_key.hex()}", flow.site.label
         return Scope(key, local_ip), f"{label} from {local_ip}" if local_ip else label
 
     def _act(self, rule: Rule, flow: Flow, provider: str, outcome: Outcome) -> None:
@@ -309,7 +309,7 @@ class Refusals:
     def _succeeded(self, flow: Flow) -> None:
         """The peer has nothing against the way that a message took: more may go."""
         local_ip = flow.local_ip or ""
-        keys = [f"site {flow.site.key.hex()}"]
+        keys = [f"site {flow.site.limit_key.hex()}"]
         if provider := self._limits.provider_of(flow.site):
             keys.append(f"provider {provider}")
         for key in keys:

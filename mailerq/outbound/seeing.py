@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from mailerq.outbound.limits import Limits
     from mailerq.outbound.openings import Openings
     from mailerq.outbound.sites import Site, Sites
-    from mailerq.rules.logins import Demand
     from mailerq.rules.routes import Route
+    from mailerq.rules.security import Demands
 
 __all__ = ["Reason", "Seeing"]
 
@@ -72,9 +72,7 @@ class Seeing:
         finally:
             self._looking_up.discard(route)
 
-    def flow_of(
-        self, site: Site, local_ip: str | None, demands: tuple[Demand, ...]
-    ) -> Flow | Pause | None:
+    def flow_of(self, site: Site, local_ip: str | None, demands: Demands) -> Flow | Pause | None:
         """The flow to a site from a local address, or the pause in its place."""
         flow = site.flows.get((local_ip, demands))
         return flow or self.dispatcher.flows.pauses.get((site.key, local_ip, demands))

@@ -18,7 +18,8 @@ cdef class Session:
     cdef public double _deadline, _asked, _started, since
     cdef public object flow, worker, remote, _timeout, _life, _scope, _job
     cdef public object allowance, waits_for, counts, starting, idle_counts, refusal, shuns
-    cdef public object _ahead, _calm, _plugin, _local, _converted
+    cdef public object _ahead, _calm, _plugin, _local, _converted, _securing
+    cdef public set _clear
     cdef object __weakref__
 
     cpdef wake(self)
@@ -27,6 +28,7 @@ cdef class Session:
     cpdef check(self, double late)
     cpdef _is_patient(self, double now)
     cpdef settled(self)
+    cpdef is_covered(self)
     cpdef trace(self)
     cpdef _withdraw(self)
     cpdef limit_over(self, key)

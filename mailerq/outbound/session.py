@@ -13,6 +13,8 @@ promptly. A message then costs one round trip. From then on the message belongs 
 goes back to the flow if the session ends first, or if the reply to the body is slow. Plugin output
 outside an event is held until the next dot: otherwise it would become part of that mail.
 
+`mailerq.outbound.securing` has the TLS of a connection.
+
 A peer may close, or refuse with 421, before any reply to a mail. If the peer took mail on this
 connection before, the message is not charged an attempt: it goes back to the flow.
 
@@ -36,10 +38,10 @@ a peer that drips bytes gains no time. The dispatcher checks the deadline period
 because trio's own deadlines are too expensive here. Time in which this process stands still does
 not count: otherwise mail that the peer has taken would go out twice.
 
-A reply has `smtp-out-timeout`. Some steps take peers longer: for them a session waits as long as
-RFC 5321, section 4.5.3.2, asks, while no other flow wants the connection. The reply to the final
-dot always has the whole time. The greeting and EHLO have no more than the setting: behind a host
-that is silent there may be another one that answers.
+A reply has `smtp-out-timeout`, and so has a TLS handshake. Some steps take peers longer: for them a
+session waits as long as RFC 5321, section 4.5.3.2, asks, while no other flow wants the connection.
+The reply to the final dot always has the whole time. The greeting and EHLO have no more than the
+setting: behind a host that is silent there may be another one that answers.
 """
 
 from __future__ import annotations
@@ -53,20 +55,20 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from mailerq.mail.headers import has_ascii_header
-from mailerq.mail.seven_bit import Converted, convert, to_seven_bit
+from mailerq.mail.seven_bit import Converted
 from mailerq.message import Message
 from mailerq.net.resolver import Host
-from mailerq.net.stream import CannotBind, Stream, StreamLost
+from mailerq.net.stream import Stream, StreamLost
 from mailerq.outbound import traced
+from mailerq.outbound.encodings import LOOK_BYTES, is_ascii_body, is_binary_body, to_ascii
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Allowance
 from mailerq.outbound.openings import QUICK_SECONDS
-from mailerq.outbound.race import connect, rival_of, where
+from mailerq.outbound.race import reach
+from mailerq.outbound.securing import Securing
 from mailerq.rules import responses
-from mailerq.rules.logins import may_go_in_clear
 from mailerq.rules.responses import Outcome
 from mailerq.wire import smtp
-from mailerq.wire._lines import is_ascii
 from mailerq.wire.client import (
     NEED_DATA,
     Accepted,
@@ -77,9 +79,10 @@ from mailerq.wire.client import (
     Ready,
     Refused,
     SendBody,
+    StartTls,
     Step,
 )
-from mailerq.wire.framing import BLOCK_BYTES, is_binary
+from mailerq.wire.framing import BLOCK_BYTES
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
@@ -121,19 +124,13 @@ the reply, while another connection may become free."""
 WITHDRAW_SECONDS: Final = 1.0
 """After this wait a message sent ahead goes back to the flow; the session ends with the reply."""
 
-LOOK_BYTES: Final = 1 << 20
-"""Above this size a thread checks whether a body is ASCII."""
-
-CONVERT_BYTES: Final = 1 << 14
-"""Bytes of a body converted at once; a thread converts longer bodies."""
-
-CONVERTERS: Final = 2
-"""Long bodies converted at a time."""
-
 QUIT_SECONDS: Final = 2.0
 """Timeout for the reply to QUIT, which decides nothing."""
 
 UNLIMITED: Final = Allowance(-1, (), {})
+
+CLEAR: Final = Report(responses.OWN_FAULT)
+"""TLS has failed: the next connection to the host goes in clear."""
 
 
 class Session:
@@ -191,6 +188,8 @@ class Session:
         self._plugin: PluginConnection
         self._local = ""
         self._converted: bytes | Converted | None = None
+        self._securing: Securing
+        self._clear: set[str] = set()  # hosts with which TLS has failed
 
     # Told by the flow
 
@@ -249,6 +248,10 @@ class Session:
         minutes = BLOCK_MINUTES if self._sending else REPLY_MINUTES.get(self._protocol.step, 1)
         return now < self._deadline + patience(self._timeout, minutes) - self._timeout
 
+    def is_covered(self) -> bool:
+        """Whether the connection has proved what the settings in force now demand of it."""
+        return self._securing.still_covers(self.flow.limits_number)
+
     def trace(self) -> bool:
         """Let the traces of the worker see the session; False: not now, ask again."""
         return traced.join(self)
@@ -306,6 +309,9 @@ class Session:
                     self.refusal = refusal
                 continue
             report = await self._session(host, left)
+            if report is CLEAR:
+                self.flow.rights.give_back_host(self)
+                continue
             if self.worker.traces and report is not None and report.remote_ip is None:
                 traced.not_connected(self, host, report)
             self.flow.rights.give_back_host(self)
@@ -316,45 +322,40 @@ class Session:
                 best = report
             if report.outcome.state == "bind":
                 break  # all other hosts would give the same answer
-            self.flow.memory.kept_out(self.remote or host.address)
+            if report.outcome.type != "tls":  # other mail may find the host good enough
+                self.flow.memory.kept_out(self.remote or host.address)
             tried += not report.outcome.own_fault
             if tried == MAX_HOSTS:
                 break
         return best
 
     async def _session(self, host: Host, others: list[Host]) -> Report | None:
-        """Connect and serve; one of the `others` may have its turn together with `host`."""
-        local_ip, memory, login = self.flow.local_ip, self.flow.memory, self.flow.login
+        """Connect and serve; one of the `others` may have its turn together with `host`.
+
+        `CLEAR`: TLS has failed, and the host, now the first of the `others`, gets mail in clear.
+        """
+        flow, memory = self.flow, self.flow.memory
         self.remote = ""
-        if login is not None and not may_go_in_clear(host.address, self._config):
-            return Report(responses.login_in_clear(where(host)))
-        may_race = others and local_ip is None and login is None
-        rival = rival_of(host, others, memory) if may_race else None
-        stream: Stream | Report | None = None
-        try:
-            with trio.move_on_after(self._config.connect_timeout):
-                if rival is None:
-                    port = self.flow.site.port
-                    stream = await Stream.connect(host.address, port, local_ip=local_ip)
-                else:
-                    others.remove(rival)
-                    stream, host = await connect(self, host, rival, others)
-        except CannotBind as error:
-            assert local_ip is not None, "else nothing is bound"
-            memory.cannot_bind(local_ip, error)
-            return Report(responses.cannot_bind(error, local_ip), local_ip)
-        except OSError as error:
-            return Report(responses.connect_failed(error, where(host)))
+        securing = await Securing.prepare(flow, host, clear=host.address in self._clear)
+        if isinstance(securing, Report):
+            return securing
+        stream, reached = await reach(self, host, others)
         if isinstance(stream, Report):
             return stream
-        if stream is None:
-            return Report(responses.connect_timed_out(where(host)))
-        self._stream = stream
+        if reached is not host:
+            host, clear = reached, reached.address in self._clear
+            securing = await Securing.prepare(flow, host, clear=clear)
+            if isinstance(securing, Report):
+                stream.close()
+                return securing
+        self._stream, self._securing = stream, securing
         self._protocol = ClientProtocol(
-            self.flow.name_of(stream) or self._config.hostname,
+            flow.name_of(stream) or self._config.hostname,
             careful=memory.was_out_of_step(host.address),
-            login=login,
-            lmtp=self.flow.site.lmtp,
+            login=flow.login,
+            lmtp=flow.site.lmtp,
+            tls=securing.tries,
+            must_tls=securing.demands.encrypts,
         )
         self.messages = self.body_bytes = 0
         self._domains.clear()
@@ -362,20 +363,36 @@ class Session:
             self._local, self.remote = stream.local[0], host.address
             if self.worker.traces:
                 traced.join(self)
-            return await self._talk()
+            report = await self._talk()
         finally:
+            if self._protocol.secure:
+                securing.keep_ticket(stream)
             stream.close()
             if self._protocol.out_of_step:
-                memory.out_of_step(host.address, self.flow.site.label)
+                memory.out_of_step(host.address, flow.site.label)
+        if report is CLEAR:
+            self._clear.add(host.address)
+            memory.tls_broke(host.address, self._config.connection_tls_retry)
+            others.insert(0, host)
+        return report
 
     async def _talk(self) -> Report | None:
         """Run the whole session; a report says that the session was not let in."""
         ready = False
         event: Event | None = None
+        securing, failure = self._securing, None
         with trio.CancelScope() as self._scope:
             event = await self._exchange()
+            if isinstance(event, StartTls):
+                event = await self._start_tls()
             if isinstance(event, Ready):
+                failure = securing.judge(self._protocol, self._stream)
+                if failure is not None:
+                    await self._quit()
+            if isinstance(event, Ready) and failure is None:
                 ready = True
+                if self._stream.tap is not None:
+                    self._stream.tap.note(securing.note())
                 if self.flow.login is not None:
                     self.flow.memory.logged_in(self.remote, self.flow.login)
                 self.flow.opened(self)
@@ -386,16 +403,42 @@ class Session:
                 self._finish(self._job, _outcome(event))
         if ready:
             return None
+        if failure is None:
+            failure = securing.ended(event, self._stream, self._protocol.mta or "")
+        if failure is not None:
+            return CLEAR if securing.goes_clear else self._report(securing.outcome(failure))
         report = self._report(_outcome(event))
         login = self.flow.login
         if login is not None and isinstance(event, Refused) and _is_about_login(event):
             self.flow.memory.login_refused(self.flow.site.label, self.remote, login, report.outcome)
         return report
 
+    async def _start_tls(self) -> Event:
+        """Do the TLS handshake within the time of one reply, and begin anew inside TLS."""
+        self._expect(self._timeout)
+        protocol, securing = self._protocol, self._securing
+        try:
+            await securing.handshake(self._stream, helo=protocol.mta or "")
+        except StreamLost as error:
+            return protocol.abort(Problem.LOST, str(error))
+        if securing.failure is not None:
+            return protocol.abort(Problem.INVALID, securing.failure.text)
+        protocol.secured()
+        return await self._exchange()
+
+    async def _quit(self) -> None:
+        if self._protocol.reusable:
+            self._protocol.quit()
+            with trio.move_on_after(QUIT_SECONDS):
+                await self._exchange()
+
     async def _serve(self) -> None:
         """Send jobs until none are left, or until the session can no longer be used."""
         self._plugin = self.worker.context.connection(
-            self._stream.fileno(), on_output=self._output_came, incoming=False
+            self._stream.fileno(),
+            secure=self._protocol.secure,
+            on_output=self._output_came,
+            incoming=False,
         )
         try:
             while job := self._job or await self._next_job():
@@ -419,10 +462,7 @@ class Session:
                     break
                 job = None  # an idle session holds no mail
             self.leaving = True
-            if self._protocol.reusable:
-                self._protocol.quit()
-                with trio.move_on_after(QUIT_SECONDS):
-                    await self._exchange()
+            await self._quit()
         finally:
             with trio.CancelScope(shield=True):
                 await self._plugin.close()
@@ -457,7 +497,10 @@ class Session:
     def _report(self, outcome: Outcome) -> Report:
         protocol, messages = self._protocol, self.messages or None
         local_ip = self._local or None
-        return Report(outcome, local_ip, self.remote, protocol.mta, messages, protocol.mechanism)
+        tls = self._securing.words(self._stream)
+        return Report(
+            outcome, local_ip, self.remote, protocol.mta, messages, protocol.mechanism, tls
+        )
 
     async def _next_job(self) -> Job | None:
         """Take the next job, or be idle until there is one.
@@ -504,12 +547,15 @@ class Session:
                         return problem
                 self._converted = None
                 body = job.body
+                if body is not None and len(body) > LOOK_BYTES:
+                    self._deadline = math.inf
                 if body is not None and job.is_ascii is None:
                     short = len(body) <= LOOK_BYTES
-                    job.is_ascii = body.isascii() if short else await self._is_ascii(body)
+                    job.is_ascii = body.isascii() if short else await is_ascii_body(body)
                 binary = job.message.properties.get("binarymime") is True
-                if binary and body is not None and await self._is_too_binary(body):
-                    return responses.NO_BINARY
+                if binary and body is not None and not protocol.takes_binary:
+                    if await is_binary_body(body):
+                        return responses.NO_BINARY
                 if body is not None and self._must_convert(job, body, job.is_ascii is True):
                     self._converted = await self._convert(body)
                     if self._converted is None:
@@ -542,24 +588,9 @@ class Session:
             eight_bit=stored is not None and self._converted is None and not job.is_ascii,
             binary=properties.get("binarymime") is True,
             utf8=properties.get("smtputf8") is True and not has_ascii_header(stored or b""),
+            require_tls=self._securing.demands.requiretls,
             dsn=properties.get("dsn"),
         )
-
-    async def _is_ascii(self, body: bytes) -> bool:
-        """Whether a body is ASCII; a thread reads a long one."""
-        if len(body) <= LOOK_BYTES:
-            return body.isascii()
-        self._deadline = math.inf
-        return await trio.to_thread.run_sync(is_ascii, body)
-
-    async def _is_too_binary(self, body: bytes) -> bool:
-        """Whether a body cannot go to the peer as lines, nor byte for byte."""
-        if self._protocol.takes_binary:
-            return False
-        if len(body) <= LOOK_BYTES:
-            return is_binary(body)
-        self._deadline = math.inf
-        return await trio.to_thread.run_sync(is_binary, body)
 
     def _must_convert(self, job: Job, body: bytes, ascii: bool) -> bool:
         """Whether the peer cannot take a body as it is, but could take it in ASCII.
@@ -574,21 +605,10 @@ class Session:
         return not (properties.get("smtputf8") is True and not has_ascii_header(body))
 
     async def _convert(self, body: bytes) -> bytes | Converted | None:
-        """Convert a body to ASCII; None if impossible.
-
-        A long body is encoded block by block while it is sent. If a plugin may read the body, the
-        whole converted mail is in memory beside the stored one.
-        """
-        if len(body) <= CONVERT_BYTES:
-            return to_seven_bit(body)
+        """Convert a body to ASCII; None if impossible."""
         self._deadline = math.inf  # the delay is not the peer's
         shown = self._plugin.listens("out_data") or self._plugin.listens("out_sent")
-        return await trio.to_thread.run_sync(
-            to_seven_bit if shown else convert,
-            body,
-            limiter=_converters(),
-            abandon_on_cancel=True,
-        )
+        return await to_ascii(body, whole=shown)
 
     def _go_ahead(self, body: bytes | Converted) -> None:
         """Put the next envelope behind the current body, if useful."""
@@ -636,7 +656,7 @@ class Session:
             sent: bytes | Converted = message.body
             if message.body is body:
                 sent = converted or message.body
-            elif self._must_convert(job, message.body, await self._is_ascii(message.body)):
+            elif self._must_convert(job, message.body, await is_ascii_body(message.body)):
                 changed = await self._convert(message.body)
                 if changed is None:
                     protocol.abort(Problem.LOST, "the body cannot be converted")
@@ -752,19 +772,6 @@ class Session:
     def _expect(self, seconds: float) -> None:
         """Set the deadline `seconds` from now."""
         self._deadline = monotonic() + seconds
-
-
-_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("converters")
-
-
-def _converters() -> trio.CapacityLimiter:
-    """The limit on conversions in this loop."""
-    try:
-        return _limiter.get()
-    except LookupError:
-        limiter = trio.CapacityLimiter(CONVERTERS)
-        _limiter.set(limiter)
-        return limiter
 
 
 def _is_about_login(event: Refused) -> bool:

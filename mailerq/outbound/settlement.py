@@ -46,7 +46,7 @@ from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.session import Session
 from mailerq.queues import DAMAGED_QUEUE, Lease, Publication, Queues, Settlement
 from mailerq.rules.local_ips import avoid, pin
-from mailerq.rules.responses import Fate
+from mailerq.rules.responses import Fate, at_the_end
 from mailerq.rules.retry import next_attempt
 from mailerq.rules.routes import result_queues
 
@@ -226,6 +226,10 @@ class Settlements:
                 after=outcome.retry_after,
                 lot=self._lot(),
             )
+        ending = outcome if due is not None else at_the_end(outcome)
+        if ending is not outcome:
+            result = _result(msgspec.structs.replace(report, outcome=ending), result.attempt, now)
+            properties["results"] = [*results, result.to_dict()]
         if not outcome.pins or "refusedips" in properties:
             other_ip = outcome.other_ip and due is not None
             avoid(properties, report.local_ip if other_ip else None)
@@ -420,7 +424,7 @@ class Settlements:
 
 
 def _result(report: Report, attempt: int, now: float) -> Result:
-    outcome = report.outcome
+    outcome, tls = report.outcome, report.tls or {}
     return Result(
         attempt=attempt,
         type=outcome.type,
@@ -437,6 +441,8 @@ def _result(report: Report, attempt: int, now: float) -> Result:
         kind=outcome.kind or None,
         rule=outcome.rule or None,
         authentication=report.mechanism,
+        cipher=tls.get("cipher"),
+        certificate=tls.get("certificate"),
     )
 
 
@@ -478,5 +484,6 @@ def _log_line(message: Message, result: Result) -> str:
             f"[{result.local_ip or ''}] [{result.remote_ip or ''}]",
             ",".join(map(escape_field, map(str, tags))) if isinstance(tags, list) else "",
             f"{result.code or ''} {result.status or ''} {escape(result.description or '')}",
+            *((f"({result.cipher['version']})",) if result.cipher else ()),
         )
     )

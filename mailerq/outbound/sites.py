@@ -9,6 +9,13 @@ operator's trust, never a label: two sets can have equal labels. The label is fo
 
 `Sites.find` asks the resolver, which caches answers for their TTL and shares lookups of one name.
 A result is used for `FRESH_SECONDS` without asking again, unless a host does not let us in.
+
+What a domain has published about TLS (`mailerq.outbound.policies`) belongs to its site: domains
+with the same hosts and other policies have sites of their own, so they share no connections. They
+share their limits nevertheless, by `Site.limit_key`. Hosts that match no pattern of an enforced
+MTA-STS policy are left out.
+
+
 A target that has no hosts for now is a site of its own, with the outcome for its mail. A site
 exists while a result or a flow needs it; what waits for a site knows its key only.
 
@@ -34,14 +41,23 @@ import trio
 
 from mailerq.escaping import escape
 from mailerq.net.resolver import Host, NoHosts, Resolver
+from mailerq.outbound.policies import NO_POLICIES, NO_POLICY, Policies
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 from mailerq.rules.routes import Route
+from mailerq.rules.security import (
+    MX_MISMATCH,
+    Demands,
+    DomainPolicy,
+    PolicyUnknown,
+    Reason,
+    StsPolicy,
+    TlsFailure,
+)
 from mailerq.wire.login import Login
 
 if TYPE_CHECKING:
     from mailerq.outbound.flow import Flow
-    from mailerq.rules.logins import Demand
 
 __all__ = ["HostMemory", "Site", "Sites"]
 
@@ -97,20 +113,30 @@ class Site:
     __slots__ = (
         "__weakref__",
         "apart",
+        "chosen_by",
         "flows",
         "group",
         "hosts",
         "key",
         "label",
+        "limit_key",
         "lmtp",
+        "mx",
         "name",
         "outcome",
+        "policy",
         "port",
         "setting",
+        "trusted",
     )
 
     def __init__(self, key: bytes, route: Route) -> None:
-        self.key = key
+        self.key = self.limit_key = key
+        """The second one is that of all sites with the same hosts, whatever their policies."""
+        self.mx = route.mx
+        self.trusted = route.trusted
+        self.policy = NO_POLICY
+        """What the domain has published about TLS."""
         self.label = route.name
         self.name = route.host
         self.port = route.port
@@ -123,7 +149,9 @@ class Site:
         self.outcome: Outcome | None = None
         self.setting = ""
         """The key of the setting that led to this outcome, if one did."""
-        self.flows: dict[tuple[str | None, tuple[Demand, ...]], Flow] = {}
+        self.chosen_by = route.setting
+        """The key of the setting that chose the host, if one did."""
+        self.flows: dict[tuple[str | None, Demands], Flow] = {}
 
     def fits(self, local_ip: str) -> bool:
         """Whether a host can be reached from a local address."""
@@ -156,10 +184,14 @@ class Sites:
         resolver: Resolver,
         group_of: Callable[[str], str],
         apart_of: Callable[[str], str] = lambda domain: "",
+        ignores_policies: Callable[[str], bool] = lambda group: False,
+        policies: Policies = NO_POLICIES,
     ) -> None:
         self._resolver = resolver
         self._group_of = group_of
         self._apart_of = apart_of
+        self._ignores_policies = ignores_policies
+        self.policies = policies
         self._quick = trio.CapacityLimiter(MAX_LOOKUPS)
         self._patient = trio.CapacityLimiter(MAX_LOOKUPS)
         self._found: OrderedDict[Route, tuple[float, Site | NoHosts]] = OrderedDict()
@@ -212,20 +244,25 @@ class Sites:
                 del self._found[route]
 
     async def _look_up(self, route: Route) -> Site | NoHosts:
-        outcome, setting = responses.OWN_FAULT, ""
+        outcome, setting, policy = responses.OWN_FAULT, "", NO_POLICY
         try:
+            if self._has_policy(route):
+                policy = await self.policies.find(route.host)
             if route.host.startswith("/"):
                 found: tuple[Host, ...] | NoHosts = (Host(route.host, route.host),)
             elif route.mx:
                 found = await self._resolver.mail_hosts(route.host)
             else:
                 found = await self._resolver.host(route.host, trusted=route.trusted)
+        except PolicyUnknown as error:
+            outcome = responses.tls_failed(TlsFailure(Reason.FAILURE, str(error)), state="dns")
         except Exception:
             # Bad data in other people's zones must not end the engine.
             log.exception("looking for the hosts of %s failed", route.name)
         else:
             if not isinstance(found, NoHosts):
-                return self._keep(route, self._site_of(route, found))
+                site = self._site_of(route, found, policy)
+                return self._keep(route, site, FAILED_SECONDS if site.outcome else FRESH_SECONDS)
             if found.reply is not None:
                 return self._keep(route, found)
             outcome, setting = responses.no_hosts(found.description, None), found.setting
@@ -234,7 +271,13 @@ class Sites:
         site.outcome, site.setting, site.apart = outcome, setting, apart
         return self._keep(route, site, FAILED_SECONDS)
 
-    def _site_of(self, route: Route, hosts: tuple[Host, ...]) -> Site:
+    def _has_policy(self, route: Route) -> bool:
+        """Whether what the domain of a target has published about TLS counts."""
+        if not route.mx or route.waived or route.host.startswith("["):
+            return False
+        return self.policies.exist and not self._ignores_policies(self._group_of(route.name))
+
+    def _site_of(self, route: Route, hosts: tuple[Host, ...], policy: DomainPolicy) -> Site:
         group, apart = self._group_of(route.name), self._apart_of(route.name)
         if route.mx:
             ranks = {p: n for n, p in enumerate(sorted({host.preference for host in hosts}))}
@@ -242,9 +285,30 @@ class Sites:
             key = _digest(names, route.port, route.trusted, group, *(apart and [apart]))
         else:
             key = _digest(route, *(apart and [apart]))
-        site = self._site(key, route)
+        if policy == NO_POLICY:
+            site = self._site(key, route)
+        else:
+            site = self._site(_digest(key, policy), route)
+            site.limit_key, site.policy = key, policy
+            if (enforced := policy.enforced) is not None:
+                site.outcome, hosts = self._allowed(route.host, enforced, policy, hosts)
         site.hosts, site.group, site.apart = hosts, group, apart
         return site
+
+    def _allowed(
+        self, domain: str, enforced: StsPolicy, policy: DomainPolicy, hosts: tuple[Host, ...]
+    ) -> tuple[Outcome | None, tuple[Host, ...]]:
+        """The hosts that an MTA-STS policy allows; an outcome if it allows none."""
+        allowed = []
+        for host in hosts:
+            if enforced.allows(host.name):
+                allowed.append(host)
+                continue
+            text = f"{host.name} matches no pattern of {enforced}"
+            failure = TlsFailure(Reason.FAILURE, text, MX_MISMATCH)
+            self.policies.record(domain, policy, None, host.name, failure)
+        outcome = None if allowed else responses.tls_failed(failure, state="dns")
+        return outcome, tuple(allowed)
 
     def _site(self, key: bytes, route: Route) -> Site:
         site = self._sites.get(key)
@@ -300,6 +364,7 @@ class HostMemory:
         self._breaks: OrderedDict[str, list[float]] = OrderedDict()
         self._aside = _Memory()
         self._out_of_step = _Memory()
+        self._broken_tls = _Memory()
         self._logins = _Memory()
 
     def is_doubtful(self, address: str) -> bool:
@@ -358,6 +423,14 @@ class HostMemory:
                 error.strerror or error,
                 ASIDE_SECONDS,
             )
+
+    def is_tls_broken(self, address: str) -> bool:
+        """Whether TLS with a host failed recently, so that mail goes in clear where it may."""
+        return address in self._broken_tls
+
+    def tls_broke(self, address: str, seconds: float) -> None:
+        """TLS with a host failed, and something may go to it in clear."""
+        self._broken_tls.add(address, seconds)
 
     def login_refused(self, label: str, address: str, login: Login, outcome: Outcome) -> None:
         """A host refused a login."""

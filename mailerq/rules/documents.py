@@ -13,9 +13,9 @@ from mailerq.mail.extract import extract
 from mailerq.mail.headers import HOP_LIMIT, Header
 from mailerq.message import Message
 from mailerq.properties import KNOWN, misspellings
-from mailerq.rules.logins import login_of
+from mailerq.rules.logins import demands_of, login_of
 from mailerq.rules.retry import expires_at, not_before
-from mailerq.rules.routes import loop_problem, route_of, unmet_promise
+from mailerq.rules.routes import loop_problem, route_of
 from mailerq.wire.parameters import dsn_parameters
 
 __all__ = ["Finding", "examine", "problems"]
@@ -90,15 +90,12 @@ def _unusable(message: Message, config: Config, now: float, supplied: bool) -> I
         if is_name:
             yield f"property ips: {address[:SHOWN]!a} is no IP address"
     try:
-        if not route_of(properties, "", config).mx:
-            login_of(properties, config)
+        login = None if route_of(properties, "", config).mx else login_of(properties, config)
+        demands_of(properties, login)
     except AddressError as error:
         yield str(error)
     yield from _late(properties, config, now)
     yield from _no_body(message, supplied)
-    if (promise := unmet_promise(properties)) is not None:
-        text = promise.description
-        yield text if text.startswith("property ") else f"property requiretls: {text}"
 
 
 def _late(properties: Mapping[str, Any], config: Config, now: float) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Which login a message needs at the host that takes it, and where a login may go in clear."""
+"""What a message itself demands of connections, its login at the host, and where that may go."""
 
 from __future__ import annotations
 
@@ -8,15 +8,44 @@ from typing import Any, Final
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.rules.access import is_within
+from mailerq.rules.security import LEVELS, NOTHING, Demands
 from mailerq.wire.login import Login
 
-__all__ = ["Demand", "login_of", "may_go_in_clear"]
+__all__ = ["demands_of", "login_of", "may_go_in_clear"]
 
 MAX_CHARS: Final = 4096
 """Characters of a user name or a password; some passwords are tokens."""
 
-Demand = Login
-"""What a connection must prove before it takes a message."""
+
+def demands_of(properties: Mapping[str, Any], login: Login | None) -> Demands:
+    """What a message demands of the connections that take it.
+
+    Its ``security``, and the ``secure`` of its ``smarthost``, add to what the operator demands;
+    ``optional`` and ``none`` do without TLS where nothing demands TLS. Raises `AddressError`.
+
+    >>> demands_of({"security": "verified"}, None), demands_of({"security": "optional"}, None)
+    (Demands(verified), Demands(none))
+    """
+    security, smarthost = properties.get("security"), properties.get("smarthost")
+    secure = smarthost.get("secure") if smarthost else None
+    requiretls = properties.get("requiretls") is True
+    if security is None and secure is None and login is None and not requiretls:
+        return NOTHING
+    demands = Demands(
+        requiretls=requiretls, logins=frozenset() if login is None else frozenset((login,))
+    )
+    for name, word in (("security", security), ("smarthost: secure", secure)):
+        if word is None:
+            continue
+        if isinstance(word, bool) or word in (0, 1):
+            word = "opportunistic" if word else "none"
+        if word in ("optional", "none"):
+            demands |= Demands(plain=True)
+        elif isinstance(word, str) and word in LEVELS:
+            demands |= Demands(LEVELS[word])
+        else:
+            raise AddressError(f"property {name} is none of {', '.join(LEVELS)}")
+    return demands
 
 
 def login_of(properties: Mapping[str, Any], config: Config) -> Login | None:

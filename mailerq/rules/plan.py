@@ -17,12 +17,13 @@ from mailerq.mail.headers import HOP_LIMIT, Header
 from mailerq.message import Message
 from mailerq.rules import responses
 from mailerq.rules.local_ips import NO_ADDRESSES, LocalIps, NoPool
-from mailerq.rules.logins import Demand, login_of
+from mailerq.rules.logins import demands_of, login_of
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at, not_before
-from mailerq.rules.routes import Route, loop_problem, route_of, unmet_promise
+from mailerq.rules.routes import Route, loop_problem, route_of
 from mailerq.rules.row import PAUSE, Row, compared
 from mailerq.rules.rows import Rows
+from mailerq.rules.security import NOTHING, Demands
 from mailerq.wire import smtp
 
 __all__ = ["Hold", "Park", "Plan", "Refuse", "Send", "body_problem", "plan", "stopped"]
@@ -61,10 +62,10 @@ class Send(msgspec.Struct, frozen=True):
     """Send the message now.
 
     `local_ips` are the addresses that the message may leave from, empty for any. `demands` is what
-    a connection must prove first. `envelope` and `recipient` are in wire form. The message must not
-    be sent after `expires`. Of several local addresses `pinned` is the one that the last attempt
-    left from, if the message has to come back from there. For those in `refused` peers have refused
-    the message: others come first.
+    the message itself wants a connection to prove first. `envelope` and `recipient` are in wire
+    form. The message must not be sent after `expires`. Of several local addresses `pinned` is the
+    one that the last attempt left from, if the message has to come back from there. For those in
+    `refused` peers have refused the message: others come first.
     """
 
     route: Route
@@ -73,7 +74,7 @@ class Send(msgspec.Struct, frozen=True):
     recipient: str
     expires: float
     local_ips: tuple[str, ...] = ()
-    demands: tuple[Demand, ...] = ()
+    demands: Demands = NOTHING
     pinned: str = ""
     refused: tuple[str, ...] = ()
 
@@ -128,11 +129,10 @@ def plan(
         return Refuse(responses.EXPIRED, domain)
     if rows is not None and (row := rows.suppression(compared(mailbox), domain)) is not None:
         return Refuse(responses.suppressed(row), domain, row=row.id)
-    if (promise := unmet_promise(properties)) is not None:
-        return Refuse(responses.unmet(promise), domain)
     try:
         route = route_of(properties, domain, config)
         login = None if route.mx or route.lmtp else login_of(properties, config)
+        demands = demands_of(properties, login)
         local_ips: tuple[str, ...] = ()
         named = local.default or "ips" in properties or "pool" in properties
         if named and not route.lmtp:
@@ -141,7 +141,6 @@ def plan(
         return Refuse(responses.unsendable(str(error)), domain)
     except NoPool as error:
         return Refuse(responses.no_pool(str(error)), domain, expires)
-    demands = () if login is None else (login,)
     if rows is not None:
         tags = properties.get("tags") or ()
         row, local_ips = rows.early(domain, tags, local_ips, by_domain=route.name == domain)

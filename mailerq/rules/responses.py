@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from mailerq.rules.row import Row
+from mailerq.rules.security import TlsFailure
 from mailerq.wire import smtp
 from mailerq.wire.client import Accepted, Failed, Problem, Refused, Step
 from mailerq.wire.smtp import Reply
@@ -33,6 +34,7 @@ __all__ = [
     "Fate",
     "Outcome",
     "accepted",
+    "at_the_end",
     "bounced",
     "cannot_bind",
     "connect_failed",
@@ -49,7 +51,7 @@ __all__ = [
     "refused_on_arrival",
     "rejected_by_plugin",
     "suppressed",
-    "unmet",
+    "tls_failed",
     "unsendable",
 ]
 
@@ -62,6 +64,7 @@ TYPES: Final = {
     "bind": "The mail could not be sent from any address that it may use.",
     "refused": "The host refused the connection.",
     "connect": "The connection to the host failed.",
+    "tls": "The connection does not prove the TLS that is demanded.",
     "noaccess": "The session ended at the banner, EHLO, HELO or the login.",
     "error": "The peer or this server refused the mail: for now with a `code` of 4xx, else for"
     " good.",
@@ -88,6 +91,7 @@ STATES: Final = {
     "init": "Waiting for the banner.",
     "ehlo": "EHLO was sent, or LHLO of LMTP.",
     "helo": "HELO was sent.",
+    "starttls": "TLS was begun, or its certificate was checked.",
     "authplain": "AUTH PLAIN was sent.",
     "authlogin": "AUTH LOGIN was sent.",
     "authusername": "The user name was sent for AUTH LOGIN.",
@@ -118,6 +122,7 @@ _STATES: Final = {
     Step.INTRO: "init",
     Step.EHLO: "ehlo",
     Step.HELO: "helo",
+    Step.STARTTLS: "starttls",
     **{step: str(step) for step in Step if step.startswith("auth")},
     Step.RESET: "reset",
     Step.MAILFROM: "mail from",
@@ -128,9 +133,10 @@ _STATES: Final = {
     Step.IDLE: "idle",
 }
 
-_HELLO: Final = frozenset(
-    (Step.INTRO, Step.EHLO, Step.HELO, *(step for step in Step if step.startswith("auth")))
-)
+_HELLO: Final = frozenset((
+    Step.INTRO, Step.EHLO, Step.HELO, Step.STARTTLS,
+    *(step for step in Step if step.startswith("auth")),
+))  # fmt: skip
 """The steps before a session takes mail."""
 
 _OWN_ERRORS: Final = frozenset({
@@ -247,6 +253,21 @@ def login_in_clear(host: str) -> Outcome:
     )
 
 
+def tls_failed(failure: TlsFailure, *, state: str = "starttls") -> Outcome:
+    """A host, or a connection to it, does not prove what is demanded; never final by itself."""
+    reply = (smtp.requiretls_failed if failure.requiretls else smtp.tls_failed)(failure.text)
+    outcome = _answered("tls", state, "error", Fate.RETRY, reply)
+    return msgspec.structs.replace(outcome, result="timeout") if failure.timed_out else outcome
+
+
+def at_the_end(outcome: Outcome) -> Outcome:
+    """The outcome that no attempt follows: REQUIRETLS has a status of its own (RFC 8689)."""
+    if outcome.type != "tls" or outcome.status != "4.7.30":
+        return outcome
+    reply = smtp.REQUIRETLS_FAILED
+    return msgspec.structs.replace(outcome, code=reply.code, status=reply.status)
+
+
 def cannot_bind(error: OSError, local_ip: str) -> Outcome:
     """Binding to `local_ip` failed with `error`."""
     text = os.strerror(error.errno) if error.errno else str(error)
@@ -303,11 +324,6 @@ def unsendable(problem: str, reply: Reply | None = None) -> Outcome:
     """The message itself has a mistake, and is never tried. A `reply` gives its codes."""
     code, status = (reply.code, reply.status) if reply is not None else (None, None)
     return Outcome("error", "process", "invalid", Fate.FAILED, code, status, problem)
-
-
-def unmet(promise: Reply) -> Outcome:
-    """A promise made on reception cannot be kept."""
-    return unsendable(promise.description, promise)
 
 
 def bounced(text: str) -> Outcome:

@@ -2,4 +2,3 @@
 
 cpdef route_of(properties, domain, config)
 cpdef _smarthost(smarthost)
-cpdef unmet_promise(properties)

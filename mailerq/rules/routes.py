@@ -10,8 +10,6 @@ import msgspec
 from mailerq.address import host_port, parse_host, parse_lmtp, queue_problem
 from mailerq.config import Config
 from mailerq.errors import AddressError
-from mailerq.wire import smtp
-from mailerq.wire.smtp import Reply
 
 __all__ = [
     "SMTP_PORT",
@@ -20,7 +18,6 @@ __all__ = [
     "reception_queue",
     "result_queues",
     "route_of",
-    "unmet_promise",
 ]
 
 SMTP_PORT: Final = 25
@@ -33,7 +30,8 @@ class Route(msgspec.Struct, frozen=True):
     to, or the path of a socket; with `mx`, the domain whose MX hosts take the mail. The operator
     vouches for a `trusted` host: `smtp-out-forbidden` does not apply. `lmtp`: the host speaks LMTP.
     `setting` is the key of the setting that chose the host; empty for the domain itself, and for a
-    smarthost of the message.
+    smarthost of the message. `waived`: what the domain has published about TLS does not count,
+    because the message says so (RFC 8689, section 5).
     """
 
     name: str
@@ -43,6 +41,7 @@ class Route(msgspec.Struct, frozen=True):
     trusted: bool = False
     lmtp: bool = False
     setting: str = ""
+    waived: bool = False
 
 
 def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Route:
@@ -69,7 +68,10 @@ def route_of(properties: Mapping[str, Any], domain: str, config: Config) -> Rout
     if config.smtp_sink_address:
         host, port, mx, trusted = config.smtp_sink_address, config.smtp_sink_port, False, True
         lmtp, setting = False, "smtp-sink-address"
-    return Route(name, host, port, mx, trusted, lmtp, setting)
+    waived = mx and properties.get("tlsrequired") is False
+    if waived and properties.get("requiretls") is True:
+        waived = False
+    return Route(name, host, port, mx, trusted, lmtp, setting, waived)
 
 
 def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
@@ -133,15 +135,3 @@ def reception_queue(config: Config, *, local: bool) -> str:
         return config.rabbitmq_local
     inbox = config.rabbitmq_inbox
     return config.rabbitmq_outbox if inbox is None else inbox
-
-
-def unmet_promise(properties: Mapping[str, Any]) -> Reply | None:
-    """The promise made on reception that delivery cannot keep, as a reply; or None.
-
-    Sending anyway would break RFC 8689, or what the message asks for.
-    """
-    if properties.get("requiretls") is True:
-        return smtp.NO_REQUIRETLS
-    if (security := properties.get("security")) in ("required", "verified"):
-        return smtp.no_security(security)
-    return None

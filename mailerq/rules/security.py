@@ -38,6 +38,8 @@ from mailerq.wire.login import Login
 
 __all__ = [
     "LEVELS",
+    "LEVEL_DEMANDS",
+    "MX_MISMATCH",
     "NOTHING",
     "Demands",
     "DomainPolicy",
@@ -240,6 +242,9 @@ class Demands(msgspec.Struct, frozen=True, cache_hash=True):
 
 NOTHING: Final = Demands()
 """No demands, and TLS is not tried."""
+
+LEVEL_DEMANDS: Final = tuple(Demands(level) for level in Level)
+"""The demands of each level alone."""
 
 
 class DomainPolicy(msgspec.Struct, frozen=True):

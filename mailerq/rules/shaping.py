@@ -31,6 +31,7 @@ from mailerq.address import parse_domain, parse_ip
 from mailerq.errors import AddressError, ConfigError, Problem
 from mailerq.rules.hours import Hours, zone_of
 from mailerq.rules.local_ips import NO_ADDRESSES, LocalIps
+from mailerq.rules.security import LEVELS, Level
 from mailerq.rules.tables import TableReader, file_bytes
 from mailerq.settings import SIZE
 from mailerq.spelling import Spelling
@@ -47,6 +48,10 @@ COUNTS: Final = ("max-connections", "max-starting", "max-idle")
 HOURS: Final = "hours"
 CONNECTION: Final = ("connection-messages", "connection-bytes", "connection-idle")
 """What holds for each connection by itself, so without a scope."""
+
+SECURE: Final = "secure"
+IGNORE: Final = "ignore-policies"
+"""The TLS of connections, and whether what the domain has published about TLS does not count."""
 
 SITE: Final = {
     "messages-per-minute": "domain-maxmessages",
@@ -70,15 +75,10 @@ REMOTE: Final = {
 }
 """The settings that are the least exact values of a remote address."""
 
-VALUES: Final = (*RATES, *COUNTS, *CONNECTION, HOURS)
+VALUES: Final = (*RATES, *COUNTS, *CONNECTION, HOURS, SECURE, IGNORE)
 SELECTORS: Final = ("domain", "provider", "remote-ip", "local-ip", "pool")
 KEYS: Final = {"limit": (*SELECTORS, *VALUES, "timezone"), "provider": ("name", "mx")}
 SPELLINGS: Final = {kind: Spelling(keys) for kind, keys in KEYS.items()}
-LATER: Final = {
-    "secure": "TLS on the way out is not supported yet",
-}
-"""Keys of a line that will mean something, and what to do until then."""
-
 SIZES: Final = frozenset({"bytes-per-minute", "connection-bytes"})
 SECONDS: Final = frozenset({"connection-idle"})
 MAX_VALUE: Final = 10**15
@@ -92,7 +92,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 class Bound(NamedTuple):
     """A limit and the place that sets it. The value is seconds for ``connection-idle``.
 
-    With `hours` the value means nothing.
+    With `hours` the value means nothing. For `SECURE` it is a `Level`, for `IGNORE` 0 or 1.
     """
 
     value: float
@@ -162,6 +162,9 @@ class Shaping:
         self._lines = tuple(lines)
         self._providers = tuple(providers)
         site = _base(config, SITE)
+        level = LEVELS[config.connection_secure]
+        site[SECURE] = Bound(level, config.place("connection-secure"))
+        self._ignores = any(IGNORE in line.values for line in self._lines)
         self._base = {
             "site": site, "connection": site, "provider": {}, "remote": _base(config, REMOTE),
         }  # fmt: skip
@@ -277,6 +280,15 @@ class Shaping:
         """What holds for each connection to a site, the `CONNECTION` limits."""
         return self._find(_Scope("connection", local_ip, group, provider))
 
+    def secure(self, group: str, provider: str, local_ip: str) -> Bound:
+        """The `Level` of TLS to a site, and the place that sets it."""
+        found = self.of_connection(group, provider, local_ip).get(SECURE)
+        return found or Bound(Level.NONE, "")
+
+    def ignores_policies(self, group: str) -> bool:
+        """Whether what a site's domains have published about TLS does not count."""
+        return self._ignores and IGNORE in self.of_site(group, "")
+
     def _find(self, scope: _Scope) -> Bounds:
         found = self._cache.get(scope)
         if found is None:
@@ -296,9 +308,12 @@ class Shaping:
         values = dict(self._base[scope.kind])
         for _, layer in sorted(layers.items()):
             values.update({k: bound for k, bound in layer.items() if bound.value != INHERIT})
-        names = CONNECTION if scope.kind == "connection" else (*RATES, *COUNTS, HOURS)
+        names: tuple[str, ...] = (*RATES, *COUNTS, HOURS, IGNORE)
+        if scope.kind == "connection":
+            names = (*CONNECTION, SECURE)
         # An idle time of 0 is a limit: no connection is kept.
-        return {k: v for k, v in values.items() if k in names and (v.value or k in SECONDS)}
+        kept = (*SECONDS, SECURE)
+        return {k: v for k, v in values.items() if k in names and (v.value or k in kept)}
 
 
 def _base(config: Config, names: Mapping[str, str]) -> dict[str, Bound]:
@@ -372,11 +387,6 @@ class _Reader(TableReader):
             if (limit := self._limit(index, table, names)) is not None
         ]
         return lines, providers
-
-    def unknown(self, kind: str, key: str) -> str:
-        if kind == "limit" and key in LATER:
-            return f"{key}: {LATER[key]}"
-        return super().unknown(kind, key)
 
     # Providers
 
@@ -517,6 +527,16 @@ class _Reader(TableReader):
         if "remote-ip" in chosen and key not in REMOTE:
             self.wrong(line, f"{key} cannot be set for a remote-ip, only for domains")
             return None
+        if key == SECURE and value != INHERIT:
+            return self._level(line, value)
+        if key == IGNORE and value != INHERIT:
+            if not isinstance(value, bool):
+                self.wrong(line, f"{key}: {value!r} is neither true nor false")
+                return None
+            if more := {"provider", "local-ip", "pool"} & table.keys():
+                self.wrong(line, f"{key} cannot be set for a {min(more)}, only for domains")
+                return None
+            return Bound(int(value), f"{self.path}:{line}")
         if key == HOURS and (isinstance(value, (str, bool)) or value not in (0, INHERIT)):
             return self._hours(index, table)
         if isinstance(value, str) and key in SIZES:
@@ -538,6 +558,14 @@ class _Reader(TableReader):
             )
             return None
         return Bound(value, f"{self.path}:{line}")
+
+    def _level(self, line: int, value: object) -> Bound | None:
+        if isinstance(value, bool) or value in (0, 1):
+            value = "opportunistic" if value else "none"
+        if not isinstance(value, str) or value not in LEVELS:
+            self.wrong(line, f"{SECURE}: {value!r} is none of {', '.join(LEVELS)}")
+            return None
+        return Bound(LEVELS[value], f"{self.path}:{line}")
 
     def _hours(self, index: int, table: Mapping[str, Any]) -> Bound | None:
         """The hours of a line, which are not taken back."""

@@ -6,7 +6,7 @@ cimport cython
 @cython.final
 cdef class ClientProtocol:
     cdef public Py_ssize_t replies, max_mails, max_domains, _at
-    cdef public bint careful, may_go_ahead, _lmtp
+    cdef public bint careful, secure, may_go_ahead, _lmtp, _tls, _must_tls
     cdef public bint out_of_step, _eof, _ahead, _proved, _doubted, _fresh, _transaction_open
     cdef public bint _body_due, _asked, _binary, _last, _farewell
     cdef public bytes _hostname, _input, _code
@@ -16,6 +16,7 @@ cdef class ClientProtocol:
     cdef public object _due, _later, _held, _refusal, _over, _blocks
     cdef public object _sender, _known_sender
 
+    cpdef secured(self)
     cpdef quit(self)
     cpdef data_to_send(self)
     cpdef _send_commands(self)
@@ -31,9 +32,9 @@ cdef class ClientProtocol:
     cpdef _take_goodbye(self, reply)
     cpdef _take_farewell(self, step, reply)
     cpdef _take_hello(self, step, reply, kind)
-    cpdef _say_auth(self, move)
+    cpdef _say_hello(self, step)
+    cpdef _put(self, step, line)
     cpdef _take_auth(self, step, reply)
-    cpdef _take_limits(self)
     cpdef _take_unasked(self, reply)
     cpdef _take_early(self, reply)
     cpdef _report(self)

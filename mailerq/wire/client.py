@@ -29,6 +29,11 @@ proves less of the peer's position.
 LMTP (RFC 2033) begins with LHLO. Its dot gets a reply for each recipient, and a mail has one. Its
 DATA is never answered by 354 when the recipient was refused.
 
+With `tls` a session says STARTTLS (RFC 3207) if the peer offers it: 220 is reported as `StartTls`,
+and the driver does the handshake and calls `secured`. Nothing that came in clear counts then: EHLO
+goes out again. Input ahead of the reply to STARTTLS, or behind it, may be that of somebody else on
+the way (CVE-2011-0411), and ends the session, as does a refusal. `must_tls`: so does no offer.
+
 A session with a login proves it by AUTH (RFC 4954) before it is `Ready`. 334 and 235 answer AUTH
 only, and no other reply lets the session go on. If the peer repeats the password, no event has it.
 
@@ -117,25 +122,21 @@ from mailerq.wire.client_events import (
     Ready,
     Refused,
     SendBody,
+    StartTls,
     Step,
 )
-from mailerq.wire.framing import (
-    BLOCK_BYTES,
-    InBlocks,
-    encode_blocks,
-    encode_body,
-    encode_chunk,
-)
+from mailerq.wire.extensions import offers, session_limits
+from mailerq.wire.framing import BLOCK_BYTES, InBlocks, encode
 from mailerq.wire.login import (
     MECHANISMS,
     Exchange,
     Login,
-    decode_challenge,
     hidden,
     mechanism_of,
+    next_move,
 )
 from mailerq.wire.objections import objection_to
-from mailerq.wire.parameters import dsn_parameters
+from mailerq.wire.parameters import envelope_commands
 from mailerq.wire.smtp import LocalProtocolError, Reply
 
 __all__ = [
@@ -150,6 +151,7 @@ __all__ = [
     "Ready",
     "Refused",
     "SendBody",
+    "StartTls",
     "Step",
 ]
 
@@ -167,18 +169,15 @@ MAX_MTA_NAME: Final = 255
 
 _REPLY_LINE: Final = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 
-_LIMIT: Final = re.compile(r"(?i:(MAILMAX|RCPTDOMAINMAX))=([1-9][0-9]{0,5})", re.ASCII)
-
 _ABOUT_COMMANDS: Final = range(500, 505)
 """Codes for a command that the peer did not understand or expect; no verdict on a body."""
 
 # Each is read several times a mail; the attribute of an Enum costs ten times as much.
-_INTRO, _EHLO, _HELO = Step.INTRO, Step.EHLO, Step.HELO
+_INTRO, _EHLO, _HELO, _STARTTLS = Step.INTRO, Step.EHLO, Step.HELO, Step.STARTTLS
 _RESET, _MAILFROM, _RCPTTO, _DATA = Step.RESET, Step.MAILFROM, Step.RCPTTO, Step.DATA
 _MESSAGE, _QUIT, _IDLE = Step.MESSAGE, Step.QUIT, Step.IDLE
 
-
-_SEND_BODY: Final = SendBody()
+_SEND_BODY, _START_TLS = SendBody(), StartTls()
 
 
 class _Violation(Exception):
@@ -212,6 +211,8 @@ class ClientProtocol:
         careful: bool = False,
         login: Login | None = None,
         lmtp: bool = False,
+        tls: bool = False,
+        must_tls: bool = False,
     ) -> None:
         self.careful = careful
         """True if the peer was out of step before: QUIT follows the reply to each body."""
@@ -219,11 +220,12 @@ class ClientProtocol:
         """The name in the peer's banner."""
         self.extensions: dict[str, str] = {}
         """The peer's EHLO offers: upper-case keyword -> its parameters."""
+        self.secure = False
+        """True once the connection uses TLS."""
         self.mechanism: str | None = None
         """The mechanism of AUTH by which the session proves its login, in lower case."""
         self.max_mails = self.max_domains = 0
-        """Mails, and domains of their recipients, that the peer takes in one session (RFC 9422); 0:
-        the peer does not say."""
+        """Mails, and domains of their recipients, that a session takes (RFC 9422); 0: unlimited."""
         self.replies = 0
         """Complete replies so far; a deadline per reply restarts when this grows."""
         self.out_of_step = False
@@ -233,6 +235,7 @@ class ClientProtocol:
         self._hostname = hostname.encode()
         self._lmtp = lmtp
         self._login = login
+        self._tls, self._must_tls = tls or must_tls, must_tls
         self._exchange: Exchange | None = None  # of AUTH; None before and after
         self._due: deque[Step] = deque((_INTRO,))
         self._later: deque[tuple[Step, bytes]] = deque()
@@ -287,6 +290,16 @@ class ClientProtocol:
         """True if the session cannot continue."""
         return self._over is not None
 
+    def secured(self) -> None:
+        """The TLS handshake that `StartTls` asked for is done: begin anew inside TLS."""
+        if self.step is not _STARTTLS or self._output or self._over:
+            raise LocalProtocolError("no TLS handshake is due")
+        self._due.clear()
+        self.secure = True
+        self.extensions = {}
+        self.max_mails = self.max_domains = 0
+        self._say_hello(_EHLO)
+
     # Output
 
     def mail(
@@ -298,16 +311,17 @@ class ClientProtocol:
         eight_bit: bool = False,
         binary: bool = False,
         utf8: bool = False,
+        require_tls: bool = False,
         dsn: Mapping[str, object] | None = None,
     ) -> bool:
         """Begin to send a mail of `size` bytes to one recipient.
 
         `eight_bit` and `binary` describe the whole mail, `utf8` its header; a binary mail goes out
         byte for byte if the peer `takes_binary`, else as lines. `dsn` is the property of that name;
-        peers that support it get it. A mail that the peer cannot take, or that would not be one
-        command on the wire, ends in `Refused`, and no byte is sent. While the reply to another mail
-        is due, such a mail is not begun: the result is False, and the driver gives the mail again
-        after that reply.
+        peers that support it get it. `require_tls` says REQUIRETLS (RFC 8689). A mail that the peer
+        cannot take, or that would not be one command on the wire, ends in `Refused`, unsent. While
+        the reply to another mail is due, such a mail is not begun, and the result is False: the
+        driver gives the mail again after that reply.
         """
         ahead = self.may_go_ahead
         if not (ahead or self.reusable):
@@ -316,30 +330,30 @@ class ClientProtocol:
         if binary and ahead:
             return False
         utf8 = utf8 or not (envelope.isascii() and recipient.isascii())
-        objection = objection_to(envelope, recipient, size, self.extensions, utf8=utf8)
+        objection = objection_to(
+            envelope, recipient, size, self.extensions, utf8=utf8, require_tls=require_tls
+        )
         if objection is not None:
             if not ahead:
                 self._refuse(objection, proved=True)
             return not ahead
-        parameters = f" SIZE={size}" if size is not None and "SIZE" in self.extensions else ""
-        if binary:
-            parameters += " BODY=BINARYMIME"
-        elif eight_bit and "8BITMIME" in self.extensions:
-            parameters += " BODY=8BITMIME"
-        if utf8:
-            parameters += " SMTPUTF8"
-        recipient_parameters = ""
-        if dsn and "DSN" in self.extensions:
-            sender_parameters, recipient_parameters = dsn_parameters(dsn)
-            parameters += sender_parameters
+        mail, rcpt = envelope_commands(
+            envelope,
+            recipient,
+            size if "SIZE" in self.extensions else None,
+            "BINARYMIME" if binary else "8BITMIME" if eight_bit else "",
+            self.extensions,
+            dsn,
+            utf8=utf8,
+            require_tls=require_tls,
+        )
         if self._transaction_open and not ahead:
             self._later.append((_RESET, b"RSET\r\n"))
         self._transaction_open = False
         self._ahead = ahead
         self.may_go_ahead = False
-        self._later.append((_MAILFROM, f"MAIL FROM:<{envelope}>{parameters}\r\n".encode()))
-        rcpt = f"RCPT TO:<{recipient}>{recipient_parameters}\r\n"
-        self._later.append((_RCPTTO, rcpt.encode()))
+        self._later.append((_MAILFROM, mail))
+        self._later.append((_RCPTTO, rcpt))
         self._binary = binary
         if not binary:
             self._later.append((_DATA, b"DATA\r\n"))
@@ -356,12 +370,7 @@ class ClientProtocol:
         if len(self._input) > self._at:
             return  # The peer has already replied: `next_event` finds that this is too early.
         self._body_due = self._fresh = False
-        if not isinstance(body, bytes):
-            blocks, end = encode_blocks(body)
-        elif self._binary:
-            blocks, end = encode_chunk(body)
-        else:
-            blocks, end = encode_body(body)
+        blocks, end = encode(body, binary=self._binary)
         if len(body) <= BLOCK_BYTES:
             self._output += blocks
         else:
@@ -631,22 +640,30 @@ class ClientProtocol:
     def _take_hello(self, step: Step, reply: Reply, kind: int) -> Event | None:
         if kind == 2 and step is _INTRO:
             self.mta = next(iter(reply.text[:MAX_MTA_NAME].split()), None)
-            verb = b"LHLO" if self._lmtp else b"EHLO"
-            self._output.append(b"%b %b\r\n" % (verb, self._hostname))
-            self._due.append(_EHLO)
+            self._say_hello(_EHLO)
             return None
         if kind == 5 and step is _EHLO and not self._lmtp:
-            self._output.append(b"HELO %b\r\n" % self._hostname)
-            self._due.append(_HELO)
+            self._say_hello(_HELO)
             return None
         if kind != 2:
             return self._finish(Refused(step, reply))
+        if step is _STARTTLS:
+            if reply.code != 220 or len(self._input) > self._at:
+                raise self._invalid(step, reply)
+            self._due.append(_STARTTLS)  # the handshake is due
+            return _START_TLS
         if step is _EHLO:
-            for line in reply.text.split("\n")[1:]:
-                keyword, _, parameters = line.strip().partition(" ")
-                self.extensions[keyword.upper()] = parameters.strip()
+            self.extensions = offers(reply.text)
             if "LIMITS" in self.extensions:
-                self._take_limits()
+                self.max_mails, self.max_domains = session_limits(self.extensions["LIMITS"])
+        if self._tls and not self.secure:
+            if "STARTTLS" in self.extensions:
+                if len(self._input) > self._at:
+                    raise self._invalid(_STARTTLS, reply)
+                self._put(_STARTTLS, b"STARTTLS")
+                return None
+            if self._must_tls:
+                return self._finish(Refused(_STARTTLS, smtp.NO_STARTTLS, ours=True))
         if self._login is None:
             return Ready(self.mta)
         mechanism = mechanism_of(self.extensions.get("AUTH", ""))
@@ -654,11 +671,14 @@ class ClientProtocol:
             return self._finish(Refused(step, smtp.NO_MECHANISM, ours=True))
         self.mechanism = mechanism.lower()
         self._exchange = MECHANISMS[mechanism](self._login)
-        self._say_auth(next(self._exchange))
+        self._put(*next(self._exchange))
         return None
 
-    def _say_auth(self, move: tuple[Step, bytes]) -> None:
-        step, line = move
+    def _say_hello(self, step: Step) -> None:
+        verb = b"HELO" if step is _HELO else b"LHLO" if self._lmtp else b"EHLO"
+        self._put(step, b"%b %b" % (verb, self._hostname))
+
+    def _put(self, step: Step, line: bytes) -> None:
         self._output.append(line + b"\r\n")
         self._due.append(step)
 
@@ -667,29 +687,15 @@ class ClientProtocol:
         assert self._exchange is not None, "a login is under way"
         if reply.code >= 400:
             return self._finish(Refused(step, reply))
-        challenge = decode_challenge(reply.text) if reply.code == 334 else b""
-        if reply.code not in (334, 235) or challenge is None:
-            raise self._invalid(step, reply)
         try:
-            move = self._exchange.send(challenge)
-        except StopIteration:
-            move = None
-        if (move is None) is not (reply.code == 235):
-            raise self._invalid(step, reply)
+            move = next_move(self._exchange, reply)
+        except ValueError:
+            raise self._invalid(step, reply) from None
         if move is not None:
-            self._say_auth(move)
+            self._put(*move)
             return None
         self._exchange = None
         return Ready(self.mta)
-
-    def _take_limits(self) -> None:
-        """Note the limits that matter to mails with one recipient each (RFC 9422, section 4)."""
-        for word in self.extensions["LIMITS"].split():
-            if match := _LIMIT.fullmatch(word):
-                if match[1].upper() == "MAILMAX":
-                    self.max_mails = int(match[2])
-                else:
-                    self.max_domains = int(match[2])
 
     def _take_unasked(self, reply: Reply) -> Event:
         if self._body_due:
@@ -765,8 +771,7 @@ class ClientProtocol:
 
     def _say(self, step: Step) -> None:
         """Send RSET or QUIT; its reply proves the reply before."""
-        self._output.append(b"QUIT\r\n" if step is _QUIT else b"RSET\r\n")
-        self._due.append(step)
+        self._put(step, b"QUIT" if step is _QUIT else b"RSET")
 
     def _more_came(self) -> bool:
         """Whether the peer sent more than was due, other than 421, which is allowed at any time."""

@@ -20,6 +20,7 @@ __all__ = [
     "Ready",
     "Refused",
     "SendBody",
+    "StartTls",
     "Step",
 ]
 
@@ -30,6 +31,7 @@ class Step(StrEnum):
     INTRO = "intro"
     EHLO = "ehlo"
     HELO = "helo"
+    STARTTLS = "starttls"
     AUTHPLAIN = "authplain"
     AUTHLOGIN = "authlogin"
     AUTHUSERNAME = "authusername"
@@ -60,6 +62,10 @@ class Ready(msgspec.Struct, frozen=True):
     mta: str | None
 
 
+class StartTls(msgspec.Struct, frozen=True):
+    """The peer said 220 to STARTTLS: do the handshake, then call `ClientProtocol.secured`."""
+
+
 class SendBody(msgspec.Struct, frozen=True):
     """The peer said 354, or took the envelope of a binary mail: call `ClientProtocol.send_body`."""
 
@@ -71,7 +77,7 @@ class Accepted(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """The peer refused `step`; at INTRO, EHLO, HELO and AUTH it refused the whole session.
+    """The peer refused `step`; at INTRO, EHLO, HELO, STARTTLS and AUTH the whole session.
 
     `ours`: the reply is our own, because nothing was sent that the peer could not take.
     """
@@ -102,4 +108,4 @@ NEED_DATA: Final = NoEvent.NEED_DATA
 CLOSED: Final = NoEvent.CLOSED
 """The session ended after QUIT."""
 
-Event = Ready | SendBody | Accepted | Refused | Failed | NoEvent
+Event = Ready | StartTls | SendBody | Accepted | Refused | Failed | NoEvent

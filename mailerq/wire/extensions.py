@@ -1,14 +1,16 @@
-"""The extensions that a server offers, and its reply to EHLO or HELO."""
+"""The extensions that a server offers: its reply to EHLO or HELO, and what a client reads there."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 from mailerq.wire.parameters import XCLIENT_ATTRIBUTES
 from mailerq.wire.smtp import Reply
 
-__all__ = ["Settings", "hello_reply"]
+__all__ = ["Settings", "hello_reply", "offers", "session_limits"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # a fast key of `hello_reply`
@@ -59,3 +61,34 @@ def hello_reply(
     if xclient:
         lines.append("XCLIENT " + " ".join(XCLIENT_ATTRIBUTES))
     return Reply(250, "\n".join([settings.hostname, *lines]))
+
+
+def offers(text: str) -> dict[str, str]:
+    r"""The extensions in the text of a reply to EHLO: upper-case keyword -> its parameters.
+
+    >>> offers("mx.test\nSTARTTLS\nsize 1000")
+    {'STARTTLS': '', 'SIZE': '1000'}
+    """
+    extensions = {}
+    for line in text.split("\n")[1:]:
+        keyword, _, parameters = line.strip().partition(" ")
+        extensions[keyword.upper()] = parameters.strip()
+    return extensions
+
+
+_LIMIT: Final = re.compile(r"(?i:(MAILMAX|RCPTDOMAINMAX))=([1-9][0-9]{0,5})", re.ASCII)
+
+
+def session_limits(parameters: str) -> tuple[int, int]:
+    """The limits of LIMITS that matter to mails with one recipient each (RFC 9422, section 4).
+
+    Returns the mails, and the domains of their recipients, that a session takes; 0: no limit.
+
+    >>> session_limits("MAILMAX=20 RCPTMAX=5")
+    (20, 0)
+    """
+    found = {"MAILMAX": 0, "RCPTDOMAINMAX": 0}
+    for word in parameters.split():
+        if match := _LIMIT.fullmatch(word):
+            found[match[1].upper()] = int(match[2])
+    return found["MAILMAX"], found["RCPTDOMAINMAX"]

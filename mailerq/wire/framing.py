@@ -23,6 +23,7 @@ __all__ = [
     "InBlocks",
     "MemorySink",
     "Sink",
+    "encode",
     "encode_blocks",
     "encode_body",
     "encode_chunk",
@@ -223,6 +224,13 @@ def has_bare_newline(body: bytes) -> bool:
 def is_binary(body: bytes) -> bool:
     """Whether lines that end in CR LF cannot carry a body unchanged."""
     return b"\0" in body or has_bare_newline(body)
+
+
+def encode(body: bytes | InBlocks, *, binary: bool) -> tuple[Iterator[bytes], bytes]:
+    """The blocks of a message and what ends it, as `binary` by BDAT, else as lines by DATA."""
+    if not isinstance(body, bytes):
+        return encode_blocks(body)
+    return encode_chunk(body) if binary else encode_body(body)
 
 
 def encode_body(body: bytes) -> tuple[Iterator[bytes], bytes]:

@@ -11,8 +11,9 @@ from typing import Final
 import msgspec
 
 from mailerq.wire.client_events import Step
+from mailerq.wire.smtp import Reply
 
-__all__ = ["MECHANISMS", "Exchange", "Login", "decode_challenge", "hidden", "mechanism_of"]
+__all__ = ["MECHANISMS", "Exchange", "Login", "hidden", "mechanism_of", "next_move"]
 
 MAX_COMMAND: Final = 510
 """Bytes of a command. A longer response waits for 334 (RFC 4954, section 4)."""
@@ -82,7 +83,24 @@ def mechanism_of(offered: str) -> str | None:
     return next((name for name in MECHANISMS if name in names), None)
 
 
-def decode_challenge(text: str) -> bytes | None:
+def next_move(exchange: Exchange, reply: Reply) -> tuple[Step, bytes] | None:
+    """The next step and line after a reply below 400; None if the exchange has succeeded.
+
+    Raises ValueError if the reply cannot answer the last line.
+    """
+    challenge = _decode_challenge(reply.text) if reply.code == 334 else b""
+    if reply.code not in (334, 235) or challenge is None:
+        raise ValueError("neither 334 with a challenge nor 235")
+    try:
+        move = exchange.send(challenge)
+    except StopIteration:
+        move = None
+    if (move is None) is not (reply.code == 235):
+        raise ValueError("334 after the last line, or 235 before")
+    return move
+
+
+def _decode_challenge(text: str) -> bytes | None:
     """The challenge in the text of a 334; None if it is no base64."""
     try:
         return base64.b64decode(text.strip().encode(), validate=True)

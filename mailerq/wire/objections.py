@@ -29,6 +29,7 @@ def objection_to(
     extensions: Mapping[str, str],
     *,
     utf8: bool,
+    require_tls: bool = False,
 ) -> Refused | None:
     """The objection to sending this mail, found before anything is on the wire."""
     if not _is_safe(envelope):
@@ -41,6 +42,8 @@ def objection_to(
         if not recipient.isascii():
             return Refused(Step.RCPTTO, smtp.ADDRESS_NOT_ASCII, ours=True)
         return Refused(Step.MAILFROM, smtp.HEADER_NOT_ASCII, ours=True)
+    if require_tls and "REQUIRETLS" not in extensions:
+        return Refused(Step.MAILFROM, smtp.NO_REQUIRETLS, ours=True)
     limit = extensions.get("SIZE", "")
     if size is not None and limit.isdecimal() and len(limit) <= 20 and 0 < int(limit) < size:
         return Refused(Step.MAILFROM, smtp.too_big_for_peer(size, int(limit)), ours=True)

@@ -24,6 +24,7 @@ __all__ = [
     "decode_xtext",
     "dsn_parameters",
     "encode_xtext",
+    "envelope_commands",
     "mail_keywords",
     "parse_xclient",
     "split_path",
@@ -197,6 +198,39 @@ def dsn_parameters(dsn: Mapping[str, object]) -> tuple[str, str]:
         if _ATOM(kind) and address:
             rcpt += f" ORCPT={kind};{encode_xtext(address)}"
     return mail, rcpt
+
+
+def envelope_commands(
+    envelope: str,
+    recipient: str,
+    size: int | None,
+    body: str,
+    extensions: Mapping[str, str],
+    dsn: Mapping[str, object] | None,
+    *,
+    utf8: bool,
+    require_tls: bool,
+) -> tuple[bytes, bytes]:
+    r"""The lines of MAIL and RCPT, to a server that offers `extensions`.
+
+    `body` is BINARYMIME for a server that takes that, 8BITMIME for a mail that is not ASCII, else
+    empty.
+
+    >>> envelope_commands("a@b.test", "c@d.test", 9, "", {}, None, utf8=False, require_tls=True)
+    (b'MAIL FROM:<a@b.test> SIZE=9 REQUIRETLS\r\n', b'RCPT TO:<c@d.test>\r\n')
+    """
+    mail = f" SIZE={size}" if size is not None else ""
+    if body and (body != "8BITMIME" or body in extensions):
+        mail += f" BODY={body}"
+    if utf8:
+        mail += " SMTPUTF8"
+    if require_tls:
+        mail += " REQUIRETLS"
+    rcpt = ""
+    if dsn and "DSN" in extensions:
+        more, rcpt = dsn_parameters(dsn)
+        mail += more
+    return f"MAIL FROM:<{envelope}>{mail}\r\n".encode(), f"RCPT TO:<{recipient}>{rcpt}\r\n".encode()
 
 
 _BASIC_MAIL_KEYWORDS: Final = frozenset(("SIZE", "BODY"))

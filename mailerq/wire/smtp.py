@@ -202,9 +202,9 @@ NOT_CONVERTIBLE = Reply(
 )
 OWN_FAULT = Reply(451, "4.3.0 internal error, see the application log")
 NO_MECHANISM = Reply(454, "4.7.0 the peer offers no mechanism of AUTH for the login")
-NO_REQUIRETLS = Reply(
-    550, "5.7.30 the sender requires TLS all the way, and deliveries do not use TLS yet"
-)
+NO_STARTTLS = Reply(454, "4.7.5 TLS is demanded, and the peer does not offer STARTTLS")
+NO_REQUIRETLS = Reply(450, "4.7.30 the sender requires TLS all the way, and the peer does not")
+REQUIRETLS_FAILED = Reply(550, "5.7.30 the sender requires TLS all the way")
 NO_BINARY = Reply(554, "5.6.3 the mail is binary, and the peer does not offer BINARYMIME")
 
 
@@ -212,9 +212,14 @@ def too_big_for_peer(size: int, limit: int) -> Reply:
     return Reply(552, f"5.3.4 Message has {size} bytes, the peer takes {limit}")
 
 
-def no_security(security: str) -> Reply:
-    """`security` is the value of the property of that name."""
-    return Reply(550, f"5.7.10 property security: {security}, and deliveries do not use TLS yet")
+def tls_failed(reason: str) -> Reply:
+    """A connection does not prove what is demanded (RFC 3463, section 3.8: X.7.5)."""
+    return Reply(454, f"4.7.5 {reason}")
+
+
+def requiretls_failed(reason: str) -> Reply:
+    """A promise of RFC 8689 cannot be kept for now."""
+    return Reply(450, f"4.7.30 {reason}")
 
 
 def no_such_domain(reason: str) -> Reply:

@@ -22,6 +22,7 @@ from mailerq.net.slots import Slots
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
+from mailerq.outbound.policies import NO_POLICIES, Policies
 from mailerq.rules.shaping import Shaping
 from tests.outbound.memory_queues import MemoryQueues
 from tests.support import DEADLINE
@@ -110,7 +111,7 @@ class PeerConnection:
 
     def __init__(self, peer: Peer, stream: trio.SocketStream, number: int) -> None:
         self.peer = peer
-        self.stream = stream
+        self.stream: trio.abc.Stream = stream
         self.number = number
         self.answers = peer.answers
         self._buffer = b""
@@ -174,6 +175,10 @@ class PeerConnection:
     async def serve(self) -> None:
         """Play a server that takes what `Peer.answers` does not refuse."""
         await self.hello()
+        await self.talk()
+
+    async def talk(self) -> None:
+        """`serve` behind the reply to EHLO."""
         envelope = recipient = ""
         sender_stands = False
         while line := await self.line():
@@ -306,6 +311,7 @@ async def open_bench(
     address: str = "127.0.0.1",
     send_log: LogFile | None = None,
     slots: Slots | None = None,
+    policies: Policies = NO_POLICIES,
     **settings: Any,
 ) -> AsyncIterator[Bench]:
     queues = MemoryQueues()
@@ -341,6 +347,7 @@ async def open_bench(
             openings=Openings(slots or Slots(100), worker),  # type: ignore[arg-type]
             limits=limits,
             send_log=send_log,
+            policies=policies,
             clock=lambda: queues.now,
             lot=lambda: 0.5,
         )

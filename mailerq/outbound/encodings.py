@@ -1,0 +1,65 @@
+"""What the bytes of a body need on their way: is it ASCII, is it binary, and its conversion.
+
+Long bodies are looked at in a thread, so that the loop goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from mailerq.mail.seven_bit import Converted, convert, to_seven_bit
+from mailerq.wire._lines import is_ascii
+from mailerq.wire.framing import is_binary
+
+__all__ = ["LOOK_BYTES", "is_ascii_body", "is_binary_body", "to_ascii"]
+
+LOOK_BYTES: Final = 1 << 20
+"""Above this size a thread checks whether a body is ASCII."""
+
+CONVERT_BYTES: Final = 1 << 14
+"""Bytes of a body converted at once; a thread converts longer bodies."""
+
+CONVERTERS: Final = 2
+"""Long bodies converted at a time."""
+
+
+async def is_ascii_body(body: bytes) -> bool:
+    """Whether a body is ASCII."""
+    if len(body) <= LOOK_BYTES:
+        return body.isascii()
+    return await trio.to_thread.run_sync(is_ascii, body)
+
+
+async def is_binary_body(body: bytes) -> bool:
+    """Whether a body cannot go as lines."""
+    if len(body) <= LOOK_BYTES:
+        return is_binary(body)
+    return await trio.to_thread.run_sync(is_binary, body)
+
+
+async def to_ascii(body: bytes, *, whole: bool) -> bytes | Converted | None:
+    """Convert a body to ASCII; None if impossible.
+
+    A long body is encoded block by block while it is sent, unless the `whole` is wanted, which is
+    in memory beside the stored one then.
+    """
+    if len(body) <= CONVERT_BYTES:
+        return to_seven_bit(body)
+    return await trio.to_thread.run_sync(
+        to_seven_bit if whole else convert, body, limiter=_converters(), abandon_on_cancel=True
+    )
+
+
+_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("converters")
+
+
+def _converters() -> trio.CapacityLimiter:
+    """The limit on conversions in this loop."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(CONVERTERS)
+        _limiter.set(limiter)
+        return limiter
