@@ -492,7 +492,7 @@ class Stream:
                     await self._send_tls()  # the alert with the reason
                 text, code = error.reason or str(error), 0
                 if isinstance(error, ssl.SSLCertVerificationError):
-                    text, code = error.verify_message, error.verify_code
+                    text, code = f"{text}: {error.verify_message}", error.verify_code
                 raise HandshakeFailed(f"TLS handshake failed: {text}", code) from error
         await self._send_tls()
         self._tls = tls

@@ -322,6 +322,7 @@ async def open_bench(
         listeners = await nursery.start(serve)
         port = listeners[0].socket.getsockname()[1]
         settings.setdefault("smtp_out_port", port)
+        settings.setdefault("smarthost_port", port)
         if resolver is None:
             settings |= {"smtp_sink_address": address, "smtp_sink_port": port}
         config = Config(

@@ -158,13 +158,16 @@ async def test_no_login_goes_over_a_connection_without_tls_to_a_public_address(
 
     settings: dict[str, Any] = {"smarthost": "relay.test", "smarthost_password": "pass-phrase"}
     settings |= {"smarthost_username": "ann", "smtp_out_clear_range": ("192.0.2.0/24",)}
-    async with open_bench(resolver=Public(), **settings) as bench:
-        bench.send()
-        result = await bench.retried()
-        assert result["type"] == "noaccess"
-        assert "smtp-out-clear-range" in result["description"]
-        assert bench.peer.connections == 0
-    assert any("smtp-out-clear-range" in line for line in caplog.messages)
+    for secure, connections in (("none", 0), ("opportunistic", 1)):
+        caplog.clear()
+        async with open_bench(resolver=Public(), connection_secure=secure, **settings) as bench:
+            bench.send()
+            result = await bench.retried()
+            assert result["type"] == "noaccess"
+            assert "smtp-out-clear-range" in result["description"]
+            assert bench.peer.connections == connections
+            assert bench.peer.commands in ([], ["EHLO me.test"])
+        assert any("smtp-out-clear-range" in line for line in caplog.messages)
 
 
 def test_a_login_that_is_taken_again_may_be_said_again(caplog: pytest.LogCaptureFixture) -> None:

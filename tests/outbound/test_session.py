@@ -17,11 +17,13 @@ from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.outbound.jobs import Job
 from mailerq.outbound.limits import Allowance, Limits
+from mailerq.outbound.policies import NO_POLICIES
 from mailerq.outbound.session import Session
 from mailerq.outbound.sites import HostMemory, Site
 from mailerq.queues import Lease
 from mailerq.rules.plan import Send
 from mailerq.rules.routes import Route
+from mailerq.rules.security import NOTHING
 from mailerq.rules.shaping import Shaping
 from tests.outbound.kit import Peer, PeerConnection, Script, StubPlugins, StubWorker
 from tests.outbound.memory_queues import MemoryQueues
@@ -44,6 +46,9 @@ class StubFlow:
     """A flow with the jobs of a test and one session."""
 
     local_ip = login = None
+    demands = wanted = NOTHING
+    limits_number = 0
+    policies, tls = NO_POLICIES, None
     config = Config(hostname="me.test", connection_maxidle=60_000)
 
     def __init__(self, port: int) -> None:

@@ -12,8 +12,9 @@ from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.message import Message
 from mailerq.rules.destinations import place_of
-from mailerq.rules.logins import login_of, may_go_in_clear
+from mailerq.rules.logins import demands_of, login_of, may_go_in_clear
 from mailerq.rules.plan import Send, plan
+from mailerq.rules.security import NOTHING, Demands, Level
 from mailerq.wire.login import Login
 
 OWN = {"hostname": "relay.test", "username": "ann", "password": "1"}
@@ -46,7 +47,7 @@ def test_a_login_belongs_to_the_host_that_the_mail_goes_to(
     message = Message({"recipient": "c@d.test", "smarthost": smarthost})
     decision = plan(message, Config(hostname="me.test", **settings), now=0.0, seen=0.0)
     assert isinstance(decision, Send)
-    assert decision.demands == (() if login is None else (login,))
+    assert decision.demands.logins == (frozenset() if login is None else {login})
     assert "1" not in repr(decision.demands)
 
 
@@ -75,6 +76,43 @@ def test_any_value_is_a_login_or_a_mistake(smarthost: dict[str, Any]) -> None:
     except AddressError:
         return
     assert login is None or (login.username.encode() and login.password.encode())
+
+
+@pytest.mark.parametrize(
+    ("properties", "expected"),
+    [
+        ({}, NOTHING),
+        ({"security": "optional"}, Demands(plain=True)),
+        ({"security": "opportunistic"}, Demands(Level.OPPORTUNISTIC)),
+        ({"security": "required"}, Demands(Level.REQUIRED)),
+        ({"security": "verified"}, Demands(Level.VERIFIED)),
+        ({"requiretls": True}, Demands(requiretls=True)),
+        ({"requiretls": False, "tlsrequired": False}, NOTHING),
+        ({"smarthost": {"hostname": "h.test", "secure": "verified"}}, Demands(Level.VERIFIED)),
+        ({"smarthost": {"hostname": "h.test", "secure": 1}}, Demands(Level.OPPORTUNISTIC)),
+        ({"smarthost": {"hostname": "h.test", "secure": False}}, Demands(plain=True)),
+        (
+            {"security": "required", "smarthost": {"hostname": "h.test", "secure": "none"}},
+            Demands(Level.REQUIRED, plain=True),
+        ),
+    ],
+)
+def test_a_message_demands_what_its_properties_say(
+    properties: dict[str, Any], expected: Demands
+) -> None:
+    assert demands_of(properties, None) == expected
+    decision = plan(
+        Message({"recipient": "c@d.test", **properties}), Config(hostname="me.test"),
+        now=0.0, seen=0.0,
+    )  # fmt: skip
+    assert isinstance(decision, Send)
+    assert decision.demands == expected
+
+
+def test_a_word_that_is_no_level_is_a_mistake() -> None:
+    for word in ("strong", 7, ["verified"], {}):
+        with pytest.raises(AddressError, match="secure"):
+            demands_of({"smarthost": {"hostname": "h.test", "secure": word}}, None)
 
 
 def test_mail_of_different_users_waits_apart() -> None:

@@ -8,6 +8,7 @@ import pytest
 from mailerq.rules import responses
 from mailerq.rules.responses import Fate, Outcome
 from mailerq.rules.row import Row
+from mailerq.rules.security import Reason, TlsFailure
 from mailerq.wire.client import Accepted, Failed, Problem, Refused, Step
 from mailerq.wire.smtp import Reply
 
@@ -150,6 +151,7 @@ def all_outcomes() -> list[Outcome]:
         responses.no_hosts("", reply),
         responses.unsendable("x"),
         responses.not_made("personalize", "line 1: x"),
+        responses.tls_failed(TlsFailure(Reason.FAILURE, "x", requiretls=True)),
         responses.not_made("responsive", "property mime.to: x"),
         responses.rejected_by_plugin(reply),
         responses.refused_on_arrival(reply),
@@ -163,3 +165,17 @@ def test_results_have_the_words_that_are_documented_and_no_others() -> None:
     assert {each.type for each in outcomes} == set(responses.TYPES)
     assert {each.state for each in outcomes} == set(responses.STATES)
     assert {each.result for each in outcomes} == set(responses.RESULTS)
+
+
+def test_tls_that_fails_is_tried_again_and_requiretls_has_a_status_at_the_end() -> None:
+    failure = TlsFailure(Reason.HOST_MISMATCH, "mx.test: the certificate is for another name")
+    outcome = responses.tls_failed(failure)
+    assert words(outcome) == ("tls", "starttls", "error", Fate.RETRY)
+    assert (outcome.code, outcome.status, outcome.description) == (454, "4.7.5", failure.text)
+    assert responses.at_the_end(outcome) is outcome
+    promise = responses.tls_failed(TlsFailure(Reason.FAILURE, "x", requiretls=True))
+    assert (promise.status, promise.fate) == ("4.7.30", Fate.RETRY)
+    end = responses.at_the_end(promise)
+    assert (end.code, end.status, end.description) == (550, "5.7.30", "x")
+    late = responses.tls_failed(TlsFailure(Reason.FAILURE, "x", timed_out=True))
+    assert late.result == "timeout"

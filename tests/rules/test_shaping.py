@@ -8,6 +8,7 @@ import pytest
 
 from mailerq.config import Config
 from mailerq.errors import ConfigError
+from mailerq.rules.security import Level
 from mailerq.rules.shaping import Bounds, Shaping
 
 CONFIG = Config(domain_maxmessages=100, domain_maxconnections=5, ip_maxconnections=3)
@@ -35,7 +36,9 @@ def test_settings_are_the_limits_without_a_file() -> None:
     shaping = Shaping.of(CONFIG)
     assert values(shaping.of_site("", "")) == {"messages-per-minute": 100, "max-connections": 5}
     assert values(shaping.of_remote("192.0.2.1", "")) == {"max-connections": 3}
-    assert values(shaping.of_connection("", "", "")) == {"connection-idle": 5}
+    assert values(shaping.of_connection("", "", "")) == {
+        "connection-idle": 5, "secure": Level.OPPORTUNISTIC,
+    }  # fmt: skip
     assert shaping.of_site("", "")["messages-per-minute"].where == "domain-maxmessages"
 
 
@@ -96,7 +99,7 @@ def test_later_lines_override_earlier_ones_and_minus_one_takes_a_value_back() ->
 def test_zero_is_no_limit() -> None:
     shaping = read("[[limit]]\ndomain = 'a.test'\nmessages-per-minute = 0\nconnection-idle = 0\n")
     assert values(shaping.of_site("a.test", "")) == {"max-connections": 5}
-    assert values(shaping.of_connection("a.test", "", "")) == {"connection-idle": 0}
+    assert values(shaping.of_connection("a.test", "", ""))["connection-idle"] == 0
 
 
 def test_small_values_keep_their_meaning() -> None:
@@ -204,7 +207,14 @@ def test_remote_addresses_have_limits_by_the_most_exact_network() -> None:
         ("[[limit]]\nremote-ip = '*'\nmax-idle = 1\n", 3, "max-idle"),
         ("[[limit]]\nlocal-ip = 'eth0'\nmax-idle = 1\n", 2, "not an IP address"),
         ("[[limit]]\npool = 'a'\nmax-idle = 1\n", 2, "no pool 'a'"),
-        ("[[limit]]\nsecure = true\nmax-idle = 1\n", 2, "not supported yet"),
+        ("[[limit]]\nsecure = 'strong'\n", 2, "none of none, opportunistic"),
+        ("[[limit]]\nsecure = 2\n", 2, "none of none, opportunistic"),
+        ("[[limit]]\nremote-ip = '*'\nsecure = true\n", 3, "cannot be set for a remote-ip"),
+        ("[[limit]]\nignore-policies = 1\n", 2, "neither true nor false"),
+        (
+            "[[limit]]\npool = 'p'\nignore-policies = true\n", 3,
+            "cannot be set for a pool, only for domains",
+        ),
         (
             "[[limit]]\ndomain = 'a.test'\nremote-ip = '*'\nmax-connections = 1\n", 3,
             "domain and remote-ip",
@@ -305,3 +315,45 @@ def test_mistakes_in_hours_have_their_line(line: str, where: int, said: str) -> 
     ((place, text),) = mistakes(f"[[limit]]\n{line}\n")
     assert place == f"limits.toml:{where}"
     assert said in text
+
+
+SECURITY = """
+[[provider]]
+name = "big"
+mx = "big.test"
+[[limit]]
+secure = "required"
+[[limit]]
+provider = "big"
+secure = "verified"
+[[limit]]
+domain = "*.old.test"
+secure = false
+[[limit]]
+domain = "a.old.test"
+secure = -1
+ignore-policies = true
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "provider", "level", "line"),
+    [
+        ("", "", Level.REQUIRED, 6),
+        ("", "big", Level.VERIFIED, 9),
+        ("*.old.test", "big", Level.NONE, 12),
+        ("a.old.test", "", Level.NONE, 12),
+    ],
+)
+def test_the_most_exact_line_says_how_secure_connections_are(
+    group: str, provider: str, level: Level, line: int
+) -> None:
+    shaping = read(SECURITY)
+    assert shaping.secure(group, provider, "")[:2] == (level, f"limits.toml:{line}")
+    assert shaping.ignores_policies(group) is (group == "a.old.test")
+
+
+def test_the_setting_says_how_secure_connections_are_without_a_line() -> None:
+    shaping = Shaping.of(CONFIG.replace(connection_secure="verified"))
+    assert shaping.secure("", "", "")[:2] == (Level.VERIFIED, "connection-secure")
+    assert Shaping.of(CONFIG.replace(connection_secure="none")).secure("", "", "").value == 0

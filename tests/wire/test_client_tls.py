@@ -1,4 +1,4 @@
-"""STARTTLS in the client machine: nothing that came in clear counts, and hostile peers are named."""
+"""STARTTLS in the client machine: nothing that came in clear counts, whatever a peer tries."""
 
 from __future__ import annotations
 
