@@ -11,8 +11,8 @@ import os
 import pwd
 import resource
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -23,7 +23,7 @@ import trio
 from mailerq import ids
 from mailerq.address import host_port
 from mailerq.config import Config
-from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError, Problem
+from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError
 from mailerq.inbound.clients import Clients
 from mailerq.inbound.explaining import explain_arrival
 from mailerq.inbound.listener import Listener, bind
@@ -34,7 +34,8 @@ from mailerq.inbound.terms import Terms
 from mailerq.live import Live, Reload, alike
 from mailerq.message import Message, format_time
 from mailerq.net import control, late
-from mailerq.net.logs import LogFile, open_log
+from mailerq.net.client_tls import ClientTls
+from mailerq.net.logs import LogFile
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import Resolver
 from mailerq.net.seen import merged_answers, merged_pages
@@ -55,6 +56,7 @@ from mailerq.outbound.kept import KeptActions
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.listing import Wanted, list_flows
 from mailerq.outbound.openings import Openings
+from mailerq.outbound.policies import NO_POLICIES
 from mailerq.outbound.refusals import react
 from mailerq.outbound.warmup import Days
 from mailerq.plugins import (
@@ -69,6 +71,7 @@ from mailerq.plugins import (
     check_handler,
     stray_close,
 )
+from mailerq.preparing import LOGS, Prepared, prepare, writable
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.opening import make_directory, open_queues, share_directory
 from mailerq.queues.ownership import DirectoryLock
@@ -101,8 +104,6 @@ MAX_IDS: Final = 10_000
 
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors reserved for the queue, logs and plugins."""
-
-LOGS: Final = ("send_log_file", "received_log_file", "refused_log_file")
 
 ROUTES: Final = (
     "local_delivery", "smtp_local_domains",
@@ -168,6 +169,8 @@ class Engine:
         self._logs: dict[str, LogFile] = {}
         self._connections: Slots
         self._resolver: Resolver
+        self._policies = NO_POLICIES
+        self._tls: ClientTls
         self._outgoing: Slots
         self._openings: Openings
         self._misspelt = Misspelt()
@@ -229,6 +232,7 @@ class Engine:
         config = self.config
         late.import_all()
         terms, shaping = Terms.of(config), Shaping.of(config)
+        self._tls = ClientTls.of(config)
         answers = Answers.of(config, shaping.providers)
         ports = bind(config, shared=self._share is not None)
         for port in ports:
@@ -316,6 +320,8 @@ class Engine:
             limits=self._limits,
             send_log=self._log("send_log_file"),
             misspelt=self._misspelt,
+            policies=self._policies,
+            tls=self._tls,
         )
         dispatcher.stops.rows, dispatcher.stops.hits = self._keeper.rows, self._keeper.hits
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
@@ -453,7 +459,7 @@ class Engine:
             raise EngineError("the engine stops")
         notes: list[str] = []
         plan = self._live.plan(self.config if config is None else config, number)
-        terms, shaping, answers, logs = self._prepare(plan, notes)
+        terms, shaping, answers, self._tls, logs = self._prepare(plan, notes)
         # From here on nothing can fail.
         before, config = self.config, plan.snapshot.config
         self._live.exchange(plan.snapshot)
@@ -483,7 +489,7 @@ class Engine:
         reroute = regrouped or not alike(config, before, *ROUTES)
         for delivery in self._deliveries.values():
             delivery.queues.configure(config)
-            delivery.dispatcher.reload(self._log("send_log_file"), reroute=reroute)
+            delivery.dispatcher.reload(self._log("send_log_file"), reroute=reroute, tls=self._tls)
         try:
             self._watchdog.set_seconds(config.watchdog_seconds)
         except OSError as error:
@@ -501,43 +507,13 @@ class Engine:
         """
         self._check_open()
         notes: list[str] = []
-        for file in self._prepare(self.plan(config), notes)[-1].values():
+        for file in self._prepare(self.plan(config), notes).logs.values():
             os.close(file)
         return notes
 
-    def _prepare(
-        self, plan: Reload, notes: list[str]
-    ) -> tuple[Terms, Shaping, Answers | None, dict[str, int]]:
-        """Every step of a reload that can fail: the terms of sessions, the limits of deliveries,
-        the patterns for replies, and the opening of moved logs.
-        """
+    def _prepare(self, plan: Reload, notes: list[str]) -> Prepared:
         config = plan.snapshot.config
-        terms: Terms | None = None
-        shaping: Shaping | None = None
-        answers: Answers | None = None
-        logs: dict[str, int] = {}
-        wrong: list[Problem] = []
-        try:
-            terms = Terms.of(config, self._server.terms, notes)
-        except ConfigError as error:
-            wrong += error.problems
-        try:
-            shaping = Shaping.of(config)
-            answers = Answers.of(config, shaping.providers)
-        except ConfigError as error:
-            wrong += error.problems
-        for name in LOGS:
-            if not alike(config, self.config, name):
-                try:
-                    with _writable(config, name):
-                        logs[name] = open_log(config.text(name) or os.devnull)
-                except ConfigError as error:
-                    wrong += error.problems
-        if terms is None or shaping is None or wrong:
-            for file in logs.values():
-                os.close(file)
-            raise ConfigError.of(wrong)
-        return terms, shaping, answers, logs
+        return prepare(config, self.config, self._server.terms, self._tls, notes)
 
     def _log(self, name: str) -> LogFile | None:
         return self._logs[name] if getattr(self.config, name) else None
@@ -764,20 +740,10 @@ def _limit(value: int | None) -> float:
 
 def _log_file(config: Config, name: str, stack: AsyncExitStack) -> LogFile:
     """A log; it writes nothing while its setting is empty."""
-    with _writable(config, name):
+    with writable(config, name):
         log_file = LogFile(config.text(name) or os.devnull)
     stack.callback(log_file.close)
     return log_file
-
-
-@contextmanager
-def _writable(config: Config, name: str) -> Iterator[None]:
-    """Raises `ConfigError` for a log that cannot be opened."""
-    try:
-        yield
-    except OSError as error:
-        problem = f"{name.replace('_', '-')}: cannot write {config.text(name)}: {error.strerror}"
-        raise ConfigError(config.origin(name), problem) from None
 
 
 def _become(config: Config) -> None:

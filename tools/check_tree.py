@@ -47,6 +47,7 @@ LAYERS: Final = (
     "net",
     "inbound",
     "outbound",
+    "preparing",
     "engine",
     "cli",
     "__main__",
@@ -62,7 +63,7 @@ ROOMS: Final = {
 """Within a layer as well: what stands first knows nothing of what comes after it."""
 
 WITH_TRIO: Final = frozenset(
-    {"plugins", "turns", "queues", "net", "inbound", "outbound", "engine", "cli"}
+    {"plugins", "turns", "queues", "net", "inbound", "outbound", "preparing", "engine", "cli"}
 )
 
 PURE: Final = frozenset({"wire", "mail", "rules"})

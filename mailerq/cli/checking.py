@@ -31,6 +31,7 @@ from mailerq.inbound.addresses import LocalAddresses
 from mailerq.inbound.auth import parse_backend
 from mailerq.inbound.listener import unusable
 from mailerq.live import alike
+from mailerq.net.client_tls import ClientTls
 from mailerq.net.tls import tls_context, try_handshake
 from mailerq.privileges import as_owner
 from mailerq.queues.embedded.queue_file import FILE_NAME
@@ -232,6 +233,7 @@ def _reads(read: Callable[[Config], object]) -> Check:
     return check
 
 
+_check_client_tls: Final = _reads(ClientTls.of)
 _check_addresses: Final = _reads(LocalAddresses.of)
 _check_steering: Final = _reads(Steering.of)
 _check_limits: Final = _reads(Shaping.of)
@@ -350,6 +352,16 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("user",), _check_user),
     (("plugin-directory",), _check_plugins),
     (("smtp-certificate", "smtp-key", "smtp-ciphers"), _check_tls),
+    (
+        (
+            "connection-ca-file",
+            "connection-certificate",
+            "connection-key",
+            "connection-ciphers",
+            "connection-tls-min",
+        ),
+        _check_client_tls,
+    ),
     (("smtp-auth",), _check_auth),
     (("smtp-local-addresses",), _check_addresses),
     (("smtp-extract", "smtp-extract-range", "smtp-extract-logins"), _check_steering),
@@ -364,7 +376,8 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
 
 AT_START: Final = (
     "smtp-certificate", "smtp-key", "smtp-local-addresses", "limits-file", "responses-file",
-    "addresses-file", "dns-helofile", "verp-key-file",
+    "addresses-file", "dns-helofile", "verp-key-file", "connection-ca-file",
+    "connection-certificate", "connection-key",
 )  # fmt: skip
 """Files that a start reads before it changes its account."""
 
@@ -374,7 +387,7 @@ AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
 )
 
 AS_RUNNING: Final = frozenset({
-    _check_tls, _check_auth, _check_addresses, _check_steering, _check_limits,
+    _check_tls, _check_client_tls, _check_auth, _check_addresses, _check_steering, _check_limits,
     _check_responses, _check_reports, _check_application_log, _check_logs,
 })  # fmt: skip
 """The checks that apply to a running daemon: it opens the rest only at its start."""

@@ -206,6 +206,8 @@ def _show(answer: Answer) -> None:
             sys.stdout.write(f"  {escape(address)}: {escape(words)}\n")
         if problem := part.get("problem"):
             sys.stdout.write(f"  {escape(problem)}\n")
+        for line in _security(part["security"]):
+            sys.stdout.write(f"  {escape(line)}\n")
         if part["limits"]:
             rows = [[*_limit(limit)] for limit in part["limits"]]
             print_table(("LIMIT", "VALUE", "OF", "WHERE", "NOW"), rows)
@@ -261,6 +263,19 @@ def _source(part: dict[str, Any]) -> str:
     address = part["local-ip"] or "an address that the system chooses"
     weight = f", weight {part['weight']}" if part["weight"] != 1 else ""
     return f"{address}, as {part['ehlo']} ({part['ehlo-where']}){weight}"
+
+
+def _security(part: dict[str, Any]) -> Iterator[str]:
+    """Lines about TLS."""
+    yield f"TLS: {part['demands']} ({part['where']}: {part['level']})"
+    if part["mta-sts"]:
+        yield f"TLS: {part['mta-sts']}"
+    if part["dnssec"]:
+        yield "TLS: DNSSEC proves the hosts, so their TLSA records count"
+    if part["ignored"]:
+        yield "TLS: limits-file says that what the domain has published does not count"
+    for address in part["in-clear"]:
+        yield f"TLS: failed with {address}, which gets mail in clear for now"
 
 
 def _limit(limit: dict[str, Any]) -> Iterator[object]:

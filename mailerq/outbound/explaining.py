@@ -29,6 +29,7 @@ from mailerq.rules.destinations import place_of
 from mailerq.rules.plan import Hold, Park, Plan, Refuse, Send
 from mailerq.rules.responses import Fate, Outcome
 from mailerq.rules.routes import Route
+from mailerq.rules.security import LEVEL_DEMANDS, Level
 from mailerq.rules.shaping import HOURS, SECURE, Bound
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ class Explainer:
             "weight": 1 if local_ip is None else local.weight_of(local_ip),
             "ehlo": name or self._config.hostname,
             "ehlo-where": " or ".join(map(self._config.place, keys if name else ["hostname"])),
+            "security": self._of_security(decision, site, local_ip),
             "limits": [*self._of_limits(site, local_ip)],
             "actions": [*self._of_actions(site, local_ip)],
             "flows": [],
@@ -258,6 +260,26 @@ class Explainer:
                 part["flows"].append(seeing.describe(flow))
         part.update(self._of_pauses(site, local_ip))
         return part
+
+    def _of_security(self, decision: Send, site: Site, local_ip: str | None) -> dict[str, Any]:
+        """What connections must prove, the place that sets the level, and published policies."""
+        bound = self._limits.secure(self._config, site, local_ip)
+        level = Level(int(bound.value))
+        policy = site.policy
+        demands = LEVEL_DEMANDS[level] | decision.demands | policy.demands
+        memory = None if self._seeing is None else self._seeing.dispatcher.memory
+        clear = [] if memory is None or demands.encrypts else [
+            host.address for host in site.hosts if memory.is_tls_broken(host.address)
+        ]  # fmt: skip
+        return {
+            "level": level.name.lower(),
+            "where": bound.where,
+            "demands": str(demands),
+            "mta-sts": None if policy.sts is None else f"{policy.sts}, mode {policy.sts.mode}",
+            "dnssec": policy.secure,
+            "ignored": self._limits.shaping.ignores_policies(site.group),
+            "in-clear": clear,
+        }
 
     def _of_pauses(self, site: Site, local_ip: str | None) -> Iterator[tuple[str, Any]]:
         """The operator's pauses of mail from one local address, or of some hosts."""

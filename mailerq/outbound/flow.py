@@ -36,7 +36,7 @@ from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.rights import Rights
 from mailerq.outbound.session import Session
 from mailerq.rules import responses
-from mailerq.rules.security import LEVEL_DEMANDS, LEVELS, NOTHING, Demands
+from mailerq.rules.security import LEVEL_DEMANDS, NOTHING, Demands
 from mailerq.rules.shaping import HOURS, Bound
 from mailerq.wire.login import Login
 
@@ -534,12 +534,7 @@ class Flow:
     @property
     def secure(self) -> Bound:
         """The `Level` of TLS that the operator wants for the site, and the place that says so."""
-        site, shaping = self.site, self._dispatcher.limits.shaping
-        if site.chosen_by == "smarthost" and self.config.smarthost_secure is not None:
-            where = self.config.place("smarthost-secure")
-            return Bound(LEVELS[self.config.smarthost_secure], where)
-        provider = self._dispatcher.limits.provider_of(site)
-        return shaping.secure(site.group, provider, self.local_ip or "")
+        return self._dispatcher.limits.secure(self.config, self.site, self.local_ip)
 
     @property
     def wanted(self) -> Demands:

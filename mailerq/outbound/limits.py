@@ -39,9 +39,11 @@ from mailerq.outbound.cells import Busy, Cells, Count, MemoryCells, Rate
 from mailerq.outbound.timers import Times
 from mailerq.outbound.warmup import Days
 from mailerq.rules.rates import SLACK, cost, cost_of_day
+from mailerq.rules.security import LEVELS
 from mailerq.rules.shaping import CONNECTION, HOURS, IGNORE, Bound, Bounds, Shaping
 
 if TYPE_CHECKING:
+    from mailerq.config import Config
     from mailerq.outbound.refusals import Refusals
     from mailerq.outbound.sites import Site
 
@@ -304,6 +306,12 @@ class Limits:
             *self._warmups(provider, ip),
         ]
         return Allowance(self.number, wants, connection)
+
+    def secure(self, config: Config, site: Site, local_ip: str | None) -> Bound:
+        """The `Level` of TLS that the operator wants for a site, and the place that says so."""
+        if site.chosen_by == "smarthost" and config.smarthost_secure is not None:
+            return Bound(LEVELS[config.smarthost_secure], config.place("smarthost-secure"))
+        return self.shaping.secure(site.group, self.provider_of(site), local_ip or "")
 
     def _closed(
         self, site: Bounds, label: str, key: str, provider: Bounds, provider_key: str, ip: str

@@ -18,7 +18,14 @@ from typing import Any, Final
 import msgspec
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from cryptography.x509.verification import (
+    Criticality,
+    ExtensionPolicy,
+    Policy,
+    PolicyBuilder,
+    Store,
+    VerificationError,
+)
 
 from mailerq.message import format_time
 from mailerq.rules.security import Reason
@@ -141,6 +148,22 @@ def authorities(ders: Sequence[bytes]) -> Store | None:
     return Store(found) if found else None
 
 
+def _is_authority(
+    policy: Policy, certificate: x509.Certificate, constraints: x509.BasicConstraints
+) -> None:
+    if not constraints.ca:
+        raise ValueError("it is not the certificate of an authority")
+
+
+# As OpenSSL, which judges where a policy is enforced: the rules of browsers are stricter.
+_OF_AUTHORITIES: Final = ExtensionPolicy.permit_all().require_present(
+    x509.BasicConstraints, Criticality.AGNOSTIC, _is_authority
+)
+_OF_HOSTS: Final = ExtensionPolicy.permit_all().require_present(
+    x509.SubjectAlternativeName, Criticality.AGNOSTIC, None
+)
+
+
 def webpki_failure(
     chain: Sequence[bytes], host: str, trusted: Store | None, *, now: float
 ) -> tuple[Reason, str] | None:
@@ -162,8 +185,9 @@ def webpki_failure(
             subject = x509.DNSName(host)
         if trusted is None:
             return Reason.NOT_TRUSTED, "no authority is known here"
-        verifier = PolicyBuilder().store(trusted).time(moment).build_server_verifier(subject)
-        verifier.verify(leaf, others)
+        builder = PolicyBuilder().store(trusted).time(moment)
+        builder = builder.extension_policies(ca_policy=_OF_AUTHORITIES, ee_policy=_OF_HOSTS)
+        builder.build_server_verifier(subject).verify(leaf, others)
     except VerificationError as error:
         if not _is_for(leaf, host):
             return Reason.HOST_MISMATCH, "it is for other names"

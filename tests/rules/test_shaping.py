@@ -212,8 +212,8 @@ def test_remote_addresses_have_limits_by_the_most_exact_network() -> None:
         ("[[limit]]\nremote-ip = '*'\nsecure = true\n", 3, "cannot be set for a remote-ip"),
         ("[[limit]]\nignore-policies = 1\n", 2, "neither true nor false"),
         (
-            "[[limit]]\npool = 'p'\nignore-policies = true\n", 3,
-            "cannot be set for a pool, only for domains",
+            "[[limit]]\nlocal-ip = '192.0.2.1'\nignore-policies = true\n", 3,
+            "cannot be set for a local-ip, only for domains",
         ),
         (
             "[[limit]]\ndomain = 'a.test'\nremote-ip = '*'\nmax-connections = 1\n", 3,
