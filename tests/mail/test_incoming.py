@@ -150,3 +150,31 @@ def test_messages_share_no_object_that_could_be_edited() -> None:
     one.properties["connection"]["remote-ip"] = "edited"
     assert two.properties["tags"] == ["spring"]
     assert two.properties["connection"] == {"remote-ip": "192.0.2.7"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "waived"),
+    [
+        (b"TLS-Required: No\r\n", True),
+        (b"tls-required:\r\n no\r\n", True),
+        (b"TLS-Required: Yes\r\n", False),
+        (b"TLS-Required: No\r\nTLS-Required: No\r\n", False),
+        (b"X-TLS-Required: No\r\n", False),
+        (b"TLS-Required-Not: No\r\n", False),
+        (b"", False),
+    ],
+)
+def test_mail_that_rather_arrives_without_tls_has_a_property(fields: bytes, waived: bool) -> None:
+    for trusted in (False, True):
+        (message,) = build(fields + MIME, replace(ENVELOPE, trusted=trusted)).messages
+        assert message.properties.get("tlsrequired", True) is not waived
+    envelope = replace(ENVELOPE, properties={"requiretls": True})
+    (message,) = build(fields + MIME, envelope).messages
+    assert "tlsrequired" not in message.properties
+
+
+def test_no_field_of_a_client_waives_tls_by_itself() -> None:
+    (message,) = build(
+        b"x-mq-tlsrequired: false\r\n" + MIME, replace(ENVELOPE, trusted=True)
+    ).messages
+    assert "tlsrequired" not in message.properties

@@ -411,6 +411,82 @@ async def test_a_certificate_that_is_not_trusted_is_lost_on_both_sides(
     server.close()
 
 
+async def test_input_inside_tls_is_read_without_waiting(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    server, client = pair()
+    await shake_hands(server, client, contexts)
+    assert client.receive_nowait() is None  # the tickets of TLS 1.3 are nothing to read
+    server.write(b"one")
+    server.flush()
+    assert await client.wait_for_input()
+    assert await until_read(client) == b"one"
+    # Two records in one segment: the second is in no socket when the first is read.
+    server.write(b"two")
+    server.write(b"three")
+    server.flush()
+    assert await client.receive() == b"two"
+    assert await client.wait_for_input()
+    assert client.receive_nowait() == b"three"
+    assert client.receive_nowait() is None
+    server.close()
+    assert await until_read(client) == b""
+    client.close()
+
+
+async def test_a_wait_for_input_inside_tls_is_roused_and_does_not_spin(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    server, client = pair()
+    await shake_hands(server, client, contexts)
+    while client.receive_nowait() is not None:
+        pass
+    ended: list[bool] = []
+
+    async def wait() -> None:
+        ended.append(await client.wait_for_input())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended == []
+        client.rouse()
+    assert ended == [False]
+    server.close()
+    client.close()
+
+
+async def until_read(stream: Stream) -> bytes:
+    with trio.fail_after(60):
+        while (data := stream.receive_nowait()) is None:
+            assert await stream.wait_for_input()
+    return data
+
+
+async def test_a_block_of_many_records_is_sent_whole(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    server, client = pair()
+    await shake_hands(server, client, contexts)
+    data = bytes(range(256)) * 1000  # in one write, more than a record holds
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send, client, data)
+        assert await read(server, len(data)) == data
+    server.close()
+    client.close()
+
+
+async def test_a_name_that_cannot_be_sent_is_a_mistake_of_the_caller(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    server, client = pair()
+    for name in (".test", "a" * 64 + ".test", "a..test"):
+        with pytest.raises(ValueError, match=r"empty|label|dot"):
+            await client.start_tls(contexts[1], server_side=False, server_hostname=name)
+    server.close()
+    client.close()
+
+
 async def test_garbage_instead_of_a_handshake_is_lost(
     contexts: tuple[ssl.SSLContext, ssl.SSLContext],
 ) -> None:
