@@ -63,8 +63,10 @@ def test_a_good_document_is_good(check: Any) -> None:
             "property maxdelivertime: 9999-01-01 00:00:00 is over",
         ),
         ({"delayed": "soon"}, "property delayed: 'soon' is not a time"),
-        ({"security": "verified"}, "property security: verified, and deliveries do not use TLS"),
-        ({"requiretls": True}, "property requiretls: the sender requires TLS"),
+        (
+            {"smarthost": {"name": "h.test", "secure": "strong"}},
+            "property smarthost: secure is none of none, opp",
+        ),
         ({"mime": {"subject": 1}}, "property mime.subject: expected a string"),
         ({"mime": "A: b\r\n\r\n{if $x}", "data": {}}, "the text/plain part: line 1: {if} is not"),
         ({"mime": None}, "property mime: is missing"),

@@ -556,10 +556,16 @@ def test_arguments_are_split_into_settings_and_the_rest() -> None:
             "needs smtp-sink-address",
         ),
         (
-            ["--smarthost=192.0.2.1", "--smarthost-username=ann", "--smarthost-password=x"],
+            [
+                "--smarthost=192.0.2.1",
+                "--smarthost-username=ann",
+                "--smarthost-password=x",
+                "--connection-secure=0",
+            ],
             "--smarthost-username",
             "would go to 192.0.2.1 over a connection without TLS",
         ),
+        (["--connection-key=a.pem"], "--connection-key", "needs connection-certificate"),
         (
             ["--smtp-port=25,465", "--smtp-secure-port=465", "--smtp-certificate=a.pem"],
             "--smtp-secure-port",
@@ -725,3 +731,24 @@ def test_the_failure_queue_is_bounded_while_nobody_has_named_it() -> None:
 def test_queues_that_cannot_be(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("0", "none"), ("false", "none"), ("NONE", "none"), ("1", "opportunistic"),
+        ("true", "opportunistic"), ("Opportunistic", "opportunistic"), ("required", "required"),
+        ("verified", "verified"),
+    ],
+)  # fmt: skip
+def test_the_tls_of_deliveries_has_words_and_the_numbers_of_older_configurations(
+    text: str, level: str
+) -> None:
+    config = Config.load([f"--connection-secure={text}", f"--smarthost-secure={text}"], {})
+    assert (config.connection_secure, config.smarthost_secure) == (level, level)
+    assert Config(connection_secure=True).connection_secure == "opportunistic"  # type: ignore[arg-type]
+
+
+def test_a_level_of_tls_that_is_none_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match="none of none, opportunistic, required, verified"):
+        Config.load(["--connection-secure=2"], {})

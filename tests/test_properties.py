@@ -72,7 +72,7 @@ def test_the_table_has_the_keys_of_a_result() -> None:
     result = Result(
         attempt=1, type="t", state="s", result="r", time="now", local_ip="l", remote_ip="r",
         mta="m", code=1, status="s", description="d", messages=1, kind="c", rule="r",
-        authentication="plain",
+        authentication="plain", cipher={}, certificate={},
     )  # fmt: skip
     assert {key.name for key in KNOWN["results"].keys} == set(result.to_dict())
 
