@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mailerq.net.logs import LogFile
+from mailerq.net.tracing import Trace, Wanted
 from tests.outbound.kit import Bench, PeerConnection, Script, open_bench
 from tests.outbound.test_reload import change
 from tests.outbound.tls_kit import NAME, Certificates, NamedHosts, breaks, starttls
@@ -302,3 +303,25 @@ async def test_the_smarthost_has_a_level_of_its_own(
         else:
             (result,) = await bench.results()
             assert "cipher" in result
+
+
+@pytest.mark.parametrize("level", ["none", "opportunistic", "verified"])
+async def test_a_trace_says_what_was_demanded_and_proved(
+    certificates: Certificates, level: str
+) -> None:
+    good = starttls(certificates.server())
+    trace = Trace(Wanted(), lambda: None, lambda way: f"{way}-1")
+    config = settings(certificates, connection_secure=level)
+    async with open_bench(good, **config) as bench:
+        bench.worker.traces = (trace,)  # type: ignore[assignment]
+        bench.send()
+        await bench.results()
+    lines = [line["text"] for line in trace.take()[0]]
+    said = {
+        "none": "(security: none; in clear)",
+        "opportunistic": "(security: opportunistic; TLS, the certificate not checked)",
+        "verified": "(security: verified; TLS, the certificate proved by an authority)",
+    }[level]
+    assert said in lines
+    assert any(line.startswith("(TLSv1.3") for line in lines) is (level != "none")
+    assert any("MAIL FROM" in line for line in lines)  # TLS is shown decrypted
