@@ -24,6 +24,7 @@ LAYERS: Final = (
     "settings",
     "sources",
     "consistency",
+    "server_table",
     "table",
     "config",
     "live",
