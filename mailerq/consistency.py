@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
 
-from mailerq.address import parse_host
+from mailerq.address import parse_host, parse_mailbox
 from mailerq.errors import AddressError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "smtp_password", "smtp-password needs smtp-username, which is not set"
     if config.connection_key and not config.connection_certificate:
         yield "connection_key", "connection-key needs connection-certificate, which is not set"
+    yield from _reports(config)
     yield from _logins(config)
     for key, other in (
         ("smtp_secure_port", "smtp_port"),
@@ -68,6 +69,23 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
             if shared and getattr(config, key):
                 name = key.replace("_", "-")
                 yield key, f"{name} would delete received mail: rabbitmq-{other} is that queue too"
+
+
+def _reports(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the settings of TLS reports."""
+    if config.tls_report_from:
+        try:
+            parse_mailbox(config.tls_report_from, utf8=False)
+        except AddressError as error:
+            yield "tls_report_from", f"tls-report-from: {error}"
+    if not config.tls_report:
+        return
+    if not config.tls_report_from and not config.tls_report_contact:
+        yield (
+            "tls_report",
+            "tls-report needs tls-report-from, an address to send reports from, or at least"
+            " tls-report-contact for reports by HTTPS",
+        )
 
 
 def _logins(config: Config) -> Iterator[tuple[str, str]]:

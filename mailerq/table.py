@@ -14,6 +14,7 @@ from typing import Final
 from mailerq.server_table import ServerTable
 from mailerq.settings import (
     DNS_SERVERS,
+    FLAG,
     HOST,
     IPS,
     LMTP,
@@ -46,6 +47,7 @@ QUEUES: Final = "Queues"
 DELIVERY: Final = "Delivery"
 TLS_OUT: Final = "TLS of deliveries"
 REPORTS: Final = "Reports to senders"
+POLICIES: Final = "Policies of recipients"
 DNS: Final = "DNS"
 PLUGINS: Final = "Plugins"
 LOGS: Final = "Logs"
@@ -432,6 +434,45 @@ class Table(ServerTable):
     )
     dns_attempts: int = setting(
         4, NUMBER, DNS, "Questions before a lookup has failed.", minimum=1, maximum=100
+    )
+
+    mta_sts: bool = setting(
+        True,
+        FLAG,
+        POLICIES,
+        "Honour the MTA-STS policies of recipients' domains (RFC 8461); docs/mta-sts.md explains"
+        " it.",
+    )
+    mta_sts_port: int = setting(
+        443,
+        PORT,
+        POLICIES,
+        "Port of the servers that have the policies; another than 443 is for trying out.",
+        minimum=1,
+    )
+    tls_report: bool = setting(
+        False,
+        FLAG,
+        POLICIES,
+        "Count how TLS works, and send the daily reports that recipients' domains ask for (RFC"
+        " 8460); docs/tls-reports.md explains it.",
+    )
+    tls_report_from: str = setting(
+        "",
+        TEXT,
+        POLICIES,
+        "Sender of these reports, an address whose domain signs with DKIM.",
+        unset="no reports by mail",
+    )
+    tls_report_contact: str = setting(
+        "",
+        TEXT,
+        POLICIES,
+        "Address or URL in these reports, for those who have questions.",
+        unset="tls-report-from",
+    )
+    tls_report_organization: str = setting(
+        "", TEXT, POLICIES, "Name of the sender of these reports.", unset="hostname"
     )
 
     plugin_directory: str = fixed(

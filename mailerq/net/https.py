@@ -1,9 +1,8 @@
 """Ask one thing of a web server by HTTPS, with a bound on everything.
 
 Each request has a connection of its own. Nothing is followed, kept or decoded: a redirect is
-a response like any other, there is no cache, no proxy, no cookie, no compression and no environment
-variable that changes anything. The caller looks the host up, so all rules about addresses are those
-of the resolver.
+a response like any other, and there is no cache, no proxy, no cookie and no compression. The caller
+looks the host up, so all rules about addresses are those of the resolver.
 
 A server may be hostile: the time from the first byte to the last is bounded as a whole, so dripping
 gains nothing, and so are the head, the body and the bytes around them. A body without a length must

@@ -36,8 +36,8 @@ MAX_POLICY_BYTES: Final = 64 << 10
 MAX_AGE_SECONDS: Final = 31_557_600
 """The longest time a policy is valid (section 3.2): a year. More is taken as this."""
 
-MAX_PATTERNS: Final = 1000
-"""Different ``mx`` lines of one policy; those that are in use have up to some dozens."""
+MAX_PATTERNS: Final = 250
+"""``mx`` lines of one policy; those that are in use have up to some dozens."""
 
 MAX_SHOWN: Final = 60
 """Characters of a line that a problem quotes."""
@@ -140,7 +140,7 @@ def parse_policy(text: bytes) -> Document | Wrong:
         return Wrong(text.count(b"\n", 0, error.start) + 1, "the line is not UTF-8")
     first: dict[str, tuple[int, str]] = {}
     patterns: dict[str, None] = {}
-    has_mx = False
+    hosts = 0
     lines = []
     for number, raw in enumerate(decoded.split("\n"), start=1):
         line = raw.strip(" \t\r")
@@ -154,14 +154,14 @@ def parse_policy(text: bytes) -> Document | Wrong:
         if key != "mx":
             first.setdefault(key, (number, value))
             continue
+        hosts += 1
+        if hosts > MAX_PATTERNS:
+            return Wrong(number, f"more than {MAX_PATTERNS} hosts")
         pattern = _pattern(value)
         if pattern is None:
             return Wrong(number, f"mx {value[:MAX_SHOWN]!r} is no host and no *. before a domain")
-        has_mx = True
         if pattern:
             patterns[pattern] = None
-        if len(patterns) > MAX_PATTERNS:
-            return Wrong(number, f"more than {MAX_PATTERNS} hosts")
     wrong = _version_problem(first)
     if wrong is not None:
         return wrong
@@ -171,7 +171,7 @@ def parse_policy(text: bytes) -> Document | Wrong:
     max_age = _max_age(first)
     if isinstance(max_age, Wrong):
         return max_age
-    if not has_mx and mode is not StsMode.NONE:
+    if not hosts and mode is not StsMode.NONE:
         return Wrong(0, "mx is missing")
     return Document(mode, max_age, tuple(patterns), tuple(lines))
 

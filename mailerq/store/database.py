@@ -13,6 +13,7 @@ another file, and open that one. Nothing is deleted.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -35,6 +36,9 @@ MODE: Final = 0o640
 BUSY_MS: Final = 5_000
 """Timeout for another process that writes."""
 
+PAGE_BYTES: Final = 4096
+"""SQLite's own default."""
+
 LOG_BYTES: Final = 1 << 20
 """A write-ahead log that has grown beyond this size is cut back to it."""
 
@@ -55,21 +59,31 @@ class Database:
         schema: str,
         *,
         version: int = 1,
+        most_bytes: int = 256 << 20,
         user: str = "",
         salvage: Salvage = lambda old, new: 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """The file is made when it is first needed; root makes it for the owner of its directory,
-        or for `user` if that is root.
+        or for `user` if that is root. It does not grow beyond `most_bytes`.
         """
         self.path = path
         self._schema = schema
         self._version = version
+        self._most_pages = most_bytes // PAGE_BYTES
         self._user = user
         self._salvage = salvage
         self._clock = clock
         self._connection: apsw.Connection | None = None
         self._identity: tuple[int, int] | None = None
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is no file yet, so that there is nothing to read. Raises `StoreError`."""
+        try:
+            return _identity(self.path) is None
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror or error}") from error
 
     def read(self, work: Callable[[apsw.Connection], T]) -> T:
         """Do what `work` does with one statement that reads. Raises `StoreError`."""
@@ -126,6 +140,8 @@ class Database:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 with suppress(FileExistsError):
                     os.close(os.open(self.path, flags, MODE))
+        elif not os.access(self.path, os.R_OK | os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         self._identity = _identity(self.path)
         connection = apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE)
         try:
@@ -142,6 +158,7 @@ class Database:
         connection.execute("PRAGMA synchronous = FULL")
         connection.pragma("temp_store", "memory")
         connection.pragma("journal_size_limit", LOG_BYTES)
+        connection.pragma("max_page_count", self._most_pages)
         found = connection.pragma("quick_check", 1)
         if found != "ok":
             raise apsw.CorruptError(str(found))

@@ -11,15 +11,18 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Self
 from zlib import crc32
 
 import apsw
 import msgspec
 
+from mailerq.message import format_time
+from mailerq.rules.security import StsPolicy
+from mailerq.rules.sts import Document, Wrong, parse_policy
 from mailerq.store.database import Database
 
-__all__ = ["FILE_NAME", "Entry", "StsFile"]
+__all__ = ["FILE_NAME", "Entry", "Kept", "StsFile"]
 
 FILE_NAME: Final = "sts-policies"
 
@@ -83,6 +86,49 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         return crc32(self.text, crc32("\0".join(parts).encode()))
 
 
+class Kept(NamedTuple):
+    """What the file knows of a domain, and its policy in parts; None: not one, or damaged."""
+
+    entry: Entry
+    document: Document | None
+
+    @classmethod
+    def of(cls, entry: Entry) -> Self:
+        """Read the policy of an entry; a large one takes some time."""
+        document = parse_policy(entry.text) if entry.text else None
+        return cls(entry, None if isinstance(document, Wrong) else document)
+
+    def policy(self, now: float) -> StsPolicy | None:
+        """The policy that is in force, of any mode."""
+        if self.document is None or now >= self.entry.expires:
+            return None
+        return self.document.policy(self.entry.domain, self.entry.id)
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """What is known, for programs; times as text."""
+        entry, policy = self
+        said: dict[str, Any] = {"domain": entry.domain}
+        if entry.text:
+            said |= {
+                "id": entry.id,
+                "mode": None if policy is None else str(policy.mode),
+                "mx": [] if policy is None else list(policy.patterns),
+                "max-age": None if policy is None else policy.max_age,
+                "fetched": format_time(entry.fetched),
+                "expires": format_time(entry.expires),
+                "in-force": self.policy(now) is not None,
+                "refresh": format_time(entry.next),
+            }
+        said["used"] = format_time(entry.used)
+        if entry.problem:
+            said["problem"] = {
+                "id": entry.failed_id,
+                "time": format_time(entry.failed),
+                "text": entry.problem,
+            }
+        return said
+
+
 class StsFile:
     """The file of a queue directory. One thread at a time may call the methods.
 
@@ -93,21 +139,21 @@ class StsFile:
         self, directory: str, user: str = "", *, clock: Callable[[], float] = time.time
     ) -> None:
         path = os.path.join(directory, FILE_NAME)
-        self._file = Database(path, SCHEMA, user=user, salvage=_salvage, clock=clock)
+        self._file = Database(
+            path, SCHEMA, most_bytes=2 * MAX_BYTES, user=user, salvage=_salvage, clock=clock
+        )
         self._clock = clock
         self._new = 0
 
     def get(self, domain: str) -> Entry | None:
         """What is known of a domain."""
         query = f"SELECT {COLUMNS} FROM policies WHERE domain = ?"
-        found = self._file.read(lambda file: file.execute(query, (domain,)).fetchall())
-        return next(_sound(found), None)
+        return next(iter(self._found(query, (domain,))), None)
 
     def entries(self, after: str = "", limit: int = 1000) -> list[Entry]:
         """Some entries in the order of domains, behind a domain."""
         query = f"SELECT {COLUMNS} FROM policies WHERE domain > ? ORDER BY domain LIMIT ?"
-        found = self._file.read(lambda file: file.execute(query, (after, limit)).fetchall())
-        return [*_sound(found)]
+        return self._found(query, (after, limit))
 
     def due(self, limit: int) -> list[Entry]:
         """Some policies to fetch again now, the most urgent first."""
@@ -117,8 +163,12 @@ class StsFile:
             "AND expires > ? ORDER BY next LIMIT ?"
         )
         values = (now, now - UNUSED_SECONDS, now - EXPIRED_SECONDS, limit)
-        found = self._file.read(lambda file: file.execute(query, values).fetchall())
-        return [*_sound(found)]
+        return self._found(query, values)
+
+    def _found(self, query: str, values: tuple[float | str, ...]) -> list[Entry]:
+        if self._file.is_missing:
+            return []
+        return [*_sound(self._file.read(lambda file: file.execute(query, values).fetchall()))]
 
     def keep(self, entry: Entry) -> None:
         """Keep a policy that was fetched, in place of the one before."""
@@ -173,6 +223,8 @@ class StsFile:
 
     def remove(self, domain: str | None) -> int:
         """Remove the row of a domain, or all; returns how many there were."""
+        if self._file.is_missing:
+            return 0
 
         def work(file: apsw.Connection) -> int:
             if domain is None:
@@ -185,6 +237,8 @@ class StsFile:
 
     def forget(self) -> int:
         """Remove what is of no use any more; returns how many rows that were."""
+        if self._file.is_missing:
+            return 0
         return self._file.write(lambda file: _make_room(file, self._clock()))
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from mailerq.errors import StoreError
 from mailerq.store.database import Database
+from tests.support import public_directory
 
 SCHEMA = "CREATE TABLE facts (name TEXT PRIMARY KEY, count INTEGER NOT NULL)"
 ADD = "INSERT INTO facts VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET count = count + 1"
@@ -148,3 +149,21 @@ def test_a_path_that_is_a_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "facts").mkdir()
     with pytest.raises(StoreError):
         add(opened(tmp_path))
+
+
+def test_nothing_is_made_where_nothing_is_to_be_read(tmp_path: Path) -> None:
+    file = opened(tmp_path)
+    assert file.is_missing and not os.listdir(tmp_path)
+    add(file)
+    assert not file.is_missing
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file for another account")
+def test_root_makes_the_file_for_the_owner_of_the_directory() -> None:
+    with public_directory() as directory:
+        os.chown(directory, 12345, 12345)
+        file = opened(directory)
+        add(file)
+        for name in os.listdir(directory):
+            assert (directory / name).stat().st_uid == 12345
+        file.close()
