@@ -56,7 +56,7 @@ from mailerq.outbound.kept import KeptActions
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.listing import Wanted, list_flows
 from mailerq.outbound.openings import Openings
-from mailerq.outbound.policies import NO_POLICIES
+from mailerq.outbound.published import Published
 from mailerq.outbound.refusals import react
 from mailerq.outbound.warmup import Days
 from mailerq.plugins import (
@@ -169,13 +169,13 @@ class Engine:
         self._logs: dict[str, LogFile] = {}
         self._connections: Slots
         self._resolver: Resolver
-        self._policies = NO_POLICIES
         self._tls: ClientTls
         self._outgoing: Slots
         self._openings: Openings
         self._misspelt = Misspelt()
         self._deliveries: dict[int, _Delivery] = {}
         self._keeper: Keeper
+        self._published: Published
         self._tracing: Tracing
         self._watchdog: Watchdog
         self._nursery: trio.Nursery
@@ -287,6 +287,8 @@ class Engine:
         react(self._limits, answers, self._kept)
         await self._keeper.open()
         stack.push_async_callback(self._keeper.close)
+        self._published = Published(self._live, self._resolver, self._publish_report)
+        stack.push_async_callback(self._published.close)
         self._listener = Listener(self._server, self._workers, ports, incoming)
         self._limits.days = Days(os.path.join(config.queue_directory, DAYS))
         name = "" if self._share is None else f"{share}."
@@ -300,6 +302,7 @@ class Engine:
         nursery.start_soon(self._limits.run)
         nursery.start_soon(self._keeper.run)
         nursery.start_soon(self._kept.run)
+        nursery.start_soon(self._published.run)
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
         if lock is not None:
             nursery.start_soon(self._prove, lock)
@@ -320,7 +323,7 @@ class Engine:
             limits=self._limits,
             send_log=self._log("send_log_file"),
             misspelt=self._misspelt,
-            policies=self._policies,
+            policies=self._published.policies,
             tls=self._tls,
         )
         dispatcher.stops.rows, dispatcher.stops.hits = self._keeper.rows, self._keeper.hits
@@ -482,6 +485,7 @@ class Engine:
         if not alike(config, before, "server_id", "hostname"):
             ids.set_machine(config.server_id, config.hostname)
         self._resolver.configure(config)
+        self._published.reload()
         react(self._limits, answers, self._kept)
         self._kept.follow(self._keeper.table, self._limits.refusals)
         regrouped = self._limits.change(shaping)
@@ -639,6 +643,7 @@ class Engine:
                 self._deliveries, self.config, request
             ),
             "note": control.note,
+            "policies": self._look_at_policies,
             "trace": self._trace,
         }
 
@@ -661,8 +666,18 @@ class Engine:
                 delivery.dispatcher.flush()
         return {"ok": True}
 
+    async def _publish_report(self, message: Message) -> None:
+        await self.queues.publish([Publication(self.config.rabbitmq_outbox, message)])
+
     async def _look_at_rows(self, request: control.Request) -> dict[str, bool]:
         await self._keeper.look()
+        return {"ok": True}
+
+    async def _look_at_policies(self, request: control.Request) -> dict[str, bool]:
+        await self._published.command(request)
+        if "forget" in request:
+            for delivery in self._deliveries.values():
+                delivery.dispatcher.forget_policies(request["forget"])
         return {"ok": True}
 
     async def _explain(self, request: control.Request) -> dict[str, Any]:
@@ -674,10 +689,11 @@ class Engine:
         )
         if local is not None:
             return {**question.answer(), **local}
-        return merged_answers([
+        answers = [
             await delivery.dispatcher.seeing.explainer().explain(question)
             for delivery in list(self._deliveries.values())
-        ])  # fmt: skip
+        ]
+        return await self._published.explained(merged_answers(answers))
 
     async def _top(self, request: control.Request) -> dict[str, Any]:
         """A page of the flows of all deliveries."""

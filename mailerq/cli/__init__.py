@@ -38,7 +38,9 @@ _COMMANDS: Final = {
     "rows": "mailerq.cli.rows:rows",
     "sink": "mailerq.cli.sink",
     "status": "mailerq.cli.status",
+    "sts": "mailerq.cli.sts",
     "suppress": "mailerq.cli.rows:suppress",
+    "tls-report": "mailerq.cli.tls_report",
     "top": "mailerq.cli.top",
     "trace": "mailerq.cli.trace",
 }

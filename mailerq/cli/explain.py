@@ -16,7 +16,7 @@ from mailerq.address import parse_ip
 from mailerq.cli import control
 from mailerq.cli.common import command_parser, complain, print_json, print_table
 from mailerq.config import Config
-from mailerq.errors import QueueError, RowError
+from mailerq.errors import QueueError, RowError, StoreError
 from mailerq.escaping import escape
 from mailerq.message import format_time
 
@@ -36,6 +36,9 @@ PENDING_SECONDS: Final = 30.0
 """How long the name servers may take."""
 
 PENDING_INTERVAL: Final = 0.5
+
+MAX_PATTERNS: Final = 10
+"""Patterns of a policy that are shown; `mailerq sts` shows all."""
 
 FAILING: Final = ("fail", "wait")
 """Decisions for which the exit status is 1."""
@@ -109,14 +112,19 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
     from mailerq.engine import DAYS
     from mailerq.inbound.addresses import LocalAddresses
     from mailerq.inbound.explaining import explain_arrival
+    from mailerq.live import Live
+    from mailerq.net.https import Https
     from mailerq.net.resolver import Resolver
     from mailerq.outbound.explaining import Explainer, Question
     from mailerq.outbound.limits import Limits
+    from mailerq.outbound.policies import Policies
     from mailerq.outbound.sites import Sites
+    from mailerq.outbound.sts import StsPolicies
     from mailerq.outbound.warmup import Days
     from mailerq.rules.access import Access
     from mailerq.rules.plan import plan
     from mailerq.rules.shaping import Shaping
+    from mailerq.store.sts_file import StsFile
 
     question = Question.of(request)
     access, listed = Access.of(config), LocalAddresses.of(config)
@@ -132,10 +140,19 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
         return "" if rows is None else rows.apart(domain)
 
     async def run() -> Answer:
+        resolver = Resolver(config)
+        file = StsFile(config.queue_directory, config.user)
+        sts = StsPolicies(Live(config), resolver, Https(resolver.addresses), file, keeps=False)
         return await Explainer(
             config,
             limits,
-            Sites(Resolver(config), limits.shaping.group_of, apart),
+            Sites(
+                resolver,
+                limits.shaping.group_of,
+                apart,
+                limits.shaping.ignores_policies,
+                Policies(sts=sts),
+            ),
             lambda message, now, seen: plan(
                 message, config, now=now, seen=seen, rows=rows, local=limits.shaping.local_ips
             ),
@@ -143,7 +160,21 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
             rows=rows,
         ).explain(question)
 
-    return trio.run(run)
+    return _with_policy(config, trio.run(run))
+
+
+def _with_policy(config: Config, answer: Answer) -> Answer:
+    """The answer with the MTA-STS policy that is kept of the domain."""
+    from mailerq.store.sts_file import Kept, StsFile
+
+    if not config.mta_sts or answer.get("route", {}).get("by") != "MX records":
+        return answer
+    try:
+        entry = StsFile(config.queue_directory, config.user).get(answer["domain"])
+    except StoreError as error:
+        complain(f"the policies of MTA-STS cannot be read: {error}")
+        return answer
+    return answer if entry is None else {**answer, "mta-sts": Kept.of(entry).describe(time.time())}
 
 
 def _rows(config: Config, pools: Mapping[str, Collection[str]]) -> Rows | None:
@@ -253,10 +284,23 @@ def _facts(answer: Answer) -> Iterator[tuple[str, object, str]]:
         yield "site", site["label"] + apart, site["where"]
         if (provider := answer["provider"])["name"]:
             yield "provider", provider["name"], provider["where"]
+    if (policy := answer.get("mta-sts")) is not None:
+        yield "MTA-STS", _sts(policy), "mailerq sts"
     if (destination := answer.get("destination")) is not None:
         count, when = destination["messages"], destination.get("next")
         waiting = "unknown" if count is None else count
         yield f"waiting as {destination['key']}", waiting, f"next due {when}" if when else ""
+
+
+def _sts(policy: Answer) -> str:
+    problem = policy.get("problem")
+    trouble = f"; the last fetch failed: {problem['text']}" if problem else ""
+    if "id" not in policy:
+        return f"no policy{trouble}"
+    mode = policy["mode"] if policy["in-force"] else f"{policy['mode']}, expired"
+    hosts = f", hosts {', '.join(policy['mx'][:MAX_PATTERNS])}" if policy["mx"] else ""
+    times = f"fetched {policy['fetched']}, expires {policy['expires']}"
+    return f"{mode}, id {policy['id']}, {times}{hosts}{trouble}"
 
 
 def _source(part: dict[str, Any]) -> str:

@@ -174,6 +174,10 @@ class Dispatcher:
         self.flows.reload(reroute=reroute)
         self.openings.serve()
 
+    def forget_policies(self, domain: str) -> None:
+        """What a domain has published about TLS has changed; an empty name stands for all."""
+        self._sites.forget_domains(lambda name: not domain or name == domain)
+
     # The start and the end
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

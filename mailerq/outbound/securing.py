@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from mailerq.mail.tls_report import is_report
 from mailerq.net.stream import HandshakeFailed, StreamLost
 from mailerq.outbound.jobs import Report
 from mailerq.outbound.race import where
@@ -202,9 +203,9 @@ class Securing:
     def _record(
         self, failure: TlsFailure | None, stream: Stream | None = None, helo: str = ""
     ) -> None:
-        site = self.flow.site
-        if not site.mx:
-            return
+        site, jobs = self.flow.site, self.flow.jobs
+        if not site.mx or (jobs and all(is_report(job.message.properties) for job in jobs)):
+            return  # a report about a connection for reports would cause the next report
         self.flow.policies.record(
             self.flow.policy_domain(),
             site.policy,

@@ -81,6 +81,9 @@ RELOAD_SECONDS: Final = 5.0
 IDS_SECONDS: Final = 0.4
 """Timeout for ids before another process is asked: an injector waits at most a second."""
 
+MAX_NAMES: Final = 1000
+"""Characters of a request about policies, which has the name of a domain."""
+
 KILL_SECONDS: Final = 2 * OVERDUE_SECONDS
 """Time after `shutdown-timeout` before a process that has not stopped is killed. Earlier the
 process ends itself, and names the plugin it was in.
@@ -265,6 +268,7 @@ class _Parent:
             "reload": self._answer,
             "queue-change": self._change,
             "note": control.note,
+            "policies": self._look_at_policies,
             "trace": self._trace,
         }
 
@@ -305,6 +309,14 @@ class _Parent:
     async def _look_at_rows(self, request: control.Request) -> dict[str, bool]:
         """Have all processes put in force what the file of rows says."""
         replies = await self._ask_all("rows")
+        return {"ok": None not in replies.values()}
+
+    async def _look_at_policies(self, request: control.Request) -> dict[str, bool]:
+        """Have all processes act on changed policies, see `Published.command`."""
+        known = {name: request[name] for name in ("forget", "flush", "send") if name in request}
+        if len(str(known)) > MAX_NAMES:
+            raise MailerqError("the request is too long")
+        replies = await self._ask_all("policies", **known)
         return {"ok": None not in replies.values()}
 
     async def _explain(self, request: control.Request) -> dict[str, Any]:
