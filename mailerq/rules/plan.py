@@ -174,6 +174,8 @@ def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
         return None if supplied or message.properties.get("mime") else responses.NO_DATA
     # Most headers have fewer lines than that, and lines cost less to count than to read.
     end = body.find(b"\r\n\r\n", 0, SHORT_BYTES)
+    if end < 0 and len(body) <= SHORT_BYTES:
+        end = len(body)
     lines = body.count(b"\n", 0, end) if end >= 0 else HOP_LIMIT
     few = lines < HOP_LIMIT and body.count(b"\r", 0, end) == lines
     if not few and Header(body).is_looping():

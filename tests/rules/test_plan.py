@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mailerq.config import Config
+from mailerq.mail.headers import Header
 from mailerq.message import Message, format_time
-from mailerq.rules.plan import Hold, Refuse, Send, body_problem, plan
+from mailerq.rules.plan import SHORT_BYTES, Hold, Refuse, Send, body_problem, plan
 from mailerq.rules.security import NOTHING
 
 NOW = 1_767_268_800.0
@@ -100,3 +103,22 @@ def test_a_body_can_rule_a_message_out(
 @pytest.mark.parametrize("body", [b"hi\r\n", 100 * b"Received: x\r\n" + b"\r\n"])
 def test_a_plain_body_rules_nothing_out(body: bytes) -> None:
     assert body_problem(Message({"recipient": "c@d.test"}, body), supplied=False) is None
+
+
+PARTS = st.sampled_from([
+    *(count * (b"Received: x" + end) for count in (1, 50, 101) for end in (b"\r\n", b"\n", b"\r")),
+    b"\r\n", b"\n", b"\r", b"To: a@b.test\r\n", b"no field", SHORT_BYTES * b"x",
+])  # fmt: skip
+
+
+@given(st.lists(PARTS, max_size=6).map(b"".join))
+def test_a_body_loops_if_its_header_does(body: bytes) -> None:
+    problem = body_problem(Message({"recipient": "c@d.test"}, body), supplied=False)
+    assert (problem is not None) == Header(body).is_looping()
+
+
+def test_a_mail_without_an_empty_line_is_judged_like_any_other() -> None:
+    for count, loops in ((100, False), (101, True)):
+        body = count * b"Received: x\r\n"
+        problem = body_problem(Message({"recipient": "c@d.test"}, body), supplied=False)
+        assert (problem is not None) == loops
