@@ -21,7 +21,7 @@ import msgspec
 
 from mailerq.address import queue_problem
 from mailerq.errors import MessageError
-from mailerq.properties import CHECKS, misspellings
+from mailerq.properties import CHECK_OF, CHECKS, misspellings
 
 __all__ = [
     "PROPERTIES_LIMIT",
@@ -141,6 +141,10 @@ def _check_size(data: bytes) -> None:
         raise MessageError(f"has more than {PROPERTIES_LIMIT} bytes of properties beside its body")
 
 
+_TIMES: Final = ("delayed", "maxdelivertime")
+_MORE_CHECKED: Final = frozenset((*_TIMES, "queues"))
+
+
 class Message(msgspec.Struct, eq=False):
     """One mail to one recipient.
 
@@ -233,6 +237,14 @@ class Message(msgspec.Struct, eq=False):
 
         Such a message cannot be sent. It goes to the failure queue with this text.
         """
+        # A message has few of the properties that `problems` looks for.
+        properties = self.properties
+        if properties.get("recipient") and _MORE_CHECKED.isdisjoint(properties):
+            for name, value in properties.items():
+                if value is not None and (check := CHECK_OF.get(name)) and not check(value):
+                    break
+            else:
+                return None
         return next(self.problems(), None)
 
     def problems(self) -> Iterator[str]:
@@ -248,7 +260,7 @@ class Message(msgspec.Struct, eq=False):
             names = [name for name, meant in misspellings(properties) if meant == "recipient"]
             hint = f"; is {names[0]!a} a misspelling of it?" if names else ""
             yield f"property recipient: is missing{hint}"
-        for name in ("delayed", "maxdelivertime"):
+        for name in _TIMES:
             if (value := properties.get(name)) is not None and name not in wrong:
                 try:
                     parse_time(value)

@@ -365,6 +365,8 @@ CHECKS: Final = tuple(
     (known.name, known.check, known.expected) for known in PROPERTIES if known.check is not None
 )
 
+CHECK_OF: Final = {name: check for name, check, _ in CHECKS}
+
 _SPELLING: Final = Spelling(KNOWN)
 _OBJECTS: Final = tuple(
     (known.name, Spelling(key.name for key in known.keys))

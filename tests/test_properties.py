@@ -93,3 +93,16 @@ def test_all_that_is_wrong_with_a_message_is_said() -> None:
     assert Message({"recipient": 5}).problem() == (
         "property recipient: expected a string, found a number"
     )
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.just("2026-01-02 03:04:05"),
+    st.just([]), st.just({}), st.just({"failure": "a"}), st.just({"failure": "a\0b"}),
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.one_of(NAMES, st.text(max_size=5)), VALUES, max_size=6))
+def test_a_message_has_a_problem_if_any_property_has(more: dict[str, object]) -> None:
+    for properties in (more, {"recipient": "a@b.test", **more}):
+        message = Message(properties)
+        assert message.problem() == next(message.problems(), None)
