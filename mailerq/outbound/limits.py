@@ -226,6 +226,7 @@ class Limits:
         self._calendar.set(shaping.hours)
         self.number = 0
         """Grows with each change of the limits."""
+        self._unlimited = Allowance(self.number, (), {})
         self._cells = MemoryCells() if cells is None else cells
         self._turns = MemoryCells(self._cells.now)
         """When the next connection for messages with a limit may be opened."""
@@ -352,8 +353,14 @@ class Limits:
     def of_remote(self, address: str, local_ip: str | None) -> Allowance:
         """What holds for all connections to an address from a local address."""
         ip = local_ip or ""
-        wants = list(_all(self.shaping.of_remote(address, ip), address, f"ip {address}", ip))
-        return Allowance(self.number, wants, {})
+        bounds = self.shaping.of_remote(address, ip)
+        if bounds:
+            wants = list(_all(bounds, address, f"ip {address}", ip))
+            return Allowance(self.number, wants, {})
+        # Most connections are to addresses without a limit.
+        if self._unlimited.number != self.number:
+            self._unlimited = Allowance(self.number, (), {})
+        return self._unlimited
 
     # Taking
 

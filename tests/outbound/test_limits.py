@@ -158,6 +158,17 @@ def test_remote_addresses_count_over_all_sites() -> None:
     assert limits.take(limits.of_remote("192.0.2.2", None).opening) is None
 
 
+def test_a_limit_of_an_address_holds_from_the_change_on() -> None:
+    limits = Limits(shaping())
+    free = limits.of_remote("192.0.2.1", None)
+    assert free.most == 0 and free.number == limits.number
+    limits.change(shaping(ip_maxconnections=1))
+    assert limits.of_remote("192.0.2.1", None).most == 1
+    limits.change(shaping())
+    free = limits.of_remote("192.0.2.1", None)
+    assert free.most == 0 and free.number == limits.number
+
+
 def test_starting_is_given_back_before_the_connection() -> None:
     limits = Limits(shaping(domain_maxstarting=1, domain_maxconnections=2))
     opening = limits.of_flow(site(), None).opening
