@@ -31,6 +31,10 @@ __all__ = ["Hold", "Park", "Plan", "Refuse", "Send", "body_problem", "plan", "st
 SHORT_BYTES: Final = 1 << 14
 """Up to this size the lines of a header are counted first."""
 
+HOP_BYTES: Final = 10 * HOP_LIMIT
+"""A shorter header has no more than `HOP_LIMIT` Received fields: each has a name, a colon and a
+line end."""
+
 
 class Refuse(msgspec.Struct, frozen=True):
     """The message gets a result without an attempt. `domain` is empty if there is none.
@@ -172,10 +176,12 @@ def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
     if body is None:
         # An object in ``mime`` becomes a body later, and that body is judged then.
         return None if supplied or message.properties.get("mime") else responses.NO_DATA
-    # Most headers have fewer lines than that, and lines cost less to count than to read.
+    # Most headers are too short, or have too few lines, which cost less to count than to read.
     end = body.find(b"\r\n\r\n", 0, SHORT_BYTES)
     if end < 0 and len(body) <= SHORT_BYTES:
         end = len(body)
+    if 0 <= end < HOP_BYTES:
+        return None
     lines = body.count(b"\n", 0, end) if end >= 0 else HOP_LIMIT
     few = lines < HOP_LIMIT and body.count(b"\r", 0, end) == lines
     if not few and Header(body).is_looping():

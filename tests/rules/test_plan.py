@@ -106,7 +106,7 @@ def test_a_plain_body_rules_nothing_out(body: bytes) -> None:
 
 
 PARTS = st.sampled_from([
-    *(count * (b"Received: x" + end) for count in (1, 50, 101) for end in (b"\r\n", b"\n", b"\r")),
+    *(count * (b"Received:" + end) for count in (1, 50, 101) for end in (b"\r\n", b"\n", b"\r")),
     b"\r\n", b"\n", b"\r", b"To: a@b.test\r\n", b"no field", SHORT_BYTES * b"x",
 ])  # fmt: skip
 
@@ -119,6 +119,6 @@ def test_a_body_loops_if_its_header_does(body: bytes) -> None:
 
 def test_a_mail_without_an_empty_line_is_judged_like_any_other() -> None:
     for count, loops in ((100, False), (101, True)):
-        body = count * b"Received: x\r\n"
+        body = count * b"Received:\n"
         problem = body_problem(Message({"recipient": "c@d.test"}, body), supplied=False)
         assert (problem is not None) == loops
