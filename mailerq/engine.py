@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pwd
 import resource
 import time
 from collections.abc import Awaitable, Callable
@@ -72,6 +71,7 @@ from mailerq.plugins import (
     stray_close,
 )
 from mailerq.preparing import LOGS, Prepared, prepare, writable
+from mailerq.privileges import become
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.opening import make_directory, open_queues, share_directory
 from mailerq.queues.ownership import DirectoryLock
@@ -239,7 +239,7 @@ class Engine:
             stack.callback(port.sock.close)
         if config.user:
             make_directory(config.queue_directory, config.user)
-            _become(config)
+            become(config)
         self._watchdog = stack.enter_context(Watchdog(config.watchdog_seconds))
         # Not before: opening a file runs its constructors.
         plugins = self.plugins = Plugins.load(
@@ -760,18 +760,3 @@ def _log_file(config: Config, name: str, stack: AsyncExitStack) -> LogFile:
         log_file = LogFile(config.text(name) or os.devnull)
     stack.callback(log_file.close)
     return log_file
-
-
-def _become(config: Config) -> None:
-    """Change to the account in `user`, for good."""
-    try:
-        account = pwd.getpwnam(config.user)
-        os.initgroups(config.user, account.pw_gid)
-        os.setgid(account.pw_gid)
-        os.setuid(account.pw_uid)
-    except KeyError:
-        raise ConfigError(config.origin("user"), f"user: {config.user}: no such account") from None
-    except OSError as error:
-        raise ConfigError(
-            config.origin("user"), f"user: cannot become {config.user}: {error.strerror}"
-        ) from None

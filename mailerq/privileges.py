@@ -13,11 +13,15 @@ import pwd
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mailerq import _core
+from mailerq.errors import ConfigError
 
-__all__ = ["as_account", "as_owner", "give_to", "keep_for_ports", "no_new_privileges"]
+if TYPE_CHECKING:
+    from mailerq.config import Config
+
+__all__ = ["as_account", "as_owner", "become", "give_to", "keep_for_ports", "no_new_privileges"]
 
 log = logging.getLogger("mailerq")
 
@@ -103,3 +107,18 @@ def _account(user: str) -> pwd.struct_passwd | None:
         return pwd.getpwnam(user) if user else None
     except KeyError:
         return None
+
+
+def become(config: Config) -> None:
+    """Change to the account in `user`, for good. Raises `ConfigError`."""
+    try:
+        account = pwd.getpwnam(config.user)
+        os.initgroups(config.user, account.pw_gid)
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
+    except KeyError:
+        raise ConfigError(config.origin("user"), f"user: {config.user}: no such account") from None
+    except OSError as error:
+        raise ConfigError(
+            config.origin("user"), f"user: cannot become {config.user}: {error.strerror}"
+        ) from None
