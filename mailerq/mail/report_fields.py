@@ -36,16 +36,14 @@ TEXT_LIMIT: Final = 1000
 
 ADDRESS_LIMIT: Final = 320
 
-MAX_GROUPS: Final = 1000
-"""Groups of fields in a part: one for the message, and one for each recipient."""
-
 LAST_YEAR: Final = 9999
 
 _EMPTY_LINES: Final = re.compile(rb"\r\n(?:\r\n)+").split
 _ANGLE: Final = re.compile(r"<([^<>\s]{1,320})>").search
 _ADDRESS: Final = re.compile(
-    r'(?<![^\s<("\':;,=])([^\s<>()\[\]:;,"\'@]{1,64}@[\w.-]{1,253})'
+    r'(?<![^\s<("\':;,=])([^\s<>()\[\]:;,"\'@]{1,64}@[\w.-]{1,253}+)(?!@)'
 ).search
+_KIND: Final = re.compile(r" ?([\w.-]{1,30}) ?;").match
 _UNICODE: Final = re.compile(r"\\x\{([0-9A-Fa-f]{2,6})\}").sub
 _STATUS: Final = re.compile(r"(?<![\d.])([245]\.\d{1,3}\.\d{1,3})(?![\d.]*\d)").search
 _CODE: Final = re.compile(r"(?<![\d.])([245]\d\d)(?=[\s-])").search
@@ -83,7 +81,7 @@ class Fields(dict[bytes, bytes]):
         return time_of(self.text(name))
 
 
-def groups_of(content: bytes, most: int = MAX_GROUPS) -> tuple[list[Fields], int]:
+def groups_of(content: bytes, most: int) -> tuple[list[Fields], int]:
     """The groups of fields that empty lines part, up to `most`, and how many there are."""
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
     pieces = [piece for piece in _EMPTY_LINES(content) if piece.strip()]
@@ -111,10 +109,10 @@ def typed(value: bytes) -> str:
     ('ann@example.org', 'ann@example.org')
     """
     text = one_line(value)
-    kind, semicolon, rest = text.partition(";")
-    if semicolon and "@" not in kind and len(kind) <= 20:
-        text = rest.strip()
-        if kind.strip().lower() == "utf-8":
+    match = _KIND(text)
+    if match is not None:
+        text = text[match.end() :].strip()
+        if match[1].lower() == "utf-8":
             text = clean(_UNICODE(_from_hex, text))
     return text
 

@@ -54,8 +54,8 @@ __all__ = [
     "recognise",
 ]
 
-LONG_BYTES: Final = 1 << 15
-"""Bytes of a mail above which the work takes milliseconds."""
+LONG_BYTES: Final = 1 << 13
+"""Bytes of a mail above which the work can take more than some milliseconds."""
 
 HEAD_BYTES: Final = 1 << 16
 """Bytes of a header that are searched for marks."""
@@ -77,6 +77,9 @@ TYPES: Final = {
     "other": "Any other mail to a return address that this server has signed.",
 }
 """The types of reports, and their meanings."""
+
+MAX_GROUPS: Final = 2 * MAX_RECIPIENTS + 1
+"""Groups of fields that are read; others are counted."""
 
 _MARKS: Final = re.compile(
     rb"\n(?:content-type|subject|from|auto-submitted|precedence|x-autoreply|x-autorespond"
@@ -368,7 +371,7 @@ def _original(quoted: list[tuple[bytes, bytes]]) -> Original | None:
 
 
 def _delivery_status(entity: Entity) -> Report | None:
-    groups, count = groups_of(entity.content(), most=10 * MAX_RECIPIENTS)
+    groups, count = groups_of(entity.content(), most=MAX_GROUPS)
     about = Fields()
     if groups and b"final-recipient" not in groups[0] and b"original-recipient" not in groups[0]:
         about = groups[0]

@@ -1,4 +1,4 @@
-"""Which message of ours a report is about, whether that is proved, and which recipients to suppress.
+"""Which message of ours a report is about, whether that is proved, and whom to suppress.
 
 Theory of operation
 -------------------

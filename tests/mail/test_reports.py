@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mailerq.mail import report_parts, tls_reports
+from mailerq.mail.fields import clean
 from mailerq.mail.report_parts import SCAN_BYTES, entities
 from mailerq.mail.reports import (
     MAX_RECIPIENTS,
@@ -23,6 +24,7 @@ from mailerq.mail.reports import (
     recognise,
 )
 from tests.mail import report_samples as samples
+from tests.mail import report_shapes as shapes
 
 SENDER = "somebody@example.org"
 
@@ -95,7 +97,7 @@ def test_an_international_delivery_status_is_read() -> None:
 
 
 def test_all_fields_of_a_delivery_status_are_read() -> None:
-    value = read(samples.POSTFIX)
+    value = read(shapes.POSTFIX)
     assert value == {
         "type": "delivery-status",
         "action": "failed",
@@ -329,7 +331,7 @@ def test_a_tls_report_may_come_without_gzip() -> None:
         (samples.tls_mail({"policies": 7}), "not what RFC 8460 says"),
         (
             b"Content-Type: application/tlsrpt+json\r\n\r\n" + b" " * (1 << 20) + b"{}",
-            "not what RFC 8460 says",
+            "has more than 524288 bytes",
         ),
     ],
 )
@@ -414,7 +416,7 @@ def test_a_bounce_in_no_standard_form_is_read(
 
 
 def test_a_bounce_about_two_names_both() -> None:
-    value = read(samples.QMAIL)
+    value = read(shapes.QMAIL)
     assert [(each["recipient"], each["status"]) for each in value["recipients"]] == [
         ("eve@example.net", "5.1.1"),
         ("finn@example.net", "5.1.1"),
@@ -442,7 +444,7 @@ ORDINARY = [
     b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n"
     b"Content-Type: message/delivery-status\r\n\r\nReporting-MTA: dns; x\r\n--b--\r\n",
     b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\nContent-Type: message/rfc822\r\n\r\n"
-    + samples.POSTFIX
+    + shapes.POSTFIX
     + b"\r\n--b--\r\n",
     b"Content-Type: multipart/report; boundary=b\r\n\r\n--b\r\n\r\nhi\r\n--b--\r\n",
     b"Content-Type: multipart/report; report-type=delivery-status; boundary=b\r\n\r\n--b--\r\n",
@@ -599,7 +601,7 @@ def test_whatever_a_mail_holds_it_is_read(mail: bytes, sender: str) -> None:
     if found is not None:
         assert is_candidate(mail, sender)
         text = json.dumps(found.report.to_dict(), ensure_ascii=False)
-        assert text.isprintable()
+        assert clean(text) == text
         assert text.encode()
 
 
@@ -615,7 +617,7 @@ def test_a_report_that_is_cut_or_changed_anywhere_is_read(name: str, data: st.Da
 
 def test_reading_a_report_costs_little() -> None:
     """A bound against the grossest mistakes: the work takes about 0.2 ms."""
-    read_all: Callable[[], object] = lambda: recognise(samples.POSTFIX, "")  # noqa: E731
+    read_all: Callable[[], object] = lambda: recognise(shapes.POSTFIX, "")  # noqa: E731
     read_all()
     began = thread_time()
     for _ in range(50):
