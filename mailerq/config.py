@@ -237,7 +237,7 @@ class Config(Table):
 SETTINGS: Final = table(Config)
 """The table in reading order; settings of a group stand together."""
 
-_SHARED_WITH_FAILURE: Final = ("inbox", "local", "results", "success", "retry")
+_SHARED_WITH_FAILURE: Final = ("inbox", "local", "reports", "results", "success", "retry")
 
 _BY_KEY: Final = {name: known for known in SETTINGS for name in (known.key, *known.aliases)}
 

@@ -58,13 +58,25 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
         if (getattr(config, key) or 0) > config.smtp_connections:
             limit = f"smtp-connections ({config.smtp_connections})"
             yield key, f"{key.replace('_', '-')} is more than {limit}, which counts both"
+    if config.rabbitmq_reports == config.rabbitmq_outbox:
+        yield "rabbitmq_reports", "rabbitmq-reports is the outbox: reports would be sent as mail"
+    for key in ("suppress_complaints", "suppress_bounces"):
+        if getattr(config, key) in (True, "hard") and not config.rabbitmq_reports:
+            yield key, f"{_key(key)} needs rabbitmq-reports, which is not set"
+    if config.suppress_unproved and not (
+        config.suppress_complaints or config.suppress_bounces == "hard"
+    ):
+        text = "suppress-unproved needs suppress-complaints or suppress-bounces"
+        yield "suppress_unproved", text
+    if config.trace_header and not config.verp_key_file:
+        yield "trace_header", "trace-header needs verp-key-file, which is not set"
     for key in ("rabbitmq_results", "rabbitmq_success", "rabbitmq_failure", "rabbitmq_retry"):
         queue = config.failure_queue if key == "rabbitmq_failure" else getattr(config, key)
         if queue == config.rabbitmq_outbox:
             name = key.replace("_", "-")
             yield key, f"{name} is the outbox: what it gets would be delivered over and over"
     for key in ("failure_maxmessages", "failure_maxage"):
-        for other in ("inbox", "local"):
+        for other in ("inbox", "local", "reports"):
             shared = getattr(config, f"rabbitmq_{other}") == config.failure_queue != ""
             if shared and getattr(config, key):
                 name = key.replace("_", "-")

@@ -22,7 +22,7 @@ import trio
 from mailerq import ids
 from mailerq.address import host_port
 from mailerq.config import Config
-from mailerq.errors import ConfigError, EngineError, MailerqError, MessageError
+from mailerq.errors import EngineError, MailerqError, MessageError
 from mailerq.inbound.clients import Clients
 from mailerq.inbound.explaining import explain_arrival
 from mailerq.inbound.listener import Listener, bind
@@ -57,6 +57,7 @@ from mailerq.outbound.listing import Wanted, list_flows
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.published import Published
 from mailerq.outbound.refusals import react
+from mailerq.outbound.suppressing import Suppressor
 from mailerq.outbound.warmup import Days
 from mailerq.plugins import (
     Answer,
@@ -285,6 +286,8 @@ class Engine:
         self._keeper = Keeper(config.queue_directory, self._rows_changed, pools=pools)
         self._kept = KeptActions(self._keeper)
         react(self._limits, answers, self._kept)
+        suppressor = Suppressor(self._keeper, self._workers[0])
+        self._server.suppress = suppressor.suppress
         await self._keeper.open()
         stack.push_async_callback(self._keeper.close)
         self._published = Published(self._live, self._resolver, self._publish_report)
@@ -303,6 +306,7 @@ class Engine:
         nursery.start_soon(self._keeper.run)
         nursery.start_soon(self._kept.run)
         nursery.start_soon(self._published.run)
+        nursery.start_soon(suppressor.run)
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
         if lock is not None:
             nursery.start_soon(self._prove, lock)
@@ -325,6 +329,7 @@ class Engine:
             misspelt=self._misspelt,
             policies=self._published.policies,
             tls=self._tls,
+            reports=self._server.terms.reports,
         )
         dispatcher.stops.rows, dispatcher.stops.hits = self._keeper.rows, self._keeper.hits
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
@@ -493,7 +498,9 @@ class Engine:
         reroute = regrouped or not alike(config, before, *ROUTES)
         for delivery in self._deliveries.values():
             delivery.queues.configure(config)
-            delivery.dispatcher.reload(self._log("send_log_file"), reroute=reroute, tls=self._tls)
+            delivery.dispatcher.reload(
+                self._log("send_log_file"), reroute=reroute, tls=self._tls, reports=terms.reports
+            )
         try:
             self._watchdog.set_seconds(config.watchdog_seconds)
         except OSError as error:

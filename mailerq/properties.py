@@ -340,6 +340,58 @@ PROPERTIES: Final = (
         ),
     ),
     Property(
+        "report", WRITTEN, "an object",
+        "What a mail in the queue of `rabbitmq-reports` says about other mail; see"
+        " [reports.md](reports.md). What is not known is absent.",
+        keys=(
+            Key("type", "The type of the report, such as `delivery-status` or `complaint`."),
+            Key("action", "`failed`, `delayed`, `delivered`, `relayed` or `expanded`."),
+            Key("status", "The enhanced status code."),
+            Key("code", "The code of the reply in `diagnostic`."),
+            Key("recipient", "The recipient that the report is about, in its words."),
+            Key("original-recipient", "The same, as the mail was sent to."),
+            Key("diagnostic", "The reply of the host, or what went wrong."),
+            Key("remote-mta", "The host that gave the reply."),
+            Key("reporting-mta", "The host that made the report."),
+            Key("received-from-mta", "The host that the reporting host got the mail from."),
+            Key("arrival", "When the reporting host got the mail."),
+            Key("last-attempt", "When delivery was last tried."),
+            Key("retry-until", "How long delivery will be tried."),
+            Key("log-id", "The id of the mail at its final host."),
+            Key("recipients", "All recipients that the report is about, if there are several: an"
+                " array of at most 100 objects with the keys above."),
+            Key("recipient-count", "How many recipients there are, if there are several."),
+            Key("matched-by", "What names the mail that the report is about: `verp`, `envid`,"
+                " `trace`, `received`, `message-id` or `recipient`."),
+            Key("proved", "Whether a signature of this server proves that."),
+            Key("message-id", "The id of our message, if it is known."),
+            Key("verp", "What the return address says: `verified`, and `recipient`, `envelope`,"
+                " `digest`, or a `problem`."),
+            Key("trace", "What the trace field says: the `recipient` of our message."),
+            Key("envid", "The ENVID of our message."),
+            Key("original", "The header of that mail: `message-id`, `subject`, `from`, `to`,"
+                " `date`."),
+            Key("feedback-type", "The kind of a complaint: `abuse`, `fraud`, `auth-failure` or"
+                " another."),
+            Key("user-agent", "The program that made the report."),
+            Key("source-ip", "The address that the mail of a complaint came from."),
+            Key("original-sender", "The envelope sender of that mail."),
+            Key("reported-domain", "The domain that a complaint is about."),
+            Key("incidents", "How many complaints the report stands for."),
+            Key("auth-failure", "What failed: `dkim`, `spf`, `bodyhash` or another."),
+            Key("delivery-result", "What became of that mail."),
+            Key("disposition", "What was done with the mail: `displayed`, `deleted` or another."),
+            Key("mode", "Whether a person or a program did that."),
+            Key("error", "Why the mail could not be shown."),
+            Key("auto-submitted", "The mark of an automatic reply."),
+            Key("subject", "The subject of an automatic reply."),
+            Key("tls", "What a TLS report says."),
+            Key("dmarc", "What the name of an aggregate report says: `domain`, `submitter`,"
+                " `report-id`, `begin`, `end`, `file`."),
+            Key("problem", "Why a part of the report cannot be read."),
+        ),
+    ),
+    Property(
         "damaged", WRITTEN, "an object",
         "Why the message was set aside, in the queue for damaged messages.",
         keys=(Key("reason", "The reason as text."),),

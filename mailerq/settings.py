@@ -349,6 +349,27 @@ def _check_extract(value: Any) -> tuple[str, ...]:
     return names
 
 
+def _check_field(value: Any) -> str:
+    text = _check_text(value)
+    if text and not re.fullmatch(r"[!-9;-~]{1,60}", text):
+        raise ValueError(f"{text[:80]!r} cannot be the name of a header field")
+    if text.lower().startswith("x-mq-"):
+        raise ValueError("servers take x-mq-* fields out of mail")
+    return text
+
+
+def words(*known: str) -> Kind:
+    """A list of some words."""
+
+    def check(value: Any) -> tuple[str, ...]:
+        names: tuple[str, ...] = NAMES.check(value)
+        if wrong := [name for name in names if name not in known]:
+            raise ValueError(f"{wrong[0]!r} is none of {', '.join(known)}")
+        return names
+
+    return Kind("words", lambda text: tuple(_each(text.lower())), check, ", ".join)
+
+
 def _text_kind(name: str, check: Callable[[Any], str]) -> Kind:
     return Kind(name, str, check, may_be_empty=True)
 
@@ -357,6 +378,7 @@ TEXT: Final = _text_kind("text", _check_text)
 PATH: Final = _text_kind("path", _check_text)
 QUEUE: Final = _text_kind("queue", _check_queue)
 HOST: Final = _text_kind("host", _check_host)
+FIELD: Final = _text_kind("field name", _check_field)
 HOSTNAME: Final = _text_kind("domain", _check_hostname)
 SINK: Final = _text_kind("host", _check_sink)
 LMTP: Final = _text_kind("URI", _check_lmtp)

@@ -35,7 +35,7 @@ NOT_YET: Final = frozenset(
     proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-dsn rabbitmq-durable
     rabbitmq-encoding rabbitmq-exchange rabbitmq-flush-qos rabbitmq-host rabbitmq-lazy
     rabbitmq-maxpriority rabbitmq-minqos rabbitmq-password rabbitmq-persistent
-    rabbitmq-publishers rabbitmq-refused rabbitmq-reports rabbitmq-throttle rabbitmq-user
+    rabbitmq-publishers rabbitmq-refused rabbitmq-throttle rabbitmq-user
     rabbitmq-verify rabbitmq-vhost received-log-directory received-log-format
     received-log-history received-log-maxage received-log-maxsize received-log-prefix
     render-useragent send-bin-log-file send-log-compression send-log-directory send-log-format

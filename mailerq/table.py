@@ -14,6 +14,8 @@ from typing import Final
 from mailerq.server_table import ServerTable
 from mailerq.settings import (
     DNS_SERVERS,
+    DOMAINS,
+    FIELD,
     FLAG,
     HOST,
     IPS,
@@ -34,6 +36,7 @@ from mailerq.settings import (
     choice,
     fixed,
     setting,
+    words,
 )
 
 __all__ = ["FAILURE_MESSAGES", "FAILURE_QUEUE", "FAILURE_SECONDS", "Table"]
@@ -43,11 +46,17 @@ FAILURE_MESSAGES: Final = 100_000
 FAILURE_SECONDS: Final = 7 * 86400
 """The failure queue while nobody has named one, and what it keeps: nobody may empty it."""
 
+REPORT_TYPES: Final = (
+    "delivery-status", "bounce", "complaint", "disposition", "auto-reply", "tls", "dmarc", "other",
+)  # fmt: skip
+"""The types of reports that are recognised; `mailerq.mail.reports` has their meanings."""
+
 QUEUES: Final = "Queues"
 DELIVERY: Final = "Delivery"
 TLS_OUT: Final = "TLS of deliveries"
 REPORTS: Final = "Reports to senders"
 POLICIES: Final = "Policies of recipients"
+INCOMING: Final = "Reports that come in"
 DNS: Final = "DNS"
 PLUGINS: Final = "Plugins"
 LOGS: Final = "Logs"
@@ -91,6 +100,14 @@ class Table(ServerTable):
     )
     rabbitmq_local: str = setting(
         "", QUEUE, QUEUES, "Gets received mail for local recipients.", unset="off"
+    )
+    rabbitmq_reports: str = setting(
+        "",
+        QUEUE,
+        QUEUES,
+        "Gets reports that come in for local recipients: bounces, complaints and the like."
+        " docs/reports.md explains it.",
+        unset="off",
     )
     failure_maxmessages: int | None = setting(
         None,
@@ -413,6 +430,41 @@ class Table(ServerTable):
         unit="s",
         minimum=86400,
         maximum=10_000 * 86400,
+    )
+
+    report_types: tuple[str, ...] = setting(
+        REPORT_TYPES,
+        words(*REPORT_TYPES),
+        INCOMING,
+        "The types of mail that go to rabbitmq-reports.",
+        needed=True,
+    )
+    trace_header: str = setting(
+        "",
+        FIELD,
+        INCOMING,
+        "Name of a header field that is added to mail on its way out, such as X-Trace: signed with"
+        " verp-key-file, it proves what mail a complaint or a bounce quotes.",
+        unset="no such field",
+    )
+    suppress_complaints: bool = setting(
+        False,
+        FLAG,
+        INCOMING,
+        "Suppress recipients that a complaint is proved to come from.",
+    )
+    suppress_bounces: str = setting(
+        "off",
+        choice("off", "hard"),
+        INCOMING,
+        "Suppress recipients that a bounce is proved to be about: never, or if it says that the"
+        " address does not exist.",
+    )
+    suppress_unproved: bool = setting(
+        False,
+        FLAG,
+        INCOMING,
+        "Suppress what is not proved too: whoever forges a report then has recipients suppressed.",
     )
 
     dns_servers: tuple[DnsServer, ...] = setting(

@@ -28,12 +28,14 @@ from mailerq.mail.extract import FIELDS, FIELDS_LIMIT  # noqa: E402
 from mailerq.mail.headers import HEADER_LIMIT, HOP_LIMIT  # noqa: E402
 from mailerq.mail.modifiers import ALIASES, MODIFIERS  # noqa: E402
 from mailerq.mail.parts import PART_LIMIT  # noqa: E402
+from mailerq.mail.reports import TYPES as REPORTS  # noqa: E402
 from mailerq.mail.template import NESTING_LIMIT as BLOCKS_LIMIT  # noqa: E402
 from mailerq.mail.values import OUTPUT_LIMIT, STEPS_LIMIT, TEXT_LIMIT  # noqa: E402
 from mailerq.message import NESTING_LIMIT, PROPERTIES_LIMIT  # noqa: E402
 from mailerq.properties import KNOWN, PROPERTIES, SECONDS_LIMIT  # noqa: E402
 from mailerq.queues import DAMAGED_QUEUE  # noqa: E402
 from mailerq.rules.reactions import CLASSES, Reaction  # noqa: E402
+from mailerq.rules.reports import HARD_STATUSES  # noqa: E402
 from mailerq.rules.responses import RESULTS, STATES, TYPES, Fate  # noqa: E402
 from mailerq.settings import Setting  # noqa: E402
 from mailerq.wire.parameters import ENVID_LIMIT, ORCPT_LIMIT  # noqa: E402
@@ -96,7 +98,7 @@ def modifiers() -> str:
 
 def queues() -> str:
     """The queues, by their settings."""
-    keys = "outbox inbox local results success failure retry".split()
+    keys = "outbox inbox local reports results success failure retry".split()
     known = {setting.key: setting for setting in SETTINGS}
     rows = [
         (f"`{setting.key}`", setting.default_text, setting.text)
@@ -144,6 +146,17 @@ def _duration(seconds: int) -> str:
         if seconds % size == 0:
             return f"{seconds // size}{unit}"
     return f"{seconds}s"
+
+
+def reports() -> str:
+    """The types of reports that come in."""
+    return table(("`type`", "meaning"), ((f"`{name}`", text) for name, text in REPORTS.items()))
+
+
+def hard() -> str:
+    """The status codes of hard bounces."""
+    rows = ((f"`{code}`", text) for code, text in HARD_STATUSES.items())
+    return table(("status", "meaning"), rows)
 
 
 def limits() -> str:
@@ -222,7 +235,18 @@ def _more(setting: Setting) -> Iterator[str]:
 
 TABLES: Final[dict[str, Callable[[], str]]] = {
     made.__name__: made
-    for made in (properties, fields, modifiers, queues, results, classes, limits, settings)
+    for made in (
+        properties,
+        fields,
+        modifiers,
+        queues,
+        results,
+        classes,
+        reports,
+        hard,
+        limits,
+        settings,
+    )
 }
 
 

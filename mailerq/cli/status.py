@@ -52,6 +52,7 @@ WORDS: Final = {
     "incoming.failed_logins": "logins that were wrong",
     "incoming.spilled": "mails that came in by way of a file (smtp-spill-size)",
     "incoming.failed_recipients": "recipients that plugins failed in a mail taken for others",
+    "incoming.reports": "messages that went to the queue of rabbitmq-reports",
     "outgoing.consumed": "messages taken from the outbox",
     "outgoing.held": "messages put back until the time that their sender asked for",
     "outgoing.attempts": "attempts that have a result",

@@ -28,6 +28,7 @@ import trio
 
 from mailerq.errors import MessageError, QueueError, QueueFull
 from mailerq.escaping import escape_field
+from mailerq.inbound.reports import Desk
 from mailerq.inbound.spool import Claim, load
 from mailerq.mail import headers, incoming
 from mailerq.message import Message, Result, format_time, without_password
@@ -151,20 +152,38 @@ async def _publish(
     messages = reception.messages
     outcomes: list[Reply | str] = []  # a refusal, or the reply for the recipient
     taken: list[Publication] = []
+    desk: Desk | None = None
+    reports: list[Message] = []
+    if terms.config.rabbitmq_reports:
+        desk = Desk(services, terms, envelope.sender, messages[0].body or b"")
     for number, message in enumerate(messages, 1):
         if number % TURN_RECIPIENTS == 0:
             await trio.lowlevel.checkpoint()
         sender, recipient = message.envelope, message.recipient
         message.local = terms.is_local(recipient)
+        if desk is not None:
+            await desk.mark(message)
         refusal = await claim.ask(plugin.message(message))
-        reply = refusal_reply(refusal) if refusal is not None else _fault(services, terms, message)
+        queue = ""
+        if desk is not None and refusal is None:
+            await desk.mark(message, again=True)
+            queue = desk.queue_of(message)
+        reply = (
+            refusal_reply(refusal)
+            if refusal is not None
+            else _fault(services, terms, message, is_report=bool(queue))
+        )
         if reply is not None:
             outcomes.append(reply)
             # The sender knows the message by these, even if plugins changed them.
             message.properties.update(envelope=sender, recipient=recipient)
             continue
         outcomes.append(f"2.0.0 {message.properties.get('message-id', '')} for {recipient}")
-        if queue := reception_queue(terms.config, local=message.local):
+        if queue:
+            reports.append(message)
+        else:
+            queue = reception_queue(terms.config, local=message.local)
+        if queue:
             if "@" not in recipient and queue == terms.config.rabbitmq_outbox:
                 _qualify(message, recipient, machine.settings.hostname)
             taken.append(Publication(queue, message))
@@ -181,6 +200,8 @@ async def _publish(
             if not failure and reply.code < 500:
                 return [reply]
             failures += failure
+    if desk is not None and reports:
+        await desk.suppress(reports)
     try:
         if taken or failures:
             await services.queues.publish(taken + failures)
@@ -191,6 +212,7 @@ async def _publish(
         outcomes = [reply if isinstance(one, str) else one for one in outcomes]
         taken.clear()
     else:
+        services.counters.reports += len(reports)
         services.say_untaken.flush_late()
     services.counters.messages += sum(isinstance(outcome, str) for outcome in outcomes)
     if services.received_log is not None:
@@ -205,9 +227,9 @@ async def _publish(
     return [reply]
 
 
-def _fault(services: Services, terms: Terms, message: Message) -> Reply | None:
+def _fault(services: Services, terms: Terms, message: Message, *, is_report: bool) -> Reply | None:
     """Refuse a message that a plugin has sent to a wrong place."""
-    if message.local and not terms.config.keeps_local_mail:
+    if message.local and not terms.config.keeps_local_mail and not is_report:
         if not terms.is_delivered(message.recipient):
             return services.no_way(message.recipient)
     if problem := loop_problem(message.properties, terms.config.rabbitmq_outbox):

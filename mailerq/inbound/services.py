@@ -12,6 +12,7 @@ from typing import Final
 import trio
 
 from mailerq.inbound.clients import Clients
+from mailerq.inbound.reports import Suppress
 from mailerq.inbound.spool import Memory
 from mailerq.inbound.terms import Terms
 from mailerq.net.logs import LogFile, Ration
@@ -55,6 +56,7 @@ class Counters:
     failed_logins: int = 0
     spilled: int = 0
     failed_recipients: int = 0
+    reports: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +75,8 @@ class Services:
     slots: Slots
     memory: Memory
     handshakes: Handshakes
+    suppress: Suppress | None = None
+    """Suppresses the recipients that reports are a reason for; None: nobody does."""
     received_log: LogFile | None = None
     refused_log: LogFile | None = None
     clock: Callable[[], float] = time.time

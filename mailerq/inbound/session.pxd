@@ -37,6 +37,7 @@ cdef class Session:
     cpdef _mail(self, event)
     cpdef _rcpt(self, event)
     cpdef _objection(self, recipient)
+    cpdef _too_often(self)
     cpdef _ask(self, event, asked)
     cpdef _answer(self, event, refusal)
     cpdef _refuse_sender(self, reply)

@@ -30,6 +30,7 @@ from mailerq.inbound.auth import AuthUnavailable
 from mailerq.inbound.reception import UNKNOWN, Client, refusal_reply
 from mailerq.inbound.services import Services
 from mailerq.inbound.spool import Claim, Spool, is_in_file
+from mailerq.mail import verp
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.net.tracing import attach
 from mailerq.net.worker import Worker
@@ -473,15 +474,24 @@ class Session:
     def _objection(self, recipient: str) -> Reply | None:
         """The refusal of a recipient before any plugin is asked, or None."""
         services, terms = self._services, self._terms
+        returned = terms.returned(recipient, services.clock())
+        if returned is not None and not isinstance(returned, verp.Problem):
+            if terms.config.rabbitmq_reports:
+                return self._too_often()
+        elif returned is not None and terms.is_local(recipient):
+            return smtp.RETURN_EXPIRED if returned == "expired" else smtp.RETURN_FORGED
         relays = self._relays or self._plugin.authenticated
         if not (relays or terms.is_ours(recipient)):
             return smtp.NO_RELAY
         if not terms.config.keeps_local_mail and terms.is_local(recipient):
             if not terms.is_delivered(recipient):
                 return services.no_way(recipient)
-        if not (self._relays or services.clients.may(self._client.standing, "recipients")):
-            return smtp.RECIPIENTS_TOO_OFTEN
-        return None
+        return self._too_often()
+
+    def _too_often(self) -> Reply | None:
+        """Count a recipient; the refusal above the limit of the client."""
+        may = self._relays or self._services.clients.may(self._client.standing, "recipients")
+        return None if may else smtp.RECIPIENTS_TOO_OFTEN
 
     def _ask(self, event: server.Mail | server.Rcpt, asked: Awaitable[Reject | None]) -> Due | None:
         """Answer if no plugin subscribes to the event; else the task waits for the plugins."""

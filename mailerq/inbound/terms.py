@@ -14,6 +14,7 @@ from mailerq.errors import ConfigError, Problem
 from mailerq.inbound.addresses import LocalAddresses, is_local
 from mailerq.inbound.auth import Authenticator
 from mailerq.live import alike
+from mailerq.mail import verp
 from mailerq.net.tls import tls_context
 from mailerq.rules.access import Access
 from mailerq.rules.reporting import Reports
@@ -161,6 +162,17 @@ class Terms:
     def is_delivered(self, recipient: str) -> bool:
         """Whether `local-delivery` takes the mail for this recipient."""
         return bool(self.config.local_delivery) and self.access.is_in_local_domain(recipient)
+
+    def is_listed(self, recipient: str) -> bool:
+        """Whether `smtp-local-addresses` has a recipient."""
+        return bool(self.local_addresses.has(recipient))
+
+    def returned(self, recipient: str, now: float) -> verp.Return | verp.Problem | None:
+        """What a signed return address says; None for other recipients, or without keys."""
+        keys = self.reports.verp_keys
+        if not keys:
+            return None
+        return verp.verify(recipient, keys, now=now, max_age=self.config.verp_maxage)
 
     def is_ours(self, recipient: str) -> bool:
         """Whether anybody may send to this recipient."""

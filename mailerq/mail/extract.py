@@ -417,6 +417,7 @@ _RESERVED: Final = frozenset({
     # set by the server only
     "recipient", "message-id", "received", "hostname", "connection", "cli", "spool", "http",
     "checks", "results", "seen", "forcedip", "refusedips", "domain", "nextattempt", "extracted",
+    "report",
     # parameters of MAIL
     "smtputf8", "requiretls", "binarymime", "tlsrequired",
     # the body, and properties of a type that a field cannot carry

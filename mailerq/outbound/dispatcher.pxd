@@ -14,7 +14,7 @@ cdef class Dispatcher:
     cdef public object now
     cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies
     cdef public object _some_session, _no_session, _times_changed, _say_own_fault
-    cdef public object _stopped, _life, _nursery, _working, _inliner
+    cdef public object _stopped, _life, _nursery, _working, _inliner, reports
     cdef object __weakref__
 
     cpdef admit(self, lease, wanted=*)
@@ -22,6 +22,7 @@ cdef class Dispatcher:
     cpdef decide(self, message, double now, double seen)
     cpdef _body_problem(self, message)
     cpdef place(self, job, found, wanted=*)
+    cpdef _trace_field(self, job)
     cpdef has_expired(self, job)
     cpdef refill(self, flow)
     cpdef start_session(self, session)

@@ -32,6 +32,7 @@ from mailerq.config import Config
 from mailerq.errors import MessageDamaged, QueueError
 from mailerq.live import Live
 from mailerq.mail.made import MADE_OF, is_made
+from mailerq.mail.trace import trace_field
 from mailerq.message import Message, Result, format_time
 from mailerq.net.client_tls import ClientTls
 from mailerq.net.logs import RATION_SECONDS, LogFile, Ration
@@ -56,6 +57,7 @@ from mailerq.outbound.stops import Stops
 from mailerq.queues import Lease, Queues
 from mailerq.rules import responses
 from mailerq.rules.plan import Hold, Park, Plan, Refuse, Send, body_problem, plan
+from mailerq.rules.reporting import NO_REPORTS, Reports
 from mailerq.rules.responses import Outcome
 from mailerq.rules.retry import expires_at
 from mailerq.rules.routes import Route
@@ -107,8 +109,10 @@ class Dispatcher:
         tls: ClientTls | None = None,
         clock: Callable[[], float] = time.time,
         lot: Callable[[], float] = random.random,
+        reports: Reports = NO_REPORTS,
     ) -> None:
         self._live = live
+        self.reports = reports
         self.queues = queues
         self.worker = worker
         self.openings = openings
@@ -158,10 +162,17 @@ class Dispatcher:
         return self._live.current.config
 
     def reload(
-        self, send_log: LogFile | None, *, reroute: bool, tls: ClientTls | None = None
+        self,
+        send_log: LogFile | None,
+        *,
+        reroute: bool,
+        tls: ClientTls | None = None,
+        reports: Reports | None = None,
     ) -> None:
         """Apply changed settings; with `reroute` judge all waiting mail anew."""
         self.tls = ClientTls.of(self.config) if tls is None else tls
+        if reports is not None:
+            self.reports = reports
         self._settlements.send_log = send_log
         self._sites.forget_all()
         if reroute:
@@ -357,6 +368,8 @@ class Dispatcher:
             to_make = not MADE_OF.isdisjoint(properties) and is_made(properties)
             if outcome is None and to_make:
                 outcome = form_problem(message)
+            if self._traces:
+                to_make = True
             if outcome is not None:
                 self._settlements.finish(lease, Report(outcome))
                 return None
@@ -468,14 +481,34 @@ class Dispatcher:
             return responses.OWN_FAULT
         outcome = None
         if job.to_make:
-            outcome = await make_body(job, self.config, self.now(), self._inliner, self._bodies)
+            outcome = await make_body(
+                job, self.config, self.now(), self._inliner, self._bodies, self._trace_field(job)
+            )
         return outcome or self._body_problem(Message(job.message.properties, job.body))
 
     def make_now(self, job: Job) -> None:
         """Make a body if that is quick and finds no problem; else the body is made in its turn."""
-        if job.lease.loaded and make_quickly(job, self.config, self.now()):
+        if job.lease.loaded and make_quickly(job, self.config, self.now(), self._trace_field(job)):
             if self._body_problem(Message(job.message.properties, job.made)) is not None:
                 job.made, job.to_make = None, True
+
+    @property
+    def _traces(self) -> bool:
+        """Whether mail gets a trace field."""
+        return bool(self.config.trace_header and self.reports.verp_keys)
+
+    def _trace_field(self, job: Job) -> bytes:
+        """The field that proves what mail a report quotes, if the settings want one."""
+        if not self._traces:
+            return b""
+        properties = job.message.properties
+        return trace_field(
+            self.config.trace_header,
+            str(properties.get("message-id") or ""),
+            job.message.recipient,
+            self.reports.verp_keys,
+            now=self.now(),
+        )
 
     def body_waits(self, job: Job) -> None:
         """A body is in memory and in no session: sessions that wait for room go first.
