@@ -35,6 +35,7 @@ _COMMANDS: Final = {
     "plugin": "mailerq.cli.plugin",
     "queue": "mailerq.cli.queue",
     "reload": "mailerq.cli.reload",
+    "report": "mailerq.cli.report",
     "rows": "mailerq.cli.rows:rows",
     "sink": "mailerq.cli.sink",
     "status": "mailerq.cli.status",
