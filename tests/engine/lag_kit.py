@@ -75,7 +75,13 @@ def say(address: tuple[str, int], pieces: Iterable[bytes]) -> bytes:
     return bytes(heard)
 
 
-def mail(address: tuple[str, int], pieces: Iterable[bytes], *, recipients: int = 1) -> bytes:
+def mail(
+    address: tuple[str, int],
+    pieces: Iterable[bytes],
+    *,
+    recipients: int = 1,
+    sender: bytes = b"a@b.test",
+) -> bytes:
     """A client that sends one mail; the reply to its end."""
     with closing(connect(address)) as connection, connection.makefile("rb") as replies:
 
@@ -90,7 +96,7 @@ def mail(address: tuple[str, int], pieces: Iterable[bytes], *, recipients: int =
         reply()
         connection.sendall(b"EHLO c.test\r\n")
         reply()
-        connection.sendall(b"MAIL FROM:<a@b.test>\r\n")
+        connection.sendall(b"MAIL FROM:<%b>\r\n" % sender)
         assert reply().startswith(b"250")
         for number in range(recipients):
             connection.sendall(b"RCPT TO:<%d@d.test>\r\n" % number)

@@ -6,6 +6,7 @@ its thread, so that other work of the machine does not count.
 
 from __future__ import annotations
 
+import gzip
 import os
 import threading
 from collections.abc import Iterator
@@ -143,6 +144,70 @@ def seconds_to_free(size: int) -> float:
     began = thread_time()
     del memory
     return thread_time() - began
+
+
+REPORT = b"Content-Type: multipart/report; boundary=b\r\n"
+STATUS = b"Content-Type: message/delivery-status\r\n"
+TLS_REPORT = b"Content-Type: application/tlsrpt+"
+
+REPORTS: dict[str, Any] = {
+    "10,000 parts": repeated(PART, 10_000 * len(PART), REPORT + b"\r\n"),
+    "depth 1,000": lambda: [
+        b"Content-Type: multipart/report; boundary=b%d\r\n\r\n--b%d\r\n" % (depth, depth)
+        for depth in range(1000)
+    ],
+    "fields": repeated(b"a:\r\n", MB - 200, REPORT, b"\r\nhi"),
+    "a folded field": repeated(b"\r\n x", MB - 200, b"Subject: x\r\n" + REPORT[:-2], END),
+    "recipients": repeated(b"Action: failed\r\n\r\n", 20 * MB, STATUS + b"\r\n"),
+    "a diagnostic": repeated(b"x@", 20 * MB, STATUS + b"\r\nAction: failed\r\nDiagnostic-Code: "),
+    "base64": repeated(b"=A\xff", 20 * MB, STATUS + b"Content-Transfer-Encoding: base64\r\n\r\n"),
+    "a bomb": lambda: [TLS_REPORT + b"gzip\r\n\r\n", gzip.compress(bytes(200 * MB))],
+    "policies": repeated(b"{},", MB // 3, TLS_REPORT + b'json\r\n\r\n{"policies":[', b"{}]}"),
+    "a text of addresses": repeated(
+        b"<a@b.test>:\r\n", 20 * MB, b"Subject: failure notice\r\n\r\nunable to deliver\r\n"
+    ),
+    "text": repeated(76 * b"x" + b"\r\n", 95 * MB, REPORT + b"\r\n"),
+}
+"""Mails that may be reports."""
+
+
+@pytest.mark.parametrize("name", REPORTS)
+async def test_a_report_that_was_made_to_be_slow_stops_nobody(tmp_path: Path, name: str) -> None:
+    config = configure(
+        tmp_path,
+        rabbitmq_reports="reports",
+        rabbitmq_local="local",
+        smtp_local_domains=("d.test",),
+    )
+    async with Engine(config) as engine:
+        with kit.meter() as meter:
+            reply = await trio.to_thread.run_sync(
+                lambda: kit.mail(engine.addresses[0], REPORTS[name](), sender=b"")
+            )
+            assert reply.startswith(b"250")
+    assert meter.longest < LONGEST_TURN
+
+
+async def test_many_short_reports_stop_nobody(tmp_path: Path) -> None:
+    """They are read at once, in the turn in which they come."""
+    config = configure(
+        tmp_path,
+        rabbitmq_reports="reports",
+        rabbitmq_local="local",
+        smtp_local_domains=("d.test",),
+    )
+    group = b"Action: failed\r\nFinal-Recipient: rfc822; a@b.test\r\nStatus: 5.1.1\r\n\r\n"
+    mime = STATUS + b"\r\nReporting-MTA: dns; mx.test\r\n\r\n" + 80 * group
+    async with Engine(config) as engine:
+        with kit.meter() as meter:
+            async with trio.open_nursery() as nursery:
+                for _ in range(20):
+                    nursery.start_soon(
+                        trio.to_thread.run_sync,
+                        lambda: kit.mail(engine.addresses[0], [mime], sender=b""),
+                    )
+        assert engine.statistics()["incoming"]["reports"] == 20
+    assert meter.longest < LONGEST_TURN
 
 
 CONVERTED: dict[str, Any] = {
