@@ -63,6 +63,11 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("suppress_complaints", "suppress_bounces"):
         if getattr(config, key) in (True, "hard") and not config.rabbitmq_reports:
             yield key, f"{_key(key)} needs rabbitmq-reports, which is not set"
+        elif getattr(config, key) in (True, "hard") and not (
+            config.verp_key_file or config.suppress_unproved
+        ):
+            text = f"{_key(key)} needs verp-key-file: nothing can be proved without keys"
+            yield key, text
     if config.suppress_unproved and not (
         config.suppress_complaints or config.suppress_bounces == "hard"
     ):

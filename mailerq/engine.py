@@ -692,8 +692,9 @@ class Engine:
         question = Question.of(request)
         terms = self._server.terms
         local = explain_arrival(
-            question.recipient, terms.config, terms.access, terms.local_addresses
-        )
+            question.recipient, terms.config, terms.access, terms.local_addresses,
+            keys=terms.reports.verp_keys, now=time.time(),
+        )  # fmt: skip
         if local is not None:
             return {**question.answer(), **local}
         answers = [

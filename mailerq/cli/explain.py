@@ -123,6 +123,7 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
     from mailerq.outbound.warmup import Days
     from mailerq.rules.access import Access
     from mailerq.rules.plan import plan
+    from mailerq.rules.reporting import read_keys
     from mailerq.rules.shaping import Shaping
     from mailerq.store.sts_file import StsFile
 
@@ -132,7 +133,9 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
     limits = Limits(shaping)
     limits.days = Days(os.path.join(config.queue_directory, DAYS))
     rows = _rows(config, shaping.local_ips.pools)
-    local = explain_arrival(question.recipient, config, access, listed)
+    local = explain_arrival(
+        question.recipient, config, access, listed, keys=read_keys(config), now=time.time()
+    )
     if local is not None:
         return {**question.answer(), **local}
 

@@ -296,9 +296,11 @@ def recognise(mail: bytes | memoryview, sender: str) -> Recognised | None:
     quoted = _quoted(parts)
     report: Report | None = None
     part = _report_part(parts, is_report, trusts_mixed=daemon or _named_as_report(marks))
+    if part is None and b"tls-report-domain" in marks:
+        part = _tls_part(parts)
     if part is not None:
         kind, entity = part
-        report = _READERS[kind](entity)
+        report = _READERS[kind](entity._replace(kind=kind))
     if report is None and (_named_as_report(marks) or is_report):
         report = _aggregate(parts, subject)
     if report is None and (match := _JMRP_SUBJECT(subject)):
@@ -338,6 +340,16 @@ def _report_part(
         second = [part for part in parts if part.depth == 1][1:2]
         if second and second[0].kind in (b"text/plain", b"application/octet-stream"):
             return meant, second[0]
+    return None
+
+
+def _tls_part(parts: list[Entity]) -> tuple[bytes, Entity] | None:
+    """The file of a TLS report whose type is not that of RFC 8460."""
+    for part in parts:
+        name = part.filename.lower()
+        for ending, kind in ((".json.gz", b"gzip"), (".json", b"json")):
+            if name.endswith(ending):
+                return b"application/tlsrpt+" + kind, part
     return None
 
 

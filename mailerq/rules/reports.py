@@ -33,6 +33,7 @@ from mailerq.errors import AddressError
 from mailerq.mail import verp
 from mailerq.mail.reports import Recipient, Recognised, Report
 from mailerq.mail.trace import Trace, verify_trace
+from mailerq.message import encode_properties
 from mailerq.rules.row import compared
 
 __all__ = [
@@ -46,6 +47,9 @@ __all__ = [
     "is_hard",
     "to_suppress",
 ]
+
+DOCUMENT_BYTES: Final = 1 << 17
+"""Bytes of the property. Without lists, texts of 1000 characters have at most half as many."""
 
 MAX_TRACES: Final = 20
 """Fields of the quoted header that are looked at for a trace."""
@@ -190,7 +194,22 @@ def _received(recognised: Recognised, hostname: str) -> str:
 
 
 def document(recognised: Recognised | None, match: Match) -> dict[str, Any]:
-    """The property ``report``."""
+    """The property ``report``, of at most `DOCUMENT_BYTES` as JSON.
+
+    A message has room for its properties (`mailerq.message.PROPERTIES_LIMIT`), and a report that
+    says very much must not cost the mail its place in the queue.
+    """
+    value = _document(recognised, match)
+    if len(encode_properties(value)) <= DOCUMENT_BYTES:
+        return value
+    value["problem"] = f"the report says more than {DOCUMENT_BYTES} bytes: a part is left out"
+    value.pop("recipients", None)
+    if "tls" in value:
+        value["tls"].pop("policies", None)
+    return value
+
+
+def _document(recognised: Recognised | None, match: Match) -> dict[str, Any]:
     report = Report(type="other") if recognised is None else recognised.report
     value = report.to_dict()
     if match.by:

@@ -186,6 +186,23 @@ async def test_a_mail_that_cannot_be_read_takes_the_usual_way(
     assert "a mail cannot be read as a report" in caplog.text
 
 
+async def test_a_report_that_says_very_much_is_taken(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Its property has less room than that takes."""
+    group = (
+        "Final-Recipient: rfc822; a@b.test\r\nDiagnostic-Code: x; {}\r\nFinal-Log-ID: {}\r\n\r\n"
+    )
+    groups = 80 * group.format(800 * "\U0001f4e7", 800 * "\U0001f4e7")
+    mime = b"Content-Type: message/delivery-status\r\n\r\n" + groups.encode()
+    async with Engine(configure(tmp_path, **settings)) as engine:
+        await bounce(engine, mime)
+        value = await report(engine)
+        assert value["problem"] == "the report says more than 131072 bytes: a part is left out"
+        assert value["recipient"] == "a@b.test"
+        assert value["recipient-count"] > 30
+
+
 async def test_a_large_report_is_read_in_a_thread(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings["smtp_spill_size"] = 1 << 16
     async with Engine(configure(tmp_path, **settings)) as engine:
@@ -271,6 +288,26 @@ async def test_the_limit_of_recipients_counts_return_addresses(
     ):
         rcpt = f"RCPT TO:<{returned()}>"
         assert await dialog.codes("MAIL FROM:<>", rcpt, rcpt) == [250, 250, 450]
+
+
+async def test_explain_says_what_becomes_of_mail_to_a_return_address(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    forged = returned(base="news@d.test", keys=OTHER_KEYS)
+    async with Engine(configure(tmp_path, **settings)) as engine:
+        answers = [
+            await engine._explain({"recipient": each})
+            for each in (returned(), forged, "bounces@d.test")
+        ]
+    assert [(answer["decision"], answer["reason"]) for answer in answers] == [
+        (
+            "local",
+            "a return address that this server has signed: goes to the queue reports,"
+            " see rabbitmq-reports",
+        ),
+        ("fail", "refused on arrival: the return address is forged"),
+        ("local", "goes to the queue local, see rabbitmq-local; reports go to reports"),
+    ]
 
 
 # The trace field
@@ -534,6 +571,7 @@ async def test_a_field_of_a_client_makes_no_report(
         ({"suppress_complaints": True}, "suppress-complaints needs rabbitmq-reports"),
         ({"suppress_bounces": "hard"}, "suppress-bounces needs rabbitmq-reports"),
         ({"suppress_bounces": "soft"}, "none of off, hard"),
+        ({"suppress_bounces": "hard", "rabbitmq_reports": "r"}, "nothing can be proved"),
         ({"suppress_unproved": True}, "suppress-unproved needs"),
         ({"trace_header": "X-Trace"}, "trace-header needs verp-key-file"),
         ({"trace_header": "x-mq-trace"}, "servers take x-mq-\\* fields out"),

@@ -317,6 +317,14 @@ def test_a_tls_report_may_come_without_gzip() -> None:
     assert read(mail, SENDER)["tls"]["failed"] == 303
 
 
+@pytest.mark.parametrize("kind", [b"application/gzip", b"application/octet-stream"])
+def test_a_tls_report_may_come_with_another_type(kind: bytes) -> None:
+    mail = changed(
+        samples.tls_mail(), (b"application/tlsrpt+gzip", kind), (b'"tlsrpt"', b'"something"')
+    )
+    assert read(mail, SENDER)["tls"]["failed"] == 303
+
+
 @pytest.mark.parametrize(
     ("mail", "problem"),
     [
