@@ -52,6 +52,13 @@ SUBJECTS: Final = (
     "message delayed",
     "delivery delayed",
     "warning: could not send message",
+    "failed mail",
+    "mail failed",
+    "mail delivery warning",
+    "processing error",
+    "could not be delivered",
+    "user unknown",
+    "error during delivery",
     "unzustellbar",
     "non remis",
 )
@@ -79,6 +86,23 @@ FAILED: Final = (
     "delivery failed",
     "delivery to the following recipients failed",
     "has been rejected",
+    "not been delivered",
+    "not be delivered",
+    "not delivered",
+    "delivery problems",
+    "did not receive",
+    "could not be reached",
+    "failed recipient",
+    "failed addresses",
+    "no valid recipients",
+    "unknown user",
+    "user unknown",
+    "no such user",
+    "no mailbox here",
+    "invalid final delivery",
+    "was aborted",
+    "was detected while processing",
+    "encountered an error",
     "konnte nicht zugestellt werden",
     "n'a pas pu être remis",
 )
@@ -97,18 +121,31 @@ DELAYED: Final = (
     "delivery is delayed",
     "has been delayed",
     "delayed 24 hours",
+    "has been postponed",
 )
+
+OTHERS: Final = frozenset(("postmaster", "mailer-daemon", "abuse", "helpdesk", "support"))
+"""Local parts of addresses in texts that are for questions."""
 
 _LINES: Final = re.compile(r"\r\n|\r|\n").split
 _ON_ITS_OWN: Final = re.compile(
-    r'[\s>*-]{0,20}(?:"[^"]{0,100}" )?<?(?:mailto:)?([^\s<>()\[\]:;,"]{1,64}@[\w.-]{1,253})>?'
-    r"(?:\s*:.{0,400}|\s+\(.{0,400}|\s+on\s.{0,400}|\s*)"
+    r"[\s>*-]{0,20}(?!(?:from|to|cc|subject|sent|date|sender|reply-to) *:)"
+    r'(?:[a-z][\w ()-]{0,40}: {0,8})?(?:"[^"]{0,100}" )?["<]?(?:mailto:)?'
+    r'([^\s<>()\[\]:;,"]{1,64}@[\w.-]{1,253})[">]?'
+    r"(?:\s*[:;].{0,400}|\s+(?:\(|on\s|\.\.|- ).{0,400}|\s*)",
+    re.IGNORECASE,
 ).fullmatch
+_ANYWHERE: Final = re.compile(
+    r"""(?<![^\s<("':=])([^\s<>()\[\]:;,"'=@]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8})"""
+).finditer
 _COMMAND: Final = re.compile(r"\brcpt to: ?<([^<>\s]{3,320})>", re.IGNORECASE).search
 _SEPARATOR: Final = re.compile(
     r"\s{0,8}-{2,40} ?(?:.{0,40}(?:below this line|copy of (?:the|your) message|original message"
     r"|returned (?:message|mail)|unsent message|message header|header of the).{0,200}"
-    r"|forwarded message.{0,60})",
+    r"|forwarded message.{0,60})"
+    r"|.{0,60}(?:original message (?:follows|as received|headers?)|message text follows"
+    r"|returned mail follows|(?:start of )?returned message|your message reads"
+    r"|(?:top|first) \d{1,4} lines (?:of|follow)|message headers follow).{0,100}",
     re.IGNORECASE,
 ).fullmatch
 _HEADER_LINE: Final = re.compile(r"(?:return-path|received|dkim-signature):", re.IGNORECASE).match
@@ -141,15 +178,16 @@ def read_bounce(subject: str, text: str, failed_recipients: str = "") -> BounceT
     own, quoted = _split(lines)
     intro = " ".join(" ".join(own)[:INTRO_CHARS].lower().split())
     low = subject.lower()
-    delays = any(words in intro for words in DELAYED) or "delayed" in low or "warning:" in low
     fails = any(words in intro for words in FAILED)
+    delays = any(words in intro for words in DELAYED) or "delayed" in low
+    delays = delays or ("warning:" in low and not fails)
     if not (fails or delays or failed_recipients):
         return None
-    if not (any(words in low for words in SUBJECTS) or failed_recipients):
+    says_final = "permanent" in intro or "given up" in intro or "giving up" in intro
+    if not (any(words in low for words in SUBJECTS) or failed_recipients or says_final):
         # An intro of a mailer daemon is enough where an address or a code stands below.
         if not (status_in(intro) or code_in(intro) or any(map(_address_on, own))):
             return None
-    says_final = "permanent" in intro or "given up" in intro or "giving up" in intro
     action = "delayed" if delays and not says_final else "failed"
     return BounceText(action, _failures(own, failed_recipients), "\n".join(quoted))
 
@@ -193,8 +231,22 @@ def _failures(lines: list[str], named: str) -> list[Failure]:
     recipients = listed or list(found)
     if not recipients:
         match = _COMMAND(everything)
-        recipients = [match[1]] if match else [""]
+        recipients = [match[1] if match else _any_address(everything)]
     return [_failure(each, found.get(each, []), everything) for each in recipients]
+
+
+def _any_address(text: str) -> str:
+    """The first address in a text that is not one for questions."""
+    for match in _ANYWHERE(text):
+        found = match[1].rstrip(".")
+        if found.partition("@")[0].lower() in OTHERS:
+            continue
+        try:
+            parse_mailbox(found)
+        except AddressError:
+            continue
+        return found
+    return ""
 
 
 def _failure(recipient: str, details: list[str], everything: str) -> Failure:

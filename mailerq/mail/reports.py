@@ -22,6 +22,7 @@ Guarantees: `recognise` raises nothing, whatever the bytes are. Time and memory 
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -102,8 +103,13 @@ _DMARC_SUBJECT: Final = re.compile(
 _JMRP_SUBJECT: Final = re.compile(
     r"complaint about message from ([0-9a-f.:]{3,45})", re.IGNORECASE
 ).match
+_BREAK: Final = re.compile(r"<(?:br|/?p|/?div|/tr|/h\d|/li)\b[^<>]{0,200}>", re.IGNORECASE).sub
+_TAG: Final = re.compile(r"<[^<>]{0,2000}>").sub
 _WORD: Final = re.compile(r"[A-Za-z-]{0,40}").match
 _PRECEDENCE: Final = re.compile(r"auto[-_]?reply", re.IGNORECASE).match
+
+HTML_CHARS: Final = 1 << 16
+"""Characters of an HTML text that are read."""
 
 STATUS_KINDS: Final = frozenset((b"message/delivery-status", b"message/global-delivery-status"))
 DISPOSITION_KINDS: Final = frozenset(
@@ -305,10 +311,10 @@ def recognise(mail: bytes | memoryview, sender: str) -> Recognised | None:
         report = _aggregate(parts, subject)
     if report is None and (match := _JMRP_SUBJECT(subject)):
         report = _forwarded_complaint(match[1], quoted)
-    if report is None and daemon:
+    if daemon and (report is None or _is_silent(report)):
         read = _bounce(parts, marks, subject)
         if read is not None:
-            report, quoted = read[0], quoted or read[1]
+            report, quoted = _completed(report, read[0]), quoted or read[1]
     if report is None and (mark := marks.auto_submitted(sender)):
         report = Report(type="auto-reply", auto_submitted=mark, subject=subject)
     if report is None:
@@ -318,6 +324,25 @@ def recognise(mail: bytes | memoryview, sender: str) -> Recognised | None:
         if original is not None:
             report = msgspec.structs.replace(report, original=original)
     return Recognised(report, quoted)
+
+
+def _is_silent(report: Report) -> bool:
+    """Whether a delivery status names no recipient, as those of some servers do."""
+    return report.type == "delivery-status" and not (report.recipient or report.action)
+
+
+def _completed(report: Report | None, read: Report) -> Report:
+    """What the text says, beside what the fields of a silent delivery status say."""
+    if report is None:
+        return read
+    return msgspec.structs.replace(
+        read,
+        type=report.type,
+        reporting_mta=report.reporting_mta,
+        received_from_mta=report.received_from_mta,
+        arrival=report.arrival,
+        envid=report.envid,
+    )
 
 
 def _named_as_report(marks: _Marks) -> bool:
@@ -556,10 +581,10 @@ def _aggregate(parts: list[Entity], subject: str) -> Report | None:
 def _bounce(
     parts: list[Entity], marks: _Marks, subject: str
 ) -> tuple[Report, list[tuple[bytes, bytes]]] | None:
-    text = next((part for part in parts if part.kind == b"text/plain"), None)
-    if text is None:
+    text = _words_of(parts)
+    if not text:
         return None
-    found = read_bounce(subject, text.text, marks.text(b"x-failed-recipients"))
+    found = read_bounce(subject, text, marks.text(b"x-failed-recipients"))
     if found is None:
         return None
     recipients = [
@@ -582,6 +607,17 @@ def _bounce(
     _, _, rest = found.quoted.partition("\n\n")
     head = (rest if found.quoted.lstrip().startswith("-") else found.quoted).partition("\n\n")[0]
     return report, fields_of(head.replace("\n", "\r\n").encode(errors="replace"))
+
+
+def _words_of(parts: list[Entity]) -> str:
+    """The text for people, without the tags of HTML if there is no plain one."""
+    for part in parts:
+        if part.kind == b"text/plain" and (text := part.text).strip():
+            return text
+    for part in parts:
+        if part.kind == b"text/html":
+            return html.unescape(_TAG("", _BREAK("\n", part.text[:HTML_CHARS])))
+    return ""
 
 
 _READERS: Final[Mapping[bytes, Callable[[Entity], Report | None]]] = {

@@ -431,6 +431,56 @@ def test_a_bounce_about_two_names_both() -> None:
     ]
 
 
+def text_bounce(text: str, kind: str = "plain") -> bytes:
+    head = (
+        f"From: MAILER-DAEMON@mx.test\nContent-Type: text/{kind}\nSubject: Undeliverable mail\n\n"
+    )
+    return samples.mail(head + text)
+
+
+@pytest.mark.parametrize(
+    ("text", "recipient"),
+    [
+        ("Failed recipient: ann@example.org\nReason: over quota\n", "ann@example.org"),
+        (
+            "Unknown user: ann@example.org\n\nOriginal message follows.\n\nb@c.test",
+            "ann@example.org",
+        ),
+        ("The following could not be reached:\n\n  * ann@example.org\n", "ann@example.org"),
+        ("It could not be delivered:\n\n> ann@example.org\n", "ann@example.org"),
+        ("It was not delivered to\n\n ann@example.org ... unknown host\n", "ann@example.org"),
+        (
+            'Mail for "ann@example.org" has been postponed. Ask postmaster@mx.test.',
+            "ann@example.org",
+        ),
+        ("Undeliverable. Ask postmaster@mx.test about ann@example.org.", "ann@example.org"),
+        (
+            "From: b@c.test\nTo: b@c.test\ndid not reach\n\nann@example.org; at 12:00",
+            "ann@example.org",
+        ),
+        ("The mailbox could not be reached.", None),
+    ],
+)
+def test_the_recipient_is_found_in_texts(text: str, recipient: str | None) -> None:
+    assert read(text_bounce(text)).get("recipient") == recipient
+
+
+def test_a_text_in_html_is_read() -> None:
+    text = "<p>We could not deliver to:</p><br>ann@example.org<br>550 5.1.1 n&#111;ne</p>"
+    assert part(read(text_bounce(text, "html")), "recipient", "status", "action") == {
+        "recipient": "ann@example.org", "status": "5.1.1", "action": "failed",
+    }  # fmt: skip
+
+
+def test_the_text_tells_what_a_silent_delivery_status_does_not() -> None:
+    mail = changed(samples.DSN, (FIELDS, b"Reporting-MTA: dns; cs.utk.edu\r\n"))
+    assert part(read(mail), "type", "recipient", "reporting-mta") == {
+        "type": "delivery-status",
+        "recipient": "louisl@larry.slip.umd.edu",
+        "reporting-mta": "cs.utk.edu",
+    }
+
+
 @pytest.mark.parametrize("name", ["QMAIL", "EXIM", "EXCHANGE_OLD", "SENDMAIL_OLD", "GMAIL_OLD"])
 def test_a_forwarded_text_of_a_bounce_is_no_bounce(name: str) -> None:
     text = samples.ALL[name].partition(b"\r\n\r\n")[2]
@@ -519,6 +569,10 @@ HOSTILE: dict[str, bytes] = {
     + 200_000 * b"-"
     + 20_000 * b"\r\n--- ",
     "a text without lines": b"Subject: failure notice\r\n\r\nunable to deliver " + 900_000 * b"a@",
+    "HTML": b"Subject: failure notice\r\nContent-Type: text/html\r\n\r\n" + 300_000 * b"<br<",
+    "entities": b"Subject: failure notice\r\nContent-Type: text/html\r\n\r\n" + 300_000 * b"&#1;&",
+    "prefixes": b"Subject: failure notice\r\n\r\nunable to deliver\r\n"
+    + 30_000 * b"to a: a@b \r\n",
     "base64 that is none": b"Content-Type: message/delivery-status\r\n"
     b"Content-Transfer-Encoding: base64\r\n\r\n" + 300_000 * b"=A\xff",
     "quoted-printable": b"Content-Type: message/delivery-status\r\n"
