@@ -1,6 +1,6 @@
 """The settings of mailerq: the reader, and the frozen `Config` that it fills.
 
-*Theory of operation.* The fields of `Config` come from `mailerq.table.Table`, one for each setting.
+*Theory of operation.* The fields of `Config` come from `mailerq.table.Table` and its parts, one for each setting.
 `SETTINGS` is the table as a tuple; the reader, ``--help``, ``mailerq config``, the documentation
 and the tests read it.
 
@@ -26,7 +26,8 @@ from mailerq.consistency import contradictions
 from mailerq.errors import ConfigError, Problem
 from mailerq.settings import DnsServer, Network, Setting, table
 from mailerq.sources import CONFIG_FILE, NOT_YET, Sources
-from mailerq.table import FAILURE_MESSAGES, FAILURE_QUEUE, FAILURE_SECONDS, Table
+from mailerq.table import FAILURE_MESSAGES, FAILURE_QUEUE, FAILURE_SECONDS
+from mailerq.table_incoming import IncomingTable
 
 __all__ = [
     "DEFAULT_FILES",
@@ -43,7 +44,7 @@ DEFAULT_FILES: Final = ("/etc/mailerq/config.txt",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config(Table):
+class Config(IncomingTable):
     """Every setting of one engine, checked and immutable; `smtp-port` is `config.smtp_port`.
 
     Raises `ConfigError` with all values of a wrong type or out of bounds; if there are none, with

@@ -11,11 +11,8 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Final
 
-from mailerq.server_table import ServerTable
 from mailerq.settings import (
     DNS_SERVERS,
-    DOMAINS,
-    FIELD,
     FLAG,
     HOST,
     IPS,
@@ -36,8 +33,8 @@ from mailerq.settings import (
     choice,
     fixed,
     setting,
-    words,
 )
+from mailerq.table_server import ServerTable
 
 __all__ = ["FAILURE_MESSAGES", "FAILURE_QUEUE", "FAILURE_SECONDS", "Table"]
 
@@ -46,17 +43,10 @@ FAILURE_MESSAGES: Final = 100_000
 FAILURE_SECONDS: Final = 7 * 86400
 """The failure queue while nobody has named one, and what it keeps: nobody may empty it."""
 
-REPORT_TYPES: Final = (
-    "delivery-status", "bounce", "complaint", "disposition", "auto-reply", "tls", "dmarc", "other",
-)  # fmt: skip
-"""The types of reports that are recognised; `mailerq.mail.reports` has their meanings."""
-
 QUEUES: Final = "Queues"
 DELIVERY: Final = "Delivery"
 TLS_OUT: Final = "TLS of deliveries"
-REPORTS: Final = "Reports to senders"
 POLICIES: Final = "Policies of recipients"
-INCOMING: Final = "Reports that come in"
 DNS: Final = "DNS"
 PLUGINS: Final = "Plugins"
 LOGS: Final = "Logs"
@@ -412,59 +402,6 @@ class Table(ServerTable):
         " TLS.",
         unit="s",
         minimum=0,
-    )
-
-    verp_key_file: str = setting(
-        "",
-        PATH,
-        REPORTS,
-        "File with the keys of signed return addresses (VERP): lines of an id and a secret, the"
-        " newest first.",
-        unset="no signed return addresses",
-    )
-    verp_maxage: float = setting(
-        30 * 86400.0,
-        SECONDS,
-        REPORTS,
-        "How long a signed return address is good.",
-        unit="s",
-        minimum=86400,
-        maximum=10_000 * 86400,
-    )
-
-    report_types: tuple[str, ...] = setting(
-        REPORT_TYPES,
-        words(*REPORT_TYPES),
-        INCOMING,
-        "The types of mail that go to rabbitmq-reports.",
-        needed=True,
-    )
-    trace_header: str = setting(
-        "",
-        FIELD,
-        INCOMING,
-        "Name of a header field that is added to mail on its way out, such as X-Trace: signed with"
-        " verp-key-file, it proves what mail a complaint or a bounce quotes.",
-        unset="no such field",
-    )
-    suppress_complaints: bool = setting(
-        False,
-        FLAG,
-        INCOMING,
-        "Suppress recipients that a complaint is proved to come from.",
-    )
-    suppress_bounces: str = setting(
-        "off",
-        choice("off", "hard"),
-        INCOMING,
-        "Suppress recipients that a bounce is proved to be about: never, or if it says that the"
-        " address does not exist.",
-    )
-    suppress_unproved: bool = setting(
-        False,
-        FLAG,
-        INCOMING,
-        "Suppress what is not proved too: whoever forges a report then has recipients suppressed.",
     )
 
     dns_servers: tuple[DnsServer, ...] = setting(
