@@ -1,8 +1,8 @@
 """The settings of mailerq: the reader, and the frozen `Config` that it fills.
 
-*Theory of operation.* The fields of `Config` come from `mailerq.table.Table` and its parts, one for each setting.
-`SETTINGS` is the table as a tuple; the reader, ``--help``, ``mailerq config``, the documentation
-and the tests read it.
+*Theory of operation.* The fields of `Config` come from `mailerq.table.Table` and its parts, one for
+each setting. `SETTINGS` is the table as a tuple; the reader, ``--help``, ``mailerq config``, the
+documentation and the tests read it.
 
 Values come from layers (`mailerq.sources`). Later layers override earlier ones: the defaults, the
 file ``/etc/mailerq/config.txt`` if it exists, the file of ``--config-file``, the environment
