@@ -10,7 +10,7 @@ import pytest
 
 from mailerq.net.logs import LogFile
 from mailerq.net.tracing import Trace, Wanted
-from tests.outbound.kit import Bench, PeerConnection, Script, open_bench
+from tests.outbound.kit import Bench, PeerConnection, Script, StubPlugins, open_bench
 from tests.outbound.test_reload import change
 from tests.outbound.tls_kit import NAME, Certificates, NamedHosts, breaks, starttls
 
@@ -325,3 +325,22 @@ async def test_a_trace_says_what_was_demanded_and_proved(
     assert said in lines
     assert any(line.startswith("(TLSv1.3") for line in lines) is (level != "none")
     assert any("MAIL FROM" in line for line in lines)  # TLS is shown decrypted
+
+
+@pytest.mark.parametrize("level", ["none", "verified"])
+async def test_plugins_learn_whether_a_connection_uses_tls(
+    certificates: Certificates, level: str
+) -> None:
+    told: list[bool] = []
+
+    class Plugins(StubPlugins):
+        def connection(self, fd: int, **options: Any) -> StubPlugins:
+            told.append(options["secure"])
+            return super().connection(fd, **options)
+
+    good = starttls(certificates.server())
+    config = settings(certificates, connection_secure=level, plugins=Plugins())
+    async with open_bench(good, **config) as bench:
+        bench.send()
+        await bench.results()
+    assert told == [level == "verified"]
