@@ -172,6 +172,8 @@ def _with_policy(config: Config, answer: Answer) -> Answer:
 
     if not config.mta_sts or answer.get("route", {}).get("by") != "MX records":
         return answer
+    if not os.path.isdir(config.queue_directory):
+        return answer
     try:
         entry = StsFile(config.queue_directory, config.user).get(answer["domain"])
     except StoreError as error:

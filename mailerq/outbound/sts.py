@@ -245,7 +245,8 @@ class StsPolicies:
         try:
             kept = await self._kept(domain)
         except StoreError as error:
-            self._say_unkept("policies of MTA-STS are not kept: %s", error)
+            if self._keeps:
+                self._say_unkept("policies of MTA-STS are not kept: %s", error)
             kept = None
             policy, expires = self._remembered(domain)
         else:

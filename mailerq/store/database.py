@@ -79,9 +79,15 @@ class Database:
 
     @property
     def is_missing(self) -> bool:
-        """Whether there is no file yet, so that there is nothing to read. Raises `StoreError`."""
+        """Whether there is no file yet, so that there is nothing to read.
+
+        Raises `StoreError`, also if its directory is missing.
+        """
         try:
-            return _identity(self.path) is None
+            if _identity(self.path) is not None:
+                return False
+            os.stat(os.path.dirname(self.path) or ".")
+            return True
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror or error}") from error
 

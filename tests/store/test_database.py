@@ -140,6 +140,8 @@ def test_a_missing_directory_is_an_error_and_a_later_one_is_used(tmp_path: Path)
     file = opened(tmp_path / "later")
     with pytest.raises(StoreError):
         add(file)
+    with pytest.raises(StoreError):
+        assert file.is_missing
     (tmp_path / "later").mkdir()
     add(file)
     assert facts(file) == {"a": 1}
