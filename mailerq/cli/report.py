@@ -83,7 +83,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         else:
             sys.stdout.write("no report\n")
         return NO_REPORT
-    value = reports.document(found, match)
+    value = reports.document(reports.said(found), match)
     if options.json:
         print_json(value)
         return os.EX_OK

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -70,6 +70,7 @@ class Desk:
         self._keys = keys_of(terms)
         self._read = False
         self._found: Recognised | None = None
+        self._said: dict[str, Any] | None = None
         self._matches: dict[int, Match] = {}
         """The matches of the messages that are marked, by the identity of the message."""
 
@@ -102,7 +103,9 @@ class Desk:
             now=self._services.clock(),
         )
         self._matches[id(message)] = match
-        message.properties["report"] = reports.document(found, match)
+        if self._said is None:
+            self._said = reports.said(found)
+        message.properties["report"] = reports.document(self._said, match)
 
     def queue_of(self, message: Message) -> str:
         """The queue for reports if a message goes there, else an empty string."""
@@ -119,10 +122,12 @@ class Desk:
         wishes = wishes_of(self._terms)
         if suppress is None or self._found is None or not (wishes.complaints or wishes.bounces):
             return
-        wanted = {}
+        wanted: dict[str, Suppressed] = {}
         for message in messages:
             match = self._matches[id(message)]
             for each in reports.to_suppress(self._found.report, match, wishes):
+                if each.address in wanted:
+                    continue
                 wanted[each.address] = each
                 log.info(
                     "report %s about message %s: <%s> is to be suppressed: %s",

@@ -25,7 +25,7 @@ then the one that was signed stays.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from mailerq.address import parse_mailbox
@@ -45,11 +45,12 @@ __all__ = [
     "document",
     "find_match",
     "is_hard",
+    "said",
     "to_suppress",
 ]
 
-DOCUMENT_BYTES: Final = 1 << 17
-"""Bytes of the property. Without lists, texts of 1000 characters have at most half as many."""
+DOCUMENT_BYTES: Final = 1 << 16
+"""Bytes of what a report says. A delivery status about a hundred recipients has 30 kB."""
 
 MAX_TRACES: Final = 20
 """Fields of the quoted header that are looked at for a trace."""
@@ -193,25 +194,26 @@ def _received(recognised: Recognised, hostname: str) -> str:
     return ""
 
 
-def document(recognised: Recognised | None, match: Match) -> dict[str, Any]:
-    """The property ``report``, of at most `DOCUMENT_BYTES` as JSON.
+def said(recognised: Recognised | None) -> dict[str, Any]:
+    """What a report says, as JSON of at most `DOCUMENT_BYTES` and some long texts.
 
-    A message has room for its properties (`mailerq.message.PROPERTIES_LIMIT`), and a report that
-    says very much must not cost the mail its place in the queue.
+    Each recipient of a mail gets a message with it, and a message has room for its properties
+    (`mailerq.message.PROPERTIES_LIMIT`): a report that says very much must not cost the mail its
+    place in the queue. Without its lists, a report has some ten texts of a thousand characters.
     """
-    value = _document(recognised, match)
-    if len(encode_properties(value)) <= DOCUMENT_BYTES:
-        return value
-    value["problem"] = f"the report says more than {DOCUMENT_BYTES} bytes: a part is left out"
-    value.pop("recipients", None)
-    if "tls" in value:
-        value["tls"].pop("policies", None)
+    report = Report(type="other") if recognised is None else recognised.report
+    value = report.to_dict()
+    if len(encode_properties(value)) > DOCUMENT_BYTES:
+        value["problem"] = f"the report says more than {DOCUMENT_BYTES} bytes: a part is left out"
+        value.pop("recipients", None)
+        if "tls" in value:
+            value["tls"].pop("policies", None)
     return value
 
 
-def _document(recognised: Recognised | None, match: Match) -> dict[str, Any]:
-    report = Report(type="other") if recognised is None else recognised.report
-    value = report.to_dict()
+def document(said: Mapping[str, Any], match: Match) -> dict[str, Any]:
+    """The property ``report``: a new dict that shares the values of what the report has `said`."""
+    value = dict(said)
     if match.by:
         value["matched-by"] = match.by
         value["proved"] = match.proved

@@ -188,6 +188,25 @@ async def test_a_report_that_was_made_to_be_slow_stops_nobody(tmp_path: Path, na
     assert meter.longest < LONGEST_TURN
 
 
+async def test_a_report_to_many_recipients_stops_nobody(tmp_path: Path) -> None:
+    config = configure(
+        tmp_path,
+        rabbitmq_reports="reports",
+        rabbitmq_local="local",
+        smtp_local_domains=("d.test",),
+    )
+    group = b"Action: failed\r\nFinal-Recipient: rfc822; %d@b.test\r\nStatus: 5.1.1\r\n\r\n"
+    mime = STATUS + b"\r\n" + b"".join(group % number for number in range(100))
+    async with Engine(config) as engine:
+        with kit.meter() as meter:
+            reply = await trio.to_thread.run_sync(
+                lambda: kit.mail(engine.addresses[0], [mime], sender=b"", recipients=1000)
+            )
+        assert reply.startswith(b"250")
+        assert engine.statistics()["incoming"]["reports"] == 1000
+    assert meter.longest < LONGEST_TURN
+
+
 async def test_many_short_reports_stop_nobody(tmp_path: Path) -> None:
     """They are read at once, in the turn in which they come."""
     config = configure(

@@ -198,7 +198,7 @@ async def test_a_report_that_says_very_much_is_taken(
     async with Engine(configure(tmp_path, **settings)) as engine:
         await bounce(engine, mime)
         value = await report(engine)
-        assert value["problem"] == "the report says more than 131072 bytes: a part is left out"
+        assert value["problem"] == "the report says more than 65536 bytes: a part is left out"
         assert value["recipient"] == "a@b.test"
         assert value["recipient-count"] > 30
 

@@ -18,6 +18,7 @@ from mailerq.rules.reports import (
     document,
     find_match,
     is_hard,
+    said,
     to_suppress,
 )
 from tests.mail import report_shapes as shapes
@@ -127,7 +128,7 @@ def test_a_received_field_of_another_server_is_not_ours() -> None:
 
 def test_the_property_says_what_is_known() -> None:
     mail = traced(WITHOUT_ENVID)
-    value = document(read(mail), match(mail, returned("ann@example.org")))
+    value = document(said(read(mail)), match(mail, returned("ann@example.org")))
     assert value["type"] == "delivery-status"
     assert value["matched-by"] == "verp"
     assert value["proved"] is True
@@ -135,12 +136,12 @@ def test_the_property_says_what_is_known() -> None:
     assert value["verp"] == {
         "verified": True, "envelope": "news@list.test", "recipient": "ann@example.org",
     }  # fmt: skip
-    value = document(read(mail), match(mail))
+    value = document(said(read(mail)), match(mail))
     assert value["trace"] == {"recipient": "ann@example.org"}
     forged = returned("ann@example.org").replace("ann=", "bob=")
-    value = document(read(shapes.POSTFIX), match(shapes.POSTFIX, forged))
+    value = document(said(read(shapes.POSTFIX)), match(shapes.POSTFIX, forged))
     assert value["verp"] == {"verified": False, "problem": "forged"}
-    value = document(None, match(None, returned("ann@example.org")))
+    value = document(said(None), match(None, returned("ann@example.org")))
     assert (value["type"], value["proved"]) == ("other", True)
 
 
