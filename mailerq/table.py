@@ -193,11 +193,7 @@ class Table(ServerTable):
     smarthost: str = setting("", HOST, DELIVERY, "Host that takes all mail.", unset="none")
     smarthost_port: int = setting(25, PORT, DELIVERY, "Its port.", minimum=1)
     smarthost_username: str = setting(
-        "",
-        TEXT,
-        DELIVERY,
-        "Login at smarthost, by AUTH; docs/peers.md explains it.",
-        unset="none",
+        "", TEXT, DELIVERY, "Login at smarthost, by AUTH; docs/peers.md explains it.", unset="none"
     )
     smarthost_password: str = setting(
         "", TEXT, DELIVERY, "Its password.", unset="none", secret=True
@@ -378,11 +374,7 @@ class Table(ServerTable):
         unset="none",
     )
     connection_key: str = setting(
-        "",
-        PATH,
-        TLS_OUT,
-        "PEM file with its private key.",
-        unset="in connection-certificate",
+        "", PATH, TLS_OUT, "PEM file with its private key.", unset="in connection-certificate"
     )
     connection_ciphers: str = setting(
         "", TEXT, TLS_OUT, "Ciphers, with colons between them.", unset="the library's choice"
@@ -423,6 +415,16 @@ class Table(ServerTable):
     )
     dns_attempts: int = setting(
         4, NUMBER, DNS, "Questions before a lookup has failed.", minimum=1, maximum=100
+    )
+    dane: bool = setting(True, FLAG, DNS, "Obey the TLSA records of hosts, see docs/dane.md.")
+    dns_trust_ad: bool = setting(
+        False, FLAG, DNS, "Believe the AD bit of name servers that are not on this host."
+    )
+    dns_validator: str = setting(
+        "resolver", choice("resolver", "unbound"), DNS, "What checks DNSSEC, see docs/dane.md."
+    )
+    dns_trust_anchor: str = setting(
+        "/usr/share/dns/root.key", PATH, DNS, "Keys of the root zone for dns-validator: unbound."
     )
 
     mta_sts: bool = setting(

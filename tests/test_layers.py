@@ -87,6 +87,13 @@ def test_an_import_that_breaks_the_layers_is_found(
     assert problem in found
 
 
+def test_one_file_may_call_an_optional_library(tmp_path: Path) -> None:
+    path = tmp_path / "mailerq" / "net" / "unbound.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("import ctypes\n")
+    assert list(check_tree.broken_layers(tmp_path)) == []
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [

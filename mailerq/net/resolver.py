@@ -21,6 +21,9 @@ Domains in `smtp-relay-domains`, for which this host takes mail and passes it on
 If their records lead nowhere, or back to this host, the mail waits, and the log asks the operator
 for a remedy.
 
+What DNSSEC proves about a domain and its hosts is kept with the answers, for DANE (RFC 7672):
+`proved_names` and `tlsa_bases`. See `mailerq.net.dns_client` for whose word counts.
+
 A resolver belongs to one trio loop. dnspython is imported with the first lookup: a process that
 only injects a mail never needs it.
 """
@@ -32,23 +35,22 @@ import ipaddress
 import logging
 import random
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, NamedTuple
 
 import trio
 
 from mailerq.address import parse_host, parse_literal
 from mailerq.config import Config
 from mailerq.errors import AddressError
+from mailerq.net.dns_client import MAX_TTL, Answer, DnsClient, NoAnswer, Stub
 from mailerq.net.logs import Ration
+from mailerq.net.shared_cache import SharedCache
 from mailerq.rules.access import is_within
 from mailerq.rules.routes import SMTP_PORT
 from mailerq.wire import smtp
 from mailerq.wire.smtp import Reply
-
-if TYPE_CHECKING:
-    import dns.asyncresolver
 
 __all__ = ["Host", "NoHosts", "Resolver", "is_this_host"]
 
@@ -57,11 +59,8 @@ log = logging.getLogger("mailerq.delivery")
 MIN_TTL: Final = 60.0
 """Minimum cache time of an answer, also of a negative one; tiny TTLs hurt."""
 
-MAX_TTL: Final = 3600.0
-"""Maximum cache time of an answer, so that a mistake does not stay for long."""
-
-MAX_ENTRIES: Final = 10_000
-"""Domains in the cache."""
+FAILED_TTL: Final = 10.0
+"""Minimum cache time of answers for DANE, and how long it is known that there is none."""
 
 MAX_EXCHANGES: Final = 16
 """MX records considered, best preference first. RFC 5321 asks for two."""
@@ -71,9 +70,6 @@ MAX_ADDRESSES: Final = 32
 
 MAX_TEXTS: Final = 100
 """TXT records of a name that are read."""
-
-MAX_ALIASES: Final = 8
-"""CNAME records followed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +96,23 @@ class NoHosts:
 Found = tuple[Host, ...] | NoHosts
 
 
+class _Mail(NamedTuple):
+    """Where mail for a domain goes.
+
+    `names` are those of the domain, if DNSSEC proves its MX records or that there are none.
+    """
+
+    found: Found
+    names: tuple[str, ...] = ()
+
+
 class _NoRecords(Exception):
     """The name has no such records; `nonexistent`: nor any other."""
 
-    def __init__(self, text: str, *, nonexistent: bool = False) -> None:
+    def __init__(self, text: str, answer: Answer) -> None:
         super().__init__(text)
-        self.nonexistent = nonexistent
-
-
-class _NoAnswer(Exception):
-    """No answer: a timeout, a refusal or a broken reply."""
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A lookup under way; `found` stays None if its task is cancelled."""
-
-    landed: trio.Event = field(default_factory=trio.Event)
-    found: Found | None = None
+        self.answer = answer
+        self.nonexistent = answer.nonexistent
 
 
 @dataclass(slots=True)
@@ -141,6 +136,7 @@ class Resolver:
     def __init__(self, config: Config, *, leads_here: Callable[[str], bool] | None = None) -> None:
         self._say_ours_to_mend = Ration(log.error, 1, "and %d times more for a relay domain")
         self._given_leads_here = leads_here
+        self._client = _client_of(config)
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -154,16 +150,24 @@ class Resolver:
         ours = config.smtp_out_port in (SMTP_PORT, *config.smtp_port)
         self._is_here = self._given_leads_here or (is_this_host if ours else _is_nowhere)
         # A lookup under way ends with its old settings, and does not cache its answer.
-        self._dns: dns.asyncresolver.Resolver | None = None
-        self._cache: dict[tuple[str, bool], tuple[float, Found]] = {}
-        self._flights: dict[tuple[str, bool], _Flight] = {}
+        self.config = config
+        self._client.close()
+        self._client = _client_of(config)
+        self._domains: SharedCache[_Mail] = SharedCache(MIN_TTL, MAX_TTL)
+        self._hosts: SharedCache[Found] = SharedCache(MIN_TTL, MAX_TTL)
+        self._bases: SharedCache[tuple[str, ...] | str] = SharedCache(FAILED_TTL, MAX_TTL)
+        self._answers: SharedCache[Answer | str] = SharedCache(FAILED_TTL, MAX_TTL)
+
+    def close(self) -> None:
+        """Free what lookups need, once those under way have ended."""
+        self._client.close()
 
     async def mail_hosts(self, domain: str) -> Found:
         """The hosts for mail to `domain`, which may be an address literal; best first."""
         try:
             if domain.startswith("["):
                 return self._permitted(domain, self._literal(domain))
-            found = await self._cached((domain, True), self._look_up_domain)
+            found = (await self._mail(domain)).found
         except OSError as error:  # no descriptor for the check
             return NoHosts(f"{domain}: {error.strerror or error}")
         found = self._permitted(domain, found)
@@ -213,7 +217,7 @@ class Resolver:
                 records, ttl = await self._query(name, "TXT")
             except _NoRecords:
                 return (), MIN_TTL
-            except _NoAnswer as error:
+            except NoAnswer as error:
                 return NoHosts(str(error))
             return tuple(b"".join(record.strings) for record in records[:MAX_TEXTS]), ttl
         return NoHosts(f"{name}: no answer in time")
@@ -225,7 +229,9 @@ class Resolver:
             host = name  # The system may know a name that is no domain, with an underscore.
         if not isinstance(host, str):
             return (Host(name, str(host)),)
-        return await self._cached((name, False), self._look_up_host)
+        return await self._hosts.get(
+            name, self._look_up_host, late=_no_hosts_yet, seconds=3 * self._lifetime
+        )
 
     def _permitted(self, name: str, found: Found) -> Found:
         """The result without forbidden addresses."""
@@ -249,36 +255,10 @@ class Resolver:
         description = f"{domain} is in smtp-relay-domains: {reply.description}"
         return NoHosts(description, setting="smtp-relay-domains")
 
-    async def _cached(
-        self, key: tuple[str, bool], look_up: Callable[[str], Awaitable[tuple[Found, float | None]]]
-    ) -> Found:
-        while True:
-            cached = self._cache.get(key)
-            if cached is not None and trio.current_time() < cached[0]:
-                return cached[1]
-            flight = self._flights.get(key)
-            if flight is None:
-                break
-            await flight.landed.wait()
-            if flight.found is not None:
-                return flight.found
-        cache, flights = self._cache, self._flights
-        flight = flights[key] = _Flight()
-        try:
-            found: Found = NoHosts(f"{key[0]}: no answer in time")
-            ttl: float | None = None
-            with trio.move_on_after(3 * self._lifetime):
-                found, ttl = await look_up(key[0])
-            flight.found = found
-        finally:
-            del flights[key]
-            flight.landed.set()
-        cache.pop(key, None)
-        if ttl is not None:
-            if len(cache) >= MAX_ENTRIES:
-                del cache[next(iter(cache))]
-            cache[key] = (trio.current_time() + min(max(ttl, MIN_TTL), MAX_TTL), found)
-        return found
+    async def _mail(self, domain: str) -> _Mail:
+        return await self._domains.get(
+            domain, self._look_up_domain, late=_no_mail_yet, seconds=3 * self._lifetime
+        )
 
     def _literal(self, domain: str) -> Found:
         try:
@@ -302,20 +282,28 @@ class Resolver:
         addresses = [str(sockaddr[0]) for *_, sockaddr in found]
         return tuple(Host(name, address) for address in addresses[:MAX_ADDRESSES]), MIN_TTL
 
-    async def _look_up_domain(self, domain: str) -> tuple[Found, float | None]:
+    async def _look_up_domain(self, domain: str) -> tuple[_Mail, float | None]:
         name, hostname = _canonical(domain), self._hostname
         if len(name) > 253 or not all(0 < len(label) < 64 for label in name.split(".")):
-            return NoHosts("", smtp.no_such_domain(f"{domain} is not a domain")), MIN_TTL
+            return _Mail(NoHosts("", smtp.no_such_domain(f"{domain} is not a domain"))), MIN_TTL
         try:
-            exchanges, ttl = await self._exchanges(name)
+            exchanges, ttl, names = await self._exchanges(name)
         except _NoRecords as error:
-            if await self._is_sound():
-                return NoHosts("", smtp.no_such_domain(str(error))), MIN_TTL
-            return NoHosts(f"{error}, says a resolver that does not know the root either"), None
-        except _NoAnswer as error:
-            return NoHosts(str(error)), None
+            if error.answer.secure or await self._is_sound():
+                return _Mail(NoHosts("", smtp.no_such_domain(str(error)))), MIN_TTL
+            text = f"{error}, says a resolver that does not know the root either"
+            return _Mail(NoHosts(text)), None
+        except NoAnswer as error:
+            return _Mail(NoHosts(str(error))), None
         if not exchanges:
-            return NoHosts("", smtp.null_mx(domain)), ttl
+            return _Mail(NoHosts("", smtp.null_mx(domain)), names), ttl
+        found, keep = await self._hosts_of(domain, exchanges, ttl, hostname)
+        return _Mail(found, names), keep
+
+    async def _hosts_of(
+        self, domain: str, exchanges: list[_Exchange], ttl: float, hostname: str
+    ) -> tuple[Found, float | None]:
+        """The addresses of the hosts that are better than this host."""
         async with trio.open_nursery() as nursery:
             for exchange in exchanges:
                 if exchange.name != hostname:
@@ -335,7 +323,7 @@ class Resolver:
         """Whether the resolver knows a name that must exist, now."""
         try:
             return bool(await self._query(".", "NS"))
-        except (_NoRecords, _NoAnswer):
+        except (_NoRecords, NoAnswer):
             return False
 
     def _leads_here(self, exchange: _Exchange, hostname: str) -> bool:
@@ -343,76 +331,152 @@ class Resolver:
             map(self._is_here, exchange.addresses[:MAX_ADDRESSES])
         )
 
-    async def _exchanges(self, name: str) -> tuple[list[_Exchange], float]:
+    async def _exchanges(self, name: str) -> tuple[list[_Exchange], float, tuple[str, ...]]:
         """The hosts of a domain, best first, without addresses yet; none is a null MX.
 
-        Raises `_NoRecords` if the domain does not exist.
+        Also the TTL, and the names of the domain if DNSSEC proves the answer. Raises `_NoRecords`
+        if the domain does not exist.
         """
-        try:
-            records, ttl = await self._query(name, "MX")
-        except _NoRecords as error:
-            if error.nonexistent:
-                raise
-            return [_Exchange(name, 0)], MAX_TTL
-        exchanges = [_Exchange(_canonical(str(r.exchange)), int(r.preference)) for r in records]
+        answer = await self._ask(name, "MX")
+        names = tuple(dict.fromkeys((name, answer.name))) if answer.secure else ()
+        if not answer.records:
+            if answer.nonexistent:
+                raise _NoRecords(f"{name} does not exist", answer)
+            return [_Exchange(name, 0)], MAX_TTL, names
+        exchanges = [
+            _Exchange(_canonical(str(r.exchange)), int(r.preference)) for r in answer.records
+        ]
         exchanges = [exchange for exchange in exchanges if exchange.name]
         random.shuffle(exchanges)
         exchanges.sort(key=lambda exchange: exchange.preference)
-        return exchanges[:MAX_EXCHANGES], ttl
+        return exchanges[:MAX_EXCHANGES], answer.ttl, names
 
     async def _look_up_addresses(self, exchange: _Exchange) -> None:
         """IPv4 first: more hosts can use it, and receivers judge it more mildly."""
+        bases = self._bases
         for kind in ("A", "AAAA"):
             try:
-                records, ttl = await self._query(exchange.name, kind)
-            except (_NoRecords, _NoAnswer) as error:
+                answer = await self._ask(exchange.name, kind)
+            except NoAnswer as error:
                 exchange.problem = str(error)
-                if isinstance(error, _NoAnswer):
-                    exchange.unanswered = True
-            else:
-                exchange.addresses += [str(record.address) for record in records]
-                exchange.ttl = min(exchange.ttl, ttl)
+                exchange.unanswered = True
+                continue
+            if not answer.records:
+                exchange.problem = _missing(exchange.name, kind, answer)
+                continue
+            exchange.addresses += [str(record.address) for record in answer.records]
+            exchange.ttl = min(exchange.ttl, answer.ttl)
+            if answer.secure:
+                bases.put(exchange.name, _bases(exchange.name, answer), answer.ttl)
 
     async def _query(self, name: str, kind: str) -> tuple[list[Any], float]:
-        """The records of one kind and their TTL, through CNAMEs."""
-        import dns.asyncresolver
-        import dns.exception
+        """The records of one kind and their TTL. Raises `_NoRecords`, `NoAnswer`."""
+        answer = await self._ask(name, kind)
+        if not answer.records:
+            raise _NoRecords(_missing(name, kind, answer), answer)
+        return list(answer.records), answer.ttl
 
-        ttl = MAX_TTL
+    async def _ask(self, name: str, kind: str) -> Answer:
+        return await self._client.ask(name, kind)
+
+    # What DNSSEC proves
+
+    def untrusted(self) -> str:
+        """Why no answer is ever secure; empty if answers can be. Raises `NoAnswer`."""
+        return self._client.untrusted()
+
+    async def proved_names(self, domain: str) -> tuple[str, ...] | str:
+        """The names of a domain, if DNSSEC proves its MX records or that it has none.
+
+        These are the domain itself and what its CNAME leads to. An empty tuple: nothing proves
+        them. A text says why nobody can know now.
+        """
+        if domain.startswith("[") or not self.config.dane:
+            return ()
+        mail = await self._mail(domain)
+        if mail.names or isinstance(mail.found, tuple) or mail.found.reply is not None:
+            return mail.names
+        return mail.found.description
+
+    async def tlsa_bases(self, host: str) -> tuple[str, ...] | str:
+        """The names below which the TLSA records of a host may be, to be tried in this order.
+
+        There is none if its addresses are insecure, unless an alias itself is secure: many servers
+        of unsigned zones do not answer when asked for TLSA records (RFC 7672, section 2.2.2). A
+        text says why nobody can know now.
+        """
+        return await self._bases.get(
+            _canonical(host), self._look_up_bases, late=_nothing_yet, seconds=3 * self._lifetime
+        )
+
+    async def answer(self, name: str, kind: str) -> Answer | str:
+        """The records of one kind at a name, kept for their TTL. A text says why there is none."""
+        return await self._answers.get(
+            f"{kind} {_canonical(name)}",
+            self._look_up,
+            late=_nothing_yet,
+            seconds=3 * self._lifetime,
+        )
+
+    async def _look_up(self, key: str) -> tuple[Answer | str, float]:
+        kind, _, name = key.partition(" ")
         try:
-            if self._dns is None:
-                self._dns = self._open_dns()
-            target = name
-            for _ in range(MAX_ALIASES):
-                answer = await self._dns.resolve(
-                    target, kind, search=False, raise_on_no_answer=False
-                )
-                ttl = min(ttl, answer.chaining_result.minimum_ttl)
-                if answer.rrset is not None:
-                    return list(answer.rrset), ttl
-                if answer.canonical_name == answer.qname:
-                    raise _NoRecords(f"{name} has no {kind} record")
-                target = answer.canonical_name.to_text()
-        except dns.resolver.NXDOMAIN:
-            raise _NoRecords(f"{name} does not exist", nonexistent=True) from None
-        except (dns.exception.DNSException, OSError, ValueError) as error:
-            text = " ".join(str(error).split())[:200]
-            raise _NoAnswer(f"{name}: {text or type(error).__name__}") from None
-        raise _NoAnswer(f"{name}: more than {MAX_ALIASES} aliases")
+            answer = await self._ask(name or ".", kind)
+        except NoAnswer as error:
+            return str(error), FAILED_TTL
+        return answer, answer.ttl
 
-    def _open_dns(self) -> dns.asyncresolver.Resolver:
-        import dns.asyncresolver
-        import dns.nameserver
+    async def _look_up_bases(self, host: str) -> tuple[tuple[str, ...] | str, float]:
+        problem, ttl, aliased, insecure = "", MAX_TTL, False, False
+        for kind in ("A", "AAAA"):
+            try:
+                answer = await self._ask(host, kind)
+            except NoAnswer as error:
+                problem = str(error)
+                continue
+            ttl = min(ttl, answer.ttl)
+            if answer.secure and answer.records:
+                return _bases(host, answer), ttl
+            insecure = insecure or not answer.secure
+            aliased = aliased or answer.name != host
+        if problem and not insecure:
+            return problem, FAILED_TTL
+        if not aliased:
+            return (), ttl
+        try:
+            alias = await self._ask(host, "CNAME")
+        except NoAnswer as error:
+            return str(error), FAILED_TTL
+        return (host,) if alias.secure and alias.records else (), min(ttl, alias.ttl)
 
-        resolver = dns.asyncresolver.Resolver(configure=not self._servers)
-        if self._servers:
-            resolver.nameservers = [
-                dns.nameserver.Do53Nameserver(server.address, server.port)
-                for server in self._servers
-            ]
-        resolver.timeout = self._timeout
-        resolver.lifetime = self._lifetime
-        return resolver
+
+def _client_of(config: Config) -> DnsClient:
+    if config.dns_validator == "unbound":
+        from mailerq.net.unbound import Unbound
+
+        return Unbound(config)
+    return Stub(config)
+
+
+def _nothing_yet(key: str) -> str:
+    return f"{key}: no answer in time"
+
+
+def _no_hosts_yet(name: str) -> NoHosts:
+    return NoHosts(_nothing_yet(name))
+
+
+def _no_mail_yet(domain: str) -> _Mail:
+    return _Mail(_no_hosts_yet(domain))
+
+
+def _bases(host: str, answer: Answer) -> tuple[str, ...]:
+    """The end of the aliases, if there are some, then the host itself (RFC 7672, section 2.2.3)."""
+    return tuple(dict.fromkeys((answer.name, host)))
+
+
+def _missing(name: str, kind: str, answer: Answer) -> str:
+    return f"{name} does not exist" if answer.nonexistent else f"{name} has no {kind} record"
 
 
 def is_this_host(address: str) -> bool:

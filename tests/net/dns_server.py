@@ -3,6 +3,8 @@
 A zone maps a name and type to records, to an rcode, or to None, which is silence. A dict knows all
 its names: one that is there with another type has no such record, any other does not exist. A
 function has any number of names, and answers `NXDOMAIN` for those that do not exist.
+
+A server with a function `secure` is a validating resolver: it says which names are in signed zones.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import dns.message
 import dns.name
 import dns.query
 import dns.rcode
+import dns.rdata
+import dns.rdataclass
+import dns.rdatatype
 import dns.rrset
 import trio
 
@@ -38,6 +43,7 @@ class DnsServer:
         self.host = host
         self.ttl = 300
         self.truncate = False
+        self.secure: Callable[[str, str], bool] = lambda name, kind: False
         self.questions: Counter[tuple[str, str]] = Counter()
         self.tcp_questions = 0
         self.port = 0
@@ -69,15 +75,17 @@ class DnsServer:
         if self.truncate and not tcp:
             reply.flags |= dns.flags.TC
             return reply.to_wire()
+        secure = bool(query.flags & dns.flags.AD)  # otherwise the bit is not wanted
         for _ in range(20):
             records = self.records(name, kind)
+            secure = secure and self.secure(name, kind)
             if records is None:
                 return None
             if isinstance(records, int):
                 reply.set_rcode(dns.rcode.Rcode(records))
                 break
             if records:
-                reply.answer.append(dns.rrset.from_text(name + ".", self.ttl, "IN", kind, *records))
+                reply.answer.append(self._rrset(name, kind, records))
                 break
             alias = self.records(name, "CNAME")
             if not isinstance(alias, list) or not alias:
@@ -86,7 +94,21 @@ class DnsServer:
             name = alias[0].rstrip(".").lower()
             if isinstance(self.zone, dict) and (name, "CUT") in self.zone:
                 break  # as servers do that are not told about the alias's zone
+        if secure and reply.rcode() in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
+            reply.flags |= dns.flags.AD
         return reply.to_wire()
+
+    def _rrset(self, name: str, kind: str, records: list[str]) -> dns.rrset.RRset:
+        r"""Records from text; ``\# length hex`` is sent as it is, whatever it is."""
+        if not records[0].startswith(r"\#"):
+            return dns.rrset.from_text(name + ".", self.ttl, "IN", kind, *records)
+        number = dns.rdatatype.from_text(kind)
+        found = dns.rrset.RRset(dns.name.from_text(name), dns.rdataclass.IN, number)
+        found.ttl = self.ttl
+        for record in records:
+            data = bytes.fromhex(record.split(" ")[2])
+            found.add(dns.rdata.GenericRdata(dns.rdataclass.IN, number, data))
+        return found
 
     async def serve_udp(self, sock: trio.socket.SocketType) -> None:
         while True:
@@ -108,8 +130,10 @@ class DnsServer:
 
 
 @asynccontextmanager
-async def open_dns_server(zone: Zone, host: str = "127.0.0.1") -> AsyncIterator[DnsServer]:
-    server = DnsServer(zone, host)
+async def open_dns_server(
+    zone: Zone, host: str = "127.0.0.1", kind: type[DnsServer] = DnsServer
+) -> AsyncIterator[DnsServer]:
+    server = kind(zone, host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
         udp = trio.socket.socket(family, socket.SOCK_DGRAM)
