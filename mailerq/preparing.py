@@ -11,6 +11,7 @@ from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem
 from mailerq.inbound.terms import Terms
 from mailerq.live import alike
+from mailerq.net import unbound
 from mailerq.net.client_tls import ClientTls
 from mailerq.net.logs import open_log
 from mailerq.rules.answers import Answers
@@ -42,7 +43,7 @@ def prepare(
     Raises `ConfigError` with all mistakes. Each of `notes` is about something that stays as it was.
     """
     logs: dict[str, int] = {}
-    wrong: list[Problem] = []
+    wrong: list[Problem] = list(unbound.problems(config))
 
     def part(make: Callable[[], Part]) -> Part | None:
         try:

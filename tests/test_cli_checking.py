@@ -10,12 +10,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 import trustme
 
+from tests.net.dns_server import open_dns_server
 from tests.support import ROOT, compile_plugin, free_port, mailerq
 from tests.test_cli_daemon import daemon, settings_in
 
@@ -35,7 +38,8 @@ def directory() -> Iterator[Path]:
 def check(directory: Path, *more: str, status: int = 1, **options: Any) -> str:
     """What is wrong, or what is said when all is good."""
     given = {text.partition("=")[0] for text in more}
-    settings = [text for text in settings_in(directory) if text.partition("=")[0] not in given]
+    usual = ["--dane=false", *settings_in(directory)]  # the resolver of this host is not ours
+    settings = [text for text in usual if text.partition("=")[0] not in given]
     before = tree(directory)
     done = mailerq("check-config", *settings, *more, **options)
     assert done.returncode == status, (done.stdout + done.stderr).decode()
@@ -152,7 +156,7 @@ def test_a_port_that_is_for_root_is_named(directory: Path) -> None:
     )
     settings = [text for text in settings_in(directory) if "smtp-port" not in text]
     done = subprocess.run(
-        [sys.executable, "-c", code, "check-config", *settings, "--smtp-port=1"],
+        [sys.executable, "-c", code, "check-config", *settings, "--smtp-port=1", "--dane=false"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -424,7 +428,9 @@ def test_what_a_start_would_warn_of_is_a_note(tmp_path: Path) -> None:
 
 
 def test_programs_get_all_of_it_in_one_object(tmp_path: Path) -> None:
-    done = mailerq("check-config", *settings_in(tmp_path, "--smtp-threads=0"), "--json")
+    done = mailerq(
+        "check-config", *settings_in(tmp_path, "--smtp-threads=0", "--dane=false"), "--json"
+    )
     assert done.returncode == 1
     assert json.loads(done.stdout) == {
         "ok": False,
@@ -464,3 +470,33 @@ def test_a_socket_that_is_not_there_yet_is_no_mistake(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as there:
         there.bind(f"{tmp_path}/lmtp")
         assert "there is no socket" not in check(tmp_path, *settings, status=0)
+
+
+async def dane_note(tmp_path: Path, *more: str) -> str:
+    """What is said about DANE."""
+    said = await trio.to_thread.run_sync(partial(check, tmp_path, "--dane=true", *more, status=0))
+    (note,) = [line for line in said.splitlines() if "DANE" in line]
+    return note
+
+
+async def test_it_says_whether_dane_is_in_force(tmp_path: Path) -> None:
+    zone: dict[tuple[str, str], Any] = {("", "NS"): ["a.root-servers.test."]}
+    async with open_dns_server(zone) as server:
+        ours = f"--dns-servers={server.address}"
+        assert "the resolver does not validate" in await dane_note(tmp_path, ours)
+        server.secure = lambda name, kind: True
+        in_force = "note: DANE is in force: the resolver validates"
+        assert await dane_note(tmp_path, ours) == in_force
+        server.zone["_25._tcp", "TLSA"] = 2
+        assert "mangles negative answers" in await dane_note(tmp_path, ours)
+    note = await dane_note(tmp_path, "--dns-servers=192.0.2.53")
+    assert note.startswith("note: DANE is off: the DNS server 192.0.2.53 is not on this host")
+    assert "dns-trust-ad" in note
+    assert "DANE" not in await trio.to_thread.run_sync(partial(check, tmp_path, status=0))
+
+
+def test_a_validator_that_cannot_work_is_a_mistake(tmp_path: Path) -> None:
+    said = check(tmp_path, "--dns-validator=unbound", f"--dns-trust-anchor={tmp_path}/none")
+    assert f"dns-trust-anchor: cannot read {tmp_path}/none: No such file" in said
+    said = check(tmp_path, "--dns-validator=none")
+    assert "dns-validator: 'none' is none of resolver, unbound" in said

@@ -18,6 +18,8 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
 from typing import Any, Final
 
+import trio
+
 from mailerq import inspection
 from mailerq.address import parse_lmtp
 from mailerq.cli import control
@@ -31,7 +33,10 @@ from mailerq.inbound.addresses import LocalAddresses
 from mailerq.inbound.auth import parse_backend
 from mailerq.inbound.listener import unusable
 from mailerq.live import alike
+from mailerq.net import unbound
 from mailerq.net.client_tls import ClientTls
+from mailerq.net.dane import Dane
+from mailerq.net.resolver import Resolver
 from mailerq.net.tls import tls_context, try_handshake
 from mailerq.privileges import as_owner
 from mailerq.queues.embedded.queue_file import FILE_NAME
@@ -247,6 +252,10 @@ def _check_responses(config: Config, running: Running) -> Iterator[Problem]:
         yield from (problem for problem in error.problems if problem.key == "responses-file")
 
 
+def _check_validator(config: Config, running: Running) -> Iterator[Problem]:
+    return unbound.problems(config)
+
+
 def _check_ports(config: Config, running: Running) -> Iterator[Problem]:
     ours = {address.rpartition(":")[2] for address in (running or {}).get("listening", ())}
     for port, error in unusable(config):
@@ -365,6 +374,7 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("smtp-auth",), _check_auth),
     (("smtp-local-addresses",), _check_addresses),
     (("smtp-extract", "smtp-extract-range", "smtp-extract-logins"), _check_steering),
+    (("dns-validator", "dns-trust-anchor"), _check_validator),
     (("limits-file", "addresses-file", "dns-helofile"), _check_limits),
     (("responses-file", "limits-file"), _check_responses),
     (("verp-key-file",), _check_reports),
@@ -387,8 +397,8 @@ AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
 )
 
 AS_RUNNING: Final = frozenset({
-    _check_tls, _check_client_tls, _check_auth, _check_addresses, _check_steering, _check_limits,
-    _check_responses, _check_reports, _check_application_log, _check_logs,
+    _check_tls, _check_client_tls, _check_auth, _check_addresses, _check_steering, _check_validator,
+    _check_limits, _check_responses, _check_reports, _check_application_log, _check_logs,
 })  # fmt: skip
 """The checks that apply to a running daemon: it opens the rest only at its start."""
 
@@ -483,6 +493,8 @@ def _notes(config: Config) -> Iterator[str]:
                 " damaged; pauses, forced errors or suppressions may be missing. A start keeps"
                 " a copy and goes on with the other lines"
             )
+    if config.dane and not list(unbound.problems(config)):
+        yield trio.run(Dane(Resolver(config)).probe).text
     if not os.path.isdir(config.queue_directory):
         yield f"queue-directory {config.queue_directory} is missing: the daemon will make it"
     if account_of(config) is not None:

@@ -13,7 +13,7 @@ from mailerq.message import format_time, parse_time
 
 __all__ = ["import_all"]
 
-RECORDS: Final = ("A", "AAAA", "CNAME", "DNAME", "MX", "NS", "RRSIG", "SOA", "TXT")
+RECORDS: Final = ("A", "AAAA", "CNAME", "DNAME", "MX", "NS", "RRSIG", "SOA", "TLSA", "TXT")
 """Kinds of DNS records in usual answers; dnspython has a module for each."""
 
 
@@ -25,6 +25,8 @@ def import_all() -> None:
     import dns.nameserver
     import dns.rdata
     import idna
+
+    import mailerq.rules.dane  # noqa: F401
 
     dns.asyncbackend.get_backend("trio")
     class_of: Any = dns.rdata.get_rdata_class
