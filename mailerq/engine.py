@@ -32,8 +32,9 @@ from mailerq.inbound.spool import Memory
 from mailerq.inbound.terms import Terms
 from mailerq.live import Live, Reload, alike
 from mailerq.message import Message, format_time
-from mailerq.net import control, late
+from mailerq.net import control, late, unbound
 from mailerq.net.client_tls import ClientTls
+from mailerq.net.dane import Dane
 from mailerq.net.logs import LogFile
 from mailerq.net.misspelt import Misspelt
 from mailerq.net.resolver import Resolver
@@ -232,6 +233,7 @@ class Engine:
     async def _open(self, stack: AsyncExitStack) -> None:
         config = self.config
         late.import_all()
+        unbound.check(config)
         terms, shaping = Terms.of(config), Shaping.of(config)
         self._tls = ClientTls.of(config)
         answers = Answers.of(config, shaping.providers)
@@ -276,6 +278,8 @@ class Engine:
             refused_log=self._log("refused_log_file"),
         )
         self._resolver = Resolver(config)
+        stack.callback(self._resolver.close)
+        dane = Dane(self._resolver)
         self._outgoing = Slots(_outgoing(config, connections), within=connections)
         self._openings = Openings(self._outgoing, self._workers[0])
         processes = 1 if self._share is None else config.smtp_processes
@@ -290,7 +294,7 @@ class Engine:
         self._server.suppress = suppressor.suppress
         await self._keeper.open()
         stack.push_async_callback(self._keeper.close)
-        self._published = Published(self._live, self._resolver, self._publish_report)
+        self._published = Published(self._live, self._resolver, self._publish_report, dane=dane)
         stack.push_async_callback(self._published.close)
         self._listener = Listener(self._server, self._workers, ports, incoming)
         self._limits.days = Days(os.path.join(config.queue_directory, DAYS))
@@ -302,6 +306,8 @@ class Engine:
             await nursery.start(
                 control.serve, config.queue_directory, {**self.commands(), **self._more_commands}
             )
+        if not share:
+            nursery.start_soon(dane.say)
         nursery.start_soon(self._limits.run)
         nursery.start_soon(self._keeper.run)
         nursery.start_soon(self._kept.run)

@@ -449,3 +449,38 @@ async def test_rows_about_hosts_are_explained_without_a_daemon(tmp_path: Path) -
     assert (await alone(tmp_path, "d.test"))["decision"] == "send"
     found = await alone(tmp_path, "d.test", "--tag=a", "--tag=news", status=1)
     assert (found["decision"], found["reason"]) == ("fail", "550 no")
+
+
+async def test_it_shows_the_tlsa_records_of_a_domain_and_why_its_mail_waits(
+    tmp_path: Path, mark: dict[str, str]
+) -> None:
+    record = f"3 1 1 {'ab' * 32}"
+    async with open_sink() as sink, open_dns_server(dict(ZONE)) as dns:
+        dns.zone[f"_{sink.port}._tcp.mx1.d.test", "TLSA"] = [record]
+        dns.zone[f"_{sink.port}._tcp.mx2.d.test", "TLSA"] = 2  # SERVFAIL
+        dns.secure = lambda name, kind: True
+        settings = switches(dns, sink.port, "--retry-interval=60")
+        shown = await explain("d.test", *switches_in(tmp_path, 25, *settings))
+        first, second = shown["tlsa"]
+        assert first == {"host": "mx1.d.test", "base": "mx1.d.test", "records": [record]}
+        assert second["host"] == "mx2.d.test" and "the host is not used" in second["problem"]
+        assert shown["from"][0]["security"]["dnssec"] is True
+        async with daemon(tmp_path, sink.port, *settings, env=mark) as running:
+            async with connected(running.port) as stream:
+                assert await put(stream, "m") == 250
+            found = await until_answer(
+                running,
+                "d.test",
+                lambda answer: bool(
+                    answer["from"][0]["flows"] and answer["from"][0]["flows"][0]["reply"]
+                ),
+            )
+            assert found["tlsa"][0] == first
+            reply = found["from"][0]["flows"][0]["reply"]
+            assert reply.startswith("454 4.7.5 mx2.d.test [127.0.0.1]: its TLSA records cannot be")
+            words = await in_thread(
+                lambda: mailerq("explain", f"--queue-directory={running.queue}", "d.test")
+            )
+            assert b"TLSA of mx1.d.test" in words.stdout
+            assert b"DNSSEC proves the hosts" in words.stdout
+            assert not sink.mails

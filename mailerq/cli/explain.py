@@ -113,6 +113,7 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
     from mailerq.inbound.addresses import LocalAddresses
     from mailerq.inbound.explaining import explain_arrival
     from mailerq.live import Live
+    from mailerq.net.dane import Dane
     from mailerq.net.https import Https
     from mailerq.net.resolver import Resolver
     from mailerq.outbound.explaining import Explainer, Question
@@ -154,7 +155,7 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
                 limits.shaping.group_of,
                 apart,
                 limits.shaping.ignores_policies,
-                Policies(sts=sts),
+                Policies(sts=sts, dane=Dane(resolver)),
             ),
             lambda message, now, seen: plan(
                 message, config, now=now, seen=seen, rows=rows, local=limits.shaping.local_ips
@@ -291,6 +292,8 @@ def _facts(answer: Answer) -> Iterator[tuple[str, object, str]]:
             yield "provider", provider["name"], provider["where"]
     if (policy := answer.get("mta-sts")) is not None:
         yield "MTA-STS", _sts(policy), "mailerq sts"
+    for host in answer.get("tlsa", ()):
+        yield f"TLSA of {host['host']}", _tlsa(host), ""
     if (destination := answer.get("destination")) is not None:
         count, when = destination["messages"], destination.get("next")
         waiting = "unknown" if count is None else count
@@ -308,6 +311,15 @@ def _sts(policy: Answer) -> str:
     return f"{mode}, id {policy['id']}, {times}{hosts}{trouble}"
 
 
+def _tlsa(host: Answer) -> str:
+    if problem := host.get("problem"):
+        return str(problem)
+    if host["base"] is None:
+        return "none"
+    at = "" if host["base"] == host["host"] else f" (at {host['base']})"
+    return (", ".join(host["records"]) or "none is usable: TLS, without authentication") + at
+
+
 def _source(part: dict[str, Any]) -> str:
     address = part["local-ip"] or "an address that the system chooses"
     weight = f", weight {part['weight']}" if part["weight"] != 1 else ""
@@ -321,6 +333,8 @@ def _security(part: dict[str, Any]) -> Iterator[str]:
         yield f"TLS: {part['mta-sts']}"
     if part["dnssec"]:
         yield "TLS: DNSSEC proves the hosts, so their TLSA records count"
+    elif part["dane"]:
+        yield f"TLS: DNSSEC does not prove the hosts; {part['dane']}"
     if part["ignored"]:
         yield "TLS: limits-file says that what the domain has published does not count"
     for address in part["in-clear"]:

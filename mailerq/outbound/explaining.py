@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
+import trio
+
 from mailerq.errors import MailerqError
 from mailerq.message import Message, format_time
 from mailerq.net.resolver import NoHosts
@@ -29,7 +31,7 @@ from mailerq.rules.destinations import place_of
 from mailerq.rules.plan import Hold, Park, Plan, Refuse, Send
 from mailerq.rules.responses import Fate, Outcome
 from mailerq.rules.routes import Route
-from mailerq.rules.security import LEVEL_DEMANDS, Level
+from mailerq.rules.security import LEVEL_DEMANDS, Level, PolicyUnknown
 from mailerq.rules.shaping import HOURS, SECURE, Bound
 
 if TYPE_CHECKING:
@@ -54,6 +56,13 @@ DECISIONS: Final = {Fate.DELIVERED: "done", Fate.RETRY: "wait", Fate.FAILED: "fa
 
 MAX_HOSTS: Final = 32
 """Hosts whose limits are listed."""
+
+TLSA_SECONDS: Final = 5.0
+"""How long an answer waits for TLSA records."""
+
+MAX_RECORDS: Final = 20
+MAX_RECORD: Final = 140
+"""TLSA records of a host that are listed, and characters of each: a digest has 128."""
 
 
 class Question(NamedTuple):
@@ -153,6 +162,7 @@ class Explainer:
         if found.outcome is not None:
             return {**answer, **_of_outcome(found.outcome), **self._setting(found.setting)}
         answer |= self._of_site(found)
+        answer |= await self._of_tlsa(found)
         plan: Send | Refuse | Park = decision
         if self._rows is not None:
             plan = late(self._rows, message, decision, found, self._limits.shaping)
@@ -265,7 +275,7 @@ class Explainer:
         """What connections must prove, the place that sets the level, and published policies."""
         bound = self._limits.secure(self._config, site, local_ip)
         level = Level(int(bound.value))
-        policy = site.policy
+        policy, dane = site.policy, self._sites.policies.dane
         demands = LEVEL_DEMANDS[level] | decision.demands | policy.demands
         memory = None if self._seeing is None else self._seeing.dispatcher.memory
         clear = [] if memory is None or demands.encrypts else [
@@ -277,9 +287,34 @@ class Explainer:
             "demands": str(demands),
             "mta-sts": None if policy.sts is None else f"{policy.sts}, mode {policy.sts.mode}",
             "dnssec": policy.secure,
+            "dane": None if dane is None or not site.mx else dane.standing().text,
             "ignored": self._limits.shaping.ignores_policies(site.group),
             "in-clear": clear,
         }
+
+    async def _of_tlsa(self, site: Site) -> dict[str, Any]:
+        """The TLSA records of the hosts of a domain that DNSSEC proves."""
+        if not site.policy.secure:
+            return {}
+        names = list(dict.fromkeys(host.name for host in site.hosts))[:MAX_HOSTS]
+        found: dict[str, dict[str, Any]] = {
+            name: {"host": name, "problem": "no answer yet"} for name in names
+        }
+        with trio.move_on_after(TLSA_SECONDS):
+            for name in names:
+                found[name] = await self._of_records(site, name)
+        return {"tlsa": list(found.values())}
+
+    async def _of_records(self, site: Site, host: str) -> dict[str, Any]:
+        try:
+            records = await self._sites.policies.tlsa(site.policy, host, site.port)
+        except PolicyUnknown as error:
+            return {"host": host, "problem": f"the host is not used: {error}"}
+        if records is None:
+            return {"host": host, "base": None, "records": []}
+        texts = (f"{r.usage} {r.selector} {r.matching} {r.data.hex()}" for r in records.records)
+        shown = sorted(text[:MAX_RECORD] for text in texts)[:MAX_RECORDS]
+        return {"host": host, "base": records.base_domain, "records": shown}
 
     def _of_pauses(self, site: Site, local_ip: str | None) -> Iterator[tuple[str, Any]]:
         """The operator's pauses of mail from one local address, or of some hosts."""

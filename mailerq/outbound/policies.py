@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+from mailerq.net.dane import Standing
 from mailerq.rules.security import DomainPolicy, StsPolicy, TlsaSet, TlsFailure
 
 __all__ = ["NO_POLICIES", "NO_POLICY", "Dane", "MtaSts", "NoRecorder", "Policies", "TlsRecorder"]
@@ -39,12 +40,23 @@ class Dane(Protocol):
         Raises `PolicyUnknown` if that cannot be known now.
         """
 
-    async def tlsa(self, host: str, port: int) -> TlsaSet | None:
+    async def names(self, domain: str) -> tuple[str, ...]:
+        """The names of a secure domain that count in certificates of its hosts.
+
+        There are some only if a host has a record for which they count (RFC 7672, section 3.2.2).
+        Raises `PolicyUnknown`.
+        """
+
+    async def tlsa(self, host: str, port: int, names: Sequence[str] = ()) -> TlsaSet | None:
         """The usable TLSA records of a host of a secure domain, or None if it has none.
 
+        `names` are those of the domain, which become names of the set where they count.
         Returns a set without records if there are some and none is usable. Raises `PolicyUnknown`:
         the host is not used then.
         """
+
+    def standing(self) -> Standing:
+        """Whether DANE is in force here."""
 
     def verify(self, records: TlsaSet, chain: Sequence[bytes], *, now: float) -> TlsFailure | None:
         """Why a certificate chain in DER, the peer's own first, does not match; None if it does.
@@ -116,14 +128,15 @@ class Policies:
     async def find(self, domain: str) -> DomainPolicy:
         """What a recipient's domain has published. Raises `PolicyUnknown`."""
         policy = await self.sts.find(domain) if self.sts is not None else None
-        secure = await self.dane.is_secure(domain) if self.dane is not None else False
-        return DomainPolicy(policy, secure)
+        if self.dane is None or not await self.dane.is_secure(domain):
+            return NO_POLICY if policy is None else DomainPolicy(policy)
+        return DomainPolicy(policy, True, await self.dane.names(domain))
 
     async def tlsa(self, policy: DomainPolicy, host: str, port: int) -> TlsaSet | None:
         """The TLSA records of a host, if its domain is secure. Raises `PolicyUnknown`."""
         if self.dane is None or not policy.secure:
             return None
-        return await self.dane.tlsa(host, port)
+        return await self.dane.tlsa(host, port, policy.names)
 
     def record(
         self,

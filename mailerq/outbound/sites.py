@@ -246,14 +246,14 @@ class Sites:
     async def _look_up(self, route: Route) -> Site | NoHosts:
         outcome, setting, policy = responses.OWN_FAULT, "", NO_POLICY
         try:
-            if self._has_policy(route):
-                policy = await self.policies.find(route.host)
             if route.host.startswith("/"):
                 found: tuple[Host, ...] | NoHosts = (Host(route.host, route.host),)
             elif route.mx:
                 found = await self._resolver.mail_hosts(route.host)
             else:
                 found = await self._resolver.host(route.host, trusted=route.trusted)
+            if not isinstance(found, NoHosts) and self._has_policy(route):
+                policy = await self.policies.find(route.host)
         except PolicyUnknown as error:
             outcome = responses.tls_failed(TlsFailure(Reason.FAILURE, str(error)), state="dns")
         except Exception:

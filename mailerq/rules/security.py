@@ -251,11 +251,14 @@ class DomainPolicy(msgspec.Struct, frozen=True):
     """What a recipient's domain has published about TLS.
 
     `secure`: DNSSEC has proved the MX records, so the TLSA records of the hosts count. `sts` is the
-    policy in force, of any mode but ``none``.
+    policy in force, of any mode but ``none``. `names` are those that the certificate of a host may
+    have besides its own, if a TLSA record of a host trusts an authority; otherwise there are none,
+    so that domains with the same hosts have the same policy.
     """
 
     sts: StsPolicy | None = None
     secure: bool = False
+    names: tuple[str, ...] = ()
 
     @property
     def enforced(self) -> StsPolicy | None:

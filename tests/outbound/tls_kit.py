@@ -12,6 +12,7 @@ from typing import Any
 import trio
 import trustme
 
+from mailerq.net.dane import Standing
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.rules.security import DomainPolicy, StsPolicy, TlsaSet, TlsFailure
 from tests.outbound.kit import PeerConnection, Script, StubResolver
@@ -183,7 +184,13 @@ class FixedDane:
         await trio.lowlevel.checkpoint()
         return domain in self.secure
 
-    async def tlsa(self, host: str, port: int) -> TlsaSet | None:
+    async def names(self, domain: str) -> tuple[str, ...]:
+        return ()
+
+    def standing(self) -> Standing:
+        return Standing(True, "DANE is in force")
+
+    async def tlsa(self, host: str, port: int, names: Sequence[str] = ()) -> TlsaSet | None:
         await trio.lowlevel.checkpoint()
         found = self.records.get(host)
         if isinstance(found, Exception):
