@@ -11,7 +11,7 @@ CORE_SOURCES := setup.py include/mailerq.h \
 HOT_MODULES := $(filter-out mailerq/_%,$(wildcard mailerq/*.pxd mailerq/*/*.pxd mailerq/*/*/*.pxd))
 HOT_SOURCES := $(HOT_MODULES) $(HOT_MODULES:.pxd=.py)
 missing = $(strip $(foreach module,$(1),$(if $(wildcard $(module).*.so),,$(module))))
-CORE_MISSING := $(call missing,mailerq/_core mailerq/wire/_lines)
+CORE_MISSING := $(call missing,mailerq/_core mailerq/wire/_lines mailerq/mail/_canonical)
 HOT_MISSING := $(call missing,$(HOT_MODULES:.pxd=))
 HOT_BUILT := $(wildcard $(HOT_MODULES:.pxd=.*.so))
 HOT_ORPHANS := $(foreach built,$(filter-out $(wildcard mailerq/_*.so mailerq/*/_*.so),\
