@@ -235,6 +235,11 @@ def _read_network(item: str) -> Network:
         raise ValueError(f"{item!r} is not a network such as 192.0.2.0/24: {error}") from None
 
 
+def networks(text: str) -> tuple[Network, ...]:
+    """Networks with blanks between them."""
+    return tuple(_read_network(item) for item in text.split())
+
+
 def _unmapped(network: Network) -> Network:
     """IPv4 addresses written as IPv6 as they are, as `mailerq.address.parse_ip` has them."""
     mapped = network.network_address.ipv4_mapped if network.version == 6 else None

@@ -7,7 +7,6 @@ read, its bounds, its unit, a sentence for people. A setting that only a restart
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +31,7 @@ from mailerq.settings import (
     Network,
     choice,
     fixed,
+    networks,
     setting,
 )
 from mailerq.table_server import ServerTable
@@ -47,6 +47,7 @@ QUEUES: Final = "Queues"
 DELIVERY: Final = "Delivery"
 TLS_OUT: Final = "TLS of deliveries"
 POLICIES: Final = "Policies of recipients"
+SIGNING: Final = "Signing"
 DNS: Final = "DNS"
 PLUGINS: Final = "Plugins"
 LOGS: Final = "Logs"
@@ -217,19 +218,7 @@ class Table(ServerTable):
         "", TEXT, DELIVERY, "Its password.", unset="none", secret=True
     )
     smtp_out_clear_range: tuple[Network, ...] = setting(
-        tuple(
-            map(
-                ipaddress.ip_network,
-                (
-                    "127.0.0.0/8",
-                    "10.0.0.0/8",
-                    "172.16.0.0/12",
-                    "192.168.0.0/16",
-                    "::1/128",
-                    "fc00::/7",
-                ),
-            )
-        ),
+        networks("127.0.0.0/8 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 ::1/128 fc00::/7"),
         NETWORKS,
         DELIVERY,
         "Networks of hosts that may get a login over a connection without TLS.",
@@ -239,12 +228,7 @@ class Table(ServerTable):
         25, PORT, DELIVERY, "Port of the MX hosts; another than 25 is for trying out.", minimum=1
     )
     smtp_out_forbidden: tuple[Network, ...] = setting(
-        tuple(
-            map(
-                ipaddress.ip_network,
-                ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/128", "::1/128", "fe80::/10"),
-            )
-        ),
+        networks("0.0.0.0/8 127.0.0.0/8 169.254.0.0/16 ::/128 ::1/128 fe80::/10"),
         NETWORKS,
         DELIVERY,
         "Networks that no mail is sent to, whatever MX records, recipients and smarthosts of"
@@ -394,6 +378,22 @@ class Table(ServerTable):
         " TLS.",
         unit="s",
         minimum=0,
+    )
+
+    dkim_directory: str = setting(
+        "", PATH, SIGNING, "Keys for mail from each DOMAIN: DOMAIN/SELECTOR.pem.", unset="none"
+    )
+    dkim_file: str = setting(
+        "", PATH, SIGNING, "TOML file: which keys sign which mail; docs/signing.md.", unset="none"
+    )
+    dkim_missing: str = setting(
+        "defer",
+        choice("defer", "unsigned"),
+        SIGNING,
+        "Mail with a key that cannot be read: try again later, or send without that signature.",
+    )
+    arc_seal: bool = setting(
+        False, FLAG, SIGNING, "Seal received mail that goes on (ARC), by keys that are for arc."
     )
 
     dns_servers: tuple[DnsServer, ...] = setting(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +26,7 @@ from mailerq.settings import (
     Network,
     choice,
     fixed,
+    networks,
     setting,
 )
 
@@ -231,7 +231,7 @@ class ServerTable:
         aliases=("smtp-ranges",),
     )
     smtp_relay_range: tuple[Network, ...] = setting(
-        (ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128")),
+        networks("127.0.0.0/8 ::1/128"),
         NETWORKS,
         ACCESS,
         "Networks whose clients may send to any recipient without a login.",

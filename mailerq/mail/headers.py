@@ -53,6 +53,8 @@ _NAME: Final = re.compile(rb"([^\r\n:]*+)(:?)").match
 # For `Header._lines`, where CRLF may have become two LFs.
 _FIELD_END: Final = re.compile(rb"\n(?![ \t\n])").search
 
+_FIELD_STARTS: Final = re.compile(rb"\n(?![ \t\n])([!-9;-~]*+)[ \t]*+(:?)").finditer
+
 Finder = Callable[[bytes], Iterator[re.Match[bytes]]]
 """The `finditer` of an expression."""
 
@@ -148,6 +150,19 @@ class Header:
             field = self._field(end)
             end = field.end
             yield field
+
+    def places(self) -> Iterator[tuple[bytes, int, int]]:
+        """Yield the name of each field, in lower case, and its offsets, from the top.
+
+        A line that is not a field is left out.
+        """
+        name, start = b"", 0
+        for match in _FIELD_STARTS(self._lines):
+            if name:
+                yield name, start, match.start()
+            name, start = match[1] if match[2] else b"", match.start()
+        if name:
+            yield name, start, self.end
 
     def found_by(self, find: Finder) -> Iterator[Field]:
         r"""Yield the fields whose start matches an expression, from the top.
