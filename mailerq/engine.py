@@ -58,6 +58,7 @@ from mailerq.outbound.listing import Wanted, list_flows
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.published import Published
 from mailerq.outbound.refusals import react
+from mailerq.outbound.signer import Signer
 from mailerq.outbound.suppressing import Suppressor
 from mailerq.outbound.warmup import Days
 from mailerq.plugins import (
@@ -237,6 +238,7 @@ class Engine:
         terms, shaping = Terms.of(config), Shaping.of(config)
         self._tls = ClientTls.of(config)
         answers = Answers.of(config, shaping.providers)
+        self._signer = Signer(self._live)
         ports = bind(config, shared=self._share is not None)
         for port in ports:
             stack.callback(port.sock.close)
@@ -336,6 +338,7 @@ class Engine:
             policies=self._published.policies,
             tls=self._tls,
             reports=self._server.terms.reports,
+            signer=self._signer,
         )
         dispatcher.stops.rows, dispatcher.stops.hits = self._keeper.rows, self._keeper.hits
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)

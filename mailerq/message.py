@@ -111,12 +111,27 @@ def check_nesting(value: object, encoded: bytes | str) -> None:
 
 
 def without_password(properties: dict[str, Any]) -> dict[str, Any]:
-    """Return properties without the password of ``smarthost``; the same dict if there is none."""
+    """Return properties without the password of ``smarthost`` and the private keys of ``dkim``.
+
+    This is the same dict if there is none.
+    """
     smarthost = properties.get("smarthost")
-    if not isinstance(smarthost, dict) or "password" not in smarthost:
+    if isinstance(smarthost, dict) and "password" in smarthost:
+        rest = {name: value for name, value in smarthost.items() if name != "password"}
+        properties = {**properties, "smarthost": rest}
+    dkim = properties.get("dkim")
+    if dkim is None:
         return properties
-    rest = {name: value for name, value in smarthost.items() if name != "password"}
-    return {**properties, "smarthost": rest}
+    if isinstance(dkim, list):
+        return {**properties, "dkim": [_without_key(each) for each in dkim]}
+    return {**properties, "dkim": _without_key(dkim)}
+
+
+def _without_key(value: Any) -> Any:
+    """A key of ``dkim`` without the private key itself; a text may be a private key."""
+    if isinstance(value, dict):
+        return {name: each for name, each in value.items() if name != "key"}
+    return None if isinstance(value, str) else value
 
 
 class _Bodies(msgspec.Struct):

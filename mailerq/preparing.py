@@ -16,6 +16,7 @@ from mailerq.net.client_tls import ClientTls
 from mailerq.net.logs import open_log
 from mailerq.rules.answers import Answers
 from mailerq.rules.shaping import Shaping
+from mailerq.rules.signing import SigningFile
 
 __all__ = ["LOGS", "Prepared", "prepare", "writable"]
 
@@ -56,6 +57,7 @@ def prepare(
         shaping = Shaping.of(config)
         return shaping, Answers.of(config, shaping.providers)
 
+    part(lambda: SigningFile.of(config))
     new_terms = part(lambda: Terms.of(config, terms, notes))
     new_limits = part(limits)
     new_tls = part(lambda: ClientTls.of(config, tls, notes))

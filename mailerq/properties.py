@@ -93,6 +93,16 @@ def _is_objects(value: object) -> bool:
     return isinstance(value, list) and all(issubclass(kind, dict) for kind in _kinds(value))
 
 
+def _is_dkim(value: object) -> bool:
+    """Whether a value has the form of keys; `mailerq.rules.signing` reads them."""
+    objects = value if isinstance(value, list) else [value]
+    return all(
+        isinstance(each, dict)
+        and all(isinstance(each.get(name), str) for name in ("domain", "selector", "key"))
+        for each in objects
+    )
+
+
 def _is_queues(value: object) -> bool:
     return isinstance(value, dict) and all(
         name is None or isinstance(name, str) for name in value.values()
@@ -185,6 +195,22 @@ PROPERTIES: Final = (
         "The mail may be binary (RFC 3030). Peers that offer BINARYMIME get it byte for byte; for"
         " other peers the message fails if the mail cannot be sent as lines.",
         _is_bool,
+    ),
+    Property(
+        "dkim", MAIL, "an object or an array of objects, with domain, selector and key",
+        "Keys that sign the mail, beside those of the settings: an object, or an array of objects;"
+        " docs/signing.md explains them.", _is_dkim,
+        (
+            Key("domain", "The domain that signs: `d=`. Required."),
+            Key("selector", "The selector: `s=`. Required."),
+            Key("key", "The private key in PEM, RSA or Ed25519. Required. Results do not have it."),
+            Key("expire", "How long the signature is valid, in seconds, or the time when it ends."),
+            Key("headers", "An array of names: more fields to sign, where the mail has them."),
+            Key("report", "true: asks for reports of failures (RFC 6651)."),
+            Key("protocols", "An array of `dkim` and `arc`: what the key is for. Absent: `dkim`."),
+            Key("priority", "A number: the signature with a lower one stands nearer to the top."),
+            Key("canonicalization", "Such as `relaxed/relaxed`. Absent: `relaxed/simple`."),
+        ),
     ),
     Property(
         "delayed", DELIVERY, "a time",
@@ -399,7 +425,6 @@ PROPERTIES: Final = (
     Property(
         "key", UNUSED, "a string", "The key of the body in a message store.", _is_str, used=False
     ),
-    Property("dkim", UNUSED, "an object or an array", "Keys to sign with.", used=False),
     Property("priority", UNUSED, "a whole number", "The place in the queue.", used=False),
     Property("nextattempt", UNUSED, "an object", "A newer form of `delayed`.", used=False),
     Property("force", UNUSED, "true or false", "Attempts delivery despite errors.", used=False),

@@ -20,6 +20,9 @@ RECORDS: Final = ("A", "AAAA", "CNAME", "DNAME", "MX", "NS", "RRSIG", "SOA", "TL
 def import_all() -> None:
     """Import what sessions and deliveries use."""
     import argon2  # noqa: F401
+    import cryptography.hazmat.primitives.asymmetric.ed25519
+    import cryptography.hazmat.primitives.asymmetric.padding
+    import cryptography.hazmat.primitives.serialization  # noqa: F401
     import dns.asyncbackend
     import dns.asyncresolver
     import dns.nameserver

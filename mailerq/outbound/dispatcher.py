@@ -52,6 +52,8 @@ from mailerq.outbound.policies import NO_POLICIES, Policies
 from mailerq.outbound.seeing import Seeing
 from mailerq.outbound.session import Session
 from mailerq.outbound.settlement import MIN_BACKOFF_SECONDS, SETTLERS, Counters, Settlements
+from mailerq.outbound.signer import Signer
+from mailerq.outbound.signing import Signing
 from mailerq.outbound.sites import HostMemory, Site, Sites
 from mailerq.outbound.stops import Stops
 from mailerq.queues import Lease, Queues
@@ -107,6 +109,7 @@ class Dispatcher:
         misspelt: Misspelt | None = None,
         policies: Policies = NO_POLICIES,
         tls: ClientTls | None = None,
+        signer: Signer | None = None,
         clock: Callable[[], float] = time.time,
         lot: Callable[[], float] = random.random,
         reports: Reports = NO_REPORTS,
@@ -120,6 +123,8 @@ class Dispatcher:
         self.counters = Counters()
         self.memory = HostMemory()
         self.now = clock
+        self.signer = Signer(live, clock) if signer is None else signer
+        self.signer.chains.resolver = resolver
         qos = openings.messages = self.config.rabbitmq_qos  # fixed
         self.max_window = max(min(qos // WINDOW_SHARE, MAX_WINDOW), 1)
         self.opened_sessions = 0
@@ -373,7 +378,12 @@ class Dispatcher:
             if outcome is not None:
                 self._settlements.finish(lease, Report(outcome))
                 return None
-            return Job(lease, message, decision, len(message.results) + 1, to_make=to_make)
+            job = Job(lease, message, decision, len(message.results) + 1, to_make=to_make)
+            # A plugin may add keys to the document.
+            signs = self.signer.is_active or "dkim" in properties
+            if signs or self._plugins.listens("out_data"):
+                job.signing = Signing(self.signer)
+            return job
         except Exception:
             # Our own defect must not stop the mail behind this message.
             log.exception("message %d cannot be handled", lease.id)
@@ -470,7 +480,7 @@ class Dispatcher:
         return True
 
     async def load(self, job: Job) -> Outcome | None:
-        """Fetch or make a body; return the outcome if that fails."""
+        """Fetch or make a body, and find its keys; return the outcome if that fails."""
         try:
             await self._bodies.load(job.lease)
         except MessageDamaged:
@@ -484,13 +494,20 @@ class Dispatcher:
             outcome = await make_body(
                 job, self.config, self.now(), self._inliner, self._bodies, self._trace_field(job)
             )
-        return outcome or self._body_problem(Message(job.message.properties, job.body))
+        outcome = outcome or self._body_problem(Message(job.message.properties, job.body))
+        if outcome is None and job.signing is not None:
+            outcome = await job.signing.prepare(job, job.body)
+        return outcome
 
     def make_now(self, job: Job) -> None:
-        """Make a body if that is quick and finds no problem; else the body is made in its turn."""
-        if job.lease.loaded and make_quickly(job, self.config, self.now(), self._trace_field(job)):
+        """Make and prepare a body if that is quick and finds no problem; else in its turn."""
+        if not job.lease.loaded:
+            return
+        if job.to_make and make_quickly(job, self.config, self.now(), self._trace_field(job)):
             if self._body_problem(Message(job.message.properties, job.made)) is not None:
                 job.made, job.to_make = None, True
+        if job.signing is not None and not job.to_make:
+            job.signing.prepare_now(job, job.body)
 
     @property
     def _traces(self) -> bool:
@@ -518,6 +535,8 @@ class Dispatcher:
         self._bodies.drop(job.lease)
         if job.made is not None:
             job.made, job.to_make = None, True
+        if job.signing is not None:
+            job.signing.forget()
 
     def refill(self, flow: Flow) -> None:
         """Take mail for a flow if the flow needs more."""

@@ -5,15 +5,20 @@ Long bodies are looked at in a thread, so that the loop goes on.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
+from mailerq.mail.headers import has_ascii_header
 from mailerq.mail.seven_bit import Converted, convert, to_seven_bit
 from mailerq.wire._lines import is_ascii
 from mailerq.wire.framing import is_binary
 
-__all__ = ["LOOK_BYTES", "is_ascii_body", "is_binary_body", "to_ascii"]
+if TYPE_CHECKING:
+    from mailerq.outbound.jobs import Job
+    from mailerq.wire.client import ClientProtocol
+
+__all__ = ["LOOK_BYTES", "is_ascii_body", "is_binary_body", "must_convert", "to_ascii"]
 
 LOOK_BYTES: Final = 1 << 20
 """Above this size a thread checks whether a body is ASCII."""
@@ -37,6 +42,19 @@ async def is_binary_body(body: bytes) -> bool:
     if len(body) <= LOOK_BYTES:
         return is_binary(body)
     return await trio.to_thread.run_sync(is_binary, body)
+
+
+def must_convert(job: Job, body: bytes, ascii: bool, protocol: ClientProtocol) -> bool:
+    """Whether the peer cannot take a body as it is, but could take it in ASCII.
+
+    We must not change the header of mail that asks for SMTPUTF8 (RFC 6531, section 3.4).
+    """
+    if "8BITMIME" in protocol.extensions or ascii:
+        return False
+    properties = job.message.properties
+    if properties.get("binarymime") is True and protocol.takes_binary:
+        return False
+    return not (properties.get("smtputf8") is True and not has_ascii_header(body))
 
 
 async def to_ascii(body: bytes, *, whole: bool) -> bytes | Converted | None:

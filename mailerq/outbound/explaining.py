@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import trio
 
-from mailerq.errors import MailerqError
+from mailerq.address import parse_domain
+from mailerq.errors import AddressError, MailerqError
 from mailerq.message import Message, format_time
 from mailerq.net.resolver import NoHosts
 from mailerq.outbound.cells import Count
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mailerq.config import Config
     from mailerq.outbound.limits import Limits, Want
     from mailerq.outbound.seeing import Seeing
+    from mailerq.outbound.signer import Signer
     from mailerq.rules.row import Row
     from mailerq.rules.rows import Rows
 
@@ -121,6 +123,7 @@ class Explainer:
         now: Callable[[], float],
         rows: Rows | None = None,
         seeing: Seeing | None = None,
+        signer: Signer | None = None,
         look_up: Callable[[Route], object] | None = None,
     ) -> None:
         self._config = config
@@ -130,6 +133,7 @@ class Explainer:
         self._now = now
         self._rows = rows
         self._seeing = seeing
+        self._signer = signer
         self._look_up = look_up
         """Starts a look-up that may take long; without it `explain` waits for the look-up."""
 
@@ -171,6 +175,7 @@ class Explainer:
         if isinstance(plan, Refuse):
             return {**answer, **_of_outcome(plan.outcome)}
         sources = [self._of_source(plan, found, ip) for ip in plan.local_ips or (None,)]
+        answer |= await self._of_keys(question.envelope)
         return {**answer, "from": sources, "decision": "send", **_of_waits(sources)}
 
     async def _find(self, route: Route) -> Site | NoHosts | None:
@@ -186,6 +191,36 @@ class Explainer:
 
     def _setting(self, key: str) -> dict[str, Any]:
         return {"where": self._config.place(key)} if key else {}
+
+    async def _of_keys(self, envelope: str) -> dict[str, Any]:
+        """Which keys sign mail whose author is the sender."""
+        if self._signer is None or not self._signer.is_active or "@" not in envelope:
+            return {}
+        try:
+            domain = parse_domain(envelope.rpartition("@")[2])
+        except AddressError:
+            return {}
+        found, now = await self._signer.find(domain), self._now()
+        keys = [
+            {
+                "domain": ready.source.domain,
+                "selector": ready.source.selector,
+                "algorithm": ready.key.algorithm,
+                "in-force": ready.source.options.is_in_force(now),
+                "protocols": sorted(ready.source.options.protocols),
+                "where": ready.source.where,
+            }
+            for ready in found.keys
+        ]
+        missing = {"action": self._config.dkim_missing, "where": self._config.place("dkim-missing")}
+        return {
+            "signing": {
+                "from-domain": domain,
+                "keys": keys,
+                "problems": list(found.problems),
+                "missing": missing,
+            }
+        }
 
     def _of_park(self, message: Message, decision: Park) -> dict[str, Any]:
         """A pause keeps the message, under a key of its own."""

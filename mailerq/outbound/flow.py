@@ -247,7 +247,7 @@ class Flow:
         job = self._pop()
         if job is not None:
             self._dispatcher.ahead_jobs += 1
-            if job.to_make:
+            if not job.is_ready:
                 self._dispatcher.make_now(job)
         return job
 

@@ -13,6 +13,7 @@ from mailerq.rules.responses import Outcome
 
 if TYPE_CHECKING:
     from mailerq.outbound.flow import Flow
+    from mailerq.outbound.signing import Signing
 
 __all__ = ["Job", "Report", "words_of"]
 
@@ -26,6 +27,7 @@ class Job(msgspec.Struct, eq=False):
     `attempt` counts from 1. `flow` is None while the hosts are being looked up; `since` is when the
     flow got the job, on the monotonic clock. `is_ascii` describes the body, None until checked.
     `to_make`: the body is not what is stored, and `made` will have the body when its turn comes.
+    `signing` is None if nothing signs the mail.
     """
 
     lease: Lease
@@ -37,6 +39,19 @@ class Job(msgspec.Struct, eq=False):
     is_ascii: bool | None = None
     to_make: bool = False
     made: bytes | None = None
+    signing: Signing | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the body is in memory as it is, and its keys are known."""
+        signing = self.signing
+        is_whole = self.lease.loaded and not self.to_make
+        return is_whole and (signing is None or signing.is_prepared)
+
+    @property
+    def added(self) -> int:
+        """Bytes that signatures add to the body."""
+        return 0 if self.signing is None else self.signing.size
 
     @property
     def body(self) -> bytes | None:

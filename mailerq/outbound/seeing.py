@@ -57,6 +57,7 @@ class Seeing:
             now=dispatcher.now,
             rows=dispatcher.stops.rows,
             seeing=self,
+            signer=dispatcher.signer,
             look_up=self._look_up,
         )
 

@@ -38,7 +38,6 @@ cdef class Session:
     cpdef _finish(self, job, outcome)
     cpdef _report(self, outcome)
     cpdef _begin(self, job)
-    cpdef _must_convert(self, job, body, ascii)
     cpdef _go_ahead(self, body)
     cpdef _output_came(self)
     cpdef _release(self)

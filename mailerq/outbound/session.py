@@ -25,7 +25,8 @@ behind a body, and new connections to the host end after each mail.
 
 A body that is only in the queue is loaded when its turn comes, and its text is checked then. A peer
 that takes binary mail (RFC 3030) gets a mail that says `binarymime` byte for byte. A peer
-without 8BITMIME gets an ASCII body (`mailerq.mail.seven_bit`). Each session given the message
+without 8BITMIME gets an ASCII body (`mailerq.mail.seven_bit`). Signatures come last
+(`mailerq.outbound.signing`). Each session given the message
 determines the encodings and the size once, in a thread if the body is long. Blocks of a long body
 are encoded while they are sent.
 
@@ -60,7 +61,13 @@ from mailerq.message import Message
 from mailerq.net.resolver import Host
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.outbound import traced
-from mailerq.outbound.encodings import LOOK_BYTES, is_ascii_body, is_binary_body, to_ascii
+from mailerq.outbound.encodings import (
+    LOOK_BYTES,
+    is_ascii_body,
+    is_binary_body,
+    must_convert,
+    to_ascii,
+)
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Allowance
 from mailerq.outbound.openings import QUICK_SECONDS
@@ -82,7 +89,7 @@ from mailerq.wire.client import (
     StartTls,
     Step,
 )
-from mailerq.wire.framing import BLOCK_BYTES
+from mailerq.wire.framing import BLOCK_BYTES, InBlocks
 from mailerq.wire.smtp import Reply
 
 if TYPE_CHECKING:
@@ -541,7 +548,7 @@ class Session:
         event = protocol.next_event()
         if event is NEED_DATA:
             if not self._begun:
-                if job.to_make or not job.lease.loaded:
+                if not job.is_ready:
                     self._deadline = math.inf  # the delay is not the peer's
                     if (problem := await self.flow.load(job)) is not None:
                         return problem
@@ -556,7 +563,7 @@ class Session:
                 if binary and body is not None and not protocol.takes_binary:
                     if await is_binary_body(body):
                         return responses.NO_BINARY
-                if body is not None and self._must_convert(job, body, job.is_ascii is True):
+                if body is not None and must_convert(job, body, job.is_ascii is True, protocol):
                     self._converted = await self._convert(body)
                     if self._converted is None:
                         return responses.NOT_CONVERTIBLE
@@ -584,7 +591,7 @@ class Session:
         return self._protocol.mail(
             job.envelope,
             job.recipient,
-            size=None if body is None else len(body),
+            size=None if body is None else len(body) + job.added,
             eight_bit=stored is not None and self._converted is None and not job.is_ascii,
             binary=properties.get("binarymime") is True,
             utf8=properties.get("smtputf8") is True and not has_ascii_header(stored or b""),
@@ -592,25 +599,13 @@ class Session:
             dsn=properties.get("dsn"),
         )
 
-    def _must_convert(self, job: Job, body: bytes, ascii: bool) -> bool:
-        """Whether the peer cannot take a body as it is, but could take it in ASCII.
-
-        We must not change the header of mail that asks for SMTPUTF8 (RFC 6531, section 3.4).
-        """
-        if "8BITMIME" in self._protocol.extensions or ascii:
-            return False
-        properties = job.message.properties
-        if properties.get("binarymime") is True and self._protocol.takes_binary:
-            return False
-        return not (properties.get("smtputf8") is True and not has_ascii_header(body))
-
     async def _convert(self, body: bytes) -> bytes | Converted | None:
         """Convert a body to ASCII; None if impossible."""
         self._deadline = math.inf  # the delay is not the peer's
         shown = self._plugin.listens("out_data") or self._plugin.listens("out_sent")
         return await to_ascii(body, whole=shown)
 
-    def _go_ahead(self, body: bytes | Converted) -> None:
+    def _go_ahead(self, body: bytes | InBlocks) -> None:
         """Put the next envelope behind the current body, if useful."""
         if (
             self._prompt
@@ -622,7 +617,7 @@ class Session:
         ):
             self._ahead = job
             self._converted = None
-            if job.to_make or not job.lease.loaded:
+            if not job.is_ready:
                 return  # its turn comes without an envelope ahead
             if job.message.properties.get("binarymime") is True:
                 return
@@ -631,7 +626,7 @@ class Session:
                 if len(ahead) > LOOK_BYTES:
                     return
                 job.is_ascii = ahead.isascii()
-            convert = ahead and self._must_convert(job, ahead, job.is_ascii is True)
+            convert = ahead and must_convert(job, ahead, job.is_ascii is True, self._protocol)
             self._begun = not convert and self._begin(job)
 
     async def _send_message(self, job: Job) -> Outcome:
@@ -653,16 +648,23 @@ class Session:
             if message.body is None:
                 protocol.abort(Problem.LOST, "there is no body")
                 return responses.NO_DATA
-            sent: bytes | Converted = message.body
+            sent: bytes | InBlocks = message.body
             if message.body is body:
                 sent = converted or message.body
-            elif self._must_convert(job, message.body, await is_ascii_body(message.body)):
+            elif must_convert(job, message.body, await is_ascii_body(message.body), protocol):
                 changed = await self._convert(message.body)
                 if changed is None:
                     protocol.abort(Problem.LOST, "the body cannot be converted")
                     return responses.NOT_CONVERTIBLE
                 sent = changed
                 message.body = changed if isinstance(changed, bytes) else message.body
+            if job.signing is not None:
+                facts = protocol.takes_binary, self._stream.tap
+                signed = await job.signing.sign(job, message.body, sent, *facts)
+                if isinstance(signed, Outcome):
+                    protocol.abort(Problem.LOST, "the mail cannot be signed")
+                    return signed
+                sent = signed
             if (early := self._stream.receive_nowait()) is not None:
                 # Input before the dot is no answer to the dot.
                 protocol.receive_data(early)

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from mailerq.address import parse_host, parse_mailbox
 from mailerq.config import Config
-from mailerq.errors import AddressError
+from mailerq.errors import AddressError, MessageError
 from mailerq.mail import made
 from mailerq.mail.extract import extract
 from mailerq.mail.headers import HOP_LIMIT, Header
@@ -16,6 +16,7 @@ from mailerq.properties import KNOWN, misspellings
 from mailerq.rules.logins import demands_of, login_of
 from mailerq.rules.retry import expires_at, not_before
 from mailerq.rules.routes import loop_problem, route_of
+from mailerq.rules.signing import keys_of_message
 from mailerq.wire.parameters import dsn_parameters
 
 __all__ = ["Finding", "examine", "problems"]
@@ -93,6 +94,10 @@ def _unusable(message: Message, config: Config, now: float, supplied: bool) -> I
         login = None if route_of(properties, "", config).mx else login_of(properties, config)
         demands_of(properties, login)
     except AddressError as error:
+        yield str(error)
+    try:
+        keys_of_message(properties.get("dkim"))
+    except MessageError as error:
         yield str(error)
     yield from _late(properties, config, now)
     yield from _no_body(message, supplied)

@@ -37,6 +37,7 @@ __all__ = [
     "at_the_end",
     "bounced",
     "cannot_bind",
+    "cannot_sign",
     "connect_failed",
     "connect_timed_out",
     "failed",
@@ -334,6 +335,14 @@ def bounced(text: str) -> Outcome:
 def not_made(state: str, reason: str) -> Outcome:
     """The mail cannot be made of its properties."""
     return Outcome("responsive", state, "error", Fate.FAILED, description=reason[:MAX_DESCRIPTION])
+
+
+def cannot_sign(problem: str) -> Outcome:
+    """A key of the mail cannot be used, and the operator wants no mail without its signature."""
+    description = f"the mail cannot be signed: {problem}"[:MAX_DESCRIPTION]
+    return Outcome(
+        "error", "process", "error", Fate.RETRY, 451, "4.3.5", description, own_fault=True
+    )
 
 
 def rejected_by_plugin(reply: Reply) -> Outcome:
