@@ -29,6 +29,7 @@ _COMMANDS: Final = {
     "check": "mailerq.cli.check",
     "check-config": "mailerq.cli.checking",
     "config": "mailerq.cli.settings",
+    "dkim": "mailerq.cli.dkim",
     "error": "mailerq.cli.rows:error",
     "explain": "mailerq.cli.explain",
     "pause": "mailerq.cli.rows:pause",

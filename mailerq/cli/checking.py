@@ -47,15 +47,20 @@ from mailerq.rules.answers import Answers
 from mailerq.rules.local_ips import LocalIps
 from mailerq.rules.reporting import Reports
 from mailerq.rules.shaping import Shaping
+from mailerq.rules.signing import SigningFile
 from mailerq.rules.steering import Steering
 from mailerq.store.row_file import FILE_NAME as ROWS_NAME
 from mailerq.store.row_file import RowFile
+from mailerq.store.signing_keys import survey
 
 __all__ = ["examine_changes", "main", "unset"]
 
 log = logging.getLogger("mailerq")
 
 SYSLOG: Final = "/dev/log"
+
+MAX_NAMED: Final = 20
+"""Keys with mistakes that are named."""
 
 LOG_FILES: Final = ("send-log-file", "received-log-file", "refused-log-file")
 
@@ -242,6 +247,7 @@ _check_client_tls: Final = _reads(ClientTls.of)
 _check_addresses: Final = _reads(LocalAddresses.of)
 _check_steering: Final = _reads(Steering.of)
 _check_limits: Final = _reads(Shaping.of)
+_check_signing: Final = _reads(SigningFile.of)
 
 
 def _check_responses(config: Config, running: Running) -> Iterator[Problem]:
@@ -378,6 +384,7 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("limits-file", "addresses-file", "dns-helofile"), _check_limits),
     (("responses-file", "limits-file"), _check_responses),
     (("verp-key-file",), _check_reports),
+    (("dkim-file", "dkim-directory"), _check_signing),
     (("smtp-ip", "smtp-port", "smtp-secure-port", "lmtp-port"), _check_ports),
     (("lock",), _check_lock),
     (("application-log", "user"), _check_application_log),
@@ -469,6 +476,26 @@ def _foreign(config: Config) -> Iterator[str]:
                 yield f"mail cannot leave from {ip}: {error.strerror}"
 
 
+def _keys(config: Config) -> Iterator[str]:
+    """Keys that cannot sign, or that others can read. A daemon starts, and their mail waits."""
+    if not (config.dkim_directory or config.dkim_file):
+        return
+    try:
+        file = SigningFile.of(config)
+    except ConfigError:  # reported before
+        file = SigningFile()
+    found = []
+    try:
+        for each in survey(config.dkim_directory, file):
+            if text := each.problem or each.note:
+                found.append(f"the key {each.path} {text}")
+    except OSError as error:
+        found.append(f"dkim-directory: cannot read {error.filename}: {error.strerror}")
+    yield from found[:MAX_NAMED]
+    if len(found) > MAX_NAMED:
+        yield f"{len(found) - MAX_NAMED} more keys have mistakes; see 'mailerq dkim check'"
+
+
 def _notes(config: Config) -> Iterator[str]:
     """No errors, but possible surprises."""
     directory = config.plugin_directory
@@ -502,6 +529,10 @@ def _notes(config: Config) -> Iterator[str]:
         with suppress(OSError), _as_user(config):  # reported before: the account cannot be taken
             unreadable += _unreadable(config)
         yield from unreadable
+    keys: list[str] = []
+    with suppress(OSError), _as_user(config):  # reported before: the account cannot be taken
+        keys += _keys(config)
+    yield from keys
     if config.local_delivery:
         path, port = parse_lmtp(config.local_delivery)
         if not port and not os.path.exists(path):

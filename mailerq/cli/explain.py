@@ -119,6 +119,7 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
     from mailerq.outbound.explaining import Explainer, Question
     from mailerq.outbound.limits import Limits
     from mailerq.outbound.policies import Policies
+    from mailerq.outbound.signer import Signer
     from mailerq.outbound.sites import Sites
     from mailerq.outbound.sts import StsPolicies
     from mailerq.outbound.warmup import Days
@@ -162,6 +163,7 @@ def _alone(config: Config, request: dict[str, Any]) -> Answer:
             ),
             now=time.time,
             rows=rows,
+            signer=Signer(Live(config)),
         ).explain(question)
 
     return _with_policy(config, trio.run(run))
@@ -294,6 +296,8 @@ def _facts(answer: Answer) -> Iterator[tuple[str, object, str]]:
         yield "MTA-STS", _sts(policy), "mailerq sts"
     for host in answer.get("tlsa", ()):
         yield f"TLSA of {host['host']}", _tlsa(host), ""
+    if (signing := answer.get("signing")) is not None:
+        yield from _signing(signing)
     if (destination := answer.get("destination")) is not None:
         count, when = destination["messages"], destination.get("next")
         waiting = "unknown" if count is None else count
@@ -318,6 +322,21 @@ def _tlsa(host: Answer) -> str:
         return "none"
     at = "" if host["base"] == host["host"] else f" (at {host['base']})"
     return (", ".join(host["records"]) or "none is usable: TLS, without authentication") + at
+
+
+def _signing(signing: Answer) -> Iterator[tuple[str, object, str]]:
+    """The keys that sign mail of a From domain."""
+    author = f"mail from {signing['from-domain']}"
+    for key in signing["keys"]:
+        words = f"d={key['domain']} s={key['selector']} a={key['algorithm']}"
+        words += "" if key["in-force"] else ", not now"
+        words += "" if "dkim" in key["protocols"] else ", for ARC only"
+        yield f"{author} is signed by", words, key["where"]
+    if not (signing["keys"] or signing["problems"]):
+        yield author, "is not signed", ""
+    action = "waits" if signing["missing"]["action"] == "defer" else "goes without the signature"
+    for problem in signing["problems"]:
+        yield f"{author} {action}", problem, signing["missing"]["where"]
 
 
 def _source(part: dict[str, Any]) -> str:
