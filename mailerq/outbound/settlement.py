@@ -325,14 +325,17 @@ class Settlements:
                 finished.session.settled()
 
     async def _fetch_body(self, finished: Finished) -> None:
-        """Add the body where a copy of the mail is published."""
+        """Fetch the body, and add it where a copy of the mail is published.
+
+        From now on a retry has to bring the body too: without, it would be a mail without a body.
+        """
         lease = finished.settlement.lease
         await self._fetch(lease)
         publications = []
         for each in finished.settlement.publications:
-            if each.queue not in (self._outbox, self._config.report_queue):
+            if each.queue != self._config.report_queue:
                 copy = Message(each.message.properties, lease.message.body)
-                each = Publication(each.queue, copy, each.due)
+                each = Publication(each.queue, copy, each.due, each.since)
             publications.append(each)
         finished.settlement = Settlement(lease, publications)
 

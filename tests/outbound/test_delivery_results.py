@@ -9,7 +9,7 @@ import trio
 
 from mailerq.outbound import settlement as delivery
 from mailerq.queues import DAMAGED_QUEUE, Settlement
-from tests.outbound.kit import open_bench
+from tests.outbound.kit import StubResolver, open_bench
 from tests.outbound.memory_queues import MemoryQueues
 
 
@@ -98,6 +98,18 @@ async def test_what_cannot_be_settled_at_all_is_tried_later_and_stops_nobody(
         assert bench.queues[DAMAGED_QUEUE] == []
     assert "cannot be settled, trying later" in caplog.text
     caplog.clear()
+
+
+async def test_a_copy_of_a_retry_leaves_a_large_mail_whole() -> None:
+    """A refused connection ends an attempt before the body is loaded; a copy asks for the body."""
+    resolver = StubResolver(d_test=["127.0.0.1"])
+    async with open_bench(resolver=resolver, smtp_out_port=1, smtp_out_forbidden=()) as bench:
+        body = "Subject: x\r\n\r\n" + "x" * 200_000
+        bench.send(body=body, keepmime=True)
+        await bench.queues.until(lambda queues: len(queues["retry"]) == 1 and not queues.leased)
+        assert bench.queues["retry"][0].body == body.encode()
+        ((_, message),) = bench.queues.queues["outbox"]
+        assert message.body == body.encode()
 
 
 async def test_a_lease_that_is_over_is_left_alone() -> None:
