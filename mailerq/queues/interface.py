@@ -88,10 +88,14 @@ class Lease(msgspec.Struct, eq=False):
 
 
 class Settlement(msgspec.Struct, frozen=True):
-    """A finished lease, and the publications of the same step."""
+    """A finished lease, and the publications of the same step.
+
+    `others` are messages of their own, in whatever queue: none of them is a retry of the lease.
+    """
 
     lease: Lease
     publications: Sequence[Publication] = ()
+    others: Sequence[Publication] = ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -245,7 +249,8 @@ class Queues(ABC):
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         """Remove consumed messages and publish their results, all in one step.
 
-        A publication to the lease's own queue is a retry of the message. If the lease is not
+        A publication to the lease's own queue is a retry of the message, unless it is one of
+        `Settlement.others`. If the lease is not
         loaded, the body stays in the queue unchanged. Raises `QueueError`, or `MessageError` as
         `publish` does; the messages are then still in their queue and still leased. `ValueError`: a
         lease is already over.

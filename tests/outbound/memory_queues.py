@@ -285,7 +285,7 @@ class MemoryQueues(Queues):
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         for settlement in settlements:
-            for publication in settlement.publications:
+            for publication in (*settlement.publications, *settlement.others):
                 self.check(publication)
         leases = [self._held(settlement.lease) for settlement in settlements]
         if len({lease.id for lease in leases}) < len(leases):
@@ -305,6 +305,8 @@ class MemoryQueues(Queues):
             del self.leased[lease.id]
         for lease, settlement in zip(leases, settlements, strict=True):
             self._publish_result(lease, settlement.publications)
+            for publication in settlement.others:
+                self.put(publication.message, publication.due, publication.queue)
         self._report()
         await trio.lowlevel.cancel_shielded_checkpoint()
 

@@ -220,6 +220,27 @@ class Contract:
                 with pytest.raises(ValueError, match="over"):
                     await queues.ack([Settlement(lease)])
 
+    @pytest.mark.parametrize("kept", [False, True])
+    async def test_other_messages_of_a_step_are_no_retries(
+        self, backend: Backend, kept: bool
+    ) -> None:
+        """Even one for the same queue, with the same body."""
+        async with backend.open() as queues:
+            await queues.publish([mail(1)])
+            async with queues.consume("outbox", prefetch=1) as consumer:
+                (lease,) = await receive(consumer, 1)
+                retry = [again(lease, tag=2)] if kept else []
+                await queues.ack([Settlement(lease, retry, [mail(3)])])
+                found = {}
+                for _ in range(1 + kept):
+                    (lease,) = await receive(consumer, 1)
+                    found[tag_of(lease)] = lease.message.body
+                    with pytest.raises(MessageError):
+                        await queues.ack([Settlement(lease, [], [Publication("", Message({}))])])
+                    await queues.ack([Settlement(lease)])
+            assert found == {3: b"body", **({2: b"body"} if kept else {})}
+            assert sum(depth.total for depth in await queues.depths()) == 0
+
     async def test_what_is_given_back_comes_again(self, backend: Backend) -> None:
         async with backend.open() as queues:
             await queues.publish([mail(1)])

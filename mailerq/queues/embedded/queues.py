@@ -167,6 +167,8 @@ class EmbeddedQueues(BrowsableQueues):
                     again = Retry(lease.id, lease.reference, lease.body_crc, insert, lease.loaded)
                 else:
                     inserts.append(insert)
+            for publication in settlement.others:
+                inserts.append(prepare(publication, now, self._file.outbox))
             if again is None:
                 removals.append(lease)
             else:
