@@ -62,6 +62,8 @@ class Config(IncomingTable):
     local_names: frozenset[str] = field(init=False, repr=False, compare=False)
     """The domains that `local-delivery` takes: those of `smtp-local-domains`, and `hostname`, where
     the bare postmaster is; empty without `local-delivery`."""
+    tells_success: bool = field(init=False, repr=False, compare=False)
+    """Whether senders that do not ask for it get reports of deliveries."""
     report_queue: str = field(init=False, repr=False, compare=False)
     """The queue for failed mail if no setting names one: it gets reports without the mail."""
 
@@ -88,6 +90,8 @@ class Config(IncomingTable):
         queues["failure"] = self.failure_queue
         object.__setattr__(self, "result_queues", queues)
         names = (*self.smtp_local_domains, self.hostname.lower()) if self.local_delivery else ()
+        told = "SUCCESS" in (*self.dsn_notify, *self.dsn_notify_json)
+        object.__setattr__(self, "tells_success", told)
         object.__setattr__(self, "local_names", frozenset(names))
         object.__setattr__(self, "report_queue", "" if self.failure_is_named else queues["failure"])
 

@@ -80,6 +80,8 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
         if queue == config.rabbitmq_outbox:
             name = key.replace("_", "-")
             yield key, f"{name} is the outbox: what it gets would be delivered over and over"
+    if config.verp_domains and not config.verp_key_file:
+        yield "verp_domains", "verp-domains needs verp-key-file, which is not set"
     for key in ("failure_maxmessages", "failure_maxage"):
         for other in ("inbox", "local", "reports"):
             shared = getattr(config, f"rabbitmq_{other}") == config.failure_queue != ""

@@ -59,6 +59,10 @@ def _is_security(value: object) -> bool:
     return value in ("optional", "opportunistic", "required", "verified")
 
 
+def _is_verp(value: object) -> bool:
+    return isinstance(value, bool | str)
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -256,16 +260,22 @@ PROPERTIES: Final = (
     ),
     Property(
         "dsn", DELIVERY, "an object",
-        "The reports that the sender wants (RFC 3461). Peers that offer DSN get these values;"
-        " invalid values are left out.", _is_dict,
+        "The reports that the sender wants (RFC 3461); see [bounces.md](bounces.md). Peers that"
+        " offer DSN get these values; invalid values are left out.", _is_dict,
         (
-            Key("notify", "NOTIFY of RCPT: `NEVER`, or of `SUCCESS,FAILURE,DELAY`."),
-            Key("ret", "RET of MAIL: `FULL` or `HDRS`."),
+            Key("notify", "NOTIFY of RCPT: `NEVER`, or of `SUCCESS,FAILURE,DELAY`. Absent:"
+                " `dsn-notify`."),
+            Key("ret", "RET of MAIL: `FULL` or `HDRS`. Absent: `dsn-ret`."),
             Key("orcpt", "ORCPT of RCPT: `rfc822;address`."),
             Key("envid", "ENVID of MAIL."),
-            Key("envelope", "The sender of reports.", used=False),
-            Key("mta", "The reporting host.", used=False),
+            Key("envelope", "The address in From of reports. Absent: `dsn-envelope`."),
+            Key("mta", "The host that reports name as their maker. Absent: `dsn-mta`."),
         ),
+    ),
+    Property(
+        "verp", DELIVERY, "true, false or an address",
+        "Whether MAIL FROM is a signed return address (VERP), made of `envelope` or of this"
+        " address. Absent: if the domain of `envelope` is in `verp-domains`.", _is_verp,
     ),
     Property(
         "security", DELIVERY, "optional, opportunistic, required or verified",
@@ -276,14 +286,16 @@ PROPERTIES: Final = (
     Property(
         "queues", RESULTS, "an object of queue names",
         "Queues for the results of this message, in place of the configured ones. An absent name"
-        " leaves the configured queue; null or an empty name: none. The outbox is refused.",
+        " leaves the configured queue; null or an empty name: none. The outbox is refused, except"
+        " for `dsn`.",
         _is_queues,
         (
             Key("results", "Gets every final result, in place of `rabbitmq-results`."),
             Key("success", "Gets the delivered mail, in place of `rabbitmq-success`."),
             Key("failure", "Gets the failed mail, in place of `rabbitmq-failure`."),
             Key("retry", "Gets a copy for each retry, in place of `rabbitmq-retry`."),
-            Key("dsn", "Gets bounces.", used=False),
+            Key("dsn", "Gets the reports to the sender, in place of `rabbitmq-dsn`; null or an"
+                " empty name: no reports."),
         ),
     ),
     Property(
@@ -343,6 +355,18 @@ PROPERTIES: Final = (
         "refusedips", WRITTEN, "a list of strings",
         "Addresses that the next attempt does not leave from: peers have refused the message for"
         " them, and a pattern says `other-ip`.",
+    ),
+    Property(
+        "dsn-delayed", WRITTEN, "a time", "When the sender was told that the message waits.",
+    ),
+    Property(
+        "dsn-of", WRITTEN, "an object",
+        "The message that this one, a report to its sender, is about.",
+        keys=(
+            Key("message-id", "The id of that message, or of the first of several recipients."),
+            Key("event", "What is reported: `failed`, `delayed`, `delivered` or `relayed`."),
+            Key("double", "The report is about a report, and goes to `dsn-double-bounce`."),
+        ),
     ),
     Property("received", WRITTEN, "a time", "When the mail was received or injected."),
     Property("hostname", WRITTEN, "a string", "The name of the server that accepted the mail."),

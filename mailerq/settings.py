@@ -19,6 +19,7 @@ from mailerq.address import (
     parse_host,
     parse_ip,
     parse_lmtp,
+    parse_mailbox,
     queue_problem,
 )
 from mailerq.errors import AddressError
@@ -289,15 +290,15 @@ def _check_domain(value: Any) -> str:
     return parse_domain(_syntax(parse_domain, value))
 
 
-def choice(*words: str) -> Kind:
-    """One of some words."""
+def choice(*words: str, upper: bool = False) -> Kind:
+    """One of some words, all in lower case, or with `upper` in upper case."""
 
     def check(value: Any) -> str:
         if value not in words:
             raise ValueError(f"{value!r} is none of {', '.join(words)}")
         return str(value)
 
-    return Kind("|".join(words), str.lower, check)
+    return Kind("|".join(words), str.upper if upper else str.lower, check)
 
 
 _SECURE: Final = ("none", "opportunistic", "required", "verified")
@@ -375,6 +376,22 @@ def words(*known: str) -> Kind:
     return Kind("words", lambda text: tuple(_each(text.lower())), check, ", ".join)
 
 
+def _check_mailbox(value: Any) -> str:
+    return _syntax(parse_mailbox, value)
+
+
+_EVENTS: Final = ("FAILURE", "DELAY", "SUCCESS")
+
+
+def _check_events(value: Any) -> tuple[str, ...]:
+    names = tuple(name.upper() for name in NAMES.check(value))
+    if names in ((), ("NEVER",)):
+        return ()
+    if wrong := [name for name in names if name not in _EVENTS]:
+        raise ValueError(f"{wrong[0]!r} is none of {', '.join(_EVENTS)}, nor NEVER alone")
+    return tuple(name for name in _EVENTS if name in names)
+
+
 def _text_kind(name: str, check: Callable[[Any], str]) -> Kind:
     return Kind(name, str, check, may_be_empty=True)
 
@@ -384,6 +401,7 @@ PATH: Final = _text_kind("path", _check_text)
 QUEUE: Final = _text_kind("queue", _check_queue)
 HOST: Final = _text_kind("host", _check_host)
 FIELD: Final = _text_kind("field name", _check_field)
+MAILBOX: Final = _text_kind("address", _check_mailbox)
 HOSTNAME: Final = _text_kind("domain", _check_hostname)
 SINK: Final = _text_kind("host", _check_sink)
 LMTP: Final = _text_kind("URI", _check_lmtp)
@@ -409,6 +427,13 @@ NETWORKS: Final = _list_kind(
 NAMES: Final = _list_kind("names", lambda item: (item,), _check_name, separator=";")
 EXTRACT: Final = Kind("names", _read_extract, _check_extract, ", ".join, may_be_empty=True)
 SECURE: Final = Kind("|".join(_SECURE), _read_secure, _check_secure)
+EVENTS: Final = Kind(
+    "events",
+    lambda text: tuple(_each(text)),
+    _check_events,
+    lambda value: ",".join(value) or "NEVER",
+    may_be_empty=True,
+)
 URIS: Final = Kind("URIs", _read_uris, _check_uris, ";".join, may_be_empty=True)
 DOMAINS: Final = _list_kind("domains", lambda item: (item,), _check_domain, separator=";")
 

@@ -30,9 +30,9 @@ NOT_YET: Final = frozenset(
     dns-getaddrinfo dns-interval dns-min-ttl dns-rotate dns-sockets dns-spread
     dns-threads domain-maxqueue download-blacklist
     download-cache download-log-directory download-log-file download-proxy download-ttl
-    download-user-agent download-whitelist dsn-envelope dsn-mta dsn-notify dsn-ret
+    download-user-agent download-whitelist
     max-queues normalize-mime
-    proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-dsn rabbitmq-durable
+    proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-durable
     rabbitmq-encoding rabbitmq-exchange rabbitmq-flush-qos rabbitmq-host rabbitmq-lazy
     rabbitmq-maxpriority rabbitmq-minqos rabbitmq-password rabbitmq-persistent
     rabbitmq-publishers rabbitmq-refused rabbitmq-throttle rabbitmq-user

@@ -100,6 +100,13 @@ class Table(ServerTable):
         " docs/reports.md explains it.",
         unset="off",
     )
+    rabbitmq_dsn: str = setting(
+        "",
+        QUEUE,
+        QUEUES,
+        "Gets the reports that mailerq makes for senders, as mail for another program to send.",
+        unset="they are sent",
+    )
     failure_maxmessages: int | None = setting(
         None,
         NUMBER,

@@ -180,10 +180,11 @@ class ServerTable:
         "A bare CR or LF in a mail: make it CR LF, or refuse the mail.",
     )
     dsn_advertise: bool = setting(
-        False,
+        True,
         FLAG,
         SERVER,
-        "Offer DSN, and pass on to peers which reports a client wants; mailerq itself makes none.",
+        "Offer DSN: clients say which reports they want, and mailerq makes them or passes the wish"
+        " on to peers.",
     )
     smtp_spill_size: int = setting(
         1 << 20,

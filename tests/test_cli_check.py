@@ -109,7 +109,6 @@ def test_all_that_is_ignored_is_said_once(check: Any) -> None:
             "warning: property queues.sucess: is not known and changes nothing;"
             " is queues.success meant?",
             "warning: property dkim: has no effect yet",
-            "warning: property queues: its key dsn has no effect yet",
             "warning: property queues: has the key other, which is not known",
             "warning: property dsn: its key notify has no valid form and is left out",
             "warning: property mime: has x-mq-* fields; they count in mail that comes in, and in a"

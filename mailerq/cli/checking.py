@@ -361,6 +361,9 @@ def _check_reports(config: Config, running: Running) -> Iterator[Problem]:
         Reports.of(config)
     except ConfigError as error:
         yield from error.problems
+        return
+    if config.verp_key_file and os.stat(config.verp_key_file).st_mode & stat.S_IROTH:
+        log.warning("verp-key-file %s can be read by every account", config.verp_key_file)
 
 
 AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
@@ -383,7 +386,7 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("dns-validator", "dns-trust-anchor"), _check_validator),
     (("limits-file", "addresses-file", "dns-helofile"), _check_limits),
     (("responses-file", "limits-file"), _check_responses),
-    (("verp-key-file",), _check_reports),
+    (("dsn-texts-file", "verp-key-file"), _check_reports),
     (("dkim-file", "dkim-directory"), _check_signing),
     (("smtp-ip", "smtp-port", "smtp-secure-port", "lmtp-port"), _check_ports),
     (("lock",), _check_lock),
@@ -393,7 +396,7 @@ AS_STARTED: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
 
 AT_START: Final = (
     "smtp-certificate", "smtp-key", "smtp-local-addresses", "limits-file", "responses-file",
-    "addresses-file", "dns-helofile", "verp-key-file", "connection-ca-file",
+    "addresses-file", "dns-helofile", "dsn-texts-file", "verp-key-file", "connection-ca-file",
     "connection-certificate", "connection-key",
 )  # fmt: skip
 """Files that a start reads before it changes its account."""

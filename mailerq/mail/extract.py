@@ -417,10 +417,10 @@ _RESERVED: Final = frozenset({
     # set by the server only
     "recipient", "message-id", "received", "hostname", "connection", "cli", "spool", "http",
     "checks", "results", "seen", "forcedip", "refusedips", "domain", "nextattempt", "extracted",
-    "report",
+    "report", "dsn-delayed", "dsn-of",
     # parameters of MAIL
     "smtputf8", "requiretls", "binarymime", "tlsrequired",
     # the body, and properties of a type that a field cannot carry
     "mime", "mime-base64", "key", "data", "dkim", "dsn", "headers", "ips",
-    "priority", "queues", "security", "force", "smarthost", "tags",
+    "priority", "queues", "security", "force", "smarthost", "tags", "verp",
 })  # fmt: skip

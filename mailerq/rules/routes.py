@@ -124,7 +124,10 @@ def loop_problem(properties: Mapping[str, Any], outbox: str) -> str | None:
     Mail published there would be delivered: in an endless loop, or to the recipient twice.
     """
     queues = properties.get("queues")
-    if isinstance(queues, dict) and outbox in queues.values():
+    if not isinstance(queues, dict) or outbox not in queues.values():
+        return None
+    # Reports are mail of their own, and go to the outbox anyway.
+    if any(name == outbox and kind != "dsn" for kind, name in queues.items()):
         return f"property queues: {outbox} is the outbox, where a result would be sent as mail"
     return None
 

@@ -580,8 +580,9 @@ async def test_what_was_asked_for_in_parameters_stands_in_the_message(tmp_path: 
     assert hashlib.md5(first.body or b"").digest() == hashlib.md5(second.body or b"").digest()
 
 
-async def test_reports_are_not_promised_where_nobody_makes_them(tmp_path: Path) -> None:
-    async with serve(tmp_path) as engine, open_dialog(engine.addresses[0]) as dialog:
+async def test_reports_are_promised_unless_a_setting_forbids_that(tmp_path: Path) -> None:
+    silent = serve(tmp_path, dsn_advertise=False)
+    async with silent as engine, open_dialog(engine.addresses[0]) as dialog:
         assert "DSN" not in await dialog.say("EHLO c.test")
         assert await dialog.codes(
             "MAIL FROM:<a@b.test> RET=HDRS",
@@ -591,6 +592,5 @@ async def test_reports_are_not_promised_where_nobody_makes_them(tmp_path: Path) 
             "RCPT TO:<c@d.test> ORCPT=rfc822;x@y.test",
             "RCPT TO:<c@d.test>",
         ) == [555, 555, 250, 555, 555, 250]
-    offers = serve(tmp_path / "two", dsn_advertise=True)
-    async with offers as engine, open_dialog(engine.addresses[0]) as dialog:
+    async with serve(tmp_path / "two") as engine, open_dialog(engine.addresses[0]) as dialog:
         assert "\n250-DSN\n" in await dialog.say("EHLO c.test")
