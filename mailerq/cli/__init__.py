@@ -45,6 +45,7 @@ _COMMANDS: Final = {
     "tls-report": "mailerq.cli.tls_report",
     "top": "mailerq.cli.top",
     "trace": "mailerq.cli.trace",
+    "verp": "mailerq.cli.verp",
 }
 """The module of each command, and its function if that is not `main`."""
 
