@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 
 import msgspec
 
+from mailerq import ids
 from mailerq.address import parse_host, queue_problem, split_host_port
 from mailerq.cli import control, logs
 from mailerq.cli.common import Parser, complain, positive, print_json
@@ -28,6 +29,7 @@ from mailerq.errors import AddressError, ConfigError, QueueError
 from mailerq.escaping import escape
 from mailerq.queues.opening import QueueFile, open_files, open_idle, share_of
 from mailerq.rules.changes import Order
+from mailerq.rules.reporting import NO_REPORTS, Reports
 from mailerq.rules.routes import SMTP_PORT
 from mailerq.rules.selection import Selection
 
@@ -44,7 +46,8 @@ ORDERS: Final = {
     "retry": "try now what waits after a failed attempt; held mail, and mail that its sender "
     "delayed, stays",
     "delete": "delete messages for good; nobody is told",
-    "bounce": "fail messages now, with the results that any failure has",
+    "bounce": "fail messages now, with the results and the report to the sender that any failure "
+    "has",
     "reroute": "send messages by another host, or move them to another queue",
 }
 
@@ -229,6 +232,7 @@ class _Share:
         self._order = order
         self._stack = ExitStack()
         self._file: QueueFile | None = None
+        self._reports = NO_REPORTS
 
     def __enter__(self) -> Self:
         return self
@@ -242,9 +246,14 @@ class _Share:
             reply = self._ask(numbers)
             if "done" in reply:
                 return int(reply["done"]), int(reply["leased"])
+            if self._order.action == "bounce":
+                ids.set_machine(self._config.server_id, self._config.hostname)
+                self._reports = Reports.of(self._config)
             self._file = self._stack.enter_context(open_idle(self._config, self._share))
         now = time.time()
-        what = self._order.change(self._queue, self._config, now=now)
+        what = self._order.change(
+            self._queue, self._config, now=now, reports=self._reports, next_id=ids.new_id
+        )
         return self._file.change(self._queue, numbers, what, now), 0
 
     def _ask(self, numbers: array[int]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ or fail, which counts as a 451. LMTP has a reply for each recipient. SMTP has on
 - No message was taken: the reply is a 4xx if there was any, else the first 5xx. Nothing is written.
 - Some were taken: the reply is 250. Each refused message becomes a *failure*: a document with its
   result, in the failure queues, in the same commit. After a 4xx the failure keeps the body, since
-  nobody else has a copy.
+  nobody else has a copy. The sender gets a report as for any failure (`mailerq.rules.bounces`).
 - Some were taken, another got a 4xx, and no queue takes its failure: the reply is that 4xx, and
   nothing is written. The client tries all of them again.
 
 So after a 250 each recipient's message is in some queue, or was refused for good with no queue for
-failures; the application log names the recipient in either case.
+failures; the application log names the recipient in either case, and the sender gets a report.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -31,10 +32,12 @@ from mailerq.escaping import escape_field
 from mailerq.inbound.reports import Desk
 from mailerq.inbound.spool import Claim, load
 from mailerq.mail import headers, incoming
+from mailerq.mail.dsn import excerpt, is_quick
 from mailerq.message import Message, Result, format_time, without_password
 from mailerq.plugins import Connection, Reject
 from mailerq.queues import Publication
-from mailerq.rules import responses
+from mailerq.rules import bounces, responses
+from mailerq.rules.bounces import Bounce
 from mailerq.rules.local_ips import is_mapped
 from mailerq.rules.routes import loop_problem, reception_queue, result_queues
 from mailerq.wire import smtp
@@ -196,10 +199,12 @@ async def _publish(
     if not machine.settings.lmtp and len(refused) < len(messages):
         now = services.clock()
         for message, reply in refused:
-            failure = _failure(terms.config, message, reply, now)
+            failure = _failures(terms.config, message, _result(reply, now), reply)
             if not failure and reply.code < 500:
                 return [reply]
             failures += failure
+        if refused:
+            failures += await _reports(services, terms, refused, now)
     if desk is not None and reports:
         await desk.suppress(reports)
     try:
@@ -238,10 +243,10 @@ def _fault(services: Services, terms: Terms, message: Message, *, is_report: boo
     return None
 
 
-def _failure(config: Config, message: Message, reply: Reply, now: float) -> list[Publication]:
-    """The document for the result queues about a refused message, when others were taken."""
+def _result(reply: Reply, now: float) -> Result:
+    """The result of a refused message, when others were taken."""
     outcome = responses.refused_on_arrival(reply)
-    result = Result(
+    return Result(
         attempt=1,
         type=outcome.type,
         state=outcome.state,
@@ -251,12 +256,46 @@ def _failure(config: Config, message: Message, reply: Reply, now: float) -> list
         status=outcome.status,
         description=outcome.description,
     )
+
+
+def _failures(config: Config, message: Message, result: Result, reply: Reply) -> list[Publication]:
+    """The documents for the result queues about a refused message."""
     properties = {**without_password(message.properties), "results": [result.to_dict()]}
     body = message.body if reply.code < 500 or properties.get("keepmime") else None
     queues = result_queues(
         properties, config.result_queues, "results", "failure", outbox=config.rabbitmq_outbox
     )
     return [Publication(queue, Message(dict(properties), body)) for queue in queues]
+
+
+async def _reports(
+    services: Services, terms: Terms, refused: Sequence[tuple[Message, Reply]], now: float
+) -> list[Publication]:
+    """The reports to the sender about refused messages."""
+    found: list[Bounce] = []
+    for number, (message, reply) in enumerate(refused, 1):
+        if number % TURN_RECIPIENTS == 0:
+            await trio.lowlevel.checkpoint()
+        result = _result(reply, now)
+        bounce = bounces.about(
+            message.properties, bounces.FAILED, result, terms.config, from_peer=False
+        )
+        if bounce is not None:
+            found.append(bounce)
+    publications = []
+    body = refused[0][0].body
+    for group in bounces.grouped(found):
+        full, limit = group[0].full, terms.config.dsn_maxsize
+        take = partial(excerpt, body, full=full, limit=limit)
+        if is_quick(body, full=full, limit=limit):
+            quoted = take()
+        else:
+            quoted = await trio.to_thread.run_sync(take)
+        message = bounces.report(
+            group, quoted, terms.reports.texts, id=services.plugins.message_id(), now=now
+        )
+        publications.append(Publication(group[0].queue, message))
+    return publications
 
 
 def _log_failures(client: Client, refused: Sequence[tuple[Message, Reply]], count: int) -> None:

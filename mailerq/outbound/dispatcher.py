@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import trio
 
 from mailerq.config import Config
@@ -145,7 +146,10 @@ class Dispatcher:
         self.stops = Stops(self, self._intake, self._sites)
         self.flows = Flows(self, self._intake, self._sites)
         self.seeing = Seeing(self, self._intake, self._sites)
-        self._settlements = Settlements(live, queues, self, send_log=send_log, clock=clock, lot=lot)
+        self._settlements = Settlements(
+            live, queues, self, send_log=send_log, clock=clock, lot=lot,
+            next_id=plugins.message_id, reports=reports,
+        )  # fmt: skip
         self._bodies: Bodies
         self._inliner = Inliner()
         self._sessions: dict[Session, None] = {}
@@ -166,6 +170,12 @@ class Dispatcher:
         """The settings in force now."""
         return self._live.current.config
 
+    @property
+    def reports(self) -> Reports:
+        """The texts of reports to senders, and the keys of their return addresses."""
+        reports: Reports = self._settlements.reports
+        return reports
+
     def reload(
         self,
         send_log: LogFile | None,
@@ -179,6 +189,8 @@ class Dispatcher:
         if reports is not None:
             self.reports = reports
         self._settlements.send_log = send_log
+        if reports is not None:
+            self._settlements.reports = reports
         self._sites.forget_all()
         if reroute:
             for jobs in self._looking_up.values():
@@ -370,6 +382,8 @@ class Dispatcher:
                 self.stop_message(lease, decision)
                 return None
             outcome = self._body_problem(message) if lease.loaded else None
+            if self._settlements.reports.verp_keys:
+                decision = self._with_return_path(properties, decision, now)
             to_make = not MADE_OF.isdisjoint(properties) and is_made(properties)
             if outcome is None and to_make:
                 outcome = form_problem(message)
@@ -391,6 +405,12 @@ class Dispatcher:
             expires = expires_at(properties, now=seen, max_delivertime=self.config.max_delivertime)
             self._settlements.finish(lease, Report(responses.OWN_FAULT), expires)
             return None
+
+    def _with_return_path(self, properties: dict[str, Any], decision: Send, now: float) -> Send:
+        envelope = self.reports.return_path(properties, decision.envelope, self.config, now=now)
+        if envelope == decision.envelope:
+            return decision
+        return msgspec.structs.replace(decision, envelope=envelope)
 
     def stop_message(self, lease: Lease, decision: Refuse | Hold | Park) -> None:
         """Do what is decided about a message that is not sent now."""

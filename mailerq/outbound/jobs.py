@@ -68,7 +68,10 @@ class Job(msgspec.Struct, eq=False):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """The outcome of an attempt, and its connection if there was one; `tls` as in results."""
+    """The outcome of an attempt, and its connection if there was one.
+
+    `tls` is as in results. `lmtp`: the peer spoke LMTP. `dsn`: it offered DSN (RFC 3461).
+    """
 
     outcome: Outcome
     local_ip: str | None = None
@@ -77,6 +80,8 @@ class Report(msgspec.Struct, frozen=True):
     messages: int | None = None
     mechanism: str | None = None
     tls: dict[str, Any] | None = None
+    lmtp: bool = False
+    dsn: bool = False
 
     @property
     def words(self) -> str:

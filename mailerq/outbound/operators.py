@@ -15,6 +15,7 @@ import msgspec
 from mailerq.address import queue_problem
 from mailerq.config import Config
 from mailerq.errors import MailerqError
+from mailerq.ids import new_id
 from mailerq.message import Message, Result
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.queues import BrowsableQueues, Queues
@@ -72,6 +73,8 @@ async def change(
         config,
         now=time.time(),
         finished=lambda message, result: finished.append((message, result)),
+        reports=dispatcher.reports,
+        next_id=new_id,
     )
     destinations: set[str] = set()
     if wanted.order.action == "retry" and callable(action):

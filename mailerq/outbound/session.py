@@ -506,8 +506,9 @@ class Session:
         local_ip = self._local or None
         tls = self._securing.words(self._stream)
         return Report(
-            outcome, local_ip, self.remote, protocol.mta, messages, protocol.mechanism, tls
-        )
+            outcome, local_ip, self.remote, protocol.mta, messages, protocol.mechanism, tls,
+            self.flow.site.lmtp, "DSN" in protocol.extensions,
+        )  # fmt: skip
 
     async def _next_job(self) -> Job | None:
         """Take the next job, or be idle until there is one.

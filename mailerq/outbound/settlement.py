@@ -15,6 +15,9 @@ is lost. A settlement that the queue itself refuses is taken out of its batch an
 without the impossible parts, and at the very last set aside. So no lease is kept for ever, and no
 message is lost.
 
+A message whose sender is to hear of it gets a report (`mailerq.outbound.bounces`), which is
+published in the same commit. Messages that failed together, of one mail, share a report.
+
 Everything here runs on the home worker.
 """
 
@@ -42,10 +45,14 @@ from mailerq.message import (
     without_password,
 )
 from mailerq.net.logs import LogFile, Ration
+from mailerq.outbound.bounces import add_reports
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.session import Session
 from mailerq.queues import DAMAGED_QUEUE, Lease, Publication, Queues, Settlement
+from mailerq.rules import bounces
+from mailerq.rules.bounces import Bounce
 from mailerq.rules.local_ips import avoid, pin
+from mailerq.rules.reporting import NO_REPORTS, Reports
 from mailerq.rules.responses import Fate, at_the_end
 from mailerq.rules.retry import next_attempt
 from mailerq.rules.routes import result_queues
@@ -73,6 +80,9 @@ MAX_REASON: Final = 300
 REDUCED_PER_MINUTE: Final = 10
 """Log lines about results that had to be reduced."""
 
+MAX_HELD: Final = 64 << 20
+"""Bytes of bodies fetched for one batch, and of reports; then the batch is committed first."""
+
 MAX_REPRESENTATION: Final = 10_000
 """Characters kept of a property that is not JSON."""
 
@@ -82,7 +92,7 @@ class Counters:
     """Delivery totals since the start.
 
     `held` counts messages delayed by their senders, `put_off` those whose attempt ended by a reply
-    that is not about them.
+    that is not about them, `reports` the reports made for senders.
     """
 
     consumed: int = 0
@@ -93,6 +103,7 @@ class Counters:
     retried: int = 0
     queue_errors: int = 0
     put_off: int = 0
+    reports: int = 0
 
 
 class Finished(msgspec.Struct, eq=False):
@@ -103,6 +114,10 @@ class Finished(msgspec.Struct, eq=False):
     session: Session | None = None
     needs_body: bool = False
     """Fetch the body first: one of the publications needs it."""
+    bounce: Bounce | None = None
+    """The report that the sender gets."""
+    made: bytes | None = None
+    """The mail that was sent, if that is not what is stored."""
 
 
 class Settled(Protocol):
@@ -132,7 +147,10 @@ class Settlements:
         send_log: LogFile | None,
         clock: Callable[[], float],
         lot: Callable[[], float] = random.random,
+        next_id: Callable[[], str],
+        reports: Reports = NO_REPORTS,
     ) -> None:
+        self.reports = reports
         self.nursery: trio.Nursery
         self.send_log = send_log
         self._live = live
@@ -142,6 +160,7 @@ class Settlements:
         self._counters = told.counters
         self._clock = clock
         self._lot = lot
+        self._next_id = next_id
         self._say_unwritten = Ration(log.error, 1, "they could not be written %d times more")
         self._say_reduced = Ration(log.error, REDUCED_PER_MINUTE, "and %d messages more")
         self._say_failure = Ration(
@@ -205,8 +224,13 @@ class Settlements:
                 if outcome.other_ip or "refusedips" in message.properties:
                     message = Message(dict(message.properties), message.body)
                     avoid(message.properties, report.local_ip if outcome.other_ip else None)
+                result = _result(report, 0, now)
+                bounce = self._delay(message.properties, report, result, expires, now)
+                if bounce is not None:
+                    told = {**message.properties, "dsn-delayed": format_time(now)}
+                    message = Message(told, message.body)
                 again = Publication(self._outbox, message, until, now)
-                self._add(Finished(Settlement(lease, (again,)), job, session))
+                self._finished(Settlement(lease, (again,)), job, session, bounce)
                 return
         results = message.properties.get("results")
         results = results if isinstance(results, list) else []
@@ -228,7 +252,8 @@ class Settlements:
             )
         ending = outcome if due is not None else at_the_end(outcome)
         if ending is not outcome:
-            result = _result(msgspec.structs.replace(report, outcome=ending), result.attempt, now)
+            report = msgspec.structs.replace(report, outcome=ending)
+            result = _result(report, result.attempt, now)
             properties["results"] = [*results, result.to_dict()]
         if not outcome.pins or "refusedips" in properties:
             other_ip = outcome.other_ip and due is not None
@@ -236,8 +261,12 @@ class Settlements:
         if outcome.pins and job is not None and len(job.plan.local_ips) > 1:
             pin(properties)
         publications = []
+        bounce = None
         if due is not None:
             properties["delayed"] = format_time(due)
+            bounce = self._delay(properties, report, result, expires, now)
+            if bounce is not None:
+                properties["dsn-delayed"] = format_time(now)
             again = Publication(self._outbox, Message(properties, message.body), due, now)
             publications.append(again)
             kinds: tuple[str, ...] = ("retry",)
@@ -245,9 +274,12 @@ class Settlements:
         elif outcome.fate is Fate.DELIVERED:
             kinds = ("results", "success")
             self._counters.delivered += 1
+            if "dsn" in properties or self._config.tells_success:
+                bounce = self._success(properties, report, result)
         else:
             kinds = ("results", "failure")
             self._counters.failed += 1
+            bounce = self._bounce(properties, bounces.FAILED, report, result)
         self._counters.attempts += 1
         queues = result_queues(properties, self._config.result_queues, *kinds, outbox=self._outbox)
         for queue in queues:
@@ -255,15 +287,67 @@ class Settlements:
             body = message.body if queue != self._config.report_queue else None
             publications.append(Publication(queue, _copy(properties, body)))
         if due is None and outcome.fate is not Fate.DELIVERED:
-            self._tell_failure(message, result, queues)
+            self._tell_failure(message, result, queues, reported=bounce is not None)
         needs_body = not lease.loaded and any(
             each.queue != self._config.report_queue and properties.get("keepmime")
             for each in publications
             if each.queue != self._outbox
         )
-        self._add(Finished(Settlement(lease, publications), job, session, needs_body))
+        settlement = Settlement(lease, publications)
+        self._finished(settlement, job, session, bounce, needs_body=needs_body)
         if self.send_log is not None:
             self.send_log.write(_log_line(message, result))
+
+    def _finished(
+        self,
+        settlement: Settlement,
+        job: Job | None,
+        session: Session | None,
+        bounce: Bounce | None,
+        *,
+        needs_body: bool = False,
+    ) -> None:
+        made = job.made if job is not None and bounce is not None else None
+        self._add(Finished(settlement, job, session, needs_body, bounce, made))
+
+    def _success(self, properties: dict[str, Any], report: Report, result: Result) -> Bounce | None:
+        """What to report of a mail that a peer has taken."""
+        event = bounces.of_success(properties, lmtp=report.lmtp, peer_reports=report.dsn)
+        return self._bounce(properties, event, report, result) if event else None
+
+    def _delay(
+        self,
+        properties: dict[str, Any],
+        report: Report,
+        result: Result,
+        expires: float,
+        now: float,
+    ) -> Bounce | None:
+        """What to report of a mail that waits; once for each mail, when it has waited long."""
+        if "dsn-delayed" in properties or not properties.get("envelope"):
+            return None
+        if not bounces.is_wanted(properties, bounces.DELAYED, self._config):
+            return None
+        seen = bounces.time_in(properties, "seen")
+        if seen is None or now - seen < self._config.dsn_delay:
+            return None
+        return self._bounce(properties, bounces.DELAYED, report, result, until=expires or None)
+
+    def _bounce(
+        self,
+        properties: dict[str, Any],
+        event: str,
+        report: Report,
+        result: Result,
+        until: float | None = None,
+    ) -> Bounce | None:
+        outcome = report.outcome
+        from_peer = outcome.from_peer or outcome.fate is Fate.DELIVERED
+        if outcome.type == "expired":
+            result, from_peer = bounces.cause(properties) or (result, from_peer)
+        return bounces.about(
+            properties, event, result, self._config, from_peer=from_peer, until=until
+        )
 
     def gave_up(self, finished: Sequence[tuple[Message, Result]]) -> None:
         """Count and log messages that an operator has failed in the queue."""
@@ -272,8 +356,10 @@ class Settlements:
             for message, result in finished:
                 self.send_log.write(_log_line(message, result))
 
-    def _tell_failure(self, message: Message, result: Result, queues: Sequence[str]) -> None:
-        """Log a failed message: nobody else is told."""
+    def _tell_failure(
+        self, message: Message, result: Result, queues: Sequence[str], *, reported: bool
+    ) -> None:
+        """Log a failed message: often nobody else is told."""
         reply = (result.code, result.status, result.description)
         words = " ".join(str(part) for part in reply if part)[:MAX_REASON]
         self._say_failure(
@@ -283,9 +369,7 @@ class Settlements:
             _shown(message.recipient),
             f"{result.remote_ip}: " if result.remote_ip else "",
             words or f"{result.type} ({result.state})",
-            f"'mailerq queue read {queues[-1]}' has its report"
-            if queues
-            else "no queue gets a report of it, see rabbitmq-failure",
+            _told(queues, reported),
         )
 
     # Settlements
@@ -314,9 +398,26 @@ class Settlements:
         return group
 
     async def _write(self, group: list[Finished]) -> None:
-        for finished in group:
-            if finished.needs_body:
+        held, largest = 0, self._config.dsn_maxsize
+        for number, finished in enumerate(group):
+            lease, reports = finished.settlement.lease, finished.bounce is not None
+            fetch = finished.needs_body or (reports and finished.made is None and not lease.loaded)
+            size = (lease.size if fetch else 0) + (min(lease.size, largest) if reports else 0)
+            if held and held + size > MAX_HELD:
+                await self._write_part(group[:number])
+                await self._write(group[number:])
+                return
+            held += size
+            if fetch:
                 await self._fetch_body(finished)
+        await self._write_part(group)
+
+    async def _write_part(self, group: list[Finished]) -> None:
+        if any(finished.bounce is not None for finished in group):
+            count = await add_reports(
+                group, self.reports, self._config, next_id=self._next_id, now=self._clock()
+            )
+            self._counters.reports += count  # another task may have counted meanwhile
         await self._commit([finished.settlement for finished in group])
         self._settling -= len(group)
         for finished in group:
@@ -333,7 +434,8 @@ class Settlements:
         await self._fetch(lease)
         publications = []
         for each in finished.settlement.publications:
-            if each.queue != self._config.report_queue:
+            wanted = finished.needs_body and each.queue != self._config.report_queue
+            if wanted or each.queue == self._outbox:
                 copy = Message(each.message.properties, lease.message.body)
                 each = Publication(each.queue, copy, each.due, each.since)
             publications.append(each)
@@ -357,6 +459,9 @@ class Settlements:
         """Write a batch; a bad settlement does not hold up the others."""
         error = await self._ack(settlements)
         if error is None:
+            return
+        if type(error) is ValueError and len(settlements) == 1 and settlements[0].others:
+            await self._publish(settlements[0].others)  # they may be about other messages too
             return
         if len(settlements) == 1:
             await self._settle_with_less(settlements[0], error)
@@ -387,6 +492,7 @@ class Settlements:
         """Settle a message whose result cannot be written, with less and less of the result."""
         lease = settlement.lease
         wanted = settlement.publications
+        others = [each for each in settlement.others if self._is_possible(each)]
         possible = [each for each in wanted if self._is_possible(each)]
         forms = [possible, []]
         if any(each.queue == self._outbox for each in wanted):
@@ -396,16 +502,18 @@ class Settlements:
                 await self._fetch(lease)
             aside = [Publication(DAMAGED_QUEUE, _set_aside(lease.message, error))]
             forms = [possible, again, aside] if again else [aside]
-        for form in forms:
-            problem = await self._ack([Settlement(lease, form)])
+        ways = [(form, others) for form in forms]
+        ways += [(form, []) for form in forms if others]
+        for form, added in ways:
+            problem = await self._ack([Settlement(lease, form, added)])
             if problem is None:
                 self._say_reduced(
                     "message %d: %s; %d of %d documents about it were written, to %s",
                     lease.id,
                     error,
-                    len(form),
-                    len(wanted),
-                    ", ".join(each.queue for each in form) or "no queue",
+                    len(form) + len(added),
+                    len(wanted) + len(settlement.others),
+                    ", ".join(each.queue for each in (*form, *added)) or "no queue",
                 )
                 return
             if type(problem) is ValueError:
@@ -413,6 +521,23 @@ class Settlements:
         self._say_reduced("message %d cannot be settled, trying later: %s", lease.id, error)
         self._told.lease_kept(lease)
         self.nursery.start_soon(self._settle_later, settlement)
+
+    async def _publish(self, publications: Sequence[Publication]) -> None:
+        """Publish reports whose own settlement is void; wait while the queue cannot be written."""
+        backoff = MIN_BACKOFF_SECONDS
+        while True:
+            try:
+                await self._queues.publish(publications)
+            except QueueError as error:
+                self._counters.queue_errors += 1
+                self._say_unwritten("cannot write a report, trying again: %s", error)
+                await trio.sleep(backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+            except MessageError as error:
+                self._say_reduced("a report cannot be written: %s", error)
+                return
+            else:
+                return
 
     def _is_possible(self, publication: Publication) -> bool:
         try:
@@ -469,6 +594,16 @@ def _set_aside(message: Message, error: Exception) -> Message:
             properties[name] = value
     properties["damaged"] = {"reason": ascii(str(error))[1:-1]}
     return Message(properties, message.body)
+
+
+def _told(queues: Sequence[str], reported: bool) -> str:
+    """Who hears of a failed message."""
+    if not queues:
+        if reported:
+            return "its sender gets a report"
+        return "no queue gets a report of it, see rabbitmq-failure"
+    text = f"'mailerq queue read {queues[-1]}' has its report"
+    return f"{text}, and its sender gets one" if reported else text
 
 
 def _shown(value: object) -> str:

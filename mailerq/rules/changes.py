@@ -7,16 +7,20 @@ document, and are names; the others are functions of the message.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
 
 from mailerq.config import Config
+from mailerq.mail.dsn import excerpt
 from mailerq.message import Message, Result, format_time, without_password
-from mailerq.rules import responses
+from mailerq.rules import bounces, responses
+from mailerq.rules.bounces import Bounce
+from mailerq.rules.reporting import NO_REPORTS, Reports
 from mailerq.rules.routes import result_queues
 
-__all__ = ["Change", "Copy", "Decide", "Decision", "Finished", "Kept", "Order"]
+__all__ = ["Change", "Copy", "Decide", "Decision", "Finished", "Kept", "Made", "Order"]
 
 MAX_WORDS: Final = 500
 """Characters of a name or a reason that an order keeps."""
@@ -42,11 +46,19 @@ class Copy(msgspec.Struct, frozen=True):
     with_body: bool
 
 
+class Made(msgspec.Struct, frozen=True):
+    """Another message for a queue, in the same step; `make` gets the body of this one."""
+
+    queue: str
+    make: Callable[[bytes | None], Message]
+
+
 class Decision(msgspec.Struct, frozen=True):
     """What becomes of a message, which is removed unless `kept`."""
 
     kept: Kept | None
     copies: Sequence[Copy] = ()
+    made: Sequence[Made] = ()
 
 
 Decide = Callable[[Message], Decision | None]
@@ -74,23 +86,42 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     to_queue: str = ""
 
     def change(
-        self, queue: str, config: Config, *, now: float, finished: Finished | None = None
+        self,
+        queue: str,
+        config: Config,
+        *,
+        now: float,
+        finished: Finished | None = None,
+        reports: Reports = NO_REPORTS,
+        next_id: Callable[[], str] | None = None,
     ) -> Change:
-        """The change of messages of a queue. `now` is seconds since 1970."""
+        """The change of messages of a queue. `now` is seconds since 1970.
+
+        Senders of bounced messages get reports with the texts of `reports`, if there are ids for
+        these (`next_id`). The change may run in another thread.
+        """
         match self.action:
             case "hold" | "release" | "delete":
                 return self.action
             case "retry":
                 return lambda message: _retry(message, queue, now)
             case "bounce":
-                return lambda message: self._bounce(message, config, now, finished)
+                return lambda message: self._bounce(
+                    message, config, now, finished, reports, next_id
+                )
             case "reroute":
                 return lambda message: self._reroute(message, queue, now)
 
     def _bounce(
-        self, message: Message, config: Config, now: float, finished: Finished | None
+        self,
+        message: Message,
+        config: Config,
+        now: float,
+        finished: Finished | None,
+        reports: Reports,
+        next_id: Callable[[], str] | None,
     ) -> Decision:
-        """The message has failed; its sender's queues hear of it as of any failure."""
+        """The message has failed; its sender and its queues hear of it as of any failure."""
         results = message.properties.get("results")
         results = results if isinstance(results, list) else []
         text = f"bounced by {self.who[:MAX_WORDS]}"
@@ -113,7 +144,13 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
         if finished is not None:
             finished(message, result)
-        return Decision(None, [_copy(properties, queue, config.report_queue) for queue in queues])
+        made = []
+        bounce = bounces.about(properties, bounces.FAILED, result, config, from_peer=False)
+        if bounce is not None and next_id is not None:
+            make = partial(_report, bounce, reports, next_id, now, config.dsn_maxsize)
+            made.append(Made(bounce.queue, make))
+        copies = [_copy(properties, queue, config.report_queue) for queue in queues]
+        return Decision(None, copies, made)
 
     def _reroute(self, message: Message, queue: str, now: float) -> Decision:
         properties = dict(message.properties)
@@ -124,6 +161,18 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if self.to_queue and self.to_queue != queue:
             return Decision(Kept(self.to_queue, properties, now))
         return Decision(Kept(queue, properties))
+
+
+def _report(
+    bounce: Bounce,
+    reports: Reports,
+    next_id: Callable[[], str],
+    now: float,
+    limit: int,
+    body: bytes | None,
+) -> Message:
+    quoted = excerpt(body, full=bounce.full, limit=limit)
+    return bounces.report([bounce], quoted, reports.texts, id=next_id(), now=now)
 
 
 def _retry(message: Message, queue: str, now: float) -> Decision | None:

@@ -391,6 +391,38 @@ async def test_documents_that_were_made_to_be_slow_stop_nobody(tmp_path: Path, n
     assert meter.longest < LONGEST_TURN
 
 
+RETURNED: dict[str, tuple[bytes, int]] = {
+    "long headers": (9_000 * b"subject: x\r\n" + 900_000 * b"x" + b"\r\n\r\n", 60),
+    "words": (b"Subject: " + 100_000 * b"=?utf-8?q?a?= " + b"\r\n\r\n", 60),
+    "languages": (b"Accept-Language: " + 300_000 * b"a-b," + b"\r\n\r\n", 60),
+    "8-bit text": (b"Subject: x\r\n\r\n" + 600 * (76 * b"\xe9" + b"\r\n"), 300),
+    "parts": (
+        b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + 900 * (PART + b"\xe9\r\n"), 60,
+    ),
+    "short mail": (b"Subject: x\r\n\r\nhi", 3000),
+}  # fmt: skip
+"""A mail that comes back to its sender, and how often."""
+
+
+@pytest.mark.parametrize("name", RETURNED)
+async def test_mails_that_come_back_stop_nobody(tmp_path: Path, name: str) -> None:
+    body, count = RETURNED[name]
+    more = {"dsn": {"ret": "FULL"}, "maxdelivertime": "2020-01-01 00:00:00"}
+    mails = [
+        Publication(
+            "outbox", Message({**BASE, "envelope": f"a{n}@b.test", **more}, body + b"%d" % n)
+        )
+        for n in range(count)
+    ]
+    for mail in mails:
+        del mail.message.properties["mime"]
+    async with Engine(configure(tmp_path, rabbitmq_dsn="dsn")) as engine:
+        with kit.meter() as meter:
+            await engine.queues.publish(mails)
+            await until(lambda: engine.statistics()["outgoing"]["reports"] == count)
+    assert meter.longest < LONGEST_TURN
+
+
 async def test_a_large_body_that_a_program_publishes_stops_nobody(tmp_path: Path) -> None:
     """In a dict, where it need not be decoded."""
     body = HEADER + b"\r\n" + 95 * MB // 78 * (76 * b"x" + b"\r\n")

@@ -152,9 +152,9 @@ def test_the_commands_of_the_welcome_find_the_server_when_they_are_pasted(
     assert "==> var/send.log <==" in done.stdout
 
 
-def test_the_welcome_says_what_is_not_there_yet(running: subprocess.Popen[str]) -> None:
+def test_the_welcome_says_who_hears_of_failures(running: subprocess.Popen[str]) -> None:
     welcome = read_welcome(running)
-    assert "Deliveries cannot use TLS yet, and nobody gets a bounce yet" in welcome
+    assert "the senders of failed mail get a report" in welcome
     compiled = [*(ROOT / "mailerq" / "wire").glob("server.*.so")]
     assert ("It runs uncompiled: make build" in welcome) is not bool(compiled)
 

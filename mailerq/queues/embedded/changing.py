@@ -107,11 +107,14 @@ class _Deciding:
             if kept.due is not None:
                 return  # held since the message was selected
         body: bytes | None = None
-        if any(copy.with_body for copy in decision.copies):
+        if decision.made or any(copy.with_body for copy in decision.copies):
             whole = self._file.row(row.id)
             body = whole.data if whole is not None else None
-        for copy in decision.copies:
-            insert = self._copy(copy, body)
+        inserts = [self._copy(copy, body) for copy in decision.copies]
+        for made in decision.made:
+            publication = Publication(made.queue, made.make(body))
+            inserts.append(prepare(publication, self._now, self._file.outbox))
+        for insert in inserts:
             self._batch.inserts.append(insert)
             self._elsewhere.append(insert)
             self._bytes += insert.size
