@@ -116,7 +116,6 @@ class Dispatcher:
         reports: Reports = NO_REPORTS,
     ) -> None:
         self._live = live
-        self.reports = reports
         self.queues = queues
         self.worker = worker
         self.openings = openings
@@ -186,8 +185,6 @@ class Dispatcher:
     ) -> None:
         """Apply changed settings; with `reroute` judge all waiting mail anew."""
         self.tls = ClientTls.of(self.config) if tls is None else tls
-        if reports is not None:
-            self.reports = reports
         self._settlements.send_log = send_log
         if reports is not None:
             self._settlements.reports = reports
@@ -382,7 +379,7 @@ class Dispatcher:
                 self.stop_message(lease, decision)
                 return None
             outcome = self._body_problem(message) if lease.loaded else None
-            if self._settlements.reports.verp_keys:
+            if self.reports.verp_keys:
                 decision = self._with_return_path(properties, decision, now)
             to_make = not MADE_OF.isdisjoint(properties) and is_made(properties)
             if outcome is None and to_make:
