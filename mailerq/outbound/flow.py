@@ -131,6 +131,8 @@ class Flow:
         self._failures = 0  # consecutive times that the flow went down
         self._held_until = 0.0
         self._ahead = True
+        self._wanted: Demands | None = None
+        self._wanted_number = -1  # of the limits at that time
         self.rights = Rights(dispatcher.limits, site, local_ip)
 
     @property
@@ -539,7 +541,12 @@ class Flow:
     @property
     def wanted(self) -> Demands:
         """What connections must prove, whatever their host, by the settings in force now."""
-        return LEVEL_DEMANDS[int(self.secure.value)] | self.demands | self.site.policy.demands
+        number = self.limits_number
+        if self._wanted is None or number != self._wanted_number:
+            level = LEVEL_DEMANDS[int(self.secure.value)]
+            self._wanted = level | self.demands | self.site.policy.demands
+            self._wanted_number = number
+        return self._wanted
 
     def policy_domain(self) -> str:
         """The domain whose policy a connection serves, for reports."""

@@ -121,6 +121,11 @@ class Policies:
         self.recorder: TlsRecorder = NoRecorder() if recorder is None else recorder
 
     @property
+    def are_recorded(self) -> bool:
+        """Whether anybody is told of handshakes."""
+        return not isinstance(self.recorder, NoRecorder)
+
+    @property
     def exist(self) -> bool:
         """Whether there is a source to ask."""
         return self.sts is not None or self.dane is not None

@@ -69,14 +69,14 @@ class Securing:
         self.host = host
         self.demands = demands
         self.records: TlsaSet | None = None
-        self.tries = demands.tries
+        self.tries = False
         self.for_login = False
         """TLS is demanded for the login alone."""
         self.proof = Proof(host.name)
         self.failure: TlsFailure | None = None
         self._facts: Facts | None = None
         self._key: object = None
-        self._tls: ClientTls = flow.tls
+        self._tls: ClientTls
         self._secured: dict[str, Any] | None = None
         self._number = flow.limits_number
 
@@ -89,9 +89,9 @@ class Securing:
         if host.address.startswith("/"):
             # A socket of this host: nobody listens on the way.
             return cls(flow, host, Demands(logins=flow.demands.logins))
-        demands, site, policies = flow.wanted, flow.site, flow.policies
+        demands, site = flow.wanted, flow.site
         self = cls(flow, host, demands)
-        proved = site.policy.proves_hosts or site.trusted or not site.mx
+        proved = site.trusted or not site.mx or site.policy.proves_hosts
         if demands.requiretls and not proved:
             text = (
                 f"{site.label}: neither MTA-STS nor DNSSEC proves its hosts, which REQUIRETLS"
@@ -100,7 +100,7 @@ class Securing:
             return self._report(TlsFailure(Reason.FAILURE, text, requiretls=True), "dns")
         if site.policy.secure:
             try:
-                self.records = await policies.tlsa(site.policy, host.name, site.port)
+                self.records = await flow.policies.tlsa(site.policy, host.name, site.port)
             except PolicyUnknown as error:
                 failure = TlsFailure(Reason.DNSSEC_INVALID, f"{where(host)}: {error}")
                 self._record(failure)
@@ -113,8 +113,9 @@ class Securing:
                     return Report(responses.login_in_clear(where(host)))
                 self.demands = demands = demands | Demands(Level.REQUIRED)
                 self.for_login = True
-        broken = clear or flow.memory.is_tls_broken(host.address)
-        self.tries = demands.encrypts or (demands.tries and not broken)
+        if demands.tries:
+            broken = clear or flow.memory.is_tls_broken(host.address)
+            self.tries = not broken or demands.encrypts
         return self
 
     def _report(self, failure: TlsFailure, state: str) -> Report:
@@ -245,6 +246,12 @@ class Securing:
         demands = self.demands
         if self.failure is not None:
             return self.failure
+        if not (protocol.secure or demands.logins or demands.encrypts):
+            if self.tries and self.flow.policies.are_recorded:
+                text = f"{where(self.host)} does not offer STARTTLS"
+                helo = protocol.mta or ""
+                self._record(TlsFailure(Reason.NO_STARTTLS, text), stream, helo)
+            return None
         proof = self.proof
         offers = protocol.secure and "REQUIRETLS" in protocol.extensions
         if offers != proof.requiretls or demands.logins != proof.logins:
@@ -253,12 +260,6 @@ class Securing:
                 proof.host, proof.encrypted, proof.webpki, proof.tlsa, offers, demands.logins
             )
         if covers(proof, demands):
-            if not protocol.secure and self.tries:
-                self._record(
-                    TlsFailure(Reason.NO_STARTTLS, f"{where(self.host)} does not offer STARTTLS"),
-                    stream,
-                    protocol.mta or "",
-                )
             return None
         lacks = ", ".join(missing(proof, demands))
         text = f"{where(self.host)}: does not prove {lacks}; demanded: {demands}"
