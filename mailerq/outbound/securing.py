@@ -296,8 +296,12 @@ class Securing:
         self._number = number
         return True
 
-    def note(self) -> str:
-        """What is demanded and what is proved, for a trace."""
+    def show(self, stream: Stream) -> None:
+        """Tell a trace what is demanded and what is proved."""
+        if stream.tap is not None:
+            stream.tap.note(self._note())
+
+    def _note(self) -> str:
         proof = self.proof
         if not proof.encrypted:
             proved = "in clear"

@@ -398,8 +398,7 @@ class Session:
                     await self._quit()
             if isinstance(event, Ready) and failure is None:
                 ready = True
-                if self._stream.tap is not None:
-                    self._stream.tap.note(securing.note())
+                securing.show(self._stream)
                 if self.flow.login is not None:
                     self.flow.memory.logged_in(self.remote, self.flow.login)
                 self.flow.opened(self)
