@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mailerq.cli import _COMMANDS
 from mailerq.cli.daemon import _lock
 from mailerq.cli.status import FIGURES, WORDS, _flatten
 from mailerq.config import Config
@@ -140,6 +141,11 @@ def test_a_flush_tries_what_waits(tmp_path: Path) -> None:
                     shown = json.loads(done.stdout)
                 assert shown["reason"] == "127.0.0.1: Connection refused"
                 assert mailerq("-q", *running.settings).stdout == b""
+
+
+def test_the_help_names_every_command() -> None:
+    said = mailerq("--help").stdout.decode()
+    assert [name for name in _COMMANDS if f"mailerq {name} " not in said] == []
 
 
 def test_every_figure_of_status_is_explained(tmp_path: Path) -> None:

@@ -49,13 +49,20 @@ commands:
   mailerq pause …        pause mail to domains, sites or providers, from addresses, or with a tag
   mailerq suppress …     fail mail to some recipients at once
   mailerq error …        force a reply for some mail; 'mailerq rows list' shows all three
+  mailerq explain        where mail to an address would go, what holds it, and which lines say so
   mailerq status         how the running daemon is
+  mailerq top            what waits for each site, how fast it goes, and what limits it
   mailerq trace          what its sessions say while they run, without secrets
   mailerq reload         have the running daemon read its settings anew
   mailerq config         all settings, their values, and where each was set
   mailerq check-config   whether a daemon would start with these settings
   mailerq check          what is wrong with a document or a mail, and what of it is ignored
   mailerq plugin check   whether plugins can be used, and what is wrong with them
+  mailerq dkim …         make keys that sign mail, show their DNS records, and compare both
+  mailerq sts …          the MTA-STS policies of recipients' domains
+  mailerq tls-report …   the reports about TLS for recipients' domains
+  mailerq verp …         signed return addresses
+  mailerq report parse   what a mail would be recognised as: a bounce, a complaint, …
   mailerq sink           a receiving server for trying and testing
 """
 
