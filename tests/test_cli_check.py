@@ -97,7 +97,7 @@ def test_what_is_no_document_is_an_error(check: Any, data: bytes) -> None:
 def test_all_that_is_ignored_is_said_once(check: Any) -> None:
     more = {
         "Tags": ["a"],
-        "dkim": {},
+        "checks": [],
         "queues": {"sucess": None, "dsn": "q", "other": "q"},
         "dsn": {"notify": "SOMETIMES", "ret": "HDRS"},
         "mime": "x-mq-tag: a\r\n\r\nhi",
@@ -108,7 +108,7 @@ def test_all_that_is_ignored_is_said_once(check: Any) -> None:
             "warning: property Tags: is not known and changes nothing; is tags meant?",
             "warning: property queues.sucess: is not known and changes nothing;"
             " is queues.success meant?",
-            "warning: property dkim: has no effect yet",
+            "warning: property checks: has no effect yet",
             "warning: property queues: has the key other, which is not known",
             "warning: property dsn: its key notify has no valid form and is left out",
             "warning: property mime: has x-mq-* fields; they count in mail that comes in, and in a"

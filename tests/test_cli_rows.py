@@ -208,7 +208,7 @@ async def test_suppressed_recipients_fail_in_all_processes_and_hits_are_counted(
     tmp_path: Path, mark: dict[str, str]
 ) -> None:
     async with open_sink() as sink:
-        async with daemon(tmp_path, sink.port, TWO, env=mark) as running:
+        async with daemon(tmp_path, sink.port, TWO, "--dsn-notify=NEVER", env=mark) as running:
             await until_rows(running, all_run)
             await command(running, "suppress", "add", "d.test")
             names = await send_all(running.port, "a")

@@ -58,6 +58,7 @@ WORDS: Final = {
     "outgoing.attempts": "attempts that have a result",
     "outgoing.delivered": "messages delivered",
     "outgoing.failed": "messages that failed for good",
+    "outgoing.reports": "reports made for senders of mail (DSN)",
     "outgoing.retried": "attempts that failed and are made again later",
     "outgoing.put_off": "messages put back because of a reply that is not about them",
     "outgoing.queue_errors": "reads and writes that the queue could not do",

@@ -136,6 +136,7 @@ async def test_each_message_is_accounted_for_exactly_once(tmp_path: Path, count:
         "--rabbitmq-success=sent",
         "--rabbitmq-failure=failed",
         "--rabbitmq-retry=again",
+        "--dsn-notify=NEVER",
     ]
     counts = tmp_path / "counts"
     memory = []

@@ -23,6 +23,7 @@ from tests.support import ROOT, memory_of, until
 MB: Final = 1 << 20
 
 SIZE: Final = 40 * MB
+CACHES: Final = 8 * MB
 
 SMALL: Final = b"Subject: x\r\n\r\n" + 28 * (70 * b"x" + b"\r\n")
 
@@ -99,6 +100,10 @@ async def warm_up(running: Daemon, peer: kit.Peer) -> None:
         send = partial(kit.mail, address, [SMALL], recipients=RECIPIENTS)
         assert (await trio.to_thread.run_sync(send)).startswith(b"250")
         await settled(running, peer, number * RECIPIENTS)
+    # The page caches of the queue file, which the process keeps, are full after this.
+    send = partial(kit.mail, address, blocks(TEXT, CACHES))
+    assert (await trio.to_thread.run_sync(send)).startswith(b"250")
+    await settled(running, peer, WARM * RECIPIENTS + 1)
 
 
 # A unit of text, how much of it is kept, and how it is sent.

@@ -131,5 +131,5 @@ async def test_explain_says_what_connections_have_to_prove(tmp_path: Path) -> No
     (part,) = answer["answers"][0]["from"] if "answers" in answer else answer["from"]
     assert part["security"] == {
         "level": "verified", "where": "smarthost-secure", "demands": "verified", "mta-sts": None,
-        "dnssec": False, "ignored": False, "in-clear": [],
+        "dnssec": False, "dane": None, "ignored": False, "in-clear": [],
     }  # fmt: skip

@@ -24,6 +24,7 @@ def tree(tmp_path: Path) -> Path:
         *("setup.py", "pyproject.toml", "include/mailerq.h", "tools/install", "tools/packages"),
         *("tools/requirements.py", "mailerq/_core.pyx", "mailerq/_core.pxd"),
         *("mailerq/wire/_lines.pyx", "mailerq/wire/a.py", "mailerq/wire/a.pxd"),
+        "mailerq/mail/_canonical.pyx",
         *("mailerq/b.py", "mailerq/b.pxd", "mailerq/plain.py", ".venv/bin/python"),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,13 +50,13 @@ def test_a_fresh_tree_is_made_ready_by_the_extensions_alone(tree: Path) -> None:
     said = would(tree, "ready")
     assert EXTENSIONS in said
     assert MODULES not in said
-    built(tree, "_core", "wire/_lines")
+    built(tree, "_core", "wire/_lines", "mail/_canonical")
     (tree / ".venv/.core").touch()
     assert EXTENSIONS not in would(tree, "ready")
 
 
 def test_where_modules_were_compiled_none_stays_stale_or_missing(tree: Path) -> None:
-    built(tree, "_core", "wire/_lines", "wire/a", "b")
+    built(tree, "_core", "wire/_lines", "mail/_canonical", "wire/a", "b")
     for stamp in (".core", ".hot", ".installed"):
         (tree / ".venv" / stamp).touch()
     assert MODULES not in would(tree, "ready")
@@ -70,7 +71,7 @@ def test_where_modules_were_compiled_none_stays_stale_or_missing(tree: Path) -> 
 
 
 def test_what_was_compiled_from_a_module_that_is_gone_is_removed(tree: Path) -> None:
-    built(tree, "_core", "wire/_lines", "wire/a", "b", "gone")
+    built(tree, "_core", "wire/_lines", "mail/_canonical", "wire/a", "b", "gone")
     for stamp in (".core", ".hot", ".installed"):
         (tree / ".venv" / stamp).touch()
     assert "rm -f mailerq/gone.cpython-311.so" in " ".join(would(tree, "build").split())
@@ -84,7 +85,7 @@ def test_nothing_is_compiled_a_second_time_to_install_it(tree: Path) -> None:
 
 
 def test_assertions_are_compiled_in_a_copy(tree: Path) -> None:
-    built(tree, "_core", "wire/_lines")
+    built(tree, "_core", "wire/_lines", "mail/_canonical")
     (tree / ".venv/.test").touch()
     lines = would(tree, "assertions").splitlines()
     compiling = [line for line in lines if "build_ext" in line]
