@@ -1,0 +1,203 @@
+"""A real RabbitMQ for tests: on its own ports, in its own directory, with its own name server.
+
+Control goes through ``erl_call``, which takes some milliseconds; ``rabbitmqctl`` would take
+seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mailerq.queues.rabbitmq.addresses import Address
+
+__all__ = ["Broker", "running_broker"]
+
+START_SECONDS = 60.0
+SERVERS = "/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server"
+USER, PASSWORD = "mailerq", "sesame"
+
+
+def _server() -> Path:
+    found = sorted(Path("/").glob(SERVERS.lstrip("/")))
+    if not found:
+        pytest.skip("there is no rabbitmq-server: tools/packages test installs it")
+    for program in ("epmd", "erl_call"):
+        if _program(program) is None:
+            pytest.skip(f"there is no {program} of Erlang")
+    return found[-1]
+
+
+def _program(name: str) -> str | None:
+    places = ["/usr/lib/erlang/bin", *map(str, Path("/usr/lib/erlang/lib").glob("*/bin"))]
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+class Broker:
+    """A broker that a test stops, kills, blocks and wipes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.port, self._dist, self._epmd_port = _free_ports(3)
+        self.node = f"mailerq{self.port}@localhost"
+        self._server = _server()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._vhosts = 0
+        self._cookie = secrets.token_hex(10).upper()
+        directory.joinpath("plugins").write_text("[].")
+        directory.joinpath("rabbitmq.conf").write_text(
+            f"listeners.tcp.default = 127.0.0.1:{self.port}\n"
+            f"loopback_users = none\ndefault_user = {USER}\ndefault_pass = {PASSWORD}\n"
+            "disk_free_limit.absolute = 1MB\n"
+        )
+        cookie = directory / ".erlang.cookie"
+        cookie.write_text(self._cookie)
+        cookie.chmod(0o400)
+        self._environment = {
+            **os.environ,
+            "HOME": str(directory),
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_DIST_PORT": str(self._dist),
+            "RABBITMQ_MNESIA_BASE": str(directory / "data"),
+            "RABBITMQ_LOG_BASE": str(directory / "log"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "plugins"),
+            "RABBITMQ_CONF_ENV_FILE": str(directory / "none"),
+            "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
+            # One scheduler that does not spin: tests of others run on this host.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none +sbwtdcpu none",
+        }
+        self._epmd = subprocess.Popen(
+            [str(_program("epmd")), "-address", "127.0.0.1", "-port", str(self._epmd_port)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Start the server and wait until it takes connections; skip the test if it does not."""
+        output = self.directory / "output"
+        with output.open("ab") as file:
+            self._process = subprocess.Popen(
+                [str(self._server)], env=self._environment, cwd=self.directory,
+                stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self._process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError:
+                time.sleep(0.05)  # nothing says when the port is open
+            else:
+                return
+        self.kill()
+        pytest.skip(f"rabbitmq-server does not start: {output.read_text(errors='replace')[-500:]}")
+
+    def stop(self) -> None:
+        """End the server in an orderly way."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the server at once."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: int) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        # The server is a shell script with the virtual machine as its child.
+        os.killpg(process.pid, number)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        while _group_lives(process.pid):
+            time.sleep(0.02)
+
+    def restart(self) -> None:
+        """Stop the broker and start it again inside its virtual machine, which is faster."""
+        self.call("rabbit:stop()")
+        self.call("rabbit:start()")
+
+    def close(self) -> None:
+        self.stop()
+        self._epmd.terminate()
+        self._epmd.wait()
+
+    def wipe(self) -> None:
+        """Remove all data of a stopped server."""
+        shutil.rmtree(self.directory / "data")
+
+    def call(self, expression: str) -> str:
+        """Evaluate Erlang in the server; return the value as ``{ok, value}``."""
+        done = subprocess.run(
+            [str(_program("erl_call")), "-c", self._cookie, "-name", self.node, "-e"],
+            input=f"{expression}.\n", env=self._environment, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        assert done.stdout.startswith("{ok"), done.stdout + done.stderr
+        return done.stdout
+
+    def vhost(self) -> Address:
+        """Make a new vhost, empty and apart from all others; return its address."""
+        self._vhosts += 1
+        name = f"test{self._vhosts}"
+        self.call(f'rabbit_vhost:add(<<"{name}">>, <<"test">>)')
+        self.call(
+            "rabbit_auth_backend_internal:set_permissions("
+            f'<<"{USER}">>, <<"{name}">>, <<".*">>, <<".*">>, <<".*">>, <<"test">>)'
+        )
+        return Address("127.0.0.1", self.port, USER, PASSWORD, name)
+
+    def drop_vhost(self, address: Address) -> None:
+        self.call(f'rabbit_vhost:delete(<<"{address.vhost}">>, <<"test">>)')
+
+    def alarm(self, on: bool) -> None:
+        """Have the server believe that its memory is short, or is not any more."""
+        source = f"{{resource_limit, memory, '{self.node}'}}"
+        if on:
+            self.call(f"rabbit_alarm:set_alarm({{{source}, []}})")
+        else:
+            self.call(f"rabbit_alarm:clear_alarm({source})")
+
+    def close_connections(self, text: str = "closed by the test") -> None:
+        """Have the server close all connections."""
+        self.call(f'rabbit_networking:close_all_user_connections(<<"{USER}">>, "{text}")')
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def running_broker() -> Iterator[Broker]:
+    """A broker for the duration of the context."""
+    with tempfile.TemporaryDirectory(prefix="mailerq-broker-") as directory:
+        broker = Broker(Path(directory))
+        try:
+            broker.start()
+            yield broker
+        finally:
+            broker.close()

@@ -1,0 +1,275 @@
+"""A connection to a broker that misbehaves: each end has one clear message."""
+
+from __future__ import annotations
+
+import ssl
+from contextlib import suppress
+from typing import Any
+
+import pika
+import pytest
+import trio
+import trustme
+from pamqp import commands
+
+from mailerq.queues.rabbitmq.adapter import TrioServices
+from mailerq.queues.rabbitmq.connection import BrokerError, connect
+from tests.queues.rabbitmq.fake import FakeBroker, Peer, fake_broker
+from tests.support import DEADLINE
+
+
+async def refusal(broker: FakeBroker, **more: Any) -> str:
+    """What an attempt to connect is told."""
+    with trio.fail_after(DEADLINE), pytest.raises(BrokerError) as caught:
+        async with connect(broker.address, **more):
+            raise AssertionError
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("one_byte", [False, True])
+async def test_the_handshake_comes_in_pieces_or_at_once(one_byte: bool) -> None:
+    async with fake_broker() as broker:
+        broker.one_byte = one_byte
+        async with connect(broker.address) as connection:
+            assert connection.version == (3, 10, 8)
+            assert connection.product == "RabbitMQ 3.10.8"
+            channel = await connection.channel()
+            assert (await channel.declare("q")).messages == 0
+        assert broker.peers[0].seen[-1] == "Connection.Close"
+        assert connection.reason is not None
+
+
+@pytest.mark.parametrize("version", ["", "x", "4.1.0-rc.1", "9" * 400, "3.10.8\n\x1b[2J"])
+async def test_any_version_is_read(version: str) -> None:
+    async with fake_broker() as broker:
+        broker.version = version
+        async with connect(broker.address) as connection:
+            assert all(part < 10**9 for part in connection.version)
+            assert connection.product.isprintable()
+
+
+async def test_an_older_protocol_is_named() -> None:
+    async with fake_broker() as broker:
+        broker.greeting = b"AMQP\0\0\x08\0"
+        assert "does not speak AMQP 0-9-1" in await refusal(broker)
+
+
+async def test_another_service_is_named() -> None:
+    async with fake_broker() as broker:
+        broker.greeting = b"220 mail.test ESMTP\r\n"
+        assert "does not speak AMQP" in await refusal(broker, open_seconds=1)
+
+
+async def test_a_broker_that_says_nothing_is_given_up() -> None:
+    async with fake_broker() as broker:
+        broker.answer = lambda peer, each: (None,)
+        assert "within 0.2 seconds" in await refusal(broker, open_seconds=0.2)
+
+
+async def test_a_broker_without_confirms_is_refused() -> None:
+    async with fake_broker() as broker:
+        broker.capabilities = {"basic.nack": True}
+        assert "it lacks publisher_confirms" in await refusal(broker)
+
+
+async def test_a_refused_login_names_the_user_and_not_the_password() -> None:
+    def answer(peer: Peer, each: Any) -> tuple[Any, ...]:
+        if each.name == "Connection.StartOk":
+            return (commands.Connection.Close(403, "ACCESS_REFUSED - secret", 0, 0),)
+        return ()
+
+    async with fake_broker() as broker:
+        broker.answer = answer
+        text = await refusal(broker)
+    assert "refuses user 'user'" in text and "secret" not in text
+
+
+async def test_a_missing_vhost_is_named() -> None:
+    def answer(peer: Peer, each: Any) -> tuple[Any, ...]:
+        if each.name == "Connection.Open":
+            return (commands.Connection.Close(530, "NOT_ALLOWED - vhost / not found", 0, 0),)
+        return ()
+
+    async with fake_broker() as broker:
+        broker.answer = answer
+        assert "has no vhost '/'" in await refusal(broker)
+
+
+async def test_tls_is_verified_against_the_name() -> None:
+    authority = trustme.CA()
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    async with fake_broker(server) as broker:
+        async with connect(broker.address, context=trusting) as connection:
+            await (await connection.channel()).declare("q")
+        assert "is not trusted" in await refusal(broker)
+        plain = broker.address._replace(tls=False)
+        with pytest.raises(BrokerError, match=r"lost|AMQP"):
+            async with connect(plain, open_seconds=5):
+                raise AssertionError
+
+
+async def test_silence_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    call_later = TrioServices.call_later
+
+    def sooner(services: TrioServices, delay: float, callback: Any) -> Any:
+        return call_later(services, delay / 50, callback)  # pika looks every 6 seconds
+
+    monkeypatch.setattr(TrioServices, "call_later", sooner)
+    async with fake_broker() as broker:
+        broker.heartbeat = 1
+        broker.answer = lambda peer, each: (None,) if each.name == "Heartbeat" else ()
+        async with connect(broker.address, heartbeat_seconds=1) as connection:
+            with trio.fail_after(DEADLINE):
+                reason = await connection.wait_closed()
+        assert "silent for too long" in str(reason)
+
+
+async def test_calls_under_way_get_the_reason_when_the_broker_goes() -> None:
+    def answer(peer: Peer, each: Any) -> tuple[Any, ...]:
+        if each.name == "Queue.Declare":
+            return (commands.Connection.Close(320, "CONNECTION_FORCED - bye", 0, 0),)
+        return ()
+
+    async with fake_broker() as broker:
+        broker.answer = answer
+        async with connect(broker.address) as connection:
+            channel = await connection.channel()
+            with pytest.raises(BrokerError, match="320 CONNECTION_FORCED - bye") as caught:
+                await channel.declare("q")
+            assert caught.value.code == 320
+            with pytest.raises(BrokerError, match="CONNECTION_FORCED"):
+                await connection.channel()
+            with pytest.raises(BrokerError, match="CONNECTION_FORCED"):
+                channel.publish("", "q", b"", pika.BasicProperties())
+            channel.ack(1)  # nobody is there to hear it
+
+
+async def test_a_refusal_ends_the_channel_and_not_the_connection() -> None:
+    def answer(peer: Peer, each: Any) -> tuple[Any, ...]:
+        if each.name == "Queue.Declare" and each.queue == "bad":
+            return (commands.Channel.Close(406, "PRECONDITION_FAILED - x-queue-type", 0, 0),)
+        return ()
+
+    async with fake_broker() as broker:
+        broker.answer = answer
+        async with connect(broker.address) as connection:
+            channel = await connection.channel()
+            with pytest.raises(BrokerError, match="rabbitmq-declare: false") as caught:
+                await channel.declare("bad")
+            assert caught.value.code == 406
+            with pytest.raises(BrokerError, match="406"):
+                await channel.declare("good")
+            assert (await (await connection.channel()).declare("good")).consumers == 0
+
+
+async def test_a_blocked_broker_says_what_is_short() -> None:
+    async with fake_broker() as broker, connect(broker.address) as connection:
+        said: list[str | None] = []
+        news = [trio.Event(), trio.Event()]
+
+        def tell() -> None:
+            said.append(connection.blocked)
+            news[len(said) - 1].set()
+
+        connection.on_blocked.append(tell)
+        with trio.fail_after(DEADLINE):
+            await broker.peers[0].send(commands.Connection.Blocked("low on \x1bdisk"))
+            await news[0].wait()
+            await broker.peers[0].send(commands.Connection.Unblocked())
+            await news[1].wait()
+        assert said == ["low on ?disk", None]
+
+
+async def test_a_message_for_a_cancelled_get_goes_back() -> None:
+    asked, returned = trio.Event(), trio.Event()
+
+    def answer(peer: Peer, each: Any) -> tuple[Any, ...]:
+        if each.name == "Basic.Get":
+            again = asked.is_set()
+            asked.set()
+            return (commands.Basic.GetEmpty(),) if again else (None,)
+        if each.name == "Basic.Nack":
+            returned.set()
+        return ()
+
+    async with fake_broker() as broker:
+        broker.answer = answer
+        async with connect(broker.address) as connection:
+            channel = await connection.channel()
+            with trio.fail_after(DEADLINE):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(channel.get, "q")
+                    await asked.wait()
+                    nursery.cancel_scope.cancel()
+                late = commands.Basic.GetOk(7, False, "", "q", 0)
+                await broker.peers[0].deliver(late, b"late", commands.Basic.Properties())
+                assert await channel.get("q") is None  # the late message is not for this one
+                await returned.wait()
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"\0" * 8,
+        b"\x09\0\x01\0\0\0\x01x\xce",  # no such kind of frame
+        b"\x01\0\0\0\0\0\x04\0\x0a\0\x1fx",  # another end than agreed
+        b"\x01\0\x01\0\0\0\x04\0\xff\0\xff\xce",  # no such method
+    ],
+)
+async def test_junk_ends_the_connection_and_nothing_else(junk: bytes) -> None:
+    async with fake_broker() as broker, connect(broker.address) as connection:
+        await connection.channel()
+        await broker.peers[0].write(junk)
+        with trio.fail_after(DEADLINE):
+            reason = await connection.wait_closed()
+        assert str(broker.address) in str(reason)
+
+
+async def test_a_frame_without_an_end_is_not_kept() -> None:
+    async with fake_broker() as broker, connect(broker.address) as connection:
+        with trio.fail_after(DEADLINE):
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await broker.peers[0].write(b"\x03\0\x01\x7f\xff\xff\xff" + bytes(1 << 20))
+            reason = await connection.wait_closed()
+        assert "longer than agreed" in str(reason)
+
+
+async def test_cancelling_the_context_closes_the_connection() -> None:
+    async with fake_broker() as broker:
+        with trio.fail_after(DEADLINE), trio.CancelScope() as scope:
+            async with connect(broker.address):
+                scope.cancel()
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert broker.peers[0].seen[-1] == "Connection.Close"
+
+
+async def test_an_error_of_the_user_comes_out_as_it_is() -> None:
+    async with fake_broker() as broker:
+        with pytest.raises(KeyError):
+            async with connect(broker.address):
+                raise KeyError
+
+
+async def test_a_defect_of_a_callback_ends_the_connection() -> None:
+    def broken(delivery: object) -> None:
+        raise ZeroDivisionError
+
+    def answer(peer: Peer, each: Any) -> tuple[Any, ...]:
+        if each.name == "Basic.Consume":
+            return (commands.Basic.ConsumeOk(each.consumer_tag),)
+        return ()
+
+    async with fake_broker() as broker:
+        broker.answer = answer
+        async with connect(broker.address) as connection:
+            channel = await connection.channel()
+            consumer = await channel.consume("q", broken, lambda: None)
+            deliver = commands.Basic.Deliver(consumer, 1, False, "", "q")
+            await broker.peers[0].deliver(deliver, b"x", commands.Basic.Properties())
+            with trio.fail_after(DEADLINE):
+                reason = await connection.wait_closed()
+            assert "ZeroDivisionError" in str(reason)
