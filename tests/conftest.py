@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mailerq"
 
 # The tests of every backend share these asserts: without the rewriting they fail without values.
-pytest.register_assert_rewrite("tests.queues.contract")
+pytest.register_assert_rewrite("tests.queues.contract", "tests.queues.contract_sorted")
 
 # No deadline for one example: the machine may be busy with something else.
 hypothesis.settings.register_profile("here", deadline=None)

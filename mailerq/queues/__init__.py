@@ -13,6 +13,7 @@ from mailerq.queues.interface import (
     Queues,
     Receiver,
     Settlement,
+    SortedQueues,
     Subscription,
     Taken,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Queues",
     "Receiver",
     "Settlement",
+    "SortedQueues",
     "Subscription",
     "Taken",
 ]

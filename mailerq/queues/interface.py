@@ -5,7 +5,8 @@ interchangeable.
 
 Guarantees
 ----------
-- When `Queues.publish` returns, every publication of the call is durable; when it raises, none is.
+- When `Queues.publish` returns, every publication of the call is durable; when it raises, none is,
+  except that a broker may have some of them.
 - A consumed message stays in its queue, invisible to other consumers, until `Queues.ack` returns or
   the process ends. The publications of `ack` and the removal are one step if the backend supports
   that; otherwise the publications come first.
@@ -46,6 +47,7 @@ __all__ = [
     "Queues",
     "Receiver",
     "Settlement",
+    "SortedQueues",
     "Subscription",
     "Taken",
 ]
@@ -189,6 +191,8 @@ class Receiver(Protocol):
 
         Called once for each destination in the queue at the start, and whenever mail is committed
         that does not go to `arrived`, retries included; never for each message of a known backlog.
+        A broker calls this only for mail that it has set apart by destination: other mail, and mail
+        that waits for its time, arrives.
         """
 
 
@@ -206,10 +210,10 @@ class Subscription(ABC):
 
     @abstractmethod
     async def take(self, destination: str, limit: int) -> Taken:
-        """Lease up to `limit` due messages of a destination, in a fair order.
+        """Lease up to `limit` due messages of a destination, in the order of the backend.
 
-        Higher `priority` first; then senders in turn, and retries to new mail 1 : 4. Raises
-        `QueueError`, and then nothing is leased.
+        A broker finds only mail that it has told of by `Receiver.waiting`. Raises `QueueError`, and
+        then nothing is leased.
         """
 
     @abstractmethod
@@ -230,7 +234,7 @@ class Queues(ABC):
 
     @abstractmethod
     async def publish(self, publications: Sequence[Publication]) -> None:
-        """Make all publications durable, or raise `QueueError` with none of them durable.
+        """Make all publications durable, or raise `QueueError`, see the guarantees above.
 
         The messages belong to the queue from now on. The publisher must not change their
         properties, because a consumer may get the very same dict. `MessageError` names the part of
@@ -300,8 +304,22 @@ class Queues(ABC):
         """The backend's statistics since the start, as a tree of numbers."""
 
 
-class BrowsableQueues(Queues):
-    """Queues that can be browsed, which a broker does not offer."""
+class SortedQueues(Queues):
+    """Queues that see each message that waits, which a broker does not offer.
+
+    Beyond the guarantees of every backend:
+
+    - `publish` and `ack` that raise have published nothing.
+    - `Subscription.take` finds all mail of its destination at any time, in a fair order: a higher
+      `priority` first; then senders in turn, and retries to new mail 1 : 4. `Taken.next_due` is
+      known. Consumers take from the destinations in turn.
+    - `Receiver.waiting` is called for mail that waits for its time, and for retries.
+    - The body of a large message may stay in the queue until `Subscription.load`.
+    """
+
+
+class BrowsableQueues(SortedQueues):
+    """Queues that can be browsed and changed, too."""
 
     @abstractmethod
     async def browse(self, queue: str, *, limit: int = 100, after: int = 0) -> list[Entry]:

@@ -18,7 +18,7 @@ from mailerq.address import queue_problem
 from mailerq.config import Config
 from mailerq.errors import MessageDamaged, MessageError, QueueError
 from mailerq.message import Message, check_nesting, decode_properties, encode_properties
-from mailerq.queues import DAMAGED_QUEUE, Depth, Lease, Publication, Queues, Settlement
+from mailerq.queues import DAMAGED_QUEUE, Depth, Lease, Publication, Settlement, SortedQueues
 from mailerq.queues.interface import Consumer, Receiver, Subscription, Taken
 from mailerq.rules.destinations import RETRY_LANE, SENDER_LANES, Place, level_of, place_of
 from tests.support import DEADLINE
@@ -153,7 +153,7 @@ class ByName(dict[str, MemoryQueue]):
         return queue
 
 
-class MemoryQueues(Queues):
+class MemoryQueues(SortedQueues):
     """Queues that forget everything with the process, and fail when they are told to."""
 
     def __init__(self) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from mailerq.queues import Queues
 from tests.outbound.memory_queues import NOW, MemoryQueues
-from tests.queues.contract import Backend, Capability, Contract
+from tests.queues.contract import Backend, Capability
+from tests.queues.contract_sorted import SortedContract
 
 
 class Memory:
@@ -39,7 +40,7 @@ class _Queues(MemoryQueues):
         self._backend.now = now
 
 
-class TestMemoryQueues(Contract):
+class TestMemoryQueues(SortedContract):
     @pytest.fixture
     def backend(self) -> Backend:
         return Memory()

@@ -9,8 +9,9 @@ import pytest
 
 from mailerq.queues import Queues
 from mailerq.queues.opening import open_embedded
-from tests.queues.contract import Backend, Capability, Contract
+from tests.queues.contract import Backend, Capability
 from tests.queues.contract_changes import ChangeContract
+from tests.queues.contract_sorted import SortedContract
 
 
 class Embedded:
@@ -26,7 +27,7 @@ class Embedded:
         return open_embedded(str(self.directory), clock=lambda: self.now)
 
 
-class TestEmbedded(Contract, ChangeContract):
+class TestEmbedded(SortedContract, ChangeContract):
     @pytest.fixture
     def backend(self, tmp_path: Path) -> Backend:
         return Embedded(tmp_path)

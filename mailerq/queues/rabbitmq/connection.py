@@ -12,8 +12,8 @@ publishes: `Connection.blocked` says so, and nothing more should be published un
 
 Guarantees
 ----------
-- A call under way that is cancelled has no effect on others. A message that comes for a cancelled
-  `Channel.get` goes back to its queue.
+- A call under way that is cancelled has no effect on others. The messages of a cancelled
+  `Channel.fetch` go back to their queue.
 - The end of the context of `connect` closes the connection within `CLOSE_SECONDS`, also when the
   context is cancelled.
 """
@@ -24,7 +24,7 @@ import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple, cast
 
 import pika
@@ -51,6 +51,9 @@ CLOSE_SECONDS: Final = 2.0
 
 HEARTBEAT_SECONDS: Final = 30
 """pika notices a silent broker 5 seconds later at the earliest, and within twice that time."""
+
+FETCH_SECONDS: Final = 2.0
+"""How long `Channel.fetch` waits for messages that were ready a moment before."""
 
 NEEDED: Final = ("publisher_confirms", "basic.nack", "consumer_cancel_notify", "connection.blocked")
 """Capabilities that the backend relies on; every RabbitMQ since 3.3 has them."""
@@ -101,8 +104,6 @@ class Delivery(NamedTuple):
     redelivered: bool
     properties: spec.BasicProperties
     body: bytes
-    left: int = 0
-    """Messages left in the queue; only after `Channel.get`."""
 
 
 @asynccontextmanager
@@ -380,10 +381,9 @@ class Channel:
         """Called for a `mandatory` publication that no queue takes, before its confirmation."""
         self._channel: Any = None
         self._replies: set[_Reply] = set()
-        self._get_lock = trio.Lock()
-        self._got = trio.Event()
-        self._got.set()
-        self._on_got: Callable[[Delivery | None], None] = lambda delivery: None
+        self._consumers: dict[str, Callable[[], None]] = {}
+        self._number = 0
+        self._fetch_lock = trio.Lock()
         self._closed = trio.Event()
 
     async def open(self, connection: Any) -> None:
@@ -395,7 +395,7 @@ class Channel:
         self._channel = channel
         channel.add_on_close_callback(self._on_closed)
         channel.add_on_return_callback(self._on_return)
-        channel.add_callback(self._on_empty, [spec.Basic.GetEmpty], one_shot=False)
+        channel.add_on_cancel_callback(self._on_cancelled)
         await self._wait(reply)
 
     @property
@@ -431,7 +431,9 @@ class Channel:
         for reply in replies:
             reply.fail(reason)
         self._closed.set()
-        self._got.set()
+        consumers, self._consumers = self._consumers, {}
+        for on_cancelled in consumers.values():
+            on_cancelled()
         self.on_closed(reason)
 
     def _on_return(
@@ -534,49 +536,70 @@ class Channel:
 
         `on_cancelled` is called when the broker ends it: the queue was deleted, or lost its host.
         """
+        consumer = self._new_consumer(on_cancelled)
+        await self._consume(consumer, queue, on_delivery)
+        return consumer
 
+    def _new_consumer(self, on_cancelled: Callable[[], None]) -> str:
+        self._number += 1
+        consumer = f"mailerq.{self._number}"
+        self._consumers[consumer] = on_cancelled
+        return consumer
+
+    async def _consume(
+        self, consumer: str, queue: str, on_delivery: Callable[[Delivery], None]
+    ) -> None:
         def delivered(_: Any, method: Any, properties: spec.BasicProperties, body: bytes) -> None:
-            on_delivery(
-                Delivery(self, method.delivery_tag, bool(method.redelivered), properties, body)
-            )
+            again = bool(method.redelivered)
+            on_delivery(Delivery(self, method.delivery_tag, again, properties, body))
 
-        self._channel.add_on_cancel_callback(lambda frame: on_cancelled())
-        frame = await self._call(self._channel.basic_consume, queue, delivered)
-        return cast("str", frame.method.consumer_tag)
+        await self._call(self._channel.basic_consume, queue, delivered, consumer_tag=consumer)
 
     async def cancel(self, consumer: str) -> None:
         """End a consumer. What it holds stays with it until acknowledged."""
-        await self._call(self._channel.basic_cancel, consumer)
+        if self._consumers.pop(consumer, None) is not None:
+            await self._call(self._channel.basic_cancel, consumer)
 
-    async def get(self, queue: str) -> Delivery | None:
-        """Take one message out of a queue; None if none is ready."""
-        async with self._get_lock:
-            await self._got.wait()  # one `get` at a time, also after a cancelled one
-            reply = self._reply()
+    def _on_cancelled(self, frame: Any) -> None:
+        on_cancelled = self._consumers.pop(str(frame.method.consumer_tag), None)
+        if on_cancelled is not None:
+            on_cancelled()
 
-            def got(delivery: Delivery | None) -> None:
-                self._got.set()
-                if not reply.abandoned:
-                    reply.set(delivery)
-                elif delivery is not None:
-                    self.nack(delivery.tag)
+    async def fetch(self, queue: str, limit: int) -> tuple[list[Delivery], int]:
+        """Take up to `limit` messages that are ready; return them, and how many are left.
 
-            def received(
-                _: Any, method: Any, properties: spec.BasicProperties, body: bytes
-            ) -> None:
-                again, left = bool(method.redelivered), method.message_count
-                got(Delivery(self, method.delivery_tag, again, properties, body, left))
+        This takes five round trips, however many messages come; ``basic.get`` would take one for
+        each, and in a quorum queue a write. Several tasks may fetch at a time.
+        """
+        ready = (await self.declare(queue, passive=True)).messages
+        wanted = min(limit, ready)
+        if not wanted:
+            return [], 0
+        deliveries: list[Delivery] = []
+        over = trio.Event()
 
-            self._on_got = got
-            self._got = trio.Event()
-            try:
-                self._channel.basic_get(queue, received)
-            except exceptions.AMQPError as error:
-                raise self.connection._error_of(error) from None
-            return cast("Delivery | None", await self._wait(reply))
+        def delivered(delivery: Delivery) -> None:
+            deliveries.append(delivery)
+            if len(deliveries) >= wanted:
+                over.set()
 
-    def _on_empty(self, frame: Any) -> None:
-        self._on_got(None)
+        consumer = ""
+        try:
+            async with self._fetch_lock:
+                # The limit is that of consumers that begin from now on.
+                await self.prefetch(wanted)
+                consumer = self._new_consumer(over.set)
+                await self._consume(consumer, queue, delivered)
+            with trio.move_on_after(FETCH_SECONDS):  # another process may have taken some
+                await over.wait()
+            await self.cancel(consumer)
+        except BaseException:
+            with trio.move_on_after(CLOSE_SECONDS, shield=True), suppress(BrokerError):
+                await self.cancel(consumer)  # what is on its way goes back by itself
+            for delivery in deliveries:
+                self.nack(delivery.tag)
+            raise
+        return deliveries, ready - len(deliveries)
 
     def ack(self, tag: int) -> None:
         """Acknowledge a message. If the channel is over, the message comes again."""

@@ -59,6 +59,8 @@ class Keeper:
         self.on_change: list[Callable[[State], None]] = []
         self.connections = 0
         """Connections opened so far."""
+        self.version: tuple[int, ...] = ()
+        """The version of the broker of the last connection."""
         self._addresses = addresses
         self._name = name
         self._context = context
@@ -121,6 +123,7 @@ class Keeper:
 
         product = connection.product
         self._open = connection
+        self.version = connection.version
         self.connections += 1
         connection.on_blocked.append(tell)
         tell()

@@ -65,7 +65,7 @@ def step_for(delay: float) -> int:
     """The next wait of a message that has `delay` seconds to go, of `DELAYS`; 0 for none.
 
     A message is never early. Waited out in steps, it is late by at most 2 % and half a second, plus
-    what the broker needs. Delays of `DELAYS` take one step, others up to thirteen.
+    what the broker needs. Delays of `DELAYS` take one step, the last day of others up to fourteen.
 
     >>> step_for(900), step_for(899.7), step_for(1000), step_for(5e6), step_for(-1)
     (900, 900, 900, 86400, 0)

@@ -28,17 +28,16 @@ class Peer:
     def __init__(self, broker: FakeBroker, stream: trio.abc.Stream) -> None:
         self.broker, self.stream = broker, stream
         self.seen: list[str] = []
-        self.sent: list[commands.Basic.Publish] = []
+        self._lock = trio.Lock()
 
     async def send(self, *frames: Any, channel: int = 0) -> None:
         await self.write(b"".join(frame.marshal(each, channel) for each in frames))
 
     async def write(self, data: bytes) -> None:
-        if self.broker.one_byte:
-            for at in range(len(data)):
-                await self.stream.send_all(data[at : at + 1])
-        else:
-            await self.stream.send_all(data)
+        step = 1 if self.broker.one_byte else len(data)
+        async with self._lock:
+            for at in range(0, len(data), step):
+                await self.stream.send_all(data[at : at + step])
 
     async def deliver(
         self, method: Any, body: bytes, properties: commands.Basic.Properties, channel: int = 1

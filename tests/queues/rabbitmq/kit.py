@@ -14,15 +14,18 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
+import pika
 import pytest
 
 from mailerq.queues.rabbitmq.addresses import Address
+from mailerq.queues.rabbitmq.connection import Channel, connect
 
-__all__ = ["Broker", "running_broker"]
+__all__ = ["Broker", "channel_to", "running_broker", "send"]
 
 START_SECONDS = 60.0
 SERVERS = "/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server"
@@ -160,12 +163,15 @@ class Broker:
         """Make a new vhost, empty and apart from all others; return its address."""
         self._vhosts += 1
         name = f"test{self._vhosts}"
+        self.add_vhost(name)
+        return Address("127.0.0.1", self.port, USER, PASSWORD, name)
+
+    def add_vhost(self, name: str) -> None:
         self.call(f'rabbit_vhost:add(<<"{name}">>, <<"test">>)')
         self.call(
             "rabbit_auth_backend_internal:set_permissions("
             f'<<"{USER}">>, <<"{name}">>, <<".*">>, <<".*">>, <<".*">>, <<"test">>)'
         )
-        return Address("127.0.0.1", self.port, USER, PASSWORD, name)
 
     def drop_vhost(self, address: Address) -> None:
         self.call(f'rabbit_vhost:delete(<<"{address.vhost}">>, <<"test">>)')
@@ -173,10 +179,12 @@ class Broker:
     def alarm(self, on: bool) -> None:
         """Have the server believe that its memory is short, or is not any more."""
         source = f"{{resource_limit, memory, '{self.node}'}}"
+        # The second call is answered when all connections have been told.
+        told = "rabbit_alarm:get_alarms()"
         if on:
-            self.call(f"rabbit_alarm:set_alarm({{{source}, []}})")
+            self.call(f"rabbit_alarm:set_alarm({{{source}, []}}), {told}")
         else:
-            self.call(f"rabbit_alarm:clear_alarm({source})")
+            self.call(f"rabbit_alarm:clear_alarm({source}), {told}")
 
     def close_connections(self, text: str = "closed by the test") -> None:
         """Have the server close all connections."""
@@ -201,3 +209,16 @@ def running_broker() -> Iterator[Broker]:
             yield broker
         finally:
             broker.close()
+
+
+@asynccontextmanager
+async def channel_to(address: Address) -> AsyncIterator[Channel]:
+    """A channel of another client."""
+    async with connect(address) as connection:
+        yield await connection.channel()
+
+
+async def send(channel: Channel, queue: str, body: bytes, **more: Any) -> None:
+    """Publish as an application does."""
+    channel.publish("", queue, body, pika.BasicProperties(**more))
+    await channel.declare(queue, passive=True)  # the answer comes behind the publication

@@ -183,16 +183,25 @@ async def test_a_blocked_broker_says_what_is_short() -> None:
         assert said == ["low on ?disk", None]
 
 
-async def test_a_message_for_a_cancelled_get_goes_back() -> None:
-    asked, returned = trio.Event(), trio.Event()
+async def test_the_messages_of_a_cancelled_fetch_go_back() -> None:
+    begun, returned = trio.Event(), trio.Event()
+    consumers: list[str] = []
 
     def answer(peer: Peer, each: Any) -> tuple[Any, ...]:
-        if each.name == "Basic.Get":
-            again = asked.is_set()
-            asked.set()
-            return (commands.Basic.GetEmpty(),) if again else (None,)
-        if each.name == "Basic.Nack":
-            returned.set()
+        match each.name:
+            case "Queue.Declare":
+                return (commands.Queue.DeclareOk(each.queue, 2, 0),)
+            case "Basic.Qos":
+                return (commands.Basic.QosOk(),)
+            case "Basic.Consume":
+                consumers.append(each.consumer_tag)
+                begun.set()
+                return (commands.Basic.ConsumeOk(each.consumer_tag),)
+            case "Basic.Cancel":
+                return (commands.Basic.CancelOk(each.consumer_tag),)
+            case "Basic.Nack":
+                assert each.delivery_tag == 7 and each.requeue
+                returned.set()
         return ()
 
     async with fake_broker() as broker:
@@ -201,13 +210,15 @@ async def test_a_message_for_a_cancelled_get_goes_back() -> None:
             channel = await connection.channel()
             with trio.fail_after(DEADLINE):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(channel.get, "q")
-                    await asked.wait()
+                    nursery.start_soon(channel.fetch, "q", 2)
+                    await begun.wait()
+                    first = commands.Basic.Deliver(consumers[0], 7, False, "", "q")
+                    await broker.peers[0].deliver(first, b"one", commands.Basic.Properties())
+                    # The answer to a later call says that the delivery is here.
+                    await channel.declare("other")
                     nursery.cancel_scope.cancel()
-                late = commands.Basic.GetOk(7, False, "", "q", 0)
-                await broker.peers[0].deliver(late, b"late", commands.Basic.Properties())
-                assert await channel.get("q") is None  # the late message is not for this one
                 await returned.wait()
+            assert connection.is_open
 
 
 @pytest.mark.parametrize(

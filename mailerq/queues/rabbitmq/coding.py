@@ -1,0 +1,137 @@
+"""Messages as a broker carries them: the JSON document, and what is said beside it.
+
+The body of an AMQP message is the document of `Message.to_json`, plain or with the content encoding
+``gzip``, as applications publish it. Beside it stand a `message_id` for each copy, the priority,
+and ``x-mailerq-due``, the due time of a message that waits in steps, in milliseconds since 1970.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any, Final, TypeVar
+
+import trio
+from pika import spec
+
+from mailerq.errors import MessageError
+from mailerq.message import Message, check_nesting
+
+__all__ = [
+    "REASON",
+    "due_of",
+    "encode",
+    "decode",
+    "header",
+    "identity_of",
+    "in_thread",
+    "priority_of",
+]
+
+T = TypeVar("T")
+
+DUE: Final = "x-mailerq-due"
+REASON: Final = "x-mailerq-reason"
+"""Why a message was set aside."""
+
+MAX_BYTES: Final = 16 << 20
+"""RabbitMQ 4 refuses a larger message, and closes the channel."""
+
+MAX_DOCUMENT: Final = 64 << 20
+"""Bytes of a document when it is unpacked."""
+
+SMALL_BYTES: Final = 1 << 18
+"""More takes a thread, so that the loop is not blocked for milliseconds."""
+
+GZIP: Final = 16 + zlib.MAX_WBITS
+GZIP_LEVEL: Final = 1
+MAX_PRIORITY: Final = 255
+LAST_DUE: Final = 1 << 62
+
+
+async def in_thread(size: int, work: Callable[[], T]) -> T:
+    """Do work on `size` bytes, here if they are few. Cannot be cancelled."""
+    if size <= SMALL_BYTES:
+        return work()
+    return await trio.to_thread.run_sync(work)
+
+
+def encode(message: Message, *, compress: bool = False) -> bytes:
+    """The document of a message. Raises `MessageError` if there can be none."""
+    try:
+        data = message.to_json()
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise MessageError(f"a message cannot be written as JSON: {error}") from None
+    check_nesting(message.properties, data)
+    if compress:
+        packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, GZIP)
+        data = packer.compress(data) + packer.flush()
+    if len(data) > MAX_BYTES:
+        raise MessageError(f"a message of {len(data)} bytes is more than a broker takes")
+    return data
+
+
+def decode(body: bytes, encoding: str | None) -> Message:
+    """Read a document. Raises `MessageError` for one that cannot be used."""
+    match (encoding or "").lower():
+        case "gzip":
+            body = _unpack(body)
+        case "" | "identity" | "utf-8" | "utf8":  # some clients put the character set here
+            pass
+        case other:
+            raise MessageError(f"the content encoding {other[:40]!a} is not known")
+    return Message.from_json(body)
+
+
+def _unpack(data: bytes) -> bytes:
+    unpacker = zlib.decompressobj(GZIP)
+    try:
+        unpacked = unpacker.decompress(data, MAX_DOCUMENT)
+    except zlib.error as error:
+        raise MessageError(f"not gzip: {error}") from None
+    if not unpacker.eof:
+        problem = "is too large" if unpacker.unconsumed_tail else "ends early"
+        raise MessageError(f"the gzip of the message {problem}")
+    return unpacked
+
+
+def header(
+    identity: str, *, priority: int = 0, due: float | None = None, encoding: str | None = None,
+    reason: str | None = None,
+) -> spec.BasicProperties:  # fmt: skip
+    """What stands beside a document; always persistent."""
+    headers: dict[str, Any] = {}
+    if due is not None:
+        headers[DUE] = int(due * 1000)
+    if reason is not None:
+        headers[REASON] = reason[:1000]
+    return spec.BasicProperties(
+        content_type="application/json",
+        content_encoding=encoding,
+        delivery_mode=2,
+        message_id=identity,
+        priority=priority or None,
+        headers=headers or None,
+    )
+
+
+def priority_of(message: Message) -> int:
+    """The priority of a message, 0 to 255."""
+    priority = message.properties.get("priority")
+    return min(max(priority, 0), MAX_PRIORITY) if isinstance(priority, int) else 0
+
+
+def due_of(properties: spec.BasicProperties) -> float | None:
+    """When a message that came from a wait queue is due, seconds since 1970."""
+    due = (properties.headers or {}).get(DUE)
+    if not isinstance(due, int) or isinstance(due, bool) or not 0 <= due < LAST_DUE:
+        return None  # none of ours
+    return due / 1000
+
+
+def identity_of(properties: spec.BasicProperties, body: bytes) -> str:
+    """What a redelivered copy has in common with the first; a digest if its sender gave no id."""
+    if properties.message_id:
+        return str(properties.message_id)
+    return "=" + blake2b(body, digest_size=16).hexdigest()

@@ -1,0 +1,305 @@
+"""Publishes to a broker, with confirms, and declares the queues that this needs.
+
+Theory of operation
+-------------------
+`Publisher.publish` puts copies in line. As many as `throttle` are written and not yet confirmed;
+the rest waits, also while the broker is blocked or the connection has much to write. When the
+connection is lost, copies that are not confirmed are written again on the next one, so a copy may
+be in its queue twice, and never not at all. A batch that is not confirmed in time fails, though
+some of its copies may be safe.
+
+All is published as `mandatory`: a copy for which there is no queue comes back before its
+confirmation. Its queue is then declared anew, once for each call.
+
+Guarantees
+----------
+- `publish` returns when the broker has confirmed every copy, or raises `BrokerError`.
+- A turn of the loop writes at most `TURN_COPIES` copies.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any, Final
+
+import trio
+from pika import spec
+
+from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection, Declared
+from mailerq.queues.rabbitmq.keeper import Keeper
+from mailerq.queues.rabbitmq.topology import DECLARE_SECONDS
+
+__all__ = ["Copy", "Place", "Publisher"]
+
+PUBLISH_SECONDS: Final = 30.0
+"""A batch that is not confirmed by then fails. A client waits for its 250 five minutes and more
+(RFC 5321, section 4.5.3.2.6), so the failure still reaches the client."""
+
+THROTTLE: Final = 1000
+TURN_COPIES: Final = 100
+MAX_BUFFERED: Final = 4 << 20
+"""Bytes that may wait for the kernel before no more is written."""
+
+MAX_DECLARED: Final = 100_000
+AGAIN_SECONDS: Final = 1.0
+
+
+class Place:
+    """A queue to publish to, with what declares it; no `arguments`: it is there, or not.
+
+    Messages of this queue fall into the queue `back`, which must be there before.
+    """
+
+    __slots__ = ("arguments", "back", "exchange", "name")
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        exchange: str = "",
+        back: Place | None = None,
+    ) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.exchange = exchange
+        self.back = back
+
+
+class Copy:
+    """One message for one queue of the broker."""
+
+    __slots__ = ("batch", "body", "place", "problem", "properties")
+
+    def __init__(self, place: Place, body: bytes, properties: spec.BasicProperties) -> None:
+        self.place = place
+        self.body = body
+        self.properties = properties
+        self.batch: _Batch | None = None
+        self.problem: str | None = None
+
+
+class _Batch:
+    """The copies of one call that are not confirmed yet."""
+
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        self.left = len(copies)
+        self.refused: list[Copy] = []
+        self.over = trio.Event()
+
+    def confirmed(self, copy: Copy) -> None:
+        if copy.problem is not None:
+            self.refused.append(copy)
+        self.left -= 1
+        if not self.left:
+            self.over.set()
+
+
+class Publisher:
+    """Publishes on the connection of a keeper. Belongs to the loop of `run`."""
+
+    def __init__(
+        self, keeper: Keeper, *, throttle: int = THROTTLE, publish_seconds: float = PUBLISH_SECONDS
+    ) -> None:
+        self.keeper = keeper
+        self.published = 0
+        """Copies confirmed so far."""
+        self._throttle = throttle
+        self._seconds = publish_seconds
+        self._prefix = secrets.token_hex(8)
+        self._number = 0
+        self._waiting: deque[Copy] = deque()
+        self._unconfirmed: dict[int, Copy] = {}
+        self._by_identity: dict[str, Copy] = {}
+        self._channel: Channel | None = None
+        self._tag = 0
+        self._more_later = False
+        self._admin: Channel | None = None
+        self._admin_lock = trio.Lock()
+        self._declared: dict[str, float] = {}
+        self._token = trio.lowlevel.current_trio_token()
+
+    def identity(self) -> str:
+        """A new id for a copy."""
+        self._number += 1
+        return f"{self._prefix}.{self._number:x}"
+
+    async def run(self) -> None:
+        """Publish until cancelled."""
+        while True:
+            connection = await self.keeper.connection()
+            try:
+                channel = await connection.channel()
+                self._tag = 0
+                await channel.confirm(self._on_confirmed)
+                channel.on_return = self._on_return
+                connection.on_blocked.append(self._pump)
+                self._declared.clear()
+                self._channel = channel
+                self._pump()
+                raise await channel.wait_closed()
+            except BrokerError:
+                # The state of the keeper says why; a channel alone ends by a defect of either side.
+                await trio.sleep(AGAIN_SECONDS)
+            finally:
+                self._channel = None
+                self._again()
+
+    def _again(self) -> None:
+        """Put what is not confirmed back in line, in order."""
+        self._waiting.extendleft(reversed(self._unconfirmed.values()))
+        self._unconfirmed.clear()
+        self._by_identity.clear()
+
+    async def publish(self, copies: Sequence[Copy]) -> None:
+        """Publish copies and wait for their confirmation. Raises `BrokerError`.
+
+        Not to be cancelled: nobody would know what is safe.
+        """
+        if not copies:
+            return
+        with trio.move_on_after(self._seconds) as scope:
+            await self._declare_all(copies)
+            refused = await self._submit(copies)
+            missing = [copy for copy in refused if copy.place.name not in self._declared]
+            if missing and missing == refused:
+                # Somebody deleted the queue.
+                await self._declare_all(missing)
+                for copy in missing:
+                    copy.problem = None
+                refused = await self._submit(missing)
+            if refused:
+                raise BrokerError(refused[0].problem or "the broker refused a message")
+        if scope.cancelled_caught:
+            raise BrokerError(
+                f"not confirmed within {self._seconds:g} seconds: {self.keeper.state.text}"
+            )
+
+    async def _submit(self, copies: Sequence[Copy]) -> list[Copy]:
+        batch = _Batch(copies)
+        for copy in copies:
+            copy.batch = batch
+        self._waiting.extend(copies)
+        self._pump()
+        try:
+            await batch.over.wait()
+        except trio.Cancelled:
+            for copy in copies:
+                copy.batch = None  # those not written yet are not written any more
+            raise
+        return batch.refused
+
+    def _pump(self) -> None:
+        """Write what may be written now."""
+        channel = self._channel
+        if channel is None or not channel.is_open:
+            return
+        connection = channel.connection
+        room = TURN_COPIES
+        waiting = self._waiting
+        while (
+            waiting
+            and len(self._unconfirmed) < self._throttle
+            and connection.blocked is None
+            and connection.buffered < MAX_BUFFERED
+        ):
+            if not room:
+                if not self._more_later:
+                    self._more_later = True
+                    self._token.run_sync_soon(self._pump_later)
+                return
+            copy = waiting.popleft()
+            if copy.batch is None:
+                continue
+            room -= 1
+            self._tag += 1
+            self._unconfirmed[self._tag] = copy
+            self._by_identity[str(copy.properties.message_id)] = copy
+            channel.publish(copy.place.exchange, copy.place.name, copy.body, copy.properties)
+
+    def _pump_later(self) -> None:
+        self._more_later = False
+        self._pump()
+
+    def _on_return(self, code: int, queue: str, properties: spec.BasicProperties) -> None:
+        copy = self._by_identity.get(str(properties.message_id))
+        if copy is not None:
+            copy.problem = f"the queue {queue!a} is not there; rabbitmq-declare would create it"
+            if copy.place.arguments is not None:
+                self._declared.pop(copy.place.name, None)
+
+    def _on_confirmed(self, tag: int, multiple: bool, taken: bool) -> None:
+        if not multiple:
+            self._finish(tag, taken)
+        else:
+            # Tags are in order: only those that are confirmed are looked at.
+            for each in list(takewhile(lambda each: each <= tag, self._unconfirmed)):
+                self._finish(each, taken)
+        self._pump()
+
+    def _finish(self, tag: int, taken: bool) -> None:
+        copy = self._unconfirmed.pop(tag, None)
+        if copy is None:
+            return
+        self._by_identity.pop(str(copy.properties.message_id), None)
+        if not taken:
+            copy.problem = f"the broker has no room for the queue {copy.place.name!a}, or lost it"
+        self.published += copy.problem is None
+        if copy.batch is not None:
+            copy.batch.confirmed(copy)
+
+    # Declaring
+
+    async def _declare_all(self, copies: Sequence[Copy]) -> None:
+        for place in {copy.place.name: copy.place for copy in copies}.values():
+            await self.declare(place)
+
+    async def declare(self, place: Place) -> None:
+        """Declare a queue, if that has not been done lately. Raises `BrokerError`."""
+        if place.back is not None:
+            await self.declare(place.back)
+        if place.arguments is None:
+            return
+        now = trio.current_time()
+        if now - self._declared.get(place.name, -DECLARE_SECONDS) < DECLARE_SECONDS:
+            return
+        async with self._admin_lock:
+            admin = await self._admin_channel()
+            await admin.declare(place.name, arguments=place.arguments)
+            if place.exchange:
+                await admin.declare_exchange(place.exchange)
+                await admin.bind(place.name, place.exchange)
+        if len(self._declared) >= MAX_DECLARED:
+            self._declared.clear()
+        self._declared[place.name] = now
+
+    async def look(self, name: str) -> Declared | None:
+        """The depth of a queue; None if it is not there. Raises `BrokerError`."""
+        async with self._admin_lock:
+            try:
+                return await (await self._admin_channel()).declare(name, passive=True)
+            except BrokerError as error:
+                if error.code == 404:
+                    return None
+                raise
+
+    async def purge(self, name: str) -> int:
+        """Delete the ready messages of a queue; return their number. Raises `BrokerError`."""
+        if await self.look(name) is None:
+            return 0
+        async with self._admin_lock:
+            return await (await self._admin_channel()).purge(name)
+
+    async def _admin_channel(self) -> Channel:
+        """A channel of its own: a refused declaration ends the channel."""
+        connection: Connection = await self.keeper.connection()
+        if (
+            self._admin is None
+            or not self._admin.is_open
+            or self._admin.connection is not connection
+        ):
+            self._admin = await connection.channel()
+        return self._admin

@@ -1,0 +1,612 @@
+"""Queues in a RabbitMQ broker, on trio.
+
+Theory of operation
+-------------------
+There are two connections, because a broker that is short of memory or disk stops reading from one
+that publishes, and acknowledgements must still get through. `publisher` publishes and declares,
+`takers` consume. `topology` names the queues of the broker.
+
+Where this differs from the embedded queue, as `mailerq.queues.interface` allows a broker:
+
+- `publish` and `ack` that raise may have published some of their messages, and an acknowledgement
+  that is lost with its connection is not noticed. Then a message comes again. This process knows
+  the messages that it has settled, see `takers`; another one sends such a message twice.
+- A due time is kept in steps (`mailerq.queues.rabbitmq.topology.step_for`), up to 2 % late. The
+  subscriber is not told of mail that waits for a time: it arrives when it is due.
+- The mail of a destination comes in order of arrival, in classic queues by priority first.
+
+Guarantees
+----------
+- A publication is safe on the broker, persistent and confirmed, before `publish` returns. A
+  consumed message is acknowledged after the publications of its settlement are.
+- Without a broker, `publish`, `ack` and `take` raise `QueueError` after some seconds, and takers
+  wait. Nothing ends because a broker is away.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import outcome
+import trio
+
+from mailerq.address import queue_problem
+from mailerq.config import Config
+from mailerq.errors import MessageError, QueueError
+from mailerq.message import Message, encode_properties
+from mailerq.queues.interface import (
+    DAMAGED_QUEUE,
+    Consumer,
+    Depth,
+    Lease,
+    Publication,
+    Queues,
+    Receiver,
+    Settlement,
+    Subscription,
+)
+from mailerq.queues.rabbitmq.addresses import Address
+from mailerq.queues.rabbitmq.coding import decode, encode, header, in_thread, priority_of
+from mailerq.queues.rabbitmq.connection import Channel
+from mailerq.queues.rabbitmq.keeper import Keeper, State
+from mailerq.queues.rabbitmq.publisher import PUBLISH_SECONDS, THROTTLE, Copy, Place, Publisher
+from mailerq.queues.rabbitmq.takers import (
+    HOLD_SECONDS,
+    RETURN_SECONDS,
+    BrokerConsumer,
+    BrokerLease,
+    BrokerSubscription,
+    Move,
+    Taker,
+)
+from mailerq.queues.rabbitmq.topology import DELAYS, QueueType, Topology, name_problem, step_for
+
+__all__ = ["Options", "RabbitQueues", "open_rabbitmq"]
+
+T = TypeVar("T")
+
+MAX_SETTLED: Final = 100_000
+"""Settled messages to remember whose acknowledgement may be lost."""
+
+MAX_INDEX: Final = 50_000
+"""Entries of an index to read at a start; a prefetch has 16 bits."""
+
+
+@dataclass(slots=True, frozen=True)
+class Options:
+    """How to use a broker.
+
+    With `declare` false, the queues of the settings must be there, with whatever arguments; wait
+    and parked queues are declared in any case. `compress` publishes with the content encoding gzip,
+    which is understood always. `throttle` is the number of publications on the way at a time.
+    """
+
+    queue_type: QueueType = "quorum"
+    declare: bool = True
+    exchange: str = ""
+    max_priority: int = 0
+    compress: bool = False
+    throttle: int = THROTTLE
+    context: ssl.SSLContext | None = None
+    publish_seconds: float = PUBLISH_SECONDS
+    hold_seconds: float = HOLD_SECONDS
+    first_pause_seconds: float = 0.1
+
+
+@asynccontextmanager
+async def open_rabbitmq(
+    addresses: Sequence[Address],
+    options: Options | None = None,
+    *,
+    clock: Callable[[], float] = time.time,
+) -> AsyncIterator[RabbitQueues]:
+    """Use the first broker that can be reached, for the duration of the context.
+
+    Does not wait for the broker. `clock` is the wall clock, in seconds since 1970.
+    """
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        queues = RabbitQueues(nursery, addresses, options or Options(), clock)
+        # The keepers and the publisher outlive a cancelled body, which has yet to settle.
+        scope = trio.CancelScope(shield=True)
+        nursery.start_soon(queues.run, scope)
+        try:
+            yield queues
+        except BaseException as error:
+            failure = error  # the nursery would wrap it
+        finally:
+            with trio.CancelScope(shield=True):
+                await queues.close()
+            scope.cancel()
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure  # the error refers to this frame
+
+
+class RabbitQueues(Queues):
+    """The queues of one vhost, see `open_rabbitmq`. Takers are opened on its own loop."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        addresses: Sequence[Address],
+        options: Options,
+        clock: Callable[[], float],
+    ) -> None:
+        self.options = options
+        self.clock = clock
+
+        def keeper(name: str) -> Keeper:
+            return Keeper(
+                addresses,
+                name=name,
+                context=options.context,
+                first_pause=options.first_pause_seconds,
+            )
+
+        self.publishing = keeper("publishing to RabbitMQ")
+        self.consuming = keeper("consuming from RabbitMQ")
+        self.publisher = Publisher(
+            self.publishing, throttle=options.throttle, publish_seconds=options.publish_seconds
+        )
+        self.held: dict[int, BrokerLease] = {}
+        self.by_identity: dict[str, BrokerLease] = {}
+        self.leases = 0
+        """The number of the last lease."""
+        self._settled: OrderedDict[str, None] = OrderedDict()
+        self._names: set[str] = set()
+        self._waits: set[str] = set()
+        """Wait queues that this process has published to."""
+        self._takers: dict[Taker, None] = {}
+        self._nursery = nursery
+        self._token = trio.lowlevel.current_trio_token()
+        self._under_way = 0
+        self._news = trio.Event()
+        self._closed = self._over = False
+
+    async def run(self, scope: trio.CancelScope) -> None:
+        with scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.publishing.run)
+                nursery.start_soon(self.consuming.run)
+                nursery.start_soon(self.publisher.run)
+
+    async def close(self) -> None:
+        """Finish what is under way."""
+        self._closed = True
+        while self._under_way:
+            await self._news.wait()
+        self._over = True
+
+    @property
+    def states(self) -> tuple[State, State]:
+        """What is the case with the two connections, for people."""
+        return self.publishing.state, self.consuming.state
+
+    @property
+    def topology(self) -> Topology:
+        options = self.options
+        version = self.publishing.version or self.consuming.version
+        return Topology(options.queue_type, version, options.exchange, options.max_priority)
+
+    def place(self, queue: str) -> Place:
+        """A queue of ours, as a place to publish to."""
+        self._names.add(queue)
+        arguments = self.topology.main() if self.options.declare else None
+        return Place(queue, arguments, exchange=self.options.exchange)
+
+    def parked_place(self, queue: str, destination: str) -> Place:
+        """The parked queue of a destination."""
+        return Place(*self.topology.parked(queue, destination), back=self.place(queue))
+
+    # Publish
+
+    def check(self, publication: Publication) -> None:
+        self._check_name(publication.queue)
+        encode(publication.message)
+
+    def _check_name(self, queue: str) -> None:
+        problem = queue_problem(queue) or name_problem(queue)
+        if problem is not None:
+            raise MessageError(f"the queue name {ascii(queue)[:80]} {problem}")
+
+    async def _encode(self, message: Message) -> bytes:
+        work = partial(encode, message, compress=self.options.compress)
+        return await in_thread(len(message.body or b""), work)
+
+    async def publish(self, publications: Sequence[Publication]) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        bodies = await self._prepare(publications)
+        await self._at_home(partial(self._publish, publications, bodies))
+
+    async def _prepare(self, publications: Sequence[Publication]) -> list[bytes]:
+        for publication in publications:
+            self._check_name(publication.queue)
+        return [await self._encode(publication.message) for publication in publications]
+
+    async def _publish(self, publications: Sequence[Publication], bodies: Sequence[bytes]) -> None:
+        await self._wait_ready()
+        now = self.clock()
+        await self.publisher.publish(
+            [
+                self._copy(publication, body, now)
+                for publication, body in zip(publications, bodies, strict=True)
+            ]
+        )
+
+    async def _wait_ready(self) -> None:
+        """Wait for a connection; what is declared depends on the version of the broker."""
+        with trio.move_on_after(self.options.publish_seconds):
+            await self.publishing.connection()
+            if problem := self.topology.problem():
+                raise QueueError(problem)
+            return
+        raise QueueError(self.publishing.state.text)
+
+    def _copy(self, publication: Publication, body: bytes, now: float) -> Copy:
+        due, delay = publication.due, 0.0
+        if due is not None:
+            delay = due - now
+            if publication.since:
+                delay = min(delay, due - publication.since)
+        return self._copy_to(
+            publication.queue,
+            body,
+            delay,
+            due=due,
+            priority=priority_of(publication.message),
+            encoding="gzip" if self.options.compress else None,
+        )
+
+    def _copy_to(
+        self,
+        queue: str,
+        body: bytes,
+        delay: float,
+        *,
+        due: float | None,
+        priority: int,
+        encoding: str | None,
+    ) -> Copy:
+        """A copy for a queue, or for one of its wait queues."""
+        place = self.place(queue)
+        step = step_for(delay)
+        if step:
+            place = Place(*self.topology.wait(queue, step), back=place)
+            self._waits.add(place.name)
+        identity = self.publisher.identity()
+        properties = header(
+            identity, priority=priority, due=due if step else None, encoding=encoding
+        )
+        return Copy(place, body, properties)
+
+    async def _at_home(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work on the loop of this object; it cannot be cancelled."""
+        if self._closed:
+            raise QueueError("the queue is closed")
+        if trio.lowlevel.current_trio_token() is self._token:
+            with trio.CancelScope(shield=True):
+                return await self._counted(work)
+        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
+
+        async def run() -> None:
+            with trio.CancelScope(shield=True):
+                result = await outcome.acapture(self._counted, work)
+            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+
+        def start() -> None:
+            if self._over:
+                error = outcome.Error(QueueError("the queue is closed"))
+                token.run_sync_soon(trio.lowlevel.reschedule, task, error)
+            else:
+                self._nursery.start_soon(run)
+
+        try:
+            self._token.run_sync_soon(start)
+        except trio.RunFinishedError:
+            raise QueueError("the queue is closed") from None
+        value: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        return value
+
+    async def _counted(self, work: Callable[[], Awaitable[T]]) -> T:
+        self._under_way += 1
+        try:
+            return await work()
+        finally:
+            self._under_way -= 1
+            self._notice()
+
+    def _notice(self) -> None:
+        news, self._news = self._news, trio.Event()
+        news.set()
+
+    # Leases
+
+    async def ack(self, settlements: Sequence[Settlement]) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        publications = [each for one in settlements for each in one.publications]
+        bodies = await self._prepare(publications)
+        leases = [self._held(settlement.lease) for settlement in settlements]
+        if len({lease.id for lease in leases}) < len(leases):
+            raise ValueError("a lease is settled twice")
+        for lease in leases:
+            lease.settling = True
+        await self._at_home(partial(self._settle, leases, publications, bodies))
+
+    async def _settle(
+        self,
+        leases: Sequence[BrokerLease],
+        publications: Sequence[Publication],
+        bodies: Sequence[bytes],
+    ) -> None:
+        try:
+            if publications:
+                await self._publish(publications, bodies)
+        except BaseException:
+            for lease in leases:
+                lease.settling = False
+                if lease.taker is not None and lease.taker.closed:
+                    self.end(lease)
+                    lease.taker.release(lease)
+            raise
+        for lease in leases:
+            self.finish(lease.channel, lease.tag, lease.identity)
+            self.end(lease)
+
+    def finish(self, channel: Channel | None, tag: int, identity: str) -> None:
+        """Acknowledge a message; one that the broker delivers again is remembered for then."""
+        if channel is not None and channel.is_open:
+            channel.ack(tag)
+            return
+        self._settled[identity] = None
+        if len(self._settled) > MAX_SETTLED:
+            self._settled.popitem(last=False)
+
+    def was_settled(self, identity: str) -> bool:
+        """Whether a message is settled though it comes once more; true once for each."""
+        if identity not in self._settled:
+            return False
+        del self._settled[identity]
+        return True
+
+    def end(self, lease: BrokerLease) -> None:
+        """A lease is over."""
+        del self.held[lease.id]
+        if self.by_identity.get(lease.identity) is lease:
+            del self.by_identity[lease.identity]
+        if lease.taker is not None:
+            lease.taker.over(lease)
+        self._notice()
+
+    def _held(self, lease: Lease) -> BrokerLease:
+        held = self.held.get(lease.id)
+        if held is None or held is not lease or held.settling:
+            raise ValueError(f"message {lease.id} of queue {lease.queue}: the lease is over")
+        return held
+
+    def release(self, lease: Lease) -> None:
+        held = self._held(lease)
+        if trio.lowlevel.current_trio_token() is self._token:
+            self._release(held)
+        else:
+            held.settling = True  # over for everybody from now on
+            self._token.run_sync_soon(self._release, held)
+
+    def _release(self, lease: BrokerLease) -> None:
+        self.end(lease)
+        if lease.taker is not None:
+            lease.taker.release(lease)
+
+    # For takers
+
+    async def republish(self, queue: str, moves: Sequence[Move], keys: Sequence[str]) -> None:
+        """Publish messages that move, and destinations that get their first parked message."""
+        await self._wait_ready()
+        copies = []
+        if keys:
+            copies += [self._index_copy(queue, key) for key in keys]
+        for move in moves:
+            copies.append(await self._moved_copy(queue, move))
+        await self._counted(partial(self.publisher.publish, copies))
+
+    async def _moved_copy(self, queue: str, move: Move) -> Copy:
+        origin = move.origin
+        if isinstance(origin, BrokerLease):
+            body = await self._encode(origin.restored())
+            priority, encoding = origin.priority, "gzip" if self.options.compress else None
+        else:
+            body, encoding = origin.body, origin.properties.content_encoding
+            priority = origin.properties.priority or 0
+        identity = self.publisher.identity()
+        if move.reason is not None:
+            properties = header(identity, encoding=encoding, reason=f"{queue}: {move.reason}")
+            return Copy(self.place(DAMAGED_QUEUE), body, properties)
+        if move.due is not None:
+            delay = move.due - self.clock()
+            return self._copy_to(
+                queue, body, delay, due=move.due, priority=priority, encoding=encoding
+            )
+        place = self.parked_place(queue, move.key)
+        return Copy(place, body, header(identity, priority=priority, encoding=encoding))
+
+    def _index_copy(self, queue: str, key: str) -> Copy:
+        body = encode_properties({"destination": key})
+        return Copy(Place(*self.topology.index(queue)), body, header(self.publisher.identity()))
+
+    async def read_index(self, queue: str, channel: Channel) -> list[str]:
+        """The destinations with parked mail, as processes before this one have noted them.
+
+        What another process has leased is not seen; should that process crash, its mail falls back
+        into the queue in time.
+        """
+        index = Place(*self.topology.index(queue))
+        await self.publisher.declare(index)
+        entries, _ = await channel.fetch(index.name, MAX_INDEX)
+        keys: dict[str, None] = {}
+        for entry in entries:
+            with suppress(MessageError):  # not ours
+                key = decode(entry.body, None).properties.get("destination")
+                if isinstance(key, str):
+                    keys[key] = None
+        found = [key for key in keys if await self._is_parked(queue, key)]
+        if len(found) < len(keys):
+            # A quorum queue does not count what the process before has just let go.
+            await trio.sleep(RETURN_SECONDS)
+            found = [key for key in keys if await self._is_parked(queue, key)]
+        await self.publisher.publish([self._index_copy(queue, key) for key in found])
+        for entry in entries:
+            channel.ack(entry.tag)
+        return found
+
+    async def _is_parked(self, queue: str, destination: str) -> bool:
+        return await self._ready(self.topology.parked(queue, destination)[0]) > 0
+
+    # Take
+
+    @asynccontextmanager
+    async def consume(self, queue: str, *, prefetch: int) -> AsyncIterator[Consumer]:
+        self._check_taking(prefetch)
+        consumer = BrokerConsumer(self, queue, prefetch)
+        async with self._taking(consumer):
+            yield consumer
+
+    @asynccontextmanager
+    async def subscribe(
+        self, queue: str, receiver: Receiver, *, prefetch: int, window: int
+    ) -> AsyncIterator[Subscription]:
+        self._check_taking(prefetch)
+        subscription = BrokerSubscription(
+            self,
+            queue,
+            receiver,
+            prefetch=prefetch,
+            window=window,
+            hold_seconds=self.options.hold_seconds,
+        )
+        async with self._taking(subscription):
+            yield subscription
+
+    def _check_taking(self, prefetch: int) -> None:
+        if prefetch < 1:
+            raise ValueError(f"prefetch {prefetch}: expected 1 or more")
+        if self._closed:
+            raise QueueError("the queue is closed")
+        if trio.lowlevel.current_trio_token() is not self._token:
+            raise RuntimeError("messages are taken on the trio loop that opened the queues")
+
+    @asynccontextmanager
+    async def _taking(self, taker: Taker) -> AsyncIterator[None]:
+        self._takers[taker] = None
+        self._names.add(taker.queue)
+        moves, takes = _Work(taker.move), _Work(taker.run)
+        for work in (moves, takes):
+            self._nursery.start_soon(work.run)
+        try:
+            yield
+        finally:
+            taker.close()
+            for lease in [lease for lease in self.held.values() if lease.taker is taker]:
+                if not lease.settling:
+                    self._release(lease)
+            with trio.CancelScope(shield=True):
+                # What is safe elsewhere is acknowledged before the channel closes.
+                await moves.end()
+                while any(lease.taker is taker for lease in self.held.values()):
+                    await self._news.wait()
+                await takes.end()
+            del self._takers[taker]
+
+    # Seeing
+
+    async def depths(self) -> list[Depth]:
+        return await self._at_home(self._depths)
+
+    async def _depths(self) -> list[Depth]:
+        await self._wait_ready()
+        depths = []
+        for queue in sorted(self._names):
+            due = await self._ready(queue)
+            for name in self._parked_names(queue):
+                due += await self._ready(name)
+            due += sum(taker.unsettled for taker in self._takers if taker.queue == queue)
+            delayed = 0
+            for name in self._wait_names(queue):
+                delayed += await self._ready(name)
+            depths.append(Depth(queue, due, delayed))
+        return depths
+
+    async def _ready(self, name: str) -> int:
+        found = await self.publisher.look(name)
+        return 0 if found is None else found.messages
+
+    def _parked_names(self, queue: str) -> list[str]:
+        keys = {
+            key
+            for taker in self._takers
+            if isinstance(taker, BrokerSubscription) and taker.queue == queue
+            for key in taker.destinations
+        }
+        return [self.topology.parked(queue, key)[0] for key in sorted(keys)]
+
+    def _wait_names(self, queue: str) -> list[str]:
+        names = [self.topology.wait(queue, seconds)[0] for seconds in DELAYS]
+        for taker in self._takers:
+            if isinstance(taker, BrokerSubscription) and taker.queue == queue:
+                return names
+        return [name for name in names if name in self._waits]
+
+    async def purge(self, queue: str) -> int:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        return await self._at_home(partial(self._purge, queue))
+
+    async def _purge(self, queue: str) -> int:
+        await self._wait_ready()
+        count = await self.publisher.purge(queue)
+        for name in (*self._parked_names(queue), *self._wait_names(queue)):
+            count += await self.publisher.purge(name)
+        return count
+
+    def wake(self, *, everything: bool = False) -> None:
+        """A broker needs no hint."""
+
+    def configure(self, config: Config) -> None:
+        """The options of a broker are fixed while it is open."""
+
+    def statistics(self) -> dict[str, Any]:
+        leased: dict[str, int] = {}
+        for taker in list(self._takers):
+            leased[taker.queue] = leased.get(taker.queue, 0) + taker.count
+        return {
+            "published": self.publisher.published,
+            "connections": self.publishing.connections + self.consuming.connections,
+            "leased": leased,
+        }
+
+
+class _Work:
+    """A task that is ended, and waited for."""
+
+    def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
+        self._work = work
+        self._scope = trio.CancelScope(shield=True)
+        self._over = trio.Event()
+
+    async def run(self) -> None:
+        try:
+            with self._scope:
+                await self._work()
+        finally:
+            self._over.set()
+
+    async def end(self) -> None:
+        self._scope.cancel()
+        await self._over.wait()

@@ -1,0 +1,670 @@
+"""Takers of a broker's queues: consumers, and subscriptions by destination.
+
+Theory of operation
+-------------------
+A taker consumes its queue with a prefetch. A `Consumer` hands out what comes. A subscription sorts
+what comes by destination, message by message:
+
+- A message that is not due yet goes to a wait queue.
+- A message whose destination has room goes to the receiver.
+- A message whose destination is closed, full, or has earlier mail that waits is *parked*: published
+  to the parked queue of the destination and acknowledged. The receiver is told once that the
+  destination has mail, and `take` gets it from the parked queue.
+- While `prefetch` messages are leased, what comes is held back, and parked after `HOLD_SECONDS`.
+
+So nothing stays unacknowledged for a wait, and mail that waits costs nothing here, except one
+`Destination` for each destination with parked mail. The list of these destinations is in the broker
+too (`Topology.index`), for the next process.
+
+When a connection is lost, the broker delivers again what was not acknowledged. A message that is
+leased is recognised by its identity and joined with its lease. One that was settled meanwhile is
+acknowledged and not handed out again. Only another process may send such a message twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from mailerq.errors import MessageError, QueueError
+from mailerq.message import Message, decode_properties, encode_properties
+from mailerq.queues.interface import DAMAGED_QUEUE, Consumer, Lease, Receiver, Subscription, Taken
+from mailerq.queues.rabbitmq.coding import decode, due_of, identity_of, in_thread
+from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection, Delivery
+from mailerq.queues.rabbitmq.topology import PARKED_SECONDS
+from mailerq.rules.destinations import place_of
+
+if TYPE_CHECKING:
+    from mailerq.queues.rabbitmq.queues import RabbitQueues
+
+__all__ = ["BrokerConsumer", "BrokerLease", "BrokerSubscription", "Destination", "Move", "Taker"]
+
+log = logging.getLogger("mailerq.queues")
+
+HOLD_SECONDS: Final = 30.0
+"""How long a message may be held back for room in memory. RabbitMQ before 4.3 ends a consumer that
+keeps a message for half an hour."""
+
+GROUP: Final = 100
+"""Messages sorted in one turn of the loop, and parked in one batch."""
+
+AGAIN_SECONDS: Final = 1.0
+MAX_AGAIN_SECONDS: Final = 30.0
+PARKING_SECONDS: Final = 5.0
+"""How long a `take` waits for mail of its destination that is on the way to the parked queue."""
+
+RETURN_SECONDS: Final = 1.0
+LOOK_SECONDS: Final = 0.02
+"""A quorum queue does not count a returned message at once. For a second it is looked for again."""
+
+INDEX_AGAIN_SECONDS: Final = float(PARKED_SECONDS)
+MAX_SORTING: Final = 200
+"""Messages beyond the prefetch that a subscription may have, to sort them."""
+
+
+class BrokerLease(Lease, eq=False):
+    """A lease of this backend."""
+
+    taker: Taker | None = None
+    channel: Channel | None = None
+    tag: int = 0
+    identity: str = ""
+    priority: int = 0
+    parked: bool = False
+    """The message came from the parked queue of its destination, and stays there."""
+    settling: bool = False
+    kept: tuple[bytes, bytes | None] = (b"", None)
+    """The properties and the body as they came: the consumer may change its message."""
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the broker will deliver the message again."""
+        return self.channel is None or not self.channel.is_open
+
+    def restored(self) -> Message:
+        properties, body = self.kept
+        return Message(decode_properties(properties), body)
+
+
+class Destination:
+    """What a subscription knows of a destination; dropped when that is nothing."""
+
+    __slots__ = ("backlog", "held", "indexed", "key", "parked", "parking", "returned", "window")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.window: int | None = None
+        self.held = 0
+        self.backlog = False
+        """The parked queue may have mail, and the receiver knows."""
+        self.parking = 0
+        """Messages on the way to the parked queue."""
+        self.parked = trio.Event()
+        """Set when none is on the way."""
+        self.parked.set()
+        self.indexed = -INDEX_AGAIN_SECONDS
+        self.returned = -RETURN_SECONDS
+        """When a message last went back to the parked queue."""
+
+    @property
+    def empty(self) -> bool:
+        return not (self.held or self.backlog or self.parking or self.window is not None)
+
+
+class Move:
+    """A message on its way out of a queue, to be acknowledged there once it is safe elsewhere.
+
+    The message goes to the parked queue of `key`, to a wait queue until `due`, or to the queue for
+    unusable messages, with a `reason`.
+    """
+
+    __slots__ = ("due", "key", "origin", "reason")
+
+    def __init__(
+        self,
+        origin: BrokerLease | Delivery,
+        *,
+        key: str = "",
+        due: float | None = None,
+        reason: str | None = None,
+    ) -> None:
+        self.origin = origin
+        self.key = key
+        self.due = due
+        self.reason = reason
+
+    @property
+    def parks(self) -> bool:
+        return self.due is None and self.reason is None
+
+    @property
+    def identity(self) -> str:
+        origin = self.origin
+        if isinstance(origin, BrokerLease):
+            return origin.identity
+        return identity_of(origin.properties, origin.body)
+
+
+class Taker:
+    """What consumers and subscriptions share: a consumer of the broker that is kept alive."""
+
+    def __init__(self, queues: RabbitQueues, queue: str, prefetch: int) -> None:
+        self.queues = queues
+        self.queue = queue
+        self.prefetch = prefetch
+        self.count = 0
+        """Messages leased."""
+        self.closed = False
+        self.channel: Channel | None = None
+        self.inbox: deque[Delivery] = deque()
+        self.moves: deque[Move] = deque()
+        self.said = ""
+        self._news = trio.Event()
+        self._moving = trio.Event()
+        self._idle = trio.Event()
+        self._idle.set()
+        self._token = trio.lowlevel.current_trio_token()
+
+    @property
+    def unsettled(self) -> int:
+        """Messages that the broker has given out, and the queue still counts."""
+        return self.count + len(self.inbox) + len(self.moves)
+
+    @property
+    def quota(self) -> int:
+        """Unacknowledged messages to ask the broker for."""
+        return self.prefetch
+
+    def notice(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    async def run(self) -> None:
+        """Consume, over all failures, until cancelled."""
+        pause = AGAIN_SECONDS
+        while True:
+            connection = await self.queues.consuming.connection()
+            try:
+                begun = trio.current_time()
+                await self._serve(connection)
+            except BrokerError as error:
+                self._say(error, connection)
+                if trio.current_time() - begun > MAX_AGAIN_SECONDS:
+                    pause = AGAIN_SECONDS
+                if connection.is_open:
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, MAX_AGAIN_SECONDS)
+
+    def _say(self, error: BrokerError, connection: Connection) -> None:
+        # Whether there is a connection, the keeper says.
+        if connection.is_open and str(error) != self.said:
+            self.said = str(error)
+            log.error("nothing comes from the queue %s: %s", self.queue, error)
+
+    async def _serve(self, connection: Connection) -> None:
+        """Consume on one connection until that ends; raises `BrokerError`."""
+        self.inbox.clear()
+        if problem := self.queues.topology.problem():
+            raise BrokerError(problem)
+        await self.queues.publisher.declare(self.queues.place(self.queue))
+        channel = await connection.channel()
+        try:
+            await channel.prefetch(self.quota)
+            self.channel = channel
+            await self.begin(connection)
+            ended: list[BrokerError] = []
+
+            def cancelled() -> None:
+                ended.append(BrokerError("the broker ended the consumer: the queue was deleted"))
+                self.notice()
+
+            def closed(reason: BrokerError) -> None:
+                ended.append(reason)
+                self.notice()
+
+            def delivered(delivery: Delivery) -> None:
+                self.inbox.append(delivery)
+                self.notice()
+
+            channel.on_closed = closed
+            await channel.consume(self.queue, delivered, cancelled)
+            if self.said:
+                self.said = ""
+                log.info("mail comes from the queue %s again", self.queue)
+            while not ended:
+                news = self._news
+                await self.sort()
+                if not ended and not news.is_set():
+                    with trio.move_on_after(self.wait_seconds()):
+                        await news.wait()
+            raise ended[0]
+        finally:
+            self.channel = None
+            with trio.move_on_after(1, shield=True):
+                await channel.close()
+
+    async def begin(self, connection: Connection) -> None:
+        """Prepare for a new connection. What moves is delivered once more."""
+        self.moves.clear()
+        # What is safe elsewhere meanwhile must be known before it is delivered.
+        await self._idle.wait()
+
+    def start_move(self, move: Move) -> None:
+        self.moves.append(move)
+        self._moving.set()
+
+    async def move(self) -> None:
+        """Publish what moves, until cancelled."""
+        while True:
+            await self._moving.wait()
+            self._moving = trio.Event()
+            while self.moves:
+                group = [self.moves[at] for at in range(min(GROUP, len(self.moves)))]
+                self._idle = trio.Event()
+                try:
+                    with trio.CancelScope(shield=True):
+                        await self.queues.republish(self.queue, group, self.new_keys(group))
+                    self._finish_moves(group)
+                except QueueError as error:
+                    self._idle.set()
+                    self._say_unmoved(error)
+                    await trio.sleep(AGAIN_SECONDS)
+                finally:
+                    self._idle.set()
+
+    def _say_unmoved(self, error: QueueError) -> None:
+        if str(error) != self.said:
+            self.said = str(error)
+            log.warning("mail of %s cannot be moved to other queues: %s", self.queue, error)
+
+    def _finish_moves(self, group: Sequence[Move]) -> None:
+        for move in group:
+            origin = move.origin
+            self.queues.finish(origin.channel, origin.tag, move.identity)
+            if self.moves and self.moves[0] is move:  # else the connection was lost
+                self.moves.popleft()
+        self.moved(group)
+
+    def new_keys(self, group: Sequence[Move]) -> list[str]:
+        """Destinations that the list of those with parked mail does not have yet."""
+        return []
+
+    def moved(self, group: Sequence[Move]) -> None:
+        """Moves are over."""
+
+    def wait_seconds(self) -> float:
+        """How long to wait for news at most."""
+        return float("inf")
+
+    async def sort(self) -> None:
+        """Do something with what has come."""
+        raise NotImplementedError
+
+    async def open(self, delivery: Delivery) -> Message | None:
+        """The message of a delivery; None if the delivery is dealt with already."""
+        queues = self.queues
+        identity = identity_of(delivery.properties, delivery.body)
+        known = queues.by_identity.get(identity)
+        if known is not None and known.is_stale and known.queue == self.queue:
+            known.channel, known.tag = delivery.channel, delivery.tag
+            return None
+        if queues.was_settled(identity):
+            delivery.channel.ack(delivery.tag)
+            return None
+        try:
+            return await in_thread(
+                len(delivery.body),
+                lambda: decode(delivery.body, delivery.properties.content_encoding),
+            )
+        except MessageError as error:
+            if self.queue == DAMAGED_QUEUE:
+                return None  # it stays where it is
+            log.error("a message of the queue %s is set aside: %s", self.queue, error)
+            self.start_move(Move(delivery, reason=str(error)))
+            return None
+
+    def _has_lost(self, delivery: Delivery) -> bool:
+        """Whether the first delivery has left during a wait, with its connection or the taker."""
+        return self.closed or not self.inbox or self.inbox[0] is not delivery
+
+    def lease(
+        self, delivery: Delivery, message: Message, destination: str = "", parked: bool = False
+    ) -> BrokerLease:
+        """Lease a message."""
+        queues = self.queues
+        self.count += 1
+        queues.leases += 1
+        properties = encode_properties(message.properties)
+        lease = BrokerLease(
+            queues.leases,
+            self.queue,
+            message,
+            destination,
+            size=len(properties) + len(message.body or b""),
+            since=due_of(delivery.properties) or 0.0,
+            taker=self,
+            channel=delivery.channel,
+            tag=delivery.tag,
+            identity=identity_of(delivery.properties, delivery.body),
+            priority=delivery.properties.priority or 0,
+            parked=parked,
+            kept=(properties, message.body),
+        )
+        queues.held[lease.id] = lease
+        queues.by_identity.setdefault(lease.identity, lease)
+        return lease
+
+    def over(self, lease: BrokerLease) -> None:
+        """A lease has ended."""
+        self.count -= 1
+        self.notice()
+
+    def release(self, lease: BrokerLease) -> None:
+        """Return the message of a lease that has ended."""
+        if lease.channel is not None:
+            lease.channel.nack(lease.tag)
+
+    def close(self) -> None:
+        """Take nothing more."""
+        self.closed = True
+
+    def check_open(self) -> None:
+        if trio.lowlevel.current_trio_token() is not self._token:
+            raise RuntimeError("a taker belongs to the trio loop that opened it")
+        if self.closed:
+            raise trio.ClosedResourceError("nothing is taken here any more")
+
+
+class BrokerConsumer(Taker, Consumer):
+    """A consumer; call `receive` on the loop that opened it."""
+
+    def __init__(self, queues: RabbitQueues, queue: str, prefetch: int) -> None:
+        super().__init__(queues, queue, prefetch)
+        self._ready: deque[BrokerLease] = deque()
+        self._arrived = trio.Event()
+
+    async def sort(self) -> None:
+        while self.inbox and not self.closed:
+            delivery = self.inbox[0]
+            message = await self.open(delivery)
+            if self._has_lost(delivery):
+                return
+            self.inbox.popleft()
+            if message is None:
+                continue
+            due = due_of(delivery.properties)
+            if due is not None and due > self.queues.clock():
+                self.start_move(Move(delivery, due=due))
+                continue
+            self._ready.append(self.lease(delivery, message))
+            self._arrived.set()
+
+    def over(self, lease: BrokerLease) -> None:
+        super().over(lease)
+        if lease in self._ready:
+            self._ready.remove(lease)
+
+    async def receive(self) -> Lease:
+        """Wait for the next due message."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            self.check_open()
+            if self._ready:
+                return self._ready.popleft()
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+
+    def close(self) -> None:
+        super().close()
+        self._arrived.set()
+
+
+class BrokerSubscription(Taker, Subscription):
+    """A subscription; call all methods on the loop that subscribed."""
+
+    def __init__(
+        self,
+        queues: RabbitQueues,
+        queue: str,
+        receiver: Receiver,
+        *,
+        prefetch: int,
+        window: int,
+        hold_seconds: float = HOLD_SECONDS,
+    ) -> None:
+        super().__init__(queues, queue, prefetch)
+        self.destinations: dict[str, Destination] = {}
+        self._receiver = receiver
+        self._window = window
+        self._hold_seconds = hold_seconds
+        self._held_back: deque[tuple[float, Delivery, Message, str]] = deque()
+        self._gets: Channel | None = None
+
+    @property
+    def quota(self) -> int:
+        return self.prefetch + min(max(self.prefetch, 1), MAX_SORTING)
+
+    @property
+    def unsettled(self) -> int:
+        return super().unsettled + len(self._held_back)
+
+    def _destination(self, key: str) -> Destination:
+        found = self.destinations.get(key)
+        if found is None:
+            found = self.destinations[key] = Destination(key)
+        return found
+
+    def _tidy(self, destination: Destination) -> None:
+        if destination.empty:
+            self.destinations.pop(destination.key, None)
+
+    async def begin(self, connection: Connection) -> None:
+        """Find the destinations with parked mail."""
+        await super().begin(connection)
+        self._held_back.clear()
+        for destination in self.destinations.values():
+            destination.parking = 0
+            destination.parked.set()
+        gets = await self._open_gets(connection)
+        for key in await self.queues.read_index(self.queue, gets):
+            self._tell(self._destination(key))
+
+    async def _open_gets(self, connection: Connection) -> Channel:
+        """Open the channel of `take`."""
+        self._gets = await connection.channel()
+        for lease in list(self.queues.held.values()):
+            if lease.taker is self and lease.parked and lease.is_stale:
+                # Its message lies in the parked queue again; a take joins it with the lease.
+                destination = self._destination(lease.destination)
+                destination.returned = trio.current_time()
+                self._tell(destination)
+        return self._gets
+
+    def wait_seconds(self) -> float:
+        if not self._held_back:
+            return float("inf")
+        return max(self._held_back[0][0] - trio.current_time(), 0.0)
+
+    async def sort(self) -> None:
+        """Lease, park or hold back what has come, some messages at a time."""
+        if self.closed:
+            return
+        arrived: list[BrokerLease] = []
+        self._sort_held_back(arrived)
+        for _ in range(GROUP):
+            if not self.inbox:
+                break
+            delivery = self.inbox[0]
+            message = await self.open(delivery)
+            if self._has_lost(delivery):
+                break
+            self.inbox.popleft()
+            if message is None:
+                continue
+            due = due_of(delivery.properties)
+            if due is not None and due > self.queues.clock():
+                self.start_move(Move(delivery, due=due))
+                continue
+            key = place_of(message.properties).destination
+            if not self._place(delivery, message, key, arrived):
+                until = trio.current_time() + self._hold_seconds
+                self._held_back.append((until, delivery, message, key))
+        if arrived and not self.closed:
+            self._receiver.arrived(arrived)
+        if self.inbox and not self.closed:
+            self.notice()
+            await trio.lowlevel.checkpoint()
+
+    def _sort_held_back(self, arrived: list[BrokerLease]) -> None:
+        now = trio.current_time()
+        while self._held_back:
+            until, delivery, message, key = self._held_back[0]
+            if until <= now:
+                self._park(delivery, key)
+            elif not self._place(delivery, message, key, arrived):
+                return
+            self._held_back.popleft()
+
+    def _place(
+        self, delivery: Delivery, message: Message, key: str, arrived: list[BrokerLease]
+    ) -> bool:
+        """Lease or park a message; False if there is no room in memory for now."""
+        destination = self._destination(key)
+        window = self._window if destination.window is None else destination.window
+        if destination.backlog or destination.parking or destination.held >= window:
+            self._park(delivery, key)
+        elif self.count >= self.prefetch:
+            self._tidy(destination)
+            return False
+        else:
+            destination.held += 1
+            arrived.append(self.lease(delivery, message, key))
+        return True
+
+    def _park(self, origin: BrokerLease | Delivery, key: str) -> None:
+        """Have a message published to the parked queue of its destination."""
+        destination = self._destination(key)
+        if not destination.parking:
+            destination.parked = trio.Event()
+        destination.parking += 1
+        self.start_move(Move(origin, key=key))
+
+    def new_keys(self, group: Sequence[Move]) -> list[str]:
+        until = trio.current_time() - INDEX_AGAIN_SECONDS
+        keys = {move.key for move in group if move.parks}
+        return [key for key in keys if self._destination(key).indexed <= until]
+
+    def moved(self, group: Sequence[Move]) -> None:
+        now = trio.current_time()
+        for move in group:
+            if move.parks:
+                destination = self._destination(move.key)
+                destination.parking = max(destination.parking - 1, 0)
+                if not destination.parking:
+                    destination.parked.set()
+        for key in {move.key: None for move in group if move.parks}:
+            destination = self._destination(key)
+            if now - destination.indexed >= INDEX_AGAIN_SECONDS:
+                destination.indexed = now
+            self._tell(destination)
+
+    def _tell(self, destination: Destination) -> None:
+        """Tell the receiver that a destination has mail, unless the receiver knows."""
+        if not destination.backlog and not self.closed:
+            destination.backlog = True
+            self._receiver.waiting(destination.key, self.queues.clock())
+
+    def over(self, lease: BrokerLease) -> None:
+        super().over(lease)
+        destination = self._destination(lease.destination)
+        destination.held -= 1
+        self._tidy(destination)
+
+    def release(self, lease: BrokerLease) -> None:
+        if self.closed or lease.is_stale:
+            super().release(lease)
+        elif lease.parked:
+            super().release(lease)
+            destination = self._destination(lease.destination)
+            destination.returned = trio.current_time()
+            if not destination.backlog:
+                destination.backlog = True
+                self._token.run_sync_soon(self._report, destination.key)
+        else:
+            self._park(lease, lease.destination)
+
+    def _report(self, key: str) -> None:
+        if not self.closed:
+            self._receiver.waiting(key, self.queues.clock())
+
+    def set_window(self, destination: str, messages: int) -> None:
+        self.check_open()
+        self._destination(destination).window = messages
+
+    def forget(self, destination: str) -> None:
+        found = self.destinations.get(destination)
+        if found is not None:
+            found.window = None
+            self._tidy(found)
+
+    async def load(self, lease: Lease) -> None:
+        """Bodies always come along."""
+        await trio.lowlevel.checkpoint()
+        self.check_open()
+        if not isinstance(lease, BrokerLease) or self.queues.held.get(lease.id) is not lease:
+            raise ValueError(f"message {lease.id} of queue {lease.queue}: the lease is over")
+
+    async def take(self, destination: str, limit: int) -> Taken:
+        """Lease up to `limit` messages of a destination in the order in which they came."""
+        if limit < 1:
+            raise ValueError(f"limit {limit}: expected 1 or more")
+        await trio.lowlevel.checkpoint()
+        self.check_open()
+        found = self.destinations.get(destination)
+        if found is None or not (found.backlog or found.parking):
+            return Taken([], more=False, next_due=None)
+        with trio.move_on_after(PARKING_SECONDS):
+            await found.parked.wait()
+        self.check_open()
+        gets = self._gets
+        if gets is None or not gets.connection.is_open:
+            raise QueueError(self.queues.consuming.state.text)
+        if not gets.is_open:
+            gets = await self._open_gets(gets.connection)
+        place = self.queues.parked_place(self.queue, destination)
+        await self.queues.publisher.declare(place)  # else the channel ends if the queue has expired
+        leases: list[BrokerLease] = []
+        found.backlog = False  # what is parked from now on is news
+        try:
+            deliveries, left = await gets.fetch(place.name, limit)
+            while not deliveries and trio.current_time() < found.returned + RETURN_SECONDS:
+                await trio.sleep(LOOK_SECONDS)
+                deliveries, left = await gets.fetch(place.name, limit)
+        except BaseException:
+            found.backlog = True
+            raise
+        dealt = 0
+        try:
+            for delivery in deliveries:
+                message = await self.open(delivery)
+                dealt += 1
+                if message is not None:
+                    found.held += 1
+                    leases.append(self.lease(delivery, message, destination, parked=True))
+            self.check_open()
+        except BaseException:
+            found.backlog = True
+            for lease in leases:
+                self.queues.end(lease)
+                gets.nack(lease.tag)
+            for delivery in deliveries[dealt:]:
+                gets.nack(delivery.tag)
+            raise
+        may_return = bool(deliveries) and trio.current_time() < found.returned + RETURN_SECONDS
+        found.backlog = found.backlog or left > 0 or may_return
+        self._tidy(found)
+        return Taken(leases, more=found.backlog, next_due=None)

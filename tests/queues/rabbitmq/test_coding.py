@@ -1,0 +1,86 @@
+"""Documents of messages, and what is said beside them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pika import spec
+
+from mailerq.errors import MessageError
+from mailerq.message import Message
+from mailerq.queues.rabbitmq.coding import (
+    MAX_BYTES,
+    decode,
+    due_of,
+    encode,
+    header,
+    identity_of,
+    priority_of,
+)
+
+TEXT = st.text(st.characters(codec="utf-8"))
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+PROPERTIES = st.dictionaries(st.text("nopq", min_size=1), VALUES, max_size=5)
+
+
+@given(PROPERTIES, st.none() | st.binary(), st.booleans())
+def test_a_message_comes_back_as_it_was(
+    properties: dict[str, Any], body: bytes | None, compress: bool
+) -> None:
+    data = encode(Message(properties, body), compress=compress)
+    back = decode(data, "gzip" if compress else None)
+    assert (back.properties, back.body) == (properties, body)
+
+
+@given(st.binary(), st.none() | st.text() | st.sampled_from(["gzip", "identity", "GZIP"]))
+def test_any_bytes_are_read_or_refused(body: bytes, encoding: str | None) -> None:
+    with suppress(MessageError):
+        assert isinstance(decode(body, encoding).properties, dict)
+
+
+def test_a_document_that_is_too_large_is_refused() -> None:
+    body = b"x" * (MAX_BYTES + 1)
+    with pytest.raises(MessageError, match="more than a broker takes"):
+        encode(Message({}, body))
+    assert len(encode(Message({}, body), compress=True)) < MAX_BYTES
+
+
+@given(st.floats(0, 4e9), st.integers(0, 255))
+def test_a_header_says_when_mail_is_due(due: float, priority: int) -> None:
+    properties = header("id", priority=priority, due=due)
+    assert due_of(properties) == pytest.approx(due, abs=0.001)
+    assert (properties.delivery_mode, properties.priority or 0) == (2, priority)
+    # What pika writes is read back.
+    encoded = b"".join(properties.encode())
+    again = spec.BasicProperties()
+    again.decode(encoded)
+    assert due_of(again) == due_of(properties)
+
+
+@pytest.mark.parametrize("value", [None, "soon", -1, 1 << 63, 1.5, [], True])
+def test_a_due_time_that_is_none_of_ours_is_ignored(value: object) -> None:
+    properties = spec.BasicProperties(headers={"x-mailerq-due": value})
+    assert due_of(properties) is None
+
+
+def test_a_copy_without_an_id_is_known_by_its_bytes() -> None:
+    assert identity_of(header("id"), b"x") == "id"
+    bare = spec.BasicProperties()
+    assert identity_of(bare, b"x") == identity_of(bare, b"x") != identity_of(bare, b"y")
+
+
+@pytest.mark.parametrize(("priority", "expected"), [(3, 3), (-5, 0), (999, 255), ("x", 0)])
+def test_a_priority_fits_a_broker(priority: object, expected: int) -> None:
+    assert priority_of(Message(json.loads(json.dumps({"priority": priority})))) == expected
