@@ -333,7 +333,7 @@ class RabbitQueues(Queues):
 
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        publications = [each for one in settlements for each in one.publications]
+        publications = [each for one in settlements for each in (*one.publications, *one.others)]
         bodies = await self._prepare(publications)
         leases = [self._held(settlement.lease) for settlement in settlements]
         if len({lease.id for lease in leases}) < len(leases):

@@ -35,7 +35,7 @@ USER, PASSWORD = "mailerq", "sesame"
 def _server() -> Path:
     found = sorted(Path("/").glob(SERVERS.lstrip("/")))
     if not found:
-        pytest.skip("there is no rabbitmq-server: tools/packages test installs it")
+        pytest.skip("there is no rabbitmq-server, the Debian package")
     for program in ("epmd", "erl_call"):
         if _program(program) is None:
             pytest.skip(f"there is no {program} of Erlang")
