@@ -34,6 +34,7 @@ PROGRAMS: Final = {
     "plugins": [
         "relay.py", "--systems=mailerq+plugins,mailerq-1", "--base=mailerq-1", "--rounds=5",
     ],
+    "trusted": ["trusted.py"],
     "dispatch": ["dispatch.py"],
     "processes": ["processes.py"],
     "lone": ["lone.py"],
@@ -88,6 +89,15 @@ TARGETS: Final = (
     Target("accept / Postfix, kept", "relay", "mailerq / postfix, accept, kept", 5, 10),
     Target("one client / Postfix", "single", "mailerq / postfix, accept, kept", 1.3, 2),
     Target("100 KiB, end to end / Postfix", "large", "mailerq / postfix, end to end, kept", 1.5, 3),
+    *(
+        target
+        for way in ("new", "kept")
+        for target in (
+            Target(f"TLS and DKIM, end to end / Postfix, {way}", "trusted",
+                   f"mailerq / postfix, end to end, {way}", 3, 6),
+            Target(f"a signature, {way}", "trusted", f"cost of a signature, {way}", 0.4, 0.3),
+        )
+    ),
     Target("accept with plugins / without, new", "plugins",
            "mailerq+plugins / mailerq-1, accept, new", 0.9, 0.97),
     Target("accept with plugins / without, kept", "plugins",
