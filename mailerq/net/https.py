@@ -220,6 +220,8 @@ def _make_context(ca_file: str, verify: bool) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=ca_file or None)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.hostname_checks_common_name = False
+    # Python sets this for OpenSSL 3: the end of a connection would pass for the end of TLS.
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     context.set_alpn_protocols(["http/1.1"])
     if not verify:
         context.check_hostname = False
