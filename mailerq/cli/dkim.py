@@ -67,7 +67,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         command.add_argument("domain", metavar="DOMAIN", nargs="?", type=_domain)
         command.add_argument("selector", metavar="SELECTOR", nargs="?", type=_selector)
     for command in (new, show, check):
-        command.add_argument("--json", action="store_true", help="for programs: JSON")
+        command.add_argument("--json", action="store_true", help="for programs: JSON, one per line")
     options = parser.parse_args(rest)
     config = Config.load(settings)
     if options.command == "new":
@@ -200,7 +200,8 @@ def _facts(surveyed: Surveyed) -> Answer:
 
 def _show(config: Config, options: argparse.Namespace, found: list[Surveyed]) -> int:
     if options.json:
-        print_json([_facts(each) for each in found])
+        for each in found:
+            print_json(_facts(each))
     else:
         for each in found:
             if each.key is not None:
@@ -243,7 +244,8 @@ def _check(config: Config, options: argparse.Namespace, found: list[Surveyed]) -
     trio.run(run)
     rows = [(each, answers[number]) for number, each in enumerate(found)]
     if options.json:
-        print_json([{**_facts(each), **answer} for each, answer in rows])
+        for each, answer in rows:
+            print_json({**_facts(each), **answer})
     else:
         print_table(
             ("RECORD", "STATE", "REASON", "TO DO"),
