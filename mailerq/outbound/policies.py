@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from mailerq.net.dane import Standing
 from mailerq.rules.security import DomainPolicy, StsPolicy, TlsaSet, TlsFailure
 
-__all__ = ["NO_POLICIES", "NO_POLICY", "Dane", "MtaSts", "NoRecorder", "Policies", "TlsRecorder"]
+__all__ = ["NO_POLICIES", "NO_POLICY", "Dane", "MtaSts", "Policies", "TlsRecorder"]
 
 log = logging.getLogger("mailerq.delivery")
 
@@ -89,23 +89,6 @@ class TlsRecorder(Protocol):
         """
 
 
-class NoRecorder:
-    """Records nothing."""
-
-    def handshake(
-        self,
-        domain: str,
-        policy: DomainPolicy,
-        records: TlsaSet | None,
-        host: str,
-        remote_ip: str,
-        local_ip: str,
-        helo: str,
-        failure: TlsFailure | None,
-    ) -> None:
-        pass
-
-
 class Policies:
     """The policies in force; without sources there are none."""
 
@@ -118,12 +101,12 @@ class Policies:
     ) -> None:
         self.sts = sts
         self.dane = dane
-        self.recorder: TlsRecorder = NoRecorder() if recorder is None else recorder
+        self.recorder = recorder
 
     @property
     def are_recorded(self) -> bool:
         """Whether anybody is told of handshakes."""
-        return not isinstance(self.recorder, NoRecorder)
+        return self.recorder is not None
 
     @property
     def exist(self) -> bool:
@@ -155,7 +138,9 @@ class Policies:
         local_ip: str = "",
         helo: str = "",
     ) -> None:
-        """Tell the recorder; a defect of it costs no mail."""
+        """Tell the recorder, if there is one; a defect of it costs no mail."""
+        if self.recorder is None:
+            return
         try:
             self.recorder.handshake(
                 domain, policy, records, host, remote_ip, local_ip, helo, failure
