@@ -8,9 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
-from typing import Any, Final, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
+from mailerq.errors import StoreError
 from mailerq.escaping import escape
+
+if TYPE_CHECKING:
+    from mailerq.config import Config
 
 __all__ = ["Parser", "complain", "dump_json", "positive", "print_json", "print_table"]
 
@@ -49,6 +53,26 @@ def positive(text: str) -> int:
 def complain(text: str) -> None:
     """Print an error to the user."""
     sys.stderr.write(f"mailerq: {escape(text)}\n")
+
+
+def with_store(config: Config, run: Callable[[], int]) -> int:
+    """Run a command on a file of the queue directory, and return its exit status or a fault's."""
+    directory = config.queue_directory
+    try:
+        os.stat(directory)
+        return run()
+    except PermissionError:
+        complain(f"you may not use the queue in {directory}; its user and root may")
+        return os.EX_NOPERM
+    except (FileNotFoundError, NotADirectoryError):
+        complain(f"there is no queue in {directory}; set queue-directory?")
+        return os.EX_UNAVAILABLE
+    except StoreError as error:
+        if isinstance(error.__cause__, PermissionError):
+            complain(f"you may not use {directory}; its user and root may")
+            return os.EX_NOPERM
+        complain(str(error))
+        return os.EX_IOERR
 
 
 def print_json(document: object, *, default: Callable[[Any], object] = str) -> None:

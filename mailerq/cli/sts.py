@@ -15,9 +15,16 @@ from typing import Any, Final
 
 from mailerq.address import parse_domain
 from mailerq.cli import control
-from mailerq.cli.common import Parser, command_parser, complain, print_json, print_table
+from mailerq.cli.common import (
+    Parser,
+    command_parser,
+    complain,
+    print_json,
+    print_table,
+    with_store,
+)
 from mailerq.config import Config
-from mailerq.errors import AddressError, StoreError
+from mailerq.errors import AddressError
 from mailerq.store.sts_file import Entry, Kept, StsFile
 
 __all__ = ["main"]
@@ -35,21 +42,8 @@ def main(settings: list[str], rest: list[str]) -> int:
     """Show, refresh or purge, see DESCRIPTION."""
     options = _parse(rest)
     config = Config.load(settings)
-    try:
-        os.stat(config.queue_directory)
-        return int(options.run(StsFile(config.queue_directory, config.user), config, options))
-    except PermissionError:
-        complain(f"you may not use the queue in {config.queue_directory}; its user and root may")
-        return os.EX_NOPERM
-    except (FileNotFoundError, NotADirectoryError):
-        complain(f"there is no queue in {config.queue_directory}; set queue-directory?")
-        return os.EX_UNAVAILABLE
-    except StoreError as error:
-        if isinstance(error.__cause__, PermissionError):
-            complain(f"you may not use {config.queue_directory}; its user and root may")
-            return os.EX_NOPERM
-        complain(str(error))
-        return os.EX_IOERR
+    store = StsFile(config.queue_directory, config.user)
+    return with_store(config, lambda: int(options.run(store, config, options)))
 
 
 def _parse(rest: Sequence[str]) -> Namespace:
