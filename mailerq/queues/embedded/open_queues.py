@@ -317,9 +317,10 @@ class OpenQueue:
         del self.held[lease.id]
         if self.reading:
             self.settled.add(lease.id)
-        if lease.taker is not None:
-            lease.taker.count -= 1
-            lease.taker.bytes -= lease.memory
+        taker = lease.taker
+        if taker is not None:
+            taker.count -= 1
+            taker.bytes -= lease.memory
         destination = self.destinations[lease.destination]
         destination.drop(lease.id)
         self.tidy(destination)

@@ -61,27 +61,40 @@ class Row(NamedTuple):
     data: Any
 
 
-class Insert(msgspec.Struct, eq=False):
-    """A publication ready for the file. `QueueFile` fills in the fields after `since`.
+class Insert:
+    """A publication ready for the file. `QueueFile` fills in the fields after `size`.
 
     `since` is when the wait until `due` began, both in milliseconds; 0 if `due` is a date.
     """
 
-    message: Message
-    queue: str
-    due: int
-    destination: str
-    lane: int
-    properties: bytes
-    body: bytes | None
-    since: int = 0
-    id: int = 0
-    reference: int | None = None
-    body_crc: int | None = None
+    __slots__ = (
+        "body", "body_crc", "destination", "due", "id", "lane", "message", "properties", "queue",
+        "reference", "since", "size",
+    )  # fmt: skip
 
-    @property
-    def size(self) -> int:
-        return len(self.properties) + len(self.body or b"")
+    def __init__(
+        self,
+        message: Message,
+        queue: str,
+        due: int,
+        destination: str,
+        lane: int,
+        properties: bytes,
+        body: bytes | None,
+        since: int = 0,
+    ) -> None:
+        self.message = message
+        self.queue = queue
+        self.due = due
+        self.destination = destination
+        self.lane = lane
+        self.properties = properties
+        self.body = body
+        self.since = since
+        self.size = len(properties) + (0 if body is None else len(body))
+        self.id = 0
+        self.reference: int | None = None
+        self.body_crc: int | None = None
 
     def keep_wait(self, now: int) -> None:
         """Move `due` if the clock, which says `now` (ms), was set back after the wait began."""

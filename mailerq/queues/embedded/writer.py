@@ -29,11 +29,9 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
-import msgspec
 import outcome
 import trio
 
@@ -65,35 +63,39 @@ Only the next message of a connection waits for a settlement, while a client tha
 after another waits for every commit."""
 
 
-class Request(msgspec.Struct, eq=False):
+class Request:
     """A task's request to the writer; a request without a task has no waiter."""
 
-    inserts: Sequence[Insert] = ()
-    retries: Sequence[tuple[HeldLease, Retry]] = ()
-    removals: Sequence[HeldLease] = ()
-    work: Iterator[int] | None = None
-    """Work in many commits instead: each step is one, and yields its number of rows."""
-    can_wait: bool = False
-    """Whether the work may be left to the next start."""
-    rows: int = 0
-    task: trio.lowlevel.Task | None = None
-    token: trio.lowlevel.TrioToken | None = None
-    problem: Exception | None = None
-    """The error for the task, instead of the number of rows."""
+    __slots__ = (
+        "can_wait", "count", "inserts", "problem", "removals", "retries", "rows", "settles",
+        "size", "task", "token", "work",
+    )  # fmt: skip
 
-    @property
-    def count(self) -> int:
-        return len(self.inserts) + len(self.retries) + len(self.removals)
-
-    @property
-    def size(self) -> int:
-        inserts = sum(insert.size for insert in self.inserts)
-        return inserts + sum(retry.insert.size for _, retry in self.retries)
-
-    @property
-    def settles(self) -> bool:
+    def __init__(
+        self,
+        inserts: Sequence[Insert] = (),
+        retries: Sequence[tuple[HeldLease, Retry]] = (),
+        removals: Sequence[HeldLease] = (),
+        *,
+        work: Iterator[int] | None = None,
+        can_wait: bool = False,
+    ) -> None:
+        self.inserts = inserts
+        self.retries = retries
+        self.removals = removals
+        self.count = len(inserts) + len(retries) + len(removals)
+        self.size = _size(inserts, retries)
+        self.settles = bool(removals or retries)
         """Whether the request settles consumed messages; otherwise it publishes new ones."""
-        return bool(self.removals or self.retries)
+        self.work = work
+        """Work in many commits instead: each step is one, and yields its number of rows."""
+        self.can_wait = can_wait
+        """Whether the work may be left to the next start."""
+        self.rows = 0
+        self.task: trio.lowlevel.Task | None = None
+        self.token: trio.lowlevel.TrioToken | None = None
+        self.problem: Exception | None = None
+        """The error for the task, instead of the number of rows."""
 
     @property
     def leases(self) -> list[HeldLease]:
@@ -106,6 +108,16 @@ class Request(msgspec.Struct, eq=False):
         problem, self.problem = self.problem, None
         result = outcome.Value(self.rows) if problem is None else outcome.Error(problem)
         trio.lowlevel.reschedule(self.task, result)
+
+
+def _size(inserts: Sequence[Insert], retries: Sequence[tuple[HeldLease, Retry]]) -> int:
+    size = 0
+    for insert in inserts:
+        size += insert.size
+    for _, retry in retries:
+        insert = retry.insert
+        size += insert.size
+    return size
 
 
 class Writer:
@@ -163,17 +175,21 @@ class Writer:
         self, group: list[Request], works: deque[Request], timeout: float | None = None
     ) -> list[Request]:
         """Add pending requests; wait for the first, for some seconds or, without work, for ever."""
-        count = sum(request.count for request in group)
-        size = sum(request.size for request in group)
+        count = size = 0
+        for request in group:
+            count += request.count
+            size += request.size
         while not self._ended and count < BATCH_MESSAGES and size < BATCH_BYTES:
             waits = timeout is not None or not (group or works)
             try:
-                request = self._requests.get(block=waits, timeout=timeout)
+                found = self._requests.get(block=waits, timeout=timeout)
             except Empty:
                 break
-            if request is None:
+            if found is None:
                 self._ended = True
-            elif request.work is not None:
+                continue
+            request = found
+            if request.work is not None:
                 works.append(request)
             else:
                 group.append(request)
@@ -187,17 +203,22 @@ class Writer:
         group, tight = self._with_room(group)
         if not group:
             return
-        inserts = [insert for request in group for insert in request.inserts]
-        retries = [retry for request in group for _, retry in request.retries]
+        inserts: list[Insert] = []
+        retries: list[Retry] = []
+        removals: list[int] = []
+        count, settles = 0, True
+        for request in group:
+            inserts += request.inserts
+            retries += [retry for _, retry in request.retries]
+            removals += [lease.id for lease in request.removals]
+            count += request.count
+            settles = settles and request.settles
         now = self._queues.now()
-        for insert in chain(inserts, (retry.insert for retry in retries)):
+        for insert in inserts:
             insert.keep_wait(now)
-        batch = Batch(
-            inserts,
-            retries,
-            [lease.id for request in group for lease in request.removals],
-            tight,
-        )
+        for retry in retries:
+            retry.insert.keep_wait(now)
+        batch = Batch(inserts, retries, removals, tight)
         reserved: dict[int, HeldLease] = {}
         try:
             self._file.number(inserts)
@@ -221,9 +242,8 @@ class Writer:
                 self._hand_out(group, reserved)
             except Exception:  # the batch is durable all the same
                 logger.exception("an error in the writer of the queue")
-            if not all(request.settles for request in group):
+            if not settles:
                 self._published = time.monotonic()
-            count = sum(request.count for request in group)
             self._commits += 1
             self._messages += count
             self._largest = max(self._largest, count)

@@ -635,9 +635,8 @@ class _Salvage:
             self.saved.add(number)
             self.highest = max(self.highest, number)
             # The start sorts the messages found here.
-            insert = Insert(
-                Message(), row.queue, row.due, *UNSORTED, row.properties, row.data, id=number
-            )
+            insert = Insert(Message(), row.queue, row.due, *UNSORTED, row.properties, row.data)
+            insert.id = number
             self.save(insert)
 
     def row(self, cell: Cell) -> Row | None:
