@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from mailerq.mail.headers import unfold
+from mailerq.mail.headers import Header, unfold
 from mailerq.mail.parts import MAX_BOUNDARY, PARAMETER, codec_of, paired, unquote
 
 __all__ = ["PART_BYTES", "SCAN_BYTES", "Entity", "entities", "fields_of", "value_text"]
@@ -96,10 +96,14 @@ class Entity(NamedTuple):
 def entities(mail: bytes | memoryview) -> Iterator[Entity]:
     """Yield the mail, and then the parts of its multiparts in their order, outermost first.
 
-    What is in a message/rfc822 part is not taken apart.
+    What is in a message/rfc822 part is not taken apart. A mail whose first line is no field has no
+    header, as everywhere else; a part may begin with such a line.
     """
     data = paired(bytes(mail[:SCAN_BYTES]))
-    first = _entity(data, 0, b"text/plain")
+    if Header(data[:HEAD_BYTES]).end:
+        first = _entity(data, 0, b"text/plain")
+    else:
+        first = Entity(b"text/plain", [], {}, data.removeprefix(b"\r\n"), 0)
     waiting, count = [first], 0
     while waiting:
         entity = waiting.pop(0)

@@ -656,6 +656,12 @@ WORDS = [
 mails = st.lists(st.sampled_from(WORDS) | st.binary(max_size=8), max_size=40).map(b"".join)
 
 
+def test_a_mail_whose_first_line_is_no_field_has_no_header() -> None:
+    mail = b"--b\r\nContent-Type: application/tlsrpt+gzip\r\n\r\n"
+    assert recognise(mail, SENDER) is None
+    assert not is_candidate(mail, SENDER)
+
+
 @given(mails | st.binary(max_size=400), st.sampled_from(["", SENDER, "mailer-daemon@x.test"]))
 def test_whatever_a_mail_holds_it_is_read(mail: bytes, sender: str) -> None:
     found = recognise(mail, sender)
