@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 PYTEST := $(BIN)/python -m pytest
+# Many tests wait for peers and disks, so there are more processes than cores. JOBS=0 has none.
+JOBS := $(shell expr `nproc` + 1)
 
 CORE_SOURCES := setup.py include/mailerq.h \
     $(wildcard mailerq/_core*.p* mailerq/_core*.cpp mailerq/*/_*.pyx)
@@ -39,7 +41,7 @@ run: python ## set up and start a server to try; RUNARGS=--smtp-port=2600 change
 ready: $(if $(HOT_BUILT),build,$(VENV)/.core $(VENV)/.installed) $(PLUGINS)
 
 test: $(VENV)/.test build $(PLUGINS) ## run the whole test suite; PYTESTARGS="-k config" runs a part
-	$(PYTEST) $(PYTESTARGS)
+	$(PYTEST) --numprocesses=$(JOBS) --dist=worksteal $(PYTESTARGS)
 
 build: $(VENV)/.core $(VENV)/.hot $(VENV)/.installed ## make .venv/bin/mailerq, compiled for speed
 

@@ -18,7 +18,7 @@ from mailerq.queues import Publication
 from mailerq.queues.opening import open_exclusive, shares_in
 from mailerq.queues.ownership import DirectoryLock
 from tests.engine.kit import no_descriptors
-from tests.support import configure, open_sink, until
+from tests.support import configure, open_sink, public_directory, until
 
 
 def leave_mail(directory: Path, share: int, recipient: str) -> None:
@@ -164,21 +164,20 @@ def test_ports_that_are_shared_do_not_listen_before_the_engine_serves(tmp_path: 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else for a while")
-async def test_the_control_socket_belongs_to_who_owns_the_directory(tmp_path: Path) -> None:
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(0o755)
-    queue = tmp_path / "queue"
-    queue.mkdir(0o750)
-    os.chown(queue, 65534, 65534)
-    precious = tmp_path / "precious"
-    precious.write_text("data")
-    precious.chmod(0o600)
-    (queue / "control").symlink_to(precious)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, str(queue), {})
-        found = (queue / "control").lstat()
-        assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65534, 0o660)
-        assert (os.geteuid(), os.getegid()) == (0, 0)
-        nursery.cancel_scope.cancel()
-    assert (precious.stat().st_uid, precious.stat().st_mode & 0o777) == (0, 0o600)
-    assert not (queue / "control").exists()
+async def test_the_control_socket_belongs_to_who_owns_the_directory() -> None:
+    with public_directory() as directory:
+        queue = directory / "queue"
+        queue.mkdir(0o750)
+        os.chown(queue, 65534, 65534)
+        precious = directory / "precious"
+        precious.write_text("data")
+        precious.chmod(0o600)
+        (queue / "control").symlink_to(precious)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(control.serve, str(queue), {})
+            found = (queue / "control").lstat()
+            assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65534, 0o660)
+            assert (os.geteuid(), os.getegid()) == (0, 0)
+            nursery.cancel_scope.cancel()
+        assert (precious.stat().st_uid, precious.stat().st_mode & 0o777) == (0, 0o600)
+        assert not (queue / "control").exists()
