@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
 
 from mailerq.address import parse_host, parse_mailbox
+from mailerq.brokers import addresses_of_hosts
 from mailerq.errors import AddressError
 
 if TYPE_CHECKING:
@@ -17,8 +18,7 @@ __all__ = ["contradictions"]
 
 def contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """Yield the attribute to change and the mistake, for each contradiction."""
-    if config.rabbitmq_address:
-        yield "rabbitmq_address", "rabbitmq-address is not supported yet; remove it"
+    yield from _broker(config)
     for key in ("smtp_key", "smtp_ciphers", "smtp_secure_port"):
         if getattr(config, key) and not config.smtp_certificate:
             yield key, f"{key.replace('_', '-')} needs smtp-certificate, which is not set"
@@ -88,6 +88,24 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
             if shared and getattr(config, key):
                 name = key.replace("_", "-")
                 yield key, f"{name} would delete received mail: rabbitmq-{other} is that queue too"
+
+
+def _broker(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the settings of RabbitMQ."""
+    if config.rabbitmq_address and config.rabbitmq_host:
+        yield "rabbitmq_host", "rabbitmq-host: rabbitmq-address names the hosts; remove one of both"
+    for key in ("rabbitmq_user", "rabbitmq_password", "rabbitmq_vhost"):
+        if not getattr(config, key):
+            continue
+        if config.rabbitmq_address:
+            yield key, f"{_key(key)} belongs into rabbitmq-address, which is set; remove it"
+        elif not config.rabbitmq_host:
+            yield key, f"{_key(key)} needs rabbitmq-host, which is not set"
+    if config.rabbitmq_host:
+        try:
+            addresses_of_hosts(config.rabbitmq_host, "", "", "")
+        except AddressError as error:
+            yield "rabbitmq_host", f"rabbitmq-host: {error}"
 
 
 def _reports(config: Config) -> Iterator[tuple[str, str]]:

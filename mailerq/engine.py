@@ -258,7 +258,11 @@ class Engine:
             plugins.on(event, handler)
         share = self._share or 0
         directory = share_directory(config.queue_directory, share)
-        lock = None if self._share is None else await own(directory)
+        lock = None
+        if config.has_broker:
+            make_directory(config.queue_directory)
+        elif self._share is not None:
+            lock = await own(directory)
         self.queues = await stack.enter_async_context(open_queues(config, share, lock))
         plugins.initialize()
         stack.callback(plugins.cleanup)
@@ -319,8 +323,9 @@ class Engine:
         if lock is not None:
             nursery.start_soon(self._prove, lock)
         await nursery.start(self._listener.run)
-        adoption = Adoption(config.queue_directory, share, processes, self._adopt)
-        nursery.start_soon(adoption.run)
+        if not config.has_broker:
+            adoption = Adoption(config.queue_directory, share, processes, self._adopt)
+            nursery.start_soon(adoption.run)
         self._started = time.time()
 
     def _delivery(self, share: int, queues: Queues) -> _Delivery:

@@ -22,6 +22,7 @@ from mailerq.address import (
     parse_mailbox,
     queue_problem,
 )
+from mailerq.brokers import parse_addresses
 from mailerq.errors import AddressError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -64,6 +65,8 @@ class Kind:
     check: Callable[[Any], Any]
     write: Callable[[Any], str] = str
     may_be_empty: bool = False
+    hide: Callable[[Any], str] = lambda value: HIDDEN
+    """The value for people, if the setting is secret."""
 
 
 def _check_text(value: Any) -> str:
@@ -336,6 +339,22 @@ def _check_uris(values: Any) -> tuple[str, ...]:
     return tuple(_check_uri(value) for value in values)
 
 
+def _check_brokers(value: Any) -> str:
+    # What is wrong with it is said without it: it may hold a password.
+    text = _check_text(value)
+    if text:
+        try:
+            parse_addresses(text)
+        except AddressError as error:
+            raise ValueError(str(error)) from None
+    return text
+
+
+def _hide_passwords(value: str) -> str:
+    """Addresses of brokers without their passwords."""
+    return ", ".join(repr(address) for address in parse_addresses(value))
+
+
 def _check_name(value: Any) -> str:
     if not (text := _check_text(value)):
         raise ValueError("one of the names is empty")
@@ -434,6 +453,9 @@ EVENTS: Final = Kind(
     lambda value: ",".join(value) or "NEVER",
     may_be_empty=True,
 )
+BROKERS: Final = Kind(
+    "URIs", lambda text: text, _check_brokers, may_be_empty=True, hide=_hide_passwords
+)
 URIS: Final = Kind("URIs", _read_uris, _check_uris, ";".join, may_be_empty=True)
 DOMAINS: Final = _list_kind("domains", lambda item: (item,), _check_domain, separator=";")
 
@@ -490,7 +512,9 @@ class Setting:
 
     def show(self, value: Any) -> str:
         """The value for people: what an empty one stands for, and no secrets."""
-        return HIDDEN if self.secret and value else self.write(value) or f"({self.unset})"
+        if self.secret and value:
+            return self.kind.hide(value)
+        return self.write(value) or f"({self.unset})"
 
     def read(self, text: str) -> Any:
         """The checked value that a text stands for. Raises ValueError."""

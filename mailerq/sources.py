@@ -32,11 +32,7 @@ NOT_YET: Final = frozenset(
     download-cache download-log-directory download-log-file download-proxy download-ttl
     download-user-agent download-whitelist
     max-queues normalize-mime
-    proxy-server rabbitmq-consumers rabbitmq-declare rabbitmq-durable
-    rabbitmq-encoding rabbitmq-exchange rabbitmq-flush-qos rabbitmq-host rabbitmq-lazy
-    rabbitmq-maxpriority rabbitmq-minqos rabbitmq-password rabbitmq-persistent
-    rabbitmq-publishers rabbitmq-refused rabbitmq-throttle rabbitmq-user
-    rabbitmq-verify rabbitmq-vhost received-log-directory received-log-format
+    proxy-server rabbitmq-refused received-log-directory received-log-format
     received-log-history received-log-maxage received-log-maxsize received-log-prefix
     render-useragent send-bin-log-file send-log-compression send-log-directory send-log-format
     send-log-history send-log-maxage send-log-maxsize send-log-prefix

@@ -61,11 +61,9 @@ class Table(ServerTable):
         "/var/spool/mailerq",
         PATH,
         QUEUES,
-        "Where the embedded queue keeps its files; used while rabbitmq-address is not set.",
+        "Where the daemon keeps its files: the embedded queue, the operator's pauses, the control"
+        " socket.",
         needed=True,
-    )
-    rabbitmq_address: str = fixed(
-        "", TEXT, QUEUES, "Address of a RabbitMQ; not supported yet.", unset="the embedded queue"
     )
     rabbitmq_outbox: str = fixed(
         "outbox", QUEUE, QUEUES, "The queue of mail to deliver, the only one consumed.", needed=True

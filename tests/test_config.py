@@ -368,7 +368,7 @@ def test_a_file_holds_a_setting_on_a_line(write: Any) -> None:
         ("lock: /a\nlock: /b", "second value for lock; the first is at"),
         ("smtp-sink-address: a\nsmtp-sink-ip: a", "second value for smtp-sink-address"),
         ("www-port: 8485", "www-port is not supported yet"),
-        ("rabbitmq-address: amqp://localhost/", "rabbitmq-address is not supported yet"),
+        ("rabbitmq-address: localhost", "a broker is amqp://user:password@host:port/vhost"),
         ("config-file: /other", "config-file cannot stand in a file"),
         ("lock: /a\x1b[2J", "control character"),
     ],

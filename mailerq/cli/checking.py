@@ -42,6 +42,7 @@ from mailerq.privileges import as_owner
 from mailerq.queues.embedded.queue_file import FILE_NAME
 from mailerq.queues.embedded.shares import share_directory, shares_in
 from mailerq.queues.locks import holder_of
+from mailerq.queues.opening import broker_problem
 from mailerq.queues.ownership import LOCK_NAME
 from mailerq.rules.answers import Answers
 from mailerq.rules.local_ips import LocalIps
@@ -349,6 +350,11 @@ def _holder(path: str) -> str | None:
         return None
 
 
+def _check_broker(config: Config, running: Running) -> Iterator[Problem]:
+    if (error := broker_problem(config)) is not None:
+        yield from error.problems
+
+
 def _check_logs(config: Config, running: Running) -> Iterator[Problem]:
     for key in LOG_FILES:
         path = config.text(key)
@@ -403,6 +409,7 @@ AT_START: Final = (
 
 AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("queue-directory",), _check_queue),
+    (("rabbitmq-address", "rabbitmq-host"), _check_broker),
     (LOG_FILES, _check_logs),
 )
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from mailerq.cli.common import command_parser, print_json, print_table
 from mailerq.config import SETTINGS, Config, Setting
-from mailerq.settings import HIDDEN
 
 __all__ = ["main"]
 
@@ -48,7 +47,7 @@ def _value(config: Config, setting: Setting) -> Any:
     """The value in JSON: numbers as numbers, lists as arrays."""
     value = getattr(config, setting.attribute)
     if setting.secret and value:
-        return HIDDEN
+        return setting.kind.hide(value)
     if isinstance(value, tuple):
         return [item if isinstance(item, int) else str(item) for item in value]
     return value

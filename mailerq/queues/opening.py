@@ -1,7 +1,8 @@
 """Opens the queues of a configuration: the only module that knows the backends.
 
-An engine calls `open_queues`. The command line calls `open_files` or, to publish, `open_shared`;
-neither of these needs an event loop.
+An engine calls `open_queues`, which opens files or, with `open_broker`, RabbitMQ. The command line
+calls `open_files` or, to publish, `open_shared`; neither of these needs an event loop. With a
+broker there are no files, and `open_files` says so.
 
 SQLite accepts a write-ahead log up to its first broken frame, and discards the rest. Frames behind
 a broken one were committed, and a daemon salvages them at its start. So after a crash nobody may
@@ -10,6 +11,7 @@ open the file before its log has been checked.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import time
@@ -18,7 +20,7 @@ from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanag
 from typing import TYPE_CHECKING, Final
 
 from mailerq.config import Config
-from mailerq.errors import QueueDamaged, QueueError
+from mailerq.errors import ConfigError, Problem, QueueDamaged, QueueError
 from mailerq.privileges import as_owner, give_to
 from mailerq.queues.embedded.queue_file import FILE_NAME, Bounds, QueueFile, lock_directory
 from mailerq.queues.embedded.shares import share_directory, share_of, shares_in
@@ -29,11 +31,15 @@ from mailerq.queues.recovery.salvage import broken_log, recover
 
 if TYPE_CHECKING:
     from mailerq.queues.embedded.queues import EmbeddedQueues
+    from mailerq.queues.interface import Queues
+    from mailerq.queues.rabbitmq.queues import RabbitQueues
 
 __all__ = [
     "QueueFile",
+    "broker_problem",
     "compact_files",
     "make_directory",
+    "open_broker",
     "open_embedded",
     "open_exclusive",
     "open_files",
@@ -59,16 +65,43 @@ at any size."""
 
 def open_queues(
     config: Config, share: int = 0, lock: DirectoryLock | None = None
-) -> AbstractAsyncContextManager[EmbeddedQueues]:
+) -> AbstractAsyncContextManager[Queues]:
     """Open the queues of a configuration, for the engine that delivers from them.
 
     `share` is the part of the queue directory that the engine delivers from. A `lock` already held
-    on that part is released at the end.
+    on that part is released at the end. With a broker there are no shares: all processes consume
+    the one outbox.
     """
+    if config.has_broker:
+        return open_broker(config)
     directory = share_directory(config.queue_directory, share)
     return open_embedded(
         directory, bounds=Bounds.of(config), outbox=config.rabbitmq_outbox, lock=lock
     )
+
+
+def open_broker(config: Config) -> AbstractAsyncContextManager[RabbitQueues]:
+    """Open the queues in the broker of the settings.
+
+    Does not wait for the broker. Raises `ConfigError` if the package for it is not installed.
+    """
+    if (problem := broker_problem(config)) is not None:
+        raise problem
+    # Others do not need pika.
+    from mailerq.queues.rabbitmq.addresses import addresses_of
+    from mailerq.queues.rabbitmq.options import Options
+    from mailerq.queues.rabbitmq.queues import open_rabbitmq
+
+    return open_rabbitmq(addresses_of(config), Options.of(config))
+
+
+def broker_problem(config: Config) -> ConfigError | None:
+    """Why RabbitMQ cannot be used with this installation, or None."""
+    if not config.has_broker or importlib.util.find_spec("pika") is not None:
+        return None
+    key = "rabbitmq-address" if config.rabbitmq_address else "rabbitmq-host"
+    text = f"{key} needs the package pika: pip install 'mailerq[rabbitmq]'"
+    return ConfigError.of([Problem(config.origin(key), text, key)])
 
 
 @asynccontextmanager

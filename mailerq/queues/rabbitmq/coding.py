@@ -98,9 +98,9 @@ def _unpack(data: bytes) -> bytes:
 
 def header(
     identity: str, *, priority: int = 0, due: float | None = None, encoding: str | None = None,
-    reason: str | None = None,
+    reason: str | None = None, now: float = 0.0, persistent: bool = True,
 ) -> spec.BasicProperties:  # fmt: skip
-    """What stands beside a document; always persistent."""
+    """What stands beside a document."""
     headers: dict[str, Any] = {}
     if due is not None:
         headers[DUE] = int(due * 1000)
@@ -109,10 +109,11 @@ def header(
     return spec.BasicProperties(
         content_type="application/json",
         content_encoding=encoding,
-        delivery_mode=2,
+        delivery_mode=2 if persistent else 1,
         message_id=identity,
         priority=priority or None,
         headers=headers or None,
+        timestamp=int(now) or None,
     )
 
 

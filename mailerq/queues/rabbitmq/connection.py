@@ -383,7 +383,7 @@ class Channel:
         self._replies: set[_Reply] = set()
         self._consumers: dict[str, Callable[[], None]] = {}
         self._number = 0
-        self._fetch_lock = trio.Lock()
+        self._fetch_lock = trio.Semaphore(1)  # compiled tasks cannot own a `trio.Lock`
         self._closed = trio.Event()
 
     async def open(self, connection: Any) -> None:

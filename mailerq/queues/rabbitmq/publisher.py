@@ -53,7 +53,7 @@ class Place:
     Messages of this queue fall into the queue `back`, which must be there before.
     """
 
-    __slots__ = ("arguments", "back", "exchange", "name")
+    __slots__ = ("arguments", "back", "durable", "exchange", "name")
 
     def __init__(
         self,
@@ -62,8 +62,10 @@ class Place:
         *,
         exchange: str = "",
         back: Place | None = None,
+        durable: bool = True,
     ) -> None:
         self.name = name
+        self.durable = durable
         self.arguments = arguments
         self.exchange = exchange
         self.back = back
@@ -107,7 +109,8 @@ class Publisher:
         self.keeper = keeper
         self.published = 0
         """Copies confirmed so far."""
-        self._throttle = throttle
+        self.throttle = throttle
+        """Copies on the way at a time."""
         self._seconds = publish_seconds
         self._prefix = secrets.token_hex(8)
         self._number = 0
@@ -118,7 +121,8 @@ class Publisher:
         self._tag = 0
         self._more_later = False
         self._admin: Channel | None = None
-        self._admin_lock = trio.Lock()
+        # Not a `trio.Lock`: compiled tasks cannot own one.
+        self._admin_lock = trio.Semaphore(1)
         self._declared: dict[str, float] = {}
         self._token = trio.lowlevel.current_trio_token()
 
@@ -202,7 +206,7 @@ class Publisher:
         waiting = self._waiting
         while (
             waiting
-            and len(self._unconfirmed) < self._throttle
+            and len(self._unconfirmed) < self.throttle
             and connection.blocked is None
             and connection.buffered < MAX_BUFFERED
         ):
@@ -268,7 +272,7 @@ class Publisher:
             return
         async with self._admin_lock:
             admin = await self._admin_channel()
-            await admin.declare(place.name, arguments=place.arguments)
+            await admin.declare(place.name, durable=place.durable, arguments=place.arguments)
             if place.exchange:
                 await admin.declare_exchange(place.exchange)
                 await admin.bind(place.name, place.exchange)

@@ -25,12 +25,12 @@ Guarantees
 
 from __future__ import annotations
 
-import ssl
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -56,9 +56,9 @@ from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.queues.rabbitmq.coding import decode, encode, header, in_thread, priority_of
 from mailerq.queues.rabbitmq.connection import Channel
 from mailerq.queues.rabbitmq.keeper import Keeper, State
-from mailerq.queues.rabbitmq.publisher import PUBLISH_SECONDS, THROTTLE, Copy, Place, Publisher
+from mailerq.queues.rabbitmq.options import Options
+from mailerq.queues.rabbitmq.publisher import Copy, Place, Publisher
 from mailerq.queues.rabbitmq.takers import (
-    HOLD_SECONDS,
     RETURN_SECONDS,
     BrokerConsumer,
     BrokerLease,
@@ -66,9 +66,11 @@ from mailerq.queues.rabbitmq.takers import (
     Move,
     Taker,
 )
-from mailerq.queues.rabbitmq.topology import DELAYS, QueueType, Topology, name_problem, step_for
+from mailerq.queues.rabbitmq.topology import DELAYS, Topology, name_problem, step_for
 
 __all__ = ["Options", "RabbitQueues", "open_rabbitmq"]
+
+log = logging.getLogger("mailerq.queues")
 
 T = TypeVar("T")
 
@@ -77,27 +79,6 @@ MAX_SETTLED: Final = 100_000
 
 MAX_INDEX: Final = 50_000
 """Entries of an index to read at a start; a prefetch has 16 bits."""
-
-
-@dataclass(slots=True, frozen=True)
-class Options:
-    """How to use a broker.
-
-    With `declare` false, the queues of the settings must be there, with whatever arguments; wait
-    and parked queues are declared in any case. `compress` publishes with the content encoding gzip,
-    which is understood always. `throttle` is the number of publications on the way at a time.
-    """
-
-    queue_type: QueueType = "quorum"
-    declare: bool = True
-    exchange: str = ""
-    max_priority: int = 0
-    compress: bool = False
-    throttle: int = THROTTLE
-    context: ssl.SSLContext | None = None
-    publish_seconds: float = PUBLISH_SECONDS
-    hold_seconds: float = HOLD_SECONDS
-    first_pause_seconds: float = 0.1
 
 
 @asynccontextmanager
@@ -155,6 +136,8 @@ class RabbitQueues(Queues):
 
         self.publishing = keeper("publishing to RabbitMQ")
         self.consuming = keeper("consuming from RabbitMQ")
+        self._said: tuple[int, ...] | None = None
+        self.publishing.on_change.append(self._say_notes)
         self.publisher = Publisher(
             self.publishing, throttle=options.throttle, publish_seconds=options.publish_seconds
         )
@@ -163,7 +146,7 @@ class RabbitQueues(Queues):
         self.leases = 0
         """The number of the last lease."""
         self._settled: OrderedDict[str, None] = OrderedDict()
-        self._names: set[str] = set()
+        self._names: set[str] = set(options.names)
         self._waits: set[str] = set()
         """Wait queues that this process has published to."""
         self._takers: dict[Taker, None] = {}
@@ -192,17 +175,33 @@ class RabbitQueues(Queues):
         """What is the case with the two connections, for people."""
         return self.publishing.state, self.consuming.state
 
+    def _say_notes(self, state: State) -> None:
+        """Log once for each version of a broker what it cannot do of what the settings say."""
+        version = self.publishing.version
+        if state.kind == "open" and version != self._said:
+            self._said = version
+            for note in self.options.notes(version):
+                log.warning("%s", note)
+
     @property
     def topology(self) -> Topology:
         options = self.options
         version = self.publishing.version or self.consuming.version
-        return Topology(options.queue_type, version, options.exchange, options.max_priority)
+        return Topology(
+            options.queue_type,
+            version,
+            options.exchange,
+            options.max_priority,
+            options.is_lazy(version),
+        )
 
     def place(self, queue: str) -> Place:
         """A queue of ours, as a place to publish to."""
         self._names.add(queue)
-        arguments = self.topology.main() if self.options.declare else None
-        return Place(queue, arguments, exchange=self.options.exchange)
+        topology = self.topology
+        arguments = topology.main() if self.options.declare else None
+        durable = not self.options.is_transient(queue, topology.version)
+        return Place(queue, arguments, exchange=self.options.exchange, durable=durable)
 
     def parked_place(self, queue: str, destination: str) -> Place:
         """The parked queue of a destination."""
@@ -285,7 +284,12 @@ class RabbitQueues(Queues):
             self._waits.add(place.name)
         identity = self.publisher.identity()
         properties = header(
-            identity, priority=priority, due=due if step else None, encoding=encoding
+            identity,
+            priority=priority,
+            due=due if step else None,
+            encoding=encoding,
+            now=self.clock(),
+            persistent=self.options.persistent or queue not in self.options.results,
         )
         return Copy(place, body, properties)
 
@@ -579,7 +583,21 @@ class RabbitQueues(Queues):
         """A broker needs no hint."""
 
     def configure(self, config: Config) -> None:
-        """The options of a broker are fixed while it is open."""
+        """Apply changed settings; those of the topology and of connections are fixed."""
+        new = Options.of(config)
+        self.options = replace(
+            self.options,
+            compress=new.compress,
+            persistent=new.persistent,
+            throttle=new.throttle,
+            fetch=new.fetch,
+            min_qos=new.min_qos,
+            names=new.names,
+            results=new.results,
+            bounds=new.bounds,
+        )
+        self._names.update(new.names)
+        self.publisher.throttle = new.throttle
 
     def statistics(self) -> dict[str, Any]:
         leased: dict[str, int] = {}
@@ -588,6 +606,7 @@ class RabbitQueues(Queues):
         return {
             "published": self.publisher.published,
             "connections": self.publishing.connections + self.consuming.connections,
+            "broker": [state.text for state in dict.fromkeys(self.states)],
             "leased": leased,
         }
 

@@ -49,6 +49,12 @@ HOLD_SECONDS: Final = 30.0
 """How long a message may be held back for room in memory. RabbitMQ before 4.3 ends a consumer that
 keeps a message for half an hour."""
 
+FETCH_MESSAGES: Final = 1000
+"""Messages fetched at a time from a parked queue."""
+
+MIN_MESSAGES: Final = 100
+"""Messages held at a time at least, however large they are."""
+
 GROUP: Final = 100
 """Messages sorted in one turn of the loop, and parked in one batch."""
 

@@ -99,16 +99,17 @@ def belongs_to(queue: str, name: str) -> bool:
 class Topology:
     """The queues of a configuration on a broker of one version.
 
-    `max_priority`, 0 to 255, is for classic queues only; a quorum queue knows two priorities from
-    version 4.0 on, and 32 from 4.3 on, without being told. `exchange` is empty for the default
-    exchange, and gets what is published to queues of ours; wait and parked queues are reached
-    directly.
+    `max_priority`, 0 to 255, and `lazy` are for classic queues only; a quorum queue knows two
+    priorities from version 4.0 on, and 32 from 4.3 on, without being told. `exchange` is empty for
+    the default exchange, and gets what is published to queues of ours; wait and parked queues are
+    reached directly.
     """
 
     queue_type: QueueType = "quorum"
     version: tuple[int, ...] = ()
     exchange: str = ""
     max_priority: int = 0
+    lazy: bool = False
 
     def problem(self) -> str | None:
         """Why this broker cannot have these queues, or None."""
@@ -130,6 +131,8 @@ class Topology:
                 arguments["x-delivery-limit"] = -1
         elif self.max_priority:
             arguments["x-max-priority"] = self.max_priority
+        if self.lazy:
+            arguments["x-queue-mode"] = "lazy"
         return arguments
 
     def wait(self, queue: str, seconds: int) -> tuple[str, dict[str, Any]]:
@@ -164,6 +167,8 @@ class Topology:
         arguments["x-message-ttl"] = seconds * 1000
         arguments["x-dead-letter-exchange"] = ""
         arguments["x-dead-letter-routing-key"] = queue
+        if self.lazy:
+            arguments["x-queue-mode"] = "lazy"
         if self.queue_type == "quorum":
             # A message leaves only when its queue has confirmed it. This needs `reject-publish`.
             arguments["x-dead-letter-strategy"] = "at-least-once"
