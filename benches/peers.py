@@ -206,6 +206,10 @@ class System(ABC):
     def cpu(self) -> float | None:
         """CPU seconds of the system since it started; None if unknown."""
 
+    def broker_cpu(self) -> float | None:
+        """CPU seconds of the broker that keeps its queues; None if there is none."""
+        return None
+
     @abstractmethod
     def check(self) -> None:
         """Raise `Failed` if the server has ended."""

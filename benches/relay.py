@@ -7,11 +7,14 @@ twice: with a new connection for each message, and with kept connections.
 
     python benches/relay.py                     the project, and Postfix beside it
     python benches/relay.py --systems mailerq+plugins,mailerq-1 --base mailerq-1
+    python benches/relay.py --rabbitmq          the queue in a file, and in a broker
     python benches/relay.py --target HOST:PORT  a server that runs already
 
 "mailerq" is the project with a process for each core, as Postfix has one for each connection.
 "mailerq-1" is a single process. "mailerq+plugins" is a single process with one C plugin that
-handles each of the six events of an incoming mail. The systems take turns within one run, because
+handles each of the six events of an incoming mail. "mailerq+rabbitmq" is a single process whose
+queues are in a RabbitMQ that this program starts, with quorum queues; ``--rabbitmq`` measures it
+beside "mailerq-1", whose queue is a file. The systems take turns within one run, because
 only figures of one run on one machine can be compared. benches/README.md explains each figure.
 """
 
@@ -34,6 +37,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Protocol
 
+from broker import OnBroker
 from figures import Figure, print_document, progress, table
 from haraka import Haraka
 from peers import (
@@ -74,6 +78,7 @@ COLUMNS: Final = {
     "accept": ("accept/s", ".0f"),
     "end_to_end": ("end to end/s", ".0f"),
     "cpu": ("CPU ms/message", ".2f"),
+    "broker": ("of its broker", ".2f"),
     "peers": ("of client and sink", ".2f"),
 }
 """Printed columns: attribute of a run -> heading and format."""
@@ -81,7 +86,9 @@ COLUMNS: Final = {
 COMPARED: Final = {"accept": "accept", "end_to_end": "end to end", "cpu": "CPU"}
 """Compared figures: attribute of a run -> name of the ratio."""
 
-SYSTEMS: Final = ("mailerq", "mailerq-1", "mailerq+plugins", "postfix", "haraka")
+SYSTEMS: Final = (
+    "mailerq", "mailerq-1", "mailerq+plugins", "mailerq+rabbitmq", "postfix", "haraka",
+)  # fmt: skip
 
 
 class CountingSink(Protocol):
@@ -95,7 +102,8 @@ class Run:
     """One run of one system. Rates in messages/s; CPU in milliseconds per message.
 
     `peers` is the CPU of the programs beside the system: client, sink and this benchmark. `others`
-    is the share of the machine, from 0 to 1, that other programs took.
+    is the share of the machine, from 0 to 1, that other programs took. `broker` is the CPU of the broker that the
+    system keeps its queues in, beside `cpu`.
     """
 
     system: str
@@ -105,6 +113,7 @@ class Run:
     cpu: float | None
     peers: float
     others: float
+    broker: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +141,7 @@ def relay(
     """
     before = sink.count() if sink else 0
     cpu_before, ours_before = system.cpu(), cpu_seconds(os.getpid())
+    broker_before = system.broker_cpu()
     others_before = _others_seconds()
     accepted = finished = None
     start = time.monotonic()
@@ -161,6 +171,10 @@ def relay(
     used = None if cpu_after is None or cpu_before is None else cpu_after - cpu_before
     if used is not None and isinstance(system, Program):
         ours -= used  # a child of ours too
+    broker = system.broker_cpu()
+    spent = None if broker is None or broker_before is None else broker - broker_before
+    if spent is not None:
+        ours -= spent
     return Run(
         system=system.name,
         kept=kept,
@@ -169,6 +183,7 @@ def relay(
         cpu=None if used is None else 1000 * used / load.messages,
         peers=1000 * ours / load.messages,
         others=max(0.0, others),
+        broker=None if spent is None else 1000 * spent / load.messages,
     )
 
 
@@ -311,6 +326,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a new connection for each message, kept ones, or both (%(default)s)")  # fmt: skip
     add("--systems", default="mailerq,postfix",
         help=f"what to start, of {', '.join(SYSTEMS)} (%(default)s); empty: none")  # fmt: skip
+    add("--rabbitmq", action="store_true",
+        help="--systems=mailerq+rabbitmq,mailerq-1 --base=mailerq-1")  # fmt: skip
     add("--base", default="postfix", help="which the others are compared with (%(default)s)")
     add("--target", metavar="HOST:PORT", help="measure this running server (alone, unless "
         "--systems is given too)")  # fmt: skip
@@ -326,6 +343,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--keep", action="store_true", help="leave queues and logs in place")
     add("--json", action="store_true", help="print JSON, every single run included")
     options = parser.parse_args(arguments)
+    if options.rabbitmq:
+        options.systems, options.base = "mailerq+rabbitmq,mailerq-1", "mailerq-1"
     for name in ("messages", "sessions", "size", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -375,6 +394,8 @@ def _make(name: str, options: argparse.Namespace, directory: Path, sink: Sink) -
         return Postfix(directory / name, sink)
     if name == "haraka":
         return Haraka(directory / name, sink)
+    if name == "mailerq+rabbitmq":
+        return OnBroker(directory / name, sink, name=name, options=options.mailerq_option)
     plugins = options.plugins
     if name == "mailerq+plugins":
         plugins = directory / "plugins"

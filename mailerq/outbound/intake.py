@@ -161,6 +161,16 @@ class Intake:
             return
         self.mail_at(self.destination(destination), due)
 
+    def waited(self, leases: Sequence[Lease]) -> None:
+        """Mail has waited in a broker for its time; if all its flows are down, one asks with it."""
+        self.arrived(leases)
+        if not self._begun:
+            return
+        for key in {lease.destination: None for lease in leases}:
+            destination = self.known(key)
+            if destination is not None and destination.waits:
+                self._ask_if_down(destination)
+
     def mail_at(self, destination: Destination, due: float) -> None:
         """Mail of a destination is due at `due`, seconds since 1970."""
         if due > self._dispatcher.now():
@@ -172,6 +182,9 @@ class Intake:
     def came_due(self, destination: Destination) -> None:
         """A message's own retry time has come; if all its flows are down, one asks with it."""
         self._mail_waits(destination)
+        self._ask_if_down(destination)
+
+    def _ask_if_down(self, destination: Destination) -> None:
         if all(flow.down for flow in destination.flows):
             for flow in destination.flows:
                 if isinstance(flow, Pause) and not flow.paused:

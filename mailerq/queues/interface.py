@@ -181,7 +181,7 @@ class Taken(msgspec.Struct, frozen=True):
 
 
 class Receiver(Protocol):
-    """What a `Subscription` reports to its subscriber, on its loop. Neither method may raise."""
+    """What a `Subscription` reports to its subscriber, on its loop. No method may raise."""
 
     def arrived(self, leases: Sequence[Lease]) -> None:
         """New mail is committed that fits the windows of its destinations."""
@@ -193,6 +193,12 @@ class Receiver(Protocol):
         that does not go to `arrived`, retries included; never for each message of a known backlog.
         A broker calls this only for mail that it has set apart by destination: other mail, and mail
         that waits for its time, arrives.
+        """
+
+    def waited(self, leases: Sequence[Lease]) -> None:
+        """Mail has waited for its time in a broker, and wants to be tried now.
+
+        Sorted queues tell of such mail by `waiting`.
         """
 
 

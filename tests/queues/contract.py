@@ -64,6 +64,9 @@ class Recorder:
         self.leases += leases
         self._notice()
 
+    def waited(self, leases: Sequence[Lease]) -> None:
+        self.arrived(leases)
+
     def waiting(self, destination: str, due: float) -> None:
         self.told.append((destination, due))
         self._notice()

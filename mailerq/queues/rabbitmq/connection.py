@@ -20,6 +20,7 @@ Guarantees
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import ssl
@@ -565,8 +566,12 @@ class Channel:
         if on_cancelled is not None:
             on_cancelled()
 
-    async def fetch(self, queue: str, limit: int) -> tuple[list[Delivery], int]:
+    async def fetch(
+        self, queue: str, limit: int, most_bytes: float = math.inf
+    ) -> tuple[list[Delivery], int]:
         """Take up to `limit` messages that are ready; return them, and how many are left.
+
+        Those beyond `most_bytes` bytes of bodies, but not the first one, go back at once.
 
         This takes five round trips, however many messages come; ``basic.get`` would take one for
         each, and in a quorum queue a write. Several tasks may fetch at a time.
@@ -578,7 +583,15 @@ class Channel:
         deliveries: list[Delivery] = []
         over = trio.Event()
 
+        size = 0
+
         def delivered(delivery: Delivery) -> None:
+            nonlocal size
+            size += len(delivery.body)
+            if deliveries and size > most_bytes:
+                self.nack(delivery.tag)
+                over.set()
+                return
             deliveries.append(delivery)
             if len(deliveries) >= wanted:
                 over.set()

@@ -471,6 +471,16 @@ class RabbitQueues(Queues):
             channel.ack(entry.tag)
         return found
 
+    async def declare_waits(self, queue: str) -> None:
+        """Declare the wait queues of a queue, long before mail is published to them.
+
+        A broker that is killed may forget a queue that was declared in the seconds before.
+        """
+        await self.publishing.connection()
+        back = self.place(queue)
+        for name, arguments in self.topology.waits(queue):
+            await self.publisher.declare(Place(name, arguments, back=back))
+
     async def _is_parked(self, queue: str, destination: str) -> bool:
         return await self._ready(self.topology.parked(queue, destination)[0]) > 0
 
@@ -511,8 +521,8 @@ class RabbitQueues(Queues):
     async def _taking(self, taker: Taker) -> AsyncIterator[None]:
         self._takers[taker] = None
         self._names.add(taker.queue)
-        moves, takes = _Work(taker.move), _Work(taker.run)
-        for work in (moves, takes):
+        moves, takes, tends = _Work(taker.move), _Work(taker.run), _Work(taker.tend)
+        for work in (moves, takes, tends):
             self._nursery.start_soon(work.run)
         try:
             yield
@@ -522,6 +532,7 @@ class RabbitQueues(Queues):
                 if not lease.settling:
                     self._release(lease)
             with trio.CancelScope(shield=True):
+                await tends.end()
                 # What is safe elsewhere is acknowledged before the channel closes.
                 await moves.end()
                 while any(lease.taker is taker for lease in self.held.values()):

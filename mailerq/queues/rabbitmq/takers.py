@@ -11,10 +11,16 @@ what comes by destination, message by message:
   to the parked queue of the destination and acknowledged. The receiver is told once that the
   destination has mail, and `take` gets it from the parked queue.
 - While `prefetch` messages are leased, what comes is held back, and parked after `HOLD_SECONDS`.
+- A message that has waited for its time goes to the receiver (`Receiver.waited`) if it finds room
+  in memory, whatever else waits for its destination: its host is asked anew.
+
+Large messages count too: with more than `MAX_BYTES` the consumer ends, and begins again with a
+smaller prefetch when half of them have gone. What comes beyond `MOST_BYTES` goes back at once.
 
 So nothing stays unacknowledged for a wait, and mail that waits costs nothing here, except one
 `Destination` for each destination with parked mail. The list of these destinations is in the broker
-too (`Topology.index`), for the next process.
+too (`Topology.index`): it is read at the start and every `INDEX_LOOK_SECONDS`, because other
+processes park mail as well, and may be gone.
 
 When a connection is lost, the broker delivers again what was not acknowledged. A message that is
 leased is recognised by its identity and joined with its lease. One that was settled meanwhile is
@@ -55,6 +61,14 @@ FETCH_MESSAGES: Final = 1000
 MIN_MESSAGES: Final = 100
 """Messages held at a time at least, however large they are."""
 
+MAX_BYTES: Final = 256 << 20
+"""Bytes of messages in memory above which fewer are held than the prefetch says."""
+
+MOST_BYTES: Final = 2 * MAX_BYTES
+
+USUAL_BYTES: Final = 16 << 10
+"""The size of a message before any has come."""
+
 GROUP: Final = 100
 """Messages sorted in one turn of the loop, and parked in one batch."""
 
@@ -68,6 +82,7 @@ LOOK_SECONDS: Final = 0.02
 """A quorum queue does not count a returned message at once. For a second it is looked for again."""
 
 INDEX_AGAIN_SECONDS: Final = float(PARKED_SECONDS)
+INDEX_LOOK_SECONDS: Final = 300.0
 MAX_SORTING: Final = 200
 """Messages beyond the prefetch that a subscription may have, to sort them."""
 
@@ -128,7 +143,7 @@ class Move:
     unusable messages, with a `reason`.
     """
 
-    __slots__ = ("due", "key", "origin", "reason")
+    __slots__ = ("due", "key", "origin", "reason", "size")
 
     def __init__(
         self,
@@ -139,6 +154,7 @@ class Move:
         reason: str | None = None,
     ) -> None:
         self.origin = origin
+        self.size = origin.size if isinstance(origin, BrokerLease) else len(origin.body)
         self.key = key
         self.due = due
         self.reason = reason
@@ -164,6 +180,12 @@ class Taker:
         self.prefetch = prefetch
         self.count = 0
         """Messages leased."""
+        self.bytes = 0
+        """Bytes of all messages here: leased, unsorted, and on their way out."""
+        self.average = float(USUAL_BYTES)
+        """Bytes of a message, of late."""
+        self.parked = 0
+        """Messages parked so far."""
         self.closed = False
         self.channel: Channel | None = None
         self.inbox: deque[Delivery] = deque()
@@ -184,6 +206,27 @@ class Taker:
     def quota(self) -> int:
         """Unacknowledged messages to ask the broker for."""
         return self.prefetch
+
+    @property
+    def fitting_quota(self) -> int:
+        """The quota, or fewer messages if they are large, but not fewer than `min_qos`."""
+        fitting = max(int(MAX_BYTES / self.average), self.queues.options.min_qos, 1)
+        return min(self.quota, fitting)
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether no more messages fit into memory."""
+        return self.bytes > MAX_BYTES and self.unsettled >= self.queues.options.min_qos
+
+    def came(self, delivery: Delivery) -> bool:
+        """Count a delivery; False, and the message goes back, if there is no memory for it."""
+        size = len(delivery.body)
+        self.average += (size - self.average) / 32
+        if self.bytes and self.bytes + size > MOST_BYTES:
+            delivery.channel.nack(delivery.tag)
+            return False
+        self.bytes += size
+        return True
 
     def notice(self) -> None:
         self._news.set()
@@ -213,13 +256,12 @@ class Taker:
 
     async def _serve(self, connection: Connection) -> None:
         """Consume on one connection until that ends; raises `BrokerError`."""
-        self.inbox.clear()
+        self._forget_unleased()
         if problem := self.queues.topology.problem():
             raise BrokerError(problem)
         await self.queues.publisher.declare(self.queues.place(self.queue))
         channel = await connection.channel()
         try:
-            await channel.prefetch(self.quota)
             self.channel = channel
             await self.begin(connection)
             ended: list[BrokerError] = []
@@ -233,17 +275,30 @@ class Taker:
                 self.notice()
 
             def delivered(delivery: Delivery) -> None:
-                self.inbox.append(delivery)
+                if self.came(delivery):
+                    self.inbox.append(delivery)
                 self.notice()
 
+            async def consume() -> str:
+                await channel.prefetch(self.fitting_quota)
+                return await channel.consume(self.queue, delivered, cancelled)
+
             channel.on_closed = closed
-            await channel.consume(self.queue, delivered, cancelled)
+            consumer = await consume()
             if self.said:
                 self.said = ""
                 log.info("mail comes from the queue %s again", self.queue)
             while not ended:
                 news = self._news
                 await self.sort()
+                if self.is_heavy and consumer:
+                    await channel.cancel(consumer)
+                    consumer = ""
+                elif not consumer and (
+                    self.bytes <= MAX_BYTES // 2
+                    or self.unsettled < self.queues.options.min_qos // 2
+                ):
+                    consumer = await consume()
                 if not ended and not news.is_set():
                     with trio.move_on_after(self.wait_seconds()):
                         await news.wait()
@@ -253,13 +308,23 @@ class Taker:
             with trio.move_on_after(1, shield=True):
                 await channel.close()
 
+    def _forget_unleased(self) -> None:
+        """Forget what the broker delivers again; leases are kept."""
+        self.inbox.clear()
+        self.bytes = sum(lease.size for lease in self.queues.held.values() if lease.taker is self)
+
     async def begin(self, connection: Connection) -> None:
         """Prepare for a new connection. What moves is delivered once more."""
         self.moves.clear()
         # What is safe elsewhere meanwhile must be known before it is delivered.
         await self._idle.wait()
 
+    async def tend(self) -> None:
+        """Look after the queues beside this one, until cancelled."""
+
     def start_move(self, move: Move) -> None:
+        if isinstance(move.origin, BrokerLease):
+            self.bytes += move.size  # the lease is over, and does not count any more
         self.moves.append(move)
         self._moving.set()
 
@@ -293,6 +358,8 @@ class Taker:
             self.queues.finish(origin.channel, origin.tag, move.identity)
             if self.moves and self.moves[0] is move:  # else the connection was lost
                 self.moves.popleft()
+                self.bytes -= move.size
+        self.notice()
         self.moved(group)
 
     def new_keys(self, group: Sequence[Move]) -> list[str]:
@@ -317,9 +384,11 @@ class Taker:
         known = queues.by_identity.get(identity)
         if known is not None and known.is_stale and known.queue == self.queue:
             known.channel, known.tag = delivery.channel, delivery.tag
+            self.bytes -= len(delivery.body)
             return None
         if queues.was_settled(identity):
             delivery.channel.ack(delivery.tag)
+            self.bytes -= len(delivery.body)
             return None
         try:
             return await in_thread(
@@ -328,6 +397,7 @@ class Taker:
             )
         except MessageError as error:
             if self.queue == DAMAGED_QUEUE:
+                self.bytes -= len(delivery.body)
                 return None  # it stays where it is
             log.error("a message of the queue %s is set aside: %s", self.queue, error)
             self.start_move(Move(delivery, reason=str(error)))
@@ -360,6 +430,7 @@ class Taker:
             parked=parked,
             kept=(properties, message.body),
         )
+        self.bytes += lease.size - len(delivery.body)
         queues.held[lease.id] = lease
         queues.by_identity.setdefault(lease.identity, lease)
         return lease
@@ -367,6 +438,7 @@ class Taker:
     def over(self, lease: BrokerLease) -> None:
         """A lease has ended."""
         self.count -= 1
+        self.bytes -= lease.size
         self.notice()
 
     def release(self, lease: BrokerLease) -> None:
@@ -449,6 +521,7 @@ class BrokerSubscription(Taker, Subscription):
         self._hold_seconds = hold_seconds
         self._held_back: deque[tuple[float, Delivery, Message, str]] = deque()
         self._gets: Channel | None = None
+        self._look = trio.Event()
 
     @property
     def quota(self) -> int:
@@ -469,13 +542,45 @@ class BrokerSubscription(Taker, Subscription):
             self.destinations.pop(destination.key, None)
 
     async def begin(self, connection: Connection) -> None:
-        """Find the destinations with parked mail."""
+        """Forget what is delivered once more, and have the list of destinations read."""
         await super().begin(connection)
         self._held_back.clear()
         for destination in self.destinations.values():
             destination.parking = 0
             destination.parked.set()
-        gets = await self._open_gets(connection)
+        await self._open_gets(connection)
+        self.look()
+
+    def look(self) -> None:
+        """Look for destinations with parked mail now."""
+        self._look.set()
+
+    async def tend(self) -> None:
+        """Declare the wait queues, and look for parked mail, until cancelled."""
+        said = ""
+        while True:
+            try:
+                connection = await self.queues.publishing.connection()
+                # RabbitMQ 3.10 forgot a queue that was declared half a second before a crash.
+                await self.queues.declare_waits(self.queue)
+                while connection.is_open:
+                    with trio.move_on_after(INDEX_LOOK_SECONDS):
+                        await self._look.wait()
+                    self._look = trio.Event()
+                    await self._read_index()
+                said = ""
+            except BrokerError as error:
+                if str(error) != said and self.queues.publishing.open is not None:
+                    said = str(error)
+                    log.warning("parked mail of %s is not looked for: %s", self.queue, error)
+                self.look()
+                await trio.sleep(AGAIN_SECONDS)
+
+    async def _read_index(self) -> None:
+        """Tell of destinations with mail that processes before or beside this one have parked."""
+        gets = self._gets
+        if gets is None or not gets.is_open:
+            return  # a new connection has the list read
         for key in await self.queues.read_index(self.queue, gets):
             self._tell(self._destination(key))
 
@@ -500,6 +605,7 @@ class BrokerSubscription(Taker, Subscription):
         if self.closed:
             return
         arrived: list[BrokerLease] = []
+        waited: list[BrokerLease] = []
         self._sort_held_back(arrived)
         for _ in range(GROUP):
             if not self.inbox:
@@ -516,11 +622,16 @@ class BrokerSubscription(Taker, Subscription):
                 self.start_move(Move(delivery, due=due))
                 continue
             key = place_of(message.properties).destination
-            if not self._place(delivery, message, key, arrived):
+            if due is not None and self._has_room and self._window_of(self._destination(key)):
+                self._destination(key).held += 1
+                waited.append(self.lease(delivery, message, key))
+            elif not self._place(delivery, message, key, arrived):
                 until = trio.current_time() + self._hold_seconds
                 self._held_back.append((until, delivery, message, key))
         if arrived and not self.closed:
             self._receiver.arrived(arrived)
+        if waited and not self.closed:
+            self._receiver.waited(waited)
         if self.inbox and not self.closed:
             self.notice()
             await trio.lowlevel.checkpoint()
@@ -540,16 +651,24 @@ class BrokerSubscription(Taker, Subscription):
     ) -> bool:
         """Lease or park a message; False if there is no room in memory for now."""
         destination = self._destination(key)
-        window = self._window if destination.window is None else destination.window
+        window = self._window_of(destination)
         if destination.backlog or destination.parking or destination.held >= window:
             self._park(delivery, key)
-        elif self.count >= self.prefetch:
+        elif not self._has_room:
             self._tidy(destination)
             return False
         else:
             destination.held += 1
             arrived.append(self.lease(delivery, message, key))
         return True
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether one more message may be leased."""
+        return self.count < self.prefetch and not (self.is_heavy and self.count)
+
+    def _window_of(self, destination: Destination) -> int:
+        return self._window if destination.window is None else destination.window
 
     def _park(self, origin: BrokerLease | Delivery, key: str) -> None:
         """Have a message published to the parked queue of its destination."""
@@ -568,6 +687,7 @@ class BrokerSubscription(Taker, Subscription):
         now = trio.current_time()
         for move in group:
             if move.parks:
+                self.parked += 1
                 destination = self._destination(move.key)
                 destination.parking = max(destination.parking - 1, 0)
                 if not destination.parking:
@@ -641,21 +761,25 @@ class BrokerSubscription(Taker, Subscription):
             raise QueueError(self.queues.consuming.state.text)
         if not gets.is_open:
             gets = await self._open_gets(gets.connection)
+        limit = min(limit, self.queues.options.fetch)
+        # The first message comes in any case: others may wait for the memory that they have.
+        room = max(MAX_BYTES - self.bytes, 1)
         place = self.queues.parked_place(self.queue, destination)
         await self.queues.publisher.declare(place)  # else the channel ends if the queue has expired
         leases: list[BrokerLease] = []
         found.backlog = False  # what is parked from now on is news
         try:
-            deliveries, left = await gets.fetch(place.name, limit)
+            deliveries, left = await gets.fetch(place.name, limit, room)
             while not deliveries and trio.current_time() < found.returned + RETURN_SECONDS:
                 await trio.sleep(LOOK_SECONDS)
-                deliveries, left = await gets.fetch(place.name, limit)
+                deliveries, left = await gets.fetch(place.name, limit, room)
         except BaseException:
             found.backlog = True
             raise
         dealt = 0
         try:
             for delivery in deliveries:
+                self.bytes += len(delivery.body)
                 message = await self.open(delivery)
                 dealt += 1
                 if message is not None:

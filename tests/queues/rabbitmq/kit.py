@@ -31,6 +31,9 @@ START_SECONDS = 60.0
 SERVERS = "/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server"
 USER, PASSWORD = "mailerq", "sesame"
 
+ONE_SCHEDULER = "+S 1:1 +sbwt none +sbwtdcpu none"
+"""One scheduler that does not spin: tests of others run on this host."""
+
 
 def _server() -> Path:
     found = sorted(Path("/").glob(SERVERS.lstrip("/")))
@@ -58,7 +61,7 @@ def _free_ports(count: int) -> list[int]:
 class Broker:
     """A broker that a test stops, kills, blocks and wipes."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, erlang: str = ONE_SCHEDULER) -> None:
         self.directory = directory
         self.port, self._dist, self._epmd_port = _free_ports(3)
         self.node = f"mailerq{self.port}@localhost"
@@ -86,8 +89,7 @@ class Broker:
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "plugins"),
             "RABBITMQ_CONF_ENV_FILE": str(directory / "none"),
             "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
-            # One scheduler that does not spin: tests of others run on this host.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none +sbwtdcpu none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": erlang,
         }
         self._epmd = subprocess.Popen(
             [str(_program("epmd")), "-address", "127.0.0.1", "-port", str(self._epmd_port)],
@@ -112,6 +114,12 @@ class Broker:
                 return
         self.kill()
         pytest.skip(f"rabbitmq-server does not start: {output.read_text(errors='replace')[-500:]}")
+
+    @property
+    def pid(self) -> int:
+        """The process whose children the server is."""
+        assert self._process is not None
+        return self._process.pid
 
     def stop(self) -> None:
         """End the server in an orderly way."""
