@@ -102,8 +102,8 @@ class Run:
     """One run of one system. Rates in messages/s; CPU in milliseconds per message.
 
     `peers` is the CPU of the programs beside the system: client, sink and this benchmark. `others`
-    is the share of the machine, from 0 to 1, that other programs took. `broker` is the CPU of the broker that the
-    system keeps its queues in, beside `cpu`.
+    is the share of the machine, from 0 to 1, that other programs took. `broker` is the CPU of
+    the broker that the system keeps its queues in, beside `cpu`.
     """
 
     system: str

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 from mailerq.errors import StoreError
 from mailerq.escaping import escape
+from mailerq.message import without_password
+from mailerq.settings import HIDDEN
 
 if TYPE_CHECKING:
     from mailerq.config import Config
 
-__all__ = ["Parser", "complain", "dump_json", "positive", "print_json", "print_table"]
+__all__ = ["Parser", "complain", "dump_json", "for_people", "positive", "print_json", "print_table"]
 
 FIRST_ROWS: Final = 200
 """Rows of a table that its columns are made to fit."""
@@ -83,6 +85,14 @@ def print_json(document: object, *, default: Callable[[Any], object] = str) -> N
 def dump_json(document: object, **options: Any) -> str:
     """Dump printable ASCII, safe for a terminal. `json.dumps` escapes all the rest except DEL."""
     return json.dumps(document, **options).replace("\x7f", "\\u007f")
+
+
+def for_people(document: dict[str, Any]) -> dict[str, Any]:
+    """The document for a screen, with passwords hidden."""
+    rest = without_password(document)
+    if rest is document:
+        return document
+    return {**rest, "smarthost": {**rest["smarthost"], "password": HIDDEN}}
 
 
 def print_table(

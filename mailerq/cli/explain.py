@@ -213,6 +213,8 @@ def _add_depth(config: Config, answer: Answer) -> None:
     from mailerq.queues.opening import open_files
 
     destination["messages"] = None
+    if config.has_broker:
+        return  # a broker cannot say what waits for a destination
     try:
         with open_files(config) as files:
             destination["messages"] = sum(

@@ -357,10 +357,15 @@ def _into_queue(config: Config, mail: Buffer, envelope: incoming.Envelope) -> di
     ]
     if publications:
         try:
-            with open_shared(
-                config.queue_directory, config.user, outbox=config.rabbitmq_outbox
-            ) as queue_file:
-                queue_file.publish(publications)
+            if config.has_broker:
+                from mailerq.cli import broker_queue
+
+                broker_queue.publish(config, publications)
+            else:
+                with open_shared(
+                    config.queue_directory, config.user, outbox=config.rabbitmq_outbox
+                ) as queue_file:
+                    queue_file.publish(publications)
         except QueueError as error:
             raise Refused(os.EX_TEMPFAIL, str(error)) from None
         except MessageError as error:

@@ -18,6 +18,7 @@ from mailerq.cli.common import (
     command_parser,
     complain,
     dump_json,
+    for_people,
     positive,
     print_json,
     print_table,
@@ -27,11 +28,10 @@ from mailerq.cli.queue_selection import add_criteria, message_id, selection_of
 from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.escaping import escape
-from mailerq.message import format_time, without_password
+from mailerq.message import format_time
 from mailerq.queues.interface import Entry
 from mailerq.queues.opening import QueueFile, compact_files, open_files
 from mailerq.rules.selection import Selection, last_error
-from mailerq.settings import HIDDEN
 
 __all__ = ["main"]
 
@@ -47,6 +47,10 @@ def main(settings: list[str], rest: list[str]) -> int:
     options, parser = _parse(rest)
     config = Config.load(settings)
     try:
+        if config.has_broker:
+            from mailerq.cli import broker_queue
+
+            return broker_queue.run(config, options)
         if options.queue is not None and not _is_known(config, options.queue):
             return os.EX_DATAERR
         if options.confirm is not None and not options.confirm(config, options, parser):
@@ -77,7 +81,7 @@ def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:
 
     def command(name: str, text: str, run: Any, json: str, *, queue: bool = True) -> Parser:
         added: Parser = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run, confirm=None, queue=None, alone=False)
+        added.set_defaults(run=run, confirm=None, queue=None, alone=False, command=name)
         added.add_argument("--json", action="store_true", help=f"for programs: {json}")
         if queue:
             added.add_argument("queue", metavar="QUEUE")
@@ -321,7 +325,7 @@ def _read(files: Files, config: Config, options: Namespace, parser: Parser) -> i
             print_json(document)
         else:
             # What is removed is nowhere else.
-            shown = document if options.remove else _for_people(document)
+            shown = document if options.remove else for_people(document)
             sys.stdout.write(dump_json(shown, indent=2) + "\n")
         if options.remove:
             # As far as we can know, the reader has it before it is removed here.
@@ -330,14 +334,6 @@ def _read(files: Files, config: Config, options: Namespace, parser: Parser) -> i
     for number in sorted(missing):
         complain(f"there is no message {number} in {options.queue}")
     return os.EX_DATAERR if missing else os.EX_OK
-
-
-def _for_people(document: dict[str, Any]) -> dict[str, Any]:
-    """The document for a screen, with passwords hidden."""
-    rest = without_password(document)
-    if rest is document:
-        return document
-    return {**rest, "smarthost": {**rest["smarthost"], "password": HIDDEN}}
 
 
 def _confirm(config: Config, options: Namespace, parser: Parser) -> bool:

@@ -155,8 +155,8 @@ class Rows:
     def _count(self) -> None:
         """Count the mail of each destination in the queue, if that is due and allowed."""
         began = time.monotonic()
-        if began < self._next_depths:
-            return
+        if began < self._next_depths or self._config.has_broker:
+            return  # a broker cannot say what waits for a destination
         from mailerq.queues.opening import open_files
 
         depths: dict[str, int] = {}

@@ -373,6 +373,35 @@ class Contract:
             await queues.publish([mail(3)])
             await recorder.until(lambda recorder: recorder.tags == [2, 3])
 
+    async def test_a_destination_that_is_forgotten_during_a_take_keeps_its_mail(
+        self, backend: Backend
+    ) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=99, window=0) as subscription,
+        ):
+            for tag in range(6):
+                await queues.publish([mail(tag)])
+            leases = list(await gather(subscription, recorder, "a.test", 1))
+            over = trio.Event()
+
+            async def forget() -> None:
+                while not over.is_set():
+                    subscription.forget("a.test")
+                    await trio.lowlevel.checkpoint()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(forget)
+                with trio.fail_after(60):
+                    while len(leases) < 6:
+                        taken = await subscription.take("a.test", 2)
+                        leases += taken.leases
+                        await trio.sleep(0.01)
+                over.set()
+            assert sorted(map(tag_of, leases)) == list(range(6))
+            await queues.ack([Settlement(lease) for lease in leases])
+
     async def test_prefetch_bounds_what_comes_by_itself(self, backend: Backend) -> None:
         recorder = Recorder()
         async with (

@@ -5,7 +5,8 @@ Theory of operation
 `Publisher.publish` puts copies in line. As many as `throttle` are written and not yet confirmed;
 the rest waits, also while the broker is blocked or the connection has much to write. When the
 connection is lost, copies that are not confirmed are written again on the next one, so a copy may
-be in its queue twice, and never not at all. A batch that is not confirmed in time fails, though
+be in its queue twice, and never not at all. Both have the same id: where this process takes both,
+the second goes nowhere (`Publisher.repeated`). A batch that is not confirmed in time fails, though
 some of its copies may be safe.
 
 All is published as `mandatory`: a copy for which there is no queue comes back before its
@@ -20,7 +21,7 @@ Guarantees
 from __future__ import annotations
 
 import secrets
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Final
@@ -43,6 +44,7 @@ TURN_COPIES: Final = 100
 MAX_BUFFERED: Final = 4 << 20
 """Bytes that may wait for the kernel before no more is written."""
 
+MAX_REPEATED: Final = 100_000
 MAX_DECLARED: Final = 100_000
 AGAIN_SECONDS: Final = 1.0
 
@@ -124,6 +126,9 @@ class Publisher:
         # Not a `trio.Lock`: compiled tasks cannot own one.
         self._admin_lock = trio.Semaphore(1)
         self._declared: dict[str, float] = {}
+        self.repeated: OrderedDict[str, bool] = OrderedDict()
+        """Ids of copies that were written again, so may be in their queue twice; whether this
+        process has dealt with the first."""
         self._token = trio.lowlevel.current_trio_token()
 
     def identity(self) -> str:
@@ -154,6 +159,10 @@ class Publisher:
 
     def _again(self) -> None:
         """Put what is not confirmed back in line, in order."""
+        for identity in self._by_identity:
+            self.repeated[identity] = False
+        while len(self.repeated) > MAX_REPEATED:
+            self.repeated.popitem(last=False)
         self._waiting.extendleft(reversed(self._unconfirmed.values()))
         self._unconfirmed.clear()
         self._by_identity.clear()
@@ -279,6 +288,10 @@ class Publisher:
         if len(self._declared) >= MAX_DECLARED:
             self._declared.clear()
         self._declared[place.name] = now
+
+    def forget(self, name: str) -> None:
+        """A queue may be gone: the next time it is declared."""
+        self._declared.pop(name, None)
 
     async def look(self, name: str) -> Declared | None:
         """The depth of a queue; None if it is not there. Raises `BrokerError`."""

@@ -29,7 +29,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -53,20 +53,20 @@ from mailerq.queues.interface import (
     Subscription,
 )
 from mailerq.queues.rabbitmq.addresses import Address
-from mailerq.queues.rabbitmq.coding import decode, encode, header, in_thread, priority_of
+from mailerq.queues.rabbitmq.coding import encode, header, in_thread, priority_of
 from mailerq.queues.rabbitmq.connection import Channel
 from mailerq.queues.rabbitmq.keeper import Keeper, State
 from mailerq.queues.rabbitmq.options import Options
 from mailerq.queues.rabbitmq.publisher import Copy, Place, Publisher
+from mailerq.queues.rabbitmq.subscription import RETURN_SECONDS, BrokerSubscription
 from mailerq.queues.rabbitmq.takers import (
-    RETURN_SECONDS,
     BrokerConsumer,
     BrokerLease,
-    BrokerSubscription,
     Move,
     Taker,
 )
 from mailerq.queues.rabbitmq.topology import DELAYS, Topology, name_problem, step_for
+from mailerq.queues.rabbitmq.upkeep import MAX_INDEX, Trimmer, hasten, keys_of, parked_keys
 
 __all__ = ["Options", "RabbitQueues", "open_rabbitmq"]
 
@@ -76,9 +76,6 @@ T = TypeVar("T")
 
 MAX_SETTLED: Final = 100_000
 """Settled messages to remember whose acknowledgement may be lost."""
-
-MAX_INDEX: Final = 50_000
-"""Entries of an index to read at a start; a prefetch has 16 bits."""
 
 
 @asynccontextmanager
@@ -150,6 +147,8 @@ class RabbitQueues(Queues):
         self._waits: set[str] = set()
         """Wait queues that this process has published to."""
         self._takers: dict[Taker, None] = {}
+        self._trimmer = Trimmer(self)
+        self._hastening = False
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._under_way = 0
@@ -162,6 +161,7 @@ class RabbitQueues(Queues):
                 nursery.start_soon(self.publishing.run)
                 nursery.start_soon(self.consuming.run)
                 nursery.start_soon(self.publisher.run)
+                nursery.start_soon(self._trimmer.run)
 
     async def close(self) -> None:
         """Finish what is under way."""
@@ -368,12 +368,20 @@ class RabbitQueues(Queues):
 
     def finish(self, channel: Channel | None, tag: int, identity: str) -> None:
         """Acknowledge a message; one that the broker delivers again is remembered for then."""
+        repeated = self.publisher.repeated
+        if identity in repeated:
+            repeated[identity] = True
         if channel is not None and channel.is_open:
             channel.ack(tag)
             return
         self._settled[identity] = None
         if len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
+
+    def is_second(self, identity: str) -> bool:
+        """Whether a message is the second copy of one that this process has, or had."""
+        done = self.publisher.repeated.get(identity)
+        return done is not None and (done or identity in self.by_identity)
 
     def was_settled(self, identity: str) -> bool:
         """Whether a message is settled though it comes once more; true once for each."""
@@ -455,12 +463,7 @@ class RabbitQueues(Queues):
         index = Place(*self.topology.index(queue))
         await self.publisher.declare(index)
         entries, _ = await channel.fetch(index.name, MAX_INDEX)
-        keys: dict[str, None] = {}
-        for entry in entries:
-            with suppress(MessageError):  # not ours
-                key = decode(entry.body, None).properties.get("destination")
-                if isinstance(key, str):
-                    keys[key] = None
+        keys = keys_of(entries)
         found = [key for key in keys if await self._is_parked(queue, key)]
         if len(found) < len(keys):
             # A quorum queue does not count what the process before has just let go.
@@ -550,7 +553,7 @@ class RabbitQueues(Queues):
         depths = []
         for queue in sorted(self._names):
             due = await self._ready(queue)
-            for name in self._parked_names(queue):
+            for name in await self._parked_names(queue):
                 due += await self._ready(name)
             due += sum(taker.unsettled for taker in self._takers if taker.queue == queue)
             delayed = 0
@@ -563,20 +566,19 @@ class RabbitQueues(Queues):
         found = await self.publisher.look(name)
         return 0 if found is None else found.messages
 
-    def _parked_names(self, queue: str) -> list[str]:
-        keys = {
-            key
-            for taker in self._takers
-            if isinstance(taker, BrokerSubscription) and taker.queue == queue
-            for key in taker.destinations
-        }
+    async def _parked_names(self, queue: str) -> list[str]:
+        if queue != self.options.outbox and queue not in {taker.queue for taker in self._takers}:
+            return []
+        keys = set(await parked_keys(self, queue))
+        for taker in self._takers:
+            if isinstance(taker, BrokerSubscription) and taker.queue == queue:
+                keys.update(taker.destinations)
         return [self.topology.parked(queue, key)[0] for key in sorted(keys)]
 
     def _wait_names(self, queue: str) -> list[str]:
         names = [self.topology.wait(queue, seconds)[0] for seconds in DELAYS]
-        for taker in self._takers:
-            if isinstance(taker, BrokerSubscription) and taker.queue == queue:
-                return names
+        if queue == self.options.outbox:
+            return names
         return [name for name in names if name in self._waits]
 
     async def purge(self, queue: str) -> int:
@@ -586,12 +588,31 @@ class RabbitQueues(Queues):
     async def _purge(self, queue: str) -> int:
         await self._wait_ready()
         count = await self.publisher.purge(queue)
-        for name in (*self._parked_names(queue), *self._wait_names(queue)):
+        for name in (*await self._parked_names(queue), *self._wait_names(queue)):
             count += await self.publisher.purge(name)
         return count
 
     def wake(self, *, everything: bool = False) -> None:
-        """A broker needs no hint."""
+        """A broker needs no hint; with `everything`, mail that waits is taken at once."""
+        if everything:
+            self._token.run_sync_soon(self._hasten_soon)
+
+    def _hasten_soon(self) -> None:
+        for taker in self._takers:
+            if isinstance(taker, BrokerSubscription):
+                taker.look()
+        if not (self._hastening or self._closed):
+            self._hastening = True
+            self._nursery.start_soon(self._hasten)
+
+    async def _hasten(self) -> None:
+        try:
+            count = await self._counted(partial(hasten, self, self.options.outbox))
+            log.info("%d messages that waited in the queue %s come now", count, self.options.outbox)
+        except QueueError as error:
+            log.error("mail that waits in %s stays there: %s", self.options.outbox, error)
+        finally:
+            self._hastening = False
 
     def configure(self, config: Config) -> None:
         """Apply changed settings; those of the topology and of connections are fixed."""
@@ -616,6 +637,8 @@ class RabbitQueues(Queues):
             leased[taker.queue] = leased.get(taker.queue, 0) + taker.count
         return {
             "published": self.publisher.published,
+            "parked": sum(taker.parked for taker in self._takers),
+            "trimmed": self._trimmer.trimmed,
             "connections": self.publishing.connections + self.consuming.connections,
             "broker": [state.text for state in dict.fromkeys(self.states)],
             "leased": leased,

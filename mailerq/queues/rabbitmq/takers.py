@@ -38,16 +38,14 @@ import trio
 
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message, decode_properties, encode_properties
-from mailerq.queues.interface import DAMAGED_QUEUE, Consumer, Lease, Receiver, Subscription, Taken
+from mailerq.queues.interface import DAMAGED_QUEUE, Consumer, Lease
 from mailerq.queues.rabbitmq.coding import decode, due_of, identity_of, in_thread
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection, Delivery
-from mailerq.queues.rabbitmq.topology import PARKED_SECONDS
-from mailerq.rules.destinations import place_of
 
 if TYPE_CHECKING:
     from mailerq.queues.rabbitmq.queues import RabbitQueues
 
-__all__ = ["BrokerConsumer", "BrokerLease", "BrokerSubscription", "Destination", "Move", "Taker"]
+__all__ = ["BrokerConsumer", "BrokerLease", "Move", "Taker"]
 
 log = logging.getLogger("mailerq.queues")
 
@@ -74,17 +72,6 @@ GROUP: Final = 100
 
 AGAIN_SECONDS: Final = 1.0
 MAX_AGAIN_SECONDS: Final = 30.0
-PARKING_SECONDS: Final = 5.0
-"""How long a `take` waits for mail of its destination that is on the way to the parked queue."""
-
-RETURN_SECONDS: Final = 1.0
-LOOK_SECONDS: Final = 0.02
-"""A quorum queue does not count a returned message at once. For a second it is looked for again."""
-
-INDEX_AGAIN_SECONDS: Final = float(PARKED_SECONDS)
-INDEX_LOOK_SECONDS: Final = 300.0
-MAX_SORTING: Final = 200
-"""Messages beyond the prefetch that a subscription may have, to sort them."""
 
 
 class BrokerLease(Lease, eq=False):
@@ -109,31 +96,6 @@ class BrokerLease(Lease, eq=False):
     def restored(self) -> Message:
         properties, body = self.kept
         return Message(decode_properties(properties), body)
-
-
-class Destination:
-    """What a subscription knows of a destination; dropped when that is nothing."""
-
-    __slots__ = ("backlog", "held", "indexed", "key", "parked", "parking", "returned", "window")
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.window: int | None = None
-        self.held = 0
-        self.backlog = False
-        """The parked queue may have mail, and the receiver knows."""
-        self.parking = 0
-        """Messages on the way to the parked queue."""
-        self.parked = trio.Event()
-        """Set when none is on the way."""
-        self.parked.set()
-        self.indexed = -INDEX_AGAIN_SECONDS
-        self.returned = -RETURN_SECONDS
-        """When a message last went back to the parked queue."""
-
-    @property
-    def empty(self) -> bool:
-        return not (self.held or self.backlog or self.parking or self.window is not None)
 
 
 class Move:
@@ -241,6 +203,7 @@ class Taker:
                 begun = trio.current_time()
                 await self._serve(connection)
             except BrokerError as error:
+                self.queues.publisher.forget(self.queue)  # it may have been deleted
                 self._say(error, connection)
                 if trio.current_time() - begun > MAX_AGAIN_SECONDS:
                     pause = AGAIN_SECONDS
@@ -386,7 +349,7 @@ class Taker:
             known.channel, known.tag = delivery.channel, delivery.tag
             self.bytes -= len(delivery.body)
             return None
-        if queues.was_settled(identity):
+        if queues.was_settled(identity) or queues.is_second(identity):
             delivery.channel.ack(delivery.tag)
             self.bytes -= len(delivery.body)
             return None
@@ -499,302 +462,3 @@ class BrokerConsumer(Taker, Consumer):
     def close(self) -> None:
         super().close()
         self._arrived.set()
-
-
-class BrokerSubscription(Taker, Subscription):
-    """A subscription; call all methods on the loop that subscribed."""
-
-    def __init__(
-        self,
-        queues: RabbitQueues,
-        queue: str,
-        receiver: Receiver,
-        *,
-        prefetch: int,
-        window: int,
-        hold_seconds: float = HOLD_SECONDS,
-    ) -> None:
-        super().__init__(queues, queue, prefetch)
-        self.destinations: dict[str, Destination] = {}
-        self._receiver = receiver
-        self._window = window
-        self._hold_seconds = hold_seconds
-        self._held_back: deque[tuple[float, Delivery, Message, str]] = deque()
-        self._gets: Channel | None = None
-        self._look = trio.Event()
-
-    @property
-    def quota(self) -> int:
-        return self.prefetch + min(max(self.prefetch, 1), MAX_SORTING)
-
-    @property
-    def unsettled(self) -> int:
-        return super().unsettled + len(self._held_back)
-
-    def _destination(self, key: str) -> Destination:
-        found = self.destinations.get(key)
-        if found is None:
-            found = self.destinations[key] = Destination(key)
-        return found
-
-    def _tidy(self, destination: Destination) -> None:
-        if destination.empty:
-            self.destinations.pop(destination.key, None)
-
-    async def begin(self, connection: Connection) -> None:
-        """Forget what is delivered once more, and have the list of destinations read."""
-        await super().begin(connection)
-        self._held_back.clear()
-        for destination in self.destinations.values():
-            destination.parking = 0
-            destination.parked.set()
-        await self._open_gets(connection)
-        self.look()
-
-    def look(self) -> None:
-        """Look for destinations with parked mail now."""
-        self._look.set()
-
-    async def tend(self) -> None:
-        """Declare the wait queues, and look for parked mail, until cancelled."""
-        said = ""
-        while True:
-            try:
-                connection = await self.queues.publishing.connection()
-                # RabbitMQ 3.10 forgot a queue that was declared half a second before a crash.
-                await self.queues.declare_waits(self.queue)
-                while connection.is_open:
-                    with trio.move_on_after(INDEX_LOOK_SECONDS):
-                        await self._look.wait()
-                    self._look = trio.Event()
-                    await self._read_index()
-                said = ""
-            except BrokerError as error:
-                if str(error) != said and self.queues.publishing.open is not None:
-                    said = str(error)
-                    log.warning("parked mail of %s is not looked for: %s", self.queue, error)
-                self.look()
-                await trio.sleep(AGAIN_SECONDS)
-
-    async def _read_index(self) -> None:
-        """Tell of destinations with mail that processes before or beside this one have parked."""
-        gets = self._gets
-        if gets is None or not gets.is_open:
-            return  # a new connection has the list read
-        for key in await self.queues.read_index(self.queue, gets):
-            self._tell(self._destination(key))
-
-    async def _open_gets(self, connection: Connection) -> Channel:
-        """Open the channel of `take`."""
-        self._gets = await connection.channel()
-        for lease in list(self.queues.held.values()):
-            if lease.taker is self and lease.parked and lease.is_stale:
-                # Its message lies in the parked queue again; a take joins it with the lease.
-                destination = self._destination(lease.destination)
-                destination.returned = trio.current_time()
-                self._tell(destination)
-        return self._gets
-
-    def wait_seconds(self) -> float:
-        if not self._held_back:
-            return float("inf")
-        return max(self._held_back[0][0] - trio.current_time(), 0.0)
-
-    async def sort(self) -> None:
-        """Lease, park or hold back what has come, some messages at a time."""
-        if self.closed:
-            return
-        arrived: list[BrokerLease] = []
-        waited: list[BrokerLease] = []
-        self._sort_held_back(arrived)
-        for _ in range(GROUP):
-            if not self.inbox:
-                break
-            delivery = self.inbox[0]
-            message = await self.open(delivery)
-            if self._has_lost(delivery):
-                break
-            self.inbox.popleft()
-            if message is None:
-                continue
-            due = due_of(delivery.properties)
-            if due is not None and due > self.queues.clock():
-                self.start_move(Move(delivery, due=due))
-                continue
-            key = place_of(message.properties).destination
-            if due is not None and self._has_room and self._window_of(self._destination(key)):
-                self._destination(key).held += 1
-                waited.append(self.lease(delivery, message, key))
-            elif not self._place(delivery, message, key, arrived):
-                until = trio.current_time() + self._hold_seconds
-                self._held_back.append((until, delivery, message, key))
-        if arrived and not self.closed:
-            self._receiver.arrived(arrived)
-        if waited and not self.closed:
-            self._receiver.waited(waited)
-        if self.inbox and not self.closed:
-            self.notice()
-            await trio.lowlevel.checkpoint()
-
-    def _sort_held_back(self, arrived: list[BrokerLease]) -> None:
-        now = trio.current_time()
-        while self._held_back:
-            until, delivery, message, key = self._held_back[0]
-            if until <= now:
-                self._park(delivery, key)
-            elif not self._place(delivery, message, key, arrived):
-                return
-            self._held_back.popleft()
-
-    def _place(
-        self, delivery: Delivery, message: Message, key: str, arrived: list[BrokerLease]
-    ) -> bool:
-        """Lease or park a message; False if there is no room in memory for now."""
-        destination = self._destination(key)
-        window = self._window_of(destination)
-        if destination.backlog or destination.parking or destination.held >= window:
-            self._park(delivery, key)
-        elif not self._has_room:
-            self._tidy(destination)
-            return False
-        else:
-            destination.held += 1
-            arrived.append(self.lease(delivery, message, key))
-        return True
-
-    @property
-    def _has_room(self) -> bool:
-        """Whether one more message may be leased."""
-        return self.count < self.prefetch and not (self.is_heavy and self.count)
-
-    def _window_of(self, destination: Destination) -> int:
-        return self._window if destination.window is None else destination.window
-
-    def _park(self, origin: BrokerLease | Delivery, key: str) -> None:
-        """Have a message published to the parked queue of its destination."""
-        destination = self._destination(key)
-        if not destination.parking:
-            destination.parked = trio.Event()
-        destination.parking += 1
-        self.start_move(Move(origin, key=key))
-
-    def new_keys(self, group: Sequence[Move]) -> list[str]:
-        until = trio.current_time() - INDEX_AGAIN_SECONDS
-        keys = {move.key for move in group if move.parks}
-        return [key for key in keys if self._destination(key).indexed <= until]
-
-    def moved(self, group: Sequence[Move]) -> None:
-        now = trio.current_time()
-        for move in group:
-            if move.parks:
-                self.parked += 1
-                destination = self._destination(move.key)
-                destination.parking = max(destination.parking - 1, 0)
-                if not destination.parking:
-                    destination.parked.set()
-        for key in {move.key: None for move in group if move.parks}:
-            destination = self._destination(key)
-            if now - destination.indexed >= INDEX_AGAIN_SECONDS:
-                destination.indexed = now
-            self._tell(destination)
-
-    def _tell(self, destination: Destination) -> None:
-        """Tell the receiver that a destination has mail, unless the receiver knows."""
-        if not destination.backlog and not self.closed:
-            destination.backlog = True
-            self._receiver.waiting(destination.key, self.queues.clock())
-
-    def over(self, lease: BrokerLease) -> None:
-        super().over(lease)
-        destination = self._destination(lease.destination)
-        destination.held -= 1
-        self._tidy(destination)
-
-    def release(self, lease: BrokerLease) -> None:
-        if self.closed or lease.is_stale:
-            super().release(lease)
-        elif lease.parked:
-            super().release(lease)
-            destination = self._destination(lease.destination)
-            destination.returned = trio.current_time()
-            if not destination.backlog:
-                destination.backlog = True
-                self._token.run_sync_soon(self._report, destination.key)
-        else:
-            self._park(lease, lease.destination)
-
-    def _report(self, key: str) -> None:
-        if not self.closed:
-            self._receiver.waiting(key, self.queues.clock())
-
-    def set_window(self, destination: str, messages: int) -> None:
-        self.check_open()
-        self._destination(destination).window = messages
-
-    def forget(self, destination: str) -> None:
-        found = self.destinations.get(destination)
-        if found is not None:
-            found.window = None
-            self._tidy(found)
-
-    async def load(self, lease: Lease) -> None:
-        """Bodies always come along."""
-        await trio.lowlevel.checkpoint()
-        self.check_open()
-        if not isinstance(lease, BrokerLease) or self.queues.held.get(lease.id) is not lease:
-            raise ValueError(f"message {lease.id} of queue {lease.queue}: the lease is over")
-
-    async def take(self, destination: str, limit: int) -> Taken:
-        """Lease up to `limit` messages of a destination in the order in which they came."""
-        if limit < 1:
-            raise ValueError(f"limit {limit}: expected 1 or more")
-        await trio.lowlevel.checkpoint()
-        self.check_open()
-        found = self.destinations.get(destination)
-        if found is None or not (found.backlog or found.parking):
-            return Taken([], more=False, next_due=None)
-        with trio.move_on_after(PARKING_SECONDS):
-            await found.parked.wait()
-        self.check_open()
-        gets = self._gets
-        if gets is None or not gets.connection.is_open:
-            raise QueueError(self.queues.consuming.state.text)
-        if not gets.is_open:
-            gets = await self._open_gets(gets.connection)
-        limit = min(limit, self.queues.options.fetch)
-        # The first message comes in any case: others may wait for the memory that they have.
-        room = max(MAX_BYTES - self.bytes, 1)
-        place = self.queues.parked_place(self.queue, destination)
-        await self.queues.publisher.declare(place)  # else the channel ends if the queue has expired
-        leases: list[BrokerLease] = []
-        found.backlog = False  # what is parked from now on is news
-        try:
-            deliveries, left = await gets.fetch(place.name, limit, room)
-            while not deliveries and trio.current_time() < found.returned + RETURN_SECONDS:
-                await trio.sleep(LOOK_SECONDS)
-                deliveries, left = await gets.fetch(place.name, limit, room)
-        except BaseException:
-            found.backlog = True
-            raise
-        dealt = 0
-        try:
-            for delivery in deliveries:
-                self.bytes += len(delivery.body)
-                message = await self.open(delivery)
-                dealt += 1
-                if message is not None:
-                    found.held += 1
-                    leases.append(self.lease(delivery, message, destination, parked=True))
-            self.check_open()
-        except BaseException:
-            found.backlog = True
-            for lease in leases:
-                self.queues.end(lease)
-                gets.nack(lease.tag)
-            for delivery in deliveries[dealt:]:
-                gets.nack(delivery.tag)
-            raise
-        may_return = bool(deliveries) and trio.current_time() < found.returned + RETURN_SECONDS
-        found.backlog = found.backlog or left > 0 or may_return
-        self._tidy(found)
-        return Taken(leases, more=found.backlog, next_due=None)

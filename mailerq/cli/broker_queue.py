@@ -1,0 +1,192 @@
+"""``mailerq queue`` where the queues are in RabbitMQ, which can neither list nor search."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from mailerq.cli import control
+from mailerq.cli.common import complain, dump_json, for_people, print_json, print_table
+from mailerq.cli.queue_selection import selection_of
+from mailerq.config import Config
+from mailerq.escaping import escape
+from mailerq.message import Message
+from mailerq.queues.interface import DAMAGED_QUEUE, Depth, Publication
+from mailerq.queues.opening import open_broker
+
+if TYPE_CHECKING:
+    from mailerq.queues.rabbitmq.queues import RabbitQueues
+
+__all__ = ["publish", "run"]
+
+ABLE: Final = ("list", "count", "read", "flush", "purge")
+CANNOT: Final = (
+    "the queues are in RabbitMQ, which cannot find messages in them: here are 'queue list', "
+    "'count', 'read', 'flush' and 'purge'"
+)
+ALL_MESSAGES: Final = 50_000
+"""Messages that `read` shows at most: all are held until the last one is shown."""
+
+
+def run(config: Config, options: Namespace) -> int:
+    """Run one of the commands that a broker allows. Raises `QueueError`, and OSError."""
+    name: str = options.command
+    if name == "show" and options.mailq:
+        return _mailq(config)
+    if name == "retry" and options.all:
+        options.quiet, name = False, "flush"
+    if name not in ABLE or (name == "count" and selection_of(options).is_narrow):
+        complain(CANNOT)
+        return os.EX_UNAVAILABLE
+    return int(_COMMANDS[name](config, options))
+
+
+def with_broker(config: Config, work: Callable[[RabbitQueues], Awaitable[Any]]) -> Any:
+    """Do something with the queues, in a loop of its own. Raises `QueueError`."""
+    import trio
+
+    async def main() -> Any:
+        async with open_broker(config) as queues:
+            return await work(queues)
+
+    return trio.run(main)
+
+
+def depths(config: Config) -> dict[str, Depth]:
+    """How full each queue of the settings is. Raises `QueueError`."""
+
+    async def look(queues: RabbitQueues) -> list[Depth]:
+        return await queues.depths()
+
+    return {depth.queue: depth for depth in with_broker(config, look)}
+
+
+def _list(config: Config, options: Namespace) -> int:
+    keys = ("queue", "due", "delayed", "held", "total")
+    rows = [
+        (depth.queue, depth.due, depth.delayed, depth.held, depth.total)
+        for depth in depths(config).values()
+        if depth.total or depth.queue != DAMAGED_QUEUE
+    ]
+    if options.json:
+        print_json([dict(zip(keys, row, strict=True)) for row in rows])
+    else:
+        print_table([key.upper() for key in keys], rows)
+    return os.EX_OK
+
+
+def _total(config: Config, queue: str) -> int:
+    found = depths(config).get(queue)
+    return 0 if found is None else found.total
+
+
+def _count(config: Config, options: Namespace) -> int:
+    queue = options.queue or config.rabbitmq_outbox
+    count = _total(config, queue)
+    if options.json:
+        print_json({"queue": queue, "count": count})
+    else:
+        sys.stdout.write(f"{count}\n")
+    return os.EX_OK
+
+
+def _mailq(config: Config) -> int:
+    count = _total(config, config.rabbitmq_outbox)
+    if not count:
+        sys.stdout.write("Mail queue is empty\n")  # monitoring looks for these words
+    else:
+        sys.stdout.write(f"-- {count} Requests, in RabbitMQ, which cannot list them.\n")
+    return os.EX_OK
+
+
+def _read(config: Config, options: Namespace) -> int:
+    if options.id or options.after:
+        complain("messages in RabbitMQ have no ids to find them by")
+        return os.EX_UNAVAILABLE
+    from mailerq.queues.rabbitmq.upkeep import read_head
+
+    limit = min(options.limit or ALL_MESSAGES, ALL_MESSAGES)
+
+    def show(messages: Sequence[Message]) -> None:
+        for message in messages:
+            document = message.to_dict()
+            if options.json or not sys.stdout.isatty():
+                print_json(document)
+            else:
+                shown = document if options.remove else for_people(document)
+                sys.stdout.write(dump_json(shown, indent=2) + "\n")
+        # As far as we can know, the reader has it before it is removed here.
+        sys.stdout.flush()
+
+    async def look(queues: RabbitQueues) -> None:
+        await read_head(queues, options.queue, limit, show, remove=options.remove)
+
+    with_broker(config, look)
+    return os.EX_OK
+
+
+def _flush(config: Config, options: Namespace) -> int:
+    """The daemon moves the mail, because it has a connection, and may be asked while it runs."""
+    try:
+        control.ask(config.queue_directory, "wake")
+    except PermissionError:
+        raise
+    except OSError:
+        complain(f"no daemon runs on {config.queue_directory}: nothing is tried before one does")
+        return os.EX_UNAVAILABLE
+    found = depths(config).get(config.rabbitmq_outbox)
+    count = 0 if found is None else found.delayed
+    control.ask(config.queue_directory, "wake", everything=True)
+    if options.json:
+        print_json({"queue": config.rabbitmq_outbox, "hastened": count})
+    elif not options.quiet:
+        sys.stdout.write(f"{count} messages of {config.rabbitmq_outbox} are tried now\n")
+    return os.EX_OK
+
+
+def _purge(config: Config, options: Namespace) -> int:
+    async def purge(queues: RabbitQueues) -> int:
+        return await queues.purge(options.queue)
+
+    if not options.yes and not _confirmed(config, options):
+        return 1
+    deleted = with_broker(config, purge)
+    if options.json:
+        print_json({"queue": options.queue, "deleted": deleted})
+    else:
+        sys.stdout.write(f"{deleted} messages deleted from {escape(options.queue)}\n")
+    return os.EX_OK
+
+
+def _confirmed(config: Config, options: Namespace) -> bool:
+    if not sys.stdin.isatty():
+        complain("purge deletes for good: say --yes, or answer on a terminal")
+        return False
+    total = _total(config, options.queue)
+    sys.stderr.write(f"Delete all {total} messages of {escape(options.queue)} for good? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() in ("y", "yes"):
+        return True
+    complain("nothing was deleted")
+    return False
+
+
+_COMMANDS: Final[dict[str, Callable[[Config, Namespace], int]]] = {
+    "list": _list,
+    "count": _count,
+    "read": _read,
+    "flush": _flush,
+    "purge": _purge,
+}
+
+
+def publish(config: Config, publications: Sequence[Publication]) -> None:
+    """Publish for an injector. Raises `QueueError`, and `MessageError`."""
+
+    async def put(queues: RabbitQueues) -> None:
+        await queues.publish(publications)
+
+    with_broker(config, put)

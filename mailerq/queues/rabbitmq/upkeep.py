@@ -1,0 +1,205 @@
+"""What is done to queues of a broker beside taking: mail that waits is hastened, failures trimmed.
+
+A broker can neither list nor search: messages are fetched from the head of a queue, and go back if
+nothing is to be done to them. They are on a channel of their own, so that they go back too if this
+process ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from mailerq.errors import MessageError
+from mailerq.message import Message
+from mailerq.queues.rabbitmq.coding import decode, header
+from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
+from mailerq.queues.rabbitmq.options import Bound
+from mailerq.queues.rabbitmq.publisher import Copy
+
+if TYPE_CHECKING:
+    from mailerq.queues.rabbitmq.queues import RabbitQueues
+
+__all__ = ["MAX_INDEX", "Trimmer", "channel_of", "hasten", "keys_of", "parked_keys", "read_head"]
+
+log = logging.getLogger("mailerq.queues")
+
+MAX_INDEX: Final = 50_000
+"""Entries of an index to read at a time; a prefetch has 16 bits."""
+
+READ_MESSAGES: Final = 1000
+"""Messages shown together."""
+
+TRIM_SECONDS: Final = 60.0
+TRIM_MESSAGES: Final = 1000
+"""Messages looked at together."""
+
+MOST_BYTES: Final = 64 << 20
+"""Bytes fetched at a time."""
+
+
+@asynccontextmanager
+async def channel_of(queues: RabbitQueues) -> AsyncIterator[Channel]:
+    """A channel to fetch on; what is not acknowledged goes back at the end."""
+    connection = await queues.consuming.connection()
+    channel = await connection.channel()
+    try:
+        yield channel
+    finally:
+        with trio.move_on_after(1, shield=True), suppress(BrokerError):
+            await channel.close()
+
+
+async def hasten(queues: RabbitQueues, queue: str) -> int:
+    """Have all mail of a queue that waits for its time come now; return the number of messages.
+
+    Mail that must not go before its time waits again. Raises `BrokerError`.
+    """
+    count = 0
+    async with channel_of(queues) as channel:
+        for name, _ in queues.topology.waits(queue):
+            found = await queues.publisher.look(name)
+            left = 0 if found is None else found.messages
+            while left > 0:  # and not what comes meanwhile
+                limit = min(queues.options.fetch, left)
+                deliveries, _ = await channel.fetch(name, limit, MOST_BYTES)
+                if not deliveries:
+                    break
+                copies = []
+                for each in deliveries:
+                    properties = header(
+                        queues.publisher.identity(),
+                        priority=each.properties.priority or 0,
+                        due=queues.clock(),
+                        encoding=each.properties.content_encoding,
+                        now=queues.clock(),
+                    )
+                    copies.append(Copy(queues.place(queue), each.body, properties))
+                await queues.publisher.publish(copies)
+                for each in deliveries:
+                    channel.ack(each.tag)
+                count += len(deliveries)
+                left -= len(deliveries)
+    return count
+
+
+async def parked_keys(queues: RabbitQueues, queue: str) -> list[str]:
+    """The destinations with parked mail, as far as no other process reads the list now.
+
+    Raises `BrokerError`.
+    """
+    name = queues.topology.index(queue)[0]
+    async with channel_of(queues) as channel:
+        if await queues.publisher.look(name) is None:
+            return []
+        entries, _ = await channel.fetch(name, MAX_INDEX)
+        return keys_of(entries)
+
+
+def keys_of(entries: Iterable[Delivery]) -> list[str]:
+    """The destinations in entries of the list of those with parked mail, once each."""
+    keys: dict[str, None] = {}
+    for entry in entries:
+        with suppress(MessageError):  # not ours
+            key = decode(entry.body, None).properties.get("destination")
+            if isinstance(key, str):
+                keys[key] = None
+    return list(keys)
+
+
+async def read_head(
+    queues: RabbitQueues,
+    queue: str,
+    limit: int,
+    show: Callable[[Sequence[Message]], None],
+    *,
+    remove: bool = False,
+) -> None:
+    """Show up to `limit` messages from the head of a queue; with `remove` they are gone then.
+
+    Those that cannot be read are left out, and stay. Raises `BrokerError`.
+    """
+    left = limit
+    async with channel_of(queues) as channel:
+        if await queues.publisher.look(queue) is None:
+            return
+        while left > 0:
+            deliveries, _ = await channel.fetch(queue, min(left, READ_MESSAGES), MOST_BYTES)
+            if not deliveries:
+                return
+            left -= len(deliveries)
+            messages, readable = [], []
+            for each in deliveries:
+                with suppress(MessageError):
+                    messages.append(decode(each.body, each.properties.content_encoding))
+                    readable.append(each)
+            show(messages)
+            if remove:
+                for each in readable:
+                    channel.ack(each.tag)
+
+
+class Trimmer:
+    """Removes the oldest messages of queues that keep a number of messages, or for some time."""
+
+    def __init__(self, queues: RabbitQueues) -> None:
+        self._queues = queues
+        self.trimmed = 0
+        """Messages removed so far."""
+
+    async def run(self) -> None:
+        """Look once a minute until cancelled."""
+        said = ""
+        while True:
+            await trio.sleep(TRIM_SECONDS)
+            for bound in self._queues.options.bounds:
+                try:
+                    await self.trim(bound)
+                    said = ""
+                except BrokerError as error:
+                    if str(error) != said and self._queues.consuming.open is not None:
+                        said = str(error)
+                        log.warning("the queue %s is not trimmed: %s", bound.queue, error)
+
+    async def trim(self, bound: Bound) -> int:
+        """Remove what is too much or too old; return the number. Raises `BrokerError`."""
+        if not bound.messages and not bound.seconds:
+            return 0
+        queues, removed = self._queues, 0
+        async with channel_of(queues) as channel:
+            while True:
+                found = await queues.publisher.look(bound.queue)
+                if found is None or not found.messages:
+                    break
+                excess = max(found.messages - bound.messages, 0) if bound.messages else 0
+                if not excess and not bound.seconds:
+                    break
+                before = queues.clock() - bound.seconds if bound.seconds else 0.0
+                deliveries, _ = await channel.fetch(bound.queue, TRIM_MESSAGES, MOST_BYTES)
+                gone = 0
+                for each in deliveries:
+                    since = each.properties.timestamp
+                    is_old = isinstance(since, int) and 0 < since < before
+                    if (gone < excess or is_old) and not (
+                        bound.reports_only and _is_mail(each.body, each.properties.content_encoding)
+                    ):
+                        channel.ack(each.tag)
+                        gone += 1
+                    else:
+                        channel.nack(each.tag)
+                removed += gone
+                if not gone or gone < len(deliveries):
+                    break
+        self.trimmed += removed
+        return removed
+
+
+def _is_mail(body: bytes, encoding: str | None) -> bool:
+    try:
+        return decode(body, encoding).body is not None
+    except MessageError:
+        return True  # nothing that we wrote
