@@ -19,6 +19,7 @@ from mailerq.errors import MessageError
 from mailerq.message import Message, check_nesting
 
 __all__ = [
+    "DIGEST",
     "REASON",
     "due_of",
     "encode",
@@ -34,6 +35,9 @@ T = TypeVar("T")
 DUE: Final = "x-mailerq-due"
 REASON: Final = "x-mailerq-reason"
 """Why a message was set aside."""
+
+DIGEST: Final = "="
+"""The begin of the identity of a message whose sender gave no id."""
 
 MAX_BYTES: Final = 16 << 20
 """RabbitMQ 4 refuses a larger message, and closes the channel."""
@@ -135,4 +139,4 @@ def identity_of(properties: spec.BasicProperties, body: bytes) -> str:
     """What a redelivered copy has in common with the first; a digest if its sender gave no id."""
     if properties.message_id:
         return str(properties.message_id)
-    return "=" + blake2b(body, digest_size=16).hexdigest()
+    return DIGEST + blake2b(body, digest_size=16).hexdigest()

@@ -129,12 +129,22 @@ class Publisher:
         self.repeated: OrderedDict[str, bool] = OrderedDict()
         """Ids of copies that were written again, so may be in their queue twice; whether this
         process has dealt with the first."""
+        self._dealt_with: set[str] = set()
+        """Of the copies on the way, those that came back and were dealt with before the broker
+        confirmed them."""
         self._token = trio.lowlevel.current_trio_token()
 
     def identity(self) -> str:
         """A new id for a copy."""
         self._number += 1
         return f"{self._prefix}.{self._number:x}"
+
+    def deal_with(self, identity: str) -> None:
+        """A message of a queue is dealt with: should it come again, that is a second copy."""
+        if identity in self._by_identity:
+            self._dealt_with.add(identity)
+        if identity in self.repeated:
+            self.repeated[identity] = True
 
     async def run(self) -> None:
         """Publish until cancelled."""
@@ -160,7 +170,9 @@ class Publisher:
     def _again(self) -> None:
         """Put what is not confirmed back in line, in order."""
         for identity in self._by_identity:
-            self.repeated[identity] = False
+            known = self.repeated.get(identity, False)
+            self.repeated[identity] = known or identity in self._dealt_with
+        self._dealt_with.clear()
         while len(self.repeated) > MAX_REPEATED:
             self.repeated.popitem(last=False)
         self._waiting.extendleft(reversed(self._unconfirmed.values()))
@@ -257,7 +269,10 @@ class Publisher:
         copy = self._unconfirmed.pop(tag, None)
         if copy is None:
             return
-        self._by_identity.pop(str(copy.properties.message_id), None)
+        identity = str(copy.properties.message_id)
+        self._by_identity.pop(identity, None)
+        if self._dealt_with:
+            self._dealt_with.discard(identity)
         if not taken:
             copy.problem = f"the broker has no room for the queue {copy.place.name!a}, or lost it"
         self.published += copy.problem is None

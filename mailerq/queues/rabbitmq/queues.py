@@ -53,7 +53,7 @@ from mailerq.queues.interface import (
     Subscription,
 )
 from mailerq.queues.rabbitmq.addresses import Address
-from mailerq.queues.rabbitmq.coding import encode, header, in_thread, priority_of
+from mailerq.queues.rabbitmq.coding import DIGEST, encode, header, in_thread, priority_of
 from mailerq.queues.rabbitmq.connection import Channel
 from mailerq.queues.rabbitmq.keeper import Keeper, State
 from mailerq.queues.rabbitmq.options import Options
@@ -75,7 +75,10 @@ log = logging.getLogger("mailerq.queues")
 T = TypeVar("T")
 
 MAX_SETTLED: Final = 100_000
-"""Settled messages to remember whose acknowledgement may be lost."""
+"""Settled messages to remember that could not be acknowledged."""
+
+MAX_ACKED: Final = 10_000
+"""Acknowledged messages to remember: a connection that ends may have lost some acknowledgements."""
 
 
 @asynccontextmanager
@@ -143,6 +146,7 @@ class RabbitQueues(Queues):
         self.leases = 0
         """The number of the last lease."""
         self._settled: OrderedDict[str, None] = OrderedDict()
+        self._acked: OrderedDict[str, Channel] = OrderedDict()
         self._names: set[str] = set(options.names)
         self._waits: set[str] = set()
         """Wait queues that this process has published to."""
@@ -368,11 +372,13 @@ class RabbitQueues(Queues):
 
     def finish(self, channel: Channel | None, tag: int, identity: str) -> None:
         """Acknowledge a message; one that the broker delivers again is remembered for then."""
-        repeated = self.publisher.repeated
-        if identity in repeated:
-            repeated[identity] = True
+        self.publisher.deal_with(identity)
         if channel is not None and channel.is_open:
             channel.ack(tag)
+            if not identity.startswith(DIGEST):  # others may have the same bytes
+                self._acked[identity] = channel
+                if len(self._acked) > MAX_ACKED:
+                    self._acked.popitem(last=False)
             return
         self._settled[identity] = None
         if len(self._settled) > MAX_SETTLED:
@@ -383,11 +389,15 @@ class RabbitQueues(Queues):
         done = self.publisher.repeated.get(identity)
         return done is not None and (done or identity in self.by_identity)
 
-    def was_settled(self, identity: str) -> bool:
-        """Whether a message is settled though it comes once more; true once for each."""
-        if identity not in self._settled:
+    def was_settled(self, identity: str, channel: Channel) -> bool:
+        """Whether a message that comes on a channel has been settled before; true once for each."""
+        if identity in self._settled:
+            del self._settled[identity]
+            return True
+        before = self._acked.get(identity)
+        if before is None or before is channel or before.is_open:
             return False
-        del self._settled[identity]
+        del self._acked[identity]  # and the acknowledgement was lost
         return True
 
     def end(self, lease: BrokerLease) -> None:

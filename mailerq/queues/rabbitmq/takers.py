@@ -349,7 +349,7 @@ class Taker:
             known.channel, known.tag = delivery.channel, delivery.tag
             self.bytes -= len(delivery.body)
             return None
-        if queues.was_settled(identity) or queues.is_second(identity):
+        if queues.was_settled(identity, delivery.channel) or queues.is_second(identity):
             delivery.channel.ack(delivery.tag)
             self.bytes -= len(delivery.body)
             return None
