@@ -27,6 +27,9 @@ CANNOT: Final = (
     "the queues are in RabbitMQ, which cannot find messages in them: here are 'queue list', "
     "'count', 'read', 'flush' and 'purge'"
 )
+BROKER_SECONDS: Final = 5.0
+"""How long a person waits for a broker that does not answer."""
+
 ALL_MESSAGES: Final = 50_000
 """Messages that `read` shows at most: all are held until the last one is shown."""
 
@@ -44,12 +47,19 @@ def run(config: Config, options: Namespace) -> int:
     return int(_COMMANDS[name](config, options))
 
 
-def with_broker(config: Config, work: Callable[[RabbitQueues], Awaitable[Any]]) -> Any:
-    """Do something with the queues, in a loop of its own. Raises `QueueError`."""
+def with_broker(
+    config: Config,
+    work: Callable[[RabbitQueues], Awaitable[Any]],
+    seconds: float | None = BROKER_SECONDS,
+) -> Any:
+    """Do something with the queues, in a loop of its own. Raises `QueueError`.
+
+    `seconds` as in `open_broker`.
+    """
     import trio
 
     async def main() -> Any:
-        async with open_broker(config) as queues:
+        async with open_broker(config, seconds=seconds) as queues:
             return await work(queues)
 
     return trio.run(main)
@@ -189,4 +199,4 @@ def publish(config: Config, publications: Sequence[Publication]) -> None:
     async def put(queues: RabbitQueues) -> None:
         await queues.publish(publications)
 
-    with_broker(config, put)
+    with_broker(config, put, None)

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from mailerq.config import Config
@@ -80,10 +81,13 @@ def open_queues(
     )
 
 
-def open_broker(config: Config) -> AbstractAsyncContextManager[RabbitQueues]:
+def open_broker(
+    config: Config, *, seconds: float | None = None
+) -> AbstractAsyncContextManager[RabbitQueues]:
     """Open the queues in the broker of the settings.
 
-    Does not wait for the broker. Raises `ConfigError` if the package for it is not installed.
+    Does not wait for the broker; calls wait up to `seconds`, by default long enough for a restart
+    of the broker. Raises `ConfigError` if the package for it is not installed.
     """
     if (problem := broker_problem(config)) is not None:
         raise problem
@@ -92,7 +96,10 @@ def open_broker(config: Config) -> AbstractAsyncContextManager[RabbitQueues]:
     from mailerq.queues.rabbitmq.options import Options
     from mailerq.queues.rabbitmq.queues import open_rabbitmq
 
-    return open_rabbitmq(addresses_of(config), Options.of(config))
+    options = Options.of(config)
+    if seconds is not None:
+        options = replace(options, publish_seconds=seconds)
+    return open_rabbitmq(addresses_of(config), options)
 
 
 def broker_problem(config: Config) -> ConfigError | None:

@@ -222,7 +222,13 @@ class RabbitQueues(Queues):
         if problem is not None:
             raise MessageError(f"the queue name {ascii(queue)[:80]} {problem}")
 
-    async def _encode(self, message: Message) -> bytes:
+    @property
+    def encoding(self) -> str | None:
+        """The content encoding of what is published."""
+        return "gzip" if self.options.compress else None
+
+    async def encode(self, message: Message) -> bytes:
+        """The document of a message. Raises `MessageError`."""
         work = partial(encode, message, compress=self.options.compress)
         return await in_thread(len(message.body or b""), work)
 
@@ -234,7 +240,7 @@ class RabbitQueues(Queues):
     async def _prepare(self, publications: Sequence[Publication]) -> list[bytes]:
         for publication in publications:
             self._check_name(publication.queue)
-        return [await self._encode(publication.message) for publication in publications]
+        return [await self.encode(publication.message) for publication in publications]
 
     async def _publish(self, publications: Sequence[Publication], bodies: Sequence[bytes]) -> None:
         await self._wait_ready()
@@ -267,7 +273,7 @@ class RabbitQueues(Queues):
             delay,
             due=due,
             priority=priority_of(publication.message),
-            encoding="gzip" if self.options.compress else None,
+            encoding=self.encoding,
         )
 
     def _copy_to(
@@ -443,8 +449,8 @@ class RabbitQueues(Queues):
     async def _moved_copy(self, queue: str, move: Move) -> Copy:
         origin = move.origin
         if isinstance(origin, BrokerLease):
-            body = await self._encode(origin.restored())
-            priority, encoding = origin.priority, "gzip" if self.options.compress else None
+            body = await self.encode(origin.restored())
+            priority, encoding = origin.priority, self.encoding
         else:
             body, encoding = origin.body, origin.properties.content_encoding
             priority = origin.properties.priority or 0

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from mailerq.errors import MessageError
 from mailerq.message import Message
-from mailerq.queues.rabbitmq.coding import decode, header
+from mailerq.queues.rabbitmq.coding import decode, header, in_thread
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.options import Bound
 from mailerq.queues.rabbitmq.publisher import Copy
@@ -55,36 +56,58 @@ async def channel_of(queues: RabbitQueues) -> AsyncIterator[Channel]:
 
 
 async def hasten(queues: RabbitQueues, queue: str) -> int:
-    """Have all mail of a queue that waits for its time come now; return the number of messages.
+    """Have retries of a queue come now; return the number of messages. Raises `BrokerError`.
 
-    Mail that must not go before its time waits again. Raises `BrokerError`.
+    Mail that its sender delayed stays.
     """
     count = 0
     async with channel_of(queues) as channel:
         for name, _ in queues.topology.waits(queue):
             found = await queues.publisher.look(name)
             left = 0 if found is None else found.messages
+            kept: list[int] = []
             while left > 0:  # and not what comes meanwhile
                 limit = min(queues.options.fetch, left)
                 deliveries, _ = await channel.fetch(name, limit, MOST_BYTES)
                 if not deliveries:
                     break
-                copies = []
-                for each in deliveries:
-                    properties = header(
-                        queues.publisher.identity(),
-                        priority=each.properties.priority or 0,
-                        due=queues.clock(),
-                        encoding=each.properties.content_encoding,
-                        now=queues.clock(),
-                    )
-                    copies.append(Copy(queues.place(queue), each.body, properties))
-                await queues.publisher.publish(copies)
-                for each in deliveries:
-                    channel.ack(each.tag)
-                count += len(deliveries)
                 left -= len(deliveries)
+                moved = []
+                for each in deliveries:
+                    copy = await _hastened(queues, queue, each)
+                    if copy is None:
+                        kept.append(each.tag)
+                    else:
+                        moved.append((each.tag, copy))
+                await queues.publisher.publish([copy for _, copy in moved])
+                for tag, _ in moved:
+                    channel.ack(tag)
+                count += len(moved)
+            for tag in kept:  # not before, or they would be fetched again
+                channel.nack(tag)
     return count
+
+
+async def _hastened(queues: RabbitQueues, queue: str, delivery: Delivery) -> Copy | None:
+    """A copy of a retry that may go now; None for other mail."""
+    encoding = delivery.properties.content_encoding
+    try:
+        message = await in_thread(len(delivery.body), partial(decode, delivery.body, encoding))
+        results = message.properties.get("results")
+        if not isinstance(results, list) or not results:
+            return None
+        message.properties.pop("delayed", None)
+        body = await queues.encode(message)
+    except MessageError:
+        return None  # it is set aside when its time has come
+    properties = header(
+        queues.publisher.identity(),
+        priority=delivery.properties.priority or 0,
+        due=queues.clock(),
+        encoding=queues.encoding,
+        now=queues.clock(),
+    )
+    return Copy(queues.place(queue), body, properties)
 
 
 async def parked_keys(queues: RabbitQueues, queue: str) -> list[str]:

@@ -15,48 +15,32 @@ import pika
 import pytest
 import trio
 
-from mailerq import Config, Engine
+from mailerq import Engine
 from mailerq.queues.rabbitmq.addresses import Address
-from mailerq.queues.rabbitmq.connection import BrokerError
 from mailerq.queues.rabbitmq.topology import DELAYS
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.net.dns_server import open_dns_server
+from tests.queues.rabbitmq.engine_kit import (
+    command,
+    depth,
+    document,
+    into,
+    on_broker,
+    recipients,
+    started,
+)
 from tests.queues.rabbitmq.kit import Broker, channel_to
 from tests.queues.rabbitmq.kit import send as publish
 from tests.support import (
     DEADLINE,
     Sink,
-    configure,
     in_thread,
-    mailerq,
     open_sink,
     send,
     until,
     until_found,
 )
-
-
-def on_broker(directory: Path, vhost: Address, **settings: Any) -> Config:
-    """Settings of a daemon whose queues are in the broker."""
-    address = f"amqp://{vhost.user}:{vhost.password}@{vhost.host}:{vhost.port}/{vhost.vhost}"
-    return configure(directory, rabbitmq_address=address, **settings)
-
-
-def into(sink: Sink) -> dict[str, Any]:
-    """All mail goes to the sink."""
-    return {"smtp_sink_address": "127.0.0.1", "smtp_sink_port": sink.port}
-
-
-def document(recipient: str = "c@d.test", **more: Any) -> bytes:
-    """What an application publishes."""
-    return json.dumps(
-        {"envelope": "a@b.test", "recipient": recipient, "mime": "Subject: x\r\n\r\nhi\r\n", **more}
-    ).encode()
-
-
-def recipients(sink: Sink) -> list[str]:
-    return [mail.recipients[0] for mail in sink.mails]
 
 
 @asynccontextmanager
@@ -159,22 +143,6 @@ async def test_an_application_publishes_and_reads_results(tmp_path: Path, vhost:
     assert {result["results"][-1]["type"] for result in results} == {"success"}
 
 
-async def depth(vhost: Address, queue: str) -> int | None:
-    """Ready messages of a queue; None if it is not there."""
-    async with channel_to(vhost) as channel:
-        try:
-            return (await channel.declare(queue, passive=True)).messages
-        except BrokerError as error:
-            if error.code != 404:
-                raise
-            return None
-
-
-async def started(vhost: Address) -> None:
-    """The outbox is there."""
-    await until_found(partial(depth, vhost, "outbox"), lambda found: found is not None)
-
-
 # Waiting
 
 
@@ -239,20 +207,6 @@ async def test_parked_mail_goes_out_when_its_pause_ends(tmp_path: Path, vhost: A
             await command(config, "pause", "remove", "1")
             await sink.wait_for(51)
     assert set(Counter(recipients(sink)).values()) == {1}
-
-
-async def command(config: Config, *words: str, status: int = 0, stdin: bytes = b"") -> str:
-    """Run a command of the command line beside the daemon; what it prints."""
-    done = await in_thread(
-        lambda: mailerq(
-            *words,
-            f"--queue-directory={config.queue_directory}",
-            f"--rabbitmq-address={config.rabbitmq_address}",
-            input=stdin,
-        )
-    )
-    assert done.returncode == status, (done.stdout, done.stderr)
-    return (done.stderr if status else done.stdout).decode()
 
 
 # Several instances
