@@ -2,6 +2,8 @@
 
 cimport cython
 
+from mailerq.outbound.jobs cimport Job as _Job
+
 
 @cython.final
 cdef class Dispatcher:
@@ -21,13 +23,13 @@ cdef class Dispatcher:
     cpdef judge(self, lease)
     cpdef decide(self, message, double now, double seen)
     cpdef _body_problem(self, message)
-    cpdef place(self, job, found, wanted=*)
-    cpdef _trace_field(self, job)
-    cpdef has_expired(self, job)
+    cpdef place(self, _Job job, found, wanted=*)
+    cpdef _trace_field(self, _Job job)
+    cpdef has_expired(self, _Job job)
     cpdef refill(self, flow)
     cpdef start_session(self, session)
     cpdef session_over(self, session)
-    cpdef settle(self, job, report, session)
-    cpdef put_back(self, job)
-    cpdef _gone(self, job)
-    cpdef lease_over(self, lease, job)
+    cpdef settle(self, _Job job, report, session)
+    cpdef put_back(self, _Job job)
+    cpdef _gone(self, _Job job)
+    cpdef lease_over(self, lease, _Job job)

@@ -2,6 +2,8 @@
 
 cimport cython
 
+from mailerq.outbound.jobs cimport Job as _Job
+
 
 @cython.final
 cdef class Flow:
@@ -15,7 +17,7 @@ cdef class Flow:
     cdef public list idle
     cdef object __weakref__
 
-    cpdef add(self, job)
+    cpdef add(self, _Job job)
     cpdef link(self, destination)
     cpdef unlink(self, destination)
     cpdef mail_waits(self, destination)
@@ -24,7 +26,7 @@ cdef class Flow:
     cpdef next_job(self, session)
     cpdef job_ahead(self, session)
     cpdef _pop(self)
-    cpdef settle(self, session, job, report)
+    cpdef settle(self, session, _Job job, report)
     cpdef opened(self, session)
     cpdef ended(self, session, report)
     cpdef _busy(self, session)

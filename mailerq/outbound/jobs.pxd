@@ -1,1 +1,12 @@
-# Marks the module of this name for compilation; it needs no types.
+# The types of what is in the module of this name, for the compiler.
+
+cimport cython
+
+
+@cython.final
+cdef class Job:
+    cdef public object lease, message, plan, flow, is_ascii, made, signing
+    cdef public Py_ssize_t attempt
+    cdef public double since
+    cdef public bint to_make
+    cdef object __weakref__

@@ -21,7 +21,7 @@ MAX_WORDS: Final = 200
 """Characters that are kept of what a host said last."""
 
 
-class Job(msgspec.Struct, eq=False):
+class Job:
     """A message to be sent now, as `plan` decided.
 
     `attempt` counts from 1. `flow` is None while the hosts are being looked up; `since` is when the
@@ -30,16 +30,24 @@ class Job(msgspec.Struct, eq=False):
     `signing` is None if nothing signs the mail.
     """
 
-    lease: Lease
-    message: Message
-    plan: Send
-    attempt: int
-    flow: Flow | None = None
-    since: float = 0.0
-    is_ascii: bool | None = None
-    to_make: bool = False
-    made: bytes | None = None
-    signing: Signing | None = None
+    __slots__ = (
+        "attempt", "flow", "is_ascii", "lease", "made", "message", "plan", "signing", "since",
+        "to_make",
+    )  # fmt: skip
+
+    def __init__(
+        self, lease: Lease, message: Message, plan: Send, attempt: int, *, to_make: bool = False
+    ) -> None:
+        self.lease = lease
+        self.message = message
+        self.plan = plan
+        self.attempt = attempt
+        self.flow: Flow | None = None
+        self.since = 0.0
+        self.is_ascii: bool | None = None
+        self.to_make = to_make
+        self.made: bytes | None = None
+        self.signing: Signing | None = None
 
     @property
     def is_ready(self) -> bool:

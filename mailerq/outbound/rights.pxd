@@ -2,18 +2,23 @@
 
 cimport cython
 
+from mailerq.outbound.jobs cimport Job as _Job
+from mailerq.outbound.limits cimport Allowance as _Allowance, Limits as _Limits
+
 
 @cython.final
 cdef class Rights:
-    cdef public object _limits, _site, _local_ip, _allowance, waits_to_send, waits_to_open
+    cdef public _Limits _limits
+    cdef public _Allowance _allowance
+    cdef public object _site, _local_ip, waits_to_send, waits_to_open
     cdef public list limited
     cdef public bint rest
 
     cpdef closed(self)
     cpdef limit_over(self, key)
     cpdef wait_to_open(self, flow, refusal)
-    cpdef may_send(self, flow, session, job)
-    cpdef may_go_ahead(self, session, job)
+    cpdef may_send(self, flow, session, _Job job)
+    cpdef may_go_ahead(self, session, _Job job)
     cpdef may_open(self)
     cpdef take(self, flow)
     cpdef give_to(self, session)
@@ -27,4 +32,4 @@ cdef class Rights:
     cpdef busy(self, session)
 
 
-cpdef _size_of(job)
+cpdef _size_of(_Job job)

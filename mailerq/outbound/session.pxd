@@ -2,6 +2,8 @@
 
 cimport cython
 
+from mailerq.outbound.jobs cimport Job as _Job
+from mailerq.outbound.limits cimport Allowance as _Allowance
 from mailerq.net.stream cimport Stream as _Stream
 from mailerq.wire.client cimport ClientProtocol as _ClientProtocol
 
@@ -16,10 +18,12 @@ cdef class Session:
     cdef public bytes _held
     cdef public set _domains
     cdef public double _deadline, _asked, _started, since
-    cdef public object flow, worker, remote, _timeout, _life, _scope, _job
-    cdef public object allowance, waits_for, counts, starting, idle_counts, refusal, shuns
-    cdef public object _ahead, _calm, _plugin, _local, _converted, _securing
+    cdef public object flow, worker, remote, _timeout, _life, _scope
+    cdef public _Allowance allowance
+    cdef public object waits_for, counts, starting, idle_counts, refusal, shuns
+    cdef public object _ahead, _waiting, _plugin, _local, _converted, _securing
     cdef public set _clear
+    cdef public _Job _job
     cdef object __weakref__
 
     cpdef wake(self)
@@ -35,9 +39,9 @@ cdef class Session:
     cpdef _may_go_on(self)
     cpdef _is_used_up(self, messages, size)
     cpdef _takes_domain(self, domain)
-    cpdef _finish(self, job, outcome)
+    cpdef _finish(self, _Job job, outcome)
     cpdef _report(self, outcome)
-    cpdef _begin(self, job)
+    cpdef _begin(self, _Job job)
     cpdef _go_ahead(self, body)
     cpdef _output_came(self)
     cpdef _release(self)

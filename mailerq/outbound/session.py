@@ -106,7 +106,6 @@ log = logging.getLogger("mailerq.delivery")
 MAX_HOSTS: Final = 8
 """Hosts that one connection tries before giving up; RFC 5321 asks for two."""
 
-
 FINAL_MINUTES: Final = 10
 """Time for the reply to the final dot: the peer processes the mail then, and giving up too early
 delivers a mail twice (RFC 5321, section 4.5.3.2.6)."""
@@ -114,11 +113,7 @@ delivers a mail twice (RFC 5321, section 4.5.3.2.6)."""
 BLOCK_MINUTES: Final = 3
 """Time for the peer to take a block of a body (section 4.5.3.2.5)."""
 
-REPLY_MINUTES: Final = {
-    Step.MAILFROM: 5,
-    Step.RCPTTO: 5,
-    Step.DATA: 2,
-}
+REPLY_MINUTES: Final = {Step.MAILFROM: 5, Step.RCPTTO: 5, Step.DATA: 2}
 """Time for the replies to an envelope (sections 4.5.3.2.2 to 4.5.3.2.4)."""
 
 AHEAD_BYTES: Final = 8192
@@ -189,7 +184,7 @@ class Session:
         self._prompt = False
         self._asked = math.inf  # when the last body was sent
         self._unsettled = 0
-        self._calm: trio.Event | None = None
+        self._waiting: trio.lowlevel.Task | None = None  # for `settled`
         self._protocol: ClientProtocol
         self._stream: Stream
         self._plugin: PluginConnection
@@ -266,8 +261,9 @@ class Session:
     def settled(self) -> None:
         """A reported result is committed."""
         self._unsettled -= 1
-        if self._unsettled == 0 and self._calm is not None:
-            self._calm.set()
+        if self._unsettled == 0 and self._waiting is not None:
+            task, self._waiting = self._waiting, None
+            trio.lowlevel.reschedule(task)
 
     def _withdraw(self) -> None:
         """Give back the message sent ahead; the peer never gets its body."""
@@ -534,10 +530,13 @@ class Session:
 
     async def _wait_settled(self) -> None:
         if self._unsettled:
-            self._calm = trio.Event()
             self._deadline = math.inf
-            await self._calm.wait()
-            self._calm = None
+            self._waiting = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._wait_no_more)
+
+    def _wait_no_more(self, _: object) -> trio.lowlevel.Abort:
+        self._waiting = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
     # One message
 

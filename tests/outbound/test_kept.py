@@ -27,7 +27,9 @@ from mailerq.store.row_file import RowFile
 from mailerq.wire.client import Refused, Step
 from mailerq.wire.smtp import Reply
 
-SITE: Any = SimpleNamespace(key=b"key", label="d.test", group="", hosts=(), flows={})
+HOST = SimpleNamespace(name="mx.big.test")
+SITE: Any = SimpleNamespace(key=b"key", label="d.test", group="", hosts=(HOST,), flows={})
+PROVIDER = "[[provider]]\nname = 'big'\nmx = ['.big.test']\n"
 SCOPE = Scope("provider big", "192.0.2.1")
 NOW = 1_767_268_800.0
 HOUR = 3600.0
@@ -44,7 +46,9 @@ class Process:
     """What keeps the actions of one process."""
 
     def __init__(self, directory: Path, clock: Clock) -> None:
-        self.limits = Limits(Shaping.of(Config()))
+        file = directory / "limits.toml"
+        file.write_text(PROVIDER)
+        self.limits = Limits(Shaping.of(Config(limits_file=str(file))))
         self.keeper = Keeper(str(directory), self.changed, clock=clock)
         self.kept = KeptActions(self.keeper, clock=clock)
         self.limits.refusals = Refusals(Answers([]), self.limits, self.kept, clock=clock)
@@ -70,7 +74,6 @@ class Process:
         rule = Rule(name="rule", where="f:1", kind="", trigger=trigger, reaction=reaction)
         self.refusals.answers = Answers([rule])
         flow: Any = SimpleNamespace(local_ip="192.0.2.1", beside=(), site=SITE)
-        self.limits.provider_of = lambda site: "big"  # type: ignore[method-assign]
         self.refusals.heard(flow, responses.refused(Refused(Step.RCPTTO, Reply(421, "no"))))
 
     def until(self) -> float | None:
