@@ -34,7 +34,7 @@ class OnBroker(Mailerq):
         return [*super().prepare(), f"--rabbitmq-address={uri}"]
 
     def start_broker(self) -> Any:
-        """Start the broker, unless it runs; return its address."""
+        """Start the broker, unless it runs; return its address. Raises `Unavailable`."""
         # The tests and the benchmarks start brokers in the same way.
         if str(PROJECT) not in sys.path:
             sys.path.insert(0, str(PROJECT))
@@ -55,6 +55,8 @@ class OnBroker(Mailerq):
             except Skipped as reason:
                 raise Unavailable(str(reason)) from None
         address = Address("127.0.0.1", self.broker.port, USER, PASSWORD)
+        if self._pika is not None:
+            return address
         login = pika.PlainCredentials(USER, PASSWORD)
         self._pika = pika.BlockingConnection(
             pika.ConnectionParameters(address.host, address.port, credentials=login, heartbeat=0)
@@ -77,6 +79,20 @@ class OnBroker(Mailerq):
         super().__exit__(kind, error, trace)
         self.stop_broker()
 
+    def kill_alone(self) -> None:
+        """End the daemon like a power cut, and leave the broker running."""
+        broker, self.broker = self.broker, None
+        connection, self._pika = self._pika, None
+        self.kill()
+        self.broker, self._pika = broker, connection
+
+    def depth(self, queue: str) -> int:
+        """Messages that are ready in a queue."""
+        channel = self._pika.channel()
+        ready = channel.queue_declare(queue, passive=True).method.message_count
+        channel.close()
+        return int(ready)
+
     def stop_broker(self) -> None:
         if self._pika is not None:
             self._pika.close()
@@ -85,12 +101,10 @@ class OnBroker(Mailerq):
         self.broker = self._pika = None
 
     def broker_cpu(self) -> float | None:
+        """CPU seconds of the broker since it started."""
         return cpu_seconds(self.broker.pid)
 
     def waiting(self) -> int:
         """Messages of the outbox: held by the daemon, or ready in the broker."""
         leased = control.ask(str(self.directory / "queue"), "status")["queue"]["leased"]
-        channel = self._pika.channel()
-        ready = channel.queue_declare("outbox", passive=True).method.message_count
-        channel.close()
-        return int(sum(leased.values())) + int(ready)
+        return int(sum(leased.values())) + self.depth("outbox")

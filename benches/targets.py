@@ -34,6 +34,8 @@ PROGRAMS: Final = {
     "plugins": [
         "relay.py", "--systems=mailerq+plugins,mailerq-1", "--base=mailerq-1", "--rounds=5",
     ],
+    "rabbitmq": ["relay.py", "--rabbitmq", "--rounds=5"],
+    "broker": ["waiting.py", "--rabbitmq"],
     "trusted": ["trusted.py"],
     "dispatch": ["dispatch.py"],
     "processes": ["processes.py"],
@@ -44,7 +46,7 @@ PROGRAMS: Final = {
 }  # fmt: skip
 """The programs to run, by their names here."""
 
-LONGER: Final = ("waiting", "flows")
+LONGER: Final = ("waiting", "broker", "flows")
 """The programs with a ``--full`` option."""
 
 MORE_IS_BETTER: Final = ("x", "M/s", "/s")
@@ -87,6 +89,13 @@ TARGETS: Final = (
     Target("end to end / Postfix, kept", "relay", "mailerq / postfix, end to end, kept", 4, 8),
     Target("accept / Postfix, new", "relay", "mailerq / postfix, accept, new", 5, 10),
     Target("accept / Postfix, kept", "relay", "mailerq / postfix, accept, kept", 5, 10),
+    *(
+        Target(f"RabbitMQ / queue file, end to end, {way}", "rabbitmq",
+               f"mailerq+rabbitmq / mailerq-1, end to end, {way}", 0.4, 0.8)
+        for way in ("new", "kept")
+    ),
+    Target("memory, full broker", "broker", "memory", 200, 100),
+    Target("start with a full broker", "broker", "start to banner", 2, 1),
     Target("one client / Postfix", "single", "mailerq / postfix, accept, kept", 1.3, 2),
     Target("100 KiB, end to end / Postfix", "large", "mailerq / postfix, end to end, kept", 1.5, 3),
     *(

@@ -1,10 +1,13 @@
 """Measure the costs of a full queue: time to start, memory, and the rate of accepting mail.
 
-    python benches/waiting.py [--waiting N | --full]
+    python benches/waiting.py [--waiting N | --full] [--rabbitmq]
 
 Fills a queue with messages of 2 KiB that are due from the day after tomorrow on, one every 10 ms.
 Starts the project on this queue, and once more on an empty queue. Both accept and relay the load of
 relay.py, in turns. Then the full one is killed as by a power cut, and started again.
+
+With ``--rabbitmq`` the messages wait in a RabbitMQ, quorum queues, and only memory and starts are
+measured: a broker of another program accepts the mail.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import trio
+from broker import OnBroker
 from figures import Figure, print_document, progress
 from peers import Mailerq, Sink, machine
 from relay import Load, compare, measure, summarise
@@ -105,11 +110,47 @@ def run(options: argparse.Namespace, directory: Path) -> list[Figure]:
     ]
 
 
+def run_on_broker(options: argparse.Namespace, directory: Path) -> list[Figure]:
+    name = "mailerq+rabbitmq"
+    with Sink(directory / "sink") as sink:
+        system = OnBroker(directory / name, sink, name=name)
+        address = system.start_broker()
+        try:
+            trio.run(_fill_broker, address, options.waiting)
+            first = start_seconds(system)
+            load = Load(options.messages, sessions=20, size=SIZE_BYTES, timeout=120.0)
+            measure([(system, sink)], load, rounds=1, ways=(True,), warm_up=0)
+            memory = system.memory("Rss")
+            system.kill_alone()
+            again = start_seconds(system)
+            waiting = system.depth("outbox.wait.86400")
+        finally:
+            system.__exit__(None, None, None)
+    detail = f"{waiting:,} waiting"
+    return [
+        Figure("start to banner", first, "s", detail),
+        Figure("start to banner after a kill", again, "s", detail),
+        Figure("memory", memory / 1e6, "MB", detail),
+    ]
+
+
+async def _fill_broker(address: Any, count: int) -> None:
+    from mailerq.queues.rabbitmq.queues import open_rabbitmq
+
+    start = time.monotonic()
+    publications = messages(count, AFTER_SECONDS)
+    async with open_rabbitmq([address]) as queues:
+        for _ in range(0, count, BATCH):
+            await queues.publish([*islice(publications, BATCH)])
+    progress(f"{count:,} waiting, in {time.monotonic() - start:.0f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="what a full queue costs")
     parser.add_argument("--waiting", type=int, default=100_000, help="messages (%(default)s)")
     parser.add_argument("--full", dest="waiting", action="store_const", const=FULL,
                         help=f"{FULL:,} of them: 3 GB of disk, some minutes")  # fmt: skip
+    parser.add_argument("--rabbitmq", action="store_true", help="the messages are in RabbitMQ")
     parser.add_argument("-n", "--messages", type=int, default=3000, help="in a run (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each (%(default)s)")
     parser.add_argument("--directory", help="where the queues go (a temporary directory)")
@@ -117,7 +158,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="waiting-", dir=options.directory) as root:
         Path(root).chmod(0o755)
-        figures = run(options, Path(root))
+        figures = (run_on_broker if options.rabbitmq else run)(options, Path(root))
     print_document(figures, as_json=options.json, machine=machine(), waiting=options.waiting)
 
 
