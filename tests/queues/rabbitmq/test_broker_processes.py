@@ -1,0 +1,65 @@
+"""Several processes on one broker consume the one outbox; one that is killed loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mailerq.queues.rabbitmq.addresses import Address
+from tests.crash.kit import all_arrive, daemon
+from tests.processes_kit import Gate, marked, send_all, until_rows
+from tests.queues.rabbitmq.engine_kit import depth, uri
+from tests.support import open_sink, until_found
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Iterator[dict[str, str]]:
+    with marked(tmp_path) as environment:
+        yield environment
+
+
+async def test_a_process_that_is_killed_loses_nothing(
+    tmp_path: Path, vhost: Address, mark: dict[str, str]
+) -> None:
+    switches = ("--smtp-processes=2", f"--rabbitmq-address={uri(vhost)}", "--retry-interval=1")
+    async with (
+        open_sink() as sink,
+        daemon(tmp_path, sink.port, *switches, env=mark) as running,
+    ):
+        gate = Gate(sink)
+        names = await send_all(running.port, "before")
+        killed = running.children[1]
+        os.kill(killed, signal.SIGKILL)
+        await until_rows(
+            running,
+            lambda found: all(row["state"] == "runs" and row["pid"] != killed for row in found),
+        )
+        names |= await send_all(running.port, "after")
+        gate.closed = False
+        await all_arrive(sink, names)
+        status = await running.statistics()
+        assert any("connected to amqp://" in text for text in status["queue"]["broker"])
+    # One connection's mail at most may have been under way.
+    assert sum(Counter(mail.recipients[0] for mail in sink.mails).values()) <= len(names) + 2
+
+
+async def test_mail_waits_in_the_broker_for_a_daemon_that_was_killed(
+    tmp_path: Path, vhost: Address, mark: dict[str, str]
+) -> None:
+    switches = (f"--rabbitmq-address={uri(vhost)}", "--retry-interval=1")
+    async with open_sink() as sink:
+        gate = Gate(sink)
+        async with daemon(tmp_path, sink.port, *switches, env=mark) as running:
+            names = await send_all(running.port, "mail", 12)
+            await running.until_statistics(lambda found: found["outgoing"]["retried"] >= 12)
+            running.process.kill()
+        assert await depth(vhost, "outbox") is not None
+        gate.closed = False
+        async with daemon(tmp_path, sink.port, *switches, env=mark):
+            await all_arrive(sink, names)
+            await until_found(lambda: depth(vhost, "outbox"), lambda found: found == 0)
