@@ -144,6 +144,10 @@ class Taker:
         """Messages leased."""
         self.bytes = 0
         """Bytes of all messages here: leased, unsorted, and on their way out."""
+        self.refused = 0
+        """Messages that went back for lack of memory."""
+        self.overfull = False
+        """More came than fits: the consumer must end."""
         self.average = float(USUAL_BYTES)
         """Bytes of a message, of late."""
         self.parked = 0
@@ -171,14 +175,21 @@ class Taker:
 
     @property
     def fitting_quota(self) -> int:
-        """The quota, or fewer messages if they are large, but not fewer than `min_qos`."""
-        fitting = max(int(MAX_BYTES / self.average), self.queues.options.min_qos, 1)
-        return min(self.quota, fitting)
+        """The quota, or fewer messages if they are large: down to `min_qos`, while they fit."""
+        wanted = max(MAX_BYTES / self.average, self.queues.options.min_qos)
+        room = (MOST_BYTES - self.bytes) / self.average
+        return max(min(self.quota, int(wanted), int(room)), 1)
 
     @property
     def is_heavy(self) -> bool:
         """Whether no more messages fit into memory."""
         return self.bytes > MAX_BYTES and self.unsettled >= self.queues.options.min_qos
+
+    @property
+    def has_memory_again(self) -> bool:
+        """Whether a consumer that ended for lack of memory may begin again."""
+        few = self.unsettled < self.queues.options.min_qos // 2
+        return self.bytes <= (MAX_BYTES if few else MAX_BYTES // 2)
 
     def came(self, delivery: Delivery) -> bool:
         """Count a delivery; False, and the message goes back, if there is no memory for it."""
@@ -186,6 +197,8 @@ class Taker:
         self.average += (size - self.average) / 32
         if self.bytes and self.bytes + size > MOST_BYTES:
             delivery.channel.nack(delivery.tag)
+            self.refused += 1
+            self.overfull = True
             return False
         self.bytes += size
         return True
@@ -254,13 +267,10 @@ class Taker:
             while not ended:
                 news = self._news
                 await self.sort()
-                if self.is_heavy and consumer:
+                if consumer and (self.overfull or self.is_heavy):
                     await channel.cancel(consumer)
-                    consumer = ""
-                elif not consumer and (
-                    self.bytes <= MAX_BYTES // 2
-                    or self.unsettled < self.queues.options.min_qos // 2
-                ):
+                    consumer, self.overfull = "", False
+                elif not consumer and self.has_memory_again:
                     consumer = await consume()
                 if not ended and not news.is_set():
                     with trio.move_on_after(self.wait_seconds()):
