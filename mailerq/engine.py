@@ -46,7 +46,6 @@ from mailerq.net.tracing import Traceable, Tracing
 from mailerq.net.watchdog import Watchdog
 from mailerq.net.worker import Worker, open_workers
 from mailerq.outbound import operators
-from mailerq.outbound.adoption import Adoption, own
 from mailerq.outbound.cells import SharedCells
 from mailerq.outbound.dispatcher import Counters as DeliveryCounters
 from mailerq.outbound.dispatcher import Dispatcher
@@ -71,11 +70,11 @@ from mailerq.plugins import (
     Plugins,
     Reject,
     check_handler,
-    stray_close,
 )
 from mailerq.preparing import LOGS, Prepared, prepare, writable
 from mailerq.privileges import become
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
+from mailerq.queues.adoption import Adoption, own, prove
 from mailerq.queues.opening import make_directory, open_queues, share_directory
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.answers import Answers
@@ -92,9 +91,6 @@ MIN_PLUGIN_SECONDS: Final = 1.0
 
 GIVE_BACK_SECONDS: Final = 5.0
 """Time for deliveries from a share that returns to its own process."""
-
-STEADY_SECONDS: Final = 10.0
-"""A process that delivers from a share this long is not killed by the content of the share."""
 
 CELLS: Final = "limits.cells"
 """The file in the queue directory where all processes count limits."""
@@ -321,7 +317,7 @@ class Engine:
         nursery.start_soon(suppressor.run)
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
         if lock is not None:
-            nursery.start_soon(self._prove, lock)
+            nursery.start_soon(prove, lock)
         await nursery.start(self._listener.run)
         if not config.has_broker:
             adoption = Adoption(config.queue_directory, share, processes, self._adopt)
@@ -354,14 +350,6 @@ class Engine:
         for delivery in self._deliveries.values():
             delivery.dispatcher.stops.change(rows)
 
-    async def _prove(self, lock: DirectoryLock) -> None:
-        """Record that the content of a share does not kill this process."""
-        await trio.sleep(STEADY_SECONDS)
-        try:
-            lock.prove()
-        except OSError:
-            stray_close("the lock of a queue directory")
-
     async def _adopt(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
         """Deliver from another share of the queue directory too, until `until` is set."""
         async with open_queues(self.config, share, lock) as queues:
@@ -371,7 +359,7 @@ class Engine:
             try:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(delivery.dispatcher.run)
-                    nursery.start_soon(self._prove, lock)
+                    nursery.start_soon(prove, lock)
                     await until.wait()
                     await delivery.dispatcher.stop(GIVE_BACK_SECONDS)
                     nursery.cancel_scope.cancel()

@@ -23,9 +23,10 @@ from contextlib import contextmanager, suppress
 from typing import Final, Self
 
 from mailerq.errors import QueueError, QueueHeld
+from mailerq.privileges import give_to
 from mailerq.queues.locks import SHARED, FileLock, Held, holder_of
 
-__all__ = ["LOCK_NAME", "DirectoryLock", "holder", "wanted"]
+__all__ = ["LOCK_NAME", "DirectoryLock", "holder", "make_directory", "wanted"]
 
 LOCK_NAME: Final = "queue.lock"
 WANTED_NAME: Final = "queue.wanted"
@@ -153,6 +154,25 @@ def holder(directory: str) -> str | None:
     except FileNotFoundError:
         return None
     return holder_of(file)
+
+
+def make_directory(directory: str, user: str = "") -> None:
+    """Create the directory if it is missing, so that it survives a power cut.
+
+    Root creates it for `user`, the account that the daemon changes to. Raises `QueueError`.
+    """
+    if os.path.isdir(directory):
+        return
+    try:
+        os.makedirs(directory, mode=0o750, exist_ok=True)
+        give_to(user, directory)
+        above = os.open(os.path.dirname(os.path.abspath(directory)), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(above)
+        finally:
+            os.close(above)
+    except OSError as error:
+        raise QueueError(f"queue-directory {directory} cannot be made: {error.strerror}") from error
 
 
 @contextmanager

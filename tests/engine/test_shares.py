@@ -13,8 +13,8 @@ import trio
 from mailerq import Engine, Message, QueueError
 from mailerq.inbound.listener import bind
 from mailerq.net import control
-from mailerq.outbound.adoption import MOMENT_SECONDS, own
 from mailerq.queues import Publication
+from mailerq.queues.adoption import MOMENT_SECONDS, own
 from mailerq.queues.opening import open_exclusive, shares_in
 from mailerq.queues.ownership import DirectoryLock
 from tests.engine.kit import no_descriptors
@@ -124,7 +124,7 @@ async def test_a_share_goes_back_although_there_were_no_descriptors_to_see_that_
             await sink.wait_for(1)  # its connections need descriptors
             known = shares_in(str(tmp_path / "queue"))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("mailerq.outbound.adoption.shares_in", lambda directory: known)
+                patch.setattr("mailerq.queues.adoption.shares_in", lambda directory: known)
                 with no_descriptors():
                     await until(lambda: "wanted cannot be seen" in caplog.text)
             with trio.fail_after(60):

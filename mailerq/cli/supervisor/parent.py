@@ -8,7 +8,7 @@ them. The parent takes no mail. It keeps the addresses reserved, answers on the 
 for all processes together, and starts a process again when one has ended.
 
 A process that repeatedly ends soon after its start is started later each time. Meanwhile another
-process adopts its share (`mailerq.outbound.adoption`); the parent has no part in that.
+process adopts its share (`mailerq.queues.adoption`); the parent has no part in that.
 
 Guarantees
 ----------

@@ -1,4 +1,4 @@
-"""Delivers from shares of the queue directory that no process holds.
+"""Takes over shares of a directory that no process holds: of the queue, or of its reserve.
 
 Theory of operation
 -------------------
@@ -25,10 +25,9 @@ import trio
 from mailerq.errors import QueueError, QueueHeld
 from mailerq.plugins import stray_close
 from mailerq.queues.embedded.shares import share_directory, shares_in
-from mailerq.queues.opening import make_directory
-from mailerq.queues.ownership import DirectoryLock, wanted
+from mailerq.queues.ownership import DirectoryLock, make_directory, wanted
 
-__all__ = ["Adoption", "own"]
+__all__ = ["Adoption", "own", "prove"]
 
 log = logging.getLogger("mailerq")
 
@@ -43,6 +42,9 @@ OWN_SECONDS: Final = 60.0
 
 MOMENT_SECONDS: Final = 1.0
 RETRY_SECONDS: Final = 0.05
+
+STEADY_SECONDS: Final = 10.0
+"""A process that works on a share this long is not killed by the content of the share."""
 
 
 async def own(directory: str) -> DirectoryLock:
@@ -69,6 +71,15 @@ async def own(directory: str) -> DirectoryLock:
                 await trio.sleep(RETRY_SECONDS)
     except OSError as error:
         raise QueueError(f"{directory}: cannot be locked: {error.strerror}") from error
+
+
+async def prove(lock: DirectoryLock) -> None:
+    """Record, after a while, that the content of a share does not kill this process."""
+    await trio.sleep(STEADY_SECONDS)
+    try:
+        lock.prove()
+    except OSError:
+        stray_close("the lock of a queue directory")
 
 
 class Adoption:
@@ -154,7 +165,7 @@ class Adoption:
 
     async def _keep(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
         """Deliver from an adopted share until its own process wants it."""
-        log.info("share %d of the queue is delivered from here as well", share)
+        log.info("%s is emptied from here as well", share_directory(self._directory, share))
         try:
             await self._deliver(share, lock, until)
         except QueueError as error:
@@ -165,7 +176,7 @@ class Adoption:
                 lock.release()
             except OSError:
                 stray_close("the lock of a queue directory")
-        log.info("share %d of the queue is left to its own process", share)
+        log.info("%s is left to its own process", share_directory(self._directory, share))
 
     def _not_adopted(self, share: int, error: Exception) -> None:
         self._complain(share, f"share {share} of the queue is not adopted: {error}")
