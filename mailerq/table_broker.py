@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from mailerq.settings import BROKERS, FLAG, NUMBER, QUEUE, TEXT, choice, fixed, setting
+from mailerq.settings import BROKERS, FLAG, NUMBER, QUEUE, SIZE, TEXT, choice, fixed, setting
 from mailerq.table_incoming import IncomingTable
 
 __all__ = ["BrokerTable"]
@@ -118,6 +118,14 @@ class BrokerTable(IncomingTable):
         BROKER,
         "Messages held at a time at least, where large ones lower rabbitmq-qos.",
         minimum=1,
+    )
+    fallback_maxsize: int = setting(
+        1 << 30,
+        SIZE,
+        BROKER,
+        "Mail kept in the folder fallback of queue-directory while no broker takes it, in bytes of"
+        " all processes; it is moved over later. 0: such mail is answered with 451.",
+        minimum=0,
     )
     rabbitmq_consumers: int = fixed(
         1,

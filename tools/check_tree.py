@@ -63,7 +63,7 @@ STRANGERS: Final = (("outbound", "inbound"),)
 """Pairs of layers that may not import each other, whatever their order."""
 
 ROOMS: Final = {
-    "queues": ("interface", "embedded", "recovery", "rabbitmq", "opening"),
+    "queues": ("interface", "embedded", "recovery", "rabbitmq", "fallback", "opening"),
 }
 """Within a layer as well: what stands first knows nothing of what comes after it."""
 

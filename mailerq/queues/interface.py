@@ -19,7 +19,7 @@ Guarantees
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -43,9 +43,11 @@ __all__ = [
     "DestinationDepth",
     "Entry",
     "Lease",
+    "Lost",
     "Publication",
     "Queues",
     "Receiver",
+    "RemoteQueues",
     "Settlement",
     "SortedQueues",
     "Subscription",
@@ -129,6 +131,8 @@ class Entry:
     size: int | None = None
     """Bytes of the body, even if the body was not read; None without a body."""
     held: bool = False
+    damaged: bool = False
+    """The message cannot be used; `message` is what `DAMAGED_QUEUE` will get."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -308,6 +312,46 @@ class Queues(ABC):
     @abstractmethod
     def statistics(self) -> dict[str, Any]:
         """The backend's statistics since the start, as a tree of numbers."""
+
+
+Lost = Callable[[], Sequence[str]]
+"""The identities of leased messages that will be delivered once more, to whomever."""
+
+
+class RemoteQueues(Queues):
+    """Queues of another program, which may be away for a while.
+
+    Attributes and methods here belong to the loop that opened the queues.
+    """
+
+    on_trouble: list[Callable[[], None]]
+    """Called after `trouble` may have changed."""
+    on_recognised: Callable[[str], None] | None = None
+    """Called with the identity of a message that came again and was acknowledged at once, because
+    `recognise` or a settlement had named it."""
+
+    @property
+    @abstractmethod
+    def trouble(self) -> str | None:
+        """Why nothing can be published now, for people; None if it can."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Have the calls of `publish` and `ack` that wait for a confirmation raise `QueueError`."""
+
+    @abstractmethod
+    async def settle(
+        self, settlements: Sequence[Settlement], publish: Callable[[Lost], Awaitable[None]]
+    ) -> None:
+        """Do as `ack`, but have `publish` publish the messages of the settlements, on this loop.
+
+        `publish` may ask at any time which leases are lost, by the identity of their messages. If
+        it raises, the messages are still leased.
+        """
+
+    @abstractmethod
+    def recognise(self, identities: Collection[str]) -> None:
+        """Messages that were settled: each is acknowledged when it comes again, and not leased."""
 
 
 class SortedQueues(Queues):

@@ -22,16 +22,17 @@ from typing import TYPE_CHECKING, Final
 
 from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem, QueueDamaged, QueueError
-from mailerq.privileges import as_owner, give_to
+from mailerq.privileges import as_owner
 from mailerq.queues.embedded.queue_file import FILE_NAME, Bounds, QueueFile, lock_directory
 from mailerq.queues.embedded.shares import share_directory, share_of, shares_in
 from mailerq.queues.embedded.sqlite_file import translate
 from mailerq.queues.locks import EXCLUSIVE, FileLock, Held, open_directory
-from mailerq.queues.ownership import DirectoryLock, holder
+from mailerq.queues.ownership import DirectoryLock, holder, make_directory
 from mailerq.queues.recovery.salvage import broken_log, recover
 
 if TYPE_CHECKING:
     from mailerq.queues.embedded.queues import EmbeddedQueues
+    from mailerq.queues.fallback.queues import FallbackQueues
     from mailerq.queues.interface import Queues
     from mailerq.queues.rabbitmq.queues import RabbitQueues
 
@@ -57,6 +58,9 @@ logger = logging.getLogger("mailerq.queues")
 OUTBOX: Final = "outbox"
 """The default name of the outbox."""
 
+FALLBACK: Final = "fallback"
+"""The folder of the queue directory with mail for a broker that was away."""
+
 COMPACT_FREE: Final = 64 << 20
 COMPACT_USED: Final = 256 << 20
 """A start compacts a file with at least `COMPACT_FREE` free bytes, if no more bytes are in use than
@@ -74,11 +78,35 @@ def open_queues(
     the one outbox.
     """
     if config.has_broker:
-        return open_broker(config)
+        return _open_both(config, share)
     directory = share_directory(config.queue_directory, share)
     return open_embedded(
         directory, bounds=Bounds.of(config), outbox=config.rabbitmq_outbox, lock=lock
     )
+
+
+@asynccontextmanager
+async def _open_both(config: Config, share: int) -> AsyncIterator[FallbackQueues]:
+    """Open the queues in the broker, and the reserve for the time when the broker is away."""
+    from mailerq.queues.fallback.queues import open_fallback
+
+    def open_reserve(
+        directory: str, lock: DirectoryLock
+    ) -> AbstractAsyncContextManager[EmbeddedQueues]:
+        return open_embedded(directory, outbox="", lock=lock)
+
+    async with (
+        open_broker(config) as broker,
+        open_fallback(
+            broker,
+            open_reserve,
+            os.path.join(config.queue_directory, FALLBACK),
+            limit=config.fallback_maxsize,
+            share=share,
+            processes=config.smtp_processes,
+        ) as queues,
+    ):
+        yield queues
 
 
 def open_broker(
@@ -285,25 +313,6 @@ def open_shared(directory: str, user: str = "", *, outbox: str = OUTBOX) -> Queu
             return QueueFile.open(directory, outbox=outbox)
     except (OSError, QueueError) as error:
         raise translate(error, path) from error
-
-
-def make_directory(directory: str, user: str = "") -> None:
-    """Create the directory if it is missing, so that it survives a power cut.
-
-    Root creates it for `user`, the account that the daemon changes to. Raises `QueueError`.
-    """
-    if os.path.isdir(directory):
-        return
-    try:
-        os.makedirs(directory, mode=0o750, exist_ok=True)
-        give_to(user, directory)
-        above = os.open(os.path.dirname(os.path.abspath(directory)), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(above)
-        finally:
-            os.close(above)
-    except OSError as error:
-        raise QueueError(f"queue-directory {directory} cannot be made: {error.strerror}") from error
 
 
 def _have_alone(directory: str) -> FileLock | None:

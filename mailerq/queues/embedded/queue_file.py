@@ -387,15 +387,6 @@ class QueueFile(QueueReader):
         except (apsw.Error, OSError) as error:
             raise self.failed(error) from error
 
-    def free(self) -> tuple[int, int]:
-        """The free bytes of the file, and the bytes in use."""
-        try:
-            pages = int(self.connection.pragma("page_count"))
-            free = int(self.connection.pragma("freelist_count"))
-        except apsw.Error as error:
-            raise self.failed(error) from error
-        return free * PAGE_SIZE, (pages - free) * PAGE_SIZE
-
     def _hasten(self, connection: apsw.Connection, number: int, now: int) -> int:
         found: list[Any] = connection.execute(
             "SELECT id, queue, due, body, body_crc, crc, properties, NULL FROM message "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import apsw
 
-from mailerq.queues.embedded.layout import HELD
+from mailerq.queues.embedded.layout import HELD, PAGE_SIZE
 from mailerq.queues.embedded.records import Row, aside, check
 from mailerq.queues.embedded.sqlite_file import SqliteFile, bind
 from mailerq.queues.embedded.taking import Found, Wanted, take
@@ -36,6 +36,13 @@ LISTED: Final = """
 SELECT m.id, m.queue, m.due, m.body, m.body_crc, m.crc, m.properties, NULL,
     CASE WHEN m.body = 0 THEN (SELECT length(data) FROM body WHERE id = m.id)
          WHEN m.body > 0 THEN (SELECT length(data) FROM shared WHERE id = m.body) END
+FROM message m NOT INDEXED WHERE m.id IN (SELECT value FROM carray(?)) ORDER BY m.id
+"""
+
+SIZES: Final = """
+SELECT length(m.properties) + coalesce(
+    CASE WHEN m.body = 0 THEN (SELECT length(data) FROM body WHERE id = m.id)
+         WHEN m.body > 0 THEN (SELECT length(data) FROM shared WHERE id = m.body) END, 0)
 FROM message m NOT INDEXED WHERE m.id IN (SELECT value FROM carray(?)) ORDER BY m.id
 """
 
@@ -134,6 +141,11 @@ class QueueReader(SqliteFile):
             (bind(numbers), queue),
         )
         return [_entry(Row(*row), _size(row[7]), loaded=True) for row in found]
+
+    def sizes(self, numbers: Sequence[int]) -> list[int]:
+        """The bytes of properties and body of the messages with these numbers, in their order."""
+        found = self._all(SIZES, (bind(numbers),))
+        return [_whole(size) for (size,) in found]
 
     def listed(self, queue: str, *, limit: int | None = None, after: int = 0) -> Iterator[Entry]:
         """Like `browse`, one by one, and without the bodies."""
@@ -234,6 +246,15 @@ class QueueReader(SqliteFile):
         found = self._all(ROW + "WHERE m.id = ?", (number,))
         return Row(*found[0]) if found else None
 
+    def free(self) -> tuple[int, int]:
+        """The free bytes of the file, and the bytes in use."""
+        try:
+            pages = int(self.connection.pragma("page_count"))
+            free = int(self.connection.pragma("freelist_count"))
+        except apsw.Error as error:
+            raise self.failed(error) from error
+        return free * PAGE_SIZE, (pages - free) * PAGE_SIZE
+
     def next_number(self) -> int:
         """The number that will be assigned next."""
         return int(self._all("SELECT next FROM number", ())[0][0])
@@ -285,12 +306,13 @@ class QueueReader(SqliteFile):
 
 def _entry(row: Row, size: int | None, *, loaded: bool) -> Entry:
     message = check(row, loaded=loaded)
+    damaged = isinstance(message, str)
     if isinstance(message, str):
         message = aside(row, message).message
     due = _whole(row.due)
     held = due >= HELD
     seconds = (due - HELD if held else due) / 1000
-    return Entry(row.id, str(row.queue), seconds, message, size, held)
+    return Entry(row.id, str(row.queue), seconds, message, size, held, damaged)
 
 
 def _size(data: object) -> int | None:

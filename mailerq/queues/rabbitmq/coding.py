@@ -27,6 +27,7 @@ __all__ = [
     "header",
     "identity_of",
     "in_thread",
+    "is_named",
     "priority_of",
 ]
 
@@ -140,3 +141,8 @@ def identity_of(properties: spec.BasicProperties, body: bytes) -> str:
     if properties.message_id:
         return str(properties.message_id)
     return DIGEST + blake2b(body, digest_size=16).hexdigest()
+
+
+def is_named(identity: str) -> bool:
+    """Whether an identity is an id that the sender of the message gave."""
+    return not identity.startswith(DIGEST)

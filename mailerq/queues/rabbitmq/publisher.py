@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, Final
 
@@ -111,6 +112,8 @@ class Publisher:
         self.keeper = keeper
         self.published = 0
         """Copies confirmed so far."""
+        self.on_redeclared: Callable[[Collection[str]], None] | None = None
+        """Called with the names of queues that were not there, and were declared anew."""
         self.throttle = throttle
         """Copies on the way at a time."""
         self._seconds = publish_seconds
@@ -126,6 +129,7 @@ class Publisher:
         # Not a `trio.Lock`: compiled tasks cannot own one.
         self._admin_lock = trio.Semaphore(1)
         self._declared: dict[str, float] = {}
+        self._deadlines: set[trio.CancelScope] = set()
         self.repeated: OrderedDict[str, bool] = OrderedDict()
         """Ids of copies that were written again, so may be in their queue twice; whether this
         process has dealt with the first."""
@@ -186,7 +190,8 @@ class Publisher:
         """
         if not copies:
             return
-        with trio.move_on_after(self._seconds) as scope:
+        begun = trio.current_time()
+        with self.deadline() as scope:
             await self._declare_all(copies)
             refused = await self._submit(copies)
             missing = [copy for copy in refused if copy.place.name not in self._declared]
@@ -195,13 +200,31 @@ class Publisher:
                 await self._declare_all(missing)
                 for copy in missing:
                     copy.problem = None
+                if self.on_redeclared is not None:
+                    self.on_redeclared({copy.place.name for copy in missing})
                 refused = await self._submit(missing)
             if refused:
                 raise BrokerError(refused[0].problem or "the broker refused a message")
         if scope.cancelled_caught:
+            seconds = trio.current_time() - begun
             raise BrokerError(
-                f"not confirmed within {self._seconds:g} seconds: {self.keeper.state.text}"
+                f"not confirmed within {seconds:.3g} seconds: {self.keeper.state.text}"
             )
+
+    @contextmanager
+    def deadline(self) -> Iterator[trio.CancelScope]:
+        """Limit how long something waits for the broker; `give_up` ends it too."""
+        with trio.move_on_after(self._seconds) as scope:
+            self._deadlines.add(scope)
+            try:
+                yield scope
+            finally:
+                self._deadlines.discard(scope)
+
+    def give_up(self) -> None:
+        """End all waiting for the broker."""
+        for scope in self._deadlines:
+            scope.cancel()
 
     async def _submit(self, copies: Sequence[Copy]) -> list[Copy]:
         batch = _Batch(copies)

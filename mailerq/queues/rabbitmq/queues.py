@@ -28,7 +28,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -46,15 +46,16 @@ from mailerq.queues.interface import (
     Consumer,
     Depth,
     Lease,
+    Lost,
     Publication,
-    Queues,
     Receiver,
+    RemoteQueues,
     Settlement,
     Subscription,
 )
 from mailerq.queues.rabbitmq.addresses import Address
-from mailerq.queues.rabbitmq.coding import DIGEST, encode, header, in_thread, priority_of
-from mailerq.queues.rabbitmq.connection import Channel
+from mailerq.queues.rabbitmq.coding import encode, header, in_thread, is_named, priority_of
+from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.keeper import Keeper, State
 from mailerq.queues.rabbitmq.options import Options
 from mailerq.queues.rabbitmq.publisher import Copy, Place, Publisher
@@ -113,7 +114,7 @@ async def open_rabbitmq(
             del failure  # the error refers to this frame
 
 
-class RabbitQueues(Queues):
+class RabbitQueues(RemoteQueues):
     """The queues of one vhost, see `open_rabbitmq`. Takers are opened on its own loop."""
 
     def __init__(
@@ -135,12 +136,15 @@ class RabbitQueues(Queues):
             )
 
         self.publishing = keeper("publishing to RabbitMQ")
+        self.publishing.on_change.append(self._state_changed)
+        self.on_trouble = []
         self.consuming = keeper("consuming from RabbitMQ")
         self._said: tuple[int, ...] | None = None
         self.publishing.on_change.append(self._say_notes)
         self.publisher = Publisher(
             self.publishing, throttle=options.throttle, publish_seconds=options.publish_seconds
         )
+        self.publisher.on_redeclared = self._redeclared
         self.held: dict[int, BrokerLease] = {}
         self.by_identity: dict[str, BrokerLease] = {}
         self.leases = 0
@@ -186,6 +190,23 @@ class RabbitQueues(Queues):
             self._said = version
             for note in self.options.notes(version):
                 log.warning("%s", note)
+
+    @property
+    def trouble(self) -> str | None:
+        state = self.publishing.state
+        return self.topology.problem() if state.kind == "open" else state.text
+
+    def give_up(self) -> None:
+        self.publisher.give_up()
+
+    def _redeclared(self, names: Collection[str]) -> None:
+        for taker in self._takers:
+            if taker.queue in names:
+                taker.end(BrokerError("the queue was deleted, and is declared again"))
+
+    def _state_changed(self, state: State) -> None:
+        for callback in self.on_trouble:
+            callback()
 
     @property
     def topology(self) -> Topology:
@@ -254,7 +275,7 @@ class RabbitQueues(Queues):
 
     async def _wait_ready(self) -> None:
         """Wait for a connection; what is declared depends on the version of the broker."""
-        with trio.move_on_after(self.options.publish_seconds):
+        with self.publisher.deadline():
             await self.publishing.connection()
             if problem := self.topology.problem():
                 raise QueueError(problem)
@@ -349,22 +370,28 @@ class RabbitQueues(Queues):
         await trio.lowlevel.checkpoint_if_cancelled()
         publications = [each for one in settlements for each in (*one.publications, *one.others)]
         bodies = await self._prepare(publications)
+
+        async def publish(lost: Lost) -> None:
+            if publications:
+                await self._publish(publications, bodies)
+
+        await self.settle(settlements, publish)
+
+    async def settle(
+        self, settlements: Sequence[Settlement], publish: Callable[[Lost], Awaitable[None]]
+    ) -> None:
         leases = [self._held(settlement.lease) for settlement in settlements]
         if len({lease.id for lease in leases}) < len(leases):
             raise ValueError("a lease is settled twice")
         for lease in leases:
             lease.settling = True
-        await self._at_home(partial(self._settle, leases, publications, bodies))
+        await self._at_home(partial(self._settle, leases, publish))
 
     async def _settle(
-        self,
-        leases: Sequence[BrokerLease],
-        publications: Sequence[Publication],
-        bodies: Sequence[bytes],
+        self, leases: Sequence[BrokerLease], publish: Callable[[Lost], Awaitable[None]]
     ) -> None:
         try:
-            if publications:
-                await self._publish(publications, bodies)
+            await publish(lambda: [lease.identity for lease in leases if lease.is_lost])
         except BaseException:
             for lease in leases:
                 lease.settling = False
@@ -381,11 +408,34 @@ class RabbitQueues(Queues):
         self.publisher.deal_with(identity)
         if channel is not None and channel.is_open:
             channel.ack(tag)
-            if not identity.startswith(DIGEST):  # others may have the same bytes
+            if is_named(identity):  # else others may have the same bytes
                 self._acked[identity] = channel
                 if len(self._acked) > MAX_ACKED:
                     self._acked.popitem(last=False)
             return
+        self._remember(identity)
+
+    def was_settled(self, identity: str, delivery: Delivery) -> bool:
+        """Whether a message that comes has been settled before; true once for each.
+
+        Messages that nobody gave an id may be equal: one is recognised only if it comes again.
+        """
+        if identity in self._settled and (delivery.redelivered or is_named(identity)):
+            del self._settled[identity]
+            if self.on_recognised is not None:
+                self.on_recognised(identity)
+            return True
+        before = self._acked.get(identity)
+        if before is None or before is delivery.channel or before.is_open:
+            return False
+        del self._acked[identity]  # and the acknowledgement was lost
+        return True
+
+    def recognise(self, identities: Collection[str]) -> None:
+        for identity in identities:
+            self._remember(identity)
+
+    def _remember(self, identity: str) -> None:
         self._settled[identity] = None
         if len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
@@ -394,17 +444,6 @@ class RabbitQueues(Queues):
         """Whether a message is the second copy of one that this process has, or had."""
         done = self.publisher.repeated.get(identity)
         return done is not None and (done or identity in self.by_identity)
-
-    def was_settled(self, identity: str, channel: Channel) -> bool:
-        """Whether a message that comes on a channel has been settled before; true once for each."""
-        if identity in self._settled:
-            del self._settled[identity]
-            return True
-        before = self._acked.get(identity)
-        if before is None or before is channel or before.is_open:
-            return False
-        del self._acked[identity]  # and the acknowledgement was lost
-        return True
 
     def end(self, lease: BrokerLease) -> None:
         """A lease is over."""

@@ -39,7 +39,7 @@ import trio
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message, decode_properties, encode_properties
 from mailerq.queues.interface import DAMAGED_QUEUE, Consumer, Lease
-from mailerq.queues.rabbitmq.coding import decode, due_of, identity_of, in_thread
+from mailerq.queues.rabbitmq.coding import decode, due_of, identity_of, in_thread, is_named
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection, Delivery
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ USUAL_BYTES: Final = 16 << 10
 GROUP: Final = 100
 """Messages sorted in one turn of the loop, and parked in one batch."""
 
+CHECK_SECONDS: Final = 30.0
 AGAIN_SECONDS: Final = 1.0
 MAX_AGAIN_SECONDS: Final = 30.0
 
@@ -92,6 +93,11 @@ class BrokerLease(Lease, eq=False):
     def is_stale(self) -> bool:
         """Whether the broker will deliver the message again."""
         return self.channel is None or not self.channel.is_open
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the message will come again, to whomever, and can be told from all others."""
+        return self.is_stale and is_named(self.identity)
 
     def restored(self) -> Message:
         properties, body = self.kept
@@ -157,6 +163,7 @@ class Taker:
         self.inbox: deque[Delivery] = deque()
         self.moves: deque[Move] = deque()
         self.said = ""
+        self._ended: list[BrokerError] = []
         self._news = trio.Event()
         self._moving = trio.Event()
         self._idle = trio.Event()
@@ -240,15 +247,15 @@ class Taker:
         try:
             self.channel = channel
             await self.begin(connection)
-            ended: list[BrokerError] = []
+            ended = self._ended = []
 
             def cancelled() -> None:
-                ended.append(BrokerError("the broker ended the consumer: the queue was deleted"))
-                self.notice()
+                if ended is self._ended:
+                    self.end(BrokerError("the broker ended the consumer: the queue was deleted"))
 
             def closed(reason: BrokerError) -> None:
-                ended.append(reason)
-                self.notice()
+                if ended is self._ended:
+                    self.end(reason)
 
             def delivered(delivery: Delivery) -> None:
                 if self.came(delivery):
@@ -261,6 +268,7 @@ class Taker:
 
             channel.on_closed = closed
             consumer = await consume()
+            checked = trio.current_time()
             if self.said:
                 self.said = ""
                 log.info("mail comes from the queue %s again", self.queue)
@@ -273,8 +281,11 @@ class Taker:
                 elif not consumer and self.has_memory_again:
                     consumer = await consume()
                 if not ended and not news.is_set():
-                    with trio.move_on_after(self.wait_seconds()):
+                    with trio.move_on_after(min(self.wait_seconds(), CHECK_SECONDS)):
                         await news.wait()
+                if consumer and trio.current_time() >= checked + CHECK_SECONDS:
+                    checked = trio.current_time()
+                    await self._check(channel)
             raise ended[0]
         finally:
             self.channel = None
@@ -285,6 +296,20 @@ class Taker:
         """Forget what the broker delivers again; leases are kept."""
         self.inbox.clear()
         self.bytes = sum(lease.size for lease in self.queues.held.values() if lease.taker is self)
+
+    def end(self, reason: BrokerError) -> None:
+        """End the consumer, and begin anew."""
+        self._ended.append(reason)
+        self.notice()
+
+    async def _check(self, channel: Channel) -> None:
+        """Find out whether the broker still knows of the consumer. Raises `BrokerError`.
+
+        RabbitMQ 3.10 does not end the consumers of a quorum queue that was deleted and at once
+        declared anew, and does not deliver to them either.
+        """
+        if not (await channel.declare(self.queue, passive=True)).consumers:
+            raise BrokerError("the broker has forgotten the consumer: the queue was deleted")
 
     async def begin(self, connection: Connection) -> None:
         """Prepare for a new connection. What moves is delivered once more."""
@@ -359,7 +384,7 @@ class Taker:
             known.channel, known.tag = delivery.channel, delivery.tag
             self.bytes -= len(delivery.body)
             return None
-        if queues.was_settled(identity, delivery.channel) or queues.is_second(identity):
+        if queues.was_settled(identity, delivery) or queues.is_second(identity):
             delivery.channel.ack(delivery.tag)
             self.bytes -= len(delivery.body)
             return None

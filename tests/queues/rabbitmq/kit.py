@@ -129,6 +129,17 @@ class Broker:
         """End the server at once."""
         self._end(signal.SIGKILL)
 
+    def pause(self) -> None:
+        """Stop the virtual machine: connections stay open, and nothing is answered."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
     def _end(self, number: int) -> None:
         process, self._process = self._process, None
         if process is None:

@@ -1,0 +1,1 @@
+"""A reserve on the own disk for mail that a broker cannot take now."""

@@ -1,0 +1,75 @@
+"""Work that is done on one trio loop for callers on any loop."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import outcome
+import trio
+
+from mailerq.errors import QueueError
+
+__all__ = ["Home"]
+
+T = TypeVar("T")
+
+
+class Home:
+    """A loop that does work for others, in `nursery`, until `close`."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._token = trio.lowlevel.current_trio_token()
+        self._under_way = 0
+        self._idle = trio.Event()
+        self._closed = self._over = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller is on this loop."""
+        return trio.lowlevel.current_trio_token() is self._token
+
+    async def close(self) -> None:
+        """Refuse further work, and wait for what is under way."""
+        self._closed = True
+        while self._under_way:
+            self._idle = trio.Event()
+            await self._idle.wait()
+        self._over = True
+
+    async def run(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work on this loop; it cannot be cancelled. `QueueError`: the loop is closed."""
+        if self._closed:
+            raise QueueError("the queue is closed")
+        if self.is_here:
+            with trio.CancelScope(shield=True):
+                return await self._counted(work)
+        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
+
+        async def run() -> None:
+            with trio.CancelScope(shield=True):
+                result = await outcome.acapture(self._counted, work)
+            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+
+        def start() -> None:
+            if self._over:
+                error = outcome.Error(QueueError("the queue is closed"))
+                token.run_sync_soon(trio.lowlevel.reschedule, task, error)
+            else:
+                self._nursery.start_soon(run)
+
+        try:
+            self._token.run_sync_soon(start)
+        except trio.RunFinishedError:
+            raise QueueError("the queue is closed") from None
+        value: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        return value
+
+    async def _counted(self, work: Callable[[], Awaitable[T]]) -> T:
+        self._under_way += 1
+        try:
+            return await work()
+        finally:
+            self._under_way -= 1
+            self._idle.set()

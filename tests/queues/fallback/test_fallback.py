@@ -1,0 +1,417 @@
+"""What becomes of mail that a broker cannot take: kept in a reserve, and moved over in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from mailerq.errors import MessageError, QueueError
+from mailerq.message import Message
+from mailerq.queues import Depth, Publication, Settlement
+from mailerq.queues.fallback.queues import FallbackQueues, Patience
+from mailerq.queues.opening import open_embedded
+from tests.queues.contract import again, mail, receive, tag_of
+from tests.queues.fallback.standin import QUICK, StandIn, both, standin
+from tests.support import DEADLINE, until
+
+AWAY = "the cable is cut"
+
+
+@asynccontextmanager
+async def opened(
+    directory: Path, *, limit: int = 10_000_000, patience: Patience = QUICK
+) -> AsyncIterator[tuple[StandIn, FallbackQueues]]:
+    async with (
+        standin(directory) as broker,
+        both(broker, directory, limit=limit, patience=patience) as queues,
+    ):
+        yield broker, queues
+
+
+async def until_away(queues: FallbackQueues, away: bool = True) -> None:
+    with trio.fail_after(DEADLINE):
+        while queues.away is not away:
+            await queues._news.wait()
+
+
+async def until_moved(queues: FallbackQueues) -> None:
+    with trio.fail_after(DEADLINE):
+        while queues.reserve.lines:
+            await next(iter(queues.reserve.lines.values())).news.wait()
+
+
+def tags(publications: list[list[Publication]]) -> list[int]:
+    return [each.message.properties["tag"] for group in publications for each in group]
+
+
+async def test_mail_for_a_broker_that_is_away_is_moved_over_in_order(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        for tag in range(450):
+            await queues.publish([mail(tag)])
+        assert broker.published == []
+        assert queues.statistics()["fallback"]["waiting"] == {"outbox": 450}
+        assert await queues.depths() == [Depth("outbox", 450, 0)]
+        broker.set_away(None)
+        await until_moved(queues)
+        assert tags(broker.published) == list(range(450))
+        assert await queues.depths() == await broker.depths() == [Depth("outbox", 450, 0)]
+        await queues.publish([mail(450)])
+        assert tags(broker.published)[-1] == 450
+
+
+async def test_what_waits_for_the_broker_is_kept_when_the_broker_is_away(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues), trio.open_nursery() as nursery:
+        broker.away = AWAY
+        nursery.start_soon(queues.publish, [mail(1)])
+        await broker.waiting.wait()
+        assert not queues.away
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await until(lambda: queues.reserve.stored == 1)
+
+
+async def test_a_short_trouble_costs_a_wait_and_no_more(tmp_path: Path) -> None:
+    patience = Patience(grace=DEADLINE, steady=0)
+    async with (
+        opened(tmp_path, patience=patience) as (broker, queues),
+        trio.open_nursery() as nursery,
+    ):
+        broker.set_away(AWAY)
+        nursery.start_soon(queues.publish, [mail(1)])
+        await broker.waiting.wait()
+        broker.set_away(None)
+        await until(lambda: broker.published != [])
+        assert (queues.away, queues.reserve.stored) == (False, 0)
+
+
+async def test_new_mail_goes_behind_what_is_being_moved(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues), trio.open_nursery() as nursery:
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await queues.publish([mail(tag) for tag in range(300)])
+        slow, go_on = trio.Event(), trio.Event()
+
+        async def stop() -> None:
+            slow.set()
+            await go_on.wait()
+
+        broker.before_confirm = stop
+        broker.set_away(None)
+        with trio.fail_after(DEADLINE):
+            await slow.wait()
+        nursery.start_soon(queues.publish, [mail(300)])
+        nursery.start_soon(queues.publish, [Publication("other", Message({"tag": -1}))])
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        broker.before_confirm = None
+        go_on.set()
+        await until(lambda: len(tags(broker.published)) == 302)
+        assert [tag for tag in tags(broker.published) if tag >= 0] == list(range(301))
+
+
+async def test_due_times_survive(tmp_path: Path) -> None:
+    now = time.time()
+    async with opened(tmp_path) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await queues.publish([mail(1, due=now + 1000), mail(2, due=now - 1000), mail(3)])
+        assert await queues.depths() == [Depth("outbox", 2, 1)]
+        broker.set_away(None)
+        await until_moved(queues)
+        (group,) = broker.published
+        assert [each.due for each in group] == [pytest.approx(now + 1000, abs=0.01), None, None]
+        assert await broker.depths() == [Depth("outbox", 2, 1)]
+
+
+@pytest.mark.parametrize("limit", [0, 200_000])
+async def test_without_room_in_the_reserve_a_publication_fails(tmp_path: Path, limit: int) -> None:
+    async with opened(tmp_path, limit=limit) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        kept = 10 if limit else 0
+        for tag in range(kept):
+            await queues.publish([mail(tag, body=bytes(10_000))])
+        with pytest.raises(QueueError, match=AWAY) as raised:
+            await queues.publish([mail(kept, body=bytes(limit))])
+        assert ("fallback-maxsize" in str(raised.value)) is bool(limit)
+        broker.set_away(None)
+        await until_away(queues, False)
+        await until_moved(queues)
+        await queues.publish([mail(kept)])
+        assert tags(broker.published) == list(range(kept + 1))
+
+
+async def test_order_is_given_up_rather_than_mail_refused(tmp_path: Path) -> None:
+    async with opened(tmp_path, limit=300_000) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await queues.publish([mail(1, body=bytes(10_000))])
+        broker.set_away(None)
+        broker.refused["outbox"] = QueueError("no room for the queue outbox")
+        await until_away(queues, False)
+        with trio.fail_after(DEADLINE):
+            while not queues.reserve.lines["outbox"].failures:
+                await queues.reserve.lines["outbox"].news.wait()
+        await queues.publish([mail(2)])
+        assert queues.reserve.lines["outbox"].count == 2
+        del broker.refused["outbox"]
+        queues.limit = 1
+        await queues.publish([mail(3)])
+        await until_moved(queues)
+        assert sorted(tags(broker.published)) == [1, 2, 3]
+
+
+async def test_a_queue_that_the_broker_refuses_concerns_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        broker.refused["results"] = QueueError("the queue 'results' is not there")
+        result = Publication("results", Message({"tag": 7}))
+        for _ in range(3):
+            await queues.publish([result])
+        await queues.publish([mail(1)])
+        assert tags(broker.published) == [1]
+        assert queues.statistics()["fallback"]["waiting"] == {"results": 3}
+        assert caplog.text.count("'results' is not there") == 1
+        del broker.refused["results"]
+        await until_moved(queues)
+        assert await broker.depths() == [Depth("outbox", 1, 0), Depth("results", 3, 0)]
+
+
+async def test_what_the_broker_never_takes_stays_and_keeps_nothing_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await queues.publish([mail(tag) for tag in range(3)])
+        check = broker.check
+
+        def picky(publication: Publication) -> None:
+            if publication.message.properties["tag"] == 1:
+                raise MessageError("too large")
+            check(publication)
+
+        broker.check = picky  # type: ignore[method-assign]
+        broker.set_away(None)
+        await until_moved(queues)
+        assert tags(broker.published) == [0, 2]
+        assert caplog.text.count("too large") == 1
+        await queues.publish([mail(3)])
+        assert tags(broker.published) == [0, 2, 3]
+    async with opened(tmp_path) as (broker, queues):  # the next start tries again
+        await until_moved(queues)
+        assert tags(broker.published) == [1]
+
+
+async def test_a_message_that_no_queue_can_have_is_refused_at_once(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        for bad in (Publication("", Message({})), mail(1, more=object())):
+            with pytest.raises(MessageError):
+                await queues.publish([mail(0), bad])
+        assert queues.reserve.messages == 0
+
+
+async def test_a_start_moves_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await queues.publish([mail(1), mail(2)])
+    async with opened(tmp_path) as (broker, queues):
+        await until_moved(queues)
+        assert tags(broker.published) == [1, 2]
+    assert "2 messages wait for the broker" in caplog.text
+
+
+# Settlements
+
+
+async def test_a_settlement_ends_while_the_broker_is_away(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        await queues.publish([mail(1), mail(2)])
+        async with queues.consume("outbox", prefetch=9) as consumer:
+            done, retried = await receive(consumer, 2)
+            broker.set_away(AWAY)
+            await until_away(queues)
+            result = Publication("results", Message({"tag": 7}))
+            later = again(retried, due=time.time() + 1000)
+            await queues.ack([Settlement(done, [result]), Settlement(retried, [later])])
+            with pytest.raises(ValueError, match="over"):
+                await queues.ack([Settlement(done, [result])])
+        assert await broker.depths() == []
+        broker.set_away(None)
+        await until_moved(queues)
+        assert await broker.depths() == [Depth("outbox", 0, 1), Depth("results", 1, 0)]
+
+
+async def test_a_settlement_that_finds_no_room_leaves_the_lease(tmp_path: Path) -> None:
+    async with opened(tmp_path, limit=1) as (broker, queues):
+        await queues.publish([mail(1)])
+        async with queues.consume("outbox", prefetch=9) as consumer:
+            (lease,) = await receive(consumer, 1)
+            broker.set_away(AWAY)
+            await until_away(queues)
+            result = Publication("results", Message({"tag": 7}))
+            with pytest.raises(QueueError, match="fallback-maxsize"):
+                await queues.ack([Settlement(lease, [result])])
+            broker.set_away(None)
+            await until_away(queues, False)
+            await queues.ack([Settlement(lease, [result])])
+        assert await broker.depths() == [Depth("results", 1, 0)]
+
+
+async def test_what_is_settled_without_the_broker_is_known_after_a_restart(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        await queues.publish([mail(1), mail(2)])
+        async with queues.consume("outbox", prefetch=9) as consumer:
+            leases = await receive(consumer, 2)
+            broker.set_away(AWAY)
+            await until_away(queues)
+            broker.lost = ["first", "second"]
+            await queues.ack([Settlement(lease) for lease in leases])
+        assert queues.reserve.messages == 0
+    async with standin(tmp_path) as broker:
+        async with both(broker, tmp_path) as queues:
+            assert broker.recognised == ["first", "second"]
+            assert queues._on_recognised == broker.on_recognised
+            queues._on_recognised("first")
+            assert await queues.reserve.forget(lambda each, _: each in queues._recognised) == 1
+        assert broker.on_recognised is None
+        broker.recognised.clear()
+        async with both(broker, tmp_path):
+            assert broker.recognised == ["second"]
+
+
+async def test_settled_mail_is_forgotten_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mailerq.queues.fallback import queues as module
+
+    monkeypatch.setattr(module, "TIDY_SECONDS", 0.01)
+    monkeypatch.setattr(module, "RECORD_SECONDS", -1.0)
+    async with opened(tmp_path) as (_, queues):
+        await queues.reserve.store([], ["first"], 10_000_000)
+        queues._records = True
+        await until(lambda: not queues._records)
+        assert await queues.reserve.begin() == []
+
+
+# Away and back
+
+
+async def test_each_change_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with opened(tmp_path) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        for tag in range(5):
+            await queues.publish([mail(tag)])
+        broker.set_away(None)
+        await until_moved(queues)
+    said = [record.getMessage() for record in caplog.records]
+    directory = tmp_path / "fallback"
+    assert said == [
+        f"new mail is kept in {directory}, up to 10000000 bytes, until the broker takes it: {AWAY}",
+        f"the broker takes mail again; 5 messages are moved there from {directory}",
+        f"5 messages were moved from {directory} to the broker; none is left",
+    ]
+
+
+async def test_a_broker_that_does_not_last_is_waited_for_longer(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Only `_follow` is under test: the files of the queue have threads in real time."""
+    async with opened(tmp_path, patience=Patience(grace=3, steady=1)) as (broker, queues):
+        waits = []
+        for last in (False, False, False, True, False):
+            broker.set_away(AWAY)
+            await until_away(queues)
+            begun = trio.current_time()
+            broker.set_away(None)
+            await until_away(queues, False)
+            waits.append(round(trio.current_time() - begun))
+            await trio.sleep(100 if last else 5)
+        assert waits == [1, 2, 4, 8, 1]
+
+
+async def test_publications_from_other_loops(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await trio.to_thread.run_sync(trio.run, queues.publish, [mail(1)])
+        broker.set_away(None)
+        await until_moved(queues)
+        await trio.to_thread.run_sync(trio.run, queues.publish, [mail(2)])
+        assert tags(broker.published) == [1, 2]
+    broker.away, queues.away = AWAY, True
+    with pytest.raises(QueueError, match="closed"):
+        await queues.publish([mail(3)])
+
+
+async def test_damaged_mail_is_set_aside_at_the_broker(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await queues.publish([mail(1), mail(2)])
+    import apsw
+
+    connection = apsw.Connection(str(tmp_path / "fallback" / "queue.db"))
+    connection.execute("UPDATE message SET properties = '{}' WHERE id = 1")
+    connection.close()
+    async with opened(tmp_path) as (broker, queues):
+        await until_moved(queues)
+        assert await broker.depths() == [Depth("damaged", 1, 0), Depth("outbox", 1, 0)]
+
+
+async def test_a_purge_empties_both(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        await queues.publish([mail(1)])
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await queues.publish([mail(2), mail(3)])
+        assert await queues.purge("outbox") == 3
+        assert await queues.depths() == []
+        assert queues.reserve.messages == 0
+        await queues.publish([mail(4)])
+        broker.set_away(None)
+        await until_moved(queues)
+        async with queues.consume("outbox", prefetch=9) as consumer:
+            (lease,) = await receive(consumer, 1)
+            assert tag_of(lease) == 4
+
+
+async def test_the_reserve_of_another_process_is_not_opened(tmp_path: Path) -> None:
+    async with opened(tmp_path):
+        with pytest.raises(QueueError, match="held by another"):
+            async with open_embedded(str(tmp_path / "fallback"), outbox=""):
+                raise AssertionError
+
+
+async def test_the_reserve_of_a_process_that_is_gone_is_moved_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mailerq.queues.adoption.LOOK_SECONDS", 0.02)
+    async with standin(tmp_path) as broker:
+        async with both(broker, tmp_path, share=1, processes=2) as queues:
+            broker.set_away(AWAY)
+            await until_away(queues)
+            await queues.publish([mail(1), mail(2)])
+            await queues.reserve.store([], ["done"], 1_000_000)
+        broker.set_away(None)
+        async with both(broker, tmp_path, share=0, processes=2) as other:
+            await until(lambda: tags(broker.published) == [1, 2])
+            assert broker.recognised == ["done"]
+            assert other.moved == 0
+            # Its own process comes back, and gets its reserve.
+            async with both(broker, tmp_path, share=1, processes=2) as queues:
+                assert queues.reserve.messages == 0
+                assert queues.limit == other.limit == 5_000_000

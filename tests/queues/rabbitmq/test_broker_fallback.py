@@ -1,0 +1,236 @@
+"""A real broker with a reserve: the contract of the interface, and every trouble of a broker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from mailerq.message import Message
+from mailerq.queues import Depth, Publication, Queues, Settlement
+from mailerq.queues.fallback.queues import FallbackQueues, Patience
+from mailerq.queues.rabbitmq.addresses import Address
+from mailerq.queues.rabbitmq.queues import Options, RabbitQueues, open_rabbitmq
+from tests.queues.contract import (
+    Backend,
+    Capability,
+    Contract,
+    Recorder,
+    again,
+    gather,
+    mail,
+    receive,
+    tag_of,
+)
+from tests.queues.fallback.standin import QUICK, both
+from tests.queues.rabbitmq.kit import Broker, channel_to
+from tests.support import DEADLINE, until
+
+OPTIONS = Options(hold_seconds=0.05, first_pause_seconds=0.02)
+
+
+class WithReserve:
+    """A vhost of a real broker, with a reserve that is not needed."""
+
+    capabilities: frozenset[Capability] = frozenset({"durable"})
+
+    def __init__(self, address: Address, directory: Path) -> None:
+        self.address = address
+        self.directory = directory
+
+    @property
+    def now(self) -> float:
+        return time.time()
+
+    @now.setter
+    def now(self, now: float) -> None:
+        raise NotImplementedError("the clock of a broker cannot be moved")
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[Queues]:
+        # A broker that is not connected yet is no reason to use the reserve.
+        async with (
+            open_rabbitmq([self.address], OPTIONS) as broker,
+            both(broker, self.directory, patience=Patience()) as queues,
+        ):
+            yield queues
+            assert queues.reserve.stored == 0
+
+    def open(self) -> AbstractAsyncContextManager[Queues]:
+        return self._open()
+
+
+class TestWithReserve(Contract):
+    @pytest.fixture
+    def backend(self, vhost: Address, tmp_path: Path) -> Backend:
+        return WithReserve(vhost, tmp_path)
+
+
+@asynccontextmanager
+async def opened(
+    address: Address, directory: Path, *, patience: Patience = QUICK, options: Options = OPTIONS
+) -> AsyncIterator[tuple[RabbitQueues, FallbackQueues]]:
+    async with open_rabbitmq([address], options) as broker:
+        await broker.publishing.connection()
+        async with both(broker, directory, patience=patience) as queues:
+            yield broker, queues
+
+
+async def until_away(queues: FallbackQueues, away: bool = True) -> None:
+    with trio.fail_after(DEADLINE):
+        while queues.away is not away:
+            await queues._news.wait()
+
+
+async def until_empty(queues: FallbackQueues) -> None:
+    """Wait until the broker has all that was in the reserve."""
+    await until(lambda: not queues.reserve.lines, DEADLINE)
+
+
+async def test_a_stopped_broker(broker: Broker, vhost: Address, tmp_path: Path) -> None:
+    """Mail is kept, results are kept, and what is settled meanwhile does not come again."""
+    recorder = Recorder()
+    async with (
+        opened(vhost, tmp_path) as (rabbit, queues),
+        queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription,
+    ):
+        for tag in range(3):
+            await queues.publish([mail(tag, f"d{tag}.test")])
+        await recorder.until(lambda recorder: len(recorder.leases) == 3)
+        broker.call("rabbit:stop()")
+        try:
+            await until_away(queues)
+            await until(lambda: rabbit.consuming.open is None)
+            done, retried, kept = recorder.leases
+            recorder.leases.clear()
+            result = Publication("results", Message({"tag": 9}))
+            await queues.ack([Settlement(done, [result])])
+            await queues.ack([Settlement(retried, [again(retried, tag=10), result])])
+            for tag in range(20, 25):
+                await queues.publish([mail(tag, f"d{tag}.test")])
+            assert queues.statistics()["fallback"]["waiting"] == {"outbox": 6, "results": 2}
+            assert await queues.reserve.begin() == [done.identity, retried.identity]  # type: ignore[attr-defined]
+        finally:
+            broker.call("rabbit:start()")
+        await until_empty(queues)
+        found = [
+            *(await gather(subscription, recorder, f"d{tag_of(retried)}.test", 1)),
+            *[
+                lease
+                for tag in range(20, 25)
+                for lease in await gather(subscription, recorder, f"d{tag}.test", 1)
+            ],
+        ]
+        assert sorted(map(tag_of, found)) == [10, 20, 21, 22, 23, 24]
+        await queues.ack([Settlement(lease) for lease in (*found, kept)])
+        with trio.fail_after(DEADLINE):
+            while (await queues.depths())[0].total:
+                pass  # a quorum queue does not count at once
+        assert (await queues.depths())[1] == Depth("results", 2, 0)
+        assert recorder.leases == []
+        assert queues._recognised == {done.identity, retried.identity}  # type: ignore[attr-defined]
+
+
+async def test_a_memory_alarm(broker: Broker, vhost: Address, tmp_path: Path) -> None:
+    async with (
+        opened(vhost, tmp_path) as (rabbit, queues),
+        queues.consume("outbox", prefetch=9) as consumer,
+    ):
+        await queues.publish([mail(1)])
+        (lease,) = await receive(consumer, 1)
+        broker.alarm(True)
+        try:
+            # A broker tells of its alarm when it hears from a connection that publishes.
+            await queues.publish([mail(2)])
+            await until_away(queues)
+            await queues.publish([mail(3)])
+            await queues.ack([Settlement(lease, [again(lease, tag=4)])])
+            assert queues.reserve.messages >= 2
+            assert rabbit.trouble is not None and rabbit.trouble.endswith("low on memory")
+        finally:
+            broker.alarm(False)
+        await until_empty(queues)
+        found: set[int] = set()
+        while found != {2, 3, 4}:  # 2 may be there twice: its confirmation was under way
+            (lease,) = await receive(consumer, 1)
+            await queues.ack([Settlement(lease)])
+            found.add(tag_of(lease))
+        assert rabbit.publishing.connections == 1
+
+
+async def test_a_broker_that_does_not_confirm(
+    broker: Broker, vhost: Address, tmp_path: Path
+) -> None:
+    """Its process is stopped: the connection stays open, and nothing is answered."""
+    options = Options(publish_seconds=0.3, first_pause_seconds=0.02)
+    async with opened(vhost, tmp_path, options=options) as (rabbit, queues):
+        await queues.publish([mail(1)])
+        broker.pause()
+        try:
+            await queues.publish([mail(2)])
+            begun = trio.current_time()
+            for tag in range(3, 20):
+                await queues.publish([mail(tag)])
+            assert trio.current_time() - begun < 2  # the reserve takes them without a wait
+            assert queues.reserve.messages == 18
+            assert rabbit.trouble is None
+        finally:
+            broker.resume()
+        await until_empty(queues)
+        async with queues.consume("outbox", prefetch=99) as consumer:
+            found = {tag_of(lease) for lease in await receive(consumer, 19)}
+            assert found >= set(range(1, 19))
+
+
+async def test_a_vhost_that_is_deleted(broker: Broker, tmp_path: Path) -> None:
+    address = broker.vhost()
+    async with opened(address, tmp_path) as (rabbit, queues):
+        await queues.publish([mail(1)])
+        broker.drop_vhost(address)
+        await until_away(queues)
+        await until(lambda: f"no vhost '{address.vhost}'" in (rabbit.trouble or ""))
+        await queues.publish([mail(2)])
+        broker.add_vhost(address.vhost)
+        await until_empty(queues)
+        async with queues.consume("outbox", prefetch=9) as consumer:
+            (lease,) = await receive(consumer, 1)
+            assert tag_of(lease) == 2
+    broker.drop_vhost(address)
+
+
+async def test_a_queue_that_is_deleted(broker: Broker, vhost: Address, tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with (
+        opened(vhost, tmp_path) as (_, queues),
+        queues.subscribe("outbox", recorder, prefetch=9, window=9),
+    ):
+        await queues.publish([mail(1)])
+        await recorder.until(lambda recorder: recorder.tags == [1])
+        async with channel_to(vhost) as channel:
+            await channel.delete("outbox")
+        # The lease is all that is left of its message, and its retry is published.
+        await queues.ack([Settlement(recorder.leases[0], [again(recorder.leases[0], tag=2)])])
+        await queues.publish([mail(3, "b.test")])
+        await recorder.until(lambda recorder: sorted(recorder.tags) == [1, 2, 3])
+        assert queues.reserve.stored == 0
+
+
+async def test_a_queue_that_nobody_may_declare(
+    broker: Broker, vhost: Address, tmp_path: Path
+) -> None:
+    async with (
+        opened(vhost, tmp_path, options=Options(declare=False)) as (_, queues),
+        channel_to(vhost) as channel,
+    ):
+        await channel.declare("outbox", arguments={"x-queue-type": "quorum"})
+        await queues.publish([mail(1)])
+        await queues.publish([Publication("results", Message({"tag": 7}))])
+        await queues.publish([mail(2)])
+        assert queues.statistics()["fallback"]["waiting"] == {"results": 1}
+        await channel.declare("results")
+        await until_empty(queues)
+        assert (await channel.declare("results", passive=True)).messages == 1
