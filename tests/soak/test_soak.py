@@ -1,0 +1,65 @@
+"""kill -9 of instances and brokers under load: what got 250 arrives.
+
+The short forms belong to the suite; ``make soak`` runs a hundred kills, MAILERQ_KILLS any number.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from mailerq.queues.rabbitmq.addresses import Address
+from tests.queues.rabbitmq.kit import running_broker
+from tests.soak.fleet import Account, open_fleet
+
+SMALL = int(os.environ.get("MAILERQ_KILLS", "3"))
+FULL = int(os.environ.get("MAILERQ_KILLS", "100"))
+
+
+def uri(address: Address) -> str:
+    return f"amqp://{address.user}:{address.password}@{address.host}:{address.port}/{address.vhost}"
+
+
+async def kill_instances_and_the_broker(
+    directory: Path, kills: int, instances: int, queue_type: str = "quorum"
+) -> Account:
+    with running_broker() as broker:
+        async with open_fleet(
+            directory,
+            [uri(broker.vhost())],
+            instances,
+            f"--rabbitmq-queue-type={queue_type}",
+            seed=kills,
+        ) as fleet:
+            await trio.sleep(6)  # RabbitMQ 3.10 forgets queues that were declared just before
+            for number in range(kills):
+                await trio.sleep(fleet.dice.uniform(0.2, 1.5))
+                if number % 2:
+                    await fleet.kill_broker(broker)
+                else:
+                    await fleet.kill(fleet.dice.randrange(instances))
+            return await fleet.finish()
+
+
+def check(account: Account) -> None:
+    print(account)
+    assert account.lost == set()
+    assert account.foreign == set()
+    assert account.accepted > 100
+
+
+async def test_a_few_kills(tmp_path: Path) -> None:
+    check(await kill_instances_and_the_broker(tmp_path, SMALL, 1))
+
+
+@pytest.mark.soak
+async def test_a_hundred_kills_of_an_instance_and_its_broker(tmp_path: Path) -> None:
+    check(await kill_instances_and_the_broker(tmp_path, FULL, 1))
+
+
+@pytest.mark.soak
+async def test_a_hundred_kills_of_three_instances_and_their_broker(tmp_path: Path) -> None:
+    check(await kill_instances_and_the_broker(tmp_path, FULL, 3))
