@@ -171,6 +171,16 @@ class Intake:
             if destination is not None and destination.waits:
                 self._ask_if_down(destination)
 
+    def lost(self, leases: Sequence[Lease]) -> None:
+        """The broker gives this mail out again: what is not under way is given up."""
+        numbers = {lease.id for lease in leases}
+        early = [lease for lease in self._early if isinstance(lease, Lease) and lease.id in numbers]
+        if early:
+            self._early = [each for each in self._early if each not in early]
+            for lease in early:
+                self._dispatcher.queues.release(lease)
+        self._dispatcher.recall(numbers)
+
     def mail_at(self, destination: Destination, due: float) -> None:
         """Mail of a destination is due at `due`, seconds since 1970."""
         if due > self._dispatcher.now():

@@ -205,6 +205,13 @@ class Receiver(Protocol):
         Sorted queues tell of such mail by `waiting`.
         """
 
+    def lost(self, leases: Sequence[Lease]) -> None:
+        """A connection has ended: the broker gives these messages out again, to whomever.
+
+        Those that are not under way should be released; another process may have them already. A
+        lease that is kept is still settled as usual.
+        """
+
 
 class Subscription(ABC):
     """The mail of one queue, taken by destination. Belongs to the loop that subscribed.

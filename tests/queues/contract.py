@@ -55,6 +55,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.leases: list[Lease] = []
+        self.lost_leases: list[Lease] = []
         self.told: list[tuple[str, float]] = []
         self.news = trio.Event()
         """Set when something more is told."""
@@ -66,6 +67,9 @@ class Recorder:
 
     def waited(self, leases: Sequence[Lease]) -> None:
         self.arrived(leases)
+
+    def lost(self, leases: Sequence[Lease]) -> None:
+        self.lost_leases += leases
 
     def waiting(self, destination: str, due: float) -> None:
         self.told.append((destination, due))

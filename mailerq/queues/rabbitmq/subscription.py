@@ -130,6 +130,15 @@ class BrokerSubscription(Taker, Subscription):
         await self._open_gets(connection)
         self.look()
 
+    def lost(self) -> None:
+        lost = [
+            lease
+            for lease in self.queues.held.values()
+            if lease.taker is self and lease.is_stale and not lease.settling
+        ]
+        if lost:
+            self._receiver.lost(lost)
+
     def look(self) -> None:
         """Look for destinations with parked mail now."""
         self._look.set()

@@ -291,6 +291,8 @@ class Taker:
             self.channel = None
             with trio.move_on_after(1, shield=True):
                 await channel.close()
+            if not connection.is_open and not self.closed:
+                self.lost()
 
     def _forget_unleased(self) -> None:
         """Forget what the broker delivers again; leases are kept."""
@@ -310,6 +312,9 @@ class Taker:
         """
         if not (await channel.declare(self.queue, passive=True)).consumers:
             raise BrokerError("the broker has forgotten the consumer: the queue was deleted")
+
+    def lost(self) -> None:
+        """The connection has ended, and with it the hold on what is leased."""
 
     async def begin(self, connection: Connection) -> None:
         """Prepare for a new connection. What moves is delivered once more."""
