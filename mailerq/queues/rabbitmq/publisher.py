@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import takewhile
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import trio
 from pika import spec
@@ -34,7 +34,9 @@ from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection,
 from mailerq.queues.rabbitmq.keeper import Keeper
 from mailerq.queues.rabbitmq.topology import DECLARE_SECONDS
 
-__all__ = ["Copy", "Place", "Publisher"]
+__all__ = ["Copy", "Place", "Publisher", "SilentQueue"]
+
+T = TypeVar("T")
 
 PUBLISH_SECONDS: Final = 30.0
 """A batch that is not confirmed by then fails. A client waits for its 250 five minutes and more
@@ -49,14 +51,34 @@ MAX_REPEATED: Final = 100_000
 MAX_DECLARED: Final = 100_000
 AGAIN_SECONDS: Final = 1.0
 
+ANSWER_SECONDS: Final = 8.0
+SILENT_SECONDS: Final = 30.0
+MAX_SILENT_SECONDS: Final = 1800.0
+"""A queue that has not answered for `ANSWER_SECONDS`, or has not confirmed, is not used for a while,
+which doubles between these."""
+
+PROBE_SECONDS: Final = 2.0
+
+
+class SilentQueue(BrokerError):
+    """A queue of the broker does not answer, as a quorum queue without a leader."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the queue {name!a} does not answer: it may have no leader, because nodes of the "
+            "cluster are away, or because the broker was killed just after the queue was declared. "
+            "In the latter case nothing is in the queue: rabbitmqctl delete_queue would help"
+        )
+
 
 class Place:
     """A queue to publish to, with what declares it; no `arguments`: it is there, or not.
 
-    Messages of this queue fall into the queue `back`, which must be there before.
+    Messages of this queue fall into the queue `back`, which must be there before. A queue that
+    `settles` is declared while mail comes, so `Publisher.is_young` has to know when.
     """
 
-    __slots__ = ("arguments", "back", "durable", "exchange", "name")
+    __slots__ = ("arguments", "back", "durable", "exchange", "name", "settles")
 
     def __init__(
         self,
@@ -66,8 +88,10 @@ class Place:
         exchange: str = "",
         back: Place | None = None,
         durable: bool = True,
+        settles: bool = False,
     ) -> None:
         self.name = name
+        self.settles = settles
         self.durable = durable
         self.arguments = arguments
         self.exchange = exchange
@@ -77,13 +101,15 @@ class Place:
 class Copy:
     """One message for one queue of the broker."""
 
-    __slots__ = ("batch", "body", "place", "problem", "properties")
+    __slots__ = ("batch", "body", "done", "place", "problem", "properties")
 
     def __init__(self, place: Place, body: bytes, properties: spec.BasicProperties) -> None:
         self.place = place
         self.body = body
         self.properties = properties
         self.batch: _Batch | None = None
+        self.done = False
+        """The broker has confirmed or refused it."""
         self.problem: str | None = None
 
 
@@ -129,6 +155,8 @@ class Publisher:
         # Not a `trio.Lock`: compiled tasks cannot own one.
         self._admin_lock = trio.Semaphore(1)
         self._declared: dict[str, float] = {}
+        self._young: dict[str, float] = {}
+        self._silent: dict[str, tuple[float, float]] = {}
         self._deadlines: set[trio.CancelScope] = set()
         self.repeated: OrderedDict[str, bool] = OrderedDict()
         """Ids of copies that were written again, so may be in their queue twice; whether this
@@ -206,6 +234,7 @@ class Publisher:
             if refused:
                 raise BrokerError(refused[0].problem or "the broker refused a message")
         if scope.cancelled_caught:
+            await self._note_silent({copy.place.name for copy in copies if not copy.done})
             seconds = trio.current_time() - begun
             raise BrokerError(
                 f"not confirmed within {seconds:.3g} seconds: {self.keeper.state.text}"
@@ -299,6 +328,9 @@ class Publisher:
         if not taken:
             copy.problem = f"the broker has no room for the queue {copy.place.name!a}, or lost it"
         self.published += copy.problem is None
+        copy.done = True
+        if self._silent:
+            self._silent.pop(copy.place.name, None)
         if copy.batch is not None:
             copy.batch.confirmed(copy)
 
@@ -310,6 +342,7 @@ class Publisher:
 
     async def declare(self, place: Place) -> None:
         """Declare a queue, if that has not been done lately. Raises `BrokerError`."""
+        self._check_silent(place.name)
         if place.back is not None:
             await self.declare(place.back)
         if place.arguments is None:
@@ -317,15 +350,63 @@ class Publisher:
         now = trio.current_time()
         if now - self._declared.get(place.name, -DECLARE_SECONDS) < DECLARE_SECONDS:
             return
-        async with self._admin_lock:
-            admin = await self._admin_channel()
+
+        async def work(admin: Channel) -> None:
             await admin.declare(place.name, durable=place.durable, arguments=place.arguments)
             if place.exchange:
                 await admin.declare_exchange(place.exchange)
                 await admin.bind(place.name, place.exchange)
+
+        is_new = place.settles and await self.look(place.name) is None
+        await self._ask(place.name, work)
         if len(self._declared) >= MAX_DECLARED:
             self._declared.clear()
         self._declared[place.name] = now
+        if is_new:
+            self._young[place.name] = trio.current_time()
+
+    def is_young(self, place: Place, seconds: float) -> bool:
+        """Whether a queue that `settles` was made less than `seconds` ago."""
+        now = trio.current_time()
+        if now - self._young.get(place.name, -seconds) < seconds:
+            return True
+        self._young.pop(place.name, None)
+        return False
+
+    async def _ask(self, name: str, work: Callable[[Channel], Awaitable[T]]) -> T:
+        """Ask the broker about a queue. Raises `BrokerError`.
+
+        A quorum queue without a leader does not answer. That must not keep up what is to be said
+        of others, so such a queue is not asked again for a while.
+        """
+        self._check_silent(name)
+        async with self._admin_lock:
+            admin = await self._admin_channel()
+            with trio.move_on_after(ANSWER_SECONDS):
+                return await work(admin)
+            self._admin = None
+        await self._note_silent({name})
+        self._check_silent(name)
+        raise BrokerError(f"no answer within {ANSWER_SECONDS:g} seconds")
+
+    def _check_silent(self, name: str) -> None:
+        if self._silent and (found := self._silent.get(name)) is not None:
+            if trio.current_time() < found[0]:
+                raise SilentQueue(name)
+
+    async def _note_silent(self, names: Collection[str]) -> None:
+        """Note queues that do not answer, if the broker does."""
+        connection = self.keeper.open
+        if connection is None or connection.blocked is not None:
+            return
+        with trio.move_on_after(PROBE_SECONDS), suppress(BrokerError):
+            await (await connection.channel()).close()
+            now = trio.current_time()
+            if len(self._silent) >= MAX_DECLARED:
+                self._silent.clear()
+            for name in names:
+                _, pause = self._silent.get(name, (0.0, SILENT_SECONDS))
+                self._silent[name] = now + pause, min(2 * pause, MAX_SILENT_SECONDS)
 
     def forget(self, name: str) -> None:
         """A queue may be gone: the next time it is declared."""
@@ -333,20 +414,18 @@ class Publisher:
 
     async def look(self, name: str) -> Declared | None:
         """The depth of a queue; None if it is not there. Raises `BrokerError`."""
-        async with self._admin_lock:
-            try:
-                return await (await self._admin_channel()).declare(name, passive=True)
-            except BrokerError as error:
-                if error.code == 404:
-                    return None
-                raise
+        try:
+            return await self._ask(name, lambda admin: admin.declare(name, passive=True))
+        except BrokerError as error:
+            if error.code == 404:
+                return None
+            raise
 
     async def purge(self, name: str) -> int:
         """Delete the ready messages of a queue; return their number. Raises `BrokerError`."""
         if await self.look(name) is None:
             return 0
-        async with self._admin_lock:
-            return await (await self._admin_channel()).purge(name)
+        return await self._ask(name, lambda admin: admin.purge(name))
 
     async def _admin_channel(self) -> Channel:
         """A channel of its own: a refused declaration ends the channel."""

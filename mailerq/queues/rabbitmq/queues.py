@@ -58,7 +58,7 @@ from mailerq.queues.rabbitmq.coding import encode, header, in_thread, is_named, 
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.keeper import Keeper, State
 from mailerq.queues.rabbitmq.options import Options
-from mailerq.queues.rabbitmq.publisher import Copy, Place, Publisher
+from mailerq.queues.rabbitmq.publisher import Copy, Place, Publisher, SilentQueue
 from mailerq.queues.rabbitmq.subscription import RETURN_SECONDS, BrokerSubscription
 from mailerq.queues.rabbitmq.takers import (
     BrokerConsumer,
@@ -74,6 +74,9 @@ __all__ = ["Options", "RabbitQueues", "open_rabbitmq"]
 log = logging.getLogger("mailerq.queues")
 
 T = TypeVar("T")
+
+UNPARKED_SECONDS: Final = 10.0
+"""How long mail waits that cannot be parked yet."""
 
 MAX_SETTLED: Final = 100_000
 """Settled messages to remember that could not be acknowledged."""
@@ -151,6 +154,7 @@ class RabbitQueues(RemoteQueues):
         """The number of the last lease."""
         self._settled: OrderedDict[str, None] = OrderedDict()
         self._acked: OrderedDict[str, Channel] = OrderedDict()
+        self._said_silent: set[str] = set()
         self._names: set[str] = set(options.names)
         self._waits: set[str] = set()
         """Wait queues that this process has published to."""
@@ -230,7 +234,22 @@ class RabbitQueues(RemoteQueues):
 
     def parked_place(self, queue: str, destination: str) -> Place:
         """The parked queue of a destination."""
-        return Place(*self.topology.parked(queue, destination), back=self.place(queue))
+        name, arguments = self.topology.parked(queue, destination)
+        settles = self.options.settle_seconds > 0
+        return Place(name, arguments, back=self.place(queue), settles=settles)
+
+    async def _can_park(self, queue: str, destination: str) -> bool:
+        """Whether mail is safe in the parked queue of a destination. Raises `BrokerError`."""
+        place = self.parked_place(queue, destination)
+        try:
+            await self.publisher.declare(place)
+        except SilentQueue as error:
+            if place.name not in self._said_silent:
+                self._said_silent.add(place.name)
+                log.error("%s", error)
+            return False
+        self._said_silent.discard(place.name)
+        return not self.publisher.is_young(place, self.options.settle_seconds)
 
     # Publish
 
@@ -481,11 +500,15 @@ class RabbitQueues(RemoteQueues):
         copies = []
         if keys:
             copies += [self._index_copy(queue, key) for key in keys]
+        can_park = {
+            key: await self._can_park(queue, key)
+            for key in {move.key for move in moves if move.parks}
+        }
         for move in moves:
-            copies.append(await self._moved_copy(queue, move))
+            copies.append(await self._moved_copy(queue, move, can_park.get(move.key, False)))
         await self._counted(partial(self.publisher.publish, copies))
 
-    async def _moved_copy(self, queue: str, move: Move) -> Copy:
+    async def _moved_copy(self, queue: str, move: Move, can_park: bool) -> Copy:
         origin = move.origin
         if isinstance(origin, BrokerLease):
             body = await self.encode(origin.restored())
@@ -501,6 +524,10 @@ class RabbitQueues(RemoteQueues):
             delay = move.due - self.clock()
             return self._copy_to(
                 queue, body, delay, due=move.due, priority=priority, encoding=encoding
+            )
+        if not can_park:
+            return self._copy_to(
+                queue, body, UNPARKED_SECONDS, due=None, priority=priority, encoding=encoding
             )
         place = self.parked_place(queue, move.key)
         return Copy(place, body, header(identity, priority=priority, encoding=encoding))
@@ -540,7 +567,10 @@ class RabbitQueues(RemoteQueues):
             await self.publisher.declare(Place(name, arguments, back=back))
 
     async def _is_parked(self, queue: str, destination: str) -> bool:
-        return await self._ready(self.topology.parked(queue, destination)[0]) > 0
+        try:
+            return await self._ready(self.topology.parked(queue, destination)[0]) > 0
+        except SilentQueue:
+            return False
 
     # Take
 

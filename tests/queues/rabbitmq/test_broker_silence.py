@@ -1,0 +1,95 @@
+"""Quorum queues without a leader do not answer, and newly declared ones may be lost with a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import trio
+
+from mailerq.errors import QueueError
+from mailerq.message import Message
+from mailerq.queues import Publication
+from mailerq.queues.rabbitmq.addresses import Address
+from mailerq.queues.rabbitmq.queues import Options, RabbitQueues, open_rabbitmq
+from tests.queues.contract import Recorder, gather, mail, tag_of
+from tests.queues.rabbitmq.kit import Broker, channel_to
+
+QUICK = Options(first_pause_seconds=0.02, hold_seconds=0.05, publish_seconds=1.0)
+
+
+@contextmanager
+def silent(broker: Broker, vhost: Address, queue: str) -> Iterator[None]:
+    """Suspend the process of a quorum queue, as if it had no leader."""
+    name = f"'{vhost.vhost}_{queue}'"
+    broker.call(f"sys:suspend({name})")
+    try:
+        yield
+    finally:
+        broker.call(f"sys:resume({name})")
+
+
+async def test_a_queue_that_does_not_answer_keeps_up_no_other(
+    broker: Broker, vhost: Address
+) -> None:
+    async with open_rabbitmq([vhost], QUICK) as queues:
+        await queues.publish([Publication("results", Message({"tag": 1}))])
+        with silent(broker, vhost, "results"):
+            with pytest.raises(QueueError, match="not confirmed within"):
+                await queues.publish([Publication("results", Message({"tag": 2}))])
+            begun = trio.current_time()
+            with pytest.raises(QueueError, match="'results' does not answer"):
+                await queues.publish([Publication("results", Message({"tag": 3}))])
+            await queues.publish([mail(4)])
+            assert trio.current_time() - begun < 1  # neither waits for the silent queue
+
+
+async def test_mail_that_cannot_be_parked_waits_elsewhere(broker: Broker, vhost: Address) -> None:
+    recorder = Recorder()
+    async with (
+        open_rabbitmq([vhost], QUICK) as queues,
+        queues.subscribe("outbox", recorder, prefetch=9, window=0) as subscription,
+    ):
+        await queues.publish([mail(1)])
+        await recorder.until(lambda recorder: recorder.destinations == {"a.test"})
+        queues.publisher.forget("outbox.parked.to.a.test")
+        with silent(broker, vhost, "outbox.parked.to.a.test"):
+            await queues.publish([mail(2), mail(3, "b.test")])
+            await recorder.until(lambda recorder: recorder.destinations == {"a.test", "b.test"})
+            await until_waits(queues, 1)
+        (lease,) = await gather(subscription, recorder, "b.test", 1)
+        assert tag_of(lease) == 3
+
+
+async def until_waits(queues: RabbitQueues, count: int) -> None:
+    """Wait until so many messages wait for ten seconds."""
+    with trio.fail_after(30):
+        while (found := await queues.publisher.look("outbox.wait.10")) is None:
+            pass
+        while found is None or found.messages != count:
+            found = await queues.publisher.look("outbox.wait.10")
+
+
+async def test_mail_is_not_parked_in_a_queue_that_a_kill_may_lose(vhost: Address) -> None:
+    recorder = Recorder()
+    options = Options(first_pause_seconds=0.02, hold_seconds=0.05, settle_seconds=1000)
+    async with (
+        open_rabbitmq([vhost], options) as queues,
+        queues.subscribe("outbox", recorder, prefetch=9, window=0),
+        channel_to(vhost) as channel,
+    ):
+        await queues.publish([mail(1)])
+        await until_waits(queues, 1)
+        parked = await channel.declare("outbox.parked.to.a.test", passive=True)
+        assert parked.messages == 0
+    async with (
+        open_rabbitmq([vhost], options) as queues,
+        queues.subscribe("outbox", recorder, prefetch=9, window=0),
+        channel_to(vhost) as channel,
+    ):
+        # The queue is there from before: that one is safe.
+        await queues.publish([mail(2)])
+        with trio.fail_after(30):
+            while not (await channel.declare("outbox.parked.to.a.test", passive=True)).messages:
+                pass
