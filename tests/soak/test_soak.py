@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from mailerq.queues.rabbitmq.addresses import Address
-from tests.queues.rabbitmq.kit import running_broker
+from tests.queues.rabbitmq.kit import running_broker, running_cluster
 from tests.soak.fleet import Account, open_fleet
 
 SMALL = int(os.environ.get("MAILERQ_KILLS", "3"))
@@ -63,3 +63,24 @@ async def test_a_hundred_kills_of_an_instance_and_its_broker(tmp_path: Path) -> 
 @pytest.mark.soak
 async def test_a_hundred_kills_of_three_instances_and_their_broker(tmp_path: Path) -> None:
     check(await kill_instances_and_the_broker(tmp_path, FULL, 3))
+
+
+async def kill_instances_and_nodes(directory: Path, kills: int) -> Account:
+    """Three instances on a cluster of three: one node at a time is killed."""
+    with running_cluster() as brokers:
+        address = brokers[0].vhost()
+        addresses = [uri(address._replace(port=broker.port)) for broker in brokers]
+        async with open_fleet(directory, addresses, 3, seed=kills) as fleet:
+            await trio.sleep(6)
+            for number in range(kills):
+                await trio.sleep(fleet.dice.uniform(0.2, 1.5))
+                if number % 2 == 0:
+                    await fleet.kill_broker(fleet.dice.choice(brokers))
+                else:
+                    await fleet.kill(fleet.dice.randrange(3))
+            return await fleet.finish()
+
+
+@pytest.mark.soak
+async def test_kills_of_nodes_of_a_cluster(tmp_path: Path) -> None:
+    check(await kill_instances_and_nodes(tmp_path, FULL // 2))

@@ -54,7 +54,7 @@ AGAIN_SECONDS: Final = 1.0
 ANSWER_SECONDS: Final = 8.0
 SILENT_SECONDS: Final = 30.0
 MAX_SILENT_SECONDS: Final = 1800.0
-"""A queue that has not answered for `ANSWER_SECONDS`, or has not confirmed, is not used for a while,
+"""A queue that has not answered for `ANSWER_SECONDS`, or not confirmed, is left alone for a while,
 which doubles between these."""
 
 PROBE_SECONDS: Final = 2.0

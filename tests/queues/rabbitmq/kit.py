@@ -25,7 +25,7 @@ import pytest
 from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.queues.rabbitmq.connection import Channel, connect
 
-__all__ = ["Broker", "channel_to", "running_broker", "send"]
+__all__ = ["Broker", "channel_to", "running_broker", "running_cluster", "send"]
 
 START_SECONDS = 60.0
 SERVERS = "/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server"
@@ -61,14 +61,20 @@ def _free_ports(count: int) -> list[int]:
 class Broker:
     """A broker that a test stops, kills, blocks and wipes."""
 
-    def __init__(self, directory: Path, erlang: str = ONE_SCHEDULER) -> None:
+    def __init__(
+        self, directory: Path, erlang: str = ONE_SCHEDULER, first: Broker | None = None
+    ) -> None:
+        """`first` is the first node of a cluster that this one is to be in, see `join`."""
         self.directory = directory
+        self._first = first
         self.port, self._dist, self._epmd_port = _free_ports(3)
         self.node = f"mailerq{self.port}@localhost"
         self._server = _server()
         self._process: subprocess.Popen[bytes] | None = None
         self._vhosts = 0
         self._cookie = secrets.token_hex(10).upper()
+        if first is not None:
+            self._epmd_port, self._cookie = first._epmd_port, first._cookie
         directory.joinpath("plugins").write_text("[].")
         directory.joinpath("rabbitmq.conf").write_text(
             f"listeners.tcp.default = 127.0.0.1:{self.port}\n"
@@ -91,10 +97,12 @@ class Broker:
             "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": erlang,
         }
-        self._epmd = subprocess.Popen(
-            [str(_program("epmd")), "-address", "127.0.0.1", "-port", str(self._epmd_port)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        self._epmd: subprocess.Popen[bytes] | None = None
+        if first is None:
+            self._epmd = subprocess.Popen(
+                [str(_program("epmd")), "-address", "127.0.0.1", "-port", str(self._epmd_port)],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
 
     def start(self) -> None:
         """Start the server and wait until it takes connections; skip the test if it does not."""
@@ -161,8 +169,16 @@ class Broker:
 
     def close(self) -> None:
         self.stop()
-        self._epmd.terminate()
-        self._epmd.wait()
+        if self._epmd is not None:
+            self._epmd.terminate()
+            self._epmd.wait()
+
+    def join(self) -> None:
+        """Join the cluster of the first node."""
+        assert self._first is not None
+        self.call("rabbit:stop()")
+        self.call(f"rabbit_mnesia:join_cluster('{self._first.node}', disc)")
+        self.call("rabbit:start()")
 
     def wipe(self) -> None:
         """Remove all data of a stopped server."""
@@ -228,6 +244,25 @@ def running_broker() -> Iterator[Broker]:
             yield broker
         finally:
             broker.close()
+
+
+@contextmanager
+def running_cluster(nodes: int = 3) -> Iterator[list[Broker]]:
+    """A cluster of brokers on this host, for the duration of the context."""
+    with tempfile.TemporaryDirectory(prefix="mailerq-cluster-") as directory:
+        brokers: list[Broker] = []
+        try:
+            for number in range(nodes):
+                path = Path(directory, str(number))
+                path.mkdir()
+                brokers.append(Broker(path, first=brokers[0] if brokers else None))
+                brokers[-1].start()
+                if number:
+                    brokers[-1].join()
+            yield brokers
+        finally:
+            for broker in reversed(brokers):
+                broker.close()
 
 
 @asynccontextmanager
