@@ -12,10 +12,11 @@ from mailerq.cli import control
 from mailerq.cli.common import complain, dump_json, for_people, print_json, print_table
 from mailerq.cli.queue_selection import selection_of
 from mailerq.config import Config
+from mailerq.errors import QueueError
 from mailerq.escaping import escape
 from mailerq.message import Message
 from mailerq.queues.interface import DAMAGED_QUEUE, Depth, Publication
-from mailerq.queues.opening import open_broker
+from mailerq.queues.opening import open_broker, reserve_depths
 
 if TYPE_CHECKING:
     from mailerq.queues.rabbitmq.queues import RabbitQueues
@@ -66,21 +67,31 @@ def with_broker(
 
 
 def depths(config: Config) -> dict[str, Depth]:
-    """How full each queue of the settings is. Raises `QueueError`."""
+    """How full each queue of the settings is, at the broker. Raises `QueueError`."""
 
     async def look(queues: RabbitQueues) -> list[Depth]:
         return await queues.depths()
 
-    return {depth.queue: depth for depth in with_broker(config, look)}
+    try:
+        return {depth.queue: depth for depth in with_broker(config, look)}
+    except QueueError as error:
+        kept = sum(depth.total for depth in reserve_depths(config).values())
+        if not kept:
+            raise
+        raise QueueError(
+            f"{error}; {kept} messages wait on this host until a broker takes them"
+        ) from None
 
 
 def _list(config: Config, options: Namespace) -> int:
-    keys = ("queue", "due", "delayed", "held", "total")
-    rows = [
-        (depth.queue, depth.due, depth.delayed, depth.held, depth.total)
-        for depth in depths(config).values()
-        if depth.total or depth.queue != DAMAGED_QUEUE
-    ]
+    keys = ("queue", "due", "delayed", "held", "total", "fallback")
+    found, kept = depths(config), reserve_depths(config)
+    rows = []
+    for queue in sorted({*found, *kept}):
+        depth = found.get(queue, Depth(queue, 0, 0))
+        here = kept[queue].total if queue in kept else 0
+        if depth.total or here or queue != DAMAGED_QUEUE:
+            rows.append((queue, depth.due, depth.delayed, depth.held, depth.total + here, here))
     if options.json:
         print_json([dict(zip(keys, row, strict=True)) for row in rows])
     else:
@@ -89,8 +100,9 @@ def _list(config: Config, options: Namespace) -> int:
 
 
 def _total(config: Config, queue: str) -> int:
-    found = depths(config).get(queue)
-    return 0 if found is None else found.total
+    """The messages of a queue at the broker, and of those that wait for it on this host."""
+    counted = (depths(config).get(queue), reserve_depths(config).get(queue))
+    return sum(depth.total for depth in counted if depth is not None)
 
 
 def _count(config: Config, options: Namespace) -> int:

@@ -24,6 +24,7 @@ from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem, QueueDamaged, QueueError
 from mailerq.privileges import as_owner
 from mailerq.queues.embedded.queue_file import FILE_NAME, Bounds, QueueFile, lock_directory
+from mailerq.queues.embedded.queue_reader import QueueReader
 from mailerq.queues.embedded.shares import share_directory, share_of, shares_in
 from mailerq.queues.embedded.sqlite_file import translate
 from mailerq.queues.locks import EXCLUSIVE, FileLock, Held, open_directory
@@ -33,7 +34,7 @@ from mailerq.queues.recovery.salvage import broken_log, recover
 if TYPE_CHECKING:
     from mailerq.queues.embedded.queues import EmbeddedQueues
     from mailerq.queues.fallback.queues import FallbackQueues
-    from mailerq.queues.interface import Queues
+    from mailerq.queues.interface import Depth, Queues
     from mailerq.queues.rabbitmq.queues import RabbitQueues
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "open_idle",
     "open_queues",
     "open_shared",
+    "reserve_depths",
     "share_directory",
     "share_of",
     "shares_in",
@@ -107,6 +109,27 @@ async def _open_both(config: Config, share: int) -> AsyncIterator[FallbackQueues
         ) as queues,
     ):
         yield queues
+
+
+def reserve_depths(config: Config) -> dict[str, Depth]:
+    """How much mail waits on this host until the broker takes it, by queue. Raises `QueueError`."""
+    from mailerq.queues.fallback.reserve import SETTLED
+    from mailerq.queues.interface import Depth
+
+    found: dict[str, Depth] = {}
+    root = os.path.join(config.queue_directory, FALLBACK)
+    for share in shares_in(root):
+        path = os.path.join(share_directory(root, share), FILE_NAME)
+        if not os.path.exists(path):  # a look must not create the file
+            continue
+        with QueueReader(path) as reader:
+            for depth in reader.depths():
+                if depth.queue != SETTLED:
+                    so_far = found.get(depth.queue, Depth(depth.queue, 0, 0))
+                    found[depth.queue] = Depth(
+                        depth.queue, so_far.due + depth.due, so_far.delayed + depth.delayed
+                    )
+    return found
 
 
 def open_broker(

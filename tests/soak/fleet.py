@@ -101,7 +101,7 @@ class Fleet:
             self._nursery.start_soon(self._session, load, running.port)
 
     async def _session(self, load: Load, port: int) -> None:
-        await load.session(port, again=True, pause=0.005)
+        await load.session(port, again=True, pause=0.05)
 
     async def kill(self, number: int) -> None:
         """kill -9 an instance, and start it again."""

@@ -6,12 +6,13 @@ The short forms belong to the suite; ``make soak`` runs a hundred kills, MAILERQ
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 import trio
 
-from mailerq.queues.rabbitmq.addresses import Address
+from tests.queues.rabbitmq.engine_kit import uri
 from tests.queues.rabbitmq.kit import running_broker, running_cluster
 from tests.soak.fleet import Account, open_fleet
 
@@ -19,8 +20,9 @@ SMALL = int(os.environ.get("MAILERQ_KILLS", "3"))
 FULL = int(os.environ.get("MAILERQ_KILLS", "100"))
 
 
-def uri(address: Address) -> str:
-    return f"amqp://{address.user}:{address.password}@{address.host}:{address.port}/{address.vhost}"
+def moment(dice: random.Random) -> float:
+    """Seconds until the next kill: mostly soon, sometimes late enough for things to settle."""
+    return dice.uniform(0.2, 1.5) if dice.random() < 0.7 else dice.uniform(4.0, 10.0)
 
 
 async def kill_instances_and_the_broker(
@@ -36,7 +38,7 @@ async def kill_instances_and_the_broker(
         ) as fleet:
             await trio.sleep(6)  # RabbitMQ 3.10 forgets queues that were declared just before
             for number in range(kills):
-                await trio.sleep(fleet.dice.uniform(0.2, 1.5))
+                await trio.sleep(moment(fleet.dice))
                 if number % 2:
                     await fleet.kill_broker(broker)
                 else:
@@ -73,7 +75,7 @@ async def kill_instances_and_nodes(directory: Path, kills: int) -> Account:
         async with open_fleet(directory, addresses, 3, seed=kills) as fleet:
             await trio.sleep(6)
             for number in range(kills):
-                await trio.sleep(fleet.dice.uniform(0.2, 1.5))
+                await trio.sleep(moment(fleet.dice))
                 if number % 2 == 0:
                     await fleet.kill_broker(fleet.dice.choice(brokers))
                 else:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
+from mailerq import Engine
 from mailerq.message import Message
 from mailerq.queues import Depth, Publication, Queues, Settlement
 from mailerq.queues.fallback.queues import FallbackQueues, Patience
@@ -27,8 +31,17 @@ from tests.queues.contract import (
     tag_of,
 )
 from tests.queues.fallback.standin import QUICK, both
+from tests.queues.rabbitmq.engine_kit import (
+    command,
+    document,
+    into,
+    on_broker,
+    recipients,
+    started,
+)
 from tests.queues.rabbitmq.kit import Broker, channel_to
-from tests.support import DEADLINE, until
+from tests.queues.rabbitmq.kit import send as publish
+from tests.support import DEADLINE, in_thread, open_sink, send, until
 
 OPTIONS = Options(hold_seconds=0.05, first_pause_seconds=0.02)
 
@@ -234,3 +247,83 @@ async def test_a_queue_that_nobody_may_declare(
         await channel.declare("results")
         await until_empty(queues)
         assert (await channel.declare("results", passive=True)).messages == 1
+
+
+# The daemon
+
+
+async def test_the_daemon_takes_mail_while_the_broker_is_away(
+    broker: Broker, vhost: Address, tmp_path: Path
+) -> None:
+    async with open_sink() as sink:
+        config = on_broker(tmp_path, vhost, **into(sink))
+        async with Engine(config) as engine:
+            await started(vhost)
+            broker.call("rabbit:stop()")
+            try:
+                async with trio.open_nursery() as nursery:  # the first wait until it is away
+
+                    async def client(number: int) -> None:
+                        recipient = f"r{number}@d.test"
+                        code, _ = await send(engine.addresses[0], recipients=(recipient,))
+                        assert code == 250
+
+                    for number in range(5):
+                        nursery.start_soon(client, number)
+                begun = trio.current_time()
+                assert (await send(engine.addresses[0], recipients=("r5@d.test",)))[0] == 250
+                assert trio.current_time() - begun < 2
+                fallback = engine.statistics()["queue"]["fallback"]
+                assert (fallback["away"], fallback["waiting"]) == (1, {"outbox": 6})
+                said = await command(config, "queue", "count", status=os.EX_TEMPFAIL)
+                assert "6 messages wait on this host" in said
+            finally:
+                broker.call("rabbit:start()")
+            await sink.wait_for(6)
+            assert sorted(recipients(sink)) == [f"r{number}@d.test" for number in range(6)]
+            await until(lambda: engine.statistics()["queue"]["fallback"]["waiting"] == {})
+            rows = json.loads(await command(config, "queue", "list", "--json"))
+            counted = {row["queue"]: (row["total"], row["fallback"]) for row in rows}
+            assert counted["outbox"] == (0, 0)
+
+
+async def test_without_a_reserve_the_daemon_answers_451(
+    broker: Broker, vhost: Address, tmp_path: Path
+) -> None:
+    config = on_broker(tmp_path, vhost, fallback_maxsize=0)
+    async with Engine(config) as engine:
+        await started(vhost)
+        broker.call("rabbit:stop()")
+        try:
+            code, text = await send(engine.addresses[0])
+            assert (code, text[:5]) == (451, "4.3.0")
+            engine.reload(replace(config, fallback_maxsize=1 << 20))
+            assert (await send(engine.addresses[0]))[0] == 250
+        finally:
+            broker.call("rabbit:start()")
+
+
+async def test_mail_in_memory_goes_once_though_its_connection_is_lost(
+    broker: Broker, vhost: Address, tmp_path: Path
+) -> None:
+    """Two instances, each with mail for a slow host in memory: the broker gives it out again."""
+    async with open_sink() as sink:
+        one, two = (
+            on_broker(tmp_path / name, vhost, **into(sink), domain_maxconnections=1)
+            for name in ("one", "two")
+        )
+        async with Engine(one) as first, Engine(two) as second, channel_to(vhost) as channel:
+            await started(vhost)
+            for number in range(200):
+                await publish(
+                    channel, "outbox", document(f"r{number}@d.test"), message_id=f"{number}"
+                )
+            await until(lambda: len(sink.mails) >= 20)
+            await in_thread(broker.close_connections)
+            await until(lambda: len(set(recipients(sink))) == 200)
+            for engine in (first, second):
+                await until(
+                    lambda engine=engine: not engine.statistics()["queue"]["leased"].get("outbox")
+                )
+        # What was under way at that moment may have gone twice: one for each connection.
+        assert len(sink.mails) <= 202
