@@ -234,7 +234,7 @@ class Publisher:
             if refused:
                 raise BrokerError(refused[0].problem or "the broker refused a message")
         if scope.cancelled_caught:
-            await self._note_silent({copy.place.name for copy in copies if not copy.done})
+            await self._suspect()
             seconds = trio.current_time() - begun
             raise BrokerError(
                 f"not confirmed within {seconds:.3g} seconds: {self.keeper.state.text}"
@@ -290,6 +290,10 @@ class Publisher:
                 return
             copy = waiting.popleft()
             if copy.batch is None:
+                continue
+            if self._is_silent(copy.place.name):
+                copy.problem = str(SilentQueue(copy.place.name))
+                copy.batch.confirmed(copy)
                 continue
             room -= 1
             self._tag += 1
@@ -385,28 +389,42 @@ class Publisher:
             with trio.move_on_after(ANSWER_SECONDS):
                 return await work(admin)
             self._admin = None
-        await self._note_silent({name})
+        await self._note_silent(name)
         self._check_silent(name)
         raise BrokerError(f"no answer within {ANSWER_SECONDS:g} seconds")
 
-    def _check_silent(self, name: str) -> None:
-        if self._silent and (found := self._silent.get(name)) is not None:
-            if trio.current_time() < found[0]:
-                raise SilentQueue(name)
+    def _is_silent(self, name: str) -> bool:
+        found = self._silent.get(name) if self._silent else None
+        return found is not None and trio.current_time() < found[0]
 
-    async def _note_silent(self, names: Collection[str]) -> None:
-        """Note queues that do not answer, if the broker does."""
+    def _check_silent(self, name: str) -> None:
+        if self._is_silent(name):
+            raise SilentQueue(name)
+
+    async def _suspect(self) -> None:
+        """Find out why nothing is confirmed: one queue may be silent.
+
+        RabbitMQ stops reading from a connection that has published some hundred messages to such a
+        queue. Other queues confirm at once, so the oldest message without a confirmation is one of
+        the silent queue. A new connection is needed, which also tells whether the broker is there.
+        """
+        copy = next(iter(self._unconfirmed.values()), None)
         connection = self.keeper.open
-        if connection is None or connection.blocked is not None:
+        if copy is None or connection is None or connection.blocked is not None:
             return
+        name = copy.place.name
+        connection.abort(f"the queue {name!a} confirms nothing")
+        await self._note_silent(name)
+
+    async def _note_silent(self, name: str) -> None:
+        """Note a queue that does not answer, if the broker does."""
         with trio.move_on_after(PROBE_SECONDS), suppress(BrokerError):
-            await (await connection.channel()).close()
-            now = trio.current_time()
+            await (await (await self.keeper.connection()).channel()).close()
             if len(self._silent) >= MAX_DECLARED:
                 self._silent.clear()
-            for name in names:
-                _, pause = self._silent.get(name, (0.0, SILENT_SECONDS))
-                self._silent[name] = now + pause, min(2 * pause, MAX_SILENT_SECONDS)
+            _, pause = self._silent.get(name, (0.0, SILENT_SECONDS))
+            until = trio.current_time() + pause
+            self._silent[name] = until, min(2 * pause, MAX_SILENT_SECONDS)
 
     def forget(self, name: str) -> None:
         """A queue may be gone: the next time it is declared."""

@@ -505,10 +505,11 @@ class RabbitQueues(RemoteQueues):
             for key in {move.key for move in moves if move.parks}
         }
         for move in moves:
-            copies.append(await self._moved_copy(queue, move, can_park.get(move.key, False)))
+            move.elsewhere = move.parks and not can_park[move.key]
+            copies.append(await self._moved_copy(queue, move))
         await self._counted(partial(self.publisher.publish, copies))
 
-    async def _moved_copy(self, queue: str, move: Move, can_park: bool) -> Copy:
+    async def _moved_copy(self, queue: str, move: Move) -> Copy:
         origin = move.origin
         if isinstance(origin, BrokerLease):
             body = await self.encode(origin.restored())
@@ -525,7 +526,7 @@ class RabbitQueues(RemoteQueues):
             return self._copy_to(
                 queue, body, delay, due=move.due, priority=priority, encoding=encoding
             )
-        if not can_park:
+        if move.elsewhere:
             return self._copy_to(
                 queue, body, UNPARKED_SECONDS, due=None, priority=priority, encoding=encoding
             )

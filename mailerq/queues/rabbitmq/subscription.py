@@ -14,6 +14,7 @@ from mailerq.message import Message
 from mailerq.queues.interface import Lease, Receiver, Subscription, Taken
 from mailerq.queues.rabbitmq.coding import due_of
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection, Delivery
+from mailerq.queues.rabbitmq.publisher import SilentQueue
 from mailerq.queues.rabbitmq.takers import (
     AGAIN_SECONDS,
     GROUP,
@@ -275,16 +276,18 @@ class BrokerSubscription(Taker, Subscription):
         now = trio.current_time()
         for move in group:
             if move.parks:
-                self.parked += 1
+                self.parked += not move.elsewhere
                 destination = self._destination(move.key)
                 destination.parking = max(destination.parking - 1, 0)
                 if not destination.parking:
                     destination.parked.set()
-        for key in {move.key: None for move in group if move.parks}:
+        for key in {move.key: None for move in group if move.parks and not move.elsewhere}:
             destination = self._destination(key)
             if now - destination.indexed >= INDEX_AGAIN_SECONDS:
                 destination.indexed = now
             self._tell(destination)
+        for key in {move.key for move in group if move.elsewhere}:
+            self._tidy(self._destination(key))
 
     def _tell(self, destination: Destination) -> None:
         """Tell the receiver that a destination has mail, unless the receiver knows."""
@@ -361,7 +364,12 @@ class BrokerSubscription(Taker, Subscription):
         # The first message comes in any case: others may wait for the memory that they have.
         room = max(MAX_BYTES - self.bytes, 1)
         place = self.queues.parked_place(self.queue, found.key)
-        await self.queues.publisher.declare(place)  # else the channel ends if the queue has expired
+        try:
+            # Else the channel ends if the queue has expired.
+            await self.queues.publisher.declare(place)
+        except SilentQueue:
+            found.backlog = False  # nothing more is parked there: mail comes from elsewhere
+            return Taken([], more=False, next_due=None)
         leases: list[BrokerLease] = []
         found.backlog = False  # what is parked from now on is news
         try:

@@ -111,7 +111,7 @@ class Move:
     unusable messages, with a `reason`.
     """
 
-    __slots__ = ("due", "key", "origin", "reason", "size")
+    __slots__ = ("due", "elsewhere", "key", "origin", "reason", "size")
 
     def __init__(
         self,
@@ -126,6 +126,8 @@ class Move:
         self.key = key
         self.due = due
         self.reason = reason
+        self.elsewhere = False
+        """The parked queue cannot be used now: the message waits in another one."""
 
     @property
     def parks(self) -> bool:

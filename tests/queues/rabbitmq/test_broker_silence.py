@@ -36,8 +36,12 @@ async def test_a_queue_that_does_not_answer_keeps_up_no_other(
     async with open_rabbitmq([vhost], QUICK) as queues:
         await queues.publish([Publication("results", Message({"tag": 1}))])
         with silent(broker, vhost, "results"):
+            # After some hundred of them RabbitMQ does not read from the connection any more.
             with pytest.raises(QueueError, match="not confirmed within"):
-                await queues.publish([Publication("results", Message({"tag": 2}))])
+                await queues.publish(
+                    [mail(0), *[Publication("results", Message({"tag": 2}))] * 1000, mail(1)]
+                )
+            assert queues.publishing.connections == 2
             begun = trio.current_time()
             with pytest.raises(QueueError, match="'results' does not answer"):
                 await queues.publish([Publication("results", Message({"tag": 3}))])
