@@ -211,9 +211,9 @@ class Broker:
     def drop_vhost(self, address: Address) -> None:
         self.call(f'rabbit_vhost:delete(<<"{address.vhost}">>, <<"test">>)')
 
-    def alarm(self, on: bool) -> None:
-        """Have the server believe that its memory is short, or is not any more."""
-        source = f"{{resource_limit, memory, '{self.node}'}}"
+    def alarm(self, on: bool, resource: str = "memory") -> None:
+        """Have the server believe that its memory, or disk, is short, or is not any more."""
+        source = f"{{resource_limit, {resource}, '{self.node}'}}"
         # The second call is answered when all connections have been told.
         told = "rabbit_alarm:get_alarms()"
         if on:

@@ -148,14 +148,15 @@ async def test_a_stopped_broker(broker: Broker, vhost: Address, tmp_path: Path) 
         assert queues._recognised == {done.identity, retried.identity}  # type: ignore[attr-defined]
 
 
-async def test_a_memory_alarm(broker: Broker, vhost: Address, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resource", ["memory", "disk"])
+async def test_an_alarm(broker: Broker, vhost: Address, tmp_path: Path, resource: str) -> None:
     async with (
         opened(vhost, tmp_path) as (rabbit, queues),
         queues.consume("outbox", prefetch=9) as consumer,
     ):
         await queues.publish([mail(1)])
         (lease,) = await receive(consumer, 1)
-        broker.alarm(True)
+        broker.alarm(True, resource)
         try:
             # A broker tells of its alarm when it hears from a connection that publishes.
             await queues.publish([mail(2)])
@@ -163,9 +164,9 @@ async def test_a_memory_alarm(broker: Broker, vhost: Address, tmp_path: Path) ->
             await queues.publish([mail(3)])
             await queues.ack([Settlement(lease, [again(lease, tag=4)])])
             assert queues.reserve.messages >= 2
-            assert rabbit.trouble is not None and rabbit.trouble.endswith("low on memory")
+            assert rabbit.trouble is not None and rabbit.trouble.endswith(f"low on {resource}")
         finally:
-            broker.alarm(False)
+            broker.alarm(False, resource)
         await until_empty(queues)
         found: set[int] = set()
         while found != {2, 3, 4}:  # 2 may be there twice: its confirmation was under way
