@@ -337,6 +337,10 @@ class RemoteQueues(Queues):
     """Called with the identity of a message that came again and was acknowledged at once, because
     `recognise` or a settlement had named it."""
 
+    on_unheard: Callable[[Sequence[str]], None] | None = None
+    """Called with the identities of messages whose acknowledgement may be lost with a connection.
+    The queues recognise them themselves; another process would not."""
+
     @property
     @abstractmethod
     def trouble(self) -> str | None:

@@ -23,6 +23,7 @@ SESSIONS = 5
 REFUSED_SHARE = 0.1
 """Of the recipients, so many are refused for now: their mail waits at the broker."""
 
+NEAR_SECONDS = 3.0
 LATE_SECONDS = 180.0
 """How long the last mail may take, over retries and the start of a broker."""
 
@@ -40,6 +41,8 @@ class Account:
     twice: int = 0
     explained: int = 0
     """Of these, mail that was on a connection to the sink when its instance was killed."""
+    near: int = 0
+    """Of the others, mail that had arrived shortly before a kill."""
     kills: Counter[str] = field(default_factory=Counter)
     codes: Counter[int] = field(default_factory=Counter)
 
@@ -49,7 +52,7 @@ class Account:
             f"kills: {kills or 'none'}; {self.sent} sent, {self.accepted} got 250, {self.arrived} "
             f"arrived, {len(self.lost)} lost, {len(self.foreign)} of unknown origin, "
             f"{self.twice} arrived more than once, {self.explained} of these under way at a kill of"
-            f" their instance; replies {dict(self.codes)}"
+            f" their instance, {self.near} shortly before a kill; replies {dict(self.codes)}"
         )
 
 
@@ -78,11 +81,21 @@ class Fleet:
         self._stacks: dict[int, AsyncExitStack] = {}
         self._loads: dict[int, Load] = {}
         self._under_way: set[str] = set()
+        self._is_over = False
         self._starts = 0
+        self._times: list[float] = []
+        """When each mail came to the sink."""
+        self._killed: list[float] = []
         sink.decide = self._decide
 
     def _decide(self, event: server.Event) -> Reply | None:
-        if isinstance(event, server.Rcpt) and self.dice.random() < REFUSED_SHARE:
+        if isinstance(event, server.Content):
+            self._times.append(trio.current_time())
+        if (
+            not self._is_over
+            and isinstance(event, server.Rcpt)
+            and self.dice.random() < REFUSED_SHARE
+        ):
             return Reply(450, "4.2.0 not now")
         return None
 
@@ -106,6 +119,7 @@ class Fleet:
     async def kill(self, number: int) -> None:
         """kill -9 an instance, and start it again."""
         self.kills["instance"] += 1
+        self._killed.append(trio.current_time())
         self.running[number].kill()
         self._under_way.update(self.sink.last_mails.values())
         self._loads[number].ending = True
@@ -117,6 +131,7 @@ class Fleet:
     async def kill_broker(self, broker: Broker) -> None:
         """kill -9 a broker, and start it again after a while."""
         self.kills["broker"] += 1
+        self._killed.append(trio.current_time())
         await trio.to_thread.run_sync(broker.kill)
         await trio.sleep(self.dice.uniform(0.0, 4.0))
         await trio.to_thread.run_sync(broker.start)
@@ -125,7 +140,7 @@ class Fleet:
         """End the load, wait for all mail, and stop: what has become of it."""
         for load in self._loads.values():
             await load.end()
-        self.sink.decide = lambda event: None
+        self._is_over = True
         missing, seen = set(self.ledger.accepted), 0
         with trio.move_on_after(LATE_SECONDS):
             while missing:
@@ -150,6 +165,19 @@ class Fleet:
         counts = Counter(_id(mail.recipients[0]) for mail in self.sink.mails)
         twice = {id for id, count in counts.items() if count > 1}
         under_way = set(map(_id, self._under_way))
+        first: dict[str, float] = {}
+        for mail, time in zip(self.sink.mails, self._times, strict=True):
+            first.setdefault(_id(mail.recipients[0]), time)
+        near = {
+            id
+            for id in twice - under_way
+            if any(0 <= kill - first[id] <= NEAR_SECONDS for kill in self._killed)
+        }
+        self.far = {
+            id: min((kill - first[id] for kill in self._killed if kill >= first[id]), default=-1.0)
+            for id in twice - under_way - near
+        }
+        print(sorted(self.far.values()))
         return Account(
             sent=len(ledger.entries),
             accepted=len(ledger.accepted),
@@ -158,6 +186,7 @@ class Fleet:
             foreign=counts.keys() - ledger.ids(Fate.ACCEPTED, Fate.UNKNOWN, Fate.REFUSED),
             twice=len(twice),
             explained=len(twice & under_way),
+            near=len(near),
             kills=self.kills,
             codes=ledger.codes + Counter(entry.code for entry in ledger.entries.values()),
         )

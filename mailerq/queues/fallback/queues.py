@@ -184,9 +184,11 @@ class FallbackQueues(Queues):
         self._news = trio.Event()
         self._recognised: set[str] = set()
         self._records = False
+        self._unheard: list[str] = []
         self._movers = [Mover(reserve, broker, self._may_move, clock)]
         broker.on_trouble.append(self._notice)
         broker.on_recognised = self._on_recognised
+        broker.on_unheard = self._on_unheard
 
     @property
     def moved(self) -> int:
@@ -219,6 +221,7 @@ class FallbackQueues(Queues):
                 nursery.start_soon(self._movers[0].run)
                 nursery.start_soon(self._measure)
                 nursery.start_soon(self._tidy)
+                nursery.start_soon(self._note)
 
     def start(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run something more until the end."""
@@ -228,7 +231,7 @@ class FallbackQueues(Queues):
         """Finish what is under way."""
         await self._home.close()
         self.broker.on_trouble.remove(self._notice)
-        self.broker.on_recognised = None
+        self.broker.on_recognised = self.broker.on_unheard = None
         self._notice()
 
     def configure(self, config: Config) -> None:
@@ -441,6 +444,24 @@ class FallbackQueues(Queues):
     def _on_recognised(self, identity: str) -> None:
         if self._records:
             self._recognised.add(identity)
+
+    def _on_unheard(self, identities: Sequence[str]) -> None:
+        if self.limit:
+            self._unheard += identities
+            self._notice()
+
+    async def _note(self) -> None:
+        """Note messages whose acknowledgement may be lost, for the next start."""
+        while True:
+            while not self._unheard:
+                await self._news.wait()
+            unheard, self._unheard = self._unheard, []
+            try:
+                await self.reserve.store([], unheard, self.limit)
+            except QueueError as error:
+                log.warning("%s cannot note what was delivered: %s", self.reserve.directory, error)
+            else:
+                self._records = True
 
     async def _tidy(self) -> None:
         """Forget settled messages that have come again, or that nobody sees any more."""

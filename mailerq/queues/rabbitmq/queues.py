@@ -32,6 +32,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, Final, TypeVar
 
 import outcome
@@ -74,6 +75,9 @@ __all__ = ["Options", "RabbitQueues", "open_rabbitmq"]
 log = logging.getLogger("mailerq.queues")
 
 T = TypeVar("T")
+
+MAX_UNHEARD: Final = 500
+"""Acknowledgements that a broker may not have read yet: it reads them within milliseconds."""
 
 UNPARKED_SECONDS: Final = 10.0
 """How long mail waits that cannot be parked yet."""
@@ -449,6 +453,13 @@ class RabbitQueues(RemoteQueues):
             return False
         del self._acked[identity]  # and the acknowledgement was lost
         return True
+
+    def acks_lost(self) -> None:
+        """A connection has ended: what was acknowledged last may not have been heard."""
+        newest = islice(reversed(self._acked.items()), MAX_UNHEARD)
+        unheard = [identity for identity, channel in newest if not channel.is_open]
+        if unheard and self.on_unheard is not None:
+            self.on_unheard(unheard)
 
     def recognise(self, identities: Collection[str]) -> None:
         for identity in identities:

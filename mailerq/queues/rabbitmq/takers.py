@@ -294,6 +294,7 @@ class Taker:
             with trio.move_on_after(1, shield=True):
                 await channel.close()
             if not connection.is_open and not self.closed:
+                self.queues.acks_lost()
                 self.lost()
 
     def _forget_unleased(self) -> None:

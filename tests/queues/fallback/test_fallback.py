@@ -291,6 +291,15 @@ async def test_what_is_settled_without_the_broker_is_known_after_a_restart(tmp_p
             assert broker.recognised == ["second"]
 
 
+async def test_acknowledgements_that_may_be_lost_are_known_after_a_restart(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        assert broker.on_unheard is not None
+        broker.on_unheard(["first", "second"])
+        await until(lambda: queues._records)
+    async with opened(tmp_path) as (broker, _):
+        assert broker.recognised == ["first", "second"]
+
+
 async def test_settled_mail_is_forgotten_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
