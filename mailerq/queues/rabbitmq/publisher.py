@@ -234,7 +234,7 @@ class Publisher:
             if refused:
                 raise BrokerError(refused[0].problem or "the broker refused a message")
         if scope.cancelled_caught:
-            await self._suspect()
+            await self._suspect(copies)
             seconds = trio.current_time() - begun
             raise BrokerError(
                 f"not confirmed within {seconds:.3g} seconds: {self.keeper.state.text}"
@@ -401,20 +401,21 @@ class Publisher:
         if self._is_silent(name):
             raise SilentQueue(name)
 
-    async def _suspect(self) -> None:
-        """Find out why nothing is confirmed: one queue may be silent.
+    async def _suspect(self, copies: Sequence[Copy]) -> None:
+        """Do something about copies that are not confirmed: one queue may be silent.
 
-        RabbitMQ stops reading from a connection that has published some hundred messages to such a
-        queue. Other queues confirm at once, so the oldest message without a confirmation is one of
-        the silent queue. A new connection is needed, which also tells whether the broker is there.
+        The first message to a queue without a leader stops the channel, and some hundred more stop
+        the connection, so a new one is needed. Which queue it was is known if there is only one;
+        all queues of parked mail are suspected, because their mail can wait elsewhere.
         """
-        copy = next(iter(self._unconfirmed.values()), None)
         connection = self.keeper.open
-        if copy is None or connection is None or connection.blocked is not None:
+        if not self._unconfirmed or connection is None or connection.blocked is not None:
             return
-        name = copy.place.name
-        connection.abort(f"the queue {name!a} confirms nothing")
-        await self._note_silent(name)
+        connection.abort("the broker does not confirm")
+        names = {copy.place.name: copy.place for copy in copies if not copy.done}
+        if len(names) == 1 or all(place.settles for place in names.values()):
+            for name in names:
+                await self._note_silent(name)
 
     async def _note_silent(self, name: str) -> None:
         """Note a queue that does not answer, if the broker does."""

@@ -2,8 +2,10 @@
 
 Theory of operation
 -------------------
-There are two connections, because a broker that is short of memory or disk stops reading from one
-that publishes, and acknowledgements must still get through. `publisher` publishes and declares,
+There are three connections. A broker that is short of memory or disk stops reading from one that
+publishes, and acknowledgements must still get through. A queue without a leader stops the
+connection that publishes to it: `parker`, with one of its own, publishes to the queues of parked
+mail, which are many and new. `publisher` publishes and declares,
 `takers` consume. `topology` names the queues of the broker.
 
 Where this differs from the embedded queue, as `mailerq.queues.interface` allows a broker:
@@ -79,6 +81,9 @@ T = TypeVar("T")
 MAX_UNHEARD: Final = 500
 """Acknowledgements that a broker may not have read yet: it reads them within milliseconds."""
 
+PARK_SECONDS: Final = 10.0
+"""How long parking may take; the mail waits in another queue then."""
+
 UNPARKED_SECONDS: Final = 10.0
 """How long mail waits that cannot be parked yet."""
 
@@ -152,6 +157,12 @@ class RabbitQueues(RemoteQueues):
             self.publishing, throttle=options.throttle, publish_seconds=options.publish_seconds
         )
         self.publisher.on_redeclared = self._redeclared
+        self.parking = keeper("parking at RabbitMQ")
+        self.parker = Publisher(
+            self.parking,
+            throttle=options.throttle,
+            publish_seconds=min(options.publish_seconds, PARK_SECONDS),
+        )
         self.held: dict[int, BrokerLease] = {}
         self.by_identity: dict[str, BrokerLease] = {}
         self.leases = 0
@@ -177,6 +188,8 @@ class RabbitQueues(RemoteQueues):
                 nursery.start_soon(self.publishing.run)
                 nursery.start_soon(self.consuming.run)
                 nursery.start_soon(self.publisher.run)
+                nursery.start_soon(self.parking.run)
+                nursery.start_soon(self.parker.run)
                 nursery.start_soon(self._trimmer.run)
 
     async def close(self) -> None:
@@ -206,6 +219,7 @@ class RabbitQueues(RemoteQueues):
 
     def give_up(self) -> None:
         self.publisher.give_up()
+        self.parker.give_up()
 
     def _redeclared(self, names: Collection[str]) -> None:
         for taker in self._takers:
@@ -239,21 +253,19 @@ class RabbitQueues(RemoteQueues):
     def parked_place(self, queue: str, destination: str) -> Place:
         """The parked queue of a destination."""
         name, arguments = self.topology.parked(queue, destination)
-        settles = self.options.settle_seconds > 0
-        return Place(name, arguments, back=self.place(queue), settles=settles)
+        return Place(name, arguments, back=self.place(queue), settles=True)
 
     async def _can_park(self, queue: str, destination: str) -> bool:
         """Whether mail is safe in the parked queue of a destination. Raises `BrokerError`."""
         place = self.parked_place(queue, destination)
         try:
-            await self.publisher.declare(place)
+            await self.parker.declare(place)
         except SilentQueue as error:
             if place.name not in self._said_silent:
                 self._said_silent.add(place.name)
                 log.error("%s", error)
             return False
-        self._said_silent.discard(place.name)
-        return not self.publisher.is_young(place, self.options.settle_seconds)
+        return not self.parker.is_young(place, self.options.settle_seconds)
 
     # Publish
 
@@ -428,7 +440,8 @@ class RabbitQueues(RemoteQueues):
 
     def finish(self, channel: Channel | None, tag: int, identity: str) -> None:
         """Acknowledge a message; one that the broker delivers again is remembered for then."""
-        self.publisher.deal_with(identity)
+        for publisher in (self.publisher, self.parker):
+            publisher.deal_with(identity)
         if channel is not None and channel.is_open:
             channel.ack(tag)
             if is_named(identity):  # else others may have the same bytes
@@ -472,8 +485,11 @@ class RabbitQueues(RemoteQueues):
 
     def is_second(self, identity: str) -> bool:
         """Whether a message is the second copy of one that this process has, or had."""
-        done = self.publisher.repeated.get(identity)
-        return done is not None and (done or identity in self.by_identity)
+        for publisher in (self.publisher, self.parker):
+            done = publisher.repeated.get(identity)
+            if done is not None:
+                return done or identity in self.by_identity
+        return False
 
     def end(self, lease: BrokerLease) -> None:
         """A lease is over."""
@@ -515,10 +531,27 @@ class RabbitQueues(RemoteQueues):
             key: await self._can_park(queue, key)
             for key in {move.key for move in moves if move.parks}
         }
+        parked: dict[Move, Copy] = {}
         for move in moves:
             move.elsewhere = move.parks and not can_park[move.key]
-            copies.append(await self._moved_copy(queue, move))
-        await self._counted(partial(self.publisher.publish, copies))
+            copy = await self._moved_copy(queue, move)
+            if move.parks and not move.elsewhere:
+                parked[move] = copy
+            else:
+                copies.append(copy)
+        await self._counted(partial(self._republish, queue, copies, parked))
+
+    async def _republish(self, queue: str, copies: list[Copy], parked: dict[Move, Copy]) -> None:
+        """Publish what moves. What cannot be parked waits elsewhere."""
+        try:
+            await self.parker.publish(list(parked.values()))
+        except BrokerError as error:
+            log.debug("mail of %s cannot be parked: %s", queue, error)
+            for move, copy in parked.items():
+                move.elsewhere = not copy.done or copy.problem is not None
+                if move.elsewhere:
+                    copies.append(await self._moved_copy(queue, move))
+        await self.publisher.publish(copies)
 
     async def _moved_copy(self, queue: str, move: Move) -> Copy:
         origin = move.origin
@@ -726,14 +759,14 @@ class RabbitQueues(RemoteQueues):
             bounds=new.bounds,
         )
         self._names.update(new.names)
-        self.publisher.throttle = new.throttle
+        self.publisher.throttle = self.parker.throttle = new.throttle
 
     def statistics(self) -> dict[str, Any]:
         leased: dict[str, int] = {}
         for taker in list(self._takers):
             leased[taker.queue] = leased.get(taker.queue, 0) + taker.count
         return {
-            "published": self.publisher.published,
+            "published": self.publisher.published + self.parker.published,
             "parked": sum(taker.parked for taker in self._takers),
             "trimmed": self._trimmer.trimmed,
             "connections": self.publishing.connections + self.consuming.connections,

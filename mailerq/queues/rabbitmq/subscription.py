@@ -366,7 +366,7 @@ class BrokerSubscription(Taker, Subscription):
         place = self.queues.parked_place(self.queue, found.key)
         try:
             # Else the channel ends if the queue has expired.
-            await self.queues.publisher.declare(place)
+            await self.queues.parker.declare(place)
         except SilentQueue:
             found.backlog = False  # nothing more is parked there: mail comes from elsewhere
             return Taken([], more=False, next_due=None)
