@@ -27,7 +27,7 @@ from mailerq.errors import ConfigError, Problem
 from mailerq.settings import DnsServer, Network, Setting, table
 from mailerq.sources import CONFIG_FILE, NOT_YET, Sources
 from mailerq.table import FAILURE_MESSAGES, FAILURE_QUEUE, FAILURE_SECONDS
-from mailerq.table_broker import BrokerTable
+from mailerq.table_storage import StorageTable
 
 __all__ = [
     "DEFAULT_FILES",
@@ -44,7 +44,7 @@ DEFAULT_FILES: Final = ("/etc/mailerq/config.txt",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config(BrokerTable):
+class Config(StorageTable):
     """Every setting of one engine, checked and immutable; `smtp-port` is `config.smtp_port`.
 
     Raises `ConfigError` with all values of a wrong type or out of bounds; if there are none, with

@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 
 __all__ = [
     "AddressError",
+    "BodyMissing",
     "ConfigError",
     "EngineError",
     "MailerqError",
@@ -23,6 +24,7 @@ __all__ = [
     "QueueFull",
     "QueueHeld",
     "RowError",
+    "StorageError",
     "StoreError",
 ]
 
@@ -121,6 +123,17 @@ class QueueDamaged(QueueError):
 
 class MessageDamaged(QueueError):
     """A message in the queue cannot be used any more; it was set aside, and its lease is over."""
+
+
+class StorageError(QueueError):
+    """The storage for bodies failed for now: away, slow, full, or not what it was.
+
+    The text names the storage and says what to do. Mail waits for it.
+    """
+
+
+class BodyMissing(MailerqError):
+    """The storage has no usable body under a key, and never will; the text says why."""
 
 
 class RowError(MailerqError):

@@ -38,8 +38,7 @@ NOT_YET: Final = frozenset(
     send-log-history send-log-maxage send-log-maxsize send-log-prefix
     smtp-auth-results smtp-check smtp-protection smtp-validate-address spamassassin-host
     spamassassin-port spool-delay spool-directory spool-extract spool-fail-directory
-    spool-open-files spool-remove spool-threads storage storage-address storage-policy
-    storage-reschedule storage-threads storage-timeout storage-ttl validate-envelope
+    spool-open-files spool-remove spool-threads validate-envelope
     validate-recipient www-auth www-cache-control www-certificate www-ciphers www-connections
     www-dir www-host www-ip www-log-file www-password www-port www-private-key www-privatekey
     www-secure-port www-url

@@ -30,6 +30,7 @@ LAYERS: Final = (
     "table_reports",
     "table_incoming",
     "table_broker",
+    "table_storage",
     "config",
     "live",
     "spelling",
@@ -50,6 +51,7 @@ LAYERS: Final = (
     "store",
     "queues",
     "net",
+    "storage",
     "inbound",
     "outbound",
     "preparing",
@@ -68,7 +70,7 @@ ROOMS: Final = {
 """Within a layer as well: what stands first knows nothing of what comes after it."""
 
 WITH_TRIO: Final = frozenset(
-    {"plugins", "turns", "queues", "net", "inbound", "outbound", "preparing", "engine", "cli"}
+    {"plugins", "turns", "queues", "net", "storage", "inbound", "outbound", "preparing", "engine", "cli"}
 )
 
 PURE: Final = frozenset({"wire", "mail", "rules"})

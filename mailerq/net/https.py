@@ -1,5 +1,7 @@
 """Ask one thing of a web server by HTTPS, with a bound on everything.
 
+HTTP in clear is for servers on this host only.
+
 Each request has a connection of its own. Nothing is followed, kept or decoded: a redirect is
 a response like any other, and there is no cache, no proxy, no cookie and no compression. The caller
 looks the host up, so all rules about addresses are those of the resolver.
@@ -15,6 +17,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from ipaddress import ip_address
 from typing import Final, NamedTuple, Self
 from urllib.parse import urlsplit
 
@@ -27,9 +30,13 @@ from mailerq.net.resolver import Host, NoHosts
 __all__ = ["Bounds", "Failure", "Https", "NoResponse", "Response", "Url"]
 
 HTTPS_PORT: Final = 443
+HTTP_PORT: Final = 80
 
 READ_BYTES: Final = 4096
 """Bytes read at a time: a body in chunks of a byte costs h11 some milliseconds for so many."""
+
+WRITE_BYTES: Final = 1 << 16
+"""Bytes of a body that are encrypted in one turn of the loop."""
 
 OVERHEAD: Final = 8
 """Bytes received for each byte of a body, at most: small chunks have a head each."""
@@ -103,40 +110,59 @@ class Bounds:
 
 
 class Url(NamedTuple):
-    """An https URL in parts."""
+    """A URL in parts."""
 
     host: str
     port: int
     target: str
     """The path and the query, as the request names them."""
+    secure: bool = True
+    """Whether TLS protects the connection."""
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Parse a URL. Raises `ValueError` for another scheme, a login, or odd characters.
+    def parse(cls, text: str, *, local: bool = False) -> Self:
+        """Parse an https URL. Raises `ValueError` for another scheme, a login, or odd characters.
+
+        With `local`, an http URL is allowed if it names this host.
 
         >>> Url.parse("https://Example.com/a?b#c")
-        Url(host='example.com', port=443, target='/a?b')
+        Url(host='example.com', port=443, target='/a?b', secure=True)
         """
         if len(text) > MAX_URL or not text.isascii() or not text.isprintable() or " " in text:
             raise ValueError("a URL has up to 2000 ASCII characters, and no blank")
         parts = urlsplit(text)
-        if parts.scheme.lower() != "https":
+        secure = parts.scheme.lower() == "https"
+        if not secure and not (local and parts.scheme.lower() == "http"):
             raise ValueError("the scheme is not https")
         if "@" in parts.netloc or not parts.hostname:
             raise ValueError("the URL names no host, or a login")
         if parts.port == 0:
             raise ValueError("0 is not a port of a server")
+        if not secure and not is_local(parts.hostname):
+            raise ValueError("http without TLS is for servers on this host, such as 127.0.0.1")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        return cls(parts.hostname, parts.port or HTTPS_PORT, target)
+        port = parts.port or (HTTPS_PORT if secure else HTTP_PORT)
+        return cls(parts.hostname, port, target, secure)
 
     @property
     def authority(self) -> str:
         """The value of the Host header."""
-        if self.port != HTTPS_PORT:
+        if self.port != (HTTPS_PORT if self.secure else HTTP_PORT):
             return host_port(self.host, self.port)
         return f"[{self.host}]" if ":" in self.host else self.host
 
 
+def is_local(host: str) -> bool:
+    """Whether a name or an address literal means this host (RFC 6761, section 6.3)."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+Connected = trio.SSLStream[trio.SocketStream] | trio.SocketStream
 LookUp = Callable[[str], Awaitable[Sequence[Host] | NoHosts]]
 
 
@@ -171,8 +197,10 @@ class Https:
         bounds = bounds or Bounds()
         try:
             with trio.fail_after(bounds.total_seconds):
+                context = None
                 try:
-                    context = await self._context(ca_file, verify)
+                    if url.secure:
+                        context = await self._context(ca_file, verify)
                 except (OSError, ssl.SSLError) as error:
                     return NoResponse(Failure.LOCAL, f"{ca_file or 'the system'}: {error}")
                 stream = await self._connect(url, context, bounds)
@@ -195,8 +223,8 @@ class Https:
         return context
 
     async def _connect(
-        self, url: Url, context: ssl.SSLContext, bounds: Bounds
-    ) -> trio.SSLStream[trio.SocketStream] | NoResponse:
+        self, url: Url, context: ssl.SSLContext | None, bounds: Bounds
+    ) -> Connected | NoResponse:
         found = await self._look_up(url.host)
         if isinstance(found, NoHosts):
             failure = Failure.FORBIDDEN if found.setting else Failure.DNS
@@ -230,9 +258,9 @@ def _make_context(ca_file: str, verify: bool) -> ssl.SSLContext:
 
 
 async def _open(
-    address: str, url: Url, context: ssl.SSLContext
-) -> trio.SSLStream[trio.SocketStream] | NoResponse:
-    """Connect to one address and shake hands."""
+    address: str, url: Url, context: ssl.SSLContext | None
+) -> Connected | NoResponse:
+    """Connect to one address and shake hands, if the URL wants TLS."""
     family = trio.socket.AF_INET6 if ":" in address else trio.socket.AF_INET
     try:
         sock = trio.socket.socket(family)
@@ -245,6 +273,9 @@ async def _open(
         except OSError as error:
             where = host_port(address, url.port)
             return NoResponse(Failure.CONNECT, f"{where}: {error.strerror or error}")
+        if context is None:
+            done = True
+            return trio.SocketStream(sock)
         stream = trio.SSLStream(
             trio.SocketStream(sock), context, server_hostname=url.host, https_compatible=False
         )
@@ -290,8 +321,9 @@ async def _exchange(
     try:
         request = h11.Request(method=method, target=url.target, headers=list(fields.items()))
         await stream.send_all(_said(connection, request))
-        if body:
-            await stream.send_all(_said(connection, h11.Data(data=body)))
+        for start in range(0, len(body or b""), WRITE_BYTES):
+            part = memoryview(body or b"")[start : start + WRITE_BYTES]
+            await stream.send_all(_said(connection, h11.Data(data=bytes(part))))
         rest = connection.send(h11.EndOfMessage())
         if rest:
             await stream.send_all(rest)
