@@ -31,9 +31,9 @@ class StorageTable(BrokerTable):
         "all",
         choice("all", "out", "in", "none"),
         STORAGE,
-        "Which bodies go to the storage when RabbitMQ is the queue: all that are published, those of"
-        " mail that is tried again (out), those of mail that comes in (in), or none: then bodies are"
-        " only fetched, for messages with a key.",
+        "Which bodies go to the storage when RabbitMQ is the queue: all that are published, those"
+        " of mail that is tried again (out), those of mail that comes in (in), or none: then bodies"
+        " are only fetched, for messages with a key.",
     )
     storage_threads: int = setting(
         4,

@@ -257,9 +257,7 @@ def _make_context(ca_file: str, verify: bool) -> ssl.SSLContext:
     return context
 
 
-async def _open(
-    address: str, url: Url, context: ssl.SSLContext | None
-) -> Connected | NoResponse:
+async def _open(address: str, url: Url, context: ssl.SSLContext | None) -> Connected | NoResponse:
     """Connect to one address and shake hands, if the URL wants TLS."""
     family = trio.socket.AF_INET6 if ":" in address else trio.socket.AF_INET
     try:

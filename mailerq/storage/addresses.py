@@ -14,7 +14,9 @@ __all__ = ["Directory", "Location", "Postgres", "S3", "address_problem", "parse_
 FOREIGN: Final = frozenset({"couchbase", "mongo", "mongodb", "mysql", "redis", "sqlite"})
 """Schemes of MailerQ that mailerq does not have."""
 
-KNOWN: Final = "directory:///path, s3://key:secret@region/bucket and postgresql://user@host/database"
+KNOWN: Final = (
+    "directory:///path, s3://key:secret@region/bucket and postgresql://user@host/database"
+)
 
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", re.ASCII)
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._=+@/-]{0,200}", re.ASCII)
@@ -133,9 +135,7 @@ def _directory(host: str, path: str, options: dict[str, str]) -> Directory:
     return Directory(path=path.rstrip("/"), depth=int(depth), compress=compress)
 
 
-def _s3(
-    key: str | None, secret: str | None, netloc: str, path: str, options: dict[str, str]
-) -> S3:
+def _s3(key: str | None, secret: str | None, netloc: str, path: str, options: dict[str, str]) -> S3:
     region = netloc.rpartition("@")[2]  # upper case may count
     if not key or not secret or not _REGION.fullmatch(region):
         raise ValueError("S3 is written as s3://key:secret@region/bucket")
@@ -179,7 +179,7 @@ def _postgres(text: str, options: dict[str, str]) -> Postgres:
     if uri.startswith("postgresql:/") and not parts.netloc:
         uri = f"postgresql://{parts.path}" + (f"?{'&'.join(kept)}" if kept else "")
     host = parts.netloc.rpartition("@")[2]
-    where = options.get("host", "") if not host else host
+    where = host if host else options.get("host", "")
     return Postgres(
         uri=uri,
         password=password,

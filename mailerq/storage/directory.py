@@ -170,15 +170,19 @@ class DirectoryBackend(Backend):
         except OSError as error:
             if error.errno not in _NOTHING:
                 raise
+            self._prepare()
             self._check_mounted()
             return None
-        with open(file, "rb", buffering=0) as stream:
+        try:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode):
                 return None
             if found.st_size > MAX_BODY:
-                raise OSError(errno.EFBIG, f"{key} has {found.st_size} bytes")
-            return stream.readall()
+                return None
+            with open(file, "rb", closefd=False) as stream:
+                return stream.read(MAX_BODY)
+        finally:
+            os.close(file)
 
     def _check_mounted(self) -> None:
         try:

@@ -104,10 +104,11 @@ class Backend(ABC):
     async def expire(self, now: float) -> int:
         """Remove what has expired; return the number of buckets or bodies."""
 
+    @abstractmethod
     def configure(self, config: Config) -> None:
-        """Apply changed settings."""
+        """Take the settings in force; called before each use."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027
         """Close connections. Nothing is under way."""
 
 
@@ -142,17 +143,20 @@ class Storage:
         self._flights: dict[str, trio.Event] = {}
         self._cache: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
         self._cached = 0
-        self._said = ""
+        self._problems: dict[str, str] = {}
+        """What fails now, to put, fetch or remove bodies. The log says that once."""
         self._puts = self._gets = self._hits = self._errors = self._missing = 0
 
     async def run(self) -> None:
         """Remove expired bodies from time to time, until cancelled."""
         while True:
             try:
+                self._backend.configure(self._config())
                 removed = await self._backend.expire(self._clock() - GRACE_SECONDS)
             except StorageError as error:
-                self._failed(error)
+                self._failed("remove", error)
             else:
+                self._works("remove")
                 if removed:
                     log.info("%s: %d expired, and are removed", self.name, removed)
             # Several processes share the storage.
@@ -167,19 +171,18 @@ class Storage:
             "fetched-from-memory": self._hits,
             "missing": self._missing,
             "errors": self._errors,
-            **({"problem": self._said} if self._said else {}),
+            **({"problems": list(self._problems.values())} if self._problems else {}),
         }
 
-    def _failed(self, error: StorageError) -> None:
+    def _failed(self, work: str, error: StorageError) -> None:
         self._errors += 1
-        if str(error) != self._said:
-            self._said = str(error)
+        if work not in self._problems:
             log.error("%s", error)
+        self._problems[work] = str(error)
 
-    def _works(self) -> None:
-        if self._said:
-            self._said = ""
-            log.info("%s works again", self.name)
+    def _works(self, work: str) -> None:
+        if self._problems.pop(work, ""):
+            log.info("%s works again, to %s bodies", self.name, work)
 
     def _late(self, seconds: float) -> StorageError:
         return StorageError(
@@ -228,11 +231,13 @@ class Storage:
             if group and size > BATCH_BYTES:
                 break
             group.append(self._waiting.pop(0))
-        seconds = self._config().storage_timeout
+        config = self._config()
+        seconds = config.storage_timeout
         error: StorageError | None = None
         self._writers += 1
         try:
             with trio.move_on_after(seconds, shield=True) as scope:
+                self._backend.configure(config)
                 await self._backend.put([waiting.body for waiting in group])
             if scope.cancelled_caught:
                 error = self._late(seconds)
@@ -249,10 +254,10 @@ class Storage:
                 waiting.event.set()
             self._next_writer()
         if error is not None:
-            self._failed(error)
+            self._failed("put", error)
         else:
             self._puts += len(group)
-            self._works()
+            self._works("put")
 
     def _next_writer(self) -> None:
         for waiting in self._waiting:
@@ -281,7 +286,7 @@ class Storage:
         try:
             body = await self._fetch(key)
         except StorageError as error:
-            self._failed(error)
+            self._failed("fetch", error)
             raise
         except BodyMissing:
             self._missing += 1
@@ -290,17 +295,19 @@ class Storage:
             del self._flights[key]
             flight.set()
         self._gets += 1
+        self._works("fetch")
         self._keep(key, body)
         return body
 
     async def _fetch(self, key: str) -> bytes:
-        seconds = self._config().storage_timeout
+        config = self._config()
+        seconds = config.storage_timeout
+        self._backend.configure(config)
         stored: bytes | None = None
         with trio.move_on_after(seconds) as scope:
             stored = await self._backend.get(key)
         if scope.cancelled_caught:
             raise self._late(seconds)
-        self._works()
         if stored is None:
             ends = ends_of(key)
             if ends is not None and self._clock() < ends:

@@ -1,4 +1,4 @@
-"""Bodies as they are stored: plain, or as gzip, which begins with bytes that no mail begins with."""
+"""Bodies as they are stored: plain, or as gzip, whose first bytes begin no mail."""
 
 from __future__ import annotations
 
@@ -47,4 +47,6 @@ def _inflate(stored: bytes, limit: int) -> bytes:
         raise Unusable(f"is not gzip: {error}") from None
     if len(body) <= limit and not unpacker.eof:
         raise Unusable("ends early")
+    if unpacker.unused_data:
+        raise Unusable("has bytes behind the end of its gzip")
     return body

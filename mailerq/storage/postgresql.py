@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
@@ -49,7 +50,7 @@ class PostgresBackend(Backend):
         self._limiter = trio.CapacityLimiter(config.storage_threads)
         self._sweeper = trio.CapacityLimiter(1)
         self._seconds = config.storage_timeout
-        self._made = False
+        self._made = self._closed = False
 
     def configure(self, config: Config) -> None:
         self._limiter.total_tokens = config.storage_threads
@@ -58,11 +59,13 @@ class PostgresBackend(Backend):
             self._forget()
 
     async def close(self) -> None:
+        self._closed = True
         self._forget()
 
     def _forget(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
     # Connections
 
@@ -122,11 +125,17 @@ class PostgresBackend(Backend):
         except self._psycopg.Error as error:
             raise StorageError(f"{self.name} {what}: {self._words(error)}") from None
 
+    def _take(self) -> tuple[Connection[Any], bool]:
+        """A connection, and whether it was idle."""
+        try:
+            return self._idle.pop(), True  # one step, so another thread cannot take it too
+        except IndexError:
+            return self._connect(), False
+
     def _do(self, work: Callable[[Connection[Any]], T]) -> T:
         """Work on a connection; one that was idle may be dead, and then on another one."""
         while True:
-            idle = bool(self._idle)
-            connection = self._idle.pop() if idle else self._connect()
+            connection, idle = self._take()
             try:
                 with connection.transaction():
                     result = work(connection)
@@ -140,6 +149,8 @@ class PostgresBackend(Backend):
                 raise
             else:
                 self._idle.append(connection)
+                if self._closed:  # meanwhile
+                    self._forget()
                 return result
 
     def _words(self, error: Exception) -> str:
@@ -150,7 +161,7 @@ class PostgresBackend(Backend):
         advice = ""
         if isinstance(error, self._psycopg.errors.UndefinedTable):
             self._made = False  # the next connection creates it
-            self._idle.clear()
+            self._forget()
             advice = "; the table is created again"
         elif isinstance(error, self._psycopg.errors.InsufficientPrivilege):
             advice = f"; the account needs SELECT, INSERT, UPDATE and DELETE on {self._table}"

@@ -90,7 +90,6 @@ class S3Backend(Backend):
 
     def configure(self, config: Config) -> None:
         self._limiter.total_tokens = config.storage_threads
-        self._https.forget_authorities()
 
     async def _look_up(self, name: str) -> Sequence[Host] | NoHosts:
         """The system finds the server: an operator has named it, and no rules are about it."""
@@ -121,9 +120,7 @@ class S3Backend(Backend):
         body_digest = EMPTY_DIGEST
         if body:
             work = partial(digest, body)
-            body_digest = (
-                await trio.to_thread.run_sync(work) if len(body) > SMALL_BYTES else work()
-            )
+            body_digest = await trio.to_thread.run_sync(work) if len(body) > SMALL_BYTES else work()
         pause, problem = PAUSE_SECONDS, ""
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -207,29 +204,27 @@ class S3Backend(Backend):
 
     async def expire(self, now: float) -> int:
         """Remove objects whose hour is over; a list is in the order of the keys."""
-        removed = 0
+        removed, after = 0, ""
         for _ in range(MAX_LISTS):
             query = {
                 "list-type": "2",
                 "max-keys": str(LIST_KEYS),
                 "prefix": f"{self._prefix}2",  # our keys begin with the year
+                **({"start-after": after} if after else {}),
             }
             response = await self._ask("GET", query=query, limit=LIST_BYTES)
             if response.status != 200:
                 raise self._refused(response)
             found = _KEY.findall(response.body.decode("utf-8", "replace"))
-            expired = [name for name in found if self._is_over(name, now)]
-            if not expired:
+            ends = {name: ends_of(name.removeprefix(self._prefix)) for name in found}
+            expired = [name for name, end in ends.items() if end is not None and end <= now]
+            if expired:
+                await self._delete(expired)
+                removed += len(expired)
+            if len(found) < LIST_KEYS or any(end and end > now for end in ends.values()):
                 break
-            await self._delete(expired)
-            removed += len(expired)
-            if len(expired) < len(found):
-                break
+            after = found[-1]
         return removed
-
-    def _is_over(self, name: str, now: float) -> bool:
-        ends = ends_of(name.removeprefix(self._prefix))
-        return ends is not None and ends <= now
 
     async def _delete(self, names: Sequence[str]) -> None:
         objects = "".join(f"<Object><Key>{name}</Key></Object>" for name in names)

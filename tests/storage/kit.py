@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
 import socket
 import subprocess
 import sys
@@ -74,7 +73,7 @@ def _unprivileged() -> dict[str, Any]:
 
 @contextmanager
 def postgres_server(directory: Path) -> Iterator[str]:
-    """A server on a socket in the directory; yields an address without the scheme's options."""
+    """A server on a socket in the directory; yields its address."""
     found = sorted(Path("/").glob(PROGRAMS.lstrip("/")))
     if not found:
         pytest.skip("there is no PostgreSQL server, the Debian package postgresql")
@@ -92,26 +91,27 @@ def postgres_server(directory: Path) -> Iterator[str]:
         check=True, stdout=subprocess.DEVNULL, env=environment, cwd=directory, **account,
     )  # fmt: skip
     log = directory / "log"
-    process = subprocess.Popen(
-        [found[-1] / "postgres", "-D", data, "-k", directory, "-c", "listen_addresses=",
-         "-c", "shared_buffers=16MB", "-c", "max_connections=20"],
-        env=environment, cwd=directory, stdout=log.open("wb"), stderr=subprocess.STDOUT, **account,
-    )  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [found[-1] / "postgres", "-D", data, "-k", directory, "-c", "listen_addresses=",
+             "-c", "shared_buffers=16MB", "-c", "max_connections=20"],
+            env=environment, cwd=directory, stdout=output, stderr=subprocess.STDOUT, **account,
+        )  # fmt: skip
     try:
-        _wait(process, log, lambda: _connects(directory / ".s.PGSQL.5432", process.pid, data))
+        _wait(process, log, lambda: _is_ready(process.pid, data))
         yield f"postgresql://mailerq@/postgres?host={quote(str(directory), safe='')}"
     finally:
         process.terminate()
         process.wait(30)
 
 
-def _connects(path: Path, pid: int, data: Path) -> bool:
+def _is_ready(pid: int, data: Path) -> bool:
     """Whether the server says that it is ready, in its file of the process."""
     try:
         lines = (data / "postmaster.pid").read_text().splitlines()
     except OSError:
         return False
-    return path.exists() and lines[0] == str(pid) and lines[-1].strip() == "ready"
+    return lines[0] == str(pid) and lines[-1].strip() == "ready"
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path, ready: Any) -> None:
@@ -132,11 +132,12 @@ def moto_server(directory: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = directory / "moto"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=log.open("wb"), stderr=subprocess.STDOUT, cwd=directory,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=output, stderr=subprocess.STDOUT, cwd=directory,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        )  # fmt: skip
 
     def ready() -> bool:
         try:
@@ -151,8 +152,3 @@ def moto_server(directory: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
-
-
-def is_there(program: str) -> bool:
-    """Whether a program can be started."""
-    return shutil.which(program) is not None

@@ -1,0 +1,148 @@
+"""Bodies in a real PostgreSQL, which the test starts."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import trio
+
+from mailerq.errors import BodyMissing, StorageError
+from tests.storage.contract import *  # noqa: F403
+from tests.storage.contract import NOW, fresh
+from tests.storage.kit import Clock, opened
+
+psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
+
+
+def run(address: str, *statements: str) -> list[Any]:
+    """Run statements as the owner of the database; return the rows of the last one."""
+    with psycopg.connect(address.partition("&")[0], autocommit=True) as connection:
+        for statement in statements:
+            cursor = connection.execute(statement)
+        return cursor.fetchall() if cursor.description else []
+
+
+def table_of(address: str) -> str:
+    return address.partition("&table=")[2].partition("&")[0]
+
+
+@pytest.fixture(params=["", "&compression=gzip"])
+def address(postgres: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A table of the test's own."""
+    table = f"t{secrets.token_hex(6)}"
+    yield f"{postgres}&table={table}{request.param}"
+    run(postgres, f"DROP TABLE IF EXISTS {table}")
+
+
+@pytest.fixture
+def plain(postgres: str) -> Iterator[str]:
+    table = f"t{secrets.token_hex(6)}"
+    yield f"{postgres}&table={table}"
+    run(postgres, f"DROP TABLE IF EXISTS {table}")
+
+
+async def test_rows_say_when_they_expire(plain: str, clock: Clock) -> None:
+    async with opened(plain, clock=clock) as storage:
+        key = await storage.put(b"body", NOW + 10)
+    rows = run(plain, f"SELECT key, extract(epoch FROM expires)::int, body FROM {table_of(plain)}")
+    assert rows == [(key, NOW + 3600, b"body")]
+
+
+async def test_a_row_of_an_application_without_a_time_stays(plain: str, clock: Clock) -> None:
+    async with opened(plain, clock=clock) as storage:
+        await storage.put(b"body", NOW)
+        run(plain, f"INSERT INTO {table_of(plain)} (key, body) VALUES ('mine', 'hello')")
+        assert await storage._backend.expire(NOW + 10**9) == 1
+        assert await storage.get("mine") == b"hello"
+
+
+async def test_lost_connections_are_replaced(plain: str, clock: Clock) -> None:
+    async with opened(plain, clock=clock, storage_threads=1) as storage:
+        key = await storage.put(b"body", NOW)
+        for _ in range(2):
+            run(
+                plain,
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'mailerq'",
+            )
+            storage._cache.clear()
+            assert await storage.get(key) == b"body"  # at once, without an error
+
+
+async def test_a_table_that_was_dropped_is_created_again(plain: str, clock: Clock) -> None:
+    async with opened(plain, clock=clock, storage_threads=1) as storage:
+        await storage.put(b"body", NOW)
+        run(plain, f"DROP TABLE {table_of(plain)}")
+        with pytest.raises(StorageError, match="the table is created again"):
+            await storage.put(b"other", NOW)
+        key = await storage.put(b"other", NOW)
+        assert await fresh(plain, key, clock) == b"other"
+
+
+async def test_a_server_that_is_away_makes_mail_wait(clock: Clock) -> None:
+    address = "postgresql://me:se%24ame@127.0.0.1:1/db"
+    async with opened(address, clock=clock) as storage:
+        for call in (lambda: storage.put(b"body", NOW), lambda: storage.get("x")):
+            with pytest.raises(StorageError, match="onnection refused") as caught:
+                await call()
+            assert "ame" not in str(caught.value).replace("name", "")
+            assert str(caught.value).startswith("postgresql://127.0.0.1:1/db")
+
+
+async def test_a_password_is_in_no_error(postgres: str, clock: Clock) -> None:
+    address = postgres.replace("mailerq@", "nobody:sesame@") + "&options=-csesame"
+    async with opened(address, clock=clock) as storage:
+        with pytest.raises(StorageError) as caught:
+            await storage.get("x")
+    assert "sesame" not in str(caught.value)
+
+
+async def test_rights_that_are_missing_are_named(plain: str, clock: Clock) -> None:
+    table, user = table_of(plain), f"u{secrets.token_hex(6)}"
+    async with opened(plain, clock=clock) as storage:
+        key = await storage.put(b"body", NOW)
+    run(plain, f"CREATE USER {user}", f"GRANT SELECT ON {table} TO {user}")
+    try:
+        async with opened(plain.replace("mailerq@", f"{user}@"), clock=clock) as storage:
+            assert await storage.get(key) == b"body"
+            with pytest.raises(StorageError, match=f"needs SELECT, INSERT.* on {table}"):
+                await storage.put(b"other", NOW)
+    finally:
+        run(plain, f"DROP OWNED BY {user}", f"DROP USER {user}")
+
+
+async def test_a_locked_table_makes_mail_wait(plain: str, clock: Clock) -> None:
+    async with opened(plain, clock=clock, storage_timeout=0.3) as storage:
+        key = await storage.put(b"body", NOW)
+        storage._cache.clear()
+        with psycopg.connect(plain.partition("&")[0]) as holder:
+            holder.execute(f"LOCK TABLE {table_of(plain)}")
+            with pytest.raises(StorageError, match=r"has not answered in 0\.3 s|canceling"):
+                await storage.get(key)
+        assert await storage.get(key) == b"body"
+
+
+async def test_processes_that_start_together_create_one_table(plain: str, clock: Clock) -> None:
+    keys: list[str] = []
+
+    async def start(number: int) -> None:
+        async with opened(plain, clock=clock) as storage:
+            keys.append(await storage.put(b"body %d" % (number // 2), NOW))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(6):
+            nursery.start_soon(start, number)
+    assert len(set(keys)) == 3
+    assert run(plain, f"SELECT count(*) FROM {table_of(plain)}") == [(3,)]
+
+
+async def test_a_damaged_row_is_missing(plain: str, clock: Clock) -> None:
+    async with opened(plain, clock=clock) as storage:
+        key = await storage.put(b"body", NOW)
+        storage._cache.clear()
+        run(plain, f"UPDATE {table_of(plain)} SET body = 'bodY'")
+        with pytest.raises(BodyMissing, match="damaged"):
+            await storage.get(key)
