@@ -81,6 +81,7 @@ from mailerq.rules.answers import Answers
 from mailerq.rules.documents import problems
 from mailerq.rules.rows import Rows
 from mailerq.rules.shaping import Shaping
+from mailerq.storage import Storage, open_storage
 
 __all__ = ["Engine"]
 
@@ -168,6 +169,7 @@ class Engine:
         self._logs: dict[str, LogFile] = {}
         self._connections: Slots
         self._resolver: Resolver
+        self._storage: Storage | None = None
         self._tls: ClientTls
         self._outgoing: Slots
         self._openings: Openings
@@ -259,6 +261,7 @@ class Engine:
             make_directory(config.queue_directory)
         elif self._share is not None:
             lock = await own(directory)
+        self._storage = await stack.enter_async_context(open_storage(lambda: self.config))
         self.queues = await stack.enter_async_context(open_queues(config, share, lock))
         plugins.initialize()
         stack.callback(plugins.cleanup)
@@ -340,6 +343,7 @@ class Engine:
             tls=self._tls,
             reports=self._server.terms.reports,
             signer=self._signer,
+            storage=self._storage,
         )
         dispatcher.stops.rows, dispatcher.stops.hits = self._keeper.rows, self._keeper.hits
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
@@ -562,6 +566,7 @@ class Engine:
             "replies": self._limits.replies(),
             "queue": total([each.queues.statistics() for each in deliveries]),
             "rows": self._keeper.statistics(),
+            **({"storage": self._storage.statistics()} if self._storage is not None else {}),
             "plugins": self.plugins.statistics(),
             "watchdog": self._watchdog.statistics(),
         }

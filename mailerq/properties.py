@@ -148,6 +148,11 @@ PROPERTIES: Final = (
         ),
     ),
     Property(
+        "key", MAIL, "a string",
+        "The key of the mail in the storage of `storage-address`, in place of `mime`; see"
+        " [storage.md](storage.md).", _is_str,
+    ),
+    Property(
         "mime-base64", MAIL, "a string",
         "Stands in place of `mime` where the mail is not valid UTF-8.",
     ),
@@ -300,7 +305,7 @@ PROPERTIES: Final = (
     ),
     Property(
         "keepmime", RESULTS, "true or false",
-        "Result documents keep `mime`, except in the queue `failure` where `rabbitmq-failure` is"
+        "Result documents keep `mime`, or `key`, except in the queue `failure` where `rabbitmq-failure` is"
         " not set.", _is_flag,
     ),
     Property(
@@ -445,9 +450,6 @@ PROPERTIES: Final = (
         "damaged", WRITTEN, "an object",
         "Why the message was set aside, in the queue for damaged messages.",
         keys=(Key("reason", "The reason as text."),),
-    ),
-    Property(
-        "key", UNUSED, "a string", "The key of the body in a message store.", _is_str, used=False
     ),
     Property("priority", UNUSED, "a whole number", "The place in the queue.", used=False),
     Property("nextattempt", UNUSED, "an object", "A newer form of `delayed`.", used=False),

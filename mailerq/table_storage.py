@@ -44,7 +44,7 @@ class StorageTable(BrokerTable):
         maximum=256,
     )
     storage_ttl: float = setting(
-        3600,
+        3600.0,
         SECONDS,
         STORAGE,
         "How long a body is kept after its mail has expired, for results and reports.",
@@ -52,7 +52,7 @@ class StorageTable(BrokerTable):
         minimum=0,
     )
     storage_timeout: float = setting(
-        20,
+        20.0,
         SECONDS,
         STORAGE,
         "How long the storage may take for a body.",
@@ -61,7 +61,7 @@ class StorageTable(BrokerTable):
         maximum=600,
     )
     storage_reschedule: float = setting(
-        120,
+        120.0,
         SECONDS,
         STORAGE,
         "How long a message waits when the storage fails; the attempt does not count.",

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
 
 import trio
 
+from mailerq.errors import MessageError
+from mailerq.message import PROPERTIES_LIMIT, decode_properties
+from mailerq.outbound.jobs import Job
 from mailerq.queues import Lease, Subscription
+from mailerq.storage.keys import size_of
+
+if TYPE_CHECKING:
+    from mailerq.storage import Storage
 
 __all__ = ["Bodies"]
 
 MAX_BYTES: Final = 64 << 20
 """Bytes of large bodies in memory at a time; one body is always allowed. As much again may be in
 bodies that were made."""
+
+LIKELY_BYTES: Final = 1 << 20
+"""The size of a stored body whose key does not say it."""
 
 
 class Bodies:
@@ -31,18 +42,46 @@ class Bodies:
 
         The body counts until `drop`.
         """
-        while not lease.loaded and lease.id not in self._loaded:
-            if self._bytes == 0 or self._bytes + lease.size <= MAX_BYTES:
-                self._loaded[lease.id] = lease.size
-                self._bytes += lease.size
-            else:
-                await self._waiting.park()
+        if not lease.loaded:
+            await self._take_room(lease, lease.size)
         if not lease.loaded:
             try:
                 await self._subscription.load(lease)
             except BaseException:
                 self.drop(lease)
                 raise
+
+    async def fetch(self, job: Job, storage: Storage) -> None:
+        """Fetch the body of a job from the storage once there is room; see `Storage.get`.
+
+        The body counts until `drop`.
+        """
+        lease, size = job.lease, size_of(job.key)
+        await self._take_room(lease, LIKELY_BYTES if size is None else size)
+        try:
+            found = await storage.get(job.key)
+        except BaseException:
+            self.drop(lease)
+            raise
+        self._bytes += len(found) - self._loaded[lease.id]
+        self._loaded[lease.id] = len(found)
+        self.put(job, found)
+
+    def put(self, job: Job, found: bytes) -> None:
+        """Give a job what the storage has under its key: a mail, or JSON to make one of."""
+        job.key, job.stored = "", found
+        if found.startswith(b"{") and len(found) <= PROPERTIES_LIMIT:
+            with suppress(MessageError):
+                job.stored = decode_properties(found)
+                job.to_make = True
+
+    async def _take_room(self, lease: Lease, size: int) -> None:
+        while lease.id not in self._loaded:
+            if self._bytes == 0 or self._bytes + size <= MAX_BYTES:
+                self._loaded[lease.id] = size
+                self._bytes += size
+            else:
+                await self._waiting.park()
 
     async def room(self) -> None:
         """Wait for room to make a body, whose size nobody knows before.

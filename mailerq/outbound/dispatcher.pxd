@@ -16,7 +16,7 @@ cdef class Dispatcher:
     cdef public object now, signer
     cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies
     cdef public object _some_session, _no_session, _times_changed, _say_own_fault
-    cdef public object _stopped, _life, _nursery, _working, _inliner
+    cdef public object _storage, _stopped, _life, _nursery, _working, _inliner
     cdef object __weakref__
 
     cpdef admit(self, lease, wanted=*)

@@ -30,7 +30,7 @@ import msgspec
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import MessageDamaged, QueueError
+from mailerq.errors import BodyMissing, MessageDamaged, QueueError, StorageError
 from mailerq.live import Live
 from mailerq.mail.made import MADE_OF, is_made
 from mailerq.mail.trace import trace_field
@@ -69,10 +69,13 @@ if TYPE_CHECKING:
     from mailerq.net.worker import Worker
     from mailerq.outbound.flow import Flow
     from mailerq.plugins import Plugins
+    from mailerq.storage import Storage
 
 __all__ = ["Counters", "Dispatcher"]
 
 log = logging.getLogger("mailerq.delivery")
+
+NO_STORAGE: Final = "property key: the mail is in a storage, and storage-address is not set"
 
 WINDOW_SHARE: Final = 4
 """One flow's window is at most 1/`WINDOW_SHARE` of the messages in memory."""
@@ -114,8 +117,10 @@ class Dispatcher:
         clock: Callable[[], float] = time.time,
         lot: Callable[[], float] = random.random,
         reports: Reports = NO_REPORTS,
+        storage: Storage | None = None,
     ) -> None:
         self._live = live
+        self._storage = storage
         self.queues = queues
         self.worker = worker
         self.openings = openings
@@ -378,18 +383,24 @@ class Dispatcher:
             if not isinstance(decision, Send):
                 self.stop_message(lease, decision)
                 return None
-            outcome = self._body_problem(message) if lease.loaded else None
+            key = self._key_of(lease) if message.body is None else ""
+            if key and self._storage is None:
+                outcome = responses.storage_fails(NO_STORAGE, self.config.storage_reschedule)
+                self.say_own_fault(decision.domain, outcome)
+                self._settlements.finish(lease, Report(outcome), decision.expires)
+                return None
+            outcome = self._body_problem(message) if lease.loaded and not key else None
             if self.reports.verp_keys:
                 decision = self._with_return_path(properties, decision, now)
             to_make = not MADE_OF.isdisjoint(properties) and is_made(properties)
             if outcome is None and to_make:
-                outcome = form_problem(message)
+                outcome = form_problem(properties)
             if self._traces:
                 to_make = True
             if outcome is not None:
                 self._settlements.finish(lease, Report(outcome))
                 return None
-            job = Job(lease, message, decision, len(message.results) + 1, to_make=to_make)
+            job = Job(lease, message, decision, len(message.results) + 1, to_make=to_make, key=key)
             # A plugin may add keys to the document.
             signs = self.signer.is_active or "dkim" in properties
             if signs or self._plugins.listens("out_data"):
@@ -437,6 +448,16 @@ class Dispatcher:
         """What to do about a message now, by its properties alone."""
         local, rows = self.limits.shaping.local_ips, self.stops.rows
         return plan(message, self.config, now=now, seen=seen, local=local, rows=rows)
+
+    def _key_of(self, lease: Lease) -> str:
+        """The key of a body that the storage has; a body that is in the queue counts more."""
+        properties = lease.message.properties
+        key = properties.get("key")
+        if not key or not lease.loaded or properties.get("mime") is not None:
+            return ""
+        if self._storage is None and self._plugins.listens("out_data"):
+            return ""  # the plugin may know the key
+        return str(key)
 
     def _body_problem(self, message: Message) -> Outcome | None:
         return body_problem(message, supplied=self._plugins.listens("out_data"))
@@ -498,6 +519,8 @@ class Dispatcher:
 
     async def load(self, job: Job) -> Outcome | None:
         """Fetch or make a body, and find its keys; return the outcome if that fails."""
+        if job.key and (problem := await self._fetch_stored(job)) is not None:
+            return problem
         try:
             await self._bodies.load(job.lease)
         except MessageDamaged:
@@ -507,7 +530,9 @@ class Dispatcher:
             log.error("cannot read the body of message %d: %s", job.lease.id, error)
             return responses.OWN_FAULT
         outcome = None
-        if job.to_make:
+        if job.to_make and isinstance(job.stored, dict):
+            outcome = form_problem(job.source[0])
+        if outcome is None and job.to_make:
             outcome = await make_body(
                 job, self.config, self.now(), self._inliner, self._bodies, self._trace_field(job)
             )
@@ -516,9 +541,31 @@ class Dispatcher:
             outcome = await job.signing.prepare(job, job.body)
         return outcome
 
+    async def _fetch_stored(self, job: Job) -> Outcome | None:
+        """Fetch a body from the storage; return the outcome if that fails."""
+        assert self._storage is not None, "a job has no key without it"
+        try:
+            await self._bodies.fetch(job, self._storage)
+        except StorageError as error:
+            return responses.storage_fails(str(error), self.config.storage_reschedule)
+        except BodyMissing as error:
+            return responses.body_missing(str(error))
+        return None
+
+    def is_here(self, job: Job) -> bool:
+        """Whether the body is in memory, perhaps that of the storage."""
+        if job.key and self._storage is not None:
+            key, to_make = job.key, job.to_make
+            if (found := self._storage.at_hand(key)) is not None:
+                self._bodies.put(job, found)
+                if self._body_problem(Message(*job.source)) is not None:
+                    # It is fetched in its turn, which says what is wrong.
+                    job.key, job.stored, job.to_make = key, None, to_make
+        return job.is_here
+
     def make_now(self, job: Job) -> None:
         """Make and prepare a body if that is quick and finds no problem; else in its turn."""
-        if not job.lease.loaded:
+        if not job.is_here or isinstance(job.stored, dict):
             return
         if job.to_make and make_quickly(job, self.config, self.now(), self._trace_field(job)):
             if self._body_problem(Message(job.message.properties, job.made)) is not None:
@@ -552,6 +599,8 @@ class Dispatcher:
         self._bodies.drop(job.lease)
         if job.made is not None:
             job.made, job.to_make = None, True
+        if job.stored is not None:
+            job.key, job.stored = str(job.message.properties.get("key") or ""), None
         if job.signing is not None:
             job.signing.forget()
 
@@ -644,6 +693,17 @@ class Dispatcher:
     async def fetch(self, lease: Lease) -> None:
         """Fetch a body that is not loaded. Raises `QueueError`."""
         await self._intake.subscription.load(lease)
+
+    async def stored(self, lease: Lease) -> bytes | None:
+        """The body in the storage, for a report; None if there is none, or not now."""
+        key, storage = self._key_of(lease), self._storage
+        if not key or lease.message.body is not None or storage is None or storage.is_away:
+            return None
+        try:
+            return await storage.get(key)
+        except (StorageError, BodyMissing) as error:
+            log.warning("a report goes without its mail: %s", error)
+            return None
 
     # Times
 

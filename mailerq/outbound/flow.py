@@ -238,7 +238,7 @@ class Flow:
         if (
             not self._ahead
             or len(self.jobs) <= len(self.opening) + len(self.idle)
-            or not self.jobs[0].lease.loaded
+            or not self._dispatcher.is_here(self.jobs[0])
             or self.is_contended(session)
             or self._dispatcher.stopping
             or self._should_end(session, contended=False)

@@ -27,16 +27,24 @@ class Job:
     `attempt` counts from 1. `flow` is None while the hosts are being looked up; `since` is when the
     flow got the job, on the monotonic clock. `is_ascii` describes the body, None until checked.
     `to_make`: the body is not what is stored, and `made` will have the body when its turn comes.
-    `signing` is None if nothing signs the mail.
+    `signing` is None if nothing signs the mail. `key` names a body in the storage that is not here
+    yet; `stored` is that body, or the JSON object to make a mail of, once it is.
     """
 
     __slots__ = (
-        "attempt", "flow", "is_ascii", "lease", "made", "message", "plan", "signing", "since",
-        "to_make",
+        "attempt", "flow", "is_ascii", "key", "lease", "made", "message", "plan", "signing",
+        "since", "stored", "to_make",
     )  # fmt: skip
 
     def __init__(
-        self, lease: Lease, message: Message, plan: Send, attempt: int, *, to_make: bool = False
+        self,
+        lease: Lease,
+        message: Message,
+        plan: Send,
+        attempt: int,
+        *,
+        to_make: bool = False,
+        key: str = "",
     ) -> None:
         self.lease = lease
         self.message = message
@@ -48,13 +56,28 @@ class Job:
         self.to_make = to_make
         self.made: bytes | None = None
         self.signing: Signing | None = None
+        self.key = key
+        self.stored: bytes | dict[str, Any] | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether the body is in memory as it is, and its keys are known."""
         signing = self.signing
-        is_whole = self.lease.loaded and not self.to_make
+        is_whole = self.is_here and not self.to_make
         return is_whole and (signing is None or signing.is_prepared)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the body is in memory, if there is one."""
+        return self.lease.loaded and not self.key
+
+    @property
+    def source(self) -> tuple[dict[str, Any], bytes | None]:
+        """The properties and the body to make the mail of; without made parts, the body is it."""
+        properties, stored = self.message.properties, self.stored
+        if isinstance(stored, dict):
+            return {**properties, "mime": stored}, None
+        return properties, self.message.body if stored is None else stored
 
     @property
     def added(self) -> int:
@@ -64,7 +87,9 @@ class Job:
     @property
     def body(self) -> bytes | None:
         """The mail to send."""
-        return self.message.body if self.made is None else self.made
+        if self.made is not None:
+            return self.made
+        return self.message.body if self.stored is None else self.source[1]
 
     @property
     def envelope(self) -> str:

@@ -7,8 +7,9 @@ long, or that the budget does not suffice for, is made in a thread.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -16,7 +17,6 @@ from mailerq.config import Config
 from mailerq.mail.headers import prepend
 from mailerq.mail.made import NotMade, is_made, make, problems
 from mailerq.mail.values import Budget
-from mailerq.message import Message
 from mailerq.outbound.bodies import Bodies
 from mailerq.outbound.inliner import Inliner
 from mailerq.outbound.jobs import Job
@@ -41,9 +41,9 @@ MAKERS: Final = 2
 """Mails made in threads at a time."""
 
 
-def form_problem(message: Message) -> Outcome | None:
+def form_problem(properties: Mapping[str, Any]) -> Outcome | None:
     """Why the mail cannot be made, as far as that is known before its turn."""
-    for problem in problems(message.properties):
+    for problem in problems(properties):
         return responses.not_made("responsive", problem)
     return None
 
@@ -53,14 +53,18 @@ def make_quickly(job: Job, config: Config, now: float, field: bytes = b"") -> bo
 
     `field` is a complete header field to add at the top.
     """
-    properties, body = job.message.properties, job.message.body
+    properties, body = job.source
     if body is not None and not is_made(properties):
         if len(body) > JOIN_BYTES:
             return False
         job.made = prepend(body, field)
         job.to_make = False
         return True
-    if job.lease.size > QUICK_BYTES or properties.get("inlinecss") or _is_missing(job):
+    stored = job.stored
+    size = job.lease.size + (len(stored) if isinstance(stored, bytes) else 0)
+    if size > QUICK_BYTES or isinstance(stored, dict):
+        return False
+    if properties.get("inlinecss") or _is_missing(job):
         return False
     budget = Budget(QUICK_STEPS, QUICK_CHARS)
     try:
@@ -86,7 +90,7 @@ async def make_body(
     if _is_missing(job):
         job.to_make = False
         return None
-    work = partial(_make, job.message, config.hostname, now, inliner, field)
+    work = partial(_make, *job.source, config.hostname, now, inliner, field)
     try:
         async with _makers():
             await bodies.room()
@@ -105,9 +109,15 @@ async def make_body(
     return None
 
 
-def _make(message: Message, hostname: str, now: float, inliner: Inliner, field: bytes) -> bytes:
+def _make(
+    properties: dict[str, Any],
+    body: bytes | None,
+    hostname: str,
+    now: float,
+    inliner: Inliner,
+    field: bytes,
+) -> bytes:
     """The work of a thread. Raises `NotMade` and `OSError`."""
-    properties, body = message.properties, message.body
     if body is None or is_made(properties):
         body = make(properties, body, hostname=hostname, now=now, inline=inliner.inline)
     return prepend(body, field) if field else body
@@ -115,7 +125,8 @@ def _make(message: Message, hostname: str, now: float, inliner: Inliner, field: 
 
 def _is_missing(job: Job) -> bool:
     """Whether there is nothing to make a mail of; a plugin may supply one."""
-    return job.message.body is None and not job.message.properties.get("mime")
+    properties, body = job.source
+    return body is None and not properties.get("mime")
 
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("makers")

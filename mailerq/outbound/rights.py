@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from mailerq.outbound.cells import Count
 from mailerq.outbound.limits import BORROW_SECONDS, NOTHING, both
+from mailerq.storage.keys import size_of
 
 if TYPE_CHECKING:
     from mailerq.net.resolver import Host
@@ -229,5 +230,7 @@ class Rights:
 
 def _size_of(job: Job) -> int:
     """The bytes of a body, or a little more if the body is only in the queue."""
-    body = job.message.body
-    return job.lease.size if body is None else len(body)
+    body = job.source[1]
+    if body is not None:
+        return len(body)
+    return job.lease.size + (size_of(job.key) or 0)

@@ -83,6 +83,9 @@ REDUCED_PER_MINUTE: Final = 10
 MAX_HELD: Final = 64 << 20
 """Bytes of bodies fetched for one batch, and of reports; then the batch is committed first."""
 
+BODIES: Final = frozenset(("mime", "key"))
+"""Properties that are the mail, or name it."""
+
 MAX_REPRESENTATION: Final = 10_000
 """Characters kept of a property that is not JSON."""
 
@@ -133,6 +136,9 @@ class Settled(Protocol):
 
     async def fetch(self, lease: Lease) -> None:
         """Fetch a body that is not loaded. Raises `QueueError`."""
+
+    async def stored(self, lease: Lease) -> bytes | None:
+        """The body in the storage, for a report; None if there is none, or not now."""
 
 
 class Settlements:
@@ -219,7 +225,10 @@ class Settlements:
         outcome = report.outcome
         if not outcome.counted and outcome.fate is Fate.RETRY:
             until = now + (outcome.retry_after or MIN_PUT_OFF_SECONDS)
-            if until <= expires:
+            if outcome.own_fault and now <= expires:
+                # The time of a message may end it, and not a fault of this host.
+                until = min(until, expires + MIN_PUT_OFF_SECONDS)
+            if until <= expires or (outcome.own_fault and now <= expires):
                 self._counters.put_off += 1
                 if outcome.other_ip or "refusedips" in message.properties:
                     message = Message(dict(message.properties), message.body)
@@ -307,7 +316,11 @@ class Settlements:
         *,
         needs_body: bool = False,
     ) -> None:
-        made = job.made if job is not None and bounce is not None else None
+        made = None
+        if job is not None and bounce is not None:
+            made = job.made
+            if made is None and isinstance(job.stored, bytes):
+                made = job.stored
         self._add(Finished(settlement, job, session, needs_body, bounce, made))
 
     def _success(self, properties: dict[str, Any], report: Report, result: Result) -> Bounce | None:
@@ -410,6 +423,8 @@ class Settlements:
             held += size
             if fetch:
                 await self._fetch_body(finished)
+            if reports and finished.made is None and lease.message.body is None:
+                finished.made = await self._told.stored(lease)
         await self._write_part(group)
 
     async def _write_part(self, group: list[Finished]) -> None:
@@ -579,7 +594,7 @@ def _copy(properties: dict[str, Any], body: bytes | None) -> Message:
     properties = without_password(properties)
     if properties.get("keepmime"):
         return Message(dict(properties), body)
-    return Message({name: value for name, value in properties.items() if name != "mime"})
+    return Message({name: value for name, value in properties.items() if name not in BODIES})
 
 
 def _set_aside(message: Message, error: Exception) -> Message:

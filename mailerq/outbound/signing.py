@@ -97,7 +97,7 @@ class Signing:
 
     async def _find_seal(self, job: Job, fields: HeaderFields) -> None:
         """Check the chain that a mail came with, and choose the key of the next seal."""
-        stored = job.message.body
+        stored = job.source[1]
         came = fields if stored is None or stored is fields.mail else HeaderFields(stored)
         judged = await self._signer.chains.judge(came)
         if judged.is_open and judged.verdict is not None:
@@ -169,7 +169,7 @@ class Signing:
             return sent
         if tap is not None:
             tap.note(f"signed by {self.words}")
-        shared = job.made is None and mail is job.message.body
+        shared = job.made is None and mail is job.source[1]
         binary = takes_binary and job.message.properties.get("binarymime") is True
         return await self._signer.sign(
             self.keys, self._fields, sent, binary=binary, shared=shared, seal=self._seal

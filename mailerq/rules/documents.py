@@ -123,7 +123,7 @@ def _no_body(message: Message, supplied: bool) -> Iterator[str]:
     if message.body is not None:
         if Header(message.body).is_looping():
             yield f"property mime: has more than {HOP_LIMIT} Received lines: a mail loop"
-    elif not (supplied or message.properties.get("mime")):
+    elif not (supplied or message.properties.get("mime") or message.properties.get("key")):
         yield "property mime: is missing, and only a plugin could supply a body"
     yield from made.problems(message.properties)
 

@@ -34,6 +34,7 @@ __all__ = [
     "Fate",
     "Outcome",
     "accepted",
+    "body_missing",
     "at_the_end",
     "bounced",
     "cannot_bind",
@@ -51,6 +52,7 @@ __all__ = [
     "refused",
     "refused_on_arrival",
     "rejected_by_plugin",
+    "storage_fails",
     "suppressed",
     "tls_failed",
     "unsendable",
@@ -201,6 +203,18 @@ EXPIRED: Final = Outcome(
 NO_DATA: Final = Outcome(
     "nodata", "storage", "error", Fate.FAILED, description="there is no body to send"
 )
+
+
+def body_missing(problem: str) -> Outcome:
+    """The storage has no body for the ``key`` of a message, and never will have."""
+    description = f"there is no body to send: {problem}"[:MAX_DESCRIPTION]
+    return msgspec.structs.replace(NO_DATA, description=description)
+
+
+def storage_fails(problem: str, seconds: float) -> Outcome:
+    """The storage cannot give a body now: the message waits, and the attempt does not count."""
+    outcome = _answered("error", "storage", "error", Fate.RETRY, smtp.not_now(problem))
+    return msgspec.structs.replace(outcome, own_fault=True, counted=False, retry_after=seconds)
 
 
 def accepted(event: Accepted) -> Outcome:

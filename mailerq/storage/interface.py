@@ -174,6 +174,11 @@ class Storage:
             **({"problems": list(self._problems.values())} if self._problems else {}),
         }
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the last try to fetch a body has failed."""
+        return "fetch" in self._problems
+
     def _failed(self, work: str, error: StorageError) -> None:
         self._errors += 1
         if work not in self._problems:
@@ -274,9 +279,7 @@ class Storage:
             self._missing += 1
             raise BodyMissing(f"the key {escape(key[:80])!r} {problem}")
         while True:
-            body = self._kept(key)
-            if body is not None:
-                self._hits += 1
+            if (body := self.at_hand(key)) is not None:
                 return body
             flight = self._flights.get(key)
             if flight is None:
@@ -341,7 +344,8 @@ class Storage:
             _, (_, oldest) = self._cache.popitem(last=False)
             self._cached -= len(oldest)
 
-    def _kept(self, key: str) -> bytes | None:
+    def at_hand(self, key: str) -> bytes | None:
+        """The body of a key if it is in memory."""
         found = self._cache.get(key)
         if found is None:
             return None
@@ -351,4 +355,5 @@ class Storage:
             self._cached -= len(body)
             return None
         self._cache.move_to_end(key)
+        self._hits += 1
         return body

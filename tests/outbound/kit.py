@@ -24,6 +24,7 @@ from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
 from mailerq.outbound.policies import NO_POLICIES, Policies
 from mailerq.rules.shaping import Shaping
+from mailerq.storage import Storage
 from tests.outbound.memory_queues import MemoryQueues
 from tests.support import DEADLINE
 
@@ -312,6 +313,7 @@ async def open_bench(
     send_log: LogFile | None = None,
     slots: Slots | None = None,
     policies: Policies = NO_POLICIES,
+    storage: Storage | None = None,
     **settings: Any,
 ) -> AsyncIterator[Bench]:
     queues = MemoryQueues()
@@ -351,6 +353,7 @@ async def open_bench(
             policies=policies,
             clock=lambda: queues.now,
             lot=lambda: 0.5,
+            storage=storage,
         )
 
         def check_times() -> None:
