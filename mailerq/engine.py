@@ -262,7 +262,9 @@ class Engine:
         elif self._share is not None:
             lock = await own(directory)
         self._storage = await stack.enter_async_context(open_storage(lambda: self.config))
-        self.queues = await stack.enter_async_context(open_queues(config, share, lock))
+        self.queues = await stack.enter_async_context(
+            open_queues(config, share, lock, self._storage)
+        )
         plugins.initialize()
         stack.callback(plugins.cleanup)
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))

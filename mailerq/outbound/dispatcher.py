@@ -385,9 +385,9 @@ class Dispatcher:
                 return None
             key = self._key_of(lease) if message.body is None else ""
             if key and self._storage is None:
-                outcome = responses.storage_fails(NO_STORAGE, self.config.storage_reschedule)
-                self.say_own_fault(decision.domain, outcome)
-                self._settlements.finish(lease, Report(outcome), decision.expires)
+                fault = responses.storage_fails(NO_STORAGE, self.config.storage_reschedule)
+                self.say_own_fault(decision.domain, fault)
+                self._settlements.finish(lease, Report(fault), decision.expires)
                 return None
             outcome = self._body_problem(message) if lease.loaded and not key else None
             if self.reports.verp_keys:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mailerq.queues.fallback.queues import FallbackQueues
     from mailerq.queues.interface import Depth, Queues
     from mailerq.queues.rabbitmq.queues import RabbitQueues
+    from mailerq.queues.rabbitmq.storing import BodyStorage
 
 __all__ = [
     "QueueFile",
@@ -71,16 +72,19 @@ at any size."""
 
 
 def open_queues(
-    config: Config, share: int = 0, lock: DirectoryLock | None = None
+    config: Config,
+    share: int = 0,
+    lock: DirectoryLock | None = None,
+    storage: BodyStorage | None = None,
 ) -> AbstractAsyncContextManager[Queues]:
     """Open the queues of a configuration, for the engine that delivers from them.
 
     `share` is the part of the queue directory that the engine delivers from. A `lock` already held
     on that part is released at the end. With a broker there are no shares: all processes consume
-    the one outbox.
+    the one outbox, and `storage` may have bodies.
     """
     if config.has_broker:
-        return _open_both(config, share)
+        return _open_both(config, share, storage)
     directory = share_directory(config.queue_directory, share)
     return open_embedded(
         directory, bounds=Bounds.of(config), outbox=config.rabbitmq_outbox, lock=lock
@@ -88,7 +92,9 @@ def open_queues(
 
 
 @asynccontextmanager
-async def _open_both(config: Config, share: int) -> AsyncIterator[FallbackQueues]:
+async def _open_both(
+    config: Config, share: int, storage: BodyStorage | None
+) -> AsyncIterator[FallbackQueues]:
     """Open the queues in the broker, and the reserve for the time when the broker is away."""
     from mailerq.queues.fallback.queues import open_fallback
 
@@ -98,7 +104,7 @@ async def _open_both(config: Config, share: int) -> AsyncIterator[FallbackQueues
         return open_embedded(directory, outbox="", lock=lock)
 
     async with (
-        open_broker(config) as broker,
+        open_broker(config, storage) as broker,
         open_fallback(
             broker,
             open_reserve,
@@ -133,9 +139,9 @@ def reserve_depths(config: Config) -> dict[str, Depth]:
 
 
 def open_broker(
-    config: Config, *, seconds: float | None = None
+    config: Config, storage: BodyStorage | None = None, *, seconds: float | None = None
 ) -> AbstractAsyncContextManager[RabbitQueues]:
-    """Open the queues in the broker of the settings.
+    """Open the queues in the broker of the settings; bodies go to the `storage` as those say.
 
     Does not wait for the broker; calls wait up to `seconds`, by default long enough for a restart
     of the broker. Raises `ConfigError` if the package for it is not installed.
@@ -146,11 +152,13 @@ def open_broker(
     from mailerq.queues.rabbitmq.addresses import addresses_of
     from mailerq.queues.rabbitmq.options import Options
     from mailerq.queues.rabbitmq.queues import open_rabbitmq
+    from mailerq.queues.rabbitmq.storing import Storing, Terms
 
     options = Options.of(config)
     if seconds is not None:
         options = replace(options, publish_seconds=seconds)
-    return open_rabbitmq(addresses_of(config), options)
+    storing = None if storage is None else Storing(storage, Terms.of(config))
+    return open_rabbitmq(addresses_of(config), options, storing=storing)
 
 
 def broker_problem(config: Config) -> ConfigError | None:

@@ -62,6 +62,7 @@ from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.keeper import Keeper, State
 from mailerq.queues.rabbitmq.options import Options
 from mailerq.queues.rabbitmq.publisher import Copy, Place, Publisher, SilentQueue
+from mailerq.queues.rabbitmq.storing import Storing, Terms
 from mailerq.queues.rabbitmq.subscription import RETURN_SECONDS, BrokerSubscription
 from mailerq.queues.rabbitmq.takers import (
     BrokerConsumer,
@@ -100,14 +101,16 @@ async def open_rabbitmq(
     options: Options | None = None,
     *,
     clock: Callable[[], float] = time.time,
+    storing: Storing | None = None,
 ) -> AsyncIterator[RabbitQueues]:
     """Use the first broker that can be reached, for the duration of the context.
 
-    Does not wait for the broker. `clock` is the wall clock, in seconds since 1970.
+    Does not wait for the broker. `clock` is the wall clock, in seconds since 1970. `storing` has
+    bodies outside the messages.
     """
     failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
-        queues = RabbitQueues(nursery, addresses, options or Options(), clock)
+        queues = RabbitQueues(nursery, addresses, options or Options(), clock, storing)
         # The keepers and the publisher outlive a cancelled body, which has yet to settle.
         scope = trio.CancelScope(shield=True)
         nursery.start_soon(queues.run, scope)
@@ -135,8 +138,10 @@ class RabbitQueues(RemoteQueues):
         addresses: Sequence[Address],
         options: Options,
         clock: Callable[[], float],
+        storing: Storing | None = None,
     ) -> None:
         self.options = options
+        self._storing = storing
         self.clock = clock
 
         def keeper(name: str) -> Keeper:
@@ -271,6 +276,8 @@ class RabbitQueues(RemoteQueues):
 
     def check(self, publication: Publication) -> None:
         self._check_name(publication.queue)
+        if self._storing is not None:
+            publication = self._storing.without_body(publication, again=True)
         encode(publication.message)
 
     def _check_name(self, queue: str) -> None:
@@ -290,8 +297,21 @@ class RabbitQueues(RemoteQueues):
 
     async def publish(self, publications: Sequence[Publication]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
+        publications = await self._store(publications, again=False)
         bodies = await self._prepare(publications)
         await self._at_home(partial(self._publish, publications, bodies))
+
+    async def _store(
+        self, publications: Sequence[Publication], *, again: bool
+    ) -> Sequence[Publication]:
+        """Have bodies stored that are not to be in messages."""
+        storing = self._storing
+        if storing is None or not any(
+            storing.terms.wants(publication, again=again) for publication in publications
+        ):
+            return publications
+        work = partial(storing.store, publications, again=again, now=self.clock())
+        return await self._at_home(work)
 
     async def _prepare(self, publications: Sequence[Publication]) -> list[bytes]:
         for publication in publications:
@@ -403,7 +423,10 @@ class RabbitQueues(RemoteQueues):
 
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        publications = [each for one in settlements for each in (*one.publications, *one.others)]
+        publications: Sequence[Publication] = [
+            each for one in settlements for each in (*one.publications, *one.others)
+        ]
+        publications = await self._store(publications, again=True)
         bodies = await self._prepare(publications)
 
         async def publish(lost: Lost) -> None:
@@ -758,6 +781,8 @@ class RabbitQueues(RemoteQueues):
             results=new.results,
             bounds=new.bounds,
         )
+        if self._storing is not None:
+            self._storing.terms = Terms.of(config)
         self._names.update(new.names)
         self.publisher.throttle = self.parker.throttle = new.throttle
 

@@ -223,6 +223,7 @@ class Trimmer:
 
 def _is_mail(body: bytes, encoding: str | None) -> bool:
     try:
-        return decode(body, encoding).body is not None
+        message = decode(body, encoding)
     except MessageError:
         return True  # nothing that we wrote
+    return message.body is not None or "key" in message.properties

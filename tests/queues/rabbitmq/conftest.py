@@ -8,6 +8,9 @@ import pytest
 
 from mailerq.queues.rabbitmq.addresses import Address
 from tests.queues.rabbitmq.kit import Broker, running_broker
+from tests.storage.conftest import postgres, s3
+
+__all__ = ["broker", "postgres", "s3", "vhost"]
 
 
 @pytest.fixture(scope="session")
