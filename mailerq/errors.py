@@ -17,6 +17,7 @@ __all__ = [
     "MailerqError",
     "MessageDamaged",
     "MessageError",
+    "MessageTooLarge",
     "PluginError",
     "Problem",
     "QueueDamaged",
@@ -92,6 +93,10 @@ class AddressError(MailerqError, ValueError):
 
 class MessageError(MailerqError, ValueError):
     """A JSON message cannot be used; the text names the property and the mistake."""
+
+
+class MessageTooLarge(MessageError):
+    """A message is larger than the queue can ever take."""
 
 
 class QueueError(MailerqError):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from mailerq.errors import MessageError, QueueError, QueueFull
+from mailerq.errors import MessageError, MessageTooLarge, QueueError, QueueFull
 from mailerq.escaping import escape_field
 from mailerq.inbound.reports import Desk
 from mailerq.inbound.spool import Claim, load
@@ -213,7 +213,13 @@ async def _publish(
     except (MessageError, QueueError) as error:
         services.counters.queue_errors += 1
         services.say_untaken("a mail from %s was not taken: %s", client.remote[0], error)
-        reply = smtp.NO_MEMORY if isinstance(error, QueueFull) else smtp.QUEUE_UNAVAILABLE
+        match error:
+            case QueueFull():
+                reply = smtp.NO_MEMORY
+            case MessageTooLarge():
+                reply = smtp.TOO_BIG
+            case _:
+                reply = smtp.QUEUE_UNAVAILABLE
         outcomes = [reply if isinstance(one, str) else one for one in outcomes]
         taken.clear()
     else:

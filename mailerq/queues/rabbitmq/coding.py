@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import trio
 from pika import spec
 
-from mailerq.errors import MessageError
+from mailerq.errors import MessageError, MessageTooLarge
 from mailerq.message import Message, check_nesting
 
 __all__ = [
@@ -73,7 +73,10 @@ def encode(message: Message, *, compress: bool = False) -> bytes:
         packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, GZIP)
         data = packer.compress(data) + packer.flush()
     if len(data) > MAX_BYTES:
-        raise MessageError(f"a message of {len(data)} bytes is more than a broker takes")
+        raise MessageTooLarge(
+            f"a message of {len(data)} bytes is more than RabbitMQ takes; with a storage-address,"
+            " the bodies of such messages are kept outside"
+        )
     return data
 
 

@@ -91,8 +91,8 @@ async def test_a_body_that_messages_share_is_stored_once_and_for_the_longest() -
     other = publication(b"other", queue="results")
     found = await Storing(shelf, terms()).store([*many, other], again=True, now=NOW)
     assert len(shelf.puts) == 2
-    assert {each.message.properties["key"] for each in found[:50]} == {"key1"}
-    assert shelf.puts[0] == (body, NOW + 49 + 1010)
+    assert len({each.message.properties["key"] for each in found[:50]}) == 1
+    assert (body, NOW + 49 + 1010) in shelf.puts
     assert [each.due for each in found[:50]] == [each.due for each in many]
     assert "seen" not in found[50].message.properties
 
