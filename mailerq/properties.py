@@ -305,8 +305,8 @@ PROPERTIES: Final = (
     ),
     Property(
         "keepmime", RESULTS, "true or false",
-        "Result documents keep `mime`, or `key`, except in the queue `failure` where `rabbitmq-failure` is"
-        " not set.", _is_flag,
+        "Result documents keep `mime` or `key`; `mime` not in the queue `failure` where"
+        " `rabbitmq-failure` is not set.", _is_flag,
     ),
     Property(
         "tags", RESULTS, "an array of strings",

@@ -50,6 +50,7 @@ from mailerq.rules.reporting import Reports
 from mailerq.rules.shaping import Shaping
 from mailerq.rules.signing import SigningFile
 from mailerq.rules.steering import Steering
+from mailerq.storage.opening import storage_problem
 from mailerq.store.row_file import FILE_NAME as ROWS_NAME
 from mailerq.store.row_file import RowFile
 from mailerq.store.signing_keys import survey
@@ -355,6 +356,11 @@ def _check_broker(config: Config, running: Running) -> Iterator[Problem]:
         yield from error.problems
 
 
+def _check_storage(config: Config, running: Running) -> Iterator[Problem]:
+    if (error := storage_problem(config)) is not None:
+        yield from error.problems
+
+
 def _check_logs(config: Config, running: Running) -> Iterator[Problem]:
     for key in LOG_FILES:
         path = config.text(key)
@@ -410,6 +416,7 @@ AT_START: Final = (
 AS_USER: Final[tuple[tuple[tuple[str, ...], Check], ...]] = (
     (("queue-directory",), _check_queue),
     (("rabbitmq-address", "rabbitmq-host"), _check_broker),
+    (("storage-address",), _check_storage),
     (LOG_FILES, _check_logs),
 )
 

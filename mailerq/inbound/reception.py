@@ -213,13 +213,12 @@ async def _publish(
     except (MessageError, QueueError) as error:
         services.counters.queue_errors += 1
         services.say_untaken("a mail from %s was not taken: %s", client.remote[0], error)
-        match error:
-            case QueueFull():
-                reply = smtp.NO_MEMORY
-            case MessageTooLarge():
-                reply = smtp.TOO_BIG
-            case _:
-                reply = smtp.QUEUE_UNAVAILABLE
+        if isinstance(error, QueueFull):
+            reply = smtp.NO_MEMORY
+        elif isinstance(error, MessageTooLarge):
+            reply = smtp.TOO_BIG
+        else:
+            reply = smtp.QUEUE_UNAVAILABLE
         outcomes = [reply if isinstance(one, str) else one for one in outcomes]
         taken.clear()
     else:

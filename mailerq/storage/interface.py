@@ -115,12 +115,12 @@ class Backend(ABC):
 class _Waiting:
     """A body to be written. `event` is set when that is done, or when its task has to write."""
 
-    __slots__ = ("body", "error", "event", "written")
+    __slots__ = ("body", "error", "event", "taken", "written")
 
     def __init__(self, body: Body) -> None:
         self.body = body
         self.event = trio.Event()
-        self.written = False
+        self.taken = self.written = False
         self.error: StorageError | None = None
 
 
@@ -205,21 +205,27 @@ class Storage:
         made = await trio.to_thread.run_sync(make) if len(body) > SMALL_BYTES else make()
         waiting = _Waiting(made)
         self._waiting.append(waiting)
-        if self._writers >= self._config().storage_threads:
-            try:
-                await waiting.event.wait()
-            except BaseException:
-                if waiting in self._waiting:
-                    self._waiting.remove(waiting)
-                if waiting.event.is_set():
-                    self._next_writer()  # it was this one's turn
-                raise
-        if not waiting.written:
-            await self._write()
+        while not waiting.written:
+            if not waiting.taken and self._writers < self._config().storage_threads:
+                await self._write()  # the first ones, perhaps not this one
+            else:
+                await self._wait_turn(waiting)
         if waiting.error is not None:
             raise StorageError(str(waiting.error)) from waiting.error
         self._keep(made.key, body)
         return made.key
+
+    async def _wait_turn(self, waiting: _Waiting) -> None:
+        """Wait until a body is written, or its task may write."""
+        waiting.event = trio.Event()
+        try:
+            await waiting.event.wait()
+        except BaseException:
+            if not waiting.taken:
+                self._waiting.remove(waiting)
+                if waiting.event.is_set():
+                    self._next_writer()
+            raise
 
     def _packed(self, body: bytes, until: float) -> Body:
         key = key_for(body, until, min(self._backend.depth, MAX_DEPTH))
@@ -235,7 +241,9 @@ class Storage:
             size += len(self._waiting[0].body.data)
             if group and size > BATCH_BYTES:
                 break
-            group.append(self._waiting.pop(0))
+            waiting = self._waiting.pop(0)
+            waiting.taken = True
+            group.append(waiting)
         config = self._config()
         seconds = config.storage_timeout
         error: StorageError | None = None

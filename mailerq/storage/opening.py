@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager
 import trio
 
 from mailerq.config import Config
-from mailerq.errors import StorageError
+from mailerq.errors import ConfigError, Problem, StorageError
 from mailerq.storage.addresses import S3, Directory, Postgres, parse_address
 from mailerq.storage.directory import DirectoryBackend
 from mailerq.storage.interface import Backend, Storage
 from mailerq.storage.postgresql import PostgresBackend
 from mailerq.storage.s3 import S3Backend
 
-__all__ = ["make_backend", "open_storage"]
+__all__ = ["make_backend", "open_storage", "storage_problem"]
 
 
 @asynccontextmanager
@@ -26,11 +26,13 @@ async def open_storage(
     """Use the storage of ``storage-address`` for the duration of the context; None without one.
 
     `config` returns the settings in force, `clock` seconds since 1970. Does not wait for the
-    storage: one that is away now makes mail wait. Raises `StorageError` if it can never be used.
+    storage: one that is away now makes mail wait. Raises `ConfigError` if it can never be used.
     """
     if not config().storage_address:
         yield None
         return
+    if (problem := storage_problem(config())) is not None:
+        raise problem
     backend = make_backend(config(), clock=clock)
     storage = Storage(backend, config, clock=clock)
     scope = trio.CancelScope()
@@ -59,6 +61,18 @@ async def open_storage(
             raise failure
         finally:
             del failure  # the error refers to this frame
+
+
+def storage_problem(config: Config) -> ConfigError | None:
+    """Why ``storage-address`` can never be used, or None."""
+    if not config.storage_address:
+        return None
+    try:
+        make_backend(config)
+    except StorageError as error:
+        key = "storage-address"
+        return ConfigError.of([Problem(config.origin(key), str(error), key)])
+    return None
 
 
 def make_backend(config: Config, *, clock: Callable[[], float] = time.time) -> Backend:

@@ -29,10 +29,11 @@ async def benches(
     """A dispatcher beside a directory, with one clock."""
     clock = Clock(NOW)
     address = f"directory://{tmp_path}/bodies"
-    async with opened(address, clock=clock) as storage:
-        async with open_bench(*scripts, storage=storage, **settings) as bench:
-            clock.now = bench.queues.now
-            yield bench, storage, clock
+    async with (
+        opened(address, clock=clock) as storage,
+        open_bench(*scripts, storage=storage, **settings) as bench,
+    ):
+        yield bench, storage, clock
 
 
 def forget(storage: Storage) -> None:
@@ -134,7 +135,7 @@ async def test_a_storage_that_is_away_makes_mail_wait_and_costs_no_attempt(
 
 async def test_mail_waits_for_the_storage_until_it_expires(tmp_path: Path) -> None:
     settings = {"storage_reschedule": 400.0, "max_delivertime": 1000.0}
-    async with benches(tmp_path, **settings) as (bench, storage, clock):
+    async with benches(tmp_path, **settings) as (bench, _, clock):
         bench.send(body=None, key=key_for(BODY, clock.now + 36000))
         waited = 0.0
         while not bench.queues["failure"] and waited < 2000:
@@ -148,7 +149,7 @@ async def test_mail_waits_for_the_storage_until_it_expires(tmp_path: Path) -> No
 
 
 async def test_a_key_that_is_not_there_fails_for_good(tmp_path: Path) -> None:
-    async with benches(tmp_path) as (bench, storage, clock):
+    async with benches(tmp_path) as (bench, _, clock):
         bench.send(body=None, key="of-an-application")
         bench.send(body=None, key=key_for(BODY, clock.now - 7200))
         bench.send(body=None, key="../../etc/passwd")
@@ -175,7 +176,7 @@ async def test_a_connection_goes_on_after_a_body_that_is_missing(tmp_path: Path)
 
 
 async def test_a_body_in_the_queue_counts_more_than_a_key(tmp_path: Path) -> None:
-    async with benches(tmp_path) as (bench, storage, clock):
+    async with benches(tmp_path) as (bench, storage, _):
         bench.send(body="inside\r\n", key="of-an-application")
         bench.send(body=None, mime={"subject": "made"}, key="of-an-application")
         await bench.results("success", 2)

@@ -27,6 +27,7 @@ __all__ = [
     "test_an_application_may_bring_a_body_of_its_own",
     "test_bodies_of_all_kinds_come_back",
     "test_many_bodies_at_once_are_all_there",
+    "test_no_body_is_lost_among_those_that_come_while_others_are_written",
     "test_one_body_put_twice_is_one_body",
 ]
 
@@ -84,6 +85,27 @@ async def test_many_bodies_at_once_are_all_there(
         for number in range(60):
             nursery.start_soon(check, number)
     assert storage.statistics()["put"] == 60
+
+
+async def test_no_body_is_lost_among_those_that_come_while_others_are_written(
+    address: str, clock: Clock
+) -> None:
+    keys: list[str] = []
+    async with opened(address, clock=clock, storage_threads=2) as storage:
+        storage._backend.batch_bodies = min(storage._backend.batch_bodies, 3)
+
+        async def lane(number: int) -> None:
+            for each in range(8):
+                keys.append(await storage.put(b"body %d %d" % (number, each), NOW))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(lane, number)
+        assert storage.statistics()["put"] == 160
+        assert storage._writers == 0
+    async with opened(address, clock=clock) as other:
+        for key in keys:
+            assert (await other.get(key)).startswith(b"body ")
 
 
 async def test_one_body_put_twice_is_one_body(storage: Storage, address: str, clock: Clock) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ async def test_a_table_that_was_dropped_is_created_again(plain: str, clock: Cloc
     async with opened(plain, clock=clock, storage_threads=1) as storage:
         await storage.put(b"body", NOW)
         run(plain, f"DROP TABLE {table_of(plain)}")
-        with pytest.raises(StorageError, match="the table is created again"):
+        with suppress(StorageError):  # unless the look for expired rows has noticed
             await storage.put(b"other", NOW)
         key = await storage.put(b"other", NOW)
         assert await fresh(plain, key, clock) == b"other"

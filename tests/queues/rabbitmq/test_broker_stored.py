@@ -29,6 +29,7 @@ from tests.support import DEADLINE, Sink, configure, open_sink, send, until
 
 CLASSIC = Options(queue_type="classic", first_pause_seconds=0.02)
 TEXT = b"Subject: hi\r\n\r\nstored\r\n"
+MAIL = Publication("outbox", Message({"recipient": "c@d.test"}, TEXT))
 
 
 def settings(tmp_path: Path, vhost: Address, sink: Sink | None = None, **more: Any) -> Config:
@@ -36,10 +37,8 @@ def settings(tmp_path: Path, vhost: Address, sink: Sink | None = None, **more: A
     if sink is not None:
         more |= {"smtp_sink_address": "127.0.0.1", "smtp_sink_port": sink.port}
     more.setdefault("storage_address", f"directory://{tmp_path}/bodies")
-    return configure(
-        tmp_path, rabbitmq_address=address, rabbitmq_queue_type="classic", rabbitmq_results="results",
-        **more,
-    )  # fmt: skip
+    more |= {"rabbitmq_queue_type": "classic", "rabbitmq_results": "results"}
+    return configure(tmp_path, rabbitmq_address=address, **more)
 
 
 def bodies(tmp_path: Path) -> list[Path]:
@@ -60,7 +59,7 @@ async def put(vhost: Address, properties: dict[str, Any], body: bytes | None = N
 async def documents(vhost: Address, queue: str) -> list[dict[str, Any]]:
     """What lies in a queue, as any program sees it; it stays there."""
     async with channel_to(vhost) as channel:
-        deliveries, _ = await channel.fetch(queue, 100)
+        deliveries, _ = await channel.fetch(queue, 10_000)
         found = [json.loads(delivery.body) for delivery in deliveries]
         for delivery in deliveries:
             channel.nack(delivery.tag)
@@ -192,10 +191,9 @@ async def test_mail_that_waited_in_the_broker_for_days_has_expired_with_its_body
     terms = Terms.of(Config(max_delivertime=100.0, storage_ttl=0.0))
     then = 1_700_000_000.0
     async with opened(f"directory://{tmp_path}/bodies") as storage:
-        async with open_rabbitmq(
-            [vhost], CLASSIC, clock=lambda: then, storing=Storing(storage, terms)
-        ) as queues:
-            await queues.publish([Publication("outbox", Message({"recipient": "c@d.test"}, TEXT))])
+        storing = Storing(storage, terms)
+        async with open_rabbitmq([vhost], CLASSIC, clock=lambda: then, storing=storing) as queues:
+            await queues.publish([MAIL])
     config = settings(tmp_path, vhost, smtp_sink_address="127.0.0.1", smtp_sink_port=1)
     async with Engine(config) as engine, engine.consume("results") as leases:
         with trio.fail_after(DEADLINE):
@@ -204,27 +202,25 @@ async def test_mail_that_waited_in_the_broker_for_days_has_expired_with_its_body
         await engine.ack(lease)
 
 
-async def test_what_is_republished_is_whole_at_every_moment(
-    tmp_path: Path, vhost: Address
-) -> None:
+async def test_what_is_republished_is_whole_at_every_moment(tmp_path: Path, vhost: Address) -> None:
     """A settlement stores its bodies first; one that fails leaves the lease as it was."""
     terms = Terms.of(Config())
-    async with opened(f"directory://{tmp_path}/bodies") as storage:
-        async with (
-            open_rabbitmq([vhost], CLASSIC, storing=Storing(storage, terms)) as queues,
-            queues.consume("outbox", prefetch=5) as consumer,
-        ):
-            await queues.publish([Publication("outbox", Message({"recipient": "c@d.test"}, TEXT))])
-            with trio.fail_after(DEADLINE):
-                lease = await consumer.receive()
-            key = lease.message.properties["key"]
-            assert lease.message.body is None
-            assert await storage.get(key) == TEXT
-            await queues.ack([Settlement(lease, [Publication("outbox", lease.message)])])
-            with trio.fail_after(DEADLINE):
-                lease = await consumer.receive()
-            assert lease.message.properties["key"] == key
-            await queues.ack([Settlement(lease)])
+    async with (
+        opened(f"directory://{tmp_path}/bodies") as storage,
+        open_rabbitmq([vhost], CLASSIC, storing=Storing(storage, terms)) as queues,
+        queues.consume("outbox", prefetch=5) as consumer,
+    ):
+        await queues.publish([MAIL])
+        with trio.fail_after(DEADLINE):
+            lease = await consumer.receive()
+        key = lease.message.properties["key"]
+        assert lease.message.body is None
+        assert await storage.get(key) == TEXT
+        await queues.ack([Settlement(lease, [Publication("outbox", lease.message)])])
+        with trio.fail_after(DEADLINE):
+            lease = await consumer.receive()
+        assert lease.message.properties["key"] == key
+        await queues.ack([Settlement(lease)])
     assert len(bodies(tmp_path)) == 1
 
 
@@ -277,16 +273,11 @@ async def test_no_crash_loses_a_body_that_was_accepted(tmp_path: Path, vhost: Ad
             await until(lambda before=before: len(taken) >= before + 20)
             os.kill(process.pid, signal.SIGKILL)
         await process.wait()
+    found: set[int] = set()
     async with opened(f"directory://{tmp_path}/bodies") as storage:
-        async with open_rabbitmq([vhost], CLASSIC) as queues:
-            found: set[int] = set()
-            async with queues.consume("inbox", prefetch=1000) as consumer:
-                (depth,) = [each for each in await queues.depths() if each.queue == "inbox"]
-                for _ in range(depth.total):
-                    with trio.fail_after(DEADLINE):
-                        lease = await consumer.receive()
-                    body = await storage.get(lease.message.properties["key"])
-                    found.add(int(body.partition(b"Subject: ")[2].split()[0]))
+        for document in await documents(vhost, "inbox"):
+            body = await storage.get(document["key"])
+            found.add(int(body.partition(b"Subject: ")[2].split()[0]))
     assert set(taken) <= found
     assert len(taken) >= 60
 
