@@ -70,7 +70,7 @@ ROOMS: Final = {
 """Within a layer as well: what stands first knows nothing of what comes after it."""
 
 WITH_TRIO: Final = frozenset(
-    {"plugins", "turns", "queues", "net", "storage", "inbound", "outbound", "preparing", "engine", "cli"}
+    "plugins turns queues net storage inbound outbound preparing engine cli".split()
 )
 
 PURE: Final = frozenset({"wire", "mail", "rules"})
