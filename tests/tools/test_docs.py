@@ -58,7 +58,7 @@ def test_the_documents_in_the_pages_are_good() -> None:
         for path in PAGES
         for block in re.findall(r"```json\n(.*?)```", path.read_text(), re.DOTALL)
     ]
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         document = json.loads(block)
         document.setdefault("mime", "")  # reports are without their mail
