@@ -35,8 +35,8 @@ HTTP_PORT: Final = 80
 READ_BYTES: Final = 4096
 """Bytes read at a time: a body in chunks of a byte costs h11 some milliseconds for so many."""
 
-WRITE_BYTES: Final = 1 << 16
-"""Bytes of a body that are encrypted in one turn of the loop."""
+BODY_BYTES: Final = 1 << 16
+"""Bytes of a body of a known length that are read or written in one turn of the loop."""
 
 OVERHEAD: Final = 8
 """Bytes received for each byte of a body, at most: small chunks have a head each."""
@@ -319,8 +319,8 @@ async def _exchange(
     try:
         request = h11.Request(method=method, target=url.target, headers=list(fields.items()))
         await stream.send_all(_said(connection, request))
-        for start in range(0, len(body or b""), WRITE_BYTES):
-            part = memoryview(body or b"")[start : start + WRITE_BYTES]
+        for start in range(0, len(body or b""), BODY_BYTES):
+            part = memoryview(body or b"")[start : start + BODY_BYTES]
             await stream.send_all(_said(connection, h11.Data(data=bytes(part))))
         rest = connection.send(h11.EndOfMessage())
         if rest:
@@ -348,19 +348,22 @@ async def _read(
 ) -> Response | NoResponse:
     """Read a response. Raises as h11 and trio do."""
     most = 2 * bounds.head_bytes + OVERHEAD * bounds.body_bytes
-    received, body = 0, bytearray()
+    received, body, step = 0, bytearray(), READ_BYTES
     response: h11.Response | None = None
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
-            data = await stream.receive_some(READ_BYTES)
+            data = await stream.receive_some(step)
             received += len(data)
             if received > most:
                 return NoResponse(Failure.SIZE, f"more than {most} bytes around the body")
             connection.receive_data(bytes(data))
         elif isinstance(event, h11.Response):
             response = event
-            encoding = dict(event.headers).get(b"content-encoding", b"identity").strip().lower()
+            headers = dict(event.headers)
+            if b"content-length" in headers and b"transfer-encoding" not in headers:
+                step = BODY_BYTES
+            encoding = headers.get(b"content-encoding", b"identity").strip().lower()
             if encoding not in (b"", b"identity"):
                 return NoResponse(Failure.PROTOCOL, f"the body is encoded: {encoding!r}")
         elif isinstance(event, h11.Data):

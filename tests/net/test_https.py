@@ -285,3 +285,40 @@ def test_the_parts_of_a_url() -> None:
 
 def test_bounds_have_the_values_of_the_standard() -> None:
     assert (Bounds().total_seconds, Bounds().body_bytes) == (60.0, 65536)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "[::1]", "localhost"])
+def test_http_in_clear_is_for_this_host_and_those_that_ask_for_it(host: str) -> None:
+    found = Url.parse(f"http://{host}:9000/x", local=True)
+    assert (found.port, found.secure) == (9000, False)
+    assert Url.parse(f"http://{host}/", local=True).authority == host
+    with pytest.raises(ValueError, match="scheme"):
+        Url.parse(f"http://{host}/")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["a.example", "192.0.2.1", "10.0.0.1", "[2001:db8::1]", "127.0.0.1.a.example", "0.0.0.0"],
+)
+def test_http_in_clear_goes_to_no_other_host(host: str) -> None:
+    with pytest.raises(ValueError, match="on this host"):
+        Url.parse(f"http://{host}/", local=True)
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+async def test_a_large_body_goes_out_in_blocks(server: HttpsServer, method: str) -> None:
+    body = bytes(range(256)) * 10_000
+    found = await ask(server, method=method, body=body)
+    assert isinstance(found, Response)
+    (request,) = server.requests
+    assert (request.method, request.body == body) == (method, True)
+    assert request.headers["content-length"] == str(len(body))
+
+
+async def test_a_large_body_of_a_known_length_comes_in(server: HttpsServer) -> None:
+    body = bytes(range(256)) * 10_000
+    server.answer = response(body)
+    found = await ask(server, bounds=Bounds(body_bytes=len(body)))
+    assert isinstance(found, Response)
+    assert found.body == body
+    assert (await failure(server, bounds=Bounds(body_bytes=len(body) - 1))).failure == "size"
