@@ -155,6 +155,9 @@ class Storage:
                 removed = await self._backend.expire(self._clock() - GRACE_SECONDS)
             except StorageError as error:
                 self._failed("remove", error)
+            except Exception:
+                # Our own defect must not end the deliveries.
+                log.exception("%s: expired bodies cannot be removed", self.name)
             else:
                 self._works("remove")
                 if removed:
@@ -168,9 +171,9 @@ class Storage:
             "address": self.name,
             "put": self._puts,
             "fetched": self._gets,
-            "fetched-from-memory": self._hits,
+            "from_memory": self._hits,
             "missing": self._missing,
-            "errors": self._errors,
+            "failed": self._errors,
             **({"problems": list(self._problems.values())} if self._problems else {}),
         }
 

@@ -139,7 +139,7 @@ async def test_a_body_that_is_gone_too_early_makes_mail_wait(
         assert await other._backend.expire(NOW + 3600) == 1
         with pytest.raises(StorageError, match="which has not expired; is it the right"):
             await other.get(key)
-        assert other.statistics()["errors"] == 1
+        assert other.statistics()["failed"] == 1
 
 
 async def test_a_key_of_an_application_that_is_not_there_is_missing(storage: Storage) -> None:

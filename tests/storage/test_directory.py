@@ -306,4 +306,4 @@ async def test_put_returns_only_bodies_that_were_kept(storage: Storage) -> None:
     key = await storage.put(b"body", NOW)
     assert storage.statistics()["put"] == 1
     assert await storage.get(key) == b"body"
-    assert storage.statistics()["fetched-from-memory"] == 1
+    assert storage.statistics()["from_memory"] == 1
