@@ -16,6 +16,9 @@ is damaged, the next writer keeps a copy of the file beside it, says so in the l
 a file of the lines that are sound. Of a damaged line the suppressed addresses that can still be
 read stay suppressed: mail that was kept back can be sent later, and not the other way round.
 
+Rows that a cluster shares are changes in lines of their own (`mailerq.rules.shared_rows`): those
+made here get the next version, those of others come by `merge`.
+
 Each change is also a line of `AUDIT_NAME`, before it is made: who, when, why. The line of a change
 that the disk did not take is taken back. That file may be renamed or emptied at any time.
 """
@@ -27,6 +30,7 @@ import fcntl
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +43,14 @@ from mailerq.errors import RowError
 from mailerq.message import format_time
 from mailerq.privileges import as_owner
 from mailerq.rules.row import SUPPRESSION, Row, checked, suppressible
+from mailerq.rules.shared_rows import (
+    FIRST_ID,
+    LAST_ID,
+    MAX_VALUES,
+    Change,
+    checked_change,
+    is_shared,
+)
 from mailerq.store.table import VERSION, Line, Table, lines_of
 
 __all__ = ["AUDIT_NAME", "FILE_NAME", "RowFile"]
@@ -66,6 +78,9 @@ SPARE_LINES: Final = 1000
 SKIPPED_IDS: Final = 1000
 """Ids that are not used after damage: mail may still wait for a pause that cannot be read."""
 
+MAX_LEAP: Final = 1 << 32
+"""A version that is so much later than all seen is a mistake."""
+
 AUDITED_VALUES: Final = 10
 """Suppressed addresses that a line of the audit file names; it has their number too."""
 
@@ -83,9 +98,17 @@ class RowFile:
     """The rows of a queue directory. One thread at a time may call the methods."""
 
     def __init__(
-        self, directory: str, user: str = "", *, clock: Callable[[], float] = time.time
+        self,
+        directory: str,
+        user: str = "",
+        *,
+        clock: Callable[[], float] = time.time,
+        server: str = "",
     ) -> None:
-        """Root acts as the owner of the directory, or as `user` if that is root."""
+        """Root acts as the owner of the directory, or as `user` if that is root.
+
+        `server` is the name of this instance in changes of rows that a cluster shares.
+        """
         self.table = Table()
         self.damaged = 0
         """Lines that cannot be read."""
@@ -93,6 +116,7 @@ class RowFile:
         self._path = os.path.join(directory, FILE_NAME)
         self._user = user
         self._clock = clock
+        self._server = server
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._lines = 0
@@ -132,7 +156,9 @@ class RowFile:
             file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             if self._identity is not None:
-                self._take_over(RowFile(self._directory, self._user, clock=self._clock))
+                self._take_over(RowFile(
+                    self._directory, self._user, clock=self._clock, server=self._server
+                ))
             return False
         try:
             found = os.fstat(file)
@@ -145,7 +171,9 @@ class RowFile:
             if self._next or early or identity != self._identity or self._was_cut(file):
                 other = self._next
                 if other is None or other._identity not in (None, identity) or other._was_cut(file):
-                    other = RowFile(self._directory, self._user, clock=self._clock)
+                    other = RowFile(
+                    self._directory, self._user, clock=self._clock, server=self._server
+                )
                 self._next, other._changed = other, found.st_mtime_ns
                 if other._read_some(file, identity):
                     return True
@@ -198,6 +226,9 @@ class RowFile:
         row, values = _salvaged(text)
         if row is not None:
             found = self.table.get(row.id) or row
+            if is_shared(row.id):
+                # Not all of the change is known, so the suppression stays with this instance.
+                found = msgspec.structs.replace(found, id=self.table.next_id)
             if found.kind == SUPPRESSION:
                 self.table.apply(Line(row=found, values=values))
 
@@ -213,39 +244,119 @@ class RowFile:
 
     # Changes
 
-    def add(self, row: Row, values: Iterable[str] = (), *, who: str) -> Row:
+    def add(
+        self, row: Row, values: Iterable[str] = (), *, who: str, shared: bool = False
+    ) -> Row:
         """Add a row, and return it with its id. A suppression has `values`, by `suppressible`.
 
-        Raises `RowError` and `OSError`, as all changes do; nothing is changed then.
+        A `shared` row is for all instances of the cluster. Raises `RowError` and `OSError`, as all
+        changes do; nothing is changed then.
         """
         names = list(dict.fromkeys(values))
         now = self._clock()
         with self._locked() as file:
+            number = self._shared_id() if shared else self.table.next_id
             row = checked(
-                msgspec.structs.replace(row, id=self.table.next_id, who=who, since=row.since or now)
+                msgspec.structs.replace(row, id=number, who=who, since=row.since or now)
             )
-            if row.kind == SUPPRESSION:
-                new = len(names)
-                if self.table.suppressed + new > MAX_SUPPRESSED:
-                    new = sum(
-                        value not in self.table.addresses and value not in self.table.domains
-                        for value in names
-                    )
-                if self.table.suppressed + new > MAX_SUPPRESSED:
-                    raise RowError(f"more than {MAX_SUPPRESSED} addresses cannot be suppressed")
-            elif len(self.table.rows) >= MAX_ROWS:
-                raise RowError(f"there are {MAX_ROWS} rows, which is the most")
-            lines = list(lines_of(row, names))
+            self._check_room(row, names)
+            if shared:
+                parts = [names[i : i + MAX_VALUES] for i in range(0, len(names), MAX_VALUES)]
+                lines = [
+                    self._shared_line(who, row.reason, row=row, values=tuple(part))
+                    for part in parts or [[]]
+                ]
+            else:
+                lines = list(lines_of(row, names))
             self._write(file, lines, who, "add", row.reason, row=row, values=names)
         return row
+
+    def _check_room(self, row: Row, names: Sequence[str]) -> None:
+        if row.kind == SUPPRESSION:
+            new = len(names)
+            if self.table.suppressed + new > MAX_SUPPRESSED:
+                new = sum(
+                    value not in self.table.addresses and value not in self.table.domains
+                    for value in names
+                )
+            if self.table.suppressed + new > MAX_SUPPRESSED:
+                raise RowError(f"more than {MAX_SUPPRESSED} addresses cannot be suppressed")
+        elif row.id not in self.table.rows and len(self.table.rows) >= MAX_ROWS:
+            raise RowError(f"there are {MAX_ROWS} rows, which is the most")
+
+    # Rows that a cluster shares
+
+    def _shared_id(self) -> int:
+        while True:
+            number = FIRST_ID + secrets.randbelow(LAST_ID - FIRST_ID + 1)
+            if number not in self.table.shared.rows and number not in self.table.shared.dead:
+                return number
+
+    def _shared_line(self, who: str, why: str, **parts: Any) -> Line:
+        """A line for a change of this instance; one command may write several."""
+        if not self._server:
+            raise RowError("the row belongs to a cluster, and there is none: set cluster-address")
+        version = self.table.shared.version + 1
+        change = Change(version=version, server=self._server, who=who, why=why, **parts)
+        return Line(change=change)
+
+    def merge(self, changes: Iterable[Change]) -> int:
+        """Take in changes of other instances; returns how many were news.
+
+        Each is durable, with a line of the audit file that names the instance. Changes that cannot
+        be taken in are logged. Raises `RowError` and `OSError` if the file cannot be written.
+        """
+        count = 0
+        with self._locked() as file:
+            for change in changes:
+                try:
+                    change = checked_change(change)
+                    if not self._is_news(change):
+                        continue
+                    if change.row is not None:
+                        self._check_room(change.row, change.values)
+                except (RowError, UnicodeError) as error:
+                    log.error("a row of instance %a cannot be used: %s", change.server[:100], error)
+                    continue
+                action = "remove" if change.end or change.free else "add"
+                known = change.row is not None and change.row.id in self.table.shared.rows
+                rows = [found for number in change.end if (found := self.table.get(number))]
+                self._write(
+                    file,
+                    [Line(change=change)],
+                    change.who,
+                    "change" if known and not change.values else action,
+                    change.why,
+                    row=change.row,
+                    rows=rows,
+                    values=change.values or change.free,
+                    server=change.server,
+                )
+                count += 1
+        return count
+
+    def _is_news(self, change: Change) -> bool:
+        """Whether a change has any effect, now or on changes that come later."""
+        shared, row = self.table.shared, change.row
+        if change.version > shared.version + MAX_LEAP:
+            raise RowError(f"version {change.version} is far ahead of {shared.version}")
+        if row is not None and row.is_over(self._clock()) and row.id not in shared.rows:
+            return False
+        return shared.is_news(change)
 
     def end(self, ids: Collection[int], *, who: str, why: str = "") -> list[Row]:
         """End rows; returns those that there were."""
         with self._locked() as file:
             found = [row for number in ids if (row := self.table.get(number)) is not None]
             if found:
-                line = Line(end=[row.id for row in found])
-                self._write(file, [line], who, "remove", why, rows=found)
+                lines = []
+                if own := [row.id for row in found if not is_shared(row.id)]:
+                    lines.append(Line(end=own))
+                every = [row.id for row in found if is_shared(row.id)]
+                for start in range(0, len(every), MAX_VALUES):
+                    part = tuple(every[start : start + MAX_VALUES])
+                    lines.append(self._shared_line(who, why, end=part))
+                self._write(file, lines, who, "remove", why, rows=found)
         return found
 
     def free(self, values: Iterable[str], *, who: str, why: str = "") -> list[str]:
@@ -257,8 +368,15 @@ class RowFile:
                 if value in self.table.addresses or value in self.table.domains
             ]
             if found:
+                every = {value for value in found if self.table.shared.is_suppressing(value)}
+                own = [value for value in found if value not in every]
+                named = [value for value in found if value in every]
                 lines = [
-                    Line(free=found[start : start + 1000]) for start in range(0, len(found), 1000)
+                    Line(free=own[start : start + 1000]) for start in range(0, len(own), 1000)
+                ]
+                lines += [
+                    self._shared_line(who, why, free=tuple(named[start : start + MAX_VALUES]))
+                    for start in range(0, len(named), MAX_VALUES)
                 ]
                 self._write(file, lines, who, "remove", why, values=found)
         return found
@@ -273,7 +391,10 @@ class RowFile:
             if found is None:
                 return None
             row = checked(msgspec.structs.replace(self.table.shown(found), **parts))
-            self._write(file, [Line(row=row)], who, "change", why, row=row)
+            line = Line(row=row)
+            if is_shared(number):
+                line = self._shared_line(who, why, row=msgspec.structs.replace(row, hits=0))
+            self._write(file, [line], who, "change", why, row=row)
         return row
 
     def note(self, hits: Mapping[int, int]) -> None:
@@ -362,6 +483,7 @@ class RowFile:
         row: Row | None = None,
         rows: Sequence[Row] = (),
         values: Sequence[str] = (),
+        server: str = "",
     ) -> None:
         """Make a change durable, with its line in the audit file, and apply it."""
         document: dict[str, Any] = {
@@ -370,6 +492,8 @@ class RowFile:
             "action": action,
             "why": why,
         }
+        if server:
+            document["server"] = server
         every = [row] if row is not None else list(rows)
         if every:
             document["rows"] = [msgspec.to_builtins(each) for each in every]

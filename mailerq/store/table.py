@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from mailerq.rules.row import SUPPRESSION, Row
+from mailerq.rules.shared_rows import Change, Shared, is_shared
 
 __all__ = ["VERSION", "Line", "Table"]
 
@@ -34,6 +35,8 @@ class Line(msgspec.Struct, omit_defaults=True):
     """Addresses and domains that are no longer suppressed."""
     hits: dict[int, int] = {}
     """How often rows have met something since the last such line."""
+    change: Change | None = None
+    """A change of rows that a cluster shares."""
 
 
 class Table:
@@ -56,6 +59,9 @@ class Table:
         """Addresses and domains of each suppression."""
         self.hits: dict[int, int] = {}
         self.next_id = 1
+        self.shared = Shared()
+        self.recent: list[Change] = []
+        """The changes of shared rows since somebody took them from here."""
         self.first_end = math.inf
         """No row is over before."""
         self.last_end = -math.inf
@@ -80,9 +86,26 @@ class Table:
         for number, more in line.hits.items():
             if self.get(number) is not None:
                 self.hits[number] = self.hits.get(number, 0) + more
+        if line.change is not None:
+            self._merge(line.change)
+
+    def _merge(self, change: Change) -> None:
+        self.recent.append(change)
+        effect = self.shared.merge(change)
+        if effect.row is not None and (effect.row.kind != SUPPRESSION or effect.values):
+            self._put(effect.row, effect.values)
+        elif effect.row is not None and effect.row.id in self.suppressions:
+            self._put(effect.row, ())
+        if effect.ended:
+            self._end(effect.ended)
+        for value in effect.freed:
+            places = self._places(value)
+            if value in places and is_shared(places[value].id):
+                self._uncount(places.pop(value))
 
     def _put(self, row: Row, values: Iterable[str]) -> None:
-        self.next_id = max(self.next_id, row.id + 1)
+        if not is_shared(row.id):
+            self.next_id = max(self.next_id, row.id + 1)
         if row.until is not None:
             self.first_end = min(self.first_end, row.until)
         if row.hits:
@@ -142,6 +165,7 @@ class Table:
         over = [row for row in rows if row.is_over(now)]
         self.last_end = max([self.last_end, *(row.until or 0.0 for row in over)])
         self._end({row.id for row in over})
+        self.shared.over(row.id for row in over if is_shared(row.id))
         return bool(over)
 
     def shown(self, row: Row) -> Row:
@@ -162,12 +186,17 @@ class Table:
         """The fewest lines that make this table."""
         yield Line(version=VERSION, next=self.next_id)
         for row in self.rows.values():
-            yield Line(row=row)
+            if not is_shared(row.id):
+                yield Line(row=row)
         by_row: dict[int, list[str]] = {}
         for value, row in self.values():
-            by_row.setdefault(row.id, []).append(value)
+            if not is_shared(row.id):
+                by_row.setdefault(row.id, []).append(value)
         for row in self.suppressions.values():
-            yield from lines_of(row, by_row.get(row.id, ()))
+            if not is_shared(row.id):
+                yield from lines_of(row, by_row.get(row.id, ()))
+        for change in self.shared.changes():
+            yield Line(change=change)
         if self.hits:
             yield Line(hits=self.hits)
 
