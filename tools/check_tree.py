@@ -54,6 +54,7 @@ LAYERS: Final = (
     "storage",
     "inbound",
     "outbound",
+    "clustering",
     "preparing",
     "engine",
     "cli",
@@ -70,7 +71,7 @@ ROOMS: Final = {
 """Within a layer as well: what stands first knows nothing of what comes after it."""
 
 WITH_TRIO: Final = frozenset(
-    "plugins turns queues net storage inbound outbound preparing engine cli".split()
+    "plugins turns queues net storage inbound outbound clustering preparing engine cli".split()
 )
 
 PURE: Final = frozenset({"wire", "mail", "rules"})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -20,6 +20,7 @@ from mailerq.errors import RowError
 from mailerq.net.logs import RATION_SECONDS, Ration
 from mailerq.rules.row import ERROR, PAUSE, Row
 from mailerq.rules.rows import NO_POOLS, Rows
+from mailerq.rules.shared_rows import Change, Shared
 from mailerq.store.row_file import AUDIT_NAME, FILE_NAME, RowFile
 
 __all__ = ["Keeper"]
@@ -42,12 +43,13 @@ class Keeper:
         *,
         pools: Mapping[str, Collection[str]] = NO_POOLS,
         clock: Callable[[], float] = time.time,
+        server: str = "",
     ) -> None:
-        """`pools` has the local addresses of each pool."""
+        """`pools` has the local addresses of each pool; `server` is the name of this instance."""
         self.rows: Rows | None = None
         self.hits: dict[int, int] = {}
         """How often rows have met something; written now and then."""
-        self._file = RowFile(directory, clock=clock)
+        self._file = RowFile(directory, clock=clock, server=server)
         self._tell = tell
         self._pools = pools
         self._stale = False  # the rows in force know other pools
@@ -139,9 +141,26 @@ class Keeper:
 
     # Changes by the engine itself
 
-    async def add(self, row: Row, values: Iterable[str] = (), *, who: str) -> Row:
+    async def add(
+        self, row: Row, values: Iterable[str] = (), *, who: str, shared: bool = False
+    ) -> Row:
         """Add a row, durably, and put it in force. Raises `RowError` and `OSError`."""
-        return await self._write(partial(self._file.add, row, values, who=who))
+        return await self._write(partial(self._file.add, row, values, who=who, shared=shared))
+
+    async def merge(self, changes: Sequence[Change]) -> int:
+        """Take in changes of other instances, see `RowFile.merge`."""
+        return await self._write(partial(self._file.merge, changes))
+
+    @property
+    def shared(self) -> Shared:
+        """The rows that all instances of the cluster share."""
+        return self._file.table.shared
+
+    def take_changes(self) -> list[Change]:
+        """The changes of shared rows since the last call."""
+        table = self._file.table
+        changes, table.recent = table.recent, []
+        return changes
 
     async def change(self, number: int, *, who: str, why: str = "", **parts: Any) -> Row | None:
         """Change parts of a row, see `RowFile.change`."""

@@ -11,12 +11,16 @@ off does not hear that its connection is over, so it may use the address only fo
 *lease*: `LEASE` after it sent something that the broker has answered on the connection with the
 lock. A new owner waits `TAKEOVER` after it has the lock, which is longer.
 
+An address that no other instance has announced in the last `MEMORY_SECONDS` needs no lease: its
+instance is *alone*, and goes on without the broker. Where another one has announced it, nobody sends
+from the address without a lease.
+
 The instances that can use an address try to lock it in an order that all of them know (`ranked`),
 and only while nobody announces that it has the lock. Announcements save attempts; the lock decides.
 
 Guarantees
 ----------
-- At no moment two instances may use an address. An answer proves that the broker took what was
+- At no moment two instances that have heard of each other may use an address. An answer proves that the broker took what was
   sent before it freed the lock, so the old lease ends at most `LEASE` after the lock was free, and
   the new one begins `TAKEOVER` after that. This needs a broker whose locks are exclusive, and clocks
   that run at the same rate within a tenth; what the clocks show does not matter.
@@ -45,27 +49,39 @@ TAKEOVER: Final = LEASE * 11 // 10
 STEP: Final = SECOND // 2
 """Each instance tries this much later than the one ranked before it."""
 
+MEMORY_SECONDS: Final = 7 * 86400.0
+"""How long an instance that had an address is remembered, also over restarts."""
+
 RETRY: Final = 2 * SECOND
 """After an attempt that failed."""
 
 
 class Lease:
-    """The right to send from one address, as it is now: from `since` until `until`."""
+    """The right to send from one address, as it is now: from `since` until `until`, or `alone`."""
 
-    __slots__ = ("ip", "since", "until")
+    __slots__ = ("alone", "ip", "since", "until")
 
-    def __init__(self, ip: str, since: int = 0, until: int = 0) -> None:
+    def __init__(
+        self, ip: str, since: int = 0, until: int = 0, *, alone: bool = False
+    ) -> None:
         self.ip = ip
         self.since = since
         """From when: a rate may be used one of its intervals later."""
         self.until = until
+        self.alone = alone
+        """No other instance has the address."""
 
     def __repr__(self) -> str:
-        return f"<lease of {self.ip} from {self.since} until {self.until}>"
+        alone = ", alone" if self.alone else ""
+        return f"<lease of {self.ip} from {self.since} until {self.until}{alone}>"
 
     def is_valid(self, now: int) -> bool:
         """Whether the address may be used."""
-        return self.since <= now < self.until
+        return self.alone or self.since <= now < self.until
+
+    def begin(self) -> int:
+        """The time from which intervals of rates count."""
+        return 0 if self.alone else self.since
 
 
 def ranked(ip: str, names: Iterable[str]) -> list[str]:
@@ -80,8 +96,8 @@ def ranked(ip: str, names: Iterable[str]) -> list[str]:
 class Ownership:
     """The addresses that one instance owns, or would like to.
 
-    >>> owner = Ownership("a")
-    >>> owner.available = {"192.0.2.1"}
+    >>> owner = Ownership("a", {"192.0.2.1": 0.0})
+    >>> _ = owner.offer({"192.0.2.1"}, 0.0)
     >>> owner.attempts(0, {})
     ['192.0.2.1']
     >>> owner.locked("192.0.2.1", now=0)
@@ -91,25 +107,62 @@ class Ownership:
     (False, True, False)
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, rivals: Mapping[str, float] | None = None) -> None:
+        """`rivals` is what `rivals` was at the end of an earlier run."""
         self.name = name
-        self.available: Collection[str] = ()
-        """The addresses that this instance can send from."""
         self.leases: dict[str, Lease] = {}
-        """One for each address that was available, kept for the whole run."""
+        """One for each address that this instance can send from."""
+        self.rivals: dict[str, float] = dict(rivals or {})
+        """When another instance last announced an address, in seconds since 1970."""
         self.held: set[str] = set()
         """Addresses whose lock this instance has."""
         self._free_since: dict[str, int] = {}
         self._tried: dict[str, int] = {}
 
+    def offer(self, ips: Collection[str], wall: float) -> list[str]:
+        """Set the addresses that this instance can send from; returns locks to give up.
+
+        `wall` is in seconds since 1970.
+        """
+        for ip in ips:
+            if ip not in self.leases:
+                self.leases[ip] = Lease(ip, alone=self._is_alone(ip, wall))
+        gone = [ip for ip in self.leases if ip not in ips]
+        given_up = [ip for ip in gone if ip in self.held]
+        for ip in gone:
+            self.unlocked(ip)
+            del self.leases[ip]
+            self._free_since.pop(ip, None)
+            self._tried.pop(ip, None)
+        return given_up
+
+    def heard(self, ips: Collection[str], wall: float) -> None:
+        """Another instance announces that it can send from these addresses."""
+        for ip in ips:
+            lease = self.leases.get(ip)
+            if lease is not None:
+                self.rivals[ip] = wall
+                lease.alone = False
+
+    def forget(self, wall: float) -> None:
+        """Forget instances that have not announced an address for long."""
+        for ip in [ip for ip, last in self.rivals.items() if abs(wall - last) > MEMORY_SECONDS]:
+            del self.rivals[ip]
+            if ip in self.leases:
+                self.leases[ip].alone = True
+
+    def _is_alone(self, ip: str, wall: float) -> bool:
+        last = self.rivals.get(ip)
+        return last is None or abs(wall - last) > MEMORY_SECONDS
+
     def attempts(self, now: int, others: Mapping[str, Collection[str]]) -> list[str]:
-        """The addresses to lock now; `others` has what other instances announce to hold, and could.
+        """The addresses to lock now.
 
         `others` maps the name of each living instance to the addresses that it can send from; see
-        `free` for those that are held.
+        `taken` for those that are locked.
         """
         found = []
-        for ip in self.available:
+        for ip in self.leases:
             if ip in self.held:
                 continue
             since = self._free_since.setdefault(ip, now)
@@ -129,17 +182,10 @@ class Ownership:
     def locked(self, ip: str, now: int) -> None:
         """The broker has given the lock of an address; `now` is after its answer."""
         self.held.add(ip)
-        lease = self.lease(ip)
+        lease = self.leases[ip]
         lease.since, lease.until = now + TAKEOVER, 0
         self._free_since.pop(ip, None)
         self._tried.pop(ip, None)
-
-    def lease(self, ip: str) -> Lease:
-        """The lease of an address, which is not valid unless the address is owned."""
-        lease = self.leases.get(ip)
-        if lease is None:
-            lease = self.leases[ip] = Lease(ip)
-        return lease
 
     def proved(self, sent: int) -> None:
         """The broker has answered what was sent at `sent`, on the connection with the locks."""
@@ -150,7 +196,7 @@ class Ownership:
     def unlocked(self, ip: str) -> None:
         """The lock of an address is given up; call this first."""
         self.held.discard(ip)
-        self.lease(ip).until = 0
+        self.leases[ip].until = 0
 
     def disconnected(self) -> None:
         """The connection is over, and all locks with it."""

@@ -306,7 +306,8 @@ class RowFile:
         Each is durable, with a line of the audit file that names the instance. Changes that cannot
         be taken in are logged. Raises `RowError` and `OSError` if the file cannot be written.
         """
-        count = 0
+        lines: list[Line] = []
+        documents: list[dict[str, Any]] = []
         with self._locked() as file:
             for change in changes:
                 try:
@@ -318,22 +319,26 @@ class RowFile:
                 except (RowError, UnicodeError) as error:
                     log.error("a row of instance %a cannot be used: %s", change.server[:100], error)
                     continue
-                action = "remove" if change.end or change.free else "add"
-                known = change.row is not None and change.row.id in self.table.shared.rows
-                rows = [found for number in change.end if (found := self.table.get(number))]
-                self._write(
-                    file,
-                    [Line(change=change)],
-                    change.who,
-                    "change" if known and not change.values else action,
-                    change.why,
-                    row=change.row,
-                    rows=rows,
-                    values=change.values or change.free,
-                    server=change.server,
-                )
-                count += 1
-        return count
+                lines.append(Line(change=change))
+                documents.append(self._audit_of(change))
+            if lines:
+                with self._audited(*documents):
+                    self._append(file, lines)
+        return len(lines)
+
+    def _audit_of(self, change: Change) -> dict[str, Any]:
+        """The line of the audit file for a change of another instance."""
+        action = "remove" if change.end or change.free else "add"
+        row = change.row
+        if row is not None and row.id in self.table.shared.rows and not change.values:
+            action = "change"
+        rows = [found for number in change.end if (found := self.table.get(number))]
+        every = [row] if row is not None else rows
+        document = self._document(
+            change.who, action, change.why, every, change.values or change.free
+        )
+        document["server"] = change.server
+        return document
 
     def _is_news(self, change: Change) -> bool:
         """Whether a change has any effect, now or on changes that come later."""
@@ -483,34 +488,36 @@ class RowFile:
         row: Row | None = None,
         rows: Sequence[Row] = (),
         values: Sequence[str] = (),
-        server: str = "",
     ) -> None:
         """Make a change durable, with its line in the audit file, and apply it."""
+        every = [row] if row is not None else list(rows)
+        with self._audited(self._document(who, action, why, every, values)):
+            self._append(file, lines)
+
+    def _document(
+        self, who: str, action: str, why: str, rows: Sequence[Row], values: Sequence[str]
+    ) -> dict[str, Any]:
         document: dict[str, Any] = {
             "time": format_time(self._clock()),
             "who": who,
             "action": action,
             "why": why,
         }
-        if server:
-            document["server"] = server
-        every = [row] if row is not None else list(rows)
-        if every:
-            document["rows"] = [msgspec.to_builtins(each) for each in every]
+        if rows:
+            document["rows"] = [msgspec.to_builtins(each) for each in rows]
         if values:
             document |= {"values": values[:AUDITED_VALUES], "count": len(values)}
-        with self._audited(document):
-            self._append(file, lines)
+        return document
 
     @contextmanager
-    def _audited(self, document: dict[str, Any]) -> Iterator[None]:
-        """Write a line of the audit file for a change that is made meanwhile."""
+    def _audited(self, *documents: dict[str, Any]) -> Iterator[None]:
+        """Write a line of the audit file for each change that is made meanwhile."""
         path = os.path.join(self._directory, AUDIT_NAME)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         file = os.open(path, flags, MODE)
         try:
             size = os.fstat(file).st_size
-            data = _encode(document) + b"\n"
+            data = b"".join(_encode(document) + b"\n" for document in documents)
             if size and os.pread(file, 1, size - 1) != b"\n":
                 data = b"\n" + data  # a crash has cut the last line
             try:
