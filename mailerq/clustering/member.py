@@ -174,7 +174,7 @@ class Cluster:
         self._asked: deque[AskRows] = deque()
         self._asking = trio.Event()
         self._locking: set[str] = set()
-        self._last_hello = 0
+        self._stopping = False
         self._announced = 0
         self._wake = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -212,6 +212,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Tell the others that this instance stops, while there is still a connection."""
+        self._stopping = True
         if self.leads:
             self._send(Gone(name=self.name, run=self._run))
             for ip in list(self._owner.held):
@@ -242,7 +243,7 @@ class Cluster:
                 self._wake.set()
             self._owner.forget(self._wall())
             self._look_at_leases()
-            if self._link.is_open:
+            if self._link.is_open and not self._stopping:
                 self._try_locks(now)
                 if count % ANNOUNCE_TICKS == 0 or self._wake.is_set():
                     self._announce(now)
@@ -346,6 +347,8 @@ class Cluster:
 
     def _lost(self, reason: str) -> None:
         self._owner.disconnected()
+        if self._stopping:
+            return
         if not self.state or self.state == "starting":
             log.warning(
                 "the cluster cannot be heard: %s. Mail goes on, but for addresses that other"

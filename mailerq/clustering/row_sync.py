@@ -50,6 +50,9 @@ MAX_PAUSE: Final = 300 * SECOND
 TALK_SILENCE: Final = 10 * SECOND
 """A talk in which the other one says nothing is over."""
 
+FEW: Final = 1000
+"""Rows of which a part is made at once, without a thread."""
+
 MAX_TALKS: Final = 8
 MAX_GROUPS: Final = 2000
 """Documents with changes that wait to be written; more are dropped, and asked for later."""
@@ -233,7 +236,10 @@ class RowSync:
             self._talks[ask.talk] = talk
         talk.last = self._clock()
         if talk.document is None or talk.document.part == ask.part - 1:
-            changes = await trio.to_thread.run_sync(next, talk.parts, None)
+            if len(self._keeper.shared) < FEW:
+                changes = next(talk.parts, None)
+            else:
+                changes = await trio.to_thread.run_sync(next, talk.parts, None)
             talk.document = RowPart(
                 name=self._name,
                 talk=ask.talk,
