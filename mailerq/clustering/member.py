@@ -210,13 +210,17 @@ class Cluster:
         finally:
             self._say_foreign.flush()
 
-    def stop(self) -> None:
-        """Tell the others that this instance stops, while there is still a connection."""
+    async def stop(self) -> None:
+        """Give up all addresses, and tell the others that this instance stops."""
         self._stopping = True
-        if self.leads:
-            self._send(Gone(name=self.name, run=self._run))
-            for ip in list(self._owner.held):
-                self._owner.unlocked(ip)
+        if not self.leads:
+            return
+        with trio.move_on_after(STOP_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for ip in list(self._owner.held):
+                    self._owner.unlocked(ip)
+                    nursery.start_soon(self._unlock, ip)
+        self._send(Gone(name=self.name, run=self._run))
 
     def close(self) -> None:
         """Leave the cluster to another process of the daemon."""

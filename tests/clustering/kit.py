@@ -184,7 +184,7 @@ class Instance:
         self.scope.cancel()
 
     async def stop(self) -> None:
-        self.cluster.stop()
+        await self.cluster.stop()
         await trio.sleep(0.01)
         self.scope.cancel()
 
