@@ -27,7 +27,7 @@ from mailerq.errors import ConfigError, Problem
 from mailerq.settings import DnsServer, Network, Setting, table
 from mailerq.sources import CONFIG_FILE, NOT_YET, Sources
 from mailerq.table import FAILURE_MESSAGES, FAILURE_QUEUE, FAILURE_SECONDS
-from mailerq.table_storage import StorageTable
+from mailerq.table_cluster import ClusterTable
 
 __all__ = [
     "DEFAULT_FILES",
@@ -44,7 +44,7 @@ DEFAULT_FILES: Final = ("/etc/mailerq/config.txt",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config(StorageTable):
+class Config(ClusterTable):
     """Every setting of one engine, checked and immutable; `smtp-port` is `config.smtp_port`.
 
     Raises `ConfigError` with all values of a wrong type or out of bounds; if there are none, with
@@ -210,6 +210,33 @@ class Config(StorageTable):
     def has_broker(self) -> bool:
         """Whether the queues are in RabbitMQ; else they are in files of `queue-directory`."""
         return bool(self.rabbitmq_address or self.rabbitmq_host)
+
+    @property
+    def has_cluster(self) -> bool:
+        """Whether this instance hears of others on an exchange."""
+        return bool(self.cluster_exchange and (self.cluster_address or self.has_broker))
+
+    @property
+    def instance(self) -> str:
+        """The name of this instance in its cluster.
+
+        >>> Config(hostname="a.test").instance, Config(hostname="a.test", server_id=7).instance
+        ('a.test:25', 'a.test#7')
+        """
+        if self.server_id is not None:
+            return f"{self.hostname}#{self.server_id}"
+        port = next((port for port in (*self.smtp_port, *self.smtp_secure_port) if port), 0)
+        return f"{self.hostname}:{port or self.queue_directory}"
+
+    @property
+    def cluster_member(self) -> str:
+        """The name of this instance if it belongs to a cluster, else an empty string."""
+        return self.instance if self.has_cluster else ""
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether rows are for all instances, unless somebody says otherwise."""
+        return self.has_cluster and self.cluster_rows
 
     @property
     def failure_queue(self) -> str:

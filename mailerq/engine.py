@@ -21,6 +21,7 @@ import trio
 
 from mailerq import ids
 from mailerq.address import host_port
+from mailerq.clustering.running import EngineCluster
 from mailerq.config import Config
 from mailerq.errors import EngineError, MailerqError, MessageError
 from mailerq.inbound.clients import Clients
@@ -176,6 +177,7 @@ class Engine:
         self._misspelt = Misspelt()
         self._deliveries: dict[int, _Delivery] = {}
         self._keeper: Keeper
+        self._cluster: EngineCluster
         self._published: Published
         self._tracing: Tracing
         self._watchdog: Watchdog
@@ -294,13 +296,18 @@ class Engine:
         stack.callback(cells.close)
         self._limits = Limits(shaping, cells, processes)
         pools = shaping.local_ips.pools
-        self._keeper = Keeper(config.queue_directory, self._rows_changed, pools=pools)
+        directory, member = config.queue_directory, config.cluster_member
+        self._keeper = Keeper(directory, self._rows_changed, pools=pools, server=member)
+        self._cluster = EngineCluster(self._live, self._keeper, self._limits, self._dispatchers)
         self._kept = KeptActions(self._keeper)
         react(self._limits, answers, self._kept)
-        suppressor = Suppressor(self._keeper, self._workers[0])
+        suppressor = Suppressor(
+            self._keeper, self._workers[0], shared=lambda: self.config.shares_rows
+        )
         self._server.suppress = suppressor.suppress
         await self._keeper.open()
         stack.push_async_callback(self._keeper.close)
+        await self._cluster.open(stack)
         self._published = Published(self._live, self._resolver, self._publish_report, dane=dane)
         stack.push_async_callback(self._published.close)
         self._listener = Listener(self._server, self._workers, ports, incoming)
@@ -320,6 +327,7 @@ class Engine:
         nursery.start_soon(self._kept.run)
         nursery.start_soon(self._published.run)
         nursery.start_soon(suppressor.run)
+        nursery.start_soon(self._cluster.run)
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
         if lock is not None:
             nursery.start_soon(prove, lock)
@@ -351,10 +359,14 @@ class Engine:
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
         return delivery
 
+    def _dispatchers(self) -> list[Dispatcher]:
+        return [delivery.dispatcher for delivery in self._deliveries.values()]
+
     def _rows_changed(self, rows: Rows | None) -> None:
         self._kept.follow(self._keeper.table, self._limits.refusals)
         for delivery in self._deliveries.values():
             delivery.dispatcher.stops.change(rows)
+        self._cluster.rows_changed()
 
     async def _adopt(self, share: int, lock: DirectoryLock, until: trio.Event) -> None:
         """Deliver from another share of the queue directory too, until `until` is set."""
@@ -384,6 +396,7 @@ class Engine:
                 nursery.start_soon(self._listener.stop, timeout)
                 for delivery in self._deliveries.values():
                     nursery.start_soon(delivery.dispatcher.stop, timeout)
+            await self._cluster.stop()
         # mq_context_cleanup gets the rest of the time.
         left = max(end - trio.current_time(), MIN_PLUGIN_SECONDS)
         self.plugins.timeout = min(self.plugins.timeout, left)
@@ -503,6 +516,7 @@ class Engine:
         self._kept.follow(self._keeper.table, self._limits.refusals)
         regrouped = self._limits.change(shaping)
         self._keeper.change_pools(shaping.local_ips.pools)
+        self._cluster.reload()
         reroute = regrouped or not alike(config, before, *ROUTES)
         for delivery in self._deliveries.values():
             delivery.queues.configure(config)
@@ -569,6 +583,7 @@ class Engine:
             "queue": total([each.queues.statistics() for each in deliveries]),
             "rows": self._keeper.statistics(),
             **({"storage": self._storage.statistics()} if self._storage is not None else {}),
+            "cluster": self._cluster.statistics(),
             "plugins": self.plugins.statistics(),
             "watchdog": self._watchdog.statistics(),
         }
@@ -592,6 +607,7 @@ class Engine:
             "replies": {},
             "queue": {},
             "rows": {},
+            "cluster": {},
             "plugins": {},
             "watchdog": {},
         }

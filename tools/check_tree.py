@@ -31,6 +31,7 @@ LAYERS: Final = (
     "table_incoming",
     "table_broker",
     "table_storage",
+    "table_cluster",
     "config",
     "live",
     "spelling",
@@ -72,6 +73,18 @@ ROOMS: Final = {
 
 WITH_TRIO: Final = frozenset(
     "plugins turns queues net storage inbound outbound clustering preparing engine cli".split()
+    {
+        "plugins",
+        "turns",
+        "queues",
+        "net",
+        "inbound",
+        "outbound",
+        "clustering",
+        "preparing",
+        "engine",
+        "cli",
+    }  # fmt: skip
 )
 
 PURE: Final = frozenset({"wire", "mail", "rules"})

@@ -28,6 +28,7 @@ EX_CONFIGURATION: Final = 2
 _COMMANDS: Final = {
     "check": "mailerq.cli.check",
     "check-config": "mailerq.cli.checking",
+    "cluster": "mailerq.cli.cluster",
     "config": "mailerq.cli.settings",
     "dkim": "mailerq.cli.dkim",
     "error": "mailerq.cli.rows:error",
@@ -90,6 +91,8 @@ def _run(words: list[str]) -> int:
         rest.remove(name)
         path, _, function = _COMMANDS[name].partition(":")
         module = importlib.import_module(path)
+    elif "--list-cluster" in rest:
+        module = importlib.import_module("mailerq.cli.cluster")
     elif switches is not None or any(map(_is_injection, rest)):
         rest = [*(switches or ()), *rest]
         module = importlib.import_module("mailerq.cli.inject")

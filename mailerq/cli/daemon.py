@@ -50,6 +50,7 @@ commands:
   mailerq suppress …     fail mail to some recipients at once
   mailerq error …        force a reply for some mail; 'mailerq rows list' shows all three
   mailerq explain        where mail to an address would go, what holds it, and which lines say so
+  mailerq cluster list   the instances of the cluster (also --list-cluster)
   mailerq status         how the running daemon is
   mailerq top            what waits for each site, how fast it goes, and what limits it
   mailerq trace          what its sessions say while they run, without secrets

@@ -25,6 +25,7 @@ from mailerq.errors import ConfigError, MessageError, RowError
 from mailerq.message import format_time, parse_time
 from mailerq.rules.row import ERROR, PAUSE, SUPPRESSION, Row, suppressible
 from mailerq.rules.shaping import Shaping
+from mailerq.rules.shared_rows import is_shared
 from mailerq.store.row_file import RowFile
 from mailerq.store.table import Table
 
@@ -81,7 +82,7 @@ def _main(name: str, kind: str, settings: list[str], rest: list[str]) -> int:
     config = Config.load(settings)
     try:
         os.stat(config.queue_directory)
-        file = RowFile(config.queue_directory, config.user)
+        file = RowFile(config.queue_directory, config.user, server=config.cluster_member)
         return int(options.run(file, config, options))
     except PermissionError:
         complain(f"you may not use the queue in {config.queue_directory}; its user and root may")
@@ -121,6 +122,14 @@ def _parse(name: str, kind: str, rest: Sequence[str]) -> Namespace:
         if kind != PAUSE:
             _add_reply(add, kind)
         _add_end(add)
+        where = add.add_mutually_exclusive_group()
+        where.add_argument(
+            "--cluster", action="store_true", default=None, help="for all instances of the cluster"
+        )
+        where.add_argument(
+            "--local", dest="cluster", action="store_false", default=None,
+            help="for this instance only; cluster-rows has the default",
+        )  # fmt: skip
         add.add_argument("--reason", default="", help="for people: why")
     listing = command("list", "list what is in force", _list)
     if kind == SUPPRESSION:
@@ -228,7 +237,12 @@ def _add(file: RowFile, config: Config, options: Namespace) -> int:
         usual = options.code == REPLIES[kind][0]
         status = (REPLIES[kind][1] if usual else "") if options.status is None else options.status
         parts |= {"code": options.code, "status": status, "description": options.description}
-    row = file.add(Row(**parts), values, who=_who())
+    shared = config.cluster_rows if options.cluster is None else options.cluster
+    if shared and not config.has_cluster:
+        if options.cluster:
+            raise RowError("--cluster: there is no cluster; set cluster-address")
+        shared = False
+    row = file.add(Row(**parts), values, who=_who(), shared=shared)
     in_force = _tell(config)
     if options.json:
         print_json({**_document(row), **({"count": len(values)} if values else {}), **in_force})
@@ -438,6 +452,8 @@ def _who() -> str:
 def _document(row: Row) -> dict[str, Any]:
     """A row for programs: all parts that are set, times as text."""
     document = dict(msgspec.to_builtins(row))
+    if is_shared(row.id):
+        document["cluster"] = True
     for name in ("since", "until"):
         if document.get(name) is not None:
             document[name] = format_time(document[name])

@@ -100,6 +100,13 @@ WORDS: Final = {
     "rows.pauses": "pauses in force (mailerq pause)",
     "rows.errors": "forced errors in force (mailerq error)",
     "rows.suppressed": "addresses and domains that are suppressed (mailerq suppress)",
+    "cluster.connected": "1 while the exchange of the cluster can be heard",
+    "cluster.instances": "instances that announce themselves, this one too",
+    "cluster.addresses": "local addresses that this instance could send from",
+    "cluster.owned": "of these, the ones whose lock it has",
+    "cluster.usable": "of these, the ones that it may send from now",
+    "cluster.rows": "rows and suppressed addresses that the cluster shares",
+    "cluster.received": "changes of these that came from other instances",
     "watchdog.stalls": "times that a worker stood still for watchdog-seconds",
     "watchdog.standing": "workers that stand still now",
     "watchdog.longest": "the longest of these times, in seconds",
@@ -126,8 +133,15 @@ def main(settings: list[str], rest: list[str]) -> int:
         "status", f"Show how the daemon that runs on this host is.\n\n{_legend()}"
     )
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
+    parser.add_argument(
+        "--cluster", action="store_true", help="the instances of the cluster instead"
+    )
     options = parser.parse_args(rest)
     config = Config.load(settings)
+    if options.cluster:
+        from mailerq.cli.cluster import print_instances
+
+        return print_instances(config, as_json=options.json)
     try:
         reply = control.ask(config.queue_directory, "status")
     except PermissionError:

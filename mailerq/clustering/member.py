@@ -1,4 +1,4 @@
-"""An instance in its cluster: announces itself, hears others, gets and keeps the right to addresses.
+"""An instance in its cluster: announces itself, hears others, owns addresses, shares rows.
 
 Theory of operation
 -------------------
@@ -302,10 +302,8 @@ class Cluster:
     # Locks
 
     def _try_locks(self, now: int) -> None:
-        self._owner.taken(self._members.holds)
-        held = self._members.holds
-        for ip in self._owner.attempts(now, self._members.ips):
-            if ip not in held and ip not in self._locking:
+        for ip in self._owner.attempts(now, self._members.ips, self._members.holds):
+            if ip not in self._locking:
                 self._locking.add(ip)
                 assert self._nursery is not None
                 self._nursery.start_soon(self._lock, ip, self._link.queue)

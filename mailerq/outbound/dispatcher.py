@@ -306,6 +306,12 @@ class Dispatcher:
         }
 
     @property
+    def in_memory(self) -> int:
+        """Messages in memory that are not settled yet."""
+        leased: int = self._intake.leased
+        return leased
+
+    @property
     def connections(self) -> int:
         """Connections that are open or opening."""
         return len(self._sessions)

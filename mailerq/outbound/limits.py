@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
@@ -38,7 +38,8 @@ from mailerq.outbound.calendar import Calendar
 from mailerq.outbound.cells import Busy, Cells, Count, MemoryCells, Rate
 from mailerq.outbound.timers import Times
 from mailerq.outbound.warmup import Days
-from mailerq.rules.rates import SLACK, cost, cost_of_day
+from mailerq.rules.leases import Lease
+from mailerq.rules.rates import MINUTE, SLACK, cost, cost_of_day
 from mailerq.rules.security import LEVELS
 from mailerq.rules.shaping import CONNECTION, HOURS, IGNORE, Bound, Bounds, Shaping
 
@@ -67,6 +68,11 @@ REST_SECONDS: Final = 0.5
 MAX_RESTS: Final = 1000
 """Rests at which those that are over are dropped."""
 
+DAY: Final = 1440 * MINUTE
+"""No interval of a rate is longer."""
+
+NO_LEASES: Final[Mapping[str, Lease]] = {}
+
 MAX_NAMED: Final = 20
 """Lines in the statistics."""
 
@@ -79,6 +85,9 @@ STARTING: Final = "max-starting"
 IDLE: Final = "max-idle"
 PAUSED: Final = "paused"
 """The pause of a scope, see `refusals`."""
+
+LEASE: Final = "lease"
+"""The right of this instance to send from an address, see `mailerq.rules.leases`."""
 
 NANOSECONDS: Final = 1_000_000_000
 
@@ -111,6 +120,8 @@ class Want(NamedTuple):
         if self.name == HOURS:
             until = format_time(self.bound.value)
             return f"closed until {until} by hours of {self.scope} ({self.bound.where})"
+        if self.name == LEASE:
+            return f"another instance may send {self.scope}"
         if self.name == PAUSED:
             until = format_time(self.bound.value)
             return f"pause until {until} of {self.scope} ({self.bound.where})"
@@ -130,6 +141,8 @@ class Wants(NamedTuple):
     """Whether a size counts."""
     closed: Want | None = None
     """The hours that allow nothing now."""
+    lease: Lease | None = None
+    """What this instance needs where the address belongs to a cluster."""
 
 
 NOTHING: Final = Wants((), (), (), (), sized=False)
@@ -165,6 +178,7 @@ def both(one: Wants, other: Wants) -> Wants:
         one.starting + other.starting,
         one.sized or other.sized,
         one.closed or other.closed,
+        one.lease or other.lease,
     )
 
 
@@ -176,12 +190,18 @@ class Allowance:
         "opening", "sending", "warming",
     )  # fmt: skip
 
-    def __init__(self, number: int, wants: Sequence[Want], connection: Bounds) -> None:
+    def __init__(
+        self,
+        number: int,
+        wants: Sequence[Want],
+        connection: Bounds,
+        lease: Lease | None = None,
+    ) -> None:
         self.number = number
-        self.sending = _wants(wants, MESSAGES, DAILY, BYTES, PAUSED, HOURS)
+        self.sending = _wants(wants, MESSAGES, DAILY, BYTES, PAUSED, HOURS, lease=lease)
         self.warming = any(want.name == DAILY for want in self.sending.each)
         """The limit of a day of `Days` is among them."""
-        self.opening = _wants(wants, CONNECTS, CONNECTIONS, STARTING)
+        self.opening = _wants(wants, CONNECTS, CONNECTIONS, STARTING, lease=lease)
         self.idle = _wants(wants, IDLE)
         found = (want.taken for want in self.opening.each if want.name == CONNECTIONS)
         self.most = min((each.limit for each in found if isinstance(each, Count)), default=0)
@@ -222,6 +242,8 @@ class Limits:
         self.refusals: Refusals | None = None
         """The reactions to replies of peers, if there are patterns for such replies."""
         self.days = Days()
+        self.leases: Mapping[str, Lease] = NO_LEASES
+        """Of the addresses that belong to a cluster."""
         self._calendar = Calendar(clock)
         self._calendar.set(shaping.hours)
         self.number = 0
@@ -306,7 +328,18 @@ class Limits:
             *_all(of_provider, provider_key, provider_key, ip),
             *self._warmups(provider, ip),
         ]
-        return Allowance(self.number, wants, connection)
+        return Allowance(self.number, wants, connection, self.leases.get(ip))
+
+    def may_use(self, ip: str) -> bool:
+        """Whether this instance may send from an address."""
+        lease = self.leases.get(ip)
+        return lease is None or lease.is_valid(self._cells.now())
+
+    def leases_changed(self) -> None:
+        """Leases have begun, or other addresses have one; waiters ask again."""
+        self.number += 1
+        self._ask_again([each for each in self._lines.items() if each[1].want.name == LEASE])
+        self._earlier.set()
 
     def secure(self, config: Config, site: Site, local_ip: str | None) -> Bound:
         """The `Level` of TLS that the operator wants for a site, and the place that says so."""
@@ -356,7 +389,7 @@ class Limits:
         bounds = self.shaping.of_remote(address, ip)
         if bounds:
             wants = list(_all(bounds, address, f"ip {address}", ip))
-            return Allowance(self.number, wants, {})
+            return Allowance(self.number, wants, {}, self.leases.get(ip))
         # Most connections are to addresses without a limit.
         if self._unlimited.number != self.number:
             self._unlimited = Allowance(self.number, (), {})
@@ -367,7 +400,7 @@ class Limits:
     def take(self, wants: Wants, size: int = 0) -> Refusal | None:
         """Take all wants, or none. `size` is the bytes of the message."""
         if not wants.taken:
-            return None
+            return None if wants.lease is None else self._take(self._cells, wants)
         if wants.sized:
             taken = tuple(
                 Rate(want.taken.key, cost(size, int(want.bound.value)))
@@ -385,7 +418,7 @@ class Limits:
         limit allows one message, most would wait with an open connection.
         """
         if not sending.taken:
-            return None
+            return None if sending.lease is None else self._take(self._cells, sending)
         asked = sending._replace(taken=tuple(Rate(taken.key, 0) for taken in sending.taken))
         return self._take(self._cells, asked) or self._take(self._turns, asked)
 
@@ -439,6 +472,10 @@ class Limits:
     def _take(self, cells: Cells, wants: Wants) -> Refusal | None:
         if wants.closed is not None:
             return Refusal(wants.closed, math.inf)
+        if wants.lease is not None:
+            refusal = self._lacks(wants, wants.lease)
+            if refusal is not None or not wants.taken:
+                return refusal
         busy = cells.take(wants.taken)
         if busy is None:
             self._granted = self._granted or any(
@@ -446,6 +483,26 @@ class Limits:
             )
             return None
         return Refusal(wants.each[busy.number], self._when(busy))
+
+    def _lacks(self, wants: Wants, lease: Lease) -> Refusal | None:
+        """Why the lease of an address does not allow this now.
+
+        After a change of the owner each rate waits for one of its intervals: the last owner may
+        have used it at the end of its own lease.
+        """
+        now = self._cells.now()
+        if not lease.is_valid(now):
+            begins = lease.since if now < lease.since else 0
+            until = self._when(Busy(0, begins)) if begins else math.inf
+            scope = f"from {lease.ip}"
+            want = Want(Rate(f"{LEASE} {lease.ip}", 0), LEASE, Bound(0, "cluster"), scope)
+            return Refusal(want, until)
+        if now < lease.begin() + DAY:
+            for want in wants.each:
+                first = lease.begin() + _interval(want)
+                if now < first:
+                    return Refusal(want, self._when(Busy(0, first)))
+        return None
 
     def _when(self, busy: Busy) -> float:
         """When to ask again, on `monotonic`."""
@@ -655,13 +712,20 @@ def _all(bounds: Bounds, scope: str, key: str, local_ip: str) -> Iterator[Want]:
         yield Want(taken, name, bound, f"{scope} from {local_ip}" if local_ip else scope)
 
 
+def _interval(want: Want) -> int:
+    """The time between two units of a rate; of bytes a minute, in which a large mail was sent."""
+    if want.name == BYTES:
+        return MINUTE
+    return want.taken.cost if isinstance(want.taken, Rate) else 0
+
+
 def _pause_key(until: float, key: str, local_ip: str) -> str:
     return f"{PAUSED} {until:.6f} {key} {local_ip}"
 
 
-def _wants(wants: Sequence[Want], *names: str) -> Wants:
+def _wants(wants: Sequence[Want], *names: str, lease: Lease | None = None) -> Wants:
     each = tuple(want for want in wants if want.name in names)
-    if not each:
+    if not each and lease is None:
         return NOTHING
     counts = [want for want in each if isinstance(want.taken, Count)]
     return Wants(
@@ -671,4 +735,5 @@ def _wants(wants: Sequence[Want], *names: str) -> Wants:
         tuple(want.taken.key for want in counts if want.name == STARTING),
         any(want.name == BYTES for want in each),
         next((want for want in each if want.name == HOURS), None),
+        lease,
     )

@@ -52,11 +52,18 @@ class Suppressor:
     """Writes suppressions. `run` is a task of the home worker; `suppress` is for any worker."""
 
     def __init__(
-        self, keeper: Keeper, home: Worker, *, clock: Callable[[], float] = time.time
+        self,
+        keeper: Keeper,
+        home: Worker,
+        *,
+        clock: Callable[[], float] = time.time,
+        shared: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`shared` says whether the rows are for all instances of a cluster."""
         self._keeper = keeper
         self._home = home
         self._clock = clock
+        self._shared = shared
         self._waiting: dict[str, str] = {}
         """Reasons by recipient, in the form that rows have."""
         self._callers: list[Callable[[], object]] = []
@@ -130,7 +137,7 @@ class Suppressor:
                 description=f"{description}: {reason}",
                 reason=reason,
             )
-            await self._keeper.add(row, addresses, who=ORIGIN)
+            await self._keeper.add(row, addresses, who=ORIGIN, shared=self._shared())
             for address in addresses:
                 self._waiting.pop(address, None)
 

@@ -170,7 +170,7 @@ def read(data: bytes) -> Document | str:
     try:
         if _version(data).v > VERSION:
             return "a document of a newer mailerq"
-        document = _decode(data)
+        document: Document = _decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeError):
         return "no document of mailerq"
     match document:

@@ -12,18 +12,19 @@ off does not hear that its connection is over, so it may use the address only fo
 lock. A new owner waits `TAKEOVER` after it has the lock, which is longer.
 
 An address that no other instance has announced in the last `MEMORY_SECONDS` needs no lease: its
-instance is *alone*, and goes on without the broker. Where another one has announced it, nobody sends
-from the address without a lease.
+instance is *alone*, and goes on without the broker. Where another one has announced it, nobody
+sends from the address without a lease.
 
 The instances that can use an address try to lock it in an order that all of them know (`ranked`),
 and only while nobody announces that it has the lock. Announcements save attempts; the lock decides.
 
 Guarantees
 ----------
-- At no moment two instances that have heard of each other may use an address. An answer proves that the broker took what was
-  sent before it freed the lock, so the old lease ends at most `LEASE` after the lock was free, and
-  the new one begins `TAKEOVER` after that. This needs a broker whose locks are exclusive, and clocks
-  that run at the same rate within a tenth; what the clocks show does not matter.
+- At no moment two instances that have heard of each other may use an address. An answer proves that
+  the broker took what was sent before it freed the lock, so the old lease ends at most `LEASE`
+  after the lock was free, and the new one begins `TAKEOVER` after that. This needs a broker whose
+  locks are exclusive, and clocks that run at the same rate within a tenth; what the clocks show
+  does not matter.
 - Limits hold over a change of the owner. Sends of a rate have a distance of its interval, and a new
   owner waits for one interval of each rate, see `Lease.since`.
 
@@ -61,9 +62,7 @@ class Lease:
 
     __slots__ = ("alone", "ip", "since", "until")
 
-    def __init__(
-        self, ip: str, since: int = 0, until: int = 0, *, alone: bool = False
-    ) -> None:
+    def __init__(self, ip: str, since: int = 0, until: int = 0, *, alone: bool = False) -> None:
         self.ip = ip
         self.since = since
         """From when: a rate may be used one of its intervals later."""
@@ -155,15 +154,20 @@ class Ownership:
         last = self.rivals.get(ip)
         return last is None or abs(wall - last) > MEMORY_SECONDS
 
-    def attempts(self, now: int, others: Mapping[str, Collection[str]]) -> list[str]:
+    def attempts(
+        self, now: int, others: Mapping[str, Collection[str]], held: Collection[str] = ()
+    ) -> list[str]:
         """The addresses to lock now.
 
-        `others` maps the name of each living instance to the addresses that it can send from; see
-        `taken` for those that are locked.
+        `others` maps the name of each living instance to the addresses that it can send from;
+        `held` are those whose lock one of them announces.
         """
         found = []
         for ip in self.leases:
             if ip in self.held:
+                continue
+            if ip in held:
+                self._free_since.pop(ip, None)
                 continue
             since = self._free_since.setdefault(ip, now)
             rivals = [name for name, ips in others.items() if ip in ips]
@@ -173,11 +177,6 @@ class Ownership:
             self._tried[ip] = now
             found.append(ip)
         return found
-
-    def taken(self, ips: Collection[str]) -> None:
-        """Others announce that they have these locks now: do not try them."""
-        for ip in ips:
-            self._free_since.pop(ip, None)
 
     def locked(self, ip: str, now: int) -> None:
         """The broker has given the lock of an address; `now` is after its answer."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -47,6 +47,8 @@ MAX_VALUES: Final = 1000
 
 MAX_VERSION: Final = 1 << 53
 MAX_NAME: Final = 255
+
+Key = TypeVar("Key")
 
 _MASK: Final = (1 << 64) - 1
 
@@ -244,10 +246,8 @@ class Shared:
         return True
 
     def _forget(self) -> None:
-        for known, most in ((self.dead, MAX_DEAD), (self._freed, MAX_FREED)):
-            if (many := len(known) - most) > 0:
-                for key in list(islice(known, many)):
-                    del known[key]  # type: ignore[attr-defined]
+        _shorten(self.dead, MAX_DEAD)
+        _shorten(self._freed, MAX_FREED)
 
     def _toggle_row(self, number: int) -> None:
         found = self.rows.get(number)
@@ -269,8 +269,7 @@ class Shared:
         """
         dead = list(self.dead)
         for start in range(0, len(dead), MAX_VALUES):
-            part = tuple(dead[start : start + MAX_VALUES])
-            yield Change(version=1, server="-", end=part)
+            yield Change(version=1, server="-", end=tuple(dead[start : start + MAX_VALUES]))
         for version, server, row in list(self.rows.values()):
             yield Change(version=version, server=server, row=row)
         for known in (self._values, self._freed):
@@ -287,3 +286,10 @@ class Shared:
                         )
                     else:
                         yield Change(version=held.version, server=held.server, free=part)
+
+
+def _shorten(known: dict[Key, Any], most: int) -> None:
+    """Forget the oldest."""
+    if (many := len(known) - most) > 0:
+        for key in list(islice(known, many)):
+            del known[key]

@@ -156,9 +156,9 @@ class RowFile:
             file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             if self._identity is not None:
-                self._take_over(RowFile(
-                    self._directory, self._user, clock=self._clock, server=self._server
-                ))
+                self._take_over(
+                    RowFile(self._directory, self._user, clock=self._clock, server=self._server)
+                )
             return False
         try:
             found = os.fstat(file)
@@ -172,8 +172,8 @@ class RowFile:
                 other = self._next
                 if other is None or other._identity not in (None, identity) or other._was_cut(file):
                     other = RowFile(
-                    self._directory, self._user, clock=self._clock, server=self._server
-                )
+                        self._directory, self._user, clock=self._clock, server=self._server
+                    )
                 self._next, other._changed = other, found.st_mtime_ns
                 if other._read_some(file, identity):
                     return True
@@ -244,9 +244,7 @@ class RowFile:
 
     # Changes
 
-    def add(
-        self, row: Row, values: Iterable[str] = (), *, who: str, shared: bool = False
-    ) -> Row:
+    def add(self, row: Row, values: Iterable[str] = (), *, who: str, shared: bool = False) -> Row:
         """Add a row, and return it with its id. A suppression has `values`, by `suppressible`.
 
         A `shared` row is for all instances of the cluster. Raises `RowError` and `OSError`, as all
@@ -256,9 +254,7 @@ class RowFile:
         now = self._clock()
         with self._locked() as file:
             number = self._shared_id() if shared else self.table.next_id
-            row = checked(
-                msgspec.structs.replace(row, id=number, who=who, since=row.since or now)
-            )
+            row = checked(msgspec.structs.replace(row, id=number, who=who, since=row.since or now))
             self._check_room(row, names)
             if shared:
                 parts = [names[i : i + MAX_VALUES] for i in range(0, len(names), MAX_VALUES)]
@@ -376,9 +372,7 @@ class RowFile:
                 every = {value for value in found if self.table.shared.is_suppressing(value)}
                 own = [value for value in found if value not in every]
                 named = [value for value in found if value in every]
-                lines = [
-                    Line(free=own[start : start + 1000]) for start in range(0, len(own), 1000)
-                ]
+                lines = [Line(free=own[start : start + 1000]) for start in range(0, len(own), 1000)]
                 lines += [
                     self._shared_line(who, why, free=tuple(named[start : start + MAX_VALUES]))
                     for start in range(0, len(named), MAX_VALUES)

@@ -245,7 +245,7 @@ class Bench:
 
     async def until(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
         with trio.fail_after(seconds):
-            while not condition():
+            while not condition():  # noqa: ASYNC110
                 await trio.sleep(0.05)
 
 

@@ -22,7 +22,9 @@ def alive(bench: Bench, name: str) -> list[str]:
     return sorted(bench.instances[name].cluster._members.alive)
 
 
-async def test_instances_hear_of_each_other_and_of_the_end_of_one(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_instances_hear_of_each_other_and_of_the_end_of_one(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         for name in "abc":
             await bench.start(name)
@@ -34,7 +36,9 @@ async def test_instances_hear_of_each_other_and_of_the_end_of_one(tmp_path: Path
         await bench.until(lambda: alive(bench, "a") == [], 7)
 
 
-async def test_one_of_the_instances_with_an_address_owns_it(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_one_of_the_instances_with_an_address_owns_it(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         for name in "abc":
             await bench.start(name, [X] if name != "c" else [Y])
@@ -59,7 +63,9 @@ async def test_another_instance_takes_over_after_the_lease_of_one_that_is_killed
         assert TAKEOVER <= passed < SILENCE + TAKEOVER + 4 * SECOND
 
 
-async def test_an_instance_that_stops_hands_over_without_a_silence(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_an_instance_that_stops_hands_over_without_a_silence(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         for name in "ab":
             await bench.start(name, [X])
@@ -68,7 +74,9 @@ async def test_an_instance_that_stops_hands_over_without_a_silence(tmp_path: Pat
         await bench.until(lambda: bench.users(X), TAKEOVER / SECOND + 1)
 
 
-async def test_an_owner_that_is_cut_off_stops_before_another_begins(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_an_owner_that_is_cut_off_stops_before_another_begins(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         for name in "ab":
             await bench.start(name, [X])
@@ -92,7 +100,9 @@ async def test_an_owner_that_is_cut_off_stops_before_another_begins(tmp_path: Pa
             assert bench.users(X) == users[-1]
 
 
-async def test_an_owner_whose_broker_is_slow_keeps_its_lock(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_an_owner_whose_broker_is_slow_keeps_its_lock(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         for name in "ab":
             await bench.start(name, [X])
@@ -103,21 +113,25 @@ async def test_an_owner_whose_broker_is_slow_keeps_its_lock(tmp_path: Path, auto
         await bench.until(lambda: bench.users(X) == [owner], 2)
 
 
-async def test_an_address_of_one_instance_works_without_the_exchange(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_an_address_of_one_instance_works_without_the_exchange(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         bench.exchange.down = True
         await bench.start("a", [X])
         assert bench.users(X) == ["a"]
         bench.exchange.down = False
         await bench.start("b", [X])
-        await bench.until(lambda: not (bench.users(X) == ["a", "b"]), 3)
+        await bench.until(lambda: bench.users(X) != ["a", "b"], 3)
         for _ in range(300):
             await trio.sleep(0.05)
             assert len(bench.users(X)) <= 1
         assert len(bench.users(X)) == 1
 
 
-async def test_a_shared_address_waits_for_the_exchange_also_after_a_restart(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_a_shared_address_waits_for_the_exchange_also_after_a_restart(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         for name in "ab":
             await bench.start(name, [X])
@@ -134,7 +148,9 @@ async def test_a_shared_address_waits_for_the_exchange_also_after_a_restart(tmp_
         await bench.until(lambda: again.uses(X), 15)
 
 
-async def test_an_address_that_the_host_has_lost_is_left_to_others(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_an_address_that_the_host_has_lost_is_left_to_others(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         for name in "ab":
             await bench.start(name, [X])
@@ -144,7 +160,9 @@ async def test_an_address_that_the_host_has_lost_is_left_to_others(tmp_path: Pat
         assert X not in bench.instances[owner].cluster.leases
 
 
-async def test_a_lock_that_an_operator_deletes_is_lost(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_a_lock_that_an_operator_deletes_is_lost(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         each = await bench.start("a", [X])
         await bench.start("b", [X])
@@ -153,7 +171,9 @@ async def test_a_lock_that_an_operator_deletes_is_lost(tmp_path: Path, autojump_
         assert not each.uses(X)
 
 
-async def test_a_pause_reaches_all_within_a_second_and_its_end_too(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_a_pause_reaches_all_within_a_second_and_its_end_too(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         rows = {name: (await bench.start(name)).rows for name in "abc"}
         await bench.until(lambda: len(alive(bench, "a")) == 2, 2)
@@ -163,7 +183,9 @@ async def test_a_pause_reaches_all_within_a_second_and_its_end_too(tmp_path: Pat
         await bench.until(lambda: not any(each.numbers for each in rows.values()), 1)
 
 
-async def test_an_instance_that_was_away_gets_what_it_has_missed(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_an_instance_that_was_away_gets_what_it_has_missed(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         first, second = await bench.start("a"), await bench.start("b")
         first.rows.add(1)
@@ -219,7 +241,9 @@ async def test_foreign_and_hostile_documents_are_ignored_with_one_line(
     assert len([each for each in caplog.records if "no document" in each.getMessage()]) == 1
 
 
-async def test_a_storm_of_greetings_makes_few_announcements(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_a_storm_of_greetings_makes_few_announcements(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         each = await bench.start("a")
         await bench.until(lambda: each.link.is_open, 2)
@@ -247,7 +271,9 @@ async def test_an_exchange_that_is_away_is_told_once(
     assert len(lost) == 1
 
 
-async def test_the_processes_of_a_daemon_are_one_instance(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_the_processes_of_a_daemon_are_one_instance(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         first = await bench.start("a", [X], place="here")
         follower = await bench.start("a ", [X], place="here")
@@ -263,7 +289,9 @@ async def test_the_processes_of_a_daemon_are_one_instance(tmp_path: Path, autoju
         await bench.until(lambda: follower.uses(X) or other.uses(X), 30)
 
 
-async def test_mail_for_an_address_of_another_instance_goes_there(tmp_path: Path, autojump_clock: Clock) -> None:
+async def test_mail_for_an_address_of_another_instance_goes_there(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
     async with open_bench(tmp_path) as bench:
         first, second = await bench.start("a", [X]), await bench.start("b", [Y])
         first.facts.takes = second.facts.takes = True

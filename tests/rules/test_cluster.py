@@ -83,7 +83,10 @@ def test_any_bytes_are_a_document_or_a_reason(data: bytes) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"[" * 100_000, b'{"kind":' * 50_000, b" " * (MAX_DOCUMENT + 1), b"\xff\xfe", b'{"reload":true}'],
+    [
+        b"[" * 100_000, b'{"kind":' * 50_000, b" " * (MAX_DOCUMENT + 1), b"\xff\xfe",
+        b'{"reload":true}',
+    ],
     ids=["nested", "objects", "large", "no UTF-8", "of MailerQ"],
 )  # fmt: skip
 def test_hostile_and_foreign_documents_have_a_reason(data: bytes) -> None:
@@ -107,7 +110,9 @@ def test_a_copy_of_an_announcement_does_not_keep_an_instance_alive() -> None:
     assert members.expire(SILENCE + 1) == ["b"]
 
 
-@given(st.lists(st.tuples(st.sampled_from("bc"), st.integers(1, 5), st.integers(0, 9)), max_size=40))
+@given(
+    st.lists(st.tuples(st.sampled_from("bc"), st.integers(1, 5), st.integers(0, 9)), max_size=40)
+)
 def test_the_latest_announcement_counts_in_any_order(heard: list[tuple[str, int, int]]) -> None:
     members = Members("a", "0")
     latest: dict[str, int] = {}
@@ -148,13 +153,13 @@ X, Y = "192.0.2.1", "192.0.2.2"
 @pytest.mark.parametrize(
     ("b", "c", "held", "available", "expected"),
     [
-        (dict(ips=(X,), holds=(X,)), {}, (), (), "b"),
-        (dict(ips=(X,), holds=(X,)), {}, (), (X,), "b"),
-        (dict(ips=(X,)), {}, (), (X,), None),
-        (dict(ips=(X,)), {}, (), (), "b"),
-        (dict(ips=(X,)), dict(ips=(X,), holds=(X,)), (), (), "c"),
-        (dict(ips=(X,), holds=(X,)), {}, (Y,), (Y,), None),
-        (dict(ips=(X,), holds=(X,), takes=False), {}, (), (), None),
+        ({"ips": (X,), "holds": (X,)}, {}, (), (), "b"),
+        ({"ips": (X,), "holds": (X,)}, {}, (), (X,), "b"),
+        ({"ips": (X,)}, {}, (), (X,), None),
+        ({"ips": (X,)}, {}, (), (), "b"),
+        ({"ips": (X,)}, {"ips": (X,), "holds": (X,)}, (), (), "c"),
+        ({"ips": (X,), "holds": (X,)}, {}, (Y,), (Y,), None),
+        ({"ips": (X,), "holds": (X,), "takes": False}, {}, (), (), None),
         ({}, {}, (), (), None),
     ],
     ids=[

@@ -224,6 +224,12 @@ def test_the_first_in_rank_tries_first_and_others_follow() -> None:
             assert owner.attempts(place * STEP, rivals) == [IP]
 
 
+def test_an_address_that_another_instance_holds_is_not_tried_until_it_is_free() -> None:
+    owner = World.started("a")
+    assert owner.attempts(0, {"b": [IP]}, {IP}) == []
+    assert owner.attempts(RETRY // 2, {}, ()) == [IP]
+
+
 def test_an_attempt_that_failed_is_made_again_later() -> None:
     owner = World.started("a")
     assert owner.attempts(0, {}) == [IP]

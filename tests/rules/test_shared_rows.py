@@ -25,7 +25,7 @@ State = tuple[object, ...]
 def contents(shared: Shared) -> State:
     return (
         shared.rows,
-        {value: held for value, held in shared._values.items()},
+        dict(shared._values.items()),
         sorted(shared.dead),
         shared.digest,
     )

@@ -1,0 +1,64 @@
+"""Opens the exchange of a cluster, as the settings say."""
+
+from __future__ import annotations
+
+import importlib.util
+import ssl
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Final
+
+from mailerq.config import SETTINGS, Config
+from mailerq.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from mailerq.queues.rabbitmq.exchange import Exchange
+
+__all__ = ["open_exchange", "settings_digest"]
+
+ALIKE: Final = (
+    "cluster-exchange", "rabbitmq-outbox", "retry-interval", "max-delivertime", "max-attempts",
+)  # fmt: skip
+ALIKE_PREFIXES: Final = ("domain-max", "ip-max", "connection-max", "smtp-local-", "smtp-relay-")
+ALIKE_FILES: Final = ("limits-file", "responses-file")
+"""Settings that all instances should have alike: mail takes the same way through each of them, and
+a limit is the same at each owner of an address."""
+
+
+def open_exchange(config: Config, clock: Callable[[], int] = time.monotonic_ns) -> Exchange:
+    """A link to the exchange of `cluster-exchange`, not connected yet. Raises `ConfigError`."""
+    key = "cluster-address" if config.cluster_address else "cluster-exchange"
+    if importlib.util.find_spec("pika") is None:
+        text = f"{key} needs the package pika: pip install 'mailerq[rabbitmq]'"
+        raise ConfigError.of([Problem(config.origin(key), text, key)])
+    # Others do not need pika.
+    from mailerq.queues.rabbitmq.addresses import addresses_of, parse_addresses
+    from mailerq.queues.rabbitmq.exchange import Exchange
+
+    own = config.cluster_address
+    addresses = parse_addresses(own) if own else addresses_of(config)
+    context = None
+    if not config.cluster_verify or not (own or config.rabbitmq_verify):
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return Exchange(
+        addresses, config.cluster_exchange, clock=clock, name=config.instance, context=context
+    )
+
+
+def settings_digest(config: Config) -> str:
+    """A digest of the settings that all instances should have alike. Reads their files."""
+    digest = blake2b(digest_size=8)
+    for each in SETTINGS:
+        if each.key in ALIKE or each.key.startswith(ALIKE_PREFIXES):
+            digest.update(f"{each.key}: {each.write(getattr(config, each.attribute))}\n".encode())
+        elif each.key in ALIKE_FILES and (path := getattr(config, each.attribute)):
+            digest.update(f"{each.key}\n".encode())
+            try:
+                with open(path, "rb") as file:
+                    digest.update(file.read())
+            except OSError:
+                digest.update(b"?")
+    return digest.hexdigest()
