@@ -175,6 +175,7 @@ class Cluster:
         self._asking = trio.Event()
         self._locking: set[str] = set()
         self._stopping = False
+        self._greeted = False
         self._announced = 0
         self._wake = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -249,7 +250,7 @@ class Cluster:
             self._look_at_leases()
             if self._link.is_open and not self._stopping:
                 self._try_locks(now)
-                if count % ANNOUNCE_TICKS == 0 or self._wake.is_set():
+                if count % ANNOUNCE_TICKS == 0 or self._wake.is_set() or self._greeted:
                     self._announce(now)
                 self._rows.compare([*self._members.alive.values()], now, self._link.queue)
             self._file.write(self._state())
@@ -368,6 +369,7 @@ class Cluster:
     def _announce(self, now: int) -> None:
         facts = self._facts()
         self._serial += 1
+        self._greeted = False
         self._announced = now
         shared = self._keeper.shared
         self._send(
@@ -416,6 +418,7 @@ class Cluster:
                     log.info("cluster: %s stops", document.name)
                     self._wake.set()
             case Hello():
+                self._greeted = True
                 if now - self._announced > MIN_HELLO:
                     self._wake.set()
             case RowChanges() | RowPart() | AskRows():

@@ -193,6 +193,8 @@ class Exchange:
         connection, channel = self._connection, self._channel
         if connection is None or channel is None or not channel.is_open:
             return False
+        if not channel._channel.is_open:  # it is being closed
+            return False
         if connection.blocked is not None or connection.buffered > MAX_BUFFERED:
             return False
         properties = pika.BasicProperties(content_type="application/json")
