@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import resource
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -72,7 +71,15 @@ from mailerq.plugins import (
     Reject,
     check_handler,
 )
-from mailerq.preparing import LOGS, Prepared, prepare, writable
+from mailerq.preparing import (
+    LOGS,
+    Prepared,
+    count_connections,
+    count_outgoing,
+    limit_of,
+    prepare,
+    writable,
+)
 from mailerq.privileges import become
 from mailerq.queues import Consumer, Lease, Publication, Queues, Settlement
 from mailerq.queues.adoption import Adoption, own, prove
@@ -94,6 +101,9 @@ MIN_PLUGIN_SECONDS: Final = 1.0
 GIVE_BACK_SECONDS: Final = 5.0
 """Time for deliveries from a share that returns to its own process."""
 
+HANDED: Final = -1
+"""Stands for the mail that other instances of the cluster hand over, in place of a share."""
+
 CELLS: Final = "limits.cells"
 """The file in the queue directory where all processes count limits."""
 
@@ -102,9 +112,6 @@ DAYS: Final = "warmup.json"
 
 MAX_IDS: Final = 10_000
 """Message ids in one request of another program."""
-
-SPARE_DESCRIPTORS: Final = 64
-"""Descriptors reserved for the queue, logs and plugins."""
 
 ROUTES: Final = (
     "local_delivery", "smtp_local_domains",
@@ -272,8 +279,8 @@ class Engine:
         self._workers = await stack.enter_async_context(open_workers(config.smtp_threads, plugins))
         self._watchdog.look_after(self._workers)
         self._logs = {name: _log_file(config, name, stack) for name in LOGS}
-        connections = self._connections = Slots(_connections(config))
-        incoming = Slots(_limit(config.smtp_connections_in), within=connections)
+        connections = self._connections = Slots(count_connections(config))
+        incoming = Slots(limit_of(config.smtp_connections_in), within=connections)
         self._server = Services(
             terms=terms.asking_plugins(plugins.listens("authenticate")),
             clients=Clients(config, terms.access),
@@ -289,7 +296,7 @@ class Engine:
         self._resolver = Resolver(config)
         stack.callback(self._resolver.close)
         dane = Dane(self._resolver)
-        self._outgoing = Slots(_outgoing(config, connections), within=connections)
+        self._outgoing = Slots(count_outgoing(config, connections), within=connections)
         self._openings = Openings(self._outgoing, self._workers[0])
         processes = 1 if self._share is None else config.smtp_processes
         cells = SharedCells(os.path.join(config.queue_directory, CELLS), share, processes)
@@ -298,7 +305,9 @@ class Engine:
         pools = shaping.local_ips.pools
         directory, member = config.queue_directory, config.cluster_member
         self._keeper = Keeper(directory, self._rows_changed, pools=pools, server=member)
-        self._cluster = EngineCluster(self._live, self._keeper, self._limits, self._dispatchers)
+        self._cluster = EngineCluster(
+            self._live, self._keeper, self._limits, self._dispatchers, self.queues
+        )
         self._kept = KeptActions(self._keeper)
         react(self._limits, answers, self._kept)
         suppressor = Suppressor(
@@ -329,6 +338,8 @@ class Engine:
         nursery.start_soon(suppressor.run)
         nursery.start_soon(self._cluster.run)
         await nursery.start(self._delivery(share, self.queues).dispatcher.run)
+        if handed := self._cluster.queue:
+            await nursery.start(self._delivery(HANDED, self.queues, handed).dispatcher.run)
         if lock is not None:
             nursery.start_soon(prove, lock)
         await nursery.start(self._listener.run)
@@ -337,8 +348,8 @@ class Engine:
             nursery.start_soon(adoption.run)
         self._started = time.time()
 
-    def _delivery(self, share: int, queues: Queues) -> _Delivery:
-        """The delivery of a share's outbox, once its dispatcher runs."""
+    def _delivery(self, share: int, queues: Queues, handed: str = "") -> _Delivery:
+        """The delivery of a share's outbox, once its dispatcher runs; or of the queue `handed`."""
         dispatcher = Dispatcher(
             self._live,
             queues,
@@ -354,7 +365,9 @@ class Engine:
             reports=self._server.terms.reports,
             signer=self._signer,
             storage=self._storage,
+            handed=handed,
         )
+        dispatcher.keeper_of = self._cluster.keeper_of if self._cluster.queue else None
         dispatcher.stops.rows, dispatcher.stops.hits = self._keeper.rows, self._keeper.hits
         delivery = self._deliveries[share] = _Delivery(queues, dispatcher)
         return delivery
@@ -503,9 +516,9 @@ class Engine:
         services.clients.set_limits(config, terms.access)
         services.memory.limit = config.max_memory
         services.handshakes.limit = config.smtp_handshakes
-        self._connections.limit = _connections(config)
-        services.slots.limit = _limit(config.smtp_connections_in)
-        self._outgoing.limit = _outgoing(config, self._connections)
+        self._connections.limit = count_connections(config)
+        services.slots.limit = limit_of(config.smtp_connections_in)
+        self._outgoing.limit = count_outgoing(config, self._connections)
         if config.plugin_timeout != before.plugin_timeout:
             self.plugins.set_timeout(config.plugin_timeout)
         if not alike(config, before, "server_id", "hostname"):
@@ -567,7 +580,7 @@ class Engine:
             "hostname": self.config.hostname,
             "listening": [host_port(*address) for address in self.addresses],
             "workers": len(self._workers),
-            "shares": sorted(self._deliveries),
+            "shares": sorted(share for share in self._deliveries if share != HANDED),
             "settings": self._settings(),
             "incoming": {
                 "open": self._listener.open_sessions,
@@ -580,7 +593,7 @@ class Engine:
                 **self._limits.statistics(),
             },
             "replies": self._limits.replies(),
-            "queue": total([each.queues.statistics() for each in deliveries]),
+            "queue": total([each.statistics() for each in {each.queues for each in deliveries}]),
             "rows": self._keeper.statistics(),
             **({"storage": self._storage.statistics()} if self._storage is not None else {}),
             "cluster": self._cluster.statistics(),
@@ -760,31 +773,6 @@ def _plain(group: ExceptionGroup[Exception]) -> MailerqError:
     if isinstance(error, MailerqError):
         return error
     return EngineError(f"the engine had to end: {type(error).__name__}: {error}")
-
-
-def _connections(config: Config) -> int:
-    """The number of connections, limited by the descriptors of this process."""
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if descriptors == resource.RLIM_INFINITY:
-        return config.smtp_connections
-    possible = max(descriptors - SPARE_DESCRIPTORS, 1)
-    if possible < config.smtp_connections:
-        log.warning(
-            "smtp-connections: there will be %d, not %d, for this process may have %d descriptors",
-            possible,
-            config.smtp_connections,
-            descriptors,
-        )
-    return min(possible, config.smtp_connections)
-
-
-def _outgoing(config: Config, connections: Slots) -> float:
-    """Outgoing connections: half of all unless the settings say otherwise."""
-    return config.smtp_connections_out or max(connections.limit // 2, 1)
-
-
-def _limit(value: int | None) -> float:
-    return math.inf if value is None else value
 
 
 def _log_file(config: Config, name: str, stack: AsyncExitStack) -> LogFile:

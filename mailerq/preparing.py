@@ -1,8 +1,11 @@
-"""Every step of a reload that can fail, before anything changes."""
+"""Every step of a reload that can fail, before anything changes; what settings add up to."""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple, TypeVar
@@ -14,11 +17,19 @@ from mailerq.live import alike
 from mailerq.net import unbound
 from mailerq.net.client_tls import ClientTls
 from mailerq.net.logs import open_log
+from mailerq.net.slots import Slots
 from mailerq.rules.answers import Answers
 from mailerq.rules.shaping import Shaping
 from mailerq.rules.signing import SigningFile
 
-__all__ = ["LOGS", "Prepared", "prepare", "writable"]
+__all__ = [
+    "LOGS", "Prepared", "count_connections", "count_outgoing", "limit_of", "prepare", "writable",
+]  # fmt: skip
+
+log = logging.getLogger("mailerq")
+
+SPARE_DESCRIPTORS: Final = 64
+"""Descriptors reserved for the queue, logs and plugins."""
 
 LOGS: Final = ("send_log_file", "received_log_file", "refused_log_file")
 
@@ -83,3 +94,29 @@ def writable(config: Config, name: str) -> Iterator[None]:
     except OSError as error:
         problem = f"{name.replace('_', '-')}: cannot write {config.text(name)}: {error.strerror}"
         raise ConfigError(config.origin(name), problem) from None
+
+
+def count_connections(config: Config) -> int:
+    """The number of connections, limited by the descriptors of this process."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:
+        return config.smtp_connections
+    possible = max(descriptors - SPARE_DESCRIPTORS, 1)
+    if possible < config.smtp_connections:
+        log.warning(
+            "smtp-connections: there will be %d, not %d, for this process may have %d descriptors",
+            possible,
+            config.smtp_connections,
+            descriptors,
+        )
+    return min(possible, config.smtp_connections)
+
+
+def count_outgoing(config: Config, connections: Slots) -> float:
+    """Outgoing connections: half of all unless the settings say otherwise."""
+    return config.smtp_connections_out or max(connections.limit // 2, 1)
+
+
+def limit_of(value: int | None) -> float:
+    """A limit as a number; None is no limit."""
+    return math.inf if value is None else value

@@ -357,6 +357,11 @@ PROPERTIES: Final = (
         " left from there, and its peer said to try again later.",
     ),
     Property(
+        "handover", WRITTEN, "an object",
+        "How often instances of a cluster have handed the message over for its next attempt, because"
+        " another one has its address: `attempt` and `count`.",
+    ),
+    Property(
         "refusedips", WRITTEN, "a list of strings",
         "Addresses that the next attempt does not leave from: peers have refused the message for"
         " them, and a pattern says `other-ip`.",

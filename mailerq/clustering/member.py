@@ -102,7 +102,7 @@ class Facts:
     """Messages since the start."""
     connections: int = 0
     waiting: int = 0
-    takes: bool = False
+    takes: str = ""
 
 
 @dataclass(slots=True)
@@ -165,6 +165,7 @@ class Cluster:
         self._members = Members(name, self._run)
         self._owner = Ownership(name)
         self._owner.leases = self.leases
+        self._takes = ""
         self._told: tuple[Sequence[Here], Collection[str]] = (), ()
         self._valid: set[str] = set()
         self._rate = _Rate()
@@ -233,6 +234,7 @@ class Cluster:
         state = self._file.read()
         if state is not None:
             self._told = state.others, state.held
+            self._takes = self._facts().takes
             if follow(self.leases, state.leases):
                 self._on_leases()
         self._look_at_leases()
@@ -368,6 +370,7 @@ class Cluster:
 
     def _announce(self, now: int) -> None:
         facts = self._facts()
+        self._takes = facts.takes
         self._serial += 1
         self._greeted = False
         self._announced = now
@@ -453,7 +456,7 @@ class Cluster:
             for here in others:
                 members.hear(here, 0)
             held = set(told)
-        member = members.keeper_of(ips, held, self.leases)
+        member = members.keeper_of(ips, held, self.leases, self._takes)
         return "" if member is None else member.here.name
 
     def statistics(self) -> dict[str, Any]:

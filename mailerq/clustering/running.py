@@ -18,6 +18,8 @@ from mailerq.outbound.cells import boot_time
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.keeper import Keeper
 from mailerq.outbound.limits import Limits
+from mailerq.queues import Queues
+from mailerq.queues.rabbitmq.topology import instance_queue
 
 __all__ = ["EngineCluster"]
 
@@ -35,11 +37,13 @@ class EngineCluster:
         keeper: Keeper,
         limits: Limits,
         dispatchers: Callable[[], Sequence[Dispatcher]],
+        queues: Queues,
     ) -> None:
         self._live = live
         self._keeper = keeper
         self._limits = limits
         self._dispatchers = dispatchers
+        self._queues = queues
         self._digest = ""
         self._cluster: Cluster | None = None
         self._reloaded = trio.Event()
@@ -98,6 +102,20 @@ class EngineCluster:
         if self._cluster is not None:
             self._cluster.rows_changed()
 
+    @property
+    def queue(self) -> str:
+        """The queue of mail that others hand over; empty without a cluster or a broker for mail."""
+        config = self._live.current.config
+        if not (config.has_cluster and config.has_broker):
+            return ""
+        return instance_queue(config.rabbitmq_outbox, config.instance)
+
+    def keeper_of(self, ips: Sequence[str]) -> str:
+        """The queue of the instance that should send from some addresses; empty: this one."""
+        if self._cluster is None or (name := self._cluster.keeper_of(ips)) == "":
+            return ""
+        return instance_queue(self._live.current.config.rabbitmq_outbox, name)
+
     async def stop(self) -> None:
         """Leave the cluster in order: no mail is sent any more."""
         if self._cluster is not None:
@@ -116,4 +134,5 @@ class EngineCluster:
             delivered=sum(each.counters.delivered for each in dispatchers),
             connections=sum(each.connections for each in dispatchers),
             waiting=sum(each.in_memory for each in dispatchers),
+            takes=self._queues.identity if self.queue else "",
         )

@@ -92,6 +92,10 @@ CLOCK_SECONDS: Final = 60.0
 CUT_SECONDS: Final = 5.0
 """Grace period for sessions that are cut: a plugin may still hold a message."""
 
+MAX_HANDOVERS: Final = 5
+HANDOVER_SECONDS: Final = 60.0
+"""A message that was handed over this often before an attempt waits for so long."""
+
 MAX_NAMED: Final = 20
 """Flows with waiting mail that `Dispatcher.statistics` names."""
 
@@ -118,9 +122,14 @@ class Dispatcher:
         lot: Callable[[], float] = random.random,
         reports: Reports = NO_REPORTS,
         storage: Storage | None = None,
+        handed: str = "",
     ) -> None:
+        """`handed` is the queue of mail that other instances hand over, in place of the outbox."""
         self._live = live
         self._storage = storage
+        self._handed = handed
+        self.keeper_of: Callable[[Sequence[str]], str] | None = None
+        """Names the queue of the instance that should send from some addresses, if not this one."""
         self.queues = queues
         self.worker = worker
         self.openings = openings
@@ -163,6 +172,7 @@ class Dispatcher:
         self._times_changed = trio.Event()
         self._looking_up: dict[Route, list[Job]] = {}
         self._looked_up = 0
+        self._say_to_and_fro = Ration(log.warning, 1, "and %d times more from hand to hand")
         self._say_own_fault = Ration(log.error, 1, "and %d times more for a fault of this host")
         self._stopped = trio.Event()
         self._life = trio.CancelScope()
@@ -227,7 +237,7 @@ class Dispatcher:
         config, intake = self.config, self._intake
         async with (
             self.queues.subscribe(
-                config.rabbitmq_outbox,
+                self._handed or config.rabbitmq_outbox,
                 intake,
                 prefetch=config.rabbitmq_qos,
                 window=min(FIRST_WINDOW, self.max_window),
@@ -389,6 +399,8 @@ class Dispatcher:
             if not isinstance(decision, Send):
                 self.stop_message(lease, decision)
                 return None
+            if decision.local_ips and self._is_elsewhere(lease, decision.local_ips):
+                return None
             key = self._key_of(lease) if message.body is None else ""
             if key and self._storage is None:
                 fault = responses.storage_fails(NO_STORAGE, self.config.storage_reschedule)
@@ -419,6 +431,25 @@ class Dispatcher:
             expires = expires_at(properties, now=seen, max_delivertime=self.config.max_delivertime)
             self._settlements.finish(lease, Report(responses.OWN_FAULT), expires)
             return None
+
+    def _is_elsewhere(self, lease: Lease, ips: Sequence[str]) -> bool:
+        """Hand a message over if another instance has its addresses; whether it is gone."""
+        if self.keeper_of is None or not (queue := self.keeper_of(ips)):
+            return False
+        properties = lease.message.properties
+        attempt = len(lease.message.results) + 1
+        before = properties.get("handover")
+        count = 1
+        if isinstance(before, dict) and before.get("attempt") == attempt:
+            count += before["count"] if isinstance(before.get("count"), int) else 0
+        if count > MAX_HANDOVERS:
+            del properties["handover"]
+            self._say_to_and_fro("mail for %s goes to and fro between instances", ", ".join(ips))
+            self._settlements.hold(lease, self.now() + HANDOVER_SECONDS)
+        else:
+            properties["handover"] = {"attempt": attempt, "count": count}
+            self._settlements.hand_over(lease, queue)
+        return True
 
     def _with_return_path(self, properties: dict[str, Any], decision: Send, now: float) -> Send:
         envelope = self.reports.return_path(properties, decision.envelope, self.config, now=now)

@@ -95,7 +95,8 @@ class Counters:
     """Delivery totals since the start.
 
     `held` counts messages delayed by their senders, `put_off` those whose attempt ended by a reply
-    that is not about them, `reports` the reports made for senders.
+    that is not about them, `handed_over` those that went to another instance of the cluster,
+    `reports` the reports made for senders.
     """
 
     consumed: int = 0
@@ -106,6 +107,7 @@ class Counters:
     retried: int = 0
     queue_errors: int = 0
     put_off: int = 0
+    handed_over: int = 0
     reports: int = 0
 
 
@@ -199,6 +201,12 @@ class Settlements:
             ration.flush()
 
     # What became of a message
+
+    def hand_over(self, lease: Lease, queue: str) -> None:
+        """Give a message to the instance of the cluster that consumes a queue."""
+        self._counters.handed_over += 1
+        settlement = Settlement(lease, (Publication(queue, lease.message),))
+        self._finished(settlement, None, None, None, needs_body=not lease.loaded)
 
     def hold(self, lease: Lease, until: float) -> None:
         """Put a message back until a time."""

@@ -249,6 +249,11 @@ class Subscription(ABC):
 class Queues(ABC):
     """All queues of one engine."""
 
+    @property
+    def identity(self) -> str:
+        """The same for all hosts that share an outbox; empty if this host has its own."""
+        return ""
+
     @abstractmethod
     async def publish(self, publications: Sequence[Publication]) -> None:
         """Make all publications durable, or raise `QueueError`, see the guarantees above.

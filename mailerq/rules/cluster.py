@@ -91,8 +91,8 @@ class Here(msgspec.Struct, frozen=True, kw_only=True, tag="here", tag_field="kin
     waiting: int = 0
     rows: int = 0
     rows_digest: str = ""
-    takes: bool = False
-    """It takes mail that others hand over, see `Members.keeper_of`."""
+    takes: str = ""
+    """It takes mail that others hand over, see `Members.keeper_of`; the name of their outbox."""
 
 
 class Gone(msgspec.Struct, frozen=True, kw_only=True, tag="gone", tag_field="kind"):
@@ -188,7 +188,7 @@ def _is_name(text: str) -> bool:
 
 def _problem_of(here: Here) -> str | None:
     """Why an announcement cannot be used."""
-    texts = (here.name, here.run, here.queue, here.hostname, here.version)
+    texts = (here.name, here.run, here.queue, here.hostname, here.version, here.takes)
     if not _is_name(here.name) or not _is_name(here.run):
         return "an announcement without a name"
     if not all(len(text) <= MAX_NAME and (not text or text.isprintable()) for text in texts):
@@ -297,16 +297,25 @@ class Members:
         return {ip for member in self.alive.values() for ip in member.here.holds}
 
     def keeper_of(
-        self, ips: Sequence[str], held: Collection[str], available: Collection[str]
+        self,
+        ips: Sequence[str],
+        held: Collection[str],
+        available: Collection[str],
+        outbox: str,
     ) -> Member | None:
         """The instance that should have a message which may leave from `ips` only.
 
         None for this instance, which holds the locks of `held`, and can send from `available`. An
-        owner comes before an instance that could own an address, and this one before others.
+        owner comes before an instance that could own an address, and this one before others. Others
+        must share the `outbox`.
         """
         if any(ip in held for ip in ips):
             return None
-        takers = [member for _, member in sorted(self.alive.items()) if member.here.takes]
+        takers = [
+            member
+            for _, member in sorted(self.alive.items())
+            if outbox and member.here.takes == outbox
+        ]
         for member in takers:
             if any(ip in member.here.holds for ip in ips):
                 return member

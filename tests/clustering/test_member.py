@@ -294,7 +294,7 @@ async def test_mail_for_an_address_of_another_instance_goes_there(
 ) -> None:
     async with open_bench(tmp_path) as bench:
         first, second = await bench.start("a", [X]), await bench.start("b", [Y])
-        first.facts.takes = second.facts.takes = True
+        first.facts.takes = second.facts.takes = "outbox"
         await bench.until(lambda: first.cluster.keeper_of([Y]) == "b", 10)
         assert first.cluster.keeper_of([X]) == ""
         assert first.cluster.keeper_of([X, Y]) == ""

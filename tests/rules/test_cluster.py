@@ -40,7 +40,7 @@ def here(name: str = "b", run: str = "1", serial: int = 1, **more: Any) -> Here:
 
 CHANGE = Change(version=1, server="b", row=Row(kind=PAUSE, id=FIRST_ID, domain="a.test"))
 DOCUMENTS: list[Document] = [
-    here(ips=("192.0.2.1", "2001:db8::1"), holds=("192.0.2.1",), messages=1.5, takes=True),
+    here(ips=("192.0.2.1", "2001:db8::1"), holds=("192.0.2.1",), messages=1.5, takes="o"),
     Gone(name="b", run="1"),
     Hello(),
     RowChanges(name="b", changes=(CHANGE,)),
@@ -159,7 +159,7 @@ X, Y = "192.0.2.1", "192.0.2.2"
         ({"ips": (X,)}, {}, (), (), "b"),
         ({"ips": (X,)}, {"ips": (X,), "holds": (X,)}, (), (), "c"),
         ({"ips": (X,), "holds": (X,)}, {}, (Y,), (Y,), None),
-        ({"ips": (X,), "holds": (X,), "takes": False}, {}, (), (), None),
+        ({"ips": (X,), "holds": (X,), "takes": "other"}, {}, (), (), None),
         ({}, {}, (), (), None),
     ],
     ids=[
@@ -172,8 +172,8 @@ def test_mail_for_an_address_goes_to_the_instance_that_owns_it(
 ) -> None:
     members = Members("a", "0")
     for name, facts in (("b", b), ("c", c)):
-        members.hear(here(name, **{"takes": True, **facts}), now=0)
-    found = members.keeper_of((X, Y), held, available)
+        members.hear(here(name, **{"takes": "o", **facts}), now=0)
+    found = members.keeper_of((X, Y), held, available, "o")
     assert (None if found is None else found.here.name) == expected
 
 

@@ -250,6 +250,11 @@ class Connection:
         """The name and version of the broker, as it says."""
         return f"{self._server('product')} {self._server('version')}".strip()
 
+    @property
+    def cluster_name(self) -> str:
+        """The name of the broker's cluster, or of a broker alone."""
+        return self._server("cluster_name")
+
     def _server(self, key: str) -> str:
         properties = self._connection.server_properties
         value = properties.get(key, "") if isinstance(properties, Mapping) else ""

@@ -247,10 +247,22 @@ class RabbitQueues(RemoteQueues):
             options.is_lazy(version),
         )
 
+    @property
+    def identity(self) -> str:
+        """The same for all that share an outbox; empty until there is a connection."""
+        connection = self.publishing.open
+        if connection is None:
+            return ""
+        vhost = connection.address.vhost
+        return f"{connection.cluster_name} {vhost} {self.options.outbox}"[:200]
+
     def place(self, queue: str) -> Place:
         """A queue of ours, as a place to publish to."""
         self._names.add(queue)
         topology = self.topology
+        if queue.startswith(f"{self.options.outbox}.at."):
+            back = self.place(self.options.outbox)
+            return Place(queue, topology.handed(self.options.outbox), back=back)
         arguments = topology.main() if self.options.declare else None
         durable = not self.options.is_transient(queue, topology.version)
         return Place(queue, arguments, exchange=self.options.exchange, durable=durable)

@@ -33,6 +33,7 @@ __all__ = [
     "QueueType",
     "Topology",
     "belongs_to",
+    "instance_queue",
     "name_problem",
     "step_for",
 ]
@@ -51,6 +52,9 @@ LATE_SECONDS: Final = 0.5
 
 PARKED_SECONDS: Final = 4 * 3600
 INDEX_SECONDS: Final = 2 * PARKED_SECONDS
+HANDED_SECONDS: Final = 900
+"""How long mail waits for the instance that it was handed to; then others look at it again."""
+
 EXPIRES_SECONDS: Final = PARKED_SECONDS + 86400
 DECLARE_SECONDS: Final = 1800.0
 
@@ -92,7 +96,16 @@ def name_problem(name: str) -> str | None:
 def belongs_to(queue: str, name: str) -> bool:
     """Whether a name is that of a wait queue, a parked queue or the index of a queue."""
     rest = name.removeprefix(queue)
-    return rest != name and rest.startswith((".wait.", ".parked."))
+    return rest != name and rest.startswith((".wait.", ".parked.", ".at."))
+
+
+def instance_queue(queue: str, instance: str) -> str:
+    """The name of the queue with the mail that others hand to an instance of a cluster.
+
+    >>> instance_queue("outbox", "mx1.example.com:25")
+    'outbox.at.mx1.example.com:25'
+    """
+    return Topology()._name(queue, "at", instance)
 
 
 @dataclass(slots=True, frozen=True)
@@ -142,6 +155,15 @@ class Topology:
     def waits(self, queue: str) -> list[tuple[str, dict[str, Any]]]:
         """All wait queues of a queue."""
         return [self.wait(queue, seconds) for seconds in DELAYS]
+
+    def handed(self, queue: str) -> dict[str, Any]:
+        """The arguments of an `instance_queue` of a queue, which has no expiry itself."""
+        arguments = self._falling_back(queue, HANDED_SECONDS)
+        if self.queue_type == "classic" and self.max_priority:
+            arguments["x-max-priority"] = self.max_priority
+        if self.queue_type == "quorum" and self.version >= (4,):
+            arguments["x-delivery-limit"] = -1
+        return arguments
 
     def parked(self, queue: str, destination: str) -> tuple[str, dict[str, Any]]:
         """The name and the arguments of the parked queue of a destination."""

@@ -6,8 +6,9 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import trio
 from mailerq import Config, Engine
 from mailerq.clustering import member
 from mailerq.message import Message
+from mailerq.queues.rabbitmq import topology
 from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.rules import cluster, leases
 from mailerq.rules.rates import MINUTE, SLACK, cost
@@ -301,23 +303,24 @@ async def test_another_daemon_takes_over_from_one_that_is_killed(
         directory = tmp_path / "daemon"
         directory.mkdir()
         arguments = [
-            f"--queue-directory={directory}", "--plugin-directory=", f"--rabbitmq-address={uri(vhost)}",
-            "--smtp-ip=127.0.0.1", "--smtp-port=0", "--hostname=d.test", f"--smtp-default-ips={X}",
-            "--smtp-sink-address=127.0.0.1", f"--smtp-sink-port={sink.port}",
+            f"--queue-directory={directory}", "--plugin-directory=", "--hostname=d.test",
+            f"--rabbitmq-address={uri(vhost)}", "--smtp-ip=127.0.0.1", "--smtp-port=0",
+            f"--smtp-default-ips={X}", "--smtp-sink-address=127.0.0.1",
+            f"--smtp-sink-port={sink.port}",
         ]  # fmt: skip
         async with trio.open_nursery() as nursery:
             command = [sys.executable, "-m", "mailerq", *arguments]
-            process: trio.Process = await nursery.start(
-                lambda task_status: trio.run_process(
-                    command, check=False, cwd=ROOT, capture_stderr=True, task_status=task_status
-                )
-            )
-            owns: Callable[[Any], bool] = lambda each: each["name"].startswith("d.test")  # noqa: E731
+            start = partial(trio.run_process, command, check=False, cwd=ROOT, capture_stderr=True)
+            process: trio.Process = await nursery.start(start)
+
+            def owns(each: dict[str, Any]) -> bool:
+                return bool(each["name"].startswith("d.test") and each.get("holds") == [X])
+
             with trio.fail_after(DEADLINE):
                 while True:
                     done = await run("cluster", "list", "--json", *switches(config))
                     instances = [json.loads(line) for line in done.stdout.splitlines()]
-                    if any(owns(each) and each.get("holds") == [X] for each in instances):
+                    if any(map(owns, instances)):
                         break
             async with Engine(config) as engine:
                 await until(lambda: cluster_of(engine)["instances"] == 2)
@@ -328,3 +331,83 @@ async def test_another_daemon_takes_over_from_one_that_is_killed(
                 assert trio.current_time() - killed >= leases.TAKEOVER / SECOND
                 await publish(engine, 1)
                 await sink.wait_for(1)
+
+
+# Mail for addresses of others
+
+
+async def taken(engine: Engine, count: int) -> list[dict[str, Any]]:
+    """The last result of each of some messages."""
+    found = []
+    async with engine.consume("results") as consumer:
+        with trio.fail_after(DEADLINE):
+            while len(found) < count:
+                lease = await consumer.receive()
+                found.append(lease.message.properties)
+                await engine.ack(lease)
+    return found
+
+
+async def test_mail_leaves_from_the_instance_that_has_its_address(
+    tmp_path: Path, vhost: Address, quick: None
+) -> None:
+    async with open_sink() as sink:
+        made = [
+            on_broker(
+                tmp_path / ip, vhost, **into(sink), hostname=f"h{ip}.test", smtp_default_ips=(ip,),
+                rabbitmq_results="results",
+            )
+            for ip in (X, Y)
+        ]  # fmt: skip
+        async with engines(*made) as found:
+            await until(lambda: all(cluster_of(each)["owned"] == 1 for each in found))
+            await trio.sleep(0.5)  # the owners announce themselves
+            for ip in (X, Y):
+                await publish(found[0], 30, ips=[ip])
+            results = await taken(found[0], 60)
+            handed = [each.statistics()["outgoing"]["handed_over"] for each in found]
+            delivered = [each.statistics()["outgoing"]["delivered"] for each in found]
+        assert delivered == [30, 30]
+        assert len(sink.mails) == 60
+        assert sum(handed) > 0
+        assert all(each["results"][-1]["from"] == each["ips"][0] for each in results)
+        counts = [each["handover"]["count"] for each in results if "handover" in each]
+        assert len(counts) == sum(handed)
+        assert set(counts) == {1}
+
+
+async def test_mail_for_an_instance_that_is_gone_comes_back(
+    tmp_path: Path, vhost: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology, "HANDED_SECONDS", 1)
+    async with open_sink() as sink:
+        (config,) = configs(tmp_path, vhost, 1, **into(sink))
+        async with Engine(config) as engine:
+            message = Message(
+                {"envelope": "a@b.test", "recipient": "c@d.test"}, b"Subject: x\r\n\r\nhi\r\n"
+            )
+            queue = topology.instance_queue("outbox", "gone.test:25")
+            await engine.publish(message, queue=queue)
+            await sink.wait_for(1)
+            await until(lambda: engine.statistics()["outgoing"]["delivered"] == 1)
+
+
+async def test_mail_does_not_go_to_and_fro_for_ever(
+    tmp_path: Path, vhost: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two instances that each believe the other one has the address."""
+    made = configs(tmp_path, vhost, 2)
+    names = [config.instance for config in made]
+
+    def other(self: Any, ips: Any) -> str:
+        return names[1] if self.name == names[0] else names[0]
+
+    monkeypatch.setattr(member.Cluster, "keeper_of", other)
+    async with engines(*made) as found:
+        await publish(found[0], 1, ips=[X])
+
+        def counted(name: str) -> int:
+            return sum(int(each.statistics()["outgoing"][name]) for each in found)
+
+        await until(lambda: counted("held") == 1)
+        assert counted("handed_over") == 5
