@@ -50,8 +50,6 @@ MAX_NAME: Final = 255
 
 Key = TypeVar("Key")
 
-_MASK: Final = (1 << 64) - 1
-
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one instance did to shared rows at one time, or a part of that."""
@@ -148,6 +146,7 @@ class Shared:
         """Equal if two instances have the same rows and suppressed addresses."""
         self._values: dict[str, _Held] = {}
         self._freed: dict[str, _Held] = {}
+        self._sums: dict[int, int] = {}  # what the addresses of each row add to the digest
 
     def __len__(self) -> int:
         """How many rows and suppressed addresses there are."""
@@ -176,13 +175,13 @@ class Shared:
                 row = before[2]
         freed: list[str] = []
         values: list[str] = []
-        for value in change.values if row is not None else ():
-            assert row is not None
-            if self._hold(value, _Held(*stamp, row.id)):
-                (values if row.id in self.rows else freed).append(value)
-        for value in change.free:
-            if self._hold(value, _Held(*stamp, 0)):
-                freed.append(value)
+        if row is not None and change.values:
+            held = _Held(*stamp, row.id)
+            found = values if row.id in self.rows else freed
+            found += [value for value in change.values if self._hold(value, held)]
+        if change.free:
+            held = _Held(*stamp, 0)
+            freed += [value for value in change.free if self._hold(value, held)]
         self._forget()
         if values and shown is None:
             shown = row
@@ -222,10 +221,10 @@ class Shared:
             return False
         self._toggle_row(number)
         row = self.rows.pop(number)[2]
+        self.digest ^= self._sums.pop(number, 0)
         if row.kind == SUPPRESSION:
             for value in [value for value, held in self._values.items() if held.row == number]:
                 held = self._values.pop(value)
-                self._toggle(f"{value} {held}")
                 if freed:
                     self._freed[value] = held
         return True
@@ -235,12 +234,12 @@ class Shared:
         before = self._values.get(value) or self._freed.get(value)
         if before is not None and before >= held:
             return False
-        if self._values.pop(value, None) is not None:
-            self._toggle(f"{value} {before}")
+        if before is not None and self._values.pop(value, None) is not None:
+            self._toggle_value(value, before)
         self._freed.pop(value, None)
         if held.row in self.rows:
             self._values[value] = held
-            self._toggle(f"{value} {held}")
+            self._toggle_value(value, held)
         else:
             self._freed[value] = held
         return True
@@ -252,11 +251,12 @@ class Shared:
     def _toggle_row(self, number: int) -> None:
         found = self.rows.get(number)
         if found is not None:
-            self._toggle(f"{number} {found[0]} {found[1]}")
+            self.digest ^= _digest(f"{number} {found[0]} {found[1]}")
 
-    def _toggle(self, text: str) -> None:
-        digest = blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
-        self.digest = (self.digest ^ int.from_bytes(digest)) & _MASK
+    def _toggle_value(self, value: str, held: _Held) -> None:
+        digest = _digest(f"{value} {held.version} {held.server} {held.row}")
+        self.digest ^= digest
+        self._sums[held.row] = self._sums.get(held.row, 0) ^ digest
 
     def is_suppressing(self, value: str) -> bool:
         """Whether a shared row suppresses an address or a domain."""
@@ -293,3 +293,7 @@ def _shorten(known: dict[Key, Any], most: int) -> None:
     if (many := len(known) - most) > 0:
         for key in list(islice(known, many)):
             del known[key]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest())
