@@ -60,6 +60,7 @@ WORDS: Final = {
     "outgoing.failed": "messages that failed for good",
     "outgoing.reports": "reports made for senders of mail (DSN)",
     "outgoing.retried": "attempts that failed and are made again later",
+    "outgoing.handed_over": "messages given to the instance of the cluster that has their address",
     "outgoing.put_off": "messages put back because of a reply that is not about them",
     "outgoing.queue_errors": "reads and writes that the queue could not do",
     "outgoing.unsettled": "results that are not written yet",
