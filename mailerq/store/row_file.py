@@ -267,17 +267,20 @@ class RowFile:
             self._write(file, lines, who, "add", row.reason, row=row, values=names)
         return row
 
-    def _check_room(self, row: Row, names: Sequence[str]) -> None:
+    def _check_room(
+        self, row: Row, names: Sequence[str], rows: int = 0, suppressed: int = 0
+    ) -> None:
+        """Raise `RowError` if there are too many; some more are about to be added."""
         if row.kind == SUPPRESSION:
             new = len(names)
-            if self.table.suppressed + new > MAX_SUPPRESSED:
+            if self.table.suppressed + suppressed + new > MAX_SUPPRESSED:
                 new = sum(
                     value not in self.table.addresses and value not in self.table.domains
                     for value in names
                 )
-            if self.table.suppressed + new > MAX_SUPPRESSED:
+            if self.table.suppressed + suppressed + new > MAX_SUPPRESSED:
                 raise RowError(f"more than {MAX_SUPPRESSED} addresses cannot be suppressed")
-        elif row.id not in self.table.rows and len(self.table.rows) >= MAX_ROWS:
+        elif row.id not in self.table.rows and len(self.table.rows) + rows >= MAX_ROWS:
             raise RowError(f"there are {MAX_ROWS} rows, which is the most")
 
     # Rows that a cluster shares
@@ -304,29 +307,36 @@ class RowFile:
         """
         lines: list[Line] = []
         documents: list[dict[str, Any]] = []
+        added: set[int] = set()
+        suppressed = 0
         with self._locked() as file:
             for change in changes:
                 try:
                     change = checked_change(change)
                     if not self._is_news(change):
                         continue
-                    if change.row is not None:
-                        self._check_room(change.row, change.values)
+                    row = change.row
+                    if row is not None and (change.values or row.id not in added):
+                        self._check_room(row, change.values, len(added), suppressed)
                 except (RowError, UnicodeError) as error:
                     log.error("a row of instance %a cannot be used: %s", change.server[:100], error)
                     continue
                 lines.append(Line(change=change))
-                documents.append(self._audit_of(change))
+                documents.append(self._audit_of(change, added))
+                suppressed += len(change.values)
+                if row is not None and row.id not in self.table.shared.rows:
+                    added.add(row.id)
             if lines:
                 with self._audited(*documents):
                     self._append(file, lines)
         return len(lines)
 
-    def _audit_of(self, change: Change) -> dict[str, Any]:
-        """The line of the audit file for a change of another instance."""
+    def _audit_of(self, change: Change, added: Collection[int]) -> dict[str, Any]:
+        """The line of the audit file for a change of another instance; `added` were just added."""
         action = "remove" if change.end or change.free else "add"
         row = change.row
-        if row is not None and row.id in self.table.shared.rows and not change.values:
+        known = row is not None and (row.id in self.table.shared.rows or row.id in added)
+        if known and not change.values:
             action = "change"
         rows = [found for number in change.end if (found := self.table.get(number))]
         every = [row] if row is not None else rows

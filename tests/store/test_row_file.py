@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -316,3 +317,181 @@ def test_rows_are_gone_when_their_file_is(tmp_path: Path, rows: RowFile) -> None
     assert rows.is_behind()
     assert not rows.read().rows
     assert not rows.is_behind()
+
+
+# Rows that a cluster shares
+
+
+@pytest.fixture
+def both(tmp_path: Path, clock: Clock) -> tuple[RowFile, RowFile]:
+    """The files of two instances."""
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        found.append(RowFile(str(tmp_path / name), clock=clock, server=name))
+    return found[0], found[1]
+
+
+def give(one: RowFile, other: RowFile) -> int:
+    """Have another instance take in what is new."""
+    changes, one.table.recent = one.table.recent, []
+    return other.merge(changes)
+
+
+def test_a_shared_row_has_one_id_at_all_instances_and_local_ids_go_on(
+    tmp_path: Path, both: tuple[RowFile, RowFile]
+) -> None:
+    one, other = both
+    added = one.add(PAUSED, who="ann", shared=True)
+    assert added.id >= 10**11
+    assert one.add(PAUSED, who="ann").id == 1
+    assert give(one, other) == 1
+    assert other.table.rows == {added.id: added}
+    assert reread(tmp_path / "b").rows == {added.id: added}
+    assert give(one, other) == 0
+
+
+def test_the_audit_line_of_a_shared_row_names_who_and_which_instance(
+    tmp_path: Path, both: tuple[RowFile, RowFile]
+) -> None:
+    one, other = both
+    row = one.add(PAUSED, who="ann", shared=True)
+    one.change(row.id, who="bob", why="longer", until=NOW + 60)
+    one.end([row.id], who="eve", why="done")
+    assert give(one, other) == 3
+    lines = audit(tmp_path / "b")
+    assert [(each["who"], each["action"], each["server"]) for each in lines] == [
+        ("ann", "add", "a"), ("bob", "change", "a"), ("eve", "remove", "a"),
+    ]  # fmt: skip
+    assert "server" not in audit(tmp_path / "a")[0]
+    assert not other.table.rows
+
+
+def test_either_instance_may_change_and_end_a_shared_row(
+    both: tuple[RowFile, RowFile],
+) -> None:
+    one, other = both
+    row = one.add(PAUSED, who="ann", shared=True)
+    give(one, other)
+    other.change(row.id, who="bob", until=NOW + 60)
+    give(other, one)
+    assert one.table.rows[row.id].until == NOW + 60
+    one.end([row.id], who="ann")
+    assert give(one, other) == 1
+    assert not other.table.rows
+
+
+def test_shared_suppressions_are_freed_one_by_one_and_by_their_row(
+    tmp_path: Path, both: tuple[RowFile, RowFile]
+) -> None:
+    one, other = both
+    names = [f"u{number}@b.test" for number in range(2100)]
+    row = one.add(SUPPRESSED, names, who="ann", shared=True)
+    give(one, other)
+    assert other.table.suppressed == 2100
+    other.add(SUPPRESSED, ["own@b.test"], who="bob")
+    assert other.free(["u5@b.test", "own@b.test"], who="bob") == ["u5@b.test", "own@b.test"]
+    give(other, one)
+    assert one.table.suppressed == 2099
+    assert "u5@b.test" not in one.table.addresses
+    one.end([row.id], who="ann")
+    give(one, other)
+    for name in ("a", "b"):
+        assert reread(tmp_path / name).suppressed == 0
+
+
+def test_a_local_suppression_of_an_address_that_is_shared_stays_local(
+    both: tuple[RowFile, RowFile],
+) -> None:
+    one, other = both
+    one.add(SUPPRESSED, ["x@b.test"], who="ann", shared=True)
+    give(one, other)
+    own = other.add(SUPPRESSED, ["x@b.test"], who="bob")
+    one.free(["x@b.test"], who="ann")
+    give(one, other)
+    assert other.table.addresses["x@b.test"].id == own.id
+
+
+def test_a_file_that_is_written_anew_keeps_shared_rows_and_removals(
+    tmp_path: Path, both: tuple[RowFile, RowFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_file, "SPARE_LINES", 3)
+    one, other = both
+    kept = one.add(PAUSED, who="ann", shared=True)
+    ended = one.add(PAUSED, who="ann", shared=True)
+    changes = list(one.table.recent)
+    one.add(SUPPRESSED, ["x@b.test", "y@b.test"], who="ann", shared=True)
+    one.free(["y@b.test"], who="ann")
+    one.end([ended.id], who="ann")
+    digest = one.table.shared.digest
+    for _ in range(40):
+        one.change(kept.id, who="ann", reason="again")
+        one.note({kept.id: 1})
+    again = RowFile(str(tmp_path / "a"), clock=lambda: NOW, server="a")
+    table = again.read()
+    assert again._lines < 40
+    assert set(table.rows) == {kept.id}
+    assert set(table.addresses) == {"x@b.test"}
+    assert again.merge(changes) == 0  # the removed row stays removed
+    assert table.shared.version == one.table.shared.version
+    assert table.shared.digest == one.table.shared.digest != digest
+    assert other.merge(table.shared.changes()) > 0
+    assert other.table.shared.digest == table.shared.digest
+
+
+def test_a_shared_row_that_is_over_is_dropped_and_not_taken_again(
+    both: tuple[RowFile, RowFile], clock: Clock
+) -> None:
+    one, other = both
+    row = msgspec.structs.replace(PAUSED, until=NOW + 10)
+    one.add(row, who="ann", shared=True)
+    changes = list(one.table.recent)
+    clock.now += 11
+    assert other.merge(changes) == 0
+    one.read()
+    assert not one.table.rows
+    assert not one.table.shared.rows
+
+
+def test_changes_that_cannot_be_used_are_logged_and_the_others_taken(
+    both: tuple[RowFile, RowFile], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = both
+    row = one.add(PAUSED, who="ann", shared=True)
+    (change,) = one.table.recent
+    bad = msgspec.structs.replace(change, row=msgspec.structs.replace(row, domain="a b"))
+    late = msgspec.structs.replace(change, version=1 << 50)
+    assert other.merge([bad, late, change]) == 1
+    assert set(other.table.rows) == {row.id}
+    assert len([each for each in caplog.records if "cannot be used" in each.getMessage()]) == 2
+
+
+def test_more_shared_rows_than_there_may_be_are_refused(
+    both: tuple[RowFile, RowFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = both
+    monkeypatch.setattr(row_file, "MAX_ROWS", 3)
+    for _ in range(3):
+        one.add(PAUSED, who="ann", shared=True)
+    other.add(PAUSED, who="bob")
+    assert give(one, other) == 2
+
+
+def test_a_shared_row_needs_the_name_of_its_instance(tmp_path: Path, rows: RowFile) -> None:
+    with pytest.raises(RowError, match="cluster-address"):
+        rows.add(PAUSED, who="ann", shared=True)
+    assert not reread(tmp_path).rows
+
+
+def test_suppressions_of_a_damaged_shared_line_stay(
+    tmp_path: Path, both: tuple[RowFile, RowFile]
+) -> None:
+    one, _ = both
+    one.add(SUPPRESSED, ["x@b.test"], who="ann", shared=True)
+    path = tmp_path / "a" / FILE_NAME
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+    again = RowFile(str(tmp_path / "a"), clock=lambda: NOW, server="a")
+    again.repair()
+    assert set(reread(tmp_path / "a").addresses) == {"x@b.test"}
