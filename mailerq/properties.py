@@ -358,8 +358,8 @@ PROPERTIES: Final = (
     ),
     Property(
         "handover", WRITTEN, "an object",
-        "How often instances of a cluster have handed the message over for its next attempt, because"
-        " another one has its address: `attempt` and `count`.",
+        "How often instances of a cluster have handed the message over for its next attempt,"
+        " because another one has its address: `attempt` and `count`.",
     ),
     Property(
         "refusedips", WRITTEN, "a list of strings",

@@ -73,18 +73,6 @@ ROOMS: Final = {
 
 WITH_TRIO: Final = frozenset(
     "plugins turns queues net storage inbound outbound clustering preparing engine cli".split()
-    {
-        "plugins",
-        "turns",
-        "queues",
-        "net",
-        "inbound",
-        "outbound",
-        "clustering",
-        "preparing",
-        "engine",
-        "cli",
-    }  # fmt: skip
 )
 
 PURE: Final = frozenset({"wire", "mail", "rules"})

@@ -26,7 +26,19 @@ from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.queues.rabbitmq.kit import Broker
 from tests.queues.rabbitmq.test_broker_engine import into, on_broker
-from tests.support import DEADLINE, ROOT, Sink, configure, in_thread, mailerq, open_sink, until
+from tests.support import (
+    DEADLINE,
+    ROOT,
+    Sink,
+    configure,
+    free_port,
+    in_thread,
+    mailerq,
+    open_sink,
+    send,
+    until,
+    until_found,
+)
 
 X, Y = "127.0.0.2", "127.0.0.3"
 SECOND = 1_000_000_000
@@ -266,10 +278,10 @@ async def test_the_limit_holds_over_a_change_of_the_owner(
         async with engines(*made) as found:
             for engine in found:
                 await publish(engine, 40)
-            for goal in (4, 8, 12):
+            for goal in (3, 6):
                 await sink.wait_for(goal)
                 await in_thread(broker.close_connections)
-            await sink.wait_for(16)
+            await sink.wait_for(9)
         times.check(limit)
 
 
@@ -331,6 +343,42 @@ async def test_another_daemon_takes_over_from_one_that_is_killed(
                 assert trio.current_time() - killed >= leases.TAKEOVER / SECOND
                 await publish(engine, 1)
                 await sink.wait_for(1)
+
+
+async def test_the_processes_of_a_daemon_are_one_instance(tmp_path: Path, vhost: Address) -> None:
+    (tmp_path / "queue").mkdir()
+    async with open_sink() as sink:
+        (config,) = configs(
+            tmp_path, vhost, 1, **into(sink), smtp_default_ips=(X,), domain_maxmessages=6000
+        )
+        port = free_port()
+        arguments = [
+            f"--queue-directory={tmp_path / 'queue'}", "--plugin-directory=", "--hostname=d.test",
+            f"--rabbitmq-address={uri(vhost)}", "--smtp-ip=127.0.0.1", f"--smtp-port={port}",
+            f"--smtp-default-ips={X}", "--smtp-sink-address=127.0.0.1", "--smtp-processes=2",
+            f"--smtp-sink-port={sink.port}", "--smtp-relay-range=127.0.0.1/32",
+        ]  # fmt: skip
+        async with trio.open_nursery() as nursery:
+            command = [sys.executable, "-m", "mailerq", *arguments]
+            start = partial(trio.run_process, command, check=False, cwd=ROOT, capture_stderr=True)
+            process: trio.Process = await nursery.start(start)
+
+            async def status() -> dict[str, Any]:
+                done = await run("status", "--json", *arguments)
+                return json.loads(done.stdout)["cluster"] if not done.returncode else {}
+
+            await until_found(status, lambda found: found.get("usable") == 1)
+            done = await run("cluster", "list", "--json", *switches(config))
+            assert [json.loads(line)["name"] for line in done.stdout.splitlines()] == [
+                f"d.test:{port}"
+            ]
+            for number in range(20):
+                await send(("127.0.0.1", port), recipients=(f"c{number}@d.test",))
+            await sink.wait_for(20)
+            done = await run("pause", "add", "--domain", "d.test", "--cluster", *arguments)
+            assert done.stdout.endswith(b"\n")
+            assert b"no daemon" not in done.stdout
+            process.send_signal(signal.SIGTERM)
 
 
 # Mail for addresses of others
