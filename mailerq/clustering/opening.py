@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ssl
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
 from mailerq.config import SETTINGS, Config
-from mailerq.errors import ConfigError, Problem
+from mailerq.queues.opening import broker_problem
 
 if TYPE_CHECKING:
     from mailerq.queues.rabbitmq.exchange import Exchange
@@ -28,10 +27,8 @@ a limit is the same at each owner of an address."""
 
 def open_exchange(config: Config, clock: Callable[[], int] = time.monotonic_ns) -> Exchange:
     """A link to the exchange of `cluster-exchange`, not connected yet. Raises `ConfigError`."""
-    key = "cluster-address" if config.cluster_address else "cluster-exchange"
-    if importlib.util.find_spec("pika") is None:
-        text = f"{key} needs the package pika: pip install 'mailerq[rabbitmq]'"
-        raise ConfigError.of([Problem(config.origin(key), text, key)])
+    if (problem := broker_problem(config)) is not None:
+        raise problem
     # Others do not need pika.
     from mailerq.queues.rabbitmq.addresses import addresses_of, parse_addresses
     from mailerq.queues.rabbitmq.exchange import Exchange

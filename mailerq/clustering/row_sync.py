@@ -125,8 +125,9 @@ class RowSync:
         own = [
             change
             for change in self._keeper.take_changes()
-            if change.server == self._name and change.version > self._published
+            if change.server == self._name and change.version >= self._published
         ]
+        # Several changes may have one version, and copies do no harm.
         if own:
             self._published = max(change.version for change in own)
             for group in packed(own):

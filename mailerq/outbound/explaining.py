@@ -23,7 +23,7 @@ from mailerq.errors import AddressError, MailerqError
 from mailerq.message import Message, format_time
 from mailerq.net.resolver import NoHosts
 from mailerq.outbound.cells import Count
-from mailerq.outbound.limits import PAUSED
+from mailerq.outbound.limits import LEASE, PAUSED
 from mailerq.outbound.refusals import Scope
 from mailerq.outbound.sites import HostMemory, Site, Sites
 from mailerq.outbound.stops import late, peer_of
@@ -369,6 +369,14 @@ class Explainer:
         """All limits that must allow a message, and how far each is used."""
         limits = self._limits
         shaping, seen = limits.shaping, set[str]()
+        if (lease := limits.lease_of(local_ip or "")) is not None:
+            want, allowed = lease
+            yield {
+                **_of_bound(want.name, want.bound, want.scope),
+                "value": "this instance" if allowed else "another instance",
+                "allowed": allowed,
+                "waiting": limits.state(want).waiting,
+            }
         remote = dict.fromkeys(host.address for host in site.hosts)
         allowances = [limits.of_flow(site, local_ip)]
         allowances += [limits.of_remote(address, local_ip) for address in [*remote][:MAX_HOSTS]]
@@ -435,6 +443,9 @@ def _of_waits(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
         if "paused" in part:
             waits.append({"reason": part["paused"], "where": "mailerq pause"})
+        elif any(each["limit"] == LEASE and not each["allowed"] for each in part["limits"]):
+            reason = f"another instance may send from {part['local-ip']}"
+            waits.append({"reason": reason, "where": "cluster-exchange"})
         elif (limit := next(closed, None)) is not None:
             reason = f"{limit['limit']} until {format_time(limit['value'])} for {limit['scope']}"
             waits.append({"reason": reason, "where": limit["where"]})

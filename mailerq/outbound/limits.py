@@ -335,6 +335,11 @@ class Limits:
         lease = self.leases.get(ip)
         return lease is None or lease.is_valid(self._cells.now())
 
+    def lease_of(self, ip: str) -> tuple[Want, bool] | None:
+        """The lease that an address needs, and whether it is there; None if it needs none."""
+        lease = self.leases.get(ip)
+        return None if lease is None else (_want_of(lease), lease.is_valid(self._cells.now()))
+
     def leases_changed(self) -> None:
         """Leases have begun, or other addresses have one; waiters ask again."""
         self.number += 1
@@ -494,9 +499,7 @@ class Limits:
         if not lease.is_valid(now):
             begins = lease.since if now < lease.since else 0
             until = self._when(Busy(0, begins)) if begins else math.inf
-            scope = f"from {lease.ip}"
-            want = Want(Rate(f"{LEASE} {lease.ip}", 0), LEASE, Bound(0, "cluster"), scope)
-            return Refusal(want, until)
+            return Refusal(_want_of(lease), until)
         if now < lease.begin() + DAY:
             for want in wants.each:
                 first = lease.begin() + _interval(want)
@@ -710,6 +713,11 @@ def _all(bounds: Bounds, scope: str, key: str, local_ip: str) -> Iterator[Want]:
         else:
             taken = Count(where, value)
         yield Want(taken, name, bound, f"{scope} from {local_ip}" if local_ip else scope)
+
+
+def _want_of(lease: Lease) -> Want:
+    taken = Rate(f"{LEASE} {lease.ip}", 0)
+    return Want(taken, LEASE, Bound(0, "cluster-exchange"), f"from {lease.ip}")
 
 
 def _interval(want: Want) -> int:

@@ -163,9 +163,12 @@ def open_broker(
 
 def broker_problem(config: Config) -> ConfigError | None:
     """Why RabbitMQ cannot be used with this installation, or None."""
-    if not config.has_broker or importlib.util.find_spec("pika") is not None:
+    needed = config.has_broker or config.has_cluster
+    if not needed or importlib.util.find_spec("pika") is not None:
         return None
     key = "rabbitmq-address" if config.rabbitmq_address else "rabbitmq-host"
+    if not config.has_broker:
+        key = "cluster-address"
     text = f"{key} needs the package pika: pip install 'mailerq[rabbitmq]'"
     return ConfigError.of([Problem(config.origin(key), text, key)])
 

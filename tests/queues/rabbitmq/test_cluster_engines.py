@@ -260,6 +260,16 @@ async def test_two_instances_with_one_address_never_exceed_its_limit(
             await sink.wait_for(8)
             assert sum(cluster_of(each)["usable"] for each in found) == 1
             owner = next(each for each in found if cluster_of(each)["usable"])
+            idle = next(each for each in found if each is not owner)
+            done = await run(
+                "explain",
+                "c@d.test",
+                *switches(idle.config),
+                f"--smtp-default-ips={X}",
+                "--smtp-sink-address=127.0.0.1",
+                f"--smtp-sink-port={sink.port}",
+            )
+            assert b"another instance may send from 127.0.0.2" in done.stdout
             sent = sum(each.statistics()["outgoing"]["delivered"] for each in found)
             assert owner.statistics()["outgoing"]["delivered"] == sent
         assert len(times.found) >= 8
