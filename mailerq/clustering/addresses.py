@@ -11,7 +11,7 @@ from typing import Final
 from mailerq.config import Config
 from mailerq.rules.local_ips import LocalIps
 
-__all__ = ["available", "configured", "of_host"]
+__all__ = ["available", "configured", "has", "of_host"]
 
 FIB_FILE: Final = "/proc/net/fib_trie"
 IPV6_FILE: Final = "/proc/net/if_inet6"

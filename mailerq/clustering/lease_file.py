@@ -39,6 +39,8 @@ class State(msgspec.Struct, kw_only=True, omit_defaults=True):
     rivals: dict[str, float] = {}
     others: list[Here] = []
     """The last announcements of the other instances."""
+    knows: bool = False
+    """All that are there have been heard."""
 
 
 _decode: Final = msgspec.json.Decoder(State).decode
@@ -113,7 +115,7 @@ class LeaseFile:
             return None
         self._seen = identity
         if state.boot != self._boot:
-            state.leases, state.held, state.others = {}, [], []
+            state.leases, state.held, state.others, state.knows = {}, [], [], False
         return state
 
     def close(self) -> None:

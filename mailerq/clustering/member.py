@@ -64,6 +64,9 @@ ADDRESS_TICKS: Final = 20
 MIN_HELLO: Final = SECOND // 5
 """How often a request to announce is heard."""
 
+LEARN: Final = 3 * SECOND
+"""All other instances have announced themselves this long after the connection was opened."""
+
 MAX_ASKED: Final = 16
 LOCKS_AT_A_TIME: Final = 8
 STOP_SECONDS: Final = 1.0
@@ -167,6 +170,8 @@ class Cluster:
         self._owner.leases = self.leases
         self._takes = ""
         self._told: tuple[Sequence[Here], Collection[str]] = (), ()
+        self._told_all = False
+        self._open_since = 0
         self._valid: set[str] = set()
         self._rate = _Rate()
         self._ration = Ration()
@@ -233,7 +238,7 @@ class Cluster:
     def _follow(self) -> None:
         state = self._file.read()
         if state is not None:
-            self._told = state.others, state.held
+            self._told, self._told_all = (state.others, state.held), state.knows
             self._takes = self._facts().takes
             if follow(self.leases, state.leases):
                 self._on_leases()
@@ -269,6 +274,7 @@ class Cluster:
             held=sorted(self._owner.held),
             rivals=self._owner.rivals,
             others=[member.here for member in self._members.alive.values()],
+            knows=self._knows_all,
         )
 
     def _look_at_leases(self) -> None:
@@ -346,6 +352,7 @@ class Cluster:
         if self.state:
             log.info("the cluster can be heard")
         self.state = ""
+        self._open_since = self._clock()
         self._rows.hurry()
         self._send(Hello())
         self._wake.set()
@@ -447,8 +454,18 @@ class Cluster:
         else:
             self._keeper.take_changes()
 
-    def keeper_of(self, ips: Sequence[str]) -> str:
-        """The instance that should have a message for these addresses; empty: this one."""
+    @property
+    def _knows_all(self) -> bool:
+        """Whether all that are there have been heard."""
+        if not self.leads:
+            return self._told_all
+        return self._link.is_open and self._clock() > self._open_since + LEARN
+
+    def keeper_of(self, ips: Sequence[str]) -> str | None:
+        """The instance that should have a message for these addresses; empty: this one.
+
+        None if that is not known now: the message has to wait a little.
+        """
         members, held = self._members, self._owner.held
         if not self.leads:
             others, told = self._told
@@ -457,7 +474,9 @@ class Cluster:
                 members.hear(here, 0)
             held = set(told)
         member = members.keeper_of(ips, held, self.leases, self._takes)
-        return "" if member is None else member.here.name
+        if member is not None:
+            return member.here.name
+        return "" if self._knows_all or any(ip in self.leases for ip in ips) else None
 
     def statistics(self) -> dict[str, Any]:
         """Numbers for `mailerq status`; a process that follows has none."""

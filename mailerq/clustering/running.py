@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import trio
 
-from mailerq.clustering.addresses import available
+from mailerq.clustering.addresses import available, has
 from mailerq.clustering.lease_file import LeaseFile
 from mailerq.clustering.member import Cluster, Facts
 from mailerq.clustering.opening import open_exchange, settings_digest
@@ -110,10 +110,16 @@ class EngineCluster:
             return ""
         return instance_queue(config.rabbitmq_outbox, config.instance)
 
-    def keeper_of(self, ips: Sequence[str]) -> str:
-        """The queue of the instance that should send from some addresses; empty: this one."""
-        if self._cluster is None or (name := self._cluster.keeper_of(ips)) == "":
-            return ""
+    def keeper_of(self, ips: Sequence[str]) -> str | None:
+        """The queue of the instance that should send from some addresses; empty: this one.
+
+        None: not known now.
+        """
+        name = "" if self._cluster is None else self._cluster.keeper_of(ips)
+        if name is None and any(map(has, ips)):
+            return ""  # an address of this host that the settings do not name
+        if not name:
+            return name
         return instance_queue(self._live.current.config.rabbitmq_outbox, name)
 
     async def stop(self) -> None:

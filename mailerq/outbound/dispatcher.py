@@ -92,6 +92,9 @@ CLOCK_SECONDS: Final = 60.0
 CUT_SECONDS: Final = 5.0
 """Grace period for sessions that are cut: a plugin may still hold a message."""
 
+UNKNOWN_SECONDS: Final = 5.0
+"""How long a message waits while nobody knows which instance has its addresses."""
+
 MAX_HANDOVERS: Final = 5
 HANDOVER_SECONDS: Final = 60.0
 """A message that was handed over this often before an attempt waits for so long."""
@@ -128,8 +131,9 @@ class Dispatcher:
         self._live = live
         self._storage = storage
         self._handed = handed
-        self.keeper_of: Callable[[Sequence[str]], str] | None = None
-        """Names the queue of the instance that should send from some addresses, if not this one."""
+        self.keeper_of: Callable[[Sequence[str]], str | None] | None = None
+        """Names the queue of the instance that should send from some addresses, if not this one;
+        None while that is not known."""
         self.queues = queues
         self.worker = worker
         self.openings = openings
@@ -434,8 +438,11 @@ class Dispatcher:
 
     def _is_elsewhere(self, lease: Lease, ips: Sequence[str]) -> bool:
         """Hand a message over if another instance has its addresses; whether it is gone."""
-        if self.keeper_of is None or not (queue := self.keeper_of(ips)):
+        if self.keeper_of is None or (queue := self.keeper_of(ips)) == "":
             return False
+        if queue is None:
+            self._settlements.hold(lease, self.now() + UNKNOWN_SECONDS)
+            return True
         properties = lease.message.properties
         attempt = len(lease.message.results) + 1
         before = properties.get("handover")

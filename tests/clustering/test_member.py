@@ -295,7 +295,13 @@ async def test_mail_for_an_address_of_another_instance_goes_there(
     async with open_bench(tmp_path) as bench:
         first, second = await bench.start("a", [X]), await bench.start("b", [Y])
         first.facts.takes = second.facts.takes = "outbox"
+        assert first.cluster.keeper_of([Y]) is None  # not known yet
+        assert first.cluster.keeper_of([X]) == ""
         await bench.until(lambda: first.cluster.keeper_of([Y]) == "b", 10)
         assert first.cluster.keeper_of([X]) == ""
         assert first.cluster.keeper_of([X, Y]) == ""
-        assert first.cluster.keeper_of(["192.0.2.9"]) == ""
+        await bench.until(lambda: first.cluster.keeper_of(["192.0.2.9"]) == "", 4)
+        bench.exchange.down = True
+        first.link.cut()
+        await trio.sleep(1)
+        assert first.cluster.keeper_of(["192.0.2.9"]) is None

@@ -30,6 +30,9 @@ import trio
 
 from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.queues.rabbitmq.connection import (
+    ACCESS_REFUSED,
+    NOT_ALLOWED,
+    PRECONDITION_FAILED,
     RESOURCE_LOCKED,
     BrokerError,
     Channel,
@@ -47,6 +50,10 @@ HEARTBEAT_SECONDS: Final = 10
 
 FIRST_PAUSE_SECONDS: Final = 0.2
 MAX_PAUSE_SECONDS: Final = 5.0
+
+REFUSALS: Final = (ACCESS_REFUSED, PRECONDITION_FAILED, NOT_ALLOWED)
+REFUSED_PAUSE_SECONDS: Final = 60.0
+"""After a refusal that only an operator can end: the broker writes each into its log."""
 
 PREFETCH: Final = 500
 MAX_WAITING: Final = 10_000
@@ -118,6 +125,8 @@ class Exchange:
                     reason = await self._wait(connection)
             except BrokerError as error:
                 reason = error
+                if error.code in REFUSALS:
+                    pause = REFUSED_PAUSE_SECONDS
             finally:
                 was_open, self.queue = self.queue, ""
                 self._channel = self._locks = self._connection = None
