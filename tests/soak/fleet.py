@@ -86,6 +86,7 @@ class Fleet:
         self._times: list[float] = []
         """When each mail came to the sink."""
         self._killed: list[float] = []
+        """When something was killed."""
         sink.decide = self._decide
 
     def _decide(self, event: server.Event) -> Reply | None:
@@ -173,11 +174,6 @@ class Fleet:
             for id in twice - under_way
             if any(0 <= kill - first[id] <= NEAR_SECONDS for kill in self._killed)
         }
-        self.far = {
-            id: min((kill - first[id] for kill in self._killed if kill >= first[id]), default=-1.0)
-            for id in twice - under_way - near
-        }
-        print(sorted(self.far.values()))
         return Account(
             sent=len(ledger.entries),
             accepted=len(ledger.accepted),

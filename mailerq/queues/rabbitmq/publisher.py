@@ -199,6 +199,10 @@ class Publisher:
                 self._channel = None
                 self._again()
 
+    def note_repeated(self, identity: str) -> None:
+        """A copy is published once more, elsewhere; the first one may be in its queue, too."""
+        self.repeated[identity] = self.repeated.get(identity, False)
+
     def _again(self) -> None:
         """Put what is not confirmed back in line, in order."""
         for identity in self._by_identity:

@@ -373,6 +373,7 @@ class RabbitQueues(RemoteQueues):
         due: float | None,
         priority: int,
         encoding: str | None,
+        identity: str = "",
     ) -> Copy:
         """A copy for a queue, or for one of its wait queues."""
         place = self.place(queue)
@@ -380,9 +381,8 @@ class RabbitQueues(RemoteQueues):
         if step:
             place = Place(*self.topology.wait(queue, step), back=place)
             self._waits.add(place.name)
-        identity = self.publisher.identity()
         properties = header(
-            identity,
+            identity or self.publisher.identity(),
             priority=priority,
             due=due if step else None,
             encoding=encoding,
@@ -585,10 +585,13 @@ class RabbitQueues(RemoteQueues):
             for move, copy in parked.items():
                 move.elsewhere = not copy.done or copy.problem is not None
                 if move.elsewhere:
-                    copies.append(await self._moved_copy(queue, move))
+                    # The first copy may be there all the same.
+                    identity = str(copy.properties.message_id)
+                    self.parker.note_repeated(identity)
+                    copies.append(await self._moved_copy(queue, move, identity))
         await self.publisher.publish(copies)
 
-    async def _moved_copy(self, queue: str, move: Move) -> Copy:
+    async def _moved_copy(self, queue: str, move: Move, identity: str = "") -> Copy:
         origin = move.origin
         if isinstance(origin, BrokerLease):
             body = await self.encode(origin.restored())
@@ -596,7 +599,7 @@ class RabbitQueues(RemoteQueues):
         else:
             body, encoding = origin.body, origin.properties.content_encoding
             priority = origin.properties.priority or 0
-        identity = self.publisher.identity()
+        identity = identity or self.publisher.identity()
         if move.reason is not None:
             properties = header(identity, encoding=encoding, reason=f"{queue}: {move.reason}")
             return Copy(self.place(DAMAGED_QUEUE), body, properties)
@@ -607,7 +610,13 @@ class RabbitQueues(RemoteQueues):
             )
         if move.elsewhere:
             return self._copy_to(
-                queue, body, UNPARKED_SECONDS, due=None, priority=priority, encoding=encoding
+                queue,
+                body,
+                UNPARKED_SECONDS,
+                due=None,
+                priority=priority,
+                encoding=encoding,
+                identity=identity,
             )
         place = self.parked_place(queue, move.key)
         return Copy(place, body, header(identity, priority=priority, encoding=encoding))
