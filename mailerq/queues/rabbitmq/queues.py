@@ -42,7 +42,7 @@ import trio
 
 from mailerq.address import queue_problem
 from mailerq.config import Config
-from mailerq.errors import MessageError, QueueError
+from mailerq.errors import MessageError, MessageTooLarge, QueueError, StorageError
 from mailerq.message import Message, encode_properties
 from mailerq.queues.interface import (
     DAMAGED_QUEUE,
@@ -328,7 +328,13 @@ class RabbitQueues(RemoteQueues):
     async def _prepare(self, publications: Sequence[Publication]) -> list[bytes]:
         for publication in publications:
             self._check_name(publication.queue)
-        return [await self.encode(publication.message) for publication in publications]
+        try:
+            return [await self.encode(publication.message) for publication in publications]
+        except MessageTooLarge as error:
+            if self._storing is None or self._storing.terms.policy == "none":
+                raise
+            # The storage has not taken the body, and escaped in JSON it is too large.
+            raise StorageError(str(error)) from error
 
     async def _publish(self, publications: Sequence[Publication], bodies: Sequence[bytes]) -> None:
         await self._wait_ready()
