@@ -52,7 +52,7 @@ def test_any_bytes_are_read_or_refused(body: bytes, encoding: str | None) -> Non
 
 def test_a_document_that_is_too_large_is_refused() -> None:
     body = b"x" * (MAX_BYTES + 1)
-    with pytest.raises(MessageError, match="more than a broker takes"):
+    with pytest.raises(MessageError, match="more than RabbitMQ takes"):
         encode(Message({}, body))
     assert len(encode(Message({}, body), compress=True)) < MAX_BYTES
 
