@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,32 +38,92 @@ We lost the game.  Are you hungry yet?
 Joe.
 """.replace(b"\n", b"\r\n")
 
-RFC_SIGNATURE = b"""\
+# The two signatures of the appendix, without and with their values.
+RFC_ED25519 = b"""\
 DKIM-Signature: v=1; a=ed25519-sha256; c=relaxed/relaxed;
  d=football.example.com; i=@football.example.com;
  q=dns/txt; s=brisbane; t=1528637909; h=from : to :
  subject : date : message-id : from : subject : date;
  bh=2jUSOH9NhtVGCQWNr9BrIAPreKQjO6Sn7XIkfJVOzv8=;
  b=""".replace(b"\n", b"\r\n")
+RFC_ED25519_VALUE = b"""\
+/gCrinpcQOoIfuHNQIbq4pgh9kyIK3AQUdt9OdqQehSwhEIug4D11Bus
+ Fa3bT3FY5OsU7ZbnKELq+eXdp1Q1Dw==
+""".replace(b"\n", b"\r\n")
 
-RFC_KEY = "nWGxne/9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A="
-RFC_PUBLIC = "11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="
-RFC_VALUE = (
-    "/gCrinpcQOoIfuHNQIbq4pgh9kyIK3AQUdt9OdqQehSwhEIug4D11BusFa3bT3FY5OsU7ZbnKELq+eXdp1Q1Dw=="
+RFC_RSA = b"""\
+DKIM-Signature: v=1; a=rsa-sha256; c=relaxed/relaxed;
+ d=football.example.com; i=@football.example.com;
+ q=dns/txt; s=test; t=1528637909; h=from : to : subject :
+ date : message-id : from : subject : date;
+ bh=2jUSOH9NhtVGCQWNr9BrIAPreKQjO6Sn7XIkfJVOzv8=;
+ b=""".replace(b"\n", b"\r\n")
+RFC_RSA_VALUE = b"""\
+F45dVWDfMbQDGHJFlXUNB2HKfbCeLRyhDXgFpEL8GwpsRe0IeIixNTe3
+ DhCVlUrSjV4BwcVcOF6+FF3Zo9Rpo1tFOeS9mPYQTnGdaSGsgeefOsk2Jz
+ dA+L10TeYt9BgDfQNZtKdN1WO//KgIqXP7OdEFE4LjFYNcUxZQ4FADY+8=
+""".replace(b"\n", b"\r\n")
+
+RFC_ED25519_KEY = "nWGxne/9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A="
+RFC_RSA_KEY = b"""\
+-----BEGIN RSA PRIVATE KEY-----
+MIICXQIBAAKBgQDkHlOQoBTzWRiGs5V6NpP3idY6Wk08a5qhdR6wy5bdOKb2jLQi
+Y/J16JYi0Qvx/byYzCNb3W91y3FutACDfzwQ/BC/e/8uBsCR+yz1Lxj+PL6lHvqM
+KrM3rG4hstT5QjvHO9PzoxZyVYLzBfO2EeC3Ip3G+2kryOTIKT+l/K4w3QIDAQAB
+AoGAH0cxOhFZDgzXWhDhnAJDw5s4roOXN4OhjiXa8W7Y3rhX3FJqmJSPuC8N9vQm
+6SVbaLAE4SG5mLMueHlh4KXffEpuLEiNp9Ss3O4YfLiQpbRqE7Tm5SxKjvvQoZZe
+zHorimOaChRL2it47iuWxzxSiRMv4c+j70GiWdxXnxe4UoECQQDzJB/0U58W7RZy
+6enGVj2kWF732CoWFZWzi1FicudrBFoy63QwcowpoCazKtvZGMNlPWnC7x/6o8Gc
+uSe0ga2xAkEA8C7PipPm1/1fTRQvj1o/dDmZp243044ZNyxjg+/OPN0oWCbXIGxy
+WvmZbXriOWoSALJTjExEgraHEgnXssuk7QJBALl5ICsYMu6hMxO73gnfNayNgPxd
+WFV6Z7ULnKyV7HSVYF0hgYOHjeYe9gaMtiJYoo0zGN+L3AAtNP9huqkWlzECQE1a
+licIeVlo1e+qJ6Mgqr0Q7Aa7falZ448ccbSFYEPD6oFxiOl9Y9se9iYHZKKfIcst
+o7DUw1/hz2Ck4N5JrgUCQQCyKveNvjzkkd8HjYs0SwM0fPjK16//5qDZ2UiDGnOe
+uEzxBDAr518Z8VFbR41in3W4Y3yCDgQlLlcETrS+zYcL
+-----END RSA PRIVATE KEY-----
+"""
+"""The RSA key that is printed in the appendix, and so protects nothing."""
+
+RFC_RECORDS = {
+    "brisbane._domainkey.football.example.com": (
+        "v=DKIM1; k=ed25519; p=11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="
+    ),
+    "test._domainkey.football.example.com": (
+        "v=DKIM1; k=rsa; p=MIGfMA0GCSqGSIb3DQEBAQUAA4GNADCBiQKBgQDkHlOQoBTzWR"
+        "iGs5V6NpP3idY6Wk08a5qhdR6wy5bdOKb2jLQiY/J16JYi0Qvx/byYzCNb3W91y3FutAC"
+        "DfzwQ/BC/e/8uBsCR+yz1Lxj+PL6lHvqMKrM3rG4hstT5QjvHO9PzoxZyVYLzBfO2EeC3"
+        "Ip3G+2kryOTIKT+l/K4w3QIDAQAB"
+    ),
+}
+
+RFC_NAMES = ((b"from", 2), (b"to", 1), (b"subject", 2), (b"date", 2), (b"message-id", 1))
+
+
+@pytest.mark.parametrize(
+    ("selector", "pem", "field", "value"),
+    [
+        pytest.param("brisbane", None, RFC_ED25519, RFC_ED25519_VALUE, id="ed25519"),
+        pytest.param("test", RFC_RSA_KEY, RFC_RSA, RFC_RSA_VALUE, id="rsa"),
+    ],
 )
-
-
-def test_the_ed25519_signature_of_the_standard() -> None:
-    key = SigningKey(in_pem(Ed25519PrivateKey.from_private_bytes(base64.b64decode(RFC_KEY))))
-    assert key.public == RFC_PUBLIC
+def test_the_signatures_of_the_standard(
+    selector: str, pem: bytes | None, field: bytes, value: bytes
+) -> None:
+    if pem is None:
+        pem = in_pem(Ed25519PrivateKey.from_private_bytes(base64.b64decode(RFC_ED25519_KEY)))
+    key = SigningKey(pem)
+    assert key.record == RFC_RECORDS[f"{selector}._domainkey.football.example.com"]
     fields = HeaderFields(RFC_MAIL)
     hash = body_hash([RFC_MAIL[fields.body :]], relaxed=True)
     assert base64.b64encode(hash) == b"2jUSOH9NhtVGCQWNr9BrIAPreKQjO6Sn7XIkfJVOzv8="
-    names = ((b"from", 1), (b"to", 1), (b"subject", 1), (b"date", 1), (b"message-id", 1))
-    data = signed_data(fields, names, RFC_SIGNATURE, relaxed=True)
-    assert base64.b64encode(key.sign(data)).decode() == RFC_VALUE
-    record = {"brisbane._domainkey.football.example.com": key.record}
-    assert dkimpy_says(RFC_SIGNATURE + RFC_VALUE.encode() + b"\r\n" + RFC_MAIL, record) == [True]
+    data = signed_data(fields, RFC_NAMES, field, relaxed=True)
+    assert key.sign(data) == base64.b64decode(b"".join(value.split()))
+
+
+def test_the_mail_of_the_standard_has_two_signatures_that_hold() -> None:
+    mail = RFC_ED25519 + RFC_ED25519_VALUE + RFC_RSA + RFC_RSA_VALUE + RFC_MAIL
+    assert dkimpy_says(mail, RFC_RECORDS) == [True, True]
+    assert dkimpy_says(mail.replace(b"hungry", b"angry"), RFC_RECORDS) == [False, False]
 
 
 def field_of(mail: bytes, terms: Terms, hash: bytes = bytes(32), now: float = 1e9) -> bytes:
