@@ -19,9 +19,11 @@ from mailerq.wire import server
 from mailerq.wire.smtp import Reply
 from tests.engine.kit import open_dialog
 from tests.engine.test_operators import Commands, delivering, put_off
+from tests.signing_kit import Keys, dkimpy_says, ed25519_pem, rsa_pem, signatures, tags
 from tests.support import DEADLINE, configure, open_sink, send, until, until_found
 
 BODY = b"Message-ID: <m1@b.test>\r\nSubject: Hi\r\n\r\nhello\r\n"
+SENT = b"From: Ann <a@b.test>\r\n" + BODY
 GONE = Reply(550, "5.1.1 no such user")
 
 
@@ -215,6 +217,31 @@ async def test_a_start_with_unusable_texts_says_where(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"texts\.toml:1: a \[\[text\]\] needs a language"):
         async with Engine(config):
             pass
+
+
+@pytest.mark.parametrize("whole", [False, True])
+async def test_a_report_is_signed_by_the_keys_of_its_from_domain(
+    tmp_path: Path, whole: bool
+) -> None:
+    keys = Keys(tmp_path / "dkim")
+    for selector, pem in (("r1", rsa_pem()), ("e1", ed25519_pem())):
+        keys.add("bounces.test", selector, pem)
+    keys.add("b.test", "other", ed25519_pem(1))
+    settings: dict[str, Any] = {
+        "dkim_directory": str(keys.directory), "dsn_mta": "bounces.test",
+        "dsn_ret": "FULL" if whole else "HDRS",
+    }  # fmt: skip
+    async with delivering(tmp_path, **settings) as (engine, sink):
+        sink.decide = refuse
+        await send(engine.addresses[0], SENT, recipients=("gone@d.test",))
+        (mail,) = await sink.wait_for(1)
+    assert (mail.sender, mail.recipients) == ("", ["a@b.test"])
+    assert email.message_from_bytes(mail.body)["From"].endswith("<MAILER-DAEMON@bounces.test>")
+    assert (SENT in mail.body) is whole
+    assert {tags(each)["s"] for each in signatures(mail.body)} == {"r1", "e1"}
+    assert dkimpy_says(mail.body, keys.records) == [True, True]
+    changed = mail.body.replace(b"no such user", b"what a pity")
+    assert dkimpy_says(changed, keys.records) == [False, False]
 
 
 async def test_put_off_mail_makes_no_report(tmp_path: Path) -> None:

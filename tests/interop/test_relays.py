@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import smtplib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +17,14 @@ from mailerq.outbound import session as outgoing
 from mailerq.queues import Publication
 from tests.engine.kit import Certificate, inbox, open_dialog, serve
 from tests.interop.kit import LOGIN, Exim, authority_file, postfix
-from tests.support import in_thread, public_directory
+from tests.support import configure, in_thread, public_directory, send, until_found
 
 SHORT = b"Subject: short\r\n\r\n.dot\r\n" + 200 * b"hello\r\n"
 MAIL = "Subject: relayed\r\nMessage-ID: <1@b.test>\r\n\r\n.dot\r\n" + 3000 * "hello\r\n"
+
+
+HOLDERS = ("maildrop", "incoming", "active", "deferred", "defer", "bounce")
+"""Directories of Postfix's queue with a file for each mail that it has."""
 
 
 @pytest.fixture
@@ -176,3 +182,41 @@ async def test_exim_takes_an_envelope_behind_a_body(tmp_path: Path, open_path: P
         exim = Exim.prepare(open_path / "exim", engine.addresses[0][1])
         with exim.listening() as port:
             await through_one_connection(tmp_path / "sender", port, engine, 20)
+
+
+async def test_a_postfix_and_an_engine_that_send_each_other_everything_end(
+    tmp_path: Path, open_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Postfix refuses the mail, and then the report about it, for too many hops; that is all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    directory = open_path / "postfix"
+    relay = postfix(directory, port, hopcount_limit="20")
+    await in_thread(relay.__enter__)
+    settings = {"smtp_sink_address": "127.0.0.1", "smtp_sink_port": relay.port}  # type: ignore[attr-defined]
+    try:
+        async with Engine(configure(tmp_path, smtp_port=(port,), **settings)) as engine:
+            code, _ = await send(engine.addresses[0], MAIL.encode())
+            assert code == 250
+
+            async def seen() -> tuple[int, int, int]:
+                depths = await engine.queues.depths()
+                held = sum(len(list((directory / "queue" / name).rglob("*"))) for name in HOLDERS)
+                outgoing = engine.statistics()["outgoing"]
+                waiting = sum(each.total for each in depths if each.queue == "outbox")
+                return outgoing["failed"], waiting, held
+
+            await until_found(seen, lambda found: found == (2, 0, 0))
+            figures = engine.statistics()["outgoing"]
+    finally:
+        with trio.CancelScope(shield=True):
+            await in_thread(relay.__exit__, None, None, None)
+    log = (directory / "maillog").read_text()
+    assert figures["reports"] == 1
+    assert 15 < figures["delivered"] < 25, "each of two mails goes round until the twentieth hop"
+    assert caplog.text.count("554 5.4.0 Error: too many hops") == 2
+    assert "non-delivery notification" not in log, "Postfix has nothing to bounce"
+    senders = re.findall(r" from=<([^>]*)>, size=", log)
+    assert set(senders) == {"a@b.test", ""}
+    assert len(senders) == figures["delivered"]
