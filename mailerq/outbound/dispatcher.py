@@ -165,7 +165,7 @@ class Dispatcher:
         self.seeing = Seeing(self, self._intake, self._sites)
         self._settlements = Settlements(
             live, queues, self, send_log=send_log, clock=clock, lot=lot,
-            next_id=plugins.message_id, reports=reports,
+            next_id=plugins.message_id, reports=reports, tls_report_ended=policies.report_ended,
         )  # fmt: skip
         self._bodies: Bodies
         self._inliner = Inliner()

@@ -67,7 +67,10 @@ class Dane(Protocol):
 
 
 class TlsRecorder(Protocol):
-    """Is told of each new handshake, and of each failure to get to one (RFC 8460)."""
+    """Is told of each new handshake, and of each failure to get to one (RFC 8460).
+
+    It also hears what became of its own reports by mail.
+    """
 
     def handshake(
         self,
@@ -86,6 +89,12 @@ class TlsRecorder(Protocol):
         in the peer's banner. An address is empty if there was no connection. A policy in mode
         ``testing`` is checked for this report only: the mail may have gone nevertheless. Never
         raises; called on the home worker.
+        """
+
+    def report_ended(self, address: str, problem: str) -> None:
+        """A report to an address was delivered, or has failed for good with a problem.
+
+        Never raises; called on the home worker.
         """
 
 
@@ -147,6 +156,15 @@ class Policies:
             )
         except Exception:
             log.exception("a TLS handshake with %s cannot be recorded", host)
+
+    def report_ended(self, address: str, problem: str) -> None:
+        """Tell the recorder what became of a report; a defect of it costs no mail."""
+        if self.recorder is None:
+            return
+        try:
+            self.recorder.report_ended(address, problem)
+        except Exception:
+            log.exception("the end of a TLS report to %s cannot be recorded", address)
 
 
 NO_POLICY: Final = DomainPolicy()

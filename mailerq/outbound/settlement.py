@@ -36,6 +36,7 @@ from mailerq.config import Config
 from mailerq.errors import MessageDamaged, MessageError, QueueError
 from mailerq.escaping import escape, escape_field
 from mailerq.live import Live
+from mailerq.mail.tls_report import is_report
 from mailerq.message import (
     Message,
     Result,
@@ -157,6 +158,7 @@ class Settlements:
         lot: Callable[[], float] = random.random,
         next_id: Callable[[], str],
         reports: Reports = NO_REPORTS,
+        tls_report_ended: Callable[[str, str], object] = lambda address, problem: None,
     ) -> None:
         self.reports = reports
         self.nursery: trio.Nursery
@@ -169,6 +171,7 @@ class Settlements:
         self._clock = clock
         self._lot = lot
         self._next_id = next_id
+        self._tls_report_ended = tls_report_ended
         self._say_unwritten = Ration(log.error, 1, "they could not be written %d times more")
         self._say_reduced = Ration(log.error, REDUCED_PER_MINUTE, "and %d messages more")
         self._say_failure = Ration(
@@ -293,10 +296,14 @@ class Settlements:
             self._counters.delivered += 1
             if "dsn" in properties or self._config.tells_success:
                 bounce = self._success(properties, report, result)
+            if "tags" in properties and is_report(properties):
+                self._tls_report_ended(message.recipient, "")
         else:
             kinds = ("results", "failure")
             self._counters.failed += 1
             bounce = self._bounce(properties, bounces.FAILED, report, result)
+            if is_report(properties) and not outcome.own_fault:
+                self._tls_report_ended(message.recipient, _problem(result))
         self._counters.attempts += 1
         queues = result_queues(properties, self._config.result_queues, *kinds, outbox=self._outbox)
         for queue in queues:
@@ -381,15 +388,13 @@ class Settlements:
         self, message: Message, result: Result, queues: Sequence[str], *, reported: bool
     ) -> None:
         """Log a failed message: often nobody else is told."""
-        reply = (result.code, result.status, result.description)
-        words = " ".join(str(part) for part in reply if part)[:MAX_REASON]
         self._say_failure(
             "message %s from <%s> to <%s> has failed: %s%s; %s",
             _shown(message.properties.get("message-id") or "?"),
             _shown(message.envelope),
             _shown(message.recipient),
             f"{result.remote_ip}: " if result.remote_ip else "",
-            words or f"{result.type} ({result.state})",
+            _problem(result),
             _told(queues, reported),
         )
 
@@ -595,6 +600,13 @@ def _result(report: Report, attempt: int, now: float) -> Result:
         cipher=tls.get("cipher"),
         certificate=tls.get("certificate"),
     )
+
+
+def _problem(result: Result) -> str:
+    """Why a message has failed, in a bounded text."""
+    reply = (result.code, result.status, result.description)
+    words = " ".join(str(part) for part in reply if part)[:MAX_REASON]
+    return words or f"{result.type} ({result.state})"
 
 
 def _copy(properties: dict[str, Any], body: bytes | None) -> Message:

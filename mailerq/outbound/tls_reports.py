@@ -9,9 +9,11 @@ a file that all processes share (`mailerq.store.tls_counts`), once a minute and 
 When a day in UTC is over, one process of the daemon, see `mailerq.outbound.published`, asks each
 domain of the day at a random time of the next hours where it wants its report: at an address, or
 at a URL. A report by mail is a message like any other, in the outbox. A report by HTTPS is posted.
-What fails is tried again, for a day after the end of the day that is reported. The state of each
-report is in the same file, so a restart goes on where the last process ended. A crash between the
-sending of a report and the note of it sends that report twice, with the same id.
+What fails is tried again for a day after the end of the day that is reported. A place that took no
+report in the end rests: it gets none for some days, and for longer if it fails again after that.
+The state of each report, and the places that rest, are in the same file, so a restart goes on where
+the last process ended. A crash between the sending of a report and the note of it sends that report
+twice, with the same id.
 
 Connections for reports alone are not counted: otherwise each report would make another one the next
 day. `mailerq.mail.tls_report.is_report` says which messages those are.
@@ -99,6 +101,8 @@ STEPS_OF_A_ROUND: Final = 10
 MAX_PROBLEM: Final = 200
 """Characters of a problem that are kept."""
 
+MAIL: Final = "mailto:"
+
 NO_POLICY: Final = "no-policy-found"
 STS: Final = "sts"
 TLSA: Final = "tlsa"
@@ -144,6 +148,7 @@ class TlsReports:
         self._clock = clock
         self._lot = lot
         self._pending: Counts = {}
+        self._ended: dict[str, str] = {}
         self._lost = 0
         self._next_plan = -1.0
         self._turn = trio.CapacityLimiter(1)
@@ -208,18 +213,44 @@ class TlsReports:
                 return
         counts[key] = counts.get(key, 0) + count
 
+    def report_ended(self, address: str, problem: str) -> None:
+        """Remember what became of a report by mail: an empty text if it was delivered."""
+        self._end(MAIL + address, problem)
+
+    def _end(self, place: str, problem: str) -> None:
+        if place in self._ended or len(self._ended) < MAX_PENDING:
+            self._ended[place] = problem[:MAX_PROBLEM]
+
     async def flush(self) -> None:
-        """Add what was counted to the file. Never raises but for cancellation."""
+        """Add what was counted to the file, and the places that took no report.
+
+        Never raises but for cancellation.
+        """
+        with trio.CancelScope(shield=True):  # a count in a thread cannot be taken back
+            await self._flush_counts()
+            await self._flush_ended()
+
+    async def _flush_ended(self) -> None:
+        ended, self._ended = self._ended, {}
+        if not ended:
+            return
+        try:
+            await self._in_thread(partial(self._file.ended, ended, self._clock()))
+        except StoreError as error:
+            self._say_unkept("places that took no TLS report are not written: %s", error)
+            for place, problem in ended.items():
+                self._end(place, self._ended.get(place, problem))
+
+    async def _flush_counts(self) -> None:
         counts, self._pending = self._pending, {}
         if not counts:
             return
-        with trio.CancelScope(shield=True):  # a count in a thread cannot be taken back
-            try:
-                self._lost += await self._in_thread(partial(self._file.add, counts))
-            except StoreError as error:
-                self._say_unkept("counts for TLS reports are not written: %s", error)
-                for key, count in counts.items():
-                    self._add(self._pending, key, count)
+        try:
+            self._lost += await self._in_thread(partial(self._file.add, counts))
+        except StoreError as error:
+            self._say_unkept("counts for TLS reports are not written: %s", error)
+            for key, count in counts.items():
+                self._add(self._pending, key, count)
         if lost := self._lost:
             self._lost = 0
             log.warning("%d TLS sessions are not in the reports: too many kinds of them", lost)
@@ -283,6 +314,9 @@ class TlsReports:
         wait = min(FIRST_RETRY_SECONDS * 2.0 ** min(due.tries, 20), MAX_RETRY_SECONDS)
         again = now + wait * (1 + self._lot() / 2)
         if again > Day(due.day).end + RETRY_SECONDS:
+            # A mail that no queue took says nothing about its place.
+            if due.place and not due.place.startswith(MAIL):
+                self._end(due.place, problem)
             await self._give_up(due, problem)
             return
         await self._in_thread(partial(self._file.again, due, again, problem))
@@ -314,16 +348,21 @@ class TlsReports:
 
     async def _send(self, due: Due) -> str | None:
         """Send a report to one place; returns what went wrong. Raises `StoreError`."""
+        now = self._clock()
+        if (rest := await self._in_thread(partial(self._file.resting, due.place, now))) is not None:
+            text = f"none until {format_time(rest[0])}, for an earlier one failed: {rest[1]}"
+            await self._in_thread(partial(self._file.done, due, "unsent", text))
+            return None
         sender = sender_of(self._config)
         day = Day(due.day)
         found = await self._in_thread(partial(self._file.sessions, due.day, due.domain))
         report = document(sender, day, due.number, policies_of(due.domain, found))
         packed = await trio.to_thread.run_sync(pack, report)
-        scheme, _, rest = due.place.partition(":")
-        if scheme == "https":
+        if not due.place.startswith(MAIL):
             problem = await self._post(due.place, packed)
             if problem is not None:
                 return problem
+            self._end(due.place, "")
             await self._in_thread(partial(self._file.done, due, "sent"))
             return None
         if not sender.address:
@@ -331,12 +370,12 @@ class TlsReports:
                 partial(self._file.done, due, "unsent", "tls-report-from is not set")
             )
             return None
-        now = self._clock()
-        body = report_mail(sender, due.domain, rest, day, due.number, packed, now=now)
+        to = due.place.removeprefix(MAIL)
+        body = report_mail(sender, due.domain, to, day, due.number, packed, now=now)
         message = Message(
             {
                 "envelope": "",
-                "recipient": rest,
+                "recipient": to,
                 "tags": [REPORT_TAG],
                 "tlsrequired": False,
                 "maxdelivertime": format_time(now + RETRY_SECONDS),

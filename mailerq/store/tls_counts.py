@@ -15,7 +15,7 @@ import apsw
 
 from mailerq.store.database import Database
 
-__all__ = ["FILE_NAME", "Due", "Kind", "Session", "TlsCounts"]
+__all__ = ["FILE_NAME", "MAX_REST_SECONDS", "Due", "Kind", "Session", "TlsCounts"]
 
 FILE_NAME: Final = "tls-counts"
 
@@ -27,6 +27,14 @@ MAX_ROWS: Final = 100
 of their own."""
 
 DAY_SECONDS: Final = 86400
+
+FIRST_REST_SECONDS: Final = 3 * DAY_SECONDS
+MAX_REST_SECONDS: Final = 28 * DAY_SECONDS
+"""How long a place that took no report gets none. The time doubles with each failure in a row, up
+to the longest."""
+
+MAX_RESTING: Final = 100_000
+"""Places that took no report; beyond, the one that rests the shortest is forgotten."""
 
 SCHEMA: Final = """
 CREATE TABLE sessions (
@@ -57,6 +65,13 @@ CREATE TABLE reports (
     PRIMARY KEY (day, domain, place)
 ) WITHOUT ROWID;
 CREATE INDEX by_next ON reports (state, next);
+CREATE TABLE resting (
+    place TEXT PRIMARY KEY,
+    until REAL NOT NULL,
+    failures INTEGER NOT NULL,
+    problem TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX by_until ON resting (until);
 """
 
 
@@ -229,20 +244,62 @@ class TlsCounts:
         self._file.write(lambda file: file.execute(statement, values))
 
     def hurry(self, now: float, day: int, domain: str = "") -> int:
-        """Make the reports of a day due now, of one domain or of all; returns how many."""
-        statement = "UPDATE reports SET next = ? WHERE state = 'waiting' AND day = ?"
-        values: tuple[float | str, ...] = (now, day)
-        if domain:
-            statement, values = f"{statement} AND domain = ?", (*values, domain)
+        """Make the reports of a day due now, of one domain or of all; returns how many.
 
+        Those of one domain that were not sent are due again, also to places that rest.
+        """
         if self._file.is_missing:
             return 0
 
         def work(file: apsw.Connection) -> int:
-            file.execute(statement, values)
+            if not domain:
+                statement = "UPDATE reports SET next = ? WHERE state = 'waiting' AND day = ?"
+                file.execute(statement, (now, day))
+                return file.changes()
+            file.execute(
+                "DELETE FROM resting WHERE place IN "
+                "(SELECT place FROM reports WHERE day = ? AND domain = ?)",
+                (day, domain),
+            )
+            file.execute(
+                "UPDATE reports SET next = ?, state = 'waiting' "
+                "WHERE state IN ('waiting', 'unsent') AND day = ? AND domain = ?",
+                (now, day, domain),
+            )
             return file.changes()
 
         return self._file.write(work)
+
+    # Places
+
+    def ended(self, reports: Mapping[str, str], now: float) -> None:
+        """What became of reports by place: an empty text if it took one, or else the problem.
+
+        Another failure does not prolong a rest.
+        """
+
+        def work(file: apsw.Connection) -> None:
+            for place, problem in reports.items():
+                if problem:
+                    _rest(file, place, problem, now)
+                else:
+                    file.execute("DELETE FROM resting WHERE place = ?", (place,))
+            file.execute(
+                "DELETE FROM resting WHERE place IN (SELECT place FROM resting "
+                "ORDER BY until DESC LIMIT -1 OFFSET ?)",
+                (MAX_RESTING,),
+            )
+
+        if self._file.is_missing and not any(reports.values()):
+            return
+        self._file.write(work)
+
+    def resting(self, place: str, now: float) -> tuple[float, str] | None:
+        """Until when a place gets no reports, and why; None if it gets them."""
+        query = "SELECT until, problem FROM resting WHERE place = ? AND until > ?"
+        for until, problem in self._rows(query, (place, now)):
+            return until, problem
+        return None
 
     def reports(self, limit: int) -> list[Kind]:
         """The last reports, the newest day first."""
@@ -254,13 +311,15 @@ class TlsCounts:
         return [Kind(*values) for values in found]
 
     def forget(self, before: float) -> None:
-        """Drop the days that ended before a time, with their reports."""
+        """Drop the days that ended before a time, with their reports, and old rests."""
         if self._file.is_missing:
             return
 
         def work(file: apsw.Connection) -> None:
             for table in ("sessions", "reports"):
                 file.execute(f"DELETE FROM {table} WHERE day + ? < ?", (DAY_SECONDS, before))
+            # A failure that comes so long after the rest counts as a first one.
+            file.execute("DELETE FROM resting WHERE until + ? < ?", (MAX_REST_SECONDS, before))
 
         self._file.write(work)
 
@@ -278,6 +337,19 @@ def _end(file: apsw.Connection, due: Due, state: str, problem: str) -> None:
     file.execute(
         "UPDATE reports SET state = ?, problem = ? WHERE day = ? AND domain = ? AND place = ?",
         (state, problem, due.day, due.domain, due.place),
+    )
+
+
+def _rest(file: apsw.Connection, place: str, problem: str, now: float) -> None:
+    query = "SELECT until, failures FROM resting WHERE place = ?"
+    found: list[Any] = file.execute(query, (place,)).fetchall()
+    until, failures = found[0] if found else (0.0, 0)
+    if until > now:
+        return
+    seconds = min(FIRST_REST_SECONDS * 2 ** min(failures, 10), MAX_REST_SECONDS)
+    file.execute(
+        "INSERT OR REPLACE INTO resting VALUES (?, ?, ?, ?)",
+        (place, now + seconds, failures + 1, problem),
     )
 
 

@@ -398,6 +398,24 @@ async def test_a_resumed_session_is_recorded_once_and_proves_what_it_proved(
         assert (await bench.retried())["type"] == "tls"
 
 
+async def test_the_recorder_hears_what_became_of_its_own_reports_by_mail() -> None:
+    policies, recorder = recorded()
+    async with open_bench(PeerConnection.serve, policies=policies, max_attempts=1) as bench:
+        bench.peer.answers["RCPT", "gone@d.test"] = ["550 5.1.1 no such user"] * 2
+        bench.peer.answers["RCPT", "late@d.test"] = ["450 4.2.1 not now"]
+        for name in ("here", "gone", "late"):
+            bench.send(f"{name}@d.test", tags=["tls-report"], envelope="")
+        bench.send("gone@d.test", tags=["another"])
+        bench.send("here@d.test")
+        await bench.results("failure", 3)
+        await bench.results("success", 2)
+    assert sorted(recorder.ended) == [
+        ("gone@d.test", "550 5.1.1 no such user"),
+        ("here@d.test", ""),
+        ("late@d.test", "450 4.2.1 not now"),
+    ]
+
+
 async def test_a_recorder_that_fails_costs_no_mail(
     certificates: Certificates, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -405,9 +423,14 @@ async def test_a_recorder_that_fails_costs_no_mail(
         def handshake(self, *args: Any) -> None:
             raise ZeroDivisionError
 
+        def report_ended(self, address: str, problem: str) -> None:
+            raise ZeroDivisionError
+
     good = starttls(certificates.server())
     policies = Policies(recorder=Broken())
     async with open_bench(good, **settings(certificates, policies=policies)) as bench:
         bench.send()
         await bench.results()
-    assert any("cannot be recorded" in line for line in caplog.messages)
+        bench.send(tags=["tls-report"])
+        await bench.results("success", 2)
+    assert sum("cannot be recorded" in line for line in caplog.messages) == 2

@@ -477,6 +477,82 @@ async def test_without_a_sender_reports_go_to_web_servers_only(bench: Bench) -> 
     assert states == {"https": "sent", "mailt": "unsent"}
 
 
+async def days(bench: Bench, count: int) -> int:
+    """Send the reports of some days; returns how many went out by mail and HTTPS."""
+    before = len(bench.published) + len(bench.web.requests)
+    for _ in range(count):
+        bench.tell()
+        await bench.next_day()
+        await bench.reports.round()
+    return len(bench.published) + len(bench.web.requests) - before
+
+
+async def test_an_address_that_bounces_gets_no_reports_for_some_days(bench: Bench) -> None:
+    assert await days(bench, 1) == 1
+    bench.reports.report_ended("r@d.example", "550 5.1.1 no such user")
+    assert await days(bench, 2) == 0
+    state = bench_states(bench)[0]
+    assert state.state == "unsent" and "550 5.1.1 no such user" in state.problem
+    bench.reports = bench.open()  # a restart forgets nothing
+    assert await days(bench, 1) == 1
+    bench.reports.report_ended("r@d.example", "550 5.1.1 no such user")
+    assert await days(bench, 5) == 0
+    assert await days(bench, 1) == 1
+    bench.reports.report_ended("r@d.example", "")
+    await bench.reports.flush()
+    bench.reports.report_ended("r@d.example", "expired")
+    assert await days(bench, 2) == 0
+    assert await days(bench, 2) == 2, "a report that arrived made the next failure a first one"
+
+
+async def test_other_places_of_a_domain_and_other_domains_do_not_rest(bench: Bench) -> None:
+    bench.want("mailto:r@d.example", "mailto:s@d.example")
+    bench.reports.report_ended("r@d.example", "550 no")
+    await days(bench, 1)
+    assert [message.recipient for message in bench.published] == ["s@d.example"]
+
+
+async def test_a_web_server_that_fails_for_a_day_gets_no_reports_for_some_days(
+    bench: Bench,
+) -> None:
+    bench.web.answer = response(b"", status=500)
+    bench.want(f"https://reports.example:{bench.web.port}/")
+    bench.tell()
+    await bench.next_day()
+    while bench_states(bench)[:1] == [] or bench_states(bench)[0].state == "waiting":
+        await bench.reports.round()
+        bench.clock.now += HOUR
+    assert bench_states(bench)[0].state == "failed"
+    bench.web.answer = response(b"", status=200)
+    bench.reports.report_ended("r@d.example", "550 no")  # of another place
+    assert await days(bench, 2) == 0
+    assert "500" in bench_states(bench)[0].problem
+    assert await days(bench, 2) > 0
+
+
+async def test_places_that_cannot_be_written_are_written_later(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = Path(bench.config.queue_directory)
+    queue.rmdir()
+    bench.reports.report_ended("r@d.example", "550 no")
+    await bench.reports.flush()
+    assert "not written" in caplog.text
+    queue.mkdir()
+    assert await days(bench, 1) == 0
+
+
+async def test_a_name_server_that_fails_makes_no_place_rest(bench: Bench) -> None:
+    good, bench.dns.zone[RECORD] = bench.dns.zone[RECORD], SERVFAIL
+    bench.tell()
+    await bench.next_day()
+    for _ in range(30):
+        await bench.reports.round()
+        bench.clock.now += HOUR
+    bench.dns.zone[RECORD] = good
+    assert await days(bench, 1) == 1
+
+
 async def test_a_defect_in_one_report_does_not_stop_the_others(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

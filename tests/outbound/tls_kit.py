@@ -138,6 +138,7 @@ class Recorded:
 
     seen: list[tuple[str, str, str]] = field(default_factory=list)
     told: list[dict[str, Any]] = field(default_factory=list)
+    ended: list[tuple[str, str]] = field(default_factory=list)
 
     def handshake(
         self,
@@ -155,6 +156,9 @@ class Recorded:
             {"policy": policy, "records": records, "ip": remote_ip, "local": local_ip,
              "helo": helo, "failure": failure}
         )  # fmt: skip
+
+    def report_ended(self, address: str, problem: str) -> None:
+        self.ended.append((address, problem))
 
 
 @dataclass

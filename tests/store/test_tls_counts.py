@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mailerq.store import tls_counts
-from mailerq.store.tls_counts import DAY_SECONDS, Due, Session, TlsCounts
+from mailerq.store.tls_counts import DAY_SECONDS, MAX_REST_SECONDS, Due, Session, TlsCounts
 
 DAY = 20_000 * DAY_SECONDS
 GOOD = Session("d.example", "sts", "policy")
@@ -96,3 +96,60 @@ def test_old_days_are_dropped(file: TlsCounts) -> None:
     file.forget(DAY + DAY_SECONDS + 1)
     assert file.days() == [DAY + DAY_SECONDS]
     assert {each.day for each in file.reports(10)} == {DAY + DAY_SECONDS}
+
+
+PLACE = "mailto:a@d.example"
+
+
+def test_a_place_that_took_no_report_rests_longer_each_time_up_to_a_bound(file: TlsCounts) -> None:
+    assert file.resting(PLACE, 0.0) is None
+    now, rests = float(DAY), []
+    for _ in range(6):
+        file.ended({PLACE: "550 no"}, now)
+        found = file.resting(PLACE, now)
+        assert found is not None and found[1] == "550 no"
+        rests.append((found[0] - now) / DAY_SECONDS)
+        now = found[0]
+        assert file.resting(PLACE, now) is None
+    assert rests == [3, 6, 12, 24, 28, 28]
+    file.ended({PLACE: ""}, now)
+    file.ended({PLACE: "550 no"}, now)
+    assert file.resting(PLACE, now + 3 * DAY_SECONDS) is None
+
+
+def test_failures_together_are_one_failure_and_a_rest_is_forgotten_long_after(
+    file: TlsCounts,
+) -> None:
+    for _ in range(5):
+        file.ended({PLACE: "550 no", "https://d.example/": "503"}, float(DAY))
+    later = DAY + 3.0 * DAY_SECONDS
+    assert file.resting(PLACE, later) is None
+    file.forget(later + MAX_REST_SECONDS + 1)
+    file.ended({PLACE: "550 no"}, later)
+    assert file.resting(PLACE, later + 3.0 * DAY_SECONDS) is None, "a first failure"
+
+
+def test_places_that_rest_are_bounded(file: TlsCounts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls_counts, "MAX_RESTING", 3)
+    for number in range(6):
+        file.ended({f"mailto:{number}@d.example": "550 no"}, DAY + float(number))
+    found = [file.resting(f"mailto:{number}@d.example", float(DAY)) for number in range(6)]
+    assert [each is not None for each in found] == [False] * 3 + [True] * 3
+
+
+def test_a_file_is_not_made_for_a_place_that_takes_reports(file: TlsCounts, tmp_path: Path) -> None:
+    file.ended({PLACE: ""}, float(DAY))
+    assert not list(tmp_path.iterdir())
+
+
+def test_reports_of_a_named_domain_are_sent_in_spite_of_a_rest(file: TlsCounts) -> None:
+    file.add({(DAY, GOOD): 1})
+    file.plan(DAY + DAY_SECONDS, 0, 1)
+    (ask,) = file.due(DAY * 2, 10)
+    file.wanted(ask, {PLACE: "7"}, DAY * 2.0)
+    (due,) = file.due(DAY * 2, 10)
+    file.ended({PLACE: "550 no"}, DAY * 2.0)
+    file.done(due, "unsent", "it rests")
+    assert file.hurry(1.0, DAY) == 0 and file.resting(PLACE, DAY * 2.0)
+    assert file.hurry(1.0, DAY, "d.example") == 1
+    assert file.due(1.0, 10) and file.resting(PLACE, DAY * 2.0) is None
