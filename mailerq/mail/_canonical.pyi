@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 class Sink(Protocol):
@@ -11,4 +11,18 @@ class Body:
     def end(self) -> None: ...
 
 def relaxed_field(mail: bytes | memoryview, start: int, end: int) -> bytes: ...
+def counted_names(
+    places: dict[bytes, list[tuple[int, int]]],
+    always: tuple[bytes, ...],
+    present: frozenset[bytes],
+    most: int,
+) -> tuple[tuple[bytes, int], ...]: ...
+def relaxed_text(
+    mail: bytes,
+    places: dict[bytes, list[tuple[int, int]]],
+    names: Iterable[tuple[bytes, int]],
+    field: bytes,
+    most: int,
+) -> bytes: ...
+def field_places(mail: bytes, end: int) -> dict[bytes, list[tuple[int, int]]]: ...
 def simple_field(mail: bytes | memoryview, start: int, end: int) -> bytes: ...

@@ -215,16 +215,21 @@ def relaxed_field(const unsigned char[::1] mail not None, Py_ssize_t start, Py_s
     b'subject:a b c'
     """
     cdef bytes whole
-    cdef char *out
+    if not 0 <= start <= end <= mail.shape[0]:
+        raise ValueError("there is no such field")
+    if start == end:
+        return b""
+    whole = PyBytes_FromStringAndSize(NULL, end - start)
+    return whole[:put_relaxed(&mail[start], end - start, PyBytes_AsString(whole))]
+
+
+cdef Py_ssize_t put_relaxed(const unsigned char *text, Py_ssize_t end, char *out) noexcept nogil:
+    # Write the relaxed form of a field of `end` bytes, which is not longer; return its length.
     cdef Py_ssize_t at, put = 0, first = 0
     cdef unsigned char byte
     cdef bint blank = False
-    if not 0 <= start <= end <= mail.shape[0]:
-        raise ValueError("there is no such field")
-    whole = PyBytes_FromStringAndSize(NULL, end - start)
-    out = PyBytes_AsString(whole)
-    for at in range(start, end):
-        byte = mail[at]
+    for at in range(end):
+        byte = text[at]
         if byte == COLON:
             break
         if byte != SPACE and byte != TAB and byte != CR and byte != LF:
@@ -240,7 +245,7 @@ def relaxed_field(const unsigned char[::1] mail not None, Py_ssize_t start, Py_s
         at += 1
     first = put
     while at < end:
-        byte = mail[at]
+        byte = text[at]
         at += 1
         if byte == CR or byte == LF:
             continue
@@ -253,7 +258,135 @@ def relaxed_field(const unsigned char[::1] mail not None, Py_ssize_t start, Py_s
             blank = False
         out[put] = byte
         put += 1
+    return put
+
+
+def counted_names(
+    dict places not None, tuple always not None, frozenset present not None, Py_ssize_t most
+):
+    """Return pairs of a name and how often a signature names it, as a tuple.
+
+    The names of `always` stand once more than there are fields, others of `present` as often as
+    fields, in the order of these; of each name at most `most` fields count.
+
+    >>> places = {b"to": [(0, 1), (1, 2)], b"x": [(2, 3)], b"y": [(3, 4)]}
+    >>> counted_names(places, (b"to", b"cc"), frozenset((b"x",)), 100)
+    ((b'to', 3), (b'cc', 1), (b'x', 1))
+    """
+    cdef list names = [], found
+    for name in always:
+        found = places.get(name)
+        names.append((name, 1 if found is None else min(len(found), most) + 1))
+    for name, found in places.items():
+        if name in present:
+            names.append((name, min(len(found), most)))
+    return tuple(names)
+
+
+def relaxed_text(
+    bytes mail not None, dict places not None, names not None, bytes field not None,
+    Py_ssize_t most,
+):
+    r"""Return the relaxed forms of the fields that a signature names, and of its own field.
+
+    `places` are those of `field_places`, and `names` has pairs of a name and a count. The fields of
+    a name are taken from the bottom up, at most `most` and at most as many as the count, each with
+    CRLF; the signature's own `field` comes last, without.
+
+    >>> mail = b"To: 1
+To: 2
+"
+    >>> relaxed_text(mail, field_places(mail, 14), ((b"to", 1),), b"X: y", 100)
+    b'to:2
+x:y'
+    """
+    cdef const unsigned char *text = <const unsigned char *> PyBytes_AsString(mail)
+    cdef Py_ssize_t size = len(field), put = 0, start, end, count, index
+    cdef list found
+    cdef list taken = []
+    cdef bytes name, whole
+    cdef char *out
+    for name, count in names:
+        found = places.get(name)
+        if found is None:
+            continue
+        for index in range(len(found) - 1, len(found) - 1 - min(count, len(found), most), -1):
+            place = found[index]
+            taken.append(place)
+            start, end = place
+            if not 0 <= start <= end <= len(mail):
+                raise ValueError("there is no such field")
+            size += end - start + 2
+    whole = PyBytes_FromStringAndSize(NULL, size)
+    out = PyBytes_AsString(whole)
+    for start, end in taken:
+        put += put_relaxed(text + start, end - start, out + put)
+        out[put] = CR
+        out[put + 1] = LF
+        put += 2
+    text = <const unsigned char *> PyBytes_AsString(field)
+    put += put_relaxed(text, len(field), out + put)
     return whole[:put]
+
+
+def field_places(bytes mail not None, Py_ssize_t end):
+    r"""Return the places of the fields in the header ``mail[:end]``, by name in lower case.
+
+    Places are pairs of offsets, from the top; the fields are those of
+    `mailerq.mail.headers.Header.places`. Each byte is read once.
+
+    >>> field_places(b"To: a
+ b
+TO : c
+x
+", 22)
+    {b'to': [(0, 11), (11, 19)]}
+    """
+    cdef const unsigned char *text = <const unsigned char *> PyBytes_AsString(mail)
+    cdef Py_ssize_t at = 0, start = 0, stop, colon
+    cdef dict places = {}
+    cdef bytes name = None
+    if not 0 <= end <= len(mail):
+        raise ValueError("there is no such header")
+    while at < end:
+        if text[at] != SPACE and text[at] != TAB and text[at] != CR and text[at] != LF:
+            if name is not None:
+                add_place(places, name, start, at)
+                name = None
+            stop = at
+            while stop < end and 33 <= text[stop] <= 126 and text[stop] != COLON:
+                stop += 1
+            colon = stop
+            while colon < end and (text[colon] == SPACE or text[colon] == TAB):
+                colon += 1
+            if stop > at and colon < end and text[colon] == COLON:
+                name = lower(text + at, stop - at)
+                start = at
+            at = colon
+        while at < end and text[at] != CR and text[at] != LF:
+            at += 1
+        at += 1
+    if name is not None:
+        add_place(places, name, start, end)
+    return places
+
+
+cdef bytes lower(const unsigned char *text, Py_ssize_t size):
+    cdef bytes made = PyBytes_FromStringAndSize(NULL, size)
+    cdef char *out = PyBytes_AsString(made)
+    cdef Py_ssize_t at
+    for at in range(size):
+        out[at] = text[at] + 32 if 65 <= text[at] <= 90 else text[at]
+    return made
+
+
+cdef int add_place(dict places, bytes name, Py_ssize_t start, Py_ssize_t end) except -1:
+    cdef list found = <list> places.get(name)
+    if found is None:
+        places[name] = [(start, end)]
+    else:
+        found.append((start, end))
+    return 0
 
 
 def simple_field(const unsigned char[::1] mail not None, Py_ssize_t start, Py_ssize_t end):

@@ -24,7 +24,14 @@ from typing import Final, Literal
 
 import msgspec
 
-from mailerq.mail._canonical import Body, relaxed_field, simple_field
+from mailerq.mail._canonical import (
+    Body,
+    counted_names,
+    field_places,
+    relaxed_field,
+    relaxed_text,
+    simple_field,
+)
 from mailerq.mail.headers import Header
 
 __all__ = [
@@ -37,7 +44,6 @@ __all__ = [
     "body_hash",
     "canonical",
     "field_size",
-    "names_to_sign",
     "signed_data",
     "signed_field",
     "unsigned_field",
@@ -110,13 +116,7 @@ class HeaderFields:
         self.mail = mail
         self.body = header.body
         self.is_whole = header.is_whole
-        self._places: dict[bytes, list[tuple[int, int]]] = {}
-        places = self._places
-        for name, start, end in header.places():
-            if name in places:
-                places[name].append((start, end))
-            else:
-                places[name] = [(start, end)]
+        self._places = field_places(mail, header.end)
         self._forms: dict[tuple[bytes, bool], list[bytes]] = {}
         self._names: dict[Collection[bytes], tuple[tuple[bytes, int], ...]] = {}
 
@@ -149,25 +149,26 @@ class HeaderFields:
             self._forms[key] = [form(self.mail, start, end) + b"\r\n" for start, end in places]
         return self._forms[key]
 
+    def relaxed_text(self, names: Sequence[tuple[bytes, int]], field: bytes) -> bytes:
+        """See `signed_data`."""
+        return relaxed_text(self.mail, self._places, names, field, MAX_INSTANCES)
+
     def names(self, extra: tuple[bytes, ...]) -> tuple[tuple[bytes, int], ...]:
-        """See `names_to_sign`."""
+        """The names for ``h=``, each with how often it stands there.
+
+        `extra` are names in lower case that are signed where present.
+        """
         found = self._names.get(extra)
         if found is None:
-            found = self._names[extra] = names_to_sign(self, extra)
+            found = counted_names(self._places, OVERSIGNED, _wanted(extra), MAX_INSTANCES)
+            self._names[extra] = found
         return found
 
 
-def names_to_sign(fields: HeaderFields, extra: tuple[bytes, ...]) -> tuple[tuple[bytes, int], ...]:
-    """The names for ``h=``, each with how often it stands there.
-
-    `extra` are names in lower case that are signed where present.
-    """
-    names = [(name, min(fields.count(name), MAX_INSTANCES) + 1) for name in OVERSIGNED]
-    wanted = SIGNED.union(extra).difference(NEVER_SIGNED, OVERSIGNED)
-    for name in fields:
-        if name in wanted:
-            names.append((name, min(fields.count(name), MAX_INSTANCES)))
-    return tuple(names)
+@lru_cache(maxsize=512)
+def _wanted(extra: tuple[bytes, ...]) -> frozenset[bytes]:
+    """The names that are signed where present."""
+    return SIGNED.union(extra).difference(NEVER_SIGNED, OVERSIGNED)
 
 
 def body_hash(
@@ -204,16 +205,36 @@ def unsigned_field(
 
     `hash` is that of the body. `now` is the time of the signature, seconds since 1970.
     """
-    header = "relaxed" if terms.relaxed_header else "simple"
-    body = "relaxed" if terms.relaxed_body else "simple"
     at = int(now)
-    tags = [f"a={terms.algorithm};", f"c={header}/{body};", f"d={terms.domain};"]
-    tags += [f"s={terms.selector};", f"t={at};"]
     ends = [at + terms.lifetime] if terms.lifetime else []
     if terms.until:
         ends.append(int(terms.until))
-    if ends:
-        tags.append(f"x={max(min(ends), at + 1)};")
+    times = b"%d" % at, b"%d" % max(min(ends), at + 1) if ends else b""
+    pieces = _frame(terms, tuple(names), begin, len(times[0]), len(times[1]))
+    return b"".join((pieces[0], times[0], pieces[1], times[1], pieces[2], _base64(hash), LAST))
+
+
+LAST: Final = b";\r\n\tb="
+
+AT: Final = "\0"
+END: Final = "\1"
+"""Stand for the digits of times in the frame of a field."""
+
+
+@lru_cache(maxsize=512)
+def _frame(
+    terms: Terms, names: tuple[tuple[bytes, int], ...], begin: str, at: int, end: int
+) -> tuple[bytes, bytes, bytes]:
+    """The field of a signature up to the hash: what is before, between and behind its times.
+
+    Those have `at` and `end` digits; the field has no second one if that is 0.
+    """
+    header = "relaxed" if terms.relaxed_header else "simple"
+    body = "relaxed" if terms.relaxed_body else "simple"
+    tags = [f"a={terms.algorithm};", f"c={header}/{body};", f"d={terms.domain};"]
+    tags += [f"s={terms.selector};", f"t={AT * at};"]
+    if end:
+        tags.append(f"x={END * end};")
     if terms.report:
         tags.append("r=y;")
     words = [tag.encode("ascii") for tag in tags]
@@ -233,20 +254,23 @@ def unsigned_field(
                 line = b"\t"
             line += name + b":"
     lines.append(line[:-1] + b";")
-    lines.append(b"\tbh=" + _base64(hash) + b";")
-    lines.append(b"\tb=")
-    return b"\r\n".join(lines)
+    lines.append(b"\tbh=")
+    before, _, rest = b"\r\n".join(lines).partition(AT.encode() * at)
+    between, _, behind = rest.partition(END.encode() * end) if end else (b"", b"", rest)
+    return before, between, behind
 
 
 def signed_data(
     fields: HeaderFields, names: Sequence[tuple[bytes, int]], field: bytes, *, relaxed: bool
 ) -> bytes:
     """Return the text that a key signs: the named fields, and the signature's own `field`."""
+    if relaxed:
+        return fields.relaxed_text(names, field)
     pieces: list[bytes] = []
     for name, count in names:
-        forms = fields.forms(name, relaxed=relaxed)
+        forms = fields.forms(name, relaxed=False)
         pieces += forms if count >= len(forms) else forms[:count]
-    pieces.append(canonical(field, relaxed=relaxed))
+    pieces.append(canonical(field, relaxed=False))
     return b"".join(pieces)
 
 

@@ -330,16 +330,26 @@ class Signer:
                 sent = in_pairs(sent[: fields.body]) + sent[fields.body :]
             if fields.mail is not sent:
                 fields = HeaderFields(sent)
-            hashes = await self._hashes_of(sent, fields.body, forms, binary, shared)
+            hashes = {}
+            for relaxed in forms:
+                found = self._hash_of(sent, fields.body, relaxed, binary, shared)
+                if found is None:
+                    body = memoryview(sent)[fields.body :]
+                    found = await self._in_thread(_hash_long, body, relaxed, binary)
+                    if shared and not binary:
+                        self._keep_hash(sent, relaxed, found)
+                hashes[relaxed] = found
         now = self.now()
-        made = []
+        above = b""
         for ready in keys:
             terms = ready.terms
             names = fields.names(terms.extra)
             field = unsigned_field(terms, names, hashes[terms.relaxed_body], now)
             data = signed_data(fields, names, field, relaxed=terms.relaxed_header)
-            made.append(signed_field(field, await self._signatures.make(ready.key, data)))
-        above = b"".join(made)
+            signature = self._signatures.make_now(ready.key, data)
+            if signature is None:
+                signature = await self._signatures.make(ready.key, data)
+            above += signed_field(field, signature)
         if seal is not None:
             head = above + fields.mail[: fields.body]
             if len(head) > SHORT_BYTES:
@@ -369,27 +379,28 @@ class Signer:
         data = seal_data(before, results, message, field)
         return signed_field(field, await self._signatures.make(key, data)) + message + results
 
-    async def _hashes_of(
-        self, mail: bytes, start: int, forms: Collection[bool], binary: bool, shared: bool
-    ) -> dict[bool, bytes]:
-        """The hashes of a body that starts at `start`, by whether their form is relaxed."""
-        hashes: dict[bool, bytes] = {}
+    def _hash_of(
+        self, mail: bytes, start: int, relaxed: bool, binary: bool, shared: bool
+    ) -> bytes | None:
+        """The hash of a body that starts at `start`; None if a thread has to make it."""
+        if shared and not binary and len(mail) <= KEPT_BYTES:
+            found = self._hashes.get((len(mail), hash(mail), relaxed))
+            if found is not None:
+                return found
+        if len(mail) - start > SHORT_BYTES:
+            return None
+        made = body_hash((memoryview(mail)[start:],), relaxed=relaxed, binary=binary)
+        if shared and not binary:
+            self._keep_hash(mail, relaxed, made)
+        return made
+
+    def _keep_hash(self, mail: bytes, relaxed: bool, made: bytes) -> None:
         kept = self._hashes
-        keeps = shared and not binary and len(mail) <= KEPT_BYTES
-        for relaxed in forms:
-            if keeps and (found := kept.get((len(mail), hash(mail), relaxed))) is not None:
-                hashes[relaxed] = found
-                continue
-            body = memoryview(mail)[start:]
-            if len(body) <= SHORT_BYTES:
-                hashes[relaxed] = body_hash((body,), relaxed=relaxed, binary=binary)
-            else:
-                hashes[relaxed] = await self._in_thread(_hash_long, body, relaxed, binary)
-            if keeps:
-                if len(kept) >= MAX_HASHES:
-                    del kept[next(iter(kept))]
-                kept[len(mail), hash(mail), relaxed] = hashes[relaxed]
-        return hashes
+        if len(mail) > KEPT_BYTES:
+            return
+        if len(kept) >= MAX_HASHES:
+            del kept[next(iter(kept))]
+        kept[len(mail), hash(mail), relaxed] = made
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await trio.to_thread.run_sync(
@@ -480,16 +491,21 @@ class Signatures:
         self._turn = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
 
-    async def make(self, key: SigningKey, data: bytes) -> bytes:
-        """Return the signature of a text."""
+    def make_now(self, key: SigningKey, data: bytes) -> bytes | None:
+        """Return the signature of a text; None if a thread has to make it."""
         now = monotonic()
         if now - self._began > QUICK_SECONDS:
             self._began, self._spent = now, 0.0
-        if self._spent < QUICK_SHARE * QUICK_SECONDS and not self._waiting:
-            signature = key.sign(data)
-            self._spent += monotonic() - now
-            return signature
-        return await self._wait_for(_Request(key, data))
+        if self._spent >= QUICK_SHARE * QUICK_SECONDS or self._waiting:
+            return None
+        signature = key.sign(data)
+        self._spent += monotonic() - now
+        return signature
+
+    async def make(self, key: SigningKey, data: bytes) -> bytes:
+        """Return the signature of a text."""
+        signature = self.make_now(key, data)
+        return await self._wait_for(_Request(key, data)) if signature is None else signature
 
     async def _wait_for(self, request: _Request) -> bytes:
         """Wait until a thread has made a signature. One of the waiting tasks asks the thread."""

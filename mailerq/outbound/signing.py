@@ -141,13 +141,16 @@ class Signing:
             self._problem = responses.cannot_sign(found.problems[0])
             return
         self.is_prepared = True
-        if b"from" not in fields or not fields.is_whole:
+        ready_keys = (*found.keys, *own) if own else found.keys
+        if not ready_keys or b"from" not in fields or not fields.is_whole:
             return
         now = signer.now()
-        keys = [ready for ready in (*found.keys, *own) if _signs(ready, now)]
-        self.keys = tuple(sorted(keys, key=_priority)[:MAX_KEYS])
-        if _was_passed_on(job) and signer.config.arc_seal:
-            self._arc_keys = [ready for ready in (*found.keys, *own) if _seals(ready, now)]
+        keys = [ready for ready in ready_keys if _signs(ready, now)]
+        if len(keys) > 1:
+            keys.sort(key=_priority)
+        self.keys = tuple(keys[:MAX_KEYS])
+        if signer.config.arc_seal and _was_passed_on(job):
+            self._arc_keys = [ready for ready in ready_keys if _seals(ready, now)]
         for ready in self.keys:
             names = fields.names(ready.terms.extra)
             self.size += field_size(ready.terms, names, ready.key.size)

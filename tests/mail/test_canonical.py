@@ -10,8 +10,16 @@ from dkim.canonicalization import Relaxed, Simple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mailerq.mail._canonical import Body, relaxed_field, simple_field
+from mailerq.mail._canonical import (
+    Body,
+    counted_names,
+    field_places,
+    relaxed_field,
+    relaxed_text,
+    simple_field,
+)
 from mailerq.mail.dkim import body_hash
+from mailerq.mail.headers import Header
 from mailerq.wire.framing import in_pairs
 
 PIECES = st.sampled_from([
@@ -138,3 +146,57 @@ def test_a_bare_line_end_in_a_field_counts_as_crlf(name: bytes, value: bytes, en
 def test_offsets_outside_of_the_mail_are_refused(function: object, place: tuple[int, int]) -> None:
     with pytest.raises(ValueError):
         function(b"A: b", *place)  # type: ignore[operator]
+
+
+HEADERS = st.lists(
+    st.sampled_from([
+        b"To", b"tO", b"X-Y", b"a", b"\xe4", b"\x7f", b":", b": ", b" :", b" ", b"\t", b"x", b"\0",
+        b"\r\n", b"\n", b"\r", b"\r\n ", b"To: a\r\n", b"From : b\n", b"Cc:\r\n\tc\r\n",
+    ]),
+    max_size=20,
+).map(lambda pieces: b"To: x" + b"".join(pieces))  # fmt: skip
+
+
+@settings(max_examples=1000)
+@given(HEADERS)
+def test_the_places_of_fields_are_those_that_a_header_has(mail: bytes) -> None:
+    header = Header(mail)
+    places: dict[bytes, list[tuple[int, int]]] = {}
+    for name, start, end in header.places():
+        places.setdefault(name, []).append((start, end))
+    found = field_places(mail, header.end)
+    assert list(found.items()) == list(places.items())
+
+
+NAMES = st.lists(
+    st.tuples(st.sampled_from([b"to", b"from", b"cc", b"x-y", b"no"]), st.integers(0, 4)),
+    max_size=6,
+)
+
+
+@settings(max_examples=500)
+@given(HEADERS, NAMES, st.integers(0, 3))
+def test_the_text_that_is_signed_has_the_relaxed_fields_from_the_bottom_up(
+    mail: bytes, names: list[tuple[bytes, int]], most: int
+) -> None:
+    places = field_places(mail, Header(mail).end)
+    expected = b""
+    for name, count in names:
+        for start, end in places.get(name, [])[::-1][: min(count, most)]:
+            expected += relaxed_field(mail, start, end) + b"\r\n"
+    assert relaxed_text(mail, places, names, b"X : y\r\n z", most) == expected + b"x:y z"
+
+
+def test_names_are_counted_up_to_a_bound() -> None:
+    places = field_places(b"To: 1\nX: 2\nto: 3\nTO: 4\nY: 5\nX: 6\n", 33)
+    names = counted_names(places, (b"to", b"cc"), frozenset((b"x", b"z")), 2)
+    assert names == ((b"to", 3), (b"cc", 1), (b"x", 2))
+
+
+def test_places_outside_of_the_mail_are_refused() -> None:
+    with pytest.raises(ValueError, match="no such header"):
+        field_places(b"To: a", 6)
+    for place in ((-1, 3), (2, 6), (4, 3)):
+        with pytest.raises(ValueError, match="no such field"):
+            relaxed_text(b"To: a", {b"to": [place]}, ((b"to", 1),), b"X: y", 1)
+    assert relaxed_field(b"", 0, 0) == b"" == relaxed_text(b"", {}, (), b"", 1)
