@@ -8,7 +8,7 @@ from mailerq.turns cimport EndOfTurn as _EndOfTurn
 
 @cython.final
 cdef class Stream:
-    cdef public Py_ssize_t _placed
+    cdef public Py_ssize_t _placed, _held_back
     cdef public double _served_since
     cdef public _Socket _socket
     cdef public bint _departing, _digested, _untold, _exhausted

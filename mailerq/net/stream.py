@@ -120,6 +120,7 @@ class Stream:
         """Gets all bytes in clear while somebody traces the session."""
         self._tls: ssl.SSLObject | None = None
         self._exhausted = False  # `ssl` has no whole record left to read
+        self._held_back = 0  # bytes of tickets that leave with the next output
         self._incoming: ssl.MemoryBIO  # set by the handshake, as the next one
         self._outgoing: ssl.MemoryBIO
 
@@ -293,7 +294,8 @@ class Stream:
                 return self._tls.read(RECEIVE_BYTES)
             except ssl.SSLWantReadError:
                 self._exhausted = True
-                if self._outgoing.pending:
+                if self._outgoing.pending > self._held_back:
+                    self._held_back = 0
                     self._buffer(self._outgoing.read())
                 data = self._receive_now()
                 if not data:
@@ -363,6 +365,7 @@ class Stream:
             except ssl.SSLError as error:
                 self._lose(str(error))
                 return
+            self._held_back = 0
             data = self._outgoing.read()
         self._buffer(data)
 
@@ -450,8 +453,9 @@ class Stream:
             raise StreamLost(self._lost)
 
     async def _send_tls(self) -> None:
-        """Send what `ssl` has to say to the peer."""
-        if self._outgoing.pending:
+        """Send what `ssl` has to say to the peer, and what was held back."""
+        if self._outgoing.pending > self._held_back:
+            self._held_back = 0
             self._buffer(self._outgoing.read())
             if self.is_full:
                 await self.drain()
@@ -466,8 +470,10 @@ class Stream:
     ) -> None:
         """Do the TLS handshake; everything afterwards is encrypted.
 
-        A client may offer a `session` of the same context to resume. Raises `StreamLost`, and
-        ValueError for a `server_hostname` that cannot be sent.
+        A server's tickets leave with its next output: nobody waits for them, and a segment of their
+        own would cost both sides more than making them. A client may offer a `session` of the same
+        context to resume. Raises `StreamLost`, and ValueError for a `server_hostname` that cannot
+        be sent.
         """
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(
@@ -477,16 +483,15 @@ class Stream:
             server_hostname=server_hostname,
             session=session,
         )
+        if server_side:  # the client speaks first
+            await self._feed_handshake()
         while True:
             try:
                 tls.do_handshake()
                 break
             except ssl.SSLWantReadError:
                 await self._send_tls()
-                data = await self._receive_raw()
-                if not data:
-                    raise StreamLost("closed during the TLS handshake") from None
-                self._incoming.write(data)
+                await self._feed_handshake()
             except ssl.SSLError as error:
                 if self._outgoing.pending:
                     await self._send_tls()  # the alert with the reason
@@ -494,10 +499,19 @@ class Stream:
                 if isinstance(error, ssl.SSLCertVerificationError):
                     text, code = f"{text}: {error.verify_message}", error.verify_code
                 raise HandshakeFailed(f"TLS handshake failed: {text}", code) from error
+        if server_side and tls.version() == "TLSv1.3":
+            self._held_back = self._outgoing.pending
         await self._send_tls()
         self._tls = tls
         if self.tap is not None:
             self.tap.secured(tls.version(), tls.cipher())
+
+    async def _feed_handshake(self) -> None:
+        """Wait for input of a handshake. Raises `StreamLost`."""
+        data = await self._receive_raw()
+        if not data:
+            raise StreamLost("closed during the TLS handshake")
+        self._incoming.write(data)
 
     def close(self) -> None:
         """Close the socket; with TLS, send close_notify if no output was cut off and it fits."""
@@ -506,12 +520,14 @@ class Stream:
             self.tap = None
         if self._fd < 0:
             return
-        self.flush()
-        if self._tls is not None and not self._unsent and self._lost is None:
-            with suppress(ssl.SSLError, OSError):  # do not wait for close_notify of the peer
+        if self.is_full:
+            self.flush()
+        if self._tls is not None and not self.is_stuck and self._lost is None:
+            # In one segment with the last output. Do not wait for close_notify of the peer.
+            with suppress(ssl.SSLError, OSError):
                 self._tls.unwrap()
-            with suppress(OSError):
-                send(self._fd, self._outgoing.read())
+            self._buffer(self._outgoing.read())
+        self.flush()
         try:
             socket_name(self._fd, remote=False)
         except OSError as error:

@@ -30,6 +30,8 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # Renegotiation would let a peer cause one expensive handshake after another.
     context.options |= ssl.OP_NO_RENEGOTIATION
+    # Clients keep one ticket of a host, and each costs a tenth of a handshake.
+    context.num_tickets = 1
     if problem := _load(context, config):
         raise ConfigError(
             config.origin("smtp-certificate"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+from contextlib import suppress
 from time import monotonic
 
 import pytest
@@ -409,6 +410,104 @@ async def test_a_certificate_that_is_not_trusted_is_lost_on_both_sides(
             )
         client.close()
     server.close()
+
+
+class TlsClient:
+    """A TLS client on a socket of the kernel, which sees what arrives together."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+        self.sock = trio.socket.from_stdlib_socket(sock)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="mx.test")
+
+    async def send(self) -> None:
+        await self.sock.send(self.outgoing.read())
+
+    async def shake_hands(self) -> None:
+        while True:
+            try:
+                self.tls.do_handshake()
+            except ssl.SSLWantReadError:
+                await self.send()
+                self.incoming.write(await self.sock.recv(1 << 16))
+            else:
+                await self.send()
+                return
+
+    async def arrived(self) -> bytes:
+        """What arrives at once."""
+        data = await self.sock.recv(1 << 16)
+        self.incoming.write(data)
+        return data
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_tickets_leave_with_the_first_output_and_the_goodbye_with_the_last(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext], version: ssl.TLSVersion
+) -> None:
+    left, right = socket.socketpair()
+    server = Stream(left)
+    contexts[1].maximum_version = version
+
+    async def serve() -> None:
+        await server.start_tls(contexts[0], server_side=True)
+        await server.receive()
+
+    try:
+        client = TlsClient(right, contexts[1])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            await client.shake_hands()
+            await trio.testing.wait_all_tasks_blocked()
+            unasked = waiting_for(client)
+            nursery.cancel_scope.cancel()
+        assert not unasked
+        server.write(b"250 hello")
+        server.flush()
+        await client.arrived()
+        assert client.tls.read() == b"250 hello"
+        session = client.tls.session
+        assert session is not None and session.has_ticket
+        server.write(b"221 bye")
+        server.close()
+        await client.arrived()
+        assert client.tls.read() == b"221 bye"
+        assert client.tls.read() == b"", "the end that the peer has announced"
+    finally:
+        contexts[1].maximum_version = ssl.TLSVersion.MAXIMUM_SUPPORTED
+        client.sock.close()
+
+
+def waiting_for(client: TlsClient) -> bytes:
+    """What is there to read now."""
+    with socket.fromfd(client.sock.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        try:
+            return sock.recv(1 << 16)
+        except BlockingIOError:
+            return b""
+
+
+async def test_a_goodbye_is_not_sent_behind_output_that_was_cut_off(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    left, right = socket.socketpair()
+    server, client = Stream(left), TlsClient(right, contexts[1])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: server.start_tls(contexts[0], server_side=True))
+        await client.shake_hands()
+    server.write(bytes(4 << 20))
+    server.close()
+    got = 0
+    while await client.arrived():
+        with suppress(ssl.SSLWantReadError):
+            while data := client.tls.read(1 << 16):
+                got += len(data)
+    assert 0 < got < 4 << 20
+    client.incoming.write_eof()
+    with pytest.raises(ssl.SSLEOFError):
+        client.tls.read()
+    client.sock.close()
 
 
 async def test_input_inside_tls_is_read_without_waiting(
