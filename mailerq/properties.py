@@ -191,7 +191,8 @@ PROPERTIES: Final = (
     Property(
         "requiretls", MAIL, "true or false",
         "The mail must not travel without TLS (RFC 8689): only to hosts that their domain proves by"
-        " MTA-STS or DNSSEC, that have a valid certificate, and that promise the same.", _is_bool,
+        " MTA-STS or DNSSEC, that have a valid certificate, and that promise the same. Mail of the"
+        " null sender goes to others too, rather than being lost.", _is_bool,
     ),
     Property(
         "tlsrequired", MAIL, "true or false",

@@ -196,15 +196,23 @@ async def _publish(
         if isinstance(outcome, Reply)
     ]
     failures: list[Publication] = []
+    now = services.clock()
+    told = [
+        (each.message, bounces.DELIVERED, _kept(now))
+        for each in taken
+        if each.message.local
+        and each.queue != terms.config.rabbitmq_outbox
+        and ("dsn" in each.message.properties or terms.config.tells_success)
+    ]
     if not machine.settings.lmtp and len(refused) < len(messages):
-        now = services.clock()
         for message, reply in refused:
             failure = _failures(terms.config, message, _result(reply, now), reply)
             if not failure and reply.code < 500:
                 return [reply]
             failures += failure
-        if refused:
-            failures += await _reports(services, terms, refused, now)
+        told += [(message, bounces.FAILED, _result(reply, now)) for message, reply in refused]
+    if told:
+        failures += await _reports(services, terms, told, now)
     if desk is not None and reports:
         await desk.suppress(reports)
     try:
@@ -263,6 +271,19 @@ def _result(reply: Reply, now: float) -> Result:
     )
 
 
+def _kept(now: float) -> Result:
+    """The result of a message that has reached the mailbox of its recipient: a queue."""
+    return Result(
+        attempt=1,
+        type="success",
+        state="accept",
+        result="accepted",
+        time=format_time(now),
+        status="2.0.0",
+        description="delivered to a queue of this host",
+    )
+
+
 def _failures(config: Config, message: Message, result: Result, reply: Reply) -> list[Publication]:
     """The documents for the result queues about a refused message."""
     properties = {**without_password(message.properties), "results": [result.to_dict()]}
@@ -274,21 +295,18 @@ def _failures(config: Config, message: Message, result: Result, reply: Reply) ->
 
 
 async def _reports(
-    services: Services, terms: Terms, refused: Sequence[tuple[Message, Reply]], now: float
+    services: Services, terms: Terms, told: Sequence[tuple[Message, str, Result]], now: float
 ) -> list[Publication]:
-    """The reports to the sender about refused messages."""
+    """The reports to the sender of a mail about events of its messages."""
     found: list[Bounce] = []
-    for number, (message, reply) in enumerate(refused, 1):
+    for number, (message, event, result) in enumerate(told, 1):
         if number % TURN_RECIPIENTS == 0:
             await trio.lowlevel.checkpoint()
-        result = _result(reply, now)
-        bounce = bounces.about(
-            message.properties, bounces.FAILED, result, terms.config, from_peer=False
-        )
+        bounce = bounces.about(message.properties, event, result, terms.config, from_peer=False)
         if bounce is not None:
             found.append(bounce)
     publications = []
-    body = refused[0][0].body
+    body = told[0][0].body
     for group in bounces.grouped(found):
         full, limit = group[0].full, terms.config.dsn_maxsize
         take = partial(excerpt, body, full=full, limit=limit)

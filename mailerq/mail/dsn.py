@@ -283,7 +283,8 @@ def _ascii(value: str) -> str:
 def _status_part(facts: Facts, event: str, recipients: Sequence[Recipient]) -> bytes:
     is_global = facts.utf8 or not all(each.address.isascii() for each in recipients)
     lines = _Lines(is_global)
-    lines.add("Reporting-MTA", f"dns; {facts.mta}")
+    # RFC 3461, section 6.3 (b): "dns" is for names that the DNS may have.
+    lines.add("Reporting-MTA", f"{'dns' if '.' in facts.mta else 'x-local-hostname'}; {facts.mta}")
     lines.add("Original-Envelope-Id", facts.envid)
     lines.add("Received-From-MTA", facts.client and f"dns; [{facts.client}]")
     lines.date("Arrival-Date", facts.arrival)

@@ -18,6 +18,7 @@ only the recorder is told.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from mailerq.mail.tls_report import is_report
@@ -253,7 +254,7 @@ class Securing:
                 self._record(TlsFailure(Reason.NO_STARTTLS, text), stream, helo)
             return None
         proof = self.proof
-        offers = protocol.secure and "REQUIRETLS" in protocol.extensions
+        offers = _promises_tls(protocol)
         if offers != proof.requiretls or demands.logins != proof.logins:
             # A session with a login is ready only when the peer has taken the login.
             proof = self.proof = Proof(
@@ -265,6 +266,12 @@ class Securing:
         text = f"{where(self.host)}: does not prove {lacks}; demanded: {demands}"
         self.failure = TlsFailure(Reason.FAILURE, text, requiretls=demands.requiretls)
         return self.failure
+
+    def asks_for_tls(self, properties: Mapping[str, Any], protocol: ClientProtocol) -> bool:
+        """Whether a message goes with REQUIRETLS: it demands that, or only wishes and gets it."""
+        if self.demands.requiretls:
+            return True
+        return properties.get("requiretls") is True and _promises_tls(protocol)
 
     def keep_ticket(self, stream: Stream) -> None:
         """Keep the ticket of a connection that ends, if the peer has sent one."""
@@ -327,3 +334,8 @@ class Securing:
                 found["certificate"] = self._facts.to_dict(verified=verified)
             self._secured = found
         return self._secured
+
+
+def _promises_tls(protocol: ClientProtocol) -> bool:
+    """Whether a peer keeps REQUIRETLS, which counts inside TLS only (RFC 8689, section 4.1)."""
+    return protocol.secure and "REQUIRETLS" in protocol.extensions

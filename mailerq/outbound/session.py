@@ -594,7 +594,7 @@ class Session:
             eight_bit=stored is not None and self._converted is None and not job.is_ascii,
             binary=properties.get("binarymime") is True,
             utf8=properties.get("smtputf8") is True and not has_ascii_header(stored or b""),
-            require_tls=self._securing.demands.requiretls,
+            require_tls=self._securing.asks_for_tls(properties, self._protocol),
             dsn=properties.get("dsn"),
         )
 

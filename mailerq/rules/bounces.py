@@ -12,9 +12,10 @@ An event becomes a `Bounce` if the sender wants a report of that event and can g
     SUCCESS    -        -         report      report
 
 A peer that offers DSN gets the sender's NOTIFY, and makes these reports itself. *Delivered* is a
-mail that an LMTP server has taken (RFC 3461, section 5.2.3), *relayed* one that a peer without DSN
-has (section 5.2.2). The default is `dsn-notify` for mail that came by SMTP or the command line, and
-for documents with a property ``dsn``; it is `dsn-notify-json` for other documents.
+mail that an LMTP server or a queue for local mail has taken (RFC 3461, section 5.2.3), *relayed*
+one that a peer without DSN has (section 5.2.2). The default is `dsn-notify` for mail that came by
+SMTP or the command line, and for documents with a property ``dsn``; it is `dsn-notify-json` for
+other documents.
 
 The null sender never gets a report, so a report about a report cannot be. A report of ours that
 fails is dropped, or goes to `dsn-double-bounce`, once.
@@ -100,7 +101,7 @@ class Bounce(msgspec.Struct, frozen=True):
     """A report to make about one recipient.
 
     Bounces with the same `key`, and with the same mail to quote, can be one report. `queue` gets
-    it. With `full` the mail itself is wanted.
+    it. With `full` the mail itself is wanted. `requiretls`: the mail must not travel without TLS.
     """
 
     queue: str
@@ -109,6 +110,7 @@ class Bounce(msgspec.Struct, frozen=True):
     sender: str
     mta: str
     full: bool
+    requiretls: bool
     utf8: bool
     envid: str
     arrival: float | None
@@ -119,8 +121,8 @@ class Bounce(msgspec.Struct, frozen=True):
     @property
     def key(self) -> tuple[object, ...]:
         return (
-            self.queue, self.event, self.to, self.sender, self.mta, self.full, self.utf8,
-            self.envid, self.arrival, self.double,
+            self.queue, self.event, self.to, self.sender, self.mta, self.full,
+            self.requiretls, self.utf8, self.envid, self.arrival, self.double,
         )  # fmt: skip
 
 
@@ -185,14 +187,17 @@ def about(
     connection = properties.get("connection")
     client = connection.get("remote-ip") if isinstance(connection, dict) else None
     utf8 = properties.get("smtputf8") is True
+    requiretls = properties.get("requiretls") is True
     return Bounce(
         queue=queue,
         event=event,
         to=to,
         sender=_author(wishes.get("envelope")) or config.dsn_envelope or f"{AUTHOR}@{mta}",
         mta=mta,
-        # What had to travel with TLS must not go back without (RFC 8689, section 5).
-        full=(ret or config.dsn_ret) == "FULL" and properties.get("requiretls") is not True,
+        # Only a failure has the sender need the mail (RFC 3461, section 6.2). A mail that had to
+        # travel with TLS never comes back whole (RFC 8689, section 5).
+        full=event == FAILED and (ret or config.dsn_ret) == "FULL" and not requiretls,
+        requiretls=requiretls,
         utf8=utf8,
         envid=envid if isinstance(envid, str) and any(dsn_parameters({"envid": envid})) else "",
         arrival=time_in(properties, "received") or time_in(properties, "seen"),
@@ -347,6 +352,8 @@ def report(
         "dsn": {"notify": "NEVER"},
         MARK: mark,
     }
+    if first.requiretls:
+        properties["requiretls"] = True
     if not body.isascii():
         properties["smtputf8"] = True
     return Message(properties, body)

@@ -3,7 +3,11 @@
 Mail is sorted on publication, by its properties alone, so that neither changed settings nor DNS
 answers move a row. A key stands for mail with the same possible routes: the domain of the recipient
 or the message's own smarthost and user name, the local addresses or the pool that the message
-names, and the address that it must come back from. The settings are applied at each attempt.
+names, the address that it must come back from, and what it demands of TLS. The settings are applied
+at each attempt.
+
+Demands count because a pause after a failure holds for a whole destination: mail that cannot go for
+want of REQUIRETLS must not keep other mail for the same domain waiting.
 
 Mail that waits for the end of a pause, as its property ``paused`` says, has destinations of its
 own, so that nothing reads it meanwhile.
@@ -44,6 +48,7 @@ _LEVEL: Final = 2 * SENDER_LANES
 _MAX_PRIORITY: Final = 255
 _MARK: Final = " paused "
 _MAX_ROW: Final = 10**12
+_STRICT: Final = frozenset(("required", "verified"))
 _EXTENSION: Final = re.compile(r"[-+=][^@]*")
 
 
@@ -67,6 +72,8 @@ def place_of(properties: Mapping[str, Any]) -> Place:
     'b.test paused 17'
     >>> place_of({"recipient": "a@b.test", "pool": "bulk"}).destination
     'b.test from pool bulk'
+    >>> place_of({"recipient": "a@b.test", "security": "verified"}).destination
+    'b.test by verified TLS'
     """
     smarthost = properties.get("smarthost")
     if isinstance(smarthost, dict):
@@ -86,12 +93,30 @@ def place_of(properties: Mapping[str, Any]) -> Place:
         key += f" at {pinned}"
     if isinstance(refused := properties.get("refusedips"), list):
         key += " not from " + ",".join(sorted(map(str, refused)))
+    key += _demanded(properties, smarthost)
     paused = properties.get("paused")
     mark = f"{_MARK}{paused}" if type(paused) is int and 0 < paused < _MAX_ROW else ""
     if len(key) + len(mark) > MAX_KEY or not key.isprintable():
         digest = blake2b(key.encode(errors="surrogatepass"), digest_size=16).hexdigest()
         key = ascii(key)[1:201] + " " + digest
     return Place(key + mark, _lane(properties))
+
+
+def _demanded(properties: Mapping[str, Any], smarthost: object) -> str:
+    """What a message demands of TLS, beyond other mail for its hosts, or waives."""
+    text = ""
+    for level in (properties.get("security"), _secure(smarthost)):
+        if isinstance(level, str) and level in _STRICT:
+            text += f" by {level} TLS"
+    if properties.get("requiretls") is True and properties.get("envelope") != "":
+        text += " by REQUIRETLS"
+    elif properties.get("tlsrequired") is False:
+        text += " without policies"
+    return text
+
+
+def _secure(smarthost: object) -> object:
+    return smarthost.get("secure") if isinstance(smarthost, dict) else None
 
 
 def parked_by(key: str) -> int:

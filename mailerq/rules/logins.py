@@ -28,7 +28,9 @@ def demands_of(properties: Mapping[str, Any], login: Login | None) -> Demands:
     """
     security, smarthost = properties.get("security"), properties.get("smarthost")
     secure = smarthost.get("secure") if smarthost else None
-    requiretls = properties.get("requiretls") is True
+    # A report is better late or seen than lost (RFC 8689, section 5): for mail of the null sender
+    # REQUIRETLS is a wish, which peers that can keep it get.
+    requiretls = properties.get("requiretls") is True and properties.get("envelope") != ""
     if security is None and secure is None and login is None and not requiretls:
         return NOTHING
     demands = Demands(

@@ -125,6 +125,44 @@ async def test_recipients_that_a_plugin_refuses_after_the_250_share_a_report(
     assert (report.envelope, report.recipient) == ("", "a@b.test")
 
 
+@pytest.mark.parametrize(
+    ("parameters", "sender", "delivered"),
+    [
+        ("NOTIFY=SUCCESS", "a@b.test", True),
+        ("NOTIFY=FAILURE,DELAY", "a@b.test", False),
+        ("NOTIFY=NEVER", "a@b.test", False),
+        ("", "a@b.test", False),
+        ("NOTIFY=SUCCESS", "", False),
+    ],
+)
+async def test_mail_that_a_queue_for_local_mail_has_is_delivered(
+    tmp_path: Path, parameters: str, sender: str, delivered: bool
+) -> None:
+    settings: dict[str, Any] = {"smtp_local_domains": ("d.test",), "rabbitmq_local": "local"}
+    async with delivering(tmp_path, **settings, rabbitmq_dsn="dsn") as (engine, sink):
+        async with open_dialog(engine.addresses[0]) as dialog:
+            await dialog.codes(
+                f"MAIL FROM:<{sender}> RET=FULL",
+                f"RCPT TO:<c@d.test> {parameters} ORCPT=rfc822;x@d.test".replace("  ", " "),
+                "RCPT TO:<else@where.test> NOTIFY=NEVER",
+            )
+            await dialog.say("DATA")
+            await dialog.send(BODY + b".\r\n")
+            assert (await dialog.reply()).startswith("250")
+        await sink.wait_for(1)
+        (kept,) = await take(engine, "local", 1)
+        depths = {each.queue: each.total for each in await engine.queues.depths()}
+        assert depths.get("dsn", 0) == delivered
+        if not delivered:
+            return
+        (report,) = await take(engine, "dsn", 1)
+    (fields,) = told(report.body)
+    assert (fields["Action"], fields["Status"]) == ("delivered", "2.0.0")
+    assert fields["Original-Recipient"] == "rfc822; x@d.test"
+    assert fields["Final-Log-ID"] == kept.properties["message-id"]
+    assert report.recipient == "a@b.test" and b"hello" not in (report.body or b"")
+
+
 async def test_a_mail_that_an_operator_bounces_comes_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

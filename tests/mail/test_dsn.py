@@ -127,6 +127,16 @@ def test_a_report_says_who_failed_where_and_why() -> None:
     assert header.get_payload() == MAIL.partition(b"\r\n\r\n")[0].decode() + "\r\n"
 
 
+def test_a_host_without_a_domain_has_no_name_of_the_dns() -> None:
+    report = dsn.make(
+        Facts(to="a@b.test", sender="M@mail", mta="mail", id="1", now=0.0),
+        "failed",
+        [Recipient("c@d.test", "5.1.1")],
+        NOTHING,
+    )
+    assert b"\r\nReporting-MTA: x-local-hostname; mail\r\n" in report
+
+
 def test_a_program_that_reads_bounces_finds_those_that_failed() -> None:
     eve = Recipient("eve@c.test", "5.2.2", "smtp; 552 5.2.2 full", original="rfc822;eve@c.test")
     report = email.message_from_bytes(made(BOB, eve))

@@ -174,6 +174,66 @@ async def test_a_peer_without_dsn_takes_mail_whose_sender_wants_to_know(offered:
         assert found["Diagnostic-Code"] == "smtp; 250 2.0.0 taken"
 
 
+CLAUSES: list[tuple[str | None, str, str | None, str]] = [
+    # NOTIFY, the reply to RCPT, Action of our report, and the clause of RFC 3461
+    ("SUCCESS", "250", "relayed", "5.2.2 b"),
+    ("SUCCESS,FAILURE", "250", "relayed", "5.2.2 b"),
+    ("SUCCESS,FAILURE", "550", "failed", "5.2.2 c"),
+    ("FAILURE", "550", "failed", "5.2.2 c"),
+    ("NEVER", "250", None, "5.2.2 d"),
+    ("NEVER", "550", None, "5.2.2 d"),
+    (None, "250", None, "5.2.2 e"),
+    (None, "550", "failed", "5.2.2 f"),
+    ("FAILURE,DELAY", "250", None, "5.2.2 b"),
+    ("SUCCESS", "550", None, "5.2.6 b"),
+    ("DELAY", "550", None, "5.2.6 b"),
+]
+
+
+@pytest.mark.parametrize("offered", [False, True])
+@pytest.mark.parametrize(("notify", "reply", "action", "clause"), CLAUSES)
+async def test_the_clauses_about_relayed_mail(
+    notify: str | None, reply: str, action: str | None, clause: str, offered: bool
+) -> None:
+    dsn = {"envid": "QQ+1=2", "ret": "FULL", "orcpt": "rfc822;Old+Name@d.test", "notify": notify}
+    async with open_bench(rabbitmq_dsn="dsn") as bench:
+        bench.peer.extensions = ("PIPELINING", "DSN") if offered else ("PIPELINING",)
+        bench.peer.answers["RCPT", "c@d.test"] = [f"{reply} 2.1.5 so it is"]
+        bench.send(**received(dsn={key: value for key, value in dsn.items() if value}), body=BODY)
+        await bench.results("success" if reply == "250" else "failure")
+        await bench.queues.until(lambda queues: not queues.leased)
+        commands = [line for line in bench.peer.commands if line.startswith(("MAIL", "RCPT"))]
+        wishes = [line.partition("> ")[2] for line in commands]
+        if offered:  # 5.2.1: all as it came, and nothing that did not
+            notified = f"NOTIFY={notify} " if notify else ""
+            assert wishes[0].split()[-2:] == ["RET=FULL", "ENVID=QQ+2B1+3D2"]
+            assert wishes[1] == f"{notified}ORCPT=rfc822;Old+2BName@d.test"
+        else:
+            assert not any(word in " ".join(wishes) for word in ("ENVID", "RET", "NOTIFY", "ORCPT"))
+        expected = None if offered and action == "relayed" else action
+        found = [fields(report) for report in bench.queues["dsn"]]
+        assert [each["Action"] for each in found] == ([expected] if expected else []), clause
+        for report in bench.queues["dsn"]:
+            assert report.body is not None
+            assert fields(report)["Original-Recipient"] == "rfc822; Old+Name@d.test"
+            assert b"\r\nOriginal-Envelope-Id: QQ+1=2\r\n" in report.body
+            # 6.2: the whole mail comes back for a failure only.
+            assert (b"\r\nhello\r\n" in report.body) is (expected == "failed")
+
+
+async def test_the_envelope_of_a_report_asks_for_no_report() -> None:
+    """RFC 3461, section 6.1."""
+    async with open_bench(dsn_ret="FULL", dsn_notify=("FAILURE", "SUCCESS")) as bench:
+        bench.peer.extensions = ("PIPELINING", "DSN")
+        bench.peer.answers["RCPT", "c@d.test"] = ["550 no"]
+        bench.send(**received(dsn={"envid": "e1", "ret": "FULL"}), body=BODY)
+        await bench.results("failure")
+        await bench.queues.until(lambda queues: bool(mails(bench)) and not queues.leased)
+        envelope = [line for line in bench.peer.commands if line.startswith(("MAIL", "RCPT"))][-2:]
+        assert envelope == ["MAIL FROM:<>", "RCPT TO:<a@b.test> NOTIFY=NEVER"]
+        assert bench.dispatcher.statistics()["reports"] == 1
+
+
 async def test_mail_that_an_lmtp_server_has_is_delivered(tmp_path: Path) -> None:
     async with open_mailbox(tmp_path, rabbitmq_dsn="dsn") as bench:
         bench.send(**received(dsn={"notify": "SUCCESS"}), body=BODY)

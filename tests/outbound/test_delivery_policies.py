@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -364,6 +365,54 @@ async def test_requiretls_waits_and_fails_at_the_end_with_its_own_status(
         assert (result["code"], result["status"]) == (550, "5.7.30")
         assert bench.peer.mails == []
         assert count(bench, "MAIL") == 0
+
+
+@pytest.mark.parametrize(
+    ("inside", "trusted"),
+    [(("REQUIRETLS",), True), (("REQUIRETLS",), False), ((), True), (None, False)],
+)
+async def test_a_report_about_mail_with_requiretls_asks_for_it_and_is_not_lost_without(
+    certificates: Certificates, inside: tuple[str, ...] | None, trusted: bool
+) -> None:
+    """The mail fails for want of REQUIRETLS; its report goes to a host of the sender's domain."""
+    script = PeerConnection.serve
+    if inside is not None:
+        script = starttls(certificates.server(trusted=trusted), inside=("PIPELINING", *inside))
+    async with open_bench(*[script] * 5, **settings(certificates)) as bench:
+        body = "Subject: secret\r\n\r\nhello\r\n"
+        bench.send(
+            envelope="a@d.test", requiretls=True, maxattempts=1, received="2026-01-01 11:00:00",
+            dsn={"ret": "FULL"}, body=body,
+        )  # fmt: skip
+        (result,) = await bench.results("failure")
+        assert result["status"] == "5.7.30"
+        await bench.results("success")
+        (mail,) = bench.peer.mails
+        assert (mail.envelope, mail.recipient) == ("", "a@d.test")
+        assert b"Subject: secret" in mail.body and b"hello" not in mail.body
+        (command,) = [line for line in bench.peer.commands if line.startswith("MAIL")]
+        assert command.endswith(" REQUIRETLS") is bool(inside)
+
+
+@pytest.mark.parametrize(
+    "demand",
+    [
+        {"requiretls": True},
+        {"security": "verified"},
+        {"security": "required"},
+    ],
+)
+async def test_mail_that_demands_too_much_keeps_no_other_mail_waiting(
+    certificates: Certificates, demand: dict[str, Any]
+) -> None:
+    async with open_bench(*[PeerConnection.serve] * 5, **settings(certificates)) as bench:
+        bench.send("first@d.test", **demand)
+        await bench.retried()
+        began = monotonic()
+        bench.send("second@d.test")
+        await bench.results("success")
+        assert monotonic() - began < 10  # a pause is 30 s or longer
+        assert [mail.recipient for mail in bench.peer.mails] == ["second@d.test"]
 
 
 async def test_dnssec_and_a_matching_record_are_enough_for_requiretls(

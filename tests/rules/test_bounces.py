@@ -198,8 +198,25 @@ def test_the_author_and_the_host_can_be_others() -> None:
     assert (found.mta, found.sender) == ("other.test", "x@other.test")
 
 
+@pytest.mark.parametrize("event", [FAILED, DELAYED, DELIVERED, RELAYED])
+def test_only_a_failure_returns_the_mail(event: str) -> None:
+    dsn = {"ret": "FULL", "notify": "FAILURE,DELAY,SUCCESS"}
+    assert bounce(event, dsn=dsn).full is (event == FAILED)
+
+
 def test_mail_that_needs_tls_does_not_go_back_without() -> None:
-    assert not bounce(requiretls=True, dsn={"ret": "FULL"}).full
+    found = bounce(requiretls=True, dsn={"ret": "FULL"})
+    assert found.requiretls and not found.full
+    assert (
+        bounces.report([found], NOTHING, dsn_texts.DEFAULT, id="r", now=NOW).properties[
+            "requiretls"
+        ]
+        is True
+    )
+    assert (
+        "requiretls"
+        not in bounces.report([bounce()], NOTHING, dsn_texts.DEFAULT, id="r", now=NOW).properties
+    )
 
 
 @pytest.mark.parametrize(

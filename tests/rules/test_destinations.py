@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mailerq.rules.destinations import MAX_KEY, RETRY_LANE, level_of, place_of
+from mailerq.rules.destinations import MAX_KEY, RETRY_LANE, domain_of, level_of, place_of
 
 
 def mail(**more: Any) -> dict[str, Any]:
@@ -40,6 +41,32 @@ def test_higher_priority_comes_first_whatever_else_is_said() -> None:
     assert level_of(place_of(mail(priority=10**9)).lane) == 0
 
 
+@pytest.mark.parametrize(
+    ("properties", "destination"),
+    [
+        ({"security": "required"}, "d.test by required TLS"),
+        ({"security": "verified", "requiretls": True}, "d.test by verified TLS by REQUIRETLS"),
+        ({"requiretls": True}, "d.test by REQUIRETLS"),
+        ({"requiretls": True, "tlsrequired": False}, "d.test by REQUIRETLS"),
+        ({"requiretls": True, "envelope": ""}, "d.test"),
+        ({"tlsrequired": False}, "d.test without policies"),
+        ({"security": "opportunistic"}, "d.test"),
+        ({"security": "x paused 7"}, "d.test"),
+        ({"security": ["verified"], "requiretls": 1, "tlsrequired": 0}, "d.test"),
+        (
+            {"smarthost": {"hostname": "r.test", "secure": "verified"}},
+            "via r.test:25 by verified TLS",
+        ),
+        ({"requiretls": True, "paused": 7}, "d.test by REQUIRETLS paused 7"),
+    ],
+)
+def test_mail_that_demands_more_or_less_of_tls_waits_for_itself(
+    properties: dict[str, Any], destination: str
+) -> None:
+    assert place_of({**mail(recipient="c@d.test"), **properties}).destination == destination
+    assert domain_of(destination) == ("" if destination.startswith("via") else "d.test")
+
+
 def test_retries_have_lanes_of_their_own() -> None:
     new, again = place_of(mail()).lane, place_of(mail(results=[{}])).lane
     assert again == new + RETRY_LANE
@@ -65,7 +92,18 @@ ANYTHING = st.recursive(
 @given(
     st.dictionaries(
         st.sampled_from(
-            ["recipient", "envelope", "smarthost", "ips", "tags", "priority", "results"]
+            [
+                "recipient",
+                "envelope",
+                "smarthost",
+                "ips",
+                "tags",
+                "priority",
+                "results",
+                "security",
+                "requiretls",
+                "tlsrequired",
+            ]
         ),
         ANYTHING,
     )

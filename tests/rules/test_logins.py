@@ -87,6 +87,8 @@ def test_any_value_is_a_login_or_a_mistake(smarthost: dict[str, Any]) -> None:
         ({"security": "required"}, Demands(Level.REQUIRED)),
         ({"security": "verified"}, Demands(Level.VERIFIED)),
         ({"requiretls": True}, Demands(requiretls=True)),
+        ({"requiretls": True, "envelope": "a@b.test"}, Demands(requiretls=True)),
+        ({"requiretls": True, "envelope": ""}, NOTHING),
         ({"requiretls": False, "tlsrequired": False}, NOTHING),
         ({"smarthost": {"hostname": "h.test", "secure": "verified"}}, Demands(Level.VERIFIED)),
         ({"smarthost": {"hostname": "h.test", "secure": 1}}, Demands(Level.OPPORTUNISTIC)),
