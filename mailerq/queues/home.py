@@ -30,6 +30,15 @@ class Home:
         """Whether the caller is on this loop."""
         return trio.lowlevel.current_trio_token() is self._token
 
+    @property
+    def closed(self) -> bool:
+        """Whether further work is refused."""
+        return self._closed
+
+    def soon(self, call: Callable[..., object], *arguments: object) -> None:
+        """Call on this loop soon, from any thread."""
+        self._token.run_sync_soon(call, *arguments)
+
     async def close(self) -> None:
         """Refuse further work, and wait for what is under way."""
         self._closed = True
@@ -44,12 +53,12 @@ class Home:
             raise QueueError("the queue is closed")
         if self.is_here:
             with trio.CancelScope(shield=True):
-                return await self._counted(work)
+                return await self.counted(work)
         task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
 
         async def run() -> None:
             with trio.CancelScope(shield=True):
-                result = await outcome.acapture(self._counted, work)
+                result = await outcome.acapture(self.counted, work)
             token.run_sync_soon(trio.lowlevel.reschedule, task, result)
 
         def start() -> None:
@@ -66,7 +75,8 @@ class Home:
         value: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         return value
 
-    async def _counted(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def counted(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work of this loop itself; `close` waits for it."""
         self._under_way += 1
         try:
             return await work()

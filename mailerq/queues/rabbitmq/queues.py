@@ -37,13 +37,13 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final, TypeVar
 
-import outcome
 import trio
 
 from mailerq.address import queue_problem
 from mailerq.config import Config
 from mailerq.errors import MessageError, MessageTooLarge, QueueError, StorageError
 from mailerq.message import Message, encode_properties
+from mailerq.queues.home import Home
 from mailerq.queues.interface import (
     DAMAGED_QUEUE,
     Consumer,
@@ -71,7 +71,15 @@ from mailerq.queues.rabbitmq.takers import (
     Taker,
 )
 from mailerq.queues.rabbitmq.topology import DELAYS, Topology, name_problem, step_for
-from mailerq.queues.rabbitmq.upkeep import MAX_INDEX, Trimmer, hasten, keys_of, parked_keys
+from mailerq.queues.rabbitmq.upkeep import (
+    MAX_INDEX,
+    Trimmer,
+    depth_of,
+    hasten,
+    keys_of,
+    purge,
+    ready,
+)
 
 __all__ = ["Options", "RabbitQueues", "open_rabbitmq"]
 
@@ -182,10 +190,8 @@ class RabbitQueues(RemoteQueues):
         self._trimmer = Trimmer(self)
         self._hastening = False
         self._nursery = nursery
-        self._token = trio.lowlevel.current_trio_token()
-        self._under_way = 0
+        self._home = Home(nursery)
         self._news = trio.Event()
-        self._closed = self._over = False
 
     async def run(self, scope: trio.CancelScope) -> None:
         with scope:
@@ -199,10 +205,7 @@ class RabbitQueues(RemoteQueues):
 
     async def close(self) -> None:
         """Finish what is under way."""
-        self._closed = True
-        while self._under_way:
-            await self._news.wait()
-        self._over = True
+        await self._home.close()
 
     @property
     def states(self) -> tuple[State, State]:
@@ -289,7 +292,7 @@ class RabbitQueues(RemoteQueues):
     def check(self, publication: Publication) -> None:
         self._check_name(publication.queue)
         if self._storing is not None:
-            publication = self._storing.without_body(publication, again=True)
+            publication = self._storing.without_body(publication)
         encode(publication.message)
 
     def _check_name(self, queue: str) -> None:
@@ -309,21 +312,16 @@ class RabbitQueues(RemoteQueues):
 
     async def publish(self, publications: Sequence[Publication]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        publications = await self._store(publications, again=False)
+        publications = await self._store(publications)
         bodies = await self._prepare(publications)
-        await self._at_home(partial(self._publish, publications, bodies))
+        await self._home.run(partial(self._publish, publications, bodies))
 
-    async def _store(
-        self, publications: Sequence[Publication], *, again: bool
-    ) -> Sequence[Publication]:
+    async def _store(self, publications: Sequence[Publication]) -> Sequence[Publication]:
         """Have bodies stored that are not to be in messages."""
         storing = self._storing
-        if storing is None or not any(
-            storing.terms.wants(publication, again=again) for publication in publications
-        ):
+        if storing is None or not any(map(storing.terms.wants, publications)):
             return publications
-        work = partial(storing.store, publications, again=again, now=self.clock())
-        return await self._at_home(work)
+        return await self._home.run(partial(storing.store, publications, now=self.clock()))
 
     async def _prepare(self, publications: Sequence[Publication]) -> list[bytes]:
         for publication in publications:
@@ -397,42 +395,6 @@ class RabbitQueues(RemoteQueues):
         )
         return Copy(place, body, properties)
 
-    async def _at_home(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do work on the loop of this object; it cannot be cancelled."""
-        if self._closed:
-            raise QueueError("the queue is closed")
-        if trio.lowlevel.current_trio_token() is self._token:
-            with trio.CancelScope(shield=True):
-                return await self._counted(work)
-        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
-
-        async def run() -> None:
-            with trio.CancelScope(shield=True):
-                result = await outcome.acapture(self._counted, work)
-            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
-
-        def start() -> None:
-            if self._over:
-                error = outcome.Error(QueueError("the queue is closed"))
-                token.run_sync_soon(trio.lowlevel.reschedule, task, error)
-            else:
-                self._nursery.start_soon(run)
-
-        try:
-            self._token.run_sync_soon(start)
-        except trio.RunFinishedError:
-            raise QueueError("the queue is closed") from None
-        value: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
-        return value
-
-    async def _counted(self, work: Callable[[], Awaitable[T]]) -> T:
-        self._under_way += 1
-        try:
-            return await work()
-        finally:
-            self._under_way -= 1
-            self._notice()
-
     def _notice(self) -> None:
         news, self._news = self._news, trio.Event()
         news.set()
@@ -444,7 +406,7 @@ class RabbitQueues(RemoteQueues):
         publications: Sequence[Publication] = [
             each for one in settlements for each in (*one.publications, *one.others)
         ]
-        publications = await self._store(publications, again=True)
+        publications = await self._store(publications)
         bodies = await self._prepare(publications)
 
         async def publish(lost: Lost) -> None:
@@ -461,7 +423,7 @@ class RabbitQueues(RemoteQueues):
             raise ValueError("a lease is settled twice")
         for lease in leases:
             lease.settling = True
-        await self._at_home(partial(self._settle, leases, publish))
+        await self._home.run(partial(self._settle, leases, publish))
 
     async def _settle(
         self, leases: Sequence[BrokerLease], publish: Callable[[Lost], Awaitable[None]]
@@ -549,11 +511,11 @@ class RabbitQueues(RemoteQueues):
 
     def release(self, lease: Lease) -> None:
         held = self._held(lease)
-        if trio.lowlevel.current_trio_token() is self._token:
+        if self._home.is_here:
             self._release(held)
         else:
             held.settling = True  # over for everybody from now on
-            self._token.run_sync_soon(self._release, held)
+            self._home.soon(self._release, held)
 
     def _release(self, lease: BrokerLease) -> None:
         self.end(lease)
@@ -580,7 +542,7 @@ class RabbitQueues(RemoteQueues):
                 parked[move] = copy
             else:
                 copies.append(copy)
-        await self._counted(partial(self._republish, queue, copies, parked))
+        await self._home.counted(partial(self._republish, queue, copies, parked))
 
     async def _republish(self, queue: str, copies: list[Copy], parked: dict[Move, Copy]) -> None:
         """Publish what moves. What cannot be parked waits elsewhere."""
@@ -663,7 +625,7 @@ class RabbitQueues(RemoteQueues):
 
     async def _is_parked(self, queue: str, destination: str) -> bool:
         try:
-            return await self._ready(self.topology.parked(queue, destination)[0]) > 0
+            return await ready(self, self.topology.parked(queue, destination)[0]) > 0
         except SilentQueue:
             return False
 
@@ -695,9 +657,9 @@ class RabbitQueues(RemoteQueues):
     def _check_taking(self, prefetch: int) -> None:
         if prefetch < 1:
             raise ValueError(f"prefetch {prefetch}: expected 1 or more")
-        if self._closed:
+        if self._home.closed:
             raise QueueError("the queue is closed")
-        if trio.lowlevel.current_trio_token() is not self._token:
+        if not self._home.is_here:
             raise RuntimeError("messages are taken on the trio loop that opened the queues")
 
     @asynccontextmanager
@@ -726,68 +688,45 @@ class RabbitQueues(RemoteQueues):
     # Seeing
 
     async def depths(self) -> list[Depth]:
-        return await self._at_home(self._depths)
+        return await self._home.run(self._depths)
 
     async def _depths(self) -> list[Depth]:
         await self._wait_ready()
-        depths = []
-        for queue in sorted(self._names):
-            due = await self._ready(queue)
-            for name in await self._parked_names(queue):
-                due += await self._ready(name)
-            due += sum(taker.unsettled for taker in self._takers if taker.queue == queue)
-            delayed = 0
-            for name in self._wait_names(queue):
-                delayed += await self._ready(name)
-            depths.append(Depth(queue, due, delayed))
-        return depths
-
-    async def _ready(self, name: str) -> int:
-        found = await self.publisher.look(name)
-        return 0 if found is None else found.messages
-
-    async def _parked_names(self, queue: str) -> list[str]:
-        if queue != self.options.outbox and queue not in {taker.queue for taker in self._takers}:
-            return []
-        keys = set(await parked_keys(self, queue))
-        for taker in self._takers:
-            if isinstance(taker, BrokerSubscription) and taker.queue == queue:
-                keys.update(taker.destinations)
-        return [self.topology.parked(queue, key)[0] for key in sorted(keys)]
-
-    def _wait_names(self, queue: str) -> list[str]:
-        names = [self.topology.wait(queue, seconds)[0] for seconds in DELAYS]
-        if queue == self.options.outbox:
-            return names
-        return [name for name in names if name in self._waits]
+        return [await depth_of(self, queue) for queue in sorted(self._names)]
 
     async def purge(self, queue: str) -> int:
         await trio.lowlevel.checkpoint_if_cancelled()
-        return await self._at_home(partial(self._purge, queue))
+        return await self._home.run(partial(self._purge, queue))
 
     async def _purge(self, queue: str) -> int:
         await self._wait_ready()
-        count = await self.publisher.purge(queue)
-        for name in (*await self._parked_names(queue), *self._wait_names(queue)):
-            count += await self.publisher.purge(name)
-        return count
+        return await purge(self, queue)
+
+    def takers(self, queue: str) -> list[Taker]:
+        """Who takes from a queue."""
+        return [taker for taker in self._takers if taker.queue == queue]
+
+    def wait_names(self, queue: str) -> list[str]:
+        """The queues in which messages of a queue wait for their time."""
+        names = [self.topology.wait(queue, seconds)[0] for seconds in DELAYS]
+        return [name for name in names if queue == self.options.outbox or name in self._waits]
 
     def wake(self, *, everything: bool = False) -> None:
         """A broker needs no hint; with `everything`, mail that waits is taken at once."""
         if everything:
-            self._token.run_sync_soon(self._hasten_soon)
+            self._home.soon(self._hasten_soon)
 
     def _hasten_soon(self) -> None:
         for taker in self._takers:
             if isinstance(taker, BrokerSubscription):
                 taker.look()
-        if not (self._hastening or self._closed):
+        if not (self._hastening or self._home.closed):
             self._hastening = True
             self._nursery.start_soon(self._hasten)
 
     async def _hasten(self) -> None:
         try:
-            count = await self._counted(partial(hasten, self, self.options.outbox))
+            count = await self._home.counted(partial(hasten, self, self.options.outbox))
             log.info("%d messages that waited in the queue %s come now", count, self.options.outbox)
         except QueueError as error:
             log.error("mail that waits in %s stays there: %s", self.options.outbox, error)

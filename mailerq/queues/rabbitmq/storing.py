@@ -59,10 +59,10 @@ class Terms:
             outbox=config.rabbitmq_outbox,
         )
 
-    def wants(self, publication: Publication, *, again: bool) -> bool:
+    def wants(self, publication: Publication) -> bool:
         """Whether the body of a publication goes to the storage.
 
-        `again`: the publication follows an attempt, and does not bring mail in.
+        A message with results has been tried, and others bring mail in.
         """
         body = publication.message.body
         if body is None or self.policy == "none":
@@ -71,9 +71,10 @@ class Terms:
             return len(body) > INSIDE_BYTES  # people look into that queue, at any time
         if len(body) > self.max_body or self.policy == "all":
             return True
+        tried = bool(publication.message.properties.get("results"))
         if self.policy == "in":
-            return not again
-        return again and publication.queue == self.outbox
+            return not tried
+        return tried and publication.queue == self.outbox
 
     def first_due(self, publication: Publication, now: float) -> float:
         """When a message of the outbox is to be tried first, or next."""
@@ -98,15 +99,13 @@ class Storing:
         self.terms = terms
         self._storage = storage
 
-    def without_body(self, publication: Publication, *, again: bool) -> Publication:
+    def without_body(self, publication: Publication) -> Publication:
         """What a publication is like without a body that will be stored, to check the rest."""
-        if not self.terms.wants(publication, again=again):
+        if not self.terms.wants(publication):
             return publication
         return self._named(publication, "x" * 64, 0.0)
 
-    async def store(
-        self, publications: Sequence[Publication], *, again: bool, now: float
-    ) -> list[Publication]:
+    async def store(self, publications: Sequence[Publication], *, now: float) -> list[Publication]:
         """Store bodies as the settings say; return the publications to make.
 
         A body that several messages share is stored once. Raises `StorageError` if a large body
@@ -115,7 +114,7 @@ class Storing:
         result = list(publications)
         shared: dict[int, list[int]] = {}
         for index, publication in enumerate(publications):
-            if self.terms.wants(publication, again=again):
+            if self.terms.wants(publication):
                 shared.setdefault(id(publication.message.body), []).append(index)
         if not shared:
             return result

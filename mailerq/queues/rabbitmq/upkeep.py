@@ -1,4 +1,4 @@
-"""What is done to queues of a broker beside taking: mail that waits is hastened, failures trimmed.
+"""What is done to queues of a broker beside taking: they are counted, emptied, hastened, trimmed.
 
 A broker can neither list nor search: messages are fetched from the head of a queue, and go back if
 nothing is to be done to them. They are on a channel of their own, so that they go back too if this
@@ -17,15 +17,28 @@ import trio
 
 from mailerq.errors import MessageError
 from mailerq.message import Message
+from mailerq.queues.interface import Depth
 from mailerq.queues.rabbitmq.coding import decode, header, in_thread
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.options import Bound
 from mailerq.queues.rabbitmq.publisher import Copy
+from mailerq.queues.rabbitmq.subscription import BrokerSubscription
 
 if TYPE_CHECKING:
     from mailerq.queues.rabbitmq.queues import RabbitQueues
 
-__all__ = ["MAX_INDEX", "Trimmer", "channel_of", "hasten", "keys_of", "parked_keys", "read_head"]
+__all__ = [
+    "MAX_INDEX",
+    "Trimmer",
+    "channel_of",
+    "depth_of",
+    "hasten",
+    "keys_of",
+    "parked_keys",
+    "purge",
+    "read_head",
+    "ready",
+]
 
 log = logging.getLogger("mailerq.queues")
 
@@ -53,6 +66,46 @@ async def channel_of(queues: RabbitQueues) -> AsyncIterator[Channel]:
     finally:
         with trio.move_on_after(1, shield=True), suppress(BrokerError):
             await channel.close()
+
+
+async def ready(queues: RabbitQueues, name: str) -> int:
+    """How many messages of a queue nobody has; 0 without such a queue. Raises `BrokerError`."""
+    found = await queues.publisher.look(name)
+    return 0 if found is None else found.messages
+
+
+async def depth_of(queues: RabbitQueues, queue: str) -> Depth:
+    """Count a queue with the mail that is parked or waits for its time. Raises `BrokerError`."""
+    due = await ready(queues, queue)
+    for name in await _parked_names(queues, queue):
+        due += await ready(queues, name)
+    due += sum(taker.unsettled for taker in queues.takers(queue))
+    delayed = 0
+    for name in queues.wait_names(queue):
+        delayed += await ready(queues, name)
+    return Depth(queue, due, delayed)
+
+
+async def purge(queues: RabbitQueues, queue: str) -> int:
+    """Empty a queue, with its parked and waiting mail; return the number of messages.
+
+    Raises `BrokerError`.
+    """
+    count = await queues.publisher.purge(queue)
+    for name in (*await _parked_names(queues, queue), *queues.wait_names(queue)):
+        count += await queues.publisher.purge(name)
+    return count
+
+
+async def _parked_names(queues: RabbitQueues, queue: str) -> list[str]:
+    takers = queues.takers(queue)
+    if not takers and queue != queues.options.outbox:
+        return []
+    keys = set(await parked_keys(queues, queue))
+    for taker in takers:
+        if isinstance(taker, BrokerSubscription):
+            keys.update(taker.destinations)
+    return [queues.topology.parked(queue, key)[0] for key in sorted(keys)]
 
 
 async def hasten(queues: RabbitQueues, queue: str) -> int:

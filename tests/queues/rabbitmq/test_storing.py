@@ -60,17 +60,17 @@ def test_the_policy_says_which_bodies_are_stored(
     policy: str, size: int, incoming: bool, retry: bool, result: bool
 ) -> None:
     found = terms(policy)
-    mail = publication(bytes(size))
-    assert found.wants(mail, again=False) is incoming
-    assert found.wants(mail, again=True) is retry
-    assert found.wants(publication(bytes(size), "results"), again=True) is result
-    assert not found.wants(publication(None, key="k"), again=True)
+    tried = [{"state": "rcptto"}]
+    assert found.wants(publication(bytes(size))) is incoming
+    assert found.wants(publication(bytes(size), results=tried)) is retry
+    assert found.wants(publication(bytes(size), "results", results=tried)) is result
+    assert not found.wants(publication(None, key="k", results=tried))
 
 
 async def test_a_message_without_its_body_names_it() -> None:
     shelf = Shelf()
     storing = Storing(shelf, terms())
-    (found,) = await storing.store([publication(own=1)], again=False, now=NOW)
+    (found,) = await storing.store([publication(own=1)], now=NOW)
     assert found.message.body is None
     assert found.message.properties == {
         "recipient": "c@d.test", "own": 1, "key": "key1", "seen": format_time(NOW),
@@ -81,7 +81,7 @@ async def test_a_message_without_its_body_names_it() -> None:
 async def test_the_message_of_the_caller_is_not_changed() -> None:
     """The caller publishes it again if the broker does not take it."""
     mail = publication()
-    await Storing(Shelf(), terms()).store([mail], again=False, now=NOW)
+    await Storing(Shelf(), terms()).store([mail], now=NOW)
     assert (mail.message.body, "key" in mail.message.properties) == (b"body", False)
 
 
@@ -89,7 +89,7 @@ async def test_a_body_that_messages_share_is_stored_once_and_for_the_longest() -
     shelf, body = Shelf(), b"shared"
     many = [publication(body, due=NOW + number) for number in range(50)]
     other = publication(b"other", queue="results")
-    found = await Storing(shelf, terms()).store([*many, other], again=True, now=NOW)
+    found = await Storing(shelf, terms()).store([*many, other], now=NOW)
     assert len(shelf.puts) == 2
     assert len({each.message.properties["key"] for each in found[:50]}) == 1
     assert (body, NOW + 49 + 1010) in shelf.puts
@@ -123,13 +123,13 @@ def test_bodies_for_other_programs_are_kept_longer() -> None:
 @pytest.mark.parametrize("size", [4, LARGE, INSIDE_BYTES])
 async def test_what_a_broker_takes_stays_inside_while_the_storage_is_away(size: int) -> None:
     mail = [publication(bytes(size)), publication(b"other")]
-    assert await Storing(Shelf(away=True), terms()).store(mail, again=False, now=NOW) == mail
+    assert await Storing(Shelf(away=True), terms()).store(mail, now=NOW) == mail
 
 
 async def test_what_a_broker_may_not_take_waits_for_the_storage() -> None:
     mail = [publication(bytes(INSIDE_BYTES + 1)), publication()]
     with pytest.raises(StorageError, match="away"):
-        await Storing(Shelf(away=True), terms()).store(mail, again=True, now=NOW)
+        await Storing(Shelf(away=True), terms()).store(mail, now=NOW)
 
 
 async def test_what_people_look_at_stays_inside() -> None:
@@ -137,7 +137,7 @@ async def test_what_people_look_at_stays_inside() -> None:
     storing = Storing(shelf, terms())
     small, large = bytes(LARGE), bytes(INSIDE_BYTES + 1)
     mail = [publication(small, DAMAGED_QUEUE), publication(large, DAMAGED_QUEUE)]
-    inside, outside = await storing.store(mail, again=True, now=NOW)
+    inside, outside = await storing.store(mail, now=NOW)
     assert inside.message.body == small
     assert outside.message.body is None
     assert len(shelf.puts) == 1
@@ -147,20 +147,19 @@ async def test_what_people_look_at_stays_inside() -> None:
     st.sampled_from(["all", "in", "out", "none"]),
     st.sampled_from([None, b"", b"x", bytes(70_000)]),
     st.sampled_from(["outbox", "inbox", DAMAGED_QUEUE]),
-    st.booleans(),
     st.dictionaries(
         st.sampled_from(["seen", "delayed", "maxdelivertime", "key", "results"]),
         st.none() | st.integers() | st.text(max_size=5) | st.just(format_time(NOW)),
     ),
 )
 def test_a_message_always_has_its_body_or_its_key(
-    policy: str, body: bytes | None, queue: str, again: bool, properties: dict[str, Any]
+    policy: str, body: bytes | None, queue: str, properties: dict[str, Any]
 ) -> None:
     mail = publication(body, queue, **properties)
     shelf = Shelf()
 
     async def store() -> Publication:
-        (found,) = await Storing(shelf, terms(policy)).store([mail], again=again, now=NOW)
+        (found,) = await Storing(shelf, terms(policy)).store([mail], now=NOW)
         return found
 
     found = trio.run(store)
