@@ -183,7 +183,9 @@ def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
     if 0 <= end < HOP_BYTES:
         return None
     lines = body.count(b"\n", 0, end) if end >= 0 else HOP_LIMIT
-    few = lines < HOP_LIMIT and body.count(b"\r", 0, end) == lines
-    if not few and Header(body).is_looping():
+    if lines < HOP_LIMIT:
+        # A CR or LF alone ends a line, too.
+        lines += body.count(b"\r", 0, end) - body.count(b"\r\n", 0, end)
+    if lines >= HOP_LIMIT and Header(body).is_looping():
         return responses.TOO_MANY_HOPS
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mailerq.config import Config
@@ -112,6 +112,7 @@ PARTS = st.sampled_from([
 
 
 @given(st.lists(PARTS, max_size=6).map(b"".join))
+@example(51 * b"Received:\n" + 51 * b"Received:\r")
 def test_a_body_loops_if_its_header_does(body: bytes) -> None:
     problem = body_problem(Message({"recipient": "c@d.test"}, body), supplied=False)
     assert (problem is not None) == Header(body).is_looping()
