@@ -50,6 +50,20 @@ async def test_binary_mail_fails_where_the_peer_does_not_take_it(
         assert bench.peer.connections == 1
 
 
+async def test_the_sender_of_binary_mail_that_fails_hears_of_it_in_lines() -> None:
+    async with open_bench(rabbitmq_dsn="dsn") as bench:
+        bench.send(
+            body=BINARY, binarymime=True, received="2026-01-01 11:00:00", dsn={"ret": "FULL"}
+        )
+        await bench.results("failure")
+        await bench.queues.until(lambda queues: bool(queues["dsn"]) and not queues.leased)
+        (report,) = bench.queues["dsn"]
+    body = report.body or b""
+    assert b"\r\nStatus: 5.6.3\r\n" in body and b"\r\nSubject: x\r\n" in body
+    assert b"\r\nContent-Transfer-Encoding: base64\r\n" in body
+    assert body.isascii() and b"\0" not in body and "binarymime" not in report.properties
+
+
 async def test_mail_that_lines_can_carry_goes_as_lines_where_the_peer_takes_no_other() -> None:
     async with open_bench() as bench:
         bench.send(body="Subject: x\r\n\r\nlines\r\n", binarymime=True)
