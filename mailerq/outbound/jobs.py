@@ -72,12 +72,20 @@ class Job:
         return self.lease.loaded and not self.key
 
     @property
+    def unmade(self) -> bytes | None:
+        """The body before anything is made of it."""
+        stored = self.stored
+        if stored is None:
+            return self.message.body
+        return stored if isinstance(stored, bytes) else None
+
+    @property
     def source(self) -> tuple[dict[str, Any], bytes | None]:
-        """The properties and the body to make the mail of; without made parts, the body is it."""
-        properties, stored = self.message.properties, self.stored
-        if isinstance(stored, dict):
-            return {**properties, "mime": stored}, None
-        return properties, self.message.body if stored is None else stored
+        """The properties and the body to make a mail of."""
+        properties = self.message.properties
+        if isinstance(self.stored, dict):
+            properties = {**properties, "mime": self.stored}
+        return properties, self.unmade
 
     @property
     def added(self) -> int:
@@ -87,9 +95,7 @@ class Job:
     @property
     def body(self) -> bytes | None:
         """The mail to send."""
-        if self.made is not None:
-            return self.made
-        return self.message.body if self.stored is None else self.source[1]
+        return self.unmade if self.made is None else self.made
 
     @property
     def envelope(self) -> str:

@@ -230,7 +230,7 @@ class Rights:
 
 def _size_of(job: Job) -> int:
     """The bytes of a body, or a little more if the body is only in the queue."""
-    body = job.source[1]
+    body = job.unmade
     if body is not None:
         return len(body)
     return job.lease.size + (size_of(job.key) or 0)
