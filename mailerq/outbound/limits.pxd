@@ -19,6 +19,6 @@ cdef class Limits:
     cdef public double _poll, _next
     cdef public dict _rests, _lines
     cdef public Py_ssize_t _processes
-    cdef public object shaping, refusals, days, _calendar, _unlimited, _cells, _turns, _idle
+    cdef public object shaping, refusals, days, leases, _calendar, _unlimited, _cells, _turns, _idle
     cdef public object _times, _earlier
     cdef object __weakref__

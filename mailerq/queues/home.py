@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Protocol, TypeVar
 
 import outcome
 import trio
 
 from mailerq.errors import QueueError
 
-__all__ = ["Home"]
+__all__ = ["Home", "Tended", "tended"]
 
 T = TypeVar("T")
+
+
+class Tended(Protocol):
+    """An object with tasks, see `tended`."""
+
+    async def run(
+        self,
+        scope: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Run the tasks within `scope`, which ends them."""
+
+    async def close(self) -> None:
+        """Finish what is under way; the tasks still run."""
+
+
+SomeTended = TypeVar("SomeTended", bound=Tended)
+
+
+@asynccontextmanager
+async def tended(
+    make: Callable[[trio.Nursery], Awaitable[SomeTended]],
+) -> AsyncIterator[SomeTended]:
+    """Make an object, and run its tasks for the duration of the context.
+
+    The tasks outlive a cancelled body, which has yet to settle.
+    """
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        made = await make(nursery)
+        scope = trio.CancelScope(shield=True)
+        await nursery.start(made.run, scope)
+        try:
+            yield made
+        except BaseException as error:
+            failure = error  # the nursery would wrap it
+        finally:
+            with trio.CancelScope(shield=True):
+                await made.close()
+            scope.cancel()
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure  # the error refers to this frame
 
 
 class Home:

@@ -45,7 +45,7 @@ from mailerq.queues.adoption import Adoption, own, prove
 from mailerq.queues.embedded.shares import share_directory
 from mailerq.queues.fallback.mover import Mover
 from mailerq.queues.fallback.reserve import Reserve
-from mailerq.queues.home import Home
+from mailerq.queues.home import Home, tended
 from mailerq.queues.interface import (
     BrowsableQueues,
     Consumer,
@@ -115,49 +115,22 @@ async def open_fallback(
     """
     directory = share_directory(root, share)
     lock = await own(directory)
-    async with (
-        open_reserve(directory, lock) as file,
-        _running(
-            broker,
-            Reserve(file, directory),
-            limit // processes,
-            patience or Patience(),
-            clock,
-        ) as queues,
-    ):
-        adoption = Adoption(root, share, processes, partial(queues.adopt, root, open_reserve))
-        queues.start(adoption.run)
-        queues.start(partial(prove, lock))
-        yield queues
+    async with open_reserve(directory, lock) as file:
+        reserve = Reserve(file, directory)
 
+        async def make(nursery: trio.Nursery) -> FallbackQueues:
+            share_of_limit = limit // processes
+            queues = FallbackQueues(
+                nursery, broker, reserve, share_of_limit, patience or Patience(), clock
+            )
+            await queues.begin()
+            return queues
 
-@asynccontextmanager
-async def _running(
-    broker: RemoteQueues,
-    reserve: Reserve,
-    limit: int,
-    patience: Patience,
-    clock: Callable[[], float],
-) -> AsyncIterator[FallbackQueues]:
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        queues = FallbackQueues(nursery, broker, reserve, limit, patience, clock)
-        await queues.begin()
-        scope = trio.CancelScope(shield=True)  # a cancelled body has yet to settle
-        await nursery.start(queues.run, scope)
-        try:
+        async with tended(make) as queues:
+            adoption = Adoption(root, share, processes, partial(queues.adopt, root, open_reserve))
+            queues.start(adoption.run)
+            queues.start(partial(prove, lock))
             yield queues
-        except BaseException as error:
-            failure = error  # the nursery would wrap it
-        finally:
-            with trio.CancelScope(shield=True):
-                await queues.close()
-            scope.cancel()
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # the error refers to this frame
 
 
 class FallbackQueues(Queues):
@@ -189,6 +162,10 @@ class FallbackQueues(Queues):
         broker.on_trouble.append(self._notice)
         broker.on_recognised = self._on_recognised
         broker.on_unheard = self._on_unheard
+
+    @property
+    def identity(self) -> str:
+        return self.broker.identity
 
     @property
     def moved(self) -> int:

@@ -43,7 +43,7 @@ from mailerq.address import queue_problem
 from mailerq.config import Config
 from mailerq.errors import MessageError, MessageTooLarge, QueueError, StorageError
 from mailerq.message import Message, encode_properties
-from mailerq.queues.home import Home
+from mailerq.queues.home import Home, tended
 from mailerq.queues.interface import (
     DAMAGED_QUEUE,
     Consumer,
@@ -116,25 +116,12 @@ async def open_rabbitmq(
     Does not wait for the broker. `clock` is the wall clock, in seconds since 1970. `storing` has
     bodies outside the messages.
     """
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        queues = RabbitQueues(nursery, addresses, options or Options(), clock, storing)
-        # The keepers and the publisher outlive a cancelled body, which has yet to settle.
-        scope = trio.CancelScope(shield=True)
-        nursery.start_soon(queues.run, scope)
-        try:
-            yield queues
-        except BaseException as error:
-            failure = error  # the nursery would wrap it
-        finally:
-            with trio.CancelScope(shield=True):
-                await queues.close()
-            scope.cancel()
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # the error refers to this frame
+
+    async def make(nursery: trio.Nursery) -> RabbitQueues:
+        return RabbitQueues(nursery, addresses, options or Options(), clock, storing)
+
+    async with tended(make) as queues:
+        yield queues
 
 
 class RabbitQueues(RemoteQueues):
@@ -193,9 +180,15 @@ class RabbitQueues(RemoteQueues):
         self._home = Home(nursery)
         self._news = trio.Event()
 
-    async def run(self, scope: trio.CancelScope) -> None:
+    async def run(
+        self,
+        scope: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
         with scope:
             async with trio.open_nursery() as nursery:
+                task_status.started()
                 nursery.start_soon(self.publishing.run)
                 nursery.start_soon(self.consuming.run)
                 nursery.start_soon(self.publisher.run)
