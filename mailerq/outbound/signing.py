@@ -172,7 +172,7 @@ class Signing:
             return sent
         if tap is not None:
             tap.note(f"signed by {self.words}")
-        shared = job.made is None and mail is job.source[1]
+        shared = job.made is None and mail is job.unmade
         binary = takes_binary and job.message.properties.get("binarymime") is True
         return await self._signer.sign(
             self.keys, self._fields, sent, binary=binary, shared=shared, seal=self._seal

@@ -84,6 +84,8 @@ def open_queues(
     the one outbox, and `storage` may have bodies.
     """
     if config.has_broker:
+        if (problem := broker_problem(config)) is not None:
+            raise problem
         return _open_both(config, share, storage)
     directory = share_directory(config.queue_directory, share)
     return open_embedded(

@@ -491,6 +491,7 @@ def waiting_for(client: TlsClient) -> bytes:
 async def test_a_goodbye_is_not_sent_behind_output_that_was_cut_off(
     contexts: tuple[ssl.SSLContext, ssl.SSLContext],
 ) -> None:
+    contexts[1].options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # some versions of Python set it
     left, right = socket.socketpair()
     server, client = Stream(left), TlsClient(right, contexts[1])
     async with trio.open_nursery() as nursery:
@@ -505,7 +506,7 @@ async def test_a_goodbye_is_not_sent_behind_output_that_was_cut_off(
                 got += len(data)
     assert 0 < got < 4 << 20
     client.incoming.write_eof()
-    with pytest.raises(ssl.SSLEOFError):
+    with pytest.raises(ssl.SSLError, match=r"(?i)eof"):
         client.tls.read()
     client.sock.close()
 

@@ -469,6 +469,7 @@ async def test_a_trace_is_told_the_keys_that_sign(keys: Keys) -> None:
     class Job:
         message = Message({}, MAILS["plain"])
         made = None
+        unmade = message.body
 
     live = Live(Config(dkim_directory=str(keys.directory)))
     signing = Signing(Signer(live))

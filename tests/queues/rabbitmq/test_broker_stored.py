@@ -174,7 +174,9 @@ async def test_a_body_that_no_broker_takes_is_refused_without_a_storage(
 
 async def test_mail_is_taken_while_the_storage_is_away(tmp_path: Path, vhost: Address) -> None:
     (tmp_path / "bodies").write_bytes(b"a file, and no directory")
-    config = settings(tmp_path, vhost, rabbitmq_inbox="inbox", smtp_maxsize=30_000_000)
+    config = settings(
+        tmp_path, vhost, rabbitmq_inbox="inbox", smtp_maxsize=30_000_000, fallback_maxsize=0
+    )
     async with Engine(config) as engine:
         assert (await send(engine.addresses[0]))[0] == 250
         (document,) = await documents(vhost, "inbox")

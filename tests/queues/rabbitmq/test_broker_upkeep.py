@@ -92,9 +92,11 @@ async def test_retries_are_hastened_and_mail_that_its_sender_delayed_is_not(vhos
 
 
 async def test_mail_whose_time_has_come_asks_a_host_that_is_down(
-    tmp_path: Path, vhost: Address
+    tmp_path: Path, vhost: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pause of a host that refuses is 30 seconds; a retry that is due earlier ends it."""
+    # Mail is parked at once, in a queue that is just declared.
+    monkeypatch.setattr("mailerq.queues.rabbitmq.options.SETTLE_SECONDS", 0.0)
     refusing = True
 
     def decide(event: server.Event) -> Reply | None:
