@@ -520,13 +520,11 @@ class RabbitQueues(RemoteQueues):
     async def republish(self, queue: str, moves: Sequence[Move], keys: Sequence[str]) -> None:
         """Publish messages that move, and destinations that get their first parked message."""
         await self._wait_ready()
-        copies = []
-        if keys:
-            copies += [self._index_copy(queue, key) for key in keys]
         can_park = {
             key: await self._can_park(queue, key)
             for key in {move.key for move in moves if move.parks}
         }
+        copies = [self._index_copy(queue, key) for key in keys if can_park[key]]
         parked: dict[Move, Copy] = {}
         for move in moves:
             move.elsewhere = move.parks and not can_park[move.key]

@@ -54,7 +54,8 @@ class Destination:
     """What a subscription knows of a destination; dropped when that is nothing."""
 
     __slots__ = (
-        "backlog", "held", "indexed", "key", "parked", "parking", "returned", "taking", "window",
+        "backlog", "held", "indexed", "key", "parked", "parking", "returned", "scattered", "taking",
+        "window",
     )  # fmt: skip
 
     def __init__(self, key: str) -> None:
@@ -73,6 +74,8 @@ class Destination:
         self.indexed = -INDEX_AGAIN_SECONDS
         self.returned = -RETURN_SECONDS
         """When a message last went back to the parked queue."""
+        self.scattered = False
+        """The parked queue cannot be used: mail waits elsewhere, and has no order any more."""
 
     @property
     def empty(self) -> bool:
@@ -241,7 +244,9 @@ class BrokerSubscription(Taker, Subscription):
         """Lease or park a message; False if there is no room in memory for now."""
         destination = self._destination(key)
         window = self._window_of(destination)
-        if destination.backlog or destination.parking or destination.held >= window:
+        # Mail that waits elsewhere comes again: room here must not wait for the way there.
+        is_behind = destination.backlog or (destination.parking and not destination.scattered)
+        if is_behind or destination.held >= window:
             self._park(delivery, key)
         elif not self._has_room:
             self._tidy(destination)
@@ -278,6 +283,7 @@ class BrokerSubscription(Taker, Subscription):
             if move.parks:
                 self.parked += not move.elsewhere
                 destination = self._destination(move.key)
+                destination.scattered = move.elsewhere
                 destination.parking = max(destination.parking - 1, 0)
                 if not destination.parking:
                     destination.parked.set()

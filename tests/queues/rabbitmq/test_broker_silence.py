@@ -10,11 +10,14 @@ import trio
 
 from mailerq.errors import QueueError
 from mailerq.message import Message
-from mailerq.queues import Publication
+from mailerq.queues import Publication, Settlement
 from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.queues.rabbitmq.queues import Options, RabbitQueues, open_rabbitmq
+from mailerq.queues.rabbitmq.subscription import BrokerSubscription
+from mailerq.queues.rabbitmq.upkeep import ready
 from tests.queues.contract import Recorder, gather, mail, tag_of
 from tests.queues.rabbitmq.kit import Broker, channel_to
+from tests.support import until
 
 QUICK = Options(first_pause_seconds=0.02, hold_seconds=0.05, publish_seconds=1.0)
 
@@ -99,3 +102,41 @@ async def test_mail_is_not_parked_in_a_queue_that_a_kill_may_lose(vhost: Address
         with trio.fail_after(30):
             while not (await channel.declare("outbox.parked.to.a.test", passive=True)).messages:
                 pass
+
+
+UNSAFE = Options(first_pause_seconds=0.02, hold_seconds=0.05, settle_seconds=1000)
+"""No parked queue may be used yet."""
+
+
+async def test_mail_on_its_way_elsewhere_keeps_no_room_empty(
+    broker: Broker, vhost: Address
+) -> None:
+    recorder = Recorder()
+    async with (
+        open_rabbitmq([vhost], UNSAFE) as queues,
+        queues.subscribe("outbox", recorder, prefetch=9, window=1) as subscription,
+    ):
+        assert isinstance(subscription, BrokerSubscription)
+        await queues.publish([mail(1)])
+        await recorder.until(lambda recorder: len(recorder.leases) == 1)
+        await queues.publish([mail(2)])
+        await until_waits(queues, 1)
+        with silent(broker, vhost, "outbox.wait.10"):
+            await queues.publish([mail(3)])
+            await until(lambda: subscription.destinations["a.test"].parking == 1)
+            await queues.ack([Settlement(recorder.leases[0])])
+            await queues.publish([mail(4)])
+            await recorder.until(lambda recorder: len(recorder.leases) == 2)
+            assert tag_of(recorder.leases[1]) == 4
+
+
+async def test_a_parked_queue_that_cannot_be_used_is_not_listed(vhost: Address) -> None:
+    recorder = Recorder()
+    async with (
+        open_rabbitmq([vhost], UNSAFE) as queues,
+        queues.subscribe("outbox", recorder, prefetch=9, window=0),
+    ):
+        for count in range(1, 4):
+            await queues.publish([mail(count)])
+            await until_waits(queues, count)
+        assert await ready(queues, "outbox.parked.index") == 0
