@@ -19,13 +19,19 @@ from tests.support import DEADLINE, Sink, open_sink
 
 __all__ = ["Account", "Fleet", "open_fleet"]
 
-SESSIONS = 5
+SESSIONS = 6
+"""Of the whole fleet: a host of two cores, the broker among them, should deliver what they send."""
+
 REFUSED_SHARE = 0.1
 """Of the recipients, so many are refused for now: their mail waits at the broker."""
 
 NEAR_SECONDS = 3.0
-LATE_SECONDS = 180.0
-"""How long the last mail may take, over retries and the start of a broker."""
+STILL_SECONDS = 120.0
+"""How long nothing at all may arrive while mail is missing: a broker starts, a queue that does not
+answer is left alone, a retry waits. A backlog that drains slowly is not a loss."""
+
+THROTTLE = 100
+"""Copies that a process has on the way at a time, and that may be twice if its broker is killed."""
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Account:
     """Of the others, mail that had arrived shortly before a kill."""
     kills: Counter[str] = field(default_factory=Counter)
     codes: Counter[int] = field(default_factory=Counter)
+    places: list[str] = field(default_factory=list)
+    """Of lost mail: the depths of the broker's queues, and the queues of each instance."""
 
     def __str__(self) -> str:
         kills = ", ".join(f"{count} × {kind}" for kind, count in sorted(self.kills.items()))
@@ -75,8 +83,12 @@ class Fleet:
         self.kills: Counter[str] = Counter()
         self.running: dict[int, Daemon] = {}
         self._directory = directory
-        self._switches = (f"--rabbitmq-address={','.join(addresses)}", *switches)
-        self._instances = instances
+        self._sessions = max(SESSIONS // instances, 1)
+        self._switches = (
+            f"--rabbitmq-address={','.join(addresses)}",
+            f"--rabbitmq-throttle={THROTTLE}",
+            *switches,
+        )
         self._nursery = nursery
         self._stacks: dict[int, AsyncExitStack] = {}
         self._loads: dict[int, Load] = {}
@@ -111,7 +123,7 @@ class Fleet:
         self.running[number] = running
         self._starts += 1
         load = self._loads[number] = Load(self.ledger, f"{number}-{self._starts}")
-        for _ in range(SESSIONS):
+        for _ in range(self._sessions):
             self._nursery.start_soon(self._session, load, running.port)
 
     async def _session(self, load: Load, port: int) -> None:
@@ -137,29 +149,43 @@ class Fleet:
         await trio.sleep(self.dice.uniform(0.0, 4.0))
         await trio.to_thread.run_sync(broker.start)
 
-    async def finish(self) -> Account:
-        """End the load, wait for all mail, and stop: what has become of it."""
+    async def finish(self, broker: Broker) -> Account:
+        """End the load, wait for all mail, and stop: what has become of it.
+
+        `broker` is asked where mail is that does not arrive.
+        """
         for load in self._loads.values():
             await load.end()
         self._is_over = True
         missing, seen = set(self.ledger.accepted), 0
-        with trio.move_on_after(LATE_SECONDS):
-            while missing:
-                mails = self.sink.mails[seen:]
-                missing -= {_id(mail.recipients[0]) for mail in mails}
-                seen += len(mails)
-                if not missing:
-                    break
+        while missing:
+            mails = self.sink.mails[seen:]
+            missing -= {_id(mail.recipients[0]) for mail in mails}
+            seen += len(mails)
+            if not mails:
                 self.sink.arrived = trio.Event()
-                with trio.move_on_after(1):
+                with trio.move_on_after(STILL_SECONDS) as scope:
                     await self.sink.arrived.wait()
+                if scope.cancelled_caught:
+                    break
+        places = await self._places(broker) if missing else []
         with trio.move_on_after(3):  # what comes twice comes now
             await trio.sleep_forever()
         for number, running in self.running.items():
             with trio.fail_after(DEADLINE):
                 await running.stop()
             await self._stacks.pop(number).aclose()
-        return self._account()
+        account = self._account()
+        account.places = places
+        return account
+
+    async def _places(self, broker: Broker) -> list[str]:
+        """Where mail may be that has not arrived."""
+        places = [str(await trio.to_thread.run_sync(broker.depths))]
+        for number, running in sorted(self.running.items()):
+            found = await running.statistics()
+            places.append(f"instance {number}: {found['queue']}, {found['outgoing']}")
+        return places
 
     def _account(self) -> Account:
         ledger = self.ledger

@@ -1,7 +1,9 @@
 """kill -9 of instances and brokers under load: what got 250 arrives.
 
 What arrives twice was on a connection to the sink when its instance was killed, or was settled in
-the seconds before a kill, or went from the reserve to the broker when its instance was killed.
+the seconds before a kill, or went from the reserve to the broker when its instance was killed. With
+several instances each may also write again what a broker that was killed had not confirmed to it,
+and another instance takes the second copy (docs/rabbitmq.md, "What can go out twice").
 ``make soak`` kills a hundred times; MAILERQ_KILLS sets any number.
 """
 
@@ -17,7 +19,7 @@ import trio
 from mailerq.queues.fallback.reserve import GROUP
 from tests.queues.rabbitmq.engine_kit import uri
 from tests.queues.rabbitmq.kit import running_broker, running_cluster
-from tests.soak.fleet import Account, open_fleet
+from tests.soak.fleet import THROTTLE, Account, open_fleet
 
 SMALL = int(os.environ.get("MAILERQ_KILLS", "3"))
 FULL = int(os.environ.get("MAILERQ_KILLS", "100"))
@@ -46,31 +48,33 @@ async def kill_instances_and_the_broker(
                     await fleet.kill_broker(broker)
                 else:
                     await fleet.kill(fleet.dice.randrange(instances))
-            return await fleet.finish()
+            return await fleet.finish(broker)
 
 
-def check(account: Account) -> None:
+def check(account: Account, instances: int) -> None:
     print(account)
-    assert account.lost == set()
+    assert account.lost == set(), account.places
     assert account.foreign == set()
     assert account.accepted > 100
     unexplained = account.twice - account.explained - account.near
-    assert unexplained <= GROUP * account.kills["instance"]
+    # One instance recognises second copies. Each has two publishers.
+    again = 2 * THROTTLE * instances * account.kills["broker"] if instances > 1 else 0
+    assert unexplained <= GROUP * account.kills["instance"] + again
 
 
 @pytest.mark.soak
 async def test_a_few_kills(tmp_path: Path) -> None:
-    check(await kill_instances_and_the_broker(tmp_path, SMALL, 1))
+    check(await kill_instances_and_the_broker(tmp_path, SMALL, 1), 1)
 
 
 @pytest.mark.soak
 async def test_a_hundred_kills_of_an_instance_and_its_broker(tmp_path: Path) -> None:
-    check(await kill_instances_and_the_broker(tmp_path, FULL, 1))
+    check(await kill_instances_and_the_broker(tmp_path, FULL, 1), 1)
 
 
 @pytest.mark.soak
 async def test_a_hundred_kills_of_three_instances_and_their_broker(tmp_path: Path) -> None:
-    check(await kill_instances_and_the_broker(tmp_path, FULL, 3))
+    check(await kill_instances_and_the_broker(tmp_path, FULL, 3), 3)
 
 
 async def kill_instances_and_nodes(directory: Path, kills: int) -> Account:
@@ -86,9 +90,9 @@ async def kill_instances_and_nodes(directory: Path, kills: int) -> Account:
                     await fleet.kill_broker(fleet.dice.choice(brokers))
                 else:
                     await fleet.kill(fleet.dice.randrange(3))
-            return await fleet.finish()
+            return await fleet.finish(brokers[0])
 
 
 @pytest.mark.soak
 async def test_kills_of_nodes_of_a_cluster(tmp_path: Path) -> None:
-    check(await kill_instances_and_nodes(tmp_path, FULL // 2))
+    check(await kill_instances_and_nodes(tmp_path, FULL // 2), 3)
