@@ -183,7 +183,7 @@ async def test_what_is_not_ours_stays(root: Path, plain: str, clock: Clock) -> N
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(b"x")
         (root / "19990101/05/x").mkdir(parents=True)
-        assert await storage._backend.expire(NOW) == 1
+        await storage._backend.expire(NOW)  # the storage's own task may have been faster
     kept = set(files(root))
     assert {"19990101/99/x", "19990101/x/x", "1999010/01/x", "campaign/01/x", "20000101"} <= kept
     assert not (root / "19990101/05").exists()
