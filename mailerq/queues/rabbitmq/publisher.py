@@ -20,6 +20,7 @@ Guarantees
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
@@ -56,6 +57,9 @@ SILENT_SECONDS: Final = 30.0
 MAX_SILENT_SECONDS: Final = 1800.0
 """A queue that has not answered for `ANSWER_SECONDS`, or not confirmed, is left alone for a while,
 which doubles between these."""
+
+TRIAL_SECONDS: Final = 3.0
+"""How long a queue that was left alone may take to confirm a message; other mail waits for that."""
 
 PROBE_SECONDS: Final = 2.0
 
@@ -223,7 +227,8 @@ class Publisher:
         if not copies:
             return
         begun = trio.current_time()
-        with self.deadline() as scope:
+        is_trial = any(self.is_suspected(copy.place.name) for copy in copies)
+        with self.deadline(TRIAL_SECONDS if is_trial else math.inf) as scope:
             await self._declare_all(copies)
             refused = await self._submit(copies)
             missing = [copy for copy in refused if copy.place.name not in self._declared]
@@ -245,9 +250,9 @@ class Publisher:
             )
 
     @contextmanager
-    def deadline(self) -> Iterator[trio.CancelScope]:
+    def deadline(self, seconds: float = math.inf) -> Iterator[trio.CancelScope]:
         """Limit how long something waits for the broker; `give_up` ends it too."""
-        with trio.move_on_after(self._seconds) as scope:
+        with trio.move_on_after(min(self._seconds, seconds)) as scope:
             self._deadlines.add(scope)
             try:
                 yield scope
@@ -396,6 +401,10 @@ class Publisher:
         await self._note_silent(name)
         self._check_silent(name)
         raise BrokerError(f"no answer within {ANSWER_SECONDS:g} seconds")
+
+    def is_suspected(self, name: str) -> bool:
+        """Whether a queue did not answer the last time."""
+        return name in self._silent
 
     def _is_silent(self, name: str) -> bool:
         found = self._silent.get(name) if self._silent else None

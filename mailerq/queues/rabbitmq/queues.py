@@ -531,6 +531,8 @@ class RabbitQueues(RemoteQueues):
             copy = await self._moved_copy(queue, move)
             if move.parks and not move.elsewhere:
                 parked[move] = copy
+                if self.parker.is_suspected(copy.place.name):
+                    can_park[move.key] = False  # one message is enough for a trial
             else:
                 copies.append(copy)
         await self._home.counted(partial(self._republish, queue, copies, parked))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import trio
@@ -69,6 +70,30 @@ async def test_mail_that_cannot_be_parked_waits_elsewhere(broker: Broker, vhost:
             await until_waits(queues, 1)
         (lease,) = await gather(subscription, recorder, "b.test", 1)
         assert tag_of(lease) == 3
+
+
+async def test_one_message_tries_a_parked_queue_that_did_not_answer(
+    broker: Broker, vhost: Address
+) -> None:
+    recorder = Recorder()
+    name = "outbox.parked.to.a.test"
+    async with (
+        open_rabbitmq([vhost], replace(QUICK, publish_seconds=60.0)) as queues,
+        queues.subscribe("outbox", recorder, prefetch=9, window=0),
+    ):
+        await queues.publish([mail(1)])
+        await recorder.until(lambda recorder: recorder.destinations == {"a.test"})
+        # It has been left alone for long enough.
+        queues.parker._silent[name] = 0.0, 30.0
+        with silent(broker, vhost, name):
+            begun = trio.current_time()
+            await queues.publish([mail(number) for number in range(2, 6)])
+            await until_waits(queues, 4)
+            assert trio.current_time() - begun < 9  # others would wait for this one
+            assert len(queues.parker.repeated) == 1
+        queues.parker._silent[name] = 0.0, 30.0
+        await queues.publish([mail(6)])
+        await until(lambda: not queues.parker.is_suspected(name))
 
 
 async def until_waits(queues: RabbitQueues, count: int) -> None:
