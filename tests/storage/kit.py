@@ -111,7 +111,8 @@ def _is_ready(pid: int, data: Path) -> bool:
         lines = (data / "postmaster.pid").read_text().splitlines()
     except OSError:
         return False
-    return lines[0] == str(pid) and lines[-1].strip() == "ready"
+    # The file is empty for a moment.
+    return bool(lines) and lines[0] == str(pid) and lines[-1].strip() == "ready"
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path, ready: Any) -> None:
