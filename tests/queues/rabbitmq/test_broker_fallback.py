@@ -325,6 +325,6 @@ async def test_mail_in_memory_goes_once_though_its_connection_is_lost(
                 await until(
                     lambda engine=engine: not engine.statistics()["queue"]["leased"].get("outbox")
                 )
-        # What was under way at that moment may have gone twice: one for each connection. The other
-        # instance may also have got a mail whose acknowledgement was lost.
-        assert len(sink.mails) <= 210
+        # Each instance has one connection, which has one mail under way, and one before it whose
+        # acknowledgement the broker may not have read: these the other instance may send too.
+        assert len(sink.mails) <= 204
