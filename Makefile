@@ -144,7 +144,7 @@ $(VENV)/.test: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base
-	@$(call needs,lint css)
+	@$(call needs,lint css postgresql)
 	@touch $@
 
 build/plugins/%.so: plugins/%.c include/mailerq.h
