@@ -28,6 +28,7 @@ __all__ = [
     "parse_mailbox",
     "parse_path",
     "parse_peer",
+    "queue_leads_to",
     "queue_problem",
     "split_host_port",
 ]
@@ -296,6 +297,18 @@ def split_host_port(text: str) -> tuple[str, int]:
 def _shown(text: str) -> str:
     """Return the text as printable ASCII, cut to 80 characters."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")
+
+
+def queue_leads_to(name: str, queue: str) -> bool:
+    """Whether a broker moves the mail of the queue `name` to `queue` sooner or later.
+
+    `mailerq.queues.rabbitmq.topology` names such queues after their queue.
+
+    >>> queue_leads_to("outbox.wait.60", "outbox"), queue_leads_to("outbox.old", "outbox")
+    (True, False)
+    """
+    rest = name.removeprefix(queue)
+    return rest != name and rest.startswith((".wait.", ".parked.", ".at."))
 
 
 def queue_problem(name: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
 
-from mailerq.address import parse_host, parse_mailbox
+from mailerq.address import parse_host, parse_mailbox, queue_leads_to
 from mailerq.brokers import addresses_of_hosts
 from mailerq.errors import AddressError
 
@@ -80,6 +80,10 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
         if queue == config.rabbitmq_outbox:
             name = key.replace("_", "-")
             yield key, f"{name} is the outbox: what it gets would be delivered over and over"
+    for name in ("inbox", "local", "reports", "results", "success", "failure", "retry"):
+        if queue_leads_to(str(getattr(config, f"rabbitmq_{name}") or ""), config.rabbitmq_outbox):
+            text = f"rabbitmq-{name} is a part of the outbox: what it gets would be sent as mail"
+            yield f"rabbitmq_{name}", text
     if config.verp_domains and not config.verp_key_file:
         yield "verp_domains", "verp-domains needs verp-key-file, which is not set"
     for key in ("failure_maxmessages", "failure_maxage"):

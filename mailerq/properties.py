@@ -293,7 +293,7 @@ PROPERTIES: Final = (
         "queues", RESULTS, "an object of queue names",
         "Queues for the results of this message, in place of the configured ones. An absent name"
         " leaves the configured queue; null or an empty name: none. The outbox is refused, except"
-        " for `dsn`.",
+        " for `dsn`, and so are its parts, such as `outbox.wait.60`.",
         _is_queues,
         (
             Key("results", "Gets every final result, in place of `rabbitmq-results`."),

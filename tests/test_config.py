@@ -574,6 +574,7 @@ def test_arguments_are_split_into_settings_and_the_rest() -> None:
         (["--smtp-connections-in=1001"], "--smtp-connections-in", "more than smtp-connections"),
         (["--smtp-connections=5", "--smtp-connections-out=6"], "--smtp-connections-out", "counts"),
         (["--rabbitmq-success=outbox"], "--rabbitmq-success", "is the outbox"),
+        (["--rabbitmq-inbox=outbox.wait.1"], "--rabbitmq-inbox", "is a part of the outbox"),
         (["--smtp-local-domains=a.test"], "--smtp-local-domains", "Add 'rabbitmq-local: local'"),
         (["--smtp-local-addresses=f"], "--smtp-local-addresses", "has nowhere to go"),
         (

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from mailerq.address import parse_mailbox, queue_problem
+from mailerq.address import parse_mailbox, queue_leads_to, queue_problem
 from mailerq.errors import MessageError
 from mailerq.mail.headers import Field, Header, remove, unfold
 from mailerq.message import parse_time
@@ -165,6 +165,8 @@ def _take(
         return None
     if path[0] == "queues" and value and value == outbox:
         return "is the outbox, where a result would be sent as mail"
+    if path[0] == "queues" and value and queue_leads_to(value, outbox):
+        return "is a part of the outbox, where a result would be sent as mail"
     if read is _time and parse_time(value) > now + rights.longest:
         return "is later than max-delivertime lets this client say"
     *outer, last = path

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mailerq.address import host_port, parse_host, parse_lmtp, queue_problem
+from mailerq.address import host_port, parse_host, parse_lmtp, queue_leads_to, queue_problem
 from mailerq.config import Config
 from mailerq.errors import AddressError
 
@@ -94,7 +94,7 @@ def _smarthost(smarthost: Mapping[str, Any]) -> tuple[str, int]:
 def result_queues(
     properties: Mapping[str, Any], configured: Mapping[str, str], *kinds: str, outbox: str
 ) -> list[str]:
-    """The queues for results of these kinds, never `outbox`.
+    """The queues for results of these kinds, never `outbox` or one that leads there.
 
     A kind that the message's ``queues`` does not mention goes to the configured queue; a kind that
     is null or empty there goes nowhere.
@@ -108,27 +108,42 @@ def result_queues(
     if isinstance(own, dict):
         # An unusable name makes the message fail, and must not hide that result.
         names = {**configured, **{k: v for k, v in own.items() if _is_usable(v, outbox)}}
-    return [name for kind in kinds if (name := names.get(kind)) and name != outbox]
+    return [
+        name
+        for kind in kinds
+        if (name := names.get(kind)) and name != outbox and not queue_leads_to(name, outbox)
+    ]
 
 
 def _is_usable(name: object, outbox: str) -> bool:
     """Whether a message may send results to that queue, or to none."""
     if name is None or name == "":
         return True
-    return isinstance(name, str) and name != outbox and queue_problem(name) is None
+    return (
+        isinstance(name, str)
+        and name != outbox
+        and not queue_leads_to(name, outbox)
+        and queue_problem(name) is None
+    )
 
 
 def loop_problem(properties: Mapping[str, Any], outbox: str) -> str | None:
-    """Return an error if a result queue of a message is the outbox, or None.
+    """Return an error if a result queue of a message is the outbox, or leads there, or None.
 
     Mail published there would be delivered: in an endless loop, or to the recipient twice.
     """
     queues = properties.get("queues")
-    if not isinstance(queues, dict) or outbox not in queues.values():
+    if not isinstance(queues, dict):
         return None
-    # Reports are mail of their own, and go to the outbox anyway.
-    if any(name == outbox and kind != "dsn" for kind, name in queues.items()):
-        return f"property queues: {outbox} is the outbox, where a result would be sent as mail"
+    for kind, name in queues.items():
+        # Reports are mail of their own, and go to the outbox anyway.
+        if name == outbox and kind != "dsn":
+            return f"property queues: {outbox} is the outbox, where a result would be sent as mail"
+        if isinstance(name, str) and queue_leads_to(name, outbox):
+            return (
+                f"property queues: {ascii(name)[:80]} is a part of the outbox, where a result"
+                " would be sent as mail"
+            )
     return None
 
 

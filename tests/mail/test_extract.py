@@ -91,6 +91,10 @@ def test_from_strangers_they_are_taken_out_and_ignored() -> None:
         (b"x-mq-success-queue: " + 256 * b"x", "is longer than 255 bytes"),
         (b"x-mq-success-queue: \xe2\x80\xae", "holds control characters"),
         (b"x-mq-retry-queue: out", "is the outbox, where a result would be sent as mail"),
+        (
+            b"x-mq-retry-queue: out.wait.1",
+            "is a part of the outbox, where a result would be sent as mail",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_ignored_and_said(field: bytes, reason: str) -> None:

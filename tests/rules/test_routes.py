@@ -141,6 +141,7 @@ CONFIGURED = {"results": "r", "success": "s", "failure": "", "retry": "t"}
         ({"success": 5}, ["r", "s", "t"]),
         ({"success": "outbox", "retry": "a" * 256}, ["r", "s", "t"]),
         ({"success": "a\0b", "results": "outbox\n"}, ["r", "s", "t"]),
+        ({"success": "outbox.wait.1", "results": "outbox.at.mx1"}, ["r", "s", "t"]),
         ("nonsense", ["r", "s", "t"]),
     ],
 )
@@ -155,3 +156,14 @@ def test_a_result_queue_is_not_the_outbox() -> None:
     problem = loop_problem({"queues": {"success": "s", "any": "outbox"}}, "outbox")
     assert problem is not None
     assert "outbox is the outbox" in problem
+
+
+@pytest.mark.parametrize("name", ["outbox.wait.1", "outbox.parked.index", "outbox.at.mx1:25"])
+@pytest.mark.parametrize("kind", ["results", "success", "failure", "retry", "dsn"])
+def test_a_result_queue_does_not_lead_back_to_the_outbox(name: str, kind: str) -> None:
+    assert loop_problem({"queues": {kind: name}}, "out") is None
+    problem = loop_problem({"queues": {kind: name}}, "outbox")
+    assert problem is not None
+    assert f"{name!a} is a part of the outbox" in problem
+    configured = {kind: name}
+    assert result_queues({}, configured, kind, outbox="outbox") == []

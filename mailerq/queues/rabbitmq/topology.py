@@ -13,9 +13,10 @@ message, so what cannot go now must not stay with a consumer:
   comes back is looked at by others. `index` names the queue that lists destinations with parked
   mail, which AMQP cannot list.
 
-All names begin with the name of their queue. Wait queues never expire: their number is fixed, and
-an expired queue would take its messages along. A parked queue expires when it is not declared for a
-day longer than its messages live, so a publisher declares it anew after `DECLARE_SECONDS`.
+All names begin with the name of their queue (`mailerq.address.queue_leads_to`). Wait queues never
+expire: their number is fixed, and an expired queue would take its messages along. A parked queue
+expires when it is not declared for a day longer than its messages live, so a publisher declares it
+anew after `DECLARE_SECONDS`.
 
 Everything here is pure: no I/O, no clock.
 """
@@ -32,7 +33,6 @@ __all__ = [
     "PARKED_SECONDS",
     "QueueType",
     "Topology",
-    "belongs_to",
     "instance_queue",
     "name_problem",
     "step_for",
@@ -91,12 +91,6 @@ def name_problem(name: str) -> str | None:
     if len(name.encode()) > MAX_NAME:
         return f"is longer than {MAX_NAME} bytes"
     return None
-
-
-def belongs_to(queue: str, name: str) -> bool:
-    """Whether a name is that of a wait queue, a parked queue or the index of a queue."""
-    rest = name.removeprefix(queue)
-    return rest != name and rest.startswith((".wait.", ".parked.", ".at."))
 
 
 def instance_queue(queue: str, instance: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mailerq.address import queue_leads_to
 from mailerq.config import Config
 from mailerq.queues.rabbitmq.topology import (
     DECLARE_SECONDS,
@@ -18,7 +19,7 @@ from mailerq.queues.rabbitmq.topology import (
     PARKED_SECONDS,
     QueueType,
     Topology,
-    belongs_to,
+    instance_queue,
     name_problem,
     step_for,
 )
@@ -68,9 +69,22 @@ def test_the_names_of_usual_queues_are_plain() -> None:
     assert topology.wait("outbox", 900)[0] == "outbox.wait.900"
     assert topology.parked("outbox", "example.com")[0] == "outbox.parked.to.example.com"
     assert topology.index("outbox")[0] == "outbox.parked.index"
-    assert belongs_to("outbox", "outbox.wait.900")
-    assert not belongs_to("outbox", "outbox2.wait.900")
-    assert not belongs_to("outbox", "outbox")
+
+
+@given(st.text(max_size=100), st.sampled_from(DELAYS))
+def test_a_queue_that_leads_to_another_is_told_by_its_name(rest: str, seconds: int) -> None:
+    topology = Topology()
+    names = [
+        topology.wait("outbox", seconds)[0],
+        topology.parked("outbox", rest)[0],
+        topology.index("outbox")[0],
+        instance_queue("outbox", rest),
+    ]
+    for name in names:
+        assert queue_leads_to(name, "outbox")
+        assert not queue_leads_to(name, "outbox2")
+    for name in ("outbox", "outbox.old", "results", "outbox2.wait.900"):
+        assert not queue_leads_to(name, "outbox")
 
 
 VERSIONS = [(3, 10, 8), (4, 0, 5), (4, 3)]
