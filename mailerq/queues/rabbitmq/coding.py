@@ -7,6 +7,7 @@ and ``x-mailerq-due``, the due time of a message that waits in steps, in millise
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable
 from hashlib import blake2b
@@ -38,7 +39,9 @@ REASON: Final = "x-mailerq-reason"
 """Why a message was set aside."""
 
 DIGEST: Final = "="
-"""The begin of the identity of a message whose sender gave no id."""
+"""Stands before the digest of a message, with which the identity begins if there is no id."""
+
+_is_ours: Final = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{1,16}", re.ASCII).fullmatch
 
 MAX_BYTES: Final = 16 << 20
 """RabbitMQ 4 refuses a larger message, and closes the channel."""
@@ -140,10 +143,16 @@ def due_of(properties: spec.BasicProperties) -> float | None:
 
 
 def identity_of(properties: spec.BasicProperties, body: bytes) -> str:
-    """What a redelivered copy has in common with the first; a digest if its sender gave no id."""
-    if properties.message_id:
-        return str(properties.message_id)
-    return DIGEST + blake2b(body, digest_size=16).hexdigest()
+    """What a message has in common with its redelivery.
+
+    Ids of mailerq (`mailerq.queues.rabbitmq.publisher.Publisher.identity`) are unique. An
+    application may give several messages one id, so their bytes count as well; without an id, only
+    the bytes count.
+    """
+    identity = str(properties.message_id or "")
+    if _is_ours(identity):
+        return identity
+    return identity + DIGEST + blake2b(body, digest_size=16).hexdigest()
 
 
 def is_named(identity: str) -> bool:

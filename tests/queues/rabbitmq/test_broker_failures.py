@@ -16,7 +16,7 @@ from mailerq.queues.rabbitmq.keeper import State
 from mailerq.queues.rabbitmq.queues import Options, RabbitQueues, open_rabbitmq
 from mailerq.queues.rabbitmq.topology import QueueType
 from tests.queues.contract import Recorder, gather, mail, receive, tag_of
-from tests.queues.rabbitmq.kit import Broker
+from tests.queues.rabbitmq.kit import Broker, channel_to, send
 from tests.support import DEADLINE
 
 CLASSIC = Options(queue_type="classic", first_pause_seconds=0.02)
@@ -200,3 +200,38 @@ async def test_nothing_is_lost_over_many_losses_of_the_connections(
                 with trio.move_on_after(0.02):
                     await recorder.news.wait()
     assert set(settled) == set(range(120))
+
+
+@pytest.mark.parametrize("queue_type", TYPES)
+async def test_mail_whose_sender_uses_one_id_for_all_is_not_lost(
+    broker: Broker, vhost: Address, queue_type: QueueType
+) -> None:
+    options = Options(queue_type=queue_type, first_pause_seconds=0.01)
+    recorder = Recorder()
+    settled: list[int] = []
+    total = 8
+    async with (
+        open_rabbitmq([vhost], options) as queues,
+        queues.subscribe("outbox", recorder, prefetch=50, window=50),
+    ):
+        await queues.publish([mail(0)])
+        await recorder.until(lambda recorder: recorder.tags == [0])
+        for tag in range(1, total):
+            if tag % 3 == 0:
+                # Some leases are settled before the connection ends, and some are still held.
+                for lease in recorder.leases[1:]:
+                    await queues.ack([Settlement(lease)])
+                    settled.append(tag_of(lease))
+                del recorder.leases[1:]
+                await trio.to_thread.run_sync(broker.close_connections)
+            async with channel_to(vhost) as channel:
+                document = mail(tag).message.to_json()
+                await send(channel, "outbox", document, message_id="campaign-7")
+        with trio.fail_after(20):
+            while len({0, *settled}) < total:
+                for lease in recorder.leases[1:]:
+                    await queues.ack([Settlement(lease)])
+                    settled.append(tag_of(lease))
+                del recorder.leases[1:]
+                with trio.move_on_after(0.05):
+                    await recorder.news.wait()

@@ -20,6 +20,7 @@ from mailerq.queues.rabbitmq.coding import (
     encode,
     header,
     identity_of,
+    is_named,
     priority_of,
 )
 
@@ -76,9 +77,18 @@ def test_a_due_time_that_is_none_of_ours_is_ignored(value: object) -> None:
 
 
 def test_a_copy_without_an_id_is_known_by_its_bytes() -> None:
-    assert identity_of(header("id"), b"x") == "id"
+    ours = f"{16 * 'a'}.1f"
+    assert identity_of(header(ours), b"x") == ours
     bare = spec.BasicProperties()
     assert identity_of(bare, b"x") == identity_of(bare, b"x") != identity_of(bare, b"y")
+
+
+def test_messages_to_which_a_sender_gives_one_id_are_told_apart() -> None:
+    one, other = (identity_of(header("campaign"), body) for body in (b"x", b"y"))
+    assert one != other
+    assert one == identity_of(header("campaign"), b"x")
+    assert is_named(one)
+    assert not is_named(identity_of(spec.BasicProperties(), b"x"))
 
 
 @pytest.mark.parametrize(("priority", "expected"), [(3, 3), (-5, 0), (999, 255), ("x", 0)])
