@@ -352,6 +352,14 @@ class RemoteQueues(Queues):
         """Why nothing can be published now, for people; None if it can."""
 
     @abstractmethod
+    async def publish(self, publications: Sequence[Publication], *, again: bool = False) -> None:
+        """Do as `Queues.publish`.
+
+        What was accepted before comes `again`, and may be somewhat larger than what is new: it
+        grows by its results.
+        """
+
+    @abstractmethod
     def give_up(self) -> None:
         """Have the calls of `publish` and `ack` that wait for a confirmation raise `QueueError`."""
 

@@ -88,7 +88,8 @@ class Mover:
             if not entries:
                 return
             try:
-                await self._broker.publish([self._publication(entry) for entry in entries])
+                publications = [self._publication(entry) for entry in entries]
+                await self._broker.publish(publications, again=True)
             except MessageError:
                 entries = await self._move_one_by_one(line, entries)
             await self.reserve.remove(line, entries)
@@ -123,7 +124,7 @@ class Mover:
         moved = []
         for entry in entries:
             try:
-                await self._broker.publish([self._publication(entry)])
+                await self._broker.publish([self._publication(entry)], again=True)
             except MessageError as error:
                 log.error(
                     "message %d of the queue %s stays in %s, the broker cannot take it: %s",

@@ -263,13 +263,15 @@ class FallbackQueues(Queues):
         publications: Sequence[Publication],
         failure: QueueError | None,
         settled: Lost = tuple,
+        *,
+        again: bool = False,
     ) -> None:
         """Publish at the broker or in the reserve; on the loop of this object."""
         if failure is None and not settled():
             await self._wait_for_few(publications)
             if not self._is_slow(publications):
                 try:
-                    await self.broker.publish(publications)
+                    await self.broker.publish(publications, again=again)
                 except QueueError as error:
                     failure = error
                 else:
@@ -285,7 +287,7 @@ class FallbackQueues(Queues):
             if why is not None:
                 raise QueueError(f"{why}; {error}" if self.limit else str(why)) from None
             # The broker is there: better out of order than not at all.
-            await self.broker.publish(publications)
+            await self.broker.publish(publications, again=again)
             return
         self._records = self._records or bool(settled())
         if failure is not None and self.broker.trouble is None:
@@ -466,7 +468,7 @@ class FallbackQueues(Queues):
 
         async def publish(lost: Lost) -> None:
             if publications or (lost() and self.limit):
-                await self._keep(publications, None, lost if self.limit else tuple)
+                await self._keep(publications, None, lost if self.limit else tuple, again=True)
 
         await self.broker.settle(settlements, publish)
 

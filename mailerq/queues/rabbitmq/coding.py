@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
@@ -22,9 +24,11 @@ from mailerq.message import Message, check_nesting
 __all__ = [
     "DIGEST",
     "REASON",
+    "decode",
+    "decode_soon",
     "due_of",
     "encode",
-    "decode",
+    "encoding_of",
     "header",
     "identity_of",
     "in_thread",
@@ -54,6 +58,15 @@ SMALL_BYTES: Final = 1 << 18
 
 GZIP: Final = 16 + zlib.MAX_WBITS
 GZIP_LEVEL: Final = 1
+BEST_LEVEL: Final = 9
+MAGIC: Final = b"\x1f\x8b"
+
+MAX_RATIO: Final = 250
+"""How much larger a document may be than its gzip, which can be 1032. Mail reaches some 50."""
+
+RATIO_BYTES: Final = 4 << 20
+"""A smaller document may have any ratio."""
+
 MAX_PRIORITY: Final = 255
 LAST_DUE: Final = 1 << 62
 
@@ -65,22 +78,42 @@ async def in_thread(size: int, work: Callable[[], T]) -> T:
     return await trio.to_thread.run_sync(work)
 
 
-def encode(message: Message, *, compress: bool = False) -> bytes:
-    """The document of a message. Raises `MessageError` if there can be none."""
+def encode(
+    message: Message, *, compress: bool = False, most: int = MAX_BYTES, squeeze: bool = False
+) -> bytes:
+    """The document of a message, of up to `most` bytes. Raises `MessageError` if there is none.
+
+    A larger one is compressed if the caller can `squeeze` it: a document that came compressed must
+    not be too large on its way back. `encoding_of` tells the two forms apart.
+    """
     try:
         data = message.to_json()
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise MessageError(f"a message cannot be written as JSON: {error}") from None
     check_nesting(message.properties, data)
+    plain = data
     if compress:
-        packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, GZIP)
-        data = packer.compress(data) + packer.flush()
-    if len(data) > MAX_BYTES:
+        data = _pack(plain, GZIP_LEVEL)
+    if len(data) > most and squeeze:
+        data = _pack(plain, GZIP_LEVEL)
+        if len(data) > most:
+            data = _pack(plain, BEST_LEVEL)
+    if len(data) > most:
         raise MessageTooLarge(
             f"a message of {len(data)} bytes is more than RabbitMQ takes; with a storage-address,"
             " the bodies of such messages are kept outside"
         )
     return data
+
+
+def _pack(data: bytes, level: int) -> bytes:
+    packer = zlib.compressobj(level, zlib.DEFLATED, GZIP)
+    return packer.compress(data) + packer.flush()
+
+
+def encoding_of(data: bytes) -> str | None:
+    """The content encoding of what `encode` has made: no JSON begins as gzip does."""
+    return "gzip" if data.startswith(MAGIC) else None
 
 
 def decode(body: bytes, encoding: str | None) -> Message:
@@ -89,10 +122,22 @@ def decode(body: bytes, encoding: str | None) -> Message:
         case "gzip":
             body = _unpack(body)
         case "" | "identity" | "utf-8" | "utf8":  # some clients put the character set here
-            pass
+            if len(body) > MAX_DOCUMENT:
+                raise MessageError(f"a message of {len(body)} bytes is too large")
         case other:
             raise MessageError(f"the content encoding {other[:40]!a} is not known")
     return Message.from_json(body)
+
+
+async def decode_soon(body: bytes, encoding: str | None) -> Message:
+    """Read a document as `decode` does, in a thread if it is large, or may be when unpacked."""
+    size = len(body)
+    if (encoding or "").lower() == "gzip" and size <= SMALL_BYTES:
+        with suppress(zlib.error):
+            unpacker = zlib.decompressobj(GZIP)
+            size = len(unpacker.decompress(body, SMALL_BYTES))
+            size += not unpacker.eof
+    return await in_thread(size, partial(decode, body, encoding))
 
 
 def _unpack(data: bytes) -> bytes:
@@ -104,6 +149,8 @@ def _unpack(data: bytes) -> bytes:
     if not unpacker.eof:
         problem = "is too large" if unpacker.unconsumed_tail else "ends early"
         raise MessageError(f"the gzip of the message {problem}")
+    if len(unpacked) > max(MAX_RATIO * len(data), RATIO_BYTES):
+        raise MessageError(f"the gzip of the message is more than {MAX_RATIO} times as large")
     return unpacked
 
 

@@ -26,6 +26,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, cast
 
 import pika
@@ -97,7 +98,8 @@ class Declared(NamedTuple):
     consumers: int
 
 
-class Delivery(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Delivery:
     """A message that came from a queue, until it is acknowledged on its channel."""
 
     channel: Channel
@@ -105,6 +107,8 @@ class Delivery(NamedTuple):
     redelivered: bool
     properties: spec.BasicProperties
     body: bytes
+    identity: str = ""
+    """What takers know the message by, once they have found out."""
 
 
 @asynccontextmanager

@@ -57,7 +57,16 @@ from mailerq.queues.interface import (
     Subscription,
 )
 from mailerq.queues.rabbitmq.addresses import Address
-from mailerq.queues.rabbitmq.coding import encode, header, in_thread, is_named, priority_of
+from mailerq.queues.rabbitmq.coding import (
+    MAX_BYTES,
+    MAX_DOCUMENT,
+    encode,
+    encoding_of,
+    header,
+    in_thread,
+    is_named,
+    priority_of,
+)
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.keeper import Keeper, State
 from mailerq.queues.rabbitmq.options import Options
@@ -72,12 +81,11 @@ from mailerq.queues.rabbitmq.takers import (
 )
 from mailerq.queues.rabbitmq.topology import DELAYS, Topology, name_problem, step_for
 from mailerq.queues.rabbitmq.upkeep import (
-    MAX_INDEX,
     Trimmer,
     depth_of,
     hasten,
-    keys_of,
     purge,
+    read_keys,
     ready,
 )
 
@@ -95,6 +103,9 @@ PARK_SECONDS: Final = 10.0
 
 UNPARKED_SECONDS: Final = 10.0
 """How long mail waits that cannot be parked yet."""
+
+ROOM_BYTES: Final = 1 << 20
+"""What a document may grow by before it is published again."""
 
 MAX_SETTLED: Final = 100_000
 """Settled messages to remember that could not be acknowledged."""
@@ -293,20 +304,23 @@ class RabbitQueues(RemoteQueues):
         if problem is not None:
             raise MessageError(f"the queue name {ascii(queue)[:80]} {problem}")
 
-    @property
-    def encoding(self) -> str | None:
-        """The content encoding of what is published."""
-        return "gzip" if self.options.compress else None
+    async def encode(self, message: Message, *, again: bool = False) -> bytes:
+        """The document of a message, or of one that was accepted before and goes out `again`.
 
-    async def encode(self, message: Message) -> bytes:
-        """The document of a message. Raises `MessageError`."""
-        work = partial(encode, message, compress=self.options.compress)
+        Raises `MessageError`.
+        """
+        most = MAX_BYTES
+        if again and self.topology.version < (4,):
+            most = MAX_DOCUMENT
+        elif self.options.compress and not again:
+            most -= ROOM_BYTES
+        work = partial(encode, message, compress=self.options.compress, most=most, squeeze=again)
         return await in_thread(len(message.body or b""), work)
 
-    async def publish(self, publications: Sequence[Publication]) -> None:
+    async def publish(self, publications: Sequence[Publication], *, again: bool = False) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         publications = await self._store(publications)
-        bodies = await self._prepare(publications)
+        bodies = await self._prepare(publications, again=again)
         await self._home.run(partial(self._publish, publications, bodies))
 
     async def _store(self, publications: Sequence[Publication]) -> Sequence[Publication]:
@@ -316,11 +330,15 @@ class RabbitQueues(RemoteQueues):
             return publications
         return await self._home.run(partial(storing.store, publications, now=self.clock()))
 
-    async def _prepare(self, publications: Sequence[Publication]) -> list[bytes]:
+    async def _prepare(
+        self, publications: Sequence[Publication], *, again: bool = False
+    ) -> list[bytes]:
         for publication in publications:
             self._check_name(publication.queue)
         try:
-            return [await self.encode(publication.message) for publication in publications]
+            return [
+                await self.encode(publication.message, again=again) for publication in publications
+            ]
         except MessageTooLarge as error:
             if self._storing is None or self._storing.terms.policy == "none":
                 raise
@@ -358,7 +376,7 @@ class RabbitQueues(RemoteQueues):
             delay,
             due=due,
             priority=priority_of(publication.message),
-            encoding=self.encoding,
+            encoding=encoding_of(body),
         )
 
     def _copy_to(
@@ -400,7 +418,7 @@ class RabbitQueues(RemoteQueues):
             each for one in settlements for each in (*one.publications, *one.others)
         ]
         publications = await self._store(publications)
-        bodies = await self._prepare(publications)
+        bodies = await self._prepare(publications, again=True)
 
         async def publish(lost: Lost) -> None:
             if publications:
@@ -555,8 +573,8 @@ class RabbitQueues(RemoteQueues):
     async def _moved_copy(self, queue: str, move: Move, identity: str = "") -> Copy:
         origin = move.origin
         if isinstance(origin, BrokerLease):
-            body = await self.encode(origin.restored())
-            priority, encoding = origin.priority, self.encoding
+            body = await self.encode(origin.restored(), again=True)
+            priority, encoding = origin.priority, encoding_of(body)
         else:
             body, encoding = origin.body, origin.properties.content_encoding
             priority = origin.properties.priority or 0
@@ -594,8 +612,7 @@ class RabbitQueues(RemoteQueues):
         """
         index = Place(*self.topology.index(queue))
         await self.publisher.declare(index)
-        entries, _ = await channel.fetch(index.name, MAX_INDEX)
-        keys = keys_of(entries)
+        entries, keys = await read_keys(channel, index.name)
         found = [key for key in keys if await self._is_parked(queue, key)]
         if len(found) < len(keys):
             # A quorum queue does not count what the process before has just let go.

@@ -20,6 +20,7 @@ from mailerq.queues.rabbitmq.takers import (
     GROUP,
     HOLD_SECONDS,
     MAX_BYTES,
+    MOST_BYTES,
     BrokerLease,
     Move,
     Taker,
@@ -45,6 +46,9 @@ LOOK_SECONDS: Final = 0.02
 INDEX_AGAIN_SECONDS: Final = float(PARKED_SECONDS)
 
 INDEX_LOOK_SECONDS: Final = 300.0
+
+HELD_BYTES: Final = 64 << 20
+"""Bytes of unpacked messages that are held back. More are parked at once."""
 
 MAX_SORTING: Final = 200
 """Messages beyond the prefetch that a subscription may have, to sort them."""
@@ -103,6 +107,7 @@ class BrokerSubscription(Taker, Subscription):
         self._window = window
         self._hold_seconds = hold_seconds
         self._held_back: deque[tuple[float, Delivery, Message, str]] = deque()
+        self._held_bytes = 0
         self._gets: Channel | None = None
         self._look = trio.Event()
 
@@ -128,6 +133,7 @@ class BrokerSubscription(Taker, Subscription):
         """Forget what is delivered once more, and have the list of destinations read."""
         await super().begin(connection)
         self._held_back.clear()
+        self._held_bytes = 0
         for destination in self.destinations.values():
             destination.parking = 0
             destination.parked.set()
@@ -218,8 +224,7 @@ class BrokerSubscription(Taker, Subscription):
                 self._destination(key).held += 1
                 waited.append(self.lease(delivery, message, key))
             elif not self._place(delivery, message, key, arrived):
-                until = trio.current_time() + self._hold_seconds
-                self._held_back.append((until, delivery, message, key))
+                self._hold_back(delivery, message, key)
         if arrived and not self.closed:
             self._receiver.arrived(arrived)
         if waited and not self.closed:
@@ -227,6 +232,16 @@ class BrokerSubscription(Taker, Subscription):
         if self.inbox and not self.closed:
             self.notice()
             await trio.lowlevel.checkpoint()
+
+    def _hold_back(self, delivery: Delivery, message: Message, key: str) -> None:
+        """Keep a message for room in memory, unless such messages take much of that themselves."""
+        size = len(message.body or b"")
+        if self._held_bytes + size > HELD_BYTES:
+            self._park(delivery, key)
+            return
+        self._held_bytes += size
+        until = trio.current_time() + self._hold_seconds
+        self._held_back.append((until, delivery, message, key))
 
     def _sort_held_back(self, arrived: list[BrokerLease]) -> None:
         now = trio.current_time()
@@ -237,6 +252,7 @@ class BrokerSubscription(Taker, Subscription):
             elif not self._place(delivery, message, key, arrived):
                 return
             self._held_back.popleft()
+            self._held_bytes -= len(message.body or b"")
 
     def _place(
         self, delivery: Delivery, message: Message, key: str, arrived: list[BrokerLease]
@@ -389,6 +405,8 @@ class BrokerSubscription(Taker, Subscription):
         dealt = 0
         try:
             for delivery in deliveries:
+                if leases and self.bytes > MOST_BYTES:
+                    break  # unpacked, messages may need much more memory
                 self.bytes += len(delivery.body)
                 message = await self.open(delivery)
                 dealt += 1
@@ -396,6 +414,9 @@ class BrokerSubscription(Taker, Subscription):
                     found.held += 1
                     leases.append(self.lease(delivery, message, found.key, parked=True))
             self.check_open()
+            for delivery in deliveries[dealt:]:
+                found.backlog, found.returned = True, trio.current_time()
+                gets.nack(delivery.tag)
         except BaseException:
             found.backlog = True
             for lease in leases:

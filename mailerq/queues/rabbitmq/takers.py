@@ -14,8 +14,10 @@ what comes by destination, message by message:
 - A message that has waited for its time goes to the receiver (`Receiver.waited`) if it finds room
   in memory, whatever else waits for its destination: its host is asked anew.
 
-Large messages count too: with more than `MAX_BYTES` the consumer ends, and begins again with a
-smaller prefetch when half of them have gone. What comes beyond `MOST_BYTES` goes back at once.
+Large messages count too, as large as they are when unpacked: with more than `MAX_BYTES` the
+consumer ends, and begins again with a smaller prefetch when half of them have gone. What comes
+beyond `MOST_BYTES` goes back at once. With `HELD_BYTES` held back, further messages without room
+are parked at once.
 
 So nothing stays unacknowledged for a wait, and mail that waits costs nothing here, except one
 `Destination` for each destination with parked mail. The list of these destinations is in the broker
@@ -32,6 +34,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -39,7 +42,7 @@ import trio
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message, decode_properties, encode_properties
 from mailerq.queues.interface import DAMAGED_QUEUE, Consumer, Lease
-from mailerq.queues.rabbitmq.coding import decode, due_of, identity_of, in_thread, is_named
+from mailerq.queues.rabbitmq.coding import decode_soon, due_of, identity_of, in_thread, is_named
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection, Delivery
 
 if TYPE_CHECKING:
@@ -135,10 +138,7 @@ class Move:
 
     @property
     def identity(self) -> str:
-        origin = self.origin
-        if isinstance(origin, BrokerLease):
-            return origin.identity
-        return identity_of(origin.properties, origin.body)
+        return self.origin.identity
 
 
 class Taker:
@@ -192,6 +192,8 @@ class Taker:
     @property
     def is_heavy(self) -> bool:
         """Whether no more messages fit into memory."""
+        if self.bytes > MOST_BYTES:
+            return True
         return self.bytes > MAX_BYTES and self.unsettled >= self.queues.options.min_qos
 
     @property
@@ -385,25 +387,26 @@ class Taker:
 
     async def open(self, delivery: Delivery) -> Message | None:
         """The message of a delivery; None if the delivery is dealt with already."""
-        queues = self.queues
-        identity = identity_of(delivery.properties, delivery.body)
+        queues, size = self.queues, len(delivery.body)
+        work = partial(identity_of, delivery.properties, delivery.body)
+        delivery.identity = identity = await in_thread(size, work)
+        if not delivery.channel.is_open:
+            self.bytes -= size
+            return None  # it comes again
         known = queues.by_identity.get(identity)
         if known is not None and known.is_stale and known.queue == self.queue:
             known.channel, known.tag = delivery.channel, delivery.tag
-            self.bytes -= len(delivery.body)
+            self.bytes -= size
             return None
         if queues.was_settled(identity, delivery) or queues.is_second(identity):
             delivery.channel.ack(delivery.tag)
-            self.bytes -= len(delivery.body)
+            self.bytes -= size
             return None
         try:
-            return await in_thread(
-                len(delivery.body),
-                lambda: decode(delivery.body, delivery.properties.content_encoding),
-            )
+            return await decode_soon(delivery.body, delivery.properties.content_encoding)
         except MessageError as error:
             if self.queue == DAMAGED_QUEUE:
-                self.bytes -= len(delivery.body)
+                self.bytes -= size
                 return None  # it stays where it is
             log.error("a message of the queue %s is set aside: %s", self.queue, error)
             self.start_move(Move(delivery, reason=str(error)))
@@ -431,7 +434,7 @@ class Taker:
             taker=self,
             channel=delivery.channel,
             tag=delivery.tag,
-            identity=identity_of(delivery.properties, delivery.body),
+            identity=delivery.identity,
             priority=delivery.properties.priority or 0,
             parked=parked,
             kept=(properties, message.body),
@@ -473,6 +476,8 @@ class BrokerConsumer(Taker, Consumer):
 
     async def sort(self) -> None:
         while self.inbox and not self.closed:
+            if self._ready and self.bytes > MOST_BYTES:
+                return  # unpacked, messages may need much more memory
             delivery = self.inbox[0]
             message = await self.open(delivery)
             if self._has_lost(delivery):

@@ -8,9 +8,8 @@ process ends.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -18,7 +17,7 @@ import trio
 from mailerq.errors import MessageError
 from mailerq.message import Message
 from mailerq.queues.interface import Depth
-from mailerq.queues.rabbitmq.coding import decode, header, in_thread
+from mailerq.queues.rabbitmq.coding import decode, decode_soon, encoding_of, header
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.options import Bound
 from mailerq.queues.rabbitmq.publisher import Copy
@@ -33,10 +32,10 @@ __all__ = [
     "channel_of",
     "depth_of",
     "hasten",
-    "keys_of",
     "parked_keys",
     "purge",
     "read_head",
+    "read_keys",
     "ready",
 ]
 
@@ -44,6 +43,12 @@ log = logging.getLogger("mailerq.queues")
 
 MAX_INDEX: Final = 50_000
 """Entries of an index to read at a time; a prefetch has 16 bits."""
+
+MAX_ENTRY: Final = 2000
+"""Bytes of an entry of an index; a longer one is not ours."""
+
+TURN_ENTRIES: Final = 500
+"""Entries read in one turn of the loop."""
 
 READ_MESSAGES: Final = 1000
 """Messages shown together."""
@@ -125,17 +130,20 @@ async def hasten(queues: RabbitQueues, queue: str) -> int:
                 if not deliveries:
                     break
                 left -= len(deliveries)
-                moved = []
-                for each in deliveries:
-                    copy = await _hastened(queues, queue, each)
-                    if copy is None:
-                        kept.append(each.tag)
-                    else:
-                        moved.append((each.tag, copy))
-                await queues.publisher.publish([copy for _, copy in moved])
-                for tag, _ in moved:
-                    channel.ack(tag)
-                count += len(moved)
+                while deliveries:
+                    moved, size = [], 0
+                    while deliveries and size <= MOST_BYTES:
+                        each = deliveries.pop(0)
+                        copy = await _hastened(queues, queue, each)
+                        if copy is None:
+                            kept.append(each.tag)
+                        else:
+                            moved.append((each.tag, copy))
+                            size += len(copy.body)
+                    await queues.publisher.publish([copy for _, copy in moved])
+                    for tag, _ in moved:
+                        channel.ack(tag)
+                    count += len(moved)
             for tag in kept:  # not before, or they would be fetched again
                 channel.nack(tag)
     return count
@@ -145,19 +153,19 @@ async def _hastened(queues: RabbitQueues, queue: str, delivery: Delivery) -> Cop
     """A copy of a retry that may go now; None for other mail."""
     encoding = delivery.properties.content_encoding
     try:
-        message = await in_thread(len(delivery.body), partial(decode, delivery.body, encoding))
+        message = await decode_soon(delivery.body, encoding)
         results = message.properties.get("results")
         if not isinstance(results, list) or not results:
             return None
         message.properties.pop("delayed", None)
-        body = await queues.encode(message)
+        body = await queues.encode(message, again=True)
     except MessageError:
         return None  # it is set aside when its time has come
     properties = header(
         queues.publisher.identity(),
         priority=delivery.properties.priority or 0,
         due=queues.clock(),
-        encoding=queues.encoding,
+        encoding=encoding_of(body),
         now=queues.clock(),
     )
     return Copy(queues.place(queue), body, properties)
@@ -172,19 +180,26 @@ async def parked_keys(queues: RabbitQueues, queue: str) -> list[str]:
     async with channel_of(queues) as channel:
         if await queues.publisher.look(name) is None:
             return []
-        entries, _ = await channel.fetch(name, MAX_INDEX)
-        return keys_of(entries)
+        return (await read_keys(channel, name))[1]
 
 
-def keys_of(entries: Iterable[Delivery]) -> list[str]:
-    """The destinations in entries of the list of those with parked mail, once each."""
+async def read_keys(channel: Channel, index: str) -> tuple[list[Delivery], list[str]]:
+    """Fetch the entries of the list of destinations with parked mail, and the destinations in them.
+
+    Raises `BrokerError`.
+    """
+    entries, _ = await channel.fetch(index, MAX_INDEX, MOST_BYTES)
     keys: dict[str, None] = {}
-    for entry in entries:
-        with suppress(MessageError):  # not ours
+    for number, entry in enumerate(entries):
+        if number % TURN_ENTRIES == 0:
+            await trio.lowlevel.checkpoint()
+        if len(entry.body) > MAX_ENTRY:
+            continue  # not ours
+        with suppress(MessageError):
             key = decode(entry.body, None).properties.get("destination")
             if isinstance(key, str):
                 keys[key] = None
-    return list(keys)
+    return entries, list(keys)
 
 
 async def read_head(
@@ -208,15 +223,19 @@ async def read_head(
             if not deliveries:
                 return
             left -= len(deliveries)
-            messages, readable = [], []
-            for each in deliveries:
-                with suppress(MessageError):
-                    messages.append(decode(each.body, each.properties.content_encoding))
-                    readable.append(each)
-            show(messages)
-            if remove:
-                for each in readable:
-                    channel.ack(each.tag)
+            while deliveries:
+                messages, readable, size = [], [], 0
+                while deliveries and size <= MOST_BYTES:
+                    each = deliveries.pop(0)
+                    with suppress(MessageError):
+                        message = await decode_soon(each.body, each.properties.content_encoding)
+                        messages.append(message)
+                        readable.append(each)
+                        size += len(message.body or b"")
+                show(messages)
+                if remove:
+                    for each in readable:
+                        channel.ack(each.tag)
 
 
 class Trimmer:
@@ -261,7 +280,7 @@ class Trimmer:
                     since = each.properties.timestamp
                     is_old = isinstance(since, int) and 0 < since < before
                     if (gone < excess or is_old) and not (
-                        bound.reports_only and _is_mail(each.body, each.properties.content_encoding)
+                        bound.reports_only and await _is_mail(each)
                     ):
                         channel.ack(each.tag)
                         gone += 1
@@ -274,9 +293,10 @@ class Trimmer:
         return removed
 
 
-def _is_mail(body: bytes, encoding: str | None) -> bool:
+async def _is_mail(delivery: Delivery) -> bool:
+    await trio.lowlevel.checkpoint()
     try:
-        message = decode(body, encoding)
+        message = await decode_soon(delivery.body, delivery.properties.content_encoding)
     except MessageError:
         return True  # nothing that we wrote
     return message.body is not None or "key" in message.properties

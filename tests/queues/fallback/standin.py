@@ -64,7 +64,7 @@ class StandIn(RemoteQueues):
         self._given_up.set()
         self._given_up = trio.Event()
 
-    async def publish(self, publications: Sequence[Publication]) -> None:
+    async def publish(self, publications: Sequence[Publication], *, again: bool = False) -> None:
         for publication in publications:
             self.check(publication)
         for publication in publications:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import threading
+import zlib
 from contextlib import suppress
 from typing import Any
 
@@ -11,13 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pika import spec
 
-from mailerq.errors import MessageError
+from mailerq.errors import MessageError, MessageTooLarge
 from mailerq.message import Message
 from mailerq.queues.rabbitmq.coding import (
     MAX_BYTES,
+    SMALL_BYTES,
     decode,
+    decode_soon,
     due_of,
     encode,
+    encoding_of,
     header,
     identity_of,
     is_named,
@@ -94,3 +100,45 @@ def test_messages_to_which_a_sender_gives_one_id_are_told_apart() -> None:
 @pytest.mark.parametrize(("priority", "expected"), [(3, 3), (-5, 0), (999, 255), ("x", 0)])
 def test_a_priority_fits_a_broker(priority: object, expected: int) -> None:
     assert priority_of(Message(json.loads(json.dumps({"priority": priority})))) == expected
+
+
+def test_a_document_that_is_too_large_as_it_is_goes_out_compressed() -> None:
+    message = Message({"recipient": "r@a.test"}, b"a line of text\r\n" * 1_200_000)
+    with pytest.raises(MessageTooLarge):
+        encode(message)
+    data = encode(message, squeeze=True)
+    assert len(data) < MAX_BYTES
+    assert encoding_of(data) == "gzip"
+    again = decode(data, encoding_of(data))
+    assert (again.properties, again.body) == (message.properties, message.body)
+    assert encoding_of(encode(Message({}, b"x"), squeeze=True)) is None
+    with pytest.raises(MessageTooLarge):
+        encode(message, most=1000, squeeze=True)
+
+
+def test_a_bomb_is_refused_at_a_ratio() -> None:
+    bomb = gzip.compress(b'{"mime":"' + 20_000_000 * b"a" + b'"}', mtime=0)
+    with pytest.raises(MessageError, match="more than 250 times"):
+        decode(bomb, "gzip")
+    small = gzip.compress(b'{"mime":"' + 2_000_000 * b"a" + b'"}', mtime=0)
+    assert len(decode(small, "gzip").body or b"") == 2_000_000
+
+
+@pytest.mark.parametrize("size", [100, SMALL_BYTES - 11, SMALL_BYTES - 10, 3_000_000])
+async def test_what_is_large_when_unpacked_takes_a_thread(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    unpack = zlib.decompressobj
+
+    def counted(bits: int) -> Any:
+        threads.append(threading.get_ident())
+        return unpack(bits)
+
+    monkeypatch.setattr(zlib, "decompressobj", counted)
+    body = gzip.compress(b'{"mime":"' + size * b"a" + b'"}', mtime=0)
+    message = await decode_soon(body, "GZIP")
+    assert len(message.body or b"") == size
+    assert (threads[-1] != threading.get_ident()) == (size + 11 > SMALL_BYTES)
+    with pytest.raises(MessageError, match="not gzip"):
+        await decode_soon(b"junk", "gzip")
