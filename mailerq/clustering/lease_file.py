@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from mailerq.queues.locks import FileLock, Held
+from mailerq.queues.locks import Lead
 from mailerq.rules.cluster import Here
 from mailerq.rules.leases import Lease
 
@@ -51,53 +51,54 @@ class LeaseFile:
     """The file of a queue directory. The methods block for some microseconds."""
 
     def __init__(self, directory: str) -> None:
+        self.is_damaged = False
+        """The file is there, and nobody knows what it said."""
         self._path = os.path.join(directory, FILE_NAME)
-        self._lock_path = os.path.join(directory, LOCK_NAME)
-        self._lock: FileLock | None = None
+        self._lead = Lead(os.path.join(directory, LOCK_NAME))
         self._seen: tuple[int, int, int] | None = None
-        self._failed = False
+        self._said: dict[str, str] = {}
+        self._synced: set[str] | None = None
         with open(BOOT_FILE, encoding="ascii") as file:
             self._boot = file.read().strip()
 
     def lead(self) -> bool:
         """Whether this process is the one that belongs to the cluster, from now on."""
         try:
-            if self._lock is not None:
-                self._lock.check()
-                return True
-        except OSError:
-            self._lock = None  # a plugin has closed the file
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._lock = FileLock(os.open(self._lock_path, flags, 0o600))
-        except Held:
-            return False
+            leads = self._lead.take()
         except OSError as error:
-            self._say(f"{self._lock_path} cannot be locked: {error.strerror or error}")
+            self._say(
+                self._lead.path,
+                f"cannot be locked: {error.strerror or error}. This instance does not belong to the"
+                " cluster, and mail from addresses that others have too waits",
+            )
             return False
-        return True
+        self._said.pop(self._lead.path, None)
+        return leads
 
     def write(self, state: State) -> None:
         """Replace what the file says."""
         path = f"{self._path}.new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         state.boot = self._boot
+        rivals = set(state.rivals)
         try:
-            file = os.open(path, flags, 0o640)
-            try:
-                os.write(file, _encode(state))
-            finally:
-                os.close(file)
+            with open(os.open(path, flags, 0o640), "wb") as file:
+                file.write(_encode(state))
+                if rivals != self._synced:
+                    # Which addresses others have must survive a power cut, and changes seldom.
+                    file.flush()
+                    os.fsync(file.fileno())
             os.rename(path, self._path)
         except OSError as error:
-            self._say(f"{self._path} cannot be written: {error.strerror or error}")
+            self._say(self._path, f"cannot be written: {error.strerror or error}")
         else:
-            self._failed = False
+            self._synced = rivals
+            self._said.pop(self._path, None)
 
-    def _say(self, text: str) -> None:
-        if not self._failed:
-            self._failed = True
-            log.error("%s", text)
+    def _say(self, path: str, text: str) -> None:
+        if self._said.get(path) != text:
+            self._said[path] = text
+            log.error("%s %s", path, text)
 
     def read(self) -> State | None:
         """What the file says, if that is new. Leases of an earlier boot are left out."""
@@ -111,19 +112,22 @@ class LeaseFile:
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError) as error:
-            self._say(f"{self._path} cannot be read: {error}")
+            self.is_damaged = True
+            self._say(
+                self._path,
+                f"cannot be read: {error}. Other instances may have each of our addresses, so mail"
+                " waits until this one has their locks",
+            )
             return None
-        self._seen = identity
+        self._seen, self.is_damaged = identity, False
         if state.boot != self._boot:
             state.leases, state.held, state.others, state.knows = {}, [], [], False
         return state
 
     def close(self) -> None:
         """Leave the cluster to another process."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            with suppress(OSError):
-                lock.close()
+        with suppress(OSError):
+            self._lead.close()
 
 
 def follow(leases: dict[str, Lease], told: Mapping[str, tuple[int, int, bool]]) -> list[str]:

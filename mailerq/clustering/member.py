@@ -67,6 +67,7 @@ MIN_HELLO: Final = SECOND // 5
 LEARN: Final = 3 * SECOND
 """All other instances have announced themselves this long after the connection was opened."""
 
+NEWS_PER_MINUTE: Final = 100
 MAX_ASKED: Final = 16
 LOCKS_AT_A_TIME: Final = 8
 STOP_SECONDS: Final = 1.0
@@ -169,13 +170,18 @@ class Cluster:
         self._owner = Ownership(name)
         self._owner.leases = self.leases
         self._takes = ""
-        self._told: tuple[Sequence[Here], Collection[str]] = (), ()
+        self._told: Collection[str] = ()
+        """The addresses that the process which leads owns, for one that follows."""
         self._told_all = False
         self._open_since = 0
         self._valid: set[str] = set()
         self._rate = _Rate()
         self._ration = Ration()
         self._say_foreign = LogRation(log.warning, 1, "%d documents more that are none of ours")
+        self._say_news = LogRation(log.info, NEWS_PER_MINUTE, "cluster: %d news more of instances")
+        self._say_silent = LogRation(
+            log.warning, NEWS_PER_MINUTE, "%d instances more are silent: they count as gone"
+        )
         self._rows = RowSync(name, keeper, self._send, clock)
         self._asked: deque[AskRows] = deque()
         self._asking = trio.Event()
@@ -192,10 +198,13 @@ class Cluster:
         self._owner.rivals = dict(state.rivals)
         self.leads = self._file.lead()
         self._keeper.take_changes()  # of earlier runs
-        if self.leads:
-            await self._look_at_addresses()
-        else:
+        if not self.leads and state.leases:
             follow(self.leases, state.leases)
+            return
+        # Without a word of the process that leads, an address that others may have is not used.
+        await self._look_at_addresses()
+        if self._file.is_damaged:
+            self._owner.heard(tuple(self.leases), self._wall())
 
     async def run(self) -> None:
         """Belong to the cluster, or follow the process that does, until cancelled."""
@@ -204,6 +213,7 @@ class Cluster:
             self._follow()
             if self._file.lead():
                 self.leads = True
+                self._members = Members(self.name, self._run)  # not those of another process
                 await self._look_at_addresses()
         link = self._link
         link.on_open, link.on_lost = self._opened, self._lost
@@ -215,7 +225,8 @@ class Cluster:
                     self._nursery.start_soon(task)
                 await self._tick()
         finally:
-            self._say_foreign.flush()
+            for ration in (self._say_foreign, self._say_news, self._say_silent):
+                ration.flush()
 
     async def stop(self) -> None:
         """Give up all addresses, and tell the others that this instance stops."""
@@ -238,7 +249,10 @@ class Cluster:
     def _follow(self) -> None:
         state = self._file.read()
         if state is not None:
-            self._told, self._told_all = (state.others, state.held), state.knows
+            self._told, self._told_all = set(state.held), state.knows
+            self._members = Members(self.name, self._run)
+            for here in state.others:
+                self._members.hear(here, 0)
             self._takes = self._facts().takes
             if follow(self.leases, state.leases):
                 self._on_leases()
@@ -251,7 +265,7 @@ class Cluster:
         while True:
             now = self._clock()
             for name in self._members.expire(now):
-                log.warning("instance %s is silent: it counts as gone", name)
+                self._say_silent("instance %s is silent: it counts as gone", name)
                 self._wake.set()
             self._owner.forget(self._wall())
             self._look_at_leases()
@@ -414,11 +428,12 @@ class Cluster:
             case str():
                 self._say_foreign("the exchange of the cluster has %s", document)
             case Here():
+                was_doubled = self._members.is_doubled
                 if news := self._members.hear(document, now):
-                    log.log(
-                        logging.ERROR if self._members.is_doubled else logging.INFO,
-                        "cluster: %s", news,
-                    )  # fmt: skip
+                    if self._members.is_doubled and not was_doubled:
+                        log.error("cluster: %s", news)
+                    else:
+                        self._say_news("cluster: %s", news)
                     self._rows.hurry()
                     self._wake.set()
                 if document.name != self.name:
@@ -432,7 +447,7 @@ class Cluster:
                 if now - self._announced > MIN_HELLO:
                     self._wake.set()
             case RowChanges() | RowPart() | AskRows():
-                ask = self._rows.hear(document, now)
+                ask = self._rows.hear(document, len(data), now)
                 if ask is not None and len(self._asked) < MAX_ASKED:
                     self._asked.append(ask)
                     self._asking.set()
@@ -466,14 +481,8 @@ class Cluster:
 
         None if that is not known now: the message has to wait a little.
         """
-        members, held = self._members, self._owner.held
-        if not self.leads:
-            others, told = self._told
-            members = Members(self.name, self._run)
-            for here in others:
-                members.hear(here, 0)
-            held = set(told)
-        member = members.keeper_of(ips, held, self.leases, self._takes)
+        held = self._owner.held if self.leads else self._told
+        member = self._members.keeper_of(ips, held, self.leases, self._takes)
         if member is not None:
             return member.here.name
         return "" if self._knows_all or any(ip in self.leases for ip in ips) else None

@@ -54,8 +54,9 @@ FEW: Final = 1000
 """Rows of which a part is made at once, without a thread."""
 
 MAX_TALKS: Final = 8
-MAX_GROUPS: Final = 2000
-"""Documents with changes that wait to be written; more are dropped, and asked for later."""
+MAX_WAITING: Final = 32 << 20
+"""Bytes of documents with changes that wait to be written; more are dropped, and asked for later.
+"""
 
 
 class RowKeeper(Protocol):
@@ -99,6 +100,7 @@ class RowSync:
         self._clock = clock
         self._published = keeper.shared.version
         self._groups: deque[tuple[Change, ...]] = deque()
+        self._waiting = 0
         self._part: RowPart | None = None
         self._news = trio.Event()
         self._digest = ""
@@ -135,11 +137,11 @@ class RowSync:
 
     # Those of others
 
-    def hear(self, document: RowChanges | RowPart | AskRows, now: int) -> AskRows | None:
-        """Take in a document; returns a question that `answer` has to answer."""
+    def hear(self, document: RowChanges | RowPart | AskRows, size: int, now: int) -> AskRows | None:
+        """Take in a document of `size` bytes; returns a question that `answer` has to answer."""
         match document:
             case RowChanges() if document.name != self._name:
-                self._add(document.changes)
+                self._add(document.changes, size)
             case RowPart() if document.talk == self._talk and self._talk and self._part is None:
                 self._heard = now
                 self._part = document
@@ -148,11 +150,12 @@ class RowSync:
                 return document
         return None
 
-    def _add(self, changes: tuple[Change, ...]) -> None:
-        if len(self._groups) >= MAX_GROUPS:
+    def _add(self, changes: tuple[Change, ...], size: int) -> None:
+        if self._waiting + size > MAX_WAITING:
             self._say_lost("rows of other instances come faster than they can be written")
             return
         self._groups.append(changes)
+        self._waiting += size
         self._news.set()
 
     async def run(self) -> None:
@@ -162,6 +165,7 @@ class RowSync:
             self._news = trio.Event()
             changes = [change for group in self._groups for change in group]
             self._groups.clear()
+            self._waiting = 0
             if changes:
                 await self._merge(changes)
             if (part := self._part) is not None:

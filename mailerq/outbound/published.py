@@ -29,7 +29,7 @@ from mailerq.net.resolver import Resolver
 from mailerq.outbound.policies import Dane, Policies
 from mailerq.outbound.sts import StsPolicies
 from mailerq.outbound.tls_reports import TlsReports
-from mailerq.queues.locks import FileLock, Held
+from mailerq.queues.locks import Lead
 from mailerq.store.sts_file import StsFile
 from mailerq.store.tls_counts import TlsCounts
 
@@ -82,8 +82,7 @@ class Published:
             clock=clock,
         )
         self.policies = Policies(sts=self.sts, dane=dane, recorder=self.reports)
-        self._path = os.path.join(directory, LOCK_NAME)
-        self._lock: FileLock | None = None
+        self._lead = Lead(os.path.join(directory, LOCK_NAME))
         self._wake = trio.Event()
 
     def reload(self) -> None:
@@ -109,20 +108,10 @@ class Published:
     def _is_mine(self) -> bool:
         """Whether this process does what one process does for all."""
         try:
-            if self._lock is not None:
-                self._lock.check()
-                return True
-        except OSError:
-            self._lock = None  # a plugin has closed the file
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._lock = FileLock(os.open(self._path, flags, 0o600))
-        except Held:
-            return False
+            return self._lead.take()
         except OSError as error:
-            log.error("%s cannot be locked: %s", self._path, error.strerror or error)
+            log.error("%s cannot be locked: %s", self._lead.path, error.strerror or error)
             return False
-        return True
 
     async def command(self, request: Request) -> None:
         """What operators' commands ask of each process; see `mailerq.cli.sts`.
@@ -154,9 +143,7 @@ class Published:
         await self.reports.flush()
         self._sts_file.close()
         self._counts.close()
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            try:
-                lock.close()
-            except OSError as error:
-                log.error("%s: %s", self._path, error.strerror or error)
+        try:
+            self._lead.close()
+        except OSError as error:
+            log.error("%s: %s", self._lead.path, error.strerror or error)

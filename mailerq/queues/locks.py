@@ -7,7 +7,7 @@ import fcntl
 import os
 from typing import Final
 
-__all__ = ["EXCLUSIVE", "SHARED", "FileLock", "Held", "holder_of", "open_directory"]
+__all__ = ["EXCLUSIVE", "SHARED", "FileLock", "Held", "Lead", "holder_of", "open_directory"]
 
 EXCLUSIVE: Final = fcntl.LOCK_EX
 SHARED: Final = fcntl.LOCK_SH
@@ -73,6 +73,38 @@ class FileLock:
             os.close(self.fd)
         finally:
             self.fd = -1
+
+
+class Lead:
+    """The lock of a file that one of several processes has, which does what one does for all."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock: FileLock | None = None
+
+    def take(self) -> bool:
+        """Whether this process leads; it does from the first time on. Raises `OSError`.
+
+        The kernel releases the lock when the process ends, and another one leads.
+        """
+        try:
+            if self._lock is not None:
+                self._lock.check()
+                return True
+        except OSError:
+            self._lock = None  # a plugin has closed the file
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self._lock = FileLock(os.open(self.path, flags, 0o600))
+        except Held:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let another process lead. Raises `OSError` as `FileLock.close` does."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
 
 
 def open_directory(path: str) -> int:

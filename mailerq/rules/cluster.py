@@ -58,7 +58,11 @@ PART_BYTES: Final = 1 << 16
 
 MAX_MEMBERS: Final = 1000
 MAX_IPS: Final = 10_000
+MAX_KNOWN: Final = 50_000
+"""Addresses of all other instances together, those that they own counted twice."""
+
 MAX_NAME: Final = 255
+MAX_TALK: Final = 64
 MAX_DOCUMENTS: Final = 2000
 """Documents taken in a second; the rest are dropped."""
 
@@ -144,6 +148,10 @@ Document = Here | Gone | Hello | RowChanges | AskRows | RowPart
 _is_address: Final = re.compile("[0-9a-f:.]{2,45}").fullmatch
 """Addresses are only compared: one in another form is no address of anybody."""
 
+_is_queue: Final = re.compile(r"amq\.gen-[A-Za-z0-9_.-]{1,100}", re.ASCII).fullmatch
+"""Queues of instances are named by the broker. Documents go to no others: an answer to a forged
+question must not end up in the outbox."""
+
 _decode: Final = msgspec.json.Decoder(Document).decode
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -182,6 +190,12 @@ def read(data: bytes) -> Document | str:
         case RowChanges() | RowPart() | AskRows() | Gone():
             if not _is_name(document.name):
                 return "a document without a name"
+    match document:
+        case AskRows() if not _is_queue(document.queue):
+            return "a question from a queue that is none of an instance"
+        case AskRows() | RowPart():
+            if not 0 < len(document.talk) <= MAX_TALK or document.part < 0:
+                return "a part of rows that cannot be"
     return document
 
 
@@ -196,6 +210,8 @@ def _problem_of(here: Here) -> str | None:
         return "an announcement without a name"
     if not all(len(text) <= MAX_NAME and (not text or text.isprintable()) for text in texts):
         return "an announcement with texts that cannot be printed"
+    if here.queue and not _is_queue(here.queue):
+        return "an announcement with a queue that is none of an instance"
     if len(here.digest) > MAX_NAME or len(here.rows_digest) > MAX_NAME:
         return "an announcement with a digest that is none"
     if not (math.isfinite(here.messages) and math.isfinite(here.started)):
@@ -227,6 +243,19 @@ class Member(NamedTuple):
 
     here: Here
     heard: int
+    ips: frozenset[str] = frozenset()
+    holds: frozenset[str] = frozenset()
+
+    @property
+    def size(self) -> int:
+        return len(self.ips) + len(self.holds)
+
+
+class _Index(NamedTuple):
+    """For each address the first instance, by name, that owns it, and that can send from it."""
+
+    holders: dict[str, str]
+    havers: dict[str, str]
 
 
 class Members:
@@ -245,6 +274,10 @@ class Members:
         self.alive: dict[str, Member] = {}
         self.is_doubled = False
         """Another instance has the name of this one."""
+        self._known = 0
+        """Addresses of all members."""
+        self._indexes: dict[str, _Index] = {}
+        """By what instances take; empty after a change."""
 
     def hear(self, here: Here, now: int) -> str:
         """Take in an announcement; returns news for the log, or an empty string."""
@@ -267,7 +300,16 @@ class Members:
             news = ""
         else:
             news = f"{here.name} started again"
-        self.alive[here.name] = Member(here, now)
+        if before is not None and _addresses(before.here) == _addresses(here):
+            self.alive[here.name] = before._replace(here=here, heard=now)
+            return news
+        member = Member(here, now, frozenset(here.ips), frozenset(here.holds))
+        known = self._known + member.size - (0 if before is None else before.size)
+        if known > MAX_KNOWN:
+            return f"{here.name} is left out: all instances have more than {MAX_KNOWN} addresses"
+        self._known = known
+        self.alive[here.name] = member
+        self._indexes.clear()
         return news
 
     def leave(self, gone: Gone) -> bool:
@@ -275,25 +317,29 @@ class Members:
         member = self.alive.get(gone.name)
         if member is None or member.here.run != gone.run:
             return False
-        del self.alive[gone.name]
+        self._drop(gone.name)
         return True
 
     def expire(self, now: int) -> list[str]:
         """Drop the instances that are silent; returns their names."""
         silent = [name for name, member in self.alive.items() if now - member.heard > SILENCE]
         for name in silent:
-            del self.alive[name]
+            self._drop(name)
         return silent
+
+    def _drop(self, name: str) -> None:
+        self._known -= self.alive.pop(name).size
+        self._indexes.clear()
 
     @property
     def ips(self) -> Mapping[str, Collection[str]]:
         """The addresses that each instance can send from."""
-        return {name: member.here.ips for name, member in self.alive.items()}
+        return {name: member.ips for name, member in self.alive.items()}
 
     @property
     def holds(self) -> set[str]:
         """The addresses that others own."""
-        return {ip for member in self.alive.values() for ip in member.here.holds}
+        return {ip for member in self.alive.values() for ip in member.holds}
 
     def keeper_of(
         self,
@@ -308,22 +354,34 @@ class Members:
         owner comes before an instance that could own an address, and this one before others. Others
         must share the `outbox`.
         """
-        if any(ip in held for ip in ips):
+        if not outbox or any(ip in held for ip in ips):
             return None
-        takers = [
-            member
-            for _, member in sorted(self.alive.items())
-            if outbox and member.here.takes == outbox
-        ]
-        for member in takers:
-            if any(ip in member.here.holds for ip in ips):
-                return member
+        index = self._index(outbox)
+        owners = [index.holders[ip] for ip in ips if ip in index.holders]
+        if owners:
+            return self.alive[min(owners)]
         if any(ip in available for ip in ips):
             return None
-        for member in takers:
-            if any(ip in member.here.ips for ip in ips):
-                return member
-        return None
+        others = [index.havers[ip] for ip in ips if ip in index.havers]
+        return self.alive[min(others)] if others else None
+
+    def _index(self, outbox: str) -> _Index:
+        """Find instances by address: this is asked for each message, and there may be many."""
+        index = self._indexes.get(outbox)
+        if index is None:
+            index = self._indexes[outbox] = _Index({}, {})
+            for name, member in sorted(self.alive.items()):
+                if member.here.takes == outbox:
+                    for ip in member.holds:
+                        index.holders.setdefault(ip, name)
+                    for ip in member.ips:
+                        index.havers.setdefault(ip, name)
+        return index
+
+
+def _addresses(here: Here) -> tuple[object, ...]:
+    """What the index of members is made of."""
+    return here.ips, here.holds, here.takes
 
 
 class Ration:

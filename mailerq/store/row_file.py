@@ -28,6 +28,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import re
 import secrets
@@ -78,6 +79,9 @@ SPARE_LINES: Final = 1000
 SKIPPED_IDS: Final = 1000
 """Ids that are not used after damage: mail may still wait for a pause that cannot be read."""
 
+COMPLAIN_SECONDS: Final = 60.0
+"""Between lines of the log about rows of others that cannot be used: there may be many."""
+
 MAX_LEAP: Final = 1 << 32
 """A version that is so much later than all seen is a mistake."""
 
@@ -122,6 +126,8 @@ class RowFile:
         self._lines = 0
         self._last = b""  # the last line that was read
         self._changed = 0  # when the file last changed, in nanoseconds of its own clock
+        self._unusable = 0  # changes of others, since the log told of some
+        self._complained = -math.inf
         self._next: RowFile | None = None  # reads a file that has replaced this one
 
     # Reading
@@ -302,13 +308,13 @@ class RowFile:
     def merge(self, changes: Iterable[Change]) -> int:
         """Take in changes of other instances; returns how many were news.
 
-        Each is durable, with a line of the audit file that names the instance. Changes that cannot
-        be taken in are logged. Raises `RowError` and `OSError` if the file cannot be written.
+        Each is durable, with a line of the audit file that names the instance. The log tells of
+        some that cannot be taken in. Raises `RowError` and `OSError` if the file cannot be written.
         """
         lines: list[Line] = []
         documents: list[dict[str, Any]] = []
         added: set[int] = set()
-        suppressed = 0
+        suppressed, problem = 0, ""
         with self._locked() as file:
             for change in changes:
                 try:
@@ -319,7 +325,8 @@ class RowFile:
                     if row is not None and (change.values or row.id not in added):
                         self._check_room(row, change.values, len(added), suppressed)
                 except (RowError, UnicodeError) as error:
-                    log.error("a row of instance %a cannot be used: %s", change.server[:100], error)
+                    self._unusable += 1
+                    problem = f"of instance {change.server[:100]!a}: {error}"
                     continue
                 lines.append(Line(change=change))
                 documents.append(self._audit_of(change, added))
@@ -329,6 +336,9 @@ class RowFile:
             if lines:
                 with self._audited(*documents):
                     self._append(file, lines)
+        if problem and not 0 <= self._clock() - self._complained < COMPLAIN_SECONDS:
+            log.error("%d rows cannot be used, the last one %s", self._unusable, problem)
+            self._complained, self._unusable = self._clock(), 0
         return len(lines)
 
     def _audit_of(self, change: Change, added: Collection[int]) -> dict[str, Any]:

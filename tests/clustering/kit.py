@@ -76,7 +76,10 @@ class MemoryLink:
                     await trio.sleep(0.5)
                     continue
                 self.connections += 1
-                self.queue, self.lost = f"{self.name}.{self.connections}", trio.Event()
+                self.queue, self.lost = (
+                    f"amq.gen-{self.name.strip()}.{self.connections}",
+                    trio.Event(),
+                )
                 self.on_open()
                 while not self.lost.is_set():
                     self.news = trio.Event()
@@ -177,7 +180,7 @@ class Instance:
 
     def uses(self, ip: str) -> bool:
         lease = self.cluster.leases.get(ip)
-        return lease is not None and lease.is_valid(now())
+        return ip in self.ips and (lease is None or lease.is_valid(now()))
 
     def kill(self) -> None:
         """End at once, without a word."""

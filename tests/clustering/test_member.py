@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
-from mailerq.rules.cluster import SILENCE, Hello, Here, read, write
+from mailerq.clustering.lease_file import LeaseFile, State
+from mailerq.clustering.row_sync import MAX_WAITING
+from mailerq.queues.locks import Lead
+from mailerq.rules.cluster import SILENCE, AskRows, Hello, Here, RowChanges, read, write
 from mailerq.rules.leases import LEASE, TAKEOVER
+from mailerq.rules.shared_rows import FIRST_ID, Change
 from tests.clustering.kit import Bench, open_bench
 
 Clock = trio.testing.MockClock
@@ -305,3 +312,136 @@ async def test_mail_for_an_address_of_another_instance_goes_there(
         first.link.cut()
         await trio.sleep(1)
         assert first.cluster.keeper_of(["192.0.2.9"]) is None
+
+
+async def test_a_process_that_follows_waits_for_a_word_of_the_one_that_leads(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    # After a boot, the file names rivals, and its leases are void.
+    place = tmp_path / "here"
+    place.mkdir()
+    state = State(boot="another", leases={X: (0, 1 << 62, False)}, rivals={X: 0.0})
+    (place / "cluster.leases").write_bytes(msgspec.json.encode(state))
+    other = Lead(str(place / "cluster.lock"))
+    assert other.take()
+    async with open_bench(tmp_path) as bench:
+        follower = await bench.start("a", [X, Y], place="here")
+        assert not follower.cluster.leads
+        assert bench.users(X) == []
+        assert bench.users(Y) == ["a"]
+        await trio.sleep(5)
+        assert bench.users(X) == []
+        other.close()
+        await bench.until(lambda: bench.users(X) == ["a"], 3600)
+
+
+async def test_without_its_lock_file_an_instance_leaves_shared_addresses_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: Clock
+) -> None:
+    place = tmp_path / "a"
+    place.mkdir()
+    (place / "cluster.leases").write_bytes(msgspec.json.encode(State(rivals={X: 0.0})))
+    (place / "cluster.lock").symlink_to("/nowhere")  # what is no file of ours is not opened
+    async with open_bench(tmp_path) as bench:
+        await bench.start("a", [X, Y])
+        await trio.sleep(20)
+        assert (bench.users(X), bench.users(Y)) == ([], ["a"])
+        (place / "cluster.lock").unlink()
+        await bench.until(lambda: bench.users(X) == ["a"], 3600)
+    said = [each.getMessage() for each in caplog.records if "cannot be locked" in each.getMessage()]
+    assert len(said) == 1
+    assert "mail from addresses that others have too waits" in said[0]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"boot": "x", "riv', b"\xff"])
+async def test_a_damaged_lease_file_lets_nobody_send_without_a_lock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: Clock, content: bytes
+) -> None:
+    place = tmp_path / "a"
+    place.mkdir()
+    (place / "cluster.leases").write_bytes(content)
+    async with open_bench(tmp_path) as bench:
+        bench.exchange.down = True
+        await bench.start("a", [X])
+        await trio.sleep(5)
+        assert bench.users(X) == []
+        bench.exchange.down = False
+        await bench.until(lambda: bench.users(X) == ["a"], 3600)
+    assert "cluster.leases cannot be read" in caplog.text
+
+
+async def test_a_full_disk_leaves_the_lease_file_as_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = LeaseFile(str(tmp_path))
+    file.write(State(rivals={X: 1.0}))
+    large = State(rivals={f"192.0.2.{number}": 1.0 for number in range(200)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        file.write(large)
+        file.write(large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    found = LeaseFile(str(tmp_path)).read()
+    assert found is not None
+    assert found.rivals == {X: 1.0}
+    assert caplog.text.count("cannot be written: File too large") == 1
+    file.write(large)
+    assert (LeaseFile(str(tmp_path)).read() or State()).rivals == large.rivals
+
+
+async def test_a_storm_of_instances_makes_few_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: Clock
+) -> None:
+    caplog.set_level("INFO")
+    async with open_bench(tmp_path) as bench:
+        each = await bench.start("a", [X])
+        await bench.until(lambda: each.link.is_open, 3600)
+        for second in range(10):
+            for number in range(500):
+                document = Here(name=f"x{number}", run=f"{second}", serial=1, ips=(Y,))
+                bench.exchange.copy(write(document), "")
+            await trio.sleep(1)
+        await trio.sleep(10)
+        assert alive(bench, "a") == []
+    assert len(caplog.records) < 300
+
+
+async def test_a_forged_question_sends_nothing_to_the_outbox(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with open_bench(tmp_path) as bench:
+        each = await bench.start("a", [X])
+        await bench.until(lambda: each.link.is_open, 3600)
+        each.rows.add(1)
+        sent = []
+        copy = bench.exchange.copy
+        bench.exchange.copy = lambda data, queue: (sent.append(queue), copy(data, queue))  # type: ignore
+        for queue in ("outbox", "", "amq.gen-b"):
+            copy(write(AskRows(name="b", queue=queue, talk=f"t{queue}", part=0)), "")
+        await trio.sleep(3)
+        assert set(sent) == {"", "amq.gen-b"}
+        assert sent.count("amq.gen-b") == 1
+
+
+async def test_changes_that_wait_to_be_written_are_bounded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: Clock
+) -> None:
+    async with open_bench(tmp_path) as bench:
+        each = await bench.start("a", [X])
+        await bench.until(lambda: each.link.is_open, 3600)
+        merged: list[int] = []
+
+        async def merge(changes: Sequence[Change]) -> int:
+            merged.append(len(changes))
+            await trio.sleep(60)
+            return 0
+
+        each.rows.merge = merge  # type: ignore[method-assign]
+        change = Change(version=1, server="b", end=(FIRST_ID,), why="x" * 400_000)
+        for _ in range(300):
+            bench.exchange.copy(write(RowChanges(name="b", changes=(change,))), "")
+        await trio.sleep(130)
+    assert sum(merged) <= 2 * (MAX_WAITING // 400_000)
+    assert "faster than they can be written" in caplog.text

@@ -43,8 +43,8 @@ async def test_a_lock_whose_file_a_plugin_has_closed_is_taken_again(
     tmp_path: Path,
 ) -> None:
     one = opened(tmp_path)
-    assert one._is_mine() and one._lock is not None
-    os.close(one._lock.fd)
+    assert one._is_mine() and one._lead._lock is not None
+    os.close(one._lead._lock.fd)
     assert one._is_mine()
     assert [*holders(opened(tmp_path))] == [False]
     await one.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import msgspec
@@ -28,6 +29,7 @@ from mailerq.rules.cluster import (
     read,
     write,
 )
+from mailerq.rules.leases import Ownership
 from mailerq.rules.row import PAUSE, Row
 from mailerq.rules.shared_rows import FIRST_ID, Change
 
@@ -44,7 +46,7 @@ DOCUMENTS: list[Document] = [
     Gone(name="b", run="1"),
     Hello(),
     RowChanges(name="b", changes=(CHANGE,)),
-    AskRows(name="b", queue="q", talk="t", part=0),
+    AskRows(name="b", queue="amq.gen-x_-Y", talk="t", part=0),
     RowPart(name="b", talk="t", part=0, changes=(CHANGE,), last=True),
 ]
 
@@ -138,6 +140,62 @@ def test_two_instances_of_one_name_are_told_once() -> None:
     assert members.hear(here("a", run="1", serial=2), now=0) == ""
     assert members.is_doubled
     assert not members.alive
+
+
+@pytest.mark.parametrize("queue", ["outbox", "", "results", "amq.gen-", "amq.gen-a\n", "amq.gen-é"])
+def test_documents_go_to_queues_of_instances_only(queue: str) -> None:
+    assert isinstance(read(write(AskRows(name="b", queue=queue, talk="t", part=0))), str)
+    if queue:
+        assert isinstance(read(write(here(queue=queue))), str)
+
+
+@pytest.mark.parametrize(("talk", "part"), [("", 0), ("t" * 65, 0), ("t", -1)])
+def test_a_talk_is_short(talk: str, part: int) -> None:
+    assert isinstance(read(write(AskRows(name="b", queue="amq.gen-b", talk=talk, part=part))), str)
+    assert isinstance(read(write(RowPart(name="b", talk=talk, part=part, changes=()))), str)
+
+
+def test_the_addresses_of_all_instances_are_bounded() -> None:
+    members = Members("a", "0")
+    ips = tuple(f"10.0.{number // 256}.{number % 256}" for number in range(10_000))
+    news = [members.hear(here(f"x{number}", ips=ips, holds=ips), now=0) for number in range(5)]
+    assert sorted(members.alive) == ["x0", "x1"]
+    assert "x2 is left out" in news[2]
+    members.hear(here("x1", serial=2), now=0)
+    members.hear(here("x3", ips=ips), now=0)
+    members.leave(Gone(name="x0", run="1"))
+    assert members.hear(here("x4", ips=ips, holds=ips), now=0) == "x4 joined"
+    assert sorted(members.alive) == ["x1", "x3", "x4"]
+
+
+def test_a_thousand_instances_cost_little_time() -> None:
+    members = Members("a", "0")
+    owner = Ownership("a")
+    owner.offer({f"192.0.2.{number}" for number in range(20)}, 0.0)
+    for number in range(MAX_MEMBERS):
+        ips = tuple(f"10.{number // 256}.{number % 256}.{last}" for last in range(25))
+        members.hear(here(f"x{number}", ips=ips, holds=ips, takes="o"), now=0)
+    assert len(members.alive) == MAX_MEMBERS
+    begun = time.process_time()
+    owner.attempts(SECOND, members.ips, members.holds)
+    assert time.process_time() - begun < 0.05
+    begun = time.process_time()
+    for _ in range(100):
+        assert members.keeper_of(("203.0.113.9",), (), (), "o") is None
+    assert time.process_time() - begun < 0.05
+
+
+def test_what_an_instance_has_now_counts() -> None:
+    members = Members("a", "0")
+    members.hear(here(ips=(X,), takes="o"), now=0)
+    assert members.keeper_of((X,), (), (), "o") is members.alive["b"]
+    members.hear(here(serial=2, ips=(Y,), takes="o"), now=0)
+    assert members.keeper_of((X,), (), (), "o") is None
+    members.hear(here(serial=3, ips=(Y,), takes="p"), now=0)
+    assert members.keeper_of((Y,), (), (), "o") is None
+    assert members.keeper_of((Y,), (), (), "p") is members.alive["b"]
+    members.expire(SILENCE + 1)
+    assert members.keeper_of((Y,), (), (), "p") is None
 
 
 def test_the_number_of_instances_is_bounded() -> None:
