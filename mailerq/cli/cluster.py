@@ -12,7 +12,7 @@ from mailerq.cli.common import command_parser, complain, print_json, print_table
 from mailerq.clustering.opening import open_exchange
 from mailerq.config import Config
 from mailerq.message import format_time
-from mailerq.rules.cluster import Hello, Here, read, write
+from mailerq.rules.cluster import MAX_MEMBERS, Hello, Here, read, write
 
 if TYPE_CHECKING:
     from mailerq.queues.rabbitmq.exchange import Exchange
@@ -99,7 +99,7 @@ async def list_cluster(link: Exchange, seconds: float) -> tuple[dict[str, Here],
 
     def hear(data: bytes) -> None:
         document = read(data)
-        if isinstance(document, Here):
+        if isinstance(document, Here) and len(found) <= MAX_MEMBERS:
             # Two instances of one name are two lines.
             found[f"{document.name} {document.run}"] = document
 
