@@ -9,6 +9,8 @@ be in its queue twice, and never not at all. Both have the same id: where this p
 the second goes nowhere (`Publisher.repeated`). A batch that is not confirmed in time fails, though
 some of its copies may be safe.
 
+A refusal ends the channel, and does not say which copy it is about: see `_refused`.
+
 All is published as `mandatory`: a copy for which there is no queue comes back before its
 confirmation. Its queue is then declared anew, once for each call.
 
@@ -31,7 +33,14 @@ from typing import Any, Final, TypeVar
 import trio
 from pika import spec
 
-from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection, Declared
+from mailerq.queues.rabbitmq.connection import (
+    ACCESS_REFUSED,
+    NOT_FOUND,
+    BrokerError,
+    Channel,
+    Connection,
+    Declared,
+)
 from mailerq.queues.rabbitmq.keeper import Keeper
 from mailerq.queues.rabbitmq.topology import DECLARE_SECONDS
 
@@ -151,6 +160,8 @@ class Publisher:
         self._number = 0
         self._waiting: deque[Copy] = deque()
         self._unconfirmed: dict[int, Copy] = {}
+        self._one_by_one = 0
+        """Copies to write one at a time, because the broker refuses one of them."""
         self._by_identity: dict[str, Copy] = {}
         self._channel: Channel | None = None
         self._tag = 0
@@ -196,12 +207,42 @@ class Publisher:
                 self._channel = channel
                 self._pump()
                 raise await channel.wait_closed()
-            except BrokerError:
-                # The state of the keeper says why; a channel alone ends by a defect of either side.
+            except BrokerError as error:
+                # The state of the keeper says why a connection is over.
+                if connection.is_open:
+                    self._channel = None
+                    self._refused(error)
                 await trio.sleep(AGAIN_SECONDS)
             finally:
                 self._channel = None
                 self._again()
+
+    def _refused(self, reason: BrokerError) -> None:
+        """Fail what the broker has refused, by ending the channel.
+
+        A right or an exchange that is missing concerns all that goes to the exchange. Else one of
+        the copies is at fault, such as one that is too large: they are written one by one.
+        """
+        unconfirmed = list(self._unconfirmed.values())
+        refused: list[Copy] = []
+        if reason.code in (ACCESS_REFUSED, NOT_FOUND):
+            exchanges = {copy.place.exchange for copy in unconfirmed}
+            refused = [each for each in self._waiting if each.place.exchange in exchanges]
+            refused = [*unconfirmed, *refused]
+        elif len(unconfirmed) == 1:
+            refused = unconfirmed
+        self._one_by_one = max(self._one_by_one, len(unconfirmed)) - len(refused)
+        if not refused:
+            return
+        gone = set(map(id, refused))
+        self._unconfirmed = {
+            tag: copy for tag, copy in self._unconfirmed.items() if id(copy) not in gone
+        }
+        self._waiting = deque(copy for copy in self._waiting if id(copy) not in gone)
+        for copy in refused:
+            copy.done, copy.problem = True, str(reason)
+            if copy.batch is not None:
+                copy.batch.confirmed(copy)
 
     def note_repeated(self, identity: str) -> None:
         """A copy is published once more, elsewhere; the first one may be in its queue, too."""
@@ -288,7 +329,7 @@ class Publisher:
         waiting = self._waiting
         while (
             waiting
-            and len(self._unconfirmed) < self.throttle
+            and len(self._unconfirmed) < (1 if self._one_by_one > 0 else self.throttle)
             and connection.blocked is None
             and connection.buffered < MAX_BUFFERED
         ):
@@ -342,6 +383,7 @@ class Publisher:
             copy.problem = f"the broker has no room for the queue {copy.place.name!a}, or lost it"
         self.published += copy.problem is None
         copy.done = True
+        self._one_by_one = max(self._one_by_one - 1, 0)
         if self._silent:
             self._silent.pop(copy.place.name, None)
         if copy.batch is not None:

@@ -203,9 +203,16 @@ class Broker:
 
     def add_vhost(self, name: str) -> None:
         self.call(f'rabbit_vhost:add(<<"{name}">>, <<"test">>)')
+        self._allow(name, ".*")
+
+    def allow(self, address: Address, *, write: str = ".*") -> None:
+        """Let the user of the tests configure and read everything, and write as said."""
+        self._allow(address.vhost, write)
+
+    def _allow(self, vhost: str, write: str) -> None:
         self.call(
             "rabbit_auth_backend_internal:set_permissions("
-            f'<<"{USER}">>, <<"{name}">>, <<".*">>, <<".*">>, <<".*">>, <<"test">>)'
+            f'<<"{USER}">>, <<"{vhost}">>, <<".*">>, <<"{write}">>, <<".*">>, <<"test">>)'
         )
 
     def drop_vhost(self, address: Address) -> None:

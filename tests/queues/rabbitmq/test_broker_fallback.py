@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from mailerq import Engine
+from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Depth, Publication, Queues, Settlement
 from mailerq.queues.fallback.queues import FallbackQueues, Patience
@@ -248,6 +249,62 @@ async def test_a_queue_that_nobody_may_declare(
         await channel.declare("results")
         await until_empty(queues)
         assert (await channel.declare("results", passive=True)).messages == 1
+
+
+async def test_a_right_to_publish_that_is_taken_away(
+    broker: Broker, vhost: Address, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    async with (
+        opened(vhost, tmp_path, patience=Patience()) as (rabbit, queues),
+        queues.subscribe("outbox", recorder, prefetch=9, window=9),
+    ):
+        await queues.publish([mail(1)])
+        await recorder.until(lambda recorder: recorder.tags == [1])
+        broker.allow(vhost, write="")
+        # The broker asks for the rights of each channel once.
+        await trio.to_thread.run_sync(broker.close_connections)
+        begun = trio.current_time()
+        await until(lambda: rabbit.publishing.connections == 2)
+        await queues.publish([mail(2)])
+        await queues.publish([mail(3)])
+        assert trio.current_time() - begun < 15
+        assert queues.reserve.messages == 2
+        assert "mail of the queue outbox waits" in caplog.text
+        assert "403 ACCESS_REFUSED" in caplog.text
+        assert "set_permissions" in caplog.text
+        assert "leader" not in caplog.text
+        broker.allow(vhost)
+        await until_empty(queues)
+        await recorder.until(lambda recorder: sorted(recorder.tags) == [1, 2, 3])
+
+
+async def test_a_message_that_the_broker_refuses_keeps_up_no_other(
+    broker: Broker, vhost: Address, tmp_path: Path
+) -> None:
+    broker.call("application:set_env(rabbit, max_message_size, 5000)")
+    try:
+        async with open_rabbitmq([vhost], OPTIONS) as queues:
+            failed: dict[int, str] = {}
+
+            async def publish(tag: int) -> None:
+                try:
+                    await queues.publish([mail(tag, body=b"x" * (9000 if tag == 7 else 10))])
+                except QueueError as error:
+                    failed[tag] = str(error)
+
+            with trio.fail_after(DEADLINE):
+                async with trio.open_nursery() as nursery:
+                    for tag in range(20):
+                        nursery.start_soon(publish, tag)
+            assert list(failed) == [7]
+            assert "406" in failed[7]
+            await queues.publish([mail(tag) for tag in range(20, 30)])
+            async with queues.consume("outbox", prefetch=50) as consumer:
+                leases = await receive(consumer, 29)
+            assert sorted(map(tag_of, leases)) == [tag for tag in range(30) if tag != 7]
+    finally:
+        broker.call("application:unset_env(rabbit, max_message_size)")
 
 
 # The daemon
