@@ -197,10 +197,14 @@ class DirectoryBackend(Backend):
         return await self._in_thread(lambda: self._set_aside(key), "cannot be changed")
 
     def _set_aside(self, key: str) -> str:
-        path = os.path.join(self._root, DAMAGED, key.replace("/", "_")[-255:])
+        path = os.path.join(self._root, DAMAGED, key.replace("/", "_")[-200:])
+        if os.path.lexists(path):  # of an earlier time
+            path += f".{secrets.token_hex(4)}"
         self._make_folders()
-        with suppress(FileNotFoundError):  # another process was faster
+        try:
             os.rename(os.path.join(self._root, key), path)
+        except FileNotFoundError:
+            return ""  # another process was faster
         return f"is now {path}"
 
     # Expire

@@ -15,9 +15,9 @@ Guarantees
   that nobody names, until that expires.
 - Both are bounded by ``storage-timeout``. A backend that is away, slow or full raises
   `StorageError`, and mail waits.
-- `BodyMissing` is raised only for a body that was there too long, that an application never put, or
-  that is damaged. A body of ours that is missing before its time raises `StorageError`: perhaps a
-  file system is not mounted.
+- `BodyMissing` is raised only for a body that was there too long, or that an application never put,
+  or put wrongly. A body of ours that is missing or damaged before its time raises `StorageError`:
+  perhaps a file system is not mounted, or a server answers for another one.
 - All methods are called on the loop that opened the storage.
 """
 
@@ -38,6 +38,7 @@ import trio
 from mailerq.config import Config
 from mailerq.errors import BodyMissing, StorageError
 from mailerq.escaping import escape
+from mailerq.net.logs import Ration
 from mailerq.storage.keys import MAX_DEPTH, ends_of, is_ours, key_for, key_problem
 from mailerq.storage.packing import MAGIC, Unusable, pack, unpack
 
@@ -65,6 +66,10 @@ EXPIRE_SECONDS: Final = 300.0
 
 GRACE_SECONDS: Final = 300.0
 """An hour counts as over this much later: the clocks of several machines differ."""
+
+
+DOUBT_SECONDS: Final = 6 * 3600.0
+LINES_PER_MINUTE: Final = 30
 
 
 class Body(NamedTuple):
@@ -97,8 +102,8 @@ class Backend(ABC):
         """What is stored under a key, None if nothing is."""
 
     async def set_aside(self, key: str) -> str:
-        """Keep a damaged body for people, where `get` does not find it; say where."""
-        return "stays there until it expires"
+        """Keep a damaged body for people, where `get` does not find it; say where, if anywhere."""
+        return ""
 
     @abstractmethod
     async def expire(self, now: float) -> int:
@@ -145,6 +150,11 @@ class Storage:
         self._cached = 0
         self._problems: dict[str, str] = {}
         """What fails now, to put, fetch or remove bodies. The log says that once."""
+        self._say_error = Ration(log.error, LINES_PER_MINUTE, "and %d times more")
+        self._say_works = Ration(log.info, LINES_PER_MINUTE, "and %d times more")
+        self._seen = clock(), trio.current_time()
+        """A time by the wall clock that is believed, and by a clock that nobody sets."""
+        self._doubted: float | None = None
         self._puts = self._gets = self._hits = self._errors = self._missing = 0
 
     async def run(self) -> None:
@@ -152,7 +162,7 @@ class Storage:
         while True:
             try:
                 self._backend.configure(self._config())
-                removed = await self._backend.expire(self._clock() - GRACE_SECONDS)
+                removed = await self._backend.expire(self._expired_at())
             except StorageError as error:
                 self._failed("remove", error)
             except Exception:
@@ -185,12 +195,35 @@ class Storage:
     def _failed(self, work: str, error: StorageError) -> None:
         self._errors += 1
         if work not in self._problems:
-            log.error("%s", error)
+            self._say_error("%s", error)
         self._problems[work] = str(error)
 
     def _works(self, work: str) -> None:
         if self._problems.pop(work, ""):
-            log.info("%s works again, to %s bodies", self.name, work)
+            self._say_works("%s works again, to %s bodies", self.name, work)
+
+    def _expired_at(self) -> float:
+        """The time up to which bodies have expired, seconds since 1970.
+
+        A wall clock that was set forward is believed after `DOUBT_SECONDS`: bodies that are removed
+        because of a wrong clock do not come back.
+        """
+        now, steady = self._clock(), trio.current_time()
+        wall, then = self._seen
+        expected = wall + steady - then
+        if now <= expected + GRACE_SECONDS:
+            self._seen, self._doubted = (now, steady), None
+            return now - GRACE_SECONDS
+        if self._doubted is None:
+            self._doubted = steady
+            log.warning(
+                "the clock was set forward by %.0f seconds: %s removes nothing because of that for"
+                " %.0f hours", now - expected, self.name, DOUBT_SECONDS / 3600,
+            )  # fmt: skip
+        elif steady - self._doubted > DOUBT_SECONDS:
+            self._seen, self._doubted = (now, steady), None
+            return now - GRACE_SECONDS
+        return expected - GRACE_SECONDS
 
     def _late(self, seconds: float) -> StorageError:
         return StorageError(
@@ -337,11 +370,16 @@ class Storage:
             return work() if small else await trio.to_thread.run_sync(work)
         except Unusable as error:
             problem = str(error)
-        where = "stays there"
+        if not is_ours(key):
+            raise BodyMissing(f"the body {key} {problem}")
+        where = ""
         with trio.move_on_after(seconds), suppress(StorageError):
             where = await self._backend.set_aside(key)
-        log.error("%s: the body %s %s; the body %s", self.name, key, problem, where)
-        raise BodyMissing(f"the body {key} {problem}")
+        if where:
+            log.error("%s: the body %s %s; the file %s", self.name, key, problem, where)
+        raise StorageError(
+            f"{self.name}: the body {key} {problem}. Mail waits for it until it expires"
+        )
 
     # What is in memory
 

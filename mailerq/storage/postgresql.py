@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -29,6 +32,33 @@ REMOVE_ROWS: Final = 1000
 
 LOCK: Final = 0x6D61696C
 """The advisory lock of processes that create the table at the same time."""
+
+
+class _Job:
+    """The work of one thread, whose task may go away."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection: Connection[Any] | None = None
+        self._abandoned = False
+
+    def use(self, connection: Connection[Any] | None) -> None:
+        """Note the connection that the thread waits for."""
+        with self._lock:
+            self._connection = connection
+            if self._abandoned:
+                self._cut()
+
+    def abandon(self) -> None:
+        """End the wait of the thread: a server that hangs would keep it for ever."""
+        with self._lock:
+            self._abandoned = True
+            self._cut()
+
+    def _cut(self) -> None:
+        if self._connection is not None and not self._connection.closed:
+            with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as sock:
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 class PostgresBackend(Backend):
@@ -69,7 +99,7 @@ class PostgresBackend(Backend):
 
     # Connections
 
-    def _connect(self) -> Connection[Any]:
+    def _connect(self, job: _Job) -> Connection[Any]:
         milliseconds = max(math.ceil(self._seconds * 1000), 1)
         connection = self._psycopg.connect(
             self._location.uri,
@@ -78,9 +108,10 @@ class PostgresBackend(Backend):
             connect_timeout=CONNECT_SECONDS,
             tcp_user_timeout=milliseconds,
         )
+        job.use(connection)
         try:
             with connection.transaction():
-                # A thread must not wait for long after its task has gone.
+                # The server must not work for long after the task has gone.
                 connection.execute(
                     "SELECT set_config('statement_timeout', %s, false)", (str(milliseconds),)
                 )
@@ -118,24 +149,30 @@ class PostgresBackend(Backend):
         what: str,
         limiter: trio.CapacityLimiter | None = None,
     ) -> T:
+        job = _Job()
         try:
             return await trio.to_thread.run_sync(
-                self._do, work, abandon_on_cancel=True, limiter=limiter or self._limiter
+                self._do, work, job, abandon_on_cancel=True, limiter=limiter or self._limiter
             )
+        except trio.Cancelled:
+            job.abandon()
+            raise
         except self._psycopg.Error as error:
             raise StorageError(f"{self.name} {what}: {self._words(error)}") from None
 
-    def _take(self) -> tuple[Connection[Any], bool]:
+    def _take(self, job: _Job) -> tuple[Connection[Any], bool]:
         """A connection, and whether it was idle."""
         try:
-            return self._idle.pop(), True  # one step, so another thread cannot take it too
+            connection = self._idle.pop()  # one step, so another thread cannot take it too
         except IndexError:
-            return self._connect(), False
+            return self._connect(job), False
+        job.use(connection)
+        return connection, True
 
-    def _do(self, work: Callable[[Connection[Any]], T]) -> T:
+    def _do(self, work: Callable[[Connection[Any]], T], job: _Job) -> T:
         """Work on a connection; one that was idle may be dead, and then on another one."""
         while True:
-            connection, idle = self._take()
+            connection, idle = self._take(job)
             try:
                 with connection.transaction():
                     result = work(connection)
@@ -148,6 +185,7 @@ class PostgresBackend(Backend):
                 connection.close()
                 raise
             else:
+                job.use(None)
                 self._idle.append(connection)
                 if self._closed:  # meanwhile
                     self._forget()

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Final
 
 import trio
@@ -26,7 +27,7 @@ from mailerq.net.https import Bounds, Failure, Https, NoResponse, Response, Url
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.storage.addresses import S3
 from mailerq.storage.interface import SMALL_BYTES, Backend, Body
-from mailerq.storage.keys import ends_of
+from mailerq.storage.keys import ends_of, size_of
 from mailerq.storage.packing import MAX_BODY
 from mailerq.storage.sigv4 import EMPTY_DIGEST, canonical_query, digest, encode_path, sign
 
@@ -86,6 +87,8 @@ class S3Backend(Backend):
         self._prefix = location.prefix.rstrip("/") + "/" if location.prefix else ""
         self._https = Https(self._look_up)
         self._limiter = trio.CapacityLimiter(threads)
+        self._after = ""
+        """The object behind which `expire` goes on."""
         self._addresses: tuple[float, Sequence[Host]] = (0.0, ())
 
     def configure(self, config: Config) -> None:
@@ -195,7 +198,10 @@ class S3Backend(Backend):
                 raise self._refused(response)
 
     async def get(self, key: str) -> bytes | None:
-        response = await self._ask("GET", key, limit=MAX_BODY)
+        size = size_of(key)
+        # Packed, a body of ours may have some bytes more.
+        limit = MAX_BODY if size is None else min(size + size // 100 + SAID_BYTES, MAX_BODY)
+        response = await self._ask("GET", key, limit=limit)
         if response.status == 200:
             return response.body
         if response.status == 404 and _code(response) in ("NoSuchKey", ""):
@@ -204,7 +210,7 @@ class S3Backend(Backend):
 
     async def expire(self, now: float) -> int:
         """Remove objects whose hour is over; a list is in the order of the keys."""
-        removed, after = 0, ""
+        removed, after, self._after = 0, self._after, ""
         for _ in range(MAX_LISTS):
             query = {
                 "list-type": "2",
@@ -215,15 +221,18 @@ class S3Backend(Backend):
             response = await self._ask("GET", query=query, limit=LIST_BYTES)
             if response.status != 200:
                 raise self._refused(response)
-            found = _KEY.findall(response.body.decode("utf-8", "replace"))
+            # A server may send more than was asked for.
+            text = response.body.decode("utf-8", "replace")
+            found = [each[1] for each in islice(_KEY.finditer(text), LIST_KEYS)]
             ends = {name: ends_of(name.removeprefix(self._prefix)) for name in found}
             expired = [name for name, end in ends.items() if end is not None and end <= now]
             if expired:
                 await self._delete(expired)
                 removed += len(expired)
             if len(found) < LIST_KEYS or any(end and end > now for end in ends.values()):
-                break
+                return removed
             after = found[-1]
+        self._after = after  # go on there: an application may have that many keys before ours
         return removed
 
     async def _delete(self, names: Sequence[str]) -> None:

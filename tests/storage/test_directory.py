@@ -138,13 +138,32 @@ async def test_a_damaged_file_is_set_aside(
         key = await storage.put(b"body", NOW)
     (root / key).write_bytes(b"bodY")
     async with opened(plain, clock=clock) as storage:
-        with pytest.raises(BodyMissing, match="damaged"):
-            await storage.get(key)
+        for words in ("damaged", "has no body"):  # which perhaps comes back from a copy
+            with pytest.raises(StorageError, match=f"{words}.*[Mm]ail waits"):
+                await storage.get(key)
         assert files(root) == [f".damaged/{key.replace('/', '_')}"]
         assert str(root / ".damaged") in caplog.text
         # A body with that key is stored anew.
         assert await storage.put(b"body", NOW) == key
         assert await fresh(plain, key, clock) == b"body"
+    # Another one of this name does not replace the first.
+    (root / key).write_bytes(b"bOdy")
+    async with opened(plain, clock=clock) as storage:
+        with pytest.raises(StorageError, match="damaged"):
+            await storage.get(key)
+    kept = [(root / name).read_bytes() for name in files(root)]
+    assert sorted(kept) == [b"bOdy", b"bodY"]
+
+
+async def test_what_an_application_has_damaged_is_missing_and_stays(
+    root: Path, plain: str, clock: Clock
+) -> None:
+    async with opened(plain, clock=clock) as storage:
+        key = await storage.put(b"body", NOW)
+        (root / "mine").write_bytes(b"\x1f\x8bno gzip")
+        with pytest.raises(BodyMissing, match="is not gzip"):
+            await storage.get("mine")
+        assert sorted(files(root)) == sorted([key, "mine"])
 
 
 async def test_a_file_system_that_is_not_mounted_makes_mail_wait(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from mailerq.errors import BodyMissing, StorageError
+from mailerq.errors import StorageError
 from tests.storage.contract import *  # noqa: F403
 from tests.storage.contract import NOW, fresh
 from tests.storage.kit import Clock, opened
@@ -126,6 +128,35 @@ async def test_a_locked_table_makes_mail_wait(plain: str, clock: Clock) -> None:
         assert await storage.get(key) == b"body"
 
 
+async def test_a_server_that_hangs_costs_no_thread_for_good(plain: str, clock: Clock) -> None:
+    stopped: list[int] = []
+
+    def hang() -> None:
+        """Stop the server's processes of our connections; others still work."""
+        rows = run(plain, "SELECT pid FROM pg_stat_activity WHERE application_name = 'mailerq'")
+        for (pid,) in rows:
+            os.kill(pid, signal.SIGSTOP)
+            stopped.append(pid)
+
+    try:
+        async with opened(plain, clock=clock, storage_threads=2, storage_timeout=0.5) as storage:
+            key = await storage.put(b"body", NOW)
+            for _ in range(3):
+                hang()
+                storage._cache.clear()
+                with pytest.raises(StorageError, match=r"has not answered in 0\.5 s"):
+                    await storage.get(key)
+                with trio.fail_after(10):
+                    while True:
+                        with suppress(StorageError):
+                            assert await storage.get(key) == b"body"
+                            break
+    finally:
+        for pid in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 async def test_processes_that_start_together_create_one_table(plain: str, clock: Clock) -> None:
     keys: list[str] = []
 
@@ -140,10 +171,10 @@ async def test_processes_that_start_together_create_one_table(plain: str, clock:
     assert run(plain, f"SELECT count(*) FROM {table_of(plain)}") == [(3,)]
 
 
-async def test_a_damaged_row_is_missing(plain: str, clock: Clock) -> None:
+async def test_a_damaged_row_makes_mail_wait(plain: str, clock: Clock) -> None:
     async with opened(plain, clock=clock) as storage:
         key = await storage.put(b"body", NOW)
         storage._cache.clear()
         run(plain, f"UPDATE {table_of(plain)} SET body = 'bodY'")
-        with pytest.raises(BodyMissing, match="damaged"):
+        with pytest.raises(StorageError, match="damaged"):
             await storage.get(key)
