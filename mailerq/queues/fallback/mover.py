@@ -1,8 +1,9 @@
 """Moves the mail of a reserve to a broker, queue by queue, in the order in which the mail came.
 
-Messages are removed from the reserve after the broker has confirmed them, a group at a time. After
-a failure the mail of that queue waits, longer each time; other queues go on. A message that the
-broker can never take stays, and the log names it.
+Messages are removed from the reserve after the broker has confirmed them, a group at a time. While
+a disk keeps them, they are not published again. After a failure the mail of that queue waits,
+longer each time; other queues go on. A message that the broker can never take stays, and the log
+names it.
 """
 
 from __future__ import annotations
@@ -84,15 +85,13 @@ class Mover:
 
     async def _move(self, line: Line) -> None:
         try:
-            entries = await self.reserve.first(line)
+            if not line.safe:
+                line.safe = await self._publish(line)
+            entries = line.safe
             if not entries:
                 return
-            try:
-                publications = [self._publication(entry) for entry in entries]
-                await self._broker.publish(publications, again=True)
-            except MessageError:
-                entries = await self._move_one_by_one(line, entries)
             await self.reserve.remove(line, entries)
+            line.safe = []
         except QueueError as error:
             self._failed(line, error)
             return
@@ -106,6 +105,18 @@ class Mover:
                 self.reserve.directory,
             )
             self._said_moved = self.moved
+
+    async def _publish(self, line: Line) -> list[Entry]:
+        """Publish the first messages of a queue; return those that the broker has confirmed."""
+        entries = await self.reserve.first(line)
+        if not entries:
+            return []
+        try:
+            publications = [self._publication(entry) for entry in entries]
+            await self._broker.publish(publications, again=True)
+        except MessageError:
+            return await self._move_one_by_one(line, entries)
+        return entries
 
     def _failed(self, line: Line, error: QueueError) -> None:
         line.flows = False
@@ -121,7 +132,7 @@ class Mover:
 
     async def _move_one_by_one(self, line: Line, entries: Sequence[Entry]) -> list[Entry]:
         """Publish what can be published; return that. The rest stays."""
-        moved = []
+        moved = line.safe  # also if the broker goes away among them
         for entry in entries:
             try:
                 await self._broker.publish([self._publication(entry)], again=True)

@@ -42,7 +42,9 @@ PAGE: Final = 1000
 class Line:
     """The mail of one queue that waits here, in order."""
 
-    __slots__ = ("after", "again", "count", "entering", "failures", "flows", "name", "news", "said")
+    __slots__ = (
+        "after", "again", "count", "entering", "failures", "flows", "name", "news", "safe", "said",
+    )  # fmt: skip
 
     def __init__(self, name: str, count: int = 0) -> None:
         self.name = name
@@ -51,6 +53,8 @@ class Line:
         """Messages of `count` that are not in the file yet."""
         self.after = 0
         """The number of the last message that the broker refuses for good, and that stays."""
+        self.safe: list[Entry] = []
+        """Messages that the broker has confirmed, and that are still to be removed here."""
         self.flows = False
         """The last attempt to move mail has succeeded."""
         self.failures = 0

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ import trio.testing
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message
 from mailerq.queues import Depth, Publication, Settlement
+from mailerq.queues.embedded.queues import EmbeddedQueues
 from mailerq.queues.fallback.queues import FallbackQueues, Patience
 from mailerq.queues.opening import open_embedded
 from tests.queues.contract import again, mail, receive, tag_of
@@ -219,6 +221,34 @@ async def test_a_message_that_no_queue_can_have_is_refused_at_once(tmp_path: Pat
             with pytest.raises(MessageError):
                 await queues.publish([mail(0), bad])
         assert queues.reserve.messages == 0
+
+
+async def test_what_a_disk_does_not_let_go_is_published_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as (broker, queues):
+        broker.set_away(AWAY)
+        await until_away(queues)
+        await queues.publish([mail(tag) for tag in range(3)])
+        asked = 0
+        works = EmbeddedQueues.change
+
+        async def change(*values: Any, **more: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked <= 3:
+                raise QueueError("read-only file system")
+            return await works(*values, **more)
+
+        monkeypatch.setattr(EmbeddedQueues, "change", change)
+        broker.set_away(None)
+        await until(lambda: asked > 0)
+        with trio.fail_after(DEADLINE):
+            while queues.reserve.lines:
+                queues._movers[0].hasten()
+                await trio.sleep(0.01)
+        assert tags(broker.published) == [0, 1, 2]
+        assert "read-only file system" in caplog.text
 
 
 async def test_a_start_moves_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
