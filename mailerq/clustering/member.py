@@ -182,6 +182,7 @@ class Cluster:
         self._say_silent = LogRation(
             log.warning, NEWS_PER_MINUTE, "%d instances more are silent: they count as gone"
         )
+        self._say_unlocked = LogRation(log.warning, 10, "and %d times more")
         self._rows = RowSync(name, keeper, self._send, clock)
         self._asked: deque[AskRows] = deque()
         self._asking = trio.Event()
@@ -225,7 +226,7 @@ class Cluster:
                     self._nursery.start_soon(task)
                 await self._tick()
         finally:
-            for ration in (self._say_foreign, self._say_news, self._say_silent):
+            for ration in (self._say_foreign, self._say_news, self._say_silent, self._say_unlocked):
                 ration.flush()
 
     async def stop(self) -> None:
@@ -345,7 +346,7 @@ class Cluster:
                 else:
                     await self._link.unlock(ip)
         except MailerqError as error:
-            log.info("%s cannot be locked: %s", ip, error)
+            self._say_unlocked("%s cannot be locked, and mail from there waits: %s", ip, error)
         finally:
             self._locking.discard(ip)
 

@@ -40,6 +40,7 @@ from mailerq.queues.rabbitmq.connection import (
     Delivery,
     connect,
 )
+from mailerq.queues.rabbitmq.topology import lock_name
 
 __all__ = ["Exchange"]
 
@@ -251,7 +252,7 @@ class Exchange:
             await channel.close()
 
     def _lock_queue(self, name: str) -> str:
-        return f"{self._exchange}.lock.{name}"
+        return lock_name(self._exchange, name)
 
 
 def _ignored(delivery: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Final, Self
 from mailerq.config import Config
 from mailerq.queues.rabbitmq.publisher import PUBLISH_SECONDS, THROTTLE
 from mailerq.queues.rabbitmq.takers import FETCH_MESSAGES, HOLD_SECONDS, MIN_MESSAGES
-from mailerq.queues.rabbitmq.topology import QueueType
+from mailerq.queues.rabbitmq.topology import QueueType, lock_name
 
 __all__ = ["Bound", "Options"]
 
@@ -50,6 +50,8 @@ class Options:
     The mail of a destination is not parked in its quorum queue for `settle_seconds` after that was
     declared: RabbitMQ 3.10 loses such a queue if killed in the seconds behind.
 
+    Queues whose names begin with `locks` are those of a cluster; no mail goes there.
+
     `results` are queues that hold no mail that anybody answers for: only these may be not
     `durable`, and what they get not `persistent`.
     """
@@ -66,6 +68,7 @@ class Options:
     first_pause_seconds: float = 0.1
     settle_seconds: float = 0.0
     outbox: str = "outbox"
+    locks: str = ""
     names: tuple[str, ...] = ()
     results: frozenset[str] = frozenset()
     durable: bool = True
@@ -104,6 +107,7 @@ class Options:
             context=context,
             settle_seconds=SETTLE_SECONDS if config.rabbitmq_queue_type == "quorum" else 0.0,
             outbox=config.rabbitmq_outbox,
+            locks=lock_name(config.cluster_exchange, "") if config.has_cluster else "",
             names=tuple(sorted((mail | results) - {""})),
             results=frozenset(results),
             durable=config.rabbitmq_durable,

@@ -301,6 +301,8 @@ class RabbitQueues(RemoteQueues):
 
     def _check_name(self, queue: str) -> None:
         problem = queue_problem(queue) or name_problem(queue)
+        if self.options.locks and queue.startswith(self.options.locks):
+            problem = "is that of a lock of the cluster"
         if problem is not None:
             raise MessageError(f"the queue name {ascii(queue)[:80]} {problem}")
 

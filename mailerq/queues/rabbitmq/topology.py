@@ -34,6 +34,7 @@ __all__ = [
     "QueueType",
     "Topology",
     "instance_queue",
+    "lock_name",
     "name_problem",
     "step_for",
 ]
@@ -100,6 +101,15 @@ def instance_queue(queue: str, instance: str) -> str:
     'outbox.at.mx1.example.com:25'
     """
     return Topology()._name(queue, "at", instance)
+
+
+def lock_name(exchange: str, ip: str) -> str:
+    """The name of the queue that is the lock of an address, in the cluster of an exchange.
+
+    >>> lock_name("cluster", "192.0.2.1")
+    'cluster.lock.192.0.2.1'
+    """
+    return f"{exchange}.lock.{ip}"
 
 
 @dataclass(slots=True, frozen=True)

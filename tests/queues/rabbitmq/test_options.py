@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ssl
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mailerq import Config
-from mailerq.errors import ConfigError
-from mailerq.queues.rabbitmq.addresses import addresses_of
+from mailerq.errors import ConfigError, MessageError
+from mailerq.message import Message
+from mailerq.queues import Publication
+from mailerq.queues.rabbitmq.addresses import Address, addresses_of
 from mailerq.queues.rabbitmq.options import Options
+from mailerq.queues.rabbitmq.queues import open_rabbitmq
 
 BROKER = {"rabbitmq_address": "amqp://u:p@h/v"}
 
@@ -117,3 +121,16 @@ def test_older_settings_name_the_same_brokers() -> None:
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, str]) -> None:
     with pytest.raises(ConfigError):
         Config(**settings)
+
+
+async def test_no_result_goes_to_a_lock_of_the_cluster() -> None:
+    config = Config(rabbitmq_address="amqp://127.0.0.1:1")
+    options = replace(Options.of(config), publish_seconds=0.1)
+    async with open_rabbitmq([Address("127.0.0.1", 1)], options) as queues:
+        for name in ("cluster.lock.192.0.2.1", "cluster.lock."):
+            with pytest.raises(MessageError, match="is that of a lock of the cluster"):
+                queues.check(Publication(name, Message({})))
+            with pytest.raises(MessageError, match="is that of a lock of the cluster"):
+                await queues.publish([Publication(name, Message({}))])
+        queues.check(Publication("clusters", Message({})))
+    assert Options.of(Config(rabbitmq_address="amqp://h", cluster_exchange="")).locks == ""
