@@ -27,10 +27,12 @@ import pika
 import trio
 from pika.adapters.base_connection import BaseConnection
 from pika.adapters.utils import io_services_utils, nbio_interface
+from pika.channel import ContentFrameAssembler
+from pika.frame import Header
 
 from mailerq.turns import EndOfTurn
 
-__all__ = ["TrioConnection", "TrioServices"]
+__all__ = ["BoundedContent", "TrioConnection", "TrioServices"]
 
 Callback = Callable[[], object]
 
@@ -45,6 +47,19 @@ more, and a turn stays below 50 ms."""
 
 FRAME_BYTES: Final = 1 << 17
 """The longest frame. It is the broker's default, and pika proposes no other."""
+
+
+MAX_MESSAGE: Final = 512 << 20
+"""Bytes of a message. No version of RabbitMQ takes a larger one, so none sends one."""
+
+
+class BoundedContent(ContentFrameAssembler):  # type: ignore[misc]
+    """Puts the frames of a message together, and refuses one that could fill the memory."""
+
+    def process(self, frame: Any) -> Any:
+        if isinstance(frame, Header) and frame.body_size > MAX_MESSAGE:
+            raise ValueError(f"a message of {frame.body_size} bytes")
+        return super().process(frame)
 
 
 class _Task:

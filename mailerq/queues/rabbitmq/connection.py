@@ -34,7 +34,7 @@ import trio
 from pika import exceptions, spec
 
 from mailerq.errors import QueueError
-from mailerq.queues.rabbitmq.adapter import TrioConnection
+from mailerq.queues.rabbitmq.adapter import BoundedContent, TrioConnection
 from mailerq.queues.rabbitmq.addresses import Address
 
 __all__ = [
@@ -403,6 +403,7 @@ class Channel:
         except exceptions.AMQPError as error:
             raise self.connection._error_of(error) from None
         self._channel = channel
+        channel._content_assembler = BoundedContent()
         channel.add_on_close_callback(self._on_closed)
         channel.add_on_return_callback(self._on_return)
         channel.add_on_cancel_callback(self._on_cancelled)
@@ -597,7 +598,7 @@ class Channel:
         def delivered(delivery: Delivery) -> None:
             nonlocal size
             size += len(delivery.body)
-            if deliveries and size > most_bytes:
+            if over.is_set() or (deliveries and size > most_bytes):
                 self.nack(delivery.tag)
                 over.set()
                 return

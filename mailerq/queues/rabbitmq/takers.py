@@ -73,6 +73,9 @@ USUAL_BYTES: Final = 16 << 10
 GROUP: Final = 100
 """Messages sorted in one turn of the loop, and parked in one batch."""
 
+SPARE_MESSAGES: Final = 1000
+"""Messages beyond twice the prefetch for which a broker is not left yet."""
+
 CHECK_SECONDS: Final = 30.0
 AGAIN_SECONDS: Final = 1.0
 MAX_AGAIN_SECONDS: Final = 30.0
@@ -204,6 +207,9 @@ class Taker:
 
     def came(self, delivery: Delivery) -> bool:
         """Count a delivery; False, and the message goes back, if there is no memory for it."""
+        if self.unsettled - self.count > 2 * self.quota + SPARE_MESSAGES:
+            self.end(BrokerError("the broker sends more messages than were asked for"))
+            return False
         size = len(delivery.body)
         self.average += (size - self.average) / 32
         if self.bytes and self.bytes + size > MOST_BYTES:
@@ -476,7 +482,7 @@ class BrokerConsumer(Taker, Consumer):
 
     async def sort(self) -> None:
         while self.inbox and not self.closed:
-            if self._ready and self.bytes > MOST_BYTES:
+            if len(self._ready) > self.quota or (self._ready and self.bytes > MOST_BYTES):
                 return  # unpacked, messages may need much more memory
             delivery = self.inbox[0]
             message = await self.open(delivery)

@@ -10,10 +10,13 @@ import pika
 import pytest
 import trio
 import trustme
-from pamqp import commands
+from pamqp import commands, header
 
 from mailerq.queues.rabbitmq.adapter import TrioServices
 from mailerq.queues.rabbitmq.connection import BrokerError, connect
+from mailerq.queues.rabbitmq.options import Options
+from mailerq.queues.rabbitmq.queues import open_rabbitmq
+from mailerq.queues.rabbitmq.takers import SPARE_MESSAGES
 from tests.queues.rabbitmq.fake import FakeBroker, Peer, fake_broker
 from tests.support import DEADLINE
 
@@ -246,6 +249,64 @@ async def test_a_frame_without_an_end_is_not_kept() -> None:
                 await broker.peers[0].write(b"\x03\0\x01\x7f\xff\xff\xff" + bytes(1 << 20))
             reason = await connection.wait_closed()
         assert "longer than agreed" in str(reason)
+
+
+async def test_a_message_without_an_end_is_not_kept() -> None:
+    def answer(peer: Peer, each: Any) -> tuple[Any, ...]:
+        return (
+            (commands.Basic.ConsumeOk(each.consumer_tag),) if each.name == "Basic.Consume" else ()
+        )
+
+    async with fake_broker() as broker:
+        broker.answer = answer
+        async with connect(broker.address) as connection:
+            channel = await connection.channel()
+            consumer = await channel.consume("q", lambda delivery: None, lambda: None)
+            with trio.fail_after(DEADLINE):
+                await broker.peers[0].send(
+                    commands.Basic.Deliver(consumer, 1, False, "", "q"),
+                    header.ContentHeader(0, 1 << 62, commands.Basic.Properties()),
+                    channel=1,
+                )
+                reason = await connection.wait_closed()
+            assert f"a message of {1 << 62} bytes" in str(reason)
+
+
+async def test_a_broker_that_sends_more_than_was_asked_for_is_left() -> None:
+    sent = 0
+
+    def answer(peer: Peer, each: Any) -> tuple[Any, ...]:
+        match each.name:
+            case "Basic.Qos":
+                return (commands.Basic.QosOk(),)
+            case "Basic.Consume":
+                nursery.start_soon(flood, peer, each.consumer_tag)
+                return (commands.Basic.ConsumeOk(each.consumer_tag),)
+        return ()
+
+    async def flood(peer: Peer, consumer: str) -> None:
+        nonlocal sent
+        properties = commands.Basic.Properties()
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while sent < 20_000:
+                sent += 1
+                method = commands.Basic.Deliver(consumer, sent, False, "", "outbox")
+                await peer.deliver(method, b"{}", properties, channel=1)
+
+    options = Options(queue_type="classic", declare=False, first_pause_seconds=0.02)
+    async with fake_broker() as broker, trio.open_nursery() as nursery:
+        broker.answer = answer
+        async with (
+            open_rabbitmq([broker.address], options) as queues,
+            queues.consume("outbox", prefetch=5) as consumer,
+        ):
+            with trio.fail_after(DEADLINE):
+                while not consumer.said:  # type: ignore[attr-defined] # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            assert "more messages than were asked for" in consumer.said  # type: ignore[attr-defined]
+            most = 2 * 5 + SPARE_MESSAGES + 1
+            assert consumer.unsettled <= most + 5 + 1  # type: ignore[attr-defined]
+            nursery.cancel_scope.cancel()
 
 
 async def test_cancelling_the_context_closes_the_connection() -> None:
