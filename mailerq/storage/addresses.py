@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from typing import Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from mailerq.storage.keys import MAX_DEPTH
 
@@ -54,10 +54,11 @@ class S3:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Postgres:
-    """A table of a PostgreSQL database. `uri` is for libpq, and may hold the `password`."""
+    """A table of a PostgreSQL database. `uri` is for libpq, and may hold the `secrets`."""
 
     uri: str = field(repr=False)
-    password: str = field(repr=False, default="")
+    secrets: tuple[str, ...] = field(repr=False, default=())
+    """Passwords, in each form in which an error of libpq may quote them."""
     shown: str
     table: str = "mailerq_bodies"
     compress: bool = False
@@ -169,7 +170,9 @@ def _postgres(text: str, options: dict[str, str]) -> Postgres:
     compress, table = _compress(options), options.pop("table", "mailerq_bodies")
     if not _TABLE.fullmatch(table):
         raise ValueError("table is the plain name of a table, with a schema or without")
-    password = unquote(parts.password or "") or options.get("password", "")
+    raw = parts.password or ""
+    found = {raw, unquote(raw), options.get("password", ""), options.get("sslpassword", "")}
+    found |= {quote(each, safe="") for each in found}
     kept = [
         each
         for each in parts.query.split("&")
@@ -182,7 +185,7 @@ def _postgres(text: str, options: dict[str, str]) -> Postgres:
     where = host if host else options.get("host", "")
     return Postgres(
         uri=uri,
-        password=password,
+        secrets=tuple(sorted(found - {""}, key=len, reverse=True)),
         shown=f"postgresql://{where}{parts.path}",
         table=table,
         compress=compress,

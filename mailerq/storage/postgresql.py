@@ -192,10 +192,10 @@ class PostgresBackend(Backend):
                 return result
 
     def _words(self, error: Exception) -> str:
-        """The words of an error on one line, without the password."""
+        """The words of an error on one line, without the passwords."""
         text = str(error).strip() or type(error).__name__
-        if self._location.password:
-            text = text.replace(self._location.password, "***")
+        for secret in self._location.secrets:
+            text = text.replace(secret, "***")
         advice = ""
         if isinstance(error, self._psycopg.errors.UndefinedTable):
             self._made = False  # the next connection creates it

@@ -36,7 +36,7 @@ def test_a_database() -> None:
     found = parse_address("postgresql://me:se%24ame@db.test:5433/mail?sslmode=require&table=m.b")
     assert isinstance(found, Postgres)
     assert found.uri == "postgresql://me:se%24ame@db.test:5433/mail?sslmode=require"
-    assert (found.table, found.password) == ("m.b", "se$ame")
+    assert (found.table, found.secrets) == ("m.b", ("se%2524ame", "se%24ame", "se$ame"))
     assert str(found) == "postgresql://db.test:5433/mail"
     assert "ame" not in repr(found)
 

@@ -103,6 +103,33 @@ async def test_a_password_is_in_no_error(postgres: str, clock: Clock) -> None:
     assert "sesame" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://me:se%2Fs%40me@127.0.0.1:1/db?bad=1",
+        "postgresql://me@127.0.0.1:1/db?password=se%2Fs%40me&bad=1",
+        "postgresql://127.0.0.1:1/db?sslpassword=se%2Fs%40me&bad=1",
+    ],
+)
+async def test_an_encoded_password_is_in_no_error(
+    address: str, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(address, clock=clock) as storage:
+        with pytest.raises(StorageError) as caught:
+            await storage.get("x")
+        for words in ("invalid URI query parameter se/s@me", "in URI se%2Fs%40me"):
+            error = psycopg.OperationalError(words)
+            assert "s@me" not in storage._backend._words(error)  # type: ignore[attr-defined]
+            assert "s%40me" not in storage._backend._words(error)  # type: ignore[attr-defined]
+        told = [
+            str(caught.value),
+            caplog.text,
+            repr(storage._backend.__dict__),
+            str(storage.statistics()),
+        ]
+    assert not any("s@me" in text or "s%40me" in text for text in told)
+
+
 async def test_rights_that_are_missing_are_named(plain: str, clock: Clock) -> None:
     table, user = table_of(plain), f"u{secrets.token_hex(6)}"
     async with opened(plain, clock=clock) as storage:
