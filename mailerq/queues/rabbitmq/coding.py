@@ -56,6 +56,9 @@ MAX_DOCUMENT: Final = 64 << 20
 SMALL_BYTES: Final = 1 << 18
 """More takes a thread, so that the loop is not blocked for milliseconds."""
 
+TURN_BYTES: Final = 1 << 14
+"""A hundred documents of this size are read in a turn of the loop."""
+
 GZIP: Final = 16 + zlib.MAX_WBITS
 GZIP_LEVEL: Final = 1
 BEST_LEVEL: Final = 9
@@ -130,14 +133,20 @@ def decode(body: bytes, encoding: str | None) -> Message:
 
 
 async def decode_soon(body: bytes, encoding: str | None) -> Message:
-    """Read a document as `decode` does, in a thread if it is large, or may be when unpacked."""
+    """Read a document as `decode` does, in a thread if it is large, or may be when unpacked.
+
+    Others have a turn after one that takes a good part of a millisecond. Cannot be cancelled.
+    """
     size = len(body)
     if (encoding or "").lower() == "gzip" and size <= SMALL_BYTES:
         with suppress(zlib.error):
             unpacker = zlib.decompressobj(GZIP)
             size = len(unpacker.decompress(body, SMALL_BYTES))
             size += not unpacker.eof
-    return await in_thread(size, partial(decode, body, encoding))
+    message = await in_thread(size, partial(decode, body, encoding))
+    if size > TURN_BYTES:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+    return message
 
 
 def _unpack(data: bytes) -> bytes:

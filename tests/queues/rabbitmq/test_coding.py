@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from pika import spec
@@ -142,3 +143,24 @@ async def test_what_is_large_when_unpacked_takes_a_thread(
     assert (threads[-1] != threading.get_ident()) == (size + 11 > SMALL_BYTES)
     with pytest.raises(MessageError, match="not gzip"):
         await decode_soon(b"junk", "gzip")
+
+
+@pytest.mark.parametrize("encoding", [None, "gzip"])
+async def test_others_have_a_turn_between_messages(encoding: str | None) -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    body = json.dumps({"list": list(range(20_000))}).encode()
+    if encoding:
+        body = gzip.compress(body, mtime=0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        for _ in range(100):
+            await decode_soon(body, encoding)
+        assert turns >= 99
+        nursery.cancel_scope.cancel()
