@@ -141,12 +141,7 @@ class Topology:
     def main(self) -> dict[str, Any]:
         """The arguments of a queue of ours."""
         arguments = self._typed()
-        if self.queue_type == "quorum":
-            # Since 4.0 a message is dropped that came back 20 times, by crashes or put back.
-            # Earlier versions refuse a negative limit, and have none.
-            if self.version >= (4,):
-                arguments["x-delivery-limit"] = -1
-        elif self.max_priority:
+        if self.queue_type == "classic" and self.max_priority:
             arguments["x-max-priority"] = self.max_priority
         if self.lazy:
             arguments["x-queue-mode"] = "lazy"
@@ -165,8 +160,6 @@ class Topology:
         arguments = self._falling_back(queue, HANDED_SECONDS)
         if self.queue_type == "classic" and self.max_priority:
             arguments["x-max-priority"] = self.max_priority
-        if self.queue_type == "quorum" and self.version >= (4,):
-            arguments["x-delivery-limit"] = -1
         return arguments
 
     def parked(self, queue: str, destination: str) -> tuple[str, dict[str, Any]]:
@@ -175,8 +168,6 @@ class Topology:
         arguments["x-expires"] = EXPIRES_SECONDS * 1000
         if self.queue_type == "classic" and self.max_priority:
             arguments["x-max-priority"] = self.max_priority
-        if self.queue_type == "quorum" and self.version >= (4,):
-            arguments["x-delivery-limit"] = -1
         return self._name(queue, "parked", f"to.{destination}"), arguments
 
     def index(self, queue: str) -> tuple[str, dict[str, Any]]:
@@ -186,7 +177,12 @@ class Topology:
         return self._name(queue, "parked", "index"), arguments
 
     def _typed(self) -> dict[str, Any]:
-        return {"x-queue-type": self.queue_type}
+        arguments: dict[str, Any] = {"x-queue-type": self.queue_type}
+        if self.queue_type == "quorum" and self.version >= (4,):
+            # Since 4.0 a message is dropped that came back 20 times, by crashes, put back, or only
+            # looked at. Earlier versions refuse a negative limit, and have none.
+            arguments["x-delivery-limit"] = -1
+        return arguments
 
     def _falling_back(self, queue: str, seconds: int) -> dict[str, Any]:
         arguments = self._typed()
