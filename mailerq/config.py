@@ -214,7 +214,8 @@ class Config(ClusterTable):
     @property
     def has_cluster(self) -> bool:
         """Whether this instance hears of others on an exchange."""
-        return bool(self.cluster_exchange and (self.cluster_address or self.has_broker))
+        own = self.cluster_address or self.cluster_host
+        return bool(self.cluster_exchange and (own or self.has_broker))
 
     @property
     def instance(self) -> str:

@@ -96,20 +96,23 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
 
 def _broker(config: Config) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with the settings of RabbitMQ."""
-    if config.rabbitmq_address and config.rabbitmq_host:
-        yield "rabbitmq_host", "rabbitmq-host: rabbitmq-address names the hosts; remove one of both"
-    for key in ("rabbitmq_user", "rabbitmq_password", "rabbitmq_vhost"):
-        if not getattr(config, key):
-            continue
-        if config.rabbitmq_address:
-            yield key, f"{_key(key)} belongs into rabbitmq-address, which is set; remove it"
-        elif not config.rabbitmq_host:
-            yield key, f"{_key(key)} needs rabbitmq-host, which is not set"
-    if config.rabbitmq_host:
-        try:
-            addresses_of_hosts(config.rabbitmq_host, "", "", "")
-        except AddressError as error:
-            yield "rabbitmq_host", f"rabbitmq-host: {error}"
+    for kind in ("rabbitmq", "cluster"):
+        address, hosts = getattr(config, f"{kind}_address"), getattr(config, f"{kind}_host")
+        if address and hosts:
+            text = f"{kind}-host: {kind}-address names the hosts; remove one of both"
+            yield f"{kind}_host", text
+        for key in (f"{kind}_user", f"{kind}_password", f"{kind}_vhost"):
+            if not getattr(config, key):
+                continue
+            if address:
+                yield key, f"{_key(key)} belongs into {kind}-address, which is set; remove it"
+            elif not hosts:
+                yield key, f"{_key(key)} needs {kind}-host, which is not set"
+        if hosts:
+            try:
+                addresses_of_hosts(hosts, "", "", "")
+            except AddressError as error:
+                yield f"{kind}_host", f"{kind}-host: {error}"
 
 
 def _reports(config: Config) -> Iterator[tuple[str, str]]:

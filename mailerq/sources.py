@@ -24,8 +24,7 @@ CONFIG_FILE: Final = "config-file"
 
 NOT_YET: Final = frozenset(
     """
-    cluster-host cluster-password cluster-user
-    cluster-vhost database database-address database-threads
+    database database-address database-threads
     database-ttl database-validate dns-buffersize dns-capacity dns-expire dns-force
     dns-getaddrinfo dns-interval dns-min-ttl dns-rotate dns-sockets dns-spread
     dns-threads domain-maxqueue download-blacklist

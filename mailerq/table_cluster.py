@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from mailerq.settings import BROKERS, FLAG, QUEUE, SECONDS, fixed, setting
+from mailerq.settings import BROKERS, FLAG, QUEUE, SECONDS, TEXT, fixed, setting
 from mailerq.table_storage import StorageTable
 
 __all__ = ["ClusterTable"]
@@ -26,6 +26,16 @@ class ClusterTable(StorageTable):
         unset="the brokers of rabbitmq-address",
         secret=True,
     )
+    cluster_host: str = fixed(
+        "",
+        TEXT,
+        CLUSTER,
+        "Older form of cluster-address: the hosts, with or without ports.",
+        unset="none",
+    )
+    cluster_user: str = fixed("", TEXT, CLUSTER, "The login for cluster-host.", unset="guest")
+    cluster_password: str = fixed("", TEXT, CLUSTER, "Its password.", unset="guest", secret=True)
+    cluster_vhost: str = fixed("", TEXT, CLUSTER, "The vhost of cluster-host.", unset="/")
     cluster_exchange: str = fixed(
         "cluster",
         QUEUE,

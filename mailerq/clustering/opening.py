@@ -30,18 +30,21 @@ def open_exchange(config: Config, clock: Callable[[], int] = time.monotonic_ns) 
     if (problem := broker_problem(config)) is not None:
         raise problem
     # Others do not need pika.
-    from mailerq.queues.rabbitmq.addresses import addresses_of, parse_addresses
+    from mailerq.queues.rabbitmq.addresses import cluster_addresses_of
     from mailerq.queues.rabbitmq.exchange import Exchange
 
-    own = config.cluster_address
-    addresses = parse_addresses(own) if own else addresses_of(config)
+    own = config.cluster_address or config.cluster_host
     context = None
     if not config.cluster_verify or not (own or config.rabbitmq_verify):
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return Exchange(
-        addresses, config.cluster_exchange, clock=clock, name=config.instance, context=context
+        cluster_addresses_of(config),
+        config.cluster_exchange,
+        clock=clock,
+        name=config.instance,
+        context=context,
     )
 
 

@@ -12,7 +12,7 @@ from mailerq import Config
 from mailerq.errors import ConfigError, MessageError
 from mailerq.message import Message
 from mailerq.queues import Publication
-from mailerq.queues.rabbitmq.addresses import Address, addresses_of
+from mailerq.queues.rabbitmq.addresses import Address, addresses_of, cluster_addresses_of
 from mailerq.queues.rabbitmq.options import Options
 from mailerq.queues.rabbitmq.queues import open_rabbitmq
 
@@ -107,6 +107,17 @@ def test_older_settings_name_the_same_brokers() -> None:
     assert older.has_broker and not Config().has_broker
 
 
+def test_older_settings_name_the_same_brokers_of_a_cluster() -> None:
+    older = Config(
+        cluster_host="a.test; b.test:5673", cluster_user="u", cluster_password="p",
+        cluster_vhost="v",
+    )  # fmt: skip
+    uri = Config(cluster_address="amqp://u:p@a.test;b.test:5673/v")
+    assert cluster_addresses_of(older) == cluster_addresses_of(uri)
+    assert older.has_cluster and not older.has_broker
+    assert cluster_addresses_of(Config(**BROKER)) == addresses_of(Config(**BROKER))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -116,6 +127,9 @@ def test_older_settings_name_the_same_brokers() -> None:
         {"rabbitmq_vhost": "v", **BROKER},
         {"rabbitmq_host": "a.test:0"},
         {"rabbitmq_address": "http://a.test"},
+        {"cluster_host": "a.test", "cluster_address": "amqp://a.test"},
+        {"cluster_user": "u", **BROKER},
+        {"cluster_host": "a.test:0"},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, str]) -> None:
