@@ -245,6 +245,12 @@ class Subscription(ABC):
     def forget(self, destination: str) -> None:
         """Drop the state of a destination: its window is the default again."""
 
+    def look(self) -> None:  # noqa: B027 - queues of one process have nothing to look for
+        """Look now for mail that other processes have set apart: more of it may be sent here.
+
+        `Receiver.waiting` tells of what is found.
+        """
+
 
 class Queues(ABC):
     """All queues of one engine."""

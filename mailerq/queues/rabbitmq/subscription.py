@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -45,7 +46,14 @@ LOOK_SECONDS: Final = 0.02
 
 INDEX_AGAIN_SECONDS: Final = float(PARKED_SECONDS)
 
+FIRST_LOOK_SECONDS: Final = 2.0
 INDEX_LOOK_SECONDS: Final = 300.0
+"""The list of destinations is read again after pauses that double between these. It does not show
+what another process holds at that moment, or parks a moment later, and such moments are near a lost
+connection, a start, and a change of the owner of an address."""
+
+LOOK_SHARE: Final = 5
+"""After a read of the list there is none for this many times as long as the read took."""
 
 HELD_BYTES: Final = 64 << 20
 """Bytes of unpacked messages that are held back. More are parked at once."""
@@ -109,6 +117,8 @@ class BrokerSubscription(Taker, Subscription):
         self._held_back: deque[tuple[float, Delivery, Message, str]] = deque()
         self._held_bytes = 0
         self._gets: Channel | None = None
+        self._fallen: dict[str, None] = {}
+        """Destinations with parked mail whose leases ended after their channel."""
         self._look = trio.Event()
 
     @property
@@ -150,7 +160,7 @@ class BrokerSubscription(Taker, Subscription):
             self._receiver.lost(lost)
 
     def look(self) -> None:
-        """Look for destinations with parked mail now."""
+        """Look for destinations with parked mail now, and again soon."""
         self._look.set()
 
     async def tend(self) -> None:
@@ -161,11 +171,17 @@ class BrokerSubscription(Taker, Subscription):
                 connection = await self.queues.publishing.connection()
                 # RabbitMQ 3.10 forgot a queue that was declared half a second before a crash.
                 await self.queues.declare_waits(self.queue)
+                pause, rest = FIRST_LOOK_SECONDS, 0.0
                 while connection.is_open:
-                    with trio.move_on_after(INDEX_LOOK_SECONDS):
+                    # Processes that lost the same broker do not read at one moment for ever.
+                    with trio.move_on_after(pause * random.uniform(0.8, 1.2)):
                         await self._look.wait()
-                    self._look = trio.Event()
+                    await trio.sleep(rest)
+                    asked, self._look = self._look.is_set(), trio.Event()
+                    pause = FIRST_LOOK_SECONDS if asked else min(2 * pause, INDEX_LOOK_SECONDS)
+                    begun = trio.current_time()
                     await self._read_index()
+                    rest = LOOK_SHARE * (trio.current_time() - begun)
                 said = ""
             except BrokerError as error:
                 if str(error) != said and self.queues.publishing.open is not None:
@@ -177,20 +193,26 @@ class BrokerSubscription(Taker, Subscription):
     async def _read_index(self) -> None:
         """Tell of destinations with mail that processes before or beside this one have parked."""
         gets = self._gets
-        if gets is None or not gets.is_open:
+        if gets is None or not gets.connection.is_open:
             return  # a new connection has the list read
+        if not gets.is_open:
+            gets = await self._open_gets(gets.connection)
         for key in await self.queues.read_index(self.queue, gets):
             self._tell(self._destination(key))
 
     async def _open_gets(self, connection: Connection) -> Channel:
         """Open the channel of `take`."""
         self._gets = await connection.channel()
-        for lease in list(self.queues.held.values()):
+        # Messages without a channel lie in the parked queue again. A take joins those that are
+        # leased with their lease, and leases the others anew.
+        fallen, self._fallen = self._fallen, {}
+        for lease in self.queues.held.values():
             if lease.taker is self and lease.parked and lease.is_stale:
-                # Its message lies in the parked queue again; a take joins it with the lease.
-                destination = self._destination(lease.destination)
-                destination.returned = trio.current_time()
-                self._tell(destination)
+                fallen[lease.destination] = None
+        for key in fallen:
+            destination = self._destination(key)
+            destination.returned = trio.current_time()
+            self._tell(destination)
         return self._gets
 
     def wait_seconds(self) -> float:
@@ -322,6 +344,9 @@ class BrokerSubscription(Taker, Subscription):
         destination = self._destination(lease.destination)
         destination.held -= 1
         self._tidy(destination)
+        if lease.parked and lease.is_stale and not self.closed:
+            self._fallen[lease.destination] = None
+            self.look()
 
     def release(self, lease: BrokerLease) -> None:
         if self.closed or lease.is_stale:
