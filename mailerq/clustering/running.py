@@ -27,6 +27,9 @@ log = logging.getLogger("mailerq.cluster")
 
 DEFECT_SECONDS: Final = 5
 
+JUDGE_SECONDS: Final = 1.0
+"""How often mail that was handed to this instance is compared with the owners of its addresses."""
+
 
 class EngineCluster:
     """What an engine has to do with its cluster, if the settings name one."""
@@ -62,7 +65,7 @@ class EngineCluster:
             lambda: available(self._live.current.config, self._limits.shaping.local_ips),
             file=LeaseFile(config.queue_directory),
             clock=boot_time,
-            on_leases=self._limits.leases_changed,
+            on_leases=self._leases_changed,
         )
         stack.callback(cluster.close)
         await cluster.open()
@@ -78,6 +81,7 @@ class EngineCluster:
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_settings)
+            nursery.start_soon(self._follow_owners)
             while True:
                 try:
                     await self._cluster.run()
@@ -92,6 +96,17 @@ class EngineCluster:
             await self._look_at_settings()
             if self._cluster is not None:
                 self._cluster.settings_changed()
+
+    def _leases_changed(self) -> None:
+        self._limits.leases_changed()
+        for dispatcher in self._dispatchers():
+            dispatcher.flows.seek()
+
+    async def _follow_owners(self) -> None:
+        while True:
+            await trio.sleep(JUDGE_SECONDS)
+            for dispatcher in self._dispatchers():
+                dispatcher.flows.hand_on()
 
     def reload(self) -> None:
         """Other settings are in force."""

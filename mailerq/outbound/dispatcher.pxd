@@ -13,7 +13,7 @@ cdef class Dispatcher:
     cdef public dict _sessions, _looking_up
     cdef public object queues, worker, openings, flows, limits, stops, counters, memory, seeing
     cdef public object policies, tls
-    cdef public object now, signer, _handed, keeper_of, _say_to_and_fro
+    cdef public object now, signer, handed, keeper_of, _say_to_and_fro
     cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies
     cdef public object _some_session, _no_session, _times_changed, _say_own_fault
     cdef public object _storage, _stopped, _life, _nursery, _working, _inliner

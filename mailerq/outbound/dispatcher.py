@@ -130,7 +130,7 @@ class Dispatcher:
         """`handed` is the queue of mail that other instances hand over, in place of the outbox."""
         self._live = live
         self._storage = storage
-        self._handed = handed
+        self.handed = handed
         self.keeper_of: Callable[[Sequence[str]], str | None] | None = None
         """Names the queue of the instance that should send from some addresses, if not this one;
         None while that is not known."""
@@ -241,7 +241,7 @@ class Dispatcher:
         config, intake = self.config, self._intake
         async with (
             self.queues.subscribe(
-                self._handed or config.rabbitmq_outbox,
+                self.handed or config.rabbitmq_outbox,
                 intake,
                 prefetch=config.rabbitmq_qos,
                 window=min(FIRST_WINDOW, self.max_window),

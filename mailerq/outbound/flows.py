@@ -289,6 +289,26 @@ class Flows:
             for pause in list(self.pauses.values()):
                 self._intake.forget(pause)
 
+    def seek(self) -> None:
+        """Look for mail that other instances have set apart: more of it may be sent here now."""
+        self._intake.look()
+
+    def hand_on(self) -> None:
+        """Judge mail anew that was handed to this instance, and whose addresses others own by now.
+
+        Nobody else finds this mail: what is parked of it is in queues of this instance.
+        """
+        keeper_of = self._dispatcher.keeper_of
+        if not self._dispatcher.handed or keeper_of is None or self._dispatcher.stopping:
+            return
+        ips = {flow.local_ip for flow in self.live if flow.local_ip is not None}
+        gone = {ip for ip in ips if keeper_of((ip,))}
+        for flow in [flow for flow in self.live if flow.local_ip in gone]:
+            for destination in list(flow.destinations):
+                if all(other.local_ip in gone for other in destination.flows):
+                    self._intake.unlink(destination, flow)
+            flow.pump()
+
     def recall(self, numbers: Collection[int]) -> None:
         """Give these messages back if they wait in memory."""
         for flow in list(self.live):

@@ -115,6 +115,11 @@ class Intake:
             else:
                 self.waiting(*each)
 
+    def look(self) -> None:
+        """Look for mail that other processes have set apart."""
+        if self._begun:
+            self.subscription.look()
+
     @property
     def room(self) -> int:
         """Messages that still fit into memory."""
