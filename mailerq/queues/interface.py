@@ -64,12 +64,17 @@ class Publication(msgspec.Struct, frozen=True):
     `since` is the wall clock's time when `due` was chosen, if `due` ends a wait rather than being
     a date. If the clock is set back before the publication is written, such a wait stays as long as
     it was.
+
+    `identity` tells a copy at a broker from all others, if its publisher has chosen one. With
+    `again` the broker may have the copy already.
     """
 
     queue: str
     message: Message
     due: float | None = None
     since: float = 0.0
+    identity: str = ""
+    again: bool = False
 
 
 class Lease(msgspec.Struct, eq=False):

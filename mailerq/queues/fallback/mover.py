@@ -16,7 +16,7 @@ from typing import Final
 import trio
 
 from mailerq.errors import MessageError, QueueError
-from mailerq.queues.fallback.reserve import Line, Reserve
+from mailerq.queues.fallback.reserve import Line, Reserve, restored
 from mailerq.queues.interface import DAMAGED_QUEUE, Entry, Publication, RemoteQueues
 
 __all__ = ["Mover"]
@@ -153,4 +153,4 @@ class Mover:
         if entry.damaged:
             return Publication(DAMAGED_QUEUE, entry.message)
         due = entry.due if entry.due > self._clock() else None
-        return Publication(entry.queue, entry.message, due)
+        return restored(entry, due)

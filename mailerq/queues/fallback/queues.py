@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -37,6 +38,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+import msgspec
 import trio
 
 from mailerq.config import Config
@@ -230,6 +232,7 @@ class FallbackQueues(Queues):
     async def publish(self, publications: Sequence[Publication]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         failure: QueueError | None = None
+        publications = _named(publications)
         if not self._is_slow(publications):
             try:
                 await self.broker.publish(publications)
@@ -464,7 +467,9 @@ class FallbackQueues(Queues):
 
     async def ack(self, settlements: Sequence[Settlement]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        publications = [each for one in settlements for each in (*one.publications, *one.others)]
+        publications = _named(
+            [each for one in settlements for each in (*one.publications, *one.others)]
+        )
 
         async def publish(lost: Lost) -> None:
             if publications or (lost() and self.limit):
@@ -512,3 +517,11 @@ class FallbackQueues(Queues):
                 "moved": self.moved,
             },
         }
+
+
+def _named(publications: Sequence[Publication]) -> list[Publication]:
+    """Publications with identities that their copies keep, whoever publishes them and how often."""
+    return [
+        each if each.identity else msgspec.structs.replace(each, identity=secrets.token_hex(12))
+        for each in publications
+    ]

@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from typing import Final, TypeVar
 
+import msgspec
 import trio
 
 from mailerq.errors import QueueError
@@ -19,7 +20,7 @@ from mailerq.queues.embedded.queue_file import FILE_NAME
 from mailerq.queues.embedded.queue_reader import QueueReader
 from mailerq.queues.interface import BrowsableQueues, Depth, Entry, Publication
 
-__all__ = ["Line", "Reserve"]
+__all__ = ["Line", "Reserve", "restored"]
 
 T = TypeVar("T")
 
@@ -28,6 +29,10 @@ SETTLED: Final = "amq.settled"
 GROUP: Final = 200
 """Messages read at a time. As many go out twice if this process is killed between the confirmation
 of the broker and the removal here."""
+
+IDENTITY: Final = "fallback-identity"
+"""The property of messages here with the identity of their copy at the broker, the same in each
+attempt: a list, whose second item is the property of this name that the message had before."""
 
 GROUP_BYTES: Final = 4 << 20
 """Bytes of a group; one message may have more."""
@@ -101,14 +106,14 @@ class Reserve:
 
     def check(self, publication: Publication) -> None:
         """Raise `MessageError` for a publication that cannot be kept here."""
-        self._queues.check(publication)
+        self._queues.check(_kept(publication))
 
     async def store(
         self, publications: Sequence[Publication], settled: Sequence[str], limit: int
     ) -> None:
         """Keep publications, and note messages as settled, in one commit; `limit` bytes in all.
 
-        Raises `QueueError` with nothing kept, and `MessageError`.
+        Each publication has an identity. Raises `QueueError` with nothing kept, and `MessageError`.
         """
         records = [Publication(SETTLED, Message({"identity": identity})) for identity in settled]
         size = sum(
@@ -125,7 +130,7 @@ class Reserve:
             line.count += 1
             line.entering += 1
         try:
-            await self._queues.publish([*publications, *records])
+            await self._queues.publish([*map(_kept, publications), *records])
         except BaseException:
             self.bytes -= size
             for publication in publications:
@@ -213,6 +218,30 @@ class Reserve:
                 return read(reader)
 
         return await trio.to_thread.run_sync(run)
+
+
+def _kept(publication: Publication) -> Publication:
+    """What the file has of a publication with an identity."""
+    message = publication.message
+    value = [publication.identity]
+    if IDENTITY in message.properties:
+        value.append(message.properties[IDENTITY])
+    message = Message({**message.properties, IDENTITY: value}, message.body)
+    return msgspec.structs.replace(publication, message=message)
+
+
+def restored(entry: Entry, due: float | None) -> Publication:
+    """The publication that an entry was. The broker may have the copy already."""
+    properties = dict(entry.message.properties)
+    match properties.pop(IDENTITY, None):
+        case [str(identity)]:
+            pass
+        case [str(identity), before]:
+            properties[IDENTITY] = before
+        case _:  # of an earlier version
+            return Publication(entry.queue, entry.message, due)
+    message = Message(properties, entry.message.body)
+    return Publication(entry.queue, message, due, identity=identity, again=True)
 
 
 def _identity(record: Entry) -> str:

@@ -2,7 +2,8 @@
 
 The body of an AMQP message is the document of `Message.to_json`, plain or with the content encoding
 ``gzip``, as applications publish it. Beside it stand a `message_id` for each copy, the priority,
-and ``x-mailerq-due``, the due time of a message that waits in steps, in milliseconds since 1970.
+``x-mailerq-due``, the due time of a message that waits in steps, in milliseconds since 1970, and
+``x-mailerq-again`` if the copy was written before, so that its queue may have it twice.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ __all__ = [
     "header",
     "identity_of",
     "in_thread",
+    "is_again",
     "is_named",
+    "mark_again",
     "priority_of",
 ]
 
 T = TypeVar("T")
 
 DUE: Final = "x-mailerq-due"
+AGAIN: Final = "x-mailerq-again"
 REASON: Final = "x-mailerq-reason"
 """Why a message was set aside."""
 
@@ -196,6 +200,16 @@ def due_of(properties: spec.BasicProperties) -> float | None:
     if not isinstance(due, int) or isinstance(due, bool) or not 0 <= due < LAST_DUE:
         return None  # none of ours
     return due / 1000
+
+
+def mark_again(properties: spec.BasicProperties) -> None:
+    """Say beside a document that this copy was written before."""
+    properties.headers = {**(properties.headers or {}), AGAIN: True}
+
+
+def is_again(properties: spec.BasicProperties) -> bool:
+    """Whether a copy was written before, and has an id of ours."""
+    return bool(properties.message_id) and (properties.headers or {}).get(AGAIN) is True
 
 
 def identity_of(properties: spec.BasicProperties, body: bytes) -> str:

@@ -33,6 +33,7 @@ from typing import Any, Final, TypeVar
 import trio
 from pika import spec
 
+from mailerq.queues.rabbitmq.coding import mark_again
 from mailerq.queues.rabbitmq.connection import (
     ACCESS_REFUSED,
     NOT_FOUND,
@@ -248,11 +249,17 @@ class Publisher:
         """A copy is published once more, elsewhere; the first one may be in its queue, too."""
         self.repeated[identity] = self.repeated.get(identity, False)
 
+    def write_again(self, copy: Copy) -> None:
+        """A copy is to be published that may be in its queue already."""
+        self.note_repeated(str(copy.properties.message_id))
+        mark_again(copy.properties)
+
     def _again(self) -> None:
         """Put what is not confirmed back in line, in order."""
-        for identity in self._by_identity:
+        for identity, copy in self._by_identity.items():
             known = self.repeated.get(identity, False)
             self.repeated[identity] = known or identity in self._dealt_with
+            mark_again(copy.properties)
         self._dealt_with.clear()
         while len(self.repeated) > MAX_REPEATED:
             self.repeated.popitem(last=False)

@@ -350,12 +350,17 @@ class RabbitQueues(RemoteQueues):
     async def _publish(self, publications: Sequence[Publication], bodies: Sequence[bytes]) -> None:
         await self._wait_ready()
         now = self.clock()
-        await self.publisher.publish(
-            [
-                self._copy(publication, body, now)
-                for publication, body in zip(publications, bodies, strict=True)
-            ]
-        )
+        copies = [
+            self._copy(publication, body, now)
+            for publication, body in zip(publications, bodies, strict=True)
+        ]
+        try:
+            await self.publisher.publish(copies)
+        except BrokerError:
+            for publication in publications:
+                if publication.identity:
+                    self.publisher.note_repeated(publication.identity)  # by its publisher
+            raise
 
     async def _wait_ready(self) -> None:
         """Wait for a connection; what is declared depends on the version of the broker."""
@@ -372,14 +377,18 @@ class RabbitQueues(RemoteQueues):
             delay = due - now
             if publication.since:
                 delay = min(delay, due - publication.since)
-        return self._copy_to(
+        copy = self._copy_to(
             publication.queue,
             body,
             delay,
             due=due,
             priority=priority_of(publication.message),
             encoding=encoding_of(body),
+            identity=publication.identity,
         )
+        if publication.again:
+            self.publisher.write_again(copy)
+        return copy
 
     def _copy_to(
         self,
@@ -499,8 +508,14 @@ class RabbitQueues(RemoteQueues):
         if len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
 
-    def is_second(self, identity: str) -> bool:
-        """Whether a message is the second copy of one that this process has, or had."""
+    def is_second(self, identity: str, *, again: bool = False) -> bool:
+        """Whether a message is the second copy of one that this process has, or had.
+
+        A copy that its publisher has written `again` may be one whoever the publisher is. No other
+        message has its id, and what was acknowledged comes no more while its channel is open.
+        """
+        if again and (identity in self.by_identity or identity in self._acked):
+            return True
         for publisher in (self.publisher, self.parker):
             done = publisher.repeated.get(identity)
             if done is not None:

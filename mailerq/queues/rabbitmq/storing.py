@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
+import msgspec
 import trio
 
 from mailerq.config import Config
@@ -152,4 +153,4 @@ class Storing:
             # body.
             properties.setdefault("seen", format_time(self.terms.first_due(publication, now)))
         message = Message(properties, None, publication.message.local)
-        return Publication(publication.queue, message, publication.due, publication.since)
+        return msgspec.structs.replace(publication, message=message)

@@ -42,7 +42,14 @@ import trio
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message, decode_properties, encode_properties
 from mailerq.queues.interface import DAMAGED_QUEUE, Consumer, Lease
-from mailerq.queues.rabbitmq.coding import decode_soon, due_of, identity_of, in_thread, is_named
+from mailerq.queues.rabbitmq.coding import (
+    decode_soon,
+    due_of,
+    identity_of,
+    in_thread,
+    is_again,
+    is_named,
+)
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection, Delivery
 
 if TYPE_CHECKING:
@@ -404,7 +411,8 @@ class Taker:
             known.channel, known.tag = delivery.channel, delivery.tag
             self.bytes -= size
             return None
-        if queues.was_settled(identity, delivery) or queues.is_second(identity):
+        again = is_again(delivery.properties)
+        if queues.was_settled(identity, delivery) or queues.is_second(identity, again=again):
             delivery.channel.ack(delivery.tag)
             self.bytes -= size
             return None

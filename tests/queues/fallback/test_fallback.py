@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,40 @@ async def test_mail_for_a_broker_that_is_away_is_moved_over_in_order(tmp_path: P
         assert await queues.depths() == await broker.depths() == [Depth("outbox", 450, 0)]
         await queues.publish([mail(450)])
         assert tags(broker.published)[-1] == 450
+
+
+async def test_a_copy_has_one_identity_in_all_attempts(tmp_path: Path) -> None:
+    """Also over a failure in the middle, and over the death of the process that kept the mail."""
+    own = {"fallback-identity": ["mine", 1]}
+    tried: list[Publication] = []
+
+    async def lose_the_confirmation() -> None:
+        raise QueueError("not confirmed")
+
+    async with opened(tmp_path) as (broker, queues):
+        publish = broker.publish
+
+        async def noted(publications: Sequence[Publication]) -> None:
+            tried.extend(publications)
+            await publish(publications)
+
+        broker.publish = noted  # type: ignore[method-assign]
+        broker.before_confirm = lose_the_confirmation
+        await queues.publish([mail(1), mail(2, **own)])
+        first = [each.identity for each in tried]
+        assert len(set(first)) == 2
+        assert not any(each.again for each in tried)
+        await until(lambda: len(tried) == 4)
+    async with opened(tmp_path) as (broker, queues):
+        await until_moved(queues)
+        moved = [each for group in broker.published for each in group]
+        for attempt in (tried[2:], moved):
+            assert [each.identity for each in attempt] == first
+            assert all(each.again for each in attempt)
+        assert [each.message.properties for each in moved] == [
+            mail(1).message.properties,
+            mail(2, **own).message.properties,
+        ]
 
 
 async def test_what_waits_for_the_broker_is_kept_when_the_broker_is_away(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Depth, Publication, Queues, Settlement
 from mailerq.queues.fallback.queues import FallbackQueues, Patience
+from mailerq.queues.rabbitmq import publisher
 from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.queues.rabbitmq.queues import Options, RabbitQueues, open_rabbitmq
 from tests.queues.contract import (
@@ -103,6 +104,36 @@ async def until_away(queues: FallbackQueues, away: bool = True) -> None:
 async def until_empty(queues: FallbackQueues) -> None:
     """Wait until the broker has all that was in the reserve."""
     await until(lambda: not queues.reserve.lines, DEADLINE)
+
+
+@pytest.mark.parametrize("settled", [False, True], ids=["leased", "settled"])
+@pytest.mark.parametrize("who", ["this process", "another process"])
+async def test_a_copy_of_the_reserve_that_the_broker_had_already_is_not_handed_out(
+    vhost: Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settled: bool, who: str
+) -> None:
+    """The confirmation of the first copy is lost, so the reserve publishes a second one."""
+    monkeypatch.setattr(publisher, "SILENT_SECONDS", 0.1)  # how long the queue is left alone
+    options = replace(OPTIONS, publish_seconds=0.5)
+    async with (
+        opened(vhost, tmp_path, options=options) as (rabbit, queues),
+        open_rabbitmq([vhost], OPTIONS) as other,
+    ):
+        taker: Queues = queues if who == "this process" else other
+        await queues.publish([Publication("inbox", Message({"tag": 0}))])  # it is declared
+        async with taker.consume("inbox", prefetch=9) as consumer:
+            (lease,) = await receive(consumer, 1)
+            await taker.ack([Settlement(lease)])
+            with monkeypatch.context() as lossy:
+                lossy.setattr(rabbit.publisher, "_finish", lambda tag, taken: None)
+                await queues.publish([Publication("inbox", Message({"tag": 1}))])
+            assert queues.reserve.stored == 1
+            (lease,) = await receive(consumer, 1)
+            if settled:
+                await taker.ack([Settlement(lease)])
+            await until_empty(queues)
+            await queues.publish([Publication("inbox", Message({"tag": 2}))])
+            (new,) = await receive(consumer, 1)
+            assert (tag_of(lease), tag_of(new)) == (1, 2)
 
 
 async def test_a_stopped_broker(broker: Broker, vhost: Address, tmp_path: Path) -> None:
