@@ -29,12 +29,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any, Final, TypeVar
 
 import trio
@@ -64,13 +62,13 @@ from mailerq.queues.rabbitmq.coding import (
     encoding_of,
     header,
     in_thread,
-    is_named,
     priority_of,
 )
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.keeper import Keeper, State
 from mailerq.queues.rabbitmq.options import Options
 from mailerq.queues.rabbitmq.publisher import Copy, Place, Publisher, SilentQueue
+from mailerq.queues.rabbitmq.settled import Settled
 from mailerq.queues.rabbitmq.storing import Storing, Terms
 from mailerq.queues.rabbitmq.subscription import RETURN_SECONDS, BrokerSubscription
 from mailerq.queues.rabbitmq.takers import (
@@ -95,9 +93,6 @@ log = logging.getLogger("mailerq.queues")
 
 T = TypeVar("T")
 
-MAX_UNHEARD: Final = 500
-"""Acknowledgements that a broker may not have read yet: it reads them within milliseconds."""
-
 PARK_SECONDS: Final = 10.0
 """How long parking may take; the mail waits in another queue then."""
 
@@ -106,12 +101,6 @@ UNPARKED_SECONDS: Final = 10.0
 
 ROOM_BYTES: Final = 1 << 20
 """What a document may grow by before it is published again."""
-
-MAX_SETTLED: Final = 100_000
-"""Settled messages to remember that could not be acknowledged."""
-
-MAX_ACKED: Final = 10_000
-"""Acknowledged messages to remember: a connection that ends may have lost some acknowledgements."""
 
 
 @asynccontextmanager
@@ -178,8 +167,7 @@ class RabbitQueues(RemoteQueues):
         self.by_identity: dict[str, BrokerLease] = {}
         self.leases = 0
         """The number of the last lease."""
-        self._settled: OrderedDict[str, None] = OrderedDict()
-        self._acked: OrderedDict[str, Channel] = OrderedDict()
+        self._settled = Settled()
         self._said_silent: set[str] = set()
         self._names: set[str] = set(options.names)
         self._waits: set[str] = set()
@@ -469,44 +457,26 @@ class RabbitQueues(RemoteQueues):
             publisher.deal_with(identity)
         if channel is not None and channel.is_open:
             channel.ack(tag)
-            if is_named(identity):  # else others may have the same bytes
-                self._acked[identity] = channel
-                if len(self._acked) > MAX_ACKED:
-                    self._acked.popitem(last=False)
-            return
-        self._remember(identity)
+            self._settled.acked(identity, channel)
+        else:
+            self._settled.remember((identity,))
 
     def was_settled(self, identity: str, delivery: Delivery) -> bool:
-        """Whether a message that comes has been settled before; true once for each.
-
-        Messages that nobody gave an id may be equal: one is recognised only if it comes again.
-        """
-        if identity in self._settled and (delivery.redelivered or is_named(identity)):
-            del self._settled[identity]
+        """Whether a message that comes has been settled before; true once for each."""
+        if self._settled.comes_again(identity, delivery):
             if self.on_recognised is not None:
                 self.on_recognised(identity)
             return True
-        before = self._acked.get(identity)
-        if before is None or before is delivery.channel or before.is_open:
-            return False
-        del self._acked[identity]  # and the acknowledgement was lost
-        return True
+        return self._settled.lost_ack(identity, delivery)
 
     def acks_lost(self) -> None:
         """A connection has ended: what was acknowledged last may not have been heard."""
-        newest = islice(reversed(self._acked.items()), MAX_UNHEARD)
-        unheard = [identity for identity, channel in newest if not channel.is_open]
+        unheard = self._settled.unheard()
         if unheard and self.on_unheard is not None:
             self.on_unheard(unheard)
 
     def recognise(self, identities: Collection[str]) -> None:
-        for identity in identities:
-            self._remember(identity)
-
-    def _remember(self, identity: str) -> None:
-        self._settled[identity] = None
-        if len(self._settled) > MAX_SETTLED:
-            self._settled.popitem(last=False)
+        self._settled.remember(identities)
 
     def is_second(self, identity: str, *, again: bool = False) -> bool:
         """Whether a message is the second copy of one that this process has, or had.
@@ -514,7 +484,7 @@ class RabbitQueues(RemoteQueues):
         A copy that its publisher has written `again` may be one whoever the publisher is. No other
         message has its id, and what was acknowledged comes no more while its channel is open.
         """
-        if again and (identity in self.by_identity or identity in self._acked):
+        if again and (identity in self.by_identity or self._settled.was_acked(identity)):
             return True
         for publisher in (self.publisher, self.parker):
             done = publisher.repeated.get(identity)
