@@ -18,6 +18,8 @@ A writer bounds the buffer: while the stream `is_full`, drain before the next wr
 keeps a reference to the bytes written, so a block of a body is not copied.
 
 TLS uses two memory buffers between `ssl` and the same socket, so all of this applies to TLS too.
+`ssl` reads no record ahead: while its buffer is empty there is nothing to read, and asking would
+cost an exception. Such a stream is `_exhausted`.
 """
 
 from __future__ import annotations
@@ -246,14 +248,14 @@ class Stream:
     async def digest(self, take: Callable[[bytes], bool]) -> None:
         """Call `take` with all input, and with b"" at the end, until `take` returns True.
 
-        `take` may answer with `write`. Without TLS, `take` runs in another task of the loop while
-        this task sleeps, so its input costs no task switch. Reading stops while the peer does not
-        read its replies. Raises `StreamLost`, and the exceptions of `take`.
+        `take` may answer with `write`. It runs in another task of the loop while this task sleeps,
+        so its input costs no task switch. Reading stops while the peer does not read its replies.
+        Raises `StreamLost`, and the exceptions of `take`.
         """
         while True:
             if self.is_full:
                 await self.drain()
-            if self._tls is None and not (self._socket.readable or self._unread):
+            if not (self._socket.readable or self._unread or self._has_records()):
                 self._take, self._digested = take, False
                 try:
                     await self._socket.attend(self._look)
@@ -270,14 +272,17 @@ class Stream:
 
     def _look(self) -> bool:
         """Read input and pass it to `take`; return whether the task must wake."""
-        if self.is_full:
-            return True
-        came = self.receive_nowait()
-        if came is None:
-            return False
-        assert self._take is not None
-        self._digested = self._take(came)
-        return self._digested or self._socket.readable
+        while not self.is_full:
+            came = self.receive_nowait()
+            if came is None:
+                return False
+            assert self._take is not None
+            self._digested = self._take(came)
+            if self._digested or self._socket.readable or not came:
+                return True
+            if not self._has_records():
+                return False
+        return True
 
     def receive_nowait(self) -> bytes | None:
         """Read what there is: None without input, b"" at the end. Raises `StreamLost`."""
@@ -287,25 +292,46 @@ class Stream:
         return came
 
     def _receive_tls_now(self) -> bytes | None:
-        assert self._tls is not None
         self._raise_lost()
-        while True:
-            try:
-                return self._tls.read(RECEIVE_BYTES)
-            except ssl.SSLWantReadError:
-                self._exhausted = True
-                if self._outgoing.pending > self._held_back:
-                    self._held_back = 0
-                    self._buffer(self._outgoing.read())
-                data = self._receive_now()
-                if not data:
-                    return data
-                self._exhausted = False
-                self._incoming.write(data)
-            except ssl.SSLZeroReturnError:
-                return b""
-            except ssl.SSLError as error:
-                raise StreamLost(str(error)) from error
+        while (came := self._decrypt()) is None:
+            self._speak()
+            data = self._receive_now()
+            if not data:
+                return data
+            self._incoming.write(data)
+            self._exhausted = False
+        return came
+
+    def _has_records(self) -> bool:
+        """Whether `ssl` may have something to read without further input."""
+        return self._tls is not None and not self._exhausted
+
+    def _decrypt(self) -> bytes | None:
+        """Read from `ssl`: None without a whole record, b"" at the end. Raises `StreamLost`."""
+        if self._exhausted:
+            return None
+        assert self._tls is not None
+        try:
+            came = self._tls.read(RECEIVE_BYTES)
+        except ssl.SSLWantReadError:
+            self._exhausted = True
+            return None
+        except ssl.SSLZeroReturnError:
+            return b""
+        except ssl.SSLError as error:
+            raise StreamLost(str(error)) from error
+        if came:  # b"" comes again
+            self._exhausted = not self._incoming.pending
+            self._speak()
+        return came
+
+    def _speak(self) -> bool:
+        """Send what `ssl` itself has to say to the peer, such as new keys, if there is anything."""
+        if self._outgoing.pending <= self._held_back:
+            return False
+        self._held_back = 0
+        self._buffer(self._outgoing.read())
+        return True
 
     def _receive_now(self) -> bytes | None:
         self._raise_lost()
@@ -326,7 +352,7 @@ class Stream:
 
         With TLS there may be input that is not for the reader, or not whole: read, and wait again.
         """
-        if self._unread or (self._tls is not None and not self._exhausted):
+        if self._unread or self._has_records():
             return True
         return await self._socket.wait_readable(rousable=True)
 
@@ -453,12 +479,9 @@ class Stream:
             raise StreamLost(self._lost)
 
     async def _send_tls(self) -> None:
-        """Send what `ssl` has to say to the peer, and what was held back."""
-        if self._outgoing.pending > self._held_back:
-            self._held_back = 0
-            self._buffer(self._outgoing.read())
-            if self.is_full:
-                await self.drain()
+        """Send what `ssl` has to say to the peer; wait if the peer does not read."""
+        if self._speak() and self.is_full:
+            await self.drain()
 
     async def start_tls(
         self,
@@ -503,6 +526,7 @@ class Stream:
             self._held_back = self._outgoing.pending
         await self._send_tls()
         self._tls = tls
+        self._exhausted = not self._incoming.pending
         if self.tap is not None:
             self.tap.secured(tls.version(), tls.cipher())
 
@@ -553,22 +577,14 @@ class Stream:
             self.stray()
 
     async def _receive_tls(self) -> bytes:
-        assert self._tls is not None
-        while True:
-            try:
-                self._exhausted = False
-                return self._tls.read(RECEIVE_BYTES)
-            except ssl.SSLWantReadError:
-                self._exhausted = True
-                await self._send_tls()
-                data = await self._receive_raw()
-                if not data:
-                    return b""
-                self._incoming.write(data)
-            except ssl.SSLZeroReturnError:
+        while (came := self._decrypt()) is None:
+            await self._send_tls()
+            data = await self._receive_raw()
+            if not data:
                 return b""
-            except ssl.SSLError as error:
-                raise StreamLost(str(error)) from error
+            self._incoming.write(data)
+            self._exhausted = False
+        return came
 
     async def _receive_raw(self) -> bytes:
         while True:
