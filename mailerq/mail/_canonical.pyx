@@ -389,6 +389,42 @@ cdef int add_place(dict places, bytes name, Py_ssize_t start, Py_ssize_t end) ex
     return 0
 
 
+def folded(bytes start not None, bytes text not None, Py_ssize_t first, Py_ssize_t step):
+    r"""Return a field whose last line is `start` and the beginning of a long word, folded.
+
+    `first` bytes of `text` go into that line, and `step` bytes into each further one, behind a tab.
+
+    >>> folded(b"X: ", b"abcdefg", 3, 2)
+    b'X: abc\r\n\tde\r\n\tfg\r\n'
+    """
+    cdef Py_ssize_t left = len(text), size = len(start), part, lines = 1
+    cdef const char *place = PyBytes_AsString(text)
+    cdef bytes whole
+    cdef char *out
+    if first < 0 or step <= 0:
+        raise ValueError("a line has no room")
+    if left > first:
+        lines += (left - first + step - 1) // step
+    whole = PyBytes_FromStringAndSize(NULL, size + left + 3 * lines - 1)
+    out = PyBytes_AsString(whole)
+    memcpy(out, PyBytes_AsString(start), size)
+    out += size
+    part = min(first, left)
+    while True:
+        memcpy(out, place, part)
+        out += part
+        place += part
+        left -= part
+        out[0] = CR
+        out[1] = LF
+        out += 2
+        if not left:
+            return whole
+        out[0] = TAB
+        out += 1
+        part = min(step, left)
+
+
 def simple_field(const unsigned char[::1] mail not None, Py_ssize_t start, Py_ssize_t end):
     r"""Return the field in ``mail[start:end]`` as on the wire, without its last line end.
 

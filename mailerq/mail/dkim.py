@@ -28,11 +28,12 @@ from mailerq.mail._canonical import (
     Body,
     counted_names,
     field_places,
+    folded,
     relaxed_field,
     relaxed_text,
     simple_field,
 )
-from mailerq.mail.headers import Header
+from mailerq.mail.headers import boundaries
 
 __all__ = [
     "NEVER_SIGNED",
@@ -105,18 +106,16 @@ class Terms(msgspec.Struct, frozen=True):
 class HeaderFields:
     """The fields of a header, by name, and their canonical forms.
 
-    `mail` begins with the header; `body` is the offset of the body in `mail`. A header that is too
-    long for `mailerq.mail.headers.Header` is not `is_whole`.
+    `mail` begins with the header, whose `bounds` are those of `mailerq.mail.headers.boundaries`;
+    `body` is the offset of the body in `mail`. A header that is too long is not `is_whole`.
     """
 
     __slots__ = ("_forms", "_names", "_places", "body", "is_whole", "mail")
 
-    def __init__(self, mail: bytes, header: Header | None = None) -> None:
-        header = Header(mail) if header is None else header
+    def __init__(self, mail: bytes, bounds: tuple[int, int, bool] | None = None) -> None:
+        end, self.body, self.is_whole = boundaries(mail) if bounds is None else bounds
         self.mail = mail
-        self.body = header.body
-        self.is_whole = header.is_whole
-        self._places = field_places(mail, header.end)
+        self._places = field_places(mail, end)
         self._forms: dict[tuple[bytes, bool], list[bytes]] = {}
         self._names: dict[Collection[bytes], tuple[tuple[bytes, int], ...]] = {}
 
@@ -281,12 +280,7 @@ def canonical(field: bytes, *, relaxed: bool) -> bytes:
 
 def signed_field(field: bytes, signature: bytes) -> bytes:
     """Return the complete field, with its line end."""
-    text = _base64(signature)
-    first = LINE_BYTES - len(b"\tb=")
-    lines = [field + text[:first]]
-    step = LINE_BYTES - 1
-    lines += [b"\t" + text[at : at + step] for at in range(first, len(text), step)]
-    return b"\r\n".join(lines) + b"\r\n"
+    return folded(field, _base64(signature), LINE_BYTES - len(b"\tb="), LINE_BYTES - 1)
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ cdef class Header:
     cpdef holds(self, text)
 
 
-cpdef _boundaries(mime)
+cpdef boundaries(mime)
 cpdef has_ascii_header(mime)
 cpdef unfold(value)
 cpdef remove(mime, fields)

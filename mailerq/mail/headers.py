@@ -33,6 +33,7 @@ __all__ = [
     "MONTH_NAMES",
     "Field",
     "Header",
+    "boundaries",
     "date_field",
     "format_date",
     "has_ascii_header",
@@ -107,7 +108,7 @@ class Header:
     _lines: bytes
 
     def __init__(self, mime: bytes) -> None:
-        self.end, self.body, self.is_whole = _boundaries(mime)
+        self.end, self.body, self.is_whole = boundaries(mime)
         self._mime = mime
         # This order keeps at most two copies of a long header in memory at a time.
         lines = (b"\n" + mime[: self.end]).lower()
@@ -194,13 +195,13 @@ def head_of(mail: bytes | memoryview) -> bytes:
     """
     if isinstance(mail, bytes):
         return mail
-    end, body, is_whole = _boundaries(mail)
+    end, body, is_whole = boundaries(mail)
     return bytes(mail[: body if end and is_whole else HEADER_LIMIT + 1])
 
 
 def has_ascii_header(mime: bytes) -> bool:
     """Whether the header of a mail is ASCII; the text may be anything."""
-    return mime[: _boundaries(mime)[0]].isascii()
+    return mime[: boundaries(mime)[0]].isascii()
 
 
 @lru_cache(maxsize=16)
@@ -209,7 +210,7 @@ def _field_named(name: bytes) -> Finder:
     return re.compile(rb"\n%b[ \t]*+:" % re.escape(name)).finditer
 
 
-def _boundaries(mime: bytes | memoryview) -> tuple[int, int, bool]:
+def boundaries(mime: bytes | memoryview) -> tuple[int, int, bool]:
     """Return the end of the header, the start of the body, and whether that is within the limit."""
     if not _FIRST_FIELD(mime, 0, HEADER_LIMIT):
         empty = _LINE_END(mime)

@@ -22,7 +22,7 @@ import trio
 
 from mailerq.errors import MessageError
 from mailerq.mail.dkim import HeaderFields, field_size
-from mailerq.mail.headers import Header
+from mailerq.mail.headers import boundaries
 from mailerq.outbound.signer import Found, Ready, Seal, Signer
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
@@ -84,11 +84,11 @@ class Signing:
         """
         if not self.prepare_now(job, mail):
             assert mail is not None, "else there is nothing to find"
-            header = Header(mail)
-            if header.end > SHORT_HEADER:
-                fields = await trio.to_thread.run_sync(HeaderFields, mail, header)
+            bounds = boundaries(mail)
+            if bounds[0] > SHORT_HEADER:
+                fields = await trio.to_thread.run_sync(HeaderFields, mail, bounds)
             else:
-                fields = HeaderFields(mail, header)
+                fields = HeaderFields(mail, bounds)
             await self._signer.learn(job.message.properties.get("dkim"))
             self._set(job, fields, await self._signer.find(from_domain(fields)))
             if self._arc_keys and self._problem is None:
@@ -115,10 +115,10 @@ class Signing:
             self.keys, self.size, self.is_prepared = (), 0, True
             self._arc_keys, self._seal = [], None
             return True
-        header = Header(mail)
-        if header.end > SHORT_HEADER or not self._signer.knows(wish):
+        bounds = boundaries(mail)
+        if bounds[0] > SHORT_HEADER or not self._signer.knows(wish):
             return False
-        fields = HeaderFields(mail, header)
+        fields = HeaderFields(mail, bounds)
         found = self._signer.known(from_domain(fields))
         if found is None:
             return False

@@ -14,6 +14,7 @@ from mailerq.mail._canonical import (
     Body,
     counted_names,
     field_places,
+    folded,
     relaxed_field,
     relaxed_text,
     simple_field,
@@ -200,3 +201,18 @@ def test_places_outside_of_the_mail_are_refused() -> None:
         with pytest.raises(ValueError, match="no such field"):
             relaxed_text(b"To: a", {b"to": [place]}, ((b"to", 1),), b"X: y", 1)
     assert relaxed_field(b"", 0, 0) == b"" == relaxed_text(b"", {}, (), b"", 1)
+
+
+@given(st.binary(max_size=20), st.binary(max_size=300), st.integers(0, 80), st.integers(1, 80))
+def test_a_folded_word_is_whole_and_its_lines_are_full(
+    start: bytes, text: bytes, first: int, step: int
+) -> None:
+    lines = [start + text[:first]]
+    lines += [b"\t" + text[at : at + step] for at in range(first, len(text), step)]
+    assert folded(start, text, first, step) == b"\r\n".join(lines) + b"\r\n"
+
+
+def test_a_line_without_room_is_refused() -> None:
+    for first, step in ((-1, 5), (5, 0), (5, -3)):
+        with pytest.raises(ValueError, match="no room"):
+            folded(b"X: ", b"word", first, step)
