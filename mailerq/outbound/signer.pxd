@@ -25,7 +25,7 @@ cdef class Signatures:
     cdef public double _began, _spent
     cdef public list _waiting
     cdef public bint _is_running
-    cdef public object _turn, _limiter
+    cdef public object _limiter
     cdef object __weakref__
 
     cpdef make_now(self, key, data)

@@ -489,15 +489,20 @@ def _join(above: bytes, mail: bytes) -> bytes:
 
 
 class _Request:
-    """A signature that waits for a thread."""
+    """A signature that a task waits for."""
 
-    __slots__ = ("data", "error", "key", "signature")
+    __slots__ = ("data", "error", "key", "signature", "task")
 
     def __init__(self, key: SigningKey, data: bytes) -> None:
         self.key = key
         self.data = data
         self.signature: bytes | None = None
         self.error: Exception | None = None
+        self.task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+
+    def give_up(self, _: object) -> trio.lowlevel.Abort:
+        self.task = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class Signatures:
@@ -508,7 +513,6 @@ class Signatures:
         self._spent = 0.0
         self._waiting: list[_Request] = []
         self._is_running = False
-        self._turn = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
 
     def make_now(self, key: SigningKey, data: bytes) -> bytes | None:
@@ -528,29 +532,37 @@ class Signatures:
         return await self._wait_for(_Request(key, data)) if signature is None else signature
 
     async def _wait_for(self, request: _Request) -> bytes:
-        """Wait until a thread has made a signature. One of the waiting tasks asks the thread."""
+        """Wait until a thread has made a signature."""
         self._waiting.append(request)
-        while request.signature is None:
-            if request.error is not None:
-                raise request.error
-            if self._is_running:
-                await self._turn.wait()
-            else:
-                await self._run()
+        if not self._is_running:
+            self._is_running = True
+            trio.lowlevel.spawn_system_task(self._run)
+        await trio.lowlevel.wait_task_rescheduled(request.give_up)
+        if request.error is not None:
+            raise request.error
+        assert request.signature is not None, "one of the two is there"
         return request.signature
 
     async def _run(self) -> None:
-        batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-        self._is_running = True
+        """Have a thread make what waits, and wake each task as soon as its signature is there.
+
+        A system task, because any of the waiting tasks may be cancelled.
+        """
         try:
-            await trio.to_thread.run_sync(_make_all, batch, limiter=self._limiter)
+            while self._waiting:
+                batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                batch = [request for request in batch if request.task is not None]
+                try:
+                    await trio.to_thread.run_sync(_make_all, batch, limiter=self._limiter)
+                except Exception as error:  # there are no more threads
+                    for request in batch:
+                        request.error = error
+                for request in batch:
+                    if request.task is not None:
+                        trio.lowlevel.reschedule(request.task)
+                        request.task = None
         finally:
-            # If this task was cancelled before the thread began, another one asks.
-            left = [each for each in batch if each.signature is None and each.error is None]
-            self._waiting[:0] = left
             self._is_running = False
-            turn, self._turn = self._turn, trio.Event()
-            turn.set()
 
 
 def _make_all(batch: Sequence[_Request]) -> None:
