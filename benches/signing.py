@@ -41,6 +41,7 @@ class Job:
 
     def __init__(self, mail: bytes) -> None:
         self.message = Message({}, mail)
+        self.unmade = mail
         self.made = None
 
 
