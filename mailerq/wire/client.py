@@ -105,7 +105,6 @@ The constants below bound everything that a peer can make grow.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Final
@@ -137,7 +136,7 @@ from mailerq.wire.login import (
 )
 from mailerq.wire.objections import objection_to
 from mailerq.wire.parameters import envelope_commands
-from mailerq.wire.smtp import LocalProtocolError, Reply
+from mailerq.wire.smtp import REPLY_LINE, LocalProtocolError, Reply, reply_of
 
 __all__ = [
     "CLOSED",
@@ -166,8 +165,6 @@ JOIN_BYTES: Final = 65536
 
 MAX_MTA_NAME: Final = 255
 """Characters of a host name; every result keeps it."""
-
-_REPLY_LINE: Final = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 
 _ABOUT_COMMANDS: Final = range(500, 505)
 """Codes for a command that the peer did not understand or expect; no verdict on a body."""
@@ -496,13 +493,13 @@ class ClientProtocol:
                 return None
             line = self._input[self._at : end].removesuffix(b"\r")
             self._at = end + 1
-            match = _REPLY_LINE.fullmatch(line)
+            if not self._lines and (reply := reply_of(line)) is not None:
+                return reply
+            match = REPLY_LINE.fullmatch(line)
             if match is None or (self._lines and match[1] != self._code):
                 raise _Violation(Problem.INVALID, f"not a reply: {line[:100]!r}")
             text = (match[3] or b"").decode(errors="replace")
             if match[2] != b"-":
-                if not self._lines:
-                    return Reply(int(match[1]), text)
                 self._lines.append(text)
                 reply = Reply(int(match[1]), "\n".join(self._lines))
                 self._lines = []

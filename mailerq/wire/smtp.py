@@ -10,8 +10,6 @@ import re
 from functools import lru_cache
 from typing import Final
 
-import msgspec
-
 __all__ = [
     "STATUS",
     "LocalProtocolError",
@@ -28,11 +26,16 @@ AUTH_LIMIT: Final = 12288 + 2
 REPLY_LINE_LIMIT: Final = 998
 """Bytes of a reply line. RFC 5321, section 4.5.3.1.5, allows 512; peers accept more."""
 
-CACHED_TEXT: Final = 200
-"""Longer replies are not cached: the reply to a thousand recipients has 70 kB."""
-
 STATUS: Final = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?= |$)")
 """An enhanced status code at the start of a text: its class, and the rest of it."""
+
+REPLY_LINE: Final = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
+"""A line of a reply, without its end: the code, what follows the code, and the text."""
+
+MAX_KNOWN_LINE: Final = 200
+"""Bytes of a reply line that is remembered: a peer repeats most of its replies."""
+
+_UNREAD: Final = "?"
 
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -41,49 +44,76 @@ class LocalProtocolError(RuntimeError):
     """The caller used a protocol machine out of turn: a defect of this program."""
 
 
-class Reply(msgspec.Struct, frozen=True):
-    """A reply of the server or of a peer.
+class Reply:
+    """A reply of the server or of a peer; does not change.
 
     A line feed separates the lines of `text`. Other control characters become question marks, so
     text of plugins and peers is safe to send and to log.
     """
 
-    code: int
-    text: str
+    __slots__ = ("_status", "_wire", "code", "text")
 
-    def __post_init__(self) -> None:
-        if not self.text.replace("\n", "").isprintable():
-            lines = self.text.replace("\r\n", "\n").split("\n")
-            text = "\n".join(_CONTROLS.sub("?", line) for line in lines)
-            msgspec.structs.force_setattr(self, "text", text)
+    def __init__(self, code: int, text: str) -> None:
+        if not text.isprintable() and not text.replace("\n", "").isprintable():
+            lines = text.replace("\r\n", "\n").split("\n")
+            text = "\n".join([_CONTROLS.sub("?", line) for line in lines])
+        self.code = code
+        self.text = text
+        self._wire: bytes | None = None  # made when asked for
+        self._status: str | None = _UNREAD
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Reply):
+            return NotImplemented
+        return self.code == other.code and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash((self.code, self.text))
+
+    def __repr__(self) -> str:
+        return f"Reply({self.code}, {self.text!r})"
 
     @property
     def wire(self) -> bytes:
         """The bytes to send."""
-        cached = len(self.text) <= CACHED_TEXT
-        return (_wire if cached else _wire.__wrapped__)(self.code, self.text)
+        if self._wire is None:
+            self._wire = _wire(self.code, self.text)
+        return self._wire
 
     @property
     def status(self) -> str | None:
         """The enhanced status code at the start of the text, or None."""
-        match = STATUS.match(self.text)
-        return match[0] if match else None
+        if self._status is _UNREAD:
+            match = STATUS.match(self.text)
+            self._status = match[0] if match else None
+        return self._status
 
     @property
     def description(self) -> str:
         """The text without its status code, on one line."""
         status = self.status
-        lines = self.text.split("\n")
-        if status is not None:
-            lines = [line.removeprefix(status).lstrip() for line in lines]
-        return " ".join(lines)
+        if status is None:
+            return self.text.replace("\n", " ")
+        return " ".join([line.removeprefix(status).lstrip() for line in self.text.split("\n")])
 
 
-@lru_cache(maxsize=1000)
 def _wire(code: int, text: str) -> bytes:
     lines = [line.encode(errors="replace")[: REPLY_LINE_LIMIT - 6] for line in text.split("\n")]
     head = b"".join(b"%d-%b\r\n" % (code, line) for line in lines[:-1])
     return b"%b%d %b\r\n" % (head, code, lines[-1])
+
+
+def reply_of(line: bytes) -> Reply | None:
+    """The reply that a line without its end is; None if more lines follow, or it is no reply."""
+    return (_reply_of if len(line) <= MAX_KNOWN_LINE else _reply_of.__wrapped__)(line)
+
+
+@lru_cache(maxsize=1000)
+def _reply_of(line: bytes) -> Reply | None:
+    match = REPLY_LINE.fullmatch(line)
+    if match is None or match[2] == b"-":
+        return None
+    return Reply(int(match[1]), (match[3] or b"").decode(errors="replace"))
 
 
 _STATUS_OF: Final = {
