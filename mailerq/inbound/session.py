@@ -37,8 +37,23 @@ from mailerq.net.worker import Worker
 from mailerq.plugins import NOTHING, Reject
 from mailerq.queues.embedded.disk import NO_SPACE
 from mailerq.rules.access import is_loopback
-from mailerq.wire import proxy, server, smtp
+from mailerq.wire import proxy, smtp
+from mailerq.wire.events import (
+    CLOSED,
+    NEED_DATA,
+    Auth,
+    Closing,
+    Content,
+    Data,
+    Event,
+    Hello,
+    Mail,
+    Rcpt,
+    StartTls,
+    XClient,
+)
 from mailerq.wire.refusals import CONTENT_LINE
+from mailerq.wire.server import ServerProtocol
 from mailerq.wire.smtp import Reply
 from mailerq.wire.transcript import Pending
 
@@ -86,7 +101,7 @@ class Session:
         self._proxied = proxied
         self._client = Client(stream.remote, stream.local)
         self._admitted = admitted
-        self._machine = server.ServerProtocol(self._terms.lmtp if lmtp else self._terms.settings)
+        self._machine = ServerProtocol(self._terms.lmtp if lmtp else self._terms.settings)
         self._due: Due | None = None  # found for the task while it slept
         self._over = False
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
@@ -353,7 +368,7 @@ class Session:
             if self._terms is not self._services.terms and machine.sender is None:
                 self._renew()
             event = machine.next_event()
-            if event is not server.NEED_DATA:
+            if event is not NEED_DATA:
                 due = self._handle(event)
                 if due is not None:
                     return due
@@ -366,29 +381,29 @@ class Session:
             else:
                 return None
 
-    def _handle(self, event: server.Event) -> Due | None:
+    def _handle(self, event: Event) -> Due | None:
         """Answer an event, or return what the task must wait for."""
-        if isinstance(event, server.Rcpt):
+        if type(event) is Rcpt:
             return self._rcpt(event)
-        if isinstance(event, server.Mail):
+        if type(event) is Mail:
             return self._mail(event)
-        if isinstance(event, server.Content):
+        if type(event) is Content:
             return partial(self._content, event)
-        if isinstance(event, server.Data):
+        if type(event) is Data:
             self._data()
-        elif isinstance(event, server.Hello):
+        elif type(event) is Hello:
             self._plugin.helo = event.name
             self._machine.accept()
-        elif isinstance(event, server.Auth):
+        elif type(event) is Auth:
             return partial(self._auth, event)
-        elif isinstance(event, server.StartTls):
+        elif type(event) is StartTls:
             return self._starttls
-        elif isinstance(event, server.XClient):
+        elif type(event) is XClient:
             self._xclient(event)
-        elif isinstance(event, server.Closing):
+        elif type(event) is Closing:
             return self._close
         else:
-            assert event is server.CLOSED, "all others are above"
+            assert event is CLOSED, "all others are above"
             return self._leave
         return None
 
@@ -450,7 +465,7 @@ class Session:
 
     # Events.
 
-    def _mail(self, event: server.Mail) -> Due | None:
+    def _mail(self, event: Mail) -> Due | None:
         """Answer MAIL, or ask the plugins."""
         services = self._services
         if self._terms is not services.terms:
@@ -464,7 +479,7 @@ class Session:
         self._services.counters.refused_senders += 1
         self._machine.reject(reply)
 
-    def _rcpt(self, event: server.Rcpt) -> Due | None:
+    def _rcpt(self, event: Rcpt) -> Due | None:
         """Answer RCPT, or ask the plugins."""
         if (objection := self._objection(event.recipient)) is not None:
             self._refuse_recipient(objection)
@@ -493,23 +508,21 @@ class Session:
         may = self._relays or self._services.clients.may(self._client.standing, "recipients")
         return None if may else smtp.RECIPIENTS_TOO_OFTEN
 
-    def _ask(self, event: server.Mail | server.Rcpt, asked: Awaitable[Reject | None]) -> Due | None:
+    def _ask(self, event: Mail | Rcpt, asked: Awaitable[Reject | None]) -> Due | None:
         """Answer if no plugin subscribes to the event; else the task waits for the plugins."""
         if asked is NOTHING:
             self._answer(event, None)
             return None
         return partial(self._answer_asked, event, asked)
 
-    async def _answer_asked(
-        self, event: server.Mail | server.Rcpt, asked: Awaitable[Reject | None]
-    ) -> None:
+    async def _answer_asked(self, event: Mail | Rcpt, asked: Awaitable[Reject | None]) -> None:
         self._answer(event, await asked)
 
-    def _answer(self, event: server.Mail | server.Rcpt, refusal: Reject | None) -> None:
+    def _answer(self, event: Mail | Rcpt, refusal: Reject | None) -> None:
         self._take_output()
         if refusal is None:
             self._machine.accept()
-        elif isinstance(event, server.Mail):
+        elif isinstance(event, Mail):
             self._refuse_sender(refusal_reply(refusal))
         else:
             self._refuse_recipient(refusal_reply(refusal))
@@ -518,7 +531,7 @@ class Session:
         self._services.counters.refused_recipients += 1
         self._machine.reject(reply)
 
-    async def _auth(self, event: server.Auth) -> None:
+    async def _auth(self, event: Auth) -> None:
         services, host, standing = self._services, self._client.remote[0], self._client.standing
         asked = trio.current_time()
         login, password, *_ = event.credentials
@@ -600,7 +613,7 @@ class Session:
         plugin.tls_cipher = stream.cipher[0] if stream.cipher is not None else None
         services.counters.tls += 1
 
-    def _xclient(self, event: server.XClient) -> None:
+    def _xclient(self, event: XClient) -> None:
         """Take the client from a trusted peer; what was known of the client before is void."""
         attributes, client = event.attributes, self._client
         try:
@@ -652,7 +665,7 @@ class Session:
         spool.came(machine.content_size)
         return spool if spool.is_due else None
 
-    async def _content(self, event: server.Content) -> None:
+    async def _content(self, event: Content) -> None:
         """Turn the mail into messages, show them to the plugins, publish, then reply 250."""
         services, machine, spool = self._services, self._machine, self._spool
         assert spool is not None, "within a mail"
