@@ -87,8 +87,18 @@ MAX_HELD: Final = 64 << 20
 BODIES: Final = frozenset(("mime", "key"))
 """Properties that are the mail, or name it."""
 
+HEARD: Final = frozenset(("queues", "dsn", "tags"))
+"""Properties that ask for news of a delivery, or may."""
+
 MAX_REPRESENTATION: Final = 10_000
 """Characters kept of a property that is not JSON."""
+
+
+# The members of an enumeration take long to look up.
+_RETRY: Final = Fate.RETRY
+_DELIVERED: Final = Fate.DELIVERED
+
+_ON_SUCCESS: Final = ("results", "success")
 
 
 @dataclass(slots=True)
@@ -234,7 +244,7 @@ class Settlements:
         now = self._clock()
         message = lease.message
         outcome = report.outcome
-        if not outcome.counted and outcome.fate is Fate.RETRY:
+        if not outcome.counted and outcome.fate is _RETRY:
             until = now + (outcome.retry_after or MIN_PUT_OFF_SECONDS)
             if outcome.own_fault and now <= expires:
                 # The time of a message may end it, and not a fault of this host.
@@ -255,10 +265,17 @@ class Settlements:
         results = message.properties.get("results")
         results = results if isinstance(results, list) else []
         result = _result(report, len(results) + 1, now)
+        if outcome.fate is _DELIVERED and self._is_untold(message.properties):
+            self._counters.attempts += 1
+            self._counters.delivered += 1
+            self._finished(Settlement(lease, ()), job, session, None)
+            if self.send_log is not None:
+                self.send_log.write(_log_line(message, result))
+            return
         properties = {**message.properties, "results": [*results, result.to_dict()]}
         properties.pop("paused", None)
         due = None
-        if outcome.fate is Fate.RETRY:
+        if outcome.fate is _RETRY:
             due = next_attempt(
                 properties,
                 attempt=result.attempt,
@@ -291,8 +308,8 @@ class Settlements:
             publications.append(again)
             kinds: tuple[str, ...] = ("retry",)
             self._counters.retried += 1
-        elif outcome.fate is Fate.DELIVERED:
-            kinds = ("results", "success")
+        elif outcome.fate is _DELIVERED:
+            kinds = _ON_SUCCESS
             self._counters.delivered += 1
             if "dsn" in properties or self._config.tells_success:
                 bounce = self._success(properties, report, result)
@@ -310,7 +327,7 @@ class Settlements:
             # The default report queue, trimmed after a while, gets a report without the mail.
             body = message.body if queue != self._config.report_queue else None
             publications.append(Publication(queue, _copy(properties, body)))
-        if due is None and outcome.fate is not Fate.DELIVERED:
+        if due is None and outcome.fate is not _DELIVERED:
             self._tell_failure(message, result, queues, reported=bounce is not None)
         needs_body = not lease.loaded and any(
             each.queue != self._config.report_queue and properties.get("keepmime")
@@ -321,6 +338,15 @@ class Settlements:
         self._finished(settlement, job, session, bounce, needs_body=needs_body)
         if self.send_log is not None:
             self.send_log.write(_log_line(message, result))
+
+    def _is_untold(self, properties: dict[str, Any]) -> bool:
+        """Whether nobody hears of a delivery, except by the logs."""
+        if not properties.keys().isdisjoint(HEARD):
+            return False
+        config = self._config
+        if config.tells_success:
+            return False
+        return not result_queues({}, config.result_queues, *_ON_SUCCESS, outbox=self._outbox)
 
     def _finished(
         self,
@@ -370,7 +396,7 @@ class Settlements:
         until: float | None = None,
     ) -> Bounce | None:
         outcome = report.outcome
-        from_peer = outcome.from_peer or outcome.fate is Fate.DELIVERED
+        from_peer = outcome.from_peer or outcome.fate is _DELIVERED
         if outcome.type == "expired":
             result, from_peer = bounces.cause(properties) or (result, from_peer)
         return bounces.about(

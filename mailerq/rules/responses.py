@@ -165,6 +165,9 @@ class Fate(Enum):
     FAILED = auto()
 
 
+_DELIVERED: Final = Fate.DELIVERED  # the members of an enumeration take long to look up
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """The end of an attempt, without its time and place.
 
@@ -219,7 +222,7 @@ def storage_fails(problem: str, seconds: float) -> Outcome:
 
 def accepted(event: Accepted) -> Outcome:
     """The peer accepted the message."""
-    return _answered("success", "accept", "accepted", Fate.DELIVERED, event.reply)
+    return _answered("success", "accept", "accepted", _DELIVERED, event.reply)
 
 
 def refused(event: Refused) -> Outcome:
