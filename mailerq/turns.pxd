@@ -14,4 +14,12 @@ cdef class EndOfTurn:
     cpdef _install(self)
 
 
+@cython.final
+cdef class Woken:
+    cdef readonly object value
+
+    cpdef unwrap(self)
+
+
+cpdef woken(value)
 cpdef _instrument(end)

@@ -36,6 +36,7 @@ import trio
 
 from mailerq.plugins import stray_close
 from mailerq.sockets import happenings, watch
+from mailerq.turns import woken
 
 __all__ = ["Socket", "StreamLost"]
 
@@ -119,13 +120,13 @@ class Socket:
     def rouse(self) -> None:
         """End a `rousable` wait for input."""
         if self._rousable:
-            self._wake_reader(outcome.Value(False))
+            self._wake_reader(_ROUSED)
 
     def alarm(self) -> None:
         """Wake the reader for a reason that the kernel does not report."""
         self.readable = True
         if self._reader is not None:
-            self._wake_reader(outcome.Value(True))
+            self._wake_reader(_CAME)
 
     def stray(self) -> None:
         """Wake who waits, because another file has this descriptor now. Any thread."""
@@ -167,7 +168,7 @@ class Socket:
         try:
             if not attendant():
                 return
-            result = outcome.Value(True)
+            result = _CAME
         except Exception as error:
             result = outcome.Error(error)
         if self._reader is not None:
@@ -284,5 +285,8 @@ class Poller:
                 with suppress(OSError):
                     os.close(fd)
 
+
+_CAME: Final = woken(True)
+_ROUSED: Final = woken(False)
 
 _pollers: Final = trio.lowlevel.RunVar[Poller | None]("pollers", None)

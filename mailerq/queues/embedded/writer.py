@@ -47,6 +47,7 @@ from mailerq.queues.embedded.open_queues import (
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.records import Batch, Insert, Retry
 from mailerq.queues.embedded.sqlite_file import translate
+from mailerq.turns import woken
 
 __all__ = ["Request", "Writer"]
 
@@ -106,7 +107,7 @@ class Request:
         assert self.task is not None
         # Drop the reference: the frame that raises the error knows the request, which is a cycle.
         problem, self.problem = self.problem, None
-        result = outcome.Value(self.rows) if problem is None else outcome.Error(problem)
+        result = woken(self.rows) if problem is None else outcome.Error(problem)
         trio.lowlevel.reschedule(self.task, result)
 
 
