@@ -67,6 +67,7 @@ from mailerq.queues.rabbitmq.coding import (
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.keeper import Keeper, State
 from mailerq.queues.rabbitmq.options import Options
+from mailerq.queues.rabbitmq.parking import ParkingLots
 from mailerq.queues.rabbitmq.publisher import Copy, Place, Publisher, SilentQueue
 from mailerq.queues.rabbitmq.settled import Settled
 from mailerq.queues.rabbitmq.storing import Storing, Terms
@@ -77,7 +78,12 @@ from mailerq.queues.rabbitmq.takers import (
     Move,
     Taker,
 )
-from mailerq.queues.rabbitmq.topology import DELAYS, Topology, name_problem, step_for
+from mailerq.queues.rabbitmq.topology import (
+    DELAYS,
+    Topology,
+    name_problem,
+    step_for,
+)
 from mailerq.queues.rabbitmq.upkeep import (
     Trimmer,
     depth_of,
@@ -96,11 +102,11 @@ T = TypeVar("T")
 PARK_SECONDS: Final = 10.0
 """How long parking may take; the mail waits in another queue then."""
 
-UNPARKED_SECONDS: Final = 10.0
-"""How long mail waits that cannot be parked yet."""
-
 ROOM_BYTES: Final = 1 << 20
 """What a document may grow by before it is published again."""
+
+MAX_NAMES: Final = 10_000
+"""Queues to remember, to count their messages; messages name queues for their results."""
 
 
 @asynccontextmanager
@@ -163,12 +169,12 @@ class RabbitQueues(RemoteQueues):
             throttle=options.throttle,
             publish_seconds=min(options.publish_seconds, PARK_SECONDS),
         )
+        self.lots = ParkingLots(self)
         self.held: dict[int, BrokerLease] = {}
         self.by_identity: dict[str, BrokerLease] = {}
         self.leases = 0
         """The number of the last lease."""
         self._settled = Settled()
-        self._said_silent: set[str] = set()
         self._names: set[str] = set(options.names)
         self._waits: set[str] = set()
         """Wait queues that this process has published to."""
@@ -253,7 +259,8 @@ class RabbitQueues(RemoteQueues):
 
     def place(self, queue: str) -> Place:
         """A queue of ours, as a place to publish to."""
-        self._names.add(queue)
+        if len(self._names) < MAX_NAMES:
+            self._names.add(queue)
         topology = self.topology
         if queue.startswith(f"{self.options.outbox}.at."):
             back = self.place(self.options.outbox)
@@ -266,18 +273,6 @@ class RabbitQueues(RemoteQueues):
         """The parked queue of a destination."""
         name, arguments = self.topology.parked(queue, destination)
         return Place(name, arguments, back=self.place(queue), settles=True)
-
-    async def _can_park(self, queue: str, destination: str) -> bool:
-        """Whether mail is safe in the parked queue of a destination. Raises `BrokerError`."""
-        place = self.parked_place(queue, destination)
-        try:
-            await self.parker.declare(place)
-        except SilentQueue as error:
-            if place.name not in self._said_silent:
-                self._said_silent.add(place.name)
-                log.error("%s", error)
-            return False
-        return not self.parker.is_young(place, self.options.settle_seconds)
 
     # Publish
 
@@ -394,7 +389,8 @@ class RabbitQueues(RemoteQueues):
         step = step_for(delay)
         if step:
             place = Place(*self.topology.wait(queue, step), back=place)
-            self._waits.add(place.name)
+            if len(self._waits) < MAX_NAMES:
+                self._waits.add(place.name)
         properties = header(
             identity or self.publisher.identity(),
             priority=priority,
@@ -526,7 +522,7 @@ class RabbitQueues(RemoteQueues):
         """Publish messages that move, and destinations that get their first parked message."""
         await self._wait_ready()
         can_park = {
-            key: await self._can_park(queue, key)
+            key: await self.lots.may_park(queue, key)
             for key in {move.key for move in moves if move.parks}
         }
         copies = [self._index_copy(queue, key) for key in keys if can_park[key]]
@@ -578,7 +574,7 @@ class RabbitQueues(RemoteQueues):
             return self._copy_to(
                 queue,
                 body,
-                UNPARKED_SECONDS,
+                self.lots.wait_seconds(queue, move.key),
                 due=None,
                 priority=priority,
                 encoding=encoding,

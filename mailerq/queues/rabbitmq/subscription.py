@@ -228,21 +228,13 @@ class BrokerSubscription(Taker, Subscription):
         waited: list[BrokerLease] = []
         self._sort_held_back(arrived)
         for _ in range(GROUP):
-            if not self.inbox:
+            found = await self.next()
+            if found is None:
                 break
-            delivery = self.inbox[0]
-            message = await self.open(delivery)
-            if self._has_lost(delivery):
-                break
-            self.inbox.popleft()
-            if message is None:
-                continue
-            due = due_of(delivery.properties)
-            if due is not None and due > self.queues.clock():
-                self.start_move(Move(delivery, due=due))
-                continue
+            delivery, message = found
             key = place_of(message.properties).destination
-            if due is not None and self._has_room and self._window_of(self._destination(key)):
+            has_waited = due_of(delivery.properties) is not None
+            if has_waited and self._has_room and self._window_of(self._destination(key)):
                 self._destination(key).held += 1
                 waited.append(self.lease(delivery, message, key))
             elif not self._place(delivery, message, key, arrived):

@@ -430,6 +430,22 @@ class Taker:
         """Whether the first delivery has left during a wait, with its connection or the taker."""
         return self.closed or not self.inbox or self.inbox[0] is not delivery
 
+    async def next(self) -> tuple[Delivery, Message] | None:
+        """The next message that is due, out of the inbox; None if there is none for now."""
+        while self.inbox and not self.closed:
+            delivery = self.inbox[0]
+            message = await self.open(delivery)
+            if self._has_lost(delivery):
+                return None
+            self.inbox.popleft()
+            if message is None:
+                continue
+            due = due_of(delivery.properties)
+            if due is None or due <= self.queues.clock():
+                return delivery, message
+            self.start_move(Move(delivery, due=due))
+        return None
+
     def lease(
         self, delivery: Delivery, message: Message, destination: str = "", parked: bool = False
     ) -> BrokerLease:
@@ -492,18 +508,10 @@ class BrokerConsumer(Taker, Consumer):
         while self.inbox and not self.closed:
             if len(self._ready) > self.quota or (self._ready and self.bytes > MOST_BYTES):
                 return  # unpacked, messages may need much more memory
-            delivery = self.inbox[0]
-            message = await self.open(delivery)
-            if self._has_lost(delivery):
+            found = await self.next()
+            if found is None:
                 return
-            self.inbox.popleft()
-            if message is None:
-                continue
-            due = due_of(delivery.properties)
-            if due is not None and due > self.queues.clock():
-                self.start_move(Move(delivery, due=due))
-                continue
-            self._ready.append(self.lease(delivery, message))
+            self._ready.append(self.lease(*found))
             self._arrived.set()
 
     def over(self, lease: BrokerLease) -> None:

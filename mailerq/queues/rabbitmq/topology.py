@@ -30,6 +30,7 @@ from typing import Any, Final, Literal
 __all__ = [
     "DECLARE_SECONDS",
     "DELAYS",
+    "EXPIRES_SECONDS",
     "PARKED_SECONDS",
     "QueueType",
     "Topology",

@@ -11,7 +11,8 @@ import trio
 
 from mailerq.errors import QueueError
 from mailerq.message import Message
-from mailerq.queues import Publication, Settlement
+from mailerq.queues import Depth, Publication, Settlement
+from mailerq.queues.rabbitmq import parking
 from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.queues.rabbitmq.queues import Options, RabbitQueues, open_rabbitmq
 from mailerq.queues.rabbitmq.subscription import BrokerSubscription
@@ -127,6 +128,30 @@ async def test_mail_is_not_parked_in_a_queue_that_a_kill_may_lose(vhost: Address
         with trio.fail_after(30):
             while not (await channel.declare("outbox.parked.to.a.test", passive=True)).messages:
                 pass
+
+
+async def test_an_outage_of_all_hosts_makes_a_bounded_number_of_queues(
+    vhost: Address, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(parking, "MAX_PARKED", 2)
+    options = Options(queue_type="classic", first_pause_seconds=0.02, hold_seconds=0.05)
+    recorder = Recorder()
+    async with (
+        open_rabbitmq([vhost], options) as queues,
+        queues.subscribe("outbox", recorder, prefetch=20, window=0) as subscription,
+    ):
+        await queues.publish([mail(tag, f"d{tag % 5}.test") for tag in range(20)])
+        with trio.fail_after(30):
+            while await queues.depths() != [Depth("outbox", 8, 12)]:  # noqa: ASYNC110
+                await trio.sleep(0.02)
+            while subscription.parked < 8:  # type: ignore[attr-defined] # noqa: ASYNC110
+                await trio.sleep(0.01)
+        depths = [
+            await queues.publisher.look(f"outbox.parked.to.d{number}.test") for number in range(5)
+        ]
+        assert sorted(each.messages for each in depths if each is not None) == [4, 4]
+        assert (await queues.publisher.look("outbox.wait.300")).messages == 12  # type: ignore[union-attr]
+    assert caplog.text.count("mail of 2 destinations is parked") == 1
 
 
 UNSAFE = Options(first_pause_seconds=0.02, hold_seconds=0.05, settle_seconds=1000)
