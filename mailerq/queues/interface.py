@@ -18,6 +18,7 @@ Guarantees
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -52,10 +53,16 @@ __all__ = [
     "SortedQueues",
     "Subscription",
     "Taken",
+    "new_identity",
 ]
 
 DAMAGED_QUEUE: Final = "damaged"
 """The queue for unusable messages, set aside with a reason; nothing is deleted there."""
+
+
+def new_identity() -> str:
+    """An id for a copy at a broker, which no other copy has, and whose form no application uses."""
+    return f"{secrets.token_hex(8)}.{secrets.token_hex(8)}"
 
 
 class Publication(msgspec.Struct, frozen=True):

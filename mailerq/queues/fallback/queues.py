@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -60,6 +59,7 @@ from mailerq.queues.interface import (
     RemoteQueues,
     Settlement,
     Subscription,
+    new_identity,
 )
 from mailerq.queues.ownership import DirectoryLock
 
@@ -522,6 +522,6 @@ class FallbackQueues(Queues):
 def _named(publications: Sequence[Publication]) -> list[Publication]:
     """Publications with identities that their copies keep, whoever publishes them and how often."""
     return [
-        each if each.identity else msgspec.structs.replace(each, identity=secrets.token_hex(12))
+        each if each.identity else msgspec.structs.replace(each, identity=new_identity())
         for each in publications
     ]

@@ -50,6 +50,7 @@ DIGEST: Final = "="
 """Stands before the digest of a message, with which the identity begins if there is no id."""
 
 _is_ours: Final = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{1,16}", re.ASCII).fullmatch
+"""Whether an id is of `Publisher.identity`, or of `mailerq.queues.interface.new_identity`."""
 
 MAX_BYTES: Final = 16 << 20
 """RabbitMQ 4 refuses a larger message, and closes the channel."""
@@ -215,9 +216,8 @@ def is_again(properties: spec.BasicProperties) -> bool:
 def identity_of(properties: spec.BasicProperties, body: bytes) -> str:
     """What a message has in common with its redelivery.
 
-    Ids of mailerq (`mailerq.queues.rabbitmq.publisher.Publisher.identity`) are unique. An
-    application may give several messages one id, so their bytes count as well; without an id, only
-    the bytes count.
+    Ids of mailerq are unique. An application may give several messages one id, so their bytes count
+    as well; without an id, only the bytes count.
     """
     identity = str(properties.message_id or "")
     if _is_ours(identity):
