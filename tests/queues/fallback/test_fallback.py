@@ -105,6 +105,7 @@ async def test_a_copy_has_one_identity_in_all_attempts(tmp_path: Path) -> None:
 
 async def test_what_waits_for_the_broker_is_kept_when_the_broker_is_away(tmp_path: Path) -> None:
     async with opened(tmp_path) as (broker, queues), trio.open_nursery() as nursery:
+        await trio.testing.wait_all_tasks_blocked()  # it has seen the broker there
         broker.away = AWAY
         nursery.start_soon(queues.publish, [mail(1)])
         await broker.waiting.wait()
