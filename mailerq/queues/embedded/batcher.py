@@ -1,17 +1,18 @@
-"""Batches the requests of a trio loop's tasks for the writer, while the loop is busy.
+"""Batches what a trio loop's tasks ask of the writer and of the reader, while the loop is busy.
 
-A thread that wakes beside a busy loop competes for Python's lock, and commits little. So the
-requests are handed over together when the loop is about to sleep: at once for a lone client, in one
-batch for all sessions under load.
+A thread that wakes beside a busy loop competes for Python's lock, and commits or reads little. So
+the requests are handed over together when the loop is about to sleep: at once for a lone client, in
+one batch for all sessions under load.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final
 
+from mailerq.queues.embedded.open_queues import Take
 from mailerq.queues.embedded.writer import Request
 from mailerq.turns import EndOfTurn
 
@@ -22,29 +23,47 @@ MAX_WAIT_SECONDS: Final = 0.003
 
 
 class Batcher:
-    """One batcher for each loop. Callers of `add` and `flush` hold `lock`."""
+    """One batcher for each loop. Callers of `add`, `add_take` and `flush` hold `lock`."""
 
     def __init__(
-        self, put: Callable[[Request], None], lock: threading.Lock, end_of_turn: EndOfTurn
+        self,
+        put: Callable[[Request], None],
+        put_takes: Callable[[Sequence[Take]], None],
+        lock: threading.Lock,
+        end_of_turn: EndOfTurn,
     ) -> None:
+        """`put` hands a request to the writer, `put_takes` a group of takes to the reader."""
         self.end_of_turn = end_of_turn
         self._put = put
+        self._put_takes = put_takes
         self._lock = lock
         self._requests: list[Request] = []
+        self._takes: list[Take] = []
         self._since = 0.0
 
     def add(self, request: Request) -> None:
-        """Add a request, on this batcher's loop."""
-        if not self._requests:
-            self._since = monotonic()
-            self.end_of_turn.call(self._hand_over)
+        """Add a request for the writer, on this batcher's loop."""
+        self._begin()
         self._requests.append(request)
+
+    def add_take(self, take: Take) -> None:
+        """Add a take for the reader, on this batcher's loop."""
+        self._begin()
+        self._takes.append(take)
 
     def flush(self) -> None:
         """Hand over the batch."""
         requests, self._requests = self._requests, []
         for request in requests:
             self._put(request)
+        takes, self._takes = self._takes, []
+        if takes:
+            self._put_takes(takes)
+
+    def _begin(self) -> None:
+        if not (self._requests or self._takes):
+            self._since = monotonic()
+            self.end_of_turn.call(self._hand_over)
 
     def _hand_over(self, idle: bool) -> bool:
         """Hand over the batch at the end of a turn, or wait for the end of the next."""

@@ -62,6 +62,9 @@ cdef class OpenQueues:
     cpdef note(self, OpenQueue queue, key, due, now)
     cpdef _tell(self, OpenQueue queue, key, due, now)
     cpdef give(self, lease)
+
+    @cython.locals(queue=OpenQueue, taker=Taker)
+    cpdef lease(self, take, checked)
     cpdef pump(self, OpenQueue queue)
     cpdef tidy(self, OpenQueue queue)
     cpdef to_wake(self)

@@ -19,8 +19,9 @@ A subscriber is told of a destination when the first mail is noted there, or mai
 sooner, and takes at any time. Consumers take from destinations in turn, and the reader keeps their
 timers: `turns` are destinations that may have due mail, `timers` those that will have some.
 
-A read sees the file as it was when the read began. Messages settled meanwhile are kept in `settled`
-until the read ends, so that none is handed out twice.
+A read sees the file as it was when the read began. Reads of several destinations may be one
+transaction: all of them are marked (`begin_read`) before it begins. Messages settled until the
+transaction ends are kept in `settled`, so that none is handed out twice.
 
 `OpenQueues` holds all open queues and a lock; the writer, the reader and the tasks share it.
 
@@ -46,8 +47,10 @@ import outcome
 import trio
 
 from mailerq.errors import QueueDamaged
+from mailerq.message import Message
 from mailerq.queues.embedded.layout import HELD, UNSORTED
 from mailerq.queues.embedded.queue_reader import BEFORE_LANES
+from mailerq.queues.embedded.records import Row
 from mailerq.queues.embedded.sqlite_file import mark
 from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN, Turns
 from mailerq.queues.interface import Lease
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from mailerq.queues.embedded.takers import EmbeddedConsumer, EmbeddedSubscription
 
 __all__ = [
+    "Checked",
     "Destination",
     "HeldLease",
     "Job",
@@ -68,6 +72,9 @@ __all__ = [
     "Wakeable",
     "wake_all",
 ]
+
+Checked = tuple[Row, int | None, Message | str]
+"""A row, the size of its body, and its message or the reason why it is damaged."""
 
 logger = logging.getLogger("mailerq.queues")
 
@@ -432,7 +439,8 @@ class OpenQueues:
         self.outbox = outbox
         self.lock = threading.Lock()
         self.queues: dict[str, OpenQueue] = {}
-        self.jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self.jobs: SimpleQueue[Job | Sequence[Take] | None] = SimpleQueue()
+        """Work for the reader; takes may come in groups."""
         self.reader_ends = False
         self.look_now = False
         self.unsorted = False
@@ -535,6 +543,42 @@ class OpenQueues:
                 consumer.reading = True
                 share = max(limit // (len(queue.turns) + 1), min(limit, consumer.prefetch // 10), 1)
                 self.jobs.put(Take(queue, destination.key, share, consumer))
+
+    def lease(self, take: Take, checked: Sequence[Checked]) -> tuple[bool, list[tuple[Row, str]]]:
+        """Lease the messages that were read for a take.
+
+        Returns whether there was room for all, and the damaged rows with the reasons.
+        """
+        queue, taker = take.queue, take.taker
+        damaged: list[tuple[Row, str]] = []
+        for row, size, message in checked:
+            if row.id in queue.held or row.id in queue.settled or row.id in queue.barred:
+                continue
+            if isinstance(message, str):
+                damaged.append((row, message))
+                continue
+            if taker.closed or (take.task is None and not taker.credit()):
+                return False, damaged
+            lease = HeldLease(
+                row.id,
+                row.queue,
+                message,
+                take.destination,
+                len(row.properties) + (size or 0),
+                message.body is not None or row.body is None,
+                row.due / 1000,
+                row.due,
+                row.body,
+                row.body_crc,
+                message.body,
+                len(row.properties) + len(message.body or b""),
+            )
+            queue.hold(lease, taker)
+            if take.task is None:
+                self.give(lease)
+            else:
+                take.leases.append(lease)
+        return True, damaged
 
     def end_take(self, take: Take, more: bool) -> None:
         """A read of a destination is over."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import apsw
+import msgspec
 
 from mailerq.queues.embedded.layout import HELD, PAGE_SIZE
 from mailerq.queues.embedded.records import Row, aside, check
 from mailerq.queues.embedded.sqlite_file import SqliteFile, bind
 from mailerq.queues.embedded.taking import Found, Wanted, take
+from mailerq.queues.embedded.together import take_together
 from mailerq.queues.interface import Depth, DestinationDepth, Entry
 
 if TYPE_CHECKING:
@@ -221,12 +224,40 @@ class QueueReader(SqliteFile):
             return places, None
         return places, found[-1][:2]
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All reads in the block see one state of the file. A read that fails ends that."""
+        try:
+            self.connection.execute("BEGIN")
+        except apsw.Error as error:
+            raise self.failed(error) from error
+        try:
+            yield
+        finally:
+            connection = self._connection
+            if connection is not None and connection.in_transaction:
+                try:
+                    connection.execute("COMMIT")
+                except apsw.Error as error:
+                    raise self.failed(error) from error
+
     def take(self, wanted: Wanted) -> Found:
         """Read some mail of a destination, see `mailerq.queues.embedded.taking`."""
         try:
             return take(self.connection, wanted)
         except apsw.Error as error:
             raise self.failed(error) from error
+
+    def take_together(self, wanted: Sequence[Wanted]) -> list[Found | None]:
+        """Read for several takes, see `mailerq.queues.embedded.together`; None: to be read alone.
+
+        After an error all are to be read alone: the error is in one of them, and comes again there.
+        """
+        try:
+            return take_together(self.connection, wanted)
+        except (apsw.Error, msgspec.DecodeError):
+            self.close()
+            return [None] * len(wanted)
 
     def row(self, number: int) -> Row | None:
         """One message with its body; only one copy of the body is in memory."""

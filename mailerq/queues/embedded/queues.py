@@ -120,10 +120,10 @@ class EmbeddedQueues(BrowsableQueues):
     def _close(self) -> None:
         with self._queues.lock:
             self._closed = True
-            self._queues.reader_ends = True
-            self._queues.jobs.put(None)
             for batcher in self._batchers.values():
                 batcher.flush()
+            self._queues.reader_ends = True
+            self._queues.jobs.put(None)
             self._writer.put(None)
         self._writer.join()
         self._reader.join()
@@ -191,15 +191,19 @@ class EmbeddedQueues(BrowsableQueues):
                 lease.settling = True
             request.task = trio.lowlevel.current_task()
             request.token = trio.lowlevel.current_trio_token()
-            self._batcher(request.token).add(request)
+            self._batcher().add(request)
         rows: int = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         return rows
 
-    def _batcher(self, token: trio.lowlevel.TrioToken) -> Batcher:
-        """The batcher of the calling loop."""
+    def _batcher(self) -> Batcher:
+        """The batcher of the calling loop. Call with the lock."""
+        token = trio.lowlevel.current_trio_token()
         batcher = self._batchers.get(token)
         if batcher is None:
-            batcher = Batcher(self._writer.put, self._queues.lock, EndOfTurn.of_this_loop())
+            queues = self._queues
+            batcher = Batcher(
+                self._writer.put, queues.jobs.put, queues.lock, EndOfTurn.of_this_loop()
+            )
             self._batchers[token] = batcher
         return batcher
 
@@ -232,7 +236,7 @@ class EmbeddedQueues(BrowsableQueues):
         def make() -> EmbeddedSubscription:
             opened = self._queues.open(queue)
             return EmbeddedSubscription(
-                self._queues, opened, receiver, prefetch=prefetch, window=window
+                self._queues, opened, self._batcher(), receiver, prefetch=prefetch, window=window
             )
 
         with self._taking(make, prefetch) as subscription:

@@ -8,6 +8,10 @@ with one call into each loop. A take is bounded in messages and bytes, so a dest
 a million messages, or with huge ones, costs only the memory of its leases. Mail without a taker is
 not read.
 
+Takes come in groups. A group is one read transaction: SQLite looks once at the log, and keeps its
+pages. The destinations are marked before the transaction begins, because the mark says what the
+read will find. A group ends early when it has read much or for long; the rest is the next group.
+
 While there are takers, the thread checks at least once a second whether mail for consumers became
 due, whether another process has published, and whether the clock was set back. After a clock change
 due times are set back too; otherwise mail would wait an hour that no sender asked for. Once
@@ -27,13 +31,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, cast
 
 import outcome
 
 from mailerq.errors import MessageDamaged, QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues.embedded.open_queues import (
+    Checked,
+    Destination,
     HeldLease,
     Job,
     Load,
@@ -47,14 +53,21 @@ from mailerq.queues.embedded.open_queues import (
 from mailerq.queues.embedded.queue_reader import QueueReader
 from mailerq.queues.embedded.records import Row, aside, check, prepare
 from mailerq.queues.embedded.sqlite_file import translate
-from mailerq.queues.embedded.taking import Found, Wanted
+from mailerq.queues.embedded.taking import READ_BYTES, Found, Wanted
+from mailerq.queues.embedded.together import chunk_of
 from mailerq.queues.embedded.writer import Request
 from mailerq.queues.interface import DAMAGED_QUEUE, Taken
 
 __all__ = ["Maintenance", "Reader"]
 
-Checked = tuple[Row, int | None, Message | str]
-"""A row, the size of its body, and its message or the reason why it is damaged."""
+
+class Read(NamedTuple):
+    """A take whose destination is marked as being read."""
+
+    take: Take
+    destination: Destination
+    wanted: Wanted
+
 
 logger = logging.getLogger("mailerq.queues")
 
@@ -72,6 +85,13 @@ SCAN_PLACES: Final = 500
 
 TURN_SECONDS: Final = 0.005
 """After serving jobs for this long, report the finished ones."""
+
+GROUP_TAKES: Final = 200
+GROUP_SECONDS: Final = 0.02
+"""Takes of one transaction, and its longest time: meanwhile the log cannot be used anew."""
+
+GROUP_BARRED: Final = 1_000
+"""Each take has a copy of the numbers that must not be leased; if they are more, it is alone."""
 
 ERROR_SECONDS: Final = 0.1
 """Pause after a disk error."""
@@ -125,14 +145,16 @@ class Reader:
         while True:
             with queues.lock:
                 timeout = self._timeout()
-            job: Job | None = None
+            job: Job | Sequence[Take] | None = None
             try:
                 job = queues.jobs.get(timeout=timeout)
             except Empty:
                 pass
             self._serve(job)
             if queues.reader_ends:
-                return
+                if queues.jobs.empty():
+                    return
+                continue  # the tasks of those jobs wait
             if queues.look_now or time.monotonic() >= poll:
                 poll = time.monotonic() + POLL_SECONDS
                 self._poll()
@@ -162,16 +184,23 @@ class Reader:
 
     # Jobs
 
-    def _serve(self, job: Job | None) -> None:
+    def _serve(self, job: Job | Sequence[Take] | None) -> None:
         """Serve a job and all pending ones, and report the results."""
         queues = self._queues
         done: list[Wakeable] = []
         began = since = time.monotonic()
         while True:
-            if job is not None:
+            if isinstance(job, Load | Scan):
                 self._do(job)
                 if job.task is not None:
                     done.append(job)
+            elif job is not None:
+                takes = job if isinstance(job, Sequence) else [cast("Take", job)]
+                while takes:
+                    served, takes = self._take_some(takes)
+                    done += (take for take in served if take.task is not None)
+                    if takes:
+                        self._tell(done)
             now = time.monotonic()
             if queues.jobs.empty() or (now - began > POLL_SECONDS and not queues.reader_ends):
                 break
@@ -189,92 +218,130 @@ class Reader:
 
     def _do(self, job: Job) -> None:
         try:
-            if self._queues.reader_ends:
-                raise QueueError("the queue is closed")
+            self._check_open()
             match job:
-                case Take():
-                    self._take(job)
                 case Load():
                     self._load(job)
                 case Scan():
                     self._scan(job)
             self._failed = False
         except Exception as error:
-            if not isinstance(error, QueueError):
-                logger.exception("an error in the reader of the queue")
-            problem = translate(error, self._queues.path)
-            job.result = outcome.Error(problem)
-            self._complain(problem, told=job.task is not None)
+            self._fail(job, error)
 
-    def _take(self, take: Take) -> None:
-        queues, queue = self._queues, take.queue
-        with queues.lock:
-            if take.taker.closed:
-                take.result = outcome.Error(QueueError("nobody takes any more"))
-                return
-            destination = queue.destination(take.destination)
-            destination.begin_read()
-            self._begin(queue)
-            wanted = Wanted(
-                queue.name,
-                take.destination,
-                queues.now(),
-                take.limit,
-                (*destination.held, *queue.barred),
-                destination.turns,
-                take.taker.body_bytes(),
-                not queue.is_sorted,
-            )
-        checked: list[Checked] = []
-        found = Found([], True, None, wanted.turns)  # after an error the next read corrects this
+    def _check_open(self) -> None:
+        if self._queues.reader_ends:
+            raise QueueError("the queue is closed")
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Note the error as the result of a job."""
+        if not isinstance(error, QueueError):
+            logger.exception("an error in the reader of the queue", exc_info=error)
+        problem = translate(error, self._queues.path)
+        job.result = outcome.Error(problem)
+        self._complain(problem, told=job.task is not None)
+
+    def _take_some(self, takes: Sequence[Take]) -> tuple[list[Take], list[Take]]:
+        """Serve the first takes in one transaction; return the served ones, and the others."""
+        queue = takes[0].queue
+        reads, served, others = self._mark(queue, takes)
+        problem: Exception | None = None
         try:
-            found = self._file.take(wanted)
+            self._check_open()
+            with self._file.snapshot():
+                until, left = time.monotonic() + GROUP_SECONDS, READ_BYTES
+                while reads and left > 0 and (not served or time.monotonic() < until):
+                    wanted = [read.wanted for read in reads]
+                    for found in self._file.take_together(wanted[: chunk_of(wanted)]):
+                        left -= self._take(reads[0], found)
+                        served.append(reads.pop(0).take)
+        except Exception as error:  # the transaction did not begin, or not end
+            problem = error
+        with self._queues.lock:
+            self._end(queue)
+            for read in reads:
+                more = read.destination.end_read(True, None)
+                if problem is not None:
+                    self._queues.end_take(read.take, more)
+            self._queues.tidy(queue)
+        if problem is None:
+            return served, [*(read.take for read in reads), *others]
+        if not reads:
+            self._complain(translate(problem, self._queues.path))
+        for read in reads:
+            self._fail(read.take, problem)
+            served.append(read.take)
+        return served, others
+
+    def _mark(
+        self, queue: OpenQueue, takes: Sequence[Take]
+    ) -> tuple[list[Read], list[Take], list[Take]]:
+        """Begin to read for some takes of a queue, each of another destination.
+
+        Returns the reads, the takes that need none any more, and the others.
+        """
+        reads: list[Read] = []
+        over: list[Take] = []
+        others: list[Take] = []
+        with self._queues.lock:
+            self._begin(queue)
+            now = self._queues.now()
+            most = GROUP_TAKES if len(queue.barred) <= GROUP_BARRED else 1
+            for take in takes:
+                if take.taker.closed:
+                    take.result = outcome.Error(QueueError("nobody takes any more"))
+                    over.append(take)
+                    continue
+                if take.queue is not queue or len(reads) >= most:
+                    others.append(take)
+                    continue
+                destination = queue.destination(take.destination)
+                if destination.reading:  # for another take of the group
+                    others.append(take)
+                    continue
+                destination.begin_read()
+                wanted = Wanted(
+                    queue.name,
+                    take.destination,
+                    now,
+                    take.limit,
+                    (*destination.held, *queue.barred),
+                    destination.turns,
+                    take.taker.body_bytes(),
+                    not queue.is_sorted,
+                )
+                reads.append(Read(take, destination, wanted))
+        return reads, over, others
+
+    def _take(self, read: Read, found: Found | None) -> int:
+        """Lease what was found for a take, or read alone; return the bytes in memory."""
+        take, destination, wanted = read
+        checked: list[Checked] = []
+        try:
+            if found is None:
+                found = self._file.take(wanted)
             checked = [(row, size, _checked(row, size)) for row, size in found.rows]
             self._reads += 1
             self._messages += len(found.rows)
-        finally:
-            with queues.lock:
-                more = not self._lease(take, checked) or found.more
-                self._end(queue)
-                destination.turns = found.turns
-                more = destination.end_read(more, found.next_due)
-                queues.end_take(take, more)
-        next_due = None if found.next_due is None else found.next_due / 1000
-        take.result = outcome.Value(Taken(take.leases, more, next_due))
+            self._failed = False
+        except Exception as error:
+            self._fail(take, error)
+            found = Found([], True, None, wanted.turns)  # the next read corrects this
+        with self._queues.lock:
+            more = not self._lease(take, checked) or found.more
+            destination.turns = found.turns
+            more = destination.end_read(more, found.next_due)
+            self._queues.end_take(take, more)
+        if take.result is None:
+            next_due = None if found.next_due is None else found.next_due / 1000
+            take.result = outcome.Value(Taken(take.leases, more, next_due))
+        return sum(lease.memory for lease in take.leases)
 
     def _lease(self, take: Take, checked: Sequence[Checked]) -> bool:
         """Lease the messages read; False if there was no room for all."""
-        queue, taker = take.queue, take.taker
-        for row, size, message in checked:
-            if row.id in queue.held or row.id in queue.settled or row.id in queue.barred:
-                continue
-            if isinstance(message, str):
-                self._put_aside(queue, take.destination, row, message)
-                continue
-            if taker.closed or (take.task is None and not taker.credit()):
-                return False
-            body_size = size or 0
-            loaded = message.body is not None or row.body is None
-            lease = HeldLease(
-                row.id,
-                row.queue,
-                message,
-                take.destination,
-                len(row.properties) + body_size,
-                loaded,
-                row.due / 1000,
-                row.due,
-                row.body,
-                row.body_crc,
-                message.body,
-                len(row.properties) + len(message.body or b""),
-            )
-            queue.hold(lease, taker)
-            if take.task is None:
-                self._queues.give(lease)
-            else:
-                take.leases.append(lease)
-        return True
+        room, damaged = self._queues.lease(take, checked)
+        for row, reason in damaged:
+            self._put_aside(take.queue, take.destination, row, reason)
+        return room
 
     def _load(self, load: Load) -> None:
         lease, queue = load.lease, load.queue

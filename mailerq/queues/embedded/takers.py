@@ -13,6 +13,7 @@ import trio
 
 from mailerq.errors import QueueDamaged, QueueError
 from mailerq.queues.embedded import open_queues
+from mailerq.queues.embedded.batcher import Batcher
 from mailerq.queues.embedded.open_queues import (
     Destination,
     HeldLease,
@@ -145,6 +146,7 @@ class EmbeddedSubscription(Taker, Subscription):
         self,
         queues: OpenQueues,
         queue: OpenQueue,
+        batcher: Batcher,
         receiver: Receiver,
         *,
         prefetch: int,
@@ -152,6 +154,7 @@ class EmbeddedSubscription(Taker, Subscription):
     ) -> None:
         super().__init__(queue, prefetch)
         self._queues = queues
+        self._batcher = batcher
         self._receiver = receiver
         self._window = window
         self._arrived: list[HeldLease] = []
@@ -216,7 +219,7 @@ class EmbeddedSubscription(Taker, Subscription):
             self._check_open()
             job = Take(self.queue, destination, limit, self, self._give_back)
             job.wait_here()
-            self._queues.jobs.put(job)
+            self._batcher.add_take(job)
         taken: Taken = await trio.lowlevel.wait_task_rescheduled(job.abandon)
         return taken
 

@@ -22,7 +22,17 @@ from mailerq.queues.embedded.records import Row
 from mailerq.queues.embedded.sqlite_file import bind
 from mailerq.rules.destinations import RETRY_LANE, SENDER_LANES, level_of
 
-__all__ = ["ANY_SIZE", "FIRST_TURN", "READ_BYTES", "Found", "Turns", "Wanted", "take"]
+__all__ = [
+    "ANY_SIZE",
+    "FIRST_TURN",
+    "READ_BYTES",
+    "Found",
+    "Turns",
+    "Wanted",
+    "is_retry",
+    "sender",
+    "take",
+]
 
 READ_BYTES: Final = 16 << 20
 """Bytes of messages that one read brings into memory; one message is always allowed."""
@@ -141,7 +151,7 @@ class _Take:
         found: list[Any] = self._connection.execute(
             LANES, (wanted.queue, wanted.destination, first, wanted.now)
         ).fetchall()
-        times = [later for _, _, later in found if later is not None and later < HELD]
+        times = [later for _, _, later in found if isinstance(later, int) and later < HELD]
         next_due = min(times, default=None)
         levels: dict[int, list[_Lane]] = {}
         for lane, due, _ in found:
@@ -165,8 +175,8 @@ class _Take:
         self, lanes: Sequence[_Lane], limit: int, turns: Turns
     ) -> tuple[list[tuple[Row, int | None]], Turns]:
         """Read from lanes of one priority."""
-        new = _from(turns.new, [lane for lane in lanes if not _is_retry(lane)])
-        retried = _from(turns.retried, [lane for lane in lanes if _is_retry(lane)])
+        new = _from(turns.new, [lane for lane in lanes if not is_retry(lane.number)])
+        retried = _from(turns.retried, [lane for lane in lanes if is_retry(lane.number)])
         places = range(turns.step, turns.step + limit)
         for_retried = sum(place % CYCLE == CYCLE - 1 for place in places) if new else limit
         if not retried:
@@ -199,7 +209,7 @@ class _Take:
                 found = self._read(lane, min(share, limit - got))
                 if found:
                     got += found
-                    last = _sender(lane)
+                    last = sender(lane.number)
                 if got >= limit or self._full:
                     break
         return got, last
@@ -234,20 +244,21 @@ class _Take:
         return bool(cursor.fetchall())
 
 
-def _is_retry(lane: _Lane) -> bool:
-    return isinstance(lane.number, int) and lane.number >= 0 and bool(lane.number & RETRY_LANE)
+def is_retry(lane: Any) -> bool:
+    """Whether a lane has retries; damage may have left any value."""
+    return isinstance(lane, int) and lane >= 0 and bool(lane & RETRY_LANE)
 
 
 def _from(last: int, lanes: Sequence[_Lane]) -> list[_Lane]:
     """Lanes in turn, starting after the sender that was served last."""
-    behind = [index for index, lane in enumerate(lanes) if _sender(lane) > last]
+    behind = [index for index, lane in enumerate(lanes) if sender(lane.number) > last]
     start = behind[0] if behind else 0
     return [*lanes[start:], *lanes[:start]]
 
 
-def _sender(lane: _Lane) -> int:
+def sender(lane: Any) -> int:
     """The number of a lane's sender within its priority."""
-    return lane.number % SENDER_LANES if isinstance(lane.number, int) else 0
+    return lane % SENDER_LANES if isinstance(lane, int) else 0
 
 
 def _in_turn(lanes: Iterable[_Lane]) -> Iterable[tuple[Row, int | None]]:

@@ -1,0 +1,1 @@
+# Marks the module of this name for compilation; it needs no types.
