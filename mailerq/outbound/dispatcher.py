@@ -558,6 +558,8 @@ class Dispatcher:
         """Finish a message that has expired; return whether it had."""
         if self.now() <= job.plan.expires:
             return False
+        if job.flow is not None:
+            job.flow.reported += 1
         self._settlements.finish(job.lease, Report(responses.EXPIRED), job=job)
         return True
 
@@ -689,6 +691,8 @@ class Dispatcher:
                     session.settled()
                 return
             report = judged
+        if job.flow is not None:
+            job.flow.reported += 1
         self._settlements.finish(job.lease, report, job.plan.expires, job, session)
 
     def put_back(self, job: Job) -> None:
@@ -726,9 +730,12 @@ class Dispatcher:
 
     def lease_over(self, lease: Lease, job: Job | None) -> None:
         """Note that the settlement of a message is committed."""
+        flow = job.flow if job is not None else None
         if job is not None:
             self._gone(job)
         self._intake.lease_over()
+        if flow is not None:
+            flow.committed()
 
     def lease_kept(self, lease: Lease) -> None:
         """Ignore the next `lease_over`: the settlement is committed later."""

@@ -7,7 +7,7 @@ from mailerq.outbound.jobs cimport Job as _Job
 
 @cython.final
 cdef class Flow:
-    cdef public Py_ssize_t held, window, sent, ended_messages, _allowed, _failures
+    cdef public Py_ssize_t held, reported, window, sent, ended_messages, _allowed, _failures
     cdef public bint refilling, proven, is_near, reserved, patient, down, _ahead
     cdef public double when, _held_until
     cdef public long long paused
@@ -24,6 +24,7 @@ cdef class Flow:
     cpdef nothing_waits(self, destination)
     cpdef next_window(self)
     cpdef next_job(self, session)
+    cpdef committed(self)
     cpdef job_ahead(self, session)
     cpdef _pop(self)
     cpdef settle(self, session, _Job job, report)

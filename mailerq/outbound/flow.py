@@ -10,8 +10,10 @@ sessions use.
 A connection costs more than a message, so not every waiting message gets one: `sessions_for` has
 the curve. Further connections hide the latency of the network. Where there is none, and many such
 flows keep the machine busy, a flow has one. If the first job still waits for `STALL_SECONDS`, the
-sessions are slow, and one more is opened, and so on. Idle sessions stay open for more mail. The
-session used last is used first, so that the others can time out.
+sessions are slow, and one more is opened, and so on, unless other flows wait for a connection. Idle
+sessions stay open for more mail. The session used last is used first, so that the others can time
+out. While other flows wait for a connection, a session without mail ends. If mail of its flow waits
+in the queue, the session stays until its last result is committed, which makes room in memory.
 
 Until a session is let in, the flow does not know whether its hosts answer. So a flow begins with
 one connection, and may double them after each that is let in: 1, 2, 4.
@@ -99,6 +101,8 @@ class Flow:
         """Destinations with due mail in the queue."""
         self.held = 0
         """Messages given to the flow and not settled yet."""
+        self.reported = 0
+        """Of these, the messages with a result that is not committed yet."""
         self.window = min(FIRST_WINDOW, dispatcher.max_window)
         self.sent = self.window // 2
         """Messages since the last refill. A new flow starts as if it had used its window."""
@@ -213,15 +217,27 @@ class Flow:
         if self.rights.rest:
             self._put_back()
         if job is None:
-            if (contended and not self.refilling) or not rights.may_idle(session):
+            if (contended and not self.gets_mail) or not rights.may_idle(session):
                 session.leave()
                 return None
             if not session.waits_for:
                 self.idle.append(session)
-            openings.idle(session)
+            if not self.gets_mail:
+                openings.idle(session)
         elif self.jobs and rights.are_paced:
             self.pump()
         return job
+
+    @property
+    def gets_mail(self) -> bool:
+        """Whether more mail comes from the queue at once, or after the commit of results."""
+        return self.refilling or (bool(self.reported) and bool(self.ready) and self.takes_mail)
+
+    def committed(self) -> None:
+        """A result is committed: a session without mail gets some, or gives way."""
+        self.reported -= 1
+        if self.idle and self.ready and not self.jobs:
+            self.pump()
 
     def is_contended(self, session: Session) -> bool:
         """Whether others wait for what a session holds."""
@@ -418,10 +434,12 @@ class Flow:
         if self.ready and not self.down:
             self._dispatcher.refill(self)
         if not self.jobs:
-            if self.idle and not self.refilling:
+            if self.idle and not self.gets_mail:
                 for session in list(self.idle):
                     if self.is_contended(session):
                         session.leave()
+                    else:
+                        self._openings.idle(session)
             if self.reserved:
                 self._openings.forget(self)
             if not (self.sessions or self.ready or self.refilling):
@@ -446,6 +464,8 @@ class Flow:
             return False
         if count < self._suiting(len(self.jobs) + count - there):
             return True
+        if count and self._openings.contended:
+            return False
         stalled = self.jobs[beside].since + STALL_SECONDS
         if now < stalled:
             self._dispatcher.flows.look_at(self, stalled)

@@ -13,7 +13,9 @@ a flow is *sorted*: a few messages are taken to find the flow.
 Queued mail costs only one `Destination` for all of its messages. One heap holds the times at which
 destinations become due. Messages in memory are at most `rabbitmq-qos`, plus one for each flow that
 has a connection, so that no flow waits for the memory of others. Flows that no host has let in yet
-share half of the memory.
+share half of the memory. While flows wait for room, each takes its share of the room that there is,
+a few messages at least. So many flows send at a time, each over its connection, and many results
+come together; a flow that took its whole window would keep the others waiting.
 
 Everything here runs on the home worker.
 """
@@ -49,9 +51,11 @@ SORTERS: Final = 4
 MAX_GROUP: Final = 100
 """Messages taken to sort a destination, at most; the first time one is taken."""
 
+LEAST_SHARE: Final = 4
+"""Messages that a flow takes at a time, at least, while others wait for room in memory."""
+
 READ_AGAIN_SECONDS: Final = 5.0
 """Pause before the next read of a destination that the queue could not read."""
-
 
 LOOK_AGAIN_SECONDS: Final = 60.0
 """Pause for a destination whose hosts could not be looked up for lack of time."""
@@ -332,7 +336,8 @@ class Intake:
         """Get mail for a flow if the flow needs more."""
         if flow.refilling or not flow.takes_mail or self._dispatcher.stopping:
             return
-        if flow.jobs and (len(flow.jobs) > flow.window // 2 or not flow.sessions):
+        window = min(flow.window, LEAST_SHARE) if self._memory_line else flow.window
+        if flow.jobs and (len(flow.jobs) > window // 2 or not flow.sessions):
             return
         if all(destination.taking or destination.placing for destination in flow.ready):
             return  # the flows are pumped afterwards
@@ -353,6 +358,9 @@ class Intake:
                 destination = self.next_ready(flow)
                 if destination is None:
                     break
+                others = len(self._memory_line) + len(self._new_line)
+                if others:
+                    need = min(need, max(left // (others + 1), LEAST_SHARE))
                 share = -(-need // max(len(flow.ready), 1))
                 leases = await self.take(destination, min(share, left))
                 need -= max(len(leases), 1)

@@ -19,11 +19,13 @@ from mailerq.message import format_time
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.outbound import bodies, flow, openings, sites
+from mailerq.outbound.intake import LEAST_SHARE
 from mailerq.outbound.sites import Sites
+from mailerq.queues.interface import Taken
 from mailerq.rules import routes
 from mailerq.rules.routes import Route
 from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
-from tests.outbound.memory_queues import NOW, MemoryQueues
+from tests.outbound.memory_queues import NOW, MemoryQueues, MemorySubscription
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -697,3 +699,65 @@ async def test_large_bodies_that_were_given_back_keep_nobody_waiting(
         await bench.until(lambda found: found["waiting"] == 2)
         go.set()
         await bench.results("success", 3)
+
+
+async def test_a_slow_peer_gets_no_more_connections_while_other_flows_wait_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flow, "STALL_SECONDS", 0.05)
+    reached, goes_on = trio.Event(), trio.Event()
+
+    async def stalls(peer: PeerConnection) -> None:
+        await peer.hello()
+        reached.set()
+        await goes_on.wait()
+        await peer.talk()
+
+    async with open_bench(stalls, slots=Slots(2), smtp_out_timeout=60) as bench:
+        bench.send(recipient="c1@slow.test")
+        await reached.wait()
+        bench.peer.scripts += [stalls] * 5
+        for number in range(3):
+            bench.send(recipient=f"c@d{number}.test")
+        (slow,) = (each for each in bench.dispatcher.flows.live if each.site.label == "slow.test")
+        bench.send(recipient="c2@slow.test")
+        await bench.until(
+            lambda figures: figures["connections"] == 2 and not figures["opening"] and slow.jobs
+        )
+        slow.jobs[0].since -= 1.0
+        slow.pump()
+        assert not bench.dispatcher.openings.awaits(slow)
+        goes_on.set()
+        await bench.results("success", 5)
+
+
+# Memory
+
+
+async def test_a_session_waits_for_the_commit_that_makes_room_for_more_mail() -> None:
+    """Flows wait for the slot, and memory has one message for each."""
+    async with open_bench(slots=Slots(1), rabbitmq_qos=2) as bench:
+        for number in range(40):
+            bench.send(recipient=f"c{number}@d{number % 2}.test")
+        await bench.results("success", 40)
+        assert bench.peer.connections <= 6
+
+
+async def test_flows_that_wait_for_room_in_memory_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[tuple[int, int]] = []
+    take = MemorySubscription.take
+
+    async def noted(self: MemorySubscription, destination: str, limit: int) -> Taken:
+        intake = bench.dispatcher._intake
+        if others := len(intake._memory_line):
+            shares.append((limit, max(intake.room // (others + 1), LEAST_SHARE)))
+        return await take(self, destination, limit)
+
+    monkeypatch.setattr(MemorySubscription, "take", noted)
+    async with open_bench(rabbitmq_qos=200, slots=Slots(100)) as bench:
+        for number in range(2000):
+            bench.send(recipient=f"c{number}@d{number % 100}.test")
+        await bench.results("success", 2000)
+    assert len(shares) > 50
+    assert all(limit <= share for limit, share in shares)
+    assert any(limit == LEAST_SHARE for limit, _ in shares)
