@@ -8,7 +8,7 @@ cdef class Signer:
     cdef public object now, chains, _live, _say_problem, _files, _snapshot, _seen, _file
     cdef public object _lookers, _hashers
     cdef public Signatures _signatures
-    cdef public dict _domains, _flights, _pems, _hashes, _heads
+    cdef public dict _domains, _flights, _pems, _hashes
     cdef public bint _is_active
     cdef object __weakref__
 
@@ -16,7 +16,6 @@ cdef class Signer:
     cpdef knows(self, wish)
     cpdef keys_of(self, wish)
     cpdef _hash_of(self, mail, start, relaxed, binary, shared)
-    cpdef _was_signed(self, mail, relaxed)
     cpdef _keep_hash(self, mail, relaxed, made)
 
 

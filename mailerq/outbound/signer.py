@@ -7,10 +7,8 @@ files count without a reload. Domains, keys of messages and hashes of bodies are
 numbers.
 
 The recipients of one mail have the same body. Its hash is kept under the hash that Python makes of
-the stored mail, which has a secret key and so cannot be forged from outside. Python's hash takes a
-third of the time of SHA-256, and most mail has one recipient: so of a short mail it is made only if
-a mail of this length and beginning was signed before. A mail of more than `KEPT_BYTES` is hashed
-each time, because Python's hash would hold the lock for too long.
+the stored mail, which has a secret key and so cannot be forged from outside. A mail of more than
+`KEPT_BYTES` is hashed each time, because Python's hash would hold the lock for too long.
 
 A signature of RSA takes the processor some 0.3 ms. Signatures are made at once while they take less
 than `QUICK_SHARE` of the time. Above that they wait in a queue, and a thread makes all that wait
@@ -67,9 +65,6 @@ MAX_PEMS: Final = 1000
 MAX_HASHES: Final = 4096
 """From domains, keys of messages, and hashes of bodies that are kept."""
 
-HEAD_BYTES: Final = 1 << 10
-"""The beginning of a mail, by which it is told from most others: Received, Message-ID, From."""
-
 KEPT_BYTES: Final = 1 << 23
 """Largest mail whose hash is kept: Python's hash of it takes some 3 ms."""
 
@@ -84,9 +79,8 @@ HASHERS: Final = 2
 """Threads for files of keys, and for long bodies."""
 
 QUICK_SHARE: Final = 0.5
-QUICK_SECONDS: Final = 0.03
-"""Signatures are made at once while they take up to this share of each such time. So those of a
-whole commit are, and a turn of the loop makes 15 ms of them at most."""
+QUICK_SECONDS: Final = 0.01
+"""Signatures are made at once while they take up to this share of each such time."""
 
 MAX_BATCH: Final = 64
 """Signatures that a thread makes in one go."""
@@ -172,7 +166,6 @@ class Signer:
         self._flights: dict[str, trio.Event] = {}
         self._pems: dict[str, SigningKey | str] = {}
         self._hashes: dict[tuple[int, int, bool], bytes] = {}
-        self._heads: dict[tuple[int, int, bool], None] = {}  # of short mail
         self._signatures = Signatures()
         self.chains = Chains()
         self._snapshot: Snapshot
@@ -390,29 +383,16 @@ class Signer:
         self, mail: bytes, start: int, relaxed: bool, binary: bool, shared: bool
     ) -> bytes | None:
         """The hash of a body that starts at `start`; None if a thread has to make it."""
-        shared = shared and not binary and self._was_signed(mail, relaxed)
-        if shared and len(mail) <= KEPT_BYTES:
+        if shared and not binary and len(mail) <= KEPT_BYTES:
             found = self._hashes.get((len(mail), hash(mail), relaxed))
             if found is not None:
                 return found
         if len(mail) - start > SHORT_BYTES:
             return None
         made = body_hash((memoryview(mail)[start:],), relaxed=relaxed, binary=binary)
-        if shared:
+        if shared and not binary:
             self._keep_hash(mail, relaxed, made)
         return made
-
-    def _was_signed(self, mail: bytes, relaxed: bool) -> bool:
-        """Whether a mail may have been signed before; of a long one this is not known."""
-        if len(mail) > SHORT_BYTES:
-            return True
-        heads, head = self._heads, (len(mail), hash(mail[:HEAD_BYTES]), relaxed)
-        if head in heads:
-            return True
-        if len(heads) >= MAX_HASHES:
-            del heads[next(iter(heads))]
-        heads[head] = None
-        return False
 
     def _keep_hash(self, mail: bytes, relaxed: bool, made: bytes) -> None:
         kept = self._hashes
