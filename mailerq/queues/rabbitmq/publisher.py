@@ -248,11 +248,14 @@ class Publisher:
     def note_repeated(self, identity: str) -> None:
         """A copy is published once more, elsewhere; the first one may be in its queue, too."""
         self.repeated[identity] = self.repeated.get(identity, False)
+        if len(self.repeated) > MAX_REPEATED:
+            self.repeated.popitem(last=False)
 
-    def write_again(self, copy: Copy) -> None:
+    def repeat(self, copy: Copy) -> Copy:
         """A copy is to be published that may be in its queue already."""
         self.note_repeated(str(copy.properties.message_id))
         mark_again(copy.properties)
+        return copy
 
     def _again(self) -> None:
         """Put what is not confirmed back in line, in order."""
@@ -274,6 +277,16 @@ class Publisher:
         """
         if not copies:
             return
+        try:
+            await self._publish(copies)
+        except BrokerError:
+            for copy in copies:
+                identity = str(copy.properties.message_id)
+                if copy.done or identity in self._by_identity:
+                    self.note_repeated(identity)  # by the caller, who knows of none what is safe
+            raise
+
+    async def _publish(self, copies: Sequence[Copy]) -> None:
         begun = trio.current_time()
         is_trial = any(self.is_suspected(copy.place.name) for copy in copies)
         with self.deadline(TRIAL_SECONDS if is_trial else math.inf) as scope:

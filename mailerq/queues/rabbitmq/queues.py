@@ -333,17 +333,12 @@ class RabbitQueues(RemoteQueues):
     async def _publish(self, publications: Sequence[Publication], bodies: Sequence[bytes]) -> None:
         await self._wait_ready()
         now = self.clock()
-        copies = [
-            self._copy(publication, body, now)
-            for publication, body in zip(publications, bodies, strict=True)
-        ]
-        try:
-            await self.publisher.publish(copies)
-        except BrokerError:
-            for publication in publications:
-                if publication.identity:
-                    self.publisher.note_repeated(publication.identity)  # by its publisher
-            raise
+        await self.publisher.publish(
+            [
+                self._copy(publication, body, now)
+                for publication, body in zip(publications, bodies, strict=True)
+            ]
+        )
 
     async def _wait_ready(self) -> None:
         """Wait for a connection; what is declared depends on the version of the broker."""
@@ -369,9 +364,7 @@ class RabbitQueues(RemoteQueues):
             encoding=encoding_of(body),
             identity=publication.identity,
         )
-        if publication.again:
-            self.publisher.write_again(copy)
-        return copy
+        return self.publisher.repeat(copy) if publication.again else copy
 
     def _copy_to(
         self,
