@@ -80,9 +80,9 @@ async def test_a_copy_has_one_identity_in_all_attempts(tmp_path: Path) -> None:
     async with opened(tmp_path) as (broker, queues):
         publish = broker.publish
 
-        async def noted(publications: Sequence[Publication]) -> None:
+        async def noted(publications: Sequence[Publication], *, again: bool = False) -> None:
             tried.extend(publications)
-            await publish(publications)
+            await publish(publications, again=again)
 
         broker.publish = noted  # type: ignore[method-assign]
         broker.before_confirm = lose_the_confirmation
