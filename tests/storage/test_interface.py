@@ -10,12 +10,19 @@ import trio
 import trio.testing
 
 from mailerq.config import Config
-from mailerq.storage.interface import DOUBT_SECONDS, EXPIRE_SECONDS, Backend, Body, Storage
+from mailerq.storage.interface import (
+    DOUBT_SECONDS,
+    EXPIRE_SECONDS,
+    GRACE_SECONDS,
+    Backend,
+    Body,
+    Storage,
+)
 
 NOW = 1_800_000_000.0
 HOUR = 3600.0
-LATE = 2 * EXPIRE_SECONDS + 1
-"""A storage looks this late at most, and believes clocks to some minutes."""
+LATE = 1.2 * EXPIRE_SECONDS + GRACE_SECONDS + 1
+"""The longest pause between two looks, and what clocks may differ by."""
 
 
 class Expiring(Backend):
