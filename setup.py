@@ -130,7 +130,8 @@ def hot_modules() -> list[Extension]:
             # The -Werror finds cpdef methods used as values of their class, which Cython
             # calls wrongly.
             extra_compile_args=shlex.split(
-                "-O2 -g1 -Wno-unused-function -Wno-array-bounds -Werror=incompatible-pointer-types"
+                "-O2 -g1 -Wno-unused-function -Wno-array-bounds -Wno-maybe-uninitialized"
+                " -Werror=incompatible-pointer-types"
             ),
         )
         for types in sorted(Path("mailerq").rglob("*.pxd"))
