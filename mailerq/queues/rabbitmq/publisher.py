@@ -172,6 +172,8 @@ class Publisher:
         self._admin_lock = trio.Semaphore(1)
         self._declared: dict[str, float] = {}
         self._young: dict[str, float] = {}
+        self._seen: set[str] = set()
+        """Places that settle, and that this process has declared before."""
         self._silent: dict[str, tuple[float, float]] = {}
         self._deadlines: set[trio.CancelScope] = set()
         self.repeated: OrderedDict[str, bool] = OrderedDict()
@@ -432,12 +434,18 @@ class Publisher:
                 await admin.declare_exchange(place.exchange)
                 await admin.bind(place.name, place.exchange)
 
-        is_new = place.settles and await self.look(place.name) is None
+        # One that is there may be as young: another process has declared it a moment ago.
+        is_new = place.settles and (
+            place.name not in self._seen or await self.look(place.name) is None
+        )
         await self._ask(place.name, work)
         if len(self._declared) >= MAX_DECLARED:
             self._declared.clear()
         self._declared[place.name] = now
         if is_new:
+            if len(self._seen) >= MAX_DECLARED:
+                self._seen.clear()
+            self._seen.add(place.name)
             self._young[place.name] = trio.current_time()
 
     def is_young(self, place: Place, seconds: float) -> bool:

@@ -123,8 +123,13 @@ async def test_mail_is_not_parked_in_a_queue_that_a_kill_may_lose(vhost: Address
         queues.subscribe("outbox", recorder, prefetch=9, window=0),
         channel_to(vhost) as channel,
     ):
-        # The queue is there from before: that one is safe.
+        # The queue is there, but this process does not know since when.
         await queues.publish([mail(2)])
+        await until_waits(queues, 2)
+        parked = await channel.declare("outbox.parked.to.a.test", passive=True)
+        assert parked.messages == 0
+        queues.options = replace(options, settle_seconds=0.01)
+        await queues.publish([mail(3)])
         with trio.fail_after(30):
             while not (await channel.declare("outbox.parked.to.a.test", passive=True)).messages:
                 pass
