@@ -26,9 +26,12 @@ REFUSED_SHARE = 0.1
 """Of the recipients, so many are refused for now: their mail waits at the broker."""
 
 NEAR_SECONDS = 3.0
-STILL_SECONDS = 120.0
+STILL_SECONDS = 240.0
 """How long nothing at all may arrive while mail is missing: a broker starts, a queue that does not
-answer is left alone, a retry waits. A backlog that drains slowly is not a loss."""
+answer is left alone, a retry waits. A backlog that drains slowly is not a loss. Mail whose wait
+ends while RabbitMQ starts may come three minutes later: its dead lettering tries a queue that has
+no leader yet, and again after `dead_letter_worker_publisher_confirm_timeout`. No depth shows it
+meanwhile."""
 
 THROTTLE = 100
 """Copies that a process has on the way at a time, and that may be twice if its broker is killed."""
