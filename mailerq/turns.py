@@ -1,4 +1,4 @@
-"""Turns of a trio loop: work that waits until all tasks have had theirs, and what wakes a task.
+"""The turns of a trio loop: work for the end of a turn, and results that wake tasks.
 
 Bytes to send and requests to commit are cheaper together than one by one, so they are collected
 while tasks run, and leave when trio is about to wait for events. One instrument serves the loop.
@@ -77,7 +77,7 @@ class EndOfTurn:
 
 
 class Woken:
-    """A value for a task that is woken; see `woken`."""
+    """The result that `woken` makes; trio only unwraps it."""
 
     __slots__ = ("value",)
 
@@ -89,10 +89,10 @@ class Woken:
 
 
 def woken(value: object) -> outcome.Outcome[Any]:
-    """The result of `trio.lowlevel.wait_task_rescheduled` for a task that is woken.
+    """A result of `trio.lowlevel.wait_task_rescheduled`, for `reschedule`.
 
-    Serves as `outcome.Value` does, whose making and use take half of the time of a wake-up, and
-    may wake any number of tasks.
+    Costs less than `outcome.Value`, which runs Python code when it is made and when it is used. One
+    result may wake any number of tasks.
     """
     return cast("outcome.Outcome[Any]", Woken(value))
 

@@ -88,13 +88,13 @@ BODIES: Final = frozenset(("mime", "key"))
 """Properties that are the mail, or name it."""
 
 HEARD: Final = frozenset(("queues", "dsn", "tags"))
-"""Properties that ask for news of a delivery, or may."""
+"""Properties that may ask for the result of a delivery."""
 
 MAX_REPRESENTATION: Final = 10_000
 """Characters kept of a property that is not JSON."""
 
 
-# The members of an enumeration take long to look up.
+# Looking up a member of an enumeration is slow.
 _RETRY: Final = Fate.RETRY
 _DELIVERED: Final = Fate.DELIVERED
 
@@ -340,7 +340,7 @@ class Settlements:
             self.send_log.write(_log_line(message, result))
 
     def _is_untold(self, properties: dict[str, Any]) -> bool:
-        """Whether nobody hears of a delivery, except by the logs."""
+        """Whether only the logs record a delivery: no queue and no report needs its result."""
         if not properties.keys().isdisjoint(HEARD):
             return False
         config = self._config

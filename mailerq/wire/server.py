@@ -280,7 +280,7 @@ class ServerProtocol:
         For `Data`, `sink` may receive the mail if it is large.
         """
         event, self._event = self._event, None
-        # `isinstance` takes ten times as long for the metaclass of msgspec.
+        # `isinstance` would call the metaclass of msgspec, which is slow.
         if type(event) is Rcpt:
             self.rcpts.append(event)
             self.send(reply or smtp.RCPT_OK)

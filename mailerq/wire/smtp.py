@@ -33,7 +33,7 @@ REPLY_LINE: Final = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 """A line of a reply, without its end: the code, what follows the code, and the text."""
 
 MAX_KNOWN_LINE: Final = 200
-"""Bytes of a reply line that is remembered: a peer repeats most of its replies."""
+"""Cache reply lines up to this many bytes: a peer repeats most of its replies."""
 
 _UNREAD: Final = "?"
 
@@ -45,7 +45,7 @@ class LocalProtocolError(RuntimeError):
 
 
 class Reply:
-    """A reply of the server or of a peer; does not change.
+    """A reply of the server or of a peer. Treat a reply as immutable: replies of peers are shared.
 
     A line feed separates the lines of `text`. Other control characters become question marks, so
     text of plugins and peers is safe to send and to log.
@@ -104,7 +104,7 @@ def _wire(code: int, text: str) -> bytes:
 
 
 def reply_of(line: bytes) -> Reply | None:
-    """The reply that a line without its end is; None if more lines follow, or it is no reply."""
+    """Parse a line without its end. None: more lines follow, or the line is no reply."""
     return (_reply_of if len(line) <= MAX_KNOWN_LINE else _reply_of.__wrapped__)(line)
 
 
