@@ -52,7 +52,7 @@ class LeaseFile:
 
     def __init__(self, directory: str) -> None:
         self.is_damaged = False
-        """The file is there, and nobody knows what it said."""
+        """The lease file exists, but its content is lost."""
         self._path = os.path.join(directory, FILE_NAME)
         self._lead = Lead(os.path.join(directory, LOCK_NAME))
         self._seen: tuple[int, int, int] | None = None

@@ -171,7 +171,7 @@ class Cluster:
         self._owner.leases = self.leases
         self._takes = ""
         self._told: Collection[str] = ()
-        """The addresses that the process which leads owns, for one that follows."""
+        """The addresses that the leading process owns, for a process that follows."""
         self._told_all = False
         self._open_since = 0
         self._valid: set[str] = set()

@@ -76,7 +76,7 @@ class FileLock:
 
 
 class Lead:
-    """The lock of a file that one of several processes has, which does what one does for all."""
+    """Leadership by a file lock: the process that holds the lock acts for all."""
 
     def __init__(self, path: str) -> None:
         self.path = path

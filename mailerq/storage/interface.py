@@ -153,7 +153,7 @@ class Storage:
         self._say_error = Ration(log.error, LINES_PER_MINUTE, "and %d times more")
         self._say_works = Ration(log.info, LINES_PER_MINUTE, "and %d times more")
         self._seen = clock(), trio.current_time()
-        """A time by the wall clock that is believed, and by a clock that nobody sets."""
+        """A trusted wall-clock time, and the monotonic time at that moment."""
         self._doubted: float | None = None
         self._puts = self._gets = self._hits = self._errors = self._missing = 0
 

@@ -108,7 +108,7 @@ class Delivery:
     properties: spec.BasicProperties
     body: bytes
     identity: str = ""
-    """What takers know the message by, once they have found out."""
+    """The identity of the message, once a taker has computed it."""
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Which parked queues mail may go to, and how long other mail waits."""
+"""Decides which parked queues take mail, and how long other mail waits."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MAX_PARKED: Final = 2000
 is short of memory, as after an outage of the network, when all hosts are down."""
 
 UNPARKED_SECONDS: Final = 10.0
-"""How long mail waits that cannot be parked yet."""
+"""Delay of mail that cannot be parked yet."""
 
 CROWDED_SECONDS: Final = 300.0
-"""How long mail waits that has no parked queue."""
+"""Delay of mail without a parked queue."""
 
 
 class ParkingLots:
@@ -54,7 +54,7 @@ class ParkingLots:
         return not parker.is_young(place, self._queues.options.settle_seconds)
 
     def wait_seconds(self, queue: str, destination: str) -> float:
-        """How long mail waits that is not parked."""
+        """Delay of mail that is not parked."""
         name = self._queues.topology.parked(queue, destination)[0]
         return UNPARKED_SECONDS if name in self._used else CROWDED_SECONDS
 
