@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import trio
+import trio.testing
 
 from mailerq.cli.supervisor import child
 
@@ -31,6 +32,7 @@ class Bench:
         self.parent = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         self.stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
         self.engine = Engine()
+        self.started = trio.Event()
         self.stop = trio.Event()
         self._said = b""
 
@@ -46,11 +48,11 @@ class Bench:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Bench]:
+async def serving(*, started: bool = True) -> AsyncIterator[Bench]:
     bench = Bench()
-    started = trio.Event()
-    started.set()
-    requests = child._Requests(bench.stream, 0, bench.engine, started, bench.stop)  # type: ignore[arg-type]
+    if started:
+        bench.started.set()
+    requests = child._Requests(bench.stream, 0, bench.engine, bench.started, bench.stop)  # type: ignore[arg-type]
     async with bench.parent, bench.stream, trio.open_nursery() as nursery:
         nursery.start_soon(requests.serve)
         with trio.fail_after(60):
@@ -63,6 +65,15 @@ async def test_requests_are_answered_in_their_order() -> None:
         for number in range(3):
             await bench.ask("status", number=number)
         assert [(await bench.reply())["number"] for _ in range(3)] == [0, 1, 2]
+
+
+async def test_no_reply_comes_before_the_line_that_tells_of_the_start() -> None:
+    async with serving(started=False) as bench:
+        await bench.ask("status", number=1)
+        await trio.testing.wait_all_tasks_blocked()
+        await bench.stream.send_all(b"{}\n")
+        bench.started.set()
+        assert [await bench.reply() for _ in range(2)] == [{}, {"number": 1}]
 
 
 async def test_what_cannot_be_done_is_said_and_the_next_request_is_answered() -> None:

@@ -105,9 +105,9 @@ async def _serve(config: Config, share: int, number: int, parent: socket.socket)
             nursery.start_soon(_terminate, signals, engine, started, stop)
             try:
                 async with engine:
-                    started.set()
                     ready = encode_properties({"addresses": engine.addresses})
                     await stream.send_all(ready + b"\n")
+                    started.set()
                     await stop.wait()
             except MailerqError as error:
                 failure = error  # Leave the nursery as the error itself, not as a group.
@@ -119,7 +119,11 @@ async def _serve(config: Config, share: int, number: int, parent: socket.socket)
 
 
 class _Requests:
-    """The parent's requests, executed in order; the parent asks once the engine has started."""
+    """The parent's requests, executed in order.
+
+    `started` is set once the parent has been told that the engine serves. No reply comes before:
+    the parent may ask as soon as it has read that line, while the line is still being sent.
+    """
 
     def __init__(
         self,
@@ -158,6 +162,7 @@ class _Requests:
         while data := await self._receive():
             *requests, lines = (lines + data).split(b"\n")
             for request in requests:
+                await self._started.wait()
                 await self._stream.send_all(await control.reply_to(request, self._commands))
 
     async def _receive(self) -> bytes:
