@@ -333,6 +333,8 @@ class Contract:
         ):
             await queues.publish([mail(tag, f"d{tag}.test") for tag in range(5)])
             await recorder.until(lambda recorder: len(recorder.leases) + len(recorder.told) >= 5)
+            recorder.leases.clear()
+            await self._settle_in(queues, recorder)
             await queues.publish([mail(9, "late.test")])
             await recorder.until(lambda recorder: 9 in recorder.tags)
             (lease,) = [lease for lease in recorder.leases if tag_of(lease) == 9]
