@@ -39,6 +39,8 @@ class Mail:
     sender: str
     recipients: list[str]
     body: bytes
+    helo: str = ""
+    """The name that its client has given."""
 
 
 Decide = Callable[[server.Event], Reply | None]
@@ -100,8 +102,9 @@ class Sink:
             machine.reject(refusal)
             return
         if isinstance(event, server.Content):
-            assert machine.sender is not None
-            self.mails.append(Mail(machine.sender, machine.recipients, event.body))
+            assert machine.sender is not None and machine.hello is not None
+            mail = Mail(machine.sender, machine.recipients, event.body, machine.hello.name)
+            self.mails.append(mail)
             self.last_mails[connection] = machine.recipients[0]
             self.arrived.set()
         machine.accept()

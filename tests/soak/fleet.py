@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
@@ -26,6 +28,8 @@ REFUSED_SHARE = 0.1
 """Of the recipients, so many are refused for now: their mail waits at the broker."""
 
 NEAR_SECONDS = 3.0
+"""A result is confirmed within this time, or a connection to a broker that is back is open."""
+
 STILL_SECONDS = 240.0
 """How long nothing at all may arrive while mail is missing: a broker starts, a queue that does not
 answer is left alone, a retry waits. A backlog that drains slowly is not a loss. Mail whose wait
@@ -47,11 +51,10 @@ class Account:
     lost: set[str] = field(default_factory=set)
     foreign: set[str] = field(default_factory=set)
     """What arrived though nobody has sent it, or though it was refused."""
-    twice: int = 0
-    explained: int = 0
-    """Of these, mail that was on a connection to the sink when its instance was killed."""
-    near: int = 0
-    """Of the others, mail that had arrived shortly before a kill."""
+    twice: Counter[str] = field(default_factory=Counter)
+    """Mail that arrived more than once, by what explains it."""
+    unexplained: list[str] = field(default_factory=list)
+    """Mail that arrived more than once for no known reason, with its times in seconds."""
     kills: Counter[str] = field(default_factory=Counter)
     codes: Counter[int] = field(default_factory=Counter)
     places: list[str] = field(default_factory=list)
@@ -59,12 +62,54 @@ class Account:
 
     def __str__(self) -> str:
         kills = ", ".join(f"{count} × {kind}" for kind, count in sorted(self.kills.items()))
+        twice = ", ".join(f"{count} {why}" for why, count in sorted(self.twice.items()))
         return (
             f"kills: {kills or 'none'}; {self.sent} sent, {self.accepted} got 250, {self.arrived} "
             f"arrived, {len(self.lost)} lost, {len(self.foreign)} of unknown origin, "
-            f"{self.twice} arrived more than once, {self.explained} of these under way at a kill of"
-            f" their instance, {self.near} shortly before a kill; replies {dict(self.codes)}"
+            f"{self.twice.total()} arrived more than once ({twice or 'none'}), "
+            f"{len(self.unexplained)} of these for no known reason; replies {dict(self.codes)}"
         )
+
+
+class Arrival(NamedTuple):
+    """A mail at the sink: when (monotonic), and the name of the instance that delivered it."""
+
+    time: float
+    by: str
+
+
+class Kill(NamedTuple):
+    """When something was killed and when it served again (monotonic), and its name; a broker has
+    none."""
+
+    time: float
+    back: float
+    name: str
+
+
+UNDER_WAY = "under way at a kill of their instance"
+UNSETTLED = "delivered just before a kill of their instance"
+LEASE_LOST = "leased while a broker was away, and delivered by two instances"
+COPIED = "written again when a broker or an instance was killed"
+
+
+def why_twice(sent: float, arrivals: Sequence[Arrival], kills: Sequence[Kill]) -> str | None:
+    """What explains that a mail arrived more than once, as docs/rabbitmq.md lists it; None:
+    nothing does. Mail that was under way at a kill is known better by the connection."""
+    first, last = arrivals[0], arrivals[-1]
+    for kill in kills:
+        if kill.name == first.by and 0 <= kill.time - first.time <= NEAR_SECONDS:
+            return UNSETTLED
+    brokers = [kill for kill in kills if not kill.name]
+    if first.by != last.by:
+        for kill in brokers:
+            if kill.time - NEAR_SECONDS <= first.time <= kill.back + NEAR_SECONDS:
+                return LEASE_LOST
+    for kill in kills:
+        # Between processes only; but the reserve of one that is killed is moved again by itself.
+        if sent <= kill.time <= first.time and (kill.name or first.by != last.by):
+            return COPIED
+    return None
 
 
 class Fleet:
@@ -95,18 +140,18 @@ class Fleet:
         self._nursery = nursery
         self._stacks: dict[int, AsyncExitStack] = {}
         self._loads: dict[int, Load] = {}
-        self._under_way: set[str] = set()
+        self._under_way: set[tuple[str, str]] = set()
+        """The last mails on the connections at a kill, with the instance that was killed."""
         self._is_over = False
         self._starts = 0
         self._times: list[float] = []
         """When each mail came to the sink."""
-        self._killed: list[float] = []
-        """When something was killed."""
+        self._killed: list[Kill] = []
         sink.decide = self._decide
 
     def _decide(self, event: server.Event) -> Reply | None:
         if isinstance(event, server.Content):
-            self._times.append(trio.current_time())
+            self._times.append(time.monotonic())
         if (
             not self._is_over
             and isinstance(event, server.Rcpt)
@@ -121,7 +166,7 @@ class Fleet:
         directory = self._directory / f"instance{number}"
         directory.mkdir(exist_ok=True)
         running = await stack.enter_async_context(
-            daemon(directory, self.sink.port, *self._switches)
+            daemon(directory, self.sink.port, *self._switches, f"--hostname={_name(number)}")
         )
         self.running[number] = running
         self._starts += 1
@@ -135,22 +180,27 @@ class Fleet:
     async def kill(self, number: int) -> None:
         """kill -9 an instance, and start it again."""
         self.kills["instance"] += 1
-        self._killed.append(trio.current_time())
+        name, killed = _name(number), time.monotonic()
         self.running[number].kill()
-        self._under_way.update(self.sink.last_mails.values())
+        self._note_under_way(name)
         self._loads[number].ending = True
         await self._stacks.pop(number).aclose()
         # What the kernel had taken from the instance may still come.
-        self._under_way.update(self.sink.last_mails.values())
+        self._note_under_way(name)
         await self.start(number)
+        self._killed.append(Kill(killed, time.monotonic(), name))
+
+    def _note_under_way(self, name: str) -> None:
+        self._under_way.update((name, _id(last)) for last in self.sink.last_mails.values())
 
     async def kill_broker(self, broker: Broker) -> None:
         """kill -9 a broker, and start it again after a while."""
         self.kills["broker"] += 1
-        self._killed.append(trio.current_time())
+        killed = time.monotonic()
         await trio.to_thread.run_sync(broker.kill)
         await trio.sleep(self.dice.uniform(0.0, 4.0))
         await trio.to_thread.run_sync(broker.start)
+        self._killed.append(Kill(killed, time.monotonic(), ""))
 
     async def finish(self, broker: Broker) -> Account:
         """End the load, wait for all mail, and stop: what has become of it.
@@ -192,29 +242,36 @@ class Fleet:
 
     def _account(self) -> Account:
         ledger = self.ledger
-        counts = Counter(_id(mail.recipients[0]) for mail in self.sink.mails)
-        twice = {id for id, count in counts.items() if count > 1}
-        under_way = set(map(_id, self._under_way))
-        first: dict[str, float] = {}
-        for mail, time in zip(self.sink.mails, self._times, strict=True):
-            first.setdefault(_id(mail.recipients[0]), time)
-        near = {
-            id
-            for id in twice - under_way
-            if any(0 <= kill - first[id] <= NEAR_SECONDS for kill in self._killed)
-        }
+        arrivals: dict[str, list[Arrival]] = defaultdict(list)
+        for mail, at in zip(self.sink.mails, self._times, strict=True):
+            arrivals[_id(mail.recipients[0])].append(Arrival(at, mail.helo))
+        twice: Counter[str] = Counter()
+        unexplained: list[str] = []
+        for id, found in arrivals.items():
+            if len(found) == 1:
+                continue
+            sent = ledger.entries[id].sent
+            is_under_way = any((each.by, id) in self._under_way for each in found)
+            why = UNDER_WAY if is_under_way else why_twice(sent, found, self._killed)
+            twice[why or "for no known reason"] += 1
+            if why is None:
+                times = ", ".join(f"{each.time - sent:.1f} by {each.by}" for each in found)
+                unexplained.append(f"{id}: {times}")
         return Account(
             sent=len(ledger.entries),
             accepted=len(ledger.accepted),
-            arrived=len(counts),
-            lost=ledger.accepted - counts.keys(),
-            foreign=counts.keys() - ledger.ids(Fate.ACCEPTED, Fate.UNKNOWN, Fate.REFUSED),
-            twice=len(twice),
-            explained=len(twice & under_way),
-            near=len(near),
+            arrived=len(arrivals),
+            lost=ledger.accepted - arrivals.keys(),
+            foreign=arrivals.keys() - ledger.ids(Fate.ACCEPTED, Fate.UNKNOWN, Fate.REFUSED),
+            twice=twice,
+            unexplained=unexplained,
             kills=self.kills,
             codes=ledger.codes + Counter(entry.code for entry in ledger.entries.values()),
         )
+
+
+def _name(number: int) -> str:
+    return f"mx{number}.test"
 
 
 def _id(recipient: str) -> str:
