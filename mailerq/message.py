@@ -52,17 +52,21 @@ encode_properties: Final = msgspec.json.Encoder().encode
 
 _decode: Final = msgspec.json.Decoder().decode
 
-_last_second: tuple[int, str] = (-1, "")
+MAX_SECONDS: Final = 256
+"""Texts of times that are kept: those of the messages of one queue are near each other."""
+
+_seconds: Final[dict[int, str]] = {}
 
 
 def format_time(now: float) -> str:
     """Format seconds since 1970 as ``YYYY-MM-DD HH:MM:SS`` in UTC, like every timestamp."""
-    global _last_second
     second = min(int(now), LAST_SECOND)
-    known, text = _last_second
-    if second != known:
+    text = _seconds.get(second)
+    if text is None:
         text = time.strftime(TIME_FORMAT, time.gmtime(second))
-        _last_second = (second, text)
+        if len(_seconds) >= MAX_SECONDS:
+            _seconds.clear()
+        _seconds[second] = text
     return text
 
 

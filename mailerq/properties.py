@@ -482,10 +482,11 @@ _OBJECTS: Final = tuple(
     for known in PROPERTIES
     if known.keys and known.group != WRITTEN
 )
+_NAMES_OF_OBJECTS: Final = frozenset(name for name, _ in _OBJECTS)
 
 
-def misspellings(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each unknown name that is one slip away from a known name, with the known name.
+def misspellings(properties: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Return each unknown name that is one slip away from a known name, with the known name.
 
     Keys of an object such as ``queues`` are written ``queues.success``. At most `UNKNOWN_LIMIT`
     names of each object are checked.
@@ -493,6 +494,12 @@ def misspellings(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     >>> list(misspellings({"recipeint": "a@b.test", "my-id": 7, "queues": {"sucess": None}}))
     [('recipeint', 'recipient'), ('queues.sucess', 'queues.success')]
     """
+    if KNOWN.keys() >= properties.keys() and _NAMES_OF_OBJECTS.isdisjoint(properties):
+        return ()
+    return _misspellings(properties)
+
+
+def _misspellings(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     unknown = [name for name in properties if name not in KNOWN]
     for name in unknown[:UNKNOWN_LIMIT]:
         if meant := _SPELLING.meant(name):
