@@ -12,6 +12,7 @@ import trio
 from mailerq import Engine
 from mailerq.cli.control import ask
 from mailerq.errors import ConfigError
+from mailerq.outbound import flow
 from tests.engine.kit import Certificate, inbox, open_dialog, serve
 from tests.support import DEADLINE, configure, in_thread
 
@@ -58,8 +59,9 @@ async def test_mail_goes_to_a_verified_smarthost_by_tls(
 
 
 async def test_a_reload_changes_the_authorities_and_a_mistake_changes_nothing(
-    tmp_path: Path, certificate: Certificate
+    tmp_path: Path, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(flow, "ASK_SECONDS", 0.1)
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     Certificate.make(stranger).authority.cert_pem.write_to_path(str(stranger / "ca.pem"))
