@@ -68,7 +68,7 @@ class Account:
             f"arrived, {len(self.lost)} lost, {len(self.foreign)} of unknown origin, "
             f"{self.twice.total()} arrived more than once ({twice or 'none'}), "
             f"{len(self.unexplained)} of these for no known reason; replies {dict(self.codes)}"
-        )
+        ) + "".join(f"\n{each}" for each in self.unexplained)
 
 
 class Arrival(NamedTuple):
@@ -88,7 +88,7 @@ class Kill(NamedTuple):
 
 
 UNDER_WAY = "under way at a kill of their instance"
-UNSETTLED = "delivered just before a kill of their instance"
+UNSETTLED = "delivered and not settled at a kill of their instance"
 LEASE_LOST = "leased while a broker was away, and delivered by two instances"
 COPIED = "written again when a broker or an instance was killed"
 
@@ -97,14 +97,17 @@ def why_twice(sent: float, arrivals: Sequence[Arrival], kills: Sequence[Kill]) -
     """What explains that a mail arrived more than once, as docs/rabbitmq.md lists it; None:
     nothing does. Mail that was under way at a kill is known better by the connection."""
     first, last = arrivals[0], arrivals[-1]
-    for kill in kills:
-        if kill.name == first.by and 0 <= kill.time - first.time <= NEAR_SECONDS:
-            return UNSETTLED
-    brokers = [kill for kill in kills if not kill.name]
-    if first.by != last.by:
-        for kill in brokers:
-            if kill.time - NEAR_SECONDS <= first.time <= kill.back + NEAR_SECONDS:
-                return LEASE_LOST
+    away = [
+        kill
+        for kill in kills
+        if not kill.name and kill.time - NEAR_SECONDS <= first.time <= kill.back + NEAR_SECONDS
+    ]
+    # A result waits for a broker that is away.
+    settled = max([first.time, *(kill.back for kill in away)]) + NEAR_SECONDS
+    if any(kill.name == first.by and first.time <= kill.time <= settled for kill in kills):
+        return UNSETTLED
+    if away and first.by != last.by:
+        return LEASE_LOST
     for kill in kills:
         # Between processes only; but the reserve of one that is killed is moved again by itself.
         if sent <= kill.time <= first.time and (kill.name or first.by != last.by):
