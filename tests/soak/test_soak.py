@@ -1,9 +1,10 @@
 """kill -9 of instances and brokers under load: what got 250 arrives.
 
-What arrives twice was on a connection to the sink when its instance was killed, or was settled in
-the seconds before a kill, or went from the reserve to the broker when its instance was killed. With
-several instances each may also write again what a broker that was killed had not confirmed to it,
-and another instance takes the second copy (docs/rabbitmq.md, "What can go out twice").
+What arrives twice has one of the reasons of docs/rabbitmq.md, "What can go out twice". The mail was
+on a connection to the sink, or delivered and not settled, when its instance was killed. Or its
+lease was lost with a broker, and another instance got it. Or it was written again after a kill:
+from the reserve, or by a publisher without a confirmation.
+
 ``make soak`` kills a hundred times; MAILERQ_KILLS sets any number.
 """
 
