@@ -33,6 +33,8 @@ __all__ = [
     "MAX_PARTS",
     "PARAMETER",
     "PART_LIMIT",
+    "SHORT_BYTES",
+    "Delimiters",
     "Part",
     "PartError",
     "PartHeader",
@@ -212,24 +214,24 @@ def text_parts(mime: bytes) -> Iterator[Part]:
     return _Walk(mime).entity(0, b"text/plain")
 
 
-class _Walk:
-    """One pass over a mail."""
+class Delimiters:
+    """Finds the delimiters of parts: lines of two hyphens and a boundary that is `open`.
+
+    `line` is where the next line with two hyphens starts. Every byte is read once.
+    """
 
     def __init__(self, mime: bytes) -> None:
-        self._mime = mime
-        self._at = 0
-        self._parts = 0
-        self._open: list[bytes] = []  # boundaries, outermost first
-        self._blank = -1  # the CRLF before the next empty line
-        self._line = 0 if mime.startswith(b"--") else self._hyphens(0)
+        self.mime = mime
+        self.open: list[bytes] = []  # boundaries, outermost first
+        self.line = 0 if mime.startswith(b"--") else self.hyphens(0)
 
-    def _hyphens(self, start: int) -> int:
+    def hyphens(self, start: int) -> int:
         """The next line that starts with two hyphens."""
-        return min(self._find(b"\r\n--", start) + 2, len(self._mime))
+        return min(self.find(b"\r\n--", start) + 2, len(self.mime))
 
-    def _find(self, what: bytes, start: int) -> int:
+    def find(self, what: bytes, start: int) -> int:
         """Return the offset of `what`, or the end of the mail; let other threads run meanwhile."""
-        mime, overlap = self._mime, len(what) - 1
+        mime, overlap = self.mime, len(what) - 1
         while start < len(mime):
             found = mime.find(what, start, start + SEARCH_BYTES + overlap)
             if found >= 0:
@@ -237,35 +239,45 @@ class _Walk:
             start += SEARCH_BYTES
         return len(mime)
 
-    def _delimiter(self, limit: int) -> tuple[int, bool] | None:
-        """Move `_line` to the next delimiter before `limit`.
+    def delimiter(self, limit: int) -> tuple[int, bool] | None:
+        """Move `line` to the next delimiter before `limit`.
 
-        Return the index of its boundary in `_open`, and whether it is the closing delimiter.
+        Return the index of its boundary in `open`, and whether it is the closing delimiter.
         """
-        while self._line < limit:
-            line = self._mime[self._line + 2 : self._line + 6 + MAX_BOUNDARY]
+        while self.line < limit:
+            line = self.mime[self.line + 2 : self.line + 6 + MAX_BOUNDARY]
             text, ended, _ = line.partition(b"\r\n")
             name = text.rstrip(b" \t") if ended or len(line) < MAX_BOUNDARY else b""
             for boundary, closes in ((name, False), (name.removesuffix(b"--"), True)):
-                if boundary in self._open:
-                    return self._open.index(boundary), closes
-            self._line = self._hyphens(self._line)
+                if boundary in self.open:
+                    return self.open.index(boundary), closes
+            self.line = self.hyphens(self.line)
         return None
+
+
+class _Walk(Delimiters):
+    """One pass over a mail."""
+
+    def __init__(self, mime: bytes) -> None:
+        super().__init__(mime)
+        self._at = 0
+        self._parts = 0
+        self._blank = -1  # the CRLF before the next empty line
 
     def entity(self, depth: int, kind: bytes) -> Iterator[Part]:
         """Yield the text parts up to the next delimiter of an enclosing boundary."""
         self._parts += 1
         if depth > MAX_DEPTH or self._parts > MAX_PARTS:
             raise PartError("the mail has too many parts")
-        mime, start = self._mime, self._at
+        mime, start = self.mime, self._at
         fields: list[bytes] = []
         if mime.startswith(b"\r\n", start):
             self._at = start + 2
-        elif _FIELD(mime, start) and self._line != start:
+        elif _FIELD(mime, start) and self.line != start:
             if self._blank < start:
-                self._blank = self._find(b"\r\n\r\n", start)
-            if self._delimiter(self._blank) is not None:
-                self._at = self._line  # the part ends within its header
+                self._blank = self.find(b"\r\n\r\n", start)
+            if self.delimiter(self._blank) is not None:
+                self._at = self.line  # the part ends within its header
                 return
             if self._blank - start > HEADER_LIMIT:
                 raise PartError("the header of a part is too long")
@@ -274,33 +286,33 @@ class _Walk:
         header = PartHeader(fields, kind)
         plain = header.encoding in _PLAIN
         if header.kind.startswith(b"multipart/") and header.kind not in _SEALED and plain:
-            if header.boundary and header.boundary not in self._open:
+            if header.boundary and header.boundary not in self.open:
                 yield from self._multipart(header, depth)
                 return
         body = self._at
-        self._delimiter(len(mime))
-        end = self._at = self._line
+        self.delimiter(len(mime))
+        end = self._at = self.line
         if end < len(mime):
             end = max(body, end - 2)  # the CRLF before a delimiter belongs to the delimiter
         if header.text_kind:
             yield Part(header, start, body, end)
 
     def _multipart(self, header: PartHeader, depth: int) -> Iterator[Part]:
-        level = len(self._open)
+        level = len(self.open)
         part = b"message/rfc822" if header.kind == b"multipart/digest" else b"text/plain"
-        self._open.append(header.boundary)
-        found = self._delimiter(len(self._mime))
+        self.open.append(header.boundary)
+        found = self.delimiter(len(self.mime))
         while found is not None and found[0] == level:
-            end = self._mime.find(b"\r\n", self._line)
-            self._at = len(self._mime) if end < 0 else end + 2
-            self._line = self._hyphens(self._at - 2)
+            end = self.mime.find(b"\r\n", self.line)
+            self._at = len(self.mime) if end < 0 else end + 2
+            self.line = self.hyphens(self._at - 2)
             if found[1]:
                 break
             yield from self.entity(depth + 1, part)
-            found = self._delimiter(len(self._mime))
-        self._open.pop()
-        self._delimiter(len(self._mime))
-        self._at = self._line
+            found = self.delimiter(len(self.mime))
+        self.open.pop()
+        self.delimiter(len(self.mime))
+        self._at = self.line
 
 
 Change = Callable[[str, str], str]

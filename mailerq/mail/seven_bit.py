@@ -30,10 +30,11 @@ from typing import Final
 from mailerq.mail.headers import HEADER_LIMIT, unfold
 from mailerq.mail.parts import (
     FIELDS,
-    MAX_BOUNDARY,
     MAX_DEPTH,
     MAX_PARTS,
     PARAMETER,
+    SHORT_BYTES,
+    Delimiters,
     PartHeader,
     unquote,
 )
@@ -48,12 +49,6 @@ MAX_FIELD: Final = 1 << 17
 BLOCK_BYTES: Final = 57 << 9
 """Bytes to encode at a time, so that other threads can run in between. A multiple of the 57 bytes
 in a line of base64."""
-
-SHORT_BYTES: Final = 60
-"""Quoted-printable may be this much longer than base64, because people can read it."""
-
-SEARCH_BYTES: Final = 1 << 20
-"""Bytes to search at a time."""
 
 WORD_CHARS: Final = 48
 """Encoded characters of an encoded word: its line has at most 76 (RFC 2047, section 2)."""
@@ -168,69 +163,37 @@ def ascii_field(field: bytes) -> bytes | None:
         return None
 
 
-class _Walk:
+class _Walk(Delimiters):
     """One pass over a mail; `out` is the output so far."""
 
     def __init__(self, mime: bytes) -> None:
+        super().__init__(mime)
         self.out: list[bytes | _Piece] = []
-        self._mime = mime
         self._done = 0  # end of the input that is in `out`
         self._parts = 0
         self._headers = 0  # bytes of all headers so far
-        self._open: list[bytes] = []  # boundaries, outermost first
         self._blank = -1  # the CRLF before the next empty line
-        self._line = 0 if mime.startswith(b"--") else self._hyphens(0)
-
-    # Lines that start with two hyphens: `_line` is the next one.
-
-    def _hyphens(self, start: int) -> int:
-        return min(self._find(b"\r\n--", start) + 2, len(self._mime))
-
-    def _find(self, what: bytes, start: int) -> int:
-        """Return the offset of `what`, or the end of the mail; let other threads run meanwhile."""
-        mime, overlap = self._mime, len(what) - 1
-        while start < len(mime):
-            found = mime.find(what, start, start + SEARCH_BYTES + overlap)
-            if found >= 0:
-                return found
-            start += SEARCH_BYTES
-        return len(mime)
 
     def _is_ascii(self, start: int, end: int) -> bool:
-        return all(block.isascii() for block in _blocks(self._mime, start, end))
-
-    def _delimiter(self, limit: int) -> tuple[int, bool] | None:
-        """Move `_line` to the next delimiter before `limit`.
-
-        Return the index of its boundary in `_open`, and whether it is the closing delimiter.
-        """
-        while self._line < limit:
-            line = self._mime[self._line + 2 : self._line + 6 + MAX_BOUNDARY]
-            text, ended, _ = line.partition(b"\r\n")
-            name = text.rstrip(b" \t") if ended or len(line) < MAX_BOUNDARY else b""
-            for boundary, closes in ((name, False), (name.removesuffix(b"--"), True)):
-                if boundary in self._open:
-                    return self._open.index(boundary), closes
-            self._line = self._hyphens(self._line)
-        return None
+        return all(block.isascii() for block in _blocks(self.mime, start, end))
 
     def _pass(self) -> None:
         """Copy the input up to the end of the line of the delimiter."""
-        end = self._mime.find(b"\r\n", self._line)
-        end = len(self._mime) if end < 0 else end + 2
+        end = self.mime.find(b"\r\n", self.line)
+        end = len(self.mime) if end < 0 else end + 2
         self._put_out(_as_it_is, self._done, end)
         self._done = end
-        self._line = self._hyphens(end - 2)
+        self.line = self.hyphens(end - 2)
 
     def _put_out(self, encode: _Encoder, start: int, end: int) -> None:
         if start < end:
-            self.out.append(_Piece(encode, self._mime, start, end, end - start))
+            self.out.append(_Piece(encode, self.mime, start, end, end - start))
 
     def _junk(self) -> None:
         """Copy the text before the first part or after the last; nobody is meant to read it."""
-        self._delimiter(len(self._mime))
-        self._put_out(_question_marks, self._done, self._line)
-        self._done = self._line
+        self.delimiter(len(self.mime))
+        self._put_out(_question_marks, self._done, self.line)
+        self._done = self.line
 
     # Entities: each method converts the input up to the next delimiter of an enclosing boundary.
 
@@ -239,17 +202,17 @@ class _Walk:
         self._parts += 1
         if depth > MAX_DEPTH or self._parts > MAX_PARTS:
             raise _CannotConvert
-        mime, start = self._mime, self._done
+        mime, start = self.mime, self._done
         fields: list[bytes] = []
         separator = b"\r\n"
         if mime.startswith(b"\r\n", start):
             self._done = start + 2
-        elif _FIELD(mime, start) and self._line != start:
+        elif _FIELD(mime, start) and self.line != start:
             if self._blank < start:
-                self._blank = self._find(b"\r\n\r\n", start)
+                self._blank = self.find(b"\r\n\r\n", start)
             end, self._done = self._blank, min(self._blank + 4, len(mime))
-            if self._delimiter(self._blank) is not None:
-                end = self._done = self._line  # the part ends within its header
+            if self.delimiter(self._blank) is not None:
+                end = self._done = self.line  # the part ends within its header
             self._headers += end - start
             if self._headers > HEADER_LIMIT:
                 raise _CannotConvert
@@ -283,16 +246,16 @@ class _Walk:
     def _multipart(
         self, header: PartHeader, separator: bytes, depth: int, *, message: bool
     ) -> None:
-        boundary, level = header.boundary, len(self._open)
-        if not boundary or boundary in self._open:
+        boundary, level = header.boundary, len(self.open)
+        if not boundary or boundary in self.open:
             raise _CannotConvert
         self._put(header, separator, b"7bit", message=message)
         part = b"message/rfc822" if header.kind == b"multipart/digest" else b"text/plain"
-        self._open.append(boundary)
+        self.open.append(boundary)
         before = self._done
-        found = self._delimiter(len(self._mime))
+        found = self.delimiter(len(self.mime))
         text = found is None or found[0] != level
-        if text and not self._is_ascii(before, self._line):
+        if text and not self._is_ascii(before, self.line):
             raise _CannotConvert  # 8-bit text outside of parts
         self._junk()
         while found is not None and found[0] == level:
@@ -300,24 +263,24 @@ class _Walk:
             if found[1]:
                 break
             self.entity(depth + 1, message=False, kind=part)
-            found = self._delimiter(len(self._mime))
-        self._open.pop()
-        self._delimiter(len(self._mime))
+            found = self.delimiter(len(self.mime))
+        self.open.pop()
+        self.delimiter(len(self.mime))
         self._junk()
 
     def _leaf(self, header: PartHeader, separator: bytes, *, message: bool) -> None:
-        self._delimiter(len(self._mime))
-        start, end = self._done, self._line
-        if end < len(self._mime):
+        self.delimiter(len(self.mime))
+        start, end = self._done, self.line
+        if end < len(self.mime):
             end = max(start, end - 2)  # the CRLF before a delimiter belongs to the delimiter
         self._done = end
         if self._is_ascii(start, end):
             self._put(header, separator, None, message=message)
             self._put_out(_as_it_is, start, end)
             return
-        encoding, encoded = _encode(header, self._mime, start, end)
+        encoding, encoded = _encode(header, self.mime, start, end)
         if header.encoding in _SEVEN and not header.get(b"content-type"):
-            utf8 = all(map(_is_utf8, _blocks(self._mime, start, end)))
+            utf8 = all(map(_is_utf8, _blocks(self.mime, start, end)))
             charset = b"utf-8" if utf8 else b"unknown-8bit"
             header.set(b"Content-Type", b"text/plain; charset=" + charset)
         self._put(header, b"\r\n", encoding, message=message)
