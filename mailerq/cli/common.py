@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
-from mailerq.errors import StoreError
+from mailerq.address import parse_domain
+from mailerq.errors import AddressError, QueueError, RowError, StoreError
 from mailerq.escaping import escape
 from mailerq.message import without_password
 from mailerq.settings import HIDDEN
@@ -22,6 +23,9 @@ __all__ = ["Parser", "complain", "dump_json", "for_people", "positive", "print_j
 
 FIRST_ROWS: Final = 200
 """Rows of a table that its columns are made to fit."""
+
+_STATUS_OF: Final = {RowError: os.EX_DATAERR, StoreError: os.EX_IOERR}
+"""Exit statuses; other errors of a queue may be over later."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +49,32 @@ def command_parser(name: str, description: str, **options: Any) -> Parser:
     )
 
 
+def subcommands(parser: Parser) -> Callable[[str, str, Callable[..., int]], Parser]:
+    """Give a parser subcommands; return a function of the name, the help and what to run.
+
+    All of them have ``--json``; the parsed options have what to run as `run`.
+    """
+    commands = parser.add_subparsers(
+        required=True, metavar="COMMAND", parser_class=Parser, prog=parser.prog
+    )
+
+    def add(name: str, text: str, run: Callable[..., int]) -> Parser:
+        added: Parser = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="for programs: JSON, one per line")
+        return added
+
+    return add
+
+
+def domain_name(text: str) -> str:
+    """Parse an argument that is a domain; return it in A-labels."""
+    try:
+        return parse_domain(text.rstrip("."))
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def positive(text: str) -> int:
     """Parse an argument that is a number above zero."""
     if text.isdecimal() and (number := int(text)) > 0:
@@ -57,11 +87,13 @@ def complain(text: str) -> None:
     sys.stderr.write(f"mailerq: {escape(text)}\n")
 
 
-def with_store(config: Config, run: Callable[[], int]) -> int:
-    """Run a command on a file of the queue directory, and return its exit status or a fault's."""
+def with_files(config: Config, run: Callable[[], int], *, fault: int = os.EX_IOERR) -> int:
+    """Run a command on the files of the queue directory; return its exit status.
+
+    A fault is printed, and has a status of its own; `fault` is that of other errors of the system.
+    """
     directory = config.queue_directory
     try:
-        os.stat(directory)
         return run()
     except PermissionError:
         complain(f"you may not use the queue in {directory}; its user and root may")
@@ -69,12 +101,25 @@ def with_store(config: Config, run: Callable[[], int]) -> int:
     except (FileNotFoundError, NotADirectoryError):
         complain(f"there is no queue in {directory}; set queue-directory?")
         return os.EX_UNAVAILABLE
-    except StoreError as error:
+    except (QueueError, RowError, StoreError) as error:
         if isinstance(error.__cause__, PermissionError):
             complain(f"you may not use {directory}; its user and root may")
             return os.EX_NOPERM
         complain(str(error))
-        return os.EX_IOERR
+        return _STATUS_OF.get(type(error), os.EX_TEMPFAIL)
+    except OSError as error:
+        complain(f"{directory}: {error.strerror or error}")
+        return fault
+
+
+def with_store(store: object, config: Config, options: argparse.Namespace) -> int:
+    """Run the command in the options with a store of the queue directory, as `with_files` does."""
+
+    def run() -> int:
+        os.stat(config.queue_directory)
+        return int(options.run(store, config, options))
+
+    return with_files(config, run)
 
 
 def print_json(document: object, *, default: Callable[[Any], object] = str) -> None:

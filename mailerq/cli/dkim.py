@@ -12,8 +12,14 @@ import sys
 from contextlib import suppress
 from typing import Any, Final
 
-from mailerq.address import parse_domain
-from mailerq.cli.common import Parser, command_parser, complain, print_json, print_table
+from mailerq.cli.common import (
+    Parser,
+    command_parser,
+    complain,
+    domain_name,
+    print_json,
+    print_table,
+)
 from mailerq.config import Config
 from mailerq.errors import AddressError
 from mailerq.privileges import give_to
@@ -49,7 +55,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         required=True, metavar="COMMAND", parser_class=Parser, prog=parser.prog, dest="command"
     )
     new = commands.add_parser("new", help="make a key in dkim-directory, and show its DNS record")
-    new.add_argument("domain", metavar="DOMAIN", type=_domain)
+    new.add_argument("domain", metavar="DOMAIN", type=domain_name)
     new.add_argument("selector", metavar="SELECTOR", type=_selector)
     new.add_argument("--type", choices=("rsa", "ed25519"), default="rsa", help="[%(default)s]")
     new.add_argument(
@@ -64,7 +70,7 @@ def main(settings: list[str], rest: list[str]) -> int:
         "check", help="compare keys with their DNS records", description=CHECK
     )
     for command in (show, check):
-        command.add_argument("domain", metavar="DOMAIN", nargs="?", type=_domain)
+        command.add_argument("domain", metavar="DOMAIN", nargs="?", type=domain_name)
         command.add_argument("selector", metavar="SELECTOR", nargs="?", type=_selector)
     for command in (new, show, check):
         command.add_argument("--json", action="store_true", help="for programs: JSON, one per line")
@@ -88,13 +94,6 @@ def main(settings: list[str], rest: list[str]) -> int:
         complain("there is no such key" if options.domain else "there is no key")
         return os.EX_NOINPUT
     return (_show if options.command == "show" else _check)(config, options, found)
-
-
-def _domain(text: str) -> str:
-    try:
-        return parse_domain(text)
-    except AddressError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _selector(text: str) -> str:

@@ -22,11 +22,11 @@ from mailerq.cli.common import (
     positive,
     print_json,
     print_table,
+    with_files,
 )
 from mailerq.cli.queue_orders import ORDERS, add_order, run_order
 from mailerq.cli.queue_selection import add_criteria, message_id, selection_of
 from mailerq.config import Config
-from mailerq.errors import QueueError
 from mailerq.escaping import escape
 from mailerq.message import format_time
 from mailerq.queues.interface import Entry
@@ -46,31 +46,23 @@ def main(settings: list[str], rest: list[str]) -> int:
     """Run one of the commands on the configured queue directory, all shares of it."""
     options, parser = _parse(rest)
     config = Config.load(settings)
-    try:
-        if config.has_broker:
-            from mailerq.cli import broker_queue
+    # The daemon that does not answer is the usual error of the system.
+    return with_files(config, lambda: _run(config, options, parser), fault=os.EX_UNAVAILABLE)
 
-            return broker_queue.run(config, options)
-        if options.queue is not None and not _is_known(config, options.queue):
-            return os.EX_DATAERR
-        if options.confirm is not None and not options.confirm(config, options, parser):
-            return 1
-        if options.alone:
-            return int(options.run(config, options, parser))
-        with open_files(config) as files:
-            return int(options.run(files, config, options, parser))
-    except PermissionError:
-        complain(f"you may not use the queue in {config.queue_directory}; its user and root may")
-        return os.EX_NOPERM
-    except (FileNotFoundError, NotADirectoryError):
-        complain(f"there is no queue in {config.queue_directory}; set queue-directory?")
-        return os.EX_UNAVAILABLE
-    except QueueError as error:
-        complain(str(error))
-        return os.EX_TEMPFAIL
-    except OSError as error:  # the daemon does not answer
-        complain(f"{config.queue_directory}: {error.strerror or error}")
-        return os.EX_UNAVAILABLE
+
+def _run(config: Config, options: Namespace, parser: Parser) -> int:
+    if config.has_broker:
+        from mailerq.cli import broker_queue
+
+        return broker_queue.run(config, options)
+    if options.queue is not None and not _is_known(config, options.queue):
+        return os.EX_DATAERR
+    if options.confirm is not None and not options.confirm(config, options, parser):
+        return 1
+    if options.alone:
+        return int(options.run(config, options, parser))
+    with open_files(config) as files:
+        return int(options.run(files, config, options, parser))
 
 
 def _parse(rest: Sequence[str]) -> tuple[Namespace, Parser]:

@@ -19,7 +19,15 @@ from typing import Any, Final
 import msgspec
 
 from mailerq.cli import control
-from mailerq.cli.common import Parser, command_parser, complain, positive, print_json, print_table
+from mailerq.cli.common import (
+    Parser,
+    command_parser,
+    complain,
+    positive,
+    print_json,
+    print_table,
+    with_files,
+)
 from mailerq.config import Config
 from mailerq.errors import ConfigError, MessageError, RowError
 from mailerq.message import format_time, parse_time
@@ -80,22 +88,13 @@ def rows(settings: list[str], rest: list[str]) -> int:
 def _main(name: str, kind: str, settings: list[str], rest: list[str]) -> int:
     options = _parse(name, kind, rest)
     config = Config.load(settings)
-    try:
+
+    def run() -> int:
         os.stat(config.queue_directory)
         file = RowFile(config.queue_directory, config.user, server=config.cluster_member)
         return int(options.run(file, config, options))
-    except PermissionError:
-        complain(f"you may not use the queue in {config.queue_directory}; its user and root may")
-        return os.EX_NOPERM
-    except (FileNotFoundError, NotADirectoryError):
-        complain(f"there is no queue in {config.queue_directory}; set queue-directory?")
-        return os.EX_UNAVAILABLE
-    except RowError as error:
-        complain(str(error))
-        return os.EX_DATAERR
-    except OSError as error:
-        complain(f"{config.queue_directory}: {error.strerror or error}")
-        return os.EX_IOERR
+
+    return with_files(config, run)
 
 
 # The grammar

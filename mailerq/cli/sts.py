@@ -9,22 +9,21 @@ from __future__ import annotations
 import os
 import sys
 import time
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from mailerq.address import parse_domain
 from mailerq.cli import control
 from mailerq.cli.common import (
-    Parser,
     command_parser,
     complain,
+    domain_name,
     print_json,
     print_table,
+    subcommands,
     with_store,
 )
 from mailerq.config import Config
-from mailerq.errors import AddressError
 from mailerq.store.sts_file import Entry, Kept, StsFile
 
 __all__ = ["main"]
@@ -43,37 +42,21 @@ def main(settings: list[str], rest: list[str]) -> int:
     options = _parse(rest)
     config = Config.load(settings)
     store = StsFile(config.queue_directory, config.user)
-    return with_store(config, lambda: int(options.run(store, config, options)))
+    return with_store(store, config, options)
 
 
 def _parse(rest: Sequence[str]) -> Namespace:
     parser = command_parser("sts", DESCRIPTION)
-    commands = parser.add_subparsers(
-        required=True, metavar="COMMAND", parser_class=Parser, prog=parser.prog
-    )
-
-    def command(name: str, text: str, run: Callable[..., int]) -> Parser:
-        added: Parser = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
-        added.add_argument("--json", action="store_true", help="for programs: JSON, one per line")
-        return added
-
+    command = subcommands(parser)
     show = command("show", "show the policy of a domain, or a line for each policy", _show)
-    show.add_argument("domain", nargs="?", type=_domain, metavar="DOMAIN")
+    show.add_argument("domain", nargs="?", type=domain_name, metavar="DOMAIN")
     refresh = command("refresh", "ask for the record and the policy of a domain now", _refresh)
-    refresh.add_argument("domain", type=_domain, metavar="DOMAIN")
+    refresh.add_argument("domain", type=domain_name, metavar="DOMAIN")
     purge = command("purge", "forget what is known of a domain; mail asks for it anew", _purge)
     which = purge.add_mutually_exclusive_group(required=True)
-    which.add_argument("domain", nargs="?", type=_domain, metavar="DOMAIN")
+    which.add_argument("domain", nargs="?", type=domain_name, metavar="DOMAIN")
     which.add_argument("--all", action="store_true", help="all that 'show' lists")
     return parser.parse_args(rest)
-
-
-def _domain(text: str) -> str:
-    try:
-        return parse_domain(text.rstrip("."))
-    except AddressError as error:
-        raise ArgumentTypeError(str(error)) from None
 
 
 # The commands

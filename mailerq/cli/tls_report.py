@@ -10,21 +10,20 @@ import os
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from mailerq.address import parse_domain
 from mailerq.cli import control
 from mailerq.cli.common import (
-    Parser,
     command_parser,
     complain,
+    domain_name,
     print_json,
     print_table,
+    subcommands,
     with_store,
 )
 from mailerq.config import Config
-from mailerq.errors import AddressError
 from mailerq.mail.tls_report import DAY_SECONDS, Day, document
 from mailerq.message import format_time
 from mailerq.store.tls_counts import TlsCounts
@@ -48,36 +47,20 @@ def main(settings: list[str], rest: list[str]) -> int:
     options = _parse(rest)
     config = Config.load(settings)
     store = TlsCounts(config.queue_directory, config.user)
-    return with_store(config, lambda: int(options.run(store, config, options)))
+    return with_store(store, config, options)
 
 
 def _parse(rest: Sequence[str]) -> Namespace:
     parser = command_parser("tls-report", DESCRIPTION)
-    commands = parser.add_subparsers(
-        required=True, metavar="COMMAND", parser_class=Parser, prog=parser.prog
-    )
-
-    def command(name: str, text: str, run: Callable[..., int]) -> Parser:
-        added: Parser = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
-        added.add_argument("--json", action="store_true", help="for programs: JSON, one per line")
-        return added
-
+    command = subcommands(parser)
     show = command("show", "show the counts of a day, or the report of a domain", _show)
-    show.add_argument("domain", nargs="?", type=_domain, metavar="DOMAIN")
+    show.add_argument("domain", nargs="?", type=domain_name, metavar="DOMAIN")
     show.add_argument("--day", type=_day, metavar="YYYY-MM-DD", help="in UTC; today")
     command("list", "list the reports of the last days, and what became of them", _list)
     send = command("send", "send reports now, and not at a random time after midnight", _send)
-    send.add_argument("domain", nargs="?", type=_domain, metavar="DOMAIN")
+    send.add_argument("domain", nargs="?", type=domain_name, metavar="DOMAIN")
     send.add_argument("--day", type=_day, metavar="YYYY-MM-DD", help="in UTC; yesterday")
     return parser.parse_args(rest)
-
-
-def _domain(text: str) -> str:
-    try:
-        return parse_domain(text.rstrip("."))
-    except AddressError as error:
-        raise ArgumentTypeError(str(error)) from None
 
 
 def _day(text: str) -> Day:
