@@ -104,7 +104,12 @@ def why_twice(sent: float, arrivals: Sequence[Arrival], kills: Sequence[Kill]) -
     ]
     # A result waits for a broker that is away.
     settled = max([first.time, *(kill.back for kill in away)]) + NEAR_SECONDS
-    if any(kill.name == first.by and first.time <= kill.time <= settled for kill in kills):
+    if any(
+        kill.name == first.by
+        # What the kernel had taken from an instance comes after its end, too.
+        and (first.time <= kill.time <= settled or kill.time <= first.time <= kill.back)
+        for kill in kills
+    ):
         return UNSETTLED
     if away and first.by != last.by:
         return LEASE_LOST
@@ -258,8 +263,14 @@ class Fleet:
             why = UNDER_WAY if is_under_way else why_twice(sent, found, self._killed)
             twice[why or "for no known reason"] += 1
             if why is None:
-                times = ", ".join(f"{each.time - sent:.1f} by {each.by}" for each in found)
-                unexplained.append(f"{id}: {times}")
+                times = [f"{each.time - sent:.1f} by {each.by}" for each in found]
+                times += [
+                    f"{kill.name or 'a broker'} away from {kill.time - sent:.1f} to"
+                    f" {kill.back - sent:.1f}"
+                    for kill in self._killed
+                    if sent <= kill.back and kill.time <= found[-1].time
+                ]
+                unexplained.append(f"{id}: {', '.join(times)}")
         return Account(
             sent=len(ledger.entries),
             accepted=len(ledger.accepted),
