@@ -7,6 +7,7 @@ seconds.
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -28,6 +29,7 @@ from mailerq.queues.rabbitmq.connection import Channel, connect
 __all__ = ["Broker", "channel_to", "running_broker", "running_cluster", "send"]
 
 START_SECONDS = 60.0
+PORT_TRIALS = 200
 SERVERS = "/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server"
 USER, PASSWORD = "mailerq", "sesame"
 
@@ -50,12 +52,29 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
+def _hold_ports(count: int) -> tuple[list[int], list[socket.socket]]:
+    """Ports that are ours as long as the sockets that come with them are open.
+
+    The kernel gives none of them to a connection or a listener, because they are below its range.
+    Test workers agree by a Unix socket with the name of the port, which ends with its process.
+    """
+    ranges = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    below = int(ranges.split()[0])
+    ports: list[int] = []
+    holds: list[socket.socket] = []
+    for port in random.sample(range(min(10_000, below // 2), below), PORT_TRIALS):
+        hold = socket.socket(socket.AF_UNIX)
+        try:
+            hold.bind(f"\0mailerq-test-port-{port}")
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:  # of another worker, or of a program of this host
+            hold.close()
+            continue
+        ports.append(port)
+        holds.append(hold)
+        if len(ports) == count:
+            return ports, holds
+    raise AssertionError(f"no {count} of {PORT_TRIALS} ports are free")
 
 
 class Broker:
@@ -67,7 +86,7 @@ class Broker:
         """`first` is the first node of a cluster that this one is to be in, see `join`."""
         self.directory = directory
         self._first = first
-        self.port, self._dist, self._epmd_port = _free_ports(3)
+        (self.port, self._dist, self._epmd_port), self._holds = _hold_ports(3)
         self.node = f"mailerq{self.port}@localhost"
         self._server = _server()
         self._process: subprocess.Popen[bytes] | None = None
@@ -172,6 +191,8 @@ class Broker:
         if self._epmd is not None:
             self._epmd.terminate()
             self._epmd.wait()
+        for hold in self._holds:
+            hold.close()
 
     def join(self) -> None:
         """Join the cluster of the first node."""
