@@ -28,6 +28,7 @@ __all__ = [
     "decode",
     "decode_soon",
     "due_of",
+    "beside",
     "encode",
     "encoding_of",
     "header",
@@ -37,6 +38,7 @@ __all__ = [
     "is_named",
     "mark_again",
     "priority_of",
+    "was_refused",
 ]
 
 T = TypeVar("T")
@@ -45,6 +47,20 @@ DUE: Final = "x-mailerq-due"
 AGAIN: Final = "x-mailerq-again"
 REASON: Final = "x-mailerq-reason"
 """Why a message was set aside."""
+
+ID: Final = "x-mailerq-message-id"
+"""The id that the sender of a message gave, where the message was set aside."""
+
+MAX_HEADER: Final = 1 << 16
+"""Bytes of all that stands beside a document. It must fit into one frame, of 128 KiB."""
+
+_MORE_QUEUES: Final = ("CC", "BCC")
+"""Headers with which a publication asks for more queues."""
+
+_is_of_broker: Final = re.compile(
+    r"x-(?:death|(?:first|last)-death-.*|delivery-count|acquired-count|opt-.*|delay)", re.DOTALL
+).fullmatch
+"""Whether a header is one that a broker adds to what it dead-letters or delivers again."""
 
 DIGEST: Final = "="
 """Stands before the digest of a message, with which the identity begins if there is no id."""
@@ -189,6 +205,59 @@ def header(
     )
 
 
+def beside(
+    origin: spec.BasicProperties, identity: str, reason: str | None = None
+) -> spec.BasicProperties:
+    """What stands beside a message of an application that moves as it is, for a `reason` or none.
+
+    The copy has the properties and the headers that the application gave. It has an id of its own,
+    and the one before is in a header. What concerned the delivery is left out: the expiry, the
+    account that published, other queues to copy to, and what brokers add to messages that were
+    dead-lettered, which would grow each time. Headers that do not fit into a frame, or cannot be
+    written again, are left out too.
+    """
+    headers: dict[Any, Any] = {}
+    for key, value in (origin.headers or {}).items():
+        name = key.decode(errors="replace") if isinstance(key, bytes) else key
+        if name not in (*_MORE_QUEUES, DUE, AGAIN, REASON) and not _is_of_broker(name):
+            headers[key] = value
+    given = str(origin.message_id or "")
+    if given and not _is_ours(given):
+        headers.setdefault(ID, given)
+    reply_to = origin.reply_to
+    if reply_to and str(reply_to).startswith("amq."):
+        reply_to = None  # the broker would refuse what names it, and end the channel
+    moved = spec.BasicProperties(
+        content_type=origin.content_type,
+        content_encoding=origin.content_encoding,
+        headers=headers or None,
+        delivery_mode=2,
+        priority=origin.priority,
+        correlation_id=origin.correlation_id,
+        reply_to=reply_to,
+        message_id=identity,
+        timestamp=origin.timestamp,
+        type=origin.type,
+        app_id=origin.app_id,
+    )
+    lost = _problem_of(moved)
+    if lost is not None:
+        moved.headers = {ID: headers[ID]} if ID in headers else None
+    if reason is not None:
+        reason = f"{reason}; its headers are lost: {lost}" if lost else reason
+        moved.headers = {**(moved.headers or {}), REASON: reason[:1000]}
+    return moved
+
+
+def _problem_of(properties: spec.BasicProperties) -> str | None:
+    """Why what stands beside a document cannot be written again, or None."""
+    try:
+        size = sum(map(len, properties.encode()))
+    except Exception as error:  # pika has no common base for what it cannot write
+        return type(error).__name__
+    return f"they have {size} bytes" if size > MAX_HEADER else None
+
+
 def priority_of(message: Message) -> int:
     """The priority of a message, 0 to 255."""
     priority = message.properties.get("priority")
@@ -206,6 +275,11 @@ def due_of(properties: spec.BasicProperties) -> float | None:
 def mark_again(properties: spec.BasicProperties) -> None:
     """Say beside a document that this copy was written before."""
     properties.headers = {**(properties.headers or {}), AGAIN: True}
+
+
+def was_refused(properties: spec.BasicProperties) -> bool:
+    """Whether a message was to be set aside before, and waits for the queue to take it."""
+    return REASON in (properties.headers or {})
 
 
 def is_again(properties: spec.BasicProperties) -> bool:

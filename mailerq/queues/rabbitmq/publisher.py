@@ -126,6 +126,11 @@ class Copy:
         """The broker has confirmed or refused it."""
         self.problem: str | None = None
 
+    @property
+    def is_safe(self) -> bool:
+        """Whether the broker has confirmed it, in its queue."""
+        return self.done and self.problem is None
+
 
 class _Batch:
     """The copies of one call that are not confirmed yet."""

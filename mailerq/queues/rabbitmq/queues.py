@@ -40,10 +40,9 @@ import trio
 from mailerq.address import queue_problem
 from mailerq.config import Config
 from mailerq.errors import MessageError, MessageTooLarge, QueueError, StorageError
-from mailerq.message import Message, encode_properties
+from mailerq.message import Message
 from mailerq.queues.home import Home, tended
 from mailerq.queues.interface import (
-    DAMAGED_QUEUE,
     Consumer,
     Depth,
     Lease,
@@ -66,6 +65,7 @@ from mailerq.queues.rabbitmq.coding import (
 )
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.keeper import Keeper, State
+from mailerq.queues.rabbitmq.moving import Moving
 from mailerq.queues.rabbitmq.options import Options
 from mailerq.queues.rabbitmq.parking import ParkingLots
 from mailerq.queues.rabbitmq.publisher import Copy, Place, Publisher, SilentQueue
@@ -75,7 +75,6 @@ from mailerq.queues.rabbitmq.subscription import RETURN_SECONDS, BrokerSubscript
 from mailerq.queues.rabbitmq.takers import (
     BrokerConsumer,
     BrokerLease,
-    Move,
     Taker,
 )
 from mailerq.queues.rabbitmq.topology import (
@@ -170,6 +169,7 @@ class RabbitQueues(RemoteQueues):
             publish_seconds=min(options.publish_seconds, PARK_SECONDS),
         )
         self.lots = ParkingLots(self)
+        self.moving = Moving(self)
         self.held: dict[int, BrokerLease] = {}
         self.by_identity: dict[str, BrokerLease] = {}
         self.leases = 0
@@ -182,7 +182,7 @@ class RabbitQueues(RemoteQueues):
         self._trimmer = Trimmer(self)
         self._hastening = False
         self._nursery = nursery
-        self._home = Home(nursery)
+        self.home = Home(nursery)
         self._news = trio.Event()
 
     async def run(
@@ -203,7 +203,7 @@ class RabbitQueues(RemoteQueues):
 
     async def close(self) -> None:
         """Finish what is under way."""
-        await self._home.close()
+        await self.home.close()
 
     @property
     def states(self) -> tuple[State, State]:
@@ -269,6 +269,13 @@ class RabbitQueues(RemoteQueues):
         durable = not self.options.is_transient(queue, topology.version)
         return Place(queue, arguments, exchange=self.options.exchange, durable=durable)
 
+    def wait_place(self, queue: str, seconds: int) -> Place:
+        """The queue where mail of a queue waits, for one of the times of `DELAYS`."""
+        name, arguments = self.topology.wait(queue, seconds)
+        if len(self._waits) < MAX_NAMES:
+            self._waits.add(name)
+        return Place(name, arguments, back=self.place(queue))
+
     def parked_place(self, queue: str, destination: str) -> Place:
         """The parked queue of a destination."""
         name, arguments = self.topology.parked(queue, destination)
@@ -306,14 +313,14 @@ class RabbitQueues(RemoteQueues):
         await trio.lowlevel.checkpoint_if_cancelled()
         publications = await self._store(publications)
         bodies = await self._prepare(publications, again=again)
-        await self._home.run(partial(self._publish, publications, bodies))
+        await self.home.run(partial(self._publish, publications, bodies))
 
     async def _store(self, publications: Sequence[Publication]) -> Sequence[Publication]:
         """Have bodies stored that are not to be in messages."""
         storing = self._storing
         if storing is None or not any(map(storing.terms.wants, publications)):
             return publications
-        return await self._home.run(partial(storing.store, publications, now=self.clock()))
+        return await self.home.run(partial(storing.store, publications, now=self.clock()))
 
     async def _prepare(
         self, publications: Sequence[Publication], *, again: bool = False
@@ -331,7 +338,7 @@ class RabbitQueues(RemoteQueues):
             raise StorageError(str(error)) from error
 
     async def _publish(self, publications: Sequence[Publication], bodies: Sequence[bytes]) -> None:
-        await self._wait_ready()
+        await self.wait_ready()
         now = self.clock()
         await self.publisher.publish(
             [
@@ -340,7 +347,7 @@ class RabbitQueues(RemoteQueues):
             ]
         )
 
-    async def _wait_ready(self) -> None:
+    async def wait_ready(self) -> None:
         """Wait for a connection; what is declared depends on the version of the broker."""
         with self.publisher.deadline():
             await self.publishing.connection()
@@ -355,7 +362,7 @@ class RabbitQueues(RemoteQueues):
             delay = due - now
             if publication.since:
                 delay = min(delay, due - publication.since)
-        copy = self._copy_to(
+        copy = self.copy_to(
             publication.queue,
             body,
             delay,
@@ -366,7 +373,7 @@ class RabbitQueues(RemoteQueues):
         )
         return self.publisher.repeat(copy) if publication.again else copy
 
-    def _copy_to(
+    def copy_to(
         self,
         queue: str,
         body: bytes,
@@ -378,12 +385,8 @@ class RabbitQueues(RemoteQueues):
         identity: str = "",
     ) -> Copy:
         """A copy for a queue, or for one of its wait queues."""
-        place = self.place(queue)
         step = step_for(delay)
-        if step:
-            place = Place(*self.topology.wait(queue, step), back=place)
-            if len(self._waits) < MAX_NAMES:
-                self._waits.add(place.name)
+        place = self.wait_place(queue, step) if step else self.place(queue)
         properties = header(
             identity or self.publisher.identity(),
             priority=priority,
@@ -422,7 +425,7 @@ class RabbitQueues(RemoteQueues):
             raise ValueError("a lease is settled twice")
         for lease in leases:
             lease.settling = True
-        await self._home.run(partial(self._settle, leases, publish))
+        await self.home.run(partial(self._settle, leases, publish))
 
     async def _settle(
         self, leases: Sequence[BrokerLease], publish: Callable[[Lost], Awaitable[None]]
@@ -498,11 +501,11 @@ class RabbitQueues(RemoteQueues):
 
     def release(self, lease: Lease) -> None:
         held = self._held(lease)
-        if self._home.is_here:
+        if self.home.is_here:
             self._release(held)
         else:
             held.settling = True  # over for everybody from now on
-            self._home.soon(self._release, held)
+            self.home.soon(self._release, held)
 
     def _release(self, lease: BrokerLease) -> None:
         self.end(lease)
@@ -510,75 +513,6 @@ class RabbitQueues(RemoteQueues):
             lease.taker.release(lease)
 
     # For takers
-
-    async def republish(self, queue: str, moves: Sequence[Move], keys: Sequence[str]) -> None:
-        """Publish messages that move, and destinations that get their first parked message."""
-        await self._wait_ready()
-        can_park = {
-            key: await self.lots.may_park(queue, key)
-            for key in {move.key for move in moves if move.parks}
-        }
-        copies = [self._index_copy(queue, key) for key in keys if can_park[key]]
-        parked: dict[Move, Copy] = {}
-        for move in moves:
-            move.elsewhere = move.parks and not can_park[move.key]
-            copy = await self._moved_copy(queue, move)
-            if move.parks and not move.elsewhere:
-                parked[move] = copy
-                if self.parker.is_suspected(copy.place.name):
-                    can_park[move.key] = False  # one message is enough for a trial
-            else:
-                copies.append(copy)
-        await self._home.counted(partial(self._republish, queue, copies, parked))
-
-    async def _republish(self, queue: str, copies: list[Copy], parked: dict[Move, Copy]) -> None:
-        """Publish what moves. What cannot be parked waits elsewhere."""
-        try:
-            await self.parker.publish(list(parked.values()))
-        except BrokerError as error:
-            log.debug("mail of %s cannot be parked: %s", queue, error)
-            for move, copy in parked.items():
-                move.elsewhere = not copy.done or copy.problem is not None
-                if move.elsewhere:
-                    # The first copy may be there all the same.
-                    identity = str(copy.properties.message_id)
-                    self.parker.note_repeated(identity)
-                    copies.append(await self._moved_copy(queue, move, identity))
-        await self.publisher.publish(copies)
-
-    async def _moved_copy(self, queue: str, move: Move, identity: str = "") -> Copy:
-        origin = move.origin
-        if isinstance(origin, BrokerLease):
-            body = await self.encode(origin.restored(), again=True)
-            priority, encoding = origin.priority, encoding_of(body)
-        else:
-            body, encoding = origin.body, origin.properties.content_encoding
-            priority = origin.properties.priority or 0
-        identity = identity or self.publisher.identity()
-        if move.reason is not None:
-            properties = header(identity, encoding=encoding, reason=f"{queue}: {move.reason}")
-            return Copy(self.place(DAMAGED_QUEUE), body, properties)
-        if move.due is not None:
-            delay = move.due - self.clock()
-            return self._copy_to(
-                queue, body, delay, due=move.due, priority=priority, encoding=encoding
-            )
-        if move.elsewhere:
-            return self._copy_to(
-                queue,
-                body,
-                self.lots.wait_seconds(queue, move.key),
-                due=None,
-                priority=priority,
-                encoding=encoding,
-                identity=identity,
-            )
-        place = self.parked_place(queue, move.key)
-        return Copy(place, body, header(identity, priority=priority, encoding=encoding))
-
-    def _index_copy(self, queue: str, key: str) -> Copy:
-        body = encode_properties({"destination": key})
-        return Copy(Place(*self.topology.index(queue)), body, header(self.publisher.identity()))
 
     async def read_index(self, queue: str, channel: Channel) -> list[str]:
         """The destinations with parked mail, as processes before this one have noted them.
@@ -594,7 +528,7 @@ class RabbitQueues(RemoteQueues):
             # A quorum queue does not count what the process before has just let go.
             await trio.sleep(RETURN_SECONDS)
             found = [key for key in keys if await self._is_parked(queue, key)]
-        await self.publisher.publish([self._index_copy(queue, key) for key in found])
+        await self.publisher.publish([self.moving.index_copy(queue, key) for key in found])
         for entry in entries:
             channel.ack(entry.tag)
         return found
@@ -643,9 +577,9 @@ class RabbitQueues(RemoteQueues):
     def _check_taking(self, prefetch: int) -> None:
         if prefetch < 1:
             raise ValueError(f"prefetch {prefetch}: expected 1 or more")
-        if self._home.closed:
+        if self.home.closed:
             raise QueueError("the queue is closed")
-        if not self._home.is_here:
+        if not self.home.is_here:
             raise RuntimeError("messages are taken on the trio loop that opened the queues")
 
     @asynccontextmanager
@@ -674,18 +608,18 @@ class RabbitQueues(RemoteQueues):
     # Seeing
 
     async def depths(self) -> list[Depth]:
-        return await self._home.run(self._depths)
+        return await self.home.run(self._depths)
 
     async def _depths(self) -> list[Depth]:
-        await self._wait_ready()
+        await self.wait_ready()
         return [await depth_of(self, queue) for queue in sorted(self._names)]
 
     async def purge(self, queue: str) -> int:
         await trio.lowlevel.checkpoint_if_cancelled()
-        return await self._home.run(partial(self._purge, queue))
+        return await self.home.run(partial(self._purge, queue))
 
     async def _purge(self, queue: str) -> int:
-        await self._wait_ready()
+        await self.wait_ready()
         return await purge(self, queue)
 
     def takers(self, queue: str) -> list[Taker]:
@@ -700,19 +634,19 @@ class RabbitQueues(RemoteQueues):
     def wake(self, *, everything: bool = False) -> None:
         """A broker needs no hint; with `everything`, mail that waits is taken at once."""
         if everything:
-            self._home.soon(self._hasten_soon)
+            self.home.soon(self._hasten_soon)
 
     def _hasten_soon(self) -> None:
         for taker in self._takers:
             if isinstance(taker, BrokerSubscription):
                 taker.look()
-        if not (self._hastening or self._home.closed):
+        if not (self._hastening or self.home.closed):
             self._hastening = True
             self._nursery.start_soon(self._hasten)
 
     async def _hasten(self) -> None:
         try:
-            count = await self._home.counted(partial(hasten, self, self.options.outbox))
+            count = await self.home.counted(partial(hasten, self, self.options.outbox))
             log.info("%d messages that waited in the queue %s come now", count, self.options.outbox)
         except QueueError as error:
             log.error("mail that waits in %s stays there: %s", self.options.outbox, error)

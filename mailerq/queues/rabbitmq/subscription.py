@@ -317,12 +317,14 @@ class BrokerSubscription(Taker, Subscription):
                 destination.parking = max(destination.parking - 1, 0)
                 if not destination.parking:
                     destination.parked.set()
-        for key in {move.key: None for move in group if move.parks and not move.elsewhere}:
+        parked = [move for move in group if move.parks and not move.elsewhere]
+        unlisted = {move.key for move in parked if not move.is_listed}
+        for key in dict.fromkeys(move.key for move in parked):
             destination = self._destination(key)
-            if now - destination.indexed >= INDEX_AGAIN_SECONDS:
+            if key not in unlisted and now - destination.indexed >= INDEX_AGAIN_SECONDS:
                 destination.indexed = now
             self._tell(destination)
-        for key in {move.key for move in group if move.elsewhere}:
+        for key in {move.key for move in group if move.parks and move.elsewhere}:
             self._tidy(self._destination(key))
 
     def _tell(self, destination: Destination) -> None:

@@ -49,6 +49,7 @@ from mailerq.queues.rabbitmq.coding import (
     in_thread,
     is_again,
     is_named,
+    was_refused,
 )
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Connection, Delivery
 
@@ -124,7 +125,7 @@ class Move:
     unusable messages, with a `reason`.
     """
 
-    __slots__ = ("due", "elsewhere", "key", "origin", "reason", "size")
+    __slots__ = ("due", "elsewhere", "is_listed", "key", "origin", "reason", "safe", "size")
 
     def __init__(
         self,
@@ -140,7 +141,11 @@ class Move:
         self.due = due
         self.reason = reason
         self.elsewhere = False
-        """The parked queue cannot be used now: the message waits in another one."""
+        """The queue cannot be used now: the message waits in another one."""
+        self.safe = False
+        """The broker has confirmed the message in its new queue."""
+        self.is_listed = True
+        """The list of destinations with parked mail has the one of the message."""
 
     @property
     def parks(self) -> bool:
@@ -359,9 +364,11 @@ class Taker:
                 self._idle = trio.Event()
                 try:
                     with trio.CancelScope(shield=True):
-                        await self.queues.republish(self.queue, group, self.new_keys(group))
+                        await self.queues.moving.publish(self.queue, group, self.new_keys(group))
                     self._finish_moves(group)
                 except QueueError as error:
+                    # What is safe must not be published again with what is not.
+                    self._finish_moves([move for move in group if move.safe])
                     self._idle.set()
                     self._say_unmoved(error)
                     await trio.sleep(AGAIN_SECONDS)
@@ -377,8 +384,11 @@ class Taker:
         for move in group:
             origin = move.origin
             self.queues.finish(origin.channel, origin.tag, move.identity)
-            if self.moves and self.moves[0] is move:  # else the connection was lost
+            if self.moves and self.moves[0] is move:
                 self.moves.popleft()
+                self.bytes -= move.size
+            elif move in self.moves:  # others before it stay; else the connection was lost
+                self.moves.remove(move)
                 self.bytes -= move.size
         self.notice()
         self.moved(group)
@@ -422,7 +432,8 @@ class Taker:
             if self.queue == DAMAGED_QUEUE:
                 self.bytes -= size
                 return None  # it stays where it is
-            log.error("a message of the queue %s is set aside: %s", self.queue, error)
+            if not was_refused(delivery.properties):  # else the log has it
+                log.error("a message of the queue %s is set aside: %s", self.queue, error)
             self.start_move(Move(delivery, reason=str(error)))
             return None
 

@@ -15,7 +15,7 @@ from mailerq.queues.rabbitmq.queues import Options, open_rabbitmq
 from mailerq.queues.rabbitmq.topology import Topology
 from tests.queues.contract import Recorder, gather, mail, tag_of
 from tests.queues.rabbitmq.kit import channel_to
-from tests.support import DEADLINE
+from tests.support import DEADLINE, until, until_found
 
 OPTIONS = Options(queue_type="classic", first_pause_seconds=0.02)
 INDEX = Topology("classic").index("outbox")[0]
@@ -111,3 +111,25 @@ async def test_parked_mail_whose_channel_is_over_is_taken_again(
         parked = Topology("classic").parked("outbox", "a.test")[0]
         left = (await channel.declare(parked, passive=True)).messages
         assert left == (0 if settled else 3)
+
+
+async def test_mail_is_parked_once_though_its_destination_cannot_be_listed(
+    vhost: Address, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with channel_to(vhost) as channel:
+        await channel.declare(INDEX, arguments={"x-max-length": 7})
+    recorder = Recorder()
+    async with (
+        open_rabbitmq([vhost], OPTIONS) as queues,
+        queues.subscribe("outbox", recorder, prefetch=9, window=0) as subscription,
+    ):
+        await queues.publish([mail(0)])
+        await until(lambda: "cannot be moved" in caplog.text)
+        for tag in range(1, 4):
+            await queues.publish([mail(tag)])
+        await recorder.until(lambda recorder: recorder.destinations == {"a.test"})
+        leases = await gather(subscription, recorder, "a.test", 4)
+        assert sorted(map(tag_of, leases)) == [0, 1, 2, 3]
+        assert not (await subscription.take("a.test", 9)).leases
+        await queues.ack([Settlement(lease) for lease in leases])
+        await until_found(queues.depths, lambda found: not found[0].total)
