@@ -20,11 +20,13 @@ Guarantees
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable
 from typing import Any, Final, cast
 
 import pika
 import trio
+from pika import frame, spec
 from pika.adapters.base_connection import BaseConnection
 from pika.adapters.utils import io_services_utils, nbio_interface
 from pika.channel import ContentFrameAssembler
@@ -60,6 +62,41 @@ class BoundedContent(ContentFrameAssembler):  # type: ignore[misc]
         if isinstance(frame, Header) and frame.body_size > MAX_MESSAGE:
             raise ValueError(f"a message of {frame.body_size} bytes")
         return super().process(frame)
+
+
+def without_headers(data: bytes) -> tuple[int, Any] | None:
+    """Read the frame at the start, which has the properties of a message, without their headers.
+
+    pika raises for a time beyond the year 9999, and for tables a thousand deep. Both pass brokers,
+    and the message would end one connection after the other. Returns the bytes of the frame, and
+    the frame; None if it is another one. AMQP 0-9-1, section 4.2.6.1.
+    """
+    head = spec.FRAME_HEADER_SIZE
+    if len(data) < head + 14 or data[0] != spec.FRAME_HEADER:
+        return None
+    channel, size = struct.unpack_from(">HL", data, 1)
+    (flags,) = struct.unpack_from(">H", data, head + 12)
+    if not flags & spec.BasicProperties.FLAG_HEADERS:
+        return None
+    start = head + 14
+    for flag in (
+        spec.BasicProperties.FLAG_CONTENT_TYPE,
+        spec.BasicProperties.FLAG_CONTENT_ENCODING,
+    ):
+        if flags & flag:
+            start += 1 + data[start]
+    (length,) = struct.unpack_from(">L", data, start)
+    kept = b"".join(
+        (
+            data[head : head + 12],
+            struct.pack(">H", flags & ~spec.BasicProperties.FLAG_HEADERS),
+            data[head + 14 : start],
+            data[start + 4 + length : head + size],
+        )
+    )
+    end = bytes([spec.FRAME_END])
+    _, found = frame.decode_frame(struct.pack(">BHL", data[0], channel, len(kept)) + kept + end)
+    return head + size + spec.FRAME_END_SIZE, found
 
 
 class _Task:
@@ -287,6 +324,15 @@ class TrioConnection(BaseConnection):  # type: ignore[misc]
         except Exception as error:
             self.defect = self.defect or error  # pika ends the connection, and forgets why
             raise
+
+    def _read_frame(self) -> tuple[int, Any]:
+        try:
+            return cast("tuple[int, Any]", super()._read_frame())
+        except Exception:
+            found = without_headers(self._frame_buffer)
+            if found is None:
+                raise
+            return found
 
     @classmethod
     def create_connection(cls, *args: object, **more: object) -> object:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pika
 import pytest
 
 from mailerq.queues import DAMAGED_QUEUE, Settlement
@@ -119,6 +121,54 @@ async def test_headers_that_do_not_fit_beside_the_reason_are_left_out(
         (found,) = await aside(vhost, 1)
         assert "its headers are lost" in found.properties.headers[REASON]
         assert found.properties.headers[ID] == "order-7"
+
+
+class Unreadable(pika.BasicProperties):  # type: ignore[misc]
+    """Properties with a table of headers as it is on the wire."""
+
+    def __init__(self, table: bytes) -> None:
+        super().__init__(content_type="text/x-own", message_id="order-7")
+        self._table = table
+
+    def encode(self) -> list[bytes]:
+        flags = self.FLAG_CONTENT_TYPE | self.FLAG_HEADERS | self.FLAG_MESSAGE_ID
+        return [
+            struct.pack(">H", flags),
+            b"\x0atext/x-own",
+            struct.pack(">I", len(self._table)) + self._table,
+            b"\x07order-7",
+        ]
+
+
+def nested(depth: int) -> bytes:
+    """The fields of a table that has a table in it, and so on."""
+    fields = b""
+    for _ in range(depth):
+        fields = b"\x01aF" + struct.pack(">I", len(fields)) + fields
+    return fields
+
+
+@pytest.mark.parametrize("body", ["mail", "no json"])
+@pytest.mark.parametrize(
+    "table",
+    [b"\x01aT" + struct.pack(">Q", 1 << 62), nested(5000), b"\x01\xffS\0\0\0\x01\xff"],
+    ids=["a time beyond all calendars", "tables in tables", "no UTF-8"],
+)
+async def test_headers_that_cannot_be_read_end_no_connection(
+    vhost: Address, table: bytes, body: str
+) -> None:
+    async with taking(vhost, OPTIONS) as (queues, recorder, channel):
+        document = mail(1).message.to_json() if body == "mail" else b"no json"
+        channel.publish("", "outbox", document, Unreadable(table))
+        await send(channel, "outbox", mail(2).message.to_json())
+        await recorder.until(lambda recorder: 2 in recorder.tags)
+        if body == "mail":
+            assert recorder.tags == [0, 1, 2]
+        else:
+            (found,) = await aside(vhost, 1)
+            assert found.properties.content_type == "text/x-own"
+            assert found.properties.headers[ID] == "order-7"
+        assert queues.consuming.connections == 1
 
 
 async def missing(channel: Channel) -> None:
