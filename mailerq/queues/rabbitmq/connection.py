@@ -75,6 +75,22 @@ _MEANINGS: Final = {
     "it, or use it as it is with rabbitmq-declare: false",
     CONNECTION_FORCED: "the broker shuts down, or an operator closed the connection",
 }
+_NAME = "rabbitmq-address needs a name that the certificate has, "
+_AUTHORITY = (
+    "make its authority known to this host, by the system's certificates or SSL_CERT_FILE, "
+)
+_HELP_FOR_CERTIFICATES: Final = {
+    9: "look at the clocks of both hosts, ",
+    10: "the broker needs a new one, ",
+    18: _AUTHORITY,
+    19: _AUTHORITY,
+    20: _AUTHORITY,
+    21: _AUTHORITY,
+    62: _NAME,
+    64: _NAME,
+}
+"""What to do, by the number that OpenSSL has for the fault (openssl-verification-options)."""
+
 TEXT_LIMIT: Final = 300
 
 
@@ -357,10 +373,16 @@ class Connection:
             case exceptions.IncompatibleProtocolError() | exceptions.ProtocolSyntaxError():
                 hint = "" if address.tls else "; does it expect TLS (amqps)?"
                 return BrokerError(f"{address} does not speak AMQP 0-9-1{hint}")
-            case ssl.SSLCertVerificationError(verify_message=problem):
+            case ssl.SSLCertVerificationError(verify_code=int(number), verify_message=problem):
+                problem = _printable(problem).rstrip(".")
+                help = _HELP_FOR_CERTIFICATES.get(number, "")
                 return BrokerError(
-                    f"the certificate of {address} is not trusted: {_printable(problem)}; "
+                    f"the certificate of {address} is not trusted: {problem}; {help}"
                     "rabbitmq-verify: false would accept it"
+                )
+            case ssl.SSLError(reason="WRONG_VERSION_NUMBER" | "RECORD_LAYER_FAILURE"):
+                return BrokerError(
+                    f"{address} does not speak TLS; does it expect amqp, in place of amqps?"
                 )
             case ssl.SSLError():
                 return BrokerError(

@@ -4,7 +4,9 @@ Theory of operation
 -------------------
 `Keeper.run` tries the brokers in turn, begins anew when a connection ends, and waits longer after
 each failure in a row. Nothing here raises for a broker that is away: `Keeper.state` says what is
-the case, with one message, and each change is logged once. Others wait in `Keeper.connection`.
+the case, with one message, and each change is logged once. A trouble that keepers with the same
+`said` have in common, or that comes back without a connection in between, is logged for the first
+of them. Others wait in `Keeper.connection`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ log = logging.getLogger("mailerq.queues")
 
 FIRST_PAUSE_SECONDS: Final = 0.1
 MAX_PAUSE_SECONDS: Final = 10.0
+MAX_SAID: Final = 100
 STEADY_SECONDS: Final = 10.0
 """The next pause is the first one again if a connection has lasted this long."""
 
@@ -54,6 +57,7 @@ class Keeper:
         context: ssl.SSLContext | None = None,
         open_seconds: float = 15.0,
         first_pause: float = FIRST_PAUSE_SECONDS,
+        said: set[str] | None = None,
     ) -> None:
         self.state = State("connecting", f"connecting to {addresses[0]}")
         self.on_change: list[Callable[[State], None]] = []
@@ -66,6 +70,8 @@ class Keeper:
         self._context = context
         self._open_seconds = open_seconds
         self._first_pause = first_pause
+        self._said = set() if said is None else said
+        self._trouble_of = name if said is None else "RabbitMQ"
         self._open: Connection | None = None
         self._news = trio.Event()
 
@@ -132,11 +138,24 @@ class Keeper:
         finally:
             self._open = None
 
+    def _level(self, state: State) -> int:
+        """How loud to say it."""
+        if state.kind not in ("blocked", "lost"):
+            self._said.clear()
+            return logging.INFO
+        if state.text in self._said:
+            return logging.DEBUG
+        if len(self._said) >= MAX_SAID:
+            self._said.clear()
+        self._said.add(state.text)
+        return logging.WARNING
+
     def _set(self, state: State) -> None:
         if state != self.state:
             self.state = state
-            level = logging.WARNING if state.kind in ("blocked", "lost") else logging.INFO
-            log.log(level, "%s: %s", self._name, state.text)
+            is_trouble = state.kind in ("blocked", "lost")
+            name = self._trouble_of if is_trouble else self._name
+            log.log(self._level(state), "%s: %s", name, state.text)
         news, self._news = self._news, trio.Event()
         news.set()
         for callback in tuple(self.on_change):

@@ -144,12 +144,15 @@ class RabbitQueues(RemoteQueues):
         self._storing = storing
         self.clock = clock
 
+        said: set[str] = set()  # one line for a broker that is away, and not one for each
+
         def keeper(name: str) -> Keeper:
             return Keeper(
                 addresses,
                 name=name,
                 context=options.context,
                 first_pause=options.first_pause_seconds,
+                said=said,
             )
 
         self.publishing = keeper("publishing to RabbitMQ")

@@ -26,7 +26,7 @@ import pytest
 from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.queues.rabbitmq.connection import Channel, connect
 
-__all__ = ["Broker", "channel_to", "running_broker", "running_cluster", "send"]
+__all__ = ["Broker", "channel_to", "hold_ports", "running_broker", "running_cluster", "send"]
 
 START_SECONDS = 60.0
 PORT_TRIALS = 200
@@ -52,7 +52,7 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
 
 
-def _hold_ports(count: int) -> tuple[list[int], list[socket.socket]]:
+def hold_ports(count: int) -> tuple[list[int], list[socket.socket]]:
     """Ports that are ours as long as the sockets that come with them are open.
 
     The kernel gives none of them to a connection or a listener, because they are below its range.
@@ -86,7 +86,7 @@ class Broker:
         """`first` is the first node of a cluster that this one is to be in, see `join`."""
         self.directory = directory
         self._first = first
-        (self.port, self._dist, self._epmd_port), self._holds = _hold_ports(3)
+        (self.port, self._dist, self._epmd_port), self._holds = hold_ports(3)
         self.node = f"mailerq{self.port}@localhost"
         self._server = _server()
         self._process: subprocess.Popen[bytes] | None = None
@@ -268,6 +268,20 @@ class Broker:
             self.call(f"rabbit_alarm:set_alarm({{{source}, []}}), {told}")
         else:
             self.call(f"rabbit_alarm:clear_alarm({source}), {told}")
+
+    def listen(self, port: int, certificate: Path | None = None) -> None:
+        """Take connections at one more port, with TLS if there is a certificate and its key."""
+        where = f'{{"127.0.0.1", {port}, inet}}'
+        if certificate is None:
+            self.call(f"rabbit_networking:start_tcp_listener({where}, 2)")
+            return
+        self.call("rabbit_networking:ensure_ssl()")
+        options = f'[{{certfile, "{certificate}"}}, {{keyfile, "{certificate}"}}]'
+        self.call(f"rabbit_networking:start_ssl_listener({where}, {options}, 2)")
+
+    def hush(self, port: int) -> None:
+        """Take no connections there any more, and end those that are."""
+        self.call(f'rabbit_networking:stop_tcp_listener({{"127.0.0.1", {port}, inet}})')
 
     def close_connections(self, text: str = "closed by the test") -> None:
         """Have the server close all connections."""

@@ -126,3 +126,12 @@ async def test_a_broker_that_restarts_is_found_again(broker: Broker, vhost: Addr
         await trio.to_thread.run_sync(broker.restart)
         await each.until(lambda state: each.keeper.connections >= 2 and state.kind == "open")
         assert "lost" in {state.kind for state in each.states}
+
+
+async def test_each_of_several_brokers_that_stay_away_is_reported_once(
+    caplog: pytest.LogCaptureFixture, vhost: Address
+) -> None:
+    caplog.set_level("INFO")
+    async with kept([vhost._replace(port=1), vhost._replace(port=2)]) as each:
+        await each.until(lambda state: len(each.states) >= 8)
+    assert sum("Connection refused" in record.message for record in caplog.records) == 2

@@ -11,11 +11,11 @@ from tests.support import ROOT
 
 
 def test_ports_that_are_held_are_given_to_nobody_else() -> None:
-    ports, holds = kit._hold_ports(50)
+    ports, holds = kit.hold_ports(50)
     try:
         code = (
             "from tests.queues.rabbitmq import kit, test_kit\n"
-            f"print(test_kit.is_held({ports[0]}), *kit._hold_ports(50)[0])"
+            f"print(test_kit.is_held({ports[0]}), *kit.hold_ports(50)[0])"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -30,7 +30,7 @@ def test_ports_that_are_held_are_given_to_nobody_else() -> None:
 
 
 def test_no_connection_gets_a_port_that_is_held() -> None:
-    ports, holds = kit._hold_ports(1)
+    ports, holds = kit.hold_ports(1)
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert other.getsockname()[1] > ports[0]
     holds[0].close()
