@@ -20,7 +20,9 @@ from mailerq.message import Message
 from mailerq.queues.interface import new_identity
 from mailerq.queues.rabbitmq.coding import (
     MAX_BYTES,
+    REASON,
     SMALL_BYTES,
+    beside,
     decode,
     decode_soon,
     due_of,
@@ -165,3 +167,23 @@ async def test_others_have_a_turn_between_messages(encoding: str | None) -> None
             await decode_soon(body, encoding)
         assert turns >= 95  # trio runs tasks of a turn in any order
         nursery.cancel_scope.cancel()
+
+
+BROKERS = st.sampled_from(
+    ["x-death", "x-first-death-queue", "x-last-death-reason", "x-delivery-count", "CC", "BCC"]
+)
+NAMES = BROKERS | st.text("xy-", min_size=1) | st.binary(min_size=1, max_size=4) | st.text()
+UNWRITABLE = st.just(object()) | st.integers(1 << 64, 1 << 70) | st.just("y" * 100_000)
+
+
+@given(st.dictionaries(NAMES, VALUES | UNWRITABLE, max_size=8), st.text() | st.none())
+def test_what_moves_as_it_is_can_be_written_without_the_headers_of_a_broker(
+    headers: dict[Any, Any], id: str | None
+) -> None:
+    origin = spec.BasicProperties(headers=headers, message_id=id, expiration="1", user_id="u")
+    moved = beside(origin, "0123456789abcdef.1", "outbox: why")
+    assert sum(map(len, moved.encode())) < 1 << 17
+    assert not {"x-death", "x-first-death-queue", "x-last-death-reason"} & moved.headers.keys()
+    assert not {"x-delivery-count", "CC", "BCC"} & moved.headers.keys()
+    assert moved.headers[REASON].startswith("outbox: why")
+    assert (moved.message_id, moved.expiration, moved.user_id) == ("0123456789abcdef.1", None, None)
