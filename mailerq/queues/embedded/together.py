@@ -1,15 +1,16 @@
-"""Reads a little mail of many destinations at once.
+"""Reads a little mail of each of many destinations with two statements.
 
 Theory of operation
 -------------------
-SQLite releases the interpreter lock around every step of a statement. Beside a busy loop, getting
-the lock back costs more than the row that a step brings. So two statements, of one row each, serve
-all takes of a chunk. The first follows the index to the numbers of the messages, the second reads
-the messages: the columns as one JSON array, the properties and the bodies as one blob each.
+The SQLite module releases Python's lock around each step of a statement. While the loop is busy,
+getting the lock back takes longer than reading a row. So two statements, each with a single row as
+its result, serve all takes of a chunk. The first finds the numbers of the messages in the index.
+The second reads the messages: all columns as one JSON array, all properties as one blob, and all
+bodies as another.
 
-Only plain mail is read this way: the due mail of a destination is in one lane, the properties are
-short, and each column has its type. The rest, damaged rows included, is left to
-`mailerq.queues.embedded.taking`, which reads for one take and has the rules of the order.
+Only plain mail is read this way: all due mail of the destination is in one lane, the properties are
+short, and each column has its type. Everything else, damaged rows included, is left to
+`mailerq.queues.embedded.taking`, which reads for a single take and knows the order of messages.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ SELECT json_group_array(json_array(number, iif(typeof(lane) = 'blob', 'damaged',
         ORDER BY m.due LIMIT 1)))
 FROM lanes
 """
-"""The lanes of some destinations: which messages are due, and when more become due. The row behind
-the last lane of a destination has NULL. SQLite takes some blobs for JSON of its own form."""
+"""The lanes of some destinations, each with its due messages and the time when more become due. The
+last row of a destination has NULL as its lane. A blob is replaced, because SQLite would read some
+blobs as its binary form of JSON."""
 
 ROWS: Final = """
 SELECT
@@ -115,7 +117,7 @@ _columns: Final = msgspec.json.Decoder(list[_Columns])
 
 
 def chunk_of(wanted: Sequence[Wanted]) -> int:
-    """How many of the first takes one call of `take_together` may serve; at least one."""
+    """Return how many of the first takes one call of `take_together` may serve; at least one."""
     rows = 0
     for count, each in enumerate(wanted):
         rows += each.limit
@@ -125,15 +127,15 @@ def chunk_of(wanted: Sequence[Wanted]) -> int:
 
 
 def _most_rows() -> int:
-    """Messages that one chunk reads: they take at most `READ_BYTES`, as those of one take do."""
+    """The most messages of a chunk: together they have at most `READ_BYTES`, like a single take."""
     return taking.READ_BYTES // (2 * MAX_PART_BYTES)
 
 
 def take_together(connection: apsw.Connection, wanted: Sequence[Wanted]) -> list[Found | None]:
-    """Read for takes of one queue, of different destinations, that are one chunk.
+    """Read for the takes of a chunk, all of one queue and each of another destination.
 
-    None: the take is to be read alone. Raises SQLite's errors, also for damaged rows that a take
-    alone can report.
+    None: read that take alone. Raises SQLite's errors, also for damaged rows, which a take that is
+    read alone can report.
     """
     found: list[Found | None] = [None] * len(wanted)
     if sum(each.limit for each in wanted) > _most_rows():

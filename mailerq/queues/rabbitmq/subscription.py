@@ -40,20 +40,22 @@ PARKING_SECONDS: Final = 5.0
 """How long a `take` waits for mail of its destination that is on the way to the parked queue."""
 
 RETURN_SECONDS: Final = 1.0
+"""How long a `take` retries a parked queue that looks empty after a message went back to it."""
 
 LOOK_SECONDS: Final = 0.02
-"""A quorum queue does not count a returned message at once. For a second it is looked for again."""
+"""Interval of these retries. A quorum queue counts a returned message only after a moment."""
 
 INDEX_AGAIN_SECONDS: Final = float(PARKED_SECONDS)
+"""Interval at which a destination with parked mail is written to the list of destinations."""
 
 FIRST_LOOK_SECONDS: Final = 2.0
 INDEX_LOOK_SECONDS: Final = 300.0
-"""The list of destinations is read again after pauses that double between these. It does not show
-what another process holds at that moment, or parks a moment later, and such moments are near a lost
-connection, a start, and a change of the owner of an address."""
+"""The list of destinations is read again after pauses that double between these. A read misses what
+another process holds at that moment or parks just after it. This happens around a lost connection,
+a start, and a change of the owner of an address."""
 
 LOOK_SHARE: Final = 5
-"""After a read of the list there is none for this many times as long as the read took."""
+"""The least pause after a read of the list, in multiples of the time that the read took."""
 
 HELD_BYTES: Final = 64 << 20
 """Bytes of unpacked messages that are held back. More are parked at once."""
@@ -63,7 +65,7 @@ MAX_SORTING: Final = 200
 
 
 class Destination:
-    """What a subscription knows of a destination; dropped when that is nothing."""
+    """What a subscription knows of a destination; dropped once it is `empty`."""
 
     __slots__ = (
         "backlog", "held", "indexed", "key", "parked", "parking", "returned", "scattered", "taking",
@@ -140,7 +142,7 @@ class BrokerSubscription(Taker, Subscription):
             self.destinations.pop(destination.key, None)
 
     async def begin(self, connection: Connection) -> None:
-        """Forget what is delivered once more, and have the list of destinations read."""
+        """Forget what the broker delivers again, and read the list of destinations soon."""
         await super().begin(connection)
         self._held_back.clear()
         self._held_bytes = 0
@@ -173,7 +175,7 @@ class BrokerSubscription(Taker, Subscription):
                 await self.queues.declare_waits(self.queue)
                 pause, rest = FIRST_LOOK_SECONDS, 0.0
                 while connection.is_open:
-                    # Processes that lost the same broker do not read at one moment for ever.
+                    # The random factor keeps processes that lost the same broker out of step.
                     with trio.move_on_after(pause * random.uniform(0.8, 1.2)):
                         await self._look.wait()
                     await trio.sleep(rest)
@@ -191,10 +193,10 @@ class BrokerSubscription(Taker, Subscription):
                 await trio.sleep(AGAIN_SECONDS)
 
     async def _read_index(self) -> None:
-        """Tell of destinations with mail that processes before or beside this one have parked."""
+        """Report destinations with mail that other processes, or earlier ones, have parked."""
         gets = self._gets
         if gets is None or not gets.connection.is_open:
-            return  # a new connection has the list read
+            return  # a new connection reads the list
         if not gets.is_open:
             gets = await self._open_gets(gets.connection)
         for key in await self.queues.read_index(self.queue, gets):
@@ -203,8 +205,8 @@ class BrokerSubscription(Taker, Subscription):
     async def _open_gets(self, connection: Connection) -> Channel:
         """Open the channel of `take`."""
         self._gets = await connection.channel()
-        # Messages without a channel lie in the parked queue again. A take joins those that are
-        # leased with their lease, and leases the others anew.
+        # Messages whose channel has ended are in the parked queue again. A take gives each to its
+        # lease if that is not over, and leases the others anew.
         fallen, self._fallen = self._fallen, {}
         for lease in self.queues.held.values():
             if lease.taker is self and lease.parked and lease.is_stale:
@@ -248,7 +250,7 @@ class BrokerSubscription(Taker, Subscription):
             await trio.lowlevel.checkpoint()
 
     def _hold_back(self, delivery: Delivery, message: Message, key: str) -> None:
-        """Keep a message for room in memory, unless such messages take much of that themselves."""
+        """Keep a message until memory has room; park it if such messages take too much already."""
         size = len(message.body or b"")
         if self._held_bytes + size > HELD_BYTES:
             self._park(delivery, key)
@@ -274,7 +276,7 @@ class BrokerSubscription(Taker, Subscription):
         """Lease or park a message; False if there is no room in memory for now."""
         destination = self._destination(key)
         window = self._window_of(destination)
-        # Mail that waits elsewhere comes again: room here must not wait for the way there.
+        # Mail that waits elsewhere comes again later, so new mail does not wait behind it.
         is_behind = destination.backlog or (destination.parking and not destination.scattered)
         if is_behind or destination.held >= window:
             self._park(delivery, key)
@@ -295,7 +297,7 @@ class BrokerSubscription(Taker, Subscription):
         return self._window if destination.window is None else destination.window
 
     def _park(self, origin: BrokerLease | Delivery, key: str) -> None:
-        """Have a message published to the parked queue of its destination."""
+        """Publish a message to the parked queue of its destination, soon."""
         destination = self._destination(key)
         if not destination.parking:
             destination.parked = trio.Event()
@@ -328,7 +330,7 @@ class BrokerSubscription(Taker, Subscription):
             self._tidy(self._destination(key))
 
     def _tell(self, destination: Destination) -> None:
-        """Tell the receiver that a destination has mail, unless the receiver knows."""
+        """Report mail of a destination to the receiver, once."""
         if not destination.backlog and not self.closed:
             destination.backlog = True
             self._receiver.waiting(destination.key, self.queues.clock())
@@ -370,7 +372,7 @@ class BrokerSubscription(Taker, Subscription):
             self._tidy(found)
 
     async def load(self, lease: Lease) -> None:
-        """Bodies always come along."""
+        """Check the lease: a body always comes with its message."""
         await trio.lowlevel.checkpoint()
         self.check_open()
         if not isinstance(lease, BrokerLease) or self.queues.held.get(lease.id) is not lease:
@@ -402,11 +404,11 @@ class BrokerSubscription(Taker, Subscription):
         if not gets.is_open:
             gets = await self._open_gets(gets.connection)
         limit = min(limit, self.queues.options.fetch)
-        # The first message comes in any case: others may wait for the memory that they have.
+        # Always fetch one message: its flow may hold the memory that others wait for.
         room = max(MAX_BYTES - self.bytes, 1)
         place = self.queues.parked_place(self.queue, found.key)
         try:
-            # Else the channel ends if the queue has expired.
+            # A fetch from a queue that has expired would end the channel.
             await self.queues.parker.declare(place)
         except SilentQueue:
             found.backlog = False  # nothing more is parked there: mail comes from elsewhere
