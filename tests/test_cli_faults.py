@@ -49,7 +49,7 @@ class Running:
         raise AssertionError(f"nobody said {text!r}: {self.lines}")
 
     def talk(self, *commands: str, patience: float = 60.0) -> None:
-        """Be a client whose last command gets no answer; `patience` is for the others."""
+        """Be a client whose last command gets no answer; others may take `patience` seconds."""
         port = int(self.wait_for("listens on").rpartition(":")[2].split(",")[0])
         with (
             suppress(OSError, smtplib.SMTPException),

@@ -28,7 +28,7 @@ REFUSED_SHARE = 0.1
 """Of the recipients, so many are refused for now: their mail waits at the broker."""
 
 NEAR_SECONDS = 3.0
-"""A result is confirmed within this time, or a connection to a broker that is back is open."""
+"""Within this time a result is confirmed, and a connection is open to a broker that is back."""
 
 STILL_SECONDS = 240.0
 """How long nothing at all may arrive while mail is missing: a broker starts, a queue that does not
@@ -79,8 +79,10 @@ class Arrival(NamedTuple):
 
 
 class Kill(NamedTuple):
-    """When something was killed and when it served again (monotonic), and its name; a broker has
-    none."""
+    """A kill: when it was, when the process served again (monotonic), and the name of the instance.
+
+    The name is empty for a broker.
+    """
 
     time: float
     back: float
@@ -94,8 +96,10 @@ COPIED = "written again when a broker or an instance was killed"
 
 
 def why_twice(sent: float, arrivals: Sequence[Arrival], kills: Sequence[Kill]) -> str | None:
-    """What explains that a mail arrived more than once, as docs/rabbitmq.md lists it; None:
-    nothing does. Mail that was under way at a kill is known better by the connection."""
+    """Return the reason of docs/rabbitmq.md for which a mail arrived more than once, if any.
+
+    Mail that was on a connection at a kill is not looked at here: the connection is better proof.
+    """
     first, last = arrivals[0], arrivals[-1]
     away = [
         kill
@@ -106,7 +110,7 @@ def why_twice(sent: float, arrivals: Sequence[Arrival], kills: Sequence[Kill]) -
     settled = max([first.time, *(kill.back for kill in away)]) + NEAR_SECONDS
     if any(
         kill.name == first.by
-        # What the kernel had taken from an instance comes after its end, too.
+        # The kernel still sends what it had taken from the instance.
         and (first.time <= kill.time <= settled or kill.time <= first.time <= kill.back)
         for kill in kills
     ):
@@ -114,7 +118,7 @@ def why_twice(sent: float, arrivals: Sequence[Arrival], kills: Sequence[Kill]) -
     if away and first.by != last.by:
         return LEASE_LOST
     for kill in kills:
-        # Between processes only; but the reserve of one that is killed is moved again by itself.
+        # Another instance takes the copy; but an instance moves its own reserve again after a kill.
         if sent <= kill.time <= first.time and (kill.name or first.by != last.by):
             return COPIED
     return None
