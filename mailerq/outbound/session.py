@@ -7,11 +7,11 @@ A session is one task on the home worker. It belongs to a `Flow` and pulls mail 
 until one lets it in, and only then takes a job. One body is under way at a time. Without a job the
 session is idle, and waits for `wake` or for the peer.
 
-The envelope of the next message may go ahead, in one write with a short body. Conditions: a message
-waits that no other session could take now, and the peer pipelines and answered the last body
-promptly. A message then costs one round trip. From then on the message belongs to this session. It
-goes back to the flow if the session ends first, or if the reply to the body is slow. Plugin output
-outside an event is held until the next dot: otherwise it would become part of that mail.
+The envelope of the next message may go ahead, right behind a body that is not long. Conditions: a
+message waits that no other session could take now, and the peer pipelines and answered the last
+body promptly. A message then costs one round trip. From then on the message belongs to this
+session. It goes back to the flow if the session ends first, or if the reply to the body is slow.
+Plugin output outside an event waits for the next dot: else it would become part of that mail.
 
 `mailerq.outbound.securing` has the TLS of a connection.
 
@@ -116,8 +116,9 @@ BLOCK_MINUTES: Final = 3
 REPLY_MINUTES: Final = {Step.MAILFROM: 5, Step.RCPTTO: 5, Step.DATA: 2}
 """Time for the replies to an envelope (sections 4.5.3.2.2 to 4.5.3.2.4)."""
 
-AHEAD_BYTES: Final = 8192
-"""Above this size a partial write would leave it unknown whether the envelope was sent."""
+AHEAD_BYTES: Final = 1 << 16
+"""A longer body takes no envelope along: its transfer may take long, while another connection may
+become free."""
 
 PROMPT_SECONDS: Final = 0.1
 """A peer slower than this for the last body gets no envelope ahead: the next message would wait for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import socket
 from typing import Any
 
 import pytest
@@ -90,6 +91,54 @@ async def test_a_message_whose_envelope_went_ahead_moves_on_when_the_connection_
         moved = next(m for m in bench.queues["success"] if m.recipient == "c2@d.test")
         assert [result["attempt"] for result in moved.results] == [1]
         assert bench.peer.connections == 2
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+@pytest.mark.parametrize(("size", "count"), [(50_000, 1), (70_000, 0)])
+async def test_only_a_body_that_is_not_long_takes_an_envelope_along(size: int, count: int) -> None:
+    body = "x" * 70 + "\r\n"
+    async with open_bench(domain_maxconnections=1) as bench:
+        for _ in range(3):
+            bench.send(body=body * (size // len(body)))
+        await bench.results("success", 3)
+        assert bench.dispatcher.statistics()["ahead"] == count
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_a_connection_that_ends_within_a_body_does_not_cost_the_message_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connect = socket.socket.connect
+
+    def connect_narrow(sock: socket.socket, address: Any) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connect(sock, address)
+
+    async def script(peer: PeerConnection) -> None:
+        peer.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await peer.hello()
+        await envelope(peer)
+        await peer.send(GO)
+        await peer.take("250 one\r\n")
+        await envelope(peer)
+        await peer.send(GO)
+        while not bench.dispatcher.statistics()["ahead"]:
+            await trio.testing.wait_all_tasks_blocked()
+        unread = peer.stream.socket.recv(1 << 20, socket.MSG_PEEK)
+        unread_sizes.append(len(await unread))
+
+    monkeypatch.setattr(socket.socket, "connect", connect_narrow)
+    unread_sizes: list[int] = []
+    body = ("x" * 70 + "\r\n") * 800
+    async with open_bench(script, domain_maxconnections=1) as bench:
+        for number in range(3):
+            bench.send(recipient=f"c{number}@d.test", body=body)
+        await bench.results("success", 2)
+        await bench.retried()
+        moved = next(m for m in bench.queues["success"] if m.recipient == "c2@d.test")
+        assert [result["attempt"] for result in moved.results] == [1]
+        assert [mail.recipient for mail in bench.peer.mails] == ["c2@d.test"]
+    assert unread_sizes[0] < len(body), "the rest had not left us"
 
 
 async def test_nothing_goes_ahead_to_a_peer_that_takes_its_time(
