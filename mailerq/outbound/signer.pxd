@@ -23,8 +23,6 @@ cdef class Signer:
 cdef class Signatures:
     cdef public double _began, _spent
     cdef public list _waiting
-    cdef public bint _is_running
+    cdef public bint _is_due, _is_running
     cdef public object _limiter
     cdef object __weakref__
-
-    cpdef make_now(self, key, data)

@@ -437,17 +437,17 @@ async def test_a_signature_whose_task_is_cancelled_keeps_no_other_waiting() -> N
     from mailerq.store.signing_keys import SigningKey
 
     made, key = Signatures(), SigningKey(rsa_pem())
-    made._spent = made._began = float("inf")  # never at once
+    made._spent = made._began = float("inf")  # never in the loop
     done: list[bytes] = []
 
     async def sign(number: int) -> None:
-        done.append(await made.make(key, b"%d" % number))
+        done.extend(await made.make([(key, b"%d" % number)]))
 
     async with trio.open_nursery() as nursery:
         with trio.CancelScope() as scope:
             scope.cancel()
             nursery.start_soon(sign, 1)
-            await made.make(key, b"cancelled")
+            await made.make([(key, b"cancelled")])
         nursery.start_soon(sign, 2)
     assert set(done) == {key.sign(b"1"), key.sign(b"2")}
 

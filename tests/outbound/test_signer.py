@@ -1,4 +1,4 @@
-"""Signatures that a thread makes, because many are due: who waits, wakes once, whatever happens."""
+"""Signatures at the end of a turn and in a thread: who waits, wakes once, whatever happens."""
 
 from __future__ import annotations
 
@@ -33,18 +33,25 @@ def key() -> SigningKey:
 
 
 def busy() -> Signatures:
-    """Signatures none of which is made at once."""
+    """Signatures all of which a thread makes."""
     made = Signatures()
     made._spent = made._began = float("inf")
     return made
 
 
-async def test_a_task_that_waits_for_a_signature_wakes_once(key: SigningKey) -> None:
-    made, steps = busy(), Steps()
+@pytest.fixture(params=["turn", "thread"])
+def made(request: pytest.FixtureRequest) -> Signatures:
+    return Signatures() if request.param == "turn" else busy()
+
+
+async def test_a_task_that_waits_for_a_signature_wakes_once(
+    key: SigningKey, made: Signatures
+) -> None:
+    steps = Steps()
     done: dict[int, bytes] = {}
 
     async def sign(number: int) -> None:
-        done[number] = await made.make(key, b"%d" % number)
+        (done[number],) = await made.make([(key, b"%d" % number)])
 
     trio.lowlevel.add_instrument(steps)
     async with trio.open_nursery() as nursery:
@@ -55,23 +62,32 @@ async def test_a_task_that_waits_for_a_signature_wakes_once(key: SigningKey) -> 
     assert {steps.counts[f"task {number}"] for number in range(MANY)} == {2}
 
 
-async def test_a_key_that_fails_is_told_to_its_own_task_only(key: SigningKey) -> None:
+async def test_the_signatures_of_a_task_come_in_their_order(
+    key: SigningKey, made: Signatures
+) -> None:
+    other = SigningKey(ed25519_pem())
+    due = [(key, b"x"), (other, b"x"), (key, b"y")]
+    assert await made.make(due) == [key.sign(b"x"), other.sign(b"x"), key.sign(b"y")]
+
+
+async def test_a_key_that_fails_is_told_to_its_own_task_only(
+    key: SigningKey, made: Signatures
+) -> None:
     class Broken:
         def sign(self, data: bytes) -> bytes:
             raise ZeroDivisionError(data)
 
-    made = busy()
     told: list[str] = []
 
     async def fail() -> None:
         try:
-            await made.make(Broken(), b"x")  # type: ignore[arg-type]
+            await made.make([(Broken(), b"x")])  # type: ignore[list-item]
         except ZeroDivisionError as error:
             told.append(str(error))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(fail)
-        assert await made.make(key, b"y") == key.sign(b"y")
+        assert await made.make([(key, b"y")]) == [key.sign(b"y")]
     assert told == ["b'x'"]
 
 
@@ -86,8 +102,8 @@ async def test_without_threads_signatures_fail_and_come_again(
     with monkeypatch.context() as patch:
         patch.setattr(trio.to_thread, "run_sync", no_thread)
         with pytest.raises(RuntimeError, match="new thread"):
-            await made.make(key, b"x")
-    assert await made.make(key, b"x") == key.sign(b"x")
+            await made.make([(key, b"x")])
+    assert await made.make([(key, b"x")]) == [key.sign(b"x")]
 
 
 async def test_what_is_cancelled_before_its_turn_is_not_signed(key: SigningKey) -> None:
@@ -102,26 +118,77 @@ async def test_what_is_cancelled_before_its_turn_is_not_signed(key: SigningKey) 
     made, slow = busy(), Slow()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(made.make, slow, b"first")
+        nursery.start_soon(made.make, [(slow, b"first")])
         await trio.testing.wait_all_tasks_blocked()
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as inner:
-                inner.start_soon(made.make, slow, b"cancelled")
+                inner.start_soon(made.make, [(slow, b"cancelled")])
                 await trio.testing.wait_all_tasks_blocked()
                 scope.cancel()
-        nursery.start_soon(made.make, slow, b"last")
+        nursery.start_soon(made.make, [(slow, b"last")])
         await trio.testing.wait_all_tasks_blocked()
         going.set()
     assert done == [b"first", b"last"]
 
 
+class Told:
+    """A key that takes some milliseconds, and tells in which turn of which thread it signed."""
+
+    def __init__(self) -> None:
+        self.loop = threading.get_ident()
+        self.turn = 0
+        self.turns: list[int] = []  # 0 is another thread
+
+    def before_io_wait(self, timeout: float) -> None:
+        self.turn += 1
+
+    def sign(self, data: bytes) -> bytes:
+        time.sleep(0.002)
+        self.turns.append(self.turn if threading.get_ident() == self.loop else 0)
+        return data
+
+
+async def sign_all(made: Signatures, key: Told, count: int) -> None:
+    trio.lowlevel.add_instrument(key)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(made.make, [(key, b"x")])
+    trio.lowlevel.remove_instrument(key)  # type: ignore[arg-type]
+
+
 async def test_a_turn_of_the_loop_makes_signatures_for_some_milliseconds_only() -> None:
-    class Slow:
+    key = Told()
+    await sign_all(Signatures(), key, 12)
+    assert len(key.turns) == 12
+    assert all(1 <= count <= 4 for count in Counter(key.turns).values())
+    assert 0 not in key.turns, "the loop has time for all"
+
+
+async def test_a_thread_makes_what_would_take_the_loop_more_than_half_of_its_time() -> None:
+    key = Told()
+    await sign_all(Signatures(), key, 60)
+    assert len(key.turns) == 60
+    in_loop = sum(turn > 0 for turn in key.turns)
+    assert 1 <= in_loop <= 25
+    assert not any(key.turns[in_loop:]), "the first ones come first"
+
+
+async def test_what_is_due_in_one_turn_is_signed_in_a_row(key: SigningKey) -> None:
+    told: list[str] = []
+
+    class Telling:
         def sign(self, data: bytes) -> bytes:
-            time.sleep(0.002)
+            told.append(f"sign {data.decode()}")
             return data
 
-    made, slow, count = Signatures(), Slow(), 0
-    while made.make_now(slow, b"x") is not None:  # type: ignore[arg-type]
-        count += 1
-    assert 1 <= count <= 10
+    made, telling = Signatures(), Telling()
+
+    async def sign(number: int) -> None:
+        told.append(f"begin {number}")
+        await made.make([(telling, b"%d" % number)])  # type: ignore[list-item]
+        told.append(f"end {number}")
+
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(sign, number)
+    assert [word.split()[0] for word in told] == ["begin"] * 3 + ["sign"] * 3 + ["end"] * 3
