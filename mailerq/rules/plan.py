@@ -25,6 +25,7 @@ from mailerq.rules.row import PAUSE, Row, compared
 from mailerq.rules.rows import Rows
 from mailerq.rules.security import NOTHING, Demands
 from mailerq.wire import smtp
+from mailerq.wire._lines import line_ends
 
 __all__ = ["Hold", "Park", "Plan", "Refuse", "Send", "body_problem", "plan", "stopped"]
 
@@ -180,14 +181,8 @@ def body_problem(message: Message, *, supplied: bool) -> Outcome | None:
     end = body.find(b"\r\n\r\n", 0, SHORT_BYTES)
     if end < 0 and len(body) <= SHORT_BYTES:
         end = len(body)
-    if 0 <= end < HOP_BYTES:
+    if 0 <= end < HOP_BYTES or (end >= 0 and line_ends(body, end) < HOP_LIMIT):
         return None
-    lines = HOP_LIMIT
-    if end >= 0:
-        # A CR or LF alone ends a line, too. Pairs take longer to count than single bytes.
-        lines = body.count(b"\n", 0, end) + body.count(b"\r", 0, end)
-        if lines >= HOP_LIMIT:
-            lines -= body.count(b"\r\n", 0, end)
-    if lines >= HOP_LIMIT and Header(body).is_looping():
+    if Header(body).is_looping():
         return responses.TOO_MANY_HOPS
     return None

@@ -84,6 +84,31 @@ def empty_line(const unsigned char[::1] mail not None, Py_ssize_t limit):
     return -1
 
 
+def line_ends(bytes mail not None, Py_ssize_t limit):
+    r"""Return the number of line ends in the first `limit` bytes of a mail.
+
+    CRLF, LF and CR each end a line. The compiler makes vector instructions of this, too.
+
+    >>> line_ends(b"a\r\nb\rc\n\nd", 9)
+    4
+    """
+    cdef const unsigned char *first = mail
+    cdef Py_ssize_t size = min(limit, len(mail))
+    cdef Py_ssize_t at = 0, end, i
+    cdef Py_ssize_t count = 0
+    cdef unsigned char found
+    if size <= 0:
+        return 0
+    while at < size - 1:
+        end = min(size - 1, at + 255)  # a byte counts no further
+        found = 0
+        for i in range(at, end):
+            found += (first[i] == 10) | ((first[i] == 13) & (first[i + 1] != 10))
+        count += found
+        at = end
+    return count + (first[size - 1] == 10 or first[size - 1] == 13)
+
+
 cdef class Buffer:
     """Collects bytes piece by piece, and turns them into one object without a copy.
 

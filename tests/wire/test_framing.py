@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mailerq.wire import framing
-from mailerq.wire._lines import BARE, DOTTED, look
+from mailerq.wire._lines import BARE, DOTTED, line_ends, look
 from mailerq.wire.framing import Body, MemorySink, has_bare_newline
 
 PARTS = st.sampled_from(
@@ -150,3 +150,11 @@ def test_the_limit_counts_no_byte_of_the_end() -> None:
         receive(body, [raw[start : start + size] for start in range(0, len(raw), size)])
         assert not body.is_too_big
         assert body.finish() == b"12345\r\n"
+
+
+@given(
+    st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a", b"b" * 254, b"\n" * 600])).map(b"".join),
+    st.integers(-1, 3000),
+)
+def test_line_ends_are_counted_as_pairs_or_alone(mail: bytes, limit: int) -> None:
+    assert line_ends(mail, limit) == len(re.findall(rb"\r\n|\r|\n", mail[: max(limit, 0)]))
