@@ -6,8 +6,11 @@ import socket
 import subprocess
 import sys
 
+from mailerq.queues.rabbitmq.topology import Topology
 from tests.queues.rabbitmq import kit
 from tests.support import ROOT
+
+DEAD_LETTERS = "whereis(rabbit_fifo_dlx_sup) =/= undefined"
 
 
 def test_ports_that_are_held_are_given_to_nobody_else() -> None:
@@ -34,6 +37,23 @@ def test_no_connection_gets_a_port_that_is_held() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert other.getsockname()[1] > ports[0]
     holds[0].close()
+
+
+async def test_a_vhost_is_dropped_though_its_queues_elect_leaders(broker: kit.Broker) -> None:
+    address = broker.vhost()
+    async with kit.channel_to(address) as channel:
+        for name, arguments in Topology().waits("outbox")[:4]:
+            await channel.declare(name, arguments=arguments)
+    broker.restart()
+    broker.drop_vhost(address)
+    assert broker.call(DEAD_LETTERS) == "{ok, true}"
+
+
+def test_dead_letters_are_served_again_before_the_next_test(broker: kit.Broker) -> None:
+    broker.call("supervisor:terminate_child(rabbit_sup, rabbit_fifo_dlx_sup)")
+    assert broker.call(DEAD_LETTERS) == "{ok, false}"
+    broker.drop_vhost(broker.vhost())
+    assert broker.call(DEAD_LETTERS) == "{ok, true}"
 
 
 def is_held(port: int) -> bool:
