@@ -30,14 +30,19 @@ async def envelope(peer: PeerConnection) -> None:
         assert (await peer.line()).startswith(verb)
 
 
-async def until_ahead(peer: PeerConnection) -> None:
-    """Play a peer until the third envelope has come, before the second body is answered."""
+async def until_second(peer: PeerConnection) -> None:
+    """Play a peer until it asks for the second body."""
     await peer.hello()
     await envelope(peer)
     await peer.send(GO)
     await peer.take("250 one\r\n")
     await envelope(peer)
     await peer.send(GO)
+
+
+async def until_ahead(peer: PeerConnection) -> None:
+    """Play a peer until the third envelope has come, before the second body is answered."""
+    await until_second(peer)
     await peer.body()
     await envelope(peer)
 
@@ -116,12 +121,7 @@ async def test_a_connection_that_ends_within_a_body_does_not_cost_the_message_be
 
     async def script(peer: PeerConnection) -> None:
         peer.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        await peer.hello()
-        await envelope(peer)
-        await peer.send(GO)
-        await peer.take("250 one\r\n")
-        await envelope(peer)
-        await peer.send(GO)
+        await until_second(peer)
         while not bench.dispatcher.statistics()["ahead"]:
             await trio.testing.wait_all_tasks_blocked()
         unread = peer.stream.socket.recv(1 << 20, socket.MSG_PEEK)
