@@ -239,7 +239,7 @@ class Broker:
 
     def drop_vhost(self, address: Address) -> None:
         vhost = f'<<"{address.vhost}">>'
-        # See `mend`. Such a call is answered when the queue has a leader, or too late.
+        # Wait until each quorum queue has a leader: `mend` says why.
         self.call(
             f"[catch ra:members(amqqueue:get_pid(Q), 5000) || Q <- rabbit_amqqueue:list({vhost}),"
             " amqqueue:get_type(Q) =:= rabbit_quorum_queue], ok"
@@ -247,10 +247,10 @@ class Broker:
         self.call(f'rabbit_vhost:delete({vhost}, <<"test">>)')
 
     def mend(self) -> None:
-        """Start what RabbitMQ 3.10 has ended for good, if it has.
+        """Restart the supervisor of RabbitMQ that serves dead letters, if it has ended.
 
-        A quorum queue with a time to live that is deleted while it elects a leader ends the
-        supervisor of all dead letters. All such queues fail from then on: 541 INTERNAL_ERROR.
+        RabbitMQ 3.10 ends the supervisor for good when a quorum queue with a time to live is
+        deleted during the election of a leader. Each such queue then fails: 541 INTERNAL_ERROR.
         """
         self.call(
             "case whereis(rabbit_fifo_dlx_sup) of"
