@@ -164,6 +164,14 @@ async def test_a_turn_of_the_loop_makes_signatures_for_some_milliseconds_only() 
     assert 0 not in key.turns, "the loop has time for all"
 
 
+async def test_the_keys_of_one_mail_are_spread_over_turns_too() -> None:
+    key = Told()
+    trio.lowlevel.add_instrument(key)  # type: ignore[arg-type]
+    assert await Signatures().make([(key, b"x")] * 12) == [b"x"] * 12  # type: ignore[list-item]
+    trio.lowlevel.remove_instrument(key)  # type: ignore[arg-type]
+    assert all(1 <= count <= 4 for count in Counter(key.turns).values())
+
+
 async def test_a_thread_makes_what_would_take_the_loop_more_than_half_of_its_time() -> None:
     key = Told()
     await sign_all(Signatures(), key, 60)
