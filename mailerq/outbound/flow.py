@@ -12,8 +12,9 @@ the curve. Further connections hide the latency of the network. Where there is n
 flows keep the machine busy, a flow has one. If the first job still waits for `STALL_SECONDS`, the
 sessions are slow, and one more is opened, and so on, unless other flows wait for a connection. Idle
 sessions stay open for more mail. The session used last is used first, so that the others can time
-out. While other flows wait for a connection, a session without mail ends. If mail of its flow waits
-in the queue, the session stays until its last result is committed, which makes room in memory.
+out. While other flows wait for a connection, a session without mail ends, and any session after its
+share of messages or of time. If mail of its flow waits in the queue, a session stays until its last
+result is committed, which makes room in memory.
 
 Until a session is let in, the flow does not know whether its hosts answer. So a flow begins with
 one connection, and may double them after each that is let in: 1, 2, 4.
@@ -62,7 +63,9 @@ HOLD_SECONDS: Final = 5.0
 no more."""
 
 FAIR_MESSAGES: Final = 100
-"""After this many messages a session ends if another flow waits for a slot."""
+FAIR_SECONDS: Final = 5.0
+"""After this many messages, or this time, a session ends if another flow waits for a slot: slow
+peers must not hold the slots of all others."""
 
 STALL_SECONDS: Final = 1.0
 """Open one more connection when the first job has waited this long."""
@@ -245,8 +248,9 @@ class Flow:
 
     def _should_end(self, session: Session, contended: bool) -> bool:
         """Whether a session should end although there may be mail."""
-        if contended and session.messages >= FAIR_MESSAGES:
-            return True
+        if contended and session.messages:
+            if session.messages >= FAIR_MESSAGES or monotonic() - session.since > FAIR_SECONDS:
+                return True
         return self.is_crowded or self.rights.are_over(session) or not session.is_covered()
 
     def job_ahead(self, session: Session) -> Job | None:

@@ -5,10 +5,10 @@ cimport cython
 
 @cython.final
 cdef class Openings:
-    cdef public object slots, _worker, _line, _quick_line, _patient_line, _idle, _turn
+    cdef public object slots, _worker, _line, _new_line, _quick_line, _patient_line, _idle, _turn
     cdef public dict _trying, _site_lines
     cdef public Py_ssize_t messages, _quick, _patient
-    cdef public bint _newest, _serving
+    cdef public bint _newest, _serving, _is_for_new
 
     cpdef take(self, flow)
     cpdef idle(self, session)

@@ -3,9 +3,11 @@
 Theory of operation
 -------------------
 A connection to another host holds a slot from its opening to its end. A flow without a slot waits
-in line. A free slot goes to the first in line, one at a time, so that all flows take turns. When
-a flow begins to wait, an idle connection is closed. While flows wait (`contended`), sessions end
-instead of becoming idle.
+in line. A free slot goes to one flow, so that all flows take turns. Flows that no host has let in
+yet have a line of their own, and every other slot is for them: fresh mail for one more destination
+need not wait until thousands of slow ones have had a turn. When a flow begins to wait, an idle
+connection is closed. While flows wait (`contended`), sessions end instead of becoming idle, and
+others after their share.
 
 A host that never answers keeps its slot until the timeout. So connections of flows that no host has
 let in yet are *tries*, at most `SITE_TRIES` to one site. A try is *quick* at first. Without an
@@ -54,6 +56,8 @@ class Openings:
         """Messages in memory; each try has one, and tries leave memory to other mail."""
         self._worker = worker
         self._line: OrderedDict[Flow, None] = OrderedDict()
+        self._new_line: OrderedDict[Flow, None] = OrderedDict()
+        self._is_for_new = False
         self._quick = self._patient = 0
         self._trying: dict[bytes, int] = {}
         """Connections being opened to each site, which may never answer."""
@@ -77,21 +81,26 @@ class Openings:
     @property
     def contended(self) -> bool:
         """Whether flows wait for a slot."""
-        return bool(self._line)
+        return bool(self._line or self._new_line)
 
     def take(self, flow: Flow) -> bool:
         """Take a slot for one more connection; without one the flow waits for its turn."""
-        if (self._line and self._turn is not flow) or not self.slots.take():
-            self._line.setdefault(flow)
+        if (self.contended and self._turn is not flow) or not self.slots.take():
+            if not self.awaits(flow):
+                (self._line if flow.proven else self._new_line)[flow] = None
             self._close_idle()
             return False
         self._turn = None
-        self._line.pop(flow, None)
+        self._leave_line(flow)
         return True
 
     def awaits(self, flow: Flow) -> bool:
         """Whether a flow waits for a slot."""
-        return flow in self._line
+        return flow in self._line or flow in self._new_line
+
+    def _leave_line(self, flow: Flow) -> None:
+        self._line.pop(flow, None)
+        self._new_line.pop(flow, None)
 
     def release(self) -> None:
         """A connection has ended."""
@@ -103,7 +112,7 @@ class Openings:
         self._serve_tries()
 
     def _slot_came(self) -> None:
-        if self._line:
+        if self.contended:
             self._worker.call(self._serve_line)
 
     def _serve_line(self) -> None:
@@ -112,8 +121,11 @@ class Openings:
             return
         self._serving = True
         try:
-            while self._line and self.slots.available:
-                flow = self._turn = self._line.popitem(last=False)[0]
+            while self.contended and self.slots.available:
+                self._is_for_new = not self._is_for_new
+                line = self._new_line if self._is_for_new else self._line
+                line = line or self._new_line or self._line
+                flow = self._turn = line.popitem(last=False)[0]
                 flow.resume()
                 self._turn = None
         finally:
@@ -218,7 +230,7 @@ class Openings:
         if isinstance(flow, Pause):
             flow.line = None
         else:
-            self._line.pop(flow, None)
+            self._leave_line(flow)
         if flow.reserved:
             flow.reserved = False
             self.end_try(flow, patient=flow.patient)

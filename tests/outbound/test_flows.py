@@ -388,6 +388,39 @@ async def test_a_connection_gives_way_after_its_share_when_others_wait(
         assert max(list(runs.values())[:-1]) == 5
 
 
+async def test_a_connection_gives_way_after_its_time_when_others_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flow, "FAIR_SECONDS", 0.0)
+    async with open_bench(slots=Slots(1)) as bench:
+        for number in range(40):
+            bench.send(recipient=f"c{number}@d{number % 2}.test")
+        await bench.results("success", 40)
+        runs = Counter(mail.connection for mail in bench.peer.mails)
+        assert max(list(runs.values())[:-1]) == 1
+
+
+async def test_mail_for_one_more_destination_waits_for_few_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flow, "FAIR_MESSAGES", 1)
+    async with open_bench(slots=Slots(1)) as bench:
+        for number in range(1000):
+            bench.send(recipient=f"c{number}@d{number % 50}.test")
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) >= 200)
+        assert len({mail.recipient.partition("@")[2] for mail in bench.peer.mails}) == 50
+        before = len(bench.peer.mails)
+        bench.send(recipient="c@fresh.test")
+
+        def place() -> int | None:
+            found = (mail.recipient for mail in bench.peer.mails)
+            return next((n for n, each in enumerate(found) if each == "c@fresh.test"), None)
+
+        await bench.queues.until(lambda queues: place() is not None)
+        assert place() - before < 10  # type: ignore[operator]
+        await bench.results("success", 1001)
+
+
 async def test_an_idle_connection_is_closed_for_a_flow_that_waits() -> None:
     async with open_bench(slots=Slots(1), connection_maxidle=60_000) as bench:
         bench.send(recipient="c@one.test")
