@@ -246,6 +246,11 @@ PROPERTIES: Final = (
         _is_strings,
     ),
     Property(
+        "priority", DELIVERY, "a whole number",
+        "From 0, the default, to 255: mail of a higher one goes before other mail that waits for"
+        " the same destination or the same hosts.", _is_int,
+    ),
+    Property(
         "pool", DELIVERY, "a string",
         "The name of a pool of such addresses, in `addresses-file`; of no effect beside `ips`.",
         _is_str,
@@ -457,7 +462,6 @@ PROPERTIES: Final = (
         "Why the message was set aside, in the queue for damaged messages.",
         keys=(Key("reason", "The reason as text."),),
     ),
-    Property("priority", UNUSED, "a whole number", "The place in the queue.", used=False),
     Property("nextattempt", UNUSED, "an object", "A newer form of `delayed`.", used=False),
     Property("force", UNUSED, "true or false", "Attempts delivery despite errors.", used=False),
     Property("checks", UNUSED, "an array of objects", "The findings of checks on received mail.",

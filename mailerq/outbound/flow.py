@@ -181,7 +181,12 @@ class Flow:
         job.flow = self
         job.since = monotonic()
         self.held += 1
-        self.jobs.append(job)
+        jobs = self.jobs
+        place = len(jobs)
+        if job.priority:  # most mail has none
+            while place and jobs[place - 1].priority < job.priority:
+                place -= 1
+        jobs.insert(place, job)
         self.pump()
 
     def mail_waits(self, destination: Destination) -> None:

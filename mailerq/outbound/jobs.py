@@ -8,6 +8,7 @@ import msgspec
 
 from mailerq.message import Message
 from mailerq.queues import Lease
+from mailerq.rules.destinations import priority_of
 from mailerq.rules.plan import Send
 from mailerq.rules.responses import Outcome
 
@@ -32,8 +33,8 @@ class Job:
     """
 
     __slots__ = (
-        "attempt", "flow", "is_ascii", "key", "lease", "made", "message", "plan", "signing",
-        "since", "stored", "to_make",
+        "attempt", "flow", "is_ascii", "key", "lease", "made", "message", "plan", "priority",
+        "signing", "since", "stored", "to_make",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +51,7 @@ class Job:
         self.message = message
         self.plan = plan
         self.attempt = attempt
+        self.priority = priority_of(message.properties)
         self.flow: Flow | None = None
         self.since = 0.0
         self.is_ascii: bool | None = None

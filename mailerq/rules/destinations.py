@@ -33,6 +33,7 @@ __all__ = [
     "level_of",
     "parked_by",
     "place_of",
+    "priority_of",
 ]
 
 MAX_KEY: Final = 255
@@ -138,9 +139,18 @@ def domain_of(key: str) -> str:
     return "" if key.startswith("via ") else key.partition(" ")[0]
 
 
-def _lane(properties: Mapping[str, Any]) -> int:
+def priority_of(properties: Mapping[str, Any]) -> int:
+    """The priority of a message, 0 to 255; higher goes sooner.
+
+    >>> priority_of({}), priority_of({"priority": 7}), priority_of({"priority": 1000})
+    (0, 7, 255)
+    """
     priority = properties.get("priority")
-    level = min(max(priority, 0), _MAX_PRIORITY) if isinstance(priority, int) else 0
+    return min(max(priority, 0), _MAX_PRIORITY) if isinstance(priority, int) else 0
+
+
+def _lane(properties: Mapping[str, Any]) -> int:
+    level = priority_of(properties)
     tags = properties.get("tags")
     sender = tags[0] if isinstance(tags, list) and tags else properties.get("envelope")
     if not isinstance(sender, str):

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mailerq.rules.destinations import MAX_KEY, RETRY_LANE, domain_of, level_of, place_of
+from mailerq.rules.destinations import (
+    MAX_KEY,
+    RETRY_LANE,
+    domain_of,
+    level_of,
+    place_of,
+    priority_of,
+)
 
 
 def mail(**more: Any) -> dict[str, Any]:
@@ -114,3 +121,10 @@ def test_whatever_a_message_says_it_has_a_place(properties: dict[str, Any]) -> N
     assert place.destination.isprintable()
     assert place.lane >= 0
     assert place == place_of(properties)
+
+
+@pytest.mark.parametrize(
+    ("priority", "expected"), [(3, 3), (-5, 0), (999, 255), ("x", 0), (None, 0), (1.5, 0)]
+)
+def test_a_priority_has_bounds(priority: object, expected: int) -> None:
+    assert priority_of({"priority": priority}) == expected

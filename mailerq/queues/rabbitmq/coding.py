@@ -37,7 +37,6 @@ __all__ = [
     "is_again",
     "is_named",
     "mark_again",
-    "priority_of",
     "was_refused",
 ]
 
@@ -91,7 +90,6 @@ MAX_RATIO: Final = 250
 RATIO_BYTES: Final = 4 << 20
 """A smaller document may have any ratio."""
 
-MAX_PRIORITY: Final = 255
 LAST_DUE: Final = 1 << 62
 
 
@@ -256,12 +254,6 @@ def _problem_of(properties: spec.BasicProperties) -> str | None:
     except Exception as error:  # pika has no common base for what it cannot write
         return type(error).__name__
     return f"they have {size} bytes" if size > MAX_HEADER else None
-
-
-def priority_of(message: Message) -> int:
-    """The priority of a message, 0 to 255."""
-    priority = message.properties.get("priority")
-    return min(max(priority, 0), MAX_PRIORITY) if isinstance(priority, int) else 0
 
 
 def due_of(properties: spec.BasicProperties) -> float | None:

@@ -61,7 +61,6 @@ from mailerq.queues.rabbitmq.coding import (
     encoding_of,
     header,
     in_thread,
-    priority_of,
 )
 from mailerq.queues.rabbitmq.connection import BrokerError, Channel, Delivery
 from mailerq.queues.rabbitmq.keeper import Keeper, State
@@ -91,6 +90,7 @@ from mailerq.queues.rabbitmq.upkeep import (
     read_keys,
     ready,
 )
+from mailerq.rules.destinations import priority_of
 
 __all__ = ["Options", "RabbitQueues", "open_rabbitmq"]
 
@@ -370,7 +370,7 @@ class RabbitQueues(RemoteQueues):
             body,
             delay,
             due=due,
-            priority=priority_of(publication.message),
+            priority=priority_of(publication.message.properties),
             encoding=encoding_of(body),
             identity=publication.identity,
         )

@@ -31,7 +31,6 @@ from mailerq.queues.rabbitmq.coding import (
     header,
     identity_of,
     is_named,
-    priority_of,
 )
 
 TEXT = st.text(st.characters(codec="utf-8"))
@@ -99,11 +98,6 @@ def test_messages_to_which_a_sender_gives_one_id_are_told_apart() -> None:
     assert one == identity_of(header("campaign"), b"x")
     assert is_named(one)
     assert not is_named(identity_of(spec.BasicProperties(), b"x"))
-
-
-@pytest.mark.parametrize(("priority", "expected"), [(3, 3), (-5, 0), (999, 255), ("x", 0)])
-def test_a_priority_fits_a_broker(priority: object, expected: int) -> None:
-    assert priority_of(Message(json.loads(json.dumps({"priority": priority})))) == expected
 
 
 def test_a_document_that_is_too_large_as_it_is_goes_out_compressed() -> None:
