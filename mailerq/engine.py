@@ -75,8 +75,8 @@ from mailerq.preparing import (
     LOGS,
     Prepared,
     count_connections,
+    count_incoming,
     count_outgoing,
-    limit_of,
     prepare,
     writable,
 )
@@ -280,7 +280,7 @@ class Engine:
         self._watchdog.look_after(self._workers)
         self._logs = {name: _log_file(config, name, stack) for name in LOGS}
         connections = self._connections = Slots(count_connections(config))
-        incoming = Slots(limit_of(config.smtp_connections_in), within=connections)
+        incoming = Slots(count_incoming(config, connections), within=connections)
         self._server = Services(
             terms=terms.asking_plugins(plugins.listens("authenticate")),
             clients=Clients(config, terms.access),
@@ -517,7 +517,7 @@ class Engine:
         services.memory.limit = config.max_memory
         services.handshakes.limit = config.smtp_handshakes
         self._connections.limit = count_connections(config)
-        services.slots.limit = limit_of(config.smtp_connections_in)
+        services.slots.limit = count_incoming(config, self._connections)
         self._outgoing.limit = count_outgoing(config, self._connections)
         if config.plugin_timeout != before.plugin_timeout:
             self.plugins.set_timeout(config.plugin_timeout)

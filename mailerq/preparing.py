@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -23,13 +22,17 @@ from mailerq.rules.shaping import Shaping
 from mailerq.rules.signing import SigningFile
 
 __all__ = [
-    "LOGS", "Prepared", "count_connections", "count_outgoing", "limit_of", "prepare", "writable",
+    "LOGS", "Prepared", "count_connections", "count_incoming", "count_outgoing", "prepare",
+    "writable",
 ]  # fmt: skip
 
 log = logging.getLogger("mailerq")
 
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors reserved for the queue, logs and plugins."""
+
+LEFT_FOR_OUT: Final = 50
+"""Connections that the way in leaves to the way out: at most a tenth of all."""
 
 LOGS: Final = ("send_log_file", "received_log_file", "refused_log_file")
 
@@ -117,6 +120,10 @@ def count_outgoing(config: Config, connections: Slots) -> float:
     return config.smtp_connections_out or max(connections.limit // 2, 1)
 
 
-def limit_of(value: int | None) -> float:
-    """A limit as a number; None is no limit."""
-    return math.inf if value is None else value
+def count_incoming(config: Config, connections: Slots) -> float:
+    """Incoming connections: all but a few unless the settings say otherwise.
+
+    Clients that hold all connections would keep accepted mail from leaving.
+    """
+    left = min(LEFT_FOR_OUT, connections.limit // 10, count_outgoing(config, connections))
+    return config.smtp_connections_in or connections.limit - left

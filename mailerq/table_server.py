@@ -128,8 +128,9 @@ class ServerTable:
         None,
         NUMBER,
         SERVER,
-        "Incoming connections at a time.",
-        unset="as smtp-connections",
+        "Incoming connections at a time. By default a tenth of smtp-connections, at most 50, is"
+        " left to outgoing ones.",
+        unset="the rest of smtp-connections",
         minimum=1,
     )
     smtp_connections_out: int | None = setting(

@@ -105,7 +105,7 @@ async def crowd(directory: Path, count: int, period: float, patience: float) -> 
     certificate = Certificate.make(directory)
     secure_port = free_port()
     switches = [
-        f"--smtp-connections={count + 50}",
+        f"--smtp-connections={count + 100}",
         f"--smtp-handshakes={count}",
         f"--smtp-secure-port={secure_port}",
         f"--smtp-certificate={certificate.chain}",

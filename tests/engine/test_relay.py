@@ -226,6 +226,22 @@ async def test_too_many_connections_are_told_to_come_again(tmp_path: Path) -> No
         assert code == 250
 
 
+async def test_clients_that_hold_all_connections_do_not_keep_mail_here(tmp_path: Path) -> None:
+    async with open_sink() as sink:
+        settings: Any = {"smarthost": "127.0.0.1", "smarthost_port": sink.port}
+        config = configure(tmp_path, smtp_connections=20, **settings)
+        async with Engine(config) as engine:
+            clients = [await in_thread(smtplib.SMTP, *engine.addresses[0]) for _ in range(18)]
+            with pytest.raises(smtplib.SMTPConnectError) as caught:
+                await send(engine.addresses[0])
+            assert caught.value.smtp_code == 421
+            mail = ("a@b.test", ["c@d.test"], b"Subject: x\r\n\r\nhi\r\n")
+            await in_thread(clients[0].sendmail, *mail)
+            await sink.wait_for(1)
+            for client in clients:
+                await in_thread(client.quit)
+
+
 async def test_a_client_that_is_silent_is_told_and_cut_off(tmp_path: Path) -> None:
     async with (
         Engine(configure(tmp_path, smtp_timeout=0.2)) as engine,
