@@ -39,6 +39,7 @@ PROGRAMS: Final = {
     "trusted": ["trusted.py"],
     "dispatch": ["dispatch.py"],
     "processes": ["processes.py"],
+    "threads": ["threads.py"],
     "lone": ["lone.py"],
     "idle": ["idle.py"],
     "waiting": ["waiting.py"],
