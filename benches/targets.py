@@ -88,8 +88,8 @@ class Target:
 TARGETS: Final = (
     Target("end to end / Postfix, new", "relay", "mailerq / postfix, end to end, new", 4, 8),
     Target("end to end / Postfix, kept", "relay", "mailerq / postfix, end to end, kept", 4, 8),
-    Target("accept / Postfix, new", "relay", "mailerq / postfix, accept, new", 5, 10),
-    Target("accept / Postfix, kept", "relay", "mailerq / postfix, accept, kept", 5, 10),
+    Target("accept / Postfix, new", "relay", "mailerq / postfix, accept, new", 3, 8),
+    Target("accept / Postfix, kept", "relay", "mailerq / postfix, accept, kept", 3, 8),
     *(
         Target(f"RabbitMQ / queue file, end to end, {way}", "rabbitmq",
                f"mailerq+rabbitmq / mailerq-1, end to end, {way}", 0.4, 0.8)
@@ -98,7 +98,7 @@ TARGETS: Final = (
     Target("memory, full broker", "broker", "memory", 200, 100),
     Target("start with a full broker", "broker", "start to banner", 2, 1),
     Target("one client / Postfix", "single", "mailerq / postfix, accept, kept", 1.3, 2),
-    Target("100 KiB, end to end / Postfix", "large", "mailerq / postfix, end to end, kept", 1.5, 3),
+    Target("100 KiB, end to end / Postfix", "large", "mailerq / postfix, end to end, kept", 2, 4),
     *(
         target
         for way in ("new", "kept")
@@ -115,12 +115,12 @@ TARGETS: Final = (
     Target("an event through one more plugin", "dispatch", "one more plugin", 15, 5),
     Target("an event with a plugin, from Python", "dispatch", "an event with a plugin", 200, 100),
     Target("message ids of one thread", "dispatch", "message ids, in C", 5, 20),
-    Target("two processes / one", "processes", "many processes / one", 1.7, 1.9),
+    Target("two processes / one", "processes", "many processes / one", 1.7, 1.95),
     Target("a lone message, client to sink", "lone", "mailerq, a lone message in the sink", 10, 10),
-    Target("memory of an idle connection", "idle", "mailerq, an idle connection", 30, 12),
-    Target("accept, full queue / empty, new", "waiting", "full / empty, accept, new", 0.8, 0.95),
-    Target("accept, full queue / empty, kept", "waiting", "full / empty, accept, kept", 0.8, 0.95),
-    Target("memory with a full queue", "waiting", "memory", 400, 200),
+    Target("memory of an idle connection", "idle", "mailerq, an idle connection", 12, 5),
+    Target("accept, full queue / empty, new", "waiting", "full / empty, accept, new", 0.95, 1),
+    Target("accept, full queue / empty, kept", "waiting", "full / empty, accept, kept", 0.95, 1),
+    Target("memory with a full queue", "waiting", "memory", 200, 100),
     Target("start with a full queue", "waiting", "start to banner", 2, 2),
     Target("start after a kill, full queue", "waiting", "start to banner after a kill", 2, 2),
     *(
