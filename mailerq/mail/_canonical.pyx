@@ -267,16 +267,20 @@ def counted_names(
     """Return pairs of a name and how often a signature names it, as a tuple.
 
     The names of `always` stand once more than there are fields, others of `present` as often as
-    fields, in the order of these; of each name at most `most` fields count.
+    fields, in the order of these. A name with more than `most` fields stands `most` times:
+    verifiers count fields from the bottom up, so one time more would mean a field that is not
+    signed.
 
     >>> places = {b"to": [(0, 1), (1, 2)], b"x": [(2, 3)], b"y": [(3, 4)]}
     >>> counted_names(places, (b"to", b"cc"), frozenset((b"x",)), 100)
     ((b'to', 3), (b'cc', 1), (b'x', 1))
     """
     cdef list names = [], found
+    cdef Py_ssize_t count
     for name in always:
         found = places.get(name)
-        names.append((name, 1 if found is None else min(len(found), most) + 1))
+        count = 0 if found is None else len(found)
+        names.append((name, count + 1 if count <= most else most))
     for name, found in places.items():
         if name in present:
             names.append((name, min(len(found), most)))

@@ -12,6 +12,7 @@ stuffed, and a last line without an end has one.
 A field that others may not add either is *oversigned*: its name stands once more in ``h=`` than
 there are such fields. `OVERSIGNED` are the fields that mail programs show, or read the text by.
 Others are signed where present; Message-ID is one of them, because the next host may add one.
+A name with more than `MAX_INSTANCES` fields is not oversigned: the lowest of them are signed.
 """
 
 from __future__ import annotations
