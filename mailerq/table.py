@@ -395,7 +395,7 @@ class Table(ServerTable):
         "defer",
         choice("defer", "unsigned"),
         SIGNING,
-        "Mail with a key that cannot be read: try again later, or send without that signature.",
+        "Mail whose key is missing or cannot be read: try again later, or send without it.",
     )
     arc_seal: bool = setting(
         False, FLAG, SIGNING, "Seal received mail that goes on (ARC), by keys that are for arc."

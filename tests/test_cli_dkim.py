@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,33 @@ def test_check_config_names_keys_that_cannot_sign(tmp_path: Path, keys: Keys) ->
     folder = keys.directory / "a.test"
     assert f"note: the key {folder}/bad.pem is not a key in PEM" in said
     assert f"note: the key {folder}/open.pem can be read or written by every account" in said
+
+
+def test_check_config_names_domains_without_a_key_in_force(tmp_path: Path, keys: Keys) -> None:
+    for name in ("empty.test", "No Domain", "gone.test"):
+        (keys.directory / name).mkdir()
+    keys.add("good.test", "s1")
+    keys.add("old.test", "s1")
+    os.rename(keys.add("gone.test", "s1"), keys.directory / "gone.test" / "s1.pem.old")
+    file = tmp_path / "dkim.toml"
+    file.write_text(
+        '[[key]]\ndomain = "old.test"\nfrom = "*.old.test"\nnot-after = 2020-01-01\n'
+        '[[key]]\ndomain = "old.test"\nnot-after = 2020-01-01\n'
+        '[[key]]\ndomain = "none.test"\nsubdomains = true\n'
+        '[[key]]\ndomain = "good.test"\nsubdomains = true\n'
+        '[[key]]\ndomain = "good.test"\nfrom = "*"\nprotocols = "arc"\n'
+    )
+    settings = [f"--dkim-directory={keys.directory}", f"--dkim-file={file}"]
+    done = mailerq("check-config", *settings_in(tmp_path), *settings)
+    said = done.stdout.decode()
+    assert done.returncode == 0, said
+    found = re.findall(r"note: mail from (\S+) cannot be signed: (.{26})", said)
+    missing, old = "there is no key in " + f"{keys.directory}"[:7], "no key is in force now: /"
+    expected = {"empty.test": missing, "gone.test": missing, "none.test": missing}
+    expected |= {"*.none.test": missing, "old.test": old, "*.old.test": old}
+    assert {name: text[:25] for name, text in found} == {
+        name: text[:25] for name, text in expected.items()
+    }, said
 
 
 def test_a_daemon_does_not_start_with_a_bad_file(tmp_path: Path) -> None:

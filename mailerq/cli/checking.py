@@ -13,6 +13,7 @@ import pwd
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
@@ -53,7 +54,7 @@ from mailerq.rules.steering import Steering
 from mailerq.storage.opening import storage_problem
 from mailerq.store.row_file import FILE_NAME as ROWS_NAME
 from mailerq.store.row_file import RowFile
-from mailerq.store.signing_keys import survey
+from mailerq.store.signing_keys import keyless, survey
 
 __all__ = ["examine_changes", "main", "unset"]
 
@@ -494,7 +495,10 @@ def _foreign(config: Config) -> Iterator[str]:
 
 
 def _keys(config: Config) -> Iterator[str]:
-    """Keys that cannot sign, or that others can read. A daemon starts, and their mail waits."""
+    """Keys that cannot sign, or that others can read, and domains without a key in force.
+
+    A daemon starts, and their mail waits.
+    """
     if not (config.dkim_directory or config.dkim_file):
         return
     try:
@@ -506,11 +510,14 @@ def _keys(config: Config) -> Iterator[str]:
         for each in survey(config.dkim_directory, file):
             if text := each.problem or each.note:
                 found.append(f"the key {each.path} {text}")
+        for domain, text in keyless(config.dkim_directory, file, time.time()):
+            found.append(f"mail from {domain} cannot be signed: {text}")
     except OSError as error:
         found.append(f"dkim-directory: cannot read {error.filename}: {error.strerror}")
     yield from found[:MAX_NAMED]
     if len(found) > MAX_NAMED:
-        yield f"{len(found) - MAX_NAMED} more keys have mistakes; see 'mailerq dkim check'"
+        more = len(found) - MAX_NAMED
+        yield f"{more} more keys or domains have mistakes; 'mailerq dkim check' names all keys"
 
 
 def _notes(config: Config) -> Iterator[str]:

@@ -217,7 +217,7 @@ class Explainer:
             "signing": {
                 "from-domain": domain,
                 "keys": keys,
-                "problems": list(found.problems),
+                "problems": list(found.problems_at(now)),
                 "missing": missing,
             }
         }

@@ -44,8 +44,20 @@ from mailerq.mail.dkim import (
 from mailerq.mail.headers import HEADER_LIMIT
 from mailerq.net.logs import Ration
 from mailerq.outbound.sealing import Chains
-from mailerq.rules.signing import SigningFile, Source, keys_of_message, sources
-from mailerq.store.signing_keys import KeyFiles, KeyProblem, SigningKey, selectors_in
+from mailerq.rules.signing import (
+    SigningFile,
+    Source,
+    keys_of_message,
+    no_key_in_force,
+    sources,
+)
+from mailerq.store.signing_keys import (
+    KeyFiles,
+    KeyProblem,
+    SigningKey,
+    has_directory,
+    selectors_in,
+)
 from mailerq.turns import EndOfTurn
 from mailerq.wire._lines import Buffer
 from mailerq.wire.framing import BLOCK_BYTES, InBlocks, has_bare_newline, in_pairs
@@ -109,11 +121,22 @@ class Ready(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What is known about a From domain at a time, on the monotonic clock."""
+    """What is known about a From domain at a time, on the monotonic clock.
+
+    `problems` are those of keys that cannot be read, `keyless` the problem while none of `keys` is
+    in force; empty for a domain that has no place for keys.
+    """
 
     keys: tuple[Ready, ...] = ()
     problems: tuple[str, ...] = ()
+    keyless: str = ""
     checked: float = 0.0
+
+    def problems_at(self, now: float) -> tuple[str, ...]:
+        """What keeps the mail from having all its signatures at a time."""
+        if not self.keyless or any(ready.source.options.signs(now) for ready in self.keys):
+            return self.problems
+        return (*self.problems, self.keyless)
 
 
 NOTHING: Final = Found()
@@ -228,8 +251,10 @@ class Signer:
         finally:
             del self._flights[domain]
             flight.set()
-        for problem in found.problems:
-            self._say_problem("cannot sign mail from %s: %s", domain, problem)
+        is_deferred = snapshot.config.dkim_missing == "defer"
+        then = "" if is_deferred else " (dkim-missing: unsigned, so the mail goes without)"
+        for problem in found.problems_at(self.now()):
+            self._say_problem("cannot sign mail from %s%s: %s", domain, then, problem)
         if snapshot is self._snapshot:
             domains = self._domains
             domains.pop(domain, None)
@@ -249,7 +274,7 @@ class Signer:
             found = sources(file, domain, directory, lambda name: selectors_in(directory, name))
         except OSError as error:
             text = f"dkim-directory: cannot read {error.filename}: {error.strerror or error}"
-            return Found((), (text,), began)
+            return Found((), (text,), "", began)
         now = self.now()
         for source in found:
             try:
@@ -257,7 +282,9 @@ class Signer:
             except KeyProblem as error:
                 if source.options.is_in_force(now):
                     problems.append(f"the key {source.path} {error}")
-        return Found(tuple(keys), tuple(problems), began)
+        has = has_directory(directory, domain)
+        keyless = no_key_in_force(file, domain, directory, found, has_directory=has)
+        return Found(tuple(keys), tuple(problems), keyless, began)
 
     def _followed(self, config: Config) -> SigningFile:
         """The lines of `dkim-file`, read again if it has changed; the last good ones, if bad."""

@@ -16,6 +16,5 @@ cdef class Signing:
     cpdef _set(self, job, fields, found)
 
 
-cpdef _signs(ready, now)
 cpdef _seals(ready, now)
 cpdef _was_passed_on(job)

@@ -137,15 +137,16 @@ class Signing:
         except MessageError as error:
             self._problem = responses.unsendable(str(error))
             return
-        if found.problems and signer.config.dkim_missing == "defer":
-            self._problem = responses.cannot_sign(found.problems[0])
+        now = signer.now()
+        problems = found.problems_at(now)
+        if problems and signer.config.dkim_missing == "defer":
+            self._problem = responses.cannot_sign(problems[0])
             return
         self.is_prepared = True
         ready_keys = (*found.keys, *own) if own else found.keys
         if not ready_keys or b"from" not in fields or not fields.is_whole:
             return
-        now = signer.now()
-        keys = [ready for ready in ready_keys if _signs(ready, now)]
+        keys = [ready for ready in ready_keys if ready.source.options.signs(now)]
         if len(keys) > 1:
             keys.sort(key=_priority)
         self.keys = tuple(keys[:MAX_KEYS])
@@ -177,11 +178,6 @@ class Signing:
         return await self._signer.sign(
             self.keys, self._fields, sent, binary=binary, shared=shared, seal=self._seal
         )
-
-
-def _signs(ready: Ready, now: float) -> bool:
-    options = ready.source.options
-    return "dkim" in options.protocols and options.is_in_force(now)
 
 
 def _seals(ready: Ready, now: float) -> bool:

@@ -39,6 +39,7 @@ __all__ = [
     "field_problem",
     "from_domain",
     "keys_of_message",
+    "no_key_in_force",
     "parse_selector",
     "sources",
 ]
@@ -64,6 +65,8 @@ MAX_EXTRA: Final = 100
 """Names of additional fields that a key may sign."""
 MAX_FROM: Final = 8192
 """Bytes of a From field in which its first address is searched."""
+MAX_NAMED: Final = 3
+"""Keys, and places of keys, that one problem names."""
 KEY_CHARS: Final = 16384
 """Characters of a key in a message."""
 
@@ -111,6 +114,10 @@ class Options(msgspec.Struct, frozen=True):
             return False
         return not 0 < self.until <= now
 
+    def signs(self, now: float) -> bool:
+        """Whether the key may make DKIM signatures at a time."""
+        return "dkim" in self.protocols and self.is_in_force(now)
+
 
 class Source(msgspec.Struct, frozen=True):
     """A key that signs: its names, where it is (`path` or `pem`), and how it signs.
@@ -152,6 +159,14 @@ class Pattern(msgspec.Struct, frozen=True):
         if "*" in end or parse_domain(probe) != probe:
             raise AddressError(f"{text[:80]!a} is not a domain with one *")
         return cls(begin, end, True)
+
+    def __str__(self) -> str:
+        return f"{self.begin}*{self.end}" if self.is_wild else self.begin
+
+    @property
+    def example(self) -> str:
+        """A domain that matches."""
+        return f"{self.begin}x{self.end}" if self.is_wild else self.begin
 
     def matches(self, domain: str) -> bool:
         if not self.is_wild:
@@ -236,6 +251,50 @@ def sources(
             source = Source(domain, name.lower(), Options(), path, path)
             found.setdefault((domain, name.lower()), source)
     return list(found.values())
+
+
+def no_key_in_force(
+    file: SigningFile,
+    domain: str,
+    directory: str,
+    found: Sequence[Source],
+    *,
+    has_directory: bool,
+) -> str:
+    """Say what is wrong with a From domain while no key in `found` makes DKIM signatures.
+
+    `found` are the domain's `sources`. `has_directory`: the domain has a directory in `directory`.
+    Empty: the domain has no place for keys, and its mail is meant to go unsigned.
+    """
+    keys = [source for source in found if "dkim" in source.options.protocols]
+    if keys:
+        paths = _some([source.path for source in keys])
+        places = _some([source.where for source in keys])
+        return (
+            f"no key is in force now: {paths}. Change not-before or not-after in {places}, or name"
+            f" a new key there, which 'mailerq dkim new {keys[0].domain} SELECTOR' makes"
+        )
+    owners = [(domain, "the directory")] if has_directory else []
+    owners += [
+        (line.domain, line.where)
+        for line in file.lines
+        if not line.path and "dkim" in line.options.protocols and line.signs_for(domain)
+    ]
+    for owner, place in owners:
+        folder = f"{directory}/{owner}"
+        if not any(source.path.startswith(f"{folder}/") for source in found):
+            return (
+                f"there is no key in {folder}. Make one with 'mailerq dkim new {owner} SELECTOR',"
+                f" or remove {place} if the mail is to go unsigned"
+            )
+    return ""  # the keys that are there are for ARC alone
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of names, each once, and how many there are more."""
+    each = list(dict.fromkeys(names))
+    more = f" and {len(each) - MAX_NAMED} more" if len(each) > MAX_NAMED else ""
+    return ", ".join(each[:MAX_NAMED]) + more
 
 
 def _path(directory: str, domain: str, selector: str) -> str:

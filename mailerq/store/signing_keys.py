@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import Any, Final, NamedTuple
 
+from mailerq.address import parse_domain
 from mailerq.errors import AddressError
 from mailerq.mail.dkim import Algorithm
-from mailerq.rules.signing import SigningFile, parse_selector
+from mailerq.rules.signing import SigningFile, no_key_in_force, parse_selector, sources
 
 __all__ = [
     "ENDING",
@@ -25,6 +26,8 @@ __all__ = [
     "KeyProblem",
     "SigningKey",
     "Surveyed",
+    "has_directory",
+    "keyless",
     "read_key",
     "selectors_in",
     "survey",
@@ -202,6 +205,12 @@ def selectors_in(directory: str, domain: str) -> Sequence[str]:
     return [name for name in found if _is_selector(name)][:MAX_SELECTORS]
 
 
+def has_directory(directory: str, domain: str) -> bool:
+    """Whether a domain has a directory in `dkim-directory`, or a link to a missing one."""
+    folder = os.path.join(directory, domain)
+    return bool(directory and domain) and (os.path.isdir(folder) or os.path.islink(folder))
+
+
 def _is_selector(name: str) -> bool:
     try:
         parse_selector(name)
@@ -244,6 +253,32 @@ def survey(directory: str, file: SigningFile) -> Iterator[Surveyed]:
             yield Surveyed(domain, selector, path, None, str(error))
         else:
             yield Surveyed(domain, selector.lower(), path, key, "", _note(key, status))
+
+
+def keyless(directory: str, file: SigningFile, now: float) -> Iterator[tuple[str, str]]:
+    """Find the domains that have a place for keys, but no key in force, and say what is wrong.
+
+    A domain is one of a directory or of the `from` of a line, with its ``*``. Keys are not read.
+    Raises OSError.
+    """
+    examples = {str(pattern): pattern.example for line in file.lines for pattern in line.patterns}
+    folders = sorted(os.listdir(directory)) if directory else []
+    examples |= {name: name for name in folders if _is_domain(name)}
+    for name, domain in examples.items():
+        found = sources(file, domain, directory, lambda owner: selectors_in(directory, owner))
+        if any(source.options.signs(now) for source in found):
+            continue
+        has = has_directory(directory, domain)
+        text = no_key_in_force(file, domain, directory, found, has_directory=has)
+        if text:
+            yield name, text
+
+
+def _is_domain(name: str) -> bool:
+    try:
+        return parse_domain(name) == name
+    except AddressError:
+        return False
 
 
 def _named(directory: str, file: SigningFile) -> Iterator[tuple[str, str, str]]:

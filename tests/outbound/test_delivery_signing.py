@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import os
 from collections.abc import AsyncIterator
@@ -338,6 +339,90 @@ async def test_mail_goes_without_the_signature_of_a_bad_key_if_the_operator_says
         put(bench, MAILS["plain"])
         (mail,) = await sent(bench)
         await assert_verifies(mail, keys, port, selectors=["s2"])
+
+
+def expired(domain: str) -> str:
+    return f'[[key]]\ndomain = "{domain}"\nnot-after = 2020-01-01\n'
+
+
+def to_come(domain: str) -> str:
+    return f'[[key]]\ndomain = "{domain}"\nnot-before = 2999-01-01\n'
+
+
+WITHOUT_A_KEY = {
+    "empty": ("", False, "there is no key in {folder}. Make one with 'mailerq dkim new"),
+    "expired": (expired("example.com"), True, "no key is in force now: {folder}/s1.pem. Change"),
+    "to come": (to_come("example.com"), True, "no key is in force now: {folder}/s1.pem. Change"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_A_KEY)
+async def test_mail_waits_while_its_domain_has_a_place_for_keys_and_no_key_in_force(
+    case: str, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, has_key, text = WITHOUT_A_KEY[case]
+    folder = keys.directory / "example.com"
+    text = text.format(folder=folder)
+    folder.mkdir()
+    if has_key:
+        keys.add("example.com", "s1")
+    async with open_signing(keys, file=file) as (bench, port):
+        put(bench, MAILS["plain"])
+        result = await bench.retried()
+        assert (result["code"], result["status"]) == (451, "4.3.5")
+        assert text in result["description"]
+        assert f"cannot sign mail from example.com: {text}" in caplog.text
+        assert not any(command.startswith("MAIL") for command in bench.peer.commands)
+        keys.add("other.test", "s2")
+        (keys.directory.parent / "dkim.toml").write_text(
+            '[[key]]\ndomain = "other.test"\nselector = "s2"\nfrom = "example.com"\n' + file
+        )
+        if not file:
+            keys.add("example.com", "s2")
+        bench.dispatcher.signer._domains.clear()  # as after CHECK_SECONDS
+        await bench.pass_time(700)
+        (mail,) = await sent(bench)
+        await assert_verifies(mail, keys, port, selectors=["s2"])
+
+
+async def test_mail_of_a_domain_without_a_key_in_force_goes_if_the_operator_says_so(
+    keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    (keys.directory / "example.com").mkdir()
+    async with open_signing(keys, dkim_missing="unsigned") as (bench, _):
+        put(bench, MAILS["plain"])
+        (mail,) = await sent(bench)
+        assert signatures(mail) == []
+    said = "from example.com (dkim-missing: unsigned, so the mail goes without): there is no key"
+    assert f"cannot sign mail {said} in {keys.directory}/example.com. Make" in caplog.text
+
+
+async def test_mail_of_a_domain_without_a_place_for_keys_goes_without_a_word(
+    keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys.add("other.test", "s1")
+    async with open_signing(keys, file=expired("other.test")) as (bench, _):
+        put(bench, MAILS["plain"])
+        (mail,) = await sent(bench)
+        assert signatures(mail) == []
+    assert "cannot sign" not in caplog.text
+
+
+async def test_a_key_whose_time_ends_between_two_looks_leaves_no_mail_unsigned(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys.add("example.com", "s1")
+    end = datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC).timestamp()
+    file = '[[key]]\ndomain = "example.com"\nnot-after = 2100-01-01\n'
+    async with open_signing(keys, file=file) as (bench, _):
+        put(bench, MAILS["plain"])
+        (mail,) = await sent(bench)
+        assert len(signatures(mail)) == 1
+        monkeypatch.setattr(bench.dispatcher.signer, "now", lambda: end)
+        monkeypatch.setattr("mailerq.outbound.signer.CHECK_SECONDS", 1e9)  # no look
+        put(bench, MAILS["plain"])
+        result = await bench.retried()
+        assert "no key is in force now" in result["description"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from mailerq.rules.signing import (
     SigningFile,
     from_domain,
     keys_of_message,
+    no_key_in_force,
     parse_selector,
     sources,
 )
@@ -104,6 +105,42 @@ def test_all_options_are_read() -> None:
     assert line.where == f"{PATH}:1"
     for now, expected in ((first - 1, False), (first, True), (last - 1, True), (last, False)):
         assert options.is_in_force(now) is expected
+
+
+def without_a_key(text: str, domain: str, directory: dict[str, list[str]]) -> str:
+    """What is wrong with a From domain if no key of these is in force."""
+    file = parse(text)
+    found = sources(file, domain, "/keys", lambda name: directory.get(name, []))
+    return no_key_in_force(file, domain, "/keys", found, has_directory=domain in directory)
+
+
+def test_a_domain_without_a_place_for_keys_may_go_unsigned() -> None:
+    arc = '[[key]]\ndomain = "a.test"\nselector = "arc"\nfrom = "*"\nprotocols = "arc"\n'
+    assert without_a_key("", "b.test", {"a.test": ["s"]}) == ""
+    assert without_a_key(arc, "b.test", {}) == "", "a key for ARC is no key that is missing"
+    assert without_a_key(arc, "a.test", {"a.test": ["arc"]}) == ""
+    # A key has the options of the first line that names the key.
+    again = '[[key]]\ndomain = "a.test"\nselector = "arc"\nfrom = "b.test"\n'
+    assert without_a_key(arc + again, "b.test", {}) == ""
+
+
+def test_a_place_without_a_key_is_named_with_what_to_do() -> None:
+    said = without_a_key("", "a.test", {"a.test": []})
+    assert "there is no key in /keys/a.test." in said
+    assert "'mailerq dkim new a.test SELECTOR', or remove the directory" in said
+    line = '[[key]]\ndomain = "a.test"\nsubdomains = true\n'
+    said = without_a_key(line, "x.a.test", {})
+    assert "there is no key in /keys/a.test." in said
+    assert f"'mailerq dkim new a.test SELECTOR', or remove {PATH}:1 if" in said
+    assert without_a_key(line, "b.test", {}) == ""
+
+
+def test_keys_that_are_not_in_force_are_named() -> None:
+    line = '[[key]]\ndomain = "a.test"\nnot-after = 2020-01-01\n'
+    said = without_a_key(line, "a.test", {"a.test": ["s1", "s2", "s3", "s4", "s5"]})
+    paths = ", ".join(f"/keys/a.test/s{number}.pem" for number in (1, 2, 3))
+    assert f"no key is in force now: {paths} and 2 more. Change" in said
+    assert f"Change not-before or not-after in {PATH}:1, or name a new key there" in said
 
 
 @pytest.mark.parametrize(
