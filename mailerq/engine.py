@@ -52,6 +52,7 @@ from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.explaining import Question
 from mailerq.outbound.keeper import Keeper
 from mailerq.outbound.kept import KeptActions
+from mailerq.outbound.key_records import KeyRecords
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.listing import Wanted, list_flows
 from mailerq.outbound.openings import Openings
@@ -296,6 +297,7 @@ class Engine:
         self._resolver = Resolver(config)
         stack.callback(self._resolver.close)
         dane = Dane(self._resolver)
+        self._key_records = KeyRecords(self._live, self._resolver)
         self._outgoing = Slots(count_outgoing(config, connections), within=connections)
         self._openings = Openings(self._outgoing, self._workers[0])
         processes = 1 if self._share is None else config.smtp_processes
@@ -331,6 +333,7 @@ class Engine:
             )
         if not share:
             nursery.start_soon(dane.say)
+            nursery.start_soon(self._key_records.run)
         nursery.start_soon(self._limits.run)
         nursery.start_soon(self._keeper.run)
         nursery.start_soon(self._kept.run)
@@ -525,6 +528,7 @@ class Engine:
             ids.set_machine(config.server_id, config.hostname)
         self._resolver.configure(config)
         self._published.reload()
+        self._key_records.reload()
         react(self._limits, answers, self._kept)
         self._kept.follow(self._keeper.table, self._limits.refusals)
         regrouped = self._limits.change(shaping)

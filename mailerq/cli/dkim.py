@@ -264,43 +264,16 @@ def _finding(state: str, reason: str = "", todo: str = "") -> Answer:
 
 
 def _compare(surveyed: Surveyed, texts: tuple[bytes, ...]) -> Answer:
-    """What the records of a key's name say about the key. Verifiers may take any of several."""
-    from mailerq.mail.dkim_record import RecordProblem, read_record
+    """What the records of a key's name say about the key, and what to do."""
+    from mailerq.mail.dkim_record import GOOD, standing
 
     key = surveyed.key
     assert key is not None, "else there is nothing to compare"
-    publish = "publish the record that 'mailerq dkim show' prints"
-    if not texts:
-        return _finding("missing", "there is no TXT record", publish)
-    reasons: list[str] = []
-    for text in texts:
-        try:
-            record = read_record(text)
-        except RecordProblem as error:
-            reasons.append(str(error))
-            continue
-        if not record.key:
-            reasons.append("the key is revoked: p= is empty")
-        elif record.kind != key.algorithm.partition("-")[0]:
-            reasons.append(f"the record is for a key of {record.kind}")
-        elif record.key != key.public:
-            reasons.append("the record has another key")
-        elif not record.allows_sha256:
-            reasons.append("the record does not allow sha256: h=")
-        elif not record.allows_mail:
-            reasons.append("the record is not for mail: s=")
-        else:
-            several = _several(len(texts))
-            notes = [several] if several else []
-            if record.is_test:
-                notes.append("the record says that the key is a test: t=y")
-            todo = ""
-            if notes:
-                todo = "remove the other records" if several else "remove t=y once mail verifies"
-            return _finding("good", "; ".join(notes), todo)
-    return _finding("differs", "; ".join(dict.fromkeys(reasons)), publish)
-
-
-def _several(count: int) -> str:
-    """What is wrong with more than one record (RFC 6376, section 3.6.2.2)."""
-    return f"there are {count} records, and verifiers may take another one" if count > 1 else ""
+    found = standing(texts, key.algorithm, key.public)
+    if found.state != GOOD:
+        todo = "publish the record that 'mailerq dkim show' prints"
+    elif found.others:
+        todo = "remove the other records"
+    else:
+        todo = "remove t=y once mail verifies" if found.reason else ""
+    return _finding(found.state, found.reason, todo)

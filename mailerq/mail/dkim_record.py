@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import binascii
 import re
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-__all__ = ["Record", "RecordProblem", "read_record", "read_tags"]
+__all__ = [
+    "GOOD",
+    "Record",
+    "RecordProblem",
+    "Standing",
+    "read_record",
+    "read_tags",
+    "standing",
+]
 
 MAX_BYTES: Final = 8192
 """Bytes of a record, or of another list of tags; a key of 4096 bits takes 750."""
@@ -88,3 +97,54 @@ def read_record(text: bytes) -> Record:
 def _words(value: bytes) -> tuple[str, ...]:
     words = value.decode("ascii", "replace").lower().split(":")
     return tuple(word.strip() for word in words if word.strip())
+
+
+GOOD: Final = "good"
+
+
+class Standing(NamedTuple):
+    """What the records of a key's name say about the key.
+
+    `state` is `GOOD`, "missing" or "differs"; `reason` says what is wrong, or odd. A key that is
+    good may have `others` beside its record.
+    """
+
+    state: str
+    reason: str = ""
+    others: int = 0
+
+
+def standing(texts: Sequence[bytes], algorithm: str, public: str) -> Standing:
+    """Compare a key with the TXT records of its name.
+
+    `algorithm` is that of signatures, `public` the key in base64. Any of several records may have
+    the key: verifiers may take any (RFC 6376, section 3.6.2.2).
+    """
+    if not texts:
+        return Standing("missing", "there is no TXT record")
+    reasons: list[str] = []
+    for text in texts:
+        try:
+            record = read_record(text)
+        except RecordProblem as error:
+            reasons.append(str(error))
+            continue
+        if not record.key:
+            reasons.append("the key is revoked: p= is empty")
+        elif record.kind != algorithm.partition("-")[0]:
+            reasons.append(f"the record is for a key of {record.kind}")
+        elif record.key != public:
+            reasons.append("the record has another key")
+        elif not record.allows_sha256:
+            reasons.append("the record does not allow sha256: h=")
+        elif not record.allows_mail:
+            reasons.append("the record is not for mail: s=")
+        else:
+            others = len(texts) - 1
+            notes = []
+            if others:
+                notes.append(f"there are {len(texts)} records, and verifiers may take another one")
+            if record.is_test:
+                notes.append("the record says that the key is a test: t=y")
+            return Standing(GOOD, "; ".join(notes), others)
+    return Standing("differs", "; ".join(dict.fromkeys(reasons)))

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from mailerq.address import parse_domain
 from mailerq.errors import AddressError
 from mailerq.mail.dkim import Algorithm
-from mailerq.rules.signing import SigningFile, no_key_in_force, parse_selector, sources
+from mailerq.rules.signing import Line, SigningFile, no_key_in_force, parse_selector, sources
 
 __all__ = [
     "ENDING",
@@ -28,6 +28,7 @@ __all__ = [
     "Surveyed",
     "has_directory",
     "keyless",
+    "keys_in_force",
     "read_key",
     "selectors_in",
     "survey",
@@ -272,6 +273,32 @@ def keyless(directory: str, file: SigningFile, now: float) -> Iterator[tuple[str
         text = no_key_in_force(file, domain, directory, found, has_directory=has)
         if text:
             yield name, text
+
+
+def keys_in_force(directory: str, file: SigningFile, now: float) -> Iterator[tuple[str, str, str]]:
+    """Find the keys that sign mail or make ARC seals at a time: domain, selector and file of each.
+
+    Keys are not read. Raises OSError.
+    """
+    lines: dict[tuple[str, str], list[Line]] = {}
+    for line in file.lines:
+        lines.setdefault((line.domain, line.selector), []).append(line)
+    seen: set[tuple[str, str, str]] = set()
+    for domain, name, path in _named(directory, file):
+        selector = name.lower()
+        if (domain, selector, path) in seen or not _is_selector(name):
+            continue
+        seen.add((domain, selector, path))
+        folder = os.path.join(directory, domain, "")
+        is_ours = bool(directory) and path.startswith(folder)
+        options = []
+        for line in (*lines.get((domain, selector), ()), *lines.get((domain, ""), ())):
+            if line.path == path or (is_ours and not line.path):
+                options.append(line)
+        if any(line.options.is_in_force(now) for line in options) or (
+            is_ours and not any(line.signs_for(domain) for line in options)
+        ):
+            yield domain, selector, path
 
 
 def _is_domain(name: str) -> bool:
