@@ -157,6 +157,35 @@ def test_check_config_names_domains_without_a_key_in_force(tmp_path: Path, keys:
     }, said
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_said"),
+    [
+        (["--tls-report=true", "--tls-report-from=t@X.test"], True),
+        (["--tls-report-from=t@x.test"], False),
+        (["--tls-report=1", "--tls-report-from=t@X.test", "--dkim-directory={keys}"], True),
+        (["--tls-report=1", "--tls-report-from=t@old.test", "--dkim-file={file}"], True),
+        (["--tls-report=1", "--tls-report-from=t@A.test", "--dkim-directory={keys}"], False),
+        (["--tls-report=1", "--tls-report-from=t@sub.a.test", "--dkim-file={file}"], False),
+        (["--tls-report=1", "--tls-report-contact=t@x.test"], False),
+    ],
+)
+def test_check_config_says_if_tls_reports_go_unsigned(
+    tmp_path: Path, keys: Keys, settings: list[str], is_said: bool
+) -> None:
+    path = keys.add("a.test", "s1")
+    keys.add("old.test", "s1")
+    file = tmp_path / "dkim.toml"
+    file.write_text(
+        f'[[key]]\ndomain = "a.test"\nselector = "s1"\nfile = "{path}"\nsubdomains = true\n'
+        f'[[key]]\ndomain = "old.test"\nselector = "s1"\nfile = "{path}"\nnot-after = 2020-01-01\n'
+    )
+    more = [text.format(keys=keys.directory, file=file) for text in settings]
+    done = mailerq("check-config", *settings_in(tmp_path), *more)
+    said = done.stdout.decode()
+    assert done.returncode == 0, said + done.stderr.decode()
+    assert ("note: tls-report-from: no key signs mail from " in said) is is_said, said
+
+
 def test_a_daemon_does_not_start_with_a_bad_file(tmp_path: Path) -> None:
     path = tmp_path / "dkim.toml"
     path.write_text('[[key]]\ndomain = "a.test"\n')

@@ -22,13 +22,13 @@ from typing import Any, Final
 import trio
 
 from mailerq import inspection
-from mailerq.address import parse_lmtp
+from mailerq.address import parse_lmtp, parse_mailbox
 from mailerq.cli import control
 from mailerq.cli.common import command_parser, complain, print_json
 from mailerq.cli.daemon import lock_place, open_lock
 from mailerq.cli.logs import account_of, names
 from mailerq.config import Config
-from mailerq.errors import ConfigError, Problem, RowError
+from mailerq.errors import AddressError, ConfigError, Problem, RowError
 from mailerq.escaping import escape
 from mailerq.inbound.addresses import LocalAddresses
 from mailerq.inbound.auth import parse_backend
@@ -54,7 +54,7 @@ from mailerq.rules.steering import Steering
 from mailerq.storage.opening import storage_problem
 from mailerq.store.row_file import FILE_NAME as ROWS_NAME
 from mailerq.store.row_file import RowFile
-from mailerq.store.signing_keys import keyless, survey
+from mailerq.store.signing_keys import has_key, keyless, survey
 
 __all__ = ["examine_changes", "main", "unset"]
 
@@ -520,6 +520,25 @@ def _keys(config: Config) -> Iterator[str]:
         yield f"{more} more keys or domains have mistakes; 'mailerq dkim check' names all keys"
 
 
+def _unsigned_reports(config: Config) -> Iterator[str]:
+    """A sender of TLS reports whose domain has no key."""
+    if not (config.tls_report and config.tls_report_from):
+        return
+    try:
+        domain = parse_mailbox(config.tls_report_from, utf8=False).domain
+        file = SigningFile.of(config)
+        if has_key(config.dkim_directory, file, domain, time.time()):
+            return
+    except (AddressError, ConfigError, OSError):  # reported before
+        return
+    need = "" if config.dkim_directory else " after dkim-directory is set"
+    yield (
+        f"tls-report-from: no key signs mail from {domain}, and receivers refuse TLS reports"
+        " without a DKIM signature (RFC 8460). Make a key with"
+        f" 'mailerq dkim new {domain} SELECTOR'{need}"
+    )
+
+
 def _notes(config: Config) -> Iterator[str]:
     """No errors, but possible surprises."""
     directory = config.plugin_directory
@@ -556,6 +575,7 @@ def _notes(config: Config) -> Iterator[str]:
     keys: list[str] = []
     with suppress(OSError), _as_user(config):  # reported before: the account cannot be taken
         keys += _keys(config)
+        keys += _unsigned_reports(config)
     yield from keys
     if config.local_delivery:
         path, port = parse_lmtp(config.local_delivery)

@@ -27,6 +27,7 @@ __all__ = [
     "SigningKey",
     "Surveyed",
     "has_directory",
+    "has_key",
     "keyless",
     "keys_in_force",
     "read_key",
@@ -254,6 +255,12 @@ def survey(directory: str, file: SigningFile) -> Iterator[Surveyed]:
             yield Surveyed(domain, selector, path, None, str(error))
         else:
             yield Surveyed(domain, selector.lower(), path, key, "", _note(key, status))
+
+
+def has_key(directory: str, file: SigningFile, domain: str, now: float) -> bool:
+    """Whether a key signs mail from a domain at a time. Keys are not read. Raises OSError."""
+    found = sources(file, domain, directory, lambda owner: selectors_in(directory, owner))
+    return any(source.options.signs(now) for source in found)
 
 
 def keyless(directory: str, file: SigningFile, now: float) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,7 @@ from tests.outbound.kit import Peer
 from tests.outbound.memory_queues import MemoryQueues
 from tests.outbound.sts_kit import policy_text
 from tests.outbound.tls_kit import Certificates, starttls
+from tests.signing_kit import Keys, dkimpy_says, signatures, tags
 from tests.support import configure, until
 
 RECORD = ("_mta-sts.d.example", "TXT")
@@ -185,13 +186,19 @@ async def test_handshakes_count_once_for_each_connection(bench: Bench) -> None:
     assert session.result == "" and 1 <= count <= connections
 
 
-async def test_a_report_goes_out_and_causes_no_other_report(bench: Bench) -> None:
-    yesterday = Day(Day.of(time.time()).begin - 86400)
+def count_yesterday(bench: Bench, day: Day) -> TlsCounts:
+    """Count sessions with a domain that wants its reports at another one, the peer's."""
     queue = bench.directory / "queue"
     queue.mkdir()
     file = TlsCounts(str(queue))
-    file.add({(yesterday.begin, Session("r.example", "no-policy-found", "")): 3})
+    file.add({(day.begin, Session("r.example", "no-policy-found", "")): 3})
     bench.dns.zone["_smtp._tls.r.example", "TXT"] = ['"v=TLSRPTv1; rua=mailto:tls@d.example"']
+    return file
+
+
+async def test_a_report_goes_out_and_causes_no_other_report(bench: Bench) -> None:
+    yesterday = Day(Day.of(time.time()).begin - 86400)
+    file = count_yesterday(bench, yesterday)
     async with bench.engine(tls_report=True, tls_report_from="t@x.example") as engine:
         file.plan(Day.of(time.time()).begin, 0, 1)
         await engine.commands()["policies"]({"send": True})  # type: ignore[misc]
@@ -208,6 +215,33 @@ async def test_a_report_goes_out_and_causes_no_other_report(bench: Bench) -> Non
         await send(engine)
         await until(lambda: len(bench.peer.mails) == 2)
     assert file.domains(Day.of(time.time()).begin) == ["d.example"]
+
+
+async def test_a_report_is_signed_by_the_domain_of_its_sender_with_its_own_fields(
+    bench: Bench,
+) -> None:
+    file = count_yesterday(bench, Day(Day.of(time.time()).begin - 86400))
+    directory = bench.directory / "dkim"
+    keys = Keys(directory)
+    for domain in ("x.example", "b.example", "mx.test"):
+        keys.add(domain, "s1")
+    settings = {"tls_report": True, "tls_report_from": "t@X.example"}
+    async with bench.engine(dkim_directory=str(directory), **settings) as engine:
+        file.plan(Day.of(time.time()).begin, 0, 1)
+        await engine.commands()["policies"]({"send": True})  # type: ignore[misc]
+        await until(lambda: bench.peer.mails)
+    (mail,) = bench.peer.mails
+    (signature,) = signatures(mail.body)
+    found = tags(signature)
+    assert (found["d"], found["s"]) == ("x.example", "s1")
+    names = found["h"].lower().split(":")
+    for name in ("TLS-Report-Domain", "TLS-Report-Submitter", "TLS-Required"):
+        assert names.count(name.lower()) == 1
+        assert mail.body.count(f"\r\n{name}: ".encode()) == 1
+        wrong = mail.body.replace(f"\r\n{name}: ".encode(), f"\r\n{name}: x".encode())
+        assert dkimpy_says(wrong, keys.records) == [False]
+    assert {"from", "to", "subject", "date", "content-type", "message-id"} < {*names}
+    assert dkimpy_says(mail.body, keys.records) == [True]
 
 
 async def test_a_report_goes_in_spite_of_the_policy_of_its_recipient(bench: Bench) -> None:
