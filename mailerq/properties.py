@@ -277,7 +277,7 @@ PROPERTIES: Final = (
             Key("notify", "NOTIFY of RCPT: `NEVER`, or of `SUCCESS,FAILURE,DELAY`. Absent:"
                 " `dsn-notify`."),
             Key("ret", "RET of MAIL: `FULL` or `HDRS`. Absent: `dsn-ret`."),
-            Key("orcpt", "ORCPT of RCPT: `rfc822;address`."),
+            Key("orcpt", "ORCPT of RCPT: `rfc822;address`, or `utf-8;address` (RFC 6533)."),
             Key("envid", "ENVID of MAIL."),
             Key("envelope", "The address in From of reports. Absent: `dsn-envelope`."),
             Key("mta", "The host that reports name as their maker. Absent: `dsn-mta`."),

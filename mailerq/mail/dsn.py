@@ -51,6 +51,7 @@ from mailerq.mail.headers import (
 )
 from mailerq.mail.parts import encode_text
 from mailerq.mail.seven_bit import to_seven_bit
+from mailerq.wire import unitext
 from mailerq.wire.framing import in_pairs
 
 __all__ = ["NOTHING", "Excerpt", "Facts", "Recipient", "excerpt", "is_quick", "make"]
@@ -290,8 +291,7 @@ def _status_part(facts: Facts, event: str, recipients: Sequence[Recipient]) -> b
     lines.date("Arrival-Date", facts.arrival)
     for each in recipients:
         lines.pieces.append(b"\r\n")
-        kind, _, address = each.original.partition(";")
-        lines.add("Original-Recipient", address and f"{kind}; {address}")
+        lines.add("Original-Recipient", _original(each.original, is_global))
         kind = "rfc822" if each.address.isascii() else "utf-8"
         lines.add("Final-Recipient", f"{kind}; {each.address}")
         lines.add("Action", event)
@@ -307,6 +307,18 @@ def _status_part(facts: Facts, event: str, recipients: Sequence[Recipient]) -> b
     encoding, encoded = encode_text(content.decode())
     head = b"Content-Type: message/global-delivery-status\r\nContent-Transfer-Encoding: %b\r\n\r\n"
     return head % encoding + encoded
+
+
+def _original(orcpt: str, is_global: bool) -> str:
+    """The value of Original-Recipient; an address of the type utf-8 is plain in a global part."""
+    kind, _, address = orcpt.partition(";")
+    if kind.lower() == unitext.KIND:
+        try:
+            plain = unitext.unquote(address)
+        except ValueError:
+            return ""  # `Recipient` may have come from anywhere
+        address = plain if is_global else unitext.quote(plain, ascii=True)
+    return f"{kind}; {address}" if address else ""
 
 
 _CLASSES: Final = {"failed": 5, "delayed": 4, "delivered": 2, "relayed": 2}

@@ -38,6 +38,7 @@ from mailerq.mail.dsn import Excerpt, Facts, Recipient
 from mailerq.mail.dsn_texts import Texts
 from mailerq.message import Message, Result, parse_time
 from mailerq.rules.routes import reception_queue
+from mailerq.wire import unitext
 from mailerq.wire.parameters import ORCPT_LIMIT, dsn_parameters
 
 if TYPE_CHECKING:
@@ -369,6 +370,11 @@ def _is_notify(value: object) -> bool:
 
 def _is_orcpt(value: str) -> bool:
     kind, _, address = value.partition(";")
+    if kind.lower() == unitext.KIND:
+        try:
+            unitext.unquote(address)
+        except ValueError:
+            return False
     return bool(_ATOM(kind) and address) and value.isprintable() and len(value) <= ORCPT_LIMIT
 
 

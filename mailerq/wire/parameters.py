@@ -1,7 +1,7 @@
 """Parse and write the parameters of MAIL and RCPT, and the attributes of XCLIENT.
 
 Parameters come from extensions: SIZE (RFC 1870), BODY (RFC 6152 and 3030), SMTPUTF8 (RFC 6531),
-AUTH (RFC 4954), RET, ENVID, NOTIFY and ORCPT (RFC 3461), REQUIRETLS (RFC 8689).
+AUTH (RFC 4954), RET, ENVID, NOTIFY and ORCPT (RFC 3461 and 6533), REQUIRETLS (RFC 8689).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from mailerq.wire import smtp
+from mailerq.wire import smtp, unitext
 from mailerq.wire.smtp import Reply
 
 __all__ = [
@@ -34,7 +34,7 @@ ENVID_LIMIT: Final = 100
 """Characters of an envelope id, decoded (RFC 3461, section 4.4)."""
 
 ORCPT_LIMIT: Final = 500
-"""Characters of ORCPT with its type (RFC 3461, section 4.2)."""
+"""Bytes of ORCPT with its type, as it is sent (RFC 3461, section 4.2)."""
 
 SIZE_DIGITS: Final = 20
 """Digits of a SIZE (RFC 1870, section 4)."""
@@ -97,14 +97,20 @@ class MailParameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RcptParameters:
-    """The parameters of RCPT. `orcpt` is ``type;address``, decoded."""
+    """The parameters of RCPT. `orcpt` is ``type;address``, decoded from xtext.
+
+    An address of the type ``utf-8`` keeps its form, see `mailerq.wire.unitext`.
+    """
 
     notify: tuple[str, ...] = ()
     orcpt: str | None = None
 
     @classmethod
-    def parse(cls, text: str, offered: Collection[str]) -> RcptParameters:
-        """Parse the text after the path. Raises `ParameterError`: 555 if not `offered`."""
+    def parse(cls, text: str, offered: Collection[str], *, utf8: bool = False) -> RcptParameters:
+        """Parse the text after the path. Raises `ParameterError`: 555 if not `offered`.
+
+        `utf8`: MAIL had SMTPUTF8, so ORCPT may have characters beside ASCII.
+        """
         if not text:
             return NO_RCPT_PARAMETERS
         values = _split(text, offered)
@@ -116,9 +122,11 @@ class RcptParameters:
                 raise ParameterError(smtp.BAD_PARAMETER_VALUE)
         orcpt = values.get("ORCPT")
         if orcpt is not None:
+            if len(orcpt.encode()) > ORCPT_LIMIT:
+                raise ParameterError(smtp.BAD_PARAMETER_VALUE)
             kind, separator, address = orcpt.partition(";")
-            address = decode_xtext(address)
-            if not separator or not _ATOM(kind) or not address or len(orcpt) > ORCPT_LIMIT:
+            address = _original(kind, address, utf8)
+            if not separator or not _ATOM(kind) or not address:
                 raise ParameterError(smtp.BAD_PARAMETER_VALUE)
             orcpt = f"{kind};{address}"
         return cls(notify=notify, orcpt=orcpt)
@@ -162,6 +170,21 @@ def _size(text: str) -> int:
     return int(text)
 
 
+def _original(kind: str, address: str, utf8: bool) -> str:
+    """The address of ORCPT, as the property has it."""
+    if kind.lower() != unitext.KIND:
+        return decode_xtext(address)
+    if address.isascii():
+        address = decode_xtext(address)  # RFC 5337 had xtext around it
+    elif not utf8 or not {"+", "="}.isdisjoint(address):
+        raise ParameterError(smtp.BAD_PARAMETER_VALUE)
+    try:
+        unitext.unquote(address)
+    except ValueError:
+        raise ParameterError(smtp.BAD_PARAMETER_VALUE) from None
+    return address
+
+
 def decode_xtext(text: str) -> str:
     """Decode xtext (RFC 3461, section 4). The result must be printable ASCII."""
     if not _XTEXT(text):
@@ -177,10 +200,10 @@ def encode_xtext(text: str) -> str:
     return _NOT_XTEXT.sub(lambda match: f"+{ord(match[0]):02X}", text)
 
 
-def dsn_parameters(dsn: Mapping[str, object]) -> tuple[str, str]:
+def dsn_parameters(dsn: Mapping[str, object], *, utf8: bool = True) -> tuple[str, str]:
     """Make the parameters of MAIL and RCPT from the property ``dsn``, each after a space.
 
-    The property is not trusted: invalid values are left out.
+    `utf8`: MAIL has SMTPUTF8. The property is not trusted: invalid values are left out.
     """
     mail = rcpt = ""
     ret, envid = dsn.get("ret"), dsn.get("envid")
@@ -193,11 +216,23 @@ def dsn_parameters(dsn: Mapping[str, object]) -> tuple[str, str]:
         events = notify.upper().replace(" ", "").split(",")
         if not set(events) - _NOTIFY and ("NEVER" not in events or len(events) == 1):
             rcpt += f" NOTIFY={','.join(events)}"
-    if isinstance(orcpt, str) and orcpt.isascii() and len(orcpt) <= ORCPT_LIMIT:
+    if isinstance(orcpt, str) and len(orcpt) <= ORCPT_LIMIT:
         kind, _, address = orcpt.partition(";")
-        if _ATOM(kind) and address:
-            rcpt += f" ORCPT={kind};{encode_xtext(address)}"
+        encoded = _encoded_original(kind, address, utf8)
+        if encoded and _ATOM(kind):
+            rcpt += f" ORCPT={kind};{encoded}"
     return mail, rcpt
+
+
+def _encoded_original(kind: str, address: str, utf8: bool) -> str:
+    """The address for ORCPT; empty if there is no form of it that can stand there."""
+    if kind.lower() != unitext.KIND:
+        return encode_xtext(address) if address.isascii() else ""
+    try:
+        encoded = unitext.requote(address, ascii=not utf8)
+    except ValueError:
+        return ""
+    return encoded if len(f"{kind};{encoded}".encode()) <= ORCPT_LIMIT else ""
 
 
 def envelope_commands(
@@ -228,7 +263,7 @@ def envelope_commands(
         mail += " REQUIRETLS"
     rcpt = ""
     if dsn and "DSN" in extensions:
-        more, rcpt = dsn_parameters(dsn)
+        more, rcpt = dsn_parameters(dsn, utf8=utf8)
         mail += more
     return f"MAIL FROM:<{envelope}>{mail}\r\n".encode(), f"RCPT TO:<{recipient}>{rcpt}\r\n".encode()
 

@@ -532,7 +532,9 @@ class ServerProtocol:
         try:
             recipient = parse_path(split[0], postmaster=True)
             parameters = RcptParameters.parse(
-                split[1], RCPT_KEYWORDS if self.settings.extended and self.settings.dsn else ()
+                split[1],
+                RCPT_KEYWORDS if self.settings.extended and self.settings.dsn else (),
+                utf8=self.mail.parameters.utf8,
             )
         except AddressError:
             return self._recipient_failed(smtp.BAD_RECIPIENT)

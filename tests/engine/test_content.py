@@ -558,7 +558,7 @@ async def test_what_was_asked_for_in_parameters_stands_in_the_message(tmp_path: 
             assert await dialog.codes(
                 "MAIL FROM:<ä@b.test> SMTPUTF8 BODY=BINARYMIME RET=HDRS ENVID=a+2Bb",
                 "RCPT TO:<ö@d.test> NOTIFY=SUCCESS,DELAY ORCPT=rfc822;x@y.test",
-                "RCPT TO:<c@d.test>",
+                "RCPT TO:<c@d.test> ORCPT=utf-8;ö\\x{2B}x@d.test",
             ) == [250, 250, 250]
             await dialog.send(b"BDAT 4\r\n\0\n\r\xff")
             assert (await dialog.reply()).startswith("250")
@@ -571,7 +571,11 @@ async def test_what_was_asked_for_in_parameters_stands_in_the_message(tmp_path: 
         "notify": "SUCCESS,DELAY",
         "orcpt": "rfc822;x@y.test",
     }
-    assert second.properties["dsn"] == {"ret": "HDRS", "envid": "a+b"}
+    assert second.properties["dsn"] == {
+        "ret": "HDRS",
+        "envid": "a+b",
+        "orcpt": r"utf-8;ö\x{2B}x@d.test",
+    }
     for message in (first, second):
         assert (message.properties["smtputf8"], message.properties["binarymime"]) == (True, True)
         assert message.body is not None

@@ -255,6 +255,22 @@ def test_international_addresses_use_the_types_for_them() -> None:
     assert "Diagnostic-Code: smtp; 550 nö" in text
 
 
+@pytest.mark.parametrize(
+    "original",
+    ["utf-8;jörg+x@c.test", r"utf-8;j\x{F6}rg\x{2B}x@c.test", r"UTF-8;jörg\x{2B}x@c.test"],
+)
+def test_an_international_original_recipient_has_the_form_of_its_part(original: str) -> None:
+    """RFC 6533, section 3: escaped in an ASCII part, plain in a global one."""
+    kind = original.partition(";")[0]
+    recipient = Recipient("bob@c.test", "5.1.1", original=original)
+    told = status(parsed(made(recipient)))[1]
+    assert told["Original-Recipient"] == rf"{kind}; j\x{{F6}}rg\x{{2B}}x@c.test"
+    section = made(recipient, utf8=True).split(b"--=_dsn")[2].partition(b"\r\n\r\n")[2]
+    assert f"Original-Recipient: {kind}; jörg+x@c.test\r\n" in quopri.decodestring(section).decode()
+    broken = Recipient("bob@c.test", "5.1.1", original=r"utf-8;\x{D800}@c.test")
+    assert "Original-Recipient" not in status(parsed(made(broken)))[1]
+
+
 def test_a_reply_in_8_bits_is_shown_in_ascii_otherwise() -> None:
     report = parsed(made(Recipient("bob@c.test", "5.0.0", "smtp; 550 café")))
     assert status(report)[1]["Diagnostic-Code"] == r"smtp; 550 caf\xe9"

@@ -184,6 +184,7 @@ def test_invalid_wishes_are_left_out() -> None:
     assert found.arrival == NOW - 400
     assert bounce(dsn={"orcpt": "rfc822;" + "x" * 500}).recipient.original == ""
     assert bounce(dsn={"orcpt": "rfc822;a\r\nb"}).recipient.original == ""
+    assert bounce(dsn={"orcpt": r"utf-8;\x{D800}@b.test"}).recipient.original == ""
     assert bounce(connection="x", dsn="x").client == ""
 
 

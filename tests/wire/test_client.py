@@ -744,6 +744,7 @@ def test_client_and_server_agree_on_mail_after_mail(step: int) -> None:
         ({"orcpt": "r f c;x"}, b"", b""),
         ({"ret": 1, "envid": None, "notify": ["x"], "orcpt": {}}, b"", b""),
         ({"envid": "ä", "orcpt": "rfc822;ä"}, b"", b""),
+        ({"orcpt": "utf-8;ä@z.test"}, b"", rb" ORCPT=utf-8;\x{E4}@z.test"),
     ],
 )
 def test_dsn_goes_on_to_a_peer_that_knows_it(

@@ -113,6 +113,9 @@ RCPT TO:<c@d.test> NOTIFY=           503 503 501 501
 RCPT TO:<c@d.test> ORCPT=rfc822;c+40d.test 503 503 250 250
 RCPT TO:<c@d.test> ORCPT=c@d.test    503 503 501 501
 RCPT TO:<c@d.test> ORCPT=rfc822;c+0D+0A 503 503 501 501
+RCPT TO:<c@d.test> ORCPT=utf-8;ö@d.test 503 503 501 501
+RCPT TO:<c@d.test> ORCPT=utf-8;\\x{F6}@d.test 503 503 250 250
+RCPT TO:<c@d.test> ORCPT=utf-8;\\x{D800}@d.test 503 503 501 501
 RCPT                                 503 503 501 501
 DATA                                 503 503 503 354
 DATA now                             501 501 501 501
