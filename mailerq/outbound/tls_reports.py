@@ -114,6 +114,11 @@ ABOUT_NAMES: Final = (
 )  # fmt: skip
 """Failures under one of two policies; others are failures under both."""
 
+UNUSABLE: Final = TlsFailure(
+    Reason.TLSA_INVALID, "none of the TLSA records is usable", "no-usable-tlsa-record"
+)
+"""What counts under records of which none is usable, if nothing else failed. The mail has gone."""
+
 T = TypeVar("T")
 Counts = dict[tuple[int, Session], int]
 
@@ -178,20 +183,27 @@ class TlsReports:
         if not self._config.tls_report or domain.startswith("["):
             return
         applied: list[tuple[str, str]] = []
-        if records is not None:
+        unknown = failure is not None and failure.reason is Reason.DNSSEC_INVALID
+        if records is not None or unknown:
             applied.append((TLSA, _text(_of_tlsa(records), (host,))))
         if policy.sts is not None:
             applied.append((STS, _text(self._lines(policy.sts), policy.sts.mx_patterns)))
+        unusable = records is not None and not records.records
         for kind, text in applied or [(NO_POLICY, "")]:
-            if failure is None:
-                self._count(Session(domain, kind, text))
-            elif len(applied) < 2 or _is_about(failure, kind):
+            own = failure
+            if failure is not None and len(applied) > 1 and not _is_about(failure, kind):
+                own = None
+            if own is None and kind == TLSA and unusable:
+                own = UNUSABLE
+            if own is not None:
                 self._count(
                     Session(
-                        domain, kind, text, str(failure.reason), local_ip, host[:MAX_STRING],
-                        helo[:MAX_STRING], remote_ip, failure.code[:MAX_STRING],
+                        domain, kind, text, str(own.reason), local_ip, host[:MAX_STRING],
+                        helo[:MAX_STRING], remote_ip, own.code[:MAX_STRING],
                     )
                 )  # fmt: skip
+            elif failure is None:
+                self._count(Session(domain, kind, text))
 
     def policy_failed(self, domain: str, policy: StsPolicy | None, failed: FetchFailed) -> None:
         """Count a policy of MTA-STS that could not be fetched; `policy` is in force instead."""
@@ -460,10 +472,10 @@ def _parts(text: str) -> tuple[Sequence[str], Sequence[str]]:
     return strings, hosts
 
 
-def _of_tlsa(found: TlsaSet) -> list[str]:
+def _of_tlsa(found: TlsaSet | None) -> list[str]:
     return [
         f"{record.usage} {record.selector} {record.matching} {record.data.hex()}"
-        for record in sorted(found.records)
+        for record in sorted(() if found is None else found.records)
     ]
 
 

@@ -7,6 +7,7 @@ import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,11 +16,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from mailerq.config import Config
+from mailerq.live import Live
 from mailerq.net.dane import Dane
 from mailerq.net.resolver import Resolver
 from mailerq.outbound.policies import Policies
+from mailerq.outbound.tls_reports import TlsReports
 from mailerq.rules.security import Reason
 from mailerq.settings import DnsServer as Address
+from mailerq.store.tls_counts import TlsCounts
 from tests.net.dns_server import NXDOMAIN, DnsServer, Records, open_dns_server
 from tests.outbound.kit import Bench, PeerConnection, Script, open_bench
 from tests.outbound.tls_kit import NAME, Recorded, breaks, starttls
@@ -75,8 +79,9 @@ async def open_world(
     *scripts: Script,
     insecure: str = "nothing",
     more: dict[tuple[str, str], Records] | None = None,
+    recorder: Any = None,
     **settings: Any,
-) -> AsyncIterator[tuple[Bench, DnsServer, Recorded]]:
+) -> AsyncIterator[tuple[Bench, DnsServer, Any]]:
     """Deliveries to d.test and e.test, whose host has these TLSA records, whatever its port."""
     table: dict[tuple[str, str], Records] = {
         ("d.test", "MX"): [f"10 {NAME}."],
@@ -102,7 +107,7 @@ async def open_world(
             smtp_out_port=2525,
         )
         resolver: Any = Resolver(config)
-        recorder = Recorded()
+        recorder = recorder or Recorded()
         policies = Policies(dane=Dane(resolver), recorder=recorder)
         async with open_bench(*scripts, resolver=resolver, policies=policies, **settings) as bench:
             yield bench, server, recorder
@@ -183,6 +188,48 @@ async def test_each_kind_of_records_with_each_peer(
                 assert result["certificate"]["verified"] is (expected is VERIFIED)
         asked = any(kind == "TLSA" for _, kind in server.questions)
         assert asked is (not row.startswith("insecure"))
+
+
+@pytest.mark.parametrize(
+    ("records", "goes", "results"),
+    [
+        ("ee ok", True, {("tlsa", "")}),
+        ("none", True, {("no-policy-found", "")}),
+        ("unusable", True, {("tlsa", "tlsa-invalid")}),
+        ("servfail", False, {("tlsa", "dnssec-invalid")}),
+    ],
+)
+async def test_a_tls_report_says_what_became_of_the_records(
+    chains: dict[str, Chain],
+    tmp_path: Path,
+    records: str,
+    goes: bool,
+    results: set[tuple[str, str]],
+) -> None:
+    zone: dict[str, Records] = {
+        "ee ok": [chains["good"].tlsa(3)],
+        "none": [],
+        "unusable": [f"1 1 1 {'ab' * 32}", f"3 1 9 {'ab' * 32}"],
+        "servfail": SERVFAIL,
+    }
+    config = Config(
+        hostname="me.test",
+        queue_directory=str(tmp_path),
+        tls_report=True,
+        tls_report_contact="a@me.test",
+    )
+    resolver: Any = Resolver(config)
+    file = TlsCounts(config.queue_directory)
+    nowhere: Any = None
+    reports = TlsReports(Live(config), resolver, nowhere, file, nowhere)
+    script = starttls(chains["good"].context)
+    async with open_world(zone[records], script, script, recorder=reports) as (bench, _, _):
+        bench.send()
+        await (bench.results() if goes else bench.retried())
+    await reports.flush()
+    (day,) = file.days()
+    found = file.sessions(day, "d.test")
+    assert {(session.kind, session.result) for session, _ in found} == results
 
 
 async def test_the_next_host_is_used_where_the_records_of_one_cannot_be_known(

@@ -230,6 +230,61 @@ async def test_a_session_counts_under_the_policy_that_it_is_about(
         assert policies["tlsa"]["policy"]["mx-host"] == ["mx.d.example"]
 
 
+UNUSABLE = TlsaSet("mx.d.example", frozenset())
+UNKNOWN = TlsFailure(Reason.DNSSEC_INVALID, "its TLSA records cannot be known")
+NO_STARTTLS = TlsFailure(Reason.NO_STARTTLS, "x")
+
+
+@pytest.mark.parametrize("sts", [None, STS])
+@pytest.mark.parametrize(
+    ("tlsa", "failure", "results"),
+    [
+        (TLSA, None, {"tlsa": "", "sts": ""}),
+        (UNUSABLE, None, {"tlsa": "tlsa-invalid", "sts": ""}),
+        (UNUSABLE, NO_STARTTLS, {"tlsa": str(Reason.NO_STARTTLS), "sts": str(Reason.NO_STARTTLS)}),
+        (None, UNKNOWN, {"tlsa": "dnssec-invalid"}),
+        (None, NO_STARTTLS, {"sts": str(Reason.NO_STARTTLS)}),
+        (None, None, {"sts": ""}),
+    ],
+)
+async def test_the_state_of_tlsa_records_counts_under_tlsa(
+    bench: Bench,
+    tlsa: TlsaSet | None,
+    failure: TlsFailure | None,
+    results: dict[str, str],
+    sts: StsPolicy | None,
+) -> None:
+    """RFC 8460, section 4.3.2.1."""
+    bench.tell(failure, sts=sts, tlsa=tlsa)
+    await bench.reports.flush()
+    day = Day.of(bench.clock.now).begin
+    found = TlsCounts(bench.config.queue_directory).sessions(day, "d.example")
+    if sts is None:
+        without = {kind: result for kind, result in results.items() if kind != "sts"}
+        results = without or {"no-policy-found": results["sts"]}
+    assert {session.kind: session.result for session, _ in found} == results
+    assert all(count == 1 for _, count in found)
+    if "tlsa" in results:
+        await bench.next_day()
+        await bench.reports.round()
+        (told,) = [p for p in bench.report()["policies"] if p["policy"]["policy-type"] == "tlsa"]
+        assert told["policy"]["mx-host"] == ["mx.d.example"]
+        details = told.get("failure-details", [])
+        assert [each["result-type"] for each in details] == [results["tlsa"]] * len(details)
+        assert bool(details) is bool(results["tlsa"])
+
+
+async def test_unusable_records_count_beside_a_failure_of_mta_sts(bench: Bench) -> None:
+    bench.tell(EXPIRED, sts=STS, tlsa=UNUSABLE)
+    await bench.reports.flush()
+    day = Day.of(bench.clock.now).begin
+    found = TlsCounts(bench.config.queue_directory).sessions(day, "d.example")
+    assert {session.kind: session.result for session, _ in found} == {
+        "tlsa": "tlsa-invalid",
+        "sts": "certificate-expired",
+    }
+
+
 async def test_sessions_without_a_policy_and_policies_without_a_fetch_count_too(
     bench: Bench,
 ) -> None:
