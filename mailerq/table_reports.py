@@ -64,6 +64,16 @@ class ReportTable(Table):
         unit="s",
         minimum=1,
     )
+    dsn_wait: float = setting(
+        2.0,
+        SECONDS,
+        REPORTS,
+        "How long the report of a failure waits for failures of other recipients of the same mail,"
+        " so that they share a report; 0 disables.",
+        unit="s",
+        minimum=0,
+        maximum=10,
+    )
     dsn_envelope: str = setting(
         "",
         MAILBOX,

@@ -3,6 +3,7 @@
 A report is published in the commit that settles the message it is about, so it exists if and only
 if that message is settled, also after a crash. Recipients of one mail whose messages are in the
 same batch share a report: their messages say the same about the mail, and quote the same of it.
+`mailerq.outbound.together` brings them into one batch.
 
 Everything here runs on the home worker. Making a report takes about a tenth of a millisecond, so a
 batch yields to other tasks now and then; a long mail is read in a thread.

@@ -52,7 +52,7 @@ from mailerq.outbound.pause import Pause
 from mailerq.outbound.policies import NO_POLICIES, Policies
 from mailerq.outbound.seeing import Seeing
 from mailerq.outbound.session import Session
-from mailerq.outbound.settlement import MIN_BACKOFF_SECONDS, SETTLERS, Counters, Settlements
+from mailerq.outbound.settlement import MIN_BACKOFF_SECONDS, Counters, Settlements
 from mailerq.outbound.signer import Signer
 from mailerq.outbound.signing import Signing
 from mailerq.outbound.sites import HostMemory, Site, Sites
@@ -250,8 +250,8 @@ class Dispatcher:
         ):
             self._bodies = Bodies(subscription)
             self._settlements.nursery = self._nursery
-            for _ in range(SETTLERS):
-                self._nursery.start_soon(self._settlements.run)
+            for task in self._settlements.tasks:
+                self._nursery.start_soon(task)
             self._nursery.start_soon(self._sum_up)
             self._nursery.start_soon(self._watch_sessions)
             with self._life:

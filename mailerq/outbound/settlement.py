@@ -16,7 +16,9 @@ without the impossible parts, and at the very last set aside. So no lease is kep
 message is lost.
 
 A message whose sender is to hear of it gets a report (`mailerq.outbound.bounces`), which is
-published in the same commit. Messages that failed together, of one mail, share a report.
+published in the same commit. Messages that failed together, of one mail, share a report; so such a
+failure waits a moment for others (`mailerq.outbound.together`), and its session does not: no mail
+has gone that a crash could have sent twice.
 
 Everything here runs on the home worker.
 """
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -49,6 +51,7 @@ from mailerq.net.logs import LogFile, Ration
 from mailerq.outbound.bounces import add_reports
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.session import Session
+from mailerq.outbound.together import Together
 from mailerq.queues import DAMAGED_QUEUE, Lease, Publication, Queues, Settlement
 from mailerq.rules import bounces
 from mailerq.rules.bounces import Bounce
@@ -155,7 +158,7 @@ class Settled(Protocol):
 
 
 class Settlements:
-    """Writes settlements. `SETTLERS` tasks execute `run`; see `Dispatcher`."""
+    """Writes settlements, in several `tasks`; see `Dispatcher`."""
 
     def __init__(
         self,
@@ -188,6 +191,7 @@ class Settlements:
             log.warning, FAILURES_PER_MINUTE, "and %d messages more have failed"
         )
         self._unsettled: list[Finished] = []
+        self._together: Together[Finished] = Together(live, self._add_all)
         self._settling = 0
         self._settlers = trio.lowlevel.ParkingLot()
         self._settled = trio.Event()
@@ -198,13 +202,14 @@ class Settlements:
 
     def __len__(self) -> int:
         """Settlements not written yet."""
-        return len(self._unsettled) + self._settling
+        return len(self._unsettled) + self._settling + len(self._together)
 
     def __bool__(self) -> bool:
         return True
 
     async def wait_empty(self) -> None:
-        """Wait until all settlements are written."""
+        """Wait until all settlements are written. From now on none waits for others."""
+        self._together.close()
         while len(self):
             await self._settled.wait()
 
@@ -362,7 +367,17 @@ class Settlements:
             made = job.made
             if made is None and isinstance(job.stored, bytes):
                 made = job.stored
-        self._add(Finished(settlement, job, session, needs_body, bounce, made))
+        finished = Finished(settlement, job, session, needs_body, bounce, made)
+        if bounce is None or not self._together.takes(finished):
+            self._add(finished)
+            return
+        # The flow and the session go on.
+        self._told.lease_kept(settlement.lease)
+        self._told.lease_over(settlement.lease, job)
+        if session is not None:
+            session.settled()
+        finished.job = finished.session = None
+        self._together.add(finished)
 
     def _success(self, properties: dict[str, Any], report: Report, result: Result) -> Bounce | None:
         """What to report of a mail that a peer has taken."""
@@ -430,6 +445,16 @@ class Settlements:
         self._unsettled.append(finished)
         if len(self._unsettled) == 1:
             self._settlers.unpark()
+
+    def _add_all(self, group: Sequence[Finished]) -> None:
+        """Add settlements for one batch."""
+        for finished in group:
+            self._add(finished)
+
+    @property
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """The tasks to run."""
+        return [*[self.run] * SETTLERS, self._together.run]
 
     async def run(self) -> None:
         """Commit batch after batch, and tell the sessions."""

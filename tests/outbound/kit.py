@@ -335,6 +335,7 @@ async def open_bench(
                 "rabbitmq_failure": "failure",
                 "rabbitmq_retry": "retry",
                 "retry_interval": (600,),
+                "dsn_wait": 0.0,
                 **settings,
             }
         )
