@@ -55,6 +55,14 @@ def test_other_mail_is_none(parse: Any) -> None:
     assert parse(mail, "--json") == (1, "null\n")
 
 
+def test_a_null_sender_counts_alone_if_it_is_given(parse: Any) -> None:
+    mail = b"Subject: hi\r\n\r\nhello\r\n"
+    assert parse(mail) == (1, "no report\n")
+    for given in (parse(mail, "--sender="), parse(b"Return-Path: <>\r\n" + mail)):
+        assert (given[0], given[1].partition(":")[0]) == (0, "auto-reply")
+        assert "  auto-submitted: null-sender\n" in given[1]
+
+
 def test_a_proof_and_what_it_allows_are_printed(parse: Any, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(KEY)

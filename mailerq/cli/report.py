@@ -26,7 +26,8 @@ Read a mail as if it had come in for a local recipient, and print what the prope
 would hold, which message the report is about, and whether that is proved. Nothing is queued
 and nobody is suppressed. docs/reports.md explains all fields.
 
-The sender is that of --sender, else of Return-Path, else null. The recipient is that of
+The sender is that of --sender, else of Return-Path, else null; only a null sender that is
+given makes an automatic reply of a mail that has no other mark. The recipient is that of
 --recipient, else of Delivered-To, X-Original-To or To.
 
 exit status:
@@ -76,6 +77,14 @@ def main(settings: list[str], rest: list[str]) -> int:
         recipient = next(filter(None, (address_in(_value(header, name)) for name in names)), "")
     keys = Keys(_keys(config), config.verp_maxage, config.trace_header.lower().encode())
     found = recognise(mail, sender)
+    if (
+        found is not None
+        and found.is_guess
+        and not (
+            options.sender is not None or any(f.name == b"return-path" for f in header.fields())
+        )
+    ):
+        found = None  # nothing says that the sender is null
     match = reports.find_match(found, recipient, keys, hostname=config.hostname, now=time.time())
     if found is None and match.by != "verp":
         if options.json:

@@ -5,7 +5,9 @@ Theory of operation
 `Desk` serves one mail. Before plugins see a message for a local recipient, `mark` adds the property
 ``report``, if the mail is a report. After the plugins `queue_of` says whether the message goes to
 `rabbitmq-reports`: a plugin that removes the property, or says that the recipient is not local,
-sends the message the usual way.
+sends the message the usual way. So does a mail of which only the null sender says that it is an
+automatic reply, unless it came to a signed return address: it has the property, and a bounce that
+nobody can read does not vanish from where people look.
 
 A mail is read once, whatever the number of its recipients: at once if its header says that it is
 no report, or if it is short, else in a thread. If the reading fails, which would be a defect, the
@@ -73,6 +75,8 @@ class Desk:
         self._said: dict[str, Any] | None = None
         self._matches: dict[int, Match] = {}
         """The matches of the messages that are marked, by the identity of the message."""
+        self._staying: set[int] = set()
+        """Of these, the messages that go the usual way nevertheless."""
 
     async def mark(self, message: Message, *, again: bool = False) -> None:
         """Add the property ``report`` to a message for a local recipient, if the mail is one.
@@ -92,8 +96,11 @@ class Desk:
         if not is_ours and terms.is_delivered(recipient) and not terms.is_listed(recipient):
             return  # a person reads this mailbox
         found = await self._recognised()
+        types = terms.config.report_types
+        if is_ours and found is not None and found.is_guess and found.report.type not in types:
+            found = None
         kind = "other" if found is None else found.report.type
-        if (found is None and not is_ours) or kind not in terms.config.report_types:
+        if (found is None and not is_ours) or kind not in types:
             return
         match = reports.find_match(
             found,
@@ -103,6 +110,8 @@ class Desk:
             now=self._services.clock(),
         )
         self._matches[id(message)] = match
+        if found is not None and found.is_guess and not is_ours:
+            self._staying.add(id(message))
         if self._said is None:
             self._said = reports.said(found)
         message.properties["report"] = reports.document(self._said, match)
@@ -112,7 +121,7 @@ class Desk:
         if id(message) not in self._matches:
             return ""
         if message.local and isinstance(message.properties.get("report"), dict):
-            return self._terms.config.rabbitmq_reports
+            return "" if id(message) in self._staying else self._terms.config.rabbitmq_reports
         message.properties.pop("report", None)
         return ""
 

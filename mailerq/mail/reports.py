@@ -79,6 +79,9 @@ TYPES: Final = {
 }
 """The types of reports, and their meanings."""
 
+NULL_SENDER: Final = "null-sender"
+"""The mark of an automatic reply that has no other mark than its sender."""
+
 MAX_GROUPS: Final = 2 * MAX_RECIPIENTS + 1
 """Groups of fields that are read; others are counted."""
 
@@ -225,6 +228,14 @@ class Recognised(NamedTuple):
     report: Report
     quoted: list[tuple[bytes, bytes]]
 
+    @property
+    def is_guess(self) -> bool:
+        """Whether nothing but the null sender says that the mail is an automatic reply.
+
+        Nearly all such mail is one (RFC 5321, section 4.5.5), or a bounce in a form of its own.
+        """
+        return self.report.auto_submitted == NULL_SENDER
+
     def quoted_values(self, name: bytes) -> list[bytes]:
         """The values of the quoted fields with this name (in lower case)."""
         return [value for key, value in self.quoted if key == name]
@@ -315,10 +326,14 @@ def recognise(mail: bytes | memoryview, sender: str) -> Recognised | None:
         read = _bounce(parts, marks, subject)
         if read is not None:
             report, quoted = _completed(report, read[0]), quoted or read[1]
-    if report is None and (mark := marks.auto_submitted(sender)):
-        report = Report(type="auto-reply", auto_submitted=mark, subject=subject)
     if report is None:
-        return None
+        mark = marks.auto_submitted(sender)
+        denied = is_report or marks.text(b"auto-submitted").lower() == "no"
+        if not (sender or mark or denied):
+            mark = NULL_SENDER
+        if not mark:
+            return None
+        report = Report(type="auto-reply", auto_submitted=mark, subject=subject)
     if report.type not in ("auto-reply", "tls", "dmarc"):
         original = _original(quoted)
         if original is not None:

@@ -102,10 +102,42 @@ async def test_a_report_for_a_local_recipient_goes_to_its_queue(
 async def test_other_mail_goes_where_it_went(tmp_path: Path, settings: dict[str, Any]) -> None:
     async with Engine(configure(tmp_path, **settings)) as engine:
         await bounce(engine, b"Subject: hi\r\n\r\nhello\r\n", sender="a@b.test")
-        await bounce(engine, b"Subject: hi\r\n\r\nhello\r\n")
-        for _ in range(2):
-            assert "report" not in (await take(engine, "local")).properties
+        assert "report" not in (await take(engine, "local")).properties
         assert engine.statistics()["incoming"]["reports"] == 0
+
+
+async def test_mail_of_the_null_sender_is_called_a_reply_and_goes_where_it_went(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    mail = b"Subject: away\r\n\r\nhello\r\n"
+    async with Engine(configure(tmp_path, **settings)) as engine:
+        await bounce(engine, mail)
+        message = await take(engine, "local")
+        assert message.properties["report"] == {
+            "type": "auto-reply", "auto-submitted": "null-sender", "subject": "away",
+        }  # fmt: skip
+        assert engine.statistics()["incoming"]["reports"] == 0
+        # At a return address only replies and reports arrive.
+        await bounce(engine, mail, returned())
+        value = await report(engine)
+        assert (value["type"], value["proved"]) == ("auto-reply", True)
+
+
+@pytest.mark.parametrize("setting", [{"report_types": ("bounce",)}, {"rabbitmq_reports": ""}])
+async def test_unwanted_replies_have_no_mark(
+    tmp_path: Path, settings: dict[str, Any], setting: dict[str, Any]
+) -> None:
+    async with Engine(configure(tmp_path, **{**settings, **setting})) as engine:
+        await bounce(engine, b"Subject: away\r\n\r\nhello\r\n")
+        assert "report" not in (await take(engine, "local")).properties
+
+
+async def test_a_reply_to_a_return_address_is_other_mail_if_replies_are_unwanted(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    async with Engine(configure(tmp_path, **settings, report_types=("other",))) as engine:
+        await bounce(engine, b"Subject: away\r\n\r\nhello\r\n", returned())
+        assert (await report(engine))["type"] == "other"
 
 
 async def test_without_the_setting_nothing_is_looked_at(

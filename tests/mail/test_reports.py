@@ -518,9 +518,30 @@ def test_nearly_all_other_mail_is_known_by_its_header() -> None:
     assert [mail for mail in ORDINARY[:-2] if is_candidate(mail, SENDER)] == []
 
 
-def test_the_null_sender_alone_makes_no_report() -> None:
-    assert recognise(b"Subject: x\r\n\r\nhi", "") is None
-    assert is_candidate(b"Subject: x\r\n\r\nhi", "")
+@pytest.mark.parametrize(
+    ("mail", "mark"),
+    [
+        (b"", "null-sender"),
+        (b"Subject: x\r\n\r\nhi", "null-sender"),
+        (b"Precedence: bulk\r\n\r\nhi", "null-sender"),
+        (b"Auto-Submitted: auto-generated\r\n\r\nhi", "auto-generated"),
+        (b"Auto-Submitted: auto-replied\r\n\r\nhi", "auto-replied"),
+        (b"Auto-Submitted: No\r\n\r\nhi", None),
+        # reports that cannot be read
+        *((mail, None) for mail in ORDINARY[-2:]),
+    ],
+)
+def test_mail_of_the_null_sender_that_is_no_report_is_an_automatic_reply(
+    mail: bytes, mark: str | None
+) -> None:
+    assert is_candidate(mail, "")
+    found = recognise(mail, "")
+    if mark is None:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.report.type, found.report.auto_submitted) == ("auto-reply", mark)
+    assert found.is_guess is (mark == "null-sender")
 
 
 def test_a_report_about_a_report_is_about_the_outer_one() -> None:
