@@ -34,6 +34,9 @@ DENIED: Final = "_25._tcp"
 PROBE_SECONDS: Final = 5.0
 """How long a probe waits for answers."""
 
+HOST_SECONDS: Final = 2.0
+"""How long a smarthost waits for the answer whether DNSSEC proves its addresses."""
+
 AGAIN_SECONDS: Final = 60.0
 """How long after a probe without an answer the next one is."""
 
@@ -64,6 +67,18 @@ class Dane:
         Raises `PolicyUnknown` if that cannot be known now.
         """
         return bool(await self._proved_names(domain))
+
+    async def is_proved(self, host: str) -> bool:
+        """Whether DNSSEC proves the addresses of a host, or an alias, that the operator has named.
+
+        If nobody can know now it is not proved: ``/etc/hosts`` may be all that knows the name.
+        """
+        if not self.standing().in_force:
+            return False
+        with trio.move_on_after(HOST_SECONDS):
+            bases = await self._resolver.tlsa_bases(host)
+            return isinstance(bases, tuple) and bool(bases)
+        return False
 
     async def names(self, domain: str) -> tuple[str, ...]:
         """The names of a secure domain that count in certificates of its hosts.

@@ -322,7 +322,9 @@ class Explainer:
             "demands": str(demands),
             "mta-sts": None if policy.sts is None else f"{policy.sts}, mode {policy.sts.mode}",
             "dnssec": policy.secure,
-            "dane": None if dane is None or not site.mx else dane.standing().text,
+            "dane": None
+            if dane is None or not (site.mx or policy.secure)
+            else dane.standing().text,
             "ignored": self._limits.shaping.ignores_policies(site.group),
             "in-clear": clear,
         }

@@ -40,6 +40,11 @@ class Dane(Protocol):
         Raises `PolicyUnknown` if that cannot be known now.
         """
 
+    async def is_proved(self, host: str) -> bool:
+        """Whether DNSSEC proves the addresses of a host that the operator has named; never raises
+        for what the DNS says.
+        """
+
     async def names(self, domain: str) -> tuple[str, ...]:
         """The names of a secure domain that count in certificates of its hosts.
 
@@ -128,6 +133,14 @@ class Policies:
         if self.dane is None or not await self.dane.is_secure(domain):
             return NO_POLICY if policy is None else DomainPolicy(policy)
         return DomainPolicy(policy, True, await self.dane.names(domain))
+
+    async def of_smarthost(self, host: str) -> DomainPolicy:
+        """What counts for a host that the operator has named: its TLSA records, if DNSSEC proves
+        its addresses. MTA-STS is about MX hosts (RFC 8461, section 2).
+        """
+        if self.dane is None or not await self.dane.is_proved(host):
+            return NO_POLICY
+        return DomainPolicy(secure=True)
 
     async def tlsa(self, policy: DomainPolicy, host: str, port: int) -> TlsaSet | None:
         """The TLSA records of a host, if its domain is secure. Raises `PolicyUnknown`."""

@@ -13,8 +13,8 @@ A result is used for `FRESH_SECONDS` without asking again, unless a host does no
 What a domain has published about TLS (`mailerq.outbound.policies`) belongs to its site: domains
 with the same hosts and other policies have sites of their own, so they share no connections. They
 share their limits nevertheless, by `Site.limit_key`. Hosts that match no pattern of an enforced
-MTA-STS policy are left out.
-
+MTA-STS policy are left out. Of a smarthost given by name the TLSA records count, if DNSSEC proves
+its addresses; of a sink and of `local-delivery` nothing does.
 
 A target that has no hosts for now is a site of its own, with the outcome for its mail. A site
 exists while a result or a flow needs it; what waits for a site knows its key only.
@@ -39,6 +39,8 @@ from weakref import WeakValueDictionary
 
 import trio
 
+from mailerq.address import parse_host
+from mailerq.errors import AddressError
 from mailerq.escaping import escape
 from mailerq.net.resolver import Host, NoHosts, Resolver
 from mailerq.outbound.policies import NO_POLICIES, NO_POLICY, Policies
@@ -62,6 +64,9 @@ if TYPE_CHECKING:
 __all__ = ["HostMemory", "Site", "Sites"]
 
 log = logging.getLogger("mailerq.delivery")
+
+SMARTHOSTS: Final = frozenset(("", "smarthost"))
+"""The settings that choose a smarthost; "" is the property of a message."""
 
 MAX_LOOKUPS: Final = 64
 """Targets looked up at a time, for each kind of lookup."""
@@ -252,8 +257,8 @@ class Sites:
                 found = await self._resolver.mail_hosts(route.host)
             else:
                 found = await self._resolver.host(route.host, trusted=route.trusted)
-            if not isinstance(found, NoHosts) and self._has_policy(route):
-                policy = await self.policies.find(route.host)
+            if not isinstance(found, NoHosts):
+                policy = await self._policy_of(route)
         except PolicyUnknown as error:
             outcome = responses.tls_failed(TlsFailure(Reason.FAILURE, str(error)), state="dns")
         except Exception:
@@ -271,11 +276,17 @@ class Sites:
         site.outcome, site.setting, site.apart = outcome, setting, apart
         return self._keep(route, site, FAILED_SECONDS)
 
-    def _has_policy(self, route: Route) -> bool:
-        """Whether what the domain of a target has published about TLS counts."""
-        if not route.mx or route.waived or route.host.startswith("["):
-            return False
-        return self.policies.exist and not self._ignores_policies(self._group_of(route.name))
+    async def _policy_of(self, route: Route) -> DomainPolicy:
+        """What was published about TLS with a target, if that counts. Raises `PolicyUnknown`."""
+        group = self._group_of(route.name if route.mx else route.host.lower())
+        if not self.policies.exist or self._ignores_policies(group):
+            return NO_POLICY
+        if route.mx:
+            literal = route.host.startswith("[")
+            return NO_POLICY if literal or route.waived else await self.policies.find(route.host)
+        if route.lmtp or route.setting not in SMARTHOSTS or not _is_name(route.host):
+            return NO_POLICY
+        return await self.policies.of_smarthost(route.host)
 
     def _site_of(self, route: Route, hosts: tuple[Host, ...], policy: DomainPolicy) -> Site:
         group, apart = self._group_of(route.name), self._apart_of(route.name)
@@ -324,6 +335,14 @@ class Sites:
             self._found.popitem(last=False)
         self._found[route] = monotonic() + seconds, found
         return found
+
+
+def _is_name(host: str) -> bool:
+    """Whether a host is a name, and no address or socket."""
+    try:
+        return isinstance(parse_host(host), str)
+    except AddressError:
+        return False
 
 
 def _digest(*parts: object) -> bytes:

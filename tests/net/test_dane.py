@@ -456,3 +456,33 @@ async def test_a_resolver_that_is_not_up_yet_is_asked_again(
     texts = [record.getMessage() for record in caplog.records]
     assert "does not answer: .: fails" in texts[0]
     assert texts[1:] == ["DANE is in force: the resolver validates"]
+
+
+# -- smarthosts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("zone", "insecure", "proved"),
+    [
+        ({}, (), True),
+        ({}, ("mx.test",), False),
+        ({("mx.test", "A"): NXDOMAIN}, (), False),
+        ({("mx.test", "A"): SERVFAIL, ("mx.test", "AAAA"): SERVFAIL}, (), False),
+        ({("mx.test", "A"): None, ("mx.test", "AAAA"): None}, (), False),
+        ({("mx.test", "CNAME"): ["host.test."], ("host.test", "A"): ["192.0.2.1"]}, (), True),
+    ],
+    ids=["proved", "insecure", "gone", "servfail", "silence", "alias"],
+)
+async def test_whether_the_addresses_of_a_smarthost_are_proved(
+    zone: dict[tuple[str, str], Any], insecure: tuple[str, ...], proved: bool
+) -> None:
+    async with open_dane(zone, *insecure) as (dane, server):
+        with trio.fail_after(4):
+            assert await dane.is_proved("mx.test") is proved
+        assert not asked(server, "TLSA") and not asked(server, "MX")
+
+
+async def test_nobody_is_asked_about_a_smarthost_where_dane_is_off() -> None:
+    async with open_dane({}, dane=False) as (dane, server):
+        assert not await dane.is_proved("mx.test")
+        assert not server.questions

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from mailerq.config import Config
 from mailerq.live import Live
 from mailerq.net.dane import Dane
-from mailerq.net.resolver import Resolver
+from mailerq.net.resolver import Host, Resolver
 from mailerq.outbound.policies import Policies
 from mailerq.outbound.tls_reports import TlsReports
 from mailerq.rules.security import Reason
@@ -105,6 +105,7 @@ async def open_world(
             dns_attempts=1,
             smtp_out_forbidden=(),
             smtp_out_port=2525,
+            dane=settings.get("dane", True),
         )
         resolver: Any = Resolver(config)
         recorder = recorder or Recorded()
@@ -230,6 +231,85 @@ async def test_a_tls_report_says_what_became_of_the_records(
     (day,) = file.days()
     found = file.sessions(day, "d.test")
     assert {(session.kind, session.result) for session, _ in found} == results
+
+
+@pytest.fixture
+def in_the_hosts_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system knows the smarthost, whatever the DNS says."""
+
+    async def host(resolver: Resolver, name: str, *, trusted: bool) -> tuple[Host, ...]:
+        return (Host(name, "127.0.0.1"),)
+
+    monkeypatch.setattr(Resolver, "host", host)
+
+
+@pytest.mark.usefixtures("in_the_hosts_file")
+@pytest.mark.parametrize("whose", ["settings", "message"])
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("ee ok", VERIFIED),
+        ("ta ok", VERIFIED),
+        ("ee bad", WAITS),
+        ("unusable", SECURE),
+        ("none", SECURE),
+        ("servfail", WAITS),
+        ("insecure", SECURE),
+        ("unknown", SECURE),
+        ("off", SECURE),
+        ("ignored", SECURE),
+    ],
+)
+async def test_the_records_of_a_smarthost_count(
+    chains: dict[str, Chain], tmp_path: Path, row: str, expected: str, whose: str
+) -> None:
+    bad: list[str] = [chains["other"].tlsa(3)]
+    records: Records = {
+        "ee ok": [chains["good"].tlsa(3)],
+        "ta ok": [chains["good"].tlsa(2)],
+        "unusable": [f"1 1 1 {'ab' * 32}"],
+        "none": [],
+        "servfail": SERVFAIL,
+    }.get(row, bad)
+    lines = tmp_path / "limits.toml"
+    lines.write_text(f'[[limit]]\ndomain = "{NAME}"\nignore-policies = true\n')
+    options: dict[str, Any] = {
+        "unknown": {"more": {(NAME, kind): SERVFAIL for kind in ("A", "AAAA")}},
+        "ignored": {"limits_file": str(lines)},
+    }.get(row, {})
+    if whose == "settings":
+        options["smarthost"] = NAME
+    insecure = NAME if row == "insecure" else "nothing"
+    script = starttls(chains["good"].context)
+    world = open_world(records, *[script] * 2, insecure=insecure, dane=row != "off", **options)
+    async with world as (bench, server, recorder):
+        own = {"smarthost": {"hostname": NAME, "port": bench.port}} if whose == "message" else {}
+        bench.send(**own)
+        if expected is WAITS:
+            result = await bench.retried()
+            assert (result["type"], result["status"]) == ("tls", "4.7.5")
+            assert bench.peer.mails == []
+        else:
+            (result,) = await bench.results()
+            assert result["certificate"]["verified"] is (expected is VERIFIED)
+        asked = {kind for _, kind in server.questions}
+        assert "MX" not in asked
+        assert ("TLSA" in asked) is (row not in ("insecure", "unknown", "off", "ignored"))
+        assert all(
+            name == f"_{bench.port}._tcp.{NAME}"
+            for name, kind in server.questions
+            if kind == "TLSA"
+        )
+        assert recorder.seen == []  # reports are about recipients' domains
+
+
+async def test_a_smarthost_that_is_an_address_has_no_records(chains: dict[str, Chain]) -> None:
+    script = starttls(chains["good"].context)
+    world = open_world([chains["other"].tlsa(3)], script, smarthost="127.0.0.1")
+    async with world as (bench, server, _):
+        bench.send()
+        await bench.results()
+        assert not server.questions
 
 
 async def test_the_next_host_is_used_where_the_records_of_one_cannot_be_known(
