@@ -29,7 +29,7 @@ cdef class Session:
     cpdef _know_client(self)
     cpdef _renew(self)
     cpdef _advance(self)
-    cpdef _digest(self, data)
+    cpdef _receive_data(self, data)
     cpdef _handle(self, event)
     cpdef _wait(self)
     cpdef _failed(self)

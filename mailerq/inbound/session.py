@@ -4,9 +4,9 @@ Theory of operation
 -------------------
 One task runs one session. It waits for three things only: the peer, a plugin that has taken
 control, and the queue. While the task waits for the peer, input is handled where it arrives
-(`_digest`): the machine finds the events, `_handle` answers each, and the replies leave together.
-If an answer takes time, the handler returns what the task must wait for, and wakes the task. The
-worker's `Deadlines` limit how long the peer may take.
+(`_receive_data`): the machine finds the events, `_handle` answers each, and the replies leave
+together. If an answer takes time, the handler returns what the task must wait for, and wakes the
+task. The worker's `Deadlines` limit how long the peer may take.
 
 The final reply to a mail is given only after `Queues.publish` has returned. A local fault of any
 kind is a 451, and the peer keeps the mail.
@@ -323,7 +323,7 @@ class Session:
         self._wait()
         if replies := self._machine.data_to_send():
             self._stream.write(replies)
-        await self._stream.digest(self._digest)
+        await self._stream.receive_each(self._receive_data)
         self._waiting = False
 
     async def _listen_later(self) -> None:
@@ -348,7 +348,7 @@ class Session:
     async def _leave(self) -> None:
         self._over = True
 
-    def _digest(self, data: bytes) -> bool:
+    def _receive_data(self, data: bytes) -> bool:
         """Handle input as far as possible without the task; True: wake the task."""
         self._waiting = False
         self._bytes += len(data)

@@ -6,12 +6,12 @@ cimport cython
 @cython.final
 cdef class Socket:
     cdef public Poller _poller
-    cdef public bint readable, empties, _rousable
+    cdef public bint readable, empties, _wakeable
     cdef public int fd
     cdef public object _reader, _call, _attendant
 
     cpdef call_when_writable(self, function)
-    cpdef rouse(self)
+    cpdef wake(self)
     cpdef alarm(self)
     cpdef stray(self)
     cpdef forget(self)

@@ -63,7 +63,7 @@ class Socket:
         "_call",
         "_poller",
         "_reader",
-        "_rousable",
+        "_wakeable",
         "empties",
         "fd",
         "readable",
@@ -79,18 +79,18 @@ class Socket:
         self._reader: trio.lowlevel.Task | None = None
         self._call: Callable[[], None] | None = None
         self._attendant: Callable[[], bool] | None = None
-        self._rousable = False
+        self._wakeable = False
 
-    async def wait_readable(self, *, rousable: bool = False) -> bool:
-        """Wait until a read may find input; return False if `rouse` ended the wait.
+    async def wait_readable(self, *, wakeable: bool = False) -> bool:
+        """Wait until a read may find input; return False if `wake` ended the wait.
 
-        `rouse` ends only a `rousable` wait. If there is input already, this is not a checkpoint, so
+        `wake` ends only a `wakeable` wait. If there is input already, this is not a checkpoint, so
         a loop of reads must let other tasks run.
         """
         if self.readable:
             return True
         self._begin_to_read()
-        self._rousable = rousable
+        self._wakeable = wakeable
         came: bool = await trio.lowlevel.wait_task_rescheduled(self._abort_reader)
         return came
 
@@ -117,10 +117,10 @@ class Socket:
             self._poller.modify(self, _INPUT | _OUTPUT)
         self._call = function
 
-    def rouse(self) -> None:
-        """End a `rousable` wait for input."""
-        if self._rousable:
-            self._wake_reader(_ROUSED)
+    def wake(self) -> None:
+        """End a `wakeable` wait for input."""
+        if self._wakeable:
+            self._wake_reader(_WOKEN)
 
     def alarm(self) -> None:
         """Wake the reader for a reason that the kernel does not report."""
@@ -179,14 +179,14 @@ class Socket:
     def _wake_reader(self, result: outcome.Outcome[bool]) -> None:
         task, self._reader = self._reader, None
         self._attendant = None
-        self._rousable = False
+        self._wakeable = False
         assert task is not None
         trio.lowlevel.reschedule(task, result)
 
     def _abort_reader(self, _: object) -> trio.lowlevel.Abort:
         self._reader = None
         self._attendant = None
-        self._rousable = False
+        self._wakeable = False
         return trio.lowlevel.Abort.SUCCEEDED
 
 
@@ -287,6 +287,6 @@ class Poller:
 
 
 _CAME: Final = woken(True)
-_ROUSED: Final = woken(False)
+_WOKEN: Final = woken(False)
 
 _pollers: Final = trio.lowlevel.RunVar[Poller | None]("pollers", None)

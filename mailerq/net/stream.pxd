@@ -11,7 +11,7 @@ cdef class Stream:
     cdef public Py_ssize_t _placed, _held_back
     cdef public double _served_since
     cdef public _Socket _socket
-    cdef public bint _departing, _digested, _untold, _exhausted
+    cdef public bint _departing, _taken, _untold, _exhausted
     cdef public bytes _unsent, _unread
     cdef public _EndOfTurn _end_of_turn
     cdef public int _fd
@@ -25,7 +25,7 @@ cdef class Stream:
     cpdef _has_records(self)
     cpdef _decrypt(self)
     cpdef _speak(self)
-    cpdef rouse(self)
+    cpdef wake(self)
     cpdef _look(self)
     cpdef unread(self, data)
     cpdef write(self, data)

@@ -117,7 +117,7 @@ class Stream:
         self._untold = False  # the next operation raises `_lost`
         self._unread = b""
         self._take: Callable[[bytes], bool] | None = None
-        self._digested = False
+        self._taken = False
         self.tap: Tap | None = None
         """Gets all bytes in clear while somebody traces the session."""
         self._tls: ssl.SSLObject | None = None
@@ -245,7 +245,7 @@ class Stream:
             self.tap.received(data)
         return data
 
-    async def digest(self, take: Callable[[bytes], bool]) -> None:
+    async def receive_each(self, take: Callable[[bytes], bool]) -> None:
         """Call `take` with all input, and with b"" at the end, until `take` returns True.
 
         `take` may answer with `write`. It runs in another task of the loop while this task sleeps,
@@ -256,12 +256,12 @@ class Stream:
             if self.is_full:
                 await self.drain()
             if not (self._socket.readable or self._unread or self._has_records()):
-                self._take, self._digested = take, False
+                self._take, self._taken = take, False
                 try:
                     await self._socket.attend(self._look)
                 finally:
                     self._take = None
-                if self._digested:
+                if self._taken:
                     return
                 continue
             came = await self.receive()
@@ -277,8 +277,8 @@ class Stream:
             if came is None:
                 return False
             assert self._take is not None
-            self._digested = self._take(came)
-            if self._digested or self._socket.readable or not came:
+            self._taken = self._take(came)
+            if self._taken or self._socket.readable or not came:
                 return True
             if not self._has_records():
                 return False
@@ -348,17 +348,17 @@ class Stream:
         return came
 
     async def wait_for_input(self) -> bool:
-        """Wait for input; return False if `rouse` ended the wait.
+        """Wait for input; return False if `wake` ended the wait.
 
         With TLS there may be input that is not for the reader, or not whole: read, and wait again.
         """
         if self._unread or self._has_records():
             return True
-        return await self._socket.wait_readable(rousable=True)
+        return await self._socket.wait_readable(wakeable=True)
 
-    def rouse(self) -> None:
+    def wake(self) -> None:
         """End `wait_for_input`. Call this on the thread of the waiting task."""
-        self._socket.rouse()
+        self._socket.wake()
 
     @property
     def has_input(self) -> bool:

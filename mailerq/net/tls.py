@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem
 
-__all__ = ["Handshakes", "Hasty", "tls_context", "try_handshake"]
+__all__ = ["Handshake", "Handshakes", "tls_context", "try_handshake"]
 
 GRACE_SECONDS: Final = 2.0
 """Time that a handshake always has, even if others wait. A normal handshake takes far less."""
@@ -115,7 +115,7 @@ def try_handshake(context: ssl.SSLContext, certificate: str) -> str | None:
     return None
 
 
-class Hasty(Protocol):
+class Handshake(Protocol):
     """A session in a handshake, which any thread can tell to hurry."""
 
     def hurry(self) -> None: ...
@@ -132,9 +132,9 @@ class Handshakes:
         self.limit = limit
         self._clock = clock
         self._lock = threading.Lock()
-        self._began: dict[Hasty, float] = {}
+        self._began: dict[Handshake, float] = {}
 
-    def begin(self, who: Hasty) -> bool:
+    def begin(self, handshake: Handshake) -> bool:
         """Take a place, to be returned with `end`. Return False if there is none."""
         with self._lock:
             now = self._clock()
@@ -144,11 +144,11 @@ class Handshakes:
                 if now - self._began[oldest] < GRACE_SECONDS:
                     return False
                 del self._began[oldest]
-            self._began[who] = now
+            self._began[handshake] = now
         if oldest is not None:
             oldest.hurry()
         return True
 
-    def end(self, who: Hasty) -> None:
+    def end(self, handshake: Handshake) -> None:
         with self._lock:
-            self._began.pop(who, None)
+            self._began.pop(handshake, None)

@@ -208,7 +208,7 @@ class Session:
     def wake(self) -> None:
         """A job may be available."""
         if self._idle:
-            self._stream.rouse()
+            self._stream.wake()
 
     def limit_over(self, key: str) -> None:
         """The limit of the remote address may allow a message."""

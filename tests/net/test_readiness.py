@@ -208,9 +208,9 @@ async def test_to_look_for_input_takes_it_from_nobody() -> None:
         assert received == [b"x"]
 
 
-async def test_who_is_roused_finds_no_input_and_waits_again_for_it() -> None:
+async def test_who_is_woken_finds_no_input_and_waits_again_for_it() -> None:
     with connected() as (stream, peer):
-        stream.rouse()  # Nobody waits: that is no news for the next one.
+        stream.wake()  # Nobody waits: that is no news for the next one.
         found = []
 
         async def wait() -> None:
@@ -220,7 +220,7 @@ async def test_who_is_roused_finds_no_input_and_waits_again_for_it() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait)
             await waiting()
-            stream.rouse()
+            stream.wake()
             await waiting()
             assert found == [False]
             peer.sendall(b"x")
@@ -229,7 +229,7 @@ async def test_who_is_roused_finds_no_input_and_waits_again_for_it() -> None:
         assert stream.receive_nowait() is None
 
 
-async def test_a_reader_is_not_roused() -> None:
+async def test_a_reader_is_not_woken() -> None:
     with connected() as (stream, peer):
         received = []
 
@@ -239,7 +239,7 @@ async def test_a_reader_is_not_roused() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             await waiting()
-            stream.rouse()
+            stream.wake()
             await waiting()
             peer.sendall(b"x")
         assert received == [b"x"]

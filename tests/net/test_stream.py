@@ -534,7 +534,7 @@ async def test_input_inside_tls_is_read_without_waiting(
     client.close()
 
 
-async def test_a_wait_for_input_inside_tls_is_roused_and_does_not_spin(
+async def test_a_wait_for_input_inside_tls_is_woken_and_does_not_spin(
     contexts: tuple[ssl.SSLContext, ssl.SSLContext],
 ) -> None:
     server, client = pair()
@@ -550,7 +550,7 @@ async def test_a_wait_for_input_inside_tls_is_roused_and_does_not_spin(
         nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
         assert ended == []
-        client.rouse()
+        client.wake()
     assert ended == [False]
     server.close()
     client.close()

@@ -139,7 +139,7 @@ async def test_input_inside_tls_wakes_no_task_and_asks_ssl_once_for_a_record(
 
     async def serve() -> None:
         steps.task = trio.lowlevel.current_task()
-        await stream.digest(take)
+        await stream.receive_each(take)
 
     trio.lowlevel.add_instrument(steps)
     async with trio.open_nursery() as nursery:
@@ -161,7 +161,7 @@ async def test_input_inside_tls_wakes_no_task_and_asks_ssl_once_for_a_record(
     peer.sock.close()
 
 
-async def test_records_are_digested_whole_and_in_order_however_they_arrive(
+async def test_records_are_received_whole_and_in_order_however_they_arrive(
     server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     stream, peer = await connected(server_context, client_context)
@@ -181,7 +181,7 @@ async def test_records_are_digested_whole_and_in_order_however_they_arrive(
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stream.digest, take)
+            nursery.start_soon(stream.receive_each, take)
             await trio.testing.wait_all_tasks_blocked()
             await send(peer.records(*pieces), 1 << 20)
             await send(peer.records(*pieces), 997)
@@ -202,7 +202,7 @@ async def test_input_byte_by_byte_is_read_when_its_record_is_whole(
         return True
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stream.digest, take)
+        nursery.start_soon(stream.receive_each, take)
         wire = peer.records(b"hello")
         for at in range(len(wire)):
             await trio.testing.wait_all_tasks_blocked()
@@ -224,7 +224,7 @@ async def test_a_goodbye_without_an_end_of_the_connection_ends_the_digestion(
         return not data
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stream.digest, take)
+        nursery.start_soon(stream.receive_each, take)
         await trio.testing.wait_all_tasks_blocked()
         wire = peer.records(b"last words")
         with pytest.raises(ssl.SSLWantReadError):
@@ -250,7 +250,7 @@ async def test_a_peer_that_does_not_read_its_replies_is_not_read_either(
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stream.digest, take)
+            nursery.start_soon(stream.receive_each, take)
             await trio.testing.wait_all_tasks_blocked()
             for _ in range(count):
                 peer.sock.send(peer.records(b"x"))
@@ -268,13 +268,13 @@ async def test_broken_tls_is_lost_for_who_digests(
 ) -> None:
     stream, peer = await connected(server_context, client_context)
 
-    async def digest() -> None:
+    async def receive() -> None:
         with pytest.raises(StreamLost):
-            await stream.digest(bool)
+            await stream.receive_each(bool)
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(digest)
+            nursery.start_soon(receive)
             await trio.testing.wait_all_tasks_blocked()
             wire = bytearray(peer.records(b"hello"))
             wire[-1] ^= 1
@@ -320,7 +320,7 @@ async def test_a_client_that_takes_new_keys_is_understood_and_gets_new_ones(
         with trio.fail_after(60):
             await stream.start_tls(server_context, server_side=True)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(stream.digest, take)
+                nursery.start_soon(stream.receive_each, take)
                 say(b"K\n")
                 await heard(b"KEYUPDATE", b"")
                 say(b"hello\n")

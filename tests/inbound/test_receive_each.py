@@ -59,7 +59,7 @@ async def test_what_is_answered_at_once_wakes_no_task() -> None:
 
     async def serve() -> None:
         steps.task = trio.lowlevel.current_task()
-        await stream.digest(take)
+        await stream.receive_each(take)
 
     trio.lowlevel.add_instrument(steps)
     async with trio.open_nursery() as nursery:
@@ -77,7 +77,7 @@ async def test_what_is_answered_at_once_wakes_no_task() -> None:
     peer.close()
 
 
-async def test_the_end_is_digested_too() -> None:
+async def test_the_end_is_passed_on_too() -> None:
     stream, peer = pair()
     seen: list[bytes] = []
 
@@ -86,7 +86,7 @@ async def test_the_end_is_digested_too() -> None:
         return not data
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stream.digest, take)
+        nursery.start_soon(stream.receive_each, take)
         await trio.testing.wait_all_tasks_blocked()
         peer.send(b"last words")
         peer.close()
@@ -94,7 +94,7 @@ async def test_the_end_is_digested_too() -> None:
     stream.close()
 
 
-async def test_all_of_what_comes_in_many_pieces_is_digested() -> None:
+async def test_all_of_what_comes_in_many_pieces_is_passed_on() -> None:
     stream, peer = pair()
     size = 5 * RECEIVE_BYTES
     count = 0
@@ -111,7 +111,7 @@ async def test_all_of_what_comes_in_many_pieces_is_digested() -> None:
             left -= peer.send(bytes(left))
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stream.digest, take)
+        nursery.start_soon(stream.receive_each, take)
         await trio.testing.wait_all_tasks_blocked()
         nursery.start_soon(send)
     assert count == size
@@ -128,12 +128,12 @@ async def test_a_defect_in_taking_is_raised_in_the_task_and_costs_others_nothing
 
     async def digest() -> None:
         with pytest.raises(ZeroDivisionError, match="x"):
-            await stream.digest(fail)
+            await stream.receive_each(fail)
         assert stream.receive_nowait() is None
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(digest)
-        nursery.start_soon(other.digest, bool)
+        nursery.start_soon(other.receive_each, bool)
         await trio.testing.wait_all_tasks_blocked()
         peer.send(b"x")
         other_peer.send(b"y")
@@ -150,7 +150,7 @@ async def test_a_peer_that_resets_is_lost() -> None:
 
         async def digest() -> None:
             with pytest.raises(StreamLost):
-                await stream.digest(bool)
+                await stream.receive_each(bool)
 
         nursery.start_soon(digest)
         await trio.testing.wait_all_tasks_blocked()
@@ -171,7 +171,7 @@ async def test_what_was_sent_to_nobody_is_told_to_who_digests() -> None:
 
         async def digest() -> None:
             with pytest.raises(StreamLost):
-                await stream.digest(take)
+                await stream.receive_each(take)
 
         nursery.start_soon(digest)
         await trio.testing.wait_all_tasks_blocked()
@@ -183,7 +183,7 @@ async def test_to_digest_no_longer_loses_nothing() -> None:
     stream, peer = pair()
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stream.digest, bool)
+            nursery.start_soon(stream.receive_each, bool)
             await trio.testing.wait_all_tasks_blocked()
             scope.cancel()
     peer.send(b"later")
@@ -225,7 +225,7 @@ class Digester:
         self.taken = self.answers = 0
 
     async def run(self) -> None:
-        await self.stream.digest(self.take)
+        await self.stream.receive_each(self.take)
         await self.stream.drain()
         self.stream.close()
 
@@ -311,7 +311,7 @@ async def test_who_is_cancelled_while_it_is_taken_ends_so(
             return True
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stream.digest, take)
+            nursery.start_soon(stream.receive_each, take)
             await trio.testing.wait_all_tasks_blocked()
             peer.send(b"x")
     assert scope.cancelled_caught
@@ -320,7 +320,7 @@ async def test_who_is_cancelled_while_it_is_taken_ends_so(
     peer.close()
 
 
-async def test_tls_is_digested_by_the_task() -> None:
+async def test_tls_is_read_by_the_task() -> None:
     left, right = await streams("tls")
 
     def take(data: bytes) -> bool:
@@ -328,7 +328,7 @@ async def test_tls_is_digested_by_the_task() -> None:
         return data == b"end"
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(left.digest, take)
+        nursery.start_soon(left.receive_each, take)
         for word in (b"one", b"two", b"end"):
             right.write(word)
             assert await right.receive() == b"<" + word + b">"
