@@ -567,10 +567,6 @@ cdef class Connection:
         """Whether a plugin or a Python handler listens to this event."""
         return self.heard(EVENTS.index(event))
 
-    def closed_by_peer(self):
-        """Make MQ_SmtpSend return 0 from now on."""
-        self.cell.closed = True
-
     def take_output(self):
         """Return the bytes that plugins queued with MQ_SmtpSend since the last call."""
         cdef ConnectionCell *cell = self.cell
