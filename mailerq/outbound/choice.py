@@ -51,11 +51,11 @@ class Choice:
 
     def able(self, job: Job, site: Site) -> list[str]:
         """The addresses that fit the hosts and can be bound."""
-        ips, memory = job.plan.local_ips, self._dispatcher.memory
+        ips, history = job.plan.local_ips, self._dispatcher.history
         if len(ips) > 1 and (limits := self._dispatcher.limits).leases:
             ips = tuple(ip for ip in ips if limits.may_use(ip)) or ips
         fitting = [ip for ip in ips if site.fits(ip)] or list(ips)
-        return [ip for ip in fitting if not memory.is_aside(ip)] or fitting
+        return [ip for ip in fitting if not history.is_aside(ip)] or fitting
 
     def usable(self, job: Job, site: Site) -> list[str]:
         """The addresses that come into question for an attempt."""

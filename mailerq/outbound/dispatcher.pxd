@@ -11,7 +11,7 @@ cdef class Dispatcher:
     cdef public bint stopping
     cdef public double _next_look, _next_due
     cdef public dict _sessions, _looking_up
-    cdef public object queues, worker, openings, flows, limits, stops, counters, memory, seeing
+    cdef public object queues, worker, openings, flows, limits, stops, counters, history, seeing
     cdef public object policies, tls
     cdef public object now, signer, handed, keeper_of, _say_to_and_fro
     cdef public object _live, _plugins, _misspelt, _sites, _intake, _settlements, _bodies

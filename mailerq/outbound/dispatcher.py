@@ -55,7 +55,7 @@ from mailerq.outbound.session import Session
 from mailerq.outbound.settlement import MIN_BACKOFF_SECONDS, Counters, Settlements
 from mailerq.outbound.signer import Signer
 from mailerq.outbound.signing import Signing
-from mailerq.outbound.sites import HostMemory, Site, Sites
+from mailerq.outbound.sites import HostHistory, Site, Sites
 from mailerq.outbound.stops import Stops
 from mailerq.queues import Lease, Queues
 from mailerq.rules import responses
@@ -139,7 +139,7 @@ class Dispatcher:
         self.openings = openings
         self.limits = limits
         self.counters = Counters()
-        self.memory = HostMemory()
+        self.history = HostHistory()
         self.now = clock
         self.signer = Signer(live, clock) if signer is None else signer
         self.signer.chains.resolver = resolver

@@ -25,7 +25,7 @@ from mailerq.net.resolver import NoHosts
 from mailerq.outbound.cells import Count
 from mailerq.outbound.limits import LEASE, PAUSED
 from mailerq.outbound.refusals import Scope
-from mailerq.outbound.sites import HostMemory, Site, Sites
+from mailerq.outbound.sites import HostHistory, Site, Sites
 from mailerq.outbound.stops import late, peer_of
 from mailerq.rules import responses
 from mailerq.rules.destinations import place_of
@@ -258,7 +258,7 @@ class Explainer:
         """The hosts, and which mail counts together with this."""
         shaping = self._limits.shaping
         provider = shaping.provider_of({host.name for host in site.hosts})
-        memory = None if self._seeing is None else self._seeing.dispatcher.memory
+        history = None if self._seeing is None else self._seeing.dispatcher.history
         hosts = sorted(site.hosts, key=lambda host: (host.preference, host.name, host.address))
         return {
             "site": {
@@ -272,7 +272,7 @@ class Explainer:
                     "preference": host.preference,
                     "name": host.name,
                     "address": host.address,
-                    "state": _of_host(memory, host.address),
+                    "state": _of_host(history, host.address),
                 }
                 for host in hosts
             ],
@@ -298,7 +298,7 @@ class Explainer:
             outcome = responses.no_fitting_address(site.name, local_ip)
             part["problem"] = outcome.description
         if seeing is not None:
-            if local_ip is not None and seeing.dispatcher.memory.is_aside(local_ip):
+            if local_ip is not None and seeing.dispatcher.history.is_aside(local_ip):
                 part["problem"] = "could not be bound lately, so other addresses come first"
             flow = seeing.flow_of(site, local_ip, decision.demands)
             if flow is not None:
@@ -312,9 +312,9 @@ class Explainer:
         level = Level(int(bound.value))
         policy, dane = site.policy, self._sites.policies.dane
         demands = LEVEL_DEMANDS[level] | decision.demands | policy.demands
-        memory = None if self._seeing is None else self._seeing.dispatcher.memory
-        clear = [] if memory is None or demands.encrypts else [
-            host.address for host in site.hosts if memory.is_tls_broken(host.address)
+        history = None if self._seeing is None else self._seeing.dispatcher.history
+        clear = [] if history is None or demands.encrypts else [
+            host.address for host in site.hosts if history.is_tls_broken(host.address)
         ]  # fmt: skip
         return {
             "level": level.name.lower(),
@@ -474,15 +474,15 @@ def words_of_row(row: Row) -> str:
     return f"{row.kind} {row.id} of {scope or 'all mail'}{until}{by}{reason}"
 
 
-def _of_host(memory: HostMemory | None, address: str) -> str:
-    if memory is None:
+def _of_host(history: HostHistory | None, address: str) -> str:
+    if history is None:
         return ""
-    busy = memory.is_left(address)
-    doubtful = not busy and memory.is_doubtful(address)
+    busy = history.is_left(address)
+    doubtful = not busy and history.is_doubtful(address)
     facts: Iterable[str] = (
         "said that it is busy: tried last" if busy else "",
         "did not let us in lately: tried last" if doubtful else "",
-        "answers out of step: one mail a connection" if memory.was_out_of_step(address) else "",
+        "answers out of step: one mail a connection" if history.was_out_of_step(address) else "",
     )
     return "; ".join(filter(None, facts))
 

@@ -12,7 +12,7 @@ cdef class Flow:
     cdef public double when, _held_until
     cdef public long long paused
     cdef public object site, site_key, local_ip, demands, login, jobs, destinations, ready, sessions
-    cdef public object opening, last, memory, _dispatcher, _openings, rights, _wanted
+    cdef public object opening, last, history, _dispatcher, _openings, rights, _wanted
     cdef public long long _wanted_number
     cdef public list idle
     cdef object __weakref__

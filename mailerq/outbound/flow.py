@@ -131,7 +131,7 @@ class Flow:
         """The operator's row for which the flow ends: a pause takes its place."""
         self.when = math.inf
         """When to look again, on the monotonic clock; kept by `Times`."""
-        self.memory = dispatcher.memory
+        self.history = dispatcher.history
         self._dispatcher = dispatcher
         self._openings = dispatcher.openings
         self._allowed = 1  # connections allowed until more are let in
@@ -267,7 +267,7 @@ class Flow:
             or self.is_contended(session)
             or self._dispatcher.stopping
             or self._should_end(session, contended=False)
-            or self.memory.was_out_of_step(session.remote)
+            or self.history.was_out_of_step(session.remote)
             or not self.rights.may_go_ahead(session, self.jobs[0])
         ):
             return None
@@ -312,7 +312,7 @@ class Flow:
 
     def leave_host(self, address: str, seconds: float) -> None:
         """A host is busy: for some seconds the mail goes to the others, where there are any."""
-        self.memory.leave(address, seconds)
+        self.history.leave(address, seconds)
         for flow in self.site.flows.values():
             if flow.has_other_host():
                 for session in flow.sessions:
@@ -323,12 +323,12 @@ class Flow:
 
     def has_other_host(self) -> bool:
         """Whether some host seems to be neither busy nor down."""
-        return any(not self.memory.is_doubtful(host.address) for host in self.hosts())
+        return any(not self.history.is_doubtful(host.address) for host in self.hosts())
 
     def may_pass_on(self, job: Job, session: Session) -> bool:
         """Whether another host may get a message at once that this one is too busy for."""
         attempt = f"{job.lease.id}.{job.attempt}"
-        return self.has_other_host() and self.memory.passes_on(session.remote, attempt)
+        return self.has_other_host() and self.history.passes_on(session.remote, attempt)
 
     @property
     def beside(self) -> Iterable[Flow]:
@@ -350,7 +350,7 @@ class Flow:
         """A host let a session in."""
         dispatcher = self._dispatcher
         dispatcher.opened_sessions += 1
-        self.memory.let_in(session.remote, self.local_ip)
+        self.history.let_in(session.remote, self.local_ip)
         self.opening.pop(session, None)
         self.rights.opened(session)
         self.proven = True
@@ -544,7 +544,7 @@ class Flow:
 
     def hosts(self) -> list[Host]:
         """The hosts for a session to try, best first."""
-        hosts = self.site.in_order(self.local_ip, self.memory)
+        hosts = self.site.in_order(self.local_ip, self.history)
         return self._dispatcher.stops.unpaused(hosts, self.local_ip)
 
     @property

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mailerq.net.resolver import Host
     from mailerq.outbound.limits import Allowance
     from mailerq.outbound.session import Session
-    from mailerq.outbound.sites import HostMemory
+    from mailerq.outbound.sites import HostHistory
 
 __all__ = ["HEAD_START_SECONDS", "Raced", "connect", "race", "reach", "rival_of", "where"]
 
@@ -37,12 +37,12 @@ class Raced(NamedTuple):
     failures: Sequence[tuple[Host, OSError]]
 
 
-def rival_of(host: Host, others: Sequence[Host], memory: HostMemory) -> Host | None:
+def rival_of(host: Host, others: Sequence[Host], history: HostHistory) -> Host | None:
     """The host of the other family that is as good as `host`, or None."""
     six = ":" in host.address
     for other in others:
         if other.preference == host.preference and (":" in other.address) != six:
-            doubtful = memory.is_doubtful(other.address), memory.is_doubtful(host.address)
+            doubtful = history.is_doubtful(other.address), history.is_doubtful(host.address)
             return other if doubtful[0] == doubtful[1] else None
     return None
 
@@ -88,9 +88,9 @@ async def reach(session: Session, host: Host, others: list[Host]) -> tuple[Strea
     Returns the host that answered; a report says that none did.
     """
     flow = session.flow
-    local_ip, memory = flow.local_ip, flow.memory
+    local_ip, history = flow.local_ip, flow.history
     may_race = others and local_ip is None and flow.login is None
-    rival = rival_of(host, others, memory) if may_race else None
+    rival = rival_of(host, others, history) if may_race else None
     stream: Stream | Report | None = None
     try:
         with trio.move_on_after(flow.config.connect_timeout):
@@ -101,7 +101,7 @@ async def reach(session: Session, host: Host, others: list[Host]) -> tuple[Strea
                 stream, host = await connect(session, host, rival, others)
     except CannotBind as error:
         assert local_ip is not None, "else nothing is bound"
-        memory.cannot_bind(local_ip, error)
+        history.cannot_bind(local_ip, error)
         return Report(responses.cannot_bind(error, local_ip), local_ip), host
     except OSError as error:
         return Report(responses.connect_failed(error, where(host))), host
@@ -136,13 +136,13 @@ async def connect(
             session.allowance = taken if winner is rival else own
     if stream is not None and winner is not None:
         if winner is rival:
-            flow.memory.kept_out(first.address)  # the others come first for a while
+            flow.history.kept_out(first.address)  # the others come first for a while
         others.insert(0, first if winner is rival else rival)
         return stream, winner
     if len(failures) == 1:
         others.insert(0, rival)  # its limits allow no connection
     else:
-        flow.memory.kept_out(rival.address)
+        flow.history.kept_out(rival.address)
     best, *more = [responses.connect_failed(error, where(host)) for host, error in failures]
     for outcome in more:
         best = outcome if responses.outweighs(outcome, best) else best

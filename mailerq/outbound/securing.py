@@ -115,7 +115,7 @@ class Securing:
                 self.demands = demands = demands | Demands(Level.REQUIRED)
                 self.for_login = True
         if demands.tries:
-            broken = clear or flow.memory.is_tls_broken(host.address)
+            broken = clear or flow.history.is_tls_broken(host.address)
             self.tries = not broken or demands.encrypts
         return self
 

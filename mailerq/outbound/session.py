@@ -327,7 +327,7 @@ class Session:
             if report.outcome.state == "bind":
                 break  # all other hosts would give the same answer
             if report.outcome.type != "tls":  # other mail may find the host good enough
-                self.flow.memory.kept_out(self.remote or host.address)
+                self.flow.history.kept_out(self.remote or host.address)
             tried += not report.outcome.own_fault
             if tried == MAX_HOSTS:
                 break
@@ -338,7 +338,7 @@ class Session:
 
         `CLEAR`: TLS has failed, and the host, now the first of the `others`, gets mail in clear.
         """
-        flow, memory = self.flow, self.flow.memory
+        flow, history = self.flow, self.flow.history
         self.remote = ""
         securing = await Securing.prepare(flow, host, clear=host.address in self._clear)
         if isinstance(securing, Report):
@@ -355,7 +355,7 @@ class Session:
         self._stream, self._securing = stream, securing
         self._protocol = ClientProtocol(
             flow.name_of(stream) or self._config.hostname,
-            careful=memory.was_out_of_step(host.address),
+            careful=history.was_out_of_step(host.address),
             login=flow.login,
             lmtp=flow.site.lmtp,
             tls=securing.tries,
@@ -373,10 +373,10 @@ class Session:
                 securing.keep_ticket(stream)
             stream.close()
             if self._protocol.out_of_step:
-                memory.out_of_step(host.address, flow.site.label)
+                history.out_of_step(host.address, flow.site.label)
         if report is CLEAR:
             self._clear.add(host.address)
-            memory.tls_broke(host.address, self._config.connection_tls_retry)
+            history.tls_broke(host.address, self._config.connection_tls_retry)
             others.insert(0, host)
         return report
 
@@ -397,7 +397,7 @@ class Session:
                 ready = True
                 securing.show(self._stream)
                 if self.flow.login is not None:
-                    self.flow.memory.logged_in(self.remote, self.flow.login)
+                    self.flow.history.logged_in(self.remote, self.flow.login)
                 self.flow.opened(self)
                 await self._serve()
         if self._scope.cancelled_caught:
@@ -411,9 +411,9 @@ class Session:
         if failure is not None:
             return CLEAR if securing.goes_clear else self._report(securing.outcome(failure))
         report = self._report(_outcome(event))
-        login = self.flow.login
+        flow, login = self.flow, self.flow.login
         if login is not None and isinstance(event, Refused) and _is_about_login(event):
-            self.flow.memory.login_refused(self.flow.site.label, self.remote, login, report.outcome)
+            flow.history.login_refused(flow.site.label, self.remote, login, report.outcome)
         return report
 
     async def _start_tls(self) -> Event:
@@ -494,7 +494,7 @@ class Session:
         self._job = None
         self._unsettled += 1
         if outcome.code is None and outcome.type in ("lost", "timeout"):
-            self.flow.memory.broke_off(self.remote)
+            self.flow.history.broke_off(self.remote)
         self.flow.settle(self, job, self._report(outcome))
 
     def _report(self, outcome: Outcome) -> Report:

@@ -61,7 +61,7 @@ from mailerq.wire.login import Login
 if TYPE_CHECKING:
     from mailerq.outbound.flow import Flow
 
-__all__ = ["HostMemory", "Site", "Sites"]
+__all__ = ["HostHistory", "Site", "Sites"]
 
 log = logging.getLogger("mailerq.delivery")
 
@@ -163,7 +163,7 @@ class Site:
         six = ":" in local_ip
         return any((":" in host.address) == six for host in self.hosts)
 
-    def in_order(self, local_ip: str | None, memory: HostMemory) -> list[Host]:
+    def in_order(self, local_ip: str | None, history: HostHistory) -> list[Host]:
         """The hosts reachable from a local address: by preference, doubtful hosts last.
 
         Hosts of equal preference come in a new random order each time.
@@ -177,7 +177,7 @@ class Site:
         lots = {host.name: random.random() for host in hosts}
         return sorted(
             hosts,
-            key=lambda h: (memory.is_doubtful(h.address), h.preference, lots[h.name]),
+            key=lambda h: (history.is_doubtful(h.address), h.preference, lots[h.name]),
         )
 
 
@@ -350,7 +350,7 @@ def _digest(*parts: object) -> bytes:
     return blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-class _Memory:
+class _Recent:
     """Names remembered for a limited time."""
 
     def __init__(self) -> None:
@@ -372,19 +372,19 @@ class _Memory:
         self._until.pop(name, None)
 
 
-class HostMemory:
+class HostHistory:
     """What is remembered of remote hosts, and of this host's addresses."""
 
     def __init__(self) -> None:
-        self._doubtful = _Memory()
-        self._unsound = _Memory()
-        self._left = _Memory()
-        self._passed = _Memory()
+        self._doubtful = _Recent()
+        self._unsound = _Recent()
+        self._left = _Recent()
+        self._passed = _Recent()
         self._breaks: OrderedDict[str, list[float]] = OrderedDict()
-        self._aside = _Memory()
-        self._out_of_step = _Memory()
-        self._broken_tls = _Memory()
-        self._logins = _Memory()
+        self._aside = _Recent()
+        self._out_of_step = _Recent()
+        self._broken_tls = _Recent()
+        self._logins = _Recent()
 
     def is_doubtful(self, address: str) -> bool:
         """Whether a host recently did not let us in, broke off several times, or is left alone."""

@@ -61,7 +61,7 @@ async def test_the_mail_goes_out_by_the_next_host(verb: str, reply: str) -> None
             assert "class" not in result
         assert bench.queues["retry"] == []
         assert bench.dispatcher.counters.put_off == 1, "the second mail has not been there"
-        assert bench.dispatcher.memory.is_left("127.0.0.1")
+        assert bench.dispatcher.history.is_left("127.0.0.1")
         assert refusals(bench).statistics()["classes"] == {"system": 1}
 
 
@@ -76,7 +76,7 @@ async def test_a_host_that_is_alone_has_its_mail_tried_again_as_its_code_says() 
 
 async def test_hosts_that_are_down_are_no_next_hosts() -> None:
     async with busy_hosts(TWO, one=answers(SAYS)) as bench:
-        bench.dispatcher.memory.kept_out("127.0.0.2")
+        bench.dispatcher.history.kept_out("127.0.0.2")
         bench.send()
         assert (await bench.retried())["to"] == "127.0.0.1"
         assert asked(bench)["RCPT"] == 1
@@ -170,7 +170,7 @@ async def test_a_connection_that_a_busy_host_lets_in_later_gets_no_mail() -> Non
             return
         let_in.set()
         await said.wait()
-        await bench.until(lambda figures: bench.dispatcher.memory.is_left("127.0.0.1"))
+        await bench.until(lambda figures: bench.dispatcher.history.is_left("127.0.0.1"))
         await connection.hello()
         while line := await connection.line():
             seen.append(line)
@@ -215,7 +215,7 @@ async def test_a_pattern_may_have_the_code_decide_alone() -> None:
     async with busy_hosts(TWO, pattern("busy", "system", leave_host=0), one=answers(SAYS)) as bench:
         bench.send()
         assert (await bench.retried())["to"] == "127.0.0.1"
-        assert not bench.dispatcher.memory.is_left("127.0.0.1")
+        assert not bench.dispatcher.history.is_left("127.0.0.1")
 
 
 async def test_a_busy_host_says_nothing_about_a_probe() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mailerq.net.resolver import Host
-from mailerq.outbound.sites import HostMemory
+from mailerq.outbound.sites import HostHistory
 from mailerq.rules import responses
 from mailerq.wire.login import Login
 from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
@@ -171,12 +171,12 @@ async def test_no_login_goes_over_a_connection_without_tls_to_a_public_address(
 
 
 def test_a_login_that_is_taken_again_may_be_said_again(caplog: pytest.LogCaptureFixture) -> None:
-    memory, login = HostMemory(), Login("ann\x1b", "pass-phrase")
+    history, login = HostHistory(), Login("ann\x1b", "pass-phrase")
     for _ in range(2):
-        memory.login_refused("relay.test", "127.0.0.1", login, responses.OWN_FAULT)
-    memory.login_refused("relay.test", "127.0.0.1", Login("bob", "x"), responses.OWN_FAULT)
+        history.login_refused("relay.test", "127.0.0.1", login, responses.OWN_FAULT)
+    history.login_refused("relay.test", "127.0.0.1", Login("bob", "x"), responses.OWN_FAULT)
     assert len(caplog.messages) == 2
-    memory.logged_in("127.0.0.1", login)
-    memory.login_refused("relay.test", "127.0.0.1", login, responses.OWN_FAULT)
+    history.logged_in("127.0.0.1", login)
+    history.login_refused("relay.test", "127.0.0.1", login, responses.OWN_FAULT)
     assert len(caplog.messages) == 3
     assert "\x1b" not in "".join(caplog.messages)

@@ -138,7 +138,7 @@ async def test_mail_in_clear_needs_a_new_connection_and_is_remembered_then_forgo
         await bench.results(count=2)
         assert count(bench, "STARTTLS") == 1  # at once in clear
         assert bench.peer.connections == 3
-        bench.dispatcher.memory._broken_tls._until["127.0.0.1"] = 0.0
+        bench.dispatcher.history._broken_tls._until["127.0.0.1"] = 0.0
         bench.send()
         results = await bench.results(count=3)
         assert results[-1]["cipher"]["version"] == "TLSv1.3"

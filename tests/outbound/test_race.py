@@ -66,7 +66,7 @@ async def test_a_silent_family_costs_a_quarter_of_a_second() -> None:
             (result,) = await bench.results("success")
             assert (result["to"], result["attempt"]) == ("::1", 1)
             assert race.HEAD_START_SECONDS <= monotonic() - began < 5
-    assert bench.dispatcher.memory.is_doubtful(SILENT)
+    assert bench.dispatcher.history.is_doubtful(SILENT)
 
 
 async def test_the_first_family_is_used_where_it_answers_in_time() -> None:
@@ -76,7 +76,7 @@ async def test_the_first_family_is_used_where_it_answers_in_time() -> None:
             bench.send()
             (result,) = await bench.results("success")
             assert result["to"] == "::1"
-            assert not bench.dispatcher.memory.is_doubtful(SILENT)
+            assert not bench.dispatcher.history.is_doubtful(SILENT)
 
 
 # A link-local address without its link is one that nothing can be sent to.
@@ -121,7 +121,7 @@ async def test_a_race_leaves_no_limit_taken(tmp_path: Path) -> None:
             for count in range(3):
                 bench.send()
                 await bench.results("success", count=count + 1)
-                bench.dispatcher.memory.let_in(SILENT, None)
+                bench.dispatcher.history.let_in(SILENT, None)
             await bench.until(lambda figures: not figures["connections"])
             assert held(bench) == {}
 

@@ -19,7 +19,7 @@ from mailerq.outbound.jobs import Job
 from mailerq.outbound.limits import Allowance, Limits
 from mailerq.outbound.policies import NO_POLICIES
 from mailerq.outbound.session import Session
-from mailerq.outbound.sites import HostMemory, Site
+from mailerq.outbound.sites import HostHistory, Site
 from mailerq.queues import Lease
 from mailerq.rules.plan import Send
 from mailerq.rules.routes import Route
@@ -54,7 +54,7 @@ class StubFlow:
     def __init__(self, port: int) -> None:
         self.route = Route("d.test", "d.test", port, mx=False)
         self.site = Site(b"key", self.route)
-        self.memory = HostMemory()
+        self.history = HostHistory()
         self.jobs: list[Job] = []
         self.open = trio.Event()
         self.rights = StubRights(Limits(Shaping(self.config)).of_flow(self.site, None))

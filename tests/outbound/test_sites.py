@@ -99,7 +99,7 @@ async def test_a_host_that_does_not_let_us_in_is_passed_over(script: Script) -> 
             await bench.results("success", count=count)
         assert targets(bench) == {"127.0.0.2": 5}
         assert bench.queues["retry"] == []
-        assert bench.dispatcher.memory.is_doubtful("127.0.0.1")
+        assert bench.dispatcher.history.is_doubtful("127.0.0.1")
 
 
 async def test_a_host_that_is_not_there_is_passed_over() -> None:
@@ -133,7 +133,7 @@ async def test_refused_recipients_say_nothing_about_a_host() -> None:
             bench.send(f"c{number}@d.test")
         await bench.results("success")
         assert targets(bench) == {"127.0.0.1": 1}
-        assert not bench.dispatcher.memory.is_doubtful("127.0.0.1")
+        assert not bench.dispatcher.history.is_doubtful("127.0.0.1")
 
 
 async def test_a_domain_that_takes_no_mail_fails_at_once() -> None:
