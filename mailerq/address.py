@@ -20,6 +20,7 @@ from mailerq.errors import AddressError
 __all__ = [
     "Mailbox",
     "host_port",
+    "is_loopback",
     "parse_domain",
     "parse_host",
     "parse_ip",
@@ -269,6 +270,19 @@ def parse_peer(text: str) -> IPAddress:
     IPv6Address('fe80::1')
     """
     return parse_ip(text.partition("%")[0])
+
+
+@lru_cache(maxsize=4096)
+def is_loopback(text: str) -> bool:
+    """Whether a text is a loopback address, in any form that `parse_peer` reads.
+
+    >>> is_loopback("::ffff:127.0.0.1"), is_loopback("192.0.2.1"), is_loopback("localhost")
+    (True, False, False)
+    """
+    try:
+        return parse_peer(text).is_loopback
+    except ValueError:
+        return False
 
 
 def host_port(host: str, port: int) -> str:

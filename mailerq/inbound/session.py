@@ -23,7 +23,7 @@ from typing import Final
 
 import trio
 
-from mailerq.address import parse_ip
+from mailerq.address import is_loopback, parse_ip
 from mailerq.escaping import escape
 from mailerq.inbound import reception
 from mailerq.inbound.auth import AuthUnavailable
@@ -36,7 +36,6 @@ from mailerq.net.tracing import attach
 from mailerq.net.worker import Worker
 from mailerq.plugins import NOTHING, Reject
 from mailerq.queues.embedded.disk import NO_SPACE
-from mailerq.rules.access import is_loopback
 from mailerq.wire import proxy, smtp
 from mailerq.wire.events import (
     CLOSED,

@@ -20,12 +20,12 @@ dnspython is imported with the first client: a process that only injects a mail 
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
 
+from mailerq.address import is_loopback
 from mailerq.config import Config
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Stub:
         """The first server that is not on loopback."""
         for server in resolver.nameservers:
             address = server if isinstance(server, str) else server.answer_nameserver()
-            if not _is_loopback(address):
+            if not is_loopback(address):
                 return address
         return None
 
@@ -284,13 +284,3 @@ def _says_secure(error: dns.resolver.NXDOMAIN) -> bool:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False  # the URL of a server that is asked through HTTPS
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    return ip.is_loopback

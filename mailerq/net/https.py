@@ -17,14 +17,13 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import ip_address
 from typing import Final, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import h11
 import trio
 
-from mailerq.address import host_port
+from mailerq.address import host_port, is_loopback
 from mailerq.net.resolver import Host, NoHosts
 
 __all__ = ["Bounds", "Failure", "Https", "NoResponse", "Response", "Url"]
@@ -138,7 +137,7 @@ class Url(NamedTuple):
             raise ValueError("the URL names no host, or a login")
         if parts.port == 0:
             raise ValueError("0 is not a port of a server")
-        if not secure and not is_local(parts.hostname):
+        if not secure and not is_this_host(parts.hostname):
             raise ValueError("http without TLS is for servers on this host, such as 127.0.0.1")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         port = parts.port or (HTTPS_PORT if secure else HTTP_PORT)
@@ -152,14 +151,9 @@ class Url(NamedTuple):
         return f"[{self.host}]" if ":" in self.host else self.host
 
 
-def is_local(host: str) -> bool:
-    """Whether a name or an address literal means this host (RFC 6761, section 6.3)."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+def is_this_host(host: str) -> bool:
+    """Whether a name or an address means this host (RFC 6761, section 6.3)."""
+    return host == "localhost" or is_loopback(host)
 
 
 Connected = trio.SSLStream[trio.SocketStream] | trio.SocketStream

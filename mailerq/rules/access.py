@@ -11,7 +11,7 @@ from mailerq.address import parse_domain, parse_mailbox, parse_peer
 from mailerq.config import Config
 from mailerq.errors import AddressError
 
-__all__ = ["Access", "domain_of", "is_loopback", "is_within"]
+__all__ = ["Access", "domain_of", "is_within"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -118,9 +118,3 @@ def is_within(client: str, networks: tuple[Network, ...]) -> bool:
     """Whether an IP address is in one of the networks; ``::ffff:127.0.0.1`` is 127.0.0.1."""
     address = parse_peer(client)
     return any(address.version == network.version and address in network for network in networks)
-
-
-@lru_cache(maxsize=4096)
-def is_loopback(client: str) -> bool:
-    """Whether an address is a loopback address."""
-    return parse_peer(client).is_loopback

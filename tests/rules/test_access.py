@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from mailerq.rules.access import Access, domain_of, is_loopback
+from mailerq.rules.access import Access, domain_of
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
@@ -35,7 +35,6 @@ def test_an_ipv4_client_of_an_ipv6_socket_has_the_rights_of_its_address() -> Non
     access = Access((ipaddress.ip_network("192.0.2.0/24"),), LOOPBACK, ())
     assert access.may_relay("::ffff:127.0.0.1")
     assert access.may_connect("::ffff:192.0.2.1")
-    assert is_loopback("::ffff:127.0.0.1")
     everybody = Access((), (ipaddress.ip_network("::/0"),), ())
     assert not everybody.may_relay("::ffff:192.0.2.1")
 
