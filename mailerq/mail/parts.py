@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from mailerq.mail.headers import HEADER_LIMIT, unfold
+from mailerq.mail.headers import HEADER_LIMIT, boundaries, unfold
 from mailerq.wire._lines import Buffer
 from mailerq.wire.framing import has_bare_newline, in_pairs
 
@@ -329,7 +329,9 @@ def rewrite(mime: bytes, change: Change, *kinds: str) -> tuple[bytes, list[bytes
     view = memoryview(mime)
     head = b""
     pieces: list[bytes | memoryview] = []
-    kept = _end_of_header(mime)
+    _, kept, is_whole = boundaries(mime)
+    if not is_whole:
+        raise PartError("the header is too long")
     if fields := mime[:kept].removesuffix(b"\r\n").removesuffix(b"\r\n"):
         head = fields + b"\r\n"
     for part in text_parts(mime) if kinds else ():
@@ -348,18 +350,6 @@ def rewrite(mime: bytes, change: Change, *kinds: str) -> tuple[bytes, list[bytes
         kept = part.end
     pieces.append(view[kept:])
     return head, pieces
-
-
-def _end_of_header(mime: bytes) -> int:
-    """The offset behind the empty line after the header; 0 without a header."""
-    if mime.startswith(b"\r\n"):
-        return 2
-    if not _FIELD(mime):
-        return 0
-    end = mime.find(b"\r\n\r\n", 0, HEADER_LIMIT + 4)
-    if end < 0 and len(mime) > HEADER_LIMIT:
-        raise PartError("the header is too long")
-    return len(mime) if end < 0 else end + 4
 
 
 def _changed(part: Part, mime: bytes, change: Change) -> bytes | None:
