@@ -31,7 +31,7 @@ from mailerq.cli.common import (
 from mailerq.config import Config
 from mailerq.errors import ConfigError, MessageError, RowError
 from mailerq.message import format_time, parse_time
-from mailerq.rules.row import ERROR, PAUSE, SUPPRESSION, Row, suppressible
+from mailerq.rules.row import ERROR, PAUSE, SUPPRESSED, SUPPRESSION, Row, suppressible
 from mailerq.rules.shaping import Shaping
 from mailerq.rules.shared_rows import is_shared
 from mailerq.store.row_file import RowFile
@@ -53,7 +53,7 @@ MAX_MISTAKES: Final = 10
 
 REPLIES: Final = {
     ERROR: (451, "", "deferred by the operator of this server"),
-    SUPPRESSION: (550, "5.7.1", "the recipient is suppressed"),
+    SUPPRESSION: SUPPRESSED,
 }
 """Code, status and description where a command names none."""
 

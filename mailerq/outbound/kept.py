@@ -30,7 +30,7 @@ from mailerq.errors import AddressError, RowError
 from mailerq.net.logs import Ration
 from mailerq.outbound.refusals import Action, Scope
 from mailerq.rules.recovery import Recovery
-from mailerq.rules.row import SUPPRESSION, Row, is_status, suppressible
+from mailerq.rules.row import SUPPRESSED, SUPPRESSION, Row, is_status, suppressible
 
 if TYPE_CHECKING:
     from mailerq.outbound.keeper import Keeper
@@ -43,9 +43,6 @@ log = logging.getLogger("mailerq.delivery")
 
 REACTION: Final = "reaction"
 """The kind of the rows."""
-
-SUPPRESSED: Final = (550, "5.7.1")
-"""Code and status of a suppression after a reply that has none of its own."""
 
 WHO: Final = "mailerq"
 """Who makes the rows, in the audit file."""

@@ -23,7 +23,7 @@ from mailerq.address import parse_mailbox
 from mailerq.errors import AddressError, RowError
 from mailerq.net.logs import Ration
 from mailerq.rules.reports import Suppressed
-from mailerq.rules.row import SUPPRESSION, Row, compared, suppressible
+from mailerq.rules.row import SUPPRESSED, SUPPRESSION, Row, compared, suppressible
 
 if TYPE_CHECKING:
     from mailerq.net.worker import Worker
@@ -35,9 +35,6 @@ log = logging.getLogger("mailerq.delivery")
 
 ORIGIN: Final = "reports"
 """The origin of the rows, and who makes them in the audit file."""
-
-REPLY: Final = (550, "5.7.1", "the recipient is suppressed")
-"""Code, status and text with which mail to these recipients fails."""
 
 WAIT_SECONDS: Final = 5.0
 """How long the reply to a report waits for the row."""
@@ -128,7 +125,7 @@ class Suppressor:
         for address, reason in self._waiting.items():
             by_reason.setdefault(reason, []).append(address)
         for reason, addresses in by_reason.items():
-            code, status, description = REPLY
+            code, status, description = SUPPRESSED
             row = Row(
                 kind=SUPPRESSION,
                 origin=ORIGIN,

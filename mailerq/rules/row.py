@@ -18,6 +18,7 @@ __all__ = [
     "ERROR",
     "OPERATOR",
     "PAUSE",
+    "SUPPRESSED",
     "SUPPRESSION",
     "Row",
     "any_of",
@@ -31,6 +32,9 @@ __all__ = [
 PAUSE: Final = "pause"
 ERROR: Final = "error"
 SUPPRESSION: Final = "suppression"
+
+SUPPRESSED: Final = (550, "5.7.1", "the recipient is suppressed")
+"""Code, status and description of a suppression that names none."""
 
 OPERATOR: Final = "operator"
 
