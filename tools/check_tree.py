@@ -49,6 +49,7 @@ LAYERS: Final = (
     "inspection",
     "plugins",
     "turns",
+    "locks",
     "store",
     "queues",
     "net",

@@ -34,6 +34,7 @@ from mailerq.inbound.addresses import LocalAddresses
 from mailerq.inbound.auth import parse_backend
 from mailerq.inbound.listener import unusable
 from mailerq.live import alike
+from mailerq.locks import holder_of
 from mailerq.net import unbound
 from mailerq.net.client_tls import ClientTls
 from mailerq.net.dane import Dane
@@ -42,7 +43,6 @@ from mailerq.net.tls import tls_context, try_handshake
 from mailerq.privileges import as_owner
 from mailerq.queues.embedded.queue_file import FILE_NAME
 from mailerq.queues.embedded.shares import share_directory, shares_in
-from mailerq.queues.locks import holder_of
 from mailerq.queues.opening import broker_problem
 from mailerq.queues.ownership import LOCK_NAME
 from mailerq.rules.answers import Answers

@@ -28,8 +28,8 @@ from mailerq.cli.serving import (
 )
 from mailerq.config import SETTINGS, Config
 from mailerq.errors import ConfigError, PluginError, QueueError
+from mailerq.locks import FileLock, Held
 from mailerq.privileges import as_owner
-from mailerq.queues.locks import FileLock, Held
 from mailerq.queues.opening import make_directory
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from mailerq.queues.locks import Lead
+from mailerq.locks import Lead
 from mailerq.rules.cluster import Here
 from mailerq.rules.leases import Lease
 

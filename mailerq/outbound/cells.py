@@ -364,6 +364,7 @@ class SharedCells:
             self._unwritten.update(self._held)
 
     def _lock(self) -> None:
+        # Not a `FileLock`, since this file stays open, and is locked for each count.
         for _ in range(TRIES):
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

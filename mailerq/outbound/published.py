@@ -22,6 +22,7 @@ import trio
 
 from mailerq.errors import MailerqError
 from mailerq.live import Live
+from mailerq.locks import Lead
 from mailerq.message import Message
 from mailerq.net.control import Request
 from mailerq.net.https import Https
@@ -29,7 +30,6 @@ from mailerq.net.resolver import Resolver
 from mailerq.outbound.policies import Dane, Policies
 from mailerq.outbound.sts import StsPolicies
 from mailerq.outbound.tls_reports import TlsReports
-from mailerq.queues.locks import Lead
 from mailerq.store.sts_file import StsFile
 from mailerq.store.tls_counts import TlsCounts
 

@@ -10,13 +10,13 @@ Everything here runs on the home worker.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import time
 from collections.abc import Callable
 
+from mailerq.locks import FileLock, Held
 from mailerq.net.logs import Ration
 
 __all__ = ["Days"]
@@ -53,7 +53,7 @@ class Days:
         try:
             if self._path is not None:
                 self._note(self._path, key, today)
-        except BlockingIOError:
+        except Held:
             return False  # another process writes: the next message tries again
         except OSError as error:
             self._say_unkept("cannot keep the days of sending in %s: %s", self._path, error)
@@ -69,15 +69,14 @@ class Days:
             self._days[key] = count + 1, today
 
     def _note(self, path: str, key: str, today: str) -> None:
-        """Count a day in the file, unless another process has. Raises OSError."""
-        lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Count a day in the file, unless another process has. Raises `Held`, OSError."""
+        lock = FileLock(os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read(locked=True)
             self._count(key, today)
             self._write(path)
         finally:
-            os.close(lock)
+            lock.close()
 
     def _write(self, path: str) -> None:
         new = path + ".new"

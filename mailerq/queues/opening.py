@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Final
 
 from mailerq.config import Config
 from mailerq.errors import ConfigError, Problem, QueueDamaged, QueueError
+from mailerq.locks import EXCLUSIVE, FileLock, Held, open_directory
 from mailerq.privileges import as_owner
 from mailerq.queues.embedded.queue_file import FILE_NAME, Bounds, QueueFile, lock_directory
 from mailerq.queues.embedded.queue_reader import QueueReader
 from mailerq.queues.embedded.shares import share_directory, share_of, shares_in
 from mailerq.queues.embedded.sqlite_file import translate
-from mailerq.queues.locks import EXCLUSIVE, FileLock, Held, open_directory
 from mailerq.queues.ownership import DirectoryLock, holder, make_directory
 from mailerq.queues.recovery.salvage import broken_log, recover
 

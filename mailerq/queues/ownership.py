@@ -23,8 +23,8 @@ from contextlib import contextmanager, suppress
 from typing import Final, Self
 
 from mailerq.errors import QueueError, QueueHeld
+from mailerq.locks import SHARED, FileLock, Held, holder_of
 from mailerq.privileges import give_to
-from mailerq.queues.locks import SHARED, FileLock, Held, holder_of
 
 __all__ = ["LOCK_NAME", "DirectoryLock", "holder", "make_directory", "wanted"]
 

@@ -14,7 +14,6 @@ another file, and open that one. Nothing is deleted.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import time
@@ -25,6 +24,7 @@ from typing import Final, TypeVar
 import apsw
 
 from mailerq.errors import StoreError
+from mailerq.locks import FileLock
 from mailerq.privileges import as_owner
 
 __all__ = ["Database", "Salvage"]
@@ -184,8 +184,8 @@ class Database:
         Raises `OSError` and SQLite's errors of the new file.
         """
         file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        lock = FileLock(file, wait=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
             found = os.fstat(file)
             mine = (found.st_dev, found.st_ino)
             if mine != self._identity or mine != _identity(self.path):
@@ -199,7 +199,7 @@ class Database:
                 with suppress(FileNotFoundError):
                     os.rename(self.path + suffix, copy + suffix)
         finally:
-            os.close(file)
+            lock.close()
         saved = self._save(copy)
         log.error(
             "%s is damaged (%s): the file is kept as %s, and %d rows of it are in the new one",

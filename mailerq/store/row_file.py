@@ -26,7 +26,6 @@ that the disk did not take is taken back. That file may be renamed or emptied at
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import math
 import os
@@ -41,9 +40,10 @@ from zlib import crc32
 import msgspec
 
 from mailerq.errors import RowError
+from mailerq.locks import FileLock, Held
 from mailerq.message import format_time
 from mailerq.privileges import as_owner
-from mailerq.rules.row import SUPPRESSION, Row, checked, suppressible
+from mailerq.rules.row import SUPPRESSED, SUPPRESSION, Row, checked, suppressible
 from mailerq.rules.shared_rows import (
     FIRST_ID,
     LAST_ID,
@@ -434,24 +434,22 @@ class RowFile:
     def _locked(self) -> Iterator[int]:
         """Hold the lock of the file, and know all of it."""
         with as_owner(self._directory, self._user):
-            file = self._open_locked()
+            lock = self._open_locked()
             try:
                 self.read()
                 if self.damaged:
                     self._set_aside()
-                    os.close(file)
-                    file = -1
-                    file = self._open_locked()
+                    lock.close()
+                    lock = self._open_locked()
                     self.read()
                 # A line without an end was confirmed to nobody.
-                if os.fstat(file).st_size > self._offset:
-                    os.ftruncate(file, self._offset)
-                yield file
+                if os.fstat(lock.fd).st_size > self._offset:
+                    os.ftruncate(lock.fd, self._offset)
+                yield lock.fd
                 if self._lines > 2 * self._needed() + SPARE_LINES:
                     self._tidy()
             finally:
-                if file >= 0:
-                    os.close(file)
+                lock.close()
 
     def _tidy(self) -> None:
         """Write the file anew if the disk takes it; the changes that are made stay made."""
@@ -465,7 +463,7 @@ class RowFile:
         rows = len(self.table.rows) + len(self.table.suppressions)
         return rows + self.table.suppressed // 1000 + 1
 
-    def _open_locked(self) -> int:
+    def _open_locked(self) -> FileLock:
         end = time.monotonic() + LOCK_SECONDS
         flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         while True:
@@ -475,21 +473,22 @@ class RowFile:
                 file = os.open(self._path, flags | os.O_CREAT, MODE)
                 _sync_directory(self._directory)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                found, there = os.fstat(file), os.stat(self._path)
-                if (found.st_dev, found.st_ino) == (there.st_dev, there.st_ino):
-                    return file
-            except BlockingIOError:
+                lock = FileLock(file)
+            except Held:
                 if time.monotonic() > end:
-                    os.close(file)
                     raise RowError(f"{self._path}: another process keeps the lock") from None
                 time.sleep(LOCK_AGAIN_SECONDS)
+                continue
+            try:
+                found, there = os.fstat(file), os.stat(self._path)
+                if (found.st_dev, found.st_ino) == (there.st_dev, there.st_ino):
+                    return lock
             except FileNotFoundError:
                 pass
             except BaseException:
-                os.close(file)
+                lock.close()
                 raise
-            os.close(file)
+            lock.close()
 
     def _write(
         self,
@@ -646,12 +645,13 @@ def _salvaged(text: bytes) -> tuple[Row | None, list[str]]:
         if b"@" in word or b"." in word:
             with suppress(RowError, UnicodeError):
                 values.append(suppressible(word.decode()))
+    code, status, description = SUPPRESSED
     row = Row(
         kind=SUPPRESSION,
         id=int(number[1]),
-        code=550,
-        status="5.7.1",
-        description="the recipient is suppressed",
+        code=code,
+        status=status,
+        description=description,
         reason="read from a damaged line",
     )
     return (row, values) if values else (None, values)

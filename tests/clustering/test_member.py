@@ -13,7 +13,7 @@ import trio.testing
 
 from mailerq.clustering.lease_file import LeaseFile, State
 from mailerq.clustering.row_sync import MAX_WAITING
-from mailerq.queues.locks import Lead
+from mailerq.locks import Lead
 from mailerq.rules.cluster import SILENCE, AskRows, Hello, Here, RowChanges, read, write
 from mailerq.rules.leases import LEASE, TAKEOVER
 from mailerq.rules.shared_rows import FIRST_ID, Change

@@ -34,6 +34,7 @@ import apsw
 
 from mailerq.config import Config
 from mailerq.errors import MessageError, QueueError, QueueFull
+from mailerq.locks import SHARED, FileLock, Held, open_directory
 from mailerq.message import decode_properties, encode_properties
 from mailerq.queues.embedded.disk import Room, check_sound, room
 from mailerq.queues.embedded.layout import HELD, PAGE_SIZE, UNSORTED, prepare_file
@@ -56,7 +57,6 @@ from mailerq.queues.embedded.sqlite_file import (
     translate,
 )
 from mailerq.queues.interface import Publication
-from mailerq.queues.locks import SHARED, FileLock, Held, open_directory
 from mailerq.queues.ownership import DirectoryLock
 from mailerq.rules.destinations import place_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mailerq.queues.locks import SHARED, FileLock, Held, holder_of, open_directory
+from mailerq.locks import SHARED, FileLock, Held, holder_of, open_directory
 
 
 def opened(path: Path) -> int:
