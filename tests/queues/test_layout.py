@@ -19,14 +19,15 @@ import trio
 
 from mailerq.errors import QueueFull
 from mailerq.message import Message
-from mailerq.queues import Lease, Publication, Settlement
+from mailerq.queues import Lease, Publication, Queues, Settlement, Subscription
 from mailerq.queues.embedded import queue_file, reader
 from mailerq.queues.embedded.layout import LAYOUT, PAGE_SIZE, UNSORTED
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.shares import share_directory
 from mailerq.queues.opening import open_embedded, open_exclusive, open_shared
 from mailerq.rules.destinations import place_of
-from tests.queues.kit import Old, write_old_file
+from tests.queues.kit import Clock, Old, write_old_file
+from tests.support import mailerq
 
 NOW = 1_700_000_000.0
 COUNT = 100_000
@@ -149,6 +150,82 @@ async def test_mail_of_an_old_file_is_sorted_while_it_is_taken(
     assert {depth.destination: depth.due + depth.delayed for depth in depths} == counts
 
 
+async def test_every_message_of_an_old_file_is_taken_and_settled(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, told = Clock(), Told()
+    messages = [*old_messages(COUNT)]
+    assert clock.now == NOW
+
+    def due_in_outbox() -> set[int]:
+        return {
+            tag
+            for tag, old in enumerate(messages)
+            if old.queue == "outbox" and old.due <= clock.now
+        }
+
+    with trio.fail_after(60):
+        async with open_embedded(str(directory), clock=clock) as queues:
+            async with queues.subscribe("outbox", told, prefetch=COUNT, window=1) as subscription:
+                while "were sorted by destination" not in caplog.text:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+                taken = await settle_all(queues, subscription, [*told.due], messages)
+                assert taken == due_in_outbox()
+                clock.now += 3600
+                delayed = await settle_all(queues, subscription, [*told.due], messages)
+                assert not taken & delayed
+                assert taken | delayed == due_in_outbox()
+            assert len(taken) > 70_000
+            assert len(delayed) > 10_000
+            async with queues.consume("results", prefetch=1000) as consumer:
+                results = set[int]()
+                while len(results) < COUNT // 10:
+                    leases = [await consumer.receive() for _ in range(1000)]
+                    results |= settled_tags(leases, messages)
+                    await queues.ack([Settlement(lease) for lease in leases])
+            assert taken | delayed | results == set(range(COUNT))
+            assert await queues.depths() == []
+    with open_shared(str(directory)) as file:
+        for table in ("message", "body", "shared"):
+            assert file.connection.execute(f"SELECT count(*) FROM {table}").get == 0
+
+
+async def settle_all(
+    queues: Queues, subscription: Subscription, destinations: Sequence[str], messages: Sequence[Old]
+) -> set[int]:
+    """Take and settle all mail that is due, of some destinations in each batch; return the tags."""
+    tags = set[int]()
+    for start in range(0, len(destinations), 50):
+        leases: list[Lease] = []
+
+        async def take(destination: str, leases: list[Lease] = leases) -> None:
+            taken = await subscription.take(destination, COUNT)
+            assert not taken.more
+            leases += taken.leases
+
+        async with trio.open_nursery() as nursery:
+            for destination in destinations[start : start + 50]:
+                nursery.start_soon(take, destination)
+        found = settled_tags(leases, messages)
+        assert not tags & found
+        tags |= found
+        await queues.ack([Settlement(lease) for lease in leases])
+    return tags
+
+
+def settled_tags(leases: Sequence[Lease], messages: Sequence[Old]) -> set[int]:
+    """The tags of leases, whose properties and bodies must be those of the old file."""
+    tags = set[int]()
+    for lease in leases:
+        properties = lease.message.properties
+        old = messages[properties["tag"]]
+        assert properties == old.properties
+        assert lease.message.body == old.body
+        tags.add(properties["tag"])
+    assert len(tags) == len(leases)
+    return tags
+
+
 async def test_sorting_goes_on_after_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -215,12 +292,40 @@ def test_the_shares_are_brought_up_to_date_as_well(tmp_path: Path) -> None:
             assert content(file) == expected(50)
 
 
-def test_an_older_program_refuses_the_new_file(directory: Path) -> None:
-    """An older version reads ``user_version``: a higher one is "written by a newer mailerq"."""
+def test_a_file_that_was_brought_up_to_date_has_the_new_number(directory: Path) -> None:
+    """Older programs refuse a file by its ``user_version``, as this one does below."""
     open_exclusive(str(directory)).close()
     connection = apsw.Connection(str(directory / "queue.db"))
     assert connection.pragma("user_version") == LAYOUT == 3
     connection.close()
+
+
+@pytest.mark.parametrize("command", [(), ("queue", "show", "outbox")])
+def test_a_file_of_a_newer_layout_is_refused(tmp_path: Path, command: Sequence[str]) -> None:
+    path = tmp_path / "queue" / "queue.db"
+    write_old_file(path.parent, old_messages(50))
+    open_exclusive(str(path.parent)).close()
+    connection = apsw.Connection(str(path))
+    connection.pragma("user_version", LAYOUT + 1)
+    connection.pragma("wal_checkpoint(truncate)")
+    connection.close()
+    before = path.read_bytes()
+    done = mailerq(
+        *command,
+        "--hostname=mx.test",
+        "--smtp-ip=127.0.0.1",
+        "--smtp-port=0",
+        "--plugin-directory=",
+        f"--lock={tmp_path / 'pid'}",
+        f"--queue-directory={path.parent}",
+    )
+    assert done.returncode == os.EX_TEMPFAIL, done.stderr
+    assert (
+        f"{path}: written by a newer mailerq (layout {LAYOUT + 1}, this one reads up to {LAYOUT}); "
+        "install that one, or start with another directory"
+    ) in done.stderr.decode()
+    assert path.read_bytes() == before
+    assert [name for name in os.listdir(path.parent) if "damaged" in name] == []
 
 
 @pytest.mark.parametrize("page", [1, 2, 3, 4, 5, 6])
