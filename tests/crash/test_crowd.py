@@ -123,7 +123,7 @@ async def crowd(directory: Path, count: int, period: float, patience: float) -> 
     ):
         nursery.start_soon(partial(load.session, running.port, pause=0.02))
         await until(lambda: len(ledger.accepted) > 50)
-        usual = statistics.median(await latencies(ledger, 0.0))
+        before_them = await latencies(ledger, 0.0)
         before = running.memory
         slow: list[Slow] = []
 
@@ -148,14 +148,22 @@ async def crowd(directory: Path, count: int, period: float, patience: float) -> 
             await trio.sleep(max(began + period - time.monotonic(), 0))
             assert time.monotonic() - opened < 3 * patience + 2 * period + DEADLINE
         met = await latencies(ledger, opened)
+        left_at = time.monotonic()
+        await until(lambda: ledger.count(Fate.ACCEPTED, left_at) > 50)
+        after_them = await latencies(ledger, left_at)
         await load.end()
         await all_arrive(sink, ledger.accepted)
         nursery.cancel_scope.cancel()
         assert running.is_alive
     ledger.check(arrivals(sink))
     assert len(met) > 20
+    # Compared with the times without them, before and after, which the same machine has made: one
+    # that is busy with something else delays all three. Behind a slow client a mail would wait for
+    # `patience`.
+    usual = max(statistics.median(before_them), statistics.median(after_them))
     assert statistics.median(met) < 3 * usual + 0.05
-    assert statistics.quantiles(met, n=20)[-1] < 2.0  # the disk may be slow once
+    longest = max(statistics.quantiles(each, n=20)[-1] for each in (before_them, after_them))
+    assert statistics.quantiles(met, n=20)[-1] < max(3 * longest, 2.0)  # the disk may be slow once
     if count >= 1000:  # with fewer the allocator's blocks are more than what is in them
         assert taken < IDLE_BYTES
 
