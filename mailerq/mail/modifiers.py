@@ -284,17 +284,17 @@ MODIFIERS: Final[dict[str, Modifier]] = {
     ),
     "truncate": Modifier(
         _truncate, 0, 2, '{$x|truncate:20:"..."}',
-        "At most so many characters (80), with the last argument as the end of what is cut.",
+        "Cut to the given characters (80); a text that was cut ends in the last argument.",
     ),
     "substr": Modifier(
         _substr, 1, 2, "{$x|substr:0:3}",
-        "From an offset, negative from the end, so many characters or all.",
+        "From an offset, negative from the end: the given number of characters, or all.",
     ),
     "replace": Modifier(
         _replace, 2, 2, '{$x|replace:"a":"b"}', "With the second text in place of the first."
     ),
     "cat": Modifier(_cat, 1, 9, '{$x|cat:"!"}', "Followed by the arguments."),
-    "indent": Modifier(_indent, 0, 1, "{$x|indent:4}", "Each line after so many blanks (4)."),
+    "indent": Modifier(_indent, 0, 1, "{$x|indent:4}", "Each line after the given blanks (4)."),
     "nl2br": Modifier(
         _nl2br, 0, 0, "{$x|nl2br}",
         "Escaped for HTML, with a `br` element before each line end.",
@@ -303,9 +303,9 @@ MODIFIERS: Final[dict[str, Modifier]] = {
     "urldecode": Modifier(_urldecode, 0, 0, "{$x|urldecode}", "The reverse of `urlencode`."),
     "number_format": Modifier(
         _number_format, 0, 3, '{$x|number_format:2:".":","}',
-        "A number with so many decimals (0), a decimal point and a separator of thousands.",
+        "With the given decimals (0), decimal point and separator of thousands.",
     ),
-    "round": Modifier(_round, 0, 1, "{$x|round:2}", "Rounded to so many decimals (0)."),
+    "round": Modifier(_round, 0, 1, "{$x|round:2}", "Rounded to the given decimals (0)."),
     "date_format": Modifier(
         _date_format, 0, 1, '{$x|date_format:"%d %B %Y"}',
         "A time of the form `2026-01-31 12:00:00`, a date, or seconds since 1970, in UTC. Codes:"

@@ -32,7 +32,7 @@ HTTPS_PORT: Final = 443
 HTTP_PORT: Final = 80
 
 READ_BYTES: Final = 4096
-"""Bytes read at a time: a body in chunks of a byte costs h11 some milliseconds for so many."""
+"""Bytes read at a time: h11 needs some milliseconds for them if the body has chunks of a byte."""
 
 BODY_BYTES: Final = 1 << 16
 """Bytes of a body of a known length that are read or written in one turn of the loop."""

@@ -129,7 +129,7 @@ class Socket:
             self._wake_reader(_CAME)
 
     def stray(self) -> None:
-        """Wake who waits, because another file has this descriptor now. Any thread."""
+        """Wake the waiting tasks, because another file has this descriptor now. Any thread."""
         poller, self._poller = self._poller, None
         if poller is not None:
             poller.remove(self)

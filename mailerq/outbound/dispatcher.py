@@ -97,7 +97,7 @@ UNKNOWN_SECONDS: Final = 5.0
 
 MAX_HANDOVERS: Final = 5
 HANDOVER_SECONDS: Final = 60.0
-"""A message that was handed over this often before an attempt waits for so long."""
+"""A message that was handed over `MAX_HANDOVERS` times before an attempt waits this long."""
 
 MAX_NAMED: Final = 20
 """Flows with waiting mail that `Dispatcher.statistics` names."""

@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 A TXT record of the domain has an ``id``; a web server of the domain has the policy (RFC 8461). If
 the ``id`` is that of the policy in `mailerq.store.sts_file`, that policy is in force. Otherwise it
-is fetched. Who controls the network can hide the record, change the ``id`` or block the web server,
-but cannot have another policy accepted. So nothing of that ends a policy before its time:
+is fetched. An attacker in control of the network can hide the record, change the ``id`` or block
+the web server, but cannot have another policy accepted. So none of these ends a policy early:
 
 * Without a record, or if the name servers do not answer, the policy that is kept is in force.
 * If the fetch fails, or brings no policy, the policy that is kept is in force, also under another

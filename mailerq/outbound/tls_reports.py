@@ -64,7 +64,7 @@ __all__ = ["TlsReports", "policies_of", "sender_of"]
 log = logging.getLogger("mailerq.delivery")
 
 FLUSH_SECONDS: Final = 60.0
-"""Interval of writes to the file: a crash costs the counts of so long."""
+"""Interval of writes to the file: a crash loses the counts since the last write."""
 
 MAX_PENDING: Final = 10_000
 """Kinds of sessions in memory that are told apart between two writes; as many more have no details,
@@ -87,7 +87,7 @@ RETRY_SECONDS: Final = 86400.0
 """Reports are not tried after this time from the end of the day (section 4.1)."""
 
 FORGET_SECONDS: Final = 2 * 86400.0
-"""Counts and states of a day are dropped so long after its end."""
+"""Counts and states of a day are dropped this time after its end."""
 
 FIRST_RETRY_SECONDS: Final = 900.0
 MAX_RETRY_SECONDS: Final = 4 * 3600.0

@@ -1,4 +1,4 @@
-"""Count replies for the triggers of patterns: so many within a time."""
+"""Count replies for the triggers of patterns, which name a number within a time."""
 
 from __future__ import annotations
 
