@@ -33,6 +33,7 @@ import logging
 import os
 import re
 import secrets
+import ssl
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple, Protocol, Self
@@ -319,8 +320,15 @@ class WebServer:
         return True
 
     def _ask(self, pair: str) -> int:
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=ASK_SECONDS)
+        connection: http.client.HTTPConnection
+        if self._secure:
+            context = ssl.create_default_context()
+            context.hostname_checks_common_name = False
+            connection = http.client.HTTPSConnection(
+                self._host, self._port, timeout=ASK_SECONDS, context=context
+            )
+        else:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=ASK_SECONDS)
         try:
             token = base64.b64encode(pair.encode()).decode()
             connection.request("GET", self._target, headers={"Authorization": f"Basic {token}"})

@@ -148,6 +148,9 @@ def _verifying(config: Config) -> ssl.SSLContext:
 def _context(config: Config, *, verify: bool) -> ssl.SSLContext:
     """Make a context. Raises `ConfigError`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # The names of a host are alternative names (RFC 8461, section 4.2); no constraint of an
+    # authority bounds a common name.
+    context.hostname_checks_common_name = False
     # A peer could cause one expensive handshake after another.
     context.options |= ssl.OP_NO_RENEGOTIATION
     least = VERSIONS[config.connection_tls_min]

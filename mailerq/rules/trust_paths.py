@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from mailerq.escaping import escape
 from mailerq.rules.security import Reason, TlsFailure
@@ -277,13 +277,12 @@ def _extension(step: Step, kind: type[ExtensionType]) -> ExtensionType | None:
 
 
 def _names(leaf: Step) -> list[str]:
-    """The DNS names; the common name only if there are none (RFC 7672, section 3.2.3)."""
+    """The DNS names. A common name is none: no constraint of an issuer bounds it.
+
+    RFC 7672, section 3.2.3, allows a client to take it where there are no DNS names.
+    """
     alternative = _extension(leaf, x509.SubjectAlternativeName)
-    if alternative is not None:
-        if names := alternative.get_values_for_type(x509.DNSName):
-            return names
-    common = leaf.parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return [str(attribute.value) for attribute in common[-1:]]
+    return [] if alternative is None else alternative.get_values_for_type(x509.DNSName)
 
 
 def _may_name(issuers: Iterable[Step], name: str) -> bool:

@@ -6,18 +6,21 @@ import base64
 import hmac
 import http.server
 import logging
+import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import argon2
 import pytest
+import trustme
 
 from mailerq.inbound import auth
 from mailerq.inbound.auth import Authenticator, AuthUnavailable, verify_hash
 from mailerq.plugins import crypt
 from mailerq.wire.sasl import Credentials
+from tests.net.certificate_kit import common_name_context
 
 
 def plain(login: str, password: str) -> Credentials:
@@ -170,14 +173,25 @@ class Answer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def web() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+class QuietServer(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that leaves in the handshake is what the test is about."""
+
+
+@contextmanager
+def serve() -> Iterator[QuietServer]:
+    with QuietServer(("127.0.0.1", 0), Answer) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with serve() as server:
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 async def test_a_web_server_decides_by_its_status(web: str) -> None:
@@ -189,6 +203,25 @@ async def test_a_web_server_decides_by_its_status(web: str) -> None:
     for status in ("500", "302", "429"):
         with pytest.raises(AuthUnavailable, match=status):
             await back_end.check(plain("status", status))
+
+
+async def test_a_common_name_is_no_name_of_a_web_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    good = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(good)
+    for context in (good, common_name_context(authority, "localhost")):
+        with serve() as server:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            back_end = auth.parse_backend(f"https://localhost:{server.server_port}/login?x=1")
+            if context is good:
+                assert await back_end.check(plain("ann", "s3:cret")) is True
+                continue
+            with pytest.raises(AuthUnavailable, match="certificate"):
+                await back_end.check(plain("ann", "s3:cret"))
 
 
 async def test_a_web_server_that_is_away_cannot_tell(web: str) -> None:

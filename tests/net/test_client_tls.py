@@ -37,6 +37,7 @@ async def test_contexts_are_made_once_and_check_only_where_asked(files: Path) ->
     assert strict is await tls.context(verify=True)
     assert (plain.verify_mode, plain.check_hostname) == (ssl.CERT_NONE, False)
     assert (strict.verify_mode, strict.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert not strict.hostname_checks_common_name
     assert len(await tls.authorities()) == 1
     for context in (plain, strict):
         assert context.minimum_version is ssl.TLSVersion.TLSv1_2

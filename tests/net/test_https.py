@@ -16,6 +16,7 @@ import trustme
 
 from mailerq.net.https import Bounds, Failure, Https, NoResponse, Response, Url
 from mailerq.net.resolver import Host, NoHosts
+from tests.net.certificate_kit import common_name_context
 from tests.net.https_server import HttpsServer, Stream, open_https_server, response
 from tests.support import closed_port
 
@@ -90,8 +91,7 @@ async def test_a_certificate_that_does_not_fit_is_refused(
             not_before=datetime.datetime(2019, 1, 1, tzinfo=datetime.UTC),
         )
     else:
-        server.certify("other.a.example", common_name=NAME)
-        server.certificates.pop(NAME)
+        server.certificates[NAME] = common_name_context(server.ca, NAME)
     found = await failure(server)
     assert found.failure is Failure.CERTIFICATE
     assert not server.requests

@@ -10,6 +10,7 @@ import pytest
 
 from mailerq.net.logs import LogFile
 from mailerq.net.tracing import Trace, Wanted
+from tests.net.certificate_kit import common_name_context
 from tests.outbound.kit import Bench, PeerConnection, Script, StubPlugins, open_bench
 from tests.outbound.test_reload import change
 from tests.outbound.tls_kit import NAME, Certificates, NamedHosts, breaks, starttls
@@ -36,6 +37,7 @@ def peers(certificates: Certificates) -> dict[str, Script]:
         "good": starttls(certificates.server()),
         "self-signed": starttls(certificates.server(trusted=False)),
         "wrong name": starttls(certificates.server("mx.e.test")),
+        "common name": starttls(common_name_context(certificates.trusted, NAME)),
         "expired": starttls(certificates.server(expired=True)),
         "no starttls": PeerConnection.serve,
         "454": starttls(certificates.server(), reply="454 not now\r\n"),
@@ -53,7 +55,7 @@ UNTRUSTED = {"none": CLEAR, "opportunistic": SECURE, "required": SECURE, "verifi
 BROKEN = {"none": CLEAR, "opportunistic": CLEAR, "required": WAITS, "verified": WAITS}
 MATRIX = {
     "good": {"none": CLEAR, "opportunistic": SECURE, "required": SECURE, "verified": SECURE},
-    **dict.fromkeys(("self-signed", "wrong name", "expired"), UNTRUSTED),
+    **dict.fromkeys(("self-signed", "wrong name", "common name", "expired"), UNTRUSTED),
     **dict.fromkeys(
         ("no starttls", "454", "nonsense", "speaks ahead", "reset", "garbage", "tls 1.0"), BROKEN
     ),

@@ -16,6 +16,7 @@ from mailerq.rules.security import (
     TlsaSet,
     TlsFailure,
 )
+from tests.net.certificate_kit import common_name_context
 from tests.outbound.kit import PeerConnection, Script, open_bench
 from tests.outbound.test_delivery_tls import settings
 from tests.outbound.tls_kit import NAME, Certificates, FixedDane, FixedSts, breaks, starttls
@@ -23,7 +24,10 @@ from tests.outbound.tls_kit import NAME, Certificates, FixedDane, FixedSts, brea
 LEVELS: Final = ("none", "opportunistic", "required", "verified")
 POLICIES: Final = ("none", "testing", "enforce", "unknown")
 RECORDS: Final = ("none", "match", "differ", "unusable", "unknown")
-PEERS: Final = ("good", "self-signed", "wrong name", "no starttls", "454", "reset")
+BAD_NAMES: Final = ("wrong name", "common name")
+"""Certificates of the trusted authority: for another host, and without an alternative name."""
+
+PEERS: Final = ("good", "self-signed", *BAD_NAMES, "no starttls", "454", "reset")
 CLEAR, SECURE, VERIFIED, WAITS = "clear", "TLS", "TLS, verified", "waits"
 
 RECORD: Final = TlsaSet(NAME, frozenset((Tlsa(3, 1, 1, bytes(32)),)))
@@ -35,7 +39,7 @@ def expected(level: str, policy: str, records: str, peer: str) -> str:
         return WAITS
     webpki = level == "verified" or policy == "enforce"
     demanded = webpki or level == "required" or records != "none"
-    if peer not in ("good", "self-signed", "wrong name"):
+    if peer not in ("good", "self-signed", *BAD_NAMES):
         return WAITS if demanded else CLEAR
     if webpki and peer != "good":
         return WAITS
@@ -56,6 +60,7 @@ def scripts(certificates: Certificates) -> dict[str, Script]:
         "good": starttls(good),
         "self-signed": starttls(certificates.server(trusted=False)),
         "wrong name": starttls(certificates.server("mx.e.test")),
+        "common name": starttls(common_name_context(certificates.trusted, NAME)),
         "no starttls": PeerConnection.serve,
         "454": starttls(good, reply="454 4.7.0 not now\r\n"),
         "reset": breaks(None),

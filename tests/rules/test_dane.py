@@ -323,10 +323,13 @@ def test_the_names_of_the_certificate_count(
         assert names[0] in text and HOST in text
 
 
-def test_a_common_name_counts_only_without_dns_names() -> None:
-    assert judge(ROOT.tlsa(2, 1, 1), Cert(HOST, MIDDLE), MIDDLE, ROOT) == GOOD
-    leaf = Cert("elsewhere.test", MIDDLE)
-    assert judge(ROOT.tlsa(2, 1, 1), leaf, MIDDLE, ROOT)[0] == "certificate-host-mismatch"
+def test_a_common_name_is_no_name_of_a_host() -> None:
+    leaf = Cert(HOST, MIDDLE)
+    reason, text = judge(ROOT.tlsa(2, 1, 1), leaf, MIDDLE, ROOT)
+    assert (reason, text) == (
+        "certificate-host-mismatch", f"the certificate names nothing, not {HOST}"
+    )  # fmt: skip
+    assert judge(leaf.tlsa(3, 1, 1), leaf) == GOOD  # no name counts there
 
 
 SERVER, CLIENT = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH

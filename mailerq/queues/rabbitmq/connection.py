@@ -144,6 +144,7 @@ async def connect(
     """
     if address.tls and context is None:
         context = ssl.create_default_context()
+        context.hostname_checks_common_name = False
     parameters = pika.ConnectionParameters(
         host=address.host,
         port=address.port,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pika
@@ -17,6 +18,7 @@ from mailerq.queues.rabbitmq.connection import BrokerError, connect
 from mailerq.queues.rabbitmq.options import Options
 from mailerq.queues.rabbitmq.queues import open_rabbitmq
 from mailerq.queues.rabbitmq.takers import SPARE_MESSAGES
+from tests.net.certificate_kit import common_name_context
 from tests.queues.rabbitmq.fake import FakeBroker, Peer, fake_broker
 from tests.support import DEADLINE
 
@@ -112,6 +114,23 @@ async def test_tls_is_verified_against_the_name() -> None:
         with pytest.raises(BrokerError, match=r"lost|AMQP"):
             async with connect(plain, open_seconds=5):
                 raise AssertionError
+
+
+async def test_a_common_name_is_no_name_of_a_broker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    good = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(good)
+    only = common_name_context(authority, "localhost")
+    async with fake_broker(good) as broker, fake_broker(only) as other:
+        for each in (broker, other):
+            each.address = each.address._replace(host="localhost")
+        async with connect(broker.address) as connection:
+            await (await connection.channel()).declare("q")
+        assert "is not trusted" in await refusal(other)
 
 
 async def test_silence_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
