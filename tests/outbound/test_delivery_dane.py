@@ -108,10 +108,10 @@ async def open_world(
             dane=settings.get("dane", True),
         )
         resolver: Any = Resolver(config)
-        recorder = recorder or Recorded()
-        policies = Policies(dane=Dane(resolver), recorder=recorder)
+        recorded = Recorded()
+        policies = Policies(dane=Dane(resolver), recorder=recorder or recorded)
         async with open_bench(*scripts, resolver=resolver, policies=policies, **settings) as bench:
-            yield bench, server, recorder
+            yield bench, server, recorded
 
 
 SECURE, VERIFIED, CLEAR, WAITS = "secure", "verified", "clear", "waits"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,10 +13,16 @@ from typing import Any
 import trio
 import trustme
 
+from mailerq.config import Config
+from mailerq.live import Live
+from mailerq.message import Message
 from mailerq.net.dane import Standing
-from mailerq.net.resolver import Host, NoHosts
+from mailerq.net.https import Https
+from mailerq.net.resolver import Host, NoHosts, Resolver
+from mailerq.outbound.tls_reports import TlsReports
 from mailerq.rules.security import DomainPolicy, StsPolicy, TlsaSet, TlsFailure
-from tests.outbound.kit import PeerConnection, Script, StubResolver
+from mailerq.store.tls_counts import Session, TlsCounts
+from tests.outbound.kit import Peer, PeerConnection, Script, StubResolver
 
 NAME = "mx.d.test"
 
@@ -114,22 +121,73 @@ def breaks(how: bytes | None) -> Script:
 
 
 class NamedHosts(StubResolver):
-    """Domains with hosts of given names, all at one address."""
+    """Domains with hosts of given names, all at one address, or each at one of its own."""
 
-    def __init__(self, address: str = "127.0.0.1", **domains: list[str]) -> None:
+    def __init__(
+        self, address: str | Mapping[str, str] = "127.0.0.1", **domains: list[str]
+    ) -> None:
         super().__init__()
         self.names = {name.replace("_", "."): hosts for name, hosts in domains.items()}
-        self.address = address
+        self.addresses = address
+
+    def address(self, name: str) -> str:
+        return self.addresses if isinstance(self.addresses, str) else self.addresses[name]
 
     async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
         await trio.lowlevel.checkpoint()
         found = self.names.get(domain)
         if found is None:
             return NoHosts(f"{domain} does not exist")
-        return tuple(Host(name, self.address, number) for number, name in enumerate(found))
+        return tuple(Host(name, self.address(name), number) for number, name in enumerate(found))
 
     async def host(self, name: str, *, trusted: bool) -> tuple[Host, ...] | NoHosts:
-        return (Host(name, self.address),)
+        return (Host(name, self.address(name)),)
+
+
+class TwoPeers:
+    """Hosts at addresses of their own: what each hears is kept apart. `script` plays them all."""
+
+    def __init__(self, scripts: Mapping[str, Script]) -> None:
+        self.scripts = scripts
+        self._peers: dict[str, Peer] = {}
+
+    def at(self, address: str) -> Peer:
+        return self._peers[address]
+
+    async def script(self, peer: PeerConnection) -> None:
+        assert isinstance(peer.stream, trio.SocketStream)
+        address = peer.stream.socket.getsockname()[0]
+        own = self._peers.setdefault(address, Peer(peer.peer.queues))
+        own.connections += 1
+        await self.scripts[address](PeerConnection(own, peer.stream, own.connections))
+
+
+@dataclass
+class Counts:
+    """Real counts for TLS reports, in a file."""
+
+    reports: TlsReports
+    file: TlsCounts
+
+    async def rows(self, domain: str) -> list[Session]:
+        """What was counted of a domain today, each kind once; successes first."""
+        await self.reports.flush()
+        found = [row for day in self.file.days() for row in self.file.sessions(day, domain)]
+        assert all(count == 1 for _, count in found)
+        return sorted((row for row, _ in found), key=lambda row: row[3:])
+
+
+@contextmanager
+def open_counts(directory: Path) -> Iterator[Counts]:
+    async def publish(message: Message) -> None:
+        raise AssertionError("it is not the time of reports")
+
+    config = Config(hostname="me.test", tls_report=True, tls_report_from="tls@me.test")
+    resolver = Resolver(config)
+    with closing(TlsCounts(str(directory))) as file:
+        yield Counts(
+            TlsReports(Live(config), resolver, Https(resolver.addresses), file, publish), file
+        )
 
 
 @dataclass
