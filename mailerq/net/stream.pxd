@@ -8,10 +8,10 @@ from mailerq.turns cimport EndOfTurn as _EndOfTurn
 
 @cython.final
 cdef class Stream:
-    cdef public Py_ssize_t _placed, _held_back
+    cdef public Py_ssize_t _placed, _held_back, _spent, _most_spent
     cdef public double _served_since
     cdef public _Socket _socket
-    cdef public bint _departing, _taken, _untold, _exhausted
+    cdef public bint _departing, _taken, _untold, _exhausted, _failed
     cdef public bytes _unsent, _unread
     cdef public _EndOfTurn _end_of_turn
     cdef public int _fd
@@ -22,6 +22,7 @@ cdef class Stream:
     cpdef receive_nowait(self)
     cpdef _receive_now(self)
     cpdef _receive_tls_now(self)
+    cpdef _feed(self, data)
     cpdef _has_records(self)
     cpdef _decrypt(self)
     cpdef _speak(self)

@@ -61,6 +61,10 @@ LONG_BYTES: Final = 1 << 14
 DER: Final = 2
 """`ssl.ENCODING_DER`, which has no public name."""
 
+SPENT_BYTES: Final = 1 << 16
+"""A peer that sends more than this for TLS itself and no data in between is left. Tickets and new
+keys cost it less than us, so a fast peer could go on within one turn."""
+
 BUFFER_BYTES: Final = 1 << 22
 """A write that finds more unsent bytes than this loses the connection. Only a writer that does not
 drain gets there: a plugin with much output for a peer that does not read."""
@@ -123,6 +127,9 @@ class Stream:
         self._tls: ssl.SSLObject | None = None
         self._exhausted = False  # `ssl` has no whole record left to read
         self._held_back = 0  # bytes of tickets that leave with the next output
+        self._spent = 0  # bytes of input for `ssl` since it has returned data
+        self._most_spent = 0
+        self._failed = False  # a fatal error of TLS: nothing resumes the session
         self._incoming: ssl.MemoryBIO  # set by the handshake, as the next one
         self._outgoing: ssl.MemoryBIO
 
@@ -206,8 +213,16 @@ class Stream:
 
     @property
     def session(self) -> ssl.SSLSession | None:
-        """What resumes the TLS session in another connection; None before the peer's ticket."""
-        return self._tls.session if self._tls is not None else None
+        """What resumes the TLS session in another connection; None before the peer's ticket.
+
+        None as well after a fatal error (RFC 8446, section 6.2).
+        """
+        return self._tls.session if self._tls is not None and not self._failed else None
+
+    @property
+    def most_spent(self) -> int:
+        """The most bytes of input that TLS took for itself at a time: a handshake, or tickets."""
+        return max(self._spent, self._most_spent)
 
     @property
     def is_resumed(self) -> bool:
@@ -298,9 +313,17 @@ class Stream:
             data = self._receive_now()
             if not data:
                 return data
-            self._incoming.write(data)
-            self._exhausted = False
+            self._feed(data)
         return came
+
+    def _feed(self, data: bytes) -> None:
+        """Give input to `ssl`. Raises `StreamLost` for a peer that sends no data."""
+        if self._spent > SPENT_BYTES:
+            self._failed = True
+            raise StreamLost(f"more than {SPENT_BYTES >> 10} kB of TLS messages without data")
+        self._incoming.write(data)
+        self._spent += len(data)
+        self._exhausted = False
 
     def _has_records(self) -> bool:
         """Whether `ssl` may have something to read without further input."""
@@ -319,9 +342,13 @@ class Stream:
         except ssl.SSLZeroReturnError:
             return b""
         except ssl.SSLError as error:
+            self._failed = True
             raise StreamLost(str(error)) from error
         if came:  # b"" comes again
-            self._exhausted = not self._incoming.pending
+            pending = self._incoming.pending
+            self._exhausted = not pending
+            self._most_spent = max(self._most_spent, self._spent - pending - len(came))
+            self._spent = pending
             self._speak()
         return came
 
@@ -499,6 +526,7 @@ class Stream:
         be sent.
         """
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._spent = 0
         tls = context.wrap_bio(
             self._incoming,
             self._outgoing,
@@ -526,7 +554,9 @@ class Stream:
             self._held_back = self._outgoing.pending
         await self._send_tls()
         self._tls = tls
-        self._exhausted = not self._incoming.pending
+        pending = self._incoming.pending
+        self._exhausted = not pending
+        self._most_spent, self._spent = self._spent - pending, pending
         if self.tap is not None:
             self.tap.secured(tls.version(), tls.cipher())
 
@@ -535,7 +565,8 @@ class Stream:
         data = await self._receive_raw()
         if not data:
             raise StreamLost("closed during the TLS handshake")
-        self._incoming.write(data)
+        self._incoming.write(data)  # `ssl` bounds the messages of a handshake
+        self._spent += len(data)
 
     def close(self) -> None:
         """Close the socket; with TLS, send close_notify if no output was cut off and it fits."""
@@ -582,8 +613,7 @@ class Stream:
             data = await self._receive_raw()
             if not data:
                 return b""
-            self._incoming.write(data)
-            self._exhausted = False
+            self._feed(data)
         return came
 
     async def _receive_raw(self) -> bytes:

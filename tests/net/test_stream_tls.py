@@ -6,6 +6,8 @@ import shutil
 import socket
 import ssl
 import subprocess
+from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import pytest
@@ -14,6 +16,7 @@ import trio.testing
 import trustme
 
 from mailerq.net.stream import LONG_BYTES, Stream, StreamLost
+from tests.engine.lag_kit import meter
 
 MANY: Final = 40
 
@@ -331,3 +334,72 @@ async def test_a_client_that_takes_new_keys_is_understood_and_gets_new_ones(
         stream.close()
         client.kill()
         client.communicate()
+
+
+async def test_a_peer_that_sends_tickets_and_no_data_is_left_within_a_turn(
+    authority: trustme.CA,
+) -> None:
+    """All of it is there to read at once: 5 MB would take a quarter of a second."""
+    flood = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("mx.test").configure_cert(flood)
+    flood.num_tickets = 20_000
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    ours, theirs = socket.socketpair()
+    stream, said = Stream(ours), trio.socket.from_stdlib_socket(theirs)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    peer = flood.wrap_bio(incoming, outgoing, server_side=True)
+
+    async def serve() -> None:
+        while True:
+            try:
+                await trio.to_thread.run_sync(peer.do_handshake)  # many tickets take a while
+                break
+            except ssl.SSLWantReadError:
+                await say(outgoing.read())
+                incoming.write(await said.recv(65536))
+        with suppress(OSError):
+            await say(outgoing.read())
+
+    async def say(data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[await said.send(view) :]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        await stream.start_tls(context, server_side=False, server_hostname="mx.test")
+        with meter() as turns, pytest.raises(StreamLost, match="64 kB of TLS messages"):
+            with trio.fail_after(10):
+                await stream.receive()
+        assert turns.longest < 0.05
+        assert stream.most_spent < 4 * 65536
+        assert stream.session is None  # a peer like that resumes nothing
+        stream.close()
+    said.close()
+
+
+async def test_what_tls_takes_for_itself_is_measured(authority: trustme.CA) -> None:
+    """A few tickets and many lines: only what comes between two reads of data counts."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("mx.test").configure_cert(server)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    pair = [Stream(each) for each in socket.socketpair()]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(pair[0].start_tls, server, server_side=True))
+        await pair[1].start_tls(context, server_side=False, server_hostname="mx.test")
+    handshake = pair[1].most_spent
+    assert 500 < handshake < 4000
+    for _ in range(3000):
+        pair[0].write(b"250 2.0.0 ok\r\n")
+        pair[0].flush()
+        assert await pair[1].receive() == b"250 2.0.0 ok\r\n"
+    pair[0].write(bytes(200_000))
+    got = 0
+    while got < 200_000:
+        got += len(await pair[1].receive())
+    assert pair[1].most_spent == handshake
+    assert pair[1].session is not None and pair[1].session.has_ticket
+    for each in pair:
+        each.close()
