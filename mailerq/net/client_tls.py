@@ -29,16 +29,20 @@ if TYPE_CHECKING:
     from mailerq.rules.certificates import Facts
     from mailerq.rules.security import Proof
 
-__all__ = ["FILES", "ClientTls", "Ticket", "Tickets"]
+__all__ = ["FILES", "MAX_TICKET_BYTES", "ClientTls", "Ticket", "Tickets"]
 
 FILES: Final = ("connection_ca_file", "connection_certificate", "connection_key")
 """The settings that name files."""
 
 MAX_TICKETS: Final = 1000
-"""Tickets kept; each has some kilobytes."""
+MAX_TICKET_BYTES: Final = 1 << 14
+"""Tickets kept, and bytes of the handshake or the tickets behind one: peers make them."""
 
 TICKET_SECONDS: Final = 3600.0
-"""How long a ticket is used. A certificate that has expired or was revoked meanwhile counts."""
+"""How long a ticket is used. A certificate that has expired or was revoked meanwhile counts.
+
+A resumed session brings the next ticket, which proves no more than the first handshake did: it has
+the rest of this time."""
 
 VERSIONS: Final = {
     "1.0": ssl.TLSVersion.TLSv1,
@@ -72,10 +76,21 @@ class Tickets:
         ticket = self._kept.pop(key, None)
         return ticket if ticket is not None and self._clock() < ticket.until else None
 
-    def keep(self, key: object, session: ssl.SSLSession, proof: Proof, facts: Facts | None) -> None:
-        """Keep a ticket in place of an earlier one, and forget the oldest if there are many."""
+    def keep(
+        self,
+        key: object,
+        session: ssl.SSLSession,
+        proof: Proof,
+        facts: Facts | None,
+        resumed: Ticket | None = None,
+    ) -> None:
+        """Keep a ticket in place of an earlier one, and forget the oldest if there are many.
+
+        `resumed` is the ticket that the session of this one began with.
+        """
+        until = self._clock() + TICKET_SECONDS if resumed is None else resumed.until
         self._kept.pop(key, None)
-        self._kept[key] = Ticket(session, proof, facts, self._clock() + TICKET_SECONDS)
+        self._kept[key] = Ticket(session, proof, facts, until)
         if len(self._kept) > MAX_TICKETS:
             self._kept.popitem(last=False)
 

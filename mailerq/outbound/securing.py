@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from mailerq.mail.tls_report import is_report
+from mailerq.net.client_tls import MAX_TICKET_BYTES
 from mailerq.net.stream import HandshakeFailed, StreamLost
 from mailerq.outbound.jobs import Report
 from mailerq.outbound.race import where
@@ -43,7 +44,7 @@ from mailerq.rules.security import (
 from mailerq.wire.client import Failed, Problem, Refused, Step
 
 if TYPE_CHECKING:
-    from mailerq.net.client_tls import ClientTls
+    from mailerq.net.client_tls import ClientTls, Ticket
     from mailerq.net.resolver import Host
     from mailerq.net.stream import Stream
     from mailerq.outbound.flow import Flow
@@ -53,16 +54,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Securing"]
 
-MAX_TICKET_BYTES: Final = 1 << 14
-"""A longer certificate chain is not kept with a ticket."""
-
 
 class Securing:
     """What one connection of a flow to a host needs of TLS, and has."""
 
     __slots__ = (
-        "_facts", "_key", "_number", "_secured", "_tls", "demands", "failure", "flow", "for_login",
-        "host", "proof", "records", "tries",
+        "_facts", "_key", "_number", "_resumed", "_secured", "_tls", "demands", "failure",
+        "flow", "for_login", "host", "proof", "records", "tries",
     )  # fmt: skip
 
     def __init__(self, flow: Flow, host: Host, demands: Demands) -> None:
@@ -77,6 +75,7 @@ class Securing:
         self.failure: TlsFailure | None = None
         self._facts: Facts | None = None
         self._key: object = None
+        self._resumed: Ticket | None = None
         self._tls: ClientTls
         self._secured: dict[str, Any] | None = None
         self._number = flow.limits_number
@@ -155,7 +154,7 @@ class Securing:
             raise StreamLost(f"{host.name!a} cannot be named in a TLS handshake") from error
         if ticket is not None and stream.is_resumed:
             # No certificate was sent: what was proved then counts.
-            self.proof, self._facts = ticket.proof, ticket.facts
+            self.proof, self._facts, self._resumed = ticket.proof, ticket.facts, ticket
             return
         chain = stream.peer_chain
         self._facts = facts_of(chain[0]) if chain else None
@@ -274,16 +273,19 @@ class Securing:
         return properties.get("requiretls") is True and _promises_tls(protocol)
 
     def keep_ticket(self, stream: Stream) -> None:
-        """Keep the ticket of a connection that ends, if the peer has sent one."""
+        """Keep the ticket of a connection that ends, if the peer has sent one of a usual size.
+
+        The size is that of what the peer has sent: a session has its ticket and its certificates.
+        """
         if not self.proof.encrypted or self.failure is not None:
             return
         session = stream.session
         if session is None or not session.has_ticket:
             return
-        if not stream.is_resumed and sum(map(len, stream.peer_chain)) > MAX_TICKET_BYTES:
+        if stream.most_spent > MAX_TICKET_BYTES:
             return
         proof = Proof(self.host.name, True, self.proof.webpki, self.proof.tlsa)
-        self._tls.tickets.keep(self._key, session, proof, self._facts)
+        self._tls.tickets.keep(self._key, session, proof, self._facts, self._resumed)
 
     def outcome(self, failure: TlsFailure) -> Outcome:
         """The end of an attempt for which TLS is not as demanded."""
