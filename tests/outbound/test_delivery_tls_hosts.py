@@ -110,7 +110,7 @@ async def test_the_next_host_gets_the_mail_if_tls_of_the_first_is_not_as_demande
         world = open_bench(*[peers.script] * 3, address="0.0.0.0", policies=policies, **config)
         async with world as bench:
             await deliver(bench, peers)
-        rows = await counts.rows("d.test")
+        rows = await counts.new_rows("d.test")
     assert [(row.kind, row.result, row.host, row.remote_ip, row.local_ip) for row in rows] == [
         (kind, "", "", "", ""),
         (kind, FAULTS[fault].value, FIRST, BAD, "127.0.0.1"),
@@ -162,7 +162,7 @@ async def test_the_next_host_gets_the_mail_if_the_records_of_the_first_do_not_ma
             await deliver(bench, peers)
             (result,) = await bench.results()
             assert result["certificate"]["verified"] is True
-        rows = await counts.rows("d.test")
+        rows = await counts.new_rows("d.test")
     assert [(row.kind, row.result, row.host, row.remote_ip) for row in rows] == [
         ("tlsa", "", "", ""),
         ("tlsa", DANE_FAULTS[fault].value, FIRST, BAD),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from mailerq.net.resolver import Host, NoHosts, Resolver
 from mailerq.outbound.tls_reports import TlsReports
 from mailerq.rules.security import DomainPolicy, StsPolicy, TlsaSet, TlsFailure
 from mailerq.store.tls_counts import Session, TlsCounts
-from tests.outbound.kit import Peer, PeerConnection, Script, StubResolver
+from tests.outbound.kit import Mail, Peer, PeerConnection, Script, StubResolver
 
 NAME = "mx.d.test"
 
@@ -154,6 +155,10 @@ class TwoPeers:
     def at(self, address: str) -> Peer:
         return self._peers[address]
 
+    def mails(self, address: str) -> list[Mail]:
+        """What a host has got; nothing if nobody has connected."""
+        return self._peers[address].mails if address in self._peers else []
+
     async def script(self, peer: PeerConnection) -> None:
         assert isinstance(peer.stream, trio.SocketStream)
         address = peer.stream.socket.getsockname()[0]
@@ -169,12 +174,17 @@ class Counts:
     reports: TlsReports
     file: TlsCounts
 
-    async def rows(self, domain: str) -> list[Session]:
-        """What was counted of a domain today, each kind once; successes first."""
+    seen: Counter[Session] = field(default_factory=Counter)
+
+    async def new_rows(self, domain: str) -> list[Session]:
+        """What was counted of a domain since the last call; successes first."""
         await self.reports.flush()
-        found = [row for day in self.file.days() for row in self.file.sessions(day, domain)]
-        assert all(count == 1 for _, count in found)
-        return sorted((row for row, _ in found), key=lambda row: row[3:])
+        found = Counter[Session]()
+        for day in self.file.days():
+            for row, count in self.file.sessions(day, domain):
+                found[row] += count
+        new, self.seen = found - self.seen, found
+        return sorted(new.elements(), key=lambda row: row[3:])
 
 
 @contextmanager
