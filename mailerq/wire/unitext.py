@@ -30,8 +30,7 @@ _NOT_XTEXT: Final = re.compile(r"[^!-*,-<>-\[\]-~]")
 
 def quote(address: str, *, ascii: bool) -> str:
     """Write a plain address in xtext if it must be `ascii`, else in unitext."""
-    special = _NOT_XTEXT if ascii else _NOT_UNITEXT
-    return special.sub(lambda match: f"\\x{{{ord(match[0]):02X}}}", address)
+    return _NOT_XTEXT.sub(_escape, address) if ascii else _NOT_UNITEXT.sub(_escape, address)
 
 
 def unquote(text: str) -> str:
@@ -48,10 +47,14 @@ def requote(text: str, *, ascii: bool) -> str:
     Raises `ValueError` like `unquote`.
     """
     address = unquote(text)
-    special = _NOT_XTEXT if ascii else _NOT_UNITEXT
-    if special.search(text.replace("\\", "")) is None:
+    plain = text.replace("\\", "")
+    if (_NOT_XTEXT.search(plain) if ascii else _NOT_UNITEXT.search(plain)) is None:
         return text
     return quote(address, ascii=ascii)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\x{{{ord(match[0]):02X}}}"
 
 
 def _character(match: re.Match[str]) -> str:

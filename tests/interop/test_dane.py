@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mailerq.rules.dane import tlsa_set, verify
-from mailerq.rules.security import Tlsa
+from mailerq.rules.security import Reason, Tlsa
 from tests.interop.kit import program
 from tests.rules.test_dane import (
     EXPIRED_ROOT,
@@ -132,7 +132,6 @@ CASES: dict[str, tuple[Sequence[Tlsa], Sequence[Cert]]] = {
     "wrong name": (TOP, leaf("elsewhere.test")),
     "star": (TOP, leaf("*.d.test")),
     "star of a top-level domain": (TOP, leaf("*.test")),
-    "common name": (TOP, (Cert(HOST, MIDDLE), MIDDLE, ROOT)),
     "common name beside others": (TOP, (Cert(HOST, MIDDLE, names=["e.test"]), MIDDLE, ROOT)),
     "for clients": (TOP, leaf(HOST, usages=[CLIENT])),
     "no authority": (TOP, issued(ca=False)),
@@ -155,3 +154,13 @@ def test_a_verdict_is_that_of_openssl(tmp_path: Path, case: str) -> None:
     ours = verify(found, [cert.der for cert in chain], NOW)
     theirs = judged_by_openssl(tmp_path, records, chain)
     assert (ours is None) == (not theirs), (ours, theirs)
+
+
+def test_a_common_name_alone_is_none_for_us(tmp_path: Path) -> None:
+    chain = (Cert(HOST, MIDDLE), MIDDLE, ROOT)
+    found = tlsa_set(HOST, TOP)
+    assert found is not None
+    failure = verify(found, [cert.der for cert in chain], NOW)
+    assert failure is not None
+    assert failure.reason is Reason.HOST_MISMATCH
+    assert not judged_by_openssl(tmp_path, TOP, chain)  # it is the only fault
