@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--sessions", type=int, default=20, help="sessions at a time (%(default)s)")
     add("--size", type=int, default=20 * 1024, help="bytes of a body (%(default)s)")
     add("--rounds", type=int, default=3, help="runs of each system and way (%(default)s)")
-    add("--pairs", type=int, default=15, help="pairs of runs for a signature (%(default)s)")
+    add("--pairs", type=int, default=30, help="pairs of runs for a signature (%(default)s)")
     add("--systems", default=",".join(SYSTEMS), help="what to start (%(default)s)")
     add("--timeout", type=float, default=120.0, help="seconds for one run (%(default)s)")
     add("--directory", help="where the queues go (a temporary directory)")
