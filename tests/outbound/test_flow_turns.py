@@ -44,28 +44,17 @@ async def test_flows_that_wait_for_a_slot_take_turns() -> None:
         assert max(runs.values()) <= flow.FAIR_MESSAGES
 
 
+@pytest.mark.parametrize(("limit", "value", "most"), [("MESSAGES", 5, 5), ("SECONDS", 0.0, 1)])
 async def test_a_connection_gives_way_after_its_share_when_others_wait(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, limit: str, value: float, most: int
 ) -> None:
-    monkeypatch.setattr(flow, "FAIR_MESSAGES", 5)
+    monkeypatch.setattr(flow, f"FAIR_{limit}", value)
     async with open_bench(slots=Slots(1)) as bench:
         for number in range(60):
             bench.send(recipient=f"c{number}@d{number % 2}.test")
         await bench.results("success", 60)
         runs = Counter(mail.connection for mail in bench.peer.mails)
-        assert max(list(runs.values())[:-1]) == 5
-
-
-async def test_a_connection_gives_way_after_its_time_when_others_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(flow, "FAIR_SECONDS", 0.0)
-    async with open_bench(slots=Slots(1)) as bench:
-        for number in range(40):
-            bench.send(recipient=f"c{number}@d{number % 2}.test")
-        await bench.results("success", 40)
-        runs = Counter(mail.connection for mail in bench.peer.mails)
-        assert max(list(runs.values())[:-1]) == 1
+        assert max(list(runs.values())[:-1]) == most
 
 
 async def test_mail_for_one_more_destination_waits_for_few_connections(
