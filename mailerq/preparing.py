@@ -31,8 +31,8 @@ log = logging.getLogger("mailerq")
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors reserved for the queue, logs and plugins."""
 
-LEFT_FOR_OUT: Final = 50
-"""Connections that the way in leaves to the way out: at most a tenth of all."""
+OUTGOING_RESERVE: Final = 50
+"""Connections reserved for outgoing mail; at most a tenth of all are reserved."""
 
 LOGS: Final = ("send_log_file", "received_log_file", "refused_log_file")
 
@@ -121,9 +121,9 @@ def count_outgoing(config: Config, connections: Slots) -> float:
 
 
 def count_incoming(config: Config, connections: Slots) -> float:
-    """Incoming connections: all but a few unless the settings say otherwise.
+    """Incoming connections: all but a reserve unless the settings say otherwise.
 
-    Clients that hold all connections would keep accepted mail from leaving.
+    Without the reserve, clients that hold all connections keep accepted mail from leaving.
     """
-    left = min(LEFT_FOR_OUT, connections.limit // 10, count_outgoing(config, connections))
-    return config.smtp_connections_in or connections.limit - left
+    reserve = min(OUTGOING_RESERVE, connections.limit // 10, count_outgoing(config, connections))
+    return config.smtp_connections_in or connections.limit - reserve

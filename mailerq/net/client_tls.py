@@ -36,13 +36,13 @@ FILES: Final = ("connection_ca_file", "connection_certificate", "connection_key"
 
 MAX_TICKETS: Final = 1000
 MAX_TICKET_BYTES: Final = 1 << 14
-"""Tickets kept, and bytes of the handshake or the tickets behind one: peers make them."""
+"""Limits of tickets: their number, and the bytes of a handshake or of the tickets after it."""
 
 TICKET_SECONDS: Final = 3600.0
 """How long a ticket is used. A certificate that has expired or was revoked meanwhile counts.
 
-A resumed session brings the next ticket, which proves no more than the first handshake did: it has
-the rest of this time."""
+The ticket of a resumed session proves no more than the first handshake did, so it is used for the
+rest of this time only."""
 
 VERSIONS: Final = {
     "1.0": ssl.TLSVersion.TLSv1,

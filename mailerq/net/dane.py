@@ -35,7 +35,7 @@ PROBE_SECONDS: Final = 5.0
 """How long a probe waits for answers."""
 
 HOST_SECONDS: Final = 2.0
-"""How long a smarthost waits for the answer whether DNSSEC proves its addresses."""
+"""Time limit for the question whether DNSSEC proves the addresses of a smarthost."""
 
 AGAIN_SECONDS: Final = 60.0
 """How long after a probe without an answer the next one is."""
@@ -71,7 +71,7 @@ class Dane:
     async def is_proved(self, host: str) -> bool:
         """Whether DNSSEC proves the addresses of a host, or an alias, that the operator has named.
 
-        If nobody can know now it is not proved: ``/etc/hosts`` may be all that knows the name.
+        False if the DNS does not answer: the name may be only in ``/etc/hosts``.
         """
         if not self.standing().in_force:
             return False

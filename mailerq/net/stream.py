@@ -62,8 +62,8 @@ DER: Final = 2
 """`ssl.ENCODING_DER`, which has no public name."""
 
 SPENT_BYTES: Final = 1 << 16
-"""A peer that sends more than this for TLS itself and no data in between is left. Tickets and new
-keys cost it less than us, so a fast peer could go on within one turn."""
+"""The connection ends if a peer sends more TLS messages than this without data. Tickets and key
+updates cost the peer less than us, so a fast peer could block the loop with them."""
 
 BUFFER_BYTES: Final = 1 << 22
 """A write that finds more unsent bytes than this loses the connection. Only a writer that does not

@@ -64,8 +64,8 @@ no more."""
 
 FAIR_MESSAGES: Final = 100
 FAIR_SECONDS: Final = 5.0
-"""After this many messages, or this time, a session ends if another flow waits for a slot: slow
-peers must not hold the slots of all others."""
+"""A session ends after this number of messages, or this time, if another flow waits for a slot. The
+time keeps slow peers from holding the slots of other flows."""
 
 STALL_SECONDS: Final = 1.0
 """Open one more connection when the first job has waited this long."""

@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 After the start, after a reload, and each hour, `KeyRecords.run` looks for keys of `dkim-file` and
 `dkim-directory` that are in force and were not compared before. A key whose name servers have
-answered is compared once, until its file changes; otherwise the next look tries again, and the
-log has no warning, because the name servers say nothing about the key.
+answered is compared once, until its file changes. Otherwise the next look tries again, without
+a warning, because the name servers have said nothing about the key.
 
 At most `MAX_KEYS` keys are compared in one look, `MAX_LOOK_UPS` at a time. Files are read in a
 thread. Neither mail nor the end of the daemon waits for this.
@@ -44,7 +44,7 @@ MAX_LOOK_UPS: Final = 4
 """Records that are looked up at a time."""
 
 MAX_COMPARED: Final = 10_000
-"""Keys that are kept as compared; there is no look for more."""
+"""Limit of keys remembered as compared; further keys are not compared."""
 
 WARNINGS_PER_MINUTE: Final = 20
 
@@ -52,7 +52,7 @@ Place = tuple[str, str]
 """The name of a key's DNS record, and the path of its file."""
 
 State = tuple[int, int, int]
-"""What changes with a file."""
+"""Modification time, inode and size of a file."""
 
 
 class _Due(NamedTuple):
@@ -91,7 +91,7 @@ class KeyRecords:
         )
 
     def reload(self) -> None:
-        """Look for keys soon: the settings are other ones, or name other keys."""
+        """Look for keys soon: the settings have changed."""
         wake, self._wake = self._wake, trio.Event()
         wake.set()
 

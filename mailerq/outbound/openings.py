@@ -4,10 +4,10 @@ Theory of operation
 -------------------
 A connection to another host holds a slot from its opening to its end. A flow without a slot waits
 in line. A free slot goes to one flow, so that all flows take turns. Flows that no host has let in
-yet have a line of their own, and every other slot is for them: fresh mail for one more destination
-need not wait until thousands of slow ones have had a turn. When a flow begins to wait, an idle
+yet have a line of their own, which gets every second slot: fresh mail for a new destination does
+not wait until thousands of slow destinations have had a turn. When a flow begins to wait, an idle
 connection is closed. While flows wait (`contended`), sessions end instead of becoming idle, and
-others after their share.
+other sessions after their share.
 
 A host that never answers keeps its slot until the timeout. So connections of flows that no host has
 let in yet are *tries*, at most `SITE_TRIES` to one site. A try is *quick* at first. Without an

@@ -1,16 +1,15 @@
-"""Failures that wait a moment, so that recipients of one mail share a report.
+"""Hold failures for a moment, so that the recipients of one mail share a report.
 
 Theory of operation
 -------------------
 Each recipient of a mail is a message of its own, and reports are made for a batch of settlements.
-Recipients at different hosts fail at different moments, and would be in different batches. So a
-failure with a report is held, with its lease, until `dsn-wait` has passed since the first failure
-whose report it could share; then all of them are settled, in one batch. Whatever happens
-meanwhile, nothing is lost: the message is in the outbox until the commit, and a crash repeats its
-attempt.
+Recipients at different hosts fail at different times, so their failures would be in different
+batches. A failure with a report is held, with its lease, until `dsn-wait` has passed since the
+first failure that can share the report. Then the group is settled in one batch. The message stays
+in the outbox until that commit, so a crash loses nothing and repeats the attempt.
 
-Only memory is occupied meanwhile, and there is a limit of that: see `Together.add`. Sessions and
-flows go on as if the failure were settled.
+Held failures take only memory, which is bounded (`Together.add`). Sessions and flows go on as if
+the failure were settled.
 
 Everything here runs on the home worker.
 """
@@ -32,7 +31,7 @@ MAX_BYTES: Final = 16 << 20
 """Bytes of the mails that are held."""
 
 SHARE: Final = 4
-"""One in so many messages of `rabbitmq-qos` may be held."""
+"""Held failures are at most `rabbitmq-qos` divided by this."""
 
 T = TypeVar("T", bound=Reported)
 
@@ -48,7 +47,7 @@ class _Group(Generic[T]):
 
 
 class Together(Generic[T]):
-    """Holds failures, and gives them to `settle` group by group. `run` is a task."""
+    """Holds failures, and passes them to `settle` in groups. `run` is a task."""
 
     def __init__(self, live: Live, settle: Callable[[Sequence[T]], None]) -> None:
         self._live = live
@@ -71,7 +70,7 @@ class Together(Generic[T]):
         return self._live.current.config.dsn_wait > 0
 
     def add(self, reported: T) -> None:
-        """Hold a settlement. If too many are held, in number or in bytes, all are given on."""
+        """Hold a settlement; settle all if the limit of messages or bytes is reached."""
         assert reported.bounce is not None
         config = self._live.current.config
         key = reported.bounce.key
@@ -84,31 +83,31 @@ class Together(Generic[T]):
         self._count += 1
         self._bytes += reported.settlement.lease.size
         if self._bytes > MAX_BYTES or self._count >= max(config.rabbitmq_qos // SHARE, 1):
-            self._give_all()
+            self._settle_all()
         elif len(group.members) >= MAX_TOGETHER:
-            self._give(key)
+            self._settle_group(key)
 
     def close(self) -> None:
-        """Give on what is held, and hold nothing any more."""
+        """Settle everything held, and hold nothing from now on."""
         self._closed = True
-        self._give_all()
+        self._settle_all()
 
     async def run(self) -> None:
-        """Give on each group at its time."""
+        """Settle each group when its time comes."""
         while True:
             while not self._groups:
                 await self._wake.park()
             key, group = next(iter(self._groups.items()))
             if trio.current_time() < group.until:
-                await trio.sleep_until(group.until)  # it may have been given on meanwhile
+                await trio.sleep_until(group.until)  # the group may be settled meanwhile
             else:
-                self._give(key)
+                self._settle_group(key)
 
-    def _give_all(self) -> None:
+    def _settle_all(self) -> None:
         for key in list(self._groups):
-            self._give(key)
+            self._settle_group(key)
 
-    def _give(self, key: tuple[object, ...]) -> None:
+    def _settle_group(self, key: tuple[object, ...]) -> None:
         members = self._groups.pop(key).members
         self._count -= len(members)
         self._bytes -= sum(each.settlement.lease.size for each in members)

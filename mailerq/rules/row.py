@@ -34,7 +34,7 @@ ERROR: Final = "error"
 SUPPRESSION: Final = "suppression"
 
 SUPPRESSED: Final = (550, "5.7.1", "the recipient is suppressed")
-"""Code, status and description of a suppression that names none."""
+"""Default code, status and description of a suppression."""
 
 OPERATOR: Final = "operator"
 
