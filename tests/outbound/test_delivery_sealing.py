@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import dkim
@@ -25,13 +24,6 @@ MAIL = (
     b"Date: Thu, 26 Nov 2026 12:00:00 +0000\r\n\r\nhello  world \r\n\r\n"
 )
 CAME = {"connection": {"remote-ip": "192.0.2.1"}}
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    directory = tmp_path / "dkim"
-    directory.mkdir()
-    return Keys(directory)
 
 
 @asynccontextmanager

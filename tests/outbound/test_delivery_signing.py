@@ -66,13 +66,6 @@ ODD = frozenset(("a long line", "no body", "blanks after the colon", "an empty f
 """OpenDKIM's test mode parses the mail itself, and loses blanks around colons, and long lines."""
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    directory = tmp_path / "dkim"
-    directory.mkdir()
-    return Keys(directory)
-
-
 @asynccontextmanager
 async def open_signing(
     keys: Keys, *, file: str = "", plugins: StubPlugins | None = None, **settings: Any

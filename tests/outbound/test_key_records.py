@@ -28,13 +28,6 @@ SERVFAIL = int(dns.rcode.SERVFAIL)
 NOW = 1.8e9
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    directory = tmp_path / "dkim"
-    directory.mkdir()
-    return Keys(directory)
-
-
 @asynccontextmanager
 async def comparing(
     keys: Keys, zone: Any = None, file: str = ""
