@@ -4,9 +4,9 @@ Theory of operation
 -------------------
 One task runs one session. It waits for three things only: the peer, a plugin that has taken
 control, and the queue. While the task waits for the peer, input is handled where it arrives
-(`_receive_data`): the machine finds the events, `_handle` answers each, and the replies leave
-together. If an answer takes time, the handler returns what the task must wait for, and wakes the
-task. The worker's `Deadlines` limit how long the peer may take.
+(`_receive_data`): the machine finds the events, the handler of each (`_HANDLERS`) answers it, and
+the replies leave together. If an answer takes time, the handler returns what the task must wait
+for, and the task wakes. The worker's `Deadlines` limit how long the peer may take.
 
 The final reply to a mail is given only after `Queues.publish` has returned. A local fault of any
 kind is a 451, and the peer keeps the mail.
@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -38,7 +38,6 @@ from mailerq.plugins import NOTHING, Reject
 from mailerq.queues.embedded.disk import NO_SPACE
 from mailerq.wire import proxy, smtp
 from mailerq.wire.events import (
-    CLOSED,
     NEED_DATA,
     Auth,
     Closing,
@@ -47,6 +46,7 @@ from mailerq.wire.events import (
     Event,
     Hello,
     Mail,
+    NoEvent,
     Rcpt,
     StartTls,
     XClient,
@@ -335,7 +335,7 @@ class Session:
             spool.came(machine.content_size)
         await self._listen()
 
-    async def _close(self) -> None:
+    async def _close(self, event: Closing) -> None:
         """Send the last reply, and leave."""
         self._failed()
         self._wait()
@@ -344,7 +344,8 @@ class Session:
         self._waiting = False
         self._over = True
 
-    async def _leave(self) -> None:
+    async def _leave(self, event: NoEvent) -> None:
+        """The peer has left."""
         self._over = True
 
     def _receive_data(self, data: bytes) -> bool:
@@ -368,7 +369,7 @@ class Session:
                 self._renew()
             event = machine.next_event()
             if event is not NEED_DATA:
-                due = self._handle(event)
+                due = _HANDLERS[type(event)](self, event)
                 if due is not None:
                     return due
             elif machine.failures != self._failures and not self._failed():
@@ -379,32 +380,6 @@ class Session:
                 return self._listen_later
             else:
                 return None
-
-    def _handle(self, event: Event) -> Due | None:
-        """Answer an event, or return what the task must wait for."""
-        if type(event) is Rcpt:
-            return self._rcpt(event)
-        if type(event) is Mail:
-            return self._mail(event)
-        if type(event) is Content:
-            return partial(self._content, event)
-        if type(event) is Data:
-            self._data()
-        elif type(event) is Hello:
-            self._plugin.helo = event.name
-            self._machine.accept()
-        elif type(event) is Auth:
-            return partial(self._auth, event)
-        elif type(event) is StartTls:
-            return self._starttls
-        elif type(event) is XClient:
-            self._xclient(event)
-        elif type(event) is Closing:
-            return self._close
-        else:
-            assert event is CLOSED, "all others are above"
-            return self._leave
-        return None
 
     def _wait(self) -> None:
         """Start the peer's turn; a step already begun keeps its start time."""
@@ -464,6 +439,10 @@ class Session:
 
     # Events.
 
+    def _hello(self, event: Hello) -> None:
+        self._plugin.helo = event.name
+        self._machine.accept()
+
     def _mail(self, event: Mail) -> Due | None:
         """Answer MAIL, or ask the plugins."""
         services = self._services
@@ -472,7 +451,7 @@ class Session:
         if not (self._relays or services.clients.may(self._client.standing, "messages")):
             self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
             return None
-        return self._ask(event, self._plugin.mailfrom(event.sender))
+        return self._ask(self._plugin.mailfrom(event.sender), self._refuse_sender)
 
     def _refuse_sender(self, reply: Reply) -> None:
         self._services.counters.refused_senders += 1
@@ -483,7 +462,7 @@ class Session:
         if (objection := self._objection(event.recipient)) is not None:
             self._refuse_recipient(objection)
             return None
-        return self._ask(event, self._plugin.rcptto(event.recipient))
+        return self._ask(self._plugin.rcptto(event.recipient), self._refuse_recipient)
 
     def _objection(self, recipient: str) -> Reply | None:
         """The refusal of a recipient before any plugin is asked, or None."""
@@ -507,24 +486,24 @@ class Session:
         may = self._relays or self._services.clients.may(self._client.standing, "recipients")
         return None if may else smtp.RECIPIENTS_TOO_OFTEN
 
-    def _ask(self, event: Mail | Rcpt, asked: Awaitable[Reject | None]) -> Due | None:
-        """Answer if no plugin subscribes to the event; else the task waits for the plugins."""
+    def _ask(self, asked: Awaitable[Reject | None], refuse: Callable[[Reply], None]) -> Due | None:
+        """Accept if no plugin subscribes to the event; else the task waits for the plugins."""
         if asked is NOTHING:
-            self._answer(event, None)
+            self._answer(None, refuse)
             return None
-        return partial(self._answer_asked, event, asked)
+        return partial(self._answer_asked, asked, refuse)
 
-    async def _answer_asked(self, event: Mail | Rcpt, asked: Awaitable[Reject | None]) -> None:
-        self._answer(event, await asked)
+    async def _answer_asked(
+        self, asked: Awaitable[Reject | None], refuse: Callable[[Reply], None]
+    ) -> None:
+        self._answer(await asked, refuse)
 
-    def _answer(self, event: Mail | Rcpt, refusal: Reject | None) -> None:
+    def _answer(self, refusal: Reject | None, refuse: Callable[[Reply], None]) -> None:
         self._take_output()
         if refusal is None:
             self._machine.accept()
-        elif isinstance(event, Mail):
-            self._refuse_sender(refusal_reply(refusal))
         else:
-            self._refuse_recipient(refusal_reply(refusal))
+            refuse(refusal_reply(refusal))
 
     def _refuse_recipient(self, reply: Reply) -> None:
         self._services.counters.refused_recipients += 1
@@ -570,7 +549,7 @@ class Session:
         else:
             self._machine.reject(refusal_reply(decision))
 
-    async def _starttls(self) -> None:
+    async def _starttls(self, event: StartTls) -> None:
         machine = self._machine
         if not self._may_shake_hands():
             machine.reject(smtp.TLS_UNAVAILABLE)
@@ -638,7 +617,7 @@ class Session:
 
     # Content.
 
-    def _data(self) -> None:
+    def _data(self, event: Data) -> None:
         services = self._services
         if services.memory.is_full:
             self._machine.reject(smtp.NO_MEMORY)
@@ -719,6 +698,29 @@ class Session:
         if not self._mute and (output := self._plugin.take_output()):
             self._stream.write(self._machine.data_to_send() + output)
             self._stream.flush()
+
+
+Handler = Callable[[Session, Any], Due | None]
+"""Answers an event, or returns what the task must wait for before the next event."""
+
+
+def _later(method: Callable[[Session, Any], Awaitable[None]]) -> Handler:
+    """The handler of an event that the task answers, because the answer takes time."""
+    return lambda session, event: partial(method, session, event)
+
+
+_HANDLERS: Final[dict[type[Event], Handler]] = {
+    Hello: Session._hello,
+    StartTls: _later(Session._starttls),
+    Auth: _later(Session._auth),
+    XClient: Session._xclient,
+    Mail: Session._mail,
+    Rcpt: Session._rcpt,
+    Data: Session._data,
+    Content: _later(Session._content),
+    Closing: _later(Session._close),
+    NoEvent: _later(Session._leave),  # CLOSED; NEED_DATA is not an event to answer
+}
 
 
 def _endpoint(
