@@ -69,13 +69,13 @@ LOGIN_DELAY_SECONDS: Final = 0.5
 LOGIN_DELAY_MAXIMUM: Final = 8.0
 
 Due = Callable[[], Awaitable[None]]
-"""What a session's task must wait for."""
+"""Work that the task of a session awaits before the next event."""
 
 CONTENT_MARK: Final = CONTENT_LINE.decode() + " from"
 
 
 class Session:
-    """One client. `run` is its task; the other methods are for the worker's thread.
+    """The session of one client. `run` is its task. Call the other methods on the worker's thread.
 
     `admitted` is the result of `Services.admit`; None for a proxy, whose client is not admitted
     yet. `secure`: TLS starts with the first byte; `lmtp`: the port speaks LMTP.
@@ -101,16 +101,16 @@ class Session:
         self._client = Client(stream.remote, stream.local)
         self._admitted = admitted
         self._machine = ServerProtocol(self._terms.lmtp if lmtp else self._terms.settings)
-        self._due: Due | None = None  # found for the task while it slept
+        self._due: Due | None = None  # what `_receive_data` wakes the task for
         self._over = False
         self._plugin = worker.context.connection(stream.fileno(), on_output=self._send_output)
         self._scope = trio.CancelScope()
-        self._relays = False  # by address; logins are separate
+        self._relays = False  # may relay by address, without a login
         self._stopping = False
         self._expired = False
-        self._mute = proxied or secure  # not speaking SMTP now
+        self._mute = proxied or secure  # the connection does not carry SMTP now
         self._interruptible = False
-        # For the deadlines: when the peer's current step began, and how much has arrived.
+        # For the deadlines: the start of the peer's current step, and the bytes since then.
         self._started = monotonic()
         self._waiting = False
         self._handshaking = False
@@ -138,14 +138,14 @@ class Session:
             services.counters.lost_connections += 1
             log.debug("connection from %s lost: %s", self._client.remote[0], error)
         except Exception:
-            # Our defect must not end the engine, nor cost the peer its mail.
+            # A defect here must neither stop the engine nor lose the mail.
             log.exception("the session with %s failed", self._client.remote[0])
             if not self._mute:
                 self._stream.write(smtp.LOCAL_FAILURE.wire)
         finally:
             if self._spool is not None:
                 self._spool.close()
-            # Free the descriptor before waiting for plugins, which may take their time.
+            # Free the descriptor first: plugins may take long.
             try:
                 closing = self._plugin.close()
             finally:
@@ -167,7 +167,7 @@ class Session:
             self._scope.deadline = min(self._scope.deadline, deadline)
 
     def is_overdue(self, now: float, short: bool) -> bool:
-        """Whether the peer has run out of time; `short`: connection slots are short."""
+        """Whether the peer has exceeded a timeout. `short`: few connections are left."""
         if not self._waiting:
             return False
         terms = self._services.terms if self._machine.sender is None else self._terms
@@ -182,20 +182,20 @@ class Session:
             late = now - self._heard > bounds.idle or waited > fair
         else:
             late = waited > (bounds.command if self._machine.unfinished else bounds.idle)
-        # Unread input is our delay, not the peer's, unless the peer does not read.
+        # With unread input this side is late, unless the peer does not read its replies.
         return late and (self._stream.is_stuck or not self._stream.has_input)
 
     def expire(self) -> None:
-        """End the session: its time is up."""
+        """End the session after a timeout."""
         self._expired = True
         self._scope.cancel()
 
     def hurry(self) -> None:
-        """Other sessions wait for a handshake place. From any thread."""
+        """Give up a handshake, because others wait for its place. For any thread."""
         self.worker.call(self._cut_handshake)
 
     def trace(self) -> bool:
-        """Let the traces of the worker see the session; False: not now, ask again."""
+        """Attach the traces of the worker; False if that must wait for the end of a command."""
         if self._over or self._stream.tap is not None:
             self._join_traces()
             return True
@@ -213,7 +213,7 @@ class Session:
             self.expire()
 
     def _say_goodbye(self) -> None:
-        """Send last words after the scope was cancelled: a timeout, or the engine stops."""
+        """Send the last reply after a timeout or a shutdown has cancelled the scope."""
         if self._expired:
             self._services.counters.timeouts += 1
         reply = smtp.TIMED_OUT if self._expired else smtp.CLOSING
@@ -223,7 +223,7 @@ class Session:
     # Before the first command.
 
     async def _introduce(self) -> bool:
-        """Do what comes before the banner, and send the banner; False if the session is over."""
+        """Prepare the session and send the banner; False if the session is over."""
         machine = self._machine
         reply: Reply | None = None
         if self._proxied:
@@ -284,7 +284,7 @@ class Session:
         return answer
 
     def _know_client(self) -> None:
-        """Look up once what the client's address allows."""
+        """Look up what the address of the client allows."""
         self._plugin.address, self._plugin.port = self._client.remote
         host = self._client.standing
         self._relays = self._terms.access.may_relay(host)
@@ -298,10 +298,10 @@ class Session:
         if self._spool is not None:
             self._spool.close()
             self._spool = None
-            self._in_mail = False  # left from an abandoned mail
+            self._in_mail = False  # after an abandoned mail
 
     async def _delay_greeting(self) -> None:
-        """Delay the banner; a client that speaks first is no mail server."""
+        """Delay the banner: a client that speaks first is not a mail server."""
         if self._machine.settings.lmtp or self._relays or not self._client.named:
             return
         with trio.move_on_after(self._terms.config.smtp_greet_delay), self._pause():
@@ -310,7 +310,7 @@ class Session:
     # The loop.
 
     async def _serve(self) -> None:
-        """Wait for whatever is due, until the session is over."""
+        """Await what is due until the session is over."""
         while not self._over:
             due, self._due = self._due, None
             if due is None:
@@ -318,7 +318,7 @@ class Session:
             await (self._listen() if due is None else due())
 
     async def _listen(self) -> None:
-        """Send the replies, and give the peer its turn."""
+        """Send the replies, and wait for the peer."""
         self._wait()
         if replies := self._machine.data_to_send():
             self._stream.write(replies)
@@ -326,7 +326,7 @@ class Session:
         self._waiting = False
 
     async def _listen_later(self) -> None:
-        """Do slow work that comes before the peer's turn."""
+        """Do the slow work that comes before the peer's turn."""
         machine = self._machine
         if machine.nuisance:
             await self._sleep(TARPIT_SECONDS)
@@ -336,7 +336,7 @@ class Session:
         await self._listen()
 
     async def _close(self, event: Closing) -> None:
-        """Send the last reply, and leave."""
+        """Send the last reply, and end the session."""
         self._failed()
         self._wait()
         self._stream.write(self._machine.data_to_send())
@@ -345,7 +345,7 @@ class Session:
         self._over = True
 
     async def _leave(self, event: NoEvent) -> None:
-        """The peer has left."""
+        """End the session: the peer has closed the connection."""
         self._over = True
 
     def _receive_data(self, data: bytes) -> bool:
@@ -394,7 +394,7 @@ class Session:
 
     @contextmanager
     def _handshake(self) -> Iterator[None]:
-        """The peer's turn outside SMTP."""
+        """The turn of the peer in a TLS handshake or a PROXY header."""
         self._since = monotonic()
         self._waiting = self._handshaking = self._mute = True
         yield
@@ -409,20 +409,20 @@ class Session:
             self._interruptible = False
 
     async def _sleep(self, seconds: float) -> None:
-        """Let the peer wait, but end early if the engine stops."""
+        """Delay the peer; a shutdown ends the delay."""
         with self._pause():
             if not self._stopping:
                 await trio.sleep(seconds)
 
     def _failed(self) -> bool:
-        """Count errors of the client; False above the limit per minute."""
+        """Count the errors of the client; False above the limit per minute."""
         count = self._machine.failures - self._failures
         self._failures = self._machine.failures
         self._log_refusals()
         return self._services.clients.may(self._client.standing, "errors", count)
 
     def _log_refusals(self) -> None:
-        """Write refusals to their log; a whole mail is in both logs."""
+        """Write refusals to their log, and those of whole mails to the application log too."""
         refusals, refused_log = self._machine.refusals, self._services.refused_log
         if not refusals:
             return
@@ -430,7 +430,7 @@ class Session:
         for command, reply in refusals:
             text = reply.text.replace("\n", " ")
             if refused_log is not None:
-                # Escape arrows in the command: the first one must be ours.
+                # Escape arrows in the command, because readers split the line at the first one.
                 shown = escape(command).replace(" -> ", "\\x20->\\x20")
                 refused_log.write(f"[{host}] {shown} -> {reply.code} {escape(text)}")
             if command.startswith(CONTENT_MARK):
@@ -447,7 +447,7 @@ class Session:
         """Answer MAIL, or ask the plugins."""
         services = self._services
         if self._terms is not services.terms:
-            self._renew()  # arrived together with the end of the transaction before
+            self._renew()  # the last transaction ended in the same read
         if not (self._relays or services.clients.may(self._client.standing, "messages")):
             self._refuse_sender(smtp.MESSAGES_TOO_OFTEN)
             return None
@@ -513,7 +513,7 @@ class Session:
         services, host, standing = self._services, self._client.remote[0], self._client.standing
         asked = trio.current_time()
         login, password, *_ = event.credentials
-        # Count before the check: a hundred logins at once are a hundred.
+        # Count before the check, so that parallel logins count.
         if not services.clients.may(standing, "logins"):
             log.warning("too many failed logins from %s", host)
             self._machine.reject(smtp.LOGINS_TOO_OFTEN)
@@ -540,7 +540,7 @@ class Session:
         services.counters.failed_logins += 1
         log.info("login of %s from %s failed", ascii(login[:80]), host)
         self._plugin.authenticated = False
-        # Counted from the request: the duration of the check reveals nothing about the name.
+        # Delay from the request on: the duration of the check must not reveal known names.
         delay = min(LOGIN_DELAY_SECONDS * 2**self._failed_logins, LOGIN_DELAY_MAXIMUM)
         await self._sleep(max(0.0, asked + delay - trio.current_time()))
         self._failed_logins += 1
@@ -566,7 +566,7 @@ class Session:
             machine.close(refusal_reply(refusal), "refused after STARTTLS")
 
     def _may_shake_hands(self) -> bool:
-        """Take a handshake place; `_start_tls` gives it back."""
+        """Take a place for a handshake; `_start_tls` returns the place."""
         if self._services.handshakes.begin(self):
             return True
         log.info("no place for a TLS handshake with %s", self._client.remote[0])
@@ -592,7 +592,7 @@ class Session:
         services.counters.tls += 1
 
     def _xclient(self, event: XClient) -> None:
-        """Take the client from a trusted peer; what was known of the client before is void."""
+        """Replace the client by the one that a trusted peer names; a previous login is void."""
         attributes, client = event.attributes, self._client
         try:
             remote = _endpoint(attributes, "ADDR", "PORT", client.remote)
@@ -628,12 +628,12 @@ class Session:
             spool = Spool(services.memory, config.queue_directory, config.smtp_spill_size)
             self._spool = spool
         elif self._in_mail:
-            spool.close()  # left from a refused or abandoned mail
+            spool.close()  # after a refused or abandoned mail
         self._in_mail = True
         self._machine.accept(sink=spool)
 
     def _content_came(self) -> Spool | None:
-        """Count the mail that has arrived; return its spool if that is due to be written."""
+        """Count the bytes of the mail; return its spool if the spool must be written now."""
         spool, machine = self._spool, self._machine
         assert spool is not None, "within a mail"
         if machine.mail is None:
@@ -644,7 +644,7 @@ class Session:
         return spool if spool.is_due else None
 
     async def _content(self, event: Content) -> None:
-        """Turn the mail into messages, show them to the plugins, publish, then reply 250."""
+        """Turn the mail into messages, show the messages to plugins, publish, and reply."""
         services, machine, spool = self._services, self._machine, self._spool
         assert spool is not None, "within a mail"
         body, size = event.body, len(event.body)
@@ -689,12 +689,12 @@ class Session:
     # Raw output of plugins.
 
     def _take_output(self) -> None:
-        """Queue raw plugin output behind the server's replies."""
+        """Queue raw output of plugins behind the replies."""
         if output := self._plugin.take_output():
             self._machine.write(output)
 
     def _send_output(self) -> None:
-        """A plugin sent output at another time: send it now, behind what is due."""
+        """Send output that a plugin made outside an event, behind the pending replies."""
         if not self._mute and (output := self._plugin.take_output()):
             self._stream.write(self._machine.data_to_send() + output)
             self._stream.flush()
@@ -705,7 +705,7 @@ Handler = Callable[[Session, Any], Due | None]
 
 
 def _later(method: Callable[[Session, Any], Awaitable[None]]) -> Handler:
-    """The handler of an event that the task answers, because the answer takes time."""
+    """Make a handler that leaves the answer to the task, because the answer takes time."""
     return lambda session, event: partial(method, session, event)
 
 
@@ -719,7 +719,7 @@ _HANDLERS: Final[dict[type[Event], Handler]] = {
     Data: Session._data,
     Content: _later(Session._content),
     Closing: _later(Session._close),
-    NoEvent: _later(Session._leave),  # CLOSED; NEED_DATA is not an event to answer
+    NoEvent: _later(Session._leave),  # CLOSED; `_advance` handles NEED_DATA
 }
 
 
