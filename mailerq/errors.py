@@ -6,10 +6,12 @@ a client is a reply. Exceptions are for mistakes of the caller and for failures 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 __all__ = [
+    "NO_SPACE",
     "AddressError",
     "BodyMissing",
     "ConfigError",
@@ -28,6 +30,9 @@ __all__ = [
     "StorageError",
     "StoreError",
 ]
+
+NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+"""The errors of the system for a full disk, as numbers in `OSError.errno`."""
 
 
 class MailerqError(Exception):

@@ -24,6 +24,7 @@ from typing import Any, Final
 import trio
 
 from mailerq.address import is_loopback, parse_ip
+from mailerq.errors import NO_SPACE
 from mailerq.escaping import escape
 from mailerq.inbound import reception
 from mailerq.inbound.auth import AuthUnavailable
@@ -35,7 +36,6 @@ from mailerq.net.stream import Stream, StreamLost
 from mailerq.net.tracing import attach
 from mailerq.net.worker import Worker
 from mailerq.plugins import NOTHING, Reject
-from mailerq.queues.embedded.disk import NO_SPACE
 from mailerq.wire import proxy, smtp
 from mailerq.wire.events import (
     NEED_DATA,
