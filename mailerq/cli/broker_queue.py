@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from mailerq.cli import control
 from mailerq.cli.common import complain, dump_json, for_people, print_json, print_table
@@ -15,13 +15,10 @@ from mailerq.config import Config
 from mailerq.errors import QueueError
 from mailerq.escaping import escape
 from mailerq.message import Message
-from mailerq.queues.interface import DAMAGED_QUEUE, Depth, Publication
+from mailerq.queues.interface import DAMAGED_QUEUE, Depth, RemoteQueues
 from mailerq.queues.opening import open_broker, reserve_depths
 
-if TYPE_CHECKING:
-    from mailerq.queues.rabbitmq.queues import RabbitQueues
-
-__all__ = ["publish", "run"]
+__all__ = ["run"]
 
 ABLE: Final = ("list", "count", "read", "flush", "purge")
 CANNOT: Final = (
@@ -50,17 +47,13 @@ def run(config: Config, options: Namespace) -> int:
 
 def with_broker(
     config: Config,
-    work: Callable[[RabbitQueues], Awaitable[Any]],
-    seconds: float | None = BROKER_SECONDS,
+    work: Callable[[RemoteQueues], Awaitable[Any]],
 ) -> Any:
-    """Do something with the queues, in a loop of its own. Raises `QueueError`.
-
-    `seconds` as in `open_broker`.
-    """
+    """Do something with the queues, in a loop of its own. Raises `QueueError`."""
     import trio
 
     async def main() -> Any:
-        async with open_broker(config, seconds=seconds) as queues:
+        async with open_broker(config, seconds=BROKER_SECONDS) as queues:
             return await work(queues)
 
     return trio.run(main)
@@ -69,7 +62,7 @@ def with_broker(
 def depths(config: Config) -> dict[str, Depth]:
     """How full each queue of the settings is, at the broker. Raises `QueueError`."""
 
-    async def look(queues: RabbitQueues) -> list[Depth]:
+    async def look(queues: RemoteQueues) -> list[Depth]:
         return await queues.depths()
 
     try:
@@ -128,8 +121,6 @@ def _read(config: Config, options: Namespace) -> int:
     if options.id or options.after:
         complain("messages in RabbitMQ have no ids to find them by")
         return os.EX_UNAVAILABLE
-    from mailerq.queues.rabbitmq.upkeep import read_head
-
     limit = min(options.limit or ALL_MESSAGES, ALL_MESSAGES)
 
     def show(messages: Sequence[Message]) -> None:
@@ -143,8 +134,8 @@ def _read(config: Config, options: Namespace) -> int:
         # As far as we can know, the reader has it before it is removed here.
         sys.stdout.flush()
 
-    async def look(queues: RabbitQueues) -> None:
-        await read_head(queues, options.queue, limit, show, remove=options.remove)
+    async def look(queues: RemoteQueues) -> None:
+        await queues.read_head(options.queue, limit, show, remove=options.remove)
 
     with_broker(config, look)
     return os.EX_OK
@@ -170,7 +161,7 @@ def _flush(config: Config, options: Namespace) -> int:
 
 
 def _purge(config: Config, options: Namespace) -> int:
-    async def purge(queues: RabbitQueues) -> int:
+    async def purge(queues: RemoteQueues) -> int:
         return await queues.purge(options.queue)
 
     if not options.yes and not _confirmed(config, options):
@@ -203,12 +194,3 @@ _COMMANDS: Final[dict[str, Callable[[Config, Namespace], int]]] = {
     "flush": _flush,
     "purge": _purge,
 }
-
-
-def publish(config: Config, publications: Sequence[Publication]) -> None:
-    """Publish for an injector. Raises `QueueError`, and `MessageError`."""
-
-    async def put(queues: RabbitQueues) -> None:
-        await queues.publish(publications)
-
-    with_broker(config, put, None)

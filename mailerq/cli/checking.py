@@ -41,10 +41,7 @@ from mailerq.net.dane import Dane
 from mailerq.net.resolver import Resolver
 from mailerq.net.tls import tls_context, try_handshake
 from mailerq.privileges import as_owner
-from mailerq.queues.embedded.queue_file import FILE_NAME
-from mailerq.queues.embedded.shares import share_directory, shares_in
-from mailerq.queues.opening import broker_problem
-from mailerq.queues.ownership import LOCK_NAME
+from mailerq.queues.opening import broker_problem, share_files
 from mailerq.rules.answers import Answers
 from mailerq.rules.local_ips import LocalIps
 from mailerq.rules.reporting import Reports
@@ -328,19 +325,17 @@ def _check_queue(config: Config, running: Running) -> Iterator[Problem]:
         text = f"{_who()} cannot reach {directory}: {error.strerror}"
         yield _problem(config, "queue-directory", text)
         return
-    for share in shares_in(directory) if os.path.isdir(directory) else [0]:
-        path = share_directory(directory, share)
+    for path, file, lock in share_files(directory):
         if not os.path.isdir(path):
             yield _problem(config, "queue-directory", f"{path} is no directory")
             continue
         both = os.R_OK | os.W_OK
-        files = [os.path.join(path, name) for name in (FILE_NAME, LOCK_NAME)]
-        for name, mode in ((path, both | os.X_OK), *((file, both) for file in files)):
+        for name, mode in ((path, both | os.X_OK), (file, both), (lock, both)):
             if os.path.lexists(name) and not os.access(name, mode, effective_ids=True):
                 text = f"{name} is not readable and writable for {_who()}"
                 yield _problem(config, "queue-directory", text)
-        if running is None and (pid := _holder(files[1])):
-            text = f"{files[1]} is held by another mailerq, process {pid}, that does not answer"
+        if running is None and (pid := _holder(lock)):
+            text = f"{lock} is held by another mailerq, process {pid}, that does not answer"
             yield _problem(config, "queue-directory", text)
 
 

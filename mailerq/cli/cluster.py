@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mailerq.cli.common import command_parser, complain, print_json, print_table
-from mailerq.clustering.opening import open_exchange
 from mailerq.config import Config
 from mailerq.message import format_time
+from mailerq.queues.opening import open_exchange
 from mailerq.rules.cluster import MAX_MEMBERS, Hello, Here, read, write
 
 if TYPE_CHECKING:
-    from mailerq.queues.rabbitmq.exchange import Exchange
+    from mailerq.clustering.member import Link
 
 __all__ = ["list_cluster", "main", "print_instances"]
 
@@ -89,7 +89,7 @@ def _document(here: Here) -> dict[str, Any]:
     return {name.replace("_", "-"): value for name, value in document.items()}
 
 
-async def list_cluster(link: Exchange, seconds: float) -> tuple[dict[str, Here], str]:
+async def list_cluster(link: Link, seconds: float) -> tuple[dict[str, Here], str]:
     """Greet all instances and listen; returns those that answer, and why nothing can be heard."""
     import trio
 

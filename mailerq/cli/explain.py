@@ -210,19 +210,12 @@ def _add_depth(config: Config, answer: Answer) -> None:
     destination = answer.get("destination")
     if destination is None:
         return
-    from mailerq.queues.opening import open_files
+    from mailerq.queues.opening import waiting_by_destination
 
     destination["messages"] = None
-    if config.has_broker:
-        return  # a broker cannot say what waits for a destination
     try:
-        with open_files(config) as files:
-            destination["messages"] = sum(
-                depth.due + depth.delayed + depth.held
-                for file in files
-                for depth in file.destinations(config.rabbitmq_outbox)
-                if depth.destination == destination["key"]
-            )
+        waiting = waiting_by_destination(config)
+        destination["messages"] = None if waiting is None else waiting.get(destination["key"], 0)
     except FileNotFoundError:
         destination["messages"] = 0
     except (OSError, QueueError):

@@ -327,7 +327,7 @@ def _ids(config: Config, count: int) -> Iterator[str]:
 
 def _into_queue(config: Config, mail: Buffer, envelope: incoming.Envelope) -> dict[str, Any]:
     """Store the mail, one message for each recipient, and wake the daemon."""
-    from mailerq.queues.opening import open_shared
+    from mailerq.queues.opening import publish
 
     with memoryview(mail) as view:
         head = headers.head_of(view)
@@ -357,15 +357,7 @@ def _into_queue(config: Config, mail: Buffer, envelope: incoming.Envelope) -> di
     ]
     if publications:
         try:
-            if config.has_broker:
-                from mailerq.cli import broker_queue
-
-                broker_queue.publish(config, publications)
-            else:
-                with open_shared(
-                    config.queue_directory, config.user, outbox=config.rabbitmq_outbox
-                ) as queue_file:
-                    queue_file.publish(publications)
+            publish(config, publications)
         except QueueError as error:
             raise Refused(os.EX_TEMPFAIL, str(error)) from None
         except MessageError as error:

@@ -155,19 +155,12 @@ class Rows:
     def _count(self) -> None:
         """Count the mail of each destination in the queue, if that is due and allowed."""
         began = time.monotonic()
-        if began < self._next_depths or self._config.has_broker:
-            return  # a broker cannot say what waits for a destination
-        from mailerq.queues.opening import open_files
+        if began < self._next_depths:
+            return
+        from mailerq.queues.opening import waiting_by_destination
 
-        depths: dict[str, int] = {}
         try:
-            # Open for a moment only: a daemon that has crashed cannot restart meanwhile.
-            with open_files(self._config) as files:
-                for file in files:
-                    for depth in file.destinations(self._config.rabbitmq_outbox):
-                        count = depth.due + depth.delayed + depth.held
-                        depths[depth.destination] = depths.get(depth.destination, 0) + count
-            self._depths = depths
+            self._depths = waiting_by_destination(self._config)
         except (OSError, QueueError):
             self._depths = None
         took = time.monotonic() - began

@@ -74,7 +74,7 @@ STOP_SECONDS: Final = 1.0
 
 
 class Link(Protocol):
-    """A connection to the exchange of a cluster, `mailerq.queues.rabbitmq.exchange.Exchange`."""
+    """A connection to the exchange of a cluster, see `mailerq.queues.opening.open_exchange`."""
 
     on_open: Callable[[], None]
     on_lost: Callable[[str], None]

@@ -10,16 +10,16 @@ from typing import Any, Final
 import trio
 
 from mailerq.clustering.addresses import available, has
+from mailerq.clustering.digest import settings_digest
 from mailerq.clustering.lease_file import LeaseFile
 from mailerq.clustering.member import Cluster, Facts
-from mailerq.clustering.opening import open_exchange, settings_digest
 from mailerq.live import Live
 from mailerq.outbound.cells import boot_time
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.keeper import Keeper
 from mailerq.outbound.limits import Limits
 from mailerq.queues import Queues
-from mailerq.queues.rabbitmq.topology import instance_queue
+from mailerq.queues.opening import instance_queue, open_exchange
 
 __all__ = ["EngineCluster"]
 

@@ -392,6 +392,21 @@ class RemoteQueues(Queues):
         """
 
     @abstractmethod
+    async def read_head(
+        self,
+        queue: str,
+        limit: int,
+        show: Callable[[Sequence[Message]], None],
+        *,
+        remove: bool = False,
+    ) -> None:
+        """Show up to `limit` messages from the head of a queue; with `remove`, delete those shown.
+
+        Unreadable messages are not shown, and stay. All messages are held until the last is shown.
+        Raises `QueueError`.
+        """
+
+    @abstractmethod
     def recognise(self, identities: Collection[str]) -> None:
         """Messages that were settled: each is acknowledged when it comes again, and not leased."""
 

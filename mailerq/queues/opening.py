@@ -1,8 +1,9 @@
 """Opens the queues of a configuration: the only module that knows the backends.
 
 An engine calls `open_queues`, which opens files or, with `open_broker`, RabbitMQ. The command line
-calls `open_files` or, to publish, `open_shared`; neither of these needs an event loop. With a
-broker there are no files, and `open_files` says so.
+calls `open_files`, which needs no event loop, and an injector calls `publish`. With a broker there
+are no files, and `open_files` says so. No module outside this package imports a backend
+(`tools/check_tree.py`).
 
 SQLite accepts a write-ahead log up to its first broken frame, and discards the rest. Frames behind
 a broken one were committed, and a daemon salvages them at its start. So after a crash nobody may
@@ -28,13 +29,14 @@ from mailerq.queues.embedded.queue_file import FILE_NAME, Bounds, QueueFile, loc
 from mailerq.queues.embedded.queue_reader import QueueReader
 from mailerq.queues.embedded.shares import share_directory, share_of, shares_in
 from mailerq.queues.embedded.sqlite_file import translate
-from mailerq.queues.ownership import DirectoryLock, holder, make_directory
+from mailerq.queues.ownership import LOCK_NAME, DirectoryLock, holder, make_directory
 from mailerq.queues.recovery.salvage import broken_log, recover
 
 if TYPE_CHECKING:
     from mailerq.queues.embedded.queues import EmbeddedQueues
     from mailerq.queues.fallback.queues import FallbackQueues
-    from mailerq.queues.interface import Depth, Queues
+    from mailerq.queues.interface import Depth, Publication, Queues
+    from mailerq.queues.rabbitmq.exchange import Exchange
     from mailerq.queues.rabbitmq.queues import RabbitQueues
     from mailerq.queues.rabbitmq.storing import BodyStorage
 
@@ -42,18 +44,23 @@ __all__ = [
     "QueueFile",
     "broker_problem",
     "compact_files",
+    "instance_queue",
     "make_directory",
     "open_broker",
     "open_embedded",
+    "open_exchange",
     "open_exclusive",
     "open_files",
     "open_idle",
     "open_queues",
     "open_shared",
+    "publish",
     "reserve_depths",
     "share_directory",
+    "share_files",
     "share_of",
     "shares_in",
+    "waiting_by_destination",
 ]
 
 logger = logging.getLogger("mailerq.queues")
@@ -163,6 +170,41 @@ def open_broker(
     return open_rabbitmq(addresses_of(config), options, storing=storing)
 
 
+def open_exchange(config: Config, clock: Callable[[], int] = time.monotonic_ns) -> Exchange:
+    """Make a link to the exchange of `cluster-exchange`, not connected yet. Raises `ConfigError`.
+
+    `clock` returns integer nanoseconds.
+    """
+    if (problem := broker_problem(config)) is not None:
+        raise problem
+    # Others do not need pika.
+    import ssl
+
+    from mailerq.queues.rabbitmq.addresses import cluster_addresses_of
+    from mailerq.queues.rabbitmq.exchange import Exchange
+
+    own = config.cluster_address or config.cluster_host
+    context = None
+    if not config.cluster_verify or not (own or config.rabbitmq_verify):
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return Exchange(
+        cluster_addresses_of(config),
+        config.cluster_exchange,
+        clock=clock,
+        name=config.instance,
+        context=context,
+    )
+
+
+def instance_queue(outbox: str, instance: str) -> str:
+    """The queue at the broker with the mail that others hand to an instance of a cluster."""
+    from mailerq.queues.rabbitmq import topology
+
+    return topology.instance_queue(outbox, instance)
+
+
 def broker_problem(config: Config) -> ConfigError | None:
     """Why RabbitMQ cannot be used with this installation, or None."""
     needed = config.has_broker or config.has_cluster
@@ -237,6 +279,42 @@ def open_files(config: Config) -> Iterator[list[QueueFile]]:
         yield files
 
 
+def publish(config: Config, publications: Sequence[Publication]) -> None:
+    """Publish without an engine, for an injector. Raises `QueueError`, and `MessageError`.
+
+    A daemon that runs notices the messages in a queue file after `control.ask(…, "wake")`.
+    """
+    if not config.has_broker:
+        with open_shared(
+            config.queue_directory, config.user, outbox=config.rabbitmq_outbox
+        ) as file:
+            file.publish(publications)
+        return
+    import trio
+
+    async def put() -> None:
+        async with open_broker(config) as queues:
+            await queues.publish(publications)
+
+    trio.run(put)
+
+
+def waiting_by_destination(config: Config) -> dict[str, int] | None:
+    """The number of messages of the outbox for each destination, held ones included.
+
+    None with a broker, which cannot count by destination. Raises the errors of `open_files`.
+    """
+    if config.has_broker:
+        return None
+    found: dict[str, int] = {}
+    with open_files(config) as files:
+        for file in files:
+            for depth in file.destinations(config.rabbitmq_outbox):
+                count = depth.due + depth.delayed + depth.held
+                found[depth.destination] = found.get(depth.destination, 0) + count
+    return found
+
+
 @contextmanager
 def open_idle(config: Config, share: int) -> Iterator[QueueFile]:
     """The queue file of a share from which no process delivers, for the command line.
@@ -267,6 +345,16 @@ def compact_files(config: Config) -> Iterator[tuple[str, int, int]]:
         ):
             sizes = file.compact()
         yield (file.path, *sizes)
+
+
+def share_files(directory: str) -> Iterator[tuple[str, str, str]]:
+    """The directory, the queue file and the lock file of each share; these need not exist.
+
+    `directory` is the queue directory; share 0 is always among the shares.
+    """
+    for share in shares_in(directory) if os.path.isdir(directory) else [0]:
+        path = share_directory(directory, share)
+        yield path, os.path.join(path, FILE_NAME), os.path.join(path, LOCK_NAME)
 
 
 def _directories(config: Config) -> Iterator[str]:

@@ -87,6 +87,7 @@ from mailerq.queues.rabbitmq.upkeep import (
     depth_of,
     hasten,
     purge,
+    read_head,
     read_keys,
     ready,
 )
@@ -624,6 +625,16 @@ class RabbitQueues(RemoteQueues):
     async def _purge(self, queue: str) -> int:
         await self.wait_ready()
         return await purge(self, queue)
+
+    async def read_head(
+        self,
+        queue: str,
+        limit: int,
+        show: Callable[[Sequence[Message]], None],
+        *,
+        remove: bool = False,
+    ) -> None:
+        await read_head(self, queue, limit, show, remove=remove)
 
     def takers(self, queue: str) -> list[Taker]:
         """Who takes from a queue."""

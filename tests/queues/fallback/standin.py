@@ -11,6 +11,7 @@ import trio
 
 from mailerq.config import Config
 from mailerq.errors import MessageError, QueueError
+from mailerq.message import Message
 from mailerq.queues import (
     Consumer,
     Depth,
@@ -116,6 +117,16 @@ class StandIn(RemoteQueues):
 
     async def purge(self, queue: str) -> int:
         return await self.queues.purge(queue)
+
+    async def read_head(
+        self,
+        queue: str,
+        limit: int,
+        show: Callable[[Sequence[Message]], None],
+        *,
+        remove: bool = False,
+    ) -> None:
+        raise NotImplementedError
 
     def wake(self, *, everything: bool = False) -> None:
         self.queues.wake(everything=everything)
