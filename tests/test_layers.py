@@ -73,6 +73,14 @@ def test_no_compiled_module_uses_match(tmp_path: Path) -> None:
             "import mailerq.queues.opening",
             "may not import queues.opening",
         ),
+        (
+            "cli/a.py",
+            "def f():\n    from mailerq.queues.rabbitmq.queues import b",
+            "queues.rabbitmq.queues.b is a backend",
+        ),
+        ("engine.py", "from mailerq.queues import embedded", "queues.embedded is a backend"),
+        ("inbound/a.pxd", "from mailerq.queues.recovery.b cimport C", "is a backend"),
+        ("outbound/a.py", "import mailerq.queues.fallback", "queues.fallback is a backend"),
         ("unheard.py", "", "not in the list of layers"),
     ],
 )
@@ -100,6 +108,8 @@ def test_one_file_may_call_an_optional_library(tmp_path: Path) -> None:
         ("net/a.py", "import trio\nfrom mailerq.net import b\nfrom mailerq import config, errors"),
         ("wire/a.py", "import time\ntime.gmtime(0)"),
         ("plugins.py", "from mailerq import _core"),
+        ("cli/a.py", "from mailerq.queues.opening import open_files"),
+        ("queues/a.py", "from mailerq.queues.embedded import b"),
         ("__init__.py", "if TYPE_CHECKING:\n    from mailerq.engine import Engine"),
         ("rules/__pycache__/a.py", "import trio"),
     ],

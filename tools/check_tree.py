@@ -72,6 +72,9 @@ ROOMS: Final = {
 }
 """Within a layer as well: what stands first knows nothing of what comes after it."""
 
+BACKENDS: Final = ("queues.embedded", "queues.recovery", "queues.rabbitmq", "queues.fallback")
+"""What no other layer imports: `queues.opening` opens all of them."""
+
 WITH_TRIO: Final = frozenset(
     "plugins turns queues net storage inbound outbound clustering preparing engine cli".split()
 )
@@ -150,7 +153,7 @@ def imports_of(path: Path, root: Path = ROOT) -> Iterator[Import]:
 
 
 def broken_layers(root: Path = ROOT) -> Iterator[str]:
-    """Yield imports of higher layers, misplaced trio and I/O, and imports of `_core`."""
+    """Yield imports of higher layers, of backends and of `_core`, and misplaced trio and I/O."""
     for path in files(root / PACKAGE, MODULES):
         where = path.relative_to(root)
         layer = layer_of(path, root)
@@ -170,6 +173,8 @@ def broken_layers(root: Path = ROOT) -> Iterator[str]:
                     yield f"{where}:{line}: {layer} may not import {other}, which is above it"
                 if layer == other and _breaks_rooms(layer, path, rest):
                     yield f"{where}:{line}: may not import {rest}, which is above it"
+                if layer != "queues" and rest.startswith(BACKENDS):
+                    yield f"{where}:{line}: {rest} is a backend, which queues.opening opens"
                 if (layer, other) in STRANGERS:
                     yield f"{where}:{line}: {layer} may not import {other}: neither needs the other"
                 if other == "_core" and layer not in (*DOORS_TO_C, "_core"):
