@@ -14,17 +14,7 @@ import trustme
 
 from mailerq.net.stream import Stream, StreamLost
 from mailerq.sockets import RECEIVE_BYTES
-
-
-class Steps(trio.abc.Instrument):
-    """Counts how often a task runs."""
-
-    def __init__(self) -> None:
-        self.task: trio.lowlevel.Task | None = None
-        self.count = 0
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self.count += task is self.task
+from tests.net.stream_kit import echo
 
 
 def pair() -> tuple[Stream, socket.socket]:
@@ -47,32 +37,15 @@ async def read(peer: socket.socket, size: int) -> bytes:
 
 async def test_what_is_answered_at_once_wakes_no_task() -> None:
     stream, peer = pair()
-    steps = Steps()
-    seen = []
-
-    def take(data: bytes) -> bool:
-        seen.append(data)
-        if data == b"end":
-            return True
-        stream.write(b"<" + data + b">")
-        return False
-
-    async def serve() -> None:
-        steps.task = trio.lowlevel.current_task()
-        await stream.receive_each(take)
-
-    trio.lowlevel.add_instrument(steps)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve)
+    async with echo(stream) as answering:
         for number in range(10):
             peer.send(b"%d" % number)
             assert await read(peer, 3) == b"<%d>" % number
-        asleep = steps.count
+        asleep = answering.steps
         peer.send(b"end")
-    trio.lowlevel.remove_instrument(steps)
     assert asleep == 0
-    assert steps.count == 1
-    assert seen == [*(b"%d" % number for number in range(10)), b"end"]
+    assert answering.steps == 1
+    assert answering.seen == [*(b"%d" % number for number in range(10)), b"end"]
     stream.close()
     peer.close()
 

@@ -17,6 +17,7 @@ import trustme
 
 from mailerq.net.stream import LONG_BYTES, Stream, StreamLost
 from tests.engine.lag_kit import meter
+from tests.net.stream_kit import echo
 
 MANY: Final = 40
 
@@ -86,16 +87,6 @@ class Client:
         return self.outgoing.read()
 
 
-class Steps(trio.abc.Instrument):
-    """Counts the steps of a task."""
-
-    task: trio.lowlevel.Task | None = None
-    count = 0
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self.count += task is self.task
-
-
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, object]]:
     """Each read of `ssl`: by whom, and what was returned or raised."""
@@ -131,35 +122,18 @@ async def test_input_inside_tls_wakes_no_task_and_asks_ssl_once_for_a_record(
     reads: list[tuple[object, object]],
 ) -> None:
     stream, peer = await connected(server_context, client_context)
-    steps, seen = Steps(), []
-
-    def take(data: bytes) -> bool:
-        seen.append(data)
-        if data == b"end":
-            return True
-        stream.write(b"<" + data + b">")
-        return False
-
-    async def serve() -> None:
-        steps.task = trio.lowlevel.current_task()
-        await stream.receive_each(take)
-
-    trio.lowlevel.add_instrument(steps)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve)
-        await trio.testing.wait_all_tasks_blocked()
-        steps.count = 0
+    async with echo(stream) as answering:
         reads.clear()
         for number in range(10):
             peer.sock.send(peer.records(b"%d" % number))
             assert await peer.read(3) == b"<%d>" % number
-        asleep, asked = steps.count, [found for reader, found in reads if reader is not peer.tls]
+        asleep = answering.steps
+        asked = [found for reader, found in reads if reader is not peer.tls]
         peer.sock.send(peer.records(b"end"))
-    trio.lowlevel.remove_instrument(steps)
     assert asleep == 0
-    assert steps.count == 1
+    assert answering.steps == 1
     assert asked == [b"%d" % number for number in range(10)]
-    assert seen == [*asked, b"end"]
+    assert answering.seen == [*asked, b"end"]
     stream.close()
     peer.sock.close()
 
