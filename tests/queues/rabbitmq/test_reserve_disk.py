@@ -86,13 +86,21 @@ def check(running: Daemon, ledger: Ledger, during: tuple[float, float]) -> None:
 
 
 async def account(running: Daemon, sink: Sink, ledger: Ledger) -> None:
-    """All that was accepted has come, once, and the same daemon has moved it."""
+    """Wait until the daemon has moved all that it accepted; each mail has come once."""
     await all_arrive(sink, ledger.accepted)
     await running.until_statistics(lambda found: not found["queue"]["fallback"]["waiting"])
     assert await running.stop() == 0
     assert "Traceback" not in running.log
     assert not list(running.queue.glob("**/*.damaged-*"))
     ledger.check(arrivals(sink))
+
+
+async def finish(load: Load, broker: Broker, running: Daemon, sink: Sink) -> None:
+    """End the load; nothing of it has gone out. Then the broker is back, and gets all of it."""
+    await load.end()
+    assert sink.mails == []
+    await in_thread(broker.alarm, False)
+    await account(running, sink, load.ledger)
 
 
 FAULTS = [
@@ -112,20 +120,17 @@ async def test_a_disk_that_fails_refuses_mail_until_it_does_not(
         async with (
             open_sink() as sink,
             daemon(tmp_path, sink.port, *switches(vhost), env=faults.env) as running,
+            under_load(running, ledger, SMALL) as load,
         ):
-            async with under_load(running, ledger, SMALL) as load:
-                for calls, error, partly in FAULTS:
-                    failed = faults.failed
-                    faults.set(*calls, error=error, partial=partly)
-                    during = await all_refused(ledger)
-                    assert faults.failed > failed
-                    faults.clear()
-                    check(running, ledger, during)
-                    await goes_on(ledger)
-                await load.end()
-                assert sink.mails == []
-                await in_thread(broker.alarm, False)
-            await account(running, sink, ledger)
+            for calls, error, partly in FAULTS:
+                failed = faults.failed
+                faults.set(*calls, error=error, partial=partly)
+                during = await all_refused(ledger)
+                assert faults.failed > failed
+                faults.clear()
+                check(running, ledger, during)
+                await goes_on(ledger)
+            await finish(load, broker, running, sink)
 
 
 async def test_a_disk_without_room_refuses_mail_until_there_is_some(
@@ -135,19 +140,19 @@ async def test_a_disk_without_room_refuses_mail_until_there_is_some(
     ledger = Ledger()
     with small_disk(tmp_path / "queue", "32m"), short_of_memory(broker):
         ballast = tmp_path / "queue" / "ballast"
-        async with open_sink() as sink, daemon(tmp_path, sink.port, *switches(vhost)) as running:
-            async with under_load(running, ledger, BIG) as load:
-                with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-                    while True:
-                        file.write(bytes(4096))
-                during = await all_refused(ledger)
-                check(running, ledger, during)
-                ballast.unlink()
-                await goes_on(ledger)
-                await load.end()
-                assert sink.mails == []
-                await in_thread(broker.alarm, False)
-            await account(running, sink, ledger)
+        async with (
+            open_sink() as sink,
+            daemon(tmp_path, sink.port, *switches(vhost)) as running,
+            under_load(running, ledger, BIG) as load,
+        ):
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            during = await all_refused(ledger)
+            check(running, ledger, during)
+            ballast.unlink()
+            await goes_on(ledger)
+            await finish(load, broker, running, sink)
 
 
 async def test_mail_that_is_moved_while_the_disk_fails_goes_out_once(
