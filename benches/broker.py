@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from peers import PROJECT, Destination, Mailerq, Unavailable, cpu_seconds
 
@@ -63,22 +62,6 @@ class OnBroker(Mailerq):
         )
         return address
 
-    def __enter__(self) -> Self:
-        try:
-            return super().__enter__()
-        except BaseException:
-            self.stop_broker()
-            raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self.stop_broker()
-
     def kill_alone(self) -> None:
         """End the daemon like a power cut, and leave the broker running."""
         broker, self.broker = self.broker, None
@@ -93,7 +76,7 @@ class OnBroker(Mailerq):
         channel.close()
         return int(ready)
 
-    def stop_broker(self) -> None:
+    def stop_others(self) -> None:
         if self._pika is not None:
             self._pika.close()
         if self.broker is not None:

@@ -235,26 +235,32 @@ class Program(System):
 
     @abstractmethod
     def prepare(self) -> list[str]:
-        """Write the program's files below `directory`, and return its command."""
+        """Write the program's files below `directory`, and return its command.
+
+        Programs that this one needs are started here, and stopped by `stop_others`.
+        """
+
+    def stop_others(self) -> None:
+        """Stop what `prepare` has started, if anything; this program has ended or did not start."""
 
     def cwd(self) -> Path:
         return self.directory
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
-        command = self.prepare()
-        _adopt_orphans()
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.cwd(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self.guard = _guard(self.process.pid)
         try:
+            command = self.prepare()
+            _adopt_orphans()
+            with open(self.log, "ab") as log:
+                self.process = subprocess.Popen(
+                    command,
+                    cwd=self.cwd(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self.guard = _guard(self.process.pid)
             self._wait_for_banner()
         except BaseException:
             self.__exit__(None, None, None)
@@ -268,8 +274,14 @@ class Program(System):
         trace: TracebackType | None,
     ) -> None:
         process, self.process = self.process, None
-        if process is None:
-            return
+        try:
+            if process is not None:
+                self._end(process)
+        finally:
+            self.stop_others()
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """End the process with its children."""
         if self.guard is not None:
             self.guard.kill()
             self.guard.communicate()

@@ -28,8 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import trustme
 from cryptography.hazmat.primitives import hashes
@@ -102,6 +101,7 @@ class PostfixSigning(Postfix):
     """Postfix with TLS both ways, and opendkim as its milter; its processor time includes both."""
 
     def __init__(self, directory: Path, sink: Destination, certificate: Path, key: Path) -> None:
+        self.milter: subprocess.Popen[bytes] | None = None
         self.milter_port = free_port()
         self.key = key
         super().__init__(
@@ -123,8 +123,7 @@ class PostfixSigning(Postfix):
             ],
         )
 
-    def __enter__(self) -> Self:
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def prepare(self) -> list[str]:
         settings = {
             "Background": "no",
             "Mode": "s",
@@ -141,33 +140,24 @@ class PostfixSigning(Postfix):
         path.write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
         command = [find_program("opendkim", "opendkim"), "-f", "-x", str(path)]
         self.milter = subprocess.Popen(command)
-        try:
-            return super().__enter__()
-        except BaseException:
-            self._stop()
-            raise
+        return super().prepare()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self._stop()
-
-    def _stop(self) -> None:
-        self.milter.kill()
-        self.milter.wait()
+    def stop_others(self) -> None:
+        milter, self.milter = self.milter, None
+        if milter is not None:
+            milter.kill()
+            milter.wait()
 
     def check(self) -> None:
-        if self.milter.poll() is not None:
+        if self.milter is not None and self.milter.poll() is not None:
             raise Failed(f"opendkim has ended with status {self.milter.returncode}")
         super().check()
 
     def cpu(self) -> float | None:
         postfix = super().cpu()
-        return None if postfix is None else postfix + cpu_seconds(self.milter.pid)
+        if postfix is None or self.milter is None:
+            return None
+        return postfix + cpu_seconds(self.milter.pid)
 
 
 def client(system: System, load: Load, kept: bool) -> list[str]:
