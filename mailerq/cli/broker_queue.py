@@ -8,8 +8,8 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
-from mailerq.cli import control
 from mailerq.cli.common import complain, dump_json, for_people, print_json, print_table
+from mailerq.cli.queue_flush import flush
 from mailerq.cli.queue_selection import selection_of
 from mailerq.config import Config
 from mailerq.errors import QueueError
@@ -142,22 +142,13 @@ def _read(config: Config, options: Namespace) -> int:
 
 
 def _flush(config: Config, options: Namespace) -> int:
-    """The daemon moves the mail, because it has a connection, and may be asked while it runs."""
-    try:
-        control.ask(config.queue_directory, "wake")
-    except PermissionError:
-        raise
-    except OSError:
-        complain(f"no daemon runs on {config.queue_directory}: nothing is tried before one does")
-        return os.EX_UNAVAILABLE
-    found = depths(config).get(config.rabbitmq_outbox)
-    count = 0 if found is None else found.delayed
-    control.ask(config.queue_directory, "wake", everything=True)
-    if options.json:
-        print_json({"queue": config.rabbitmq_outbox, "hastened": count})
-    elif not options.quiet:
-        sys.stdout.write(f"{count} messages of {config.rabbitmq_outbox} are tried now\n")
-    return os.EX_OK
+    """Flush by the daemon, which has a connection and moves the mail while it runs."""
+
+    def count() -> int:
+        found = depths(config).get(config.rabbitmq_outbox)
+        return 0 if found is None else found.delayed
+
+    return flush(config, options, count)
 
 
 def _purge(config: Config, options: Namespace) -> int:

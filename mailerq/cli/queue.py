@@ -12,7 +12,6 @@ from itertools import chain, islice
 from typing import Any, Final
 
 from mailerq.address import queue_problem
-from mailerq.cli import control
 from mailerq.cli.common import (
     Parser,
     command_parser,
@@ -24,6 +23,7 @@ from mailerq.cli.common import (
     print_table,
     with_files,
 )
+from mailerq.cli.queue_flush import flush
 from mailerq.cli.queue_orders import ORDERS, add_order, run_order
 from mailerq.cli.queue_selection import add_criteria, message_id, selection_of
 from mailerq.config import Config
@@ -254,22 +254,11 @@ def _count(files: Files, config: Config, options: Namespace, parser: Parser) -> 
 
 
 def _flush(files: Files, config: Config, options: Namespace, parser: Parser) -> int:
-    """Without a daemon nothing would be tried, so nothing is changed."""
-    try:
-        control.ask(config.queue_directory, "wake")
-    except PermissionError:
-        raise
-    except OSError:
-        complain(f"no daemon runs on {config.queue_directory}: nothing is tried before one does")
-        return os.EX_UNAVAILABLE
-    now = int(time.time() * 1000)
-    count = sum(sum(file.hasten(config.rabbitmq_outbox, now)) for file in files)
-    control.ask(config.queue_directory, "wake", everything=True)
-    if options.json:
-        print_json({"queue": config.rabbitmq_outbox, "hastened": count})
-    elif not options.quiet:
-        sys.stdout.write(f"{count} messages of {config.rabbitmq_outbox} are tried now\n")
-    return os.EX_OK
+    def hasten() -> int:
+        now = int(time.time() * 1000)
+        return sum(sum(file.hasten(config.rabbitmq_outbox, now)) for file in files)
+
+    return flush(config, options, hasten)
 
 
 def _listed(files: Files, options: Namespace) -> Iterator[Entry]:
