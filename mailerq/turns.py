@@ -29,6 +29,12 @@ class EndOfTurn:
 
     def __init__(self) -> None:
         self._callbacks: list[Callback] = []
+        self._last: list[Callback] = []
+        """Called at the end of this turn, after the others."""
+        self._next_last: list[Callback] = []
+        self._awake: trio.lowlevel.Task | None = None
+        self._rests = False
+        """Whether the task `_awake` waits for the next `call_last`."""
         self._token = trio.lowlevel.current_trio_token()
         self._installed = False
         self._leaving = False
@@ -48,14 +54,46 @@ class EndOfTurn:
             self._install()
         self._callbacks.append(callback)
 
+    def call_last(self, callback: Callback) -> None:
+        """Call `callback` once, as one of the last at the end of the next turn.
+
+        Until then all tasks that are ready now have run, and what they wrote has left.
+        """
+        if not self._installed:
+            self._install()
+        self._next_last.append(callback)
+        if self._awake is None:
+            self._awake = trio.lowlevel.spawn_system_task(self._stay_awake)
+        elif self._rests:
+            self._rests = False
+            trio.lowlevel.reschedule(self._awake)
+
+    async def _stay_awake(self) -> None:
+        """Be ready while last callbacks wait, so that trio does not decide to sleep before them.
+
+        Then the loop would have to wake itself through a socket, with five system calls.
+        """
+        while True:
+            while self._last or self._next_last:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            self._rests = True
+            await trio.lowlevel.wait_task_rescheduled(self._end)
+
+    def _end(self, _: object) -> trio.lowlevel.Abort:
+        """The loop ends."""
+        self._rests = False
+        return trio.lowlevel.Abort.SUCCEEDED
+
     def leave(self) -> None:
         """Detach from the loop when no callback waits; the next `call` attaches again."""
         self._leaving = self._installed
 
     def before_io_wait(self, timeout: float) -> None:
         """Called by trio before it polls for events, or sleeps at most `timeout` seconds."""
-        if self._callbacks:
+        if self._callbacks or self._last or self._next_last:
             callbacks, self._callbacks = self._callbacks, []
+            callbacks += self._last
+            self._last, self._next_last = self._next_last, []
             idle, ready = timeout > 0, False
             for callback in callbacks:
                 try:
@@ -64,7 +102,7 @@ class EndOfTurn:
                 except Exception:  # trio would remove the instrument
                     log.exception("work at the end of a turn failed")
                     ready = True
-            if idle and (ready or self._callbacks):
+            if idle and (ready or self._callbacks or self._last or self._next_last):
                 # trio has decided to sleep before the callbacks ran.
                 self._token.run_sync_soon(_nothing)
         elif self._leaving:

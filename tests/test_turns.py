@@ -159,6 +159,58 @@ def test_a_callback_registered_by_a_callback_runs_at_the_end_of_the_next_turn(ru
     run(main)
 
 
+@RUNS
+def test_last_callbacks_follow_what_the_next_turn_registers_and_the_loop_does_not_sleep(
+    run: Run,
+) -> None:
+    async def main() -> None:
+        end, happened, idle = EndOfTurn.of_this_loop(), [], []
+
+        async def write() -> None:
+            happened.append("written")
+            end.call(lambda _: bool(happened.append("left")))
+
+        def last(sleeps: bool) -> bool:
+            happened.append("last")
+            idle.append(sleeps)
+            done.set()
+            return True
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                done = trio.Event()
+                end.call_last(last)
+                nursery.start_soon(write)
+                with trio.fail_after(5):
+                    await done.wait()
+        assert happened == 3 * ["written", "left", "last"]
+        assert idle == 3 * [False]
+
+    run(main)
+
+
+@RUNS
+def test_last_callbacks_of_turns_in_a_row_all_run(run: Run) -> None:
+    async def main() -> None:
+        end, called, done = EndOfTurn.of_this_loop(), 0, trio.Event()
+
+        def last(_: bool) -> bool:
+            nonlocal called
+            called += 1
+            if called == 5:
+                done.set()
+            return True
+
+        for _ in range(4):
+            end.call_last(last)
+            await turns(1)
+        end.call_last(last)
+        with trio.fail_after(5):
+            await done.wait()
+
+    run(main)
+
+
 def is_attached(end: EndOfTurn) -> bool:
     """Whether trio calls it; trio raises KeyError for an instrument that it does not have."""
     instrument: Any = end
@@ -181,8 +233,8 @@ async def test_nothing_is_attached_to_the_loop_before_the_first_call() -> None:
 
 async def test_who_leaves_waits_for_what_is_registered_and_may_come_back() -> None:
     end, called = EndOfTurn.of_this_loop(), []
-    for count in (1, 2):
-        end.call(lambda _: bool(called.append(1)))
+    for count, call in enumerate((end.call, end.call_last, end.call), 1):
+        call(lambda _: bool(called.append(1)))
         end.leave()
         await turns(3)
         assert len(called) == count
@@ -209,6 +261,7 @@ async def test_who_leaves_waits_for_what_callbacks_register() -> None:
 async def test_a_loop_without_work_sleeps(autojump_clock: trio.testing.MockClock) -> None:
     """The clock jumps only when trio would sleep."""
     EndOfTurn.of_this_loop().call(lambda _: False)
+    EndOfTurn.of_this_loop().call_last(lambda _: False)
     with trio.move_on_after(1000) as scope:
         await trio.sleep(math.inf)
     assert scope.cancelled_caught

@@ -6,7 +6,7 @@ import gc
 import logging
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.queues import EmbeddedQueues
 from mailerq.queues.embedded.taking import Wanted
 from mailerq.queues.opening import open_embedded
+from mailerq.turns import EndOfTurn
 from tests.queues.contract import LARGE, Recorder, again, mail, tag_of
 from tests.queues.kit import Clock
 from tests.support import until
@@ -74,6 +75,30 @@ async def test_a_lone_new_message_is_neither_read_nor_told(queues: EmbeddedQueue
         assert (recorder.told, queues.statistics()["reads"]) == ([], before)
         # What is over leaves nothing in memory.
         assert queues._queues.queues["outbox"].destinations == {}
+
+
+async def test_a_delivery_begins_when_the_reply_to_its_client_has_left(
+    queues: EmbeddedQueues,
+) -> None:
+    happened: list[str] = []
+    end = EndOfTurn.of_this_loop()
+
+    class Delivery(Recorder):
+        def arrived(self, leases: Sequence[Lease]) -> None:
+            happened.append("delivery")
+            super().arrived(leases)
+
+    recorder = Delivery()
+    async with queues.subscribe("outbox", recorder, prefetch=10, window=10):
+        await ready(queues)
+        for tag in range(5):
+            await queues.publish([mail(tag)])
+            happened.append("accepted")
+            # As a stream does with what it writes.
+            end.call(lambda _: bool(happened.append("reply")))
+            await recorder.until(lambda recorder, tag=tag: tag in recorder.tags)
+            await queues.ack([Settlement(recorder.leases[-1])])
+    assert happened == 5 * ["accepted", "reply", "delivery"]
 
 
 async def test_what_nobody_takes_costs_nothing(

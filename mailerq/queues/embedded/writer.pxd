@@ -22,6 +22,13 @@ cpdef Py_ssize_t _size(inserts, retries) except -1
 
 
 @cython.final
+cdef class AfterReplies:
+    cdef public object taker, token
+
+    cpdef wake(self)
+
+
+@cython.final
 cdef class Writer:
     cdef public Py_ssize_t _commits, _messages, _largest
     cdef public double _seconds, _published

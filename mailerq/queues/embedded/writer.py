@@ -41,13 +41,14 @@ from mailerq.queues.embedded.open_queues import (
     HeldLease,
     OpenQueue,
     OpenQueues,
+    Taker,
     Wakeable,
     wake_all,
 )
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.records import Batch, Insert, Retry
 from mailerq.queues.embedded.sqlite_file import translate
-from mailerq.turns import woken
+from mailerq.turns import EndOfTurn, woken
 
 __all__ = ["Request", "Writer"]
 
@@ -119,6 +120,26 @@ def _size(inserts: Sequence[Insert], retries: Sequence[tuple[HeldLease, Retry]])
         insert = retry.insert
         size += insert.size
     return size
+
+
+class AfterReplies:
+    """Wakes a taker when the replies to the mail of this batch have left its loop.
+
+    Otherwise the clients would wait while the deliveries of their mail begin.
+    """
+
+    __slots__ = ("taker", "token")
+
+    def __init__(self, taker: Taker) -> None:
+        self.taker = taker
+        self.token = taker.token
+
+    def wake(self) -> None:
+        EndOfTurn.of_this_loop().call_last(self._wake)
+
+    def _wake(self, idle: bool) -> bool:
+        self.taker.wake()
+        return True
 
 
 class Writer:
@@ -386,5 +407,8 @@ class Writer:
         """Wake the tasks of a batch, and takers with new mail: one call into each loop."""
         with self._queues.lock:
             takers = self._queues.to_wake()
-        waiting: list[Wakeable] = [*group, *takers]
+        loops = {request.token for request in group if not request.settles}
+        waiting: list[Wakeable] = [*group]
+        for taker in takers:
+            waiting.append(AfterReplies(taker) if taker.token in loops else taker)
         wake_all(waiting)
