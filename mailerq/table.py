@@ -53,7 +53,7 @@ PLUGINS: Final = "Plugins"
 LOGS: Final = "Logs"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, init=False, repr=False, eq=False)
 class Table(ServerTable):
     """Every setting with its default."""
 

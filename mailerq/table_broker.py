@@ -16,7 +16,7 @@ __all__ = ["BrokerTable"]
 BROKER: Final = "RabbitMQ"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, init=False, repr=False, eq=False)
 class BrokerTable(IncomingTable):
     """Where the brokers are, and how their queues are used."""
 

@@ -13,7 +13,7 @@ __all__ = ["ClusterTable"]
 CLUSTER: Final = "Cluster"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, init=False, repr=False, eq=False)
 class ClusterTable(StorageTable):
     """How instances hear of each other."""
 

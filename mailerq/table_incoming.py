@@ -18,7 +18,7 @@ REPORT_TYPES: Final = (
 INCOMING: Final = "Reports that come in"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, init=False, repr=False, eq=False)
 class IncomingTable(ReportTable):
     """Which reports are recognised, and what follows from them."""
 

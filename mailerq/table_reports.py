@@ -23,7 +23,7 @@ __all__ = ["ReportTable"]
 REPORTS: Final = "Reports to senders"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, init=False, repr=False, eq=False)
 class ReportTable(Table):
     """Which reports mailerq makes for senders, and where bounces come back."""
 

@@ -38,7 +38,7 @@ ACCESS: Final = "Who may send what"
 TLS: Final = "TLS and login"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, init=False, repr=False, eq=False)
 class ServerTable:
     """The settings of the host, of the SMTP server, of access, and of TLS and login, with their
     defaults.

@@ -13,7 +13,7 @@ __all__ = ["StorageTable"]
 STORAGE: Final = "Storage of bodies"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, init=False, repr=False, eq=False)
 class StorageTable(BrokerTable):
     """Which bodies are kept outside the queue, and where."""
 

@@ -56,7 +56,7 @@ MAX_KEYS: Final = 32
 _DIGITS: Final = "abcdefghijklmnopqrstuvwxyz234567"
 
 _find_token: Final = re.compile(r"\+([A-Za-z2-7]{20})([-=_])").search
-_is_plain: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.\-\x80-\U0010ffff]+").fullmatch
+_is_plain: Final = re.compile(r"[^\x00- \"(),:;<>@\[\\\]\x7f]+").fullmatch
 _is_id: Final = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?=[a-z0-9]))*").fullmatch
 _quote_plain: Final = re.compile(r"[^A-Za-z0-9._-]").sub
 _quote_all: Final = re.compile(r"[^A-Za-z0-9_-]").sub

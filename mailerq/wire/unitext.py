@@ -24,7 +24,7 @@ _ESCAPE: Final = re.compile(r"\\(?:x\{([1-9A-Fa-f][0-9A-Fa-f]{1,5})\})?")
 _SPECIAL: Final = frozenset((0x20, 0x2B, 0x3D, 0x5C))
 """The ASCII characters that escapes may stand for, but for controls, which no address has."""
 
-_NOT_UNITEXT: Final = re.compile(r"[^!-*,-<>-\[\]-~\x80-\U0010FFFF]")
+_NOT_UNITEXT: Final = re.compile(r"[\x00- +=\\\x7f]")
 _NOT_XTEXT: Final = re.compile(r"[^!-*,-<>-\[\]-~]")
 
 
