@@ -21,8 +21,12 @@ cdef class Request:
 cpdef Py_ssize_t _size(inserts, retries) except -1
 
 
+@cython.locals(request=Request)
+cpdef _lone(group)
+
+
 @cython.final
-cdef class AfterReplies:
+cdef class AfterReply:
     cdef public object taker, token
 
     cpdef wake(self)
