@@ -101,6 +101,31 @@ async def test_a_delivery_begins_when_the_reply_to_its_client_has_left(
     assert happened == 5 * ["accepted", "reply", "delivery"]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_defect_of_a_receiver_ends_the_loop(tmp_path: Path, count: int) -> None:
+    """After the reply to a lone client, and in the batch of several."""
+
+    class Defective(Quiet):
+        def arrived(self, leases: object) -> None:
+            raise ZeroDivisionError
+
+    async def main() -> None:
+        async with (
+            open_embedded(str(tmp_path)) as queues,
+            queues.subscribe("outbox", Defective(), prefetch=10, window=10),
+            trio.open_nursery() as nursery,
+        ):
+            for tag in range(count):
+                nursery.start_soon(queues.publish, [mail(tag)])
+            nursery.start_soon(trio.sleep_forever)
+
+    with pytest.raises(trio.TrioInternalError) as raised:
+        trio.run(main)
+    group = raised.value.__cause__
+    assert isinstance(group, ExceptionGroup)
+    assert group.subgroup(ZeroDivisionError) is not None
+
+
 async def test_what_nobody_takes_costs_nothing(
     queues: EmbeddedQueues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

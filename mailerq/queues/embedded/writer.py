@@ -9,7 +9,8 @@ forms. A busy loop holds its requests back until it is about to sleep
 client never waits; the settlement of its last mail waits for the next one.
 
 Before the commit the writer leases the messages that can go to a taker at once (see
-`mailerq.queues.embedded.open_queues`), and hands them over after it.
+`mailerq.queues.embedded.open_queues`), and hands them over after it; the message of a lone client
+when the client has its reply.
 
 A purge is split into many commits, with other batches between them.
 
@@ -148,7 +149,13 @@ class AfterReply:
         EndOfTurn.of_this_loop().call_last(self._wake)
 
     def _wake(self, idle: bool) -> bool:
-        self.taker.wake()
+        try:
+            self.taker.wake()
+        except Exception as error:
+            # `EndOfTurn` would log a defect of a receiver, and its mail would stay leased. Such a
+            # defect ends the loop, as it does in a call from a thread.
+            assert self.token is not None
+            self.token.run_sync_soon(outcome.Error(error).unwrap)
         return True
 
 
