@@ -15,7 +15,6 @@ commit checks the file system once more.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from dataclasses import dataclass
@@ -23,10 +22,9 @@ from typing import Final
 
 import apsw
 
-__all__ = ["NO_SPACE", "Room", "check_sound", "room", "unreadable"]
+from mailerq.errors import NO_SPACE
 
-NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
-"""The system's errors for a full disk."""
+__all__ = ["Room", "check_sound", "room", "unreadable"]
 
 BLOCK_BYTES: Final = 1 << 16
 

@@ -22,9 +22,9 @@ from typing import Any, Final, Self
 
 import apsw
 
-from mailerq.errors import QueueDamaged, QueueError, QueueFull
+from mailerq.errors import NO_SPACE, QueueDamaged, QueueError, QueueFull
 from mailerq.privileges import as_owner
-from mailerq.queues.embedded.disk import NO_SPACE, room, unreadable
+from mailerq.queues.embedded.disk import room, unreadable
 from mailerq.queues.embedded.layout import PAGE_SIZE
 
 __all__ = [
