@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import msgspec
 
 from mailerq.config import Config
+from mailerq.errors import QueueError
 from mailerq.message import Message
 
 if TYPE_CHECKING:
@@ -233,6 +234,9 @@ class Subscription(ABC):
     queue holds no earlier due mail for it. The window does not limit `take`.
     """
 
+    takes_together = 1
+    """How many takes one call of `take_each` may have; together they cost little more than one."""
+
     @abstractmethod
     def set_window(self, destination: str, messages: int) -> None:
         """Change the window of a destination; 0 closes it, and all new mail stays in the queue."""
@@ -244,6 +248,17 @@ class Subscription(ABC):
         A broker finds only mail that it has told of by `Receiver.waiting`. Raises `QueueError`, and
         then nothing is leased.
         """
+
+    async def take_each(self, wanted: Sequence[tuple[str, int]]) -> Sequence[Taken | QueueError]:
+        """Take from destinations, each with its own limit; return the results in that order.
+
+        At most `takes_together`, and no destination twice. An error concerns one destination only.
+        """
+        ((destination, limit),) = wanted
+        try:
+            return [await self.take(destination, limit)]
+        except QueueError as error:
+            return [error]
 
     @abstractmethod
     async def load(self, lease: Lease) -> None:

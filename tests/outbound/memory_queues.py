@@ -475,6 +475,8 @@ class MemoryConsumer(MemoryTaker, Consumer):
 class MemorySubscription(MemoryTaker, Subscription):
     """A queue taken by destination."""
 
+    takes_together = 100
+
     def __init__(
         self, queues: MemoryQueues, queue: str, receiver: Receiver, prefetch: int, window: int
     ) -> None:
@@ -529,10 +531,18 @@ class MemorySubscription(MemoryTaker, Subscription):
         self.windows[destination] = messages
 
     async def take(self, destination: str, limit: int) -> Taken:
-        if limit < 1:
-            raise ValueError(f"limit {limit}: expected 1 or more")
+        (taken,) = await self.take_each([(destination, limit)])
+        assert isinstance(taken, Taken)
+        return taken
+
+    async def take_each(self, wanted: Sequence[tuple[str, int]]) -> Sequence[Taken | QueueError]:
+        if any(limit < 1 for _, limit in wanted):
+            raise ValueError(f"limits {wanted}: expected 1 or more")
         await trio.lowlevel.checkpoint()
         self.check_open()
+        return [self._take(destination, limit) for destination, limit in wanted]
+
+    def _take(self, destination: str, limit: int) -> Taken:
         self.takes.append((destination, limit))
         queue, now = self.queues.queues[self.queue], self.queues.now
         leases: list[Lease] = []

@@ -16,7 +16,16 @@ import trio.testing
 
 from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message
-from mailerq.queues import Consumer, Depth, Lease, Publication, Queues, Settlement, Subscription
+from mailerq.queues import (
+    Consumer,
+    Depth,
+    Lease,
+    Publication,
+    Queues,
+    Settlement,
+    Subscription,
+    Taken,
+)
 
 __all__ = [
     "LARGE",
@@ -482,6 +491,63 @@ class Contract:
                 for number in range(20):
                     nursery.start_soon(take, f"d{number}.test")
             assert sorted(found) == list(range(100))
+
+    async def test_takes_of_one_call_have_each_their_result(self, backend: Backend) -> None:
+        recorder = Recorder()
+        async with backend.open() as queues:
+            await queues.publish([mail(tag, f"d{tag % 5}.test") for tag in range(25)])
+            async with queues.subscribe("outbox", recorder, prefetch=9, window=0) as subscription:
+                await recorder.until(lambda recorder: len(recorder.destinations) == 5)
+                most = subscription.takes_together
+                found: dict[str, list[int]] = {f"d{number}.test": [] for number in range(5)}
+                with trio.fail_after(60):
+                    while any(len(tags) < 5 for tags in found.values()):
+                        wanted = [(key, 5 - len(tags)) for key, tags in found.items()]
+                        wanted = [(key, limit) for key, limit in wanted if limit]
+                        wanted = [("nothing.test", 3), *wanted][-most:]
+                        results = await subscription.take_each(wanted)
+                        assert len(results) == len(wanted)
+                        for (key, limit), taken in zip(wanted, results, strict=True):
+                            assert isinstance(taken, Taken)
+                            assert len(taken.leases) <= limit
+                            assert {lease.destination for lease in taken.leases} <= {key}
+                            if key in found:
+                                found[key] += map(tag_of, taken.leases)
+                            else:
+                                assert not taken.leases and not taken.more
+                assert found == {
+                    f"d{number}.test": list(range(number, 25, 5)) for number in range(5)
+                }
+                with pytest.raises(ValueError, match="limit"):
+                    await subscription.take_each([("d1.test", 1), ("d2.test", 0)][-most:])
+
+    async def test_takes_that_are_cancelled_together_lease_nothing(self, backend: Backend) -> None:
+        async with backend.open() as queues:
+            await queues.publish([mail(tag, f"d{tag % 5}.test") for tag in range(25)])
+            recorder = Recorder()
+            async with queues.subscribe("outbox", recorder, prefetch=9, window=0) as subscription:
+                await recorder.until(lambda recorder: len(recorder.destinations) == 5)
+                left = [(f"d{number}.test", 5) for number in range(5)]
+                leases: list[Lease] = []
+
+                async def take() -> None:
+                    wanted = left[: subscription.takes_together]
+                    for taken in await subscription.take_each(wanted):
+                        assert isinstance(taken, Taken)
+                        leases.extend(taken.leases)
+                    left.extend(wanted)
+                    del left[: len(wanted)]
+
+                for _ in range(5):
+                    with trio.CancelScope() as scope:
+                        async with trio.open_nursery() as nursery:
+                            nursery.start_soon(take)  # it may be over before it is cancelled
+                            await trio.testing.wait_all_tasks_blocked()
+                            scope.cancel()
+                with trio.fail_after(60):
+                    while len(leases) < 25:
+                        await take()
+                assert sorted(map(tag_of, leases)) == list(range(25))
 
     async def test_a_take_that_is_cancelled_leases_nothing(self, backend: Backend) -> None:
         async with backend.open() as queues:

@@ -41,19 +41,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from heapq import heappop, heappush
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import outcome
 import trio
 
-from mailerq.errors import QueueDamaged
+from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues.embedded.layout import HELD, UNSORTED
 from mailerq.queues.embedded.queue_reader import BEFORE_LANES
 from mailerq.queues.embedded.records import Row
 from mailerq.queues.embedded.sqlite_file import mark
 from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN, Turns
-from mailerq.queues.interface import Lease
+from mailerq.queues.interface import Lease, Taken
 
 if TYPE_CHECKING:
     from mailerq.queues.embedded.takers import EmbeddedConsumer, EmbeddedSubscription
@@ -68,6 +68,7 @@ __all__ = [
     "OpenQueues",
     "Scan",
     "Take",
+    "TakeGroup",
     "Taker",
     "Wakeable",
     "wake_all",
@@ -403,12 +404,49 @@ class Take(Job):
         self.limit = limit
         self.taker = taker
         self.leases: list[HeldLease] = []
+        self.group: TakeGroup | None = None
         self._undo = undo
 
+    def taken(self) -> Taken | QueueError:
+        """The result of a take that is done; it can be had once."""
+        result, self.result = self.result, None
+        if isinstance(result, outcome.Value):
+            return cast("Taken", result.value)
+        assert result is not None
+        return cast("QueueError", result.error)
+
     def wake(self) -> None:
-        super().wake()
+        group, self.group = self.group, None  # no cycle: a lease may have a large body
+        if group is not None:
+            group.one_is_done()
+        else:
+            super().wake()
         if self.abandoned and self._undo is not None:
             self._undo(self.leases)
+
+
+class TakeGroup:
+    """Takes that one task waits for: the task that makes the group."""
+
+    def __init__(self, takes: Sequence[Take]) -> None:
+        self._takes = takes
+        self._left = len(takes)
+        for take in takes:
+            take.group = self
+            take.wait_here()
+
+    def one_is_done(self) -> None:
+        """A take has its result."""
+        self._left -= 1
+        task = self._takes[0].task
+        if not (self._left or self._takes[0].abandoned) and task is not None:
+            trio.lowlevel.reschedule(task)
+
+    def abandon(self, _: object) -> trio.lowlevel.Abort:
+        """The waiting task is cancelled."""
+        for take in self._takes:
+            take.abandoned = True
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 Undo = Callable[[Sequence[HeldLease]], None]

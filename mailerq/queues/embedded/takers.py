@@ -21,6 +21,7 @@ from mailerq.queues.embedded.open_queues import (
     OpenQueue,
     OpenQueues,
     Take,
+    TakeGroup,
     Taker,
 )
 from mailerq.queues.interface import Consumer, Lease, Receiver, Subscription, Taken
@@ -33,6 +34,9 @@ MAX_BODY_BYTES: Final = 1 << 16
 DIRECT_BYTES: Final = 64 << 20
 """New mail brings its body along, however large, while leased mail in memory takes less than this
 many bytes."""
+
+TAKES_TOGETHER: Final = 100
+"""Takes that the reader serves with two statements and one transaction."""
 
 REST_SECONDS: Final = 0.01
 """Pause after a read for a consumer that can take less than a quarter of its prefetch. Otherwise,
@@ -142,6 +146,8 @@ class EmbeddedConsumer(Taker, Consumer):
 class EmbeddedSubscription(Taker, Subscription):
     """A subscription to the embedded queue; call all methods on the loop that subscribed."""
 
+    takes_together = TAKES_TOGETHER
+
     def __init__(
         self,
         queues: OpenQueues,
@@ -222,6 +228,22 @@ class EmbeddedSubscription(Taker, Subscription):
             self._batcher.add_take(job)
         taken: Taken = await trio.lowlevel.wait_task_rescheduled(job.abandon)
         return taken
+
+    async def take_each(self, wanted: Sequence[tuple[str, int]]) -> Sequence[Taken | QueueError]:
+        if any(limit < 1 for _, limit in wanted):
+            raise ValueError(f"limits {wanted}: expected 1 or more")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        takes = [
+            Take(self.queue, destination, limit, self, self._give_back)
+            for destination, limit in wanted
+        ]
+        with self._queues.lock:
+            self._check_open()
+            group = TakeGroup(takes)
+            for take in takes:
+                self._batcher.add_take(take)
+        await trio.lowlevel.wait_task_rescheduled(group.abandon)
+        return [take.taken() for take in takes]
 
     def _give_back(self, leases: Sequence[HeldLease]) -> None:
         """Give back leases whose task no longer waits."""
