@@ -127,7 +127,8 @@ class Table(ServerTable):
         1000,
         NUMBER,
         QUEUES,
-        "Messages held in memory at a time.",
+        "Messages held in memory at a time; beyond that, a few for each connection "
+        "that has nothing to send.",
         minimum=1,
         aliases=("max-messages",),
     )

@@ -7,7 +7,7 @@ from mailerq.outbound.jobs cimport Job as _Job
 
 @cython.final
 cdef class Dispatcher:
-    cdef public Py_ssize_t max_window, opened_sessions, ahead_jobs, _looked_up
+    cdef public Py_ssize_t max_window, opened_sessions, ahead_jobs, looked_up
     cdef public bint stopping
     cdef public double _next_look, _next_due
     cdef public dict _sessions, _looking_up

@@ -175,7 +175,7 @@ class Dispatcher:
         self._next_look = self._next_due = 0.0
         self._times_changed = trio.Event()
         self._looking_up: dict[Route, list[Job]] = {}
-        self._looked_up = 0
+        self.looked_up = 0
         self._say_to_and_fro = Ration(log.warning, 1, "and %d times more from hand to hand")
         self._say_own_fault = Ration(log.error, 1, "and %d times more for a fault of this host")
         self._stopped = trio.Event()
@@ -211,7 +211,7 @@ class Dispatcher:
         if reroute:
             for jobs in self._looking_up.values():
                 while jobs:
-                    self._looked_up -= 1
+                    self.looked_up -= 1
                     job = jobs.pop()
                     self.put_back(job)
                     self._intake.placed(job.lease.destination)
@@ -314,7 +314,7 @@ class Dispatcher:
             "opened": self.opened_sessions,
             "ahead": self.ahead_jobs,
             "destinations": len(flows.live) + len(flows.pauses),
-            "waiting": sum(waiting.values()) + self._looked_up,
+            "waiting": sum(waiting.values()) + self.looked_up,
             **self.stops.statistics(),
             "domains": dict(longest),
         }
@@ -352,9 +352,9 @@ class Dispatcher:
     # Messages in
 
     @property
-    def may_look_up(self) -> bool:
-        """Whether to take mail for unknown targets: only while little mail waits for DNS."""
-        return self._looked_up < max(self.config.rabbitmq_qos // LOOK_UP_SHARE, 1)
+    def room_to_look_up(self) -> int:
+        """How many more messages may wait for DNS."""
+        return max(int(self.config.rabbitmq_qos) // LOOK_UP_SHARE, 1) - self.looked_up
 
     def admit(self, lease: Lease, wanted: Flow | None = None) -> None:
         """Send a message on its way, finish it, or put it back until it is due.
@@ -373,7 +373,7 @@ class Dispatcher:
             self.place(job, found, wanted)
             return
         self._intake.destination(lease.destination).placing += 1
-        self._looked_up += 1
+        self.looked_up += 1
         jobs = self._looking_up.get(route)
         if jobs is not None:
             jobs.append(job)
@@ -484,7 +484,7 @@ class Dispatcher:
         for jobs in self._looking_up.values():
             for job in [job for job in jobs if condition(job)]:
                 jobs.remove(job)
-                self._looked_up -= 1
+                self.looked_up -= 1
                 self.put_back(job)
                 self._intake.placed(job.lease.destination)
 
@@ -514,7 +514,7 @@ class Dispatcher:
         found = await self._sites.find_quickly(route)
         destinations = []
         for job in self._looking_up.pop(route, ()):
-            self._looked_up -= 1
+            self.looked_up -= 1
             destinations.append(job.lease.destination)
             if found is None:
                 self.put_back(job)
@@ -558,9 +558,7 @@ class Dispatcher:
         """Finish a message that has expired; return whether it had."""
         if self.now() <= job.plan.expires:
             return False
-        if job.flow is not None:
-            job.flow.reported += 1
-        self._settlements.finish(job.lease, Report(responses.EXPIRED), job=job)
+        self._finish(job, Report(responses.EXPIRED), 0.0)
         return True
 
     async def load(self, job: Job) -> Outcome | None:
@@ -691,9 +689,14 @@ class Dispatcher:
                     session.settled()
                 return
             report = judged
+        self._finish(job, report, job.plan.expires, session)
+
+    def _finish(
+        self, job: Job, report: Report, expires: float, session: Session | None = None
+    ) -> None:
         if job.flow is not None:
             job.flow.reported += 1
-        self._settlements.finish(job.lease, report, job.plan.expires, job, session)
+        self._settlements.finish(job.lease, report, expires, job, session)
 
     def put_back(self, job: Job) -> None:
         """Return an untried message to the queue unchanged."""
@@ -702,12 +705,7 @@ class Dispatcher:
 
     def recall(self, numbers: Collection[int]) -> None:
         """Give these messages back to the queue, except those that are under way."""
-        for jobs in self._looking_up.values():
-            for job in [job for job in jobs if job.lease.id in numbers]:
-                jobs.remove(job)
-                self._looked_up -= 1
-                self.put_back(job)
-                self._intake.placed(job.lease.destination)
+        self.take_out(lambda job: job.lease.id in numbers)
         self.flows.recall(numbers)
 
     def try_now(self, destinations: Collection[str]) -> None:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from mailerq.outbound.sites import Site
     from mailerq.rules.responses import Outcome
 
-__all__ = ["FIRST_WINDOW", "MAX_ASK_SECONDS", "MAX_WINDOW", "Flow", "sessions_for"]
+__all__ = ["FIRST_WINDOW", "LEAST_WINDOW", "MAX_ASK_SECONDS", "MAX_WINDOW", "Flow", "sessions_for"]
 
 HOLD_SECONDS: Final = 5.0
 """Open no further connection for this long after one failed while others work: the peer may want
@@ -76,6 +76,10 @@ NEAR_SECONDS: Final = 0.005
 ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
 """Longest pause before one message asks again whether a site that was down answers."""
+
+LEAST_WINDOW: Final = 4
+"""Messages of one flow in memory, at least, unless `rabbitmq-qos` is very small: enough for
+envelopes to go ahead."""
 
 FIRST_WINDOW: Final = 32
 MAX_WINDOW: Final = 500
@@ -200,8 +204,9 @@ class Flow:
         self.ready.pop(destination, None)
 
     def next_window(self) -> int:
-        """The window for the next refill: twice the messages sent since the last one."""
-        self.window = max(min(2 * self.sent, self._dispatcher.max_window), 1)
+        """The window for the next refill: twice the messages sent since the last one, or more."""
+        used = max(2 * self.sent, LEAST_WINDOW)
+        self.window = min(used, self._dispatcher.max_window)
         self.sent = 0
         return self.window
 

@@ -11,11 +11,17 @@ Mail comes in two ways. New mail *arrives* directly while its destination has ro
 a flow is *sorted*: a few messages are taken to find the flow.
 
 Queued mail costs only one `Destination` for all of its messages. One heap holds the times at which
-destinations become due. Messages in memory are at most `rabbitmq-qos`, plus one for each flow that
-has a connection, so that no flow waits for the memory of others. Flows that no host has let in yet
-share half of the memory. While flows wait for room, each takes its share of the room that there is,
-a few messages at least. So many flows send at a time, each over its connection, and many results
-come together; a flow that took its whole window would keep the others waiting.
+destinations become due.
+
+Messages in memory are at most `rabbitmq-qos`, plus a few for each flow that has a connection and
+nothing to send over it: no flow waits for the memory of others. Flows that no host has let in yet
+share half of the memory. However full memory is, destinations are sorted while few such flows
+exist, so mail for a new destination waits for nobody.
+
+Flows stand in line for mail, and those of one turn of the loop take theirs with one read of the
+queue, if the queue can do that. The new mail sets out together, so its results come together too.
+While flows wait for room, each takes its share of the room that there is: a flow that took its
+whole window would keep the others waiting.
 
 Everything here runs on the home worker.
 """
@@ -32,10 +38,10 @@ import trio
 
 from mailerq.errors import QueueError
 from mailerq.net.logs import Ration
-from mailerq.outbound.flow import FIRST_WINDOW
+from mailerq.outbound.flow import FIRST_WINDOW, LEAST_WINDOW
 from mailerq.outbound.pause import Pause
 from mailerq.outbound.timers import Times
-from mailerq.queues import Lease, Subscription
+from mailerq.queues import Lease, Subscription, Taken
 
 if TYPE_CHECKING:
     from mailerq.outbound.dispatcher import Dispatcher
@@ -46,13 +52,14 @@ __all__ = ["Destination", "Intake"]
 log = logging.getLogger("mailerq.delivery")
 
 SORTERS: Final = 4
-"""Destinations sorted at a time."""
+"""Tasks that sort destinations. While one waits for the queue, the next gathers what came since."""
 
 MAX_GROUP: Final = 100
-"""Messages taken to sort a destination, at most; the first time one is taken."""
+"""Messages taken to sort a destination, at most; the first time `LEAST_WINDOW` are taken."""
 
-LEAST_SHARE: Final = 4
-"""Messages that a flow takes at a time, at least, while others wait for room in memory."""
+BEGINNER_SHARE: Final = 4
+"""However full memory is, destinations are sorted while the flows that no host has let in yet are
+fewer than 1/`BEGINNER_SHARE` of `rabbitmq-qos`."""
 
 READ_AGAIN_SECONDS: Final = 5.0
 """Pause before the next read of a destination that the queue could not read."""
@@ -81,7 +88,7 @@ class Destination:
         self.taking = False
         self.news = False  # the queue reported mail during a take
         self.placing = 0  # messages whose hosts are being looked up
-        self.group = 1  # messages to take at the next sorting
+        self.group = LEAST_WINDOW  # messages to take at the next sorting
         self.window = 0  # the window last set in the queue
         self.width = 0  # the flows that may send its mail, if that may leave from several addresses
 
@@ -100,10 +107,16 @@ class Intake:
         self._dispatcher = dispatcher
         self._most = most
         self._first_window = min(FIRST_WINDOW, dispatcher.max_window)
+        self._least = min(LEAST_WINDOW, dispatcher.max_window)
         self._destinations: dict[str, Destination] = {}
         self._unsorted: deque[Destination] = deque()
         self._sorters = trio.lowlevel.ParkingLot()
         self._newest = True
+        self._serves_soon = False
+        self._asked = 0  # messages that are being taken
+        self._sorting = 0  # of these, to sort destinations
+        # Flows that get mail at the next take, and those that wait for room in memory.
+        self._next_line: OrderedDict[Flow, None] = OrderedDict()
         self._memory_line: OrderedDict[Flow, None] = OrderedDict()
         self._new_line: OrderedDict[Flow, None] = OrderedDict()
         self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
@@ -127,7 +140,7 @@ class Intake:
     @property
     def room(self) -> int:
         """Messages that still fit into memory."""
-        return max(self._most - self.leased, 0)
+        return max(self._most - self.leased - self._asked, 0)
 
     # What the queue says
 
@@ -151,7 +164,7 @@ class Intake:
         if not destination.flows:
             return (
                 not destination.waits
-                and self._dispatcher.may_look_up
+                and self._dispatcher.room_to_look_up > 0
                 and not self._dispatcher.stops.holds(destination)
             )
         if self._may_spread(destination):
@@ -253,7 +266,7 @@ class Intake:
                 self.unlink(destination, other)
         destination.flows += (flow,)
         flow.link(destination)
-        destination.group = 1
+        destination.group = LEAST_WINDOW
 
     def replace(self, old: Flow | Pause, new: Flow | Pause) -> None:
         """Link the destinations of a flow to its pause, or back."""
@@ -293,27 +306,47 @@ class Intake:
 
     async def take(self, destination: Destination, limit: int) -> Sequence[Lease]:
         """Take mail of a destination, and note what is left in the queue."""
-        destination.taking, destination.news = True, False
+        self._asked += limit
+        return (await self._take_each([(destination, limit)]))[0]
+
+    async def _take_each(
+        self, wanted: Sequence[tuple[Destination, int]]
+    ) -> Sequence[Sequence[Lease]]:
+        """Take mail of destinations, each with a limit that `_asked` has; see `take`."""
+        for destination, _ in wanted:
+            destination.taking, destination.news = True, False
+        results: Sequence[Taken | QueueError]
         try:
-            taken = await self.subscription.take(destination.key, limit)
+            keys = [(destination.key, limit) for destination, limit in wanted]
+            results = await self.subscription.take_each(keys)
         except QueueError as error:
-            dispatcher = self._dispatcher
+            results = [error] * len(wanted)
+        finally:
+            for destination, limit in wanted:
+                destination.taking = False
+                self._asked -= limit
+        return [
+            self._took(destination, taken)
+            for (destination, _), taken in zip(wanted, results, strict=True)
+        ]
+
+    def _took(self, destination: Destination, taken: Taken | QueueError) -> Sequence[Lease]:
+        dispatcher = self._dispatcher
+        if isinstance(taken, QueueError):
             dispatcher.counters.queue_errors += 1
-            self._say_unread("cannot read %s: %s", dispatcher.config.rabbitmq_outbox, error)
+            self._say_unread("cannot read %s: %s", dispatcher.config.rabbitmq_outbox, taken)
             self._nothing_waits(destination)
             again = dispatcher.now() + READ_AGAIN_SECONDS
             self.dues.set_earlier(destination, again)
             dispatcher.times_changed(wall=again)
             return ()
-        finally:
-            destination.taking = False
         self.leased += len(taken.leases)
         if not (taken.more or destination.news):
             self._nothing_waits(destination)
         if taken.next_due is not None:
             self.dues.set_earlier(destination, taken.next_due)
-            self._dispatcher.times_changed(wall=taken.next_due)
-        if self._dispatcher.stopping:
+            dispatcher.times_changed(wall=taken.next_due)
+        if dispatcher.stopping:
             for lease in taken.leases:
                 self.put_back(lease)
             return ()
@@ -333,50 +366,94 @@ class Intake:
             self.subscription.set_window(destination.key, window)
 
     def refill(self, flow: Flow) -> None:
-        """Get mail for a flow if the flow needs more."""
+        """Have mail taken for a flow if the flow needs more."""
         if flow.refilling or not flow.takes_mail or self._dispatcher.stopping:
             return
-        window = min(flow.window, LEAST_SHARE) if self._memory_line else flow.window
+        window = min(flow.window, self._least) if self._memory_line else flow.window
         if flow.jobs and (len(flow.jobs) > window // 2 or not flow.sessions):
             return
-        if all(destination.taking or destination.placing for destination in flow.ready):
+        for destination in flow.ready:
+            if not (destination.taking or destination.placing):
+                break
+        else:
             return  # the flows are pumped afterwards
-        if not self._memory_for(flow):
-            (self._memory_line if flow.proven else self._new_line).setdefault(flow)
-            return
-        flow.refilling = True
-        self._dispatcher.start_soon(self._refill, flow)
+        if self._memory_for(flow):
+            self._leave_lines(flow)
+            flow.refilling = True
+            self._next_line[flow] = None
+            self._serve_soon()
+        else:
+            self._wait_for_memory(flow)
 
-    async def _refill(self, flow: Flow) -> None:
-        try:
-            need = flow.next_window() - len(flow.jobs)
+    def _wait_for_memory(self, flow: Flow) -> None:
+        (self._memory_line if flow.proven else self._new_line).setdefault(flow)
+
+    def _serve_soon(self) -> None:
+        """Take mail for the flows in line, together with those that join in this turn."""
+        if not self._serves_soon:
+            self._serves_soon = True
+            self._dispatcher.start_soon(self._serve_lines)
+
+    async def _serve_lines(self) -> None:
+        self._serves_soon = False
+        most = self.subscription.takes_together
+        while wanted := self._next_takes(most):
+            self._dispatcher.start_soon(self._take_for_flows, wanted)
+
+    async def _take_for_flows(self, wanted: Sequence[tuple[Flow, Destination, int]]) -> None:
+        found = await self._take_each([(each, limit) for _, each, limit in wanted])
+        for (flow, destination, _), leases in zip(wanted, found, strict=True):
+            for lease in leases:
+                self._dispatcher.admit(lease, flow)
+            self._set_window(destination)
+            self.taken(destination)
+        for flow in {flow: None for flow, *_ in wanted}:
+            flow.refilling = False
+            flow.pump()
+
+    def _next_takes(self, most: int) -> list[tuple[Flow, Destination, int]]:
+        """What to take next, `most` takes at the most, for the flows that have waited longest."""
+        wanted: list[tuple[Flow, Destination, int]] = []
+        while len(wanted) < most and (flow := self._next_flow()) is not None:
+            flow.refilling = False
+            if not flow.takes_mail or self._dispatcher.stopping:
+                continue
+            left = self._memory_for(flow)
+            if not left:
+                self._wait_for_memory(flow)
+                continue
+            need = min(flow.next_window() - len(flow.jobs), left)
+            if others := len(self._next_line) + len(self._memory_line) + len(self._new_line):
+                need = min(need, max(left // (others + 1), self._least))
+            share = -(-need // max(len(flow.ready), 1))
             while (
                 need > 0
-                and not (flow.down or flow.rights.rest)
-                and (left := self._memory_for(flow))
+                and len(wanted) < most
+                and (destination := self.next_ready(flow)) is not None
             ):
-                destination = self.next_ready(flow)
-                if destination is None:
-                    break
-                others = len(self._memory_line) + len(self._new_line)
-                if others:
-                    need = min(need, max(left // (others + 1), LEAST_SHARE))
-                share = -(-need // max(len(flow.ready), 1))
-                leases = await self.take(destination, min(share, left))
-                need -= max(len(leases), 1)
-                for lease in leases:
-                    self._dispatcher.admit(lease, flow)
-                self._set_window(destination)
-                self.taken(destination)
-        finally:
-            flow.refilling = False
-        flow.pump()
-        self._serve_memory_line()
+                limit = min(share, need)
+                need -= limit
+                self._asked += limit
+                destination.taking = flow.refilling = True
+                wanted.append((flow, destination, limit))
+        return wanted
+
+    def _next_flow(self) -> Flow | None:
+        """The flow in line that gets mail next."""
+        if self._next_line:
+            line = self._next_line
+        elif self._memory_line and self.room:
+            line = self._memory_line
+        elif self._new_line and self.room > self._most - self._most // 2:
+            line = self._new_line
+        else:
+            return None
+        return line.popitem(last=False)[0]
 
     def _memory_for(self, flow: Flow) -> int:
         """How many more messages a flow may have in memory."""
-        left = max(self._share_of(flow) - self.leased, 0)
-        return left or int(bool(flow.sessions) and not flow.held)
+        left = max(self._share_of(flow) - self.leased - self._asked, 0)
+        return max(left, self._least) if flow.sessions and not flow.held else left
 
     def _share_of(self, flow: Flow) -> int:
         """How full memory may be when a flow takes more than one message.
@@ -414,24 +491,47 @@ class Intake:
     async def sort(self) -> None:
         """Take some mail of destinations without a flow, to find the flow."""
         while True:
-            while not (self._unsorted and self.leased < self._most and self._may_sort):
+            while not (wanted := self._next_unsorted()):
                 await self._sorters.park()
+            found = await self._take_each(wanted)
+            self._sorting -= sum(limit for _, limit in wanted)
+            for (destination, _), leases in zip(wanted, found, strict=True):
+                for lease in leases:
+                    self._dispatcher.admit(lease)
+                self.taken(destination)
+
+    def _next_unsorted(self) -> list[tuple[Destination, int]]:
+        """Destinations to sort next, each with the number of messages to take."""
+        wanted: list[tuple[Destination, int]] = []
+        if self._dispatcher.stopping:
+            return wanted
+        left = self._room_to_sort()
+        most = self.subscription.takes_together
+        while self._unsorted and left > 0 and len(wanted) < most:
             # Alternate newest and oldest: failing lookups hold up the oldest.
             self._newest = not self._newest
             destination = self._unsorted.pop() if self._newest else self._unsorted.popleft()
             destination.listed = False
             is_sorted = bool(destination.flows) and not self._may_spread(destination)
-            if is_sorted or not destination.waits:
+            if is_sorted or not destination.waits or destination.taking:
                 continue  # nothing is to be found any more
-            leases = await self.take(destination, destination.group)
+            limit = min(destination.group, left)
+            wanted.append((destination, limit))
+            left -= limit
+            self._asked += limit
+            self._sorting += limit
             destination.group = min(2 * destination.group, MAX_GROUP)
-            for lease in leases:
-                self._dispatcher.admit(lease)
-            self.taken(destination)
+        return wanted
 
-    @property
-    def _may_sort(self) -> bool:
-        return self._dispatcher.may_look_up and not self._dispatcher.stopping
+    def _room_to_sort(self) -> int:
+        """Messages that may be taken to find their flows.
+
+        Flows that are busy may fill memory for long, and mail for others must not wait for them.
+        """
+        dispatcher = self._dispatcher
+        beginners = dispatcher.openings.beginners + dispatcher.looked_up + self._sorting
+        room = max(self.room, self._most // BEGINNER_SHARE - beginners)
+        return int(min(room, dispatcher.room_to_look_up - self._sorting))
 
     def placed(self, key: str, *, late: bool = False) -> None:
         """A message's hosts are found, and the message is placed.
@@ -488,19 +588,10 @@ class Intake:
     def lease_over(self) -> None:
         """A message has left memory."""
         self.leased -= 1
-        if self.leased < self._most:
-            if self._unsorted:
-                self._sorters.unpark()
-            self._serve_memory_line()
-
-    def _serve_memory_line(self) -> None:
-        """Let the flow that has waited longest for memory take mail."""
-        for line, most in ((self._memory_line, self._most), (self._new_line, self._most // 2)):
-            while line and self.leased < most:
-                flow = line.popitem(last=False)[0]
-                flow.pump()
-                if flow.refilling:
-                    return
+        if self._unsorted and self._room_to_sort() > 0:
+            self._sorters.unpark()
+        if self.leased < self._most and (self._memory_line or self._new_line):
+            self._serve_soon()
 
     def forget(self, flow: Flow | Pause) -> None:
         """A flow is over, or its mail is judged anew."""
@@ -510,6 +601,9 @@ class Intake:
             self.unlink(destination, flow)
 
     def _leave_lines(self, flow: Flow) -> None:
+        if flow in self._next_line:
+            del self._next_line[flow]
+            flow.refilling = False
         self._memory_line.pop(flow, None)
         self._new_line.pop(flow, None)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from time import monotonic
@@ -15,11 +16,12 @@ import pytest
 import trio
 import trio.testing
 
+from mailerq.errors import QueueError
 from mailerq.message import format_time
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.outbound import bodies, flow, openings, sites
-from mailerq.outbound.intake import LEAST_SHARE
+from mailerq.outbound.flow import LEAST_WINDOW
 from mailerq.outbound.sites import Sites
 from mailerq.queues.interface import Taken
 from mailerq.rules import routes
@@ -671,20 +673,37 @@ async def test_a_session_waits_for_the_commit_that_makes_room_for_more_mail() ->
 
 
 async def test_flows_that_wait_for_room_in_memory_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[tuple[int, int]] = []
-    take = MemorySubscription.take
+    groups: list[list[int]] = []
+    leased: list[int] = []
+    take_each = MemorySubscription.take_each
 
-    async def noted(self: MemorySubscription, destination: str, limit: int) -> Taken:
-        intake = bench.dispatcher._intake
-        if others := len(intake._memory_line):
-            shares.append((limit, max(intake.room // (others + 1), LEAST_SHARE)))
-        return await take(self, destination, limit)
+    async def noted(
+        self: MemorySubscription, wanted: Sequence[tuple[str, int]]
+    ) -> Sequence[Taken | QueueError]:
+        groups.append([limit for _, limit in wanted])
+        leased.append(bench.dispatcher.in_memory)
+        return await take_each(self, wanted)
 
-    monkeypatch.setattr(MemorySubscription, "take", noted)
+    monkeypatch.setattr(MemorySubscription, "take_each", noted)
     async with open_bench(rabbitmq_qos=200, slots=Slots(100)) as bench:
         for number in range(2000):
             bench.send(recipient=f"c{number}@d{number % 100}.test")
         await bench.results("success", 2000)
-    assert len(shares) > 50
-    assert all(limit <= share for limit, share in shares)
-    assert any(limit == LEAST_SHARE for limit, _ in shares)
+    assert max(map(len, groups)) > 10, "one read serves many flows"
+    limits = [limit for group in groups for limit in group]
+    assert statistics.median(limits) <= LEAST_WINDOW
+    assert max(leased) <= 2 * 200 + 100 * LEAST_WINDOW
+
+
+async def test_mail_for_a_new_destination_leaves_while_others_fill_memory() -> None:
+    """The queue is full of mail for hosts that take it at once, and each keeps memory full."""
+    async with open_bench(rabbitmq_qos=20, slots=Slots(100)) as bench:
+        for number in range(3000):
+            bench.send(recipient=f"c{number}@d{number % 30}.test")
+        await bench.queues.until(lambda queues: len(queues["success"]) >= 300)
+        bench.send(recipient="fresh@new.test")
+        await bench.until(
+            lambda figures: any(mail.recipient == "fresh@new.test" for mail in bench.peer.mails)
+        )
+        assert bench.dispatcher.counters.delivered < 1500
+        await bench.results("success", 3001)
