@@ -256,10 +256,11 @@ class Flow:
         """Whether others wait for what a session holds."""
         return self._openings.contended or self.rights.contended(session)
 
-    def _should_end(self, session: Session, contended: bool) -> bool:
+    def _should_end(self, session: Session, contended: bool, under_way: int = 0) -> bool:
         """Whether a session should end although there may be mail."""
-        if contended and session.messages:
-            if session.messages >= FAIR_MESSAGES or monotonic() - session.since > FAIR_SECONDS:
+        messages = session.messages + under_way
+        if contended and messages:
+            if messages >= FAIR_MESSAGES or monotonic() - session.since > FAIR_SECONDS:
                 return True
         return self.is_crowded or self.rights.are_over(session) or not session.is_covered()
 
@@ -269,9 +270,8 @@ class Flow:
             not self._ahead
             or len(self.jobs) <= len(self.opening) + len(self.idle)
             or not self._dispatcher.is_here(self.jobs[0])
-            or self.is_contended(session)
             or self._dispatcher.stopping
-            or self._should_end(session, contended=False)
+            or self._should_end(session, self.is_contended(session), under_way=1)
             or self.history.was_out_of_step(session.remote)
             or not self.rights.may_go_ahead(session, self.jobs[0])
         ):
