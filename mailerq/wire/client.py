@@ -136,7 +136,7 @@ from mailerq.wire.login import (
 )
 from mailerq.wire.objections import objection_to
 from mailerq.wire.parameters import envelope_commands
-from mailerq.wire.smtp import REPLY_LINE, LocalProtocolError, Reply, reply_of
+from mailerq.wire.smtp import REPLY_LINE, LocalProtocolError, Reply, long_reply_of, reply_of
 
 __all__ = [
     "CLOSED",
@@ -216,7 +216,7 @@ class ClientProtocol:
         self.mta: str | None = None
         """The name in the peer's banner."""
         self.extensions: dict[str, str] = {}
-        """The peer's EHLO offers: upper-case keyword -> its parameters."""
+        """The peer's EHLO offers: upper-case keyword -> its parameters. Shared: do not change."""
         self.secure = False
         """True once the connection uses TLS."""
         self.mechanism: str | None = None
@@ -485,13 +485,17 @@ class ClientProtocol:
 
     def _next_reply(self) -> Reply | None:
         """Take a complete reply from the input."""
-        while True:
-            end = self._input.find(b"\n", self._at, self._at + MAX_REPLY_LINE)
+        data = self._input
+        if self._at == 0 and not self._lines and (known := long_reply_of(data)) is not None:
+            self._at = known[1]
+            return known[0]
+        while self._at < len(data):
+            end = data.find(b"\n", self._at, self._at + MAX_REPLY_LINE)
             if end < 0:
-                if len(self._input) - self._at >= MAX_REPLY_LINE:
+                if len(data) - self._at >= MAX_REPLY_LINE:
                     raise _Violation(Problem.OVERFLOW, f"reply line above {MAX_REPLY_LINE} bytes")
                 return None
-            line = self._input[self._at : end].removesuffix(b"\r")
+            line = data[self._at : end].removesuffix(b"\r")
             self._at = end + 1
             if not self._lines and (reply := reply_of(line)) is not None:
                 return reply
@@ -500,14 +504,13 @@ class ClientProtocol:
                 raise _Violation(Problem.INVALID, f"not a reply: {line[:100]!r}")
             text = (match[3] or b"").decode(errors="replace")
             if match[2] != b"-":
-                self._lines.append(text)
-                reply = Reply(int(match[1]), "\n".join(self._lines))
-                self._lines = []
-                return reply
+                lines, self._lines = self._lines, []
+                return Reply(int(match[1]), "\n".join([*lines, text]))
             self._code = match[1]
             self._lines.append(text)
             if len(self._lines) >= MAX_REPLY_LINES:
                 raise _Violation(Problem.OVERFLOW, f"reply of more than {MAX_REPLY_LINES} lines")
+        return None
 
     def _take(self, reply: Reply) -> Event | None:
         """Handle the reply to the first step that is due."""

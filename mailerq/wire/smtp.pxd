@@ -12,3 +12,4 @@ cdef class Reply:
 
 
 cpdef reply_of(bytes line)
+cpdef long_reply_of(bytes data)

@@ -35,6 +35,13 @@ REPLY_LINE: Final = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 MAX_KNOWN_LINE: Final = 200
 """Cache reply lines up to this many bytes: a peer repeats most of its replies."""
 
+MAX_KNOWN_REPLY: Final = 1000
+"""Cache replies of several lines up to this many bytes: that to EHLO comes on each connection."""
+
+_LONG_REPLY: Final = re.compile(
+    rb"([2-5]\d\d)-[^\n]*\n(?:\1-[^\n]*\n){0,62}\1(?: [^\n]*)?\n"  # 64 lines
+)
+
 _UNREAD: Final = "?"
 
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f]")
@@ -114,6 +121,29 @@ def _reply_of(line: bytes) -> Reply | None:
     if match is None or match[2] == b"-":
         return None
     return Reply(int(match[1]), (match[3] or b"").decode(errors="replace"))
+
+
+def long_reply_of(data: bytes) -> tuple[Reply, int] | None:
+    r"""Parse the reply of several lines at the start of some bytes; returns the reply and its size.
+
+    None: the bytes have to be read line by line. They are more than `MAX_KNOWN_REPLY`, are
+    not ASCII, or do not begin with a whole reply of several lines.
+
+    >>> long_reply_of(b"250-mx.test\r\n250 SIZE\r\n250")
+    (Reply(250, 'mx.test\nSIZE'), 23)
+    """
+    known = data[3:4] == b"-" and len(data) <= MAX_KNOWN_REPLY
+    return _long_reply_of(data) if known else None
+
+
+@lru_cache(maxsize=256)
+def _long_reply_of(data: bytes) -> tuple[Reply, int] | None:
+    match = _LONG_REPLY.match(data)
+    if match is None or not data.isascii():
+        return None
+    lines = match[0].decode("ascii").split("\n")
+    texts = [line.removesuffix("\r")[4:] for line in lines[:-1]]
+    return Reply(int(match[1]), "\n".join(texts)), match.end()
 
 
 _STATUS_OF: Final = {

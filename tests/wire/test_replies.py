@@ -6,9 +6,12 @@ import ast
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import mailerq
 from mailerq.wire import smtp
+from mailerq.wire.client import ClientProtocol
 from mailerq.wire.smtp import STATUS, Reply, status_for
 
 REPLIES = {name: reply for name, reply in vars(smtp).items() if isinstance(reply, Reply)} | {
@@ -56,3 +59,29 @@ def test_no_other_module_writes_a_refusal_with_a_status() -> None:
         if (status := STATUS.match(node.value)) and status[1] in "45" and status[0] != node.value
     ]
     assert found == []
+
+
+LINES = st.lists(
+    st.binary(max_size=12).map(lambda text: text.replace(b"\n", b"")), min_size=1, max_size=140
+)
+
+
+@given(LINES, st.sampled_from([b"\r\n", b"\n", b"\r\r\n"]), st.sampled_from([b" ", b"-", b""]))
+@example([b""] * 127 + [b"last"], b"\r\n", b" ")
+@example([b""] * 128 + [b"last"], b"\r\n", b" ")
+@example([b"mx.test", b"SIZE 1000", b"8BITMIME"], b"\r\n", b" ")
+def test_a_reply_read_at_once_is_the_reply_read_by_its_lines(
+    lines: list[bytes], end: bytes, last: bytes
+) -> None:
+    heads = [b"-"] * (len(lines) - 1) + [last]
+    data = b"".join(b"250" + head + line + end for head, line in zip(heads, lines, strict=True))
+    events = []
+    for size in (len(data), 1):  # a reply whose first line came alone is read by its lines
+        protocol = ClientProtocol("me.test")
+        protocol.receive_data(b"220 mx.test\r\n")
+        event = protocol.next_event()
+        for start in range(0, len(data), size):
+            protocol.receive_data(data[start : start + size])
+            event = protocol.next_event()
+        events.append((event, protocol.extensions, protocol.replies))
+    assert events[0] == events[1]
