@@ -42,6 +42,9 @@ LMTP_PORT: Final = 24
 SOCKET_PATH_BYTES: Final = 107
 """Bytes of the path of a Unix socket (unix(7))."""
 
+IP_LIMIT: Final = 64
+"""Characters beyond which a text is no IP address without a zone; the longest has 45."""
+
 LOCAL_LIMIT: Final = 64
 """Bytes of a local part (RFC 5321, section 4.5.3.1.1)."""
 
@@ -255,12 +258,17 @@ def parse_host(text: str) -> str | IPAddress:
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if bare[:5].lower() == "ipv6:":
         return parse_literal(text)
+    address = _ip_of(bare) if len(bare) <= IP_LIMIT else None
+    return parse_domain(text) if address is None else address
+
+
+@lru_cache(maxsize=4096)
+def _ip_of(text: str) -> IPAddress | None:
+    """The IP address without a zone that a text is, or None. Hosts are read again and again."""
     try:
-        if "%" not in bare:
-            return ipaddress.ip_address(bare)
+        return None if "%" in text else ipaddress.ip_address(text)
     except ValueError:
-        pass
-    return parse_domain(text)
+        return None
 
 
 def parse_peer(text: str) -> IPAddress:

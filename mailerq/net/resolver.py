@@ -37,6 +37,7 @@ import random
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -127,6 +128,16 @@ class _Exchange:
     unanswered: bool = False
 
 
+@lru_cache(maxsize=1024)
+def _named_by_address(name: str) -> Host | None:
+    """The host whose name is an IP address, or None."""
+    try:
+        address = parse_host(name)
+    except AddressError:
+        return None  # The system may know a name that is no domain, with an underscore.
+    return None if isinstance(address, str) else Host(name, str(address))
+
+
 class Resolver:
     """Looks up where mail goes: asks `dns-servers`, within `dns-timeout` and `dns-attempts`.
 
@@ -183,8 +194,19 @@ class Resolver:
         The system looks the name up, so ``/etc/hosts`` counts. Unless `trusted`, addresses in
         `smtp-out-forbidden` are left out.
         """
-        found = await self._addresses_of(name)
+        if (host := _named_by_address(name)) is not None:
+            found: Found = (host,)
+        else:
+            found = await self._hosts.get(
+                name, self._look_up_host, late=_no_hosts_yet, seconds=3 * self._lifetime
+            )
         return found if trusted else self._permitted(name, found)
+
+    def address(self, name: str, *, trusted: bool) -> Found | None:
+        """What `host` returns if `name` is an IP address, which needs no lookup; else None."""
+        if (host := _named_by_address(name)) is None:
+            return None
+        return (host,) if trusted else self._permitted(name, (host,))
 
     async def addresses(self, name: str) -> Found:
         """The addresses of a server that a stranger has named, by our name servers.
@@ -221,17 +243,6 @@ class Resolver:
                 return NoHosts(str(error))
             return tuple(b"".join(record.strings) for record in records[:MAX_TEXTS]), ttl
         return NoHosts(f"{name}: no answer in time")
-
-    async def _addresses_of(self, name: str) -> Found:
-        try:
-            host = parse_host(name)
-        except AddressError:
-            host = name  # The system may know a name that is no domain, with an underscore.
-        if not isinstance(host, str):
-            return (Host(name, str(host)),)
-        return await self._hosts.get(
-            name, self._look_up_host, late=_no_hosts_yet, seconds=3 * self._lifetime
-        )
 
     def _permitted(self, name: str, found: Found) -> Found:
         """The result without forbidden addresses."""

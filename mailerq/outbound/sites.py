@@ -205,7 +205,20 @@ class Sites:
     def known(self, route: Route) -> Site | NoHosts | None:
         """What `find` would return without a lookup, or None."""
         found = self._found.get(route)
-        return found[1] if found is not None and monotonic() < found[0] else None
+        if found is not None and monotonic() < found[0]:
+            return found[1]
+        return None if route.mx else self._at_address(route)
+
+    def _at_address(self, route: Route) -> Site | NoHosts | None:
+        """The site of a target that is an IP address or a socket, which needs no lookup.
+
+        Nothing is published about TLS with such a target.
+        """
+        if route.host.startswith("/"):
+            found: tuple[Host, ...] | NoHosts | None = (Host(route.host, route.host),)
+        else:
+            found = self._resolver.address(route.host, trusted=route.trusted)
+        return found if found is None else self._came(route, found, NO_POLICY)
 
     async def find_quickly(self, route: Route) -> Site | NoHosts | None:
         """`find`, limited to `QUICK_SECONDS`; None if the limit passes."""
@@ -249,11 +262,9 @@ class Sites:
                 del self._found[route]
 
     async def _look_up(self, route: Route) -> Site | NoHosts:
-        outcome, setting, policy = responses.OWN_FAULT, "", NO_POLICY
+        outcome, policy = responses.OWN_FAULT, NO_POLICY
         try:
-            if route.host.startswith("/"):
-                found: tuple[Host, ...] | NoHosts = (Host(route.host, route.host),)
-            elif route.mx:
+            if route.mx:
                 found = await self._resolver.mail_hosts(route.host)
             else:
                 found = await self._resolver.host(route.host, trusted=route.trusted)
@@ -265,12 +276,22 @@ class Sites:
             # Bad data in other people's zones must not end the engine.
             log.exception("looking for the hosts of %s failed", route.name)
         else:
-            if not isinstance(found, NoHosts):
-                site = self._site_of(route, found, policy)
-                return self._keep(route, site, FAILED_SECONDS if site.outcome else FRESH_SECONDS)
-            if found.reply is not None:
-                return self._keep(route, found)
-            outcome, setting = responses.no_hosts(found.description, None), found.setting
+            return self._came(route, found, policy)
+        return self._no_hosts(route, outcome)
+
+    def _came(
+        self, route: Route, found: tuple[Host, ...] | NoHosts, policy: DomainPolicy
+    ) -> Site | NoHosts:
+        """Keep the result of a lookup."""
+        if not isinstance(found, NoHosts):
+            site = self._site_of(route, found, policy)
+            return self._keep(route, site, FAILED_SECONDS if site.outcome else FRESH_SECONDS)
+        if found.reply is not None:
+            return self._keep(route, found)
+        return self._no_hosts(route, responses.no_hosts(found.description, None), found.setting)
+
+    def _no_hosts(self, route: Route, outcome: Outcome, setting: str = "") -> Site | NoHosts:
+        """A target that has no hosts for now."""
         apart = self._apart_of(route.name)
         site = self._site(_digest("no hosts", route, *(apart and [apart])), route)
         site.outcome, site.setting, site.apart = outcome, setting, apart
