@@ -202,7 +202,7 @@ class Resolver:
             )
         return found if trusted else self._permitted(name, found)
 
-    def address(self, name: str, *, trusted: bool) -> Found | None:
+    def host_at_address(self, name: str, *, trusted: bool) -> Found | None:
         """What `host` returns if `name` is an IP address, which needs no lookup; else None."""
         if (host := _named_by_address(name)) is None:
             return None

@@ -217,7 +217,7 @@ class Sites:
         if route.host.startswith("/"):
             found: tuple[Host, ...] | NoHosts | None = (Host(route.host, route.host),)
         else:
-            found = self._resolver.address(route.host, trusted=route.trusted)
+            found = self._resolver.host_at_address(route.host, trusted=route.trusted)
         return found if found is None else self._came(route, found, NO_POLICY)
 
     async def find_quickly(self, route: Route) -> Site | NoHosts | None:

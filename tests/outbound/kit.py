@@ -13,6 +13,7 @@ from typing import Any
 import trio
 import trio.testing
 
+from mailerq.address import parse_ip
 from mailerq.config import Config
 from mailerq.live import Live
 from mailerq.message import Message
@@ -258,6 +259,13 @@ class StubResolver:
         return tuple(Host(f"mx{i}.{domain}", address, i) for i, address in enumerate(found))
 
     async def host(self, name: str, *, trusted: bool) -> tuple[Host, ...] | NoHosts:
+        return (Host(name, name),)
+
+    def host_at_address(self, name: str, *, trusted: bool) -> tuple[Host, ...] | NoHosts | None:
+        try:
+            parse_ip(name)
+        except ValueError:
+            return None
         return (Host(name, name),)
 
 
