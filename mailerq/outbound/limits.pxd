@@ -14,10 +14,10 @@ cdef class Allowance:
 
 @cython.final
 cdef class Limits:
-    cdef public long long number
+    cdef public long long number, _usual_number
     cdef public bint _granted
     cdef public double _poll, _next
-    cdef public dict _rests, _lines
+    cdef public dict _rests, _lines, _usual
     cdef public Py_ssize_t _processes
     cdef public object shaping, refusals, days, leases, _calendar, _unlimited, _cells, _turns, _idle
     cdef public object _times, _earlier

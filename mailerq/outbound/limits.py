@@ -68,6 +68,9 @@ REST_SECONDS: Final = 0.5
 MAX_RESTS: Final = 1000
 """Rests at which those that are over are dropped."""
 
+MAX_USUAL: Final = 1000
+"""Results kept of `_usual_of`."""
+
 DAY: Final = 1440 * MINUTE
 """No interval of a rate is longer."""
 
@@ -211,6 +214,19 @@ class Allowance:
             bound.value if (bound := connection.get(name)) is not None else 0 for name in CONNECTION
         )
 
+    def with_most(self, want: Want, count: Count) -> Allowance:
+        """The same for a site that has a limit of connections of its own; `self` has no wants."""
+        made = Allowance.__new__(Allowance)
+        made.number, made.warming = self.number, self.warming
+        made.sending, made.idle, made.most = self.sending, self.idle, count.limit
+        made.opening = Wants(
+            (want,), (count,), (count.key,), (), sized=False, lease=self.opening.lease
+        )
+        made.connection_messages = self.connection_messages
+        made.connection_bytes = self.connection_bytes
+        made.connection_idle = self.connection_idle
+        return made
+
 
 class _Line:
     """The waiters of one limit, in the order of their turns."""
@@ -249,6 +265,8 @@ class Limits:
         self.number = 0
         """Grows with each change of the limits."""
         self._unlimited = Allowance(self.number, (), {})
+        self._usual: dict[tuple[str, str, str], tuple[Allowance, Bound | None]] = {}
+        self._usual_number = self.number
         self._cells = MemoryCells() if cells is None else cells
         self._turns = MemoryCells(self._cells.now)
         """When the next connection for messages with a limit may be opened."""
@@ -315,6 +333,10 @@ class Limits:
         """What holds for the mail of a site from a local address."""
         ip, shaping = local_ip or "", self.shaping
         provider = self.provider_of(site)
+        kind = site.group, provider, ip
+        if self.refusals is None and (usual := self._usual_of(kind)) is not None:
+            allowance, most = usual
+            return allowance if most is None else self._with_most(allowance, most, site, ip)
         of_site, of_provider = shaping.of_site(site.group, ip), shaping.of_provider(provider, ip)
         key, provider_key = f"site {site.limit_key.hex()}", f"provider {provider}"
         connection = shaping.of_connection(site.group, provider, ip)
@@ -328,7 +350,27 @@ class Limits:
             *_all(of_provider, provider_key, provider_key, ip),
             *self._warmups(provider, ip),
         ]
-        return Allowance(self.number, wants, connection, self.leases.get(ip))
+        lease = self.leases.get(ip)
+        if all(want.name == CONNECTIONS for want in wants) and not of_provider:
+            most = of_site.get(CONNECTIONS)
+            if self.refusals is None:
+                self._usual[kind] = Allowance(self.number, (), connection, lease), most
+        return Allowance(self.number, wants, connection, lease)
+
+    def _usual_of(self, kind: tuple[str, str, str]) -> tuple[Allowance, Bound | None] | None:
+        """What holds for all sites of a group, provider and address, and most connections to each.
+
+        Most sites have no other limit, and there are many sites.
+        """
+        if self._usual_number != self.number or len(self._usual) > MAX_USUAL:
+            self._usual.clear()
+            self._usual_number = self.number
+        return self._usual.get(kind)
+
+    def _with_most(self, allowance: Allowance, most: Bound, site: Site, ip: str) -> Allowance:
+        count = Count(f"{CONNECTIONS} site {site.limit_key.hex()} {ip}", int(most.value))
+        scope = f"{site.label} from {ip}" if ip else site.label
+        return allowance.with_most(Want(count, CONNECTIONS, most, scope), count)
 
     def may_use(self, ip: str) -> bool:
         """Whether this instance may send from an address."""

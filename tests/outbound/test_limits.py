@@ -138,6 +138,24 @@ max-connections = 3
 """
 
 
+@pytest.mark.parametrize("ip", [None, "192.0.2.9"])
+@pytest.mark.parametrize("most", [0, 3])
+def test_sites_without_a_line_of_their_own_have_a_limit_each(ip: str | None, most: int) -> None:
+    limits = Limits(shaping(domain_maxconnections=most, connection_maxidle=7000))
+    first = limits.of_flow(site("a.test"), ip)
+    later = [limits.of_flow(site(name), ip) for name in ("a.test", "b.test")]
+    for found, name in zip(later, ("a.test", "b.test"), strict=True):
+        fresh = Limits(limits.shaping).of_flow(site(name), ip)
+        for member in ("number", "sending", "opening", "idle", "most", "warming"):
+            assert getattr(found, member) == getattr(fresh, member)
+        for member in ("connection_messages", "connection_bytes", "connection_idle"):
+            assert getattr(found, member) == getattr(fresh, member)
+    assert first.opening == later[0].opening
+    assert bool(most) == (later[0].opening != later[1].opening)
+    limits.change(shaping(domain_maxconnections=most + 1))
+    assert limits.of_flow(site("a.test"), ip).most == most + 1
+
+
 def test_the_provider_and_the_site_must_both_allow() -> None:
     limits = Limits(shaping(PROVIDER, domain_maxconnections=2))
     one, two = (limits.of_flow(site(name, f"{name}.big.test"), None) for name in ("one", "two"))
