@@ -55,6 +55,60 @@ cdef extern from *:
         return result;
     }
 
+    /* Read an IP address without a zone; returns its size, 0 if the text is none. */
+    static socklen_t mq_read_address(const char *host, int port, mq_address *address)
+    {
+        memset(address, 0, sizeof(*address));
+        if (inet_pton(AF_INET, host, &address->v4.sin_addr) == 1) {
+            address->v4.sin_family = AF_INET;
+            address->v4.sin_port = htons(port);
+            return sizeof(address->v4);
+        }
+        if (inet_pton(AF_INET6, host, &address->v6.sin6_addr) == 1) {
+            address->v6.sin6_family = AF_INET6;
+            address->v6.sin6_port = htons(port);
+            return sizeof(address->v6);
+        }
+        return 0;
+    }
+
+    /* Begin to connect, from `local` if not NULL. Returns the descriptor, or -1 with errno; `bound`
+       becomes false if the local address is the cause. */
+    static int mq_connect(const char *host, int port, const char *local, int *bound)
+    {
+        mq_address remote, own;
+        socklen_t size = mq_read_address(host, port, &remote), own_size = 0;
+        int fd, on = 1, cause;
+        *bound = 1;
+        if (size == 0) {
+            errno = EINVAL;
+            return -1;
+        }
+        fd = socket(remote.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+        if (fd < 0)
+            return -1;
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+        if (local != NULL) {
+            own_size = mq_read_address(local, 0, &own);
+            errno = EINVAL;
+            *bound = own_size > 0 && bind(fd, &own.any, own_size) == 0;
+        }
+        if (*bound && (connect(fd, &remote.any, size) == 0 || errno == EINPROGRESS ||
+                       errno == EINTR))
+            return fd;
+        cause = errno;
+        close(fd);
+        errno = cause;
+        return -1;
+    }
+
+    static int mq_error(int fd)
+    {
+        int error = 0;
+        socklen_t size = sizeof(error);
+        return getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0 ? -1 : error;
+    }
+
     static long mq_round_trip(int fd)
     {
         struct tcp_info info;
@@ -78,6 +132,8 @@ cdef extern from *:
     int mq_watch(int, int, unsigned, int)
     int mq_accept(int, char *, int *)
     int mq_name(int, int, char *, int *)
+    int mq_connect(const char *, int, const char *, int *)
+    int mq_error(int)
     long mq_round_trip(int)
     enum:
         INET6_ADDRSTRLEN
@@ -120,6 +176,36 @@ def accept(int listening):
     if errno == EAGAIN or errno == EWOULDBLOCK:
         return None
     PyErr_SetFromErrno(OSError)
+
+
+def connect(str host not None, int port, str local=None):
+    """Begin to connect to an IP address without a zone, from the address `local` if given.
+
+    Return the descriptor, which is non-blocking and belongs to the caller, and whether `local`
+    could be bound. If not, the descriptor is the negative error number. Raises OSError.
+    """
+    cdef bytes target = host.encode()
+    cdef bytes source = None if local is None else local.encode()
+    cdef const char *own = NULL
+    cdef int bound
+    cdef int fd
+    if source is not None:
+        own = source
+    fd = mq_connect(target, port, own, &bound)
+    if fd < 0 and bound:
+        PyErr_SetFromErrno(OSError)
+    return (fd, True) if fd >= 0 else (-errno, False)
+
+
+def socket_error(int fd):
+    """Return the pending error number of a socket, and clear it; 0 if there is none.
+
+    Raises OSError if the descriptor is no socket.
+    """
+    cdef int error = mq_error(fd)
+    if error < 0:
+        PyErr_SetFromErrno(OSError)
+    return error
 
 
 def round_trip(int fd):

@@ -102,8 +102,52 @@ def test_a_round_trip_to_this_host_is_short_and_other_sockets_have_none() -> Non
         assert _core.round_trip(left.fileno()) == 0
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_connection_begins_without_waiting(address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        server = socket.create_server((address, 0), family=family)
+    except OSError:
+        pytest.skip("this host has no IPv6")
+    with server:
+        fd, bound = _core.connect(address, server.getsockname()[1], address)
+        assert bound
+        with socket.socket(fileno=fd) as client, server.accept()[0] as accepted:
+            assert not os.get_blocking(fd)
+            assert not os.get_inheritable(fd)
+            assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert accepted.getpeername()[:2] == client.getsockname()[:2]
+            assert _core.socket_error(fd) == 0
+
+
+def test_a_connection_that_is_refused_has_an_error_once() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        fd, _ = _core.connect("127.0.0.1", nobody.getsockname()[1])
+        with socket.socket(fileno=fd), select.epoll() as epoll:
+            epoll.register(fd, select.EPOLLOUT)
+            assert epoll.poll(60)
+            assert _core.socket_error(fd) == errno.ECONNREFUSED
+            assert _core.socket_error(fd) == 0
+
+
+@pytest.mark.parametrize("text", ["", "localhost", "127.0.0.1 ", "fe80::1%lo", "1.2.3"])
+def test_a_connection_needs_an_address_without_a_zone(text: str) -> None:
+    with pytest.raises(OSError) as caught:
+        _core.connect(text, 25)
+    assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("local", ["192.0.2.1", "nowhere"])
+def test_a_local_address_that_cannot_be_bound_is_told_from_the_remote_one(local: str) -> None:
+    number, bound = _core.connect("127.0.0.1", 25, local)
+    assert not bound
+    assert -number in (errno.EADDRNOTAVAIL, errno.EINVAL)
+
+
 def test_what_is_no_socket_is_an_error() -> None:
-    for call in (_core.receive, _core.accept, lambda fd: _core.socket_name(fd, False)):
+    name = lambda fd: _core.socket_name(fd, False)  # noqa: E731
+    for call in (_core.receive, _core.accept, _core.socket_error, name):
         with pytest.raises(OSError) as caught:
             call(-1)
         assert caught.value.errno == errno.EBADF

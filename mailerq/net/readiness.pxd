@@ -12,6 +12,7 @@ cdef class Socket:
 
     cpdef call_when_writable(self, function)
     cpdef wake(self)
+    cpdef interrupt(self, error)
     cpdef alarm(self)
     cpdef stray(self)
     cpdef forget(self)

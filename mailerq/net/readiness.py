@@ -122,6 +122,13 @@ class Socket:
         if self._wakeable:
             self._wake_reader(_WOKEN)
 
+    def interrupt(self, error: Exception) -> bool:
+        """End the wait of the reader with an exception; return False if there is no reader."""
+        if self._reader is None:
+            return False
+        self._wake_reader(outcome.Error(error))
+        return True
+
     def alarm(self) -> None:
         """Wake the reader for a reason that the kernel does not report."""
         self.readable = True

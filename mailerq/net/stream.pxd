@@ -26,6 +26,7 @@ cdef class Stream:
     cpdef _has_records(self)
     cpdef _decrypt(self)
     cpdef _speak(self)
+    cpdef interrupt(self, error)
     cpdef wake(self)
     cpdef _look(self)
     cpdef unread(self, data)
@@ -42,5 +43,6 @@ cdef class Stream:
     cpdef _check_stray(self, error)
 
 
+cpdef _dial_zone(host, port, local_ip)
 cpdef _descriptor(sock)
 cpdef address_of(name)

@@ -34,12 +34,23 @@ from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import outcome
 import trio
 
 from mailerq.address import host_port, parse_ip
 from mailerq.net.readiness import Socket, StreamLost
 from mailerq.plugins import stray_close
-from mailerq.sockets import RECEIVE_BYTES, accept, has_input, receive, round_trip, send, socket_name
+from mailerq.sockets import (
+    RECEIVE_BYTES,
+    accept,
+    connect,
+    has_input,
+    receive,
+    round_trip,
+    send,
+    socket_error,
+    socket_name,
+)
 from mailerq.turns import EndOfTurn
 
 if TYPE_CHECKING:
@@ -150,23 +161,39 @@ class Stream:
         """
         if host.startswith("/"):
             return await cls._connect_unix(host)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        with sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if local_ip is not None:
-                try:
-                    sock.bind((local_ip, 0))
-                except OSError as fault:
-                    raise CannotBind(*fault.args) from None
-            try:
-                sock.connect((host, port))
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(sock)
-                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if error:
-                    raise OSError(error, os.strerror(error)) from None
-            return cls(sock)
+        stream = cls.dial(host, port, local_ip=local_ip)
+        try:
+            await stream.connected()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    @classmethod
+    def dial(cls, host: str, port: int, *, local_ip: str | None = None) -> Self:
+        """Begin to connect to an IP address; await `connected` before any other use.
+
+        Raises OSError; `CannotBind` if `local_ip` is the cause.
+        """
+        if "%" in host:
+            fd = _dial_zone(host, port, local_ip)
+        else:
+            fd, bound = connect(host, port, local_ip)
+            if not bound:
+                raise CannotBind(-fd, os.strerror(-fd))
+        return cls(fd)
+
+    async def connected(self) -> None:
+        """Wait until the peer has accepted the connection that `dial` began. Raises OSError."""
+        try:
+            self._socket.call_when_writable(self._end_drain)
+        except StreamLost as error:
+            cause = error.__cause__
+            raise cause if isinstance(cause, OSError) else OSError(str(error)) from None
+        self._drainer = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._abort_drain)
+        if error_number := socket_error(self._fd):
+            raise OSError(error_number, os.strerror(error_number))
 
     @classmethod
     async def _connect_unix(cls, path: str) -> Self:
@@ -383,6 +410,17 @@ class Stream:
             return True
         return await self._socket.wait_readable(wakeable=True)
 
+    def interrupt(self, error: Exception) -> bool:
+        """End the wait of a task in this stream with an exception; False if no task waits.
+
+        Output that is not sent yet follows as after a cancelled `drain`.
+        """
+        if self._drainer is None:
+            return self._socket.interrupt(error)
+        task, self._drainer = self._drainer, None
+        trio.lowlevel.reschedule(task, outcome.Error(error))
+        return True
+
     def wake(self) -> None:
         """End `wait_for_input`. Call this on the thread of the waiting task."""
         self._socket.wake()
@@ -584,7 +622,7 @@ class Stream:
             self._buffer(self._outgoing.read())
         self.flush()
         try:
-            socket_name(self._fd, remote=False)
+            socket_error(self._fd)
         except OSError as error:
             self._check_stray(error)
         self._socket.forget()
@@ -630,6 +668,20 @@ class Stream:
                     await trio.lowlevel.checkpoint()
                     self._served_since = monotonic()
                 return data
+
+
+def _dial_zone(host: str, port: int, local_ip: str | None) -> int:
+    """Begin to connect to an IPv6 address with a zone; returns the descriptor."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if local_ip is not None:
+            try:
+                sock.bind((local_ip, 0))
+            except OSError as fault:
+                raise CannotBind(*fault.args) from None
+        with suppress(BlockingIOError):
+            sock.connect((host, port))
+        return sock.detach()
 
 
 def _descriptor(sock: socket.socket) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -15,7 +16,7 @@ import trustme
 
 from mailerq import sockets
 from mailerq.net import stream
-from mailerq.net.stream import FAIR_SECONDS, LONG_BYTES, Stream, StreamLost
+from mailerq.net.stream import FAIR_SECONDS, LONG_BYTES, CannotBind, Stream, StreamLost
 
 
 def pair() -> tuple[Stream, Stream]:
@@ -370,6 +371,55 @@ async def test_connect_knows_both_ends() -> None:
             assert stream.local[0] == "127.0.0.2"
             assert stream.remote == listening.getsockname()
         stream.close()
+
+
+async def test_connecting_from_an_address_of_another_host_says_so() -> None:
+    with pytest.raises(CannotBind) as caught:
+        await Stream.connect("127.0.0.1", 25, local_ip="192.0.2.1")
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("wait", ["connected", "receive", "receive_each", "drain"])
+async def test_an_exception_ends_any_wait_in_a_stream(wait: str) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        full = [socket.socket() for _ in range(4 if wait == "connected" else 0)]
+        for sock in full:  # the backlog: who comes behind waits
+            sock.setblocking(False)
+            sock.connect_ex(listening.getsockname())
+        stream = Stream.dial(*listening.getsockname())
+        if wait != "connected":
+            await stream.connected()
+        waits = {
+            "connected": stream.connected,
+            "receive": stream.receive,
+            "receive_each": lambda: stream.receive_each(lambda data: True),
+            "drain": stream.drain,
+        }
+        if wait == "drain":
+            stream.write(bytes(1 << 24))
+        assert not stream.interrupt(Enough()), "nobody waits"
+
+        async def run() -> None:
+            with pytest.raises(Enough):
+                await waits[wait]()
+            ended.set()
+
+        ended = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await trio.testing.wait_all_tasks_blocked()
+            assert stream.interrupt(Enough())
+            with trio.fail_after(60):
+                await ended.wait()
+        stream.close()
+        for sock in full:
+            sock.close()
 
 
 async def test_tls_carries_much_data_and_a_goodbye(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import socket
 from collections import Counter
 from pathlib import Path
 from time import monotonic
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 
+from mailerq.sockets import connect
 from tests.outbound.kit import Bench, PeerConnection, Script, open_bench
 from tests.outbound.test_refusals import pattern, reacting
 
@@ -364,11 +363,10 @@ async def test_every_message_leaves_once_whatever_its_addresses_wait_for(tmp_pat
 async def test_mail_does_not_wait_behind_a_session_of_an_address_that_the_host_has_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Losing(socket.socket):
-        def bind(self, address: Any) -> None:
-            if address[0] == "127.0.0.3":
-                raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-            super().bind(address)
+    def losing(host: str, port: int, local_ip: str | None = None) -> tuple[int, bool]:
+        if local_ip == "127.0.0.3":
+            return -errno.EADDRNOTAVAIL, False
+        return connect(host, port, local_ip)
 
     async def falls_silent(peer: PeerConnection) -> None:
         await peer.hello()
@@ -378,7 +376,7 @@ async def test_mail_does_not_wait_behind_a_session_of_an_address_that_the_host_h
     async with open_bench(falls_silent) as bench:
         bench.send(ips=["127.0.0.3"])
         await bench.queues.until(lambda queues: len(bench.peer.commands) >= 2)
-        monkeypatch.setattr(socket, "socket", Losing)
+        monkeypatch.setattr("mailerq.net.stream.connect", losing)
         for number in range(30):
             bench.send(f"u{number}@d.test", ips=["127.0.0.3", "127.0.0.4"])
         with trio.fail_after(10):
