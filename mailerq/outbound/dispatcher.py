@@ -790,7 +790,7 @@ class Dispatcher:
                 await self._some_session.wait()
             config = self.config
             shortest = min(config.smtp_out_timeout, self.limits.shaping.shortest_idle)
-            seconds = min(TICK_SECONDS, max(shortest / 4, 0.02))
+            seconds = min(TICK_SECONDS, max(min(shortest, config.connect_timeout) / 4, 0.02))
             began = monotonic()
             await trio.sleep(seconds)
             late = max(monotonic() - began - seconds, 0.0)

@@ -8,13 +8,16 @@ a route fails at once, so a family that this host does not have costs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
 from mailerq.net.stream import CannotBind, Stream
 from mailerq.outbound.jobs import Report
+from mailerq.outbound.patience import TooLate
 from mailerq.rules import responses
 
 if TYPE_CHECKING:
@@ -93,12 +96,15 @@ async def reach(session: Session, host: Host, others: list[Host]) -> tuple[Strea
     rival = rival_of(host, others, history) if may_race else None
     stream: Stream | Report | None = None
     try:
-        with trio.move_on_after(flow.config.connect_timeout):
-            if rival is None:
-                stream = await Stream.connect(host.address, flow.site.port, local_ip=local_ip)
-            else:
-                others.remove(rival)
-                stream, host = await connect(session, host, rival, others)
+        if rival is None and not host.address.startswith("/"):
+            stream = await _connect_one(session, host, local_ip)
+        else:
+            with trio.move_on_after(flow.config.connect_timeout):
+                if rival is None:
+                    stream = await Stream.connect(host.address, flow.site.port)
+                else:
+                    others.remove(rival)
+                    stream, host = await connect(session, host, rival, others)
     except CannotBind as error:
         assert local_ip is not None, "else nothing is bound"
         history.cannot_bind(local_ip, error)
@@ -106,6 +112,28 @@ async def reach(session: Session, host: Host, others: list[Host]) -> tuple[Strea
     except OSError as error:
         return Report(responses.connect_failed(error, where(host))), host
     return stream or Report(responses.connect_timed_out(where(host))), host
+
+
+async def _connect_one(session: Session, host: Host, local_ip: str | None) -> Stream | None:
+    """Connect to an IP address; None: it has not answered in time. Raises OSError.
+
+    The session keeps the time: a scope of trio for each connection costs more than to connect.
+    """
+    port, seconds = session.flow.site.port, session.flow.config.connect_timeout
+    stream = session._stream = Stream.dial(host.address, port, local_ip=local_ip)
+    session._connecting = True
+    session._deadline = monotonic() + seconds
+    try:
+        await stream.connected()
+    except BaseException as error:
+        stream.close()
+        if isinstance(error, TooLate):
+            return None
+        raise
+    finally:
+        session._connecting = False
+        session._deadline = math.inf
+    return stream
 
 
 async def connect(

@@ -14,7 +14,7 @@ cdef class Session:
     cdef public _ClientProtocol _protocol
     cdef public _Stream _stream
     cdef public bint leaving, is_try, patient, borrowed, was_put_off
-    cdef public bint _idle, _sending, _begun, _prompt
+    cdef public bint _connecting, _idle, _sending, _begun, _prompt
     cdef public bytes _held
     cdef public set _domains
     cdef public double _deadline, _asked, _started, since

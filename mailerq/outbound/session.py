@@ -13,7 +13,8 @@ body promptly. A message then costs one round trip. From then on the message bel
 session. It goes back to the flow if the session ends first, or if the reply to the body is slow.
 Plugin output outside an event waits for the next dot: else it would become part of that mail.
 
-`mailerq.outbound.securing` has the TLS of a connection.
+`mailerq.outbound.securing` has the TLS of a connection, and `mailerq.outbound.patience` the time
+that a peer has for each step.
 
 A peer may close, or refuse with 421, before any reply to a mail. If the peer took mail on this
 connection before, the message is not charged an attempt: it goes back to the flow.
@@ -33,16 +34,6 @@ are encoded while they are sent.
 Another task commits results in batches. Meanwhile a session sends the next envelope, but not the
 next body until its last result is safe (`settled`). So if the process dies, each session sends at
 most one message twice.
-
-The deadline is a plain number, moved forward for each complete reply and each piece of a body:
-a peer that drips bytes gains no time. The dispatcher checks the deadline periodically (`check`),
-because trio's own deadlines are too expensive here. Time in which this process stands still does
-not count: otherwise mail that the peer has taken would go out twice.
-
-A reply has `smtp-out-timeout`, and so has a TLS handshake. Some steps take peers longer: for them a
-session waits as long as RFC 5321, section 4.5.3.2, asks, while no other flow wants the connection.
-The reply to the final dot always has the whole time. The greeting and EHLO have no more than the
-setting: behind a host that is silent there may be another one that answers.
 """
 
 from __future__ import annotations
@@ -71,8 +62,18 @@ from mailerq.outbound.encodings import (
 from mailerq.outbound.jobs import Job, Report
 from mailerq.outbound.limits import Allowance
 from mailerq.outbound.openings import QUICK_SECONDS
+from mailerq.outbound.patience import (
+    BLOCK_MINUTES,
+    FINAL_MINUTES,
+    QUIT_SECONDS,
+    REPLY_MINUTES,
+    WITHDRAW_SECONDS,
+    TooLate,
+    patience,
+)
 from mailerq.outbound.race import reach
 from mailerq.outbound.securing import Securing
+from mailerq.plugins import NOTHING
 from mailerq.rules import responses
 from mailerq.rules.responses import Outcome
 from mailerq.wire import smtp
@@ -106,16 +107,6 @@ log = logging.getLogger("mailerq.delivery")
 MAX_HOSTS: Final = 8
 """Hosts that one connection tries before giving up; RFC 5321 asks for two."""
 
-FINAL_MINUTES: Final = 10
-"""Time for the reply to the final dot: the peer processes the mail then, and giving up too early
-delivers a mail twice (RFC 5321, section 4.5.3.2.6)."""
-
-BLOCK_MINUTES: Final = 3
-"""Time for the peer to take a block of a body (section 4.5.3.2.5)."""
-
-REPLY_MINUTES: Final = {Step.MAILFROM: 5, Step.RCPTTO: 5, Step.DATA: 2}
-"""Time for the replies to an envelope (sections 4.5.3.2.2 to 4.5.3.2.4)."""
-
 AHEAD_BYTES: Final = 1 << 16
 """A longer body takes no envelope along: its transfer may take long, while another connection may
 become free."""
@@ -123,12 +114,6 @@ become free."""
 PROMPT_SECONDS: Final = 0.1
 """A peer slower than this for the last body gets no envelope ahead: the next message would wait for
 the reply, while another connection may become free."""
-
-WITHDRAW_SECONDS: Final = 1.0
-"""After this wait a message sent ahead goes back to the flow; the session ends with the reply."""
-
-QUIT_SECONDS: Final = 2.0
-"""Timeout for the reply to QUIT, which decides nothing."""
 
 UNLIMITED: Final = Allowance(-1, (), {})
 
@@ -174,7 +159,8 @@ class Session:
         self._timeout = flow.config.smtp_out_timeout
         self._deadline = math.inf
         self._life = trio.CancelScope()
-        self._scope = trio.CancelScope()
+        self._scope: trio.CancelScope | None = None  # of a TLS handshake
+        self._connecting = False
         self._idle = False
         self._sending = False
         self._domains: set[str] = set()  # of recipients, if the peer limits them
@@ -241,8 +227,13 @@ class Session:
             return
         if self._idle:
             self.leave()
-        elif not self._is_patient(now):
-            self._scope.cancel()
+        elif self._connecting or not self._is_patient(now):
+            # A scope of trio for each connection would cost more than all that is sent there.
+            if self._scope is not None:
+                self._scope.cancel()
+            else:
+                self._stream.interrupt(TooLate())  # or a later check, if nobody waits there now
+
 
     def _is_patient(self, now: float) -> bool:
         """Whether to wait beyond the deadline: the step takes time, and nobody else waits."""
@@ -340,6 +331,7 @@ class Session:
         """
         flow, history = self.flow, self.flow.history
         self.remote = ""
+        self._timeout = self._config.smtp_out_timeout
         securing = await Securing.prepare(flow, host, clear=host.address in self._clear)
         if isinstance(securing, Report):
             return securing
@@ -385,7 +377,7 @@ class Session:
         ready = False
         event: Event | None = None
         securing, failure = self._securing, None
-        with trio.CancelScope() as self._scope:
+        try:
             event = await self._exchange()
             if isinstance(event, StartTls):
                 event = await self._start_tls()
@@ -400,7 +392,7 @@ class Session:
                     self.flow.history.logged_in(self.remote, self.flow.login)
                 self.flow.opened(self)
                 await self._serve()
-        if self._scope.cancelled_caught:
+        except TooLate:
             event = self._protocol.abort(Problem.TIMEOUT, "no reply in time")
             if self._job is not None:
                 self._finish(self._job, _outcome(event))
@@ -421,9 +413,15 @@ class Session:
         self._expect(self._timeout)
         protocol, securing = self._protocol, self._securing
         try:
-            await securing.handshake(self._stream, helo=protocol.mta or "")
+            # A handshake waits for more than the peer.
+            with trio.CancelScope() as self._scope:
+                await securing.handshake(self._stream, helo=protocol.mta or "")
+            if self._scope.cancelled_caught:
+                raise TooLate
         except StreamLost as error:
             return protocol.abort(Problem.LOST, str(error))
+        finally:
+            self._scope = None
         if securing.failure is not None:
             return protocol.abort(Problem.INVALID, securing.failure.text)
         protocol.secured()
@@ -432,8 +430,8 @@ class Session:
     async def _quit(self) -> None:
         if self._protocol.reusable:
             self._protocol.quit()
-            with trio.move_on_after(QUIT_SECONDS):
-                await self._exchange()
+            self._timeout = QUIT_SECONDS
+            await self._exchange()
 
     async def _serve(self) -> None:
         """Send jobs until none are left, or until the session can no longer be used."""
@@ -467,8 +465,9 @@ class Session:
             self.leaving = True
             await self._quit()
         finally:
-            with trio.CancelScope(shield=True):
-                await self._plugin.close()
+            if (closing := self._plugin.close()) is not NOTHING:
+                with trio.CancelScope(shield=True):
+                    await closing
 
     def _may_go_on(self) -> bool:
         if self.leaving or self._is_used_up(self.messages, self.body_bytes):
@@ -778,17 +777,6 @@ class Session:
 
 def _is_about_login(event: Refused) -> bool:
     return event.step.startswith("auth") or event.reply is smtp.NO_MECHANISM
-
-
-def patience(timeout: float, minutes: int) -> float:
-    """Seconds to wait for something that may take a peer `minutes`.
-
-    `timeout` is `smtp-out-timeout`; another value than a minute scales the time down, never up.
-
-    >>> [patience(timeout, 10) for timeout in (60.0, 30.0, 300.0, 900.0)]
-    [600.0, 300.0, 600.0, 900.0]
-    """
-    return max(timeout, min(minutes * timeout, minutes * 60.0))
 
 
 def _outcome(event: Event | None) -> Outcome:
