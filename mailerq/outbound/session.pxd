@@ -10,18 +10,18 @@ from mailerq.wire.client cimport ClientProtocol as _ClientProtocol
 
 @cython.final
 cdef class Session:
-    cdef public Py_ssize_t messages, body_bytes, limits_number, _unsettled
+    cdef public Py_ssize_t messages, body_bytes, limits_number, _unsettled, _replies
     cdef public _ClientProtocol _protocol
     cdef public _Stream _stream
     cdef public bint leaving, is_try, patient, borrowed, was_put_off
     cdef public bint _connecting, _idle, _sending, _begun, _prompt
     cdef public bytes _held
     cdef public set _domains
-    cdef public double _deadline, _asked, _started, since
+    cdef public double _seconds, _deadline, _asked, _started, since
     cdef public object flow, worker, remote, _timeout, _life, _scope
     cdef public _Allowance allowance
     cdef public object waits_for, counts, starting, idle_counts, refusal, shuns
-    cdef public object _ahead, _waiting, _plugin, _local, _converted, _securing
+    cdef public object _event, _ahead, _waiting, _plugin, _local, _converted, _securing
     cdef public set _clear
     cdef public _Job _job
     cdef object __weakref__
@@ -45,6 +45,7 @@ cdef class Session:
     cpdef _go_ahead(self, body)
     cpdef _output_came(self)
     cpdef _release(self)
+    cpdef _heard(self, bytes data)
     cpdef _expect(self, seconds)
 
 

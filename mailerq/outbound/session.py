@@ -234,7 +234,6 @@ class Session:
             else:
                 self._stream.interrupt(TooLate())  # or a later check, if nobody waits there now
 
-
     def _is_patient(self, now: float) -> bool:
         """Whether to wait beyond the deadline: the step takes time, and nobody else waits."""
         if self.flow.is_contended(self):
@@ -698,21 +697,32 @@ class Session:
         Each reply may take `timeout` seconds, by default `smtp-out-timeout`.
         """
         protocol = self._protocol
-        seconds = timeout or self._timeout
-        replies = -1
+        self._event: Event = NEED_DATA
+        self._seconds = timeout or self._timeout
         try:
-            while (event := protocol.next_event()) is NEED_DATA:
+            if (event := protocol.next_event()) is NEED_DATA:
                 await self._send_due()
-                if replies != protocol.replies:
-                    if replies >= 0:
-                        # More replies are on their way, and often arrive after the next turn.
-                        await trio.lowlevel.checkpoint()
-                    replies = protocol.replies
-                    self._expect(seconds)
-                protocol.receive_data(await self._stream.receive())
+                self._replies = protocol.replies
+                self._expect(self._seconds)
+                await self._stream.receive_each(self._heard)
+                event = self._event
         except StreamLost as error:
             return await self._last_words(error)
         return event
+
+    def _heard(self, data: bytes) -> bool:
+        """Take input, and answer with commands; return whether there is an event."""
+        protocol = self._protocol
+        protocol.receive_data(data)
+        if (event := protocol.next_event()) is not NEED_DATA:
+            self._event = event
+            return True
+        if self._replies != protocol.replies:
+            self._replies = protocol.replies
+            self._expect(self._seconds)
+        while command := protocol.data_to_send():
+            self._stream.write(command)
+        return False
 
     async def _send_due(self) -> None:
         self._sending = True
