@@ -13,7 +13,9 @@ import trio
 
 from mailerq import Engine
 from mailerq.config import Config
-from mailerq.net.resolver import Resolver
+from mailerq.net.resolver import NoHosts, Resolver
+from mailerq.outbound.sites import Site, Sites
+from mailerq.rules.routes import Route
 from mailerq.settings import DnsServer as DnsAddress
 from tests.net.dns_server import DnsServer, Table, open_dns_server
 from tests.outbound.kit import Bench, PeerConnection, Script, open_bench
@@ -207,3 +209,26 @@ async def test_names_that_are_not_found_are_not_asked_for_by_each_message() -> N
             bench.send("c@nowhere.test")
             await bench.results("failure", count=count)
         assert server.questions["nowhere.test", "MX"] == 1
+
+
+@pytest.mark.parametrize(
+    "host", ["192.0.2.1", "2001:db8::1", "[192.0.2.1]", "/run/lmtp", "mx.test"]
+)
+def test_an_address_or_a_socket_needs_no_lookup(host: str) -> None:
+    sites = Sites(Resolver(Config()), lambda domain: "")
+    route = Route("d.test", host, 25, mx=False, trusted=True)
+    found = sites.known(route)
+    if host == "mx.test":
+        assert found is None
+    else:
+        assert isinstance(found, Site)
+        assert [each.address for each in found.hosts] == [host.strip("[]")]
+        assert sites.known(route) is found
+
+
+def test_an_address_where_no_mail_may_go_refuses_the_mail() -> None:
+    sites = Sites(Resolver(Config()), lambda domain: "")
+    found = sites.known(Route("d.test", "127.0.0.1", 25, mx=False))
+    assert isinstance(found, NoHosts)
+    assert found.reply is not None
+    assert found.reply.code == 550
