@@ -247,9 +247,12 @@ class Flow:
         return self.refilling or (bool(self.reported) and bool(self.ready) and self.takes_mail)
 
     def committed(self) -> None:
-        """A result is committed: a session without mail gets some, or gives way."""
+        """A result is committed: a session without mail gets some, or gives way.
+
+        A flow without a session, and now without mail in memory, gets some to wait for a slot with.
+        """
         self.reported -= 1
-        if self.idle and self.ready and not self.jobs:
+        if self.ready and not self.jobs and (self.idle or not self.sessions):
             self.pump()
 
     def is_contended(self, session: Session) -> bool:
@@ -512,7 +515,7 @@ class Flow:
             return False
         if not openings.take(self):
             if not self.sessions:
-                self._put_back(keep=1)
+                self._wait_for_slot()
             return False
         if (refusal := rights.take(self)) is not None:
             openings.release()
@@ -526,6 +529,14 @@ class Flow:
         self.opening[session] = None
         dispatcher.start_session(session)
         return True
+
+    def _wait_for_slot(self) -> None:
+        """Wait for a slot with one message in memory, or without if others wait for a message."""
+        if self.proven and self._dispatcher.flows.some_are_bare:
+            self._openings.forget(self)
+            self._put_back()
+        else:
+            self._put_back(keep=1)
 
     def _wait_for_limit(self, refusal: Refusal) -> None:
         """Wait for the right to open a connection, with one message in memory and no try."""
@@ -639,8 +650,10 @@ class Flow:
 
     def _put_back(self, keep: int = 0) -> None:
         """Return waiting mail to the queue unchanged."""
-        while len(self.jobs) > keep:
-            self._dispatcher.put_back(self.jobs.pop())
+        jobs = self.jobs[keep:]
+        del self.jobs[keep:]
+        for job in jobs:
+            self._dispatcher.put_back(job)
 
     def go_down(self) -> Pause:
         """Go down: from here on a pause stands for this flow."""

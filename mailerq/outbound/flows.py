@@ -243,6 +243,11 @@ class Flows:
                 del self.pauses[pause.key]
                 self._intake.forget(pause)
 
+    @property
+    def some_are_bare(self) -> bool:
+        """Whether flows wait for a message, to wait for a connection with."""
+        return bool(self._intake.has_bare)
+
     # Times
 
     def look_at(self, flow: Flow | Pause, when: float) -> None:

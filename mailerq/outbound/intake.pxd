@@ -14,12 +14,12 @@ cdef class Destination:
 
 @cython.final
 cdef class Intake:
-    cdef public Py_ssize_t leased, _most, _first_window, _least, _asked, _sorting
+    cdef public Py_ssize_t leased, _most, _first_window, _least, _few, _asked, _sorting
     cdef public bint _serves_soon, _begun, _newest
     cdef public list _early
     cdef public dict _destinations
     cdef public object subscription, dues, _dispatcher, _unsorted, _sorters, _memory_line, _new_line
-    cdef public object _say_unread, _next_line
+    cdef public object _say_unread, _next_line, _bare_line
     cdef object __weakref__
 
     cpdef arrived(self, leases)
@@ -39,4 +39,5 @@ cdef class Intake:
     cpdef _next_takes(self, most)
     cpdef _serve_soon(self)
     cpdef _next_flow(self)
+    cpdef _wait_for_memory(self, flow)
     cpdef _room_to_sort(self)

@@ -14,9 +14,10 @@ Queued mail costs only one `Destination` for all of its messages. One heap holds
 destinations become due.
 
 Messages in memory are at most `rabbitmq-qos`, plus a few for each flow that has a connection and
-nothing to send over it: no flow waits for the memory of others. Flows that no host has let in yet
-share half of the memory. However full memory is, destinations are sorted while few such flows
-exist, so mail for a new destination waits for nobody.
+nothing to send over it: no flow waits for the memory of others. A flow without a connection gets
+a message to wait for one with, while few others do; else the flows that have one could fill memory
+for ever. Flows that no host has let in yet share half of the memory, and destinations are sorted
+while few such flows exist, so mail for a new destination waits for nobody.
 
 Flows stand in line for mail, and those of one turn of the loop take theirs with one read of the
 queue, if the queue can do that. The new mail sets out together, so its results come together too.
@@ -57,9 +58,9 @@ SORTERS: Final = 4
 MAX_GROUP: Final = 100
 """Messages taken to sort a destination, at most; the first time `LEAST_WINDOW` are taken."""
 
-BEGINNER_SHARE: Final = 4
-"""However full memory is, destinations are sorted while the flows that no host has let in yet are
-fewer than 1/`BEGINNER_SHARE` of `rabbitmq-qos`."""
+FEW_SHARE: Final = 4
+"""Flows that wait for a connection, or that no host has let in yet, are few below 1/`FEW_SHARE` of
+`rabbitmq-qos`."""
 
 READ_AGAIN_SECONDS: Final = 5.0
 """Pause before the next read of a destination that the queue could not read."""
@@ -108,6 +109,7 @@ class Intake:
         self._most = most
         self._first_window = min(FIRST_WINDOW, dispatcher.max_window)
         self._least = min(LEAST_WINDOW, dispatcher.max_window)
+        self._few = max(most // FEW_SHARE, 1)
         self._destinations: dict[str, Destination] = {}
         self._unsorted: deque[Destination] = deque()
         self._sorters = trio.lowlevel.ParkingLot()
@@ -115,8 +117,10 @@ class Intake:
         self._serves_soon = False
         self._asked = 0  # messages that are being taken
         self._sorting = 0  # of these, to sort destinations
-        # Flows that get mail at the next take, and those that wait for room in memory.
+        # Flows that get mail at the next take, those that wait for room in memory, and those with
+        # neither mail in memory nor a connection.
         self._next_line: OrderedDict[Flow, None] = OrderedDict()
+        self._bare_line: OrderedDict[Flow, None] = OrderedDict()
         self._memory_line: OrderedDict[Flow, None] = OrderedDict()
         self._new_line: OrderedDict[Flow, None] = OrderedDict()
         self._say_unread = Ration(log.error, 1, "it could not be read %d times more")
@@ -253,7 +257,12 @@ class Intake:
 
     def awaits(self, flow: Flow) -> bool:
         """Whether a flow waits for room in memory."""
-        return flow in self._memory_line or flow in self._new_line
+        return flow in self._memory_line or flow in self._new_line or flow in self._bare_line
+
+    @property
+    def has_bare(self) -> bool:
+        """Whether flows without a connection wait for a message."""
+        return bool(self._bare_line)
 
     # Which destinations belong to which flow
 
@@ -377,7 +386,8 @@ class Intake:
                 break
         else:
             return  # the flows are pumped afterwards
-        if self._memory_for(flow):
+        is_bare = not (flow.sessions or flow.held)
+        if self._memory_for(flow) and not (is_bare and self._bare_line):
             self._leave_lines(flow)
             flow.refilling = True
             self._next_line[flow] = None
@@ -386,7 +396,13 @@ class Intake:
             self._wait_for_memory(flow)
 
     def _wait_for_memory(self, flow: Flow) -> None:
-        (self._memory_line if flow.proven else self._new_line).setdefault(flow)
+        if not (flow.sessions or flow.held):
+            line = self._bare_line
+        else:
+            line = self._memory_line if flow.proven else self._new_line
+        if flow not in line:
+            self._leave_lines(flow)
+            line[flow] = None
 
     def _serve_soon(self) -> None:
         """Take mail for the flows in line, together with those that join in this turn."""
@@ -442,6 +458,8 @@ class Intake:
         """The flow in line that gets mail next."""
         if self._next_line:
             line = self._next_line
+        elif self._bare_line and self._few_wait:
+            line = self._bare_line
         elif self._memory_line and self.room:
             line = self._memory_line
         elif self._new_line and self.room > self._most - self._most // 2:
@@ -453,7 +471,17 @@ class Intake:
     def _memory_for(self, flow: Flow) -> int:
         """How many more messages a flow may have in memory."""
         left = max(self._share_of(flow) - self.leased - self._asked, 0)
-        return max(left, self._least) if flow.sessions and not flow.held else left
+        if flow.held:
+            return left
+        if flow.sessions:
+            return max(left, self._least)
+        return max(left, 1) if self._few_wait else left
+
+    @property
+    def _few_wait(self) -> bool:
+        """Whether few flows wait for a connection, each with a message."""
+        waiting: int = self._dispatcher.openings.waiting
+        return waiting < self._few
 
     def _share_of(self, flow: Flow) -> int:
         """How full memory may be when a flow takes more than one message.
@@ -530,7 +558,7 @@ class Intake:
         """
         dispatcher = self._dispatcher
         beginners = dispatcher.openings.beginners + dispatcher.looked_up + self._sorting
-        room = max(self.room, self._most // BEGINNER_SHARE - beginners)
+        room = max(self.room, self._few - beginners)
         return int(min(room, dispatcher.room_to_look_up - self._sorting))
 
     def placed(self, key: str, *, late: bool = False) -> None:
@@ -590,7 +618,8 @@ class Intake:
         self.leased -= 1
         if self._unsorted and self._room_to_sort() > 0:
             self._sorters.unpark()
-        if self.leased < self._most and (self._memory_line or self._new_line):
+        wait_for_room = self._memory_line or self._new_line
+        if (wait_for_room and self.leased < self._most) or (self._bare_line and self._few_wait):
             self._serve_soon()
 
     def forget(self, flow: Flow | Pause) -> None:
@@ -604,6 +633,7 @@ class Intake:
         if flow in self._next_line:
             del self._next_line[flow]
             flow.refilling = False
+        self._bare_line.pop(flow, None)
         self._memory_line.pop(flow, None)
         self._new_line.pop(flow, None)
 

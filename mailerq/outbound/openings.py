@@ -79,6 +79,11 @@ class Openings:
         return max(int(min(self.slots.limit, self.messages)) // TRY_SHARE, 1)
 
     @property
+    def waiting(self) -> int:
+        """Flows that wait for a slot."""
+        return len(self._line) + len(self._new_line)
+
+    @property
     def beginners(self) -> int:
         """Flows that no host has let in yet, and that try or wait for a slot."""
         return len(self._new_line) + self._quick + self._patient

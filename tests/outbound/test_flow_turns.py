@@ -57,6 +57,22 @@ async def test_a_connection_gives_way_after_its_share_when_others_wait(
         assert max(list(runs.values())[:-1]) == most
 
 
+@pytest.mark.parametrize("most", [4, 8, 40])
+async def test_a_flow_without_connection_and_mail_is_not_forgotten_while_others_fill_memory(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Connections change hands, and the flows that have one keep memory full."""
+    monkeypatch.setattr(flow, "FAIR_MESSAGES", 10)
+    async with open_bench(slots=Slots(4), rabbitmq_qos=most) as bench:
+        for number in range(2000):
+            bench.send(recipient=f"c{number}@d{number % 10}.test")
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) >= 1000)
+        counts = Counter(mail.recipient.partition("@")[2] for mail in bench.peer.mails)
+        assert len(counts) == 10
+        assert min(counts.values()) > 50, counts
+        await bench.queues.until(lambda queues: len(queues.queues["success"]) == 2000)
+
+
 async def test_mail_for_one_more_destination_waits_for_few_connections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

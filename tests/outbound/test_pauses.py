@@ -100,7 +100,9 @@ async def test_a_destination_that_cannot_be_reached_is_small(tmp_path: Path, kin
                 await publish(engine, count)
                 await until(
                     lambda: (
-                        len(all_flows.pauses) >= count - trying and len(all_flows.live) <= trying
+                        len(all_flows.pauses) >= count - trying
+                        and len(all_flows.live) <= trying
+                        and delivery.dispatcher.in_memory <= trying
                     )
                 )
                 gc.collect()
