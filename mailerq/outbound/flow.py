@@ -702,7 +702,7 @@ class Flow:
         self.destinations = dict.fromkeys(pause.destinations)
         self.ready = dict.fromkeys(pause.ready())
         if self._failures:
-            self.sent = 0  # the window begins with one message
+            self.sent = 0  # the window begins small
 
     def end_holds(self) -> None:
         """Open connections now instead of waiting."""
