@@ -6,7 +6,7 @@ What only `SortedQueues` do is told by `tests.queues.contract_sorted`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
@@ -141,6 +141,16 @@ def again(lease: Lease, due: float | None = None, **more: Any) -> Publication:
 async def receive(consumer: Consumer, count: int) -> list[Lease]:
     with trio.fail_after(60):
         return [await consumer.receive() for _ in range(count)]
+
+
+async def cancel_some(take: Callable[[], Awaitable[None]]) -> None:
+    """Begin a take and cancel it, five times; one may be over before it is cancelled."""
+    for _ in range(5):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(take)
+                await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
 
 
 async def gather(
@@ -538,12 +548,7 @@ class Contract:
                     left.extend(wanted)
                     del left[: len(wanted)]
 
-                for _ in range(5):
-                    with trio.CancelScope() as scope:
-                        async with trio.open_nursery() as nursery:
-                            nursery.start_soon(take)  # it may be over before it is cancelled
-                            await trio.testing.wait_all_tasks_blocked()
-                            scope.cancel()
+                await cancel_some(take)
                 with trio.fail_after(60):
                     while len(leases) < 25:
                         await take()
@@ -560,12 +565,7 @@ class Contract:
                 async def take() -> None:
                     leases.extend((await subscription.take("a.test", 5)).leases)
 
-                for _ in range(5):
-                    with trio.CancelScope() as scope:
-                        async with trio.open_nursery() as nursery:
-                            nursery.start_soon(take)  # it may be over before it is cancelled
-                            await trio.testing.wait_all_tasks_blocked()
-                            scope.cancel()
+                await cancel_some(take)
                 with trio.fail_after(60):
                     while len(leases) < 10:
                         await take()
