@@ -428,7 +428,7 @@ class Intake:
             flow.pump()
 
     def _next_takes(self, most: int) -> list[tuple[Flow, Destination, int]]:
-        """What to take next, `most` takes at the most, for the flows that have waited longest."""
+        """At most `most` takes, for the flows that have waited longest."""
         wanted: list[tuple[Flow, Destination, int]] = []
         while len(wanted) < most and (flow := self._next_flow()) is not None:
             flow.refilling = False

@@ -215,7 +215,7 @@ class Allowance:
         )
 
     def with_most(self, want: Want, count: Count) -> Allowance:
-        """The same for a site that has a limit of connections of its own; `self` has no wants."""
+        """These limits, and that of a site on its own connections; `self` has no wants."""
         made = Allowance.__new__(Allowance)
         made.number, made.warming = self.number, self.warming
         made.sending, made.idle, made.most = self.sending, self.idle, count.limit
@@ -358,7 +358,7 @@ class Limits:
         return Allowance(self.number, wants, connection, lease)
 
     def _usual_of(self, kind: tuple[str, str, str]) -> tuple[Allowance, Bound | None] | None:
-        """What holds for all sites of a group, provider and address, and most connections to each.
+        """The limits of all sites of a group, provider and address, and most connections to each.
 
         Most sites have no other limit, and there are many sites.
         """
