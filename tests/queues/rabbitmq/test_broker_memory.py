@@ -116,6 +116,6 @@ async def test_a_message_that_is_too_large_unpacked_parks_waits_and_comes_again(
         properties = {**lease.message.properties, "results": [{"attempt": 1}]}
         again = Publication("outbox", Message(properties, body))
         await queues.ack([Settlement(lease, [again])])
-        await recorder.until(lambda recorder: recorder.tags == [1])
-        assert recorder.leases[0].message.body == body
-        assert recorder.leases[0].message.properties == properties
+        (lease,) = await gather(subscription, recorder, "a.test", 1)
+        assert lease.message.body == body
+        assert lease.message.properties == properties
