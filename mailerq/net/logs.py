@@ -11,6 +11,7 @@ from typing import Final
 from mailerq.escaping import escape
 from mailerq.message import format_time
 from mailerq.plugins import stray_close
+from mailerq.turns import EndOfTurn
 
 __all__ = ["RATION_SECONDS", "LogFile", "Ration", "open_log"]
 
@@ -23,7 +24,7 @@ RATION_SECONDS: Final = 60.0
 class LogFile:
     """A file for appended lines.
 
-    Each line is one write to a file opened for appending, so threads and processes can share it.
+    Lines are written whole to a file opened for appending, so threads and processes can share it.
     When logrotate has moved the file, a new one is opened. A full disk costs log lines, never mail:
     `lost_lines` counts them.
     """
@@ -34,6 +35,9 @@ class LogFile:
         self._file = open_log(path)
         self._opened = _identity(self._file)
         self._checked = 0.0
+        self._soon: list[bytes] = []
+        self._is_torn = False
+        """The file ends within a line."""
         self.lost_lines = 0
 
     def write(self, text: str) -> None:
@@ -42,16 +46,40 @@ class LogFile:
         Callers escape foreign text (see `mailerq.escaping`), so it is printable. A line that is not
         printable is escaped as a whole.
         """
+        self._append(self._line(text))
+
+    def write_soon(self, text: str) -> None:
+        """Write one line together with the others of this turn of the loop. One loop only."""
+        if not self._soon:
+            EndOfTurn.of_this_loop().call(self._write_turn)
+        self._soon.append(self._line(text))
+
+    def _write_turn(self, _: bool) -> bool:
+        lines, self._soon = self._soon, []
+        if lines:
+            self._append(b"".join(lines))
+        return False
+
+    def _line(self, text: str) -> bytes:
         now = self._clock()
         if abs(now - self._checked) > CHECK_SECONDS:
             self._checked = now
             self._reopen_if_gone()
         shown = text if text.isprintable() else escape(text)
-        line = f"[{format_time(now)}] {shown}\n".encode()
+        return f"[{format_time(now)}] {shown}\n".encode()
+
+    def _append(self, lines: bytes) -> None:
+        rest = lines
         try:
-            os.write(self._file, line)
+            if self._is_torn:
+                os.write(self._file, b"\n")
+                self._is_torn = False
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
         except OSError:
-            self.lost_lines += 1
+            self.lost_lines += rest.count(b"\n")
+            if 0 < len(rest) < len(lines):
+                self._is_torn = not lines.endswith(b"\n", 0, -len(rest))
 
     def move(self, path: str, file: int) -> None:
         """Continue in another file, which `open_log` has opened. Any thread may write meanwhile."""
@@ -63,6 +91,7 @@ class LogFile:
         self._checked = 0.0
 
     def close(self) -> None:
+        self._write_turn(False)
         if _identity(self._file) == self._opened:
             os.close(self._file)
         else:

@@ -275,7 +275,7 @@ class Settlements:
             self._counters.delivered += 1
             self._finished(Settlement(lease, ()), job, session, None)
             if self.send_log is not None:
-                self.send_log.write(_log_line(message, result))
+                self.send_log.write_soon(_log_line(message, result))
             return
         properties = {**message.properties, "results": [*results, result.to_dict()]}
         properties.pop("paused", None)
@@ -342,7 +342,7 @@ class Settlements:
         settlement = Settlement(lease, publications)
         self._finished(settlement, job, session, bounce, needs_body=needs_body)
         if self.send_log is not None:
-            self.send_log.write(_log_line(message, result))
+            self.send_log.write_soon(_log_line(message, result))
 
     def _is_untold(self, properties: dict[str, Any]) -> bool:
         """Whether only the logs record a delivery: no queue and no report needs its result."""
@@ -423,7 +423,7 @@ class Settlements:
         self._counters.failed += len(finished)
         if self.send_log is not None:
             for message, result in finished:
-                self.send_log.write(_log_line(message, result))
+                self.send_log.write_soon(_log_line(message, result))
 
     def _tell_failure(
         self, message: Message, result: Result, queues: Sequence[str], *, reported: bool

@@ -6,6 +6,10 @@ import os
 import resource
 from pathlib import Path
 
+import pytest
+import trio
+import trio.testing
+
 from mailerq.net.logs import LogFile, open_log
 
 
@@ -64,6 +68,53 @@ def test_a_log_that_cannot_be_written_counts_and_goes_on(tmp_path: Path) -> None
     log.write("lost")
     assert log.lost_lines == 1
     log.close()
+
+
+async def test_the_lines_of_a_turn_are_one_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[bytes] = []
+    write = os.write
+
+    def noted(file: int, data: bytes) -> int:
+        writes.append(data)
+        return write(file, data)
+
+    path = tmp_path / "log"
+    log = LogFile(str(path), clock=lambda: 0.0)
+    monkeypatch.setattr(os, "write", noted)
+    for turn in ("ab", "c"):
+        for text in turn:
+            log.write_soon(text)
+        await trio.testing.wait_all_tasks_blocked()
+    log.write_soon("d")
+    monkeypatch.undo()
+    log.close()
+    assert [each.count(b"\n") for each in writes] == [2, 1]
+    assert [line[-1] for line in path.read_text().splitlines()] == ["a", "b", "c", "d"]
+
+
+async def test_a_disk_that_is_full_within_a_turn_costs_the_lines_that_do_not_fit(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "log"
+    log = LogFile(str(path), clock=lambda: 0.0)
+    line = len("[1970-01-01 00:00:00] 0\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for number in range(4):
+        log.write_soon(str(number))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * line + 5, limits[1]))
+    try:
+        await trio.testing.wait_all_tasks_blocked()
+        log.write("4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.write("5")
+    log.close()
+    assert log.lost_lines == 3
+    lines = path.read_text().splitlines()
+    assert [len(text) for text in lines] == [line - 1, line - 1, 5, line - 1]
+    assert [text[-1] for text in lines] == ["0", "1", "0", "5"]
 
 
 def test_a_log_goes_on_in_another_file_under_the_same_descriptor(tmp_path: Path) -> None:
