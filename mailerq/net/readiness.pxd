@@ -10,6 +10,7 @@ cdef class Socket:
     cdef public int fd
     cdef public object _reader, _call, _attendant
 
+    cpdef bint may_have_input(self)
     cpdef call_when_writable(self, function)
     cpdef wake(self)
     cpdef interrupt(self, error)

@@ -81,6 +81,10 @@ class Socket:
         self._attendant: Callable[[], bool] | None = None
         self._wakeable = False
 
+    def may_have_input(self) -> bool:
+        """Whether the poller has reported input, or does not watch the socket yet."""
+        return self.readable or self._poller is None
+
     async def wait_readable(self, *, wakeable: bool = False) -> bool:
         """Wait until a read may find input; return False if `wake` ended the wait.
 

@@ -20,6 +20,7 @@ cdef class Stream:
 
     cpdef fileno(self)
     cpdef receive_nowait(self)
+    cpdef receive_known(self)
     cpdef _receive_now(self)
     cpdef _receive_tls_now(self)
     cpdef _feed(self, data)

@@ -333,6 +333,15 @@ class Stream:
             self.tap.received(came)
         return came
 
+    def receive_known(self) -> bytes | None:
+        """Read what the loop has noticed already, as `receive_nowait` does.
+
+        Without input this costs no system call.
+        """
+        if not (self._socket.may_have_input() or self._unread or self._has_records()):
+            return None
+        return self.receive_nowait()
+
     def _receive_tls_now(self) -> bytes | None:
         self._raise_lost()
         while (came := self._decrypt()) is None:

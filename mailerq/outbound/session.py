@@ -663,7 +663,7 @@ class Session:
                     protocol.abort(Problem.LOST, "the mail cannot be signed")
                     return signed
                 sent = signed
-            if (early := self._stream.receive_nowait()) is not None:
+            if (early := self._stream.receive_known()) is not None:
                 # Input before the dot is no answer to the dot.
                 protocol.receive_data(early)
             told = plugin.listens("out_sent")

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from mailerq.net.stream import RECEIVE_BYTES, Stream, StreamLost
+from tests.support import DEADLINE
 
 
 @contextmanager
@@ -227,6 +228,21 @@ async def test_who_is_woken_finds_no_input_and_waits_again_for_it() -> None:
         assert found == [False, True]
         assert stream.receive_nowait() == b"x"
         assert stream.receive_nowait() is None
+
+
+async def test_known_input_is_what_the_loop_has_noticed() -> None:
+    with connected() as (stream, peer):
+        peer.sendall(b"a")
+        assert await stream.receive() == b"a"
+        assert stream.receive_known() is None
+        with trio.move_on_after(0):
+            await stream.wait_for_input()  # from here on the poller watches the socket
+        peer.sendall(b"b")
+        with trio.fail_after(DEADLINE):
+            while (came := stream.receive_known()) is None:
+                await trio.lowlevel.checkpoint()
+        assert came == b"b"
+        assert stream.receive_known() is None
 
 
 async def test_a_reader_is_not_woken() -> None:
