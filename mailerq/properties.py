@@ -488,6 +488,13 @@ _OBJECTS: Final = tuple(
 )
 _NAMES_OF_OBJECTS: Final = frozenset(name for name, _ in _OBJECTS)
 
+REMEMBERED_LIMIT: Final = 1000
+REMEMBERED_LENGTH: Final = 1000
+"""Sets of names to remember, and the most characters of one: applications add properties of their
+own, the same ones to all messages, and to look for a slip in each name takes long."""
+
+_well_spelt: Final[dict[tuple[str, ...], None]] = {}
+
 
 def misspellings(properties: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Return each unknown name that is one slip away from a known name, with the known name.
@@ -498,9 +505,17 @@ def misspellings(properties: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     >>> list(misspellings({"recipeint": "a@b.test", "my-id": 7, "queues": {"sucess": None}}))
     [('recipeint', 'recipient'), ('queues.sucess', 'queues.success')]
     """
-    if KNOWN.keys() >= properties.keys() and _NAMES_OF_OBJECTS.isdisjoint(properties):
+    if not _NAMES_OF_OBJECTS.isdisjoint(properties):
+        return _misspellings(properties)
+    names = tuple(properties)
+    if names in _well_spelt:
         return ()
-    return _misspellings(properties)
+    found = list(_misspellings(properties))
+    if not found and sum(map(len, names)) <= REMEMBERED_LENGTH:
+        if len(_well_spelt) >= REMEMBERED_LIMIT:
+            _well_spelt.clear()
+        _well_spelt[names] = None
+    return found
 
 
 def _misspellings(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

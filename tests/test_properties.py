@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mailerq import properties as table
 from mailerq.message import Message, Result
-from mailerq.properties import KNOWN, PROPERTIES, UNKNOWN_LIMIT, misspellings
+from mailerq.properties import (
+    KNOWN,
+    PROPERTIES,
+    REMEMBERED_LENGTH,
+    REMEMBERED_LIMIT,
+    UNKNOWN_LIMIT,
+    misspellings,
+)
 from mailerq.spelling import LENGTH_LIMIT, Spelling
 
 NAMES = st.sampled_from(sorted(KNOWN))
@@ -38,6 +46,18 @@ def test_a_known_name_is_no_misspelling(name: str) -> None:
 )  # fmt: skip
 def test_names_of_applications_are_left_alone(name: str) -> None:
     assert list(misspellings({name: 1})) == []
+
+
+def test_names_are_found_each_time_and_few_are_remembered() -> None:
+    for number in range(2 * REMEMBERED_LIMIT):
+        assert list(misspellings({f"my-{number}": 1})) == []
+        assert len(table._well_spelt) <= REMEMBERED_LIMIT
+    assert list(misspellings({"x" * (REMEMBERED_LENGTH + 1): 1})) == []
+    assert max(map(len, map("".join, table._well_spelt))) <= REMEMBERED_LENGTH
+    for _ in range(2):
+        assert list(misspellings({"my-1": 1})) == []
+        assert list(misspellings({"my-1": 1, "tagss": []})) == [("tagss", "tags")]
+        assert list(misspellings({"my-1": 1, "queues": {"sucess": 1}})) != []
 
 
 def test_keys_of_objects_are_looked_at_too() -> None:

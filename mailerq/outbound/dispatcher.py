@@ -504,7 +504,8 @@ class Dispatcher:
         return str(key)
 
     def _body_problem(self, message: Message) -> Outcome | None:
-        return body_problem(message, supplied=self._plugins.listens("out_data"))
+        supplied = message.body is None and self._plugins.listens("out_data")
+        return body_problem(message, supplied=supplied)
 
     async def _find(self, route: Route) -> None:
         """Find the hosts of a target, and place its messages.
