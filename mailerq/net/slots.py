@@ -50,7 +50,13 @@ class Slots:
     @property
     def available(self) -> bool:
         """Whether `take` would succeed now."""
-        return self.used < self.limit and (self.within is None or self.within.available)
+        return self.left > 0
+
+    @property
+    def left(self) -> float:
+        """How many more `take` would give now."""
+        left = max(self.limit - self.used, 0)
+        return left if self.within is None else min(left, self.within.left)
 
     @property
     def are_short(self) -> bool:

@@ -68,7 +68,7 @@ FAIR_SECONDS: Final = 5.0
 time keeps slow peers from holding the slots of other flows."""
 
 STALL_SECONDS: Final = 1.0
-"""Open one more connection when the first job has waited this long."""
+"""A flow does not keep up when its first job has waited this long: open one more connection."""
 
 NEAR_SECONDS: Final = 0.005
 """A peer with a shorter round trip is near."""
@@ -77,7 +77,7 @@ ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
 """Longest pause before one message asks again whether a site that was down answers."""
 
-LEAST_WINDOW: Final = 4
+LEAST_WINDOW: Final = 8
 """Messages of one flow in memory, at least, unless `rabbitmq-qos` is very small: enough for
 envelopes to go ahead."""
 
@@ -155,6 +155,11 @@ class Flow:
     def takes_mail(self) -> bool:
         """Whether mail may come into memory."""
         return not (self.down or self.rights.rest)
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether a host takes the mail, and the first message has not waited for long."""
+        return self.proven and (not self.jobs or monotonic() < self.jobs[0].since + STALL_SECONDS)
 
     @property
     def is_crowded(self) -> bool:

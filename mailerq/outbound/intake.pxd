@@ -14,7 +14,7 @@ cdef class Destination:
 
 @cython.final
 cdef class Intake:
-    cdef public Py_ssize_t leased, _most, _first_window, _least, _few, _asked, _sorting
+    cdef public Py_ssize_t leased, _most, _first_window, _least, _few, _direct, _asked, _sorting
     cdef public bint _serves_soon, _begun, _newest
     cdef public list _early
     cdef public dict _destinations

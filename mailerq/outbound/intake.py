@@ -6,9 +6,10 @@ The queue sorts its mail by *destination* (`mailerq.rules.destinations`). The fl
 is known once one of its messages has been judged: the plan gives a target, the target a site. From
 then on the destination is linked to the flow, and the flow takes from the destination.
 
-Mail comes in two ways. New mail *arrives* directly while its destination has room. All other mail
-*waits*: the queue reports once which destination has mail, and from when. A destination without
-a flow is *sorted*: a few messages are taken to find the flow.
+Mail comes in two ways. New mail *arrives* directly while its destination has room, and while memory
+has much room if its flow keeps up. All other mail *waits*: the queue reports once which destination
+has mail, and from when. A destination without a flow is *sorted*: a few messages are taken to find
+the flow.
 
 Queued mail costs only one `Destination` for all of its messages. One heap holds the times at which
 destinations become due.
@@ -56,11 +57,16 @@ SORTERS: Final = 4
 """Tasks that sort destinations. While one waits for the queue, the next gathers what came since."""
 
 MAX_GROUP: Final = 100
-"""Messages taken to sort a destination, at most; the first time `LEAST_WINDOW` are taken."""
+"""Messages taken to sort a destination, at most. The first time `LEAST_WINDOW` are taken, or one if
+no slot is free."""
 
 FEW_SHARE: Final = 4
 """Flows that wait for a connection, or that no host has let in yet, are few below 1/`FEW_SHARE` of
 `rabbitmq-qos`."""
+
+DIRECT_SHARE: Final = 2
+"""Below 1/`DIRECT_SHARE` of `rabbitmq-qos` in memory, a flow that keeps up gets all mail that
+arrives: a message that goes to the file has to be read again."""
 
 READ_AGAIN_SECONDS: Final = 5.0
 """Pause before the next read of a destination that the queue could not read."""
@@ -109,6 +115,7 @@ class Intake:
         self._most = most
         self._first_window = min(FIRST_WINDOW, dispatcher.max_window)
         self._least = min(LEAST_WINDOW, dispatcher.max_window)
+        self._direct = most // DIRECT_SHARE
         self._few = max(most // FEW_SHARE, 1)
         self._destinations: dict[str, Destination] = {}
         self._unsorted: deque[Destination] = deque()
@@ -161,6 +168,8 @@ class Intake:
                 self.put_back(lease)
             else:
                 dispatcher.admit(lease)
+                if destination.window < self._direct and _is_proven(destination):
+                    self._set_window(destination)
                 self._tidy(destination)
 
     def _has_place(self, destination: Destination) -> bool:
@@ -175,7 +184,10 @@ class Intake:
             return not destination.waits and self.leased < self._most // 2
         return any(
             flow.takes_mail
-            and len(flow.jobs) < max(flow.window, self._first_window)
+            and (
+                len(flow.jobs) < max(flow.window, self._first_window)
+                or (self.leased < self._direct and flow.keeps_up)
+            )
             and (not flow.jobs or self.leased < self._share_of(flow))
             for flow in destination.flows
         )
@@ -370,6 +382,8 @@ class Intake:
         """Set the window for arriving mail to what the destination's flows use."""
         window = max((flow.window for flow in destination.flows), default=0)
         window = max(window, self._first_window)
+        if _is_proven(destination):
+            window = max(window, self._direct)
         if destination.flows and window != destination.window:
             destination.window = window
             self.subscription.set_window(destination.key, window)
@@ -535,6 +549,8 @@ class Intake:
             return wanted
         left = self._room_to_sort()
         most = self.subscription.takes_together
+        openings = self._dispatcher.openings
+        slots = 0 if openings.contended else openings.slots.left
         while self._unsorted and left > 0 and len(wanted) < most:
             # Alternate newest and oldest: failing lookups hold up the oldest.
             self._newest = not self._newest
@@ -544,11 +560,13 @@ class Intake:
             if is_sorted or not destination.waits or destination.taking:
                 continue  # nothing is to be found any more
             limit = min(destination.group, left)
+            if destination.group == LEAST_WINDOW and len(wanted) >= slots:
+                limit = 1  # a flow that waits for a slot keeps no more
+            destination.group = min(2 * destination.group, MAX_GROUP)
             wanted.append((destination, limit))
             left -= limit
             self._asked += limit
             self._sorting += limit
-            destination.group = min(2 * destination.group, MAX_GROUP)
         return wanted
 
     def _room_to_sort(self) -> int:
@@ -639,3 +657,7 @@ class Intake:
 
     def flush_log(self) -> None:
         self._say_unread.flush()
+
+
+def _is_proven(destination: Destination) -> bool:
+    return any(flow.proven for flow in destination.flows)

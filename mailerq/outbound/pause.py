@@ -35,6 +35,7 @@ class Pause:
 
     down = True
     takes_mail = False
+    proven = keeps_up = False
     jobs = ()
     window = 0
 

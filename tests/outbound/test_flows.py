@@ -17,7 +17,7 @@ import trio
 import trio.testing
 
 from mailerq.errors import QueueError
-from mailerq.message import format_time
+from mailerq.message import Message, format_time
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.outbound import bodies, flow, openings, sites
@@ -685,14 +685,87 @@ async def test_flows_that_wait_for_room_in_memory_share_it(monkeypatch: pytest.M
         return await take_each(self, wanted)
 
     monkeypatch.setattr(MemorySubscription, "take_each", noted)
-    async with open_bench(rabbitmq_qos=200, slots=Slots(100)) as bench:
+    qos = 50 * LEAST_WINDOW  # enough for half of the flows
+    async with open_bench(rabbitmq_qos=qos, slots=Slots(100)) as bench:
         for number in range(2000):
             bench.send(recipient=f"c{number}@d{number % 100}.test")
         await bench.results("success", 2000)
     assert max(map(len, groups)) > 10, "one read serves many flows"
     limits = [limit for group in groups for limit in group]
     assert statistics.median(limits) <= LEAST_WINDOW
-    assert max(leased) <= 2 * 200 + 100 * LEAST_WINDOW
+    assert max(leased) <= 2 * qos + 100 * LEAST_WINDOW
+
+
+async def test_mail_of_a_flow_that_keeps_up_stays_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    take_each = MemorySubscription.take_each
+
+    async def noted(
+        self: MemorySubscription, wanted: Sequence[tuple[str, int]]
+    ) -> Sequence[Taken | QueueError]:
+        taken.extend(key for key, _ in wanted)
+        return await take_each(self, wanted)
+
+    monkeypatch.setattr(MemorySubscription, "take_each", noted)
+    async with open_bench() as bench:
+        for count in (1, 2):
+            bench.send()
+            await bench.results("success", count)
+        for number in range(400):
+            bench.send(recipient=f"c{number}@d.test")
+        await bench.results("success", 402)
+    assert not taken
+
+
+async def test_mail_of_a_flow_that_does_not_keep_up_waits_in_the_queue() -> None:
+    goes_on = trio.Event()
+
+    async def stalls(peer: PeerConnection) -> None:
+        await peer.hello()
+        await goes_on.wait()
+        await peer.talk()
+
+    async with open_bench(*[stalls] * 100, smtp_out_timeout=60) as bench:
+        for number in range(20):
+            bench.send(recipient=f"c{number}@d.test")
+        await bench.until(lambda figures: bool(figures["connections"]) and not figures["opening"])
+        (slow,) = bench.dispatcher.flows.live
+        assert slow.proven and slow.jobs
+        slow.jobs[0].since -= 1.0
+        for number in range(400):
+            bench.send(recipient=f"e{number}@d.test")
+        await bench.until(lambda figures: True)
+        assert len(slow.jobs) <= flow.FIRST_WINDOW + 20
+        goes_on.set()
+        await bench.results("success", 420)
+
+
+async def test_a_destination_without_a_slot_has_one_message_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Further ones would go back to the queue, and be read again."""
+    read: list[int] = []
+    take_each = MemorySubscription.take_each
+
+    async def noted(
+        self: MemorySubscription, wanted: Sequence[tuple[str, int]]
+    ) -> Sequence[Taken | QueueError]:
+        found = await take_each(self, wanted)
+        read.extend(len(taken.leases) for taken in found if isinstance(taken, Taken))
+        return found
+
+    monkeypatch.setattr(MemorySubscription, "take_each", noted)
+    count = 60 * LEAST_WINDOW
+    async with open_bench(slots=Slots(2)) as bench:
+        for number in range(count):
+            recipient = f"c{number}@d{number % 60}.test"
+            message = Message({"envelope": "a@b.test", "recipient": recipient}, b"hi\r\n")
+            bench.queues.put(message, bench.queues.now + 10)
+        bench.queues.pass_time(10)
+        await bench.results("success", count)
+    assert count <= sum(read) < 1.3 * count
 
 
 async def test_mail_for_a_new_destination_leaves_while_others_fill_memory() -> None:
