@@ -1,4 +1,4 @@
-"""What the bytes of a body need on their way: is it ASCII, is it binary, and its conversion.
+"""What the bytes of a body need on their way: is it ASCII, is it binary, conversion and signature.
 
 Long bodies are looked at in a thread, so that the loop goes on.
 """
@@ -11,14 +11,25 @@ import trio
 
 from mailerq.mail.headers import has_ascii_header
 from mailerq.mail.seven_bit import Converted, convert, to_seven_bit
+from mailerq.rules import responses
+from mailerq.rules.responses import Outcome
 from mailerq.wire._lines import is_ascii
-from mailerq.wire.framing import is_binary
+from mailerq.wire.framing import InBlocks, is_binary
 
 if TYPE_CHECKING:
+    from mailerq.message import Message
+    from mailerq.net.tracing import Tap
     from mailerq.outbound.jobs import Job
     from mailerq.wire.client import ClientProtocol
 
-__all__ = ["LOOK_BYTES", "is_ascii_body", "is_binary_body", "must_convert", "to_ascii"]
+__all__ = [
+    "LOOK_BYTES",
+    "finished_body",
+    "is_ascii_body",
+    "is_binary_body",
+    "must_convert",
+    "to_ascii",
+]
 
 LOOK_BYTES: Final = 1 << 20
 """Above this size a thread checks whether a body is ASCII."""
@@ -68,6 +79,37 @@ async def to_ascii(body: bytes, *, whole: bool) -> bytes | Converted | None:
     return await trio.to_thread.run_sync(
         to_seven_bit if whole else convert, body, limiter=_converters(), abandon_on_cancel=True
     )
+
+
+async def finished_body(
+    job: Job,
+    message: Message,
+    converted: bytes | Converted | None,
+    protocol: ClientProtocol,
+    whole: bool,
+    tap: Tap | None,
+) -> bytes | InBlocks | Outcome:
+    """Return the body of a job as the peer gets it, or why there is none.
+
+    `message` has what plugins have left of the body, `converted` what became of the one before.
+    `whole` and `tap` are those of `to_ascii` and of `Signing.sign`.
+    """
+    body = message.body
+    if body is None:
+        return responses.NO_DATA
+    sent: bytes | InBlocks = body
+    if body is (converted if isinstance(converted, bytes) else job.body):
+        sent = converted or body
+    elif must_convert(job, body, await is_ascii_body(body), protocol):
+        changed = await to_ascii(body, whole=whole)
+        if changed is None:
+            return responses.NOT_CONVERTIBLE
+        sent = changed
+        if isinstance(changed, bytes):
+            message.body = body = changed
+    if job.signing is None:
+        return sent
+    return await job.signing.sign(job, body, sent, protocol.takes_binary, tap)
 
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("converters")

@@ -21,7 +21,7 @@ cdef class Session:
     cdef public object flow, worker, remote, _timeout, _life, _scope
     cdef public _Allowance allowance
     cdef public object waits_for, counts, starting, idle_counts, refusal, shuns
-    cdef public object _event, _ahead, _waiting, _plugin, _local, _converted, _securing
+    cdef public object _event, _ahead, _body, _waiting, _plugin, _local, _converted, _securing
     cdef public set _clear
     cdef public _Job _job
     cdef object __weakref__
@@ -32,6 +32,7 @@ cdef class Session:
     cpdef check(self, double late)
     cpdef _is_patient(self, double now)
     cpdef settled(self)
+    cpdef _send_waiting_body(self, body)
     cpdef is_covered(self)
     cpdef trace(self)
     cpdef _withdraw(self)
@@ -47,6 +48,3 @@ cdef class Session:
     cpdef _release(self)
     cpdef _heard(self, bytes data)
     cpdef _expect(self, seconds)
-
-
-cpdef _outcome(event)

@@ -54,6 +54,7 @@ from mailerq.net.stream import Stream, StreamLost
 from mailerq.outbound import traced
 from mailerq.outbound.encodings import (
     LOOK_BYTES,
+    finished_body,
     is_ascii_body,
     is_binary_body,
     must_convert,
@@ -177,6 +178,7 @@ class Session:
         self._plugin: PluginConnection
         self._local = ""
         self._converted: bytes | Converted | None = None
+        self._body: bytes | InBlocks | None = None  # waits for `settled`
         self._securing: Securing
         self._clear: set[str] = set()  # hosts with which TLS has failed
 
@@ -252,9 +254,26 @@ class Session:
     def settled(self) -> None:
         """A reported result is committed."""
         self._unsettled -= 1
-        if self._unsettled == 0 and self._waiting is not None:
+        if self._unsettled:
+            return
+        if self._body is not None:
+            self._send_waiting_body(self._body)
+        elif self._waiting is not None:
             task, self._waiting = self._waiting, None
             trio.lowlevel.reschedule(task)
+
+    def _send_waiting_body(self, body: bytes | InBlocks) -> None:
+        self._body = None
+        try:
+            self._put_body(body, told=False)
+            while data := self._protocol.data_to_send():
+                self._stream.write(data)
+            self._asked = monotonic()
+            self._expect(self._seconds)
+            self._release()
+        except Exception as error:
+            if not self._stream.interrupt(error):
+                raise
 
     def _withdraw(self) -> None:
         """Give back the message sent ahead; the peer never gets its body."""
@@ -394,17 +413,18 @@ class Session:
         except TooLate:
             event = self._protocol.abort(Problem.TIMEOUT, "no reply in time")
             if self._job is not None:
-                self._finish(self._job, _outcome(event))
+                self._finish(self._job, responses.ending(event))
         if ready:
             return None
         if failure is None:
             failure = securing.ended(event, self._stream, self._protocol.mta or "")
         if failure is not None:
             return CLEAR if securing.goes_clear else self._report(securing.outcome(failure))
-        report = self._report(_outcome(event))
+        report = self._report(responses.ending(event))
         flow, login = self.flow, self.flow.login
-        if login is not None and isinstance(event, Refused) and _is_about_login(event):
-            flow.history.login_refused(flow.site.label, self.remote, login, report.outcome)
+        if login is not None and isinstance(event, Refused):
+            if event.step.startswith("auth") or event.reply is smtp.NO_MECHANISM:
+                flow.history.login_refused(flow.site.label, self.remote, login, report.outcome)
         return report
 
     async def _start_tls(self) -> Event:
@@ -562,13 +582,14 @@ class Session:
                     if await is_binary_body(body):
                         return responses.NO_BINARY
                 if body is not None and must_convert(job, body, job.is_ascii is True, protocol):
-                    self._converted = await self._convert(body)
+                    self._deadline = math.inf
+                    whole = self._plugin.listens("out_data") or self._plugin.listens("out_sent")
+                    self._converted = await to_ascii(body, whole=whole)
                     if self._converted is None:
                         return responses.NOT_CONVERTIBLE
                 self._begin(job)
             event = await self._exchange()
         if isinstance(event, SendBody):
-            await self._wait_settled()
             return await self._send_message(job)
         self._begun = False
         self._release()
@@ -578,9 +599,9 @@ class Session:
             left = isinstance(event, Refused) and event.reply.code == 421
         if left and not protocol.reusable and self.messages:
             if isinstance(event, Refused):
-                self.flow.heard(_outcome(event), self)
+                self.flow.heard(responses.ending(event), self)
             return None
-        return _outcome(event)
+        return responses.ending(event)
 
     def _begin(self, job: Job) -> bool:
         """Send the envelope; False if it cannot be sent ahead."""
@@ -596,12 +617,6 @@ class Session:
             require_tls=self._securing.asks_for_tls(properties, self._protocol),
             dsn=properties.get("dsn"),
         )
-
-    async def _convert(self, body: bytes) -> bytes | Converted | None:
-        """Convert a body to ASCII; None if impossible."""
-        self._deadline = math.inf  # the delay is not the peer's
-        shown = self._plugin.listens("out_data") or self._plugin.listens("out_sent")
-        return await to_ascii(body, whole=shown)
 
     def _go_ahead(self, body: bytes | InBlocks) -> None:
         """Put the next envelope behind the current body, if useful."""
@@ -643,51 +658,49 @@ class Session:
             if refusal is not None:
                 protocol.abort(Problem.LOST, "a plugin stopped the message")
                 return responses.rejected_by_plugin(Reply(refusal.code, refusal.text))
-            if message.body is None:
-                protocol.abort(Problem.LOST, "there is no body")
-                return responses.NO_DATA
-            sent: bytes | InBlocks = message.body
-            if message.body is body:
-                sent = converted or message.body
-            elif must_convert(job, message.body, await is_ascii_body(message.body), protocol):
-                changed = await self._convert(message.body)
-                if changed is None:
-                    protocol.abort(Problem.LOST, "the body cannot be converted")
-                    return responses.NOT_CONVERTIBLE
-                sent = changed
-                message.body = changed if isinstance(changed, bytes) else message.body
-            if job.signing is not None:
-                facts = protocol.takes_binary, self._stream.tap
-                signed = await job.signing.sign(job, message.body, sent, *facts)
-                if isinstance(signed, Outcome):
-                    protocol.abort(Problem.LOST, "the mail cannot be signed")
-                    return signed
-                sent = signed
-            if (early := self._stream.receive_known()) is not None:
-                # Input before the dot is no answer to the dot.
-                protocol.receive_data(early)
+            self._deadline = math.inf
             told = plugin.listens("out_sent")
-            self.body_bytes += len(sent)
-            last = self.leaving or self._is_used_up(self.messages + 1, self.body_bytes)
-            # Plugin output must not come behind QUIT.
-            protocol.send_body(sent, last=last and not (told or self._held))
-            self._begun = False
-            if protocol.step is Step.MESSAGE:
-                if not (last or told):  # plugin output must not come behind an envelope
-                    self._go_ahead(sent)
-                await self._send_due()
-                if told:
-                    await self._stream.drain()  # the event says that the body has left
-                    self._deadline = math.inf
-                    await plugin.out_sent(message, stored)
-                    await self._send_output()
+            facts = told or plugin.listens("out_data"), self._stream.tap
+            sent = await finished_body(job, message, converted, protocol, *facts)
+            if isinstance(sent, Outcome):
+                protocol.abort(Problem.LOST, "there is no body to send")
+                return sent
+            if self._unsettled and len(sent) <= BLOCK_BYTES and not told:
+                # `settled` sends the body, and this task sleeps until there is a reply.
+                self._body = sent
+            else:
+                await self._wait_settled()
+                if (early := self._stream.receive_known()) is not None:
+                    # Input before the dot is no answer to the dot.
+                    protocol.receive_data(early)
+                self._put_body(sent, told=told)
+                if protocol.step is Step.MESSAGE:
+                    await self._send_due()
+                    if told:
+                        await self._stream.drain()  # the event says that the body has left
+                        self._deadline = math.inf
+                        await plugin.out_sent(message, stored)
+                        await self._send_output()
+                self._asked = monotonic()
         except StreamLost as error:
-            return _outcome(await self._last_words(error))
-        self._asked = monotonic()
-        event = await self._exchange(patience(self._timeout, FINAL_MINUTES))
+            return responses.ending(await self._last_words(error))
+        try:
+            event = await self._exchange(patience(self._timeout, FINAL_MINUTES))
+        finally:
+            self._body = None
         self._prompt = monotonic() - self._asked < PROMPT_SECONDS
         self._asked = math.inf
-        return _outcome(event)
+        return responses.ending(event)
+
+    def _put_body(self, body: bytes | InBlocks, *, told: bool) -> None:
+        """Put a body into the output, and the next envelope behind it, if useful."""
+        self.body_bytes += len(body)
+        last = self.leaving or self._is_used_up(self.messages + 1, self.body_bytes)
+        # Plugin output must not come behind QUIT.
+        self._protocol.send_body(body, last=last and not (told or self._held))
+        self._begun = False
+        if self._protocol.step is Step.MESSAGE and not (last or told):
+            self._go_ahead(body)  # plugin output must not come behind an envelope
 
     # Bytes
 
@@ -703,7 +716,8 @@ class Session:
             if (event := protocol.next_event()) is NEED_DATA:
                 await self._send_due()
                 self._replies = protocol.replies
-                self._expect(self._seconds)
+                if self._body is None:
+                    self._expect(self._seconds)
                 await self._stream.receive_each(self._heard)
                 event = self._event
         except StreamLost as error:
@@ -716,6 +730,7 @@ class Session:
         protocol.receive_data(data)
         if (event := protocol.next_event()) is not NEED_DATA:
             self._event = event
+            self._body = None  # the peer has left, or answers what it has not got
             return True
         if self._replies != protocol.replies:
             self._replies = protocol.replies
@@ -749,7 +764,7 @@ class Session:
 
     def _release(self) -> None:
         """Send held output, unless a peer would take it for part of a mail."""
-        if self._held and not (self._sending or self._begun):
+        if self._held and not (self._sending or self._begun or self._body is not None):
             held, self._held = self._held, b""
             self._stream.write(held)
             self._stream.flush()
@@ -783,16 +798,3 @@ class Session:
     def _expect(self, seconds: float) -> None:
         """Set the deadline `seconds` from now."""
         self._deadline = monotonic() + seconds
-
-
-def _is_about_login(event: Refused) -> bool:
-    return event.step.startswith("auth") or event.reply is smtp.NO_MECHANISM
-
-
-def _outcome(event: Event | None) -> Outcome:
-    if isinstance(event, Accepted):
-        return responses.accepted(event)
-    if isinstance(event, Refused):
-        return responses.refused(event)
-    assert isinstance(event, Failed), f"{event} ends nothing"
-    return responses.failed(event)

@@ -18,7 +18,7 @@ import msgspec
 from mailerq.rules.row import Row
 from mailerq.rules.security import TlsFailure
 from mailerq.wire import smtp
-from mailerq.wire.client import Accepted, Failed, Problem, Refused, Step
+from mailerq.wire.client import Accepted, Event, Failed, Problem, Refused, Step
 from mailerq.wire.smtp import Reply
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "cannot_sign",
     "connect_failed",
     "connect_timed_out",
+    "ending",
     "failed",
     "forced",
     "login_in_clear",
@@ -247,6 +248,16 @@ def failed(event: Failed) -> Outcome:
         kind = "timeout" if problem is Problem.TIMEOUT else "lost"
     description = event.description[:MAX_DESCRIPTION]
     return Outcome(kind, _STATES[event.step], result, Fate.RETRY, description=description)
+
+
+def ending(event: Event | None) -> Outcome:
+    """What ended an attempt on a connection."""
+    if isinstance(event, Accepted):
+        return accepted(event)
+    if isinstance(event, Refused):
+        return refused(event)
+    assert isinstance(event, Failed), f"{event} ends nothing"
+    return failed(event)
 
 
 def connect_failed(error: OSError, host: str) -> Outcome:

@@ -191,6 +191,68 @@ async def test_a_body_waits_for_the_result_before_it_though_its_envelope_went_ah
 
 
 @pytest.mark.usefixtures("all_are_prompt")
+@pytest.mark.parametrize("words", ["", "250 early\r\n", "421 bye\r\n"])
+async def test_a_peer_that_leaves_or_speaks_while_a_body_waits_does_not_get_it(words: str) -> None:
+    left = trio.Event()
+
+    async def script(peer: PeerConnection) -> None:
+        await until_ahead(peer)
+        bench.queues.may_ack = trio.Event()
+        await peer.send("250 two\r\n" + GO)
+        for _ in range(20):
+            await trio.testing.wait_all_tasks_blocked()
+        if words:
+            await peer.send(words)
+            assert await peer.line() == ""
+        left.set()
+
+    async with open_bench(script, domain_maxconnections=1) as bench:
+        for _ in range(3):
+            bench.send()
+        with trio.fail_after(60):
+            if words:
+                await bench.queues.until(
+                    lambda _: bool(bench.queues.leased) and not bench.peer.open
+                )
+            await left.wait()
+        for _ in range(20):
+            await trio.testing.wait_all_tasks_blocked()
+        bench.queues.may_ack.set()
+        await bench.results("success", 2)
+        await bench.results("retry", 1)
+        assert not bench.peer.mails
+
+
+@pytest.mark.usefixtures("all_are_prompt")
+async def test_a_body_that_waits_does_not_leave_after_a_stop() -> None:
+    lines = []
+    asked = trio.Event()
+
+    async def script(peer: PeerConnection) -> None:
+        await until_ahead(peer)
+        bench.queues.may_ack = trio.Event()
+        await peer.send("250 two\r\n" + GO)
+        asked.set()
+        lines.append(await peer.line())
+
+    async with open_bench(script, domain_maxconnections=1) as bench:
+        for _ in range(3):
+            bench.send()
+        with trio.fail_after(60):
+            await asked.wait()
+        for _ in range(20):
+            await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.dispatcher.stop, 0)
+            for _ in range(20):
+                await trio.testing.wait_all_tasks_blocked()
+            bench.queues.may_ack.set()
+        await bench.results("success", 2)
+        assert lines == [""]
+        assert bench.queues.due
+
+
+@pytest.mark.usefixtures("all_are_prompt")
 async def test_what_a_plugin_sends_gets_into_no_mail_whose_envelope_went_ahead() -> None:
     plugins = StubPlugins()
     bodies = []
