@@ -209,6 +209,7 @@ class Session:
 
     def cut(self) -> None:
         """End now."""
+        self._body = None
         self._life.cancel()
 
     def check(self, late: float) -> None:
@@ -254,11 +255,9 @@ class Session:
     def settled(self) -> None:
         """A reported result is committed."""
         self._unsettled -= 1
-        if self._unsettled:
-            return
-        if self._body is not None:
+        if self._unsettled == 0 and self._body is not None:
             self._send_waiting_body(self._body)
-        elif self._waiting is not None:
+        elif self._unsettled == 0 and self._waiting is not None:
             task, self._waiting = self._waiting, None
             trio.lowlevel.reschedule(task)
 
