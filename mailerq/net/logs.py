@@ -24,7 +24,7 @@ RATION_SECONDS: Final = 60.0
 class LogFile:
     """A file for appended lines.
 
-    Lines are written whole to a file opened for appending, so threads and processes can share it.
+    Whole lines are written to a file opened for appending, so threads and processes can share it.
     When logrotate has moved the file, a new one is opened. A full disk costs log lines, never mail:
     `lost_lines` counts them.
     """
@@ -91,8 +91,8 @@ class LogFile:
         self._checked = 0.0
 
     def close(self) -> None:
-        self._write_turn(False)
         if _identity(self._file) == self._opened:
+            self._write_turn(False)
             os.close(self._file)
         else:
             stray_close(f"the log {self._path}")
@@ -131,6 +131,7 @@ class LogFile:
             self._file = file
             stray_close(f"the log {self._path}")
         self._opened = _identity(self._file)
+        self._is_torn = False
 
 
 class Ration:

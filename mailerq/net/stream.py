@@ -56,7 +56,7 @@ from mailerq.turns import EndOfTurn
 if TYPE_CHECKING:
     from mailerq.net.tracing import Tap
 
-__all__ = ["RECEIVE_BYTES", "HandshakeFailed", "Stream", "StreamLost", "address_of"]
+__all__ = ["LONG_BYTES", "RECEIVE_BYTES", "HandshakeFailed", "Stream", "StreamLost", "address_of"]
 
 log = logging.getLogger("mailerq.net")
 
@@ -336,7 +336,7 @@ class Stream:
     def receive_known(self) -> bytes | None:
         """Read what the loop has noticed already, as `receive_nowait` does.
 
-        Without input this costs no system call.
+        Usually this costs no system call if there is nothing.
         """
         if not (self._socket.may_have_input() or self._unread or self._has_records()):
             return None

@@ -158,8 +158,13 @@ class Flow:
 
     @property
     def keeps_up(self) -> bool:
-        """Whether a host takes the mail, and the first message has not waited for long."""
-        return self.proven and (not self.jobs or monotonic() < self.jobs[0].since + STALL_SECONDS)
+        """Whether hosts take mail as it comes: no limit slows it, and no message waits long."""
+        if not (self.proven and self.sessions) or self.rights.are_paced:
+            return False
+        jobs = self.jobs
+        return not jobs or (
+            len(jobs) < 2 * self.sent and monotonic() < jobs[0].since + STALL_SECONDS
+        )
 
     @property
     def is_crowded(self) -> bool:
@@ -691,7 +696,7 @@ class Flow:
         """Put back the waiting messages that meet a condition."""
         if not self.jobs:
             return
-        out = [job for job in self.jobs if condition(job)]
+        out = {job: None for job in self.jobs if condition(job)}
         if out:
             self.jobs[:] = [job for job in self.jobs if job not in out]
             for job in out:

@@ -29,6 +29,7 @@ cdef class Intake:
     cpdef link(self, destination, flow)
     cpdef _tidy(self, destination)
     cpdef _nothing_waits(self, destination)
+    cpdef _widen(self, destination)
     cpdef _memory_for(self, flow)
     cpdef next_ready(self, flow)
     cpdef taken(self, destination)

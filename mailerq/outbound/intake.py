@@ -168,9 +168,14 @@ class Intake:
                 self.put_back(lease)
             else:
                 dispatcher.admit(lease)
-                if destination.window < self._direct and _is_proven(destination):
-                    self._set_window(destination)
+                self._widen(destination)
                 self._tidy(destination)
+
+    def _widen(self, destination: Destination) -> None:
+        """Let more mail of a destination arrive if a flow may keep up with it."""
+        if destination.window < self._direct and _is_proven(destination):
+            if not self._dispatcher.stops.holds(destination):
+                self._set_window(destination)
 
     def _has_place(self, destination: Destination) -> bool:
         """Whether arriving mail is kept in memory."""

@@ -50,7 +50,7 @@ from mailerq.mail.headers import has_ascii_header
 from mailerq.mail.seven_bit import Converted
 from mailerq.message import Message
 from mailerq.net.resolver import Host
-from mailerq.net.stream import Stream, StreamLost
+from mailerq.net.stream import LONG_BYTES, Stream, StreamLost
 from mailerq.outbound import traced
 from mailerq.outbound.encodings import (
     LOOK_BYTES,
@@ -209,7 +209,6 @@ class Session:
 
     def cut(self) -> None:
         """End now."""
-        self._body = None
         self._life.cancel()
 
     def check(self, late: float) -> None:
@@ -255,11 +254,11 @@ class Session:
     def settled(self) -> None:
         """A reported result is committed."""
         self._unsettled -= 1
-        if self._unsettled == 0 and self._body is not None:
-            self._send_waiting_body(self._body)
-        elif self._unsettled == 0 and self._waiting is not None:
+        if self._unsettled == 0 and self._waiting is not None:
             task, self._waiting = self._waiting, None
             trio.lowlevel.reschedule(task)
+        elif self._unsettled == 0 and self._body is not None and not self._life.cancel_called:
+            self._send_waiting_body(self._body)
 
     def _send_waiting_body(self, body: bytes | InBlocks) -> None:
         self._body = None
@@ -270,9 +269,10 @@ class Session:
             self._asked = monotonic()
             self._expect(self._seconds)
             self._release()
-        except Exception as error:
-            if not self._stream.interrupt(error):
-                raise
+        except Exception:
+            # Our own defect costs this session, and not the commits of others.
+            log.exception("the connection to %s failed", self.flow.site.label)
+            self.cut()
 
     def _withdraw(self) -> None:
         """Give back the message sent ahead; the peer never gets its body."""
@@ -664,7 +664,7 @@ class Session:
             if isinstance(sent, Outcome):
                 protocol.abort(Problem.LOST, "there is no body to send")
                 return sent
-            if self._unsettled and len(sent) <= BLOCK_BYTES and not told:
+            if self._unsettled and len(sent) < LONG_BYTES and not told:
                 # `settled` sends the body, and this task sleeps until there is a reply.
                 self._body = sent
             else:
@@ -777,8 +777,9 @@ class Session:
 
     async def _last_words(self, error: StreamLost) -> Event:
         """The connection broke; read the reason that a peer may have sent before closing."""
-        protocol = self._protocol
+        protocol, self._body = self._protocol, None
         step = protocol.step
+        self._expect(self._timeout)
         try:
             protocol.receive_data(await self._stream.receive())
             event = protocol.next_event()

@@ -110,11 +110,11 @@ async def test_a_disk_that_is_full_within_a_turn_costs_the_lines_that_do_not_fit
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     log.write("5")
-    log.close()
     assert log.lost_lines == 3
     lines = path.read_text().splitlines()
     assert [len(text) for text in lines] == [line - 1, line - 1, 5, line - 1]
     assert [text[-1] for text in lines] == ["0", "1", "0", "5"]
+    log.close()
 
 
 def test_a_log_goes_on_in_another_file_under_the_same_descriptor(tmp_path: Path) -> None:
