@@ -83,7 +83,10 @@ envelopes to go ahead."""
 
 FIRST_WINDOW: Final = 32
 MAX_WINDOW: Final = 500
-"""Most messages of one flow in memory."""
+"""Most messages of one flow that are taken from the queue ahead."""
+
+DIRECT_WINDOWS: Final = 4
+"""A flow keeps up with this number of windows, or with as much as it has sent since a refill."""
 
 
 class Flow:
@@ -163,7 +166,8 @@ class Flow:
             return False
         jobs = self.jobs
         return not jobs or (
-            len(jobs) < 2 * self.sent and monotonic() < jobs[0].since + STALL_SECONDS
+            len(jobs) < max(DIRECT_WINDOWS * self.window, self.sent)
+            and monotonic() < jobs[0].since + STALL_SECONDS
         )
 
     @property
