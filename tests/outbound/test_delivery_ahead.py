@@ -47,6 +47,13 @@ async def until_ahead(peer: PeerConnection) -> None:
     await envelope(peer)
 
 
+async def until_body_waits(peer: PeerConnection) -> None:
+    """Play a peer until the third body waits for the commit of the second result."""
+    await until_ahead(peer)
+    peer.peer.queues.may_ack = trio.Event()
+    await peer.send("250 two\r\n" + GO)
+
+
 def says(reply: str) -> Script:
     """A peer with this reply to the second body; it closes after a 421 or an empty reply."""
 
@@ -170,9 +177,7 @@ async def test_a_body_waits_for_the_result_before_it_though_its_envelope_went_ah
     asked, came = trio.Event(), trio.Event()
 
     async def script(peer: PeerConnection) -> None:
-        await until_ahead(peer)
-        bench.queues.may_ack = trio.Event()
-        await peer.send("250 two\r\n" + GO)
+        await until_body_waits(peer)
         asked.set()
         await peer.take("250 three\r\n")
         came.set()
@@ -196,9 +201,7 @@ async def test_a_peer_that_leaves_or_speaks_while_a_body_waits_does_not_get_it(w
     left = trio.Event()
 
     async def script(peer: PeerConnection) -> None:
-        await until_ahead(peer)
-        bench.queues.may_ack = trio.Event()
-        await peer.send("250 two\r\n" + GO)
+        await until_body_waits(peer)
         for _ in range(20):
             await trio.testing.wait_all_tasks_blocked()
         if words:
@@ -229,9 +232,7 @@ async def test_a_body_that_waits_does_not_leave_when_the_session_is_cut() -> Non
     asked = trio.Event()
 
     async def script(peer: PeerConnection) -> None:
-        await until_ahead(peer)
-        bench.queues.may_ack = trio.Event()
-        await peer.send("250 two\r\n" + GO)
+        await until_body_waits(peer)
         asked.set()
         lines.append(await peer.line())
 

@@ -662,6 +662,21 @@ async def test_a_slow_peer_gets_no_more_connections_while_other_flows_wait_for_o
 
 # Memory
 
+Wanted = Sequence[tuple[str, int]]
+Found = Sequence[Taken | QueueError]
+
+
+def watch_takes(monkeypatch: pytest.MonkeyPatch, noted: Callable[[Wanted, Found], object]) -> None:
+    """Call `noted` with what each take wanted and found."""
+    take_each = MemorySubscription.take_each
+
+    async def watched(self: MemorySubscription, wanted: Wanted) -> Found:
+        found = await take_each(self, wanted)
+        noted(wanted, found)
+        return found
+
+    monkeypatch.setattr(MemorySubscription, "take_each", watched)
+
 
 async def test_a_session_waits_for_the_commit_that_makes_room_for_more_mail() -> None:
     """Flows wait for the slot, and memory has one message for each."""
@@ -675,16 +690,12 @@ async def test_a_session_waits_for_the_commit_that_makes_room_for_more_mail() ->
 async def test_flows_that_wait_for_room_in_memory_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[list[int]] = []
     leased: list[int] = []
-    take_each = MemorySubscription.take_each
 
-    async def noted(
-        self: MemorySubscription, wanted: Sequence[tuple[str, int]]
-    ) -> Sequence[Taken | QueueError]:
+    def noted(wanted: Wanted, _: Found) -> None:
         groups.append([limit for _, limit in wanted])
         leased.append(bench.dispatcher.in_memory)
-        return await take_each(self, wanted)
 
-    monkeypatch.setattr(MemorySubscription, "take_each", noted)
+    watch_takes(monkeypatch, noted)
     qos = 50 * LEAST_WINDOW  # enough for half of the flows
     async with open_bench(rabbitmq_qos=qos, slots=Slots(100)) as bench:
         for number in range(2000):
@@ -700,15 +711,7 @@ async def test_mail_of_a_flow_that_keeps_up_stays_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[str] = []
-    take_each = MemorySubscription.take_each
-
-    async def noted(
-        self: MemorySubscription, wanted: Sequence[tuple[str, int]]
-    ) -> Sequence[Taken | QueueError]:
-        taken.extend(key for key, _ in wanted)
-        return await take_each(self, wanted)
-
-    monkeypatch.setattr(MemorySubscription, "take_each", noted)
+    watch_takes(monkeypatch, lambda wanted, _: taken.extend(key for key, _ in wanted))
     async with open_bench() as bench:
         for count in (1, 2):
             bench.send()
@@ -747,16 +750,11 @@ async def test_a_destination_without_a_slot_has_one_message_read(
 ) -> None:
     """Further ones would go back to the queue, and be read again."""
     read: list[int] = []
-    take_each = MemorySubscription.take_each
 
-    async def noted(
-        self: MemorySubscription, wanted: Sequence[tuple[str, int]]
-    ) -> Sequence[Taken | QueueError]:
-        found = await take_each(self, wanted)
+    def noted(_: Wanted, found: Found) -> None:
         read.extend(len(taken.leases) for taken in found if isinstance(taken, Taken))
-        return found
 
-    monkeypatch.setattr(MemorySubscription, "take_each", noted)
+    watch_takes(monkeypatch, noted)
     count = 60 * LEAST_WINDOW
     async with open_bench(slots=Slots(2)) as bench:
         for number in range(count):
