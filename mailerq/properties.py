@@ -490,8 +490,8 @@ _NAMES_OF_OBJECTS: Final = frozenset(name for name, _ in _OBJECTS)
 
 REMEMBERED_LIMIT: Final = 1000
 REMEMBERED_LENGTH: Final = 1000
-"""Sets of names to remember, and the most characters of one: applications add properties of their
-own, the same ones to all messages, and to look for a slip in each name takes long."""
+"""Limits of `_well_spelt`: sets of names, and characters in a set. Applications add the same
+properties to all their messages, and checking each name for a slip takes long."""
 
 _well_spelt: Final[dict[tuple[str, ...], None]] = {}
 

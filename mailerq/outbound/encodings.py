@@ -91,7 +91,7 @@ async def finished_body(
 ) -> bytes | InBlocks | Outcome:
     """Return the body of a job as the peer gets it, or why there is none.
 
-    `message` has what plugins have left of the body, `converted` what became of the one before.
+    `message` has the body after plugins, `converted` the conversion of the body before them.
     `whole` and `tap` are those of `to_ascii` and of `Signing.sign`.
     """
     body = message.body

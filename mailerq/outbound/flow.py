@@ -86,7 +86,8 @@ MAX_WINDOW: Final = 500
 """Most messages of one flow that are taken from the queue ahead."""
 
 DIRECT_WINDOWS: Final = 4
-"""A flow keeps up with this number of windows, or with as much as it has sent since a refill."""
+"""A flow may keep up while it holds fewer windows of mail than this, or less mail than it has sent
+since its last refill."""
 
 
 class Flow:

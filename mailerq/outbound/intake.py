@@ -65,8 +65,8 @@ FEW_SHARE: Final = 4
 `rabbitmq-qos`."""
 
 DIRECT_SHARE: Final = 2
-"""Below 1/`DIRECT_SHARE` of `rabbitmq-qos` in memory, a flow that keeps up gets all mail that
-arrives: a message that goes to the file has to be read again."""
+"""A flow that keeps up gets all arriving mail while memory holds less than 1/`DIRECT_SHARE` of
+`rabbitmq-qos`: a message that goes to the file has to be read again."""
 
 READ_AGAIN_SECONDS: Final = 5.0
 """Pause before the next read of a destination that the queue could not read."""
