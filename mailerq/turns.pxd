@@ -5,11 +5,12 @@ cimport cython
 
 @cython.final
 cdef class EndOfTurn:
-    cdef public list _callbacks, _last, _next_last
+    cdef public list _callbacks, _after, _last, _next_last
     cdef public object _token, _awake
     cdef public bint _installed, _leaving, _rests
 
     cpdef call(self, callback)
+    cpdef call_after(self, callback)
     cpdef call_last(self, callback)
     cpdef leave(self)
     cpdef _install(self)

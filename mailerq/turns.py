@@ -29,6 +29,8 @@ class EndOfTurn:
 
     def __init__(self) -> None:
         self._callbacks: list[Callback] = []
+        self._after: list[Callback] = []
+        """Called after `_callbacks`."""
         self._last: list[Callback] = []
         """Called at the end of this turn, after the others."""
         self._next_last: list[Callback] = []
@@ -53,6 +55,16 @@ class EndOfTurn:
         if not self._installed:
             self._install()
         self._callbacks.append(callback)
+
+    def call_after(self, callback: Callback) -> None:
+        """Call `callback` once, at the end of this turn, after all of `call`.
+
+        By then the bytes of this turn have left. A callback that wakes a thread belongs here: the
+        thread competes for Python's lock, which each system call of the others gives up.
+        """
+        if not self._installed:
+            self._install()
+        self._after.append(callback)
 
     def call_last(self, callback: Callback) -> None:
         """Call `callback` once, as one of the last at the end of the next turn.
@@ -90,9 +102,11 @@ class EndOfTurn:
 
     def before_io_wait(self, timeout: float) -> None:
         """Called by trio before it polls for events, or sleeps at most `timeout` seconds."""
-        if self._callbacks or self._last or self._next_last:
+        if self._callbacks or self._after or self._last or self._next_last:
             callbacks, self._callbacks = self._callbacks, []
+            callbacks += self._after
             callbacks += self._last
+            self._after = []
             self._last, self._next_last = self._next_last, []
             idle, ready = timeout > 0, False
             for callback in callbacks:
@@ -102,7 +116,8 @@ class EndOfTurn:
                 except Exception:  # trio would remove the instrument
                     log.exception("work at the end of a turn failed")
                     ready = True
-            if idle and (ready or self._callbacks or self._last or self._next_last):
+            left = self._callbacks or self._after or self._last or self._next_last
+            if idle and (ready or left):
                 # trio has decided to sleep before the callbacks ran.
                 self._token.run_sync_soon(_nothing)
         elif self._leaving:

@@ -59,6 +59,46 @@ async def test_callbacks_run_once_in_their_order_when_all_tasks_had_their_turn()
     assert happened == 3 * ["task"] + 3 * ["callback"]
 
 
+async def test_callbacks_after_the_others_run_once_when_the_others_of_the_turn_have_run() -> None:
+    end, happened = EndOfTurn.of_this_loop(), []
+
+    def note(what: str) -> Callable[[bool], bool]:
+        def called(_: bool) -> bool:
+            happened.append(what)
+            if what == "again":
+                end.call_after(note("after"))
+            return False
+
+        return called
+
+    end.call_after(note("again"))
+    end.call(note("call"))
+    await turns(1)
+    end.call(note("next"))
+    await turns(3)
+    assert happened == ["call", "again", "next", "after"]
+
+
+@RUNS
+def test_a_callback_after_the_others_keeps_the_loop_awake_for_its_effects(run: Run) -> None:
+    async def main() -> None:
+        end, ready = EndOfTurn.of_this_loop(), trio.Event()
+
+        def wake(_: bool) -> bool:
+            ready.set()
+            return True
+
+        def register(_: bool) -> bool:
+            end.call_after(wake)
+            return False
+
+        end.call_after(register)
+        with trio.fail_after(5):
+            await ready.wait()
+
+    run(main)
+
+
 async def test_a_loop_has_one_instance() -> None:
     end = EndOfTurn.of_this_loop()
     assert EndOfTurn.of_this_loop() is end

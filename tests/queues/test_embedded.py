@@ -21,6 +21,7 @@ from mailerq.queues.embedded import open_queues, reader, takers, taking
 from mailerq.queues.embedded.queue_file import QueueFile
 from mailerq.queues.embedded.queues import EmbeddedQueues
 from mailerq.queues.embedded.records import Batch
+from mailerq.queues.embedded.writer import Request
 from mailerq.queues.opening import open_embedded
 from tests.queues.kit import Clock
 
@@ -708,6 +709,31 @@ async def test_what_a_busy_loop_has_to_publish_is_one_commit(queues: EmbeddedQue
         for tag in range(50):
             nursery.start_soon(queues.publish, [publication(tag)])
     assert queues.statistics()["commits"] == 1
+
+
+async def test_requests_are_handed_over_when_the_replies_of_the_loop_have_left(
+    queues: EmbeddedQueues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    await queues.publish([publication(0)])
+    (batcher,) = queues._batchers.values()
+    put = queues._writer.put
+
+    def noted(request: Request | None) -> None:
+        happened.append("handed over")
+        put(request)
+
+    def reply(_: bool) -> bool:
+        happened.append("reply")
+        return False
+
+    monkeypatch.setattr(batcher, "_put", noted)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(queues.publish, [publication(1)])
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+            batcher.end_of_turn.call(reply)
+    assert happened == [*3 * ["reply"], "handed over"]
 
 
 async def test_a_loop_that_is_never_idle_still_publishes(queues: EmbeddedQueues) -> None:

@@ -1,8 +1,8 @@
 """Batches what a trio loop's tasks ask of the writer and of the reader, while the loop is busy.
 
 A thread that wakes beside a busy loop competes for Python's lock, and commits or reads little. So
-the requests are handed over together when the loop is about to sleep: at once for a lone client, in
-one batch for all sessions under load.
+the requests are handed over together when the loop is about to sleep and all its replies have left:
+at once for a lone client, in one batch for all sessions under load.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Batcher:
     def _begin(self) -> None:
         if not (self._requests or self._takes):
             self._since = monotonic()
-            self.end_of_turn.call(self._hand_over)
+            self.end_of_turn.call_after(self._hand_over)
 
     def _hand_over(self, idle: bool) -> bool:
         """Hand over the batch at the end of a turn, or wait for the end of the next."""
@@ -71,5 +71,5 @@ class Batcher:
             with self._lock:
                 self.flush()
         else:
-            self.end_of_turn.call(self._hand_over)
+            self.end_of_turn.call_after(self._hand_over)
         return False
