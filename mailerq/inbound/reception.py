@@ -235,7 +235,7 @@ async def _publish(
     services.counters.messages += sum(isinstance(outcome, str) for outcome in outcomes)
     if services.received_log is not None:
         for publication in taken:
-            services.received_log.write(_received_line(publication.message))
+            services.received_log.write_soon(_received_line(publication.message))
     if machine.settings.lmtp:
         return [Reply(250, one) if isinstance(one, str) else one for one in outcomes]
     reply = _sum_up(messages, outcomes)

@@ -9,12 +9,13 @@ cdef class LogFile:
     cdef public double _checked
     cdef public Py_ssize_t lost_lines
     cdef public object _path, _clock, _opened
-    cdef list _soon
+    cdef dict _soon
     cdef bint _is_torn
     cdef object __weakref__
 
     cpdef write(self, text)
     cpdef write_soon(self, text)
+    cpdef _write_lines(self, end)
     cpdef _line(self, text)
     cpdef _append(self, bytes lines)
     cpdef move(self, path, file)

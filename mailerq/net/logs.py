@@ -35,7 +35,8 @@ class LogFile:
         self._file = open_log(path)
         self._opened = _identity(self._file)
         self._checked = 0.0
-        self._soon: list[bytes] = []
+        self._soon: dict[EndOfTurn, list[bytes]] = {}
+        """Lines of this turn, by the loop that they come from."""
         self._is_torn = False
         """The file ends within a line."""
         self.lost_lines = 0
@@ -49,16 +50,22 @@ class LogFile:
         self._append(self._line(text))
 
     def write_soon(self, text: str) -> None:
-        """Write one line together with the others of this turn of the loop. One loop only."""
-        if not self._soon:
-            EndOfTurn.of_this_loop().call(self._write_turn)
-        self._soon.append(self._line(text))
+        """Write one line together with the others of this turn of the calling loop."""
+        end = EndOfTurn.of_this_loop()
+        lines = self._soon.get(end)
+        if lines is None:
+            lines = self._soon[end] = []
+            end.call(self._write_turn)
+        lines.append(self._line(text))
 
     def _write_turn(self, _: bool) -> bool:
-        lines, self._soon = self._soon, []
+        self._write_lines(EndOfTurn.of_this_loop())
+        return False
+
+    def _write_lines(self, end: EndOfTurn) -> None:
+        lines = self._soon.pop(end, None)
         if lines:
             self._append(b"".join(lines))
-        return False
 
     def _line(self, text: str) -> bytes:
         now = self._clock()
@@ -92,7 +99,8 @@ class LogFile:
 
     def close(self) -> None:
         if _identity(self._file) == self._opened:
-            self._write_turn(False)
+            for end in list(self._soon):
+                self._write_lines(end)
             os.close(self._file)
         else:
             stray_close(f"the log {self._path}")

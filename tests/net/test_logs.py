@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,38 @@ async def test_the_lines_of_a_turn_are_one_write(
     log.close()
     assert [each.count(b"\n") for each in writes] == [2, 1]
     assert [line[-1] for line in path.read_text().splitlines()] == ["a", "b", "c", "d"]
+
+
+def test_loops_of_several_threads_share_a_log(tmp_path: Path) -> None:
+    """What one loop has collected does not wait for the turn of another, and nothing is lost."""
+    path = tmp_path / "log"
+    log = LogFile(str(path), clock=lambda: 0.0)
+    both = threading.Barrier(2, timeout=20)
+
+    async def write(name: str) -> None:
+        for number in range(200):
+            log.write_soon(f"{name}{number} first")
+            both.wait()  # the other loop has a line of this turn too
+            log.write_soon(f"{name}{number} second")
+            await trio.testing.wait_all_tasks_blocked()
+            mine = [line.split()[2:] for line in path.read_text().splitlines() if name in line]
+            assert mine[-2:] == [[f"{name}{number}", "first"], [f"{name}{number}", "second"]]
+            assert len(mine) == 2 * (number + 1)
+
+    with ThreadPoolExecutor() as pool:
+        for result in [pool.submit(trio.run, write, name) for name in "ab"]:
+            result.result()
+    log.close()
+    assert log.lost_lines == 0
+
+
+async def test_closing_writes_the_lines_of_the_turn(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = LogFile(str(path), clock=lambda: 0.0)
+    log.write_soon("a")
+    log.close()
+    await trio.testing.wait_all_tasks_blocked()
+    assert path.read_text().endswith("] a\n")
 
 
 async def test_a_disk_that_is_full_within_a_turn_costs_the_lines_that_do_not_fit(
