@@ -10,7 +10,7 @@ cdef class Settlements:
     cdef public object nursery, send_log, _live, _outbox, _queues, _told, _counters
     cdef public object reports, _next_id, _tls_report_ended
     cdef public object _clock, _lot, _say_unwritten, _say_reduced, _say_failure
-    cdef public object _settlers, _settled, _together
+    cdef public object _settlers, _settled, _together, _with_bodies
     cdef object __weakref__
 
     cpdef hold(self, lease, until)

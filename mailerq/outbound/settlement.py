@@ -65,8 +65,13 @@ __all__ = ["Counters", "Settlements"]
 
 log = logging.getLogger("mailerq.delivery")
 
-SETTLERS: Final = 2
-"""Batches handed to the queue at a time; more were no faster."""
+SETTLERS: Final = 8
+"""Batches handed to the queue at a time: more than turns of a busy loop in which results come in
+during one commit. A result that no task hands over waits for one commit more, and its session with
+it."""
+
+WITH_BODIES: Final = 2
+"""Of these, batches that fetch bodies or make reports, because of `MAX_HELD`."""
 
 MIN_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 10.0
@@ -194,6 +199,7 @@ class Settlements:
         self._together: Together[Finished] = Together(live, self._add_all)
         self._settling = 0
         self._settlers = trio.lowlevel.ParkingLot()
+        self._with_bodies = trio.Semaphore(WITH_BODIES)
         self._settled = trio.Event()
 
     @property
@@ -464,7 +470,7 @@ class Settlements:
                     self._settled.set()
                     self._settled = trio.Event()
                 await self._settlers.park()
-            await self._write(self._take())
+            await self._settle(self._take())
 
     # Separate functions: compiled, a loop in the task would keep the last mail alive while waiting.
 
@@ -473,6 +479,14 @@ class Settlements:
         group, self._unsettled = self._unsettled, []
         self._settling += len(group)
         return group
+
+    async def _settle(self, group: list[Finished]) -> None:
+        for finished in group:
+            if finished.needs_body or finished.bounce is not None:
+                async with self._with_bodies:
+                    await self._write(group)
+                return
+        await self._write_part(group)
 
     async def _write(self, group: list[Finished]) -> None:
         held, largest = 0, self._config.dsn_maxsize
