@@ -8,7 +8,7 @@ from mailerq.outbound.jobs cimport Job as _Job
 @cython.final
 cdef class Flow:
     cdef public Py_ssize_t held, reported, window, sent, ended_messages, _allowed, _failures
-    cdef public bint refilling, proven, is_near, reserved, patient, down, _ahead
+    cdef public bint refilling, proven, is_near, takes_along, reserved, patient, down, _ahead
     cdef public double when, _held_until
     cdef public long long paused
     cdef public object site, site_key, local_ip, demands, login, jobs, destinations, ready, sessions
@@ -28,13 +28,13 @@ cdef class Flow:
     cpdef job_ahead(self, session)
     cpdef _pop(self)
     cpdef settle(self, session, _Job job, report)
-    cpdef opened(self, session)
     cpdef ended(self, session, report)
     cpdef _busy(self, session)
     cpdef _end_try(self, session)
     cpdef resume(self)
     cpdef look(self)
     cpdef pump(self, beside=*)
+    cpdef _worth_waking(self, waiting)
     cpdef _wants_session(self, beside)
     cpdef _open(self)
     cpdef _cannot_try(self)

@@ -12,7 +12,10 @@ the curve. Further connections hide the latency of the network. Where there is n
 flows keep the machine busy, a flow has one. If the first job still waits for `STALL_SECONDS`, the
 sessions are slow, and one more is opened, and so on, unless other flows wait for a connection. Idle
 sessions stay open for more mail. The session used last is used first, so that the others can time
-out. While other flows wait for a connection, a session without mail ends, and any session after its
+out. To a near peer that pipelines, busy sessions take further messages along, each in one round
+trip; an idle one gets a message if more sessions suit the mail, or after `SPARE_SECONDS`.
+
+While other flows wait for a connection, a session without mail ends, and any session after its
 share of messages or of time. If mail of its flow waits in the queue, a session stays until its last
 result is committed, which makes room in memory.
 
@@ -73,6 +76,10 @@ STALL_SECONDS: Final = 1.0
 NEAR_SECONDS: Final = 0.005
 """A peer with a shorter round trip is near."""
 
+SPARE_SECONDS: Final = 0.02
+"""A message to a near peer waits this long, at most, for a busy session while others are idle. On
+an idle one it costs twice the system calls."""
+
 ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
 """Longest pause before one message asks again whether a site that was down answers."""
@@ -129,6 +136,8 @@ class Flow:
         """A session has been let in since the flow was last down."""
         self.is_near = False
         """The round trip to the last host that let a session in is short."""
+        self.takes_along = False
+        """The last host that let a session in is near and pipelines."""
         self.reserved = False
         """The flow may try its site, and has no connection yet; kept by `Openings`."""
         self.patient = False
@@ -283,10 +292,11 @@ class Flow:
         return self.is_crowded or self.rights.are_over(session) or not session.is_covered()
 
     def job_ahead(self, session: Session) -> Job | None:
-        """A job to begin before the current one is settled, if no other session could take it."""
+        """A job to begin before the current one is settled, if no other session is to take it."""
+        others = len(self.opening) + (0 if self._spares_idle else len(self.idle))
         if (
             not self._ahead
-            or len(self.jobs) <= len(self.opening) + len(self.idle)
+            or len(self.jobs) <= others
             or not self._dispatcher.is_here(self.jobs[0])
             or self._dispatcher.stopping
             or self._should_end(session, self.is_contended(session), under_way=1)
@@ -369,7 +379,7 @@ class Flow:
             self.jobs.insert(0, job)
             self.pump()
 
-    def opened(self, session: Session) -> None:
+    def opened(self, session: Session, *, pipelines: bool) -> None:
         """A host let a session in."""
         dispatcher = self._dispatcher
         dispatcher.opened_sessions += 1
@@ -378,6 +388,7 @@ class Flow:
         self.rights.opened(session)
         self.proven = True
         self.is_near = session.round_trip < NEAR_SECONDS
+        self.takes_along = self.is_near and pipelines
         self.down = bool(self.paused)
         self._failures = 0
         self._allowed = min(2 * self._allowed, 1 << 20)
@@ -458,6 +469,8 @@ class Flow:
             if self.rights.are_paced:
                 # Each session that may send wakes the next.
                 waiting = 0 if self.rights.waits_to_send else 1
+            elif self.idle and self._spares_idle:
+                waiting = self._worth_waking(waiting)
             for session in self.idle[-waiting:] if waiting else ():
                 self._openings.busy(session)
                 session.wake()
@@ -476,6 +489,23 @@ class Flow:
                 self._openings.forget(self)
             if not (self.sessions or self.ready or self.refilling):
                 self._dispatcher.flows.forget(self)
+
+    @property
+    def _spares_idle(self) -> bool:
+        """Whether a message may wait for a busy session while others are idle."""
+        return self.takes_along and self._ahead and not self.rights.are_paced
+
+    def _worth_waking(self, waiting: int) -> int:
+        """How many of the waiting messages are worth an idle session now."""
+        busy = len(self.sessions) - len(self.opening) - len(self.idle)
+        suiting = self._suiting(waiting + busy) - busy
+        if suiting >= waiting:
+            return waiting
+        spared_until = self.jobs[0].since + SPARE_SECONDS
+        if monotonic() >= spared_until:
+            return waiting
+        self._dispatcher.flows.look_at(self, spared_until)
+        return max(suiting, 0)
 
     def _wants_session(self, beside: int) -> bool:
         waiting = len(self.jobs) - beside
