@@ -426,7 +426,7 @@ class Mailerq(Program):
     """The project with its embedded queue; all mail goes to a sink.
 
     Both logs are on, because the peers log each message too. `processes` is the value of
-    `smtp-processes`.
+    `smtp-processes`, `checkout` the directory of another version, built there.
     """
 
     def __init__(
@@ -439,29 +439,31 @@ class Mailerq(Program):
         plugins: Path | None = None,
         processes: int = 1,
         options: Sequence[str] = (),
+        checkout: Path = PROJECT,
     ) -> None:
         super().__init__(directory)
         self.name = name
         self.processes = processes
         self.port = free_port()
         self.sink = sink
-        self.command = list(command) or self.find()
+        self.checkout = checkout
+        self.command = list(command) or self.find(checkout)
         self.plugins = plugins
         self.options = list(options)
 
     @staticmethod
-    def find() -> list[str]:
+    def find(checkout: Path = PROJECT) -> list[str]:
         """The command of the project."""
-        installed = PROJECT / ".venv" / "bin" / "python"
+        installed = checkout / ".venv" / "bin" / "python"
         python = str(installed) if installed.exists() else sys.executable
         return [python, "-m", "mailerq"]
 
     def cwd(self) -> Path:
-        return PROJECT
+        return self.checkout
 
     def prepare(self) -> list[str]:
-        if not (PROJECT / "mailerq" / "__main__.py").exists():
-            raise Unavailable("mailerq has no __main__.py: it cannot be started yet")
+        if not (self.checkout / "mailerq" / "__main__.py").exists():
+            raise Unavailable(f"{self.checkout} is no checkout of mailerq")
         settings = {
             "hostname": "relay.test",
             "queue-directory": self.directory / "queue",

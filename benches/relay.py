@@ -8,6 +8,7 @@ twice: with a new connection for each message, and with kept connections.
     python benches/relay.py                     the project, and Postfix beside it
     python benches/relay.py --systems mailerq+plugins,mailerq-1 --base mailerq-1
     python benches/relay.py --rabbitmq          the queue in a file, and in a broker
+    python benches/relay.py --beside DIRECTORY  one process, and another version's
     python benches/relay.py --target HOST:PORT  a server that runs already
 
 "mailerq" is the project with a process for each core, as Postfix has one for each connection.
@@ -328,6 +329,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"what to start, of {', '.join(SYSTEMS)} (%(default)s); empty: none")  # fmt: skip
     add("--rabbitmq", action="store_true",
         help="--systems=mailerq+rabbitmq,mailerq-1 --base=mailerq-1")  # fmt: skip
+    add("--beside", type=Path, metavar="DIRECTORY", help="a checkout of another version, built: "
+        "--systems=mailerq-1,beside --base=beside")  # fmt: skip
     add("--base", default="postfix", help="which the others are compared with (%(default)s)")
     add("--target", metavar="HOST:PORT", help="measure this running server (alone, unless "
         "--systems is given too)")  # fmt: skip
@@ -345,6 +348,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rabbitmq:
         options.systems, options.base = "mailerq+rabbitmq,mailerq-1", "mailerq-1"
+    if options.beside:
+        options.systems, options.base = "mailerq-1,beside", "beside"
     for name in ("messages", "sessions", "size", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -354,7 +359,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         argument.split("=")[0] == "--systems" for argument in (arguments or sys.argv[1:])
     ):
         options.systems = ""
-    unknown = [name for name in _names(options) if name not in SYSTEMS]
+    known = [*SYSTEMS, "beside"] if options.beside else SYSTEMS
+    unknown = [name for name in _names(options) if name not in known]
     if unknown:
         parser.error(f"--systems: there is no {unknown[0]!r}, only {', '.join(SYSTEMS)}")
     if not options.target and not _names(options):
@@ -396,6 +402,9 @@ def _make(name: str, options: argparse.Namespace, directory: Path, sink: Sink) -
         return Haraka(directory / name, sink)
     if name == "mailerq+rabbitmq":
         return OnBroker(directory / name, sink, name=name, options=options.mailerq_option)
+    if name == "beside":
+        checkout = options.beside.resolve()
+        return Mailerq(directory / name, sink, name=name, checkout=checkout)
     plugins = options.plugins
     if name == "mailerq+plugins":
         plugins = directory / "plugins"

@@ -65,7 +65,7 @@ class StubFlow:
     def hosts(self) -> list[Host]:
         return [Host("mx.test", "127.0.0.1")]
 
-    def opened(self, session: Session) -> None:
+    def opened(self, session: Session, *, pipelines: bool) -> None:
         self.open.set()
 
     def next_job(self, session: Session) -> Job | None:
