@@ -57,10 +57,10 @@ class EndOfTurn:
         self._callbacks.append(callback)
 
     def call_after(self, callback: Callback) -> None:
-        """Call `callback` once, at the end of this turn, after all of `call`.
+        """Call `callback` once, at the end of this turn, after the callbacks of `call`.
 
-        By then the bytes of this turn have left. A callback that wakes a thread belongs here: the
-        thread competes for Python's lock, which each system call of the others gives up.
+        By then the bytes of this turn have left. A callback that wakes a thread belongs here: each
+        send gives up Python's lock, and the thread would take it.
         """
         if not self._installed:
             self._install()

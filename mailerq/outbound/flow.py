@@ -77,8 +77,8 @@ NEAR_SECONDS: Final = 0.005
 """A peer with a shorter round trip is near."""
 
 SPARE_SECONDS: Final = 0.02
-"""A message to a near peer waits this long, at most, for a busy session while others are idle. On
-an idle one it costs twice the system calls."""
+"""Longest wait of a message to a near peer for a busy session while other sessions are idle. An idle
+session needs twice the system calls for the message."""
 
 ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
@@ -292,7 +292,7 @@ class Flow:
         return self.is_crowded or self.rights.are_over(session) or not session.is_covered()
 
     def job_ahead(self, session: Session) -> Job | None:
-        """A job to begin before the current one is settled, if no other session is to take it."""
+        """A job to begin before the current one is settled, unless another session will take it."""
         others = len(self.opening) + (0 if self._spares_idle else len(self.idle))
         if (
             not self._ahead
@@ -496,7 +496,7 @@ class Flow:
         return self.takes_along and self._ahead and not self.rights.are_paced
 
     def _worth_waking(self, waiting: int) -> int:
-        """How many of the waiting messages are worth an idle session now."""
+        """How many idle sessions to wake for this number of waiting messages."""
         busy = len(self.sessions) - len(self.opening) - len(self.idle)
         suiting = self._suiting(waiting + busy) - busy
         if suiting >= waiting:

@@ -8,7 +8,7 @@ until one lets it in, and only then takes a job. One body is under way at a time
 session is idle, and waits for `wake` or for the peer.
 
 The envelope of the next message may go ahead, right behind a body that is not long. Conditions: a
-message waits that no other session is to take, and the peer pipelines and answered the last
+message waits that no other session will take, and the peer pipelines and answered the last
 body promptly. A message then costs one round trip. From then on the message belongs to this
 session. It goes back to the flow if the session ends first, or if the reply to the body is slow.
 Plugin output outside an event waits for the next dot: else it would become part of that mail.

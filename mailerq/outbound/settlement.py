@@ -66,12 +66,11 @@ __all__ = ["Counters", "Settlements"]
 log = logging.getLogger("mailerq.delivery")
 
 SETTLERS: Final = 8
-"""Batches handed to the queue at a time: more than turns of a busy loop in which results come in
-during one commit. A result that no task hands over waits for one commit more, and its session with
-it."""
+"""Batches handed to the queue at a time. During one commit, results come in over several turns of a
+busy loop. A result without a free task waits for one more commit, and so does its session."""
 
 WITH_BODIES: Final = 2
-"""Of these, batches that fetch bodies or make reports, because of `MAX_HELD`."""
+"""Of these, the batches that fetch bodies or make reports: each may hold `MAX_HELD` bytes."""
 
 MIN_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 10.0

@@ -1,4 +1,4 @@
-"""Requests of a loop's tasks: when they are handed over to the writer, and together."""
+"""Batches: when the requests of a busy loop reach the writer, and which share a commit."""
 
 from __future__ import annotations
 
