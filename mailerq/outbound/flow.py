@@ -77,8 +77,8 @@ NEAR_SECONDS: Final = 0.005
 """A peer with a shorter round trip is near."""
 
 SPARE_SECONDS: Final = 0.02
-"""Longest wait of a message to a near peer for a busy session while other sessions are idle. An idle
-session needs twice the system calls for the message."""
+"""Longest wait of a message to a near peer for a busy session while other sessions are idle. An
+idle session needs twice the system calls for the message."""
 
 ASK_SECONDS: Final = 30.0
 MAX_ASK_SECONDS: Final = 600.0
