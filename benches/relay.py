@@ -349,6 +349,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.rabbitmq:
         options.systems, options.base = "mailerq+rabbitmq,mailerq-1", "mailerq-1"
     if options.beside:
+        if options.rabbitmq:
+            parser.error("--beside and --rabbitmq are two comparisons: name one")
+        if not (options.beside / ".venv" / "bin" / "python").exists():
+            parser.error(f"--beside: {options.beside} is not built; run make build there")
         options.systems, options.base = "mailerq-1,beside", "beside"
     for name in ("messages", "sessions", "size", "rounds"):
         if getattr(options, name) < 1:
