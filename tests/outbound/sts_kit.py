@@ -90,7 +90,7 @@ async def open_sts_bench(directory: Path, **settings: Any) -> AsyncIterator[StsB
             "hostname": "me.example",
             "queue_directory": str(directory / "queue"),
             "dns_servers": [dns.address],
-            "dns_timeout": 1.0,
+            "dns_timeout": 2.0,
             "dns_attempts": 1,
             "smtp_out_forbidden": (),
             "mta_sts_port": web.port,

@@ -28,7 +28,7 @@ CAME = {"connection": {"remote-ip": "192.0.2.1"}}
 
 @asynccontextmanager
 async def open_sealing(
-    keys: Keys, *, more: str = "", **settings: Any
+    keys: Keys, *, more: str = "", dns_timeout: float = 30.0, **settings: Any
 ) -> AsyncIterator[tuple[Bench, DnsServer]]:
     """A relay with a key for ARC, and a DNS server that the relay asks."""
     path = keys.directory.parent / "dkim.toml"
@@ -38,7 +38,7 @@ async def open_sealing(
     )
     settings = {"dkim_file": str(path), "arc_seal": True, **settings}
     async with open_dns_server(keys.zone) as server, open_bench(**settings) as bench:
-        config = Config(dns_servers=(server.address,), dns_timeout=0.2, dns_attempts=1)
+        config = Config(dns_servers=(server.address,), dns_timeout=dns_timeout, dns_attempts=1)
         bench.dispatcher.signer.chains.resolver = Resolver(config)
         yield bench, server
 
@@ -157,7 +157,7 @@ async def test_a_broken_chain_is_sealed_as_broken_and_once(
 async def test_a_chain_is_not_sealed_while_the_name_servers_do_not_answer(keys: Keys) -> None:
     keys.add("relay.test", "arc")
     mail = sealed_by_dkimpy(MAIL, keys)
-    async with open_sealing(keys) as (bench, server):
+    async with open_sealing(keys, dns_timeout=2.0) as (bench, server):
         server.zone = lambda name, kind: None
         assert await passed_on(bench, mail) == mail
         server.zone = keys.zone

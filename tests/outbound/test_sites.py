@@ -67,7 +67,7 @@ async def open_hosts(
             "smtp_out_port": 2525,  # not the one of this host: its addresses are those of others
             "hostname": "me.test",
         }
-        resolver: Any = Resolver(Config(**resolver_settings, dns_timeout=0.5, dns_attempts=1))
+        resolver: Any = Resolver(Config(**resolver_settings, dns_timeout=30.0, dns_attempts=1))
         async with open_bench(
             *[script] * 200, resolver=resolver, address="0.0.0.0", **settings
         ) as bench:

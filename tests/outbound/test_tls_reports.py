@@ -128,7 +128,7 @@ async def open_bench(directory: Path, **settings: Any) -> AsyncIterator[Bench]:
             "hostname": "me.example",
             "queue_directory": str(directory / "queue"),
             "dns_servers": [dns.address],
-            "dns_timeout": 1.0,
+            "dns_timeout": 30.0,
             "dns_attempts": 1,
             "smtp_out_forbidden": (),
             "tls_report": True,
