@@ -20,6 +20,7 @@ cdef class Dispatcher:
     cdef object __weakref__
 
     cpdef admit(self, lease, wanted=*)
+    cpdef send(self, job, wanted=*)
     cpdef judge(self, lease)
     cpdef decide(self, message, double now, double seen)
     cpdef _body_problem(self, message)

@@ -363,16 +363,17 @@ class Dispatcher:
         """
         if wanted is not None and wanted.down:
             self._intake.put_back(lease)
-            return
-        job = self.judge(lease)
-        if job is None:
-            return
+        elif (job := self.judge(lease)) is not None:
+            self.send(job, wanted)
+
+    def send(self, job: Job, wanted: Flow | None = None) -> None:
+        """Place a message, after a lookup of its hosts if they are not known; see `admit`."""
         route = job.plan.route
         found = self._sites.known(route)
         if found is not None:
             self.place(job, found, wanted)
             return
-        self._intake.destination(lease.destination).placing += 1
+        self._intake.destination(job.lease.destination).placing += 1
         self.looked_up += 1
         jobs = self._looking_up.get(route)
         if jobs is not None:

@@ -568,7 +568,7 @@ class Flow:
             return False
         session = Session(self, dispatcher.worker)
         rights.give_to(session)
-        session.is_try, self.reserved = self.reserved, False
+        session.is_try = openings.use_try(self)
         session.patient = self.patient
         self.sessions[session] = None
         self.opening[session] = None
@@ -576,7 +576,12 @@ class Flow:
         return True
 
     def _wait_for_slot(self) -> None:
-        """Wait for a slot with one message in memory, or without if others wait for a message."""
+        """Wait for a slot with one message in memory, or without if others wait for a message.
+
+        If an idle connection ends for it, the slot comes soon, and the flow keeps its messages.
+        """
+        if self._openings.gets_slot(self):
+            return
         if self.proven and self._dispatcher.flows.some_are_bare:
             self._openings.forget(self)
             self._put_back()
@@ -740,7 +745,7 @@ class Flow:
 
     def resume_from(self, pause: Pause) -> None:
         """Take the place of a pause, with the right to try if the pause has it."""
-        self.down = True
+        self.down = not pause.is_new
         self.reserved, pause.reserved = pause.reserved, False
         self.patient, self._ahead, self._failures = pause.patient, pause.ahead, pause.failures
         self.last = pause.said

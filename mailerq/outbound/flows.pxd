@@ -6,6 +6,7 @@ cimport cython
 @cython.final
 cdef class Flows:
     cdef public dict live, pauses
+    cdef public list _asking
     cdef public bint _many
     cdef public double _counted_until
     cdef public object choice, looks, _dispatcher, _intake, _sites, _openings

@@ -7,8 +7,9 @@ place, which keeps little more than the number of failures and the time to look 
 time comes, when a message's own retry time comes, or when the pause gets the right to try its site,
 some of its mail is examined. Expired messages are finished, and one message asks: its target is
 looked up anew, and a new flow, which stays down until a host lets it in, tries that message. If no
-host does, a pause takes the flow's place again. A pause without mail is dropped when its time is
-over.
+host does, a pause takes the flow's place again. A pause of a flow that has only waited for its
+first try is *new*: nothing is known against its hosts, and its flow begins with several messages.
+A pause without mail is dropped when its time is over.
 
 Silent hosts, however many, keep most pauses waiting for the right to try, for hours perhaps.
 A pause that waits looks for expired mail meanwhile.
@@ -24,12 +25,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from mailerq.outbound.choice import BUSY, FREE, Choice
-from mailerq.outbound.flow import MAX_ASK_SECONDS, Flow
+from mailerq.outbound.flow import LEAST_WINDOW, MAX_ASK_SECONDS, Flow
 from mailerq.outbound.jobs import Job
 from mailerq.outbound.pause import Key, Pause
 from mailerq.outbound.timers import Times
 
 if TYPE_CHECKING:
+    from mailerq.net.resolver import NoHosts
     from mailerq.outbound.dispatcher import Dispatcher
     from mailerq.outbound.intake import Destination, Intake
     from mailerq.outbound.sites import Site, Sites
@@ -39,6 +41,9 @@ __all__ = ["Flows"]
 
 ASK_MESSAGES: Final = 100
 """Messages examined each time a flow that has failed asks; some have expired."""
+
+NEW_MESSAGES: Final = LEAST_WINDOW
+"""Messages that a flow begins with that has waited for its first try."""
 
 WAIT_MESSAGES: Final = 10
 """Messages examined when a pause that waits for a try looks; there may be many such pauses."""
@@ -53,6 +58,23 @@ NEXT_LOOK_SECONDS: Final = 0.1
 """Pause before more mail is examined, if none of the last could ask."""
 
 
+class _Look:
+    """The examination of a pause's mail."""
+
+    __slots__ = ("destinations", "jobs", "left", "pause")
+
+    def __init__(self, pause: Pause, has_slot: bool) -> None:
+        self.pause = pause
+        self.destinations = list(pause.ready())
+        """The destinations that are not examined yet."""
+        self.jobs: list[Job] = []
+        """What may be sent: one message, or some if the pause is new."""
+        self.left = WAIT_MESSAGES
+        """How many more messages to examine, at most."""
+        if pause.may_ask:
+            self.left = (NEW_MESSAGES if has_slot else 1) if pause.is_new else ASK_MESSAGES
+
+
 class Flows:
     """The flows of a dispatcher."""
 
@@ -65,6 +87,8 @@ class Flows:
         self._intake = intake
         self._sites = sites
         self._openings = dispatcher.openings
+        self._asking: list[Pause] = []
+        """Pauses whose mail is examined from the next turn of the loop on."""
         self._many, self._counted_until = False, 0.0
         self.choice = Choice(dispatcher, self.pauses)
 
@@ -182,7 +206,7 @@ class Flows:
         return flow
 
     def ask(self, pause: Pause, *, examine: bool = False) -> None:
-        """Let one message test whether a flow can send again, if its site may be tried now.
+        """Test whether a flow can send again, if its site may be tried now.
 
         Otherwise the pause waits in line for that. With `examine`, finish expired mail anyway.
         """
@@ -193,46 +217,95 @@ class Flows:
             self.look_at(pause, monotonic() + MAX_ASK_SECONDS)
         if (may_ask or examine) and not pause.asking:
             pause.asking = True
-            self._dispatcher.start_soon(self._examine, pause)
+            if not self._asking:
+                self._dispatcher.start_soon(self._examine_together)
+            self._asking.append(pause)
 
-    async def _examine(self, pause: Pause) -> None:
-        """Examine some mail of a pause: finish expired messages, and try one."""
+    async def _examine_together(self) -> None:
+        """Examine mail of the pauses that ask in one turn of the loop, with few reads."""
+        asking, self._asking = self._asking, []
+        most = self._intake.subscription.takes_together
+        while asking:
+            self._dispatcher.start_soon(self._examine, asking[:most])
+            del asking[:most]
+
+    async def _examine(self, pauses: Sequence[Pause]) -> None:
+        """Examine some mail of pauses: finish expired messages, and try what each may try."""
         dispatcher, intake = self._dispatcher, self._intake
-        if not pause.may_ask:
-            most = WAIT_MESSAGES
-        else:
-            most = ASK_MESSAGES if pause.failures else 1
-        most = max(min(most, intake.room), 1)
-        job: Job | None = None
-        for destination in pause.ready():
-            if most < 1:
-                break
-            if destination.taking or destination.placing:
-                continue
-            pause.to_the_end(destination)
-            leases = await intake.take(destination, most)
-            most -= max(len(leases), 1)
-            for lease in leases:
-                each = dispatcher.judge(lease)
-                if each is not None and job is None:
-                    job = each
-                elif each is not None:
-                    dispatcher.put_back(each)
-            intake.taken(destination)
+        slots = dispatcher.openings.free_slots(sum([pause.reserved for pause in pauses]))
+        looks = [_Look(pause, n < slots) for n, pause in enumerate(pauses)]
+        while takes := self._next_takes(looks):
+            found = await intake.take_each([(each, limit) for _, each, limit in takes])
+            for (look, destination, _), leases in zip(takes, found, strict=True):
+                look.left -= max(len(leases), 1)
+                for lease in leases:
+                    job = dispatcher.judge(lease)
+                    if job is None:
+                        continue
+                    if look.jobs and not look.pause.is_new:
+                        dispatcher.put_back(job)
+                    else:
+                        look.jobs.append(job)
+                intake.taken(destination)
+        for look in looks:
+            self._try(look.pause, look.jobs)
+
+    def _next_takes(self, looks: Sequence[_Look]) -> list[tuple[_Look, Destination, int]]:
+        """For each look the destination to examine next, with the number of messages to take."""
+        takes: list[tuple[_Look, Destination, int]] = []
+        room = self._intake.room
+        for look in looks:
+            while look.left > 0 and look.destinations:
+                destination = look.destinations.pop(0)
+                if not (destination.taking or destination.placing):
+                    look.pause.to_the_end(destination)
+                    limit = max(min(look.left, room), 1)
+                    room -= limit
+                    destination.taking = True
+                    takes.append((look, destination, limit))
+                    break
+        return takes
+
+    def _try(self, pause: Pause, jobs: list[Job]) -> None:
+        """Try the site of a pause with the messages that were examined, if it may be tried now."""
         may_ask = pause.may_ask
-        if job is not None and may_ask:
-            pause.to_the_end(intake.destination(job.lease.destination))
-            dispatcher.place(job, await self._sites.find(job.plan.route), pause)
-        elif job is not None:
-            dispatcher.put_back(job)
+        if jobs and may_ask:
+            site = self._sites.known(jobs[0].plan.route)
+            if site is None:
+                while len(jobs) > 1:  # the lookup may take long
+                    self._dispatcher.put_back(jobs.pop())
+                self._dispatcher.start_soon(self._find_and_try, pause, jobs[0])
+                return
+            self._place(pause, jobs, site)
+        else:
+            for job in jobs:
+                self._dispatcher.put_back(job)
+        self._examined(pause, again=bool(jobs) and not may_ask)
+
+    async def _find_and_try(self, pause: Pause, job: Job) -> None:
+        """Find the hosts of a pause's message, and try them."""
+        self._place(pause, [job], await self._sites.find(job.plan.route))
+        self._examined(pause)
+
+    def _place(self, pause: Pause, jobs: Sequence[Job], site: Site | NoHosts) -> None:
+        first, *more = jobs
+        pause.to_the_end(self._intake.destination(first.lease.destination))
+        self._dispatcher.place(first, site, pause)
+        for job in more:
+            self._dispatcher.send(job)
+
+    def _examined(self, pause: Pause, *, again: bool = False) -> None:
+        """Some mail of a pause was examined: look for more, or drop the pause.
+
+        `again`: there is mail to try the site with, and it might not be tried then.
+        """
         pause.asking = False
         if self.pauses.get(pause.key) is not pause:
             return  # a flow asks
         if pause.paused:
             self.looks.discard(pause)
             self._openings.forget(pause)
-            return
-        if job is not None and not may_ask:
+        elif again:
             self.ask(pause)
         elif pause.ready():
             # All of that mail had expired, or now goes elsewhere.

@@ -15,6 +15,8 @@ cdef class Destination:
 @cython.final
 cdef class Intake:
     cdef public Py_ssize_t leased, _most, _first_window, _least, _few, _direct, _asked, _sorting
+    cdef public Py_ssize_t _enough, _sorted
+    cdef public double _sort_again
     cdef public bint _serves_soon, _begun, _newest
     cdef public list _early
     cdef public dict _destinations

@@ -18,7 +18,8 @@ Messages in memory are at most `rabbitmq-qos`, plus a few for each flow that has
 nothing to send over it: no flow waits for the memory of others. A flow without a connection gets
 a message to wait for one with, while few others do; else the flows that have one could fill memory
 for ever. Flows that no host has let in yet share half of the memory, and destinations are sorted
-while few such flows exist, so mail for a new destination waits for nobody.
+while few such flows exist, so mail for a new destination waits for nobody. While deliveries to near
+peers keep the machine busy, sorting keeps pace with the tries: see `SORT_SECONDS`.
 
 Flows stand in line for mail, and those of one turn of the loop take theirs with one read of the
 queue, if the queue can do that. The new mail sets out together, so its results come together too.
@@ -34,6 +35,7 @@ import logging
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -67,6 +69,12 @@ FEW_SHARE: Final = 4
 DIRECT_SHARE: Final = 2
 """A flow that keeps up gets all arriving mail while memory holds less than 1/`DIRECT_SHARE` of
 `rabbitmq-qos`: a message that goes to the file has to be read again."""
+
+ENOUGH_SHARE: Final = 8
+SORT_SECONDS: Final = 0.25
+"""While near peers keep the machine busy, destinations are sorted when 1/`ENOUGH_SHARE` of memory
+is free, and as many as can be tried; others after `SORT_SECONDS`. Mail of a destination that
+cannot be tried yet goes back to the queue, and has to be read again."""
 
 READ_AGAIN_SECONDS: Final = 5.0
 """Pause before the next read of a destination that the queue could not read."""
@@ -117,13 +125,16 @@ class Intake:
         self._least = min(LEAST_WINDOW, dispatcher.max_window)
         self._direct = most // DIRECT_SHARE
         self._few = max(most // FEW_SHARE, 1)
+        self._enough = most // ENOUGH_SHARE
         self._destinations: dict[str, Destination] = {}
         self._unsorted: deque[Destination] = deque()
         self._sorters = trio.lowlevel.ParkingLot()
         self._newest = True
+        self._sort_again = 0.0
         self._serves_soon = False
         self._asked = 0  # messages that are being taken
         self._sorting = 0  # of these, to sort destinations
+        self._sorted = 0  # the destinations that are being sorted
         # Flows that get mail at the next take, those that wait for room in memory, and those with
         # neither mail in memory nor a connection.
         self._next_line: OrderedDict[Flow, None] = OrderedDict()
@@ -330,15 +341,18 @@ class Intake:
 
     # Taking
 
-    async def take(self, destination: Destination, limit: int) -> Sequence[Lease]:
-        """Take mail of a destination, and note what is left in the queue."""
-        self._asked += limit
-        return (await self._take_each([(destination, limit)]))[0]
+    async def take_each(
+        self, wanted: Sequence[tuple[Destination, int]]
+    ) -> Sequence[Sequence[Lease]]:
+        """Take mail of destinations, each with a limit, and note what is left in the queue."""
+        for _, limit in wanted:
+            self._asked += limit
+        return await self._take_each(wanted)
 
     async def _take_each(
         self, wanted: Sequence[tuple[Destination, int]]
     ) -> Sequence[Sequence[Lease]]:
-        """Take mail of destinations, each with a limit that `_asked` has; see `take`."""
+        """`take_each`, with limits that `_asked` has already."""
         for destination, _ in wanted:
             destination.taking, destination.news = True, False
         results: Sequence[Taken | QueueError]
@@ -539,9 +553,11 @@ class Intake:
         """Take some mail of destinations without a flow, to find the flow."""
         while True:
             while not (wanted := self._next_unsorted()):
-                await self._sorters.park()
+                with trio.move_on_after(SORT_SECONDS if self._unsorted else math.inf):
+                    await self._sorters.park()
             found = await self._take_each(wanted)
             self._sorting -= sum(limit for _, limit in wanted)
+            self._sorted -= len(wanted)
             for (destination, _), leases in zip(wanted, found, strict=True):
                 for lease in leases:
                     self._dispatcher.admit(lease)
@@ -554,8 +570,9 @@ class Intake:
             return wanted
         left = self._room_to_sort()
         most = self.subscription.takes_together
-        openings = self._dispatcher.openings
-        slots = 0 if openings.contended else openings.slots.left
+        tries = self._free_tries
+        if self._may_wait:
+            most = min(most, tries)
         while self._unsorted and left > 0 and len(wanted) < most:
             # Alternate newest and oldest: failing lookups hold up the oldest.
             self._newest = not self._newest
@@ -565,13 +582,16 @@ class Intake:
             if is_sorted or not destination.waits or destination.taking:
                 continue  # nothing is to be found any more
             limit = min(destination.group, left)
-            if destination.group == LEAST_WINDOW and len(wanted) >= slots:
-                limit = 1  # a flow that waits for a slot keeps no more
+            if destination.group == LEAST_WINDOW and len(wanted) >= tries:
+                limit = 1  # a flow that waits for a slot or a try keeps no more
             destination.group = min(2 * destination.group, MAX_GROUP)
             wanted.append((destination, limit))
             left -= limit
             self._asked += limit
             self._sorting += limit
+        self._sorted += len(wanted)
+        if wanted:
+            self._sort_again = monotonic() + SORT_SECONDS
         return wanted
 
     def _room_to_sort(self) -> int:
@@ -582,7 +602,19 @@ class Intake:
         dispatcher = self._dispatcher
         beginners = dispatcher.openings.beginners + dispatcher.looked_up + self._sorting
         room = max(self.room, self._few - beginners)
-        return int(min(room, dispatcher.room_to_look_up - self._sorting))
+        room = min(room, int(dispatcher.room_to_look_up) - self._sorting)
+        few = room < self._enough or self._free_tries < dispatcher.openings.few_tries
+        return 0 if few and self._may_wait else room
+
+    @property
+    def _free_tries(self) -> int:
+        """How many more destinations could be tried at once."""
+        return max(int(self._dispatcher.openings.free_tries) - self._sorted, 0)
+
+    @property
+    def _may_wait(self) -> bool:
+        """Whether destinations that cannot be tried yet wait to be sorted."""
+        return self._dispatcher.flows.many_send_nearby() and monotonic() < self._sort_again
 
     def placed(self, key: str, *, late: bool = False) -> None:
         """A message's hosts are found, and the message is placed.

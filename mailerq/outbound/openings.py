@@ -6,8 +6,8 @@ A connection to another host holds a slot from its opening to its end. A flow wi
 in line. A free slot goes to one flow, so that all flows take turns. Flows that no host has let in
 yet have a line of their own, which gets every second slot: fresh mail for a new destination does
 not wait until thousands of slow destinations have had a turn. When a flow begins to wait, an idle
-connection is closed. While flows wait (`contended`), sessions end instead of becoming idle, and
-other sessions after their share.
+connection is closed, and the flow keeps its mail in memory: the slot comes soon. While flows wait
+(`contended`), sessions end instead of becoming idle, and other sessions after their share.
 
 A host that never answers keeps its slot until the timeout. So connections of flows that no host has
 let in yet are *tries*, at most `SITE_TRIES` to one site. A try is *quick* at first. Without an
@@ -55,10 +55,13 @@ class Openings:
         self.messages = 1 << 20
         """Messages in memory; each try has one, and tries leave memory to other mail."""
         self._worker = worker
-        self._line: OrderedDict[Flow, None] = OrderedDict()
-        self._new_line: OrderedDict[Flow, None] = OrderedDict()
+        # The flows that wait for a slot, and whether an idle connection ends for each.
+        self._line: OrderedDict[Flow, bool] = OrderedDict()
+        self._new_line: OrderedDict[Flow, bool] = OrderedDict()
         self._is_for_new = False
         self._quick = self._patient = 0
+        self._reserved = 0
+        """Of these tries, those without a connection yet."""
         self._trying: dict[bytes, int] = {}
         """Connections being opened to each site, which may never answer."""
         # A pause may leave a line; its place there is skipped.
@@ -78,6 +81,24 @@ class Openings:
     def _most_tries(self) -> int:
         return max(int(min(self.slots.limit, self.messages)) // TRY_SHARE, 1)
 
+    def free_slots(self, reserved: int = 0) -> int:
+        """Slots that nobody waits for or is about to take, with those of idle connections.
+
+        `reserved` is the number of tries that have not begun and whose slots count as free.
+        """
+        left = 0 if self.contended else int(min(self.slots.left, 1 << 20))
+        return max(left + len(self._idle) - self._reserved + reserved, 0)
+
+    @property
+    def free_tries(self) -> int:
+        """How many more connections to hosts that have not let us in yet may begin now."""
+        return min(self.free_slots(), max(self._most_tries - self._quick, 0))
+
+    @property
+    def few_tries(self) -> int:
+        """Below this number of free tries, most are in use."""
+        return max(self._most_tries // TRY_SHARE, 1)
+
     @property
     def waiting(self) -> int:
         """Flows that wait for a slot."""
@@ -96,9 +117,9 @@ class Openings:
     def take(self, flow: Flow) -> bool:
         """Take a slot for one more connection; without one the flow waits for its turn."""
         if (self.contended and self._turn is not flow) or not self.slots.take():
-            if not self.awaits(flow):
-                (self._line if flow.proven else self._new_line)[flow] = None
-            self._close_idle()
+            line = self._line if flow.proven else self._new_line
+            if not line.get(flow):
+                line[flow] = self._close_idle()
             return False
         self._turn = None
         self._leave_line(flow)
@@ -107,6 +128,10 @@ class Openings:
     def awaits(self, flow: Flow) -> bool:
         """Whether a flow waits for a slot."""
         return flow in self._line or flow in self._new_line
+
+    def gets_slot(self, flow: Flow) -> bool:
+        """Whether an idle connection ends for a flow that waits for a slot."""
+        return self._line.get(flow, False) or self._new_line.get(flow, False)
 
     def _leave_line(self, flow: Flow) -> None:
         self._line.pop(flow, None)
@@ -163,7 +188,14 @@ class Openings:
         if isinstance(flow, Pause):
             flow.line = None
         flow.reserved = True
+        self._reserved += 1
         return True
+
+    def use_try(self, flow: Flow) -> bool:
+        """A session begins; return whether that is the try that the flow has reserved."""
+        was_reserved, flow.reserved = flow.reserved, False
+        self._reserved -= was_reserved
+        return was_reserved
 
     def _line_for(self, flow: Flow | Pause) -> deque[Pause] | None:
         """The line to wait in; None if the flow may try."""
@@ -231,9 +263,11 @@ class Openings:
         """A session is no longer idle."""
         self._idle.pop(session, None)
 
-    def _close_idle(self) -> None:
-        if self._idle:
-            self._idle.popitem(last=False)[0].leave()
+    def _close_idle(self) -> bool:
+        if not self._idle:
+            return False
+        self._idle.popitem(last=False)[0].leave()
+        return True
 
     def forget(self, flow: Flow | Pause) -> None:
         """Drop a flow from all lines."""
@@ -243,4 +277,5 @@ class Openings:
             self._leave_line(flow)
         if flow.reserved:
             flow.reserved = False
+            self._reserved -= 1
             self.end_try(flow, patient=flow.patient)

@@ -77,6 +77,11 @@ class Pause:
         return self.key[2]
 
     @property
+    def is_new(self) -> bool:
+        """Whether nothing is known against the hosts: the flow waits for its first try."""
+        return not (self.failures or self.patient)
+
+    @property
     def may_ask(self) -> bool:
         """Whether a message may be tried now."""
         return self.reserved or not self.has_hosts

@@ -1,0 +1,145 @@
+"""Mail for many sites that have let nobody in yet: how often it is read, and what it waits for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import trio
+
+from mailerq.message import Message
+from mailerq.net.resolver import Host, NoHosts
+from mailerq.net.slots import Slots
+from mailerq.outbound import intake, session
+from mailerq.queues.interface import Taken
+from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
+from tests.outbound.test_flows import Found, Wanted, watch_takes
+
+EACH = 4
+
+
+class Reads:
+    """The reads of the queue: how many takes each has, and how many messages each take finds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.takes: list[int] = []
+        self.messages: list[int] = []
+        watch_takes(monkeypatch, self._noted)
+
+    def _noted(self, wanted: Wanted, found: Found) -> None:
+        self.takes.append(len(wanted))
+        self.messages += [len(taken.leases) for taken in found if isinstance(taken, Taken)]
+
+
+def fill(bench: Bench, domains: list[str], each: int = EACH) -> None:
+    """Queue mail for some domains in turns; all of it comes due at once."""
+    for number in range(len(domains) * each):
+        recipient = f"c{number}@{domains[number % len(domains)]}"
+        message = Message({"envelope": "a@b.test", "recipient": recipient}, b"hi\r\n")
+        bench.queues.put(message, bench.queues.now + 10)
+    bench.queues.pass_time(10)
+
+
+def make_busy(bench: Bench) -> None:
+    """Have the dispatcher believe that many flows send to near peers, for good."""
+    bench.dispatcher.flows._many, bench.dispatcher.flows._counted_until = True, math.inf
+
+
+def domains(count: int) -> list[str]:
+    return [f"d{number}.test" for number in range(count)]
+
+
+async def test_pauses_that_ask_at_one_time_have_their_mail_read_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def says_421(peer: PeerConnection) -> None:
+        await peer.send("421 4.3.2 not now\r\n")
+
+    async with open_bench(*[says_421] * 20) as bench:
+        for domain in domains(20):
+            for _ in range(2):
+                bench.send(recipient=f"c@{domain}")
+        await bench.results("retry", 20)
+        await bench.until(lambda _: len(bench.dispatcher.flows.pauses) == 20)
+        reads = Reads(monkeypatch)
+        bench.dispatcher.flush()
+        await bench.results("success", 20)
+    assert reads.takes[0] == 20
+
+
+async def test_a_flow_that_waited_for_its_first_try_begins_with_several_messages() -> None:
+    steps = [trio.Event(), trio.Event()]
+
+    def waits(event: trio.Event) -> object:
+        async def script(peer: PeerConnection) -> None:
+            await event.wait()
+            await peer.serve()
+
+        return script
+
+    async with open_bench(*map(waits, steps), slots=Slots(4), domain_maxconnections=1) as bench:
+        fill(bench, domains(2))  # and one of four slots may be used for a try
+        await bench.until(lambda found: len(bench.dispatcher.flows.pauses) == 1)
+        steps[0].set()
+        await bench.until(lambda found: bench.peer.connections == 2)
+        (second,) = (each for each in bench.dispatcher.flows.live if each.opening)
+        assert len(second.jobs) == EACH
+        steps[1].set()
+        await bench.results("success", 2 * EACH)
+
+
+async def test_one_idle_connection_ends_for_a_flow_that_waits_and_keeps_its_mail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with open_bench(slots=Slots(3), domain_maxconnections=1) as bench:
+        for count, domain in enumerate(domains(3), 1):
+            bench.send(recipient=f"c@{domain}")
+            await bench.results("success", count)
+        assert bench.dispatcher.statistics()["idle"] == 3
+        reads = Reads(monkeypatch)
+        for number in range(8):
+            bench.send(recipient=f"c{number}@new.test")
+        await bench.results("success", 3 + 8)
+        assert bench.peer.connections == 4
+        assert reads.messages == []
+        assert len(bench.dispatcher.flows.live) == 3
+
+
+async def test_a_busy_machine_reads_mail_for_new_sites_when_they_can_be_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(intake, "SORT_SECONDS", 60.0)
+    reads = Reads(monkeypatch)
+    async with open_bench(slots=Slots(80)) as bench:  # 20 tries
+        make_busy(bench)
+        fill(bench, domains(200))
+        await bench.results("success", 200 * EACH)
+    # The first read takes a message of each destination that it cannot have tried.
+    assert sum(reads.messages) <= 200 * EACH + 100
+
+
+async def test_mail_for_a_known_site_waits_for_no_try_while_the_machine_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All tries are in use, and only a message tells which site a domain has."""
+
+    class OneHost(StubResolver):
+        async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
+            await trio.lowlevel.checkpoint()
+            return (Host("good.test" if "good" in domain else f"mx.{domain}", "127.0.0.1"),)
+
+    async def is_silent(peer: PeerConnection) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(session, "QUICK_SECONDS", 600.0)
+    scripts = [PeerConnection.serve, *[is_silent] * 20]
+    settings = {"smtp_out_timeout": 600.0, "slots": Slots(8), "resolver": OneHost()}
+    async with open_bench(*scripts, **settings) as bench:
+        make_busy(bench)
+        bench.send(recipient="c@good1.test")
+        await bench.results("success")
+        fill(bench, [f"silent{number}.test" for number in range(6)], 1)
+        await bench.until(lambda _: bench.dispatcher.openings.free_tries == 0)
+        fill(bench, ["good2.test"], 1)
+        await bench.results("success", 2)
+        assert bench.peer.mails[-1].recipient.endswith("@good2.test")
