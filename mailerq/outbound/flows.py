@@ -74,6 +74,10 @@ class _Look:
         if pause.may_ask:
             self.left = (NEW_MESSAGES if has_slot else 1) if pause.is_new else ASK_MESSAGES
 
+    @property
+    def is_over(self) -> bool:
+        return self.left < 1 or not self.destinations
+
 
 class Flows:
     """The flows of a dispatcher."""
@@ -234,7 +238,8 @@ class Flows:
         dispatcher, intake = self._dispatcher, self._intake
         slots = dispatcher.openings.free_slots(sum([pause.reserved for pause in pauses]))
         looks = [_Look(pause, n < slots) for n, pause in enumerate(pauses)]
-        while takes := self._next_takes(looks):
+        while looks:
+            takes = self._next_takes(looks)
             found = await intake.take_each([(each, limit) for _, each, limit in takes])
             for (look, destination, _), leases in zip(takes, found, strict=True):
                 look.left -= max(len(leases), 1)
@@ -247,15 +252,17 @@ class Flows:
                     else:
                         look.jobs.append(job)
                 intake.taken(destination)
-        for look in looks:
-            self._try(look.pause, look.jobs)
+            for look in looks:
+                if look.is_over:
+                    self._try(look.pause, look.jobs)
+            looks = [look for look in looks if not look.is_over]
 
     def _next_takes(self, looks: Sequence[_Look]) -> list[tuple[_Look, Destination, int]]:
         """For each look the destination to examine next, with the number of messages to take."""
         takes: list[tuple[_Look, Destination, int]] = []
         room = self._intake.room
         for look in looks:
-            while look.left > 0 and look.destinations:
+            while not look.is_over:
                 destination = look.destinations.pop(0)
                 if not (destination.taking or destination.placing):
                     look.pause.to_the_end(destination)

@@ -347,7 +347,7 @@ class Intake:
         """Take mail of destinations, each with a limit, and note what is left in the queue."""
         for _, limit in wanted:
             self._asked += limit
-        return await self._take_each(wanted)
+        return await self._take_each(wanted) if wanted else ()
 
     async def _take_each(
         self, wanted: Sequence[tuple[Destination, int]]

@@ -13,6 +13,7 @@ from mailerq.net.slots import Slots
 from mailerq.outbound import intake, session
 from mailerq.queues.interface import Taken
 from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
+from tests.outbound.memory_queues import MemorySubscription
 from tests.outbound.test_flows import Found, Wanted, watch_takes
 
 EACH = 4
@@ -65,6 +66,44 @@ async def test_pauses_that_ask_at_one_time_have_their_mail_read_together(
         bench.dispatcher.flush()
         await bench.results("success", 20)
     assert reads.takes[0] == 20
+
+
+async def test_a_pause_whose_mail_takes_several_reads_does_not_keep_up_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A site with two domains has the mail of one examined after that of the other."""
+
+    class TwoSites(StubResolver):
+        async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
+            await trio.lowlevel.checkpoint()
+            return (Host("one.test" if domain == "one.test" else "two.test", "127.0.0.1"),)
+
+    async def says_421(peer: PeerConnection) -> None:
+        await peer.send("421 4.3.2 not now\r\n")
+
+    goes_on = trio.Event()
+    take_each = MemorySubscription.take_each
+    reads = 0
+
+    async def slow(self: MemorySubscription, wanted: Wanted) -> Found:
+        nonlocal reads
+        reads += 1
+        if reads > 1:
+            await goes_on.wait()
+        return await take_each(self, wanted)
+
+    async with open_bench(*[says_421] * 2, resolver=TwoSites()) as bench:
+        for domain in ("one.test", "a.test", "b.test"):
+            for _ in range(2):
+                bench.send(recipient=f"c@{domain}")
+        await bench.results("retry", 2)
+        await bench.until(lambda _: len(bench.dispatcher.flows.pauses) == 2)
+        monkeypatch.setattr(MemorySubscription, "take_each", slow)
+        bench.dispatcher.flush()
+        await bench.results("success", 1)
+        assert bench.peer.mails[0].recipient == "c@one.test"
+        goes_on.set()
+        await bench.results("success", 4)
 
 
 async def test_a_flow_that_waited_for_its_first_try_begins_with_several_messages() -> None:
