@@ -60,8 +60,7 @@ class Openings:
         self._new_line: OrderedDict[Flow, bool] = OrderedDict()
         self._is_for_new = False
         self._quick = self._patient = 0
-        self._reserved = 0
-        """Of these tries, those without a connection yet."""
+        self._reserved = 0  # of these tries, those without a connection yet
         self._trying: dict[bytes, int] = {}
         """Connections being opened to each site, which may never answer."""
         # A pause may leave a line; its place there is skipped.
@@ -118,6 +117,8 @@ class Openings:
         """Take a slot for one more connection; without one the flow waits for its turn."""
         if (self.contended and self._turn is not flow) or not self.slots.take():
             line = self._line if flow.proven else self._new_line
+            if self.awaits(flow):  # it keeps its place if it is let in meanwhile
+                line = self._line if flow in self._line else self._new_line
             if not line.get(flow):
                 line[flow] = self._close_idle()
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import trio
@@ -11,6 +12,7 @@ from mailerq.message import Message
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
 from mailerq.outbound import intake, session
+from mailerq.outbound.openings import Openings
 from mailerq.queues.interface import Taken
 from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
 from tests.outbound.memory_queues import MemorySubscription
@@ -142,6 +144,19 @@ async def test_one_idle_connection_ends_for_a_flow_that_waits_and_keeps_its_mail
         assert bench.peer.connections == 4
         assert reads.messages == []
         assert len(bench.dispatcher.flows.live) == 3
+
+
+def test_a_flow_that_is_let_in_while_it_waits_for_a_slot_waits_in_one_line() -> None:
+    class Waiting:
+        proven = False
+
+    flow: Any = Waiting()
+    worker: Any = None
+    openings = Openings(Slots(0), worker)
+    assert not openings.take(flow)
+    flow.proven = True
+    assert not openings.take(flow)
+    assert openings.waiting == 1
 
 
 async def test_a_busy_machine_reads_mail_for_new_sites_when_they_can_be_tried(
