@@ -7,9 +7,9 @@ place, which keeps little more than the number of failures and the time to look 
 time comes, when a message's own retry time comes, or when the pause gets the right to try its site,
 some of its mail is examined. Expired messages are finished, and one message asks: its target is
 looked up anew, and a new flow, which stays down until a host lets it in, tries that message. If no
-host does, a pause takes the flow's place again. A pause of a flow that has only waited for its
-first try is *new*: nothing is known against its hosts, and its flow begins with several messages.
-A pause without mail is dropped when its time is over.
+host does, a pause takes the flow's place again. A pause that follows no failed or slow try is
+*new*, and its flow begins with several messages. A pause without mail is dropped when its time is
+over.
 
 Silent hosts, however many, keep most pauses waiting for the right to try, for hours perhaps.
 A pause that waits looks for expired mail meanwhile.
@@ -43,7 +43,7 @@ ASK_MESSAGES: Final = 100
 """Messages examined each time a flow that has failed asks; some have expired."""
 
 NEW_MESSAGES: Final = LEAST_WINDOW
-"""Messages that a flow begins with that has waited for its first try."""
+"""Messages of a new pause with which its flow begins."""
 
 WAIT_MESSAGES: Final = 10
 """Messages examined when a pause that waits for a try looks; there may be many such pauses."""
@@ -92,7 +92,7 @@ class Flows:
         self._sites = sites
         self._openings = dispatcher.openings
         self._asking: list[Pause] = []
-        """Pauses whose mail is examined from the next turn of the loop on."""
+        """Pauses whose mail is examined in the next turn of the loop."""
         self._many, self._counted_until = False, 0.0
         self.choice = Choice(dispatcher, self.pauses)
 

@@ -72,9 +72,10 @@ DIRECT_SHARE: Final = 2
 
 ENOUGH_SHARE: Final = 8
 SORT_SECONDS: Final = 0.25
-"""While near peers keep the machine busy, destinations are sorted when 1/`ENOUGH_SHARE` of memory
-is free, and as many as can be tried; others after `SORT_SECONDS`. Mail of a destination that
-cannot be tried yet goes back to the queue, and has to be read again."""
+"""While near peers keep the machine busy, destinations are sorted only when 1/`ENOUGH_SHARE` of
+memory is free, and only as many as can be tried. Mail that cannot be tried yet would go back to the
+queue, and be read again. After `SORT_SECONDS` without sorting, one group is sorted anyway: some of
+its mail may be for sites that have let us in, which need no try."""
 
 READ_AGAIN_SECONDS: Final = 5.0
 """Pause before the next read of a destination that the queue could not read."""

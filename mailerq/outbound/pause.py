@@ -78,7 +78,7 @@ class Pause:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing is known against the hosts: the flow waits for its first try."""
+        """Whether no try of the site has failed, or been slow, since a host last let mail in."""
         return not (self.failures or self.patient)
 
     @property
