@@ -17,6 +17,7 @@ from mailerq.queues.interface import Taken
 from tests.outbound.kit import Bench, PeerConnection, StubResolver, open_bench
 from tests.outbound.memory_queues import MemorySubscription
 from tests.outbound.test_flows import Found, Wanted, watch_takes
+from tests.outbound.test_pauses import is_silent, says_421
 
 EACH = 4
 
@@ -43,6 +44,18 @@ def fill(bench: Bench, domains: list[str], each: int = EACH) -> None:
     bench.queues.pass_time(10)
 
 
+class SharedHost(StubResolver):
+    """All domains exist; some share a host, and each other domain has its own."""
+
+    def __init__(self, *sharing: str) -> None:
+        super().__init__()
+        self.sharing = sharing
+
+    async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
+        await trio.lowlevel.checkpoint()
+        return (Host("shared.test" if domain in self.sharing else domain, "127.0.0.1"),)
+
+
 def make_busy(bench: Bench) -> None:
     """Have the dispatcher believe that many flows send to near peers, for good."""
     bench.dispatcher.flows._many, bench.dispatcher.flows._counted_until = True, math.inf
@@ -55,9 +68,6 @@ def domains(count: int) -> list[str]:
 async def test_pauses_that_ask_at_one_time_have_their_mail_read_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def says_421(peer: PeerConnection) -> None:
-        await peer.send("421 4.3.2 not now\r\n")
-
     async with open_bench(*[says_421] * 20) as bench:
         for domain in domains(20):
             for _ in range(2):
@@ -70,19 +80,10 @@ async def test_pauses_that_ask_at_one_time_have_their_mail_read_together(
     assert reads.takes[0] == 20
 
 
-async def test_a_pause_whose_mail_takes_several_reads_does_not_keep_up_another(
+async def test_a_pause_whose_mail_takes_several_reads_does_not_delay_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A site with two domains has the mail of one examined after that of the other."""
-
-    class TwoSites(StubResolver):
-        async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
-            await trio.lowlevel.checkpoint()
-            return (Host("one.test" if domain == "one.test" else "two.test", "127.0.0.1"),)
-
-    async def says_421(peer: PeerConnection) -> None:
-        await peer.send("421 4.3.2 not now\r\n")
-
+    """The mail of a site with two domains takes two reads."""
     goes_on = trio.Event()
     take_each = MemorySubscription.take_each
     reads = 0
@@ -94,7 +95,7 @@ async def test_a_pause_whose_mail_takes_several_reads_does_not_keep_up_another(
             await goes_on.wait()
         return await take_each(self, wanted)
 
-    async with open_bench(*[says_421] * 2, resolver=TwoSites()) as bench:
+    async with open_bench(*[says_421] * 2, resolver=SharedHost("a.test", "b.test")) as bench:
         for domain in ("one.test", "a.test", "b.test"):
             for _ in range(2):
                 bench.send(recipient=f"c@{domain}")
@@ -175,20 +176,12 @@ async def test_a_busy_machine_reads_mail_for_new_sites_when_they_can_be_tried(
 async def test_mail_for_a_known_site_waits_for_no_try_while_the_machine_is_busy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All tries are in use, and only a message tells which site a domain has."""
-
-    class OneHost(StubResolver):
-        async def mail_hosts(self, domain: str) -> tuple[Host, ...] | NoHosts:
-            await trio.lowlevel.checkpoint()
-            return (Host("good.test" if "good" in domain else f"mx.{domain}", "127.0.0.1"),)
-
-    async def is_silent(peer: PeerConnection) -> None:
-        await trio.sleep_forever()
-
+    """All tries are in use. A domain's site is known once one of its messages is judged."""
     monkeypatch.setattr(session, "QUICK_SECONDS", 600.0)
     scripts = [PeerConnection.serve, *[is_silent] * 20]
-    settings = {"smtp_out_timeout": 600.0, "slots": Slots(8), "resolver": OneHost()}
-    async with open_bench(*scripts, **settings) as bench:
+    resolver = SharedHost("good1.test", "good2.test")
+    settings: dict[str, Any] = {"smtp_out_timeout": 600.0, "slots": Slots(8)}
+    async with open_bench(*scripts, resolver=resolver, **settings) as bench:
         make_busy(bench)
         bench.send(recipient="c@good1.test")
         await bench.results("success")
