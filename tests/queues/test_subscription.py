@@ -115,6 +115,7 @@ def test_a_defect_of_a_receiver_ends_the_loop(tmp_path: Path, count: int) -> Non
             queues.subscribe("outbox", Defective(), prefetch=10, window=10),
             trio.open_nursery() as nursery,
         ):
+            await ready(queues)
             for tag in range(count):
                 nursery.start_soon(queues.publish, [mail(tag)])
             nursery.start_soon(trio.sleep_forever)
