@@ -52,6 +52,7 @@ def test_a_good_document_is_good(check: Any) -> None:
         ({"recipient": "nobody"}, "property recipient: "),
         ({"envelope": "nobody"}, "property envelope: "),
         ({"ips": ["mx.test"]}, "property ips: 'mx.test' is no IP address"),
+        ({"pool": "bulk"}, "property pool: addresses-file has no pool 'bulk'"),
         ({"smarthost": {"port": 25}}, "property smarthost: has no hostname"),
         ({"smarthost": {"hostname": "h.test", "port": "x"}}, "property smarthost: port is no"),
         (
@@ -83,6 +84,18 @@ def test_what_would_fail_is_an_error(check: Any, more: dict[str, Any], text: str
     status, lines = check(document(**more))
     assert status == 2
     assert lines[0].startswith(f"error: {text}")
+
+
+def test_a_pool_of_the_file_is_good(check: Any, tmp_path: Path) -> None:
+    file = tmp_path / "addresses.toml"
+    file.write_text('[[pool]]\nname = "bulk"\naddresses = ["127.0.0.1"]\n')
+    settings = ("--addresses-file", str(file), "--local-delivery=lmtp://127.0.0.1:24")
+    settings = (*settings, "--smtp-local-domains=here.test")
+    assert check(document(pool="bulk"), *settings) == (0, [])
+    status, lines = check(document(pool="bulks"), *settings)
+    assert (status, lines) == (2, ["error: property pool: addresses-file has no pool 'bulks'"])
+    # Mail for a mailbox server leaves from no pool.
+    assert check(document(pool="bulks", recipient="c@here.test"), *settings) == (0, [])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from mailerq.mail.extract import extract
 from mailerq.mail.headers import HOP_LIMIT, Header
 from mailerq.message import Message
 from mailerq.properties import KNOWN, misspellings
+from mailerq.rules.local_ips import NO_ADDRESSES, LocalIps, NoPool
 from mailerq.rules.logins import demands_of, login_of
 from mailerq.rules.retry import expires_at, not_before
 from mailerq.rules.routes import loop_problem, route_of
@@ -36,13 +37,17 @@ class Finding(NamedTuple):
     text: str
 
 
-def examine(message: Message, config: Config, *, now: float) -> Iterator[Finding]:
+def examine(
+    message: Message, config: Config, *, now: float, local: LocalIps = NO_ADDRESSES
+) -> Iterator[Finding]:
     """Yield all findings about a message for the outbox.
 
-    The errors are those of `problems`, and why the mail cannot be made. Changes by plugins
-    are not considered.
+    The errors are those of `problems`, a pool that is not there, and why the mail cannot be made.
+    Changes by plugins are not considered.
     """
-    errors = list(problems(message, config, now=now)) or list(_not_made(message, config, now))
+    errors = list(problems(message, config, now=now))
+    if not errors:
+        errors = [*_no_pool(message, config, local), *_not_made(message, config, now)]
     yield from (Finding("error", text) for text in errors)
     misspelt = dict(misspellings(message.properties))
     for name, meant in misspelt.items():
@@ -126,6 +131,17 @@ def _no_body(message: Message, supplied: bool) -> Iterator[str]:
     elif not (supplied or message.properties.get("mime") or message.properties.get("key")):
         yield "property mime: is missing, and only a plugin could supply a body"
     yield from made.problems(message.properties)
+
+
+def _no_pool(message: Message, config: Config, local: LocalIps) -> Iterator[str]:
+    """Yield the pool that every delivery misses until the file has it."""
+    domain = parse_mailbox(message.recipient).domain
+    if route_of(message.properties, domain, config).lmtp:
+        return  # no local address is chosen
+    try:
+        local.allowed(message.properties)
+    except NoPool as error:
+        yield str(error)
 
 
 def _not_made(message: Message, config: Config, now: float) -> Iterator[str]:

@@ -132,7 +132,7 @@ class LocalIps:
         try:
             return self.pools[pool]
         except KeyError:
-            raise NoPool(pool) from None
+            raise NoPool(f"property pool: addresses-file has no pool {pool[:80]!a}") from None
 
     def name_of(self, ip: str) -> str | None:
         """The name to give in EHLO from an address; None: `hostname`."""

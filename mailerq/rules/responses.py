@@ -309,9 +309,9 @@ def no_fitting_address(host: str, local_ip: str) -> Outcome:
     return _bind(f"cannot send from {local_ip}: {host} has no {family} address")
 
 
-def no_pool(name: str) -> Outcome:
+def no_pool(problem: str) -> Outcome:
     """A message names a pool that `addresses-file` does not have."""
-    return _bind(f"property pool: addresses-file has no pool {name[:80]!a}")
+    return _bind(problem)
 
 
 def _bind(description: str) -> Outcome:

@@ -208,6 +208,7 @@ def fails_unsent(document: dict[str, Any], config: Config) -> bool:
 @example({"recipient": "c@d.test", "mime": "x", "maxdelivertime": "1999-12-31 23:59:59"})
 @example({"recipient": "c@d.test", "mime": "x", "security": "verified"})
 @example({"recipient": "c@d.test", "mime": "A: b\r\n\r\n{$x", "data": {}})
+@example({"recipient": "c@d.test", "mime": "x", "pool": "0"})
 @example({"recipient": "c@d.test", "mime": {"text": "x"}})
 @example({"recipient": "c@d.test", "mime": {"to": [{"email": "x"}], "from": "a@b.test"}})
 @example({"recipient": "c@d.test", "mime": "x", "headers": {"add": {"a b": "c"}}})
