@@ -207,7 +207,8 @@ class Receiver(Protocol):
         """The queue holds unleased mail of a destination; the first is due at `due`.
 
         Called once for each destination in the queue at the start, and whenever mail is committed
-        that does not go to `arrived`, retries included; never for each message of a known backlog.
+        that does not go to `arrived`, retries included; never for each message of a known backlog,
+        nor for mail that a take has already reported.
         A broker calls this only for mail that it has set apart by destination: other mail, and mail
         that waits for its time, arrives.
         """
