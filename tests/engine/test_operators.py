@@ -269,7 +269,9 @@ async def test_mail_behind_deleted_mail_that_waited_for_a_limit_goes_out(
         await sink.wait_for(1)
         (done,) = await command("delete", "--all", "--yes")
         assert done["done"] >= 20
-        assert done["done"] + done["under_way"] == done["selected"]
+        # What was delivered in between is neither.
+        left = done["selected"] - done["done"] - done["under_way"]
+        assert 0 <= left <= len(sink.mails)
         await engine.publish(mail("last", recipient="last@slow.test"))
         while "last" not in names(sink):
             await sink.wait_for(len(sink.mails) + 1)
