@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 PYTEST := $(BIN)/python -m pytest
 # Many tests wait for peers and disks, so there are more processes than cores. JOBS=0 has none.
-JOBS := $(shell expr `nproc` + 1)
+JOBS := $(shell expr `nproc` + 2)
 
 CORE_SOURCES := setup.py include/mailerq.h \
     $(wildcard mailerq/_core*.p* mailerq/_core*.cpp mailerq/*/_*.pyx)
@@ -26,6 +26,8 @@ FUZZSECONDS := 60
 PLUGIN_FLAGS := -O2 -g -fPIC -shared -Wall -Wextra -Iinclude
 
 export PYTHON PIP_ROOT_USER_ACTION := ignore
+# To compile the tests takes as long as a twentieth of the suite: keep the result for the next run.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: run ready test build debug assertions bench soak fuzz lint docs asan clean help python again

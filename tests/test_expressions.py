@@ -55,7 +55,10 @@ def expressions() -> Iterator[Expression]:
         name = path.relative_to(PACKAGE).as_posix()
         if name in OPERATORS_OWN:
             continue
-        tree = ast.parse(path.read_text())
+        source = path.read_text()
+        if "import re\n" not in source:
+            continue
+        tree = ast.parse(source)
         methods = {
             node.value: node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
         }

@@ -70,7 +70,7 @@ def damaged() -> bytes:
         (public(), "is a public key"),
         (encrypted(), "is encrypted"),
         (in_pem(ec.generate_private_key(ec.SECP256R1())), "not of RSA or Ed25519"),
-        (in_pem(dsa.generate_private_key(2048)), "not of RSA or Ed25519"),
+        (in_pem(dsa.generate_private_key(1024)), "not of RSA or Ed25519"),
         (damaged(), "is damaged"),
     ],
 )
