@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -65,6 +66,7 @@ class DirectoryBackend(Backend):
         self._sweeper = trio.CapacityLimiter(1)
         self._synced: set[str] = set()
         self._prepared = False
+        self._preparing = threading.Lock()
 
     def configure(self, config: Config) -> None:
         self._limiter.total_tokens = config.storage_threads
@@ -92,22 +94,27 @@ class DirectoryBackend(Backend):
             self._write(bodies)
         except FileNotFoundError:
             # Somebody has removed a folder, or the file system.
-            self._check_mounted()
+            self._mend_folders()
             self._synced.clear()
-            self._make_folders()
             self._write(bodies)
 
     def _prepare(self) -> None:
         """Make what every directory has, once: what was there must not be made elsewhere."""
-        if self._prepared:
-            return
-        os.makedirs(self._root, FOLDER_MODE, exist_ok=True)
+        with self._preparing:
+            if self._prepared:
+                return
+            os.makedirs(self._root, FOLDER_MODE, exist_ok=True)
+            self._make_folders()
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+            os.close(os.open(os.path.join(self._root, MARK), flags, FILE_MODE))
+            _sync(self._root)
+            _sync(os.path.dirname(self._root))
+            self._prepared = True
+
+    def _mend_folders(self) -> None:
+        """Make folders that somebody has removed, if the file system is there."""
+        self._check_mounted()
         self._make_folders()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
-        os.close(os.open(os.path.join(self._root, MARK), flags, FILE_MODE))
-        _sync(self._root)
-        _sync(os.path.dirname(self._root))
-        self._prepared = True
 
     def _make_folders(self) -> None:
         for name in (NEW, DAMAGED, EXPIRED):
@@ -146,6 +153,7 @@ class DirectoryBackend(Backend):
         """Make a folder of a bucket, safely, also if another process has just begun to."""
         if folder in self._synced:
             return
+        self._check_mounted()  # or the bodies of this hour would go below the mount point
         above = self._root
         for name in folder.split("/"):
             path = os.path.join(above, name)
@@ -200,7 +208,7 @@ class DirectoryBackend(Backend):
         path = os.path.join(self._root, DAMAGED, key.replace("/", "_")[-200:])
         if os.path.lexists(path):  # of an earlier time
             path += f".{secrets.token_hex(4)}"
-        self._make_folders()
+        self._mend_folders()
         try:
             os.rename(os.path.join(self._root, key), path)
         except FileNotFoundError:
@@ -216,7 +224,7 @@ class DirectoryBackend(Backend):
 
     def _expire(self, now: float) -> int:
         self._prepare()
-        self._make_folders()
+        self._mend_folders()
         expired = os.path.join(self._root, EXPIRED)
         removed = 0
         for day in sorted(os.listdir(self._root)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +178,40 @@ async def test_a_file_system_that_is_not_mounted_makes_mail_wait(
         for each in (key, "of-an-application"):
             with pytest.raises(StorageError, match=r"has no file \.storage"):
                 await storage.get(each)
+        for hours in (0, 5):  # a folder that is there already, and one that has to be made
+            with pytest.raises(StorageError, match="Is its file system mounted"):
+                await storage.put(b"other", NOW + 3600 * hours)
         with pytest.raises(StorageError, match="Is its file system mounted"):
-            await storage.put(b"other", NOW)
+            await storage._backend.expire(NOW)
+        with pytest.raises(StorageError, match="Is its file system mounted"):
+            await storage._backend.set_aside(key)
         assert list(root.iterdir()) == []
         root.rmdir()
         root.with_name("elsewhere").rename(root)
         assert await storage.get(key) == b"body"
+
+
+async def test_a_directory_is_prepared_once(
+    root: Path, plain: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second thread that had begun to would mark a mount point that is empty by now."""
+    entered, second = 0, threading.Event()
+    make = directory.os.makedirs
+
+    def slow(*args: Any, **more: Any) -> None:
+        nonlocal entered
+        entered += 1
+        if entered == 1:
+            second.wait(0.5)  # which never comes
+        else:
+            second.set()
+        make(*args, **more)
+
+    monkeypatch.setattr(directory.os, "makedirs", slow)
+    async with opened(plain, clock=clock) as storage, trio.open_nursery() as nursery:
+        nursery.start_soon(storage._backend.expire, NOW)
+        nursery.start_soon(storage.put, b"body", NOW)
+    assert entered == 1
 
 
 async def test_links_pipes_and_folders_are_no_bodies(root: Path, plain: str, clock: Clock) -> None:
@@ -249,8 +278,6 @@ async def test_a_storage_that_cannot_be_written_is_told_once(
 async def test_a_slow_storage_makes_mail_wait(
     root: Path, plain: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
     stuck = threading.Event()
     async with opened(plain, clock=clock, storage_timeout=0.1) as storage:
         key = await storage.put(b"body", NOW)
