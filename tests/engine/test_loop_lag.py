@@ -111,6 +111,8 @@ async def pass_through(
         engine = Engine(config)
         if keep:
             engine.on("message", lambda _, message: kept.append(message.body))
+            # What is sent has been read from the queue, which keeps no body of this size.
+            engine.on("out_data", lambda _, sent, stored: kept.extend((sent.body, stored.body)))
         async with engine:
             with kit.meter() as meter:
                 reply = await trio.to_thread.run_sync(
