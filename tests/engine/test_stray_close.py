@@ -143,12 +143,15 @@ async def test_another_clients(
         assert await victim.reply() == ""
         if how == "fd":
             # The next connection gets the number, and nothing of what the other one had.
+            fillers = fill_below(fd)
             os.close(hole)  # for the client's end
             async with open_dialog(engine.addresses[0]) as heir:
                 assert descriptor_of(heir, engine) == fd
                 await until(lambda: engine.statistics()["incoming"]["open"] == 2)
                 assert (await heir.mail("c@d.test")).startswith("250")
                 await inbox(engine)
+            for filler in fillers:
+                os.close(filler)
             await check(engine, caplog, "the connection with 127.0.0.1:")
         assert (await dialog.say("NOOP")).startswith("250")
     if how == "file":
@@ -157,6 +160,15 @@ async def test_another_clients(
         assert "the connection with 127.0.0.1:" in caplog.text
         os.close(fd)
         os.close(hole)
+
+
+def fill_below(fd: int) -> list[int]:
+    """Descriptors for all numbers that are free below this one."""
+    fillers = [os.open("/dev/null", os.O_RDONLY)]
+    while fillers[-1] < fd:
+        fillers.append(os.open("/dev/null", os.O_RDONLY))
+    os.close(fillers.pop())
+    return fillers
 
 
 def one_of(engine: Engine, which: str) -> tuple[int, str]:
