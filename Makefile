@@ -26,7 +26,7 @@ FUZZSECONDS := 60
 PLUGIN_FLAGS := -O2 -g -fPIC -shared -Wall -Wextra -Iinclude
 
 export PYTHON PIP_ROOT_USER_ACTION := ignore
-# To compile the tests takes as long as a twentieth of the suite: keep the result for the next run.
+# Compiling the tests takes a twentieth of the suite's time: keep the result for the next run.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help

@@ -134,7 +134,7 @@ def _no_body(message: Message, supplied: bool) -> Iterator[str]:
 
 
 def _no_pool(message: Message, config: Config, local: LocalIps) -> Iterator[str]:
-    """Yield the pool that every delivery misses until the file has it."""
+    """Yield a missing pool: deliveries fail until `addresses-file` has it."""
     domain = parse_mailbox(message.recipient).domain
     if route_of(message.properties, domain, config).lmtp:
         return  # no local address is chosen

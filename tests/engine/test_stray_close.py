@@ -163,7 +163,7 @@ async def test_another_clients(
 
 
 def fill_below(fd: int) -> list[int]:
-    """Descriptors for all numbers that are free below this one."""
+    """Open a descriptor for each free number below `fd`."""
     fillers = [os.open("/dev/null", os.O_RDONLY)]
     while fillers[-1] < fd:
         fillers.append(os.open("/dev/null", os.O_RDONLY))

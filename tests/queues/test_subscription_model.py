@@ -22,7 +22,7 @@ PREFETCH = 5
 
 domains = st.sampled_from(DOMAINS)
 delays = st.sampled_from([None, 0, 10, 500])
-BODIES = {"none": None, "small": b"body", "large": LARGE}  # an example that fails is printed
+BODIES = {"none": None, "small": b"body", "large": LARGE}  # by name, for a short report
 contents = st.tuples(domains, delays, st.sampled_from(list(BODIES)))
 picks = st.integers(0, 20)
 steps = st.one_of(
@@ -79,7 +79,7 @@ class Run:
         )
         self.windows = dict.fromkeys(DOMAINS, WINDOW)
         self.reported: set[str] = set()
-        """Domains with mail that a take has left: of that, the receiver is told nothing more."""
+        """Domains with mail that a take has reported, of which the receiver is not told."""
 
     async def unsubscribe(self) -> None:
         await self.settled()

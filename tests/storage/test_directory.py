@@ -194,7 +194,7 @@ async def test_a_file_system_that_is_not_mounted_makes_mail_wait(
 async def test_a_directory_is_prepared_once(
     root: Path, plain: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second thread that had begun to would mark a mount point that is empty by now."""
+    """Otherwise a second thread could leave the mark in an empty mount point."""
     entered, second = 0, threading.Event()
     make = directory.os.makedirs
 
