@@ -7,7 +7,6 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
-from time import thread_time
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ import trustme
 
 from mailerq.net.https import Bounds, Failure, Https, NoResponse, Response, Url
 from mailerq.net.resolver import Host, NoHosts
+from tests.engine.lag_kit import Meter, meter, no_turn_above
 from tests.net.certificate_kit import common_name_context
 from tests.net.https_server import HttpsServer, Stream, open_https_server, response
 from tests.support import closed_port
@@ -137,24 +137,14 @@ async def test_a_broken_or_endless_response_ends(
     assert (await failure(server)).failure is kind
 
 
-async def test_no_turn_of_the_loop_is_long_whatever_comes(server: HttpsServer) -> None:
+@no_turn_above(0.05)
+async def test_no_turn_of_the_loop_is_long_whatever_comes(server: HttpsServer) -> Meter:
     body = b"HTTP/1.1 200 x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 60_000
     server.answer = body + b"0\r\n\r\n"
-    longest, last, done = 0.0, thread_time(), False
-
-    async def watch() -> None:
-        nonlocal longest, last
-        while not done:
-            await trio.lowlevel.checkpoint()
-            now = thread_time()
-            longest, last = max(longest, now - last), now
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
+    with meter() as turns:
         found = await ask(server)
-        done = True
     assert isinstance(found, Response) and len(found.body) == 60_000
-    assert longest < 0.05
+    return turns
 
 
 async def test_a_body_that_drips_ends_with_the_time(server: HttpsServer) -> None:
