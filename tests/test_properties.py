@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +17,7 @@ from mailerq.properties import (
     misspellings,
 )
 from mailerq.spelling import LENGTH_LIMIT, Spelling
+from tests.support import least_seconds
 
 NAMES = st.sampled_from(sorted(KNOWN))
 
@@ -72,9 +71,8 @@ def test_keys_of_objects_are_looked_at_too() -> None:
 
 def test_many_long_unknown_names_take_little_time() -> None:
     many = {f"recipient{number:0{LENGTH_LIMIT - 9}}": 1 for number in range(100_000)}
-    started = time.thread_time()
     assert list(misspellings({**many, "queues": many})) == []
-    assert time.thread_time() - started < 0.5
+    assert least_seconds(lambda: list(misspellings({**many, "queues": many}))) < 0.5
     assert len(list(misspellings({f"tag{c}": 1 for c in map(chr, range(0x4E00, 0x5E00))}))) <= (
         UNKNOWN_LIMIT
     )

@@ -16,6 +16,7 @@ from mailerq.errors import PluginError
 from mailerq.ids import machine_number
 from mailerq.plugins import Plugins
 from tests.plugins.kit import Calls, build_text, install
+from tests.support import least_seconds
 
 DIGITS = string.digits + string.ascii_lowercase[:22]
 
@@ -91,9 +92,8 @@ def test_machine_is_the_server_id_or_derived_from_the_host() -> None:
 
 
 def test_ids_are_made_in_no_time() -> None:
-    start = time.thread_time()
-    _core.generate_ids(100_000)
-    assert time.thread_time() - start < 0.2  # the target is 5 million in a second
+    # The target is 5 million in a second.
+    assert least_seconds(lambda: _core.generate_ids(100_000)) < 0.2
 
 
 def test_last_plugin_that_exports_both_owns_the_ids(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from time import thread_time
 
 import pytest
 from hypothesis import given
@@ -19,7 +18,7 @@ from mailerq.rules.responses import Fate
 from mailerq.rules.shaping import Shaping
 from mailerq.wire.client import Refused, Step
 from mailerq.wire.smtp import Reply
-from tests.support import ROOT
+from tests.support import ROOT, least_seconds
 
 CONTRIB = ROOT / "contrib"
 PROVIDERS = {"google"}
@@ -396,17 +395,19 @@ def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path: Path) -> None:
 )
 def test_a_hostile_reply_costs_no_more_than_a_common_one(shipped: Answers, unit: str) -> None:
     text = "421 " + unit * (65536 // len(unit))
-    began = thread_time()
-    for _ in range(20):
-        shipped.classify(421, text, "dot", "google")
-        stated_seconds(text)
-    assert thread_time() - began < 0.2
+
+    def read_all() -> None:
+        for _ in range(20):
+            shipped.classify(421, text, "dot", "google")
+            stated_seconds(text)
+
+    assert least_seconds(read_all) < 0.2
 
 
 def test_texts_that_stall_other_engines_are_harmless() -> None:
     answers = read(
         "[[response]]\nname = 'x'\nclass = 'auth'\ntext = '(a*)*(a|aa)+b$'\nsamples = '421 aab'\n"
     )
-    began = thread_time()
-    assert kind(answers, "421 " + "a" * 65536) is None
-    assert thread_time() - began < 0.1
+    text = "421 " + "a" * 65536
+    assert kind(answers, text) is None
+    assert least_seconds(lambda: kind(answers, text)) < 0.1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import msgspec
@@ -32,6 +31,7 @@ from mailerq.rules.cluster import (
 from mailerq.rules.leases import Ownership
 from mailerq.rules.row import PAUSE, Row
 from mailerq.rules.shared_rows import FIRST_ID, Change
+from tests.support import least_seconds
 
 SECOND = 1_000_000_000
 
@@ -176,13 +176,13 @@ def test_a_thousand_instances_cost_little_time() -> None:
         ips = tuple(f"10.{number // 256}.{number % 256}.{last}" for last in range(25))
         members.hear(here(f"x{number}", ips=ips, holds=ips, takes="o"), now=0)
     assert len(members.alive) == MAX_MEMBERS
-    begun = time.process_time()
-    owner.attempts(SECOND, members.ips, members.holds)
-    assert time.process_time() - begun < 0.05
-    begun = time.process_time()
-    for _ in range(100):
-        assert members.keeper_of(("203.0.113.9",), (), (), "o") is None
-    assert time.process_time() - begun < 0.05
+    assert least_seconds(lambda: owner.attempts(SECOND, members.ips, members.holds)) < 0.05
+
+    def ask() -> None:
+        for _ in range(100):
+            assert members.keeper_of(("203.0.113.9",), (), (), "o") is None
+
+    assert least_seconds(ask) < 0.05
 
 
 def test_what_an_instance_has_now_counts() -> None:

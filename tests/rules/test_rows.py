@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ipaddress import ip_address, ip_network
-from time import thread_time
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from mailerq.errors import RowError
 from mailerq.rules.row import ERROR, PAUSE, SUPPRESSION, Row, checked, suppressible
 from mailerq.rules.rows import NOBODY, Peer, Rows
+from tests.support import least_seconds
 
 IPS = ["192.0.2.1", "192.0.2.2", "2001:db8::1"]
 POOLS = {"one": ["192.0.2.1"], "both": ["192.0.2.1", "192.0.2.2"]}
@@ -246,9 +246,11 @@ def test_rows_about_other_mail_cost_a_message_and_a_flow_next_to_nothing(scope: 
         for half, tag in enumerate(["", "news"])
     )
     peer = Peer(frozenset(["mx.b.test"]), frozenset(["192.0.2.1"]))
-    began = thread_time()
-    for _ in range(200):
-        assert rows.flow_pause("b.test", None, peer) is None
-        assert rows.late("b.test", ["news"], None, peer) is None
-        assert rows.early("b.test", ["news"], ()).row is None
-    assert thread_time() - began < 0.5  # a look at each row takes seconds
+
+    def ask() -> None:
+        for _ in range(200):
+            assert rows.flow_pause("b.test", None, peer) is None
+            assert rows.late("b.test", ["news"], None, peer) is None
+            assert rows.early("b.test", ["news"], ()).row is None
+
+    assert least_seconds(ask) < 0.5  # a look at each row takes seconds
