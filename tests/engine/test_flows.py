@@ -183,13 +183,17 @@ def work_of(engine: Engine) -> dict[str, int]:
 
 
 async def settled(engine: Engine) -> dict[str, int]:
-    """What the queue has done when it has done nothing more for a while."""
+    """What the queue has done when it has done nothing more for a while.
+
+    A write may take longer than that. It counts when it has ended, and until then a result waits.
+    """
     with trio.fail_after(60):
         before, calm = work_of(engine), 0
         while calm < 3:
             await trio.sleep(0.3)
             found = work_of(engine)
-            calm = calm + 1 if found == before else 0
+            quiet = found == before and not results_of(engine)["unsettled"]
+            calm = calm + 1 if quiet else 0
             before = found
     return before
 
