@@ -264,8 +264,10 @@ async def test_mail_behind_deleted_mail_that_waited_for_a_limit_goes_out(
     limits.write_text('[[limit]]\ndomain = "slow.test"\nmessages-per-minute = 60\n')
     async with delivering(tmp_path, limits_file=str(limits)) as (engine, sink):
         command = Commands(engine, capsys)
-        for number in range(30):
-            await engine.publish(mail(f"m{number}", recipient=f"m{number}@slow.test"))
+        async with trio.open_nursery() as nursery:  # few writes: the limit frees one each second
+            for number in range(30):
+                one = mail(f"m{number}", recipient=f"m{number}@slow.test")
+                nursery.start_soon(engine.publish, one)
         await sink.wait_for(1)
         (done,) = await command("delete", "--all", "--yes")
         assert done["done"] >= 20
