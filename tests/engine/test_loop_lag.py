@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep, thread_time
 from typing import Any
 
 import pytest
@@ -518,14 +518,14 @@ def test_the_meter_sees_a_turn_that_takes_long() -> None:
     async def main() -> float:
         with kit.meter() as meter:
             await trio.lowlevel.checkpoint()
-            end = monotonic() + 2 * LONGEST_TURN
-            while monotonic() < end:
+            end = thread_time() + 2 * LONGEST_TURN
+            while thread_time() < end:
                 os.getpid()
             await trio.lowlevel.checkpoint()
             await trio.lowlevel.checkpoint()
         return meter.longest
 
-    assert trio.run(main) > LONGEST_TURN / 10
+    assert trio.run(main) > LONGEST_TURN
 
 
 @pytest.mark.parametrize(
