@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from mailerq import Engine, Message, QueueError
 from mailerq.inbound.listener import bind
@@ -57,7 +58,9 @@ async def test_a_share_from_when_there_were_more_processes_stays_adopted(tmp_pat
             assert shares in ([[0, 2], [1]], [[0], [1, 2]])
 
 
-async def test_a_process_waits_for_its_share_but_not_for_another_daemon(tmp_path: Path) -> None:
+async def test_a_process_waits_for_its_share_but_not_for_another_daemon(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     directory = tmp_path / "queue"
     directory.mkdir()
     taken = DirectoryLock.take(str(directory))
