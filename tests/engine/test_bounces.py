@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -187,23 +186,14 @@ async def test_a_mail_that_an_operator_bounces_comes_back(
 
 async def test_two_servers_that_send_each_other_everything_end(tmp_path: Path) -> None:
     """The mail goes round until it has too many hops; its report does the same, and that is all."""
-    with socket.socket() as first, socket.socket() as second:
-        for sock in (first, second):
-            sock.bind(("127.0.0.1", 0))
-        ports = [sock.getsockname()[1] for sock in (first, second)]
     engines = [
-        Engine(
-            configure(
-                tmp_path / name,
-                hostname=f"{name}.test",
-                smtp_port=(own,),
-                smtp_sink_address="127.0.0.1",
-                smtp_sink_port=other,
-            )
-        )
-        for name, own, other in (("a", ports[0], ports[1]), ("b", ports[1], ports[0]))
+        Engine(configure(tmp_path / name, hostname=f"{name}.test", smtp_sink_address="127.0.0.1"))
+        for name in ("a", "b")
     ]
     async with engines[0], engines[1]:
+        for engine, other in (engines, engines[::-1]):
+            ((_, port),) = other.addresses
+            engine.reload(engine.config.replace(smtp_sink_port=port))
         code, _ = await send(engines[0].addresses[0], BODY)
         assert code == 250
 

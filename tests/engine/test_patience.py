@@ -23,7 +23,7 @@ from mailerq.inbound import session as module
 from mailerq.inbound.terms import Bounds
 from mailerq.wire import server, smtp
 from tests.engine.kit import Dialog, converse, inbox, open_dialog, serve
-from tests.support import DEADLINE, ROOT, cpu_seconds, free_port, send, until
+from tests.support import DEADLINE, ROOT, cpu_seconds, send, until
 
 TRANSACTION = ("MAIL FROM:<a@b.test>", "RCPT TO:<c@d.test>", "DATA")
 
@@ -318,8 +318,10 @@ print(greetings)
 """
 
 
-def daemon(directory: Path, port: int, descriptors: int, *switches: str) -> subprocess.Popen[bytes]:
-    """A daemon with so many descriptors, once it listens."""
+def daemon(
+    directory: Path, descriptors: int, *switches: str
+) -> tuple[subprocess.Popen[bytes], int]:
+    """A daemon with so many descriptors, once it listens, and its port."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
@@ -327,7 +329,7 @@ def daemon(directory: Path, port: int, descriptors: int, *switches: str) -> subp
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "mailerq", f"--smtp-port={port}", "--smtp-ip=127.0.0.1"),
+                *(sys.executable, "-m", "mailerq", "--smtp-port=0", "--smtp-ip=127.0.0.1"),
                 *(f"--queue-directory={directory / 'queue'}", f"--lock={directory / 'lock'}"),
                 *("--plugin-directory=", "--rabbitmq-inbox=inbox", "--hostname=mx.test"),
                 *switches,
@@ -338,16 +340,15 @@ def daemon(directory: Path, port: int, descriptors: int, *switches: str) -> subp
         )
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
-        if b"listens on" in (directory / "log").read_bytes():
-            return process
+        if found := re.search(r"listens on 127\.0\.0\.1:(\d+)\n", (directory / "log").read_text()):
+            return process, int(found[1])
         time.sleep(0.02)
     raise AssertionError((directory / "log").read_text())
 
 
 def test_a_storm_when_plugins_have_taken_the_descriptors(tmp_path: Path) -> None:
     """Case 17, with fewer descriptors than the engine counted with when it started."""
-    port = free_port()
-    process = daemon(tmp_path, port, 160, "--smtp-connections=180")
+    process, port = daemon(tmp_path, 160, "--smtp-connections=180")
     try:
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 160))
         before = cpu_seconds(process.pid)
