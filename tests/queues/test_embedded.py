@@ -23,6 +23,7 @@ from mailerq.queues.embedded.queues import EmbeddedQueues
 from mailerq.queues.embedded.records import Batch
 from mailerq.queues.opening import open_embedded
 from tests.queues.kit import Clock
+from tests.support import DEADLINE
 
 
 @pytest.fixture
@@ -726,8 +727,9 @@ async def test_statistics_count_commits(queues: EmbeddedQueues) -> None:
 def test_two_loops_publish_and_consume(tmp_path: Path) -> None:
     """Each message that a thread publishes arrives once, in one of the two loops."""
     count = 300
-    ready = threading.Barrier(2, timeout=20)
+    ready = threading.Barrier(2, timeout=DEADLINE)
     arrived: list[int] = []
+    settled: list[int] = []
     shared: list[EmbeddedQueues] = []
     done = threading.Event()
 
@@ -736,21 +738,25 @@ def test_two_loops_publish_and_consume(tmp_path: Path) -> None:
             for tag in range(start, first + count, 10):
                 await queues.publish([publication(tag)])
 
-        async def consume(cancel: trio.CancelScope) -> None:
+        async def settle(lease: Lease) -> None:
+            await queues.ack([Settlement(lease)])
+            settled.append(tag_of(lease))
+            if len(settled) >= 2 * count:
+                done.set()
+
+        async def consume(settling: trio.Nursery) -> None:
             async with queues.consume("outbox", prefetch=7) as consumer:
                 async for lease in consumer:
                     arrived.append(tag_of(lease))
-                    await queues.ack([Settlement(lease)])
-                    if len(arrived) >= 2 * count:
-                        done.set()
+                    settling.start_soon(settle, lease)
 
-        with trio.fail_after(60):
+        with trio.fail_after(DEADLINE):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(consume, nursery.cancel_scope)
+                nursery.start_soon(consume, nursery)
                 async with trio.open_nursery() as publishers:
                     for start in range(10):
                         publishers.start_soon(publish, first + start)
-                await trio.to_thread.run_sync(done.wait, 25)
+                await trio.to_thread.run_sync(done.wait, DEADLINE)
                 nursery.cancel_scope.cancel()
 
     async def second() -> None:
