@@ -8,8 +8,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import trio
 
+from mailerq.storage import Storage
 from tests.storage.kit import moto_server, postgres_server
+
+
+@pytest.fixture
+def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No storage looks for expired bodies by itself, at any moment after it was opened."""
+
+    async def rest(storage: Storage) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Storage, "run", rest)
 
 
 @pytest.fixture(scope="session")

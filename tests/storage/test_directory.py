@@ -52,7 +52,7 @@ async def test_the_file_of_a_key_lies_at_that_path(root: Path, plain: str, clock
 
 
 async def test_a_name_is_there_only_after_its_bytes_are_synced(
-    root: Path, plain: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    root: Path, plain: str, clock: Clock, no_looks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The order that a crash relies on: write, sync, rename, sync of the folder, return."""
     done: list[tuple[str, str]] = []
@@ -168,7 +168,7 @@ async def test_what_an_application_has_damaged_is_missing_and_stays(
 
 
 async def test_a_file_system_that_is_not_mounted_makes_mail_wait(
-    root: Path, plain: str, clock: Clock
+    root: Path, plain: str, clock: Clock, no_looks: None
 ) -> None:
     async with opened(plain, clock=clock) as storage:
         key = await storage.put(b"body", NOW)
