@@ -12,10 +12,11 @@ import pytest
 import trio
 
 from mailerq.errors import BodyMissing, StorageError
-from mailerq.storage import Storage, directory
+from mailerq.storage import Storage, directory, open_storage
 from tests.storage.contract import *  # noqa: F403
 from tests.storage.contract import NOW, fresh
-from tests.storage.kit import Clock, opened
+from tests.storage.kit import Clock, Settings, opened
+from tests.support import DEADLINE
 
 
 @pytest.fixture(params=["", "?depth=2", "?compression=gzip"])
@@ -279,9 +280,12 @@ async def test_a_slow_storage_makes_mail_wait(
     root: Path, plain: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuck = threading.Event()
-    async with opened(plain, clock=clock, storage_timeout=0.1) as storage:
+    settings = Settings(plain)
+    async with open_storage(settings, clock=clock) as storage:
+        assert storage is not None
         key = await storage.put(b"body", NOW)
         storage._cache.clear()
+        settings.change(storage_timeout=0.1)
         monkeypatch.setattr(directory, "_sync", lambda folder: stuck.wait(30))
         monkeypatch.setattr(
             directory.DirectoryBackend, "_get", lambda self, key: stuck.wait(30) and None
@@ -293,6 +297,7 @@ async def test_a_slow_storage_makes_mail_wait(
         finally:
             stuck.set()
         monkeypatch.undo()
+        settings.change(storage_timeout=DEADLINE)
         assert await storage.get(key) == b"body"
 
 

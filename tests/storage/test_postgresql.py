@@ -13,9 +13,11 @@ import pytest
 import trio
 
 from mailerq.errors import StorageError
+from mailerq.storage import open_storage
 from tests.storage.contract import *  # noqa: F403
 from tests.storage.contract import NOW, fresh
-from tests.storage.kit import Clock, opened
+from tests.storage.kit import Clock, Settings, opened
+from tests.support import DEADLINE
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
 
@@ -145,17 +147,23 @@ async def test_rights_that_are_missing_are_named(plain: str, clock: Clock) -> No
 
 
 async def test_a_locked_table_makes_mail_wait(plain: str, clock: Clock) -> None:
-    async with opened(plain, clock=clock, storage_timeout=0.3) as storage:
+    settings = Settings(plain)
+    async with open_storage(settings, clock=clock) as storage:
+        assert storage is not None
         key = await storage.put(b"body", NOW)
         storage._cache.clear()
         with psycopg.connect(plain.partition("&")[0]) as holder:
             holder.execute(f"LOCK TABLE {table_of(plain)}")
+            settings.change(storage_timeout=0.3)
             with pytest.raises(StorageError, match=r"has not answered in 0\.3 s|canceling"):
                 await storage.get(key)
+        settings.change(storage_timeout=DEADLINE)
         assert await storage.get(key) == b"body"
 
 
-async def test_a_server_that_hangs_costs_no_thread_for_good(plain: str, clock: Clock) -> None:
+async def test_a_server_that_hangs_costs_no_thread_for_good(
+    plain: str, clock: Clock, no_looks: None
+) -> None:
     stopped: list[int] = []
 
     def hang() -> None:
@@ -166,18 +174,27 @@ async def test_a_server_that_hangs_costs_no_thread_for_good(plain: str, clock: C
             stopped.append(pid)
 
     try:
-        async with opened(plain, clock=clock, storage_threads=2, storage_timeout=0.5) as storage:
+        settings = Settings(plain, storage_threads=2)
+        async with open_storage(settings, clock=clock) as storage:
+            assert storage is not None
             key = await storage.put(b"body", NOW)
+
+            async def until_it_works() -> None:
+                storage._cache.clear()
+                with trio.fail_after(10):
+                    while True:
+                        with suppress(StorageError):
+                            assert await storage.get(key) == b"body"
+                            return
+
+            settings.change(storage_timeout=0.5)  # which connects anew
+            await until_it_works()
             for _ in range(3):
                 hang()
                 storage._cache.clear()
                 with pytest.raises(StorageError, match=r"has not answered in 0\.5 s"):
                     await storage.get(key)
-                with trio.fail_after(10):
-                    while True:
-                        with suppress(StorageError):
-                            assert await storage.get(key) == b"body"
-                            break
+                await until_it_works()
     finally:
         for pid in stopped:
             with suppress(ProcessLookupError):
