@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import smtplib
 import socket
@@ -29,6 +30,8 @@ ROOT = Path(__file__).parent.parent
 
 DEADLINE = 60.0
 """Seconds after which a test gives up: the machine may be slow, and busy with something else."""
+
+PORT_TRIALS = 200
 
 CC_FLAGS = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'include'}"]
 
@@ -147,10 +150,36 @@ def closed_port() -> Iterator[int]:
         yield sock.getsockname()[1]
 
 
+def hold_ports(count: int) -> tuple[list[int], list[socket.socket]]:
+    """Ports that are ours as long as the sockets that come with them are open.
+
+    The kernel gives none of them to a connection or a listener, because they are below its range.
+    Test workers agree by a Unix socket with the name of the port, which ends with its process.
+    """
+    ranges = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    below = int(ranges.split()[0])
+    ports: list[int] = []
+    holds: list[socket.socket] = []
+    for port in random.sample(range(min(10_000, below // 2), below), PORT_TRIALS):
+        hold = socket.socket(socket.AF_UNIX)
+        try:
+            hold.bind(f"\0mailerq-test-port-{port}")
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:  # of another worker, or of a program of this host
+            hold.close()
+            continue
+        ports.append(port)
+        holds.append(hold)
+        if len(ports) == count:
+            return ports, holds
+    raise AssertionError(f"no {count} of {PORT_TRIALS} ports are free")
+
+
 def free_port() -> int:
-    """Return a port that was free a moment ago, for a program that needs a number."""
-    with closed_port() as port:
-        return port
+    """Return a port for a program that needs a number; it is ours until this process ends."""
+    (port,), (hold,) = hold_ports(1)
+    hold.detach()
+    return port
 
 
 def configure(directory: Path, **settings: Any) -> Config:

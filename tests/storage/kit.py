@@ -18,6 +18,7 @@ import pytest
 
 from mailerq.config import Config
 from mailerq.storage import Storage, open_storage
+from tests.support import hold_ports
 
 __all__ = ["Settings", "moto_server", "opened", "postgres_server"]
 
@@ -130,8 +131,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path, ready: Any) -> None:
 def moto_server(directory: Path) -> Iterator[str]:
     """An S3 server of moto in a process of its own; yields the URL of its endpoint."""
     pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,), (hold,) = hold_ports(1)
     log = directory / "moto"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -153,3 +153,4 @@ def moto_server(directory: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+        hold.close()

@@ -7,7 +7,6 @@ seconds.
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import shutil
 import signal
@@ -25,11 +24,11 @@ import pytest
 
 from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.queues.rabbitmq.connection import Channel, connect
+from tests.support import hold_ports
 
-__all__ = ["Broker", "channel_to", "hold_ports", "running_broker", "running_cluster", "send"]
+__all__ = ["Broker", "channel_to", "running_broker", "running_cluster", "send"]
 
 START_SECONDS = 60.0
-PORT_TRIALS = 200
 SERVERS = "/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server"
 USER, PASSWORD = "mailerq", "sesame"
 
@@ -50,31 +49,6 @@ def _server() -> Path:
 def _program(name: str) -> str | None:
     places = ["/usr/lib/erlang/bin", *map(str, Path("/usr/lib/erlang/lib").glob("*/bin"))]
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
-
-
-def hold_ports(count: int) -> tuple[list[int], list[socket.socket]]:
-    """Ports that are ours as long as the sockets that come with them are open.
-
-    The kernel gives none of them to a connection or a listener, because they are below its range.
-    Test workers agree by a Unix socket with the name of the port, which ends with its process.
-    """
-    ranges = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
-    below = int(ranges.split()[0])
-    ports: list[int] = []
-    holds: list[socket.socket] = []
-    for port in random.sample(range(min(10_000, below // 2), below), PORT_TRIALS):
-        hold = socket.socket(socket.AF_UNIX)
-        try:
-            hold.bind(f"\0mailerq-test-port-{port}")
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError:  # of another worker, or of a program of this host
-            hold.close()
-            continue
-        ports.append(port)
-        holds.append(hold)
-        if len(ports) == count:
-            return ports, holds
-    raise AssertionError(f"no {count} of {PORT_TRIALS} ports are free")
 
 
 class Broker:

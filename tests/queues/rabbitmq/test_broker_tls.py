@@ -17,8 +17,8 @@ from mailerq import Engine
 from mailerq.queues.rabbitmq import keeper
 from mailerq.queues.rabbitmq.addresses import Address
 from tests.queues.rabbitmq.engine_kit import into, on_broker, recipients, uri
-from tests.queues.rabbitmq.kit import Broker, hold_ports
-from tests.support import in_thread, open_sink, send, until
+from tests.queues.rabbitmq.kit import Broker
+from tests.support import hold_ports, in_thread, open_sink, send, until
 
 YESTERDAY = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
 

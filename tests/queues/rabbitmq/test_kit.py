@@ -8,17 +8,17 @@ import sys
 
 from mailerq.queues.rabbitmq.topology import Topology
 from tests.queues.rabbitmq import kit
-from tests.support import ROOT
+from tests.support import ROOT, hold_ports
 
 DEAD_LETTERS = "whereis(rabbit_fifo_dlx_sup) =/= undefined"
 
 
 def test_ports_that_are_held_are_given_to_nobody_else() -> None:
-    ports, holds = kit.hold_ports(50)
+    ports, holds = hold_ports(50)
     try:
         code = (
-            "from tests.queues.rabbitmq import kit, test_kit\n"
-            f"print(test_kit.is_held({ports[0]}), *kit.hold_ports(50)[0])"
+            "from tests import support\nfrom tests.queues.rabbitmq import test_kit\n"
+            f"print(test_kit.is_held({ports[0]}), *support.hold_ports(50)[0])"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -33,7 +33,7 @@ def test_ports_that_are_held_are_given_to_nobody_else() -> None:
 
 
 def test_no_connection_gets_a_port_that_is_held() -> None:
-    ports, holds = kit.hold_ports(1)
+    ports, holds = hold_ports(1)
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert other.getsockname()[1] > ports[0]
     holds[0].close()
