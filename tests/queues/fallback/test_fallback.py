@@ -90,11 +90,12 @@ async def test_a_copy_has_one_identity_in_all_attempts(tmp_path: Path) -> None:
         first = [each.identity for each in tried]
         assert len(set(first)) == 2
         assert not any(each.again for each in tried)
-        await until(lambda: len(tried) == 4)
+        await until(lambda: len(tried) >= 4)
     async with opened(tmp_path) as (broker, queues):
         await until_moved(queues)
         moved = [each for group in broker.published for each in group]
-        for attempt in (tried[2:], moved):
+        attempts = [tried[at : at + 2] for at in range(2, len(tried), 2)]
+        for attempt in (*attempts, moved):
             assert [each.identity for each in attempt] == first
             assert all(each.again for each in attempt)
         assert [each.message.properties for each in moved] == [
