@@ -62,7 +62,7 @@ async def test_an_older_protocol_is_named() -> None:
 async def test_another_service_is_named() -> None:
     async with fake_broker() as broker:
         broker.greeting = b"220 mail.test ESMTP\r\n"
-        assert "does not speak AMQP" in await refusal(broker, open_seconds=1)
+        assert "does not speak AMQP" in await refusal(broker)
 
 
 async def test_a_broker_that_says_nothing_is_given_up() -> None:
