@@ -87,6 +87,7 @@ async def test_what_was_confirmed_outlives_a_kill(broker: Broker, vhost: Address
 async def test_without_a_broker_a_publication_fails_in_time() -> None:
     options = Options(publish_seconds=0.2, first_pause_seconds=0.02)
     async with open_rabbitmq([Address("127.0.0.1", 1)], options) as queues:
+        await until(queues, lambda state: "Connection refused" in state.text)
         with pytest.raises(QueueError, match="Connection refused"):
             await queues.publish([mail(1)])
         async with queues.subscribe("outbox", Recorder(), prefetch=1, window=1) as subscription:
@@ -119,14 +120,15 @@ async def test_a_publication_waits_for_a_broker_that_is_short_of_memory(
 
 
 async def test_a_blocked_broker_fails_a_publication_in_time(broker: Broker, vhost: Address) -> None:
-    options = Options(queue_type="classic", publish_seconds=0.5)
-    async with open_rabbitmq([vhost], options) as queues:
+    async with open_rabbitmq([vhost], Options(queue_type="classic")) as queues:
         await queues.publish([mail(1)])
         broker.alarm(True)
+        queues.publisher._seconds = 0.5
         try:
             with pytest.raises(QueueError, match="not confirmed within"):
                 await queues.publish([mail(2)])
         finally:
+            queues.publisher._seconds = DEADLINE
             broker.alarm(False)
         await queues.publish([mail(3)])
 

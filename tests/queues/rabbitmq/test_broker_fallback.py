@@ -126,9 +126,8 @@ async def test_a_copy_of_the_reserve_that_the_broker_had_already_is_not_handed_o
 ) -> None:
     """The confirmation of the first copy is lost, so the reserve publishes a second one."""
     monkeypatch.setattr(publisher, "SILENT_SECONDS", 0.1)  # how long the queue is left alone
-    options = replace(OPTIONS, publish_seconds=0.5)
     async with (
-        opened(vhost, tmp_path, options=options) as (rabbit, queues),
+        opened(vhost, tmp_path) as (rabbit, queues),
         open_rabbitmq([vhost], OPTIONS) as other,
     ):
         taker: Queues = queues if who == "this process" else other
@@ -138,6 +137,7 @@ async def test_a_copy_of_the_reserve_that_the_broker_had_already_is_not_handed_o
             await taker.ack([Settlement(lease)])
             with monkeypatch.context() as lossy:
                 lossy.setattr(rabbit.publisher, "_finish", lambda tag, taken: None)
+                lossy.setattr(rabbit.publisher, "_seconds", 0.5)
                 await queues.publish([Publication("inbox", Message({"tag": 1}))])
             assert queues.reserve.stored == 1
             (lease,) = await receive(consumer, 1)
@@ -225,10 +225,11 @@ async def test_a_broker_that_does_not_confirm(
     broker: Broker, vhost: Address, tmp_path: Path
 ) -> None:
     """Its process is stopped: the connection stays open, and nothing is answered."""
-    options = Options(publish_seconds=0.3, first_pause_seconds=0.02)
+    options = Options(first_pause_seconds=0.02)
     async with opened(vhost, tmp_path, options=options) as (rabbit, queues):
         await queues.publish([mail(1)])
         broker.pause()
+        rabbit.publisher._seconds = 0.3
         try:
             await queues.publish([mail(2)])
             with endless_waits(queues, rabbit):
@@ -236,6 +237,7 @@ async def test_a_broker_that_does_not_confirm(
                     await queues.publish([mail(tag)])
             assert queues.reserve.messages == 18
         finally:
+            rabbit.publisher._seconds = DEADLINE
             broker.resume()
         await until_empty(queues)
         async with queues.consume("outbox", prefetch=99) as consumer:

@@ -38,8 +38,9 @@ def silent(broker: Broker, vhost: Address, queue: str) -> Iterator[None]:
 async def test_a_queue_that_does_not_answer_keeps_up_no_other(
     broker: Broker, vhost: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with open_rabbitmq([vhost], QUICK) as queues:
+    async with open_rabbitmq([vhost], replace(QUICK, publish_seconds=DEADLINE)) as queues:
         await queues.publish([Publication("results", Message({"tag": 1}))])
+        queues.publisher._seconds = QUICK.publish_seconds
         with silent(broker, vhost, "results"):
             # After some hundred of them RabbitMQ does not read from the connection any more.
             with pytest.raises(QueueError, match="not confirmed within"):
