@@ -20,6 +20,7 @@ from mailerq.message import Message
 from mailerq.net.logs import LogFile
 from mailerq.net.resolver import Host, NoHosts
 from mailerq.net.slots import Slots
+from mailerq.outbound.cells import Busy, Count, MemoryCells, Rate, boot_time
 from mailerq.outbound.dispatcher import Dispatcher
 from mailerq.outbound.limits import Limits
 from mailerq.outbound.openings import Openings
@@ -269,6 +270,29 @@ class StubResolver:
         return (Host(name, name),)
 
 
+class NotedCells(MemoryCells):
+    """Cells that note when they let something go."""
+
+    def __init__(self) -> None:
+        super().__init__(self._look)
+        self.clock = boot_time
+        self.granted: dict[str, list[tuple[float, float]]] = {}
+        """Of each rate: the times that it has counted, and when they were known to the taker."""
+        self._seen = 0
+
+    def _look(self) -> int:
+        self._seen = self.clock()
+        return self._seen
+
+    def take(self, wants: Sequence[Rate | Count]) -> Busy | None:
+        busy = super().take(wants)
+        if busy is None:
+            for want in wants:
+                if isinstance(want, Rate) and want.cost:
+                    self.granted.setdefault(want.key, []).append((self._seen / 1e9, monotonic()))
+        return busy
+
+
 @dataclass
 class Bench:
     """A dispatcher with everything around it."""
@@ -278,6 +302,7 @@ class Bench:
     port: int
     dispatcher: Dispatcher
     worker: StubWorker
+    cells: NotedCells
 
     def send(self, recipient: str = "c@d.test", body: str | None = "hi\r\n", **more: Any) -> None:
         message = Message({"envelope": "a@b.test", "recipient": recipient, **more})
@@ -348,7 +373,8 @@ async def open_bench(
             }
         )
         worker = StubWorker(0, nursery, plugins)
-        limits = Limits(Shaping.of(config), clock=lambda: queues.now)
+        cells = NotedCells()
+        limits = Limits(Shaping.of(config), cells=cells, clock=lambda: queues.now)
         nursery.start_soon(limits.run)
         dispatcher = Dispatcher(
             Live(config),
@@ -372,7 +398,7 @@ async def open_bench(
         queues.on_time = check_times
         await nursery.start(dispatcher.run)
         try:
-            yield Bench(queues, peer, port, dispatcher, worker)
+            yield Bench(queues, peer, port, dispatcher, worker, cells)
         finally:
             with trio.CancelScope(shield=True):
                 with trio.fail_after(DEADLINE):

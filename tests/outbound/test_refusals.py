@@ -17,6 +17,7 @@ from mailerq.rules.recovery import Stage
 from mailerq.rules.responses import Outcome
 from mailerq.rules.triggers import Triggers
 from tests.outbound.kit import Bench, PeerConnection, open_bench
+from tests.outbound.test_delivery_limits import let_go
 
 FAST: Any = {"connection_maxidle": 60_000}
 
@@ -307,7 +308,7 @@ async def test_a_lower_rate_holds_for_waiting_mail() -> None:
         for number in range(9):
             bench.send(f"c{number}@d.test")
         await bench.results(count=9)
-        times = [mail.at for mail in bench.peer.mails]
+        times = let_go(bench, rate="messages-per-minute 600 ")
         assert times[-1] - times[0] > 0.7, "ten a second, not twenty"
 
 
