@@ -93,9 +93,8 @@ async def test_a_lease_that_begins_in_a_moment_is_waited_for() -> None:
 
 async def test_a_new_owner_waits_for_one_interval_of_each_rate() -> None:
     async with open_bench(smtp_default_ips=(X,), domain_maxmessages=120) as bench:
-        since = boot_time()
-        bench.dispatcher.limits.leases = {X: valid(since=since)}
         begun = time.monotonic()
+        bench.dispatcher.limits.leases = {X: valid(since=boot_time())}
         bench.send("c@d.test")
         await delivered(bench, 1)
         assert time.monotonic() - begun >= 0.5
