@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from mailerq.outbound import signer
 from mailerq.outbound.signer import MAX_BATCH, Signatures
 from mailerq.store.signing_keys import SigningKey
 from tests.signing_kit import ed25519_pem
@@ -132,9 +133,14 @@ async def test_what_is_cancelled_before_its_turn_is_not_signed(key: SigningKey) 
 
 
 class Told:
-    """A key that takes some milliseconds, and tells in which turn of which thread it signed."""
+    """A key that takes two milliseconds, and tells in which turn of which thread it signed.
 
-    def __init__(self) -> None:
+    They pass on a clock of the test: on a busy machine, two milliseconds may be a hundred.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.monotonic()
+        monkeypatch.setattr(signer, "monotonic", lambda: self.now)
         self.loop = threading.get_ident()
         self.turn = 0
         self.turns: list[int] = []  # 0 is another thread
@@ -143,7 +149,7 @@ class Told:
         self.turn += 1
 
     def sign(self, data: bytes) -> bytes:
-        time.sleep(0.002)
+        self.now += 0.0021
         self.turns.append(self.turn if threading.get_ident() == self.loop else 0)
         return data
 
@@ -156,24 +162,30 @@ async def sign_all(made: Signatures, key: Told, count: int) -> None:
     trio.lowlevel.remove_instrument(key)  # type: ignore[arg-type]
 
 
-async def test_a_turn_of_the_loop_makes_signatures_for_some_milliseconds_only() -> None:
-    key = Told()
+async def test_a_turn_of_the_loop_makes_signatures_for_some_milliseconds_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = Told(monkeypatch)
     await sign_all(Signatures(), key, 12)
     assert len(key.turns) == 12
     assert all(1 <= count <= 4 for count in Counter(key.turns).values())
     assert 0 not in key.turns, "the loop has time for all"
 
 
-async def test_the_keys_of_one_mail_are_spread_over_turns_too() -> None:
-    key = Told()
+async def test_the_keys_of_one_mail_are_spread_over_turns_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = Told(monkeypatch)
     trio.lowlevel.add_instrument(key)  # type: ignore[arg-type]
     assert await Signatures().make([(key, b"x")] * 12) == [b"x"] * 12  # type: ignore[list-item]
     trio.lowlevel.remove_instrument(key)  # type: ignore[arg-type]
     assert all(1 <= count <= 4 for count in Counter(key.turns).values())
 
 
-async def test_a_thread_makes_what_would_take_the_loop_more_than_half_of_its_time() -> None:
-    key = Told()
+async def test_a_thread_makes_what_would_take_the_loop_more_than_half_of_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = Told(monkeypatch)
     await sign_all(Signatures(), key, 60)
     assert len(key.turns) == 60
     in_loop = sum(turn > 0 for turn in key.turns)
