@@ -31,6 +31,9 @@ from tests.support import Mail, Sink, open_sink, until
 
 SESSIONS: Final = 10
 
+ENOUGH: Final = 5 * SESSIONS
+"""Mails that are taken before the power fails, also on a slow disk."""
+
 ENTRY: Final = struct.Struct("=ccHIq")
 """``struct entry`` of faults.c."""
 
@@ -149,6 +152,7 @@ async def work(
             if fail:
                 faults.set(Call.SYNC, one_in=9)
             await trio.sleep(seconds)
+            await until(lambda: len(ledger.accepted) > ENOUGH)
             load.ending = True
             running.kill()
             nursery.cancel_scope.cancel()
@@ -168,7 +172,6 @@ async def cut_the_power(directory: Path, seconds: float, cuts: int, *, fail: boo
     async with open_sink() as sink:
         sink.decide = busy
         base, journal, arrived = await work(directory, sink, ledger, seconds, fail=fail)
-    assert len(ledger.accepted) > 5 * SESSIONS
     for number in range(cuts):
         end = dice.randrange(len(journal) // 10, len(journal))
         image = directory / f"cut-{number}"
