@@ -133,7 +133,7 @@ async def crowd(directory: Path, count: int, patience: float) -> AsyncIterator[C
     certificate = Certificate.make(directory)
     secure_port = free_port()
     switches = [
-        f"--smtp-connections={count + 100}",
+        f"--smtp-connections={2 * count + 100}",  # where they are short, nobody is borne for long
         f"--smtp-handshakes={count}",
         f"--smtp-secure-port={secure_port}",
         f"--smtp-certificate={certificate.chain}",
