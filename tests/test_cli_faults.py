@@ -123,7 +123,7 @@ def test_a_crash_is_said_in_the_file_that_logrotate_left(tmp_path: Path) -> None
         running.wait_for("SIGHUP")
         running.talk(*MAIL)
         assert running.process.wait(DEADLINE) == -signal.SIGABRT
-        assert "SIGHUP" in running.log[0]
+        assert any("SIGHUP" in line for line in running.log)
         assert running.log[-1].endswith(f"SIGABRT in {RCPTTO}")
 
 
