@@ -1,9 +1,10 @@
 """A peer that takes mail of many domains, and refuses some for now and some for good.
 
-    python tests/crash/moody_peer.py ADDRESS PORT FILE MESSAGES
+    python tests/crash/moody_peer.py ADDRESS FILE MESSAGES
 
-The local part of a recipient is a number, which decides what the peer says (`temper`). FILE has
-two bytes for each number: how often the peer said 4xx, and how often it took the mail.
+It says on which port it is ready. The local part of a recipient is a number, which decides what
+the peer says (`temper`). FILE has two bytes for each number: how often the peer said 4xx, and how
+often it took the mail.
 """
 
 from __future__ import annotations
@@ -115,17 +116,17 @@ class Peer(asyncio.Protocol):
         return b"250 2.0.0 taken\r\n"
 
 
-async def serve(address: str, port: int, counts: mmap.mmap) -> None:
+async def serve(address: str, counts: mmap.mmap) -> None:
     """Serve until killed."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Peer(counts), address, port, backlog=BACKLOG)
-    print("ready", flush=True)
+    server = await loop.create_server(lambda: Peer(counts), address, 0, backlog=BACKLOG)
+    print("ready", server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
-def main(address: str, port: str, path: str, messages: str) -> None:
+def main(address: str, path: str, messages: str) -> None:
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), BYTES * int(messages)) as counts:
-        asyncio.run(serve(address, int(port), counts))
+        asyncio.run(serve(address, counts))
 
 
 if __name__ == "__main__":

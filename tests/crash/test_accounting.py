@@ -19,7 +19,7 @@ from mailerq.queues.embedded.shares import share_directory
 from tests.crash.kit import Daemon, command, daemon
 from tests.crash.moody_peer import BYTES, Temper, temper
 from tests.net.dns_server import NXDOMAIN, Records, open_dns_server
-from tests.support import DEADLINE, ROOT, free_port
+from tests.support import DEADLINE, ROOT
 
 DOMAINS = 500
 SESSIONS = 30
@@ -60,17 +60,19 @@ def address(number: int) -> str:
 async def open_peer(file: Path, count: int) -> AsyncIterator[int]:
     """The peer as a process of its own: its port."""
     file.write_bytes(bytes(BYTES * count))
-    port = free_port()
     program = str(ROOT / "tests" / "crash" / "moody_peer.py")
     peer = await trio.lowlevel.open_process(
-        [sys.executable, program, "0.0.0.0", str(port), str(file), str(count)],
+        [sys.executable, program, "0.0.0.0", str(file), str(count)],
         stdout=subprocess.PIPE,
     )
     try:
         assert peer.stdout is not None
+        said = b""
         with trio.fail_after(DEADLINE):
-            assert (await peer.stdout.receive_some()).startswith(b"ready")
-        yield port
+            while not said.endswith(b"\n"):
+                said += (more := await peer.stdout.receive_some())
+                assert more, said
+        yield int(said.removeprefix(b"ready "))
     finally:
         peer.kill()
         with trio.CancelScope(shield=True):

@@ -20,7 +20,7 @@ from mailerq.net.stream import Stream, StreamLost
 from tests.crash.kit import Daemon, Fate, Ledger, Load, all_arrive, arrivals, command, daemon
 from tests.crash.test_kill import plugins
 from tests.engine.kit import Certificate
-from tests.support import DEADLINE, free_port, open_sink, until
+from tests.support import DEADLINE, open_sink, until
 
 OTHER_DESCRIPTORS: Final = 200
 
@@ -131,11 +131,10 @@ async def crowd(directory: Path, count: int, patience: float) -> AsyncIterator[C
     At the end all mail of the healthy client is accounted for.
     """
     certificate = Certificate.make(directory)
-    secure_port = free_port()
     switches = [
         f"--smtp-connections={2 * count + 100}",  # where they are short, nobody is borne for long
         f"--smtp-handshakes={count}",
-        f"--smtp-secure-port={secure_port}",
+        "--smtp-secure-port=0",
         f"--smtp-certificate={certificate.chain}",
         f"--smtp-key={certificate.key}",
         f"--smtp-timeout={patience}",
@@ -149,6 +148,8 @@ async def crowd(directory: Path, count: int, patience: float) -> AsyncIterator[C
         daemon(directory, sink.port, *switches) as running,
         trio.open_nursery() as nursery,
     ):
+        _, secure = (await running.statistics())["listening"]
+        secure_port = int(secure.rpartition(":")[2])
         nursery.start_soon(partial(load.session, running.port, pause=0.02))
         await until(lambda: len(ledger.accepted) > 50)
         before = running.memory
