@@ -23,10 +23,14 @@ from hypothesis import strategies as st
 
 from mailerq.cli.screen import keys_in
 from mailerq.cli.top import ORDERS, View
+from mailerq.message import Message
 from mailerq.net.seen import merged_pages
+from mailerq.queues import Publication
+from mailerq.queues.embedded.queue_file import QueueFile
+from mailerq.queues.embedded.shares import share_directory
 from mailerq.wire import server
 from mailerq.wire.smtp import Reply
-from tests.crash.kit import Daemon, all_arrive, daemon
+from tests.crash.kit import BODY, Daemon, all_arrive, daemon
 from tests.processes_kit import TWO, connected, marked, put, send_all
 from tests.support import DEADLINE, ROOT, in_thread, mailerq, open_sink
 
@@ -100,10 +104,11 @@ async def test_the_rates_of_two_looks_add_up_to_what_was_delivered(
     tmp_path: Path, mark: dict[str, str]
 ) -> None:
     limit = limits_in(tmp_path, "[[limit]]\nmessages-per-minute = 600\n")
+    message = Message({"envelope": "a@b.test", "recipient": "c@d.test"}, BODY)
+    for share in range(2):  # mail for a minute
+        with QueueFile.open(share_directory(str(tmp_path / "queue"), share)) as store:
+            store.publish([Publication("outbox", message)] * 300)
     async with open_sink() as sink, daemon(tmp_path, sink.port, limit, TWO, env=mark) as running:
-        async with connected(running.port) as one, connected(running.port) as two:
-            for number in range(60):
-                assert await put(one if number % 2 else two, f"m-{number}") == 250
         await sink.wait_for(5)
         found = await page(running, "--sort=rate")
         (row,) = found["rows"]
