@@ -62,26 +62,17 @@ class Mover:
         while True:
             news = self._news
             line = self._next() if self._may_move() else None
-            if line is None:
-                with trio.move_on_after(self._pause()):
+            if line is None or line.again > trio.current_time():
+                with trio.move_on_at(math.inf if line is None else line.again):
                     await news.wait()
                 continue
             with trio.CancelScope(shield=True):  # no confirmation is thrown away
                 await self._move(line)
 
     def _next(self) -> Line | None:
-        now = trio.current_time()
-        ready = [
-            line
-            for line in self.reserve.lines.values()
-            if line.again <= now and line.count > line.entering
-        ]
-        return min(ready, key=lambda line: line.again, default=None)
-
-    def _pause(self) -> float:
-        now = trio.current_time()
-        times = [line.again for line in self.reserve.lines.values() if line.again > now]
-        return min(times, default=math.inf) - now
+        """The queue to move mail of next, now or at its time."""
+        lines = [line for line in self.reserve.lines.values() if line.count > line.entering]
+        return min(lines, key=lambda line: line.again, default=None)
 
     async def _move(self, line: Line) -> None:
         try:

@@ -16,7 +16,9 @@ from mailerq.errors import MessageError, QueueError
 from mailerq.message import Message
 from mailerq.queues import Depth, Publication, Settlement
 from mailerq.queues.embedded.queues import EmbeddedQueues
+from mailerq.queues.fallback.mover import MIN_AGAIN_SECONDS, Mover
 from mailerq.queues.fallback.queues import FallbackQueues, Patience
+from mailerq.queues.fallback.reserve import Line
 from mailerq.queues.opening import open_embedded
 from tests.queues.contract import again, mail, receive, tag_of
 from tests.queues.fallback.standin import QUICK, StandIn, both, standin
@@ -416,6 +418,30 @@ async def test_a_broker_that_does_not_last_is_waited_for_longer(
             waits.append(round(trio.current_time() - begun))
             await trio.sleep(100 if last else 5)
         assert waits == [1, 2, 4, 8, 1]
+
+
+async def test_a_pause_that_ends_while_the_mover_looks_is_over(
+    tmp_path: Path, mock_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop that stands still at that moment is no reason to wait for the next mail."""
+    mock_clock.rate = 1.0
+    look = Mover._next
+
+    def look_for_long(mover: Mover) -> Line | None:
+        found = look(mover)
+        mock_clock.jump(MIN_AGAIN_SECONDS)
+        return found
+
+    monkeypatch.setattr(Mover, "_next", look_for_long)
+    async with opened(tmp_path) as (broker, queues):
+        broker.refused["outbox"] = QueueError("not now")
+        await queues.publish([mail(1)])
+        line = queues.reserve.lines["outbox"]
+        while not line.failures:
+            await line.news.wait()
+        broker.refused.clear()
+        await until_moved(queues)
+        assert tags(broker.published) == [1]
 
 
 async def test_publications_from_other_loops(tmp_path: Path) -> None:
