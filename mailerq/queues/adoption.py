@@ -40,8 +40,12 @@ SAY_SECONDS: Final = 60.0
 OWN_SECONDS: Final = 60.0
 """How long a process waits for its own share while another delivers from it."""
 
-MOMENT_SECONDS: Final = 1.0
 RETRY_SECONDS: Final = 0.05
+LOOKS: Final = 20
+"""A process that has the lock at this many looks in a row is the owner of the share.
+
+They count, not their time: two looks far apart may each meet another process for a moment.
+"""
 
 STEADY_SECONDS: Final = 10.0
 """A process that works on a share this long is not killed by the content of the share."""
@@ -52,8 +56,8 @@ async def own(directory: str) -> DirectoryLock:
 
     Raises `QueueError`, at once if another daemon owns the share.
     """
-    adopted_at = trio.current_time()
-    end = adopted_at + OWN_SECONDS
+    end = trio.current_time() + OWN_SECONDS
+    looks = 0
     make_directory(directory)
     try:
         with wanted(directory):
@@ -63,11 +67,9 @@ async def own(directory: str) -> DirectoryLock:
                 except QueueHeld as held:
                     # Other processes hold the lock briefly to see whether the share is free, and
                     # an adopter while it gives the share back.
-                    now = trio.current_time()
-                    if now > (end if held.adopted else adopted_at + MOMENT_SECONDS):
+                    looks = 0 if held.adopted else looks + 1
+                    if looks == LOOKS or trio.current_time() > end:
                         raise
-                    if held.adopted:
-                        adopted_at = now
                 await trio.sleep(RETRY_SECONDS)
     except OSError as error:
         raise QueueError(f"{directory}: cannot be locked: {error.strerror}") from error

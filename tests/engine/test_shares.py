@@ -15,7 +15,7 @@ from mailerq import Engine, Message, QueueError
 from mailerq.inbound.listener import bind
 from mailerq.net import control
 from mailerq.queues import Publication
-from mailerq.queues.adoption import MOMENT_SECONDS, own
+from mailerq.queues.adoption import LOOKS, RETRY_SECONDS, own
 from mailerq.queues.opening import open_exclusive, shares_in
 from mailerq.queues.ownership import DirectoryLock
 from tests.engine.kit import no_descriptors
@@ -73,14 +73,39 @@ async def test_a_process_waits_for_its_share_but_not_for_another_daemon(
         async def give_back() -> None:
             while not adopted.is_wanted():  # noqa: ASYNC110
                 await trio.sleep(0.01)
-            await trio.sleep(1.5 * MOMENT_SECONDS)
+            await trio.sleep(1.5 * LOOKS * RETRY_SECONDS)
             adopted._write("free")  # as a release does, at a busy moment of this host
-            await trio.sleep(0.3 * MOMENT_SECONDS)
+            await trio.sleep(0.3 * LOOKS * RETRY_SECONDS)
             adopted.release()
 
         nursery.start_soon(give_back)
         with trio.fail_after(60):
             (await own(str(directory))).release()
+
+
+async def test_a_process_that_looks_late_meets_others_for_a_moment(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold the lock to see whether the share is free, and this process has stood still."""
+    directory = tmp_path / "queue"
+    directory.mkdir()
+    take, looks = DirectoryLock.take, 0
+
+    def take_late(path: str) -> DirectoryLock:
+        nonlocal looks
+        looks += 1
+        autojump_clock.jump(3.0)
+        if looks == 4:
+            return take(path)
+        other = DirectoryLock(path)
+        try:
+            return take(path)
+        finally:
+            other.release()
+
+    monkeypatch.setattr(DirectoryLock, "take", take_late)
+    (await own(str(directory))).release()
+    assert looks == 4
 
 
 async def test_a_share_that_cannot_be_opened_is_said_and_tried_again(
