@@ -218,7 +218,7 @@ def answers_late(step: str, seconds: float) -> Script:
 async def test_a_peer_that_takes_its_time_over_a_mail_is_waited_for(
     step: str, times: float
 ) -> None:
-    base = 0.4
+    base = 1.0
     async with open_bench(answers_late(step, times * base), smtp_out_timeout=base) as bench:
         bench.peer.extensions = ()
         bench.send()
@@ -228,8 +228,8 @@ async def test_a_peer_that_takes_its_time_over_a_mail_is_waited_for(
 
 @pytest.mark.parametrize("step", ["MAIL", "RCPT", "."])
 async def test_other_mail_waits_for_no_slow_peer_except_after_the_dot(step: str) -> None:
-    slow = answers_late(step, 0.6)
-    async with open_bench(slow, slots=Slots(1), smtp_out_timeout=0.2) as bench:
+    slow = answers_late(step, 3.0)
+    async with open_bench(slow, slots=Slots(1), smtp_out_timeout=1.0) as bench:
         bench.peer.extensions = ()
         bench.send("c@slow.test")
         await bench.until(lambda figures: figures["opened"] == 1)
