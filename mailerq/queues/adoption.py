@@ -42,9 +42,9 @@ OWN_SECONDS: Final = 60.0
 
 RETRY_SECONDS: Final = 0.05
 LOOKS: Final = 20
-"""A process that has the lock at this many looks in a row is the owner of the share.
+"""After this many looks in a row that find the lock held, another daemon owns the share.
 
-They count, not their time: two looks far apart may each meet another process for a moment.
+Looks count, not seconds: after a stall, two looks may each meet a process that only checks.
 """
 
 STEADY_SECONDS: Final = 10.0
@@ -54,7 +54,7 @@ STEADY_SECONDS: Final = 10.0
 async def own(directory: str) -> DirectoryLock:
     """Lock the share of this process, which another process may have adopted.
 
-    Raises `QueueError`, at once if another daemon owns the share.
+    Raises `QueueError`, within about a second if another daemon owns the share.
     """
     end = trio.current_time() + OWN_SECONDS
     looks = 0
