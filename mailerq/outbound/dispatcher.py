@@ -12,8 +12,7 @@ message taken is either settled or put back unchanged.
 One task serves all times: when flows look again, and when mail becomes due. The task sleeps until
 the earliest of them.
 
-Everything here runs on the home worker, sessions included. Other workers have incoming connections
-only.
+Everything here runs on the home worker, sessions included. Other workers serve clients only.
 """
 
 from __future__ import annotations
@@ -380,7 +379,7 @@ class Dispatcher:
             jobs.append(job)
         else:
             self._looking_up[route] = [job]
-            self._working.start_soon(self._find, route)
+            self.start_soon(self._find, route)
 
     def judge(self, lease: Lease) -> Job | None:
         """Return a job if the message goes now; else finish it or put it back, and return None."""
@@ -655,8 +654,9 @@ class Dispatcher:
         self._intake.refill(flow)
 
     def start_soon(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
-        """Start a task that is cancelled when deliveries stop."""
-        self._working.start_soon(function, *args)
+        """Start a task that is cancelled when deliveries stop, and does not start after that."""
+        if not self.stopping:
+            self._working.start_soon(function, *args)
 
     def start_session(self, session: Session) -> None:
         """Start a session's task."""

@@ -503,7 +503,8 @@ async def test_a_defect_in_a_session_costs_one_attempt(caplog: pytest.LogCapture
 # The end
 
 
-async def test_stop_lets_what_is_under_way_end_and_gives_the_rest_back() -> None:
+@pytest.mark.parametrize("qos", [1, 1000])
+async def test_stop_lets_what_is_under_way_end_and_gives_the_rest_back(qos: int) -> None:
     may_answer = trio.Event()
 
     async def slow(peer: PeerConnection) -> None:
@@ -515,13 +516,14 @@ async def test_stop_lets_what_is_under_way_end_and_gives_the_rest_back() -> None
         await peer.take()
         await peer.line()
 
-    async with open_bench(slow, domain_maxconnections=1) as bench:
+    async with open_bench(slow, domain_maxconnections=1, rabbitmq_qos=qos) as bench:
         for _ in range(5):
             bench.send()
         await bench.queues.until(lambda queues: bench.peer.commands[-1:] == ["DATA"])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(bench.dispatcher.stop, 10)
-            await bench.queues.until(lambda queues: len(queues.released) >= 4)
+            await bench.queues.until(lambda queues: len(queues.leased) == 1)
+            await trio.testing.wait_all_tasks_blocked()
             may_answer.set()
         assert len(bench.queues["success"]) == 1
         assert len(bench.queues["outbox"]) == 4
