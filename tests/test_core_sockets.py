@@ -81,6 +81,8 @@ def test_accept_and_name_know_both_ends(host: str) -> None:
         listening.setblocking(False)
         assert _core.accept(listening.fileno()) is None
         with socket.create_connection(listening.getsockname()[:2]) as peer:
+            # The peer's end may be ready before ours is.
+            select.select([listening], [], [])
             accepted = _core.accept(listening.fileno())
             assert accepted is not None
             fd, remote = accepted
