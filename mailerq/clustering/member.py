@@ -191,6 +191,7 @@ class Cluster:
         self._greeted = False
         self._announced = 0
         self._wake = trio.Event()
+        self._other_settings = trio.Event()
         self._nursery: trio.Nursery | None = None
 
     async def open(self) -> None:
@@ -315,13 +316,14 @@ class Cluster:
 
     async def _watch_addresses(self) -> None:
         while True:
-            await trio.sleep(TICK_SECONDS * ADDRESS_TICKS)
+            with trio.move_on_after(TICK_SECONDS * ADDRESS_TICKS):
+                await self._other_settings.wait()
+            self._other_settings = trio.Event()
             await self._look_at_addresses()
 
     def settings_changed(self) -> None:
-        """The settings may name other addresses."""
-        if self.leads and self._nursery is not None:
-            self._nursery.start_soon(self._look_at_addresses)
+        """The settings may name other addresses: `run` looks, once it runs and leads."""
+        self._other_settings.set()
 
     # Locks
 
