@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import trio
@@ -298,13 +299,22 @@ class Listener:
         worker = min(self._workers, key=_load)
         worker.load += 1
         self._open += 1
-        worker.spawn(self._session, worker, stream, port, admitted)
+        lost = partial(self._lost, worker, stream, admitted)
+        worker.spawn(self._session, worker, stream, port, admitted, lost=lost)
 
     def _refuse(self, stream: Stream, port: Port, refusal: Reply) -> None:
         self._services.counters.refused_connections += 1
         if not port.secure:
             stream.write(refusal.wire)
         stream.close()
+
+    def _lost(self, worker: Worker, stream: Stream, admitted: str | None) -> None:
+        """The worker of a new connection ends, by a defect: so does the engine."""
+        if admitted is not None:
+            self._services.clients.left(admitted)
+        stream.close()
+        self._slots.release()
+        self._home.call(self._ended, worker)
 
     async def _session(
         self, worker: Worker, stream: Stream, port: Port, admitted: str | None

@@ -26,8 +26,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-import trio
-
 from mailerq.faults import Watch
 from mailerq.net.worker import Worker
 
@@ -146,9 +144,7 @@ class Watchdog:
                 self._recovered(pulse)
             pulse.report_after = self._seconds
             pulse.asked = now
-            try:
-                pulse.worker.call(_answer, pulse)
-            except trio.RunFinishedError:
+            if not pulse.worker.call(_answer, pulse):
                 pulse.asked = None
         elif now - asked >= pulse.report_after:
             pulse.report_after *= 2

@@ -5,8 +5,8 @@ workers have their own threads. With one worker, every call below is a plain fun
 
 Guarantees
 ----------
-- `Worker.call` and `Worker.spawn` may be used from any thread. Calls from one thread to one worker
-  run in order.
+- `Worker.call` and `Worker.spawn` may be used from any thread, also when the worker has ended.
+  Calls from one thread to one worker run in order.
 - A session stays on its worker, so plugin data of a context or of a connection is used by one
   thread only.
 """
@@ -48,20 +48,42 @@ class Worker:
         self.thread = 0
         """The identity of its thread, once the worker runs."""
         self._stop: trio.Event
+        self._ends = False
+        """No task is started any more."""
 
-    def call(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
-        """Run a plain function on the thread of this worker: now if called there, else soon."""
+    def call(self, function: Callable[[*Ts], object], *args: *Ts) -> bool:
+        """Run a plain function on the thread of this worker: now if called there, else soon.
+
+        False if the worker has ended: then nothing runs.
+        """
         if threading.get_ident() == self.thread:
             function(*args)
-        else:
+            return True
+        try:
             self._token.run_sync_soon(function, *args)
+        except trio.RunFinishedError:
+            return False
+        return True
 
-    def spawn(self, function: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
-        """Start a task on this worker.
+    def spawn(
+        self,
+        function: Callable[[*Ts], Awaitable[object]],
+        *args: *Ts,
+        lost: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Start a task on this worker; on one that ends, call `lost` instead, on any thread.
 
         The task must handle its own errors: an exception that escapes ends the engine.
         """
-        self.call(self.nursery.start_soon, function, *args)
+
+        def start() -> None:
+            if self._ends:
+                lost()
+            else:
+                self.nursery.start_soon(function, *args)
+
+        if not self.call(start):
+            lost()
 
     async def run(
         self,
@@ -79,8 +101,11 @@ class Worker:
         self.context = await plugins.open_context(self.index)
         try:
             async with trio.open_nursery() as self.nursery:
-                started()
-                await self._stop.wait()
+                try:
+                    started()
+                    await self._stop.wait()
+                finally:
+                    self._ends = True  # the nursery is open until here
         finally:
             EndOfTurn.of_this_loop().leave()
             with trio.CancelScope(shield=True):
