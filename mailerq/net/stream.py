@@ -215,6 +215,11 @@ class Stream:
         return round_trip(self._fd)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be sent or received any more."""
+        return self._fd < 0
+
+    @property
     def local(self) -> tuple[str, int]:
         """The address and port of this end."""
         if self._local is None:

@@ -379,8 +379,10 @@ def attach(
     """Give a stream a tap for the traces that ask for its session.
 
     `way` is "in" or "out"; `due` are the replies that are due; `domain` is the target of a session
-    that goes out.
+    that goes out. A stream that is closed gets no tap: nobody would tell the trace of its end.
     """
+    if stream.is_closed:
+        return
     text = f"({'from' if way == 'in' else 'to'} {host_port(*remote)}, here {host_port(*local)})"
     for trace in traces:
         if not trace.over and trace.wanted.fits(way, remote[0], local[0]):
