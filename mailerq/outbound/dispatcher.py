@@ -22,6 +22,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import AsyncExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -238,15 +239,11 @@ class Dispatcher:
 
     async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         config, intake = self.config, self._intake
-        async with (
-            self.queues.subscribe(
-                self.handed or config.rabbitmq_outbox,
-                intake,
-                prefetch=config.rabbitmq_qos,
-                window=min(FIRST_WINDOW, self.max_window),
-            ) as subscription,
-            trio.open_nursery() as self._nursery,
-        ):
+        queue, window = self.handed or config.rabbitmq_outbox, min(FIRST_WINDOW, self.max_window)
+        taking = self.queues.subscribe(queue, intake, prefetch=config.rabbitmq_qos, window=window)
+        async with taking as subscription, AsyncExitStack() as stack:
+            stack.callback(self._stopped.set)  # the subscription gives back all that is left
+            self._nursery = await stack.enter_async_context(trio.open_nursery())
             self._bodies = Bodies(subscription)
             self._settlements.nursery = self._nursery
             for task in self._settlements.tasks:
