@@ -235,7 +235,11 @@ cdef class Library:
             raise
 
     def cleanup(self):
-        """Call mq_cleanup of every initialized plugin, in load order; log failures."""
+        """Call mq_cleanup of every initialized plugin, in load order; log failures.
+
+        It is the last call of a plugin: from here on the built-in generator supplies the ids.
+        """
+        self.table.id_owner = -1
         count, self.initialized = self.initialized, 0
         for index, path in enumerate(self.paths[:count]):
             try:

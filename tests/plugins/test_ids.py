@@ -118,6 +118,16 @@ def test_only_the_owner_is_asked_for_its_size(tmp_path: Path) -> None:
     assert Plugins.load(str(tmp_path)).message_id() == "c"
 
 
+def test_a_plugin_that_is_cleaned_up_supplies_no_id(tmp_path: Path) -> None:
+    """Its memory may be gone: mq_cleanup is the last call."""
+    install(tmp_path, own=build_text(OWNER, "-DSIZE=8", '-DTEXT="own"', "-DRETURNS=3"))
+    plugins = Plugins.load(str(tmp_path))
+    plugins.initialize()
+    assert plugins.message_id() == "own"
+    plugins.cleanup()
+    assert re.fullmatch("[0-9a-v]{32}", plugins.message_id())
+
+
 @pytest.mark.parametrize(
     ("text", "returns", "problem"),
     [
