@@ -257,15 +257,19 @@ class Dispatcher:
                     self._working.start_soon(self._watch_times)
                     intake.begin(subscription)
                     task_status.started()
+                    try:
+                        await trio.sleep_forever()
+                    finally:
+                        self.stopping = True  # also when cancelled from outside
             await self._stopped.wait()
             self._nursery.cancel_scope.cancel()
 
     async def stop(self, timeout: float) -> None:
         """Take no more messages; give those under way at most `timeout` seconds to end."""
+        self.stopping = True
         if self._stopped.is_set():
             return
         deadline = trio.current_time() + timeout
-        self.stopping = True
         self._life.cancel()  # also before `run`: an adoption can end while it begins
         self.flows.stop()
         for jobs in self._looking_up.values():
@@ -296,13 +300,12 @@ class Dispatcher:
 
     def statistics(self) -> dict[str, Any]:
         """Totals since the start, and the current state."""
-        counters = {name: getattr(self.counters, name) for name in self.counters.__slots__}
         flows, waiting = self.flows, dict[str, int]()
         for flow in flows.live:
             waiting[flow.site.label] = waiting.get(flow.site.label, 0) + len(flow.jobs)
         longest = sorted(waiting.items(), key=lambda item: -item[1])[:MAX_NAMED]
         return {
-            **counters,
+            **{name: getattr(self.counters, name) for name in self.counters.__slots__},
             "unsettled": len(self._settlements),
             "connections": len(self._sessions),
             "opening": sum(len(flow.opening) for flow in flows.live),
