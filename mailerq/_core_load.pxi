@@ -237,7 +237,7 @@ cdef class Library:
     def cleanup(self):
         """Call mq_cleanup of every initialized plugin, in load order; log failures.
 
-        It is the last call of a plugin: from here on the built-in generator supplies the ids.
+        mq_cleanup is the last call of a plugin. The built-in generator supplies later message ids.
         """
         self.table.id_owner = -1
         count, self.initialized = self.initialized, 0

@@ -191,7 +191,7 @@ class Cluster:
         self._greeted = False
         self._announced = 0
         self._wake = trio.Event()
-        self._other_settings = trio.Event()
+        self._settings_news = trio.Event()
         self._nursery: trio.Nursery | None = None
 
     async def open(self) -> None:
@@ -317,13 +317,13 @@ class Cluster:
     async def _watch_addresses(self) -> None:
         while True:
             with trio.move_on_after(TICK_SECONDS * ADDRESS_TICKS):
-                await self._other_settings.wait()
-            self._other_settings = trio.Event()
+                await self._settings_news.wait()
+            self._settings_news = trio.Event()
             await self._look_at_addresses()
 
     def settings_changed(self) -> None:
-        """The settings may name other addresses: `run` looks, once it runs and leads."""
-        self._other_settings.set()
+        """Have `run` look for other addresses, as soon as it runs in the process that leads."""
+        self._settings_news.set()
 
     # Locks
 

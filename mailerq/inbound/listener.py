@@ -309,7 +309,7 @@ class Listener:
         stream.close()
 
     def _lost(self, worker: Worker, stream: Stream, admitted: str | None) -> None:
-        """The worker of a new connection ends, by a defect: so does the engine."""
+        """Give up a new connection: a defect has ended its worker, and ends the engine."""
         if admitted is not None:
             self._services.clients.left(admitted)
         stream.close()

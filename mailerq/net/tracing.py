@@ -379,7 +379,7 @@ def attach(
     """Give a stream a tap for the traces that ask for its session.
 
     `way` is "in" or "out"; `due` are the replies that are due; `domain` is the target of a session
-    that goes out. A stream that is closed gets no tap: nobody would tell the trace of its end.
+    that goes out. A closed stream gets no tap: the trace would never see its end.
     """
     if stream.is_closed:
         return

@@ -5,7 +5,7 @@ workers have their own threads. With one worker, every call below is a plain fun
 
 Guarantees
 ----------
-- `Worker.call` and `Worker.spawn` may be used from any thread, also when the worker has ended.
+- `Worker.call` and `Worker.spawn` may be used from any thread, and after the worker's end.
   Calls from one thread to one worker run in order.
 - A session stays on its worker, so plugin data of a context or of a connection is used by one
   thread only.
@@ -49,12 +49,12 @@ class Worker:
         """The identity of its thread, once the worker runs."""
         self._stop: trio.Event
         self._ends = False
-        """No task is started any more."""
+        """The nursery takes no more tasks."""
 
     def call(self, function: Callable[[*Ts], object], *args: *Ts) -> bool:
         """Run a plain function on the thread of this worker: now if called there, else soon.
 
-        False if the worker has ended: then nothing runs.
+        Returns False, and calls nothing, if the worker has ended.
         """
         if threading.get_ident() == self.thread:
             function(*args)
@@ -71,7 +71,7 @@ class Worker:
         *args: *Ts,
         lost: Callable[[], object] = lambda: None,
     ) -> None:
-        """Start a task on this worker; on one that ends, call `lost` instead, on any thread.
+        """Start a task on this worker. If the worker has ended, call `lost` on any thread instead.
 
         The task must handle its own errors: an exception that escapes ends the engine.
         """

@@ -654,7 +654,7 @@ class Dispatcher:
         self._intake.refill(flow)
 
     def start_soon(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
-        """Start a task that is cancelled when deliveries stop, and does not start after that."""
+        """Start a task that is cancelled when deliveries stop. After the stop, start nothing."""
         if not self.stopping:
             self._working.start_soon(function, *args)
 

@@ -1,4 +1,4 @@
-"""Traces of an engine: sessions that a trace meets in unusual states."""
+"""Traces of an engine: a session that is almost over when the trace begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support import DEADLINE
 
 
 async def test_a_session_whose_connection_is_closed_is_not_joined(tmp_path: Path) -> None:
-    """Its plugin may take long; nothing more can be seen of it, and it would never end."""
+    """A plugin may hold a session for long after its connection has closed."""
     held, go = trio.Event(), trio.Event()
     seen: list[str] = []
 
