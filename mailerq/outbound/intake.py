@@ -117,7 +117,7 @@ class Intake:
         """Messages in memory that are not settled yet."""
         self.subscription: Subscription
         self._begun = False
-        self._early: list[Lease | tuple[str, float]] = []
+        self._early: list[Lease | tuple[str, float | None]] = []
         self.dues: Times[Destination] = Times()
         """When mail in the queue becomes due, on the wall clock."""
         self._dispatcher = dispatcher
@@ -209,12 +209,16 @@ class Intake:
             for flow in destination.flows
         )
 
-    def waiting(self, destination: str, due: float) -> None:
+    def waiting(self, destination: str, due: float | None) -> None:
         """The queue has mail for a destination that is not leased."""
         if not self._begun:
             self._early.append((destination, due))
             return
-        self.mail_at(self.destination(destination), due)
+        found = self.destination(destination)
+        if due is None:
+            self._mail_waits(found)
+        else:
+            self.mail_at(found, due)
 
     def waited(self, leases: Sequence[Lease]) -> None:
         """Mail has waited in a broker for its time; if all its flows are down, one asks with it."""
@@ -242,7 +246,7 @@ class Intake:
             self.dues.set_earlier(destination, due)
             self._dispatcher.times_changed(wall=due)
         else:
-            self._mail_waits(destination)
+            self.came_due(destination)
 
     def came_due(self, destination: Destination) -> None:
         """A message's own retry time has come; if all its flows are down, one asks with it."""

@@ -203,9 +203,12 @@ class Receiver(Protocol):
     def arrived(self, leases: Sequence[Lease]) -> None:
         """New mail is committed that fits the windows of its destinations."""
 
-    def waiting(self, destination: str, due: float) -> None:
-        """The queue holds unleased mail of a destination; the first is due at `due`.
+    def waiting(self, destination: str, due: float | None) -> None:
+        """The queue holds unleased mail of a destination.
 
+        `due` is None if mail is due. Otherwise it is the time for which the first message waits
+        that is not due yet, seconds since 1970. That time is reported even if it has passed while
+        the message was committed.
         Called once for each destination in the queue at the start, and whenever mail is committed
         that does not go to `arrived`, retries included; never for each message of a known backlog,
         nor for mail that a take has already reported.

@@ -81,9 +81,11 @@ class Destination:
         if due <= now:
             known = self.backlog or (self.next_due is not None and self.next_due <= now)
             self.backlog = True
-        else:
-            known = self.next_due is not None and self.next_due <= due
-            self.next_due = self.next_due if known else due
+            return not known
+        if self.next_due is not None and self.next_due <= now:
+            self.backlog, self.next_due = True, None
+        known = self.next_due is not None and self.next_due <= due
+        self.next_due = self.next_due if known else due
         return not known
 
     def looked(self, now: float) -> None:
@@ -225,17 +227,21 @@ class MemoryQueues(SortedQueues):
         )
         subscription = self.subscriptions.get(queue)
         if retry or subscription is None or not subscription.hand_over(stored):
-            self._keep(queue, stored)
+            self._keep(queue, stored, waited=due is not None)
 
-    def _keep(self, name: str, stored: Stored) -> None:
-        """Let a message lie in its queue, and say so where that is news."""
+    def _keep(self, name: str, stored: Stored, *, waited: bool = False) -> None:
+        """Let a message lie in its queue, and say so where that is news.
+
+        `waited`: its time was ahead when it was published.
+        """
         queue = self.queues[name]
         queue.add(stored)
         key = stored.place.destination
         news = queue.destination(key).note(stored.due, self.now)
         subscription = self.subscriptions.get(name)
-        if news and subscription is not None:
-            subscription.tell(key, stored.due)
+        is_due = stored.due <= self.now
+        if (news or (waited and is_due)) and subscription is not None:
+            subscription.tell(key, None if is_due and not waited else stored.due)
 
     def lease(self, taker: MemoryTaker, stored: Stored, late_above: int) -> MemoryLease:
         """Lease a message that does not lie in its queue any more."""
@@ -384,8 +390,10 @@ class MemoryQueues(SortedQueues):
         try:
             for key, destination in self.queues[queue].destinations.items():
                 destination.looked(self.now)
-                if (due := destination.first_due()) is not None:
-                    subscription.tell(key, due)
+                if destination.backlog:
+                    subscription.tell(key, None)
+                elif destination.next_due is not None:
+                    subscription.tell(key, destination.next_due)
             yield subscription
         finally:
             del self.subscriptions[queue]
@@ -485,7 +493,7 @@ class MemorySubscription(MemoryTaker, Subscription):
         self.windows: dict[str, int] = {}
         self.takes: list[tuple[str, int]] = []
         self._arrived: list[MemoryLease] = []
-        self._told: list[tuple[str, float]] = []
+        self._told: list[tuple[str, float | None]] = []
         self._token = trio.lowlevel.current_trio_token()
 
     def hand_over(self, stored: Stored) -> bool:
@@ -507,7 +515,7 @@ class MemorySubscription(MemoryTaker, Subscription):
         leases = self.queues.leased.values()
         return sum(lease.destination == key and lease.queue == self.queue for lease in leases)
 
-    def tell(self, key: str, due: float) -> None:
+    def tell(self, key: str, due: float | None) -> None:
         self._wake()
         self._told.append((key, due))
 

@@ -165,6 +165,19 @@ async def test_fresh_mail_for_a_flow_that_is_down_stays_in_the_queue() -> None:
         await bench.results("success", 52)
 
 
+async def test_a_retry_time_that_passes_during_the_commit_asks_the_host() -> None:
+    async with open_bench(*[says_421] * 2) as bench:
+        bench.queues.may_ack = trio.Event()
+        for _ in range(3):
+            bench.send()
+        await bench.until(lambda found: found["attempts"] == 1)
+        bench.queues.now += 10_000
+        bench.queues.may_ack.set()
+        await bench.results("retry", 2)
+        await at_rest(bench)
+        assert bench.dispatcher.statistics()["attempts"] == 2
+
+
 async def test_failures_are_counted_across_pauses_until_a_host_lets_mail_in() -> None:
     async with open_bench(*[says_421] * 4) as bench:
         for _ in range(10):

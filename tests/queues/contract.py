@@ -65,7 +65,7 @@ class Recorder:
     def __init__(self) -> None:
         self.leases: list[Lease] = []
         self.lost_leases: list[Lease] = []
-        self.told: list[tuple[str, float]] = []
+        self.told: list[tuple[str, float | None]] = []
         self.news = trio.Event()
         """Set when something more is told."""
 
@@ -80,7 +80,7 @@ class Recorder:
     def lost(self, leases: Sequence[Lease]) -> None:
         self.lost_leases += leases
 
-    def waiting(self, destination: str, due: float) -> None:
+    def waiting(self, destination: str, due: float | None) -> None:
         self.told.append((destination, due))
         self._notice()
 

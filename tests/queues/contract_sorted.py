@@ -64,7 +64,7 @@ class SortedContract(Contract):
             queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription,
         ):
             await recorder.until(lambda recorder: bool(recorder.told))
-            assert recorder.told == [("a.test", pytest.approx(backend.now, abs=0.001))]
+            assert recorder.told == [("a.test", None)]
             taken = await subscription.take("a.test", 10)
             assert [tag_of(lease) for lease in taken.leases] == [1]
             assert taken.next_due == pytest.approx(backend.now + 60, abs=0.001)
@@ -226,6 +226,68 @@ class SortedContract(Contract):
             taken = await subscription.take("a.test", 9)
             assert [tag_of(lease) for lease in taken.leases] == [2, 0]
             assert taken.next_due == pytest.approx(dues[1], abs=0.001)
+
+    async def test_the_time_of_a_retry_is_told_although_other_mail_is_due(
+        self, backend: Backend
+    ) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=9, window=9),
+        ):
+            await self._settle_in(queues, recorder)
+            for tag in range(2):
+                await queues.publish([mail(tag)])
+            await recorder.until(lambda recorder: len(recorder.leases) == 2)
+            due, later = recorder.leases
+            at = backend.now + 600
+            await queues.ack([Settlement(due, [again(due)]), Settlement(later, [again(later, at)])])
+            await recorder.until(lambda recorder: len(recorder.told) == 2)
+            assert recorder.told == [("a.test", None), ("a.test", pytest.approx(at, abs=0.001))]
+
+    async def test_the_time_of_a_retry_is_told_although_it_passed_before_the_commit(
+        self, backend: Backend
+    ) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=9, window=9),
+        ):
+            await self._settle_in(queues, recorder)
+            for tag in range(3):
+                await queues.publish([mail(tag)])
+            await recorder.until(lambda recorder: len(recorder.leases) == 3)
+            times = [backend.now - 2, backend.now - 1]
+            first, second, other = recorder.leases
+            queues.release(other)
+            await recorder.until(lambda recorder: recorder.told == [("a.test", None)])
+            for lease, due in ((first, times[0]), (second, times[1])):
+                recorder.told.clear()
+                await queues.ack([Settlement(lease, [again(lease, due)])])
+                await recorder.until(lambda recorder: recorder.told != [])
+                assert recorder.told == [("a.test", pytest.approx(due, abs=0.001))]
+
+    async def test_a_later_time_is_told_when_an_earlier_one_has_passed(
+        self, backend: Backend
+    ) -> None:
+        recorder = Recorder()
+        async with (
+            backend.open() as queues,
+            queues.subscribe("outbox", recorder, prefetch=9, window=9) as subscription,
+        ):
+            await self._settle_in(queues, recorder)
+            for tag in range(2):
+                await queues.publish([mail(tag)])
+            await recorder.until(lambda recorder: len(recorder.leases) == 2)
+            for lease in list(recorder.leases):
+                recorder.told.clear()
+                due = backend.now + 60
+                await queues.ack([Settlement(lease, [again(lease, due)])])
+                await recorder.until(lambda recorder: recorder.told != [])
+                assert recorder.told == [("a.test", pytest.approx(due, abs=0.001))]
+                backend.now += 61
+            taken = await subscription.take("a.test", 9)
+            assert [tag_of(lease) for lease in taken.leases] == [0, 1]
 
     async def test_a_retry_may_go_elsewhere(self, backend: Backend) -> None:
         recorder = Recorder()

@@ -88,12 +88,12 @@ class Told:
     """A receiver that records its calls."""
 
     def __init__(self) -> None:
-        self.due: dict[str, float] = {}
+        self.due: dict[str, float | None] = {}
 
     def arrived(self, leases: Sequence[Lease]) -> None:
         raise AssertionError("nothing is published")
 
-    def waiting(self, destination: str, due: float) -> None:
+    def waiting(self, destination: str, due: float | None) -> None:
         self.due[destination] = due
 
 

@@ -219,7 +219,7 @@ class Run:
             )
             await self.settled()
             told, self.recorder.told = self.recorder.told, []
-            assert all(due <= self.now for _, due in told)
+            assert all(due is None or due <= self.now for _, due in told)
             domains = self.reported | {domain for domain, _ in told}
             self.reported = set()
             for domain in sorted(domains):

@@ -60,6 +60,7 @@ cdef class OpenQueues:
 
     @cython.locals(destination=Destination)
     cpdef note(self, OpenQueue queue, key, due, now)
+    cpdef note_new(self, OpenQueue queue, insert, now)
     cpdef _tell(self, OpenQueue queue, key, due, now)
     cpdef give(self, lease)
 

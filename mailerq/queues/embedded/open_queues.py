@@ -50,7 +50,7 @@ from mailerq.errors import QueueDamaged, QueueError
 from mailerq.message import Message
 from mailerq.queues.embedded.layout import HELD, UNSORTED
 from mailerq.queues.embedded.queue_reader import BEFORE_LANES
-from mailerq.queues.embedded.records import Row
+from mailerq.queues.embedded.records import Insert, Row
 from mailerq.queues.embedded.sqlite_file import mark
 from mailerq.queues.embedded.taking import ANY_SIZE, FIRST_TURN, Turns
 from mailerq.queues.interface import Lease, Taken
@@ -230,6 +230,9 @@ class Destination:
             news = not self.has_due(now)
             self.backlog = True
             return news
+        if self.next_due <= now:  # that time has come, and nobody has read since
+            self.backlog = True
+            self.next_due = NEVER
         if self.next_due <= due:
             return False
         self.next_due = due
@@ -504,7 +507,7 @@ class OpenQueues:
         now = self.now()
         for destination in queue.destinations.values():
             if destination.backlog:
-                self._tell(queue, destination.key, now, now)
+                self._tell(queue, destination.key, None, now)
             elif destination.next_due != NEVER:
                 self._tell(queue, destination.key, destination.next_due, now)
         if not queue.complete:
@@ -552,14 +555,26 @@ class OpenQueues:
             return
         destination = queue.destination(key)
         if destination.note(due, now):
-            self._tell(queue, destination.key, due, now)
+            self._tell(queue, destination.key, None if due <= now else due, now)
 
-    def _tell(self, queue: OpenQueue, key: str, due: int, now: int) -> None:
+    def note_new(self, queue: OpenQueue, insert: Insert, now: int) -> None:
+        """`note` for a message that was just committed.
+
+        The time for which it waits may have passed during a slow commit.
+        """
+        if insert.since < insert.due <= now:
+            queue.destination(insert.destination).note(insert.due, now)
+            self._tell(queue, insert.destination, insert.due, now)
+        else:
+            self.note(queue, insert.destination, insert.due, now)
+
+    def _tell(self, queue: OpenQueue, key: str, due: int | None, now: int) -> None:
+        """Tell the takers that mail of a destination waits for `due`; None: some mail is due."""
         for subscription in queue.subscriptions:
             if subscription.tell(key, due):
                 self._to_wake[subscription] = None
         if queue.consumers:
-            queue.expect(key, due, now)
+            queue.expect(key, now if due is None else due, now)
 
     def give(self, lease: HeldLease) -> None:
         """Hand a committed message to its taker."""

@@ -164,7 +164,9 @@ class EmbeddedSubscription(Taker, Subscription):
         self._receiver = receiver
         self._window = window
         self._arrived: list[HeldLease] = []
-        self._told: dict[str, int] = {}
+        # News of destinations: mail is due, and the first time for which mail waits.
+        self._due: dict[str, None] = {}
+        self._times: dict[str, int] = {}
         queue.subscriptions.append(self)
 
     def room(self, destination: Destination) -> int:
@@ -179,31 +181,46 @@ class EmbeddedSubscription(Taker, Subscription):
         return max(self.body_bytes(), DIRECT_BYTES - self.bytes)
 
     def give(self, lease: HeldLease) -> bool:
+        has_news = self._has_news
         self._arrived.append(lease)
-        return len(self._arrived) == 1 and not self._told
+        return not has_news
 
-    def tell(self, key: str, due: int) -> bool:
-        """Note news of a destination; return whether the loop must be woken for it."""
-        before = self._told.get(key)
-        self._told[key] = due if before is None else min(due, before)
-        return len(self._told) == 1 and not self._arrived
+    def tell(self, key: str, due: int | None) -> bool:
+        """Note news of a destination; return whether the loop must be woken for it.
+
+        `due` in milliseconds; None if mail is due.
+        """
+        has_news = self._has_news
+        if due is None:
+            self._due[key] = None
+        else:
+            self._times[key] = min(due, self._times.get(key, due))
+        return not has_news
+
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._arrived or self._due or self._times)
 
     def close(self) -> None:
         super().close()
         self._arrived.clear()
-        self._told.clear()
+        self._due.clear()
+        self._times.clear()
         self.queue.subscriptions.remove(self)
 
     def wake(self) -> None:
         """Report news to the receiver."""
         with self._queues.lock:
             arrived, self._arrived = self._arrived, []
-            told, self._told = self._told, {}
+            due, self._due = self._due, {}
+            times, self._times = self._times, {}
             arrived = [lease for lease in arrived if self.queue.held.get(lease.id) is lease]
         if arrived:
             self._receiver.arrived(arrived)
-        for key, due in told.items():
-            self._receiver.waiting(key, due / 1000)
+        for key in due:
+            self._receiver.waiting(key, None)
+        for key, time_ in times.items():
+            self._receiver.waiting(key, time_ / 1000)
 
     def set_window(self, destination: str, messages: int) -> None:
         with self._queues.lock:

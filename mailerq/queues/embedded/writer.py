@@ -354,8 +354,7 @@ class Writer:
                     queue = touched[lease.queue] = queues.queues[lease.queue]
                     queue.drop(lease)
                 for lease, retry in request.retries:
-                    insert = retry.insert
-                    queues.note(touched[lease.queue], insert.destination, insert.due, now)
+                    queues.note_new(touched[lease.queue], retry.insert, now)
                 for insert in request.inserts:
                     found = queues.queues.get(insert.queue)
                     if found is None:
@@ -368,7 +367,7 @@ class Writer:
                         held.stored_body = insert.body if held.loaded else None
                         queues.give(held)
                     else:
-                        queues.note(found, insert.destination, insert.due, now)
+                        queues.note_new(found, insert, now)
             for queue in touched.values():
                 queues.pump(queue)
                 queues.tidy(queue)

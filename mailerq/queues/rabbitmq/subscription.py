@@ -333,7 +333,7 @@ class BrokerSubscription(Taker, Subscription):
         """Report mail of a destination to the receiver, once."""
         if not destination.backlog and not self.closed:
             destination.backlog = True
-            self._receiver.waiting(destination.key, self.queues.clock())
+            self._receiver.waiting(destination.key, None)
 
     def over(self, lease: BrokerLease) -> None:
         super().over(lease)
@@ -359,7 +359,7 @@ class BrokerSubscription(Taker, Subscription):
 
     def _report(self, key: str) -> None:
         if not self.closed:
-            self._receiver.waiting(key, self.queues.clock())
+            self._receiver.waiting(key, None)
 
     def set_window(self, destination: str, messages: int) -> None:
         self.check_open()
