@@ -62,6 +62,9 @@ MAX_REPEATED: Final = 100_000
 MAX_DECLARED: Final = 100_000
 AGAIN_SECONDS: Final = 1.0
 
+ASK_TRIES: Final = 3
+"""How often the broker is asked about a queue if connections are lost meanwhile."""
+
 ANSWER_SECONDS: Final = 8.0
 SILENT_SECONDS: Final = 30.0
 MAX_SILENT_SECONDS: Final = 1800.0
@@ -464,14 +467,25 @@ class Publisher:
     async def _ask(self, name: str, work: Callable[[Channel], Awaitable[T]]) -> T:
         """Ask the broker about a queue. Raises `BrokerError`.
 
+        After a lost connection the question is repeated on the next one, but not for ever: the
+        broker may close the connection because of it.
+
         A quorum queue without a leader does not answer. That must not keep up what is to be said
         of others, so such a queue is not asked again for a while.
         """
         self._check_silent(name)
         async with self._admin_lock:
-            admin = await self._admin_channel()
-            with trio.move_on_after(ANSWER_SECONDS):
-                return await work(admin)
+            for tries_left in reversed(range(ASK_TRIES)):
+                connection = await self.keeper.connection()
+                try:
+                    admin = await self._admin_channel(connection)
+                    with trio.move_on_after(ANSWER_SECONDS):
+                        return await work(admin)
+                except BrokerError:
+                    if connection.is_open or not tries_left:
+                        raise
+                else:
+                    break
             self._admin = None
         await self._note_silent(name)
         self._check_silent(name)
@@ -534,9 +548,8 @@ class Publisher:
             return 0
         return await self._ask(name, lambda admin: admin.purge(name))
 
-    async def _admin_channel(self) -> Channel:
+    async def _admin_channel(self, connection: Connection) -> Channel:
         """A channel of its own: a refused declaration ends the channel."""
-        connection: Connection = await self.keeper.connection()
         if (
             self._admin is None
             or not self._admin.is_open

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import trio
@@ -12,6 +13,7 @@ from mailerq.errors import QueueError
 from mailerq.message import Message
 from mailerq.queues import Depth, Publication, Settlement
 from mailerq.queues.rabbitmq.addresses import Address
+from mailerq.queues.rabbitmq.connection import Channel, Declared
 from mailerq.queues.rabbitmq.keeper import State
 from mailerq.queues.rabbitmq.queues import Options, RabbitQueues, open_rabbitmq
 from mailerq.queues.rabbitmq.topology import QueueType
@@ -156,6 +158,25 @@ async def test_a_broker_that_lost_everything_is_used_again(broker: Broker) -> No
             while (await subscription.take("a.test", 1)).more:
                 pass
     broker.drop_vhost(address)
+
+
+async def test_a_connection_lost_while_a_queue_is_declared_keeps_no_mail_back(
+    broker: Broker, vhost: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declare, declared = Channel.declare, 0
+
+    async def lose_first(channel: Channel, queue: str, **more: Any) -> Declared:
+        nonlocal declared
+        declared += queue == "outbox"
+        if declared == 1:
+            await trio.to_thread.run_sync(broker.close_connections)
+        return await declare(channel, queue, **more)
+
+    async with open_rabbitmq([vhost], CLASSIC) as queues:
+        monkeypatch.setattr(Channel, "declare", lose_first)
+        await queues.publish([mail(1)])
+        assert declared >= 2
+        assert await queues.depths() == [Depth("outbox", 1, 0)]
 
 
 @pytest.mark.parametrize("queue_type", TYPES)
