@@ -9,7 +9,7 @@ from typing import Any
 
 from mailerq import Config
 from mailerq.queues.rabbitmq.addresses import Address
-from mailerq.queues.rabbitmq.connection import BrokerError
+from mailerq.queues.rabbitmq.connection import BrokerError, Declared
 from tests.queues.rabbitmq.kit import channel_to
 from tests.support import Sink, configure, in_thread, mailerq, until_found
 
@@ -43,9 +43,15 @@ def recipients(sink: Sink) -> list[str]:
 
 async def depth(vhost: Address, queue: str) -> int | None:
     """Ready messages of a queue; None if it is not there."""
+    found = await declared(vhost, queue)
+    return None if found is None else found.messages
+
+
+async def declared(vhost: Address, queue: str) -> Declared | None:
+    """What a broker says of a queue; None if it is not there."""
     async with channel_to(vhost) as channel:
         try:
-            return (await channel.declare(queue, passive=True)).messages
+            return await channel.declare(queue, passive=True)
         except BrokerError as error:
             if error.code != 404:
                 raise
@@ -53,8 +59,17 @@ async def depth(vhost: Address, queue: str) -> int | None:
 
 
 async def started(vhost: Address) -> None:
-    """Wait until the outbox is there."""
-    await until_found(partial(depth, vhost, "outbox"), lambda found: found is not None)
+    """Wait until the outbox is there and an engine consumes from it.
+
+    Before, RabbitMQ 3.10 may lose what is published to a quorum queue without confirmation.
+    """
+    await until_found(partial(consumers, vhost, "outbox"), bool)
+
+
+async def consumers(vhost: Address, queue: str) -> int:
+    """The consumers of a queue; 0 if it is not there."""
+    found = await declared(vhost, queue)
+    return 0 if found is None else found.consumers
 
 
 async def command(config: Config, *words: str, status: int = 0, stdin: bytes = b"") -> str:

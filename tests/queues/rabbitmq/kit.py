@@ -21,6 +21,7 @@ from typing import Any
 
 import pika
 import pytest
+import trio
 
 from mailerq.queues.rabbitmq.addresses import Address
 from mailerq.queues.rabbitmq.connection import Channel, connect
@@ -327,7 +328,20 @@ async def channel_to(address: Address) -> AsyncIterator[Channel]:
         yield await connection.channel()
 
 
-async def send(channel: Channel, queue: str, body: bytes, **more: Any) -> None:
-    """Publish as an application does."""
-    channel.publish("", queue, body, pika.BasicProperties(**more))
-    await channel.declare(queue, passive=True)  # the answer comes behind the publication
+async def send(
+    channel: Channel,
+    queue: str,
+    body: bytes,
+    properties: pika.BasicProperties | None = None,
+    **more: Any,
+) -> None:
+    """Publish as an application does that waits for the confirmation.
+
+    RabbitMQ 3.10 may lose an unconfirmed message if the quorum queue has just been declared.
+    """
+    confirming = await channel.connection.channel()
+    confirmed = trio.Event()
+    await confirming.confirm(lambda tag, multiple, taken: confirmed.set())
+    confirming.publish("", queue, body, properties or pika.BasicProperties(**more))
+    await confirmed.wait()
+    await confirming.close()

@@ -49,6 +49,7 @@ async def test_queues_are_counted_read_flushed_and_purged(tmp_path: Path, vhost:
             for number in range(3):
                 await send(channel, "outbox", document(f"r{number}@d.test"))
             await until(lambda: engine.statistics()["outgoing"]["retried"] == 3)
+            await until(lambda: engine.statistics()["outgoing"]["unsettled"] == 0)
             row = (await listed(config))["outbox"]
             assert (row["due"], row["delayed"], row["total"]) == (0, 3, 3)
             assert (await command(config, "queue", "count")).strip() == "3"

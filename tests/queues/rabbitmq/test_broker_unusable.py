@@ -160,7 +160,7 @@ async def test_headers_that_cannot_be_read_end_no_connection(
 ) -> None:
     async with taking(vhost, OPTIONS) as (queues, recorder, channel):
         document = mail(1).message.to_json() if body == "mail" else b"no json"
-        channel.publish("", "outbox", document, Unreadable(table))
+        await send(channel, "outbox", document, Unreadable(table))
         await send(channel, "outbox", mail(2).message.to_json())
         await recorder.until(lambda recorder: 2 in recorder.tags)
         if body == "mail":
