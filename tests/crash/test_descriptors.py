@@ -20,6 +20,7 @@ import trio
 from mailerq.cli import control
 from tests.crash.kit import Daemon, Ledger, Load, all_arrive, arrivals, daemon
 from tests.engine.kit import FEW_DESCRIPTORS
+from tests.processes_kit import TWO, all_run, until_rows
 from tests.support import compile_plugin, in_thread, open_sink, until
 
 SESSIONS = 10
@@ -76,6 +77,18 @@ async def test_a_plugin_gets_no_timer_and_then_one(tmp_path: Path) -> None:
         daemon(tmp_path, sink.port, f"--plugin-directory={plugins}") as running,
     ):
         assert await in_thread(partial(dialogue, running)) == [451, 250, 250]
+        assert await running.stop() == 0
+
+
+async def test_a_process_without_descriptors_takes_new_settings_later(tmp_path: Path) -> None:
+    async with open_sink() as sink, daemon(tmp_path, sink.port, TWO) as running:
+        before = {row["process"]: row["pid"] for row in await until_rows(running, all_run)}
+        # The settings are tried in the first process.
+        with no_descriptors(before[1]):
+            running.process.send_signal(signal.SIGHUP)
+            await until(lambda: "no descriptor is left" in running.log)
+        after = await until_rows(running, lambda rows: all(row["settings"] == 2 for row in rows))
+        assert {row["process"]: row["pid"] for row in after} == before
         assert await running.stop() == 0
 
 

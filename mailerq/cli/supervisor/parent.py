@@ -78,6 +78,9 @@ CHANGE_SECONDS: Final = 8.0
 RELOAD_SECONDS: Final = 5.0
 """Timeout for a process to try settings, and to take them."""
 
+BRING_PAUSES: Final = (0.1, 0.3, 1.0, 2.0)
+"""Seconds after which a process that could not take the settings is asked to take them again."""
+
 IDS_SECONDS: Final = 0.4
 """Timeout for ids before another process is asked: an injector waits at most a second."""
 
@@ -438,15 +441,24 @@ class _Parent:
         raise MailerqError("no process answers")
 
     async def _bring(self, child: Process) -> None:
-        """Let a process take the settings in force. One that cannot is restarted with them."""
-        try:
-            with _written(self._part, set()) as file:
-                await child.ask("reload", RELOAD_SECONDS, file=file)
-        except Ended as error:
-            log.warning("settings %d: %s; it takes them when it goes on", self._part.number, error)
-        except MailerqError as error:
-            log.error("settings %d are not taken, it is started anew: %s", self._part.number, error)
-            child.leave()
+        """Let a process take the settings in force. One that cannot is restarted with them.
+
+        It is asked several times, because a lack of descriptors, here or there, may pass.
+        """
+        for pause in (*BRING_PAUSES, 0.0):
+            number = self._part.number
+            try:
+                with _written(self._part, set()) as file:
+                    await child.ask("reload", RELOAD_SECONDS, file=file)
+                return
+            except Ended as error:
+                log.warning("settings %d: %s; it takes them when it goes on", number, error)
+                return
+            except MailerqError as error:
+                again = f"it is asked again in {pause:g} s" if pause else "it is started anew"
+                log.error("settings %d are not taken, %s: %s", number, again, error)
+            await trio.sleep(pause)
+        child.leave()
 
     def _part_of(self, snapshot: Snapshot) -> Snapshot:
         """The settings of one process: the reserved ports, its part of the limits."""
