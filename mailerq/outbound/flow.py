@@ -281,7 +281,7 @@ class Flow:
 
     def is_contended(self, session: Session) -> bool:
         """Whether others wait for what a session holds."""
-        return self._openings.contended or self.rights.contended(session)
+        return self._openings.are_wanted or self.rights.contended(session)
 
     def _should_end(self, session: Session, contended: bool, under_way: int = 0) -> bool:
         """Whether a session should end although there may be mail."""

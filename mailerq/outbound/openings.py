@@ -113,6 +113,11 @@ class Openings:
         """Whether flows wait for a slot."""
         return bool(self._line or self._new_line)
 
+    @property
+    def are_wanted(self) -> bool:
+        """Whether flows wait for a slot, or are about to: there is none for the next try."""
+        return self.contended or (self._reserved > 0 and not self.slots.available)
+
     def take(self, flow: Flow) -> bool:
         """Take a slot for one more connection; without one the flow waits for its turn."""
         if (self.contended and self._turn is not flow) or not self.slots.take():
