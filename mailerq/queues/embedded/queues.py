@@ -111,6 +111,7 @@ class EmbeddedQueues(BrowsableQueues):
         try:
             if file.exclusive:
                 queues._writer.put(Request(work=queues._sort(), can_wait=True))
+            await trio.to_thread.run_sync(queues._reader.has_opened.wait)
             yield queues
         finally:
             with trio.CancelScope(shield=True):

@@ -127,6 +127,9 @@ class Reader:
         self._latest = 0
         self._failed = False
         self._reads = self._messages = 0
+        self.has_opened = threading.Event()
+        """The connection is open, or could not be opened: no other file at this path, put there
+        from now on, is taken for the queue."""
         self._thread = threading.Thread(target=self._run, name="queue reader")
         self._thread.start()
 
@@ -141,7 +144,10 @@ class Reader:
     def _run(self) -> None:
         queues = self._queues
         poll = time.monotonic()
-        self._try(self._look)  # from here on: scans find the earlier mail
+        try:
+            self._try(self._look)  # from here on: scans find the earlier mail
+        finally:
+            self.has_opened.set()
         while True:
             with queues.lock:
                 timeout = self._timeout()
