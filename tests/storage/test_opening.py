@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,8 @@ async def test_changed_settings_count_at_once(tmp_path: Path) -> None:
     settings = Settings(f"directory://{tmp_path}/bodies", storage_threads=1)
     async with open_storage(settings) as storage:
         assert storage is not None
-        await storage.put(b"body", 0.0)
+        await storage.put(b"body", time.time() + 3600)
         settings.change(storage_threads=7)
-        await storage.put(b"body", 0.0)
+        await storage.put(b"body", time.time() + 3600)
         assert storage._backend._limiter.total_tokens == 7  # type: ignore[attr-defined]
         await trio.lowlevel.checkpoint()
