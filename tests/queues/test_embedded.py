@@ -7,9 +7,11 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 import trio
 import trio.testing
@@ -23,7 +25,7 @@ from mailerq.queues.embedded.queues import EmbeddedQueues
 from mailerq.queues.embedded.records import Batch
 from mailerq.queues.opening import open_embedded
 from tests.queues.kit import Clock
-from tests.support import DEADLINE
+from tests.support import DEADLINE, until
 
 
 @pytest.fixture
@@ -593,7 +595,13 @@ async def test_another_writer_is_waited_for(queues: EmbeddedQueues, tmp_path: Pa
 async def test_another_writer_is_not_waited_for_forever(
     queues: EmbeddedQueues, tmp_path: Path
 ) -> None:
-    queues._file.connection.set_busy_timeout(50)
+    def is_set() -> bool:
+        with suppress(apsw.ThreadingViolationError):  # at the start the writer sorts
+            queues._file.connection.set_busy_timeout(50)
+            return True
+        return False
+
+    await until(is_set)
     with QueueFile.open(str(tmp_path)) as other:
         other.connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(QueueError, match="another process"):
