@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from mailerq.errors import QueueError
 from mailerq.net.slots import Slots
 from mailerq.outbound import flow
-from mailerq.queues import Taken
 from tests.outbound.kit import PeerConnection, open_bench
-from tests.outbound.memory_queues import MemorySubscription
 
 
 async def test_destinations_of_one_flow_are_served_in_turn() -> None:
@@ -33,20 +29,7 @@ async def test_destinations_of_one_flow_are_served_in_turn() -> None:
         assert not bench.queues.leased
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.02])
-async def test_flows_that_wait_for_a_slot_take_turns(
-    monkeypatch: pytest.MonkeyPatch, seconds: float
-) -> None:
-    """A session gives way also while the mail of the flow that needs its slot is being read."""
-    take_each = MemorySubscription.take_each
-
-    async def read(
-        subscription: MemorySubscription, wanted: Sequence[tuple[str, int]]
-    ) -> Sequence[Taken | QueueError]:
-        await trio.sleep(seconds)
-        return await take_each(subscription, wanted)
-
-    monkeypatch.setattr(MemorySubscription, "take_each", read)
+async def test_flows_that_wait_for_a_slot_take_turns() -> None:
     settings: Any = {"rabbitmq_qos": 1000, "connection_maxidle": 60_000}
     async with open_bench(slots=Slots(4), **settings) as bench:
         for number in range(1500):
