@@ -115,7 +115,7 @@ class Openings:
 
     @property
     def are_wanted(self) -> bool:
-        """Whether flows wait for a slot, or are about to: there is none for the next try."""
+        """Whether flows wait for a slot, or soon will: a try may begin, and no slot is free."""
         return self.contended or (self._reserved > 0 and not self.slots.available)
 
     def take(self, flow: Flow) -> bool:

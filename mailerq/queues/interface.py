@@ -206,9 +206,8 @@ class Receiver(Protocol):
     def waiting(self, destination: str, due: float | None) -> None:
         """The queue holds unleased mail of a destination.
 
-        `due` is None if mail is due. Otherwise it is the time for which the first message waits
-        that is not due yet, seconds since 1970. That time is reported even if it has passed while
-        the message was committed.
+        `due` is None if some of the mail can go now. Otherwise `due` is the earliest time for which
+        a message waits, in seconds since 1970. A slow commit may report a time that has passed.
         Called once for each destination in the queue at the start, and whenever mail is committed
         that does not go to `arrived`, retries included; never for each message of a known backlog,
         nor for mail that a take has already reported.

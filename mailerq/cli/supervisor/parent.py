@@ -443,7 +443,7 @@ class _Parent:
     async def _bring(self, child: Process) -> None:
         """Let a process take the settings in force. One that cannot is restarted with them.
 
-        It is asked several times, because a lack of descriptors, here or there, may pass.
+        A shortage of descriptors, here or there, may pass, so the process is asked several times.
         """
         for pause in (*BRING_PAUSES, 0.0):
             number = self._part.number

@@ -230,7 +230,7 @@ class Destination:
             news = not self.has_due(now)
             self.backlog = True
             return news
-        if self.next_due <= now:  # that time has come, and nobody has read since
+        if self.next_due <= now:  # nobody has read since that time
             self.backlog = True
             self.next_due = NEVER
         if self.next_due <= due:

@@ -128,8 +128,8 @@ class Reader:
         self._failed = False
         self._reads = self._messages = 0
         self.has_opened = threading.Event()
-        """The connection is open, or could not be opened: no other file at this path, put there
-        from now on, is taken for the queue."""
+        """The connection is open, or could not be opened. An open connection keeps its file, even
+        if another file takes the path."""
         self._thread = threading.Thread(target=self._run, name="queue reader")
         self._thread.start()
 
